@@ -1,0 +1,104 @@
+"""From a configuration to a module, and from a checkpoint alone back to the module that it was.
+
+A module made from a configuration carries it as plain data (`{"class_path": ..., "init_args": ...}`) in Lightning's
+`hyper_parameters`; a generator's checkpoint also carries its tokenizer's configuration and weights. So `load` needs
+nothing beside the file, and the file is read with `weights_only=True`: it can execute no code.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning import LightningModule
+
+from discrete_lit.generators.generator import Generator
+from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+
+def record_config(module: LightningModule, config: dict[str, Any]) -> None:
+    """Attach `{"class_path": ..., "init_args": ...}`, plain data, to a module: its checkpoints will hold it."""
+    module.save_hyperparameters({"class_path": config["class_path"], "init_args": config["init_args"]}, logger=False)
+
+
+def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningModule) -> LightningModule:
+    """Build the module that a configuration describes, and record the configuration on it.
+
+    Args:
+        config: `{"class_path": "package.Class", "init_args": {...}}` as in a YAML file.
+        base: the class that it must be a subclass of.
+
+    Raises:
+        ValueError: unknown class, wrong or missing argument.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, "model", required=True)
+    try:
+        parsed = parser.parse_object({"model": config})
+    except Exception as error:
+        raise ValueError(f"cannot build {config.get('class_path')!r} from its configuration: {error}") from error
+    module = parser.instantiate_classes(parsed)["model"]
+    record_config(module, yaml.safe_load(parser.dump(parsed, skip_none=False))["model"])
+    return module
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file on the CPU without executing code.
+
+    Raises:
+        ValueError: no such file, a truncated file, pickled code, or a file that holds no module.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"no checkpoint at {str(path)!r}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{str(path)!r} is not a readable checkpoint (truncated, or not weights only): {error}"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
+    return checkpoint
+
+
+def module_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The configuration of the module in a checkpoint, self-contained: a frozen tokenizer is described by itself.
+
+    Raises:
+        ValueError: the module was not built from a configuration.
+    """
+    config = checkpoint.get("hyper_parameters", {})
+    if "class_path" not in config:
+        raise ValueError(
+            f"{str(path)!r} does not say how to build its module. Build the module by `discrete-lit fit` or by "
+            "`discrete_lit.checkpoints.instantiate`, or use the class's own `load_from_checkpoint` with its arguments."
+        )
+    init_args = dict(config["init_args"])
+    if "tokenizer_config" in checkpoint:
+        init_args["tokenizer"] = checkpoint["tokenizer_config"]
+    return {"class_path": config["class_path"], "init_args": init_args}
+
+
+def load(path: str | Path) -> Tokenizer | Generator:
+    """The Tokenizer or Generator of a checkpoint, on the CPU, in eval mode.
+
+    Args:
+        path: a file written by `discrete-lit fit`.
+
+    Raises:
+        ValueError: no such file, truncated, or neither a Tokenizer nor a Generator; missing or unexpected keys.
+    """
+    checkpoint = read_checkpoint(path)
+    config = module_config(checkpoint, path)
+    for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
+        importlib.import_module(package)
+    module = instantiate(config)
+    if not isinstance(module, Tokenizer | Generator):
+        raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer or a Generator")
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{str(path)!r} does not fit {config['class_path']}: {error}") from error
+    return module.eval()

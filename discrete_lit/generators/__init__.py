@@ -1,0 +1,7 @@
+"""Generators: objectives over token sequences around one backbone, as LightningModules."""
+
+from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
+from discrete_lit.generators.masked import Masked
+
+__all__ = ["Autoregressive", "Generator", "Likelihood", "Masked", "TokenLosses"]

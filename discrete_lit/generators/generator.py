@@ -1,0 +1,237 @@
+"""What a generator is: an objective over the token sequences of a frozen tokenizer, around one backbone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.distributed import all_reduce_sum, rank, world_size
+from discrete_lit.evaluation.binned_mean import BinnedMean
+from discrete_lit.optimization import configure_optimizers
+from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.samplers import Sampler
+from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
+
+_PROFILE_BINS = 4
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """The loss of every token, three tensors `(B, N)`."""
+
+    values: Tensor
+    """Cross-entropy in nats, float32."""
+    weights: Tensor
+    """What the loss averages with; 0 for tokens that were not predicted."""
+    coordinate: Tensor
+    """In [0, 1]: the place along which validation splits the loss."""
+
+
+class Likelihood(NamedTuple):
+    """Log-likelihood of images in nats, `(B,)` float64, and what it is."""
+
+    nats: Tensor
+    kind: Literal["exact", "bound", "estimate"]
+
+
+class Generator(LightningModule, ABC):
+    """Models the tokens of a frozen tokenizer, given a class.
+
+    Takes batches `{"image": ..., "label": ...}`, which it encodes, or `{"tokens": ..., "label": ...}`; `"index"`, the
+    sample's place in the run, makes label dropout and corruption independent of the number of ranks.
+
+    Logs `train/loss`; in validation `validation/loss` and the same by `coordinate_name` in four equal bins.
+
+    Args:
+        tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
+        image_size: side of the images in pixels.
+        num_classes: labels lie in [0, num_classes).
+        backbone: called with the `SequenceLayout`.
+        sampler: how `sample` draws where nothing else is asked for.
+        label_dropout: share of training labels replaced by the null label, for classifier-free guidance.
+        optimizer: from parameters to an optimizer; needed to train.
+        scheduler: from an optimizer to a scheduler, stepped after every batch.
+        seed: of corruption and label dropout.
+    """
+
+    attention: Literal["bidirectional", "causal"]
+    """Of the sequence layout that the family needs."""
+    mask_token: bool
+    """Whether the family puts the mask id into its inputs."""
+    coordinate_name: str
+    """What `TokenLosses.coordinate` is."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        image_size: int,
+        num_classes: int,
+        backbone: Callable[[SequenceLayout], Backbone],
+        sampler: Sampler,
+        label_dropout: float,
+        optimizer: OptimizerCallable | None,
+        scheduler: LRSchedulerCallable | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
+            )
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
+        if sampler.attention != self.attention:
+            raise ValueError(
+                f"{type(sampler).__name__} samples backbones with {sampler.attention} attention; "
+                f"{type(self).__name__} has {self.attention}"
+            )
+        self.tokenizer = freeze(tokenizer)
+        self.image_size = image_size
+        self.num_classes = num_classes
+        self.token_shape = tokenizer.token_shape(image_size)
+        self.vocab_size = tokenizer.vocab_size
+        self.length = prod(self.token_shape)
+        layout = SequenceLayout(self.vocab_size, self.token_shape, num_classes, self.attention, self.mask_token)
+        self.backbone = backbone(layout)
+        self.sampler = sampler
+        self.label_dropout = label_dropout
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.seed = seed
+        self.profile = BinnedMean(_PROFILE_BINS)
+        self._sharded = False
+
+    @abstractmethod
+    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+        """The loss of each token of `tokens (B, N)` given `labels (B,)`; `random` decides the corruption."""
+
+    @abstractmethod
+    def log_likelihood(self, tokens: Tensor, labels: Tensor) -> Likelihood:
+        """log p(tokens | label) in nats for `tokens (B, *token_shape)`, and whether it is exact."""
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss and its named terms.
+
+        The mean runs over the weights of all ranks together, so that the average of the ranks' gradients is the
+        gradient of the joint batch.
+
+        Args:
+            tokens: `(B, *token_shape)` int64 in [0, K).
+            labels: `(B,)` int64 in [0, num_classes].
+            random: decides corruption; by default row i of the batch is sample i of this generator's seed.
+        """
+        if random is None:
+            random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+        losses = self.token_losses(tokens.flatten(1), labels, random)
+        mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
+        return (losses.values * losses.weights).sum() / mean_weight, {}
+
+    @torch.no_grad()
+    def sample(
+        self, labels: Tensor, sampler: Sampler | None = None, seed: int = 0, indices: Tensor | None = None
+    ) -> Tensor:
+        """Draw the tokens of one image for each label.
+
+        Args:
+            labels: `(B,)` int64 in [0, num_classes]; `num_classes` is the null label.
+            sampler: this generator's own by default.
+            seed: with `indices`, it alone decides the draw, whatever the batch.
+            indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
+
+        Returns:
+            `(B, *token_shape)` int64 in [0, K).
+        """
+        if indices is None:
+            indices = torch.arange(len(labels), device=labels.device)
+        output = (sampler or self.sampler)(self.backbone, labels, CounterRandom(seed, indices))
+        return output.tokens.reshape(-1, *self.token_shape)
+
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """The ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        with torch.no_grad():
+            return self.tokenizer.encode(batch["image"])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        random = self._random(batch)
+        dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
+        labels = batch["label"].masked_fill(dropped, self.num_classes)
+        loss, terms = self.loss(self.tokens_of(batch), labels, random)
+        named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        self.log_dict(named, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        losses = self.token_losses(self.tokens_of(batch).flatten(1), batch["label"], self._random(batch))
+        self.profile.update(losses.values, losses.coordinate, losses.weights)
+
+    def on_validation_epoch_end(self) -> None:
+        total, weight = self.profile.compute()
+        self.profile.reset()
+        values = {"validation/loss": (total.sum() / weight.sum()).float()}
+        edges = torch.linspace(0, 1, _PROFILE_BINS + 1).tolist()
+        for place, (low, high) in enumerate(pairwise(edges)):
+            if weight[place] > 0:
+                values[f"validation/loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = (
+                    total[place] / weight[place]
+                ).float()
+        self.log_dict(values, sync_dist=True)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] sampled for the labels of a batch, seeded by this generator's seed."""
+        return self.tokenizer.decode(self.sample(batch["label"], seed=self.seed, indices=batch.get("index")))
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.optimizer, self.scheduler)
+
+    def configure_model(self) -> None:
+        """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None and not self._sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.backbone.shards():
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.backbone, mesh=mesh)
+            self._sharded = True
+
+    def setup(self, stage: str) -> None:
+        self._check_data()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.tokenizer.hparams:
+            checkpoint["tokenizer_config"] = dict(self.tokenizer.hparams)
+
+    def _random(self, batch: dict[str, Any]) -> CounterRandom:
+        labels = batch["label"]
+        indices = batch.get("index")
+        if indices is None:
+            # A loader of the user's own: unique for every rank, step and row, though not across another split of ranks.
+            step = (self.global_step * world_size() + rank()) * len(labels)
+            indices = step + torch.arange(len(labels), device=labels.device)
+        return CounterRandom(self.seed, indices)
+
+    def _check_data(self) -> None:
+        """Refuse token arrays of another tokenizer, and labels that this generator has no class for."""
+        data = getattr(self.trainer, "datamodule", None)
+        fingerprint = getattr(data, "tokenizer_fingerprint", None)
+        if fingerprint is not None and fingerprint != self.tokenizer.fingerprint():
+            raise ValueError(
+                f"the token arrays were made by the tokenizer {fingerprint[:12]}…, this generator's tokenizer is "
+                f"{self.tokenizer.fingerprint()[:12]}…: run `discrete-lit tokenize` again with this tokenizer, or give "
+                "the generator the tokenizer that made them"
+            )
+        classes = getattr(data, "num_classes", None)
+        if classes is not None and classes > self.num_classes:
+            raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")

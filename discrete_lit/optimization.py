@@ -1,0 +1,59 @@
+"""Parameter groups and learning-rate schedules."""
+
+from math import cos, pi
+from typing import Any
+
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def configure_optimizers(
+    module: LightningModule, optimizer: OptimizerCallable | None, scheduler: LRSchedulerCallable | None
+) -> Any:
+    """Lightning's `configure_optimizers` of one optimizer and a scheduler that steps after every batch.
+
+    Weight decay acts on weights of two or more dimensions alone, never on biases, norms and gains.
+
+    Raises:
+        ValueError: no optimizer was given.
+    """
+    if optimizer is None:
+        raise ValueError(
+            f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
+            "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
+        )
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    built = optimizer(
+        [
+            {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
+            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+    )
+    if scheduler is None:
+        return built
+    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+class WarmupCosine(LambdaLR):
+    """Linear warm-up to the optimizer's learning rate, then half a cosine down to a share of it.
+
+    Args:
+        optimizer: given by the configuration.
+        warmup_steps: batches until the full rate.
+        total_steps: batches until the final rate, which stays from there on.
+        final_share: the final rate as a share of the full one, in [0, 1].
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, final_share: float = 0.0) -> None:
+        if not 0 <= warmup_steps < total_steps:
+            raise ValueError(f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps}")
+
+        def share(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+            return final_share + (1 - final_share) * (1 + cos(pi * progress)) / 2
+
+        super().__init__(optimizer, share)

@@ -1,0 +1,79 @@
+"""Mask schedules: the probability m(t) that a token is masked at time t, from m(0) = 0 (clean) to m(1) = 1.
+
+Published forms use MaskGIT's decoding ratio r = 1 - t: its mask ratio gamma(r) is m(1 - r) here (Chang et al.,
+"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64.
+"""
+
+from abc import ABC, abstractmethod
+from math import pi
+
+import torch
+from torch import Tensor
+
+
+class MaskSchedule(ABC):
+    """m(t) with its derivative and inverse; arguments are tensors in [0, 1] of any shape, results float64."""
+
+    @abstractmethod
+    def mask_probability(self, t: Tensor) -> Tensor:
+        """m(t), rising from 0 to 1."""
+
+    @abstractmethod
+    def derivative(self, t: Tensor) -> Tensor:
+        """m'(t)."""
+
+    @abstractmethod
+    def inverse(self, m: Tensor) -> Tensor:
+        """The t with m(t) = m."""
+
+
+class CosineSchedule(MaskSchedule):
+    """m = sin(pi t / 2), which is MaskGIT's gamma(r) = cos(pi r / 2)."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return torch.sin(t.double() * pi / 2)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return torch.cos(t.double() * pi / 2) * pi / 2
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return torch.asin(m.double()) * 2 / pi
+
+
+class ArccosSchedule(MaskSchedule):
+    """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return torch.acos(1 - t.double()) * 2 / pi
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return 2 / pi / torch.sqrt(1 - (1 - t.double()) ** 2)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return 1 - torch.cos(m.double() * pi / 2)
+
+
+class LinearSchedule(MaskSchedule):
+    """m = t, gamma(r) = 1 - r."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return m.double()
+
+
+class SquareSchedule(MaskSchedule):
+    """gamma(r) = 1 - r^2, so m = 1 - (1 - t)^2."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return 1 - (1 - t.double()) ** 2
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return 2 * (1 - t.double())
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return 1 - torch.sqrt(1 - m.double())

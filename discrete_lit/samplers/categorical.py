@@ -1,0 +1,56 @@
+"""The categorical draw that every sampler shares, and the filters before it."""
+
+import torch
+from torch import Tensor
+
+# Cumulative sums are formed for this many probabilities at once: 256 MB of float64.
+_ENTRIES_AT_ONCE = 2**25
+
+
+def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits `(..., K)` with -inf at the ids that the filters drop; first top-k, then top-p.
+
+    Args:
+        logits: float32.
+        top_k: keep the k largest (and their ties).
+        top_p: keep the smallest set of largest probabilities whose mass reaches p, the id that crosses p included
+            (nucleus sampling, Holtzman et al., 2020).
+    """
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(dim=-1)
+        before = probability.cumsum(dim=-1) - probability
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return logits
+
+
+def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """One id for each row by inversion of the cumulative distribution, in float64.
+
+    A row needs one uniform number, whatever K. In float64 the rarest id keeps its probability, which float32 noise on a
+    2^-24 grid does not give (a Gumbel or exponential race there loses the tails of large vocabularies).
+
+    Args:
+        logits: `(..., K)`, finite or -inf, at least one finite in each row.
+        uniforms: `(...)` float64 in (0, 1).
+
+    Returns:
+        `(...)` int64 in [0, K); never an id of probability zero.
+    """
+    rows, targets = logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1, 1)
+    size = max(1, _ENTRIES_AT_ONCE // logits.shape[-1])
+    parts = [_invert(row, target) for row, target in zip(rows.split(size), targets.split(size), strict=True)]
+    return torch.cat(parts).reshape(uniforms.shape)
+
+
+def _invert(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """`(n, K)` and `(n, 1)` to `(n,)`."""
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    # The product may round up to the total, behind which no id stands.
+    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]

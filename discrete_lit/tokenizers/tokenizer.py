@@ -1,0 +1,88 @@
+"""What a tokenizer is: images to a grid of ids and back."""
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+
+class Tokenizer(LightningModule, ABC):
+    """Maps images to a grid of token ids in [0, K) and back.
+
+    Subclasses set `vocab_size` and implement the four methods below; a generator needs nothing else of a tokenizer.
+    """
+
+    vocab_size: int
+    """K, the number of ids."""
+
+    @abstractmethod
+    def token_shape(self, image_size: int) -> tuple[int, ...]:
+        """Shape of the token grid of a square image, for instance `(16, 16)`.
+
+        Raises:
+            ValueError: a size that the down-sampling does not divide.
+        """
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` float in [-1, 1] to `(B, *token_shape)` int64 in [0, K)."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """`(B, *token_shape)` int64 in [0, K) to `(B, C, H, W)` float in [-1, 1].
+
+        Raises:
+            ValueError: an id outside [0, K).
+        """
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`(B, *token_shape)` to the code vectors `(B, D, *grid)`."""
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise a ValueError unless every id is in [0, K)."""
+        if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
+            raise ValueError(
+                f"token ids must lie in [0, {self.vocab_size}), got [{int(tokens.min())}, {int(tokens.max())}]: "
+                "were these tokens made by another tokenizer, or does a mask id remain?"
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the class and of every weight and buffer: two tokenizers with equal ids and pixels agree."""
+        digest = hashlib.sha256(type(self).__qualname__.encode())
+        for name, value in sorted(self.state_dict().items()):
+            data = value.detach().cpu().contiguous()
+            digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
+            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:
+    """The frozen tokenizer of a checkpoint, for a generator's `tokenizer` argument.
+
+    Args:
+        checkpoint: a file written by `discrete-lit fit` on a Tokenizer.
+        sha256: the expected `fingerprint()`; anything else is refused.
+
+    Raises:
+        ValueError: the file is missing, broken, holds no Tokenizer, or has another fingerprint.
+    """
+    from discrete_lit.checkpoints import load
+
+    tokenizer = load(checkpoint)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"tokenizer.checkpoint={checkpoint!r} holds a {type(tokenizer).__name__}, which is a generator; "
+            "give the checkpoint of a Tokenizer"
+        )
+    found = tokenizer.fingerprint()
+    if sha256 is not None and found != sha256:
+        raise ValueError(f"tokenizer.checkpoint={checkpoint!r} has fingerprint {found}, expected sha256={sha256}")
+    return freeze(tokenizer)
+
+
+def freeze(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer in eval mode, without gradients."""
+    return tokenizer.eval().requires_grad_(False)
