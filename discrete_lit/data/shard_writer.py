@@ -1,0 +1,197 @@
+"""Write a source of labelled images as webdataset shards.
+
+A folder of shards holds one split: `{split}-000000.tar`, `{split}-000001.tar` and so on, and `manifest.json`. A sample
+is two files of a tar: `<key>.<extension>`, the image file untouched, and `<key>.cls`, the label as ASCII digits.
+The same source and settings give the same bytes.
+"""
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from discrete_lit.data.sources.source import Sample, Source
+
+FORMAT = "discrete-lit-shards-1"
+MANIFEST = "manifest.json"
+_UNFINISHED = "manifest.unfinished.json"
+
+
+def write_shards(
+    source: Source,
+    output: str | os.PathLike[str],
+    *,
+    split: str,
+    samples_per_shard: int = 1000,
+    shuffle_seed: int | None = 0,
+) -> dict[str, Any]:
+    """Write every sample of `source` into shards below `output`, and return the manifest.
+
+    It can be interrupted at any moment and run again: shards that are finished and have the recorded SHA-256 are kept,
+    a half-written one, which has a temporary name, is written again. `manifest.json` is written last.
+
+    Args:
+        source: The images.
+        output: A folder for this split alone; made if it is not there.
+        split: Name of the split, the first part of the shards' names.
+        samples_per_shard: Samples in each shard but the last. A shard is held in memory before it is written.
+        shuffle_seed: Order of the samples: by SHA-256 of seed and key, so that it depends on no library and not on the
+            order of the source. None keeps the order of the source.
+
+    Returns:
+        The content of `manifest.json`: `format`, `split`, `count`, `num_classes`, `classes`, `shuffle_seed`, `source`,
+        `source_sha256` (`Source.fingerprint`), `samples_per_shard`, and `shards`, a list of `name`, `count`, `sha256`.
+
+    Raises:
+        ValueError: An argument is out of range, `output` holds shards of another source or other settings (the message
+            says what differs), or another process is writing there.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+", split):
+        raise ValueError(f"split {split!r} must be letters, digits and underscores, such as train")
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1")
+    plan = {
+        "format": FORMAT,
+        "split": split,
+        "count": len(source),
+        "num_classes": len(source.classes),
+        "classes": source.classes,
+        "shuffle_seed": shuffle_seed,
+        "source": source.description,
+        "source_sha256": source.fingerprint(),
+        "samples_per_shard": samples_per_shard,
+    }
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(output):
+        finished = _finished_shards(output, plan)
+        shards: list[dict[str, Any]] = []
+        order = _order(source, shuffle_seed)
+        with tqdm(total=len(order), desc=f"{split} shards", unit="image", unit_scale=True, disable=None) as progress:
+            for start in range(0, len(order), samples_per_shard):
+                indices = order[start : start + samples_per_shard]
+                name = f"{split}-{len(shards):06d}.tar"
+                sha256 = finished.get(name)
+                if sha256 is None or not _has_sha256(output / name, sha256):
+                    sha256 = _write_shard(output / name, _read(source, indices))
+                shards.append({"name": name, "count": len(indices), "sha256": sha256})
+                if not (output / MANIFEST).exists():
+                    _write_json(output / _UNFINISHED, {**plan, "shards": shards})
+                progress.update(len(indices))
+        manifest = {**plan, "shards": shards}
+        _write_json(output / MANIFEST, manifest)
+        (output / _UNFINISHED).unlink(missing_ok=True)
+    return manifest
+
+
+def _order(source: Source, seed: int | None) -> list[int]:
+    if seed is None:
+        return list(range(len(source)))
+    return sorted(
+        range(len(source)), key=lambda index: hashlib.sha256(f"{seed} {source.entries[index].key}".encode()).digest()
+    )
+
+
+def _read(source: Source, indices: Sequence[int]) -> list[Sample]:
+    # In the order of the source, which is that of the disk: on a spinning disk the shuffle would cost a seek an image.
+    samples = {index: source[index] for index in sorted(indices)}
+    return [samples[index] for index in indices]
+
+
+def _write_shard(path: Path, samples: Sequence[Sample]) -> str:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+            for sample in samples:
+                _add(archive, f"{sample.key}.{sample.extension}", sample.data)
+                _add(archive, f"{sample.key}.cls", str(sample.label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    sha256 = _sha256(temporary)
+    temporary.replace(path)
+    return sha256
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    # A new TarInfo has time, owner and group 0: bytes that depend on nothing but name and content.
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    info.mode = 0o644
+    archive.addfile(info, io.BytesIO(data))
+
+
+def _finished_shards(output: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """SHA-256 of each shard that an earlier run with the same plan finished."""
+    path = next((path for name in (MANIFEST, _UNFINISHED) if (path := output / name).exists()), None)
+    if path is None:
+        if stranger := next(output.glob("*.tar"), None):
+            raise ValueError(
+                f"{output} holds {stranger.name} and no manifest: something else wrote it. Choose another output folder"
+            )
+        # Says from the first moment whose shards these are.
+        _write_json(output / _UNFINISHED, {**plan, "shards": []})
+        return {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        shards = {shard["name"]: shard["sha256"] for shard in earlier["shards"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error!r}): delete the folder and run again") from error
+    # `source` is for people: the same data may have moved to a folder of another name.
+    different = [key for key in plan if key != "source" and earlier.get(key) != plan[key]]
+    if different:
+        lines = [f"  {key}: {_short(earlier.get(key))} there, {_short(plan[key])} now" for key in different]
+        raise ValueError(
+            f"{output} holds shards of {earlier.get('source')!r} that differ from what is asked:\n"
+            + "\n".join(lines)
+            + "\nChoose another output folder, or delete this one"
+        )
+    return shards
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+@contextmanager
+def _sole_writer(output: Path) -> Iterator[None]:
+    """Holds a lock on the folder that ends with the process, however it ends."""
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing shards to {output}: let it finish or stop it") from error
+        except OSError:
+            # Some network file systems have no locks; that must not stop the only writer there is.
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _has_sha256(path: Path, sha256: str) -> bool:
+    return path.is_file() and _sha256(path) == sha256
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,61 @@
+"""The part of Fashion-MNIST that comes with the project."""
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from discrete_lit.data.sources.source import Entry, Source
+
+EMBEDDED_SHA256 = "fb45dadc5cae695accb1481b9c5fe4cbef586532655446b55765488783755f2f"
+PADDING = 2
+
+
+class EmbeddedSet(Source):
+    """The Fashion-MNIST of `data/fashion_mnist.npz`: 20,000 training images and all 10,000 test images.
+
+    The training images are the first 2,000 of each class. Images are grey, 28x28, padded with black to 32x32 and given
+    as PNG. Keys are `train-00000` and so on: the number is the row in the file.
+    Source: Xiao, Rasul and Vollgraf, 2017, https://arxiv.org/abs/1708.07747; MIT licence.
+
+    Args:
+        file: Path of `fashion_mnist.npz`.
+        split: Which images.
+
+    Raises:
+        ValueError: `file` is missing or is not, byte for byte, the file that comes with the project.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], split: Literal["train", "test"]) -> None:
+        path = Path(file)
+        if not path.is_file():
+            raise ValueError(
+                f"there is no file {path}; give the path of data/fashion_mnist.npz in the project's checkout"
+            )
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != EMBEDDED_SHA256:
+            raise ValueError(
+                f"{path} has SHA-256 {digest}, expected {EMBEDDED_SHA256}: restore it with `git checkout` or make it "
+                "again with data/fashion_mnist.py"
+            )
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            self._images = arrays[f"{split}_images"]
+            labels = arrays[f"{split}_labels"].tolist()
+            classes = arrays["classes"].tolist()
+        size = self._images[0].nbytes
+        entries = [Entry(f"{split}-{row:05d}", "png", label, size) for row, label in enumerate(labels)]
+        super().__init__(f"Fashion-MNIST {split}, {path.name} sha256:{digest}", classes, entries)
+
+    def read(self, index: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(np.pad(self._images[index], PADDING)).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def fingerprint(self) -> str:
+        # All images have one size, so the entries alone would not tell one file from another.
+        return hashlib.sha256((EMBEDDED_SHA256 + super().fingerprint()).encode()).hexdigest()
