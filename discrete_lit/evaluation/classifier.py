@@ -1,0 +1,93 @@
+"""A small image classifier that judges whether a sample shows the class that was asked for."""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.optimization import configure_optimizers
+
+
+class ImageClassifier(LightningModule):
+    """Convolutions with batch norm, one per entry of `channels`, each halving the image; a mean; a linear layer.
+
+    Logs `train/loss` (cross-entropy in nats), `validation/loss` and `validation/accuracy` (share in [0, 1]).
+
+    Args:
+        num_classes: K.
+        channels: width of each stage; n stages need images of at least 2^n pixels.
+        dropout: share of pooled features that is dropped in training.
+        optimizer: from parameters to an optimizer; needed to train.
+        scheduler: from an optimizer to a scheduler, stepped after every batch.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        channels: tuple[int, ...] = (16, 32, 64, 128),
+        dropout: float = 0.1,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.num_classes = num_classes
+        stages = [nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
+        for width_in, width_out in pairwise(channels):
+            stages += [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), *_normalized(width_out)]
+            stages += [nn.MaxPool2d(2)]
+        self.network = nn.Sequential(
+            *stages,
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(channels[-1], num_classes),
+        ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` float in [-1, 1] to logits `(B, num_classes)` float32."""
+        return self.network(images.contiguous(memory_format=torch.channels_last)).float()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = F.cross_entropy(self(batch["image"]), batch["label"])
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        logits = self(batch["image"])
+        correct = (logits.argmax(1) == batch["label"]).float().mean()
+        terms = {"validation/loss": F.cross_entropy(logits, batch["label"]), "validation/accuracy": correct}
+        self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=len(logits))
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.optimizer, self.scheduler)
+
+
+def _normalized(width: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+
+
+def load_classifier(path: str | Path) -> ImageClassifier:
+    """The classifier of a checkpoint of `discrete-lit fit`, on the CPU, in eval mode; the file alone is enough.
+
+    Raises:
+        ValueError: no such file, a truncated one, or one that holds no ImageClassifier.
+    """
+    from discrete_lit.checkpoints import instantiate, module_config, read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    config = module_config(checkpoint, path)
+    module = instantiate(config)
+    if not isinstance(module, ImageClassifier):
+        raise ValueError(f"classifier={str(path)!r} holds a {config['class_path']}, not an ImageClassifier")
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"classifier={str(path)!r} does not fit {config['class_path']}: {error}") from error
+    return module.eval()

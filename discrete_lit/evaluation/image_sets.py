@@ -1,0 +1,221 @@
+"""Sets of stored images, read one by one as uint8: shards, folders, and `samples.npz` files."""
+
+import hashlib
+import json
+import tarfile
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from discrete_lit.data.decoding import IMAGE_EXTENSIONS, decode_image
+from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.transforms import center_crop
+from discrete_lit.provenance import file_sha256
+
+Pixels = np.ndarray
+"""uint8 `(H, W, 3)`."""
+
+_ACCEPTED = (
+    "accepted are a folder of shards (with manifest.json), a folder of images (one subfolder per class, or images "
+    "alone), and a .npz with uint8 arr_0 (N, H, W, 3)"
+)
+
+
+class ImageSet(ABC):
+    """Images in a fixed order, with labels or without.
+
+    Files of any size become `image_size` by ADM's centre crop, which leaves an image of that size as it is.
+    """
+
+    path: Path
+    count: int
+    num_classes: int | None
+    """None where the images have no labels."""
+    labels: np.ndarray | None = None
+    """int64 `(count,)` where they are known before reading."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the images do."""
+
+    @abstractmethod
+    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        """Every image in order: its label, and a function that decodes it.
+
+        That function raises `UndecodableImage` for a broken file.
+        """
+
+
+def open_image_set(path: str | Path, image_size: int) -> ImageSet:
+    """The image set that a path names.
+
+    Raises:
+        ValueError: nothing there, or nothing that holds images of `image_size`.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file():
+        return NpzImages(path, image_size)
+    if not path.is_dir():
+        raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
+    if (path / "manifest.json").is_file():
+        return ShardImages(path, image_size)
+    if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
+        return ClassFolderImages(path, image_size)
+    return FlatFolderImages(path, image_size)
+
+
+class NpzImages(ImageSet):
+    """`arr_0` uint8 `(N, H, W, 3)`, with `labels` (or ADM's `arr_1`) int64 `(N,)` where the samples have classes.
+
+    The pixels are read as a stream: 50,000 images of 256x256 would be 10 GB in memory.
+    """
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = list(file.files)
+                key = next((key for key in ("labels", "arr_1") if key in names), None)
+                labels = None if key is None else file[key]
+        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
+            raise ValueError(f"{str(path)!r} is not a readable npz file: {error}") from error
+        if "arr_0" not in names:
+            raise ValueError(f"{str(path)!r} holds {sorted(names)} and no arr_0: {_ACCEPTED}")
+        with self._open() as (shape, dtype, _):
+            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise ValueError(f"{str(path)!r}: arr_0 is {dtype} {shape}, it must be uint8 (N, H, W, 3)")
+            if shape[1:3] != (image_size, image_size):
+                raise ValueError(
+                    f"{str(path)!r} has images of {shape[1]}x{shape[2]}, image_size is {image_size}: "
+                    "samples are never resized"
+                )
+        self.count = shape[0]
+        self.num_classes = None
+        if labels is not None:
+            if (
+                labels.shape != (self.count,)
+                or not np.issubdtype(labels.dtype, np.integer)
+                or labels.min(initial=0) < 0
+            ):
+                raise ValueError(
+                    f"{str(path)!r}: labels are {labels.dtype} {labels.shape}, expected ({self.count},) ids"
+                )
+            self.labels = labels.astype(np.int64)
+            self.num_classes = int(labels.max(initial=-1)) + 1
+
+    def _open(self) -> "_NpyStream":
+        return _NpyStream(self.path, "arr_0.npy")
+
+    def fingerprint(self) -> str:
+        return file_sha256(self.path)
+
+    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        with self._open() as (shape, _, file):
+            size = int(np.prod(shape[1:]))
+            for index in range(self.count):
+                data = file.read(size)
+                if len(data) != size:
+                    raise ValueError(f"{str(self.path)!r} ends after {index} of {self.count} images")
+                label = None if self.labels is None else int(self.labels[index])
+                yield label, lambda data=data: np.frombuffer(data, np.uint8).reshape(shape[1:])
+
+
+class _NpyStream:
+    """An array of an npz file as (shape, dtype, file of its bytes), without loading it."""
+
+    def __init__(self, path: Path, member: str) -> None:
+        self.path, self.member = path, member
+
+    def __enter__(self) -> tuple[tuple[int, ...], np.dtype, IO[bytes]]:
+        self._archive = zipfile.ZipFile(self.path)
+        self._file = self._archive.open(self.member)
+        version = np.lib.format.read_magic(self._file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read(self._file)
+        if fortran_order:
+            raise ValueError(f"{str(self.path)!r}: arr_0 is in Fortran order; save it with np.ascontiguousarray")
+        return shape, dtype, self._file
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._archive.close()
+
+
+class ShardImages(ImageSet):
+    """A folder of webdataset shards with the manifest of `discrete-lit shards`."""
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path, self.image_size = path, image_size
+        self._manifest = (path / "manifest.json").read_bytes()
+        manifest = json.loads(self._manifest)
+        if manifest.get("format") != "discrete-lit-shards-1":
+            raise ValueError(f"{str(path)!r} holds {manifest.get('format')!r}, which are not images: {_ACCEPTED}")
+        self.count, self.num_classes = manifest["count"], manifest["num_classes"]
+        self._shards = [path / shard["name"] for shard in manifest["shards"]]
+        missing = [shard.name for shard in self._shards if not shard.is_file()]
+        if missing:
+            raise ValueError(f"{str(path)!r} lacks {len(missing)} of its {len(self._shards)} shards: {missing[:3]}")
+
+    def fingerprint(self) -> str:
+        # The manifest holds the SHA-256 of every shard.
+        return hashlib.sha256(self._manifest).hexdigest()
+
+    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        for shard in self._shards:
+            with tarfile.open(shard, "r:") as archive:
+                sample: dict[str, bytes] = {}
+                for member in archive:
+                    key, _, extension = member.name.rpartition(".")
+                    file = archive.extractfile(member)
+                    if file is None or extension not in IMAGE_EXTENSIONS | {"cls"}:
+                        continue
+                    sample[f"{key}.{'cls' if extension == 'cls' else 'image'}"] = file.read()
+                    if f"{key}.cls" in sample and f"{key}.image" in sample:
+                        data, label = sample.pop(f"{key}.image"), int(sample.pop(f"{key}.cls"))
+                        yield label, lambda data=data: center_crop(decode_image(data), self.image_size)
+
+
+class ClassFolderImages(ImageSet):
+    """A folder with one subfolder per class; classes and images in sorted order."""
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path, self.image_size = path, image_size
+        self._source = ClassFolders(path)
+        self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
+        self.count, self.num_classes = len(self.labels), len(self._source.classes)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        for index, entry in enumerate(self._source.entries):
+            yield (
+                entry.label,
+                lambda index=index: center_crop(decode_image(self._source.read(index)), self.image_size),
+            )
+
+
+class FlatFolderImages(ImageSet):
+    """Image files of one folder in sorted order, without labels."""
+
+    def __init__(self, path: Path, image_size: int) -> None:
+        self.path, self.image_size = path, image_size
+        self._files = sorted(file for file in path.iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        if not self._files:
+            raise ValueError(f"{str(path)!r} holds no images: {_ACCEPTED}")
+        self.count, self.num_classes = len(self._files), None
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for file in self._files:
+            status = file.stat()
+            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        for file in self._files:
+            yield None, lambda file=file: center_crop(decode_image(file.read_bytes()), self.image_size)

@@ -1,0 +1,147 @@
+"""Mean and covariance of features, gathered batch by batch in float64."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discrete_lit.distributed import all_reduce_sum
+from discrete_lit.evaluation.features import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a set's features, and what they are of.
+
+    `count`, `extractor` and `weights_sha256` are None where a file does not say, as in ADM's reference files.
+    """
+
+    mean: Tensor
+    """`(D,)` float64."""
+    covariance: Tensor
+    """`(D, D)` float64, unbiased (divided by count - 1)."""
+    count: int | None = None
+    extractor: str | None = None
+    weights_sha256: str | None = None
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the covariance can have: n samples span at most n - 1 directions."""
+        return self.dim if self.count is None else min(self.dim, self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz: `mu` and `sigma`, as ADM names them, and what is known of the other attributes."""
+        known = {
+            key: np.asarray(value)
+            for key in ("count", "extractor", "weights_sha256")
+            if (value := getattr(self, key)) is not None
+        }
+        np.savez(path, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+
+    @staticmethod
+    def load(path: str | Path) -> Moments:
+        """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
+
+        Raises:
+            ValueError: a file that holds no moments, or moments of inconsistent shapes.
+        """
+        with np.load(path, allow_pickle=False) as file:
+            if "mu" not in file.files or "sigma" not in file.files:
+                raise ValueError(
+                    f"{str(path)!r} holds {sorted(file.files)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)"
+                )
+            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
+            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(
+                    f"{str(path)!r}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are not (D,) and (D, D)"
+                )
+            return Moments(
+                torch.from_numpy(mean),
+                torch.from_numpy(covariance),
+                int(file["count"]) if "count" in file.files else None,
+                str(file["extractor"]) if "extractor" in file.files else None,
+                str(file["weights_sha256"]) if "weights_sha256" in file.files else None,
+            )
+
+
+def holds_moments(path: str | Path) -> bool:
+    """Whether a path is an npz file of moments, as opposed to images."""
+    path = Path(path)
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with np.load(path, allow_pickle=False) as file:
+        return "mu" in file.files
+
+
+class FeatureMoments:
+    """Running sums of features: any split into batches or ranks gives the same moments, to float64 rounding.
+
+    A plain object, so that a module that holds one does not write it into its checkpoints.
+
+    Args:
+        extractor: where the features come from: gives the width, and the name in what is saved.
+        device: of the sums; CPU for accelerators without float64.
+
+    Example:
+        moments = FeatureMoments(extractor)
+        for images in batches:
+            moments.update(extractor(to_uint8(images)))
+        reference = moments.over_ranks().compute()
+    """
+
+    def __init__(self, extractor: FeatureExtractor, device: torch.device | str = "cpu") -> None:
+        self.extractor = extractor
+        self.count = 0
+        self.total = torch.zeros(extractor.dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add features `(B, D)`."""
+        features = features.detach().to(self.total.device).double()
+        self.count += len(features)
+        self.total += features.sum(0)
+        self.outer.addmm_(features.T, features)
+
+    def merge(self, other: FeatureMoments) -> FeatureMoments:
+        """The sums over both sets of features, as a new object."""
+        assert self.extractor.weights_sha256 == other.extractor.weights_sha256
+        merged = FeatureMoments(self.extractor, self.total.device)
+        merged.count = self.count + other.count
+        merged.total = self.total + other.total
+        merged.outer = self.outer + other.outer
+        return merged
+
+    def over_ranks(self) -> FeatureMoments:
+        """The sums over all ranks, as a new object. Every rank has to call it; without ranks it changes nothing."""
+        merged = FeatureMoments(self.extractor, self.total.device)
+        merged.count = int(all_reduce_sum(torch.tensor(self.count, device=self.total.device)))
+        merged.total = all_reduce_sum(self.total)
+        merged.outer = all_reduce_sum(self.outer)
+        return merged
+
+    def compute(self) -> Moments:
+        """The moments so far, on the CPU.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return Moments(
+            mean.cpu(),
+            covariance.cpu(),
+            self.count,
+            self.extractor.name,
+            self.extractor.weights_sha256,
+        )
