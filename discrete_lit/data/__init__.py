@@ -1,0 +1,29 @@
+"""Data: images from shards or folders, and token arrays, each as a LightningDataModule that resumes exactly.
+
+The DataModules are imported when they are asked for: the commands that only write shards need neither torch nor
+Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from discrete_lit.data.image_folder import ImageFolder
+    from discrete_lit.data.image_shards import ImageShards
+    from discrete_lit.data.token_arrays import TokenArrays
+    from discrete_lit.data.token_writer import TokenWriter
+
+__all__ = ["ImageFolder", "ImageShards", "TokenArrays", "TokenWriter"]
+
+_MODULES = {
+    "ImageFolder": "image_folder",
+    "ImageShards": "image_shards",
+    "TokenArrays": "token_arrays",
+    "TokenWriter": "token_writer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"discrete_lit.data.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'discrete_lit.data' has no attribute {name!r}")

@@ -1,0 +1,136 @@
+"""What the three DataModules share: loaders for every stage, the place of this rank, and a state that survives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from lightning import LightningDataModule
+
+from discrete_lit import distributed
+from discrete_lit.data.resumable import BatchSource, EvaluationLoader, TrainingLoader
+
+Split = Literal["train", "validation"]
+
+
+class ResumableDataModule(LightningDataModule, ABC):
+    """A DataModule whose training continues exactly, in the middle of an epoch.
+
+    The state of the training loader is written twice: by Lightning as the loader's, and here as the DataModule's.
+    Lightning forgets the first where the model reads `trainer.estimated_stepping_batches`
+    (Lightning-AI/pytorch-lightning#20550).
+
+    Args:
+        batch_size: samples of a batch on each rank.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: decides the order and the augmentation.
+        max_bad_fraction: share of a split's samples that may be unreadable before a run fails.
+        persistent_workers: keep the processes between epochs.
+    """
+
+    def __init__(self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float, persistent_workers: bool):
+        super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.max_bad_fraction = max_bad_fraction
+        self.persistent_workers = persistent_workers
+        # A small validation set on many ranks leaves some of them without a batch, which is not an error.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._training_loader: TrainingLoader | None = None
+        self._saved_state: Mapping[str, Any] | None = None
+
+    @abstractmethod
+    def has_split(self, split: Split) -> bool:
+        """Whether the DataModule was given this split."""
+
+    @abstractmethod
+    def training_source(self, rank: int, world_size: int) -> BatchSource:
+        """The training batches of a rank."""
+
+    @abstractmethod
+    def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
+        """Every sample of a split, for one rank."""
+
+    def training_loader(self, rank: int | None = None, world_size: int | None = None) -> TrainingLoader:
+        """The training batches of one rank; of this process by default."""
+        self._require("train")
+        source = self.training_source(*self._place(rank, world_size))
+        return TrainingLoader(
+            source,
+            self.num_workers,
+            self.max_bad_fraction,
+            self.persistent_workers,
+            start_epoch=self.trainer.current_epoch if self.trainer else 0,
+            batches_per_epoch=self._trainer_limit(source.batches),
+            repeat_epoch=bool(getattr(self.trainer, "overfit_batches", 0)),
+        )
+
+    def evaluation_loader(
+        self,
+        split: Split,
+        rank: int | None = None,
+        world_size: int | None = None,
+        max_bad_fraction: float | None = None,
+    ) -> EvaluationLoader:
+        """Every sample of `split` once over all ranks, in evaluation mode; `index` is its position in the split.
+
+        Args:
+            split: train or validation.
+            rank: by default, this process's.
+            world_size: by default, this process's.
+            max_bad_fraction: by default, the DataModule's; 0 where no sample may be missing.
+        """
+        self._require(split)
+        source = self.evaluation_source(split, *self._place(rank, world_size))
+        accepted = self.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
+        return EvaluationLoader(source, self.num_workers, accepted)
+
+    def train_dataloader(self) -> TrainingLoader:
+        loader = self.training_loader()
+        if self._saved_state is not None:
+            loader.load_state_dict(self._saved_state)
+            self._saved_state = None
+        self._training_loader = loader
+        return loader
+
+    def val_dataloader(self) -> EvaluationLoader | list:
+        return self.evaluation_loader("validation") if self.has_split("validation") else []
+
+    def test_dataloader(self) -> EvaluationLoader:
+        return self.evaluation_loader("validation")
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        return self.evaluation_loader("validation" if self.has_split("validation") else "train")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._training_loader.state_dict() if self._training_loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_state = state_dict or None
+
+    def setup(self, stage: str) -> None:
+        # Lightning calls this before it loads a checkpoint, so a state that an earlier `validate` loaded ends here.
+        self._saved_state = None
+
+    def _require(self, split: Split) -> None:
+        if split not in ("train", "validation"):
+            raise ValueError(f"split {split!r} is not known; it is 'train' or 'validation'")
+        if not self.has_split(split):
+            raise ValueError(f"{type(self).__name__} was given no {split} data: set its `{split}` argument")
+
+    def _place(self, rank: int | None, world_size: int | None) -> tuple[int, int]:
+        if rank is not None and world_size is not None:
+            return rank, world_size
+        # With tensor parallelism several processes share a batch, and only the strategy knows which.
+        if self.trainer and (replicas := self.trainer.distributed_sampler_kwargs):
+            return replicas["rank"], replicas["num_replicas"]
+        return distributed.rank(), distributed.world_size()
+
+    def _trainer_limit(self, batches: int) -> int:
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return int(batches * limit) if isinstance(limit, float) else min(batches, limit)

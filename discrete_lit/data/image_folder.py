@@ -1,0 +1,222 @@
+"""Images in a folder with one subfolder per class, read directly."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
+from discrete_lit.data.data_module import ResumableDataModule, Split
+from discrete_lit.data.decoding import IMAGE_EXTENSIONS, UndecodableImage
+from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.map_order import EvaluationOrder, TrainingOrder
+from discrete_lit.data.resumable import Batch, BatchSource
+
+
+class ImageFolder(ResumableDataModule):
+    """Batches of images from `<folder>/<class>/**/<image>`; see `image_batches.image_batch` for what is in them.
+
+    Classes are the subfolders' names in sorted order, those of `train` where it is given. A sample's key is its path
+    below the folder. Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks
+    and workers as long as `batch_size` times ranks stays. In training `index` is the sample's place in the run,
+    epoch * count + place in the epoch; in evaluation it is the place in the sorted list of files.
+
+    An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
+    evaluation; both are logged and counted.
+
+    Args:
+        train: folder of training images; None where only the other split is used.
+        validation: folder of validation images.
+        image_size: side of the square images, in pixels.
+        batch_size: samples of a batch on each rank.
+        num_workers: processes that decode; 0 decodes in the training process.
+        seed: of the order and the augmentation.
+        crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
+        minimum_crop: smallest part of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM, LlamaGen).
+        flip: mirror half of the training images.
+        apply_exif: turn pictures as their EXIF orientation says; published figures do not.
+        max_bad_fraction: share of an epoch's images that may be unreadable before the run fails.
+        persistent_workers: keep the processes between epochs.
+
+    Raises:
+        ValueError: a setting is out of range. Reading the folders raises it where one is missing or empty, or where
+            `validation` has a class that `train` has not.
+    """
+
+    def __init__(
+        self,
+        train: str | None,
+        validation: str | None = None,
+        *,
+        image_size: int,
+        batch_size: int,
+        num_workers: int = 2,
+        seed: int = 0,
+        crop: Literal["random", "center"] = "random",
+        minimum_crop: float = 1.0,
+        flip: bool = True,
+        apply_exif: bool = False,
+        max_bad_fraction: float = 0.01,
+        persistent_workers: bool = False,
+    ):
+        super().__init__(batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
+        if train is None and validation is None:
+            raise ValueError("ImageFolder needs a folder of images: set `train`, `validation` or both")
+        self._paths: dict[Split, str | None] = {"train": train, "validation": validation}
+        self._pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
+        self.image_size = image_size
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Name of each label."""
+        path = self._paths["train"] or self._paths["validation"]
+        assert path is not None
+        return class_folders(path)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are in 0..num_classes-1."""
+        return len(self.classes)
+
+    def has_split(self, split: Split) -> bool:
+        return self._paths[split] is not None
+
+    @cached_property
+    def _files(self) -> dict[Split, "ImageFiles"]:
+        return {split: ImageFiles(path, self.classes) for split, path in self._paths.items() if path is not None}
+
+    def training_source(self, rank: int, world_size: int) -> BatchSource:
+        files = self._files["train"]
+        order = TrainingOrder(len(files), self.batch_size, rank, world_size, self.seed)
+        return _TrainingImages(files, order, self._pipeline)
+
+    def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
+        files = self._files[split]
+        return _EvaluationImages(files, EvaluationOrder(len(files), self.batch_size, rank, world_size), self._pipeline)
+
+
+class ImageFiles:
+    """The image files of a folder with one subfolder per class, in sorted order.
+
+    Raises:
+        ValueError: the folder is missing or empty, or has a class that is not one of `classes`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], classes: list[str]):
+        self.folder = Path(folder)
+        label_of = {name: label for label, name in enumerate(classes)}
+        self.keys: list[str] = []
+        labels: list[int] = []
+        for name in class_folders(folder):
+            if name not in label_of:
+                raise ValueError(
+                    f"{self.folder} has a class {name!r} that the training folder has not; which has {len(classes)}: "
+                    f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
+                )
+            keys = _image_keys(self.folder, name)
+            self.keys += keys
+            labels += [label_of[name]] * len(keys)
+        if not self.keys:
+            raise ValueError(
+                f"no images in {self.folder}: its class folders hold no {', '.join(sorted(IMAGE_EXTENSIONS))}"
+            )
+        self.labels = np.array(labels, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, sample: int) -> bytes:
+        """The bytes of an image file."""
+        try:
+            return (self.folder / self.keys[sample]).read_bytes()
+        except OSError as error:
+            raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+
+
+def class_folders(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of a folder's subfolders, sorted; hidden ones are left out.
+
+    Raises:
+        ValueError: there are none.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; images are read from <folder>/<class>/<image>")
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{path} has no class folders; images are read from <folder>/<class>/<image>")
+    return names
+
+
+def _image_keys(folder: Path, name: str) -> list[str]:
+    keys = []
+    for root, _, files in os.walk(folder / name, followlinks=True):
+        below = Path(root).relative_to(folder).as_posix()
+        keys += [
+            f"{below}/{file}"
+            for file in files
+            if file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not file.startswith(".")
+        ]
+    return sorted(keys)
+
+
+class _TrainingImages:
+    def __init__(self, files: ImageFiles, order: TrainingOrder, pipeline: ImagePipeline):
+        self.files = files
+        self.order = order
+        self.pipeline = pipeline
+        self.batches = order.batches
+        self.samples = order.samples
+        self.samples_per_step = order.samples_per_step
+
+    def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
+        bad: list[BadSample] = []
+        samples = [self._sample(epoch, int(position), bad) for position in self.order.positions(number)]
+        return image_batch(samples, self.pipeline.image_size), bad
+
+    def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledImage:
+        permutation = self.order.permutation(epoch)
+        # The stand-in of a bad image is the next good one of the epoch's order, which no rank or worker decides.
+        for distance in range(len(permutation)):
+            sample = permutation[(position + distance) % len(permutation)]
+            key = self.files.keys[sample]
+            try:
+                pixels = self.pipeline.training(self.files.read(sample), epoch, key)
+            except UndecodableImage as error:
+                if distance == 0:
+                    bad.append(BadSample(key, str(self.files.folder), str(error)))
+                continue
+            index = epoch * self.order.count + position
+            return LabelledImage(pixels, int(self.files.labels[sample]), key, index)
+        raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
+
+    def identity(self) -> Mapping[str, int | str]:
+        return self.order.identity()
+
+
+class _EvaluationImages:
+    def __init__(self, files: ImageFiles, order: EvaluationOrder, pipeline: ImagePipeline):
+        self.files = files
+        self.order = order
+        self.pipeline = pipeline
+        self.batches = order.batches
+        self.samples = order.samples
+        self.samples_per_step = order.samples_per_step
+
+    def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
+        samples, bad = [], []
+        for sample in self.order.samples_of(number):
+            key = self.files.keys[sample]
+            try:
+                pixels = self.pipeline.evaluation(self.files.read(sample))
+            except UndecodableImage as error:
+                bad.append(BadSample(key, str(self.files.folder), str(error)))
+                continue
+            samples.append(LabelledImage(pixels, int(self.files.labels[sample]), key, int(sample)))
+        return image_batch(samples, self.pipeline.image_size), bad
+
+    def identity(self) -> Mapping[str, int | str]:
+        return self.order.identity()

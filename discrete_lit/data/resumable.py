@@ -1,0 +1,196 @@
+"""Loaders that continue in the middle of an epoch with exactly the batches that would have come.
+
+The whole design rests on one rule: a batch is a pure function of (epoch, number of the batch in the epoch) and of fixed
+settings. Then a resume only has to remember two integers, and nothing in the workers needs saving.
+
+Lightning saves and restores any iterable that has `state_dict` and `load_state_dict`. It writes rank 0's state only,
+so the state here is the same on every rank. It asks for one batch ahead of the state unless the loader has `__len__`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from discrete_lit.data.bad_samples import BadSample, BadSampleCount
+
+Batch = dict[str, Any]
+_FORMAT = "discrete-lit-loader-1"
+
+
+class BatchSource(Protocol):
+    """What a loader draws from. It is copied to the workers, so it must pickle."""
+
+    batches: int
+    """Batches of one epoch on this rank."""
+    samples: int
+    """Samples of one epoch on this rank."""
+    samples_per_step: int
+    """Samples of one batch over all ranks."""
+
+    def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
+        """Batch `number` of `epoch`, and the samples that could not be used for it."""
+        ...
+
+    def identity(self) -> Mapping[str, int | str]:
+        """The settings that decide what is in a batch: a state is accepted only where they are equal."""
+        ...
+
+
+class _Loader:
+    """Workers that compute the batches of a source in order.
+
+    It is not a `DataLoader` and shows none to Lightning, which would put its own `DistributedSampler` into it and pad
+    the evaluation; `Trainer(use_distributed_sampler=...)` has no effect here.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        persistent_workers: bool = False,
+    ):
+        self.source = source
+        self.max_bad_fraction = max_bad_fraction
+        BadSampleCount(source.samples, max_bad_fraction)
+        self._requests = _Requests()
+        self._workers = DataLoader(
+            _Computed(source),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=num_workers,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=persistent_workers and num_workers > 0,
+            # Without its own generator, starting an epoch would draw from the global one and change the run.
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    def __len__(self) -> int:
+        return self.source.batches
+
+    def _compute(self, epoch: int, first: int) -> Iterator[Batch]:
+        bad_samples = BadSampleCount(self.source.samples, self.max_bad_fraction)
+        self._requests.epoch, self._requests.first, self._requests.stop = epoch, first, len(self)
+        for batch, bad in self._workers:
+            bad_samples.add(bad)
+            yield batch
+
+
+class TrainingLoader(_Loader):
+    """A loader with a state: the epoch and how much of it was consumed.
+
+    Every `iter()` after a batch was taken starts the next epoch; the first one after `load_state_dict` continues.
+
+    Args:
+        source: the batches.
+        num_workers: processes that compute them; 0 computes them in this one.
+        max_bad_fraction: share of an epoch's samples that may be unreadable before the run fails.
+        persistent_workers: keep the processes between epochs.
+        start_epoch: epoch of the first iteration.
+        batches_per_epoch: batches after which the trainer ends an epoch, where that is before the data's end
+            (`Trainer(limit_train_batches=...)`).
+        repeat_epoch: every epoch is epoch 0 again (`Trainer(overfit_batches=...)`).
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        num_workers: int = 0,
+        max_bad_fraction: float = 0.01,
+        persistent_workers: bool = False,
+        start_epoch: int = 0,
+        batches_per_epoch: int | None = None,
+        repeat_epoch: bool = False,
+    ):
+        super().__init__(source, num_workers, max_bad_fraction, persistent_workers)
+        self.batches_per_epoch = min(len(self), batches_per_epoch or len(self))
+        self.repeat_epoch = repeat_epoch
+        self.epoch = start_epoch
+        self.consumed = 0
+        self._continue = False
+
+    # A generator: nothing happens before the first batch is asked for, so that `iter(loader)` alone, which Lightning
+    # does to look whether it can, changes nothing.
+    def __iter__(self) -> Iterator[Batch]:
+        if self.consumed >= self.batches_per_epoch or (self.consumed and not self._continue):
+            self.epoch, self.consumed = self.epoch + 1, 0
+        for batch in self._compute(0 if self.repeat_epoch else self.epoch, self.consumed):
+            self._continue = False
+            self.consumed += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the run is, in terms that are the same on every rank."""
+        return {
+            "format": _FORMAT,
+            "epoch": self.epoch,
+            "samples": self.consumed * self.source.samples_per_step,
+            "identity": dict(self.source.identity()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: the state is of another kind of loader, or of other data or settings, so that the batches would
+                not be the ones that were left.
+        """
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"the checkpoint's data state has format {state.get('format')!r}, not {_FORMAT!r}: it was saved with a "
+                "DataModule that is not of discrete_lit.data"
+            )
+        saved, current = dict(state["identity"]), dict(self.source.identity())
+        if saved != current:
+            names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
+            differences = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in names)
+            raise ValueError(
+                f"cannot continue inside an epoch with other data settings: {differences}. Resume with the settings of "
+                "the checkpoint, or start a new run from its weights."
+            )
+        self.epoch = state["epoch"]
+        self.consumed = state["samples"] // self.source.samples_per_step
+        self._continue = True
+
+
+class EvaluationLoader(_Loader):
+    """A loader without a state: every iteration yields the whole split, each sample once over all ranks.
+
+    The ranks' numbers of batches may differ by one. A batch may be smaller than the others; a sample that cannot be
+    read is left out of it.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._compute(epoch=0, first=0):
+            if len(batch["index"]):
+                yield batch
+
+
+class _Computed(Dataset):
+    def __init__(self, source: BatchSource):
+        self.source = source
+
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Batch, list[BadSample]]:
+        return self.source.batch(*request)
+
+
+class _Requests(Sampler):
+    """The (epoch, batch number) pairs of the iteration that starts next; read in the main process."""
+
+    epoch = 0
+    first = 0
+    stop = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for number in range(self.first, self.stop):
+            yield self.epoch, number
+
+    def __len__(self) -> int:
+        return self.stop - self.first
+
+
+def _unchanged(item: Any) -> Any:
+    return item

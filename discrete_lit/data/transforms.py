@@ -1,0 +1,63 @@
+"""Crops: one for training, keyed to the sample, and the one that published figures are evaluated on.
+
+Both shrink an image with ADM's filter, so that a tokenizer is trained on the pixels that it is measured on.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+_BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's evaluation crop (`center_crop_arr` of Dhariwal and Nichol, "Diffusion Models Beat GANs", 2021).
+
+    Halve with a box filter while the shorter side is at least twice `size`, resize the shorter side to `size` with a
+    bicubic filter, cut out the centre.
+
+    Returns:
+        uint8 `(size, size, 3)`; the image itself where it already has that size.
+    """
+    pixels = np.asarray(_resize_shorter_side(image, size))
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def random_crop(
+    image: Image.Image,
+    size: int,
+    randomness: tuple[float, float, float, float],
+    minimum_crop: float = 1.0,
+    flip: bool = True,
+) -> np.ndarray:
+    """The training crop: resize, cut out a random square, mirror half of the images.
+
+    Args:
+        image: mode RGB.
+        size: side of the result in pixels.
+        randomness: numbers in [0, 1) that decide, in order, the scale, the row, the column and the mirroring.
+        minimum_crop: the smallest part of the shorter side that the square may cover. 1.0 resizes the shorter side to
+            `size` (VQGAN, MaskGIT); 0.8 resizes it to between `size` and `size / 0.8` (`random_crop_arr` of ADM, as
+            used by LlamaGen).
+        flip: mirror the image left to right with probability 1/2.
+
+    Returns:
+        uint8 `(size, size, 3)`; without `flip`, the image itself where it already has that size.
+    """
+    scale, row, column, mirror = randomness
+    longest = math.ceil(size / minimum_crop)
+    shorter_side = size + int(scale * (longest - size + 1))
+    pixels = np.asarray(_resize_shorter_side(image, shorter_side))
+    top = int(row * (pixels.shape[0] - size + 1))
+    left = int(column * (pixels.shape[1] - size + 1))
+    pixels = pixels[top : top + size, left : left + size]
+    return pixels[:, ::-1] if flip and mirror < 0.5 else pixels
+
+
+def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), _BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), _BICUBIC)
