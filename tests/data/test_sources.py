@@ -1,8 +1,5 @@
 """What holds for every source."""
 
-import subprocess
-import sys
-
 import pytest
 
 from discrete_lit.data.sources import Entry, Source
@@ -69,12 +66,3 @@ def test_keys_survive_in_a_shard_and_give_the_name_back(parts: list[str]) -> Non
     key = key_from_path(parts)
     assert path_from_key(key) == "/".join(parts)
     assert Table(Entry(key, "png", 0, 1)).entries[0].key == key
-
-
-def test_preparing_data_imports_neither_torch_nor_lightning() -> None:
-    script = (
-        "import sys, discrete_lit.verbs.shards, discrete_lit.data.sources\n"
-        "sys.exit(str([name for name in ('torch', 'lightning', 'scipy') if name in sys.modules] or ''))"
-    )
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert ended.stderr.strip() == ""

@@ -111,12 +111,16 @@ def _leaf_classes(path: Path, meta: bytes) -> dict[int, str]:
     """WordNet id of each ILSVRC2012_ID, without the inner nodes of the WordNet tree, which follow in the same table."""
     try:
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
     except ModuleNotFoundError as error:
         raise ValueError(
             f"reading meta.mat of {path} needs SciPy: pip install scipy, or use a text file. {_ACCEPTED}"
         ) from error
-    synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
-    leaves = synsets[synsets["num_children"].astype(int) == 0]
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"].reshape(-1)
+        leaves = synsets[synsets["num_children"].astype(int) == 0]
+    except (MatReadError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"meta.mat of {path} cannot be read ({error}); download the development kit again") from error
     return {
         int(identifier): str(wordnet_id)
         for identifier, wordnet_id in zip(leaves["ILSVRC2012_ID"], leaves["WNID"], strict=True)

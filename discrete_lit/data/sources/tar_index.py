@@ -92,7 +92,10 @@ class TarIndex:
             with tarfile.open(fileobj=content, mode="r:") as archive:
                 yield archive
         except tarfile.TarError as error:
-            raise ValueError(f"member {name} of {self.path} is not a readable tar ({error})") from error
+            raise ValueError(
+                f"member {name} of {self.path} is not a readable tar ({error}): the archive is damaged "
+                "or cut off; download it again"
+            ) from error
 
 
 def _extent(member: tarfile.TarInfo, start: int) -> Extent:

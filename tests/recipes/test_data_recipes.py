@@ -1,0 +1,96 @@
+"""The commands of `data/`, run as a user runs them. ImageNet's are in tests/data/test_sources_imagenet.py."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+DATA = Path(__file__).parents[2] / "data"
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+
+
+def recipe(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(DATA / f"{name}.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["imagenet"], ["image-net.org", "138 GB", "ILSVRC2012_devkit_t12.tar.gz", "run the same command again"]),
+        (["imagenet", "train"], ["--archive", "--output"]),
+        (["imagenet", "validation"], ["--ground_truth", "LOC_val_solution.csv"]),
+        (["folder"], ["--classes_from", "as much disk", "run the same command again"]),
+        (["fashion_mnist"], ["apt-get install dataset-fashion-mnist", "31 MB"]),
+    ],
+)
+def test_help_says_where_the_data_is_and_what_it_takes(arguments: list[str], words: list[str]) -> None:
+    ended = recipe(*arguments, "--help")
+    assert ended.returncode == 0, ended.stderr
+    for word in words:
+        assert word in ended.stdout
+
+
+def test_folder_for_training_and_validation(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/dog/1.png", "train/dog/2.png", "val/dog/3.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(path)
+    ended = recipe("folder", "--root", tmp_path / "train", "--output", tmp_path / "shards")
+    assert ended.returncode == 0, ended.stderr
+    manifest = tmp_path / "shards" / "manifest.json"
+    ended = recipe(
+        *("folder", "--root", tmp_path / "val", "--output", tmp_path / "shards_val"),
+        *("--split", "val", "--classes_from", manifest),
+    )
+    assert ended.returncode == 0, ended.stderr
+    training, validation = (json.loads((tmp_path / n / "manifest.json").read_text()) for n in ("shards", "shards_val"))
+    assert (training["count"], training["classes"]) == (3, ["cat", "dog"])
+    assert (validation["count"], validation["classes"], validation["split"]) == (1, ["cat", "dog"], "val")
+
+
+def test_mistakes_end_with_one_line(tmp_path: Path) -> None:
+    ended = recipe("folder", "--root", tmp_path / "none", "--output", tmp_path / "shards")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"error: {tmp_path / 'none'} is not a folder; give the folder")
+    assert ended.stderr.count("\n") == 1
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs the original files: apt-get install dataset-fashion-mnist")
+def test_embedded_set_is_made_again_bit_for_bit(tmp_path: Path) -> None:
+    ended = recipe("fashion_mnist", "--output", tmp_path / "again.npz")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "again.npz").read_bytes() == (DATA / "fashion_mnist.npz").read_bytes()
+
+
+def idx(kind: int, shape: tuple[int, ...]) -> bytes:
+    count = 1
+    for size in shape:
+        count *= size
+    header = bytes([0, 0, kind, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+    return gzip.compress(header + bytes(count))
+
+
+def test_other_idx_files_are_refused(tmp_path: Path) -> None:
+    shapes = {
+        "train-images-idx3-ubyte.gz": (20, 28, 28),
+        "train-labels-idx1-ubyte.gz": (20,),
+        "t10k-images-idx3-ubyte.gz": (5, 28, 28),
+        "t10k-labels-idx1-ubyte.gz": (5,),
+    }
+    arguments = ("fashion_mnist", "--idx", tmp_path, "--output", tmp_path / "made.npz")
+    ended = recipe(*arguments)
+    assert ended.stderr.startswith(f"error: there is no {tmp_path / 'train-images-idx3-ubyte.gz'}")
+    for name, shape in shapes.items():
+        (tmp_path / name).write_bytes(idx(8, shape))
+    ended = recipe(*arguments)
+    assert "they are not the original Fashion-MNIST" in ended.stderr
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(idx(13, (20, 28, 28)))
+    ended = recipe(*arguments)
+    assert "is not an IDX file of unsigned bytes" in ended.stderr
+    assert not (tmp_path / "made.npz").exists()
