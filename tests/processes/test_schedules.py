@@ -1,0 +1,72 @@
+"""Mask schedules: endpoints, derivatives, inverses, precision."""
+
+from math import acos, pi, sin
+
+import pytest
+import torch
+
+from discrete_lit.processes import ArccosSchedule, CosineSchedule, LinearSchedule, MaskSchedule, SquareSchedule
+
+SCHEDULES = [ArccosSchedule(), CosineSchedule(), LinearSchedule(), SquareSchedule()]
+IDS = [type(schedule).__name__ for schedule in SCHEDULES]
+each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=IDS)
+
+
+def inner_times() -> torch.Tensor:
+    return torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+
+
+@each_schedule
+def test_endpoints(schedule: MaskSchedule) -> None:
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert torch.equal(schedule.mask_probability(ends), ends)
+    torch.testing.assert_close(schedule.inverse(ends), ends, rtol=0, atol=1e-15)
+
+
+@each_schedule
+def test_rises(schedule: MaskSchedule) -> None:
+    assert (schedule.mask_probability(inner_times()).diff() > 0).all()
+
+
+@each_schedule
+def test_derivative_by_autograd_and_by_differences(schedule: MaskSchedule) -> None:
+    t = inner_times().requires_grad_()
+    (gradient,) = torch.autograd.grad(schedule.mask_probability(t).sum(), t)
+    derivative = schedule.derivative(t.detach())
+    torch.testing.assert_close(derivative, gradient, rtol=1e-9, atol=0)
+    step = 1e-6
+    with torch.no_grad():
+        difference = (schedule.mask_probability(t + step) - schedule.mask_probability(t - step)) / (2 * step)
+    torch.testing.assert_close(derivative, difference, rtol=1e-5, atol=0)
+
+
+@each_schedule
+def test_inverse(schedule: MaskSchedule) -> None:
+    t = inner_times()
+    torch.testing.assert_close(schedule.inverse(schedule.mask_probability(t)), t, rtol=0, atol=1e-12)
+
+
+@each_schedule
+def test_precise_next_to_clean_data(schedule: MaskSchedule) -> None:
+    t = torch.tensor([1e-14, 1e-9], dtype=torch.float64)
+    torch.testing.assert_close(schedule.inverse(schedule.mask_probability(t)), t, rtol=1e-12, atol=0)
+    slope = schedule.derivative(t) * t / schedule.mask_probability(t)  # the exponent of the leading power of t
+    expected = 0.5 if isinstance(schedule, ArccosSchedule) else 1.0
+    torch.testing.assert_close(slope, torch.full_like(slope, expected), rtol=1e-6, atol=0)
+
+
+@each_schedule
+def test_float32_times_are_computed_in_float64(schedule: MaskSchedule) -> None:
+    t = torch.tensor([0.3, 0.7])
+    for function in (schedule.mask_probability, schedule.derivative, schedule.inverse):
+        assert function(t).dtype == torch.float64
+        assert torch.equal(function(t), function(t.double()))
+
+
+def test_values() -> None:
+    t = torch.tensor(0.3)
+    time = float(t)  # 0.3 as float32 has it
+    assert float(CosineSchedule().mask_probability(t)) == pytest.approx(sin(pi * time / 2), rel=1e-14)
+    assert float(ArccosSchedule().mask_probability(t)) == pytest.approx(acos(1 - time) * 2 / pi, rel=1e-14)
+    assert float(LinearSchedule().mask_probability(t)) == time
+    assert float(SquareSchedule().mask_probability(t)) == pytest.approx(1 - (1 - time) ** 2, rel=1e-14)
