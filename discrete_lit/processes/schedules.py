@@ -1,7 +1,7 @@
 """Mask schedules: the probability m(t) that a token is masked at time t, from m(0) = 0 (clean) to m(1) = 1.
 
 Published forms use MaskGIT's decoding ratio r = 1 - t: its mask ratio gamma(r) is m(1 - r) here (Chang et al.,
-"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64.
+"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64, in forms that do not cancel near t = 0.
 """
 
 from abc import ABC, abstractmethod
@@ -44,13 +44,13 @@ class ArccosSchedule(MaskSchedule):
     """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return torch.acos(1 - t.double()) * 2 / pi
+        return torch.asin(torch.sqrt(t.double() / 2)) * 4 / pi
 
     def derivative(self, t: Tensor) -> Tensor:
-        return 2 / pi / torch.sqrt(1 - (1 - t.double()) ** 2)
+        return 2 / pi / torch.sqrt(t.double() * (2 - t.double()))
 
     def inverse(self, m: Tensor) -> Tensor:
-        return 1 - torch.cos(m.double() * pi / 2)
+        return 2 * torch.sin(m.double() * pi / 4) ** 2
 
 
 class LinearSchedule(MaskSchedule):
@@ -70,10 +70,10 @@ class SquareSchedule(MaskSchedule):
     """gamma(r) = 1 - r^2, so m = 1 - (1 - t)^2."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return 1 - (1 - t.double()) ** 2
+        return t.double() * (2 - t.double())
 
     def derivative(self, t: Tensor) -> Tensor:
         return 2 * (1 - t.double())
 
     def inverse(self, m: Tensor) -> Tensor:
-        return 1 - torch.sqrt(1 - m.double())
+        return m.double() / (1 + torch.sqrt(1 - m.double()))
