@@ -29,10 +29,11 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 
 def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One id for each row by inversion of the cumulative distribution, in float64.
+    """One id for each row by inversion of the cumulative distribution, which is summed in float64.
 
-    A row needs one uniform number, whatever K. In float64 the rarest id keeps its probability, which float32 noise on a
-    2^-24 grid does not give (a Gumbel or exponential race there loses the tails of large vocabularies).
+    A row needs one uniform number, whatever K. The sum and the uniform number in float64 keep the probability of the
+    rarest id, which float32 noise on a 2^-24 grid does not (a Gumbel or exponential race there loses the tails of large
+    vocabularies).
 
     Args:
         logits: `(..., K)`, finite or -inf, at least one finite in each row.
@@ -49,7 +50,7 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 def _invert(logits: Tensor, uniforms: Tensor) -> Tensor:
     """`(n, K)` and `(n, 1)` to `(n,)`."""
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # The product may round up to the total, behind which no id stands.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -15,8 +15,8 @@ class MaskGITSampler(Sampler):
     """All masked tokens are drawn at each step; the most confident of them stay.
 
     At step i of T the confidence of a drawn token is its log-probability plus Gumbel noise times
-    `choice_temperature * (1 - (i + 1) / T)`; the number left masked is `floor(N m(1 - (i + 1) / T))`, at least 1 and
-    at most one fewer than before, and none after the last step. Other settings as in `Sampler`.
+    `choice_temperature * (1 - (i + 1) / T)`; the number left masked is `floor(N m(1 - (i + 1) / T))`, at most one fewer
+    than before and at least one for each step to come, and none after the last step. Other settings as in `Sampler`.
 
     Args:
         steps: T, from 1 to N; the paper uses 8.
@@ -62,8 +62,9 @@ class MaskGITSampler(Sampler):
         counts, masked = [], length
         for step in range(1, self.steps):
             t = torch.tensor(1 - step / self.steps, dtype=torch.float64)
-            wanted = floor(length * float(self.mask_schedule.mask_probability(t)))
-            masked = max(1, min(wanted, masked - 1))
+            # Rounding must not decide a count: 128 of 256 tokens, not 127, where m is 0.5 - 6e-17.
+            wanted = floor(length * float(self.mask_schedule.mask_probability(t)) + 1e-9)
+            masked = max(self.steps - step, min(wanted, masked - 1))
             counts.append(masked)
         return [*counts, 0]
 

@@ -1,0 +1,137 @@
+"""MaskGIT's reveal counts, its law, and what it costs."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from exact_laws import chi_square_p_value, order_log_laws, sequence_numbers
+from torch import Tensor
+
+from discrete_lit.processes import (
+    ArccosSchedule,
+    CosineSchedule,
+    CounterRandom,
+    LinearSchedule,
+    MaskSchedule,
+    SquareSchedule,
+)
+from discrete_lit.samplers import MaskGITSampler
+
+
+class Steep(MaskSchedule):
+    """m = t^4: nearly everything is revealed in the first step."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return t.double() ** 4
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return 4 * t.double() ** 3
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return m.double() ** 0.25
+
+
+def reveals(sampler: MaskGITSampler, length: int) -> list[int]:
+    return [before - after for before, after in pairwise([length, *sampler.masked_counts(length)])]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (CosineSchedule(), [5, 15, 24, 31, 39, 45, 48, 49]),
+        (ArccosSchedule(), [21, 21, 21, 23, 25, 28, 35, 82]),
+    ],
+)
+def test_published_reveals_of_256_tokens_in_8_steps(schedule: MaskSchedule, expected: list[int]) -> None:
+    assert reveals(MaskGITSampler(steps=8, mask_schedule=schedule), 256) == expected
+
+
+def test_rounding_does_not_decide_a_count() -> None:
+    assert reveals(MaskGITSampler(steps=10, mask_schedule=LinearSchedule()), 100) == [10] * 10
+    assert MaskGITSampler(steps=3).masked_counts(256)[1] == 128  # m(1/3) = sin(pi / 6) = 1/2
+
+
+@pytest.mark.parametrize(
+    "schedule", [CosineSchedule(), ArccosSchedule(), LinearSchedule(), SquareSchedule(), Steep()], ids=type
+)
+def test_every_step_reveals_something(schedule: MaskSchedule) -> None:
+    for length in (1, 2, 7, 64):
+        for steps in range(1, length + 1):
+            counts = reveals(MaskGITSampler(steps=steps, mask_schedule=schedule), length)
+            assert len(counts) == steps and sum(counts) == length and min(counts) >= 1
+
+
+def test_more_steps_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="steps=7 exceeds the 6 tokens"):
+        MaskGITSampler(steps=7).masked_counts(6)
+
+
+def test_one_token_a_step_in_random_order_has_the_order_averaged_law(make_backbone) -> None:
+    backbone = make_backbone("bidirectional", vocab_size=3, grid=(3,), spread=0.5)
+    sampler = MaskGITSampler(steps=3, choice_temperature=1e9)
+    random = CounterRandom(5, torch.arange(30_000))
+    with torch.no_grad():
+        output = sampler(backbone, torch.ones(30_000, dtype=torch.int64), random)
+    numbers = sequence_numbers(output.tokens, 3)
+    laws = order_log_laws(backbone, label=1).exp()
+    assert chi_square_p_value(numbers, laws.mean(dim=0)) > 1e-3
+    # The orders differ enough that the test would see the wrong mixture, or the wrong class.
+    assert chi_square_p_value(numbers, laws[0]) < 1e-6
+    assert chi_square_p_value(numbers, order_log_laws(backbone, label=0).exp().mean(dim=0)) < 1e-6
+
+
+def test_one_step_draws_every_token_alone(make_backbone) -> None:
+    backbone = make_backbone("bidirectional", vocab_size=3, grid=(2,), spread=0.5)
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    with torch.no_grad():
+        tokens = MaskGITSampler(steps=1)(backbone, labels, CounterRandom(5, torch.arange(20_000))).tokens
+        marginals = backbone(torch.full((1, 2), 3), labels[:1])[0].double().softmax(dim=-1)
+    law = (marginals[0][:, None] * marginals[1]).flatten()
+    assert chi_square_p_value(sequence_numbers(tokens, 3), law) > 1e-3
+
+
+def test_without_noise_the_most_confident_tokens_stay(make_backbone) -> None:
+    """The first of two steps keeps what its own draw was surest of, and never touches it again."""
+    backbone = make_backbone("bidirectional", vocab_size=5, grid=(6,), spread=0.5)
+    seen: list[Tensor] = []
+    backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    labels = torch.zeros(50, dtype=torch.int64)
+    random = CounterRandom(5, torch.arange(50))
+    sampler = MaskGITSampler(steps=2, choice_temperature=0, mask_schedule=LinearSchedule())
+    with torch.no_grad():
+        tokens = sampler(backbone, labels, random).tokens
+        first, second = seen
+        assert (first == 5).all()
+        log_probabilities = backbone(first, labels).log_softmax(dim=-1)
+        single = MaskGITSampler(steps=1)(backbone, labels, random).tokens
+    kept = second != 5
+    assert (kept.sum(dim=1) == 3).all()
+    assert torch.equal(second[kept], single[kept]) and torch.equal(tokens[kept], single[kept])
+    confidence = log_probabilities.gather(-1, single[..., None])[..., 0]
+    assert (confidence.masked_fill(~kept, 9).amin(dim=1) >= confidence.masked_fill(kept, -99).amax(dim=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "scale", "calls", "rows"),
+    [
+        ("constant", 1.0, 4, [3, 3, 3, 3]),
+        ("constant", 2.0, 8, [6, 6, 6, 6]),
+        ("linear", 2.0, 7, [3, 6, 6, 6]),  # the first step has s = 1 and skips the null pass
+        ("cosine", 2.0, 7, [3, 6, 6, 6]),
+    ],
+)
+def test_what_it_reports_is_what_it_ran(make_backbone, schedule, scale: float, calls: int, rows: list[int]) -> None:
+    backbone = make_backbone("bidirectional")
+    seen: list[int] = []
+    backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    sampler = MaskGITSampler(steps=4, guidance_scale=scale, guidance_schedule=schedule)
+    with torch.no_grad():
+        output = sampler(backbone, torch.zeros(3, dtype=torch.int64), CounterRandom(0, torch.arange(3)))
+    assert seen == rows
+    assert (output.network_calls, output.sequential_passes) == (calls, 4) == (sum(seen) / 3, len(seen))
+
+
+@pytest.mark.parametrize("arguments", [{"steps": 0}, {"choice_temperature": -0.1}])
+def test_settings_out_of_range(arguments) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        MaskGITSampler(**arguments)
