@@ -10,8 +10,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 from discrete_lit.images import to_uint8
@@ -75,7 +75,8 @@ class ImageGrid(Callback, ABC):
         if self.save_png:
             folder = Path(trainer.default_root_dir) / "images"
             folder.mkdir(parents=True, exist_ok=True)
-            write_png(grid, str(folder / f"{self.name}-{trainer.global_step:08d}.png"))
+            pixels = grid.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{self.name}-{trainer.global_step:08d}.png")
 
 
 @contextmanager

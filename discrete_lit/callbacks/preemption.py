@@ -111,6 +111,9 @@ class Preemption(Callback):
         keeper.last_model_path = str(last)
         trainer.save_checkpoint(unfinished)
         trainer.strategy.barrier()
+        # Lightning would log this batch after the callbacks; the resumed run starts behind it.
+        trainer._logger_connector.on_batch_end()
+        trainer._logger_connector.update_train_step_metrics()
         if trainer.is_global_zero:
             _publish(unfinished, last)
             for logger in trainer.loggers:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from discrete_lit.backbones import Transformer
@@ -85,14 +88,14 @@ def read_scalars(tmp_path: Path) -> Callable[[str], dict[int, float]]:
 @pytest.fixture
 def read_images(tmp_path: Path) -> Callable[[str], dict[int, torch.Tensor]]:
     """`read_images(tag)`: uint8 `(3, H, W)` by step."""
-    from torchvision.io import decode_png
 
     def read(tag: str) -> dict[int, torch.Tensor]:
         events = _events(tmp_path)
         if tag not in events.Tags()["images"]:
             return {}
         encoded = {event.step: event.encoded_image_string for event in events.Images(tag)}
-        return {step: decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8)) for step, data in encoded.items()}
+        pixels = {step: np.array(Image.open(BytesIO(data))) for step, data in encoded.items()}
+        return {step: torch.from_numpy(values).permute(2, 0, 1) for step, values in pixels.items()}
 
     return read
 
