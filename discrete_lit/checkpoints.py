@@ -17,6 +17,8 @@ from lightning import LightningModule
 from discrete_lit.generators.generator import Generator
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
+_MOST_SHOWN = 3
+
 
 def record_config(module: LightningModule, config: dict[str, Any]) -> None:
     """Attach `{"class_path": ..., "init_args": ...}`, plain data, to a module: its checkpoints will hold it."""
@@ -45,20 +47,26 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint file on the CPU without executing code.
+    """Read a checkpoint on the CPU without executing code.
+
+    Of a sharded checkpoint, a folder, it reads all but the `state_dict` and the optimizers' states.
 
     Raises:
         ValueError: no such file, a truncated file, pickled code, or a file that holds no module.
     """
-    if not Path(path).is_file():
+    sharded = Path(path).is_dir()
+    if sharded and not (Path(path) / ".metadata").is_file():
+        raise ValueError(f"{str(path)!r} is a folder, and not a finished sharded checkpoint")
+    file = Path(path) / "meta.pt" if sharded else Path(path)
+    if not file.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(
             f"{str(path)!r} is not a readable checkpoint (truncated, or not weights only): {error}"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
     return checkpoint
 
@@ -97,8 +105,41 @@ def load(path: str | Path) -> Tokenizer | Generator:
     module = instantiate(config)
     if not isinstance(module, Tokenizer | Generator):
         raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer or a Generator")
-    try:
-        module.load_state_dict(checkpoint["state_dict"], strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{str(path)!r} does not fit {config['class_path']}: {error}") from error
+    load_weights(module, checkpoint, path)
     return module.eval()
+
+
+def load_weights(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Put the weights of a checkpoint into a module.
+
+    Raises:
+        ValueError: they do not fit, as `check_weights` says.
+    """
+    check_weights(module, checkpoint, path)
+    module.load_state_dict(checkpoint["state_dict"], strict=True)
+
+
+def check_weights(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Compare the weights of a checkpoint with those of a module, without loading them.
+
+    Raises:
+        ValueError: missing or unexpected keys, or other shapes; it names them.
+    """
+    if "state_dict" not in checkpoint:
+        raise ValueError(
+            f"{str(path)!r} is sharded: only `discrete-lit` with its own model in the configuration reads it"
+        )
+    own, saved = module.state_dict(), checkpoint["state_dict"]
+    wrong = [f"{name} is missing" for name in own if name not in saved]
+    wrong += [f"{name} is unexpected" for name in saved if name not in own]
+    wrong += [
+        f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in saved and saved[name].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
+        raise ValueError(
+            f"the weights of {str(path)!r} do not fit this {type(module).__name__}: "
+            f"{'; '.join(wrong[:_MOST_SHOWN])}{more}"
+        )

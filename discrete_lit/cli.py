@@ -90,11 +90,11 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def run_verb(name: str, arguments: list[str]) -> None:
     """Call `discrete_lit.verbs.<name>.<name>` with the settings of the command line."""
-    from jsonargparse import ActionConfigFile, ArgumentParser
+    from jsonargparse import ArgumentParser
 
     function = getattr(importlib.import_module(f"discrete_lit.verbs.{name}"), name)
     parser = ArgumentParser(prog=f"discrete-lit {name}", description=(function.__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="A YAML file of settings; may be repeated.")
+    parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)
     settings = parser.instantiate_classes(parser.parse_args(arguments))
     settings.pop("config")

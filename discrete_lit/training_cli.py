@@ -1,16 +1,40 @@
 """`fit`, `validate`, `test` and `predict`: a LightningCLI of one command."""
 
+import argparse
 import importlib
+import json
+import logging
+import warnings
+from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from discrete_lit.checkpoints import record_config
+from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput
+from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
+from discrete_lit.config_errors import explain
+from discrete_lit.given_settings import GivenSettings, read_given
+from discrete_lit.resuming import FollowConfiguration, check_tokenizer, differences
+from discrete_lit.run_folder import RecordStart, RunFolder
+
+_log = logging.getLogger(__name__)
 
 # Classes of these packages may be named without their package in a configuration.
-_PACKAGES = ("tokenizers", "generators", "backbones", "samplers", "data", "callbacks")
+_PACKAGES = ("tokenizers", "generators", "backbones", "samplers", "data", "callbacks", "evaluation.classifier")
+# What Lightning says about itself, or about what this command does on purpose.
+_UNASKED_ADVICE = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*exists and is not empty.*",
+    ".*srun. command is available.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*isinstance.treespec, LeafSpec.*",
+)
 
 
 class TrainingCLI(LightningCLI):
@@ -23,39 +47,193 @@ class TrainingCLI(LightningCLI):
 
     def __init__(self, command: str, arguments: list[str]) -> None:
         self.command = command
+        self.arguments = arguments
+        self.checkpoint: dict[str, Any] | None = None
+        self.checkpoint_path: str | None = None
+        self.model_from_checkpoint = False
+        self.changed: list[str] = []
         super().__init__(
             LightningModule,
             LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
+            parser_kwargs={"prog": f"discrete-lit {command}", "exit_on_error": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-            seed_everything_default=0,
-            trainer_defaults={"use_distributed_sampler": False},
-            parser_kwargs={"prog": f"discrete-lit {command}"},
             args=arguments,
             run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            help="Folder for everything that the run writes. `--ckpt_path last` goes on from its newest checkpoint.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help="A checkpoint to start from, or `last`: the newest intact one of --run_dir, none in an empty folder. "
+            "Without a model in the configuration, the model is the checkpoint's.",
+        )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        skipped |= {"ckpt_path", "weights_only"}
         self.command_settings = parser.add_method_arguments(Trainer, self.command, skip=skipped)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        given = read_given(self.arguments)
+        arguments = self.arguments
+        if not {"-h", "--help"}.intersection(arguments):
+            arguments = self._with_checkpoint(given)
+        try:
+            self.config = parser.parse_args(arguments)
+        except argparse.ArgumentError as error:
+            raise ValueError(explain(parser, read_given(arguments), error)) from error
+        self.folder = RunFolder(self.config.run_dir) if self.config.run_dir else None
+        if self.command == "fit" and self.folder and self.folder.checkpoints() and not given.values.get("ckpt_path"):
+            raise ValueError(
+                f"run_dir={str(self.folder.path)!r} holds the checkpoints of an earlier run: `--ckpt_path last` goes on"
+                " with it, and a new run needs another folder"
+            )
 
-    def after_instantiate_classes(self) -> None:
+    def _resolve(self, path: str | None, folder: str | None) -> tuple[str, dict[str, Any]] | None:
+        """The checkpoint that `--ckpt_path` means, and its contents.
+
+        Raises:
+            ValueError: there is none, or it is broken.
+        """
+        if path in (None, "null"):
+            return None
+        if path != "last":
+            return path, read_checkpoint(path)
+        if not folder:
+            raise ValueError("--ckpt_path last needs the run folder that it is in: --run_dir FOLDER")
+        newest = RunFolder(folder).newest_intact()
+        if newest is None and self.command != "fit":
+            raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
+        if newest is None:
+            rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", folder)
+        return newest
+
+    def _with_checkpoint(self, given: GivenSettings) -> list[str]:
+        """The arguments with `--ckpt_path` resolved and, if no model is named, that of the checkpoint before them."""
+        asked = given.values.get("ckpt_path")
+        found = self._resolve(asked, given.values.get("run_dir"))
+        if found is None:
+            return [*self.arguments, "--ckpt_path=null"] if asked else self.arguments
+        self.checkpoint_path, self.checkpoint = found
+        arguments = [*self.arguments, f"--ckpt_path={self.checkpoint_path}"]
+        model = given.values.get("model")
+        self.model_from_checkpoint = not (isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
+        if self.model_from_checkpoint:
+            saved = {"model": module_config(self.checkpoint, found[0])}
+            arguments = [f"--config={json.dumps(saved)}", *arguments]
+        return arguments
+
+    def _parse_ckpt_path(self) -> None:
+        """What was given wins over the checkpoint; each difference is reported."""
+        if self.checkpoint is None or self.checkpoint_path is None:
+            return
+        self._dump_config()
+        if self.model_from_checkpoint:
+            saved = module_config(self.checkpoint, self.checkpoint_path)
+        else:
+            saved = self.checkpoint.get("hyper_parameters")
+        if saved and "class_path" in saved:
+            lines = list(differences(self.config_dump["model"], saved, "model"))
+            for line in lines:
+                rank_zero_only(_log.info)(line)
+            self.changed = [line.partition(": ")[0] for line in lines]
+
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self.config_init["data"]
+        self.model = self.config_init["model"]
         self._dump_config()
         record_config(self.model, self.config_dump["model"])
+        if self.checkpoint is not None and "state_dict" in self.checkpoint:
+            path = str(self.checkpoint_path)
+            if self.model_from_checkpoint:
+                # A generator compares its tokenizer with the data before Lightning restores the weights.
+                load_weights(self.model, self.checkpoint, path)
+            else:
+                check_weights(self.model, self.checkpoint, path)
+                check_tokenizer(self.model, self.checkpoint, path)
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init["trainer"]
+        callbacks = settings["callbacks"] or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        logger, folder = settings["logger"], self.folder
+        if folder is not None:
+            kwargs["default_root_dir"] = settings["default_root_dir"] or str(folder.path)
+            if logger in (None, True):
+                resumed = self.command == "fit" and self.checkpoint is not None
+                logger = folder.logger(self.checkpoint["global_step"] if resumed and self.checkpoint else None)
+            if settings["enable_checkpointing"] is not False:
+                callbacks += folder.place_checkpoints(callbacks)
+        elif logger in (None, True):
+            logger = TensorBoardLogger(settings["default_root_dir"] or ".", name="lightning_logs")
+        callbacks += self._always_on(callbacks, bool(logger))
+        if not settings["fast_dev_run"]:
+            callbacks.append(self._record_start(logger))
+        if self.command == "fit" and self.changed:
+            callbacks.append(FollowConfiguration(self.changed))
+        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+
+    def _always_on(self, callbacks: list[Callback], logged: bool) -> list[Callback]:
+        """The callbacks that every run has, but for those of which the user gave his own."""
+        settings = self.config_init["trainer"]
+        always: list[Callback] = []
+        if settings["enable_progress_bar"] is not False:
+            always.append(TQDMProgressBar())
+        if logged:
+            always += [ReconstructionGrid(), SampleGrid()]
+            if self.command == "fit":
+                always += [LearningRateMonitor(logging_interval="step"), GradientNorm(), Throughput()]
+        given = tuple(ProgressBar if isinstance(callback, ProgressBar) else type(callback) for callback in callbacks)
+        return [callback for callback in always if not isinstance(callback, given)]
+
+    def _record_start(self, logger: Any) -> RecordStart:
+        folder = self.folder.path if self.folder is not None else None
+        if folder is None and isinstance(logger, TensorBoardLogger):
+            folder = Path(logger.log_dir)
+        configuration = self.parser.dump(self.config, skip_none=False)
+        return RecordStart(folder, [self.command, *self.arguments], configuration, self.checkpoint_path)
 
     def run(self) -> Any:
         """Run the command on what was built."""
         settings = {name: self.config_init[name] for name in self.command_settings}
-        return getattr(self.trainer, self.command)(self.model, datamodule=self.datamodule, **settings)
+        return getattr(self.trainer, self.command)(
+            self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True, **settings
+        )
 
 
-def run_training(command: str, arguments: list[str]) -> Any:
-    """Run one of the four commands with the settings of the command line."""
+def run_training(command: str, arguments: list[str]) -> None:
+    """Run one of the four commands with the settings of the command line.
+
+    Raises:
+        ValueError: a user's mistake.
+    """
     for package in _PACKAGES:
         importlib.import_module(f"discrete_lit.{package}")
-    return TrainingCLI(command, arguments).run()
+    log = logging.getLogger("discrete_lit")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    with warnings.catch_warnings():
+        for message in _UNASKED_ADVICE:
+            warnings.filterwarnings("ignore", message)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        try:
+            TrainingCLI(command, arguments).run()
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
