@@ -11,8 +11,9 @@ Registered users find the archives on https://image-net.org/download-images, "IL
       --output shards/imagenet/val
 
 The archives are read in place and never unpacked. The shards need as much disk again, and 1 kB more an image: 139 GB
-and 6.4 GB. The time is that of reading every image once, at random within the archive, and writing it once: the disk
-decides. Interrupted, run the same command again: it goes on from the last finished shard.
+and 6.4 GB. First the archive is indexed, which takes some minutes. After that the time is that of reading every image
+once, at random within the archive, and writing it once: the disk decides. Interrupted, run the same command again: it
+goes on from the last finished shard.
 """
 
 import sys

@@ -27,6 +27,7 @@ class Table(Source):
         ([Entry("", "png", 0, 1)], "cannot be read back"),
         ([Entry("a", "PNG", 0, 1)], "extension 'PNG'"),
         ([Entry("a", "tar.gz", 0, 1)], "extension 'tar.gz'"),
+        ([Entry("a", "cls", 0, 1)], "extension 'cls'"),
     ],
 )
 def test_entries_that_shards_cannot_hold_are_refused(entries: list[Entry], message: str) -> None:

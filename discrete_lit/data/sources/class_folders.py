@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from discrete_lit.data.decoding import IMAGE_EXTENSIONS
 from discrete_lit.data.sources.keys import key_from_path
 from discrete_lit.data.sources.source import Entry, Source
-
-IMAGE_EXTENSIONS = frozenset(
-    ["avif", "bmp", "gif", "jp2", "jpeg", "jpg", "pbm", "pgm", "png", "pnm", "ppm", "tif", "tiff", "webp"]
-)
 
 _log = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from discrete_lit.data.decoding import IMAGE_EXTENSIONS
+
 # webdataset groups the files of a sample by the path up to the first dot of its last part, and skips every path that
 # begins with a `__name__` part.
 _KEY = re.compile(r"(?!__[^/]*__(?:/|$))(?:[^/.]+/)*[^/.]+")
-_EXTENSION = re.compile(r"[a-z0-9]+")
 
 
 class Entry(NamedTuple):
@@ -19,7 +20,7 @@ class Entry(NamedTuple):
     key: str
     """Unique name in the source, without dots; `/` separates folders."""
     extension: str
-    """Lower case, without the dot: `jpg`, `jpeg`, `png`."""
+    """One of `discrete_lit.data.decoding.IMAGE_EXTENSIONS`: lower case, without the dot."""
     label: int
     """Class index in `[0, len(classes))`."""
     size: int
@@ -49,7 +50,7 @@ class Source(ABC):
 
     Raises:
         ValueError: There is no entry, two entries have the same key, a label is out of range, or a key or an
-            extension could not be read back from a shard.
+            extension would not be read back from a shard.
     """
 
     def __init__(self, description: str, classes: Sequence[str], entries: Sequence[Entry]) -> None:
@@ -65,9 +66,10 @@ class Source(ABC):
                     f"key {key!r} of {description} cannot be read back from a shard: a key has no empty part, no dot "
                     "and no leading __name__ folder; build keys with discrete_lit.data.sources.keys.key_from_path"
                 )
-            if not _EXTENSION.fullmatch(extension):
+            if extension not in IMAGE_EXTENSIONS:
                 raise ValueError(
-                    f"extension {extension!r} of {key!r} must be lower-case letters and digits, without dots"
+                    f"extension {extension!r} of {key!r} is not one that images are read from: "
+                    f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
                 )
             if not 0 <= label < len(classes):
                 raise ValueError(f"label {label} of {key!r} is not in [0, {len(classes)})")
