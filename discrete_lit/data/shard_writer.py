@@ -88,7 +88,9 @@ def write_shards(
                     _write_json(output / _UNFINISHED, {**plan, "shards": shards})
                 progress.update(len(indices))
         manifest = {**plan, "shards": shards}
-        _write_json(output / MANIFEST, manifest)
+        # Its time says when the shards were made: a run that found them finished leaves it alone.
+        if not (output / MANIFEST).exists() or json.loads((output / MANIFEST).read_text(encoding="utf-8")) != manifest:
+            _write_json(output / MANIFEST, manifest)
         (output / _UNFINISHED).unlink(missing_ok=True)
     return manifest
 
