@@ -70,6 +70,9 @@ class KeyValueCache:
         """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
 
         The fill mark moves by `advance`, once for all layers.
+
+        Raises:
+            ValueError: more positions than the cache has.
         """
         end = self.filled + keys.shape[2]
         if end > self.length:
@@ -110,6 +113,9 @@ class Backbone(nn.Module, ABC):
 
         Returns:
             float32 logits over the K ids, the mask id never among them.
+
+        Raises:
+            ValueError: more tokens than the layout has.
         """
 
     @abstractmethod

@@ -65,13 +65,15 @@ class Transformer(Backbone):
         self.prefix = conditioning == "prefix"
         # What stands before the tokens: the class as a prefix, or what a causal first token is predicted from.
         self.starts = int(self.prefix or self.causal)
+        # What stands in the sequence at most: a causal backbone never reads the last token.
+        self.places = self.starts + layout.length - int(self.causal)
 
         self.token_embedding = nn.Embedding(layout.vocab_size + int(layout.mask_token), width)
         self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
         self.start = None if self.prefix or not self.causal else nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = None
         if positions == "learned":
-            self.position_embedding = nn.Parameter(torch.empty(1, self.starts + layout.length, width))
+            self.position_embedding = nn.Parameter(torch.empty(1, self.places, width))
             self.register_buffer("rotary", None, persistent=False)
         else:
             table = self._rotary(layout, positions == "rope_2d", width // heads)
@@ -87,12 +89,12 @@ class Transformer(Backbone):
         self._initialise()
 
     def _rotary(self, layout: SequenceLayout, axial: bool, head_dim: int) -> Tensor:
-        """`(starts + N, head_dim / 2, 2)`."""
+        """`(places, head_dim / 2, 2)`."""
         if not axial:
-            return rotary_table(torch.arange(self.starts + layout.length)[:, None], head_dim)
-        places = grid_coordinates(layout.grid)
+            return rotary_table(torch.arange(self.places)[:, None], head_dim)
+        coordinates = grid_coordinates(layout.grid)[: self.places - self.starts]
         start = torch.tensor((1.0, 0.0)).expand(self.starts, head_dim // 2, 2)  # no rotation
-        return torch.cat((start, rotary_table(places, head_dim)))
+        return torch.cat((start, rotary_table(coordinates, head_dim)))
 
     def _initialise(self) -> None:
         """GPT-2's: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth)."""
@@ -114,6 +116,11 @@ class Transformer(Backbone):
             start = condition[:, None] if self.start is None else self.start.expand(len(labels), -1, -1)
             embedded = torch.cat((start, embedded), dim=1)
         count = embedded.shape[1]
+        if filled + count > self.places:
+            raise ValueError(
+                f"the sequence has places for {self.places} elements (start included), got {filled + count}: "
+                f"a {self.layout.attention} backbone reads at most {self.places - self.starts} tokens"
+            )
         if self.position_embedding is not None:
             embedded = embedded + self.position_embedding[:, filled : filled + count]
         rotary = self.rotary[filled : filled + count] if self.rotary is not None else None
@@ -128,7 +135,8 @@ class Transformer(Backbone):
         if self.final_modulation is not None:
             shift, scale = self.final_modulation(condition)
             hidden = hidden * (1 + scale) + shift
-        return self.head(hidden).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight.dtype)).float()
 
     def shards(self) -> Iterable[nn.Module]:
         return self.blocks
@@ -138,5 +146,4 @@ class Transformer(Backbone):
         head_dim = self.width // self.heads
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        # The last token is never read again, so the start and N - 1 tokens fill the cache.
-        return KeyValueCache(self.depth, batch, self.heads, self.layout.length, head_dim, weight.device, dtype)
+        return KeyValueCache(self.depth, batch, self.heads, self.places, head_dim, weight.device, dtype)

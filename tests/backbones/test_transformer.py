@@ -1,0 +1,193 @@
+"""The shared transformer: masks, cache, conditioning, precision, for every combination of its switches."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones import SequenceLayout, Transformer
+
+SWITCHES = [
+    {"positions": positions, "conditioning": conditioning, "norm": norm, "gated_mlp": gated, "qk_norm": qk_norm}
+    for positions, conditioning, norm, gated, qk_norm in product(
+        ("learned", "rope_1d", "rope_2d"), ("prefix", "adaln"), ("layer", "rms"), (False, True), (False, True)
+    )
+]
+each_combination = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(str(v) for v in s.values()))
+each_conditioning = pytest.mark.parametrize("conditioning", ["prefix", "adaln"])
+LABELS = torch.tensor([0, 2])
+
+
+def ids(count: int, vocab_size: int = 5) -> Tensor:
+    return torch.randint(vocab_size, (2, count))
+
+
+@each_combination
+@torch.no_grad()
+def test_cached_logits_are_the_full_ones(make_backbone, switches) -> None:
+    """Sequences of 6: all at once, one by one, and by prefills of several tokens."""
+    backbone = make_backbone("causal", **switches)
+    tokens = ids(5)
+    full = backbone(tokens, LABELS)
+    assert full.shape == (2, 6, 5)
+    for cuts in ([0, 1, 2, 3, 4, 5], [0, 5], [3, 4, 5], [1, 4, 5], [2, 5]):
+        cache, rows, seen = backbone.new_cache(2), [], 0
+        for end in cuts:
+            rows.append(backbone(tokens[:, seen:end], LABELS, cache))
+            seen = end
+        assert rows[0].shape[1] == cuts[0] + 1
+        torch.testing.assert_close(torch.cat(rows, dim=1), full, rtol=0, atol=1e-5)
+        assert cache.filled == 6
+
+
+@each_combination
+@torch.no_grad()
+def test_causal_rows_see_the_past_alone_and_all_of_it(make_backbone, switches) -> None:
+    backbone = make_backbone("causal", **switches)
+    tokens = ids(5)
+    before = backbone(tokens, LABELS)
+    for place in range(5):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 5
+        difference = (backbone(changed, LABELS) - before).abs().amax(dim=(0, 2))
+        assert (difference[: place + 1] <= 1e-6).all()
+        assert (difference[place + 1 :] > 1e-4).all()
+
+
+@each_combination
+@torch.no_grad()
+def test_bidirectional_rows_see_every_token(make_backbone, switches) -> None:
+    backbone = make_backbone("bidirectional", **switches)
+    tokens = ids(6, vocab_size=6)  # the mask id among them
+    before = backbone(tokens, LABELS)
+    assert before.shape == (2, 6, 5)
+    for place in range(6):
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % 6
+        assert ((backbone(changed, LABELS) - before).abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+@each_combination
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+@torch.no_grad()
+def test_every_row_depends_on_the_label_and_on_its_place(make_backbone, switches, attention) -> None:
+    backbone = make_backbone(attention, **switches)
+    tokens = torch.zeros(2, 5 if attention == "causal" else 6, dtype=torch.int64)
+    logits = backbone(tokens, LABELS)
+    assert ((logits[0] - logits[1]).abs().amax(dim=-1) > 1e-4).all()
+
+
+@each_conditioning
+@pytest.mark.parametrize("positions", ["learned", "rope_1d", "rope_2d"])
+@torch.no_grad()
+def test_bidirectional_tokens_may_not_be_permuted(make_backbone, conditioning, positions) -> None:
+    backbone = make_backbone("bidirectional", conditioning=conditioning, positions=positions)
+    tokens = torch.tensor([[0, 1, 2, 3, 4, 5]])
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    permuted = backbone(tokens[:, order], LABELS[:1])
+    assert (permuted - backbone(tokens, LABELS[:1])[:, order]).abs().max() > 1e-2
+
+
+@each_conditioning
+@torch.no_grad()
+def test_too_many_tokens_are_refused(make_backbone, conditioning) -> None:
+    for positions in ("learned", "rope_1d", "rope_2d"):
+        backbone = make_backbone("causal", conditioning=conditioning, positions=positions)
+        with pytest.raises(ValueError, match="places for 6 elements"):
+            backbone(ids(6), LABELS)
+        for filled, more in ((5, 1), (5, 3), (3, 3)):
+            cache = backbone.new_cache(2)
+            backbone(ids(filled), LABELS, cache)
+            with pytest.raises(ValueError, match="places for 6 elements"):
+                backbone(ids(more), LABELS, cache)
+    with pytest.raises(ValueError, match="bidirectional backbone reads at most 6"):
+        make_backbone("bidirectional", conditioning=conditioning)(ids(7), LABELS)
+
+
+def test_cache_refuses_more_than_it_holds(make_backbone) -> None:
+    cache = make_backbone("causal").new_cache(1)
+    with pytest.raises(ValueError, match="holds 6 positions, 7 were asked for"):
+        cache.append(0, torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8))
+
+
+@torch.no_grad()
+def test_adaln_zero_starts_as_the_identity(make_backbone) -> None:
+    """No block changes the stream, so the logits are the head of the normalised embeddings, for any label."""
+    backbone = make_backbone("bidirectional", spread=None, conditioning="adaln", norm="rms")
+    tokens = ids(6)
+    embedded = backbone.token_embedding(tokens) + backbone.position_embedding
+    scale = embedded.square().mean(dim=-1, keepdim=True).add(1e-6).rsqrt()
+    torch.testing.assert_close(backbone(tokens, LABELS), backbone.head(embedded * scale))
+
+
+@each_combination
+def test_every_parameter_is_trained(make_backbone, switches) -> None:
+    for attention, count in (("causal", 5), ("bidirectional", 6)):
+        backbone = make_backbone(attention, **switches).train()
+        backbone(ids(count), LABELS).square().sum().backward()
+        unused = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
+        assert not unused
+        if backbone.position_embedding is not None:
+            assert (backbone.position_embedding.grad.abs().amax(dim=-1) > 0).all()
+
+
+@each_conditioning
+@pytest.mark.parametrize("gated_mlp", [False, True])
+@torch.no_grad()
+def test_bfloat16_autocast_gives_close_float32_logits(make_backbone, conditioning, gated_mlp) -> None:
+    backbone = make_backbone(
+        "causal", conditioning=conditioning, gated_mlp=gated_mlp, qk_norm=True, positions="rope_2d", spread=0.1
+    )
+    tokens = ids(5)
+    exact = backbone(tokens, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = backbone(tokens, LABELS)
+        cache = backbone.new_cache(2)
+        cached = torch.cat([backbone(tokens[:, :2], LABELS, cache), backbone(tokens[:, 2:], LABELS, cache)], dim=1)
+    assert logits.dtype == cached.dtype == torch.float32
+    torch.testing.assert_close(logits, exact, rtol=0, atol=0.03)
+    torch.testing.assert_close(cached, logits, rtol=0, atol=0.03)
+    # The head itself runs in float32: its outputs are not rounded to bfloat16.
+    assert (logits.bfloat16().float() != logits).double().mean() > 0.9
+
+
+@torch.no_grad()
+def test_initialisation() -> None:
+    """GPT-2's: 0.02 everywhere, less on the residual outputs, no bias; logits near the uniform law."""
+    layout = SequenceLayout(64, (4, 4), 10, "causal")
+    backbone = Transformer(layout, width=64, depth=8, heads=4)
+    parameters = dict(backbone.named_parameters())
+    assert float(parameters["blocks.3.attention.query_key_value.weight"].std()) == pytest.approx(0.02, rel=0.05)
+    assert float(parameters["blocks.3.attention.out.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(parameters["blocks.3.mlp.contract.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
+    assert float(parameters["position_embedding"].std()) == pytest.approx(0.02, rel=0.1)
+    assert all((value == 0).all() for name, value in parameters.items() if name.endswith("bias"))
+    logits = backbone(torch.randint(64, (4, 15)), torch.arange(4))
+    assert float(logits.softmax(dim=-1).amax()) < 0.1
+
+
+def test_sizes() -> None:
+    layout = SequenceLayout(7, (2, 2), 3, "bidirectional", mask_token=True)
+    assert (layout.length, layout.mask_id, layout.null_label) == (4, 7, 3)
+    assert Transformer(layout, width=768, depth=1, heads=12, gated_mlp=True).blocks[0].mlp.contract.in_features == 2048
+    backbone = Transformer(layout, width=32, depth=1, heads=2, bias=False, norm="layer")
+    assert not [name for name, _ in backbone.named_parameters() if name.endswith("bias")]
+    assert backbone.token_embedding.num_embeddings == 8 and backbone.head.out_features == 7
+    assert Transformer(SequenceLayout(7, (2, 2), 3, "causal"), 32, 1, 2).token_embedding.num_embeddings == 7
+
+
+def test_dropout_acts_in_training_alone(make_backbone) -> None:
+    backbone = make_backbone("causal", dropout=0.5)
+    tokens = ids(5)
+    assert torch.equal(backbone(tokens, LABELS), backbone(tokens, LABELS))
+    backbone.train()
+    assert not torch.equal(backbone(tokens, LABELS), backbone(tokens, LABELS))
+
+
+def test_widths_that_do_not_divide(make_backbone) -> None:
+    layout = SequenceLayout(5, (2, 2), 2, "causal")
+    with pytest.raises(ValueError, match="width=16 is not a multiple of heads=3"):
+        Transformer(layout, width=16, depth=1, heads=3)
+    with pytest.raises(ValueError, match="divisible by 4, got 6"):
+        Transformer(layout, width=12, depth=1, heads=2, positions="rope_2d")
