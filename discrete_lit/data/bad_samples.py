@@ -42,7 +42,9 @@ class BadSampleCount:
         """
         for sample in bad:
             self.count += 1
-            logger.warning("skipped bad sample %r of %s: %s", sample.key, sample.source, sample.reason)
+            logger.warning(
+                "skipped bad sample %r of %s: %s (%d of %d in this epoch)", *sample, self.count, self.samples
+            )
             if self.count > self.maximum_fraction * self.samples:
                 raise TooManyBadSamples(
                     f"{self.count} of {self.samples} samples are bad, more than max_bad_fraction = "

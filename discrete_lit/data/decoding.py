@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 # Named, because Pillow also opens formats by starting another program (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "MPO", "TGA")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 
 IMAGE_EXTENSIONS = frozenset(
     ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "tga"]

@@ -4,6 +4,7 @@ A sample is what stands together under one name up to its first dot (webdataset'
 Only these two are ever read: a `.pyd`, `.pickle` or `.pth` entry, which other decoders would unpickle, is passed over.
 """
 
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from discrete_lit.data.decoding import IMAGE_EXTENSIONS
 
 # A transfer that breaks is taken up again at the sample where it broke; a local file would only break again.
 _REMOTE_ATTEMPTS = 3
+# Entries about the archive itself, by webdataset's convention.
+_META = re.compile(r"__[^/]*__(/|$)")
 
 
 class ShardFile(Protocol):
@@ -113,7 +116,7 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, str
         tar.members.clear()  # type: ignore[attr-defined]
         folder, slash, name = member.name.rpartition("/")
         stem, dot, extension = name.partition(".")
-        if not member.isreg() or not stem or not dot or member.name.startswith("__"):
+        if not member.isreg() or not stem or not dot or _META.match(member.name):
             continue
         if folder + slash + stem != key:
             if key is not None:

@@ -1,0 +1,126 @@
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from discrete_lit.data.decoding import UndecodableImage, decode_image
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def decoded(data: bytes, **settings: Any) -> np.ndarray:
+    image = decode_image(data, **settings)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def test_rgb_is_unchanged(image_bytes: Callable[..., bytes]) -> None:
+    pixels = np.random.RandomState(5).randint(0, 256, (8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decoded(image_bytes(5)), pixels)
+
+
+def test_grey_is_repeated() -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(grey))), np.repeat(grey[..., None], 3, 2))
+
+
+def test_black_and_white_becomes_0_and_255() -> None:
+    bits = Image.fromarray(np.eye(8, dtype=np.uint8) * 255).convert("1")
+    np.testing.assert_array_equal(decoded(encoded(bits))[..., 0], np.eye(8, dtype=np.uint8) * 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
+    wide = np.array([[0, 128, 129, 257], [300, 32768, 65407, 65535]], dtype=np.uint16)
+    pixels = decoded(encoded(Image.fromarray(wide), kind))
+    # 65535 / 255 = 257 exactly.
+    np.testing.assert_array_equal(pixels[..., 0], np.round(wide / 257).astype(np.uint8))
+    assert pixels[..., 0].tolist() == [[0, 0, 1, 1], [1, 128, 255, 255]]
+
+
+def test_32_bit_values_outside_16_bits_and_floats_are_refused() -> None:
+    with pytest.raises(UndecodableImage, match="outside"):
+        decode_image(encoded(Image.fromarray(np.full((4, 4), 70000, dtype=np.int32)), "TIFF"))
+    with pytest.raises(UndecodableImage, match="floating"):
+        decode_image(encoded(Image.fromarray(np.zeros((4, 4), dtype=np.float32)), "TIFF"))
+
+
+def test_alpha_is_dropped_and_not_composited() -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), dtype=np.uint8)
+    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(pixels))), pixels[..., :3])
+    grey_alpha = Image.fromarray(pixels[..., :2])
+    assert grey_alpha.mode == "LA"
+    np.testing.assert_array_equal(decoded(encoded(grey_alpha)), np.repeat(pixels[..., :1], 3, 2))
+
+
+@pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
+def test_a_palette_is_looked_up(transparency: Any) -> None:
+    image = Image.fromarray(np.array([[0, 1], [2, 0]], dtype=np.uint8), mode=None)
+    palette = Image.new("P", (2, 2))
+    palette.putdata(list(np.asarray(image).ravel()))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    settings = {} if transparency is None else {"transparency": transparency}
+    pixels = decoded(encoded(palette, **settings))
+    assert pixels.tolist() == [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [10, 20, 30]]]
+
+
+def test_cmyk_jpeg_keeps_its_colours() -> None:
+    colours = [(250, 20, 30), (20, 240, 40), (30, 60, 220), (255, 255, 255), (0, 0, 0)]
+    for colour in colours:
+        image = Image.new("RGB", (16, 16), colour).convert("CMYK")
+        pixels = decoded(encoded(image, "JPEG", quality=95)).astype(int)
+        assert np.abs(pixels - colour).max() <= 6
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decoded(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation_is_ignored_unless_it_is_asked_for() -> None:
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, :8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # The camera was turned: the stored picture is to be turned clockwise.
+    data = encoded(Image.fromarray(pixels), "JPEG", exif=exif, quality=95)
+    ignored, honoured = decoded(data), decoded(data, apply_exif=True)
+    assert ignored.shape == (8, 16, 3) and honoured.shape == (16, 8, 3)
+    assert ignored[:, :6].min() > 240 and ignored[:, 10:].max() < 15
+    assert honoured[:6].min() > 240 and honoured[10:].max() < 15
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_a_truncated_file_is_refused(kind: str) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(pixels), kind)
+    decode_image(data)
+    with pytest.raises(UndecodableImage):
+        decode_image(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(UndecodableImage):
+        decode_image(data)
+
+
+def test_a_format_that_would_start_another_program_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", refuse)
+    data = encoded(Image.new("RGB", (4, 4)), "EPS")
+    with pytest.raises(AssertionError, match="Ghostscript"):
+        Image.open(io.BytesIO(data)).load()
+    with pytest.raises(UndecodableImage, match="cannot identify"):
+        decode_image(data)

@@ -1,0 +1,330 @@
+"""A run that was stopped and resumed sees what an uninterrupted run would have seen, to the bit."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from discrete_lit.data import ImageFolder, ImageShards, TokenArrays
+from discrete_lit.data.data_module import ResumableDataModule
+from discrete_lit.data.resumable import TrainingLoader
+
+pytestmark = pytest.mark.filterwarnings(
+    # Advice about the size of the machine that the test runs on.
+    "ignore:This DataLoader will create:UserWarning",
+    "ignore:The number of training batches:UserWarning",
+    "ignore:.*`tensorboardX` has been removed:UserWarning",
+)
+
+Seen = tuple[tuple[int, ...], tuple[int, ...], str]
+COUNTS = (13, 3, 9, 18)
+STEPS = 10
+
+
+def seen(batch: dict[str, Any]) -> Seen:
+    """What a batch holds: index, labels, and a hash of the pixels or tokens."""
+    content = batch["image"] if "image" in batch else batch["tokens"]
+    digest = hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
+    return tuple(batch["index"].tolist()), tuple(batch["label"].tolist()), digest
+
+
+@pytest.fixture(params=["shards", "folder", "tokens"])
+def make_data(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_shards: Callable[..., Path],
+    make_class_folder: Callable[..., Path],
+    make_token_folder: Callable[..., Path],
+) -> Callable[..., ResumableDataModule]:
+    """43 training samples in each kind of DataModule; batches of 4, so 10 a process."""
+    if request.param == "shards":
+        folder = make_shards(tmp_path / "shards", COUNTS, replace={7: b"broken", 30: b""})
+        kind, settings = ImageShards, {"image_size": 6, "shuffle_window": 7, "max_bad_fraction": 0.1}
+    elif request.param == "folder":
+        folder = make_class_folder(tmp_path / "folder", {"ant": 20, "bee": 23})
+        (folder / "ant" / "0003.png").write_bytes(b"broken")
+        kind, settings = ImageFolder, {"image_size": 6, "max_bad_fraction": 0.1}
+    else:
+        folder = make_token_folder(tmp_path / "tokens", count=43)
+        kind, settings = TokenArrays, {}
+
+    def make(**changes: Any) -> ResumableDataModule:
+        return kind(str(folder), str(folder), **{"batch_size": 4, "num_workers": 0, **settings, **changes})  # type: ignore[arg-type]
+
+    return make
+
+
+def epochs(loader: TrainingLoader, count: int) -> list[list[Seen]]:
+    return [[seen(batch) for batch in loader] for _ in range(count)]
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("workers", [0, 2, 4])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
+def test_a_loader_continues_with_the_same_batches(
+    make_data: Callable[..., ResumableDataModule], workers: int, rank: int, world_size: int, persistent: bool
+) -> None:
+    data = make_data(num_workers=workers, persistent_workers=persistent)
+    batches = STEPS // world_size
+    expected = epochs(data.training_loader(rank, world_size), 2)
+    assert [len(epoch) for epoch in expected] == [batches, batches]
+    assert expected[0] != expected[1]
+    # Where the workers start costs most of the time, one cut shows that a worker starts inside its part.
+    for cut in range(1, batches + 1) if workers == 0 else (batches // 2,):
+        stopped = data.training_loader(rank, world_size)
+        iterator = iter(stopped)
+        assert [seen(next(iterator)) for _ in range(cut)] == expected[0][:cut]
+        # Lightning writes rank 0's state and gives it to every rank.
+        state = stopped.state_dict()
+        resumed = data.training_loader(rank, world_size)
+        resumed.load_state_dict(state)
+        rest = expected[0][cut:]
+        if rest:
+            assert [seen(batch) for batch in resumed] == rest
+        assert [seen(batch) for batch in resumed] == expected[1]
+
+
+def test_the_state_is_the_same_on_every_rank(make_data: Callable[..., ResumableDataModule]) -> None:
+    states = []
+    for rank in range(2):
+        loader = make_data().training_loader(rank, 2)
+        next(iter(loader))
+        states.append(loader.state_dict())
+    assert states[0] == states[1]
+    assert states[0]["samples"] == 8
+
+
+def test_creating_an_iterator_changes_nothing_and_uses_no_global_randomness(
+    make_data: Callable[..., ResumableDataModule],
+) -> None:
+    loader = make_data(num_workers=2).training_loader(0, 1)
+    before = torch.get_rng_state()
+    iter(loader)
+    first = seen(next(iter(loader)))
+    assert loader.state_dict()["samples"] == 4
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first == seen(next(iter(make_data().training_loader(0, 1)))) or isinstance(make_data(), ImageShards)
+
+
+def test_a_state_of_other_settings_is_refused(make_data: Callable[..., ResumableDataModule]) -> None:
+    loader = make_data().training_loader(0, 1)
+    next(iter(loader))
+    other = make_data(batch_size=3).training_loader(0, 1)
+    with pytest.raises(ValueError, match=r"was 4, is 3"):
+        other.load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
+        make_data(seed=1).training_loader(0, 1).load_state_dict(loader.state_dict())
+    with pytest.raises(ValueError, match="format None"):
+        loader.load_state_dict({"epoch": 1})
+
+
+def test_shards_refuse_other_numbers_of_ranks_and_workers(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    folder = str(make_shards(tmp_path / "shards", COUNTS))
+    loader = ImageShards(folder, image_size=8, batch_size=4, num_workers=2).training_loader(0, 1)
+    next(iter(loader))
+    for workers, world_size, message in ((3, 1, "workers was 2, is 3"), (2, 2, "world_size was 1, is 2")):
+        other = ImageShards(folder, image_size=8, batch_size=4 // world_size, num_workers=workers)
+        with pytest.raises(ValueError, match=message):
+            other.training_loader(0, world_size).load_state_dict(loader.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["folder", "tokens"])
+def test_other_ranks_and_workers_continue_the_same_global_batches(
+    kind: str, tmp_path: Path, make_class_folder: Callable[..., Path], make_token_folder: Callable[..., Path]
+) -> None:
+    if kind == "folder":
+        folder = make_class_folder(tmp_path / "folder", {"ant": 20, "bee": 23})
+        (folder / "ant" / "0003.png").write_bytes(b"broken")
+        one = ImageFolder(str(folder), image_size=6, batch_size=4, num_workers=0, max_bad_fraction=0.5)
+        half = ImageFolder(str(folder), image_size=6, batch_size=2, num_workers=2, max_bad_fraction=0.5)
+    else:
+        folder = make_token_folder(tmp_path / "tokens", count=43)
+        one = TokenArrays(str(folder), batch_size=4)
+        half = TokenArrays(str(folder), batch_size=2, num_workers=2)
+    content = "image" if kind == "folder" else "tokens"
+    loader = one.training_loader(0, 1)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    state = loader.state_dict()
+    rest = list(iterator)
+    ranks = []
+    for rank in range(2):
+        resumed = half.training_loader(rank, 2)
+        resumed.load_state_dict(state)
+        ranks.append(list(resumed))
+    assert len(rest) == len(ranks[0]) == len(ranks[1]) == 7
+    for batch, first, second in zip(rest, *ranks, strict=True):
+        for name in ("index", "label", content):
+            assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
+
+
+class Recorder(LightningModule):
+    """Writes down every batch; its one parameter never moves."""
+
+    def __init__(self, read_estimated_steps: bool = False) -> None:
+        super().__init__()
+        self.read_estimated_steps = read_estimated_steps
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.training_batches: list[Seen] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> torch.Tensor:
+        self.training_batches.append(seen(batch))
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        self.validated += batch["index"].tolist()
+
+    def predict_step(self, batch: dict[str, Any], batch_index: int) -> list[int]:
+        return batch["index"].tolist()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.read_estimated_steps:
+            assert self.trainer.estimated_stepping_batches > 0
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class SaveAt(Callback):
+    """Saves after the given numbers of steps, where a preemption would."""
+
+    def __init__(self, folder: Path, steps: tuple[int, ...]) -> None:
+        self.folder, self.steps = folder, steps
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+
+def make_trainer(tmp_path: Path, callbacks: list[Callback] | None = None, **settings: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": tmp_path,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        "max_epochs": 3,
+    }
+    return Trainer(callbacks=callbacks, **(defaults | settings))
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_lightning_resumes_in_mid_epoch(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path, workers: int
+) -> None:
+    # In the middle of two epochs, at the last batch of one, and at the first of the next.
+    cuts = (3, 10, 11, 17) if workers == 0 else (13,)
+    whole = Recorder()
+    make_trainer(tmp_path, [SaveAt(tmp_path, cuts)]).fit(whole, datamodule=make_data(num_workers=workers))
+    assert len(whole.training_batches) == 3 * STEPS
+    assert len(set(whole.training_batches)) == 3 * STEPS
+    for cut in cuts:
+        resumed = Recorder()
+        data = make_data(num_workers=workers)
+        make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / f"{cut}.ckpt")
+        assert resumed.training_batches == whole.training_batches[cut:], cut
+
+
+def test_lightning_resumes_what_max_steps_stopped(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+) -> None:
+    whole, stopped, resumed = Recorder(), Recorder(), Recorder()
+    make_trainer(tmp_path, max_epochs=-1, max_steps=30).fit(whole, datamodule=make_data())
+    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=14)
+    trainer.fit(stopped, datamodule=make_data())
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=30)
+    trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "stopped.ckpt")
+    assert len(stopped.training_batches) == 14
+    assert stopped.training_batches + resumed.training_batches == whole.training_batches
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize(("at_epoch_end", "steps"), [(True, {10, 20}), (False, {5, 10, 15, 20, 25})])
+def test_lightning_resumes_from_what_model_checkpoint_saved(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path, at_epoch_end: bool, steps: set[int]
+) -> None:
+    checkpoints = ModelCheckpoint(
+        tmp_path / "saved", filename="{step}", save_top_k=-1, monitor=None, save_on_train_epoch_end=at_epoch_end
+    )
+    whole = Recorder()
+    trainer = make_trainer(tmp_path, [checkpoints], val_check_interval=5)
+    trainer.fit(whole, datamodule=make_data())
+    saved = {int(file.stem.rpartition("step=")[2]): file for file in (tmp_path / "saved").glob("*.ckpt")}
+    assert set(saved) == steps | {30}
+    for step in steps:
+        file = saved[step]
+        resumed = Recorder()
+        make_trainer(tmp_path, val_check_interval=5).fit(resumed, datamodule=make_data(), ckpt_path=file)
+        assert resumed.training_batches == whole.training_batches[step:], file.name
+
+
+def test_reading_the_estimated_steps_does_not_lose_the_state(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+) -> None:
+    whole = Recorder(read_estimated_steps=True)
+    make_trainer(tmp_path, [SaveAt(tmp_path, (14,))]).fit(whole, datamodule=make_data())
+    resumed = Recorder(read_estimated_steps=True)
+    make_trainer(tmp_path).fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / "14.ckpt")
+    assert resumed.training_batches == whole.training_batches[14:]
+
+
+@pytest.mark.parametrize("limit", [6, 0.6])
+def test_an_epoch_that_the_trainer_cuts_short_resumes_too(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path, limit: float
+) -> None:
+    whole = Recorder()
+    trainer = make_trainer(tmp_path, [SaveAt(tmp_path, (6, 8))], limit_train_batches=limit)
+    trainer.fit(whole, datamodule=make_data())
+    assert len(whole.training_batches) == 18
+    for cut in (6, 8):
+        resumed = Recorder()
+        trainer = make_trainer(tmp_path, limit_train_batches=limit)
+        trainer.fit(resumed, datamodule=make_data(), ckpt_path=tmp_path / f"{cut}.ckpt")
+        assert resumed.training_batches == whole.training_batches[cut:], cut
+
+
+def test_loaders_that_are_made_anew_every_epoch_go_on_with_the_epochs(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+) -> None:
+    whole, reloaded = Recorder(), Recorder()
+    make_trainer(tmp_path).fit(whole, datamodule=make_data())
+    make_trainer(tmp_path, reload_dataloaders_every_n_epochs=1).fit(reloaded, datamodule=make_data())
+    assert reloaded.training_batches == whole.training_batches
+
+
+def test_overfitting_repeats_the_same_batches(make_data: Callable[..., ResumableDataModule], tmp_path: Path) -> None:
+    model = Recorder()
+    make_trainer(tmp_path, overfit_batches=2).fit(model, datamodule=make_data())
+    assert model.training_batches == model.training_batches[:2] * 3
+
+
+def test_a_state_that_validate_loaded_does_not_move_a_later_fit(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+) -> None:
+    whole = Recorder()
+    make_trainer(tmp_path, [SaveAt(tmp_path, (3,))]).fit(whole, datamodule=make_data())
+    data, again = make_data(), Recorder()
+    make_trainer(tmp_path).validate(again, datamodule=data, ckpt_path=tmp_path / "3.ckpt", verbose=False)
+    make_trainer(tmp_path).fit(again, datamodule=data)
+    assert again.training_batches == whole.training_batches
+
+
+def test_validation_and_prediction_see_each_sample_once(
+    make_data: Callable[..., ResumableDataModule], tmp_path: Path
+) -> None:
+    data, model = make_data(num_workers=2), Recorder()
+    trainer = make_trainer(tmp_path)
+    trainer.validate(model, datamodule=data, verbose=False)
+    predictions = trainer.predict(model, datamodule=data)
+    assert predictions is not None
+    broken = {TokenArrays: set(), ImageFolder: {3}, ImageShards: {7, 30}}[type(data)]  # type: ignore[index]
+    assert sorted(model.validated) == sorted(set(range(43)) - broken)
+    assert sorted(index for batch in predictions for index in batch) == sorted(model.validated)

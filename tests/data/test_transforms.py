@@ -1,0 +1,137 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from discrete_lit.data import keyed_random
+from discrete_lit.data.image_batches import ImagePipeline
+from discrete_lit.data.transforms import center_crop, random_crop
+
+UNIFORMS = (0.6748005871, 0.3730969408, 0.2938008257, 0.1761927519)
+PERMUTATION = [4, 6, 7, 3, 5, 0, 2, 1]
+
+
+def noise(width: int, height: int, number: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.RandomState(number).randint(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def ramp(width: int, height: int) -> Image.Image:
+    """Red is the column, green the row."""
+    rows, columns = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([columns, rows, 0 * rows], -1).astype(np.uint8))
+
+
+def draws(count: int) -> list[tuple[float, float, float, float]]:
+    return [keyed_random.uniforms(0, 0, f"sample-{number}") for number in range(count)]
+
+
+def test_the_centre_crop_of_an_image_of_the_right_size_is_the_image() -> None:
+    image = noise(32, 32)
+    np.testing.assert_array_equal(center_crop(image, 32), np.asarray(image))
+
+
+def test_the_centre_crop_cuts_the_middle_of_the_longer_side() -> None:
+    np.testing.assert_array_equal(center_crop(ramp(41, 32), 32), np.asarray(ramp(41, 32))[:, 4:36])
+    np.testing.assert_array_equal(center_crop(ramp(32, 50), 32), np.asarray(ramp(32, 50))[9:41])
+
+
+@pytest.mark.parametrize(("width", "height", "halvings"), [(70, 50, 0), (64, 90, 1), (130, 127, 1), (300, 261, 3)])
+def test_the_centre_crop_follows_adm(width: int, height: int, halvings: int) -> None:
+    # Written out from the paper's protocol, one step after the other.
+    image = noise(width, height)
+    expected = image
+    for _ in range(halvings):
+        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+    scale = 32 / min(expected.size)
+    size = round(expected.width * scale), round(expected.height * scale)
+    pixels = np.asarray(expected.resize(size, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - 32) // 2, (pixels.shape[1] - 32) // 2
+    np.testing.assert_array_equal(center_crop(image, 32), pixels[top : top + 32, left : left + 32])
+
+
+def test_a_small_image_is_enlarged() -> None:
+    assert center_crop(noise(5, 9), 32).shape == (32, 32, 3)
+    assert random_crop(noise(5, 9), 32, (0.5, 0.5, 0.5, 0.5)).shape == (32, 32, 3)
+
+
+def test_the_random_crop_of_an_image_of_the_right_size_is_the_image_or_its_mirror_image() -> None:
+    image = noise(32, 32)
+    pixels = np.asarray(image)
+    mirrored = 0
+    for randomness in draws(200):
+        np.testing.assert_array_equal(random_crop(image, 32, randomness, flip=False), pixels)
+        crop = random_crop(image, 32, randomness)
+        mirrored += int(not np.array_equal(crop, pixels))
+        assert np.array_equal(crop, pixels) or np.array_equal(crop, pixels[:, ::-1])
+    assert 70 < mirrored < 130
+
+
+def test_random_crops_reach_every_place_and_no_other() -> None:
+    image = ramp(24, 20)
+    places = set()
+    for randomness in draws(400):
+        crop = random_crop(image, 20, randomness, flip=False)
+        places.add((int(crop[0, 0, 0]), int(crop[0, 0, 1])))
+        np.testing.assert_array_equal(crop[..., 0] - crop[0, 0, 0], np.asarray(image)[:20, :20, 0])
+    assert places == {(column, 0) for column in range(5)}
+
+
+def test_the_smallest_crop_decides_the_scale() -> None:
+    image = ramp(200, 200)
+    sides = []
+    for randomness in draws(300):
+        crop = random_crop(image, 50, randomness, minimum_crop=0.5, flip=False).astype(int)
+        # A ramp of 200 columns: the range of the crop's columns is the part of the side that it covers.
+        sides.append((crop[0, -1, 0] - crop[0, 0, 0]) / 200)
+    assert 0.47 < min(sides) < 0.53
+    assert 0.95 < max(sides) <= 1.0
+    whole = random_crop(image, 50, (0.99, 0.99, 0.99, 0.9))
+    np.testing.assert_array_equal(whole, center_crop(image, 50))
+
+
+def pipeline(**changes: object) -> ImagePipeline:
+    settings = {"image_size": 8, "seed": 3, "crop": "random", "minimum_crop": 0.8, "flip": True, "apply_exif": False}
+    return ImagePipeline(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_augmentation_is_decided_by_seed_epoch_and_key(image_bytes) -> None:
+    data = image_bytes(0, (30, 20))
+    one = pipeline().training(data, 1, "a")
+    np.testing.assert_array_equal(one, pipeline().training(data, 1, "a"))
+    for other in (
+        pipeline().training(data, 2, "a"),
+        pipeline().training(data, 1, "b"),
+        pipeline(seed=4).training(data, 1, "a"),
+    ):
+        assert not np.array_equal(one, other)
+
+
+def test_the_numbers_for_a_key_never_change() -> None:
+    # A changed number would change the data of a run that is resumed after an update.
+    assert keyed_random.uniforms(1, 2, "n01440764_10026") == pytest.approx(UNIFORMS, abs=1e-9)
+    assert keyed_random.permutation(1, 2, 8).tolist() == PERMUTATION
+
+
+def test_the_numbers_for_keys_are_uniform_and_independent() -> None:
+    numbers = np.array(draws(4000))
+    assert np.abs(numbers.mean(0) - 0.5).max() < 0.03
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(4)).max() < 0.08
+    assert numbers.min() >= 0 and numbers.max() < 1
+
+
+def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None:
+    data = image_bytes(0, (30, 20))
+    plain = pipeline(crop="center", flip=False).training(data, 0, "a")
+    np.testing.assert_array_equal(plain, pipeline().evaluation(data))
+    crops = [pipeline(crop="center").training(data, 0, str(key)) for key in range(20)]
+    mirrored = [np.array_equal(crop, plain[:, ::-1]) for crop in crops]
+    assert 0 < sum(mirrored) < 20
+    assert all(flag or np.array_equal(crop, plain) for flag, crop in zip(mirrored, crops, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"crop": "middle"}, "crop 'middle'"), ({"minimum_crop": 0.0}, "minimum_crop"), ({"image_size": 0}, "image_size")],
+)
+def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline(**changes)
