@@ -73,7 +73,7 @@ def test_fewer_samples_than_features(counts):
     scaled = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in data]
     cross = np.linalg.svd(scaled[0] @ scaled[1].T, compute_uv=False).sum()
     expected = np.sum((data[0].mean(0) - data[1].mean(0)) ** 2) + sum(np.sum(x**2) for x in scaled) - 2 * cross
-    # Without the rank that the counts imply, the rounding noise of the null space alone is 1e-7 of the distance.
+    # Without the rank that the counts imply, the rounding noise of the null space alone is 1e-8 of the distance.
     assert frechet_distance(moments_of(data[0]), moments_of(data[1])) == pytest.approx(expected, rel=1e-10)
 
 
