@@ -41,8 +41,8 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
         parsed = parser.parse_object({"model": config})
     except Exception as error:
         raise ValueError(f"cannot build {config.get('class_path')!r} from its configuration: {error}") from error
-    module = parser.instantiate_classes(parsed)["model"]
-    record_config(module, yaml.safe_load(parser.dump(parsed, skip_none=False))["model"])
+    module = parser.instantiate(parsed)["model"]
+    record_config(module, yaml.safe_load(parser.dump(parsed, skip_unset=False))["model"])
     return module
 
 
