@@ -90,12 +90,24 @@ def _run(command: str, arguments: list[str]) -> None:
 
 def run_verb(name: str, arguments: list[str]) -> None:
     """Call `discrete_lit.verbs.<name>.<name>` with the settings of the command line."""
+    from argparse import ArgumentError
+
     from jsonargparse import ArgumentParser
 
     function = getattr(importlib.import_module(f"discrete_lit.verbs.{name}"), name)
-    parser = ArgumentParser(prog=f"discrete-lit {name}", description=(function.__doc__ or "").partition("\n\n")[0])
+    description = (function.__doc__ or "").partition("\n\n")[0]
+    parser = ArgumentParser(
+        prog=f"discrete-lit {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)
-    settings = parser.instantiate_classes(parser.parse_args(arguments))
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        from discrete_lit.config_errors import explain
+        from discrete_lit.given_settings import read_given
+
+        raise ValueError(explain(parser, read_given(arguments), error)) from error
+    settings = parser.instantiate(parsed)
     settings.pop("config")
     function(**settings)

@@ -102,11 +102,14 @@ def check_value(value: Any, kind: Any, path: str) -> list[Problem]:
 
 def _check_union(value: Any, kinds: Sequence[Any], path: str) -> list[Problem]:
     """No problem if one member accepts the value, else those of the member that got furthest into it."""
+    simple = {bool, int, float}.intersection(kinds)
     deepest: list[Problem] = []
     for kind in kinds:
         problems = check_value(value, kind, path)
         if not problems:
             return []
+        if simple and isinstance(value, str):
+            continue  # more likely a number gone wrong than the name of a class
         if problems[0].path != path and len(problems[0].path) > (len(deepest[0].path) if deepest else 0):
             deepest = problems
     return deepest or [_wrong_value(value, Union[tuple(kinds)], path)]  # noqa: UP007

@@ -33,7 +33,7 @@ class GivenSettings:
     def source(self, path: str) -> str | None:
         """Where the setting at a dotted path, or the nearest of its parents that has a source, was given."""
         while path and path not in self.sources:
-            path = path.rpartition(".")[0]
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
         return self.sources.get(path)
 
 
@@ -50,8 +50,8 @@ def read_given(arguments: Sequence[str]) -> GivenSettings:
             merge(given, read_mapping(text, source), source)
         elif value is not None and name.partition("=")[0] not in ("help", "h", "print_config"):
             append = name.endswith("+")
-            place(given.values, name.rstrip("+").split("."), [value] if append else value, append)
-            given.sources[name.rstrip("+")] = COMMAND_LINE
+            path = name.rstrip("+").split(".")
+            given.sources[place(given.values, path, [value] if append else value, append)] = COMMAND_LINE
     return given
 
 
@@ -76,32 +76,37 @@ def merge(given: GivenSettings, values: dict[str, Any], source: str) -> None:
     """Lay the settings of a file over what was given before."""
     for path, value in _leaves(values):
         append = path[-1].endswith("+")
-        place(given.values, [*path[:-1], type(path[-1])(path[-1].rstrip("+"))], value, append)
-        given.sources[".".join(path).replace("+", "")] = source
+        path = [*path[:-1], type(path[-1])(path[-1].rstrip("+"))]
+        given.sources[place(given.values, path, value, append)] = source
 
 
-def place(values: dict[str, Any], path: Sequence[str], value: Any, append: bool = False) -> None:
-    """Set a nested value, with the shorthands that the parser knows: `init_args` left out, the last item of a list."""
+def place(values: dict[str, Any], path: Sequence[str], value: Any, append: bool = False) -> str:
+    """Set a nested value, with the shorthands that the parser knows: `init_args` left out, the last item of a list.
+
+    Returns:
+        The dotted path that the value has in full.
+    """
     name, rest = path[0], path[1:]
     if "class_path" in values and name not in _CLASS_KEYS and not isinstance(name, _Literal):
-        place(values.setdefault("init_args", {}), path, value, append)
-    elif rest:
+        return f"init_args.{place(values.setdefault('init_args', {}), path, value, append)}"
+    if rest:
         child = values.get(name)
         if isinstance(child, list) and child:
-            child[-1] = child = _as_mapping(child[-1])
-        else:
-            values[name] = child = _as_mapping(child)
-        place(child, rest, value, append)
-    elif append:
-        before = values.get(name)
+            child[-1] = inside = _as_mapping(child[-1])
+            return f"{name}[{len(child) - 1}].{place(inside, rest, value, append)}"
+        values[name] = inside = _as_mapping(child)
+        return f"{name}.{place(inside, rest, value, append)}"
+    before = values.get(name)
+    if append:
         values[name] = [*(before if isinstance(before, list) else []), *(value if isinstance(value, list) else [value])]
     elif name == "class_path" and values.get("class_path", value) != value:
         values[INHERITED] = {**values.get(INHERITED, {}), **values.pop("init_args", {})}
         values[name] = value
-    elif isinstance(value, str) and isinstance(values.get(name), dict) and "class_path" in values[name]:
-        place(values[name], ["class_path"], value)
+    elif isinstance(value, str) and isinstance(before, dict) and "class_path" in before:
+        return f"{name}.{place(before, ['class_path'], value)}"
     else:
         values[name] = value
+    return name
 
 
 def _as_mapping(value: Any) -> dict[str, Any]:

@@ -9,10 +9,7 @@ run.json        of every start: time, command line, git commit, versions, checkp
 import json
 import logging
 import platform
-import subprocess
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
+from discrete_lit.provenance import environment
 
 _log = logging.getLogger(__name__)
-_VERSIONS_OF = ("discrete-lit", "torch", "lightning", "torchmetrics", "webdataset", "numpy")
 
 
 class RunFolder:
@@ -106,34 +103,13 @@ class RecordStart(Callback):
         assert self.folder is not None
         file = self.folder / "run.json"
         starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        starts.append(
-            {
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": ["discrete-lit", *self.command],
-                "checkpoint": self.checkpoint,
-                "git": git_state(),
-                "versions": {
-                    "python": platform.python_version(),
-                    **{package: version(package) for package in _VERSIONS_OF},
-                },
-                "host": platform.node(),
-                "accelerator": type(trainer.accelerator).__name__,
-                "world_size": trainer.world_size,
-            }
-        )
+        start = {
+            "command": ["discrete-lit", *self.command],
+            "checkpoint": self.checkpoint,
+            "host": platform.node(),
+            "world_size": trainer.world_size,
+            **environment(trainer.strategy.root_device),
+        }
         written = file.with_suffix(".json.part")
-        written.write_text(json.dumps({"starts": starts}, indent=2) + "\n")
+        written.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
         written.replace(file)
-
-
-def git_state() -> dict[str, Any] | None:
-    """Commit of the source tree that runs and whether its tracked files were changed; None outside a git checkout."""
-    source = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*source, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        changes = subprocess.run(
-            [*source, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return {"commit": commit.strip(), "changed": bool(changes.strip())}

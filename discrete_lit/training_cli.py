@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
@@ -58,7 +59,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
-            parser_kwargs={"prog": f"discrete-lit {command}", "exit_on_error": False},
+            parser_kwargs={"prog": f"discrete-lit {command}", "exit_on_error": False, "allow_abbrev": False},
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,
@@ -148,8 +149,12 @@ class TrainingCLI(LightningCLI):
                 rank_zero_only(_log.info)(line)
             self.changed = [line.partition(": ")[0] for line in lines]
 
+    def _dump_config(self) -> None:
+        self.config_text = self.parser.dump(self.config, skip_unset=False, format="yaml")
+        self.config_dump = yaml.safe_load(self.config_text)
+
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.datamodule = self.config_init["data"]
         self.model = self.config_init["model"]
         self._dump_config()
@@ -202,8 +207,7 @@ class TrainingCLI(LightningCLI):
         folder = self.folder.path if self.folder is not None else None
         if folder is None and isinstance(logger, TensorBoardLogger):
             folder = Path(logger.log_dir)
-        configuration = self.parser.dump(self.config, skip_none=False)
-        return RecordStart(folder, [self.command, *self.arguments], configuration, self.checkpoint_path)
+        return RecordStart(folder, [self.command, *self.arguments], self.config_text, self.checkpoint_path)
 
     def run(self) -> Any:
         """Run the command on what was built."""
