@@ -1,0 +1,85 @@
+# Targets with a "##" comment are listed by `make help`.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3.11
+BIN := .venv/bin
+RUNS := runs/quickstart
+CONFIGS := lightning_configs/quickstart
+LIT := $(BIN)/discrete-lit
+
+.PHONY: help setup quickstart test test-slow lint format types bench
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/installed ## make .venv and install the project with everything for its checks
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --editable '.[dev]'
+	@touch $@
+
+test: .venv/installed ## the fast tests, under 15 minutes on 2 cores
+	$(BIN)/pytest -m "not slow and not slurm"
+
+test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
+	$(BIN)/pytest -m "slow or slurm"
+
+lint: .venv/installed ## check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/installed ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: .venv/installed ## check types
+	$(BIN)/pyright
+
+bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a quiet machine
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+
+# The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
+# that was interrupted goes on from its last checkpoint.
+quickstart: $(RUNS)/report/report.md ## train two generators on real images and compare them, about 15 minutes on 2 cores
+	@echo
+	@cat $(RUNS)/report/report.md
+	@echo
+	@echo "pictures:     $(RUNS)/masked/grid.png $(RUNS)/autoregressive/grid.png"
+	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
+	@echo "training log: $(BIN)/tensorboard --logdir $(RUNS)"
+
+$(RUNS)/shards/train/manifest.json: | .venv/installed
+	$(LIT) shards --config $(CONFIGS)/shards.yaml
+
+$(RUNS)/shards/test/manifest.json: | .venv/installed
+	$(LIT) shards --config $(CONFIGS)/shards_test.yaml
+
+$(RUNS)/classifier/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
+	$(LIT) fit --config $(CONFIGS)/classifier.yaml --ckpt_path last
+	@touch $@
+
+$(RUNS)/tokenizer/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
+	$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --ckpt_path last
+	@touch $@
+
+$(RUNS)/tokens/train/manifest.json: $(RUNS)/tokenizer/finished
+	rm -rf $(RUNS)/tokens/train
+	$(LIT) tokenize --config $(CONFIGS)/tokens.yaml --split train --output $(RUNS)/tokens/train
+
+$(RUNS)/tokens/test/manifest.json: $(RUNS)/tokenizer/finished
+	rm -rf $(RUNS)/tokens/test
+	$(LIT) tokenize --config $(CONFIGS)/tokens.yaml --split validation --output $(RUNS)/tokens/test
+
+$(RUNS)/%/finished: $(RUNS)/tokens/train/manifest.json $(RUNS)/tokens/test/manifest.json
+	$(LIT) fit --config $(CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(RUNS)/%/samples.npz: $(RUNS)/%/finished
+	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
+
+$(RUNS)/report/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz $(RUNS)/classifier/finished
+	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
+
+.PRECIOUS: $(RUNS)/%/finished $(RUNS)/%/samples.npz

@@ -1,0 +1,153 @@
+"""`discrete-lit sample`: a generator's checkpoint to images on disk."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from tqdm import tqdm
+
+from discrete_lit.checkpoints import load
+from discrete_lit.generators import Generator
+from discrete_lit.images import to_uint8
+from discrete_lit.processes import CounterRandom
+from discrete_lit.provenance import describe, environment, file_sha256
+from discrete_lit.samplers import Sampler
+
+_GRID_SIDE = 10
+
+
+def sample(
+    ckpt_path: str,
+    output: str,
+    num_samples: int,
+    labels: list[int] | None = None,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    precision: str = "32-true",
+) -> dict[str, Any]:
+    """Sample images from a generator's checkpoint, which alone is enough.
+
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, 3), int64 `labels`), `grid.png` and `run.json` with every
+    setting, the network calls and the speed. Sample i is a function of (seed, i) alone: the batch size and the number
+    of devices do not change it (to the rounding of the network's arithmetic).
+
+    Args:
+        ckpt_path: checkpoint of a Generator; it carries its tokenizer.
+        output: folder to write; its earlier samples are replaced.
+        num_samples: N.
+        labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
+            each prefix is balanced. `num_classes` stands for no class.
+        sampler: how to draw; the generator's own by default.
+        seed: of the draw.
+        batch_size: images at a time on each device.
+        accelerator: Lightning's; `auto` takes a GPU where there is one.
+        devices: on each node; more than one starts a process for each.
+        num_nodes: nodes that run this command.
+        precision: Lightning's, for instance `bf16-mixed`.
+
+    Returns:
+        What `run.json` holds.
+
+    Raises:
+        ValueError: not a generator's checkpoint, a label out of range, num_samples below 1.
+    """
+    generator = load(ckpt_path)
+    if not isinstance(generator, Generator):
+        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, a tokenizer; give a generator's")
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+    cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))
+    if len(cycle) == 0 or not (0 <= int(cycle.min()) and int(cycle.max()) <= generator.num_classes):
+        raise ValueError(
+            f"labels must lie in [0, {generator.num_classes}] ({generator.num_classes} stands for no class), got {labels}"
+        )
+    sampler = sampler or generator.sampler
+    all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    generator = generator.to(fabric.device)
+    pixels_path = folder / "pixels.npy.partial"
+    count, seconds, cost = 0, 0.0, (0, 0)
+    writer: np.memmap | None = None
+    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
+    for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
+        indices = torch.arange(start, min(start + batch_size, num_samples))
+        begin = time.perf_counter()
+        with torch.no_grad(), fabric.autocast():
+            random = CounterRandom(seed, indices.to(fabric.device))
+            drawn = sampler(generator.backbone, all_labels[indices].to(fabric.device), random)
+            images = to_uint8(generator.tokenizer.decode(drawn.tokens.reshape(-1, *generator.token_shape)))
+        cost = drawn.network_calls, drawn.sequential_passes
+        rows = images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice; the copy waits for the device
+        seconds += time.perf_counter() - begin
+        if writer is None:
+            writer = _open_rows(pixels_path, (num_samples, *rows.shape[1:]), fabric)
+        writer[indices.numpy()] = rows
+        count += len(indices)
+    if writer is None:
+        writer = _open_rows(pixels_path, None, fabric)
+    writer.flush()
+    fabric.barrier()
+
+    rate = torch.tensor(count / seconds if seconds else 0.0, device=fabric.device)
+    rate = float(fabric.all_reduce(rate, reduce_op="sum")) if fabric.world_size > 1 else float(rate)
+    run = {
+        "checkpoint": str(ckpt_path),
+        "checkpoint_sha256": file_sha256(ckpt_path),
+        "generator": type(generator).__name__,
+        "tokenizer_fingerprint": generator.tokenizer.fingerprint(),
+        "sampler": describe(sampler),
+        "num_samples": num_samples,
+        "labels": labels,
+        "num_classes": generator.num_classes,
+        "seed": seed,
+        "batch_size": batch_size,
+        "world_size": fabric.world_size,
+        "precision": precision,
+        "network_calls": cost[0],
+        "sequential_passes": cost[1],
+        "images_per_second": rate,
+        **environment(fabric.device),
+    }
+    if fabric.global_rank == 0:
+        _write(folder, writer, all_labels.numpy(), run)
+        pixels_path.unlink()
+    fabric.barrier()
+    return run
+
+
+def _open_rows(path: Path, shape: tuple[int, ...] | None, fabric: Fabric) -> np.memmap:
+    """The array that all ranks write their rows into; rank 0, which always has rows, makes it."""
+    if fabric.global_rank == 0:
+        assert shape is not None
+        writer = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        fabric.barrier("made")
+        return writer
+    fabric.barrier("made")
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _write(folder: Path, pixels: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
+    """samples.npz, grid.png and run.json, each complete or absent."""
+    partial = folder / "samples.partial.npz"
+    np.savez(partial, arr_0=pixels, labels=labels)
+    os.replace(partial, folder / "samples.npz")
+    side = min(_GRID_SIDE, len(pixels))
+    tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
+    rows = tiles.reshape(-1, side, *tiles.shape[1:])  # (rows, side, H, W, 3)
+    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, 3)
+    Image.fromarray(grid).save(folder / "grid.png")
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
