@@ -1,0 +1,193 @@
+"""Every form of image set gives the stored pixels; a selection is balanced and never silently smaller."""
+
+import json
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stored_images import pixels, save_folder, save_npz
+
+from discrete_lit.data.transforms import center_crop
+from discrete_lit.evaluation.image_sets import open_image_set
+from discrete_lit.evaluation.selection import Selection
+from discrete_lit.images import from_uint8, to_uint8
+
+
+def everything(images) -> list[tuple[int | None, bytes]]:
+    return [(label, decode().tobytes()) for label, decode in images.stream()]
+
+
+def select(images, num_images, num_classes=3, batch_size=4):
+    batches = list(Selection(images, num_images, num_classes).batches(batch_size))
+    labels = None if batches[0][1] is None else torch.cat([labels for _, labels in batches])
+    return torch.cat([part for part, _ in batches]), labels
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_npz_streams_its_images_in_order(tmp_path, compressed):
+    images, labels = pixels(7, 0), np.array([0, 2, 1, 0, 1, 2, 0])
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "s.npz", arr_0=images, labels=labels)
+    found = open_image_set(tmp_path / "s.npz", 8)
+    assert everything(found) == [(label, image.tobytes()) for label, image in zip(labels, images, strict=True)]
+    assert (found.count, found.num_classes) == (7, 3)
+
+
+def test_npz_labels_may_be_adms_second_array_or_absent(tmp_path):
+    images = pixels(4, 0)
+    np.savez(tmp_path / "adm.npz", images, np.array([3, 1, 0, 2]))
+    adm = open_image_set(tmp_path / "adm.npz", 8)
+    assert adm.labels is not None and adm.labels.tolist() == [3, 1, 0, 2]
+    assert open_image_set(save_npz(tmp_path / "plain.npz", images), 8).num_classes is None
+
+
+def test_shards_and_folder_hold_the_same_images(folder, shards):
+    from_folder, from_shards = open_image_set(folder, 8), open_image_set(shards, 8)
+    assert sorted(everything(from_folder)) == sorted(everything(from_shards))
+    assert everything(from_folder) != everything(from_shards)
+    assert from_folder.num_classes == from_shards.num_classes == 3
+    assert from_folder.count == from_shards.count == 24
+
+
+def test_files_get_adms_centre_crop(tmp_path):
+    large = pixels(1, 0, size=40)[0][:, :30]
+    save_folder(tmp_path / "large", large[None], np.array([0]))
+    ((_, found),) = everything(open_image_set(tmp_path / "large", 8))
+    assert found == center_crop(Image.fromarray(large), 8).tobytes()
+
+
+def test_flat_folder_has_no_labels(tmp_path):
+    images = pixels(3, 0)
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    assert everything(open_image_set(tmp_path, 8)) == [(None, image.tobytes()) for image in images]
+
+
+def test_fingerprints_follow_the_images(tmp_path):
+    prints = {open_image_set(save_npz(tmp_path / f"{seed}.npz", pixels(3, seed)), 8).fingerprint() for seed in (0, 1)}
+    again = open_image_set(save_npz(tmp_path / "again.npz", pixels(3, 0)), 8).fingerprint()
+    assert len(prints) == 2 and again in prints
+
+
+def test_selection_takes_the_first_of_each_class_in_order(tmp_path):
+    labels = np.array([2, 0, 0, 0, 1, 2, 1, 2, 1])
+    images = pixels(9, 0)
+    found, chosen = select(open_image_set(save_npz(tmp_path / "s.npz", images, labels), 8), 6)
+    assert chosen.tolist() == [2, 0, 0, 1, 2, 1]
+    expected = images[[0, 1, 2, 4, 5, 6]].transpose(0, 3, 1, 2)
+    assert np.array_equal(found.numpy(), expected) and found.dtype == torch.uint8
+
+
+def test_remainder_goes_to_the_first_classes(folder):
+    _, labels = select(open_image_set(folder, 8), 7)
+    assert Counter(labels.tolist()) == {0: 3, 1: 2, 2: 2}
+
+
+def test_selection_of_shards_is_balanced_and_repeats(shards):
+    found, labels = select(open_image_set(shards, 8), 9)
+    again, _ = select(open_image_set(shards, 8), 9, batch_size=5)
+    assert Counter(labels.tolist()) == {0: 3, 1: 3, 2: 3} and torch.equal(found, again)
+
+
+def test_no_count_takes_everything(folder):
+    found, labels = select(open_image_set(folder, 8), None)
+    assert len(found) == len(labels) == 24
+
+
+def test_fewer_images_than_asked_are_refused(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"has 24 images, num_images is 25"):
+        Selection(open_image_set(folder, 8), 25, 3)
+    uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(6, 0), np.array([0, 0, 0, 1, 1, 2])), 8)
+    with pytest.raises(ValueError, match=r"has 1 images of class 2, needs 2"):
+        Selection(uneven, 6, 3)
+
+
+def test_too_few_of_a_class_in_shards_are_found_when_read(tmp_path):
+    from discrete_lit.data.shard_writer import write_shards
+    from discrete_lit.data.sources.class_folders import ClassFolders
+
+    source = save_folder(tmp_path / "uneven", pixels(9, 0), np.array([0, 0, 0, 0, 0, 1, 1, 1, 2]))
+    write_shards(ClassFolders(source), tmp_path / "shards", split="test")
+    with pytest.raises(ValueError, match=r"has 1 images of class 2, needs 2"):
+        select(open_image_set(tmp_path / "shards", 8), 6)
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path):
+    images = open_image_set(save_npz(tmp_path / "s.npz", pixels(4, 0), np.array([0, 1, 2, 3])), 8)
+    with pytest.raises(ValueError, match="has label 3, there are 3 classes"):
+        Selection(images, 3, 3)
+
+
+def test_a_broken_image_is_replaced_by_the_next_of_its_class(tmp_path, caplog):
+    images, labels = pixels(300, 0), np.arange(300) % 3
+    root = Path(save_folder(tmp_path / "folder", images, labels))
+    (root / "class0" / "000.png").write_bytes(b"broken")
+    found, chosen = select(open_image_set(root, 8), 270)
+    assert Counter(chosen.tolist()) == {0: 90, 1: 90, 2: 90}
+    assert "left out a broken image" in caplog.text
+    assert found[0].numpy().tobytes() == images[3].transpose(2, 0, 1).tobytes()
+    whole, _ = select(open_image_set(root, 8), None)
+    assert len(whole) == 299
+
+
+def test_many_broken_images_are_an_error(folder):
+    for name in ("000.png", "003.png"):
+        (Path(folder) / "class0" / name).write_bytes(b"broken")
+    with pytest.raises(ValueError, match="2 of 24 images are broken"):
+        select(open_image_set(folder, 8), None)
+    with pytest.raises(ValueError, match="2 of 24 images are broken"):
+        select(open_image_set(folder, 8), 24)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: np.savez(path, images=pixels(2, 0)), "no arr_0"),
+        (lambda path: np.savez(path, arr_0=pixels(2, 0).astype(np.float32)), "must be uint8"),
+        (lambda path: np.savez(path, arr_0=pixels(2, 0)[..., 0]), "must be uint8"),
+        (lambda path: np.savez(path, arr_0=pixels(2, 0, size=16)), "images of 16x16, image_size is 8"),
+        (lambda path: np.savez(path, arr_0=pixels(2, 0), labels=np.arange(3)), "labels are int64"),
+        (lambda path: np.savez(path, arr_0=pixels(2, 0), labels=np.array([0, -1])), "labels are int64"),
+        (lambda path: path.write_bytes(b"no zip"), "not a readable npz"),
+        (lambda path: np.savez(path, arr_0=np.array([object()] * 2)), "must be uint8"),
+    ],
+)
+def test_npz_of_another_kind_is_refused(tmp_path, write, message):
+    write(tmp_path / "s.npz")
+    with pytest.raises(ValueError, match=message):
+        open_image_set(tmp_path / "s.npz", 8)
+
+
+def test_what_is_no_image_set_is_refused(tmp_path, shards):
+    for path in (tmp_path / "missing", Path(shards) / "test-000000.tar"):
+        with pytest.raises(ValueError, match="is no image set: accepted are"):
+            open_image_set(path, 8)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no images"):
+        open_image_set(tmp_path / "empty", 8)
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({"format": "discrete-lit-tokens-1"}))
+    with pytest.raises(ValueError, match="discrete-lit-tokens-1"):
+        open_image_set(tmp_path / "tokens", 8)
+    (Path(shards) / "test-000001.tar").unlink()
+    with pytest.raises(ValueError, match=r"lacks 1 of its 5 shards: \['test-000001\.tar'\]"):
+        open_image_set(shards, 8)
+
+
+def test_pickles_in_a_shard_are_not_opened(tmp_path, shards):
+    first = Path(shards) / "test-000000.tar"
+    (tmp_path / "payload.pyd").write_bytes(b"payload")
+    with tarfile.open(first, "a") as archive:
+        archive.add(tmp_path / "payload.pyd", "zzz.pyd")
+    assert len(everything(open_image_set(shards, 8))) == 24
+
+
+def test_uint8_conversion_rounds_and_clamps():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(from_uint8(levels)), levels)
+    assert to_uint8(torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.0])).tolist()[:4] == [0, 0, 255, 255]
+    step = 2 / 255
+    assert to_uint8(torch.tensor([-1 + 0.6 * step, -1 + 0.4 * step])).tolist() == [1, 0]
