@@ -23,7 +23,7 @@ from discrete_lit.data.tar_samples import count_samples
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"
-_SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+_SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     for _ in range(1 if shard.local else _REMOTE_ATTEMPTS):
         try:
             with _Closing(shard.open()) as stream:
-                for position, key, entries in _groups(_tar(shard, stream), wanted):
-                    if position >= shard.count:
+                groups = _groups(_tar(shard, stream), wanted)
+                for position, key, entries in groups:
+                    if position == shard.count - 1 and next(groups, None) is not None:
                         raise ValueError(
                             f"{shard.url} holds more samples than the {shard.count} declared by its manifest or count; "
                             "declare the number of each shard"
@@ -75,10 +76,9 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
                     if position >= next_position and wanted[position]:
                         yield position, _sample(shard, key, entries)
                     next_position = max(next_position, position + 1)
-                    if position == last and last < shard.count - 1:
+                    if position == last:
                         return
                 error = None
-                break
         except (OSError, EOFError, tarfile.TarError, zlib.error) as broken:
             error = broken
     if next_position == 0:

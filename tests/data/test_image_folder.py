@@ -1,0 +1,147 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from discrete_lit.data import ImageFolder
+from discrete_lit.data.bad_samples import TooManyBadSamples
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def make_data(train: Any, **settings: Any) -> ImageFolder:
+    return ImageFolder(train, **({"image_size": 8, "batch_size": 4, "num_workers": 0} | settings))
+
+
+def keys(batches: Any) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_class_folder: Callable[..., Path]) -> Path:
+    return make_class_folder(tmp_path / "images", {"cat": 5, "ant": 4, "bee": 6})
+
+
+def test_a_batch_holds_image_label_key_and_index(folder: Path) -> None:
+    data = make_data(str(folder), flip=False)
+    assert (data.num_classes, data.classes, data.image_size) == (3, ["ant", "bee", "cat"], 8)
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        batch = next(iter(loader))
+        assert batch["image"].shape == (4, 3, 8, 8) and batch["image"].dtype == torch.float32
+        assert batch["label"].dtype == batch["index"].dtype == torch.int64
+        for image, label, key in zip(batch["image"], batch["label"], batch["key"], strict=True):
+            pixels = np.asarray(Image.open(folder / key))
+            np.testing.assert_allclose(image.permute(1, 2, 0).numpy(), pixels / 127.5 - 1, atol=1e-6)
+            assert data.classes[label] == key.split("/")[0]
+
+
+def test_evaluation_reads_sorted_files_once_in_uneven_ranks(folder: Path) -> None:
+    data = make_data(str(folder), num_workers=2)
+    expected = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*.png"))
+    for world_size in (1, 2, 4):
+        batches = [batch for rank in range(world_size) for batch in data.evaluation_loader("train", rank, world_size)]
+        assert keys(batches) == expected
+        assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(15))
+
+
+def test_training_shuffles_anew_in_every_epoch_and_drops_the_tail(folder: Path) -> None:
+    loader = make_data(str(folder)).training_loader(0, 1)
+    first, second = list(loader), list(loader)
+    assert len(first) == len(second) == len(loader) == 3
+    assert len(set(keys(first))) == 12
+    assert keys(first) != keys(second) and keys(first) != sorted(keys(first))
+    assert torch.cat([batch["index"] for batch in first + second]).tolist() == [*range(12), *range(15, 27)]
+    other = make_data(str(folder), seed=1).training_loader(0, 1)
+    assert keys(other) != keys(first)
+
+
+def test_two_ranks_see_the_global_batches_of_one(folder: Path) -> None:
+    whole = list(make_data(str(folder), image_size=6).training_loader(0, 1))
+    halves = [
+        list(make_data(str(folder), image_size=6, batch_size=2, num_workers=rank).training_loader(rank, 2))
+        for rank in range(2)
+    ]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert batch["key"] == first["key"] + second["key"]
+        for name in ("image", "label", "index"):
+            assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
+
+
+def test_images_are_found_at_any_depth_and_other_files_are_not(folder: Path) -> None:
+    deep = folder / "ant" / "more"
+    deep.mkdir()
+    (folder / "ant" / "0005.png").rename(deep / "DEEP.PNG")
+    (folder / "ant" / "notes.txt").write_text("not an image")
+    (folder / "ant" / ".hidden.png").write_bytes(b"")
+    (folder / ".cache").mkdir()
+    data = make_data(str(folder))
+    read = keys(data.evaluation_loader("train", 0, 1))
+    assert "ant/more/DEEP.PNG" in read and len(read) == 15
+
+
+def test_validation_takes_its_labels_from_the_training_classes(
+    tmp_path: Path, folder: Path, make_class_folder: Callable[..., Path]
+) -> None:
+    validation = make_class_folder(tmp_path / "validation", {"cat": 2, "bee": 1})
+    batch = next(iter(make_data(str(folder), validation=str(validation)).val_dataloader()))
+    assert batch["label"].tolist() == [1, 2, 2]
+    assert make_data(None, validation=str(validation)).classes == ["bee", "cat"]
+    make_class_folder(validation, {"dog": 1})
+    with pytest.raises(ValueError, match="has a class 'dog' that the training folder has not"):
+        make_data(str(folder), validation=str(validation)).val_dataloader()
+
+
+def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
+    for path, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "has no class folders")):
+        with pytest.raises(ValueError, match=message):
+            make_data(str(path)).training_loader(0, 1)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(ValueError, match="no images in"):
+        make_data(str(tmp_path)).training_loader(0, 1)
+    with pytest.raises(ValueError, match="set `train`, `validation` or both"):
+        make_data(None)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_are_replaced_in_training_and_left_out_of_evaluation(
+    folder: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    (folder / "cat" / "0001.png").write_bytes(b"broken")
+    data = make_data(str(folder), num_workers=workers, batch_size=5, max_bad_fraction=0.1)
+    read = keys(data.training_loader(0, 1))
+    assert len(read) == 15 and len(set(read)) == 14 and "cat/0001.png" not in read
+    assert "bad sample 'cat/0001.png'" in caplog.text
+    batches = list(data.evaluation_loader("train", 0, 1))
+    assert len(keys(batches)) == 14
+    assert 11 not in torch.cat([batch["index"] for batch in batches])
+    with pytest.raises(TooManyBadSamples, match=r"1 of 15 samples are bad.*cat/0001\.png"):
+        list(make_data(str(folder), batch_size=5).training_loader(0, 1))
+
+
+def test_a_folder_of_broken_images_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "ant").mkdir()
+    for number in range(4):
+        (tmp_path / "ant" / f"{number}.png").write_bytes(b"broken")
+    with pytest.raises(TooManyBadSamples, match="not one image"):
+        list(make_data(str(tmp_path), max_bad_fraction=1.0).training_loader(0, 1))
+
+
+def test_augmentation_differs_between_epochs_and_is_off_in_evaluation(
+    tmp_path: Path, make_class_folder: Callable[..., Path]
+) -> None:
+    folder = make_class_folder(tmp_path / "images", {"ant": 4}, size=(40, 20))
+    data = make_data(str(folder))
+    loader = data.training_loader(0, 1)
+
+    def by_key(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return dict(zip(batch["key"], batch["image"], strict=True))
+
+    first, second = by_key(next(iter(loader))), by_key(next(iter(loader)))
+    plain = by_key(next(iter(data.evaluation_loader("train", 0, 1))))
+    assert sum(not torch.equal(first[key], second[key]) for key in first) >= 3
+    again = by_key(next(iter(data.evaluation_loader("train", 0, 1))))
+    assert all(torch.equal(plain[key], again[key]) for key in plain)

@@ -1,0 +1,230 @@
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from discrete_lit.data import TokenArrays, TokenWriter
+from discrete_lit.data.token_arrays import TokenFolder
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+MANIFEST: dict[str, Any] = {
+    "count": 11,
+    "token_shape": (2, 3),
+    "vocab_size": 16,
+    "image_size": 8,
+    "num_classes": 3,
+    "classes": ["ant", "bee", "cat"],
+    "tokenizer": "a" * 64,
+    "source": "noise",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_token_folder: Callable[..., Path]) -> Path:
+    return make_token_folder(tmp_path / "tokens")
+
+
+def make_data(train: Path | None, validation: Path | None = None, **settings: Any) -> TokenArrays:
+    paths = (None if path is None else str(path) for path in (train, validation))
+    return TokenArrays(*paths, **({"batch_size": 4} | settings))
+
+
+def joined(batches: Any, name: str) -> torch.Tensor:
+    return torch.cat([batch[name] for batch in batches])
+
+
+def test_a_batch_holds_tokens_label_and_index(folder: Path) -> None:
+    data = make_data(folder)
+    assert (data.vocab_size, data.token_shape, data.image_size) == (16, (2, 3), 8)
+    assert (data.num_classes, data.classes) == (3, ["ant", "bee", "cat"])
+    batch = next(iter(data.training_loader(0, 1)))
+    assert set(batch) == {"tokens", "label", "index"}
+    assert batch["tokens"].shape == (4, 2, 3)
+    assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_reads_each_row_once_in_order_in_uneven_ranks(folder: Path, workers: int) -> None:
+    tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
+    for world_size in (1, 3):
+        data = make_data(None, folder, num_workers=workers)
+        batches = [
+            batch for rank in range(world_size) for batch in data.evaluation_loader("validation", rank, world_size)
+        ]
+        assert torch.equal(joined(batches, "index"), torch.arange(40))
+        assert torch.equal(joined(batches, "tokens"), tokens)
+        assert torch.equal(joined(batches, "label"), torch.arange(40) % 3)
+
+
+def test_training_reads_every_row_once_an_epoch_in_an_order_of_its_own(folder: Path) -> None:
+    tokens = np.load(folder / "tokens.npy")
+    loader = make_data(folder, batch_size=6).training_loader(0, 1)
+    orders = []
+    for epoch in range(2):
+        batches = list(loader)
+        assert len(batches) == len(loader) == 6
+        rows = joined(batches, "tokens").numpy()
+        # The rows differ from each other, so that a row tells which one it is.
+        order = [int(np.flatnonzero((tokens == row).all((1, 2)))[0]) for row in rows]
+        assert len(set(order)) == 36
+        assert torch.equal(joined(batches, "label"), torch.tensor(order) % 3)
+        assert joined(batches, "index").tolist() == list(range(epoch * 40, epoch * 40 + 36))
+        orders.append(order)
+    assert orders[0] != orders[1] and orders[0] != sorted(orders[0])
+
+
+def test_two_ranks_see_the_global_batches_of_one(folder: Path) -> None:
+    whole = list(make_data(folder).training_loader(0, 1))
+    halves = [list(make_data(folder, batch_size=2, num_workers=rank).training_loader(rank, 2)) for rank in range(2)]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        for name in ("tokens", "label", "index"):
+            assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
+
+
+def test_the_tokens_are_not_copied_to_the_workers(folder: Path) -> None:
+    opened = TokenFolder(folder)
+    assert isinstance(opened.tokens, np.memmap)
+    copy = pickle.loads(pickle.dumps(opened))
+    assert copy._tokens is None
+    np.testing.assert_array_equal(copy.tokens, opened.tokens)
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tmp_path: Path, folder: Path, make_token_folder: Callable[..., Path]
+) -> None:
+    data = make_data(folder)
+    data.check_tokenizer("a" * 64)
+    assert data.tokenizer_fingerprint == "a" * 64
+    with pytest.raises(ValueError, match=f"made by the tokenizer {'a' * 64}, not by {'b' * 64}"):
+        data.check_tokenizer("b" * 64)
+    other = make_token_folder(tmp_path / "other", tokenizer="b" * 64)
+    with pytest.raises(ValueError, match="do not belong together: tokenizer is 'aaaa"):
+        make_data(folder, other).training_loader(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "has format 'other'"),
+        ({"count": 41}, r"holds uint16 \(40, 2, 3\)"),
+        ({"token_shape": [3, 2]}, r"its manifest says uint16 or uint32 \(40, 3, 2\)"),
+        ({"num_classes": 2}, r"row 2 of .*labels\.npy has label 2; labels must be in 0\.\.1"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | change))
+    with pytest.raises(ValueError, match=message):
+        _ = make_data(folder).folders
+
+
+def test_arrays_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    np.save(folder / "labels.npy", np.zeros(39, dtype=np.int64))
+    with pytest.raises(ValueError, match=r"labels\.npy holds int64 \(39,\)"):
+        _ = make_data(folder).folders
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        _ = make_data(folder).folders
+    with pytest.raises(ValueError, match="holds no token array"):
+        _ = make_data(tmp_path).folders
+    with pytest.raises(ValueError, match="set `train`, `validation` or both"):
+        make_data(None)
+
+
+def test_a_token_outside_the_vocabulary_is_refused(folder: Path) -> None:
+    tokens = np.load(folder / "tokens.npy")
+    tokens[7, 1, 1] = 16
+    np.save(folder / "tokens.npy", tokens)
+    with pytest.raises(ValueError, match=r"holds token 16 .*vocabulary is 0\.\.15"):
+        list(make_data(folder).evaluation_loader("train", 0, 1))
+
+
+# Writing.
+
+
+def noise(count: int = 11, vocab_size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return torch.randint(0, vocab_size, (count, 2, 3), generator=random), torch.arange(count) % 3
+
+
+@pytest.mark.parametrize(("vocab_size", "bytes_a_token"), [(16, 2), (65536, 2), (65537, 4)])
+def test_two_writers_fill_one_array_in_any_order(tmp_path: Path, vocab_size: int, bytes_a_token: int) -> None:
+    tokens, labels = noise(vocab_size=vocab_size)
+    tokens[0, 0, 0] = vocab_size - 1
+    TokenWriter.create(tmp_path / "new", **(MANIFEST | {"vocab_size": vocab_size}))
+    writers = [TokenWriter(tmp_path / "new") for _ in range(2)]
+    for writer, rows in (
+        (writers[0], [3, 4, 5]),
+        (writers[1], [10, 0, 7, 8]),
+        (writers[0], [9, 6]),
+        (writers[1], [1, 2]),
+    ):
+        writer.write(torch.tensor(rows), tokens[rows], labels[rows])
+    for writer in writers:
+        writer.close()
+    manifest = TokenWriter.finalise(tmp_path / "new")
+    assert manifest["format"] == "discrete-lit-tokens-1" and manifest["tokenizer"] == "a" * 64
+    assert np.load(tmp_path / "new" / "tokens.npy").itemsize == bytes_a_token
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"manifest.json", "tokens.npy", "labels.npy"}
+    batches = list(make_data(tmp_path / "new").evaluation_loader("train", 0, 1))
+    assert torch.equal(joined(batches, "tokens"), tokens)
+    assert torch.equal(joined(batches, "label"), labels)
+
+
+def test_an_incomplete_array_is_refused(tmp_path: Path) -> None:
+    tokens, labels = noise()
+    TokenWriter.create(tmp_path, **MANIFEST)
+    writer = TokenWriter(tmp_path)
+    rows = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8, 10])
+    writer.write(rows, tokens[rows], labels[rows])
+    writer.close()
+    with pytest.raises(ValueError, match=r"2 of 11 rows of .* were never written, the first are \[3, 9\]"):
+        TokenWriter.finalise(tmp_path)
+    with pytest.raises(ValueError, match="is incomplete"):
+        _ = make_data(tmp_path).folders
+
+
+def test_a_second_attempt_starts_anew_and_a_finished_array_is_kept(tmp_path: Path) -> None:
+    tokens, labels = noise()
+    for _ in range(2):
+        TokenWriter.create(tmp_path, **MANIFEST)
+        writer = TokenWriter(tmp_path)
+        writer.write(torch.arange(3), tokens[:3], labels[:3])
+    writer.write(torch.arange(3, 11), tokens[3:], labels[3:])
+    writer.close()
+    TokenWriter.finalise(tmp_path)
+    with pytest.raises(ValueError, match="already holds a finished token array"):
+        TokenWriter.create(tmp_path, **MANIFEST)
+    with pytest.raises(ValueError, match=r"call TokenWriter\.create first"):
+        TokenWriter(tmp_path)
+
+
+def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    tokens, labels = noise()
+    TokenWriter.create(tmp_path, **MANIFEST)
+    writer = TokenWriter(tmp_path)
+    rows = torch.arange(2)
+    writer.write(rows, tokens[:2], labels[:2])
+    for index, values, classes, message in (
+        (rows + 1, tokens[:2], labels[:2], r"written twice in .*\[1\]"),
+        (torch.tensor([5, 5]), tokens[:2], labels[:2], "written twice"),
+        (rows + 10, tokens[:2], labels[:2], r"rows 10\.\.11 are outside 0\.\.10"),
+        (rows + 5, tokens[:2] + 16, labels[:2], r"tokens .* are outside 0\.\.15"),
+        (rows + 5, tokens[:2], labels[:2] - 1, r"labels -1\.\.0 are outside 0\.\.2"),
+        (rows + 5, tokens[:2, :1], labels[:2], r"got tokens \(2, 1, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            writer.write(index, values, classes)
+    writer.write(torch.arange(0), tokens[:0], labels[:0])
+    writer.write(torch.arange(2, 11), tokens[2:], labels[2:])
+    writer.close()
+    TokenWriter.finalise(tmp_path)
+    assert torch.equal(joined(make_data(tmp_path).evaluation_loader("train", 0, 1), "tokens"), tokens)
+    with pytest.raises(ValueError, match="count is 0"):
+        TokenWriter.create(tmp_path / "empty", **(MANIFEST | {"count": 0}))
