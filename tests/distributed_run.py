@@ -1,0 +1,161 @@
+"""Training runs for the tests of several ranks: the same function in one process and, as a script, on each rank.
+
+As a script: `distributed_run.py OUT.pt SETTINGS.json`, with the environment variables of a rank (`LOCAL_RANK`, ...);
+SETTINGS is a list of keyword dictionaries for `run`, which run one after another.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from discrete_lit import data as data_modules
+from discrete_lit.callbacks import GradientNorm, Preemption, SampleGrid, Throughput
+from discrete_lit.checkpoints import instantiate
+
+IMAGE_SIZE, CLASSES = 16, 4
+NETWORK = {
+    "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+    "init_args": {"channels": 4, "multipliers": [1, 1, 2], "blocks": 1, "attention": False, "norm_groups": 2},
+}
+# A large eps keeps gradients that are zero but for rounding from being scaled up to whole steps.
+OPTIMIZER = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01, "eps": 1e-4}}
+SCHEDULER = {
+    "class_path": "discrete_lit.optimization.WarmupCosine",
+    "init_args": {"warmup_steps": 2, "total_steps": 12},
+}
+
+
+def tokenizer_config() -> dict[str, Any]:
+    return {"class_path": "discrete_lit.tokenizers.FSQ", "init_args": {"network": NETWORK, "levels": [4, 3]}}
+
+
+def vqvae_config() -> dict[str, Any]:
+    settings = {"network": NETWORK, "codebook_size": 8, "code_dim": 4, "optimizer": OPTIMIZER}
+    return {"class_path": "discrete_lit.tokenizers.VQVAE", "init_args": settings}
+
+
+def generator_config(family: str, tokenizer_checkpoint: str) -> dict[str, Any]:
+    return {
+        "class_path": f"discrete_lit.generators.{family}",
+        "init_args": {
+            "tokenizer": {
+                "class_path": "discrete_lit.tokenizers.from_checkpoint",
+                "init_args": {"checkpoint": tokenizer_checkpoint},
+            },
+            "image_size": IMAGE_SIZE,
+            "num_classes": CLASSES,
+            "backbone": {
+                "class_path": "discrete_lit.backbones.Transformer",
+                "init_args": {"width": 16, "depth": 2, "heads": 2},
+            },
+            "label_dropout": 0.3,
+            "optimizer": OPTIMIZER,
+            "scheduler": SCHEDULER,
+        },
+    }
+
+
+class Record(Callback):
+    """What every batch was and gave, by its number in the run."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, tuple[float, list[int]]] = {}
+        self.validation: dict[int, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = float(trainer.callback_metrics["train/loss"])
+        self.batches[trainer.fit_loop.total_batch_idx] = (loss, batch["index"].tolist())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validation[trainer.global_step] = float(trainer.callback_metrics["validation/loss"])
+
+
+class Signal(Callback):
+    """Sends a signal to one rank's own process, or to each, in the training step of a batch."""
+
+    def __init__(self, number: int, batch: int, rank: int | None) -> None:
+        self.number, self.batch, self.rank = number, batch, rank
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch and self.rank in (None, trainer.global_rank):
+            os.kill(os.getpid(), self.number)
+
+
+def run(
+    module: dict[str, Any],
+    data: dict[str, Any],
+    folder: str,
+    ranks: int,
+    strategy: str = "auto",
+    resume: bool = False,
+    send: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Train for two epochs, or resume.
+
+    Args:
+        module: configuration of the LightningModule.
+        data: class and arguments of the DataModule; its batch size is that of each rank.
+        folder: of the run.
+        ranks: processes.
+        strategy: `"auto"`, `"ddp"` or `"fsdp"`.
+        resume: go on from the folder's last checkpoint.
+        send: arguments of `Signal`.
+        settings: further arguments of the Trainer.
+    """
+    seed_everything(0, verbose=False)
+    record = Record()
+    keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
+    callbacks = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
+    trainer = Trainer(
+        **{"max_epochs": 2, "log_every_n_steps": 1, **settings},
+        accelerator="cpu",
+        devices=ranks,
+        strategy=ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False) if strategy == "fsdp" else strategy,
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name="", version="log"),
+        callbacks=[*callbacks, *([Signal(**send)] if send else [])],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+    lightning_module = instantiate(module)
+    datamodule = getattr(data_modules, data["class"])(**data["arguments"])
+    status = None
+    try:
+        trainer.fit(lightning_module, datamodule=datamodule, ckpt_path="last" if resume else None)
+    except SystemExit as end:
+        status = end.code
+    return {
+        "batches": record.batches,
+        "validation": record.validation,
+        "status": status,
+        "weights": {} if strategy == "fsdp" else dict(lightning_module.state_dict()),
+    }
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    out, settings = sys.argv[1:]
+    results = []
+    for keywords in json.loads(Path(settings).read_text()):
+        results.append(run(**keywords))
+        torch.save(results, f"{out}.{os.environ['LOCAL_RANK']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""Two real processes (gloo) against one process with the joined batch, and against their own interruption."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_run import CLASSES, IMAGE_SIZE, generator_config, run, tokenizer_config, vqvae_config
+from PIL import Image
+
+from discrete_lit import load
+from discrete_lit.checkpoints import instantiate
+from discrete_lit.data import TokenWriter
+from discrete_lit.tokenizers import from_checkpoint
+
+pytestmark = [
+    pytest.mark.ddp,
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+]
+STEPS = 12  # two epochs of 52 samples in global batches of 8, the rest dropped
+
+
+def on_two_ranks(folder, *settings, expect_kill=False):
+    """Run settings on two processes; each rank's results, in order."""
+    folder.mkdir(exist_ok=True)
+    file, out = folder / "settings.json", folder / "results"
+    file.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(out), str(file)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as stream:
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    text = "\n".join(log.read_text()[-5000:] for log in logs)
+    assert codes == ([-signal.SIGKILL] * 2 if expect_kill else [0, 0]), text
+    return [torch.load(f"{out}.{rank}") if Path(f"{out}.{rank}").exists() else None for rank in range(2)]
+
+
+def joined(results):
+    """Losses and indices of the global batches: `({batch: loss}, {batch: indices})`."""
+    first, second = (result["batches"] for result in results)
+    assert first.keys() == second.keys()
+    for batch in first:
+        assert first[batch][0] == second[batch][0], "the logged loss is the mean over ranks on both"
+    losses = {batch: loss for batch, (loss, _) in first.items()}
+    return losses, {batch: first[batch][1] + second[batch][1] for batch in first}
+
+
+def alone(result):
+    losses = {batch: loss for batch, (loss, _) in result["batches"].items()}
+    return losses, {batch: indices for batch, (_, indices) in result["batches"].items()}
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    torch.manual_seed(0)
+    module = instantiate(tokenizer_config())
+    path = folder / "tokenizer.ckpt"
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def token_data(folder, tokenizer):
+    """`token_data(batch_size)`: 52 training and 11 validation samples, of which the ranks get different numbers."""
+    module = from_checkpoint(tokenizer)
+    random = torch.Generator().manual_seed(0)
+    for split, count in (("train", 52), ("validation", 11)):
+        TokenWriter.create(
+            folder / split,
+            count=count,
+            token_shape=module.token_shape(IMAGE_SIZE),
+            vocab_size=module.vocab_size,
+            image_size=IMAGE_SIZE,
+            num_classes=CLASSES,
+            classes=[str(label) for label in range(CLASSES)],
+            tokenizer=module.fingerprint(),
+            source="noise",
+        )
+        writer = TokenWriter(folder / split)
+        labels = torch.arange(count) % CLASSES
+        tokens = (
+            torch.randint(3, (count, *module.token_shape(IMAGE_SIZE)), generator=random) + 3 * labels[:, None, None]
+        )
+        writer.write(torch.arange(count), tokens, labels)
+        writer.close()
+        TokenWriter.finalise(folder / split)
+    paths = {split: str(folder / split) for split in ("train", "validation")}
+    return lambda batch_size: {"class": "TokenArrays", "arguments": {**paths, "batch_size": batch_size}}
+
+
+@pytest.fixture(scope="module")
+def image_data(folder):
+    """`image_data(batch_size)`: 16 noise images, whole."""
+    random = np.random.default_rng(0)
+    for place in range(16):
+        path = folder / "images" / str(place % CLASSES) / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.uint8)).save(path)
+    paths = dict.fromkeys(("train", "validation"), str(folder / "images"))
+    arguments = {**paths, "image_size": IMAGE_SIZE, "num_workers": 0}
+    return lambda batch_size: {"class": "ImageFolder", "arguments": {**arguments, "batch_size": batch_size}}
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tokenizer, token_data):
+    """`one_process(family)`: the run of one process with global batches of 8."""
+    done = {}
+
+    def get(family):
+        if family not in done:
+            where = str(folder / f"one-{family}")
+            done[family] = run(generator_config(family, tokenizer), token_data(8), where, ranks=1)
+        return done[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def pair(folder, tokenizer, token_data, image_data):
+    """Results of both ranks by the name of the run; one start of two processes for all, and one after the kill."""
+
+    def settings(name, family, strategy="ddp", **more):
+        module, where = generator_config(family, tokenizer), str(folder / name)
+        shared = {"module": module, "data": token_data(4), "ranks": 2, "strategy": strategy, "folder": where}
+        return shared | more
+
+    preempt = {"number": signal.SIGUSR1, "batch": 3, "rank": 1}
+    kill = {"number": signal.SIGKILL, "batch": 9, "rank": None}
+    plan = {
+        "masked": settings("masked", "Masked"),
+        "autoregressive": settings("autoregressive", "Autoregressive"),
+        "preempted": settings("preempted", "Autoregressive", send=preempt),
+        "after preemption": settings("preempted", "Autoregressive", resume=True),
+        "sharded": settings("sharded", "Autoregressive", "fsdp"),
+        "sharded, preempted": settings("sharded-preempted", "Autoregressive", "fsdp", send=preempt),
+        "sharded, after preemption": settings("sharded-preempted", "Autoregressive", "fsdp", resume=True),
+        "vqvae": settings("vqvae", "Masked", module=vqvae_config(), data=image_data(4)),
+        "killed": settings("killed", "Masked", send=kill),
+    }
+    ranks = on_two_ranks(folder / "first", *plan.values(), expect_kill=True)
+    results = {name: (ranks[0][place], ranks[1][place]) for place, name in enumerate(plan) if name != "killed"}
+    ranks = on_two_ranks(folder / "second", settings("killed", "Masked", resume=True))
+    return {**results, "after the kill": (ranks[0][0], ranks[1][0])}
+
+
+def scalars(run_folder, tag):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run_folder / "log"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(tag)}
+
+
+@pytest.mark.parametrize("family", ["Masked", "Autoregressive"])
+def test_two_ranks_train_as_one_with_the_joined_batch(pair, one_process, family, folder):
+    ranks, one = pair[family.lower()], one_process(family)
+    losses, indices = joined(ranks)
+    expected_losses, expected_indices = alone(one)
+    assert indices == expected_indices and list(losses) == list(range(STEPS))
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    assert len(set(losses.values())) == STEPS
+    for result in ranks:
+        assert_close(result["weights"], one["weights"])
+        assert result["validation"] == pytest.approx(one["validation"], rel=1e-4)
+    assert one["validation"][STEPS] < one["validation"][STEPS // 2]
+    norms = scalars(folder / f"one-{family}", "gradient_norm/total")
+    assert scalars(folder / family.lower(), "gradient_norm/total") == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_batch_and_they_go_on(pair, folder):
+    assert [result["status"] for result in pair["preempted"]] == [128 + signal.SIGUSR1] * 2
+    before, after = joined(pair["preempted"]), joined(pair["after preemption"])
+    assert (list(before[0]), list(after[0])) == (list(range(4)), list(range(4, STEPS)))
+    whole = joined(pair["autoregressive"])
+    assert (before[0] | after[0], before[1] | after[1]) == whole
+    assert scalars(folder / "preempted", "train/loss") == scalars(folder / "autoregressive", "train/loss")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(pair):
+    losses, indices = joined(pair["after the kill"])
+    whole_losses, whole_indices = joined(pair["masked"])
+    assert list(losses) == list(range(8, STEPS))
+    assert losses == {batch: whole_losses[batch] for batch in losses}
+    assert indices == {batch: whole_indices[batch] for batch in losses}
+    for result, whole in zip(pair["after the kill"], pair["masked"], strict=True):
+        assert all(torch.equal(value, whole["weights"][name]) for name, value in result["weights"].items())
+
+
+def test_sharded_training_equals_ddp(pair, folder):
+    losses, indices = joined(pair["sharded"])
+    expected_losses, expected_indices = joined(pair["autoregressive"])
+    assert indices == expected_indices
+    assert losses == pytest.approx(expected_losses, rel=1e-4)
+    norms = scalars(folder / "autoregressive", "gradient_norm/total")
+    assert scalars(folder / "sharded", "gradient_norm/total") == pytest.approx(norms, rel=1e-3)
+
+
+def test_sharded_training_goes_on_after_preemption(pair):
+    before, after = joined(pair["sharded, preempted"]), joined(pair["sharded, after preemption"])
+    assert list(before[0]) == list(range(4))
+    assert (before[0] | after[0], before[1] | after[1]) == joined(pair["sharded"])
+
+
+def test_a_sharded_run_leaves_an_ordinary_checkpoint(pair, folder):
+    (checkpoint,) = (folder / "sharded" / "checkpoints").glob("last.ckpt")
+    generator = load(checkpoint)
+    weights = pair["autoregressive"][0]["weights"]
+    assert_close(dict(generator.state_dict()), weights)
+    tokens = generator.sample(torch.tensor([0, 1, CLASSES]), seed=1)
+    assert tokens.shape == (3, 4, 4)
+    assert 0 <= int(tokens.min()) and int(tokens.max()) < generator.vocab_size
+    other = load(folder / "autoregressive" / "checkpoints" / "last.ckpt")
+    assert torch.equal(tokens, other.sample(torch.tensor([0, 1, CLASSES]), seed=1))
+
+
+def test_a_codebook_moves_by_the_latents_of_all_ranks(pair, folder, image_data):
+    one = run(vqvae_config(), image_data(8), str(folder / "one-vqvae"), ranks=1)
+    losses, indices = joined(pair["vqvae"])
+    assert (list(losses), indices) == ([0, 1, 2, 3], alone(one)[1])
+    assert losses == pytest.approx(alone(one)[0], rel=1e-4)
+    start = run(vqvae_config(), image_data(8), str(folder / "untrained-vqvae"), ranks=1, max_steps=0)["weights"]
+    for name in ("codebook", "cluster_size", "embedding_sum"):
+        moved = one["weights"][f"quantizer.{name}"]
+        assert not torch.allclose(moved, start[f"quantizer.{name}"])
+        for result in pair["vqvae"]:
+            torch.testing.assert_close(result["weights"][f"quantizer.{name}"], moved, rtol=1e-4, atol=1e-6)
