@@ -61,6 +61,22 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
         )
 
 
+class ContinueStepCount(Callback):
+    """After a resume, logs the first batch at the step where the run goes on, so that curves have no gap.
+
+    Lightning counts the steps of the log apart from `global_step`, one too many after a resume from the end of an epoch.
+    """
+
+    def __init__(self) -> None:
+        self.first = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Several optimizers in manual optimization count several global steps for a batch.
+        if self.first and len(trainer.optimizers) == 1:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        self.first = False
+
+
 class FollowConfiguration(Callback):
     """After a resume, puts the configured settings of optimizers and schedulers in place of the checkpoint's.
 

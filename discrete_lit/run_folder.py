@@ -35,8 +35,8 @@ class RunFolder:
         self.path = Path(path)
 
     def checkpoints(self) -> list[Path]:
-        """Every checkpoint below the folder, newest first."""
-        found = [(file.stat().st_mtime_ns, str(file)) for file in self.path.rglob("*.ckpt")]
+        """Every checkpoint of the run, newest first."""
+        found = [(file.stat().st_mtime_ns, str(file)) for file in (self.path / "checkpoints").rglob("*.ckpt")]
         return [Path(name) for _, name in sorted(found, reverse=True)]
 
     def newest_intact(self) -> tuple[str, dict[str, Any]] | None:

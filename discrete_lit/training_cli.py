@@ -20,7 +20,7 @@ from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid,
 from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
 from discrete_lit.config_errors import explain
 from discrete_lit.given_settings import GivenSettings, read_given
-from discrete_lit.resuming import FollowConfiguration, check_tokenizer, differences
+from discrete_lit.resuming import ContinueStepCount, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.run_folder import RecordStart, RunFolder
 
 _log = logging.getLogger(__name__)
@@ -34,7 +34,9 @@ _UNASKED_ADVICE = (
     ".*exists and is not empty.*",
     ".*srun. command is available.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
+    ".*module.s. in eval mode at the start of training.*",
     ".*isinstance.treespec, LeafSpec.*",
+    "The dirpath has changed from.*",
 )
 
 
@@ -186,8 +188,10 @@ class TrainingCLI(LightningCLI):
         callbacks += self._always_on(callbacks, bool(logger))
         if not settings["fast_dev_run"]:
             callbacks.append(self._record_start(logger))
-        if self.command == "fit" and self.changed:
-            callbacks.append(FollowConfiguration(self.changed))
+        if self.command == "fit" and self.checkpoint is not None:
+            callbacks.insert(0, ContinueStepCount())
+            if self.changed:
+                callbacks.append(FollowConfiguration(self.changed))
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
 
     def _always_on(self, callbacks: list[Callback], logged: bool) -> list[Callback]:
