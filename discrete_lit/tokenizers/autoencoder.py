@@ -88,7 +88,7 @@ class AutoencoderTokenizer(Tokenizer):
     def on_validation_epoch_end(self) -> None:
         usage, perplexity = self.codebook_usage.compute()
         self.codebook_usage.reset()
-        self.log_dict({"validation/codebook_usage": usage, "validation/perplexity": perplexity}, rank_zero_only=False)
+        self.log_dict({"validation/codebook_usage": usage, "validation/perplexity": perplexity}, sync_dist=True)
 
     def _log_terms(self, stage: str, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
         named = {f"{stage}/loss": loss, **{f"{stage}/{name}": term for name, term in terms.items()}}

@@ -27,7 +27,11 @@ class Tokenizer(LightningModule, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` float in [-1, 1] to `(B, *token_shape)` int64 in [0, K)."""
+        """`(B, C, H, W)` float in [-1, 1] to `(B, *token_shape)` int64 in [0, K).
+
+        Raises:
+            ValueError: a size that the down-sampling does not divide.
+        """
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ class Tokenizer(LightningModule, ABC):
             )
 
     def fingerprint(self) -> str:
-        """SHA-256 of the class and of every weight and buffer: two tokenizers with equal ids and pixels agree."""
+        """SHA-256 of the class and of every weight and buffer, on any device: equal ones encode and decode alike."""
         digest = hashlib.sha256(type(self).__qualname__.encode())
         for name, value in sorted(self.state_dict().items()):
             data = value.detach().cpu().contiguous()

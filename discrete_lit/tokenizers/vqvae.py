@@ -20,6 +20,7 @@ class VQVAE(AutoencoderTokenizer):
         codebook_update: move codes by a running mean (`"ema"`) or train them (`"gradient"`).
         commitment_weight: beta of eq. 3.
         decay: of the running mean.
+        codebook_init: first codes from the first training batch (`"data"`), or uniform in [-1 / K, 1 / K].
         reconstruction_loss: `"l1"` or `"l2"` on pixels in [-1, 1].
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
@@ -33,9 +34,10 @@ class VQVAE(AutoencoderTokenizer):
         codebook_update: Literal["ema", "gradient"] = "ema",
         commitment_weight: float = 0.25,
         decay: float = 0.99,
+        codebook_init: Literal["data", "uniform"] = "data",
         reconstruction_loss: Literal["l1", "l2"] = "l2",
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        quantizer = VectorQuantizer(codebook_size, code_dim, codebook_update, commitment_weight, decay)
+        quantizer = VectorQuantizer(codebook_size, code_dim, codebook_update, commitment_weight, decay, codebook_init)
         super().__init__(network(code_dim), quantizer, reconstruction_loss, optimizer, scheduler)

@@ -21,7 +21,11 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` in [-1, 1] to latents `(B, D, *grid)`."""
+        """`(B, C, H, W)` in [-1, 1] to latents `(B, D, *grid)`.
+
+        Raises:
+            ValueError: a side that the network cannot divide.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:

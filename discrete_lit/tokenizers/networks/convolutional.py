@@ -146,6 +146,8 @@ class ConvAutoencoder(Autoencoder):
         return (image_size // self.downsampling,) * 2
 
     def encode(self, images: Tensor) -> Tensor:
+        for side in images.shape[2:]:
+            self.grid(side)
         # The memory layout that oneDNN's and cuDNN's bf16 convolutions want.
         return self.encoder(images.contiguous(memory_format=torch.channels_last))
 

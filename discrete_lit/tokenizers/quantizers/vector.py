@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.distributed import all_reduce_sum
+from discrete_lit.distributed import all_gather_rows, all_reduce_sum
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 # Distances are formed for this many (row, code) pairs at once: 64 MB of float32.
@@ -26,9 +26,15 @@ class VectorQuantizer(Quantizer):
             statistics are summed over ranks), `"gradient"` trains them by the codebook term.
         commitment_weight: beta of eq. 3.
         decay: gamma of appendix A.1; used by `"ema"` only.
+        codebook_init: `"data"` takes the first codes from the latents of the first training batch, `"uniform"` from
+            [-1 / K, 1 / K], where taming, LlamaGen and others begin: far from the latents, most codes are never used.
+
+    Raises:
+        ValueError: a setting out of its range.
     """
 
     codebook: Tensor
+    started: Tensor
     cluster_size: Tensor
     embedding_sum: Tensor
 
@@ -39,12 +45,15 @@ class VectorQuantizer(Quantizer):
         codebook_update: Literal["ema", "gradient"] = "ema",
         commitment_weight: float = 0.25,
         decay: float = 0.99,
+        codebook_init: Literal["data", "uniform"] = "data",
     ) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1:
             raise ValueError(f"codebook_size and dim must be positive, got {codebook_size} and {dim}")
         if not 0 <= decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        if commitment_weight < 0:
+            raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
         self.vocab_size = codebook_size
         self.dim = dim
         self.codebook_update = codebook_update
@@ -57,10 +66,15 @@ class VectorQuantizer(Quantizer):
             self.register_buffer("codebook", codes)
             self.register_buffer("cluster_size", torch.ones(codebook_size))
             self.register_buffer("embedding_sum", codes.clone())
+        self._may_start = codebook_init == "data"
+        if self._may_start:
+            self.register_buffer("started", torch.tensor(False))
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
+            if self.training and self._may_start:
+                self._start(latents.detach().reshape(-1, self.dim))
             tokens = self.nearest(latents)
             codes = self.lookup(tokens)
             losses = {"commitment": self.commitment_weight * F.mse_loss(latents, codes.detach())}
@@ -85,6 +99,20 @@ class VectorQuantizer(Quantizer):
             for part in rows.split(max(1, _PAIRS_AT_ONCE // self.vocab_size))
         ]
         return torch.cat(tokens).reshape(latents.shape[:-1])
+
+    @torch.no_grad()
+    def _start(self, rows: Tensor) -> None:
+        """Take the codes from the latents `(n, D)` of all ranks, unless a checkpoint brought codes."""
+        self._may_start = False  # `started` is read once: reading it on every step would wait for the device
+        if self.started:
+            return
+        everyone = all_gather_rows(rows)
+        order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))  # the same on every rank
+        order = order[torch.arange(self.vocab_size) % len(order)].to(rows.device)
+        self.codebook.copy_(everyone[order])
+        if self.codebook_update == "ema":
+            self.embedding_sum.copy_(self.codebook)
+        self.started.fill_(True)
 
     @torch.no_grad()
     def _update_codebook(self, rows: Tensor, tokens: Tensor) -> None:

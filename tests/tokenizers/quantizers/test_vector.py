@@ -1,0 +1,227 @@
+"""Vector quantisation: the search, the running-mean update, the gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.quantizers import VectorQuantizer, vector
+
+
+def spread_out(quantizer: VectorQuantizer) -> VectorQuantizer:
+    """Codes of deviation 1, as if they had been trained."""
+    codes = torch.randn_like(quantizer.codebook)
+    with torch.no_grad():
+        quantizer.codebook.copy_(codes)
+        if quantizer.codebook_update == "ema":
+            quantizer.embedding_sum.copy_(codes)
+        quantizer.started.fill_(True)
+    return quantizer
+
+
+@pytest.mark.parametrize("pairs_at_once", [vector._PAIRS_AT_ONCE, 1, 700])
+@pytest.mark.parametrize("dim", [1, 4, 256])
+def test_nearest_is_the_brute_force_search(monkeypatch: pytest.MonkeyPatch, pairs_at_once: int, dim: int) -> None:
+    monkeypatch.setattr(vector, "_PAIRS_AT_ONCE", pairs_at_once)
+    quantizer = spread_out(VectorQuantizer(100, dim))
+    latents = torch.randn(300, dim) * 1.5 + 0.5
+    distances = (latents.double()[:, None] - quantizer.codebook.double()).square().sum(dim=-1)
+    best = distances.topk(2, largest=False)
+    clear = best.values[:, 1] - best.values[:, 0] > 1e-5 * dim
+    assert clear.double().mean() > 0.95
+    assert torch.equal(quantizer.nearest(latents)[clear], best.indices[clear, 0])
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+@pytest.mark.parametrize("grid", [(), (5,), (3, 4), (2, 3, 4)])
+def test_any_grid(update, grid: tuple[int, ...]) -> None:
+    quantizer = spread_out(VectorQuantizer(16, 3, update))
+    latents = torch.randn(2, *grid, 3)
+    quantized = quantizer(latents)
+    assert quantized.codes.shape == latents.shape and quantized.codes.dtype == torch.float32
+    assert quantized.tokens.shape == (2, *grid) and quantized.tokens.dtype == torch.int64
+    flat = spread_out(VectorQuantizer(16, 3, update))
+    flat.load_state_dict({**quantizer.state_dict(), "codebook": flat.codebook})
+    assert torch.equal(quantizer.nearest(latents).flatten(), quantizer.nearest(latents.reshape(-1, 3)))
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_codes_are_the_looked_up_ones_to_the_bit(update) -> None:
+    quantizer = spread_out(VectorQuantizer(16, 3, update)).eval()
+    quantized = quantizer(torch.randn(4, 5, 3) * 3)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert quantized.tokens.unique().numel() > 8
+
+
+def test_training_codes_are_those_before_the_update() -> None:
+    quantizer = spread_out(VectorQuantizer(16, 3))
+    before = quantizer.codebook.clone()
+    quantized = quantizer(torch.randn(40, 3))
+    assert torch.equal(quantized.codes, before[quantized.tokens])
+    assert not torch.equal(quantizer.codebook, before)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_gradients(update) -> None:
+    """Straight through to the latents, the commitment term on top, the codebook term to the codes alone."""
+    quantizer = spread_out(VectorQuantizer(8, 3, update, commitment_weight=0.3))
+    latents = torch.randn(20, 3, requires_grad=True)
+    quantized = quantizer(latents)
+    weights = torch.randn(20, 3)
+    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    assert torch.equal(through, weights)
+
+    codes, count = quantized.codes.detach(), latents.numel()
+    commitment = quantized.losses["commitment"]
+    torch.testing.assert_close(commitment, 0.3 * (latents - codes).square().mean())
+    (gradient,) = torch.autograd.grad(commitment, latents, retain_graph=True)
+    torch.testing.assert_close(gradient, 0.3 * 2 * (latents.detach() - codes) / count)
+    if update == "ema":
+        assert set(quantized.losses) == {"commitment"} and not list(quantizer.parameters())
+        return
+    assert set(quantized.losses) == {"commitment", "codebook"}
+    torch.testing.assert_close(quantized.losses["codebook"], (latents - codes).square().mean())
+    codebook_gradient, latent_gradient = torch.autograd.grad(
+        quantized.losses["codebook"], (quantizer.codebook, latents), allow_unused=True
+    )
+    expected = torch.zeros(8, 3).index_add(0, quantized.tokens, 2 * (codes - latents.detach()) / count)
+    torch.testing.assert_close(codebook_gradient, expected)
+    assert latent_gradient is None
+
+
+def test_running_means_by_hand() -> None:
+    """Appendix A.1, eq. 6-8, in float64 over five batches; codes that nobody takes stay where they are."""
+    decay, smoothing = 0.9, 1e-5
+    quantizer = spread_out(VectorQuantizer(6, 2, decay=decay))
+    codes = quantizer.codebook.double().numpy().copy()
+    size, total = [1.0] * 6, [list(code) for code in codes]
+    for _ in range(5):
+        latents = torch.randn(30, 2) * 2 + 1
+        tokens = quantizer(latents).tokens.tolist()
+        for code in range(6):
+            members = [row for row, token in zip(latents.double().tolist(), tokens, strict=True) if token == code]
+            size[code] = decay * size[code] + (1 - decay) * len(members)
+            for axis in range(2):
+                total[code][axis] = decay * total[code][axis] + (1 - decay) * sum(row[axis] for row in members)
+        everything = sum(size)
+        smoothed = [(value + smoothing) / (everything + 6 * smoothing) * everything for value in size]
+        expected = torch.tensor([[value / n for value in row] for row, n in zip(total, smoothed, strict=True)])
+        torch.testing.assert_close(quantizer.codebook, expected.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(quantizer.cluster_size, torch.tensor(size), rtol=1e-5, atol=1e-6)
+
+
+def test_running_means_reach_the_cluster_means() -> None:
+    quantizer = VectorQuantizer(2, 1, decay=0.5, codebook_init="uniform")
+    quantizer.codebook.copy_(torch.tensor([[-1.0], [1.0]]))
+    quantizer.embedding_sum.copy_(quantizer.codebook)
+    latents = torch.tensor([[-3.0], [-5.0], [4.0], [6.0]])
+    for _ in range(40):
+        quantizer(latents)
+    torch.testing.assert_close(quantizer.codebook, torch.tensor([[-4.0], [5.0]]), rtol=0, atol=1e-3)
+
+
+def test_evaluation_changes_nothing() -> None:
+    quantizer = spread_out(VectorQuantizer(6, 2)).eval()
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer(torch.randn(30, 2))
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_autocast_does_not_change_ids() -> None:
+    quantizer = spread_out(VectorQuantizer(512, 8)).eval()
+    latents = torch.randn(2000, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = quantizer(latents)
+    assert torch.equal(quantized.tokens, quantizer(latents).tokens)
+    assert quantized.codes.dtype == torch.float32
+    assert torch.equal(quantizer(latents.bfloat16()).tokens, quantizer(latents.bfloat16().float()).tokens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codebook_size": 0, "dim": 2}, "must be positive, got 0 and 2"),
+        ({"codebook_size": 4, "dim": 0}, "must be positive, got 4 and 0"),
+        ({"codebook_size": 4, "dim": 2, "decay": 1.0}, r"decay must lie in \[0, 1\)"),
+        ({"codebook_size": 4, "dim": 2, "commitment_weight": -1.0}, "commitment_weight must be >= 0"),
+    ],
+)
+def test_settings_out_of_range(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VectorQuantizer(**arguments)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_against_vector_quantize_pytorch(update) -> None:
+    from vector_quantize_pytorch import VectorQuantize
+
+    ours = spread_out(VectorQuantizer(32, 8, update, decay=0.95)).train()
+    theirs = VectorQuantize(
+        dim=8,
+        codebook_size=32,
+        decay=0.95,
+        eps=1e-5,
+        commitment_weight=0.25 if update == "ema" else 1.25,
+        rotation_trick=False,
+        learnable_codebook=update == "gradient",
+        ema_update=update == "ema",
+    ).train()
+    with torch.no_grad():
+        theirs._codebook.embed.copy_(ours.codebook[None])
+        if update == "ema":
+            theirs._codebook.embed_avg.copy_(ours.codebook[None])
+            assert (theirs._codebook.cluster_size == 1).all()
+    for _ in range(4):
+        latents = torch.randn(2, 50, 8, requires_grad=True)
+        mine = ours(latents)
+        codes, tokens, loss = theirs(latents)
+        assert torch.equal(mine.tokens, tokens)
+        torch.testing.assert_close(mine.codes, codes)
+        torch.testing.assert_close(torch.stack(list(mine.losses.values())).sum(), loss.squeeze())
+        torch.testing.assert_close(ours.codebook, theirs._codebook.embed[0], rtol=1e-5, atol=1e-6)
+        if update == "ema":
+            torch.testing.assert_close(ours.cluster_size, theirs._codebook.cluster_size[0])
+        my_gradient, their_gradient = (
+            torch.autograd.grad((F.mse_loss(value, torch.zeros_like(value))), latents)[0]
+            for value in (mine.codes, codes)
+        )
+        torch.testing.assert_close(my_gradient, their_gradient)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_first_codes_are_latents_of_the_first_training_batch(update) -> None:
+    quantizer = VectorQuantizer(16, 3, update, decay=0.99)
+    untrained = quantizer.codebook.detach().clone()
+    assert untrained.abs().max() <= 1 / 16
+    quantizer.eval()(torch.randn(40, 3))
+    assert torch.equal(quantizer.codebook, untrained)
+    latents = torch.randn(4, 10, 3)
+    tokens = quantizer.train()(latents).tokens
+    assert len(tokens.unique()) == 16  # each code is its own latent's nearest
+    if update == "gradient":
+        assert all((latents.flatten(0, 1) == code).all(dim=1).any() for code in quantizer.codebook)
+    second = quantizer.codebook.detach().clone()
+    quantizer(torch.randn(40, 3) + 100)
+    assert quantizer.codebook.detach().sub(second).abs().max() < 50  # moved by its update, not started again
+
+
+def test_codes_of_a_checkpoint_are_kept() -> None:
+    trained = VectorQuantizer(16, 3, "gradient").train()
+    trained(torch.randn(40, 3))
+    loaded = VectorQuantizer(16, 3, "gradient").train()
+    loaded.load_state_dict(trained.state_dict())
+    loaded(torch.randn(40, 3))
+    assert torch.equal(loaded.codebook, trained.codebook)
+
+
+def test_fewer_latents_than_codes() -> None:
+    quantizer = VectorQuantizer(16, 3).train()
+    assert len(quantizer(torch.randn(5, 3)).tokens.unique()) == 5
+
+
+def test_uniform_start() -> None:
+    quantizer = VectorQuantizer(16, 3, "gradient", codebook_init="uniform").train()
+    before = quantizer.codebook.detach().clone()
+    quantizer(torch.randn(40, 3))
+    assert torch.equal(quantizer.codebook, before) and before.abs().max() <= 1 / 16
+    assert "started" not in quantizer.state_dict()
