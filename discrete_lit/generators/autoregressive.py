@@ -51,14 +51,15 @@ class Autoregressive(Generator):
         )
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
-        logits = self.backbone(tokens[:, :-1], labels)  # (B, N, K)
-        values = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+        values = self._cross_entropy(tokens, labels)
         place = (torch.arange(self.length, device=tokens.device) + 0.5) / self.length
         return TokenLosses(values, torch.ones_like(values), place.expand_as(values))
 
     @torch.no_grad()
-    def log_likelihood(self, tokens: Tensor, labels: Tensor) -> Likelihood:
-        tokens = tokens.flatten(1)
-        logits = self.backbone(tokens[:, :-1], labels)
-        chosen = logits.double().log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-        return Likelihood(chosen.sum(dim=1), "exact")
+    def log_likelihood(self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None) -> Likelihood:
+        return Likelihood(-self._cross_entropy(tokens.flatten(1), labels).double().sum(dim=1), "exact")
+
+    def _cross_entropy(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """`(B, N)` nats for every token given those before it."""
+        logits = self.backbone(tokens[:, :-1], labels)  # (B, N, K)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)

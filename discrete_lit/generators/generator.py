@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from lightning import LightningModule
@@ -114,8 +114,15 @@ class Generator(LightningModule, ABC):
         """The loss of each token of `tokens (B, N)` given `labels (B,)`; `random` decides the corruption."""
 
     @abstractmethod
-    def log_likelihood(self, tokens: Tensor, labels: Tensor) -> Likelihood:
-        """log p(tokens | label) in nats for `tokens (B, *token_shape)`, and whether it is exact."""
+    def log_likelihood(self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None) -> Likelihood:
+        """log p(tokens | label) in nats, and whether it is exact.
+
+        Args:
+            tokens: `(B, *token_shape)` int64 in [0, K).
+            labels: `(B,)` int64 in [0, num_classes].
+            indices: `(B,)` int64, each image's place in its data set: where the value is estimated, its random numbers
+                belong to it, whatever the batch; 0 to B - 1 by default.
+        """
 
     def loss(
         self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
@@ -157,14 +164,31 @@ class Generator(LightningModule, ABC):
         return output.tokens.reshape(-1, *self.token_shape)
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """The ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens."""
+        """The ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
+
+        Raises:
+            ValueError: a grid other than `token_shape`.
+        """
         if "tokens" in batch:
-            return batch["tokens"]
-        with torch.no_grad():
-            return self.tokenizer.encode(batch["image"])
+            tokens = batch["tokens"]
+        else:
+            with torch.no_grad():
+                tokens = self.tokenizer.encode(batch["image"])
+        if tuple(tokens.shape[1:]) != self.token_shape:
+            raise ValueError(
+                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
+                f"model.init_args.image_size is {self.image_size}"
+            )
+        return tokens
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch, but the tokenizer stays in eval mode: its codebook statistics must not move."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        random = self._random(batch)
+        random = self._random(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         labels = batch["label"].masked_fill(dropped, self.num_classes)
         loss, terms = self.loss(self.tokens_of(batch), labels, random)
@@ -173,7 +197,7 @@ class Generator(LightningModule, ABC):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        losses = self.token_losses(self.tokens_of(batch).flatten(1), batch["label"], self._random(batch))
+        losses = self.token_losses(self.tokens_of(batch).flatten(1), batch["label"], self._random(batch, batch_idx))
         self.profile.update(losses.values, losses.coordinate, losses.weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -190,7 +214,9 @@ class Generator(LightningModule, ABC):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] sampled for the labels of a batch, seeded by this generator's seed."""
-        return self.tokenizer.decode(self.sample(batch["label"], seed=self.seed, indices=batch.get("index")))
+        return self.tokenizer.decode(
+            self.sample(batch["label"], seed=self.seed, indices=self._random(batch, batch_idx).indices)
+        )
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)
@@ -213,13 +239,15 @@ class Generator(LightningModule, ABC):
         if self.tokenizer.hparams:
             checkpoint["tokenizer_config"] = dict(self.tokenizer.hparams)
 
-    def _random(self, batch: dict[str, Any]) -> CounterRandom:
+    def _random(self, batch: dict[str, Any], batch_idx: int) -> CounterRandom:
         labels = batch["label"]
         indices = batch.get("index")
         if indices is None:
-            # A loader of the user's own: unique for every rank, step and row, though not across another split of ranks.
-            step = (self.global_step * world_size() + rank()) * len(labels)
-            indices = step + torch.arange(len(labels), device=labels.device)
+            # A loader of the user's own: unique for every epoch, batch, rank and row, though another split into ranks
+            # or batches draws differently. Up to 2^24 batches of 2^16 rows; validation repeats its masks every epoch.
+            epoch = self.current_epoch if self.training else 0
+            place = (epoch * 2**24 + batch_idx) * world_size() + rank()
+            indices = place * 2**16 + torch.arange(len(labels), device=labels.device)
         return CounterRandom(self.seed, indices)
 
     def _check_data(self) -> None:

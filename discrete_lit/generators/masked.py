@@ -75,7 +75,7 @@ class Masked(Generator):
         return TokenLosses(values, masked.to(values.dtype), (counts / self.length).expand_as(values))
 
     @torch.no_grad()
-    def log_likelihood(self, tokens: Tensor, labels: Tensor) -> Likelihood:
+    def log_likelihood(self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None) -> Likelihood:
         """An unbiased estimate of the any-order bound, for `tokens (B, *token_shape)`.
 
         The mean of log p over all orders of revealing the tokens, at most log p of their mixture, is
@@ -83,7 +83,9 @@ class Masked(Generator):
         uniformly (Ou et al., RADD, 2024, eq. 3.8; Uria et al., NADE, 2014). k is stratified over the evaluations.
         """
         tokens = tokens.flatten(1)
-        random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+        if indices is None:
+            indices = torch.arange(len(tokens), device=tokens.device)
+        random = CounterRandom(self.seed, indices)
         shift = random.uniform(Purpose.LIKELIHOOD, 1)
         total = tokens.new_zeros(len(tokens), dtype=torch.float64)
         for evaluation in range(self.likelihood_samples):
@@ -103,4 +105,5 @@ class Masked(Generator):
         """`(B, N)` nats for every token of the sequence with `masked` replaced by the mask id."""
         corrupted = tokens.masked_fill(masked, self.backbone.layout.mask_id)
         logits = self.backbone(corrupted, labels)  # (B, N, K)
-        return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none", label_smoothing=smoothing)
+        values = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none", label_smoothing=smoothing)
+        return values.view_as(tokens)

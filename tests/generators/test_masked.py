@@ -1,0 +1,86 @@
+"""Masked generation: which tokens are masked, and what the loss averages."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from discrete_lit.processes import ArccosSchedule, CosineSchedule, CounterRandom, MaskSchedule, Purpose
+
+
+def losses_of(generator, indices: torch.Tensor, tokens: torch.Tensor | None = None):
+    tokens = torch.zeros(len(indices), generator.length, dtype=torch.int64) if tokens is None else tokens
+    labels = torch.zeros(len(tokens), dtype=torch.int64)
+    return generator.token_losses(tokens, labels, CounterRandom(generator.seed, indices))
+
+
+@pytest.mark.parametrize("schedule", [CosineSchedule(), ArccosSchedule()], ids=type)
+def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None:
+    """ceil(N m(t)), at least one, t uniform; every place equally often; the coordinate is the ratio."""
+    generator = make_generator("masked", token_shape=(4, 4), mask_schedule=schedule)
+    indices = torch.arange(3000)
+    losses = losses_of(generator, indices)
+    t = CounterRandom(generator.seed, indices).uniform(Purpose.MASK_RATIO, 1)[:, 0]
+    counts = losses.weights.sum(dim=1)
+    assert torch.equal(counts.double(), (16 * schedule.mask_probability(t)).ceil())
+    assert counts.min() == 1 and counts.max() == 16
+    assert losses.coordinate.shape == (3000, 16)
+    torch.testing.assert_close(losses.coordinate[:, 3], counts.double() / 16)
+    places = losses.weights.mean(dim=0)
+    assert (places - places.mean()).abs().max() < 5 * (0.25 / 3000) ** 0.5
+
+
+def test_the_network_sees_the_mask_id_at_masked_places_alone(make_generator) -> None:
+    generator = make_generator("masked", vocab_size=7, token_shape=(4, 4))
+    seen: list[torch.Tensor] = []
+    generator.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    tokens = torch.randint(7, (50, 16))
+    masked = losses_of(generator, torch.arange(50), tokens).weights > 0
+    assert torch.equal(seen[0] == 7, masked)
+    assert torch.equal(seen[0][~masked], tokens[~masked])
+
+
+def test_corruption_belongs_to_the_sample_not_to_the_batch(make_generator) -> None:
+    generator = make_generator("masked", token_shape=(4, 4), spread=0.3)
+    together = losses_of(generator, torch.tensor([5, 9, 2**40]))
+    for row, index in ((1, 9), (2, 2**40)):
+        alone = losses_of(generator, torch.tensor([index]))
+        assert torch.equal(alone.weights[0], together.weights[row])
+    assert not torch.equal(losses_of(generator, torch.tensor([6])).weights[0], together.weights[0])
+    other_seed = make_generator("masked", token_shape=(4, 4), seed=1)
+    assert not torch.equal(losses_of(other_seed, torch.tensor([5, 9, 2**40])).weights, together.weights)
+
+
+def test_loss_is_the_mean_over_masked_tokens_of_the_batch(make_generator) -> None:
+    generator = make_generator("masked", vocab_size=5, token_shape=(3, 3), spread=0.4)
+    tokens, labels = torch.randint(5, (6, 3, 3)), torch.arange(6) % 2
+    random = CounterRandom(0, torch.arange(6))
+    masked = generator.token_losses(tokens.flatten(1), labels, random).weights > 0
+    logits = generator.backbone(tokens.flatten(1).masked_fill(masked, 5), labels)
+    expected = F.cross_entropy(logits[masked], tokens.flatten(1)[masked])
+    torch.testing.assert_close(generator.loss(tokens, labels, random)[0], expected)
+    torch.testing.assert_close(generator.loss(tokens, labels)[0], expected)  # rows 0 ... B - 1 by default
+
+
+def test_label_smoothing_in_training_alone(make_generator) -> None:
+    generator = make_generator("masked", vocab_size=5, token_shape=(3, 3), spread=0.4, label_smoothing=0.2)
+    tokens = torch.randint(5, (6, 9))
+    plain = losses_of(generator, torch.arange(6), tokens)
+    smooth = losses_of(generator.train(), torch.arange(6), tokens)
+    masked = plain.weights > 0
+    logits = generator.backbone(tokens.masked_fill(masked, 5), torch.zeros(6, dtype=torch.int64))
+    log_probabilities = logits.log_softmax(dim=-1)
+    chosen = log_probabilities.gather(-1, tokens[..., None])[..., 0]
+    torch.testing.assert_close(plain.values, -chosen)
+    torch.testing.assert_close(smooth.values, -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\)"),
+        ({"likelihood_samples": 0}, "likelihood_samples must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(make_generator, arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_generator("masked", **arguments)
