@@ -5,8 +5,19 @@ from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+_DECAYED = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 def configure_optimizers(
@@ -14,7 +25,9 @@ def configure_optimizers(
 ) -> Any:
     """Lightning's `configure_optimizers` of one optimizer and a scheduler that steps after every batch.
 
-    Weight decay acts on weights of two or more dimensions alone, never on biases, norms and gains.
+    Weight decay acts on the weights of linear and convolution layers alone: never on biases, gains, embeddings,
+    positions, start tokens and codebooks, as in RAR and minGPT (LlamaGen and nanoGPT decay embeddings too). Decay would
+    shrink the rows of a table that a batch does not touch.
 
     Raises:
         ValueError: no optimizer was given.
@@ -24,11 +37,12 @@ def configure_optimizers(
             f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
+    matrices = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     built = optimizer(
         [
-            {"params": [parameter for parameter in trained if parameter.ndim >= 2]},
-            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+            {"params": [parameter for parameter in trained if id(parameter) in matrices]},
+            {"params": [parameter for parameter in trained if id(parameter) not in matrices], "weight_decay": 0.0},
         ]
     )
     if scheduler is None:
@@ -44,11 +58,16 @@ class WarmupCosine(LambdaLR):
         warmup_steps: batches until the full rate.
         total_steps: batches until the final rate, which stays from there on.
         final_share: the final rate as a share of the full one, in [0, 1].
+
+    Raises:
+        ValueError: a setting out of its range.
     """
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, final_share: float = 0.0) -> None:
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps}")
+        if not 0 <= final_share <= 1:
+            raise ValueError(f"final_share must lie in [0, 1], got {final_share}")
 
         def share(step: int) -> float:
             if step < warmup_steps:
