@@ -20,7 +20,8 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Returns:
         uint8 `(size, size, 3)`; the image itself where it already has that size.
     """
-    pixels = np.asarray(_resize_shorter_side(image, size))
+    image = _halved(image, size)
+    pixels = np.asarray(image.resize(_scaled_size(image, size), _BICUBIC))
     top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
     return pixels[top : top + size, left : left + size]
 
@@ -49,15 +50,29 @@ def random_crop(
     scale, row, column, mirror = randomness
     longest = math.ceil(size / minimum_crop)
     shorter_side = size + int(scale * (longest - size + 1))
-    pixels = np.asarray(_resize_shorter_side(image, shorter_side))
-    top = int(row * (pixels.shape[0] - size + 1))
-    left = int(column * (pixels.shape[1] - size + 1))
-    pixels = pixels[top : top + size, left : left + size]
+    image = _halved(image, shorter_side)
+    width, height = _scaled_size(image, shorter_side)
+    top, left = int(row * (height - size + 1)), int(column * (width - size + 1))
+    pixels = np.asarray(_resized_part(image, width, height, left, top, size))
     return pixels[:, ::-1] if flip and mirror < 0.5 else pixels
 
 
-def _resize_shorter_side(image: Image.Image, size: int) -> Image.Image:
+def _halved(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), _BOX)
+    return image
+
+
+def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
     scale = size / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), _BICUBIC)
+    return round(image.width * scale), round(image.height * scale)
+
+
+def _resized_part(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
+    """A square of `image` resized to `(width, height)`, without computing the rest."""
+    if (width, height) == image.size:
+        return image.crop((left, top, left + size, top + size))
+    across, down = image.width / width, image.height / height
+    # Rounding must not put the square outside the image.
+    right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
+    return image.resize((size, size), _BICUBIC, box=(left * across, top * down, right, bottom))

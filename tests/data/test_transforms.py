@@ -88,6 +88,23 @@ def test_the_smallest_crop_decides_the_scale() -> None:
     np.testing.assert_array_equal(whole, center_crop(image, 50))
 
 
+@pytest.mark.parametrize(("width", "height"), [(50, 37), (500, 375), (33, 90)])
+def test_the_random_crop_is_a_part_of_the_resized_image(width: int, height: int) -> None:
+    # Far from 0 and 255, where the order of Pillow's two passes decides what is clipped.
+    image = noise(width, height).point(lambda value: 96 + value // 4)
+    for randomness in ((0.0, 0.0, 0.0, 0.9), (0.0, 0.99, 0.99, 0.9), (0.6, 0.3, 0.7, 0.9)):
+        halved = image
+        shorter_side = 32 + int(randomness[0] * 9)
+        while min(halved.size) >= 2 * shorter_side:
+            halved = halved.resize((halved.width // 2, halved.height // 2), Image.Resampling.BOX)
+        scale = shorter_side / min(halved.size)
+        size = round(halved.width * scale), round(halved.height * scale)
+        pixels = np.asarray(halved.resize(size, Image.Resampling.BICUBIC)).astype(int)
+        top, left = int(randomness[1] * (size[1] - 31)), int(randomness[2] * (size[0] - 31))
+        crop = random_crop(image, 32, randomness, minimum_crop=0.8)
+        assert np.abs(crop - pixels[top : top + 32, left : left + 32]).max() <= 1
+
+
 def pipeline(**changes: object) -> ImagePipeline:
     settings = {"image_size": 8, "seed": 3, "crop": "random", "minimum_crop": 0.8, "flip": True, "apply_exif": False}
     return ImagePipeline(**(settings | changes))  # type: ignore[arg-type]
