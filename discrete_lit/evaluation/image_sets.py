@@ -14,6 +14,7 @@ import numpy as np
 from discrete_lit.data.decoding import IMAGE_EXTENSIONS, decode_image
 from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.data.transforms import center_crop
+from discrete_lit.evaluation.npz import read_npz
 from discrete_lit.provenance import file_sha256
 
 Pixels = np.ndarray
@@ -76,13 +77,8 @@ class NpzImages(ImageSet):
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path = path
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = list(file.files)
-                key = next((key for key in ("labels", "arr_1") if key in names), None)
-                labels = None if key is None else file[key]
-        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{str(path)!r} is not a readable npz file: {error}") from error
+        names, arrays = read_npz(path, ("labels", "arr_1"))
+        labels = arrays.get("labels", arrays.get("arr_1"))
         if "arr_0" not in names:
             raise ValueError(f"{str(path)!r} holds {sorted(names)} and no arr_0: {_ACCEPTED}")
         with self._open() as (shape, dtype, _):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from discrete_lit.distributed import all_reduce_sum
 from discrete_lit.evaluation.features import FeatureExtractor
+from discrete_lit.evaluation.npz import read_npz
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,30 @@ class Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
 
         Raises:
-            ValueError: a file that holds no moments, or moments of inconsistent shapes.
+            ValueError: a file that cannot be read, holds no moments, or holds moments of inconsistent shapes.
         """
-        with np.load(path, allow_pickle=False) as file:
-            if "mu" not in file.files or "sigma" not in file.files:
-                raise ValueError(
-                    f"{str(path)!r} holds {sorted(file.files)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)"
-                )
-            mean, covariance = file["mu"].astype(np.float64), file["sigma"].astype(np.float64)
-            if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-                raise ValueError(
-                    f"{str(path)!r}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are not (D,) and (D, D)"
-                )
-            return Moments(
-                torch.from_numpy(mean),
-                torch.from_numpy(covariance),
-                int(file["count"]) if "count" in file.files else None,
-                str(file["extractor"]) if "extractor" in file.files else None,
-                str(file["weights_sha256"]) if "weights_sha256" in file.files else None,
-            )
+        names, arrays = read_npz(path, ("mu", "sigma", "count", "extractor", "weights_sha256"))
+        if "mu" not in arrays or "sigma" not in arrays:
+            raise ValueError(f"{str(path)!r} holds {sorted(names)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)")
+        mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"{str(path)!r}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are not (D,) and (D, D)")
+        return Moments(
+            torch.from_numpy(mean),
+            torch.from_numpy(covariance),
+            int(arrays["count"]) if "count" in arrays else None,
+            str(arrays["extractor"]) if "extractor" in arrays else None,
+            str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
+        )
 
 
 def holds_moments(path: str | Path) -> bool:
-    """Whether a path is an npz file of moments, as opposed to images."""
-    path = Path(path)
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
-        return False
-    with np.load(path, allow_pickle=False) as file:
-        return "mu" in file.files
+    """Whether a path is an npz file of moments, as opposed to images.
+
+    Raises:
+        ValueError: an npz file that cannot be read.
+    """
+    return Path(path).suffix == ".npz" and Path(path).is_file() and "mu" in read_npz(path, ())[0]
 
 
 class FeatureMoments:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from discrete_lit.evaluation.moments import Moments, holds_moments
 from discrete_lit.evaluation.report import Report, Row
 from discrete_lit.evaluation.selection import Selection
 from discrete_lit.images import from_uint8, to_uint8
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -201,7 +204,10 @@ def _reference_moments(
     key = hashlib.sha256(repr(settings).encode()).hexdigest()
     kept = output / f"reference-{key[:16]}.npz"
     if kept.is_file():
-        return Moments.load(kept)
+        try:
+            return Moments.load(kept)
+        except ValueError as error:
+            _log.warning("computing the reference again: %s", error)
     measured = measure(
         selection, extractor, num_classes=None, batch_size=batch_size, device=device, description="reference"
     )

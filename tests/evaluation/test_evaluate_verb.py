@@ -1,0 +1,195 @@
+"""`discrete-lit evaluate` on tiny sets, end to end: what the report says, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stored_images import pixels, save_folder, save_npz
+from torch import Tensor
+
+from discrete_lit.evaluation import FeatureExtractor, Moments
+from discrete_lit.verbs import evaluate as verb
+from discrete_lit.verbs.evaluate import evaluate
+
+
+class Means(FeatureExtractor):
+    """Mean and standard deviation of each colour."""
+
+    name = "Means"
+    dim = 6
+    protocol = "none"
+    weights_sha256 = "a" * 64
+
+    def extract(self, images: Tensor) -> Tensor:
+        values = images.double().flatten(2)
+        return torch.cat((values.mean(2), values.std(2)), 1)
+
+
+def numpy_features(images: np.ndarray) -> np.ndarray:
+    values = images.reshape(len(images), -1, 3).astype(np.float64)
+    return np.concatenate((values.mean(1), values.std(1, ddof=1)), 1).astype(np.float32).astype(np.float64)
+
+
+def numpy_distance(first: np.ndarray, second: np.ndarray) -> float:
+    import scipy.linalg
+
+    first, second = numpy_features(first), numpy_features(second)
+    covariances = np.cov(first.T), np.cov(second.T)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return float(np.sum((first.mean(0) - second.mean(0)) ** 2) + np.trace(sum(covariances) - 2 * root))
+
+
+@pytest.fixture
+def sets(tmp_path) -> dict:
+    """A reference folder of 24 images, 12 held-out images, and a run of 12 samples with its run.json and grid.png."""
+    labels = np.arange(12) % 3
+    save_folder(tmp_path / "reference", pixels(24, 0), np.arange(24) % 3)
+    save_folder(tmp_path / "held_out", pixels(12, 1), labels)
+    samples = save_npz(tmp_path / "run" / "samples.npz", pixels(12, 2) // 2, labels)
+    run = {"network_calls": 8, "sequential_passes": 16, "images_per_second": 2.5, "seed": 3}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(run))
+    (tmp_path / "run" / "grid.png").write_bytes(b"")
+    return {
+        "reference": str(tmp_path / "reference"),
+        "held_out": str(tmp_path / "held_out"),
+        "samples": {"mine": samples},
+        "output": str(tmp_path / "report"),
+        "image_size": 8,
+        "num_images": 12,
+        "extractor": Means(),
+    }
+
+
+def test_report_has_the_floor_and_the_samples_at_one_count(sets, capsys):
+    report = evaluate(**sets)
+    floor, mine = report["rows"]
+    assert (floor["name"], floor["kind"], mine["name"], mine["kind"]) == (
+        "held-out real images",
+        "real",
+        "mine",
+        "samples",
+    )
+    assert report["metric"] == "FD-Means" and floor["count"] == mine["count"] == report["num_images"] == 12
+    assert mine["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
+    assert floor["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 1), pixels(24, 0)), rel=1e-6)
+    assert report["reference"] == {"name": sets["reference"], "count": 24}
+    assert report["extractor"] == {"name": "Means", "weights_sha256": "a" * 64, "protocol": "none"}
+    assert mine["sampling"]["sequential_passes"] == 16 and floor["sampling"] == {}
+    assert (
+        floor["within_class_diversity"] == 1.0 > mine["within_class_diversity"] > 0 and mine["label_accuracy"] is None
+    )
+    assert json.loads((Path(sets["output"]) / "report.json").read_text()) == report
+    printed = capsys.readouterr().out
+    assert (Path(sets["output"]) / "report.md").read_text() in printed
+    assert "| mine " in printed and "2.5" in printed and "label accuracy" not in printed
+    assert f"mine: {Path(sets['samples']['mine']).parent / 'grid.png'}" in printed
+
+
+def test_one_image_repeated_has_no_diversity(sets, tmp_path):
+    repeated = np.repeat(pixels(1, 5), 12, axis=0)
+    sets["samples"] = {"collapsed": save_npz(tmp_path / "c.npz", repeated, np.arange(12) % 3)}
+    row = evaluate(**sets)["rows"][1]
+    assert row["within_class_diversity"] == 0.0 and row["within_class_diversity_by_class"] == [0.0] * 3
+    assert row["sampling"] == {} and row["picture"] is None
+
+
+def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
+    first = evaluate(**sets)
+    measured = []
+    original = verb.measure
+    monkeypatch.setattr(
+        verb, "measure", lambda *args, **kwargs: measured.append(kwargs["description"]) or original(*args, **kwargs)
+    )
+    assert evaluate(**sets) == first
+    assert measured == ["held-out real images", "mine"]
+    other = Means()
+    other.weights_sha256 = "b" * 64
+    evaluate(**{**sets, "extractor": other})
+    evaluate(**{**sets, "num_reference": 12})
+    Path(sets["reference"], "class0", "000.png").unlink()
+    evaluate(**sets)
+    assert measured.count("reference") == 3
+
+
+def test_a_broken_cache_is_computed_again(sets):
+    first = evaluate(**sets)
+    (kept,) = Path(sets["output"]).glob("reference-*.npz")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert evaluate(**sets) == first
+
+
+def test_reference_may_be_a_moments_file(sets, tmp_path):
+    features = numpy_features(pixels(24, 0))
+    Moments(torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features.T))).save(tmp_path / "moments.npz")
+    expected = evaluate(**sets)["rows"][1]["FD-Means"]
+    report = evaluate(**{**sets, "reference": str(tmp_path / "moments.npz")})
+    assert report["rows"][1]["FD-Means"] == pytest.approx(expected, rel=1e-9)
+    assert report["reference"]["count"] is None and "does not say which extractor" in report["notes"][0]
+
+
+def test_samples_without_labels_need_no_classes(sets, tmp_path):
+    sets["samples"] = {"plain": save_npz(tmp_path / "plain.npz", pixels(12, 2))}
+    row = evaluate(**{**sets, "held_out": None})["rows"][0]
+    assert row["within_class_diversity"] is None and row["FD-Means"] > 0
+
+
+def test_few_images_are_noted(sets):
+    assert evaluate(**{**sets, "num_images": 6})["notes"][0].startswith("samples: 6 images for 6 features")
+
+
+def test_a_set_with_fewer_images_is_refused_before_anything_is_computed(sets, monkeypatch):
+    monkeypatch.setattr(verb, "measure", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"samples\.npz' has 12 images, num_images is 15"):
+        evaluate(**{**sets, "num_images": 15, "held_out": None})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": {}, "held_out": None}, "nothing to evaluate"),
+        ({"reconstructions": {"t": "t.ckpt"}, "held_out": None}, "give held_out"),
+        ({"num_images": 1}, "num_images=1"),
+        ({"image_size": 16}, "images of 8x8, image_size is 16"),
+        ({"reference": "missing.npz"}, "'missing.npz' is no image set"),
+        ({"samples": {"mine": "missing.npz"}}, "'missing.npz' is no image set"),
+        ({"reconstructions": {"mine": "t.ckpt"}}, "a name stands for one row"),
+    ],
+)
+def test_mistakes_are_refused(sets, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(**{**sets, **change})
+
+
+def test_the_classifier_needs_labels(sets, tmp_path):
+    sets["samples"] = {"plain": save_npz(tmp_path / "plain.npz", pixels(12, 2))}
+    with pytest.raises(ValueError, match=r"samples\.plain=.* has no labels"):
+        evaluate(**sets, classifier="classifier.ckpt")
+
+
+def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, make_grid_tokenizer, tmp_path):
+    """A tokenizer that keeps every pixel of grey images gives them back: the row equals the floor."""
+    grey = np.repeat(pixels(12, 1)[..., :1], 3, axis=3)
+    save_folder(tmp_path / "grey", grey, np.arange(12) % 3)
+    import discrete_lit.tokenizers.tokenizer as tokenizers
+
+    exact = make_grid_tokenizer(256, (64,))
+    monkeypatch.setattr(exact, "decode", lambda tokens: (tokens / 127.5 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1))
+    monkeypatch.setattr(tokenizers, "from_checkpoint", lambda path: exact)
+    report = evaluate(**{**sets, "held_out": str(tmp_path / "grey"), "reconstructions": {"exact": "t.ckpt"}})
+    floor, exact_row, _ = report["rows"]
+    assert exact_row["kind"] == "reconstructions" and exact_row["source"] == "t.ckpt"
+    assert exact_row["FD-Means"] == floor["FD-Means"]
+
+
+def test_from_the_command_line_with_a_yaml(sets, tmp_path, monkeypatch, capsys):
+    from discrete_lit.cli import main
+
+    monkeypatch.setitem(__import__("sys").modules, "tiny_extractors", __import__(__name__))
+    config = {key: value for key, value in sets.items() if key != "extractor"}
+    config["extractor"] = {"class_path": "tiny_extractors.Means"}
+    (tmp_path / "evaluate.yaml").write_text(json.dumps(config))
+    main(["evaluate", "--config", str(tmp_path / "evaluate.yaml"), "--num_images", "9"])
+    assert json.loads((Path(sets["output"]) / "report.json").read_text())["num_images"] == 9
+    assert "FD-Means" in capsys.readouterr().out
