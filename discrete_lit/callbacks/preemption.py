@@ -109,7 +109,7 @@ class Preemption(Callback):
         unfinished = last.with_name(f".{last.name}.unfinished")
         # The resumed run overwrites this file as its own last one instead of opening another beside it.
         keeper.last_model_path = str(last)
-        trainer.save_checkpoint(unfinished)
+        trainer.save_checkpoint(unfinished, weights_only=False)
         trainer.strategy.barrier()
         # Lightning would log this batch after the callbacks; the resumed run starts behind it.
         trainer._logger_connector.on_batch_end()

@@ -1,0 +1,147 @@
+"""A real job on a real cluster: submitted, told to end, back in the queue, and finished with the same loss curve."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parent.parent
+STEPS = 400
+
+
+def missing_cluster():
+    """Why there is no cluster of two nodes to submit to; None if there is one."""
+    needed = [name for name in ("sinfo", "sbatch", "srun", "scontrol", "scancel") if shutil.which(name) is None]
+    if needed:
+        return f"SLURM's commands are not on the path: {', '.join(needed)}"
+    try:
+        answer = subprocess.run(["sinfo", "-h", "-o", "%D %T"], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "sinfo got no answer within 20 seconds"
+    if answer.returncode:
+        return f"no SLURM cluster answers: {answer.stderr.strip()}"
+    usable = sum(int(line.split()[0]) for line in answer.stdout.splitlines() if re.search("idle|mixed|alloc", line))
+    return None if usable >= 2 else f"two nodes are needed, sinfo shows {usable} in use or idle"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    reason = missing_cluster()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def configuration(tmp_path):
+    """A generator of a few thousand parameters with its token arrays, as a YAML file."""
+    from distributed_run import CLASSES, IMAGE_SIZE, generator_config, tokenizer_config
+
+    from discrete_lit.checkpoints import instantiate
+    from discrete_lit.data import TokenWriter
+
+    tokenizer = instantiate(tokenizer_config())
+    checkpoint = tmp_path / "tokenizer.ckpt"
+    torch.save({"state_dict": tokenizer.state_dict(), "hyper_parameters": dict(tokenizer.hparams)}, checkpoint)
+    count, shape = 4 * STEPS, tokenizer.token_shape(IMAGE_SIZE)
+    TokenWriter.create(
+        tmp_path / "train",
+        count=count,
+        token_shape=shape,
+        vocab_size=tokenizer.vocab_size,
+        image_size=IMAGE_SIZE,
+        num_classes=CLASSES,
+        classes=[str(label) for label in range(CLASSES)],
+        tokenizer=tokenizer.fingerprint(),
+        source="noise",
+    )
+    writer = TokenWriter(tmp_path / "train")
+    labels = torch.arange(count) % CLASSES
+    tokens = torch.randint(3, (count, *shape), generator=torch.Generator().manual_seed(0)) + 3 * labels[:, None, None]
+    writer.write(torch.arange(count), tokens, labels)
+    writer.close()
+    TokenWriter.finalise(tmp_path / "train")
+    folders = dict.fromkeys(("train", "validation"), str(tmp_path / "train"))
+    data = {"class_path": "discrete_lit.data.TokenArrays", "init_args": {**folders, "batch_size": 4}}
+    trainer = {"max_epochs": 2, "log_every_n_steps": 1, "limit_val_batches": 1}
+    settings = {"model": generator_config("Masked", str(checkpoint)), "data": data, "trainer": trainer}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture
+def submit(tmp_path, configuration):
+    """`submit(name)`: the job's number; its run folder and log bear the name. Jobs left over are cancelled."""
+    jobs = []
+
+    def send(name):
+        sizes = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--time=30"]
+        where = [f"--chdir={ROOT}", f"--output={tmp_path / name}.log", f"--job-name={name}"]
+        script = [str(ROOT / "lightning_configs/slurm/train.sbatch"), "--config", str(configuration)]
+        trainer = ["--config", str(ROOT / "lightning_configs/trainer/slurm.yaml"), "--trainer.accelerator=cpu"]
+        smaller = ["--trainer.devices=1", "--trainer.precision=32-true"]
+        environment = {**os.environ, "RUN_DIR": str(tmp_path / name), "VENV": sys.prefix}
+        command = ["sbatch", "--parsable", *sizes, *where, *script, *trainer, *smaller]
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        jobs.append(answer.stdout.strip())
+        return jobs[-1]
+
+    yield send
+    subprocess.run(["scancel", *jobs], check=False)
+
+
+def job_record(job):
+    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=True)
+    return dict(pair.split("=", 1) for pair in answer.stdout.split() if "=" in pair)
+
+
+def wait_for(happened, log, seconds=600):
+    """Until `happened()` is true; the job's log where that does not come about."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        text = log.read_text()[-4000:] if log.exists() else "(no log)"
+        assert time.monotonic() < deadline, f"{seconds} seconds passed; the job's log ends:\n{text}"
+        time.sleep(1)
+
+
+def curve(run_folder):
+    """Every logged training loss as (step, value), sorted."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run_folder / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    if "train/loss" not in accumulator.Tags()["scalars"]:
+        return []
+    return sorted((event.step, event.value) for event in accumulator.Scalars("train/loss"))
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_a_job_is_requeued_and_goes_on_in_its_run_folder(submit, tmp_path):
+    job, log = submit("interrupted"), tmp_path / "interrupted.log"
+    run_folder = tmp_path / "interrupted"
+    wait_for(lambda: (run_folder / "tensorboard").exists() and len(curve(run_folder)) > 20, log)
+    subprocess.run(["scancel", "--signal=USR1", job], check=True)
+    wait_for(lambda: job_record(job)["Restarts"] == "1", log)
+    assert (run_folder / "checkpoints" / "last.ckpt").is_file()
+    stopped_after = len(curve(run_folder))
+    assert 20 < stopped_after < STEPS
+
+    # While SLURM holds the first job back, the same run without interruption.
+    other, other_log = submit("whole"), tmp_path / "whole.log"
+    for number, text in ((job, log), (other, other_log)):
+        wait_for(lambda number=number: job_record(number)["JobState"] == "COMPLETED", text)
+    whole = curve(tmp_path / "whole")
+    assert [step for step, _ in whole] == list(range(STEPS))
+    assert curve(run_folder) == whole
+    starts = json.loads((run_folder / "run.json").read_text())["starts"]
+    assert [start["checkpoint"] for start in starts] == [None, str(run_folder / "checkpoints" / "last.ckpt")]
+    assert [start["world_size"] for start in starts] == [2, 2]
