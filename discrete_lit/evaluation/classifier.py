@@ -83,9 +83,13 @@ def load_classifier(path: str | Path) -> ImageClassifier:
 
     checkpoint = read_checkpoint(path)
     config = module_config(checkpoint, path)
-    module = instantiate(config)
-    if not isinstance(module, ImageClassifier):
-        raise ValueError(f"classifier={str(path)!r} holds a {config['class_path']}, not an ImageClassifier")
+    try:
+        module = instantiate(config, ImageClassifier)
+    except ValueError as error:
+        raise ValueError(
+            f"classifier={str(path)!r} holds a {config['class_path']}, which is no ImageClassifier: {error}"
+        ) from error
+    assert isinstance(module, ImageClassifier)
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=True)
     except RuntimeError as error:
