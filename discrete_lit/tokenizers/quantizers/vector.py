@@ -107,9 +107,9 @@ class VectorQuantizer(Quantizer):
         if self.started:
             return
         everyone = all_gather_rows(rows)
-        order = torch.randperm(len(everyone), generator=torch.Generator().manual_seed(0))  # the same on every rank
-        order = order[torch.arange(self.vocab_size) % len(order)].to(rows.device)
-        self.codebook.copy_(everyone[order])
+        # Evenly along the first channel: the same codes however the batch is split over ranks.
+        places = (torch.arange(self.vocab_size, device=rows.device) * 2 + 1) * len(everyone) // (2 * self.vocab_size)
+        self.codebook.copy_(everyone[everyone[:, 0].argsort()[places]])
         if self.codebook_update == "ema":
             self.embedding_sum.copy_(self.codebook)
         self.started.fill_(True)

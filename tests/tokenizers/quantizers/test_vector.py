@@ -205,6 +205,16 @@ def test_first_codes_are_latents_of_the_first_training_batch(update) -> None:
     assert quantizer.codebook.detach().sub(second).abs().max() < 50  # moved by its update, not started again
 
 
+def test_first_codes_do_not_depend_on_the_order_of_latents() -> None:
+    """However the batch is split over ranks, they start from the same codes."""
+    latents = torch.randn(40, 3)
+    first, second = (VectorQuantizer(16, 3, "gradient").train() for _ in range(2))
+    first(latents)
+    second(latents.roll(7, dims=0).flip(0))
+    assert torch.equal(first.codebook, second.codebook)
+    assert first.codebook[:, 0].std().item() == pytest.approx(latents[:, 0].std().item(), rel=0.3)
+
+
 def test_codes_of_a_checkpoint_are_kept() -> None:
     trained = VectorQuantizer(16, 3, "gradient").train()
     trained(torch.randn(40, 3))
