@@ -46,6 +46,23 @@ def _largest(ascending: Tensor, count: int) -> Tensor:
     return ascending[len(ascending) - count :].clamp(min=0)
 
 
+def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
+    """Refuse a reference whose features are not the extractor's.
+
+    Raises:
+        ValueError: moments of another width, or of other weights.
+    """
+    if reference.dim != extractor.dim:
+        raise ValueError(
+            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
+        )
+    if reference.weights_sha256 not in (None, extractor.weights_sha256):
+        raise ValueError(
+            f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
+            f"this is {extractor.name} with weights {extractor.weights_sha256}"
+        )
+
+
 @dataclass(frozen=True)
 class FrechetResult:
     """A Fréchet distance and all that is needed to compare it with another."""
@@ -79,15 +96,7 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
         ValueError: a reference made by another extractor.
     """
     assert samples.count is not None and samples.weights_sha256 == extractor.weights_sha256
-    if reference.dim != extractor.dim:
-        raise ValueError(
-            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
-        )
-    if reference.weights_sha256 not in (None, extractor.weights_sha256):
-        raise ValueError(
-            f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
-            f"this is {extractor.name} with weights {extractor.weights_sha256}"
-        )
+    check_reference(extractor, reference, reference_name)
     notes = []
     for what, moments in (("samples", samples), ("reference", reference)):
         if moments.rank < moments.dim:

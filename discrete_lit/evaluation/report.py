@@ -53,14 +53,25 @@ class Report:
 
     Args:
         rows: in the order of the table; at least one.
+        reference_sha256: of the reference: a hash that changes when its images or moments do.
         image_size: side of the measured images in pixels.
         classifier: checkpoint that judged the labels.
+        environment: versions, commit, device and date.
     """
 
-    def __init__(self, rows: list[Row], image_size: int, classifier: str | None) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        reference_sha256: str,
+        image_size: int,
+        classifier: str | None,
+        environment: dict[str, Any],
+    ) -> None:
         self.rows = rows
+        self.reference_sha256 = reference_sha256
         self.image_size = image_size
         self.classifier = classifier
+        self.environment = environment
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every figure and what it is of."""
@@ -73,11 +84,16 @@ class Report:
                 "protocol": first.protocol,
             },
             "quantisation": "clamp to [-1, 1], round to 8 bits",
-            "reference": {"name": first.reference, "count": first.reference_count},
+            "reference": {
+                "name": first.reference,
+                "sha256": self.reference_sha256,
+                "count": first.reference_count,
+            },
             "num_images": first.count,
             "image_size": self.image_size,
             "classifier": self.classifier,
             "notes": self.notes(),
+            "environment": self.environment,
             "rows": [
                 {
                     "name": row.name,

@@ -13,13 +13,14 @@ from torch import Tensor
 from discrete_lit.evaluation.diversity import within_class_diversity
 from discrete_lit.evaluation.efficientnet import EfficientNetLite0
 from discrete_lit.evaluation.features import FeatureExtractor
-from discrete_lit.evaluation.frechet import compare
+from discrete_lit.evaluation.frechet import check_reference, compare
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, open_image_set
 from discrete_lit.evaluation.measure import Measurement, measure
 from discrete_lit.evaluation.moments import Moments, holds_moments
 from discrete_lit.evaluation.report import Report, Row
 from discrete_lit.evaluation.selection import Selection
 from discrete_lit.images import from_uint8, to_uint8
+from discrete_lit.provenance import environment, file_sha256
 
 _log = logging.getLogger(__name__)
 
@@ -100,9 +101,11 @@ def evaluate(
             description=name,
         )
 
+    reference_sha256 = file_sha256(reference) if reference_images is None else reference_images.fingerprint()
     reference_moments = _reference_moments(
-        reference, reference_selection, extractor, image_size, batch_size, place, Path(output)
+        reference, reference_selection, reference_sha256, extractor, image_size, batch_size, place, Path(output)
     )
+    check_reference(extractor, reference_moments, reference)
     rows: list[Row] = []
     floor: Measurement | None = None
 
@@ -119,7 +122,7 @@ def evaluate(
     for name, selection in selections.items():
         add(name, "samples", samples[name], run(selection, name))
 
-    report = Report(rows, image_size, classifier)
+    report = Report(rows, reference_sha256, image_size, classifier, environment(place))
     report.write(Path(output))
     print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")
     return report.to_dict()
@@ -185,6 +188,7 @@ def _judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Ca
 def _reference_moments(
     reference: str,
     selection: Selection | None,
+    sha256: str,
     extractor: FeatureExtractor,
     image_size: int,
     batch_size: int,
@@ -194,13 +198,7 @@ def _reference_moments(
     """Loaded from a moments file, from an earlier evaluation, or computed and kept for the next one."""
     if selection is None:
         return Moments.load(reference)
-    settings = (
-        selection.images.fingerprint(),
-        selection.count,
-        image_size,
-        extractor.weights_sha256,
-        extractor.protocol,
-    )
+    settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
     key = hashlib.sha256(repr(settings).encode()).hexdigest()
     kept = output / f"reference-{key[:16]}.npz"
     if kept.is_file():

@@ -10,6 +10,7 @@ from stored_images import pixels, save_folder, save_npz
 from torch import Tensor
 
 from discrete_lit.evaluation import FeatureExtractor, Moments
+from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.verbs import evaluate as verb
 from discrete_lit.verbs.evaluate import evaluate
 
@@ -74,7 +75,9 @@ def test_report_has_the_floor_and_the_samples_at_one_count(sets, capsys):
     assert report["metric"] == "FD-Means" and floor["count"] == mine["count"] == report["num_images"] == 12
     assert mine["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
     assert floor["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 1), pixels(24, 0)), rel=1e-6)
-    assert report["reference"] == {"name": sets["reference"], "count": 24}
+    fingerprint = open_image_set(sets["reference"], 8).fingerprint()
+    assert report["reference"] == {"name": sets["reference"], "sha256": fingerprint, "count": 24}
+    assert report["environment"]["device"].startswith("cpu")
     assert report["extractor"] == {"name": "Means", "weights_sha256": "a" * 64, "protocol": "none"}
     assert mine["sampling"]["sequential_passes"] == 16 and floor["sampling"] == {}
     assert (
@@ -96,13 +99,13 @@ def test_one_image_repeated_has_no_diversity(sets, tmp_path):
 
 
 def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
-    first = evaluate(**sets)
+    first = evaluate(**sets)["rows"]
     measured = []
     original = verb.measure
     monkeypatch.setattr(
         verb, "measure", lambda *args, **kwargs: measured.append(kwargs["description"]) or original(*args, **kwargs)
     )
-    assert evaluate(**sets) == first
+    assert evaluate(**sets)["rows"] == first
     assert measured == ["held-out real images", "mine"]
     other = Means()
     other.weights_sha256 = "b" * 64
@@ -114,10 +117,17 @@ def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
 
 
 def test_a_broken_cache_is_computed_again(sets):
-    first = evaluate(**sets)
+    first = evaluate(**sets)["rows"]
     (kept,) = Path(sets["output"]).glob("reference-*.npz")
     kept.write_bytes(kept.read_bytes()[:100])
-    assert evaluate(**sets) == first
+    assert evaluate(**sets)["rows"] == first
+
+
+def test_a_reference_of_another_extractor_is_refused_before_anything_is_computed(sets, tmp_path, monkeypatch):
+    Moments(torch.zeros(4).double(), torch.eye(4).double()).save(tmp_path / "moments.npz")
+    monkeypatch.setattr(verb, "measure", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=r"moments\.npz' has 4 features, Means gives 6"):
+        evaluate(**{**sets, "reference": str(tmp_path / "moments.npz")})
 
 
 def test_reference_may_be_a_moments_file(sets, tmp_path):
