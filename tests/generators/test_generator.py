@@ -169,7 +169,7 @@ def test_four_sequences_are_learnt_by_heart(make_generator, family: str) -> None
     ).train()
     tokens, labels = torch.randint(8, (4, 2, 3)), torch.arange(4)
     optimizer = generator.configure_optimizers()
-    for step in range(120):
+    for step in range(200):
         loss, _ = generator.loss(tokens, labels, CounterRandom(0, torch.arange(4) + 4 * step))
         optimizer.zero_grad()
         loss.backward()
