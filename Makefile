@@ -42,9 +42,9 @@ bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a
 
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.
-quickstart: $(RUNS)/report/report.md ## train two generators on real images and compare them, about 15 minutes on 2 cores
+quickstart: $(RUNS)/evaluation/report.md ## train two generators on real images and compare them, about 15 minutes on 2 cores
 	@echo
-	@cat $(RUNS)/report/report.md
+	@cat $(RUNS)/evaluation/report.md
 	@echo
 	@echo "pictures:     $(RUNS)/masked/grid.png $(RUNS)/autoregressive/grid.png"
 	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
@@ -79,7 +79,7 @@ $(RUNS)/%/finished: $(RUNS)/tokens/train/manifest.json $(RUNS)/tokens/test/manif
 $(RUNS)/%/samples.npz: $(RUNS)/%/finished
 	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
 
-$(RUNS)/report/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz $(RUNS)/classifier/finished
+$(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz $(RUNS)/classifier/finished
 	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
 
 .PRECIOUS: $(RUNS)/%/finished $(RUNS)/%/samples.npz

@@ -15,7 +15,7 @@ class BadSample(NamedTuple):
     reason: str
 
 
-class TooManyBadSamples(RuntimeError):
+class TooManyBadSamples(ValueError):
     """More samples were unreadable than the run accepts."""
 
 

@@ -173,8 +173,7 @@ class TokenArrays(ResumableDataModule):
         if fingerprint != self.tokenizer_fingerprint:
             folder = next(iter(self.folders.values())).folder
             raise ValueError(
-                f"the tokens in {folder} were made by the tokenizer {self.tokenizer_fingerprint}, not by "
-                f"{fingerprint}: "
+                f"the tokens in {folder} were made by the tokenizer {self.tokenizer_fingerprint}, not by {fingerprint}: "
                 "use that tokenizer's checkpoint, or make the tokens anew with `discrete-lit tokenize`"
             )
 

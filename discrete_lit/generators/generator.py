@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, SequenceLayout
-from discrete_lit.distributed import all_reduce_sum, rank, world_size
+from discrete_lit.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from discrete_lit.evaluation.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.processes import CounterRandom, Purpose
@@ -196,6 +196,10 @@ class Generator(LightningModule, ABC):
         self.log_dict(named, sync_dist=True, batch_size=len(labels))
         return loss
 
+    def on_validation_start(self) -> None:
+        if self._sharded:
+            self._check_equal_batches()
+
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         losses = self.token_losses(self.tokens_of(batch).flatten(1), batch["label"], self._random(batch, batch_idx))
         self.profile.update(losses.values, losses.coordinate, losses.weights)
@@ -250,16 +254,22 @@ class Generator(LightningModule, ABC):
             indices = place * 2**16 + torch.arange(len(labels), device=labels.device)
         return CounterRandom(self.seed, indices)
 
+    def _check_equal_batches(self) -> None:
+        """All ranks gather sharded parameters together: one with a validation batch more would wait for ever."""
+        mine = torch.tensor([sum(self.trainer.num_val_batches)], device=self.device)
+        counts = all_gather_rows(mine).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
+                f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
+            )
+
     def _check_data(self) -> None:
         """Refuse token arrays of another tokenizer, and labels that this generator has no class for."""
         data = getattr(self.trainer, "datamodule", None)
-        fingerprint = getattr(data, "tokenizer_fingerprint", None)
-        if fingerprint is not None and fingerprint != self.tokenizer.fingerprint():
-            raise ValueError(
-                f"the token arrays were made by the tokenizer {fingerprint[:12]}…, this generator's tokenizer is "
-                f"{self.tokenizer.fingerprint()[:12]}…: run `discrete-lit tokenize` again with this tokenizer, or give "
-                "the generator the tokenizer that made them"
-            )
+        check_tokenizer = getattr(data, "check_tokenizer", None)
+        if check_tokenizer is not None:
+            check_tokenizer(self.tokenizer.fingerprint())
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")

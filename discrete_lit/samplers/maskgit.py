@@ -7,7 +7,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.processes import CosineSchedule, CounterRandom, MaskSchedule, Purpose
-from discrete_lit.samplers.guidance import GuidanceSchedule, guide
+from discrete_lit.samplers.guidance import GuidanceSchedule
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput
 
 
@@ -74,16 +74,9 @@ class MaskGITSampler(Sampler):
         tokens = labels.new_full((len(labels), length), mask_id)
         calls = 0
         for step, masked_after in enumerate(self.masked_counts(length)):
-            scale = self.scale_at(step / self.steps)
-            if scale == 1:
-                log_probabilities = backbone(tokens, labels)  # (B, N, K)
-            else:
-                null = torch.full_like(labels, layout.null_label)
-                logits = backbone(tokens.repeat(2, 1), torch.cat((labels, null)))
-                conditional, unconditional = logits.chunk(2)
-                log_probabilities = guide(conditional, unconditional, scale)
-            calls += 1 if scale == 1 else 2
-            drawn, log_probability = self.choose(log_probabilities, random.uniform(Purpose.TOKEN, length, step))
+            logits, evaluations = self.predict(backbone, tokens, labels, progress=step / self.steps)  # (B, N, K)
+            calls += evaluations
+            drawn, log_probability = self.choose(logits, random.uniform(Purpose.TOKEN, length, step))
             masked = tokens == mask_id
             noise = self.choice_temperature * (1 - (step + 1) / self.steps)
             confidence = log_probability.double() + noise * random.gumbel(Purpose.CONFIDENCE, length, step)

@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
-from discrete_lit.samplers.guidance import GuidanceSchedule, scale_at
+from discrete_lit.samplers.guidance import GuidanceSchedule, guide, scale_at
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,24 @@ class Sampler(ABC):
     def scale_at(self, progress: float) -> float:
         """The guidance scale at a share `progress` in [0, 1) of the way."""
         return scale_at(self.guidance_schedule, self.guidance_scale, progress)
+
+    def predict(self, backbone: Backbone, tokens: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, int]:
+        """Guided, unnormalised log-probabilities of every position of a bidirectional backbone.
+
+        Args:
+            tokens: `(B, N)`, the mask id where nothing is known.
+            labels: `(B,)`.
+            progress: share of the sampling that is done, for the guidance schedule.
+
+        Returns:
+            `(B, N, K)` float32, and the evaluations for each image: two, or one where the scale is 1.
+        """
+        scale = self.scale_at(progress)
+        if scale == 1:
+            return backbone(tokens, labels), 1
+        null = torch.full_like(labels, backbone.layout.null_label)
+        conditional, unconditional = backbone(tokens.repeat(2, 1), torch.cat((labels, null))).chunk(2)
+        return guide(conditional, unconditional, scale), 2
 
     def choose(self, log_probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Apply temperature and filters, then draw.

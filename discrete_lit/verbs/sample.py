@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
+from discrete_lit.distributed import all_reduce_sum
 from discrete_lit.generators import Generator
 from discrete_lit.images import to_uint8
 from discrete_lit.processes import CounterRandom
@@ -69,7 +70,7 @@ def sample(
     cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))
     if len(cycle) == 0 or not (0 <= int(cycle.min()) and int(cycle.max()) <= generator.num_classes):
         raise ValueError(
-            f"labels must lie in [0, {generator.num_classes}] ({generator.num_classes} stands for no class), got {labels}"
+            f"labels={labels} must lie in [0, {generator.num_classes}]; {generator.num_classes} stands for no class"
         )
     sampler = sampler or generator.sampler
     all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
@@ -102,8 +103,7 @@ def sample(
     writer.flush()
     fabric.barrier()
 
-    rate = torch.tensor(count / seconds if seconds else 0.0, device=fabric.device)
-    rate = float(fabric.all_reduce(rate, reduce_op="sum")) if fabric.world_size > 1 else float(rate)
+    rate = float(all_reduce_sum(torch.tensor(count / seconds if seconds else 0.0, device=fabric.device)))
     run = {
         "checkpoint": str(ckpt_path),
         "checkpoint_sha256": file_sha256(ckpt_path),
