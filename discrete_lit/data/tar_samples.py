@@ -43,7 +43,7 @@ class RawSample(NamedTuple):
     problem: str | None = None
 
 
-class BrokenShard(RuntimeError):
+class BrokenShard(ValueError):
     """Not one sample of a shard can be read."""
 
 

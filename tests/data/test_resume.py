@@ -63,9 +63,8 @@ def epochs(loader: TrainingLoader, count: int) -> list[list[Seen]]:
     return [[seen(batch) for batch in loader] for _ in range(count)]
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("workers", [0, 2, 4])
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True), (4, True)])
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2)])
 def test_a_loader_continues_with_the_same_batches(
     make_data: Callable[..., ResumableDataModule], workers: int, rank: int, world_size: int, persistent: bool
 ) -> None:
@@ -221,14 +220,15 @@ def test_lightning_resumes_in_mid_epoch(
 ) -> None:
     # In the middle of two epochs, at the last batch of one, and at the first of the next.
     cuts = (3, 10, 11, 17) if workers == 0 else (13,)
+    epochs = 3 if workers == 0 else 2
     whole = Recorder()
-    make_trainer(tmp_path, [SaveAt(tmp_path, cuts)]).fit(whole, datamodule=make_data(num_workers=workers))
-    assert len(whole.training_batches) == 3 * STEPS
-    assert len(set(whole.training_batches)) == 3 * STEPS
+    trainer = make_trainer(tmp_path, [SaveAt(tmp_path, cuts)], max_epochs=epochs)
+    trainer.fit(whole, datamodule=make_data(num_workers=workers))
+    assert len(whole.training_batches) == len(set(whole.training_batches)) == epochs * STEPS
     for cut in cuts:
         resumed = Recorder()
-        data = make_data(num_workers=workers)
-        make_trainer(tmp_path).fit(resumed, datamodule=data, ckpt_path=tmp_path / f"{cut}.ckpt")
+        trainer = make_trainer(tmp_path, max_epochs=epochs)
+        trainer.fit(resumed, datamodule=make_data(num_workers=workers), ckpt_path=tmp_path / f"{cut}.ckpt")
         assert resumed.training_batches == whole.training_batches[cut:], cut
 
 
