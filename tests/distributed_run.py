@@ -134,15 +134,18 @@ def run(
     )
     lightning_module = instantiate(module)
     datamodule = getattr(data_modules, data["class"])(**data["arguments"])
-    status = None
+    status, error = None, None
     try:
         trainer.fit(lightning_module, datamodule=datamodule, ckpt_path="last" if resume else None)
     except SystemExit as end:
         status = end.code
+    except ValueError as problem:
+        error = str(problem)
     return {
         "batches": record.batches,
         "validation": record.validation,
         "status": status,
+        "error": error,
         "weights": {} if strategy == "fsdp" else dict(lightning_module.state_dict()),
     }
 

@@ -94,7 +94,7 @@ def token_data(folder, tokenizer):
     """`token_data(batch_size)`: 52 training and 11 validation samples, of which the ranks get different numbers."""
     module = from_checkpoint(tokenizer)
     random = torch.Generator().manual_seed(0)
-    for split, count in (("train", 52), ("validation", 11)):
+    for split, count in (("train", 52), ("validation", 11), ("uneven", 9)):
         TokenWriter.create(
             folder / split,
             count=count,
@@ -154,6 +154,8 @@ def pair(folder, tokenizer, token_data, image_data):
         shared = {"module": module, "data": token_data(4), "ranks": 2, "strategy": strategy, "folder": where}
         return shared | more
 
+    arguments = {**token_data(4)["arguments"], "validation": str(folder / "uneven")}
+    uneven = {"class": "TokenArrays", "arguments": arguments}
     preempt = {"number": signal.SIGUSR1, "batch": 3, "rank": 1}
     kill = {"number": signal.SIGKILL, "batch": 9, "rank": None}
     plan = {
@@ -164,6 +166,7 @@ def pair(folder, tokenizer, token_data, image_data):
         "sharded": settings("sharded", "Autoregressive", "fsdp"),
         "sharded, preempted": settings("sharded-preempted", "Autoregressive", "fsdp", send=preempt),
         "sharded, after preemption": settings("sharded-preempted", "Autoregressive", "fsdp", resume=True),
+        "uneven": settings("uneven", "Masked", "fsdp", val_check_interval=1, data=uneven),
         "vqvae": settings("vqvae", "Masked", module=vqvae_config(), data=image_data(4)),
         "killed": settings("killed", "Masked", send=kill),
     }
@@ -241,6 +244,12 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(pair, folder):
     assert 0 <= int(tokens.min()) and int(tokens.max()) < generator.vocab_size
     other = load(folder / "autoregressive" / "checkpoints" / "last.ckpt")
     assert torch.equal(tokens, other.sample(torch.tensor([0, 1, CLASSES]), seed=1))
+
+
+def test_sharded_validation_refuses_uneven_ranks_instead_of_waiting(pair):
+    for result in pair["uneven"]:
+        assert "different numbers of validation batches, [1, 2]" in result["error"]
+        assert "limit_val_batches to 1" in result["error"]
 
 
 def test_a_codebook_moves_by_the_latents_of_all_ranks(pair, folder, image_data):
