@@ -61,14 +61,25 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
         )
 
 
-class ContinueStepCount(Callback):
-    """After a resume, logs the first batch at the step where the run goes on, so that curves have no gap.
+class ContinueExactly(Callback):
+    """Makes up for two slips of Lightning 2.6 at a resume.
 
-    Lightning counts the steps of the log apart from `global_step`, one too many after a resume from the end of an epoch.
+    From a checkpoint written at the end of an epoch without validation, under `max_steps`, it would train one more
+    batch in that epoch and then lose the rest of the next. And it counts the steps of the log apart from `global_step`,
+    after some resumes from one too far: a gap in every curve.
     """
 
     def __init__(self) -> None:
         self.first = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fit_loop = trainer.fit_loop
+        if fit_loop.restarted_on_epoch_end:
+            # The epoch is over, its validation too: what follows is the beginning of the next one.
+            fit_loop.epoch_progress.increment_completed()
+            fit_loop.reset_restart_stage()
+            fit_loop._restarting = False
+            fit_loop.epoch_loop.restarting = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Several optimizers in manual optimization count several global steps for a batch.

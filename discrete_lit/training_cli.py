@@ -20,7 +20,7 @@ from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid,
 from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
 from discrete_lit.config_errors import explain
 from discrete_lit.given_settings import GivenSettings, read_given
-from discrete_lit.resuming import ContinueStepCount, FollowConfiguration, check_tokenizer, differences
+from discrete_lit.resuming import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.run_folder import RecordStart, RunFolder
 
 _log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class TrainingCLI(LightningCLI):
         if not settings["fast_dev_run"]:
             callbacks.append(self._record_start(logger))
         if self.command == "fit" and self.checkpoint is not None:
-            callbacks.insert(0, ContinueStepCount())
+            callbacks.insert(0, ContinueExactly())
             if self.changed:
                 callbacks.append(FollowConfiguration(self.changed))
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
