@@ -32,6 +32,14 @@ def test_norms_before_clipping_on_the_loggers_schedule(generator, make_loader, m
     assert min(plain.norms) > 1e-2
 
 
+def test_other_steps_cost_nothing(tokenizer, make_loader, make_trainer, monkeypatch):
+    computed, compute = [], torch.nn.utils.get_total_norm
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda gradients: computed.append(1) or compute(gradients))
+    make_trainer(max_steps=6, log_every_n_steps=3, callbacks=[GradientNorm()]).fit(tokenizer, make_loader(6))
+    encoder_and_decoder = 2
+    assert len(computed) == 2 * encoder_and_decoder
+
+
 def test_parts_add_up_to_the_total(generator, make_loader, make_trainer, read_scalars):
     make_trainer(max_steps=1, log_every_n_steps=1, callbacks=[GradientNorm()]).fit(generator, make_loader(1))
     names = {name for name, _ in generator.backbone.named_children()} - {"dropout"} | {"position_embedding"}

@@ -1,6 +1,7 @@
 import os
 import signal
 import stat
+from copy import deepcopy
 
 import pytest
 import torch
@@ -89,33 +90,27 @@ def scontrol(tmp_path, monkeypatch):
     return lambda: calls.read_text().splitlines() if calls.exists() else []
 
 
-def weights(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
 # Batch 3 is the last of its epoch, before a validation and its checkpoint.
 @pytest.mark.parametrize("batch", [1, 3, 6])
 def test_goes_on_from_the_same_batch(tokenizer, fit, tmp_path, read_scalars, batch):
-    start = weights(tokenizer)
+    first_half, second_half = deepcopy(tokenizer), deepcopy(tokenizer)
     whole, _ = fit(tokenizer)
-    finished = weights(tokenizer)
     curve = read_scalars("train/loss")
     for folder in ("checkpoints", "log"):
         for file in (tmp_path / folder).iterdir():
             file.unlink()
         (tmp_path / folder).rmdir()
 
-    tokenizer.load_state_dict(start)
-    first, status = fit(tokenizer, Interrupt(signal.SIGTERM, batch), Preemption())
+    first, status = fit(first_half, Interrupt(signal.SIGTERM, batch), Preemption())
     assert status == 128 + signal.SIGTERM
     assert list(first) == list(range(batch + 1))
     assert os.listdir(tmp_path / "checkpoints") == ["last.ckpt"]
-    tokenizer.load_state_dict(start)
-    second, status = fit(tokenizer, Preemption())
+    second, status = fit(second_half, Preemption())
     assert status is None
     assert first | second == whole
     assert not first.keys() & second.keys()
-    assert all(torch.equal(value, finished[name]) for name, value in tokenizer.state_dict().items())
+    finished = tokenizer.state_dict()
+    assert all(torch.equal(value, finished[name]) for name, value in second_half.state_dict().items())
     assert os.listdir(tmp_path / "checkpoints") == ["last.ckpt"]
     assert read_scalars("train/loss") == curve
 
@@ -152,6 +147,7 @@ def test_waits_for_the_end_of_an_accumulation(tokenizer, fit):
 
 
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tokenizer, fit, tmp_path, monkeypatch):
+    resumed = deepcopy(tokenizer)
     fit(tokenizer, Interrupt(signal.SIGTERM, 1), Preemption())
     last = tmp_path / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
@@ -161,7 +157,7 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_last_one(tokenizer, fit
 
     monkeypatch.setattr("discrete_lit.callbacks.preemption.os.fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
-        fit(tokenizer, Interrupt(signal.SIGTERM, 2), Preemption())
+        fit(resumed, Interrupt(signal.SIGTERM, 2), Preemption())
     assert last.read_bytes() == before
 
 
