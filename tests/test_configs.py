@@ -1,0 +1,228 @@
+"""Every file of lightning_configs: its command parses it; a tiny version of its model fits, reloads and samples.
+
+The files of lightning_configs/data are tested with the DataModules.
+"""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_configs").rglob("*.yaml"))
+PARTS = ("lightning_configs/data/", "lightning_configs/trainer/")
+QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+def read(config: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / config).read_text())
+
+
+def header_command(config: str) -> list[str]:
+    """The command of the opening comment, as arguments of `discrete-lit`."""
+    lines = (ROOT / config).read_text().splitlines()
+    command = ""
+    for line in lines:
+        command += line.removeprefix("#").strip()
+        if not command.endswith("\\"):
+            break
+        command = command.removesuffix("\\")
+    found = re.match(r"discrete-lit (.*)", command)
+    assert found, f"{config} does not open with the command that runs it"
+    return found[1].split()
+
+
+def configs_of(command: list[str]) -> list[str]:
+    return [value for flag, value in pairwise(command) if flag == "--config"]
+
+
+MODELS = [config for config in CONFIGS if "model" in read(config)]
+VERBS = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
+
+
+def merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    for key, value in other.items():
+        into[key] = merge(into.get(key) or {}, value) if isinstance(value, dict) else value
+    return into
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve noise images of two classes, in folders."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for number in range(12):
+        folder = root / f"class{number % 2}"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from discrete_lit.data.shard_writer import write_shards
+    from discrete_lit.data.sources import ClassFolders
+
+    folder = tmp_path_factory.mktemp("shards") / "train"
+    write_shards(ClassFolders(str(images)), str(folder), split="train", samples_per_shard=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer: 8x8 images to 4x4 tokens of 12 ids."""
+    from lightning import Trainer
+
+    from discrete_lit.checkpoints import instantiate
+
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+        "init_args": {"channels": 4, "multipliers": [1, 1], "blocks": 1, "attention": False, "norm_groups": 2},
+    }
+    config = {"class_path": "discrete_lit.tokenizers.FSQ", "init_args": {"levels": [4, 3], "network": network}}
+    trainer = Trainer(**QUIET, logger=False)
+    trainer.strategy.connect(instantiate(config))
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.ckpt"
+    trainer.save_checkpoint(path, weights_only=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of that tokenizer's tokens, of two classes."""
+    import torch
+
+    import discrete_lit
+    from discrete_lit.data.token_writer import TokenWriter
+
+    folder = tmp_path_factory.mktemp("tokens")
+    TokenWriter.create(
+        folder,
+        count=12,
+        token_shape=(4, 4),
+        vocab_size=12,
+        image_size=8,
+        num_classes=2,
+        classes=["zero", "one"],
+        tokenizer=discrete_lit.load(tokenizer_file).fingerprint(),
+        source="noise",
+    )
+    writer = TokenWriter(folder)
+    random = torch.Generator().manual_seed(0)
+    writer.write(torch.arange(12), torch.randint(12, (12, 4, 4), generator=random), torch.arange(12) % 2)
+    writer.close()
+    TokenWriter.finalise(folder)
+    return folder
+
+
+def shrink_data(data: dict[str, Any], images: Path, shards: Path, tokens: Path) -> None:
+    place = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": tokens}[data["class_path"].rpartition(".")[2]]
+    arguments = data["init_args"]
+    arguments.update(train=str(place), validation=str(place), batch_size=4, num_workers=0)
+    if place != tokens:
+        arguments["image_size"] = 32
+
+
+def shrink_model(model: dict[str, Any], tokenizer_file: Path) -> None:
+    """The same classes and switches at a size that fits in a second."""
+    arguments = model["init_args"]
+    if "network" in arguments:
+        arguments["network"]["init_args"].update(channels=4, blocks=1, norm_groups=4)
+    if "code_dim" in arguments:
+        arguments.update(codebook_size=16, code_dim=4)
+    if "backbone" in arguments:
+        arguments["backbone"]["init_args"].update(width=16, depth=1, heads=2)
+        arguments["tokenizer"]["init_args"]["checkpoint"] = str(tokenizer_file)
+        arguments.update(image_size=8, num_classes=2)
+    if "channels" in arguments:
+        arguments.update(channels=[4, 4], num_classes=2)
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_models_fit_reload_and_sample(
+    config: str, images: Path, shards: Path, tokens: Path, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    import discrete_lit
+    from discrete_lit.cli import main
+    from discrete_lit.evaluation.classifier import load_classifier
+
+    settings: dict[str, Any] = {}
+    for part in configs_of(header_command(config)):
+        if "/trainer/" not in part:
+            settings = merge(settings, read(part))
+    shrink_data(settings["data"], images, shards, tokens)
+    shrink_model(settings["model"], tokenizer_file)
+    settings["run_dir"] = str(tmp_path / "run")
+    settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)
+    settings["trainer"].pop("check_val_every_n_epoch", None)
+    file = tmp_path / "settings.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    main(["fit", "--config", str(file)])
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    if settings["model"]["class_path"].endswith("ImageClassifier"):
+        assert load_classifier(checkpoint).training is False
+        return
+    module = discrete_lit.load(checkpoint)
+    if "backbone" in settings["model"]["init_args"]:
+        output = tmp_path / "samples"
+        main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output)])
+        assert np.load(output / "samples.npz")["arr_0"].shape == (3, 8, 8, 3)
+    else:
+        assert module.token_shape(32) == tuple(32 // 2 ** (len(multipliers(settings)) - 1) for _ in range(2))
+
+
+def multipliers(settings: dict[str, Any]) -> list[int]:
+    return settings["model"]["init_args"]["network"]["init_args"]["multipliers"]
+
+
+def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, Any]:
+    """What the command prints with --print_config."""
+    from discrete_lit.cli import main
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code in (0, None)
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_the_command_of_the_comment_parses_at_full_size(
+    config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    command = header_command(config)
+    assert config in configs_of(command)
+    settings = printed(command, capsys)
+    own = read(config)["model"]
+    assert settings["model"]["class_path"] == own["class_path"]
+    assert settings["run_dir"], "the recipe's command names a run folder"
+
+
+@pytest.mark.parametrize("config", [config for config in CONFIGS if config.startswith(PARTS[1])])
+def test_trainers_parse_with_a_model(
+    config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    base = "lightning_configs/quickstart/masked.yaml"
+    settings = printed(["fit", "--config", base, "--config", config], capsys)
+    for key, value in read(config)["trainer"].items():
+        if not isinstance(value, dict | list):
+            assert settings["trainer"][key] == value
+
+
+@pytest.mark.parametrize("config", VERBS)
+def test_verbs_parse(config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command = header_command(config)
+    assert configs_of(command) == [config]
+    settings = printed(command, capsys)
+    for key, value in read(config).items():
+        assert json.dumps(value) == json.dumps(settings[key]) or isinstance(value, dict)
