@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
 
+from discrete_lit.config_errors import build
 from discrete_lit.generators.generator import Generator
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
         parsed = parser.parse_object({"model": config})
     except Exception as error:
         raise ValueError(f"cannot build {config.get('class_path')!r} from its configuration: {error}") from error
-    module = parser.instantiate(parsed)["model"]
+    module = build(parser, parsed)["model"]
     record_config(module, yaml.safe_load(parser.dump(parsed, skip_unset=False))["model"])
     return module
 

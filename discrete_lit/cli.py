@@ -101,13 +101,13 @@ def run_verb(name: str, arguments: list[str]) -> None:
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)
+    from discrete_lit.config_errors import build, explain
+    from discrete_lit.given_settings import read_given
+
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        from discrete_lit.config_errors import explain
-        from discrete_lit.given_settings import read_given
-
         raise ValueError(explain(parser, read_given(arguments), error)) from error
-    settings = parser.instantiate(parsed)
+    settings = build(parser, parsed)
     settings.pop("config")
     function(**settings)

@@ -15,13 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from typing_extensions import TypeIs
 
 from discrete_lit.given_settings import INHERITED, GivenSettings, read_mapping
 
 _MOST_SHOWN = 5
 _MOST_LISTED = 12
+_UNION = "Does not validate against any of the Union subtypes"
 _NO_SETTINGS = (argparse._HelpAction,)
 
 
@@ -45,6 +46,20 @@ def explain(parser: ArgumentParser, given: GivenSettings, error: Exception) -> s
     if len(problems) > _MOST_SHOWN:
         lines.append(f"and {len(problems) - _MOST_SHOWN} more")
     return "\n       ".join(lines)
+
+
+def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised."""
+    try:
+        return parser.instantiate(settings)
+    except ValueError as error:
+        original: BaseException = error
+        # The parser tries every member of a union and reports that none of them could be built.
+        while str(original).startswith(_UNION) and original.__cause__ is not None:
+            original = original.__cause__
+        if original is error:
+            raise
+        raise original from None
 
 
 def check_settings(parser: ArgumentParser, values: Mapping[str, Any], path: str, owner: str) -> list[Problem]:

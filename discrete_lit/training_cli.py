@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput
 from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
-from discrete_lit.config_errors import explain
+from discrete_lit.config_errors import build, explain
 from discrete_lit.given_settings import GivenSettings, read_given
 from discrete_lit.resuming import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.run_folder import RecordStart, RunFolder
@@ -156,7 +156,7 @@ class TrainingCLI(LightningCLI):
         self.config_dump = yaml.safe_load(self.config_text)
 
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate(self.config)
+        self.config_init = build(self.parser, self.config)
         self.datamodule = self.config_init["data"]
         self.model = self.config_init["model"]
         self._dump_config()

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import lightning  # noqa: F401 (its log handler must not hold the captured stream of the first test)
 import yaml
 
 from discrete_lit.cli import main
