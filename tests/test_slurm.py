@@ -14,7 +14,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
-STEPS = 400
+STEPS = 1200
 
 
 def missing_cluster():
@@ -71,7 +71,10 @@ def configuration(tmp_path):
     folders = dict.fromkeys(("train", "validation"), str(tmp_path / "train"))
     data = {"class_path": "discrete_lit.data.TokenArrays", "init_args": {**folders, "batch_size": 4}}
     trainer = {"max_epochs": 2, "log_every_n_steps": 1, "limit_val_batches": 1}
-    settings = {"model": generator_config("Masked", str(checkpoint)), "data": data, "trainer": trainer}
+    model = generator_config("Masked", str(checkpoint))
+    schedule = {"class_path": "discrete_lit.optimization.WarmupCosine"}
+    model["init_args"]["scheduler"] = {**schedule, "init_args": {"warmup_steps": 10, "total_steps": STEPS}}
+    settings = {"model": model, "data": data, "trainer": trainer}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
@@ -107,8 +110,10 @@ def wait_for(happened, log, seconds=600):
     """Until `happened()` is true; the job's log where that does not come about."""
     deadline = time.monotonic() + seconds
     while not happened():
-        text = log.read_text()[-4000:] if log.exists() else "(no log)"
-        assert time.monotonic() < deadline, f"{seconds} seconds passed; the job's log ends:\n{text}"
+        if time.monotonic() > deadline:
+            # The progress bar may be cut in the middle of a character.
+            text = log.read_text(errors="replace")[-4000:] if log.exists() else "(no log)"
+            pytest.fail(f"{seconds} seconds passed; the job's log ends:\n{text}")
         time.sleep(1)
 
 
