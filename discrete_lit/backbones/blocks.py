@@ -66,14 +66,16 @@ class Attention(nn.Module):
             if 1 < new < seen:
                 mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
             causal = new == seen
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key.to(query.dtype),
-            value.to(query.dtype),
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal and mask is None,
-        )
+        dropout = self.dropout if self.training else 0.0
+        causal = causal and mask is None
+        key, value = key.to(query.dtype), value.to(query.dtype)
+        if query.requires_grad and query.device.type == "cpu":
+            # On a CPU the backward pass of bfloat16 attention is far slower than that of float32 (torch 2.14).
+            with torch.autocast("cpu", enabled=False):
+                query, key, value = query.float(), key.float(), value.float()
+                mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
+        else:
+            mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 
