@@ -106,14 +106,15 @@ def job_record(job):
     return dict(pair.split("=", 1) for pair in answer.stdout.split() if "=" in pair)
 
 
-def wait_for(happened, log, seconds=600):
-    """Until `happened()` is true; the job's log where that does not come about."""
+def wait_for(happened, job, log, seconds=600):
+    """Until `happened()` is true; the job's log where it ends in another way or that does not come about."""
     deadline = time.monotonic() + seconds
     while not happened():
-        if time.monotonic() > deadline:
+        state = job_record(job)["JobState"]
+        if state in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY") or time.monotonic() > deadline:
             # The progress bar may be cut in the middle of a character.
             text = log.read_text(errors="replace")[-4000:] if log.exists() else "(no log)"
-            pytest.fail(f"{seconds} seconds passed; the job's log ends:\n{text}")
+            pytest.fail(f"after up to {seconds} seconds job {job} is {state}; its log ends:\n{text}")
         time.sleep(1)
 
 
@@ -133,9 +134,9 @@ def curve(run_folder):
 def test_a_job_is_requeued_and_goes_on_in_its_run_folder(submit, tmp_path):
     job, log = submit("interrupted"), tmp_path / "interrupted.log"
     run_folder = tmp_path / "interrupted"
-    wait_for(lambda: (run_folder / "tensorboard").exists() and len(curve(run_folder)) > 20, log)
+    wait_for(lambda: (run_folder / "tensorboard").exists() and len(curve(run_folder)) > 20, job, log)
     subprocess.run(["scancel", "--signal=USR1", job], check=True)
-    wait_for(lambda: job_record(job)["Restarts"] == "1", log)
+    wait_for(lambda: job_record(job)["Restarts"] == "1", job, log)
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()
     stopped_after = len(curve(run_folder))
     assert 20 < stopped_after < STEPS
@@ -143,7 +144,7 @@ def test_a_job_is_requeued_and_goes_on_in_its_run_folder(submit, tmp_path):
     # While SLURM holds the first job back, the same run without interruption.
     other, other_log = submit("whole"), tmp_path / "whole.log"
     for number, text in ((job, log), (other, other_log)):
-        wait_for(lambda number=number: job_record(number)["JobState"] == "COMPLETED", text)
+        wait_for(lambda number=number: job_record(number)["JobState"] == "COMPLETED", number, text)
     whole = curve(tmp_path / "whole")
     assert [step for step, _ in whole] == list(range(STEPS))
     assert curve(run_folder) == whole
