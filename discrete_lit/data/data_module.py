@@ -20,6 +20,8 @@ class ResumableDataModule(LightningDataModule, ABC):
     (Lightning-AI/pytorch-lightning#20550).
 
     Args:
+        train: where the training split is.
+        validation: where the validation split is.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load; 0 loads in the training process.
         seed: decides the order and the augmentation.
@@ -27,8 +29,20 @@ class ResumableDataModule(LightningDataModule, ABC):
         persistent_workers: keep the processes between epochs.
     """
 
-    def __init__(self, batch_size: int, num_workers: int, seed: int, max_bad_fraction: float, persistent_workers: bool):
+    def __init__(
+        self,
+        train: str | list[str] | None,
+        validation: str | list[str] | None,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        max_bad_fraction: float,
+        persistent_workers: bool,
+    ):
         super().__init__()
+        self.locations: dict[Split, Any] = {"train": train, "validation": validation}
+        if train is None and validation is None:
+            raise ValueError(f"{type(self).__name__} was given no data: set `train`, `validation` or both")
         for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}")
@@ -44,9 +58,9 @@ class ResumableDataModule(LightningDataModule, ABC):
         self._training_loader: TrainingLoader | None = None
         self._saved_state: Mapping[str, Any] | None = None
 
-    @abstractmethod
     def has_split(self, split: Split) -> bool:
         """Whether the DataModule was given this split."""
+        return self.locations[split] is not None
 
     @abstractmethod
     def training_source(self, rank: int, world_size: int) -> BatchSource:

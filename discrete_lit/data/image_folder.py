@@ -62,17 +62,14 @@ class ImageFolder(ResumableDataModule):
         max_bad_fraction: float = 0.01,
         persistent_workers: bool = False,
     ):
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
-        if train is None and validation is None:
-            raise ValueError("ImageFolder needs a folder of images: set `train`, `validation` or both")
-        self._paths: dict[Split, str | None] = {"train": train, "validation": validation}
+        super().__init__(train, validation, batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
         self._pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
         self.image_size = image_size
 
     @cached_property
     def classes(self) -> list[str]:
         """Name of each label."""
-        path = self._paths["train"] or self._paths["validation"]
+        path = self.locations["train"] or self.locations["validation"]
         assert path is not None
         return class_folders(path)
 
@@ -81,12 +78,9 @@ class ImageFolder(ResumableDataModule):
         """Labels are in 0..num_classes-1."""
         return len(self.classes)
 
-    def has_split(self, split: Split) -> bool:
-        return self._paths[split] is not None
-
     @cached_property
     def _files(self) -> dict[Split, "ImageFiles"]:
-        return {split: ImageFiles(path, self.classes) for split, path in self._paths.items() if path is not None}
+        return {split: ImageFiles(path, self.classes) for split, path in self.locations.items() if path is not None}
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]

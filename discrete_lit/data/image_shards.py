@@ -76,12 +76,9 @@ class ImageShards(ResumableDataModule):
         num_classes: int | None = None,
         persistent_workers: bool = False,
     ):
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
-        if train is None and validation is None:
-            raise ValueError("ImageShards needs shards: set `train`, `validation` or both")
+        super().__init__(train, validation, batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
         if shuffle_window < 0:
             raise ValueError(f"shuffle_window is {shuffle_window}; it must be at least 0")
-        self._locations: dict[Split, str | list[str] | None] = {"train": train, "validation": validation}
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
         self._pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
@@ -93,12 +90,12 @@ class ImageShards(ResumableDataModule):
         """The shards that were found, by split."""
         found: dict[Split, ShardSet] = {
             split: find_shards(location, self._counts[split], self._given_num_classes)
-            for split, location in self._locations.items()
+            for split, location in self.locations.items()
             if location is not None
         }
         if len({shards.classes for shards in found.values()}) > 1:
             raise ValueError(
-                f"the classes of {self._locations['train']} and {self._locations['validation']} are not the same"
+                f"the classes of {self.locations['train']} and {self.locations['validation']} are not the same"
             )
         return found
 
@@ -111,9 +108,6 @@ class ImageShards(ResumableDataModule):
     def num_classes(self) -> int:
         """Labels are in 0..num_classes-1."""
         return len(self.classes)
-
-    def has_split(self, split: Split) -> bool:
-        return self._locations[split] is not None
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         return _TrainingShards(

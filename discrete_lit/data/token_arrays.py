@@ -112,16 +112,21 @@ class TokenArrays(ResumableDataModule):
         seed: int = 0,
         persistent_workers: bool = False,
     ):
-        super().__init__(batch_size, num_workers, seed, max_bad_fraction=0.0, persistent_workers=persistent_workers)
-        if train is None and validation is None:
-            raise ValueError("TokenArrays needs a folder of tokens: set `train`, `validation` or both")
-        self._paths: dict[Split, str | None] = {"train": train, "validation": validation}
+        super().__init__(
+            train,
+            validation,
+            batch_size,
+            num_workers,
+            seed,
+            max_bad_fraction=0.0,
+            persistent_workers=persistent_workers,
+        )
 
     @cached_property
     def folders(self) -> dict[Split, TokenFolder]:
         """The opened folders, by split."""
         folders: dict[Split, TokenFolder] = {
-            split: TokenFolder(path) for split, path in self._paths.items() if path is not None
+            split: TokenFolder(path) for split, path in self.locations.items() if path is not None
         }
         first = next(iter(folders.values()))
         for folder in folders.values():
@@ -173,12 +178,9 @@ class TokenArrays(ResumableDataModule):
         if fingerprint != self.tokenizer_fingerprint:
             folder = next(iter(self.folders.values())).folder
             raise ValueError(
-                f"the tokens in {folder} were made by the tokenizer {self.tokenizer_fingerprint}, not by {fingerprint}: "
-                "use that tokenizer's checkpoint, or make the tokens anew with `discrete-lit tokenize`"
+                f"the tokens in {folder} were made by the tokenizer {self.tokenizer_fingerprint}, not by "
+                f"{fingerprint}: use that tokenizer's checkpoint, or make the tokens anew with `discrete-lit tokenize`"
             )
-
-    def has_split(self, split: Split) -> bool:
-        return self._paths[split] is not None
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         folder = self.folders["train"]

@@ -64,7 +64,7 @@ def tokenize(
             num_classes=data.num_classes,
             classes=data.classes,
             tokenizer=tokenizer.fingerprint(),
-            source=f"{type(data).__name__} {split}",
+            source=f"{type(data).__name__} {data.locations[split]}",
         )
     fabric.barrier()
     tokenizer = freeze(tokenizer).to(fabric.device)
