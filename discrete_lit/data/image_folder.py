@@ -1,7 +1,6 @@
 """Images in a folder with one subfolder per class, read directly."""
 
 import os
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.decoding import IMAGE_EXTENSIONS, UndecodableImage
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
-from discrete_lit.data.map_order import EvaluationOrder, TrainingOrder
+from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
 from discrete_lit.data.resumable import Batch, BatchSource
 
 
@@ -157,14 +156,12 @@ def _image_keys(folder: Path, name: str) -> list[str]:
     return sorted(keys)
 
 
-class _TrainingImages:
+class _TrainingImages(OrderedSource):
     def __init__(self, files: ImageFiles, order: TrainingOrder, pipeline: ImagePipeline):
+        super().__init__(order)
         self.files = files
         self.order = order
         self.pipeline = pipeline
-        self.batches = order.batches
-        self.samples = order.samples
-        self.samples_per_step = order.samples_per_step
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         bad: list[BadSample] = []
@@ -187,18 +184,13 @@ class _TrainingImages:
             return LabelledImage(pixels, int(self.files.labels[sample]), key, index)
         raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
 
-    def identity(self) -> Mapping[str, int | str]:
-        return self.order.identity()
 
-
-class _EvaluationImages:
+class _EvaluationImages(OrderedSource):
     def __init__(self, files: ImageFiles, order: EvaluationOrder, pipeline: ImagePipeline):
+        super().__init__(order)
         self.files = files
         self.order = order
         self.pipeline = pipeline
-        self.batches = order.batches
-        self.samples = order.samples
-        self.samples_per_step = order.samples_per_step
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         samples, bad = [], []
@@ -211,6 +203,3 @@ class _EvaluationImages:
                 continue
             samples.append(LabelledImage(pixels, int(self.files.labels[sample]), key, int(sample)))
         return image_batch(samples, self.pipeline.image_size), bad
-
-    def identity(self) -> Mapping[str, int | str]:
-        return self.order.identity()

@@ -91,3 +91,16 @@ def complete_batches(count: int, batch_size: int, world_size: int) -> int:
             "use a smaller batch_size"
         )
     return batches
+
+
+class OrderedSource:
+    """What every source in a map-style order takes from the order: its counts, and what a resume compares."""
+
+    def __init__(self, order: TrainingOrder | EvaluationOrder):
+        self.batches = order.batches
+        self.samples = order.samples
+        self.samples_per_step = order.samples_per_step
+        self._identity = order.identity()
+
+    def identity(self) -> Mapping[str, int | str]:
+        return self._identity

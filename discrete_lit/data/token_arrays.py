@@ -16,7 +16,7 @@ import torch
 
 from discrete_lit.data.bad_samples import BadSample
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.map_order import EvaluationOrder, TrainingOrder
+from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
 from discrete_lit.data.resumable import Batch, BatchSource
 from discrete_lit.data.token_writer import FORMAT, MANIFEST, UNFINISHED
 
@@ -192,13 +192,11 @@ class TokenArrays(ResumableDataModule):
         return _EvaluationTokens(folder, EvaluationOrder(folder.count, self.batch_size, rank, world_size))
 
 
-class _TrainingTokens:
+class _TrainingTokens(OrderedSource):
     def __init__(self, folder: TokenFolder, order: TrainingOrder):
+        super().__init__(order)
         self.folder = folder
         self.order = order
-        self.batches = order.batches
-        self.samples = order.samples
-        self.samples_per_step = order.samples_per_step
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         positions = self.order.positions(number)
@@ -206,23 +204,18 @@ class _TrainingTokens:
         return _batch(tokens, labels, positions + epoch * self.order.count), []
 
     def identity(self) -> Mapping[str, int | str]:
-        return {**self.order.identity(), "tokenizer": str(self.folder.manifest["tokenizer"])}
+        return {**super().identity(), "tokenizer": str(self.folder.manifest["tokenizer"])}
 
 
-class _EvaluationTokens:
+class _EvaluationTokens(OrderedSource):
     def __init__(self, folder: TokenFolder, order: EvaluationOrder):
+        super().__init__(order)
         self.folder = folder
         self.order = order
-        self.batches = order.batches
-        self.samples = order.samples
-        self.samples_per_step = order.samples_per_step
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         samples = self.order.samples_of(number)
         return _batch(*self.folder.rows(samples), samples), []
-
-    def identity(self) -> Mapping[str, int | str]:
-        return self.order.identity()
 
 
 def _batch(tokens: torch.Tensor, labels: torch.Tensor, index: np.ndarray) -> Batch:
