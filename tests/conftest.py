@@ -62,8 +62,8 @@ def make_tokenizer() -> Callable[..., Any]:
         from discrete_lit.tokenizers import FSQ, VQVAE
         from discrete_lit.tokenizers.networks import ConvAutoencoder
 
-        def network(code_dim: int) -> ConvAutoencoder:
-            return ConvAutoencoder(code_dim, channels=8, multipliers=(1, 1, 2), blocks=1, norm_groups=4)
+        def network(code_dim: int, latent_dim: int) -> ConvAutoencoder:
+            return ConvAutoencoder(code_dim, latent_dim, channels=8, multipliers=(1, 1, 2), blocks=1, norm_groups=4)
 
         if kind == "fsq":
             return FSQ(network, **{"levels": [4, 3], **arguments}).eval()

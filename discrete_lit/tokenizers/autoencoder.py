@@ -1,102 +1,72 @@
-"""The tokenizer that is an autoencoder around a quantizer: its training and validation."""
+"""The tokenizer that is an autoencoder around a quantizer."""
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, cast
 
-import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.functional.image import peak_signal_noise_ratio
+from torch import Tensor, nn
 
 from discrete_lit.evaluation.codebook_usage import CodebookUsage
-from discrete_lit.images import to_uint8
-from discrete_lit.optimization import configure_optimizers
+from discrete_lit.tokenizers.image_autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
-class AutoencoderTokenizer(Tokenizer):
-    """Reconstruction loss plus the quantizer's terms.
+class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
+    """Trained by the objective of an image autoencoder and the quantizer's terms.
 
-    Logs `train/loss` and its terms; in validation the same terms, `validation/psnr` (decibels, mean over images, on
-    uint8 pixels), `validation/codebook_usage` (share of the K ids that occur) and `validation/perplexity` (exp of the
-    entropy of the ids in nats, between 1 and K).
+    In validation it also logs `validation/codebook_usage` (share of the K ids that occur) and `validation/perplexity`
+    (exp of the entropy of the ids in nats, between 1 and K), and both again, as `validation/codebook_usage/<part>`, of
+    each part that the quantizer names: a codebook of several, a scale, a bit.
 
     Args:
-        network: encoder and decoder.
-        quantizer: of the network's latent width.
-        reconstruction_loss: mean absolute (`"l1"`) or mean squared (`"l2"`) error of pixels in [-1, 1].
-        optimizer: from parameters to an optimizer; needed to train.
-        scheduler: from an optimizer to a scheduler, stepped after every batch.
+        network: called with the quantizer's `dim` and `latent_dim`.
+        quantizer: from latents to ids and code vectors.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
     """
 
-    def __init__(
-        self,
-        network: Autoencoder,
-        quantizer: Quantizer,
-        reconstruction_loss: Literal["l1", "l2"],
-        optimizer: OptimizerCallable | None,
-        scheduler: LRSchedulerCallable | None,
-    ) -> None:
-        super().__init__()
-        self.network = network
+    def __init__(self, network: Callable[[int, int], Autoencoder], quantizer: Quantizer, **training: Any) -> None:
+        super().__init__(network(quantizer.dim, quantizer.latent_dim), **training)
         self.quantizer = quantizer
         self.vocab_size = quantizer.vocab_size
-        self.reconstruction_loss = F.l1_loss if reconstruction_loss == "l1" else F.mse_loss
-        self.optimizer = optimizer
-        self.scheduler = scheduler
         self.codebook_usage = CodebookUsage(quantizer.vocab_size)
-        self.psnr = MeanMetric()
+        self.part_usage = nn.ModuleDict()
 
     def token_shape(self, image_size: int) -> tuple[int, ...]:
-        return self.network.grid(image_size)
+        return self.quantizer.token_shape(self.network.grid(image_size))
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.quantizer(self.network.encode(images).movedim(1, -1)).tokens
+        return self.quantizer.encode(self.network.encode(images).movedim(1, -1))
 
     def embed(self, tokens: Tensor) -> Tensor:
         self.check_tokens(tokens)
         return self.quantizer.lookup(tokens).movedim(-1, 1)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.network.decode(self.embed(tokens)).float().clamp(-1, 1)
+        return self.objective.images(self.network.decode(self.embed(tokens)).float())
 
-    def loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
-        """Of images `(B, C, H, W)`: the loss, its named terms, reconstructions, and ids `(B, *token_shape)`."""
+    def reconstruct(self, images: Tensor) -> Reconstruction:
         quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
-        reconstructions = self.network.decode(quantized.codes.movedim(-1, 1)).float()
-        terms = {"reconstruction": self.reconstruction_loss(reconstructions, images), **quantized.losses}
-        return torch.stack(list(terms.values())).sum(), terms, reconstructions, quantized.tokens
+        outputs = self.network.decode(quantized.codes.movedim(-1, 1)).float()
+        return Reconstruction(outputs, quantized.losses, quantized.tokens)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss, terms, _, _ = self.loss(batch["image"])
-        self._log_terms("train", loss, terms, len(batch["image"]))
-        return loss
-
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        images = batch["image"]
-        loss, terms, reconstructions, tokens = self.loss(images)
-        self._log_terms("validation", loss, terms, len(images))
-        pixels = to_uint8(torch.stack((reconstructions, images))).float()
-        psnr = peak_signal_noise_ratio(pixels[0], pixels[1], data_range=255.0, dim=(1, 2, 3), reduction="none")
-        self.psnr.update(psnr)
-        self.codebook_usage.update(tokens)
-        self.log("validation/psnr", self.psnr)
+    def validate(self, made: Reconstruction) -> None:
+        assert made.tokens is not None
+        self.codebook_usage.update(made.tokens)
+        for name, part in self.quantizer.parts(made.tokens).items():
+            if name not in self.part_usage:
+                self.part_usage[name] = CodebookUsage(part.size).to(self.device)
+            cast(CodebookUsage, self.part_usage[name]).update(part.ids)
 
     def on_validation_epoch_end(self) -> None:
-        usage, perplexity = self.codebook_usage.compute()
-        self.codebook_usage.reset()
-        self.log_dict({"validation/codebook_usage": usage, "validation/perplexity": perplexity}, sync_dist=True)
-
-    def _log_terms(self, stage: str, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
-        named = {f"{stage}/loss": loss, **{f"{stage}/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=batch_size)
+        whole_and_parts = {"": self.codebook_usage, **{f"/{name}": usage for name, usage in self.part_usage.items()}}
+        for suffix, measured in whole_and_parts.items():
+            measured = cast(CodebookUsage, measured)
+            usage, perplexity = measured.compute()
+            measured.reset()
+            figures = {f"validation/codebook_usage{suffix}": usage, f"validation/perplexity{suffix}": perplexity}
+            self.log_dict(figures, sync_dist=True)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The ids `(B, *token_shape)` of a batch of images."""
         return self.encode(batch["image"])
-
-    def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer, self.scheduler)

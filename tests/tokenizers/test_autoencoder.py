@@ -41,9 +41,9 @@ def test_decode_is_what_training_reconstructs(make_tokenizer, kind: str) -> None
     """The ids carry everything: decoding them gives the reconstruction of the loss."""
     tokenizer = make_tokenizer(kind)
     images = torch.rand(3, 3, 16, 16) * 2 - 1
-    _, _, reconstructions, tokens = tokenizer.loss(images)
-    assert torch.equal(tokenizer.encode(images), tokens)
-    torch.testing.assert_close(tokenizer.decode(tokens), reconstructions.clamp(-1, 1))
+    _, _, made = tokenizer.loss(images)
+    assert torch.equal(tokenizer.encode(images), made.tokens)
+    torch.testing.assert_close(tokenizer.decode(made.tokens), made.outputs.clamp(-1, 1))
 
 
 @each_kind
@@ -59,10 +59,10 @@ def test_loss_is_the_sum_of_its_terms(make_tokenizer, reconstruction_loss: str, 
     for kind, names in (("fsq", {"reconstruction"}), ("vqvae", {"reconstruction", "commitment"})):
         tokenizer = make_tokenizer(kind, reconstruction_loss=reconstruction_loss)
         images = torch.rand(2, 3, 8, 8) * 2 - 1
-        loss, terms, reconstructions, _ = tokenizer.loss(images)
+        loss, terms, made = tokenizer.loss(images)
         assert set(terms) == names
         torch.testing.assert_close(loss, torch.stack(list(terms.values())).sum())
-        torch.testing.assert_close(terms["reconstruction"], function(reconstructions, images))
+        torch.testing.assert_close(terms["reconstruction"], function(made.outputs, images))
 
 
 @pytest.mark.parametrize(

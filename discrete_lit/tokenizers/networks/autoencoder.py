@@ -6,10 +6,19 @@ from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module, ABC):
-    """Images to a grid of latents and back; the tokenizer puts its quantizer between the two."""
+    """Images to a grid of latents and back; the tokenizer puts its quantizer between the two.
+
+    A tokenizer builds its network by a call with two integers: `code_dim`, the width of what the decoder takes, and
+    `latent_dim`, the width of what the encoder gives. They differ where the bottleneck narrows, as a KL one does.
+    """
 
     in_channels: int
     """C of the images."""
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> nn.Parameter:
+        """The weight that makes the pixels: an adaptive adversarial weight compares the gradients there."""
 
     @abstractmethod
     def grid(self, image_size: int) -> tuple[int, ...]:
@@ -21,7 +30,7 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` in [-1, 1] to latents `(B, D, *grid)`.
+        """`(B, C, H, W)` in [-1, 1] to latents `(B, latent_dim, *grid)`.
 
         Raises:
             ValueError: a side that the network cannot divide.
@@ -29,4 +38,4 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """`(B, D, *grid)` to `(B, C, H, W)`, about [-1, 1] and not clamped."""
+        """Codes `(B, code_dim, *grid)` to `(B, C, H, W)`, about [-1, 1] and not clamped."""

@@ -1,6 +1,7 @@
 """The convolutional autoencoder of VQGAN (Esser et al., "Taming Transformers", 2021, table 7)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,8 @@ class ConvAutoencoder(Autoencoder):
     """Residual blocks at each resolution, one halving between two resolutions.
 
     Args:
-        code_dim: D of the latents; a tokenizer gives it.
+        code_dim: D of the codes that the decoder takes; a tokenizer gives it.
+        latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
         in_channels: C of the images.
         channels: width at full resolution.
         multipliers: width of each resolution as a multiple of `channels`; n of them make a 2^(n-1)x down-sampling.
@@ -82,6 +84,7 @@ class ConvAutoencoder(Autoencoder):
     def __init__(
         self,
         code_dim: int,
+        latent_dim: int | None = None,
         in_channels: int = 3,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
@@ -90,6 +93,7 @@ class ConvAutoencoder(Autoencoder):
         norm_groups: int = 32,
     ) -> None:
         super().__init__()
+        latent_dim = code_dim if latent_dim is None else latent_dim
         widths = [channels * multiplier for multiplier in multipliers]
         if not widths or any(width % norm_groups for width in widths):
             raise ValueError(f"norm_groups={norm_groups} must divide every width of the network, got {widths}")
@@ -112,7 +116,7 @@ class ConvAutoencoder(Autoencoder):
             *self._middle(lowest, attention, norm_groups),
             nn.GroupNorm(norm_groups, lowest, eps=1e-6),
         ]
-        encoder += [nn.SiLU(), nn.Conv2d(lowest, code_dim, 3, padding=1), nn.Conv2d(code_dim, code_dim, 1)]
+        encoder += [nn.SiLU(), nn.Conv2d(lowest, latent_dim, 3, padding=1), nn.Conv2d(latent_dim, latent_dim, 1)]
         self.encoder = nn.Sequential(*encoder)
 
         decoder: list[nn.Module] = [
@@ -134,6 +138,10 @@ class ConvAutoencoder(Autoencoder):
             nn.Conv2d(current, in_channels, 3, padding=1),
         ]
         self.decoder = nn.Sequential(*decoder)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return cast(nn.Conv2d, self.decoder[-1]).weight
 
     @staticmethod
     def _middle(width: int, attention: bool, norm_groups: int) -> list[nn.Module]:

@@ -44,6 +44,10 @@ class FiniteScalarQuantizer(Quantizer):
             tokens = ((steps.detach().round().long() + half_width) * self.basis).sum(dim=-1)
             return Quantized(steps / half_width, tokens)
 
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        return self(latents).tokens
+
     def bound(self, latents: Tensor) -> Tensor:
         """Float32 latents `(B, ..., D)` to values whose rounding gives the levels -(L // 2) ... (L - 1) // 2."""
         half = (self.levels - 1) * (1 - _MARGIN) / 2

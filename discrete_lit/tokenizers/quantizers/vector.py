@@ -75,7 +75,7 @@ class VectorQuantizer(Quantizer):
             latents = latents.float()
             if self.training and self._may_start:
                 self._start(latents.detach().reshape(-1, self.dim))
-            tokens = self.nearest(latents)
+            tokens = self.encode(latents)
             codes = self.lookup(tokens)
             losses = {"commitment": self.commitment_weight * F.mse_loss(latents, codes.detach())}
             if self.codebook_update == "gradient":
@@ -89,8 +89,12 @@ class VectorQuantizer(Quantizer):
         return F.embedding(tokens, self.codebook)
 
     @torch.no_grad()
-    def nearest(self, latents: Tensor) -> Tensor:
-        """Ids `(B, ...)` of the codes nearest in Euclidean distance to float32 latents `(B, ..., D)`."""
+    def encode(self, latents: Tensor) -> Tensor:
+        """Ids `(B, ...)` of the codes nearest in Euclidean distance to latents `(B, ..., D)`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._nearest(latents.float())
+
+    def _nearest(self, latents: Tensor) -> Tensor:
         rows = latents.reshape(-1, self.dim)
         offsets = self.codebook.square().sum(dim=1)
         tokens = [

@@ -28,7 +28,7 @@ def test_nearest_is_the_brute_force_search(monkeypatch: pytest.MonkeyPatch, pair
     best = distances.topk(2, largest=False)
     clear = best.values[:, 1] - best.values[:, 0] > 1e-5 * dim
     assert clear.double().mean() > 0.95
-    assert torch.equal(quantizer.nearest(latents)[clear], best.indices[clear, 0])
+    assert torch.equal(quantizer.encode(latents)[clear], best.indices[clear, 0])
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
@@ -41,7 +41,7 @@ def test_any_grid(update, grid: tuple[int, ...]) -> None:
     assert quantized.tokens.shape == (2, *grid) and quantized.tokens.dtype == torch.int64
     flat = spread_out(VectorQuantizer(16, 3, update))
     flat.load_state_dict({**quantizer.state_dict(), "codebook": flat.codebook})
-    assert torch.equal(quantizer.nearest(latents).flatten(), quantizer.nearest(latents.reshape(-1, 3)))
+    assert torch.equal(quantizer.encode(latents).flatten(), quantizer.encode(latents.reshape(-1, 3)))
 
 
 @pytest.mark.parametrize("update", ["ema", "gradient"])
