@@ -17,7 +17,7 @@ class Autoencoder(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that makes the pixels: an adaptive adversarial weight compares the gradients there."""
 
     @abstractmethod

@@ -140,7 +140,7 @@ class ConvAutoencoder(Autoencoder):
         self.decoder = nn.Sequential(*decoder)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return cast(nn.Conv2d, self.decoder[-1]).weight
 
     @staticmethod
