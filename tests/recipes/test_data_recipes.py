@@ -1,9 +1,11 @@
 """The commands of `data/`, run as a user runs them. ImageNet's are in tests/data/test_sources_imagenet.py."""
 
 import gzip
+import io
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,7 @@ def recipe(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (["imagenet", "train"], ["--archive", "--output"]),
         (["imagenet", "validation"], ["--ground_truth", "LOC_val_solution.csv"]),
         (["folder"], ["--classes_from", "as much disk", "run the same command again"]),
+        (["emoji"], ["npm pack emoji-datasource-google", "Apache-2.0"]),
         (["fashion_mnist"], ["apt-get install dataset-fashion-mnist", "31 MB"]),
     ],
 )
@@ -94,3 +97,46 @@ def test_other_idx_files_are_refused(tmp_path: Path) -> None:
     ended = recipe(*arguments)
     assert "is not an IDX file of unsigned bytes" in ended.stderr
     assert not (tmp_path / "made.npz").exists()
+
+
+def test_emoji_into_both_splits(tmp_path: Path) -> None:
+    """Transparent pictures come on white, with their category, and a form stays with its base."""
+    pictures = tmp_path / "package" / "img" / "google" / "64"
+    pictures.mkdir(parents=True)
+    table = []
+    for number in range(40):
+        base = f"{0x1F400 + number:x}"
+        forms = {tone: {"image": f"{base}-{tone}.png", "has_img_google": True} for tone in ("1f3fb", "1f3ff")}
+        category = "Food & Drink" if number % 2 else "Animals & Nature"
+        table.append({"image": f"{base}.png", "has_img_google": True, "category": category, "skin_variations": forms})
+        for name in (base, *(f"{base}-{tone}" for tone in forms)):
+            picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+            picture.putpixel((5, 6), (0, 0, 255, 128))
+            picture.save(pictures / f"{name}.png")
+    Image.new("RGBA", (64, 64)).save(pictures / "ffff.png")  # not in the table
+    (tmp_path / "package" / "emoji.json").write_text(json.dumps(table))
+    (tmp_path / "package" / "package.json").write_text('{"version": "16.0.0"}')
+
+    ended = recipe("emoji", "--package", tmp_path / "package", "--output", tmp_path / "shards")
+    assert ended.returncode == 0, ended.stderr
+    bases, count = {}, 0
+    for split in ("train", "test"):
+        folder = tmp_path / "shards" / split
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["classes"] == ["Animals & Nature", "Food & Drink"]
+        count += manifest["count"]
+        with tarfile.open(folder / f"{split}-000000.tar") as archive:
+            names = archive.getnames()
+            content = {name: archive.extractfile(name).read() for name in names}
+        keys = {name.split(".")[0] for name in names}
+        bases[split] = {key.split("-")[0] for key in keys}
+        key = min(keys)
+        number = int(key.split("-")[0], 16) - 0x1F400
+        assert content[f"{key}.cls"] == str(number % 2).encode()
+        image = Image.open(io.BytesIO(content[f"{key}.png"]))
+        assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+        assert image.getpixel((5, 6)) == (127, 127, 255)
+    assert count == 120 and not bases["train"] & bases["test"] and 1 <= len(bases["test"]) <= 12
+
+    ended = recipe("emoji", "--package", tmp_path, "--output", tmp_path / "other")
+    assert ended.returncode == 1 and "npm pack emoji-datasource-google" in ended.stderr

@@ -1,0 +1,74 @@
+"""The Noto colour emoji of the npm package emoji-datasource-google."""
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from discrete_lit.data.sources.source import Entry, Source
+
+_TEST_SHARE = 0.1
+
+
+class Emoji(Source):
+    """Google's Noto emoji as 64x64 colour images on white; the class is the emoji's category.
+
+    An emoji and its variations in skin tone, gender or profession begin with the same code point and look alike, so
+    the split goes by the first code point: a tenth of those, chosen by a hash, are the test set with all that begins
+    with them. Keys are the code points in hexadecimal, `1f469-1f3fd-200d-1f680`.
+    Source: https://github.com/iamcal/emoji-data (the files), https://github.com/googlefonts/noto-emoji (the pictures,
+    Apache-2.0).
+
+    Args:
+        package: the package's folder, which holds `emoji.json` and `img/google/64`.
+        split: which images.
+
+    Raises:
+        ValueError: the folder is not that of the package.
+    """
+
+    def __init__(self, package: str | os.PathLike[str], split: Literal["train", "test"]) -> None:
+        root = Path(package)
+        table, self._images = root / "emoji.json", root / "img" / "google" / "64"
+        if not table.is_file() or not self._images.is_dir():
+            raise ValueError(
+                f"{root} holds no emoji.json and img/google/64: give the folder of the npm package "
+                "emoji-datasource-google (`npm pack emoji-datasource-google`, then `tar xzf` gives package/)"
+            )
+        version = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
+        category_of = _categories(json.loads(table.read_text(encoding="utf-8")))
+        classes = sorted(set(category_of.values()))
+        paths = [path for path in sorted(self._images.glob("*.png")) if path.stem in category_of]
+        entries = [
+            Entry(path.stem, "png", classes.index(category_of[path.stem]), path.stat().st_size)
+            for path in paths
+            if is_test(path.stem) == (split == "test")
+        ]
+        super().__init__(f"emoji-datasource-google {version} {split}", classes, entries)
+
+    def read(self, index: int) -> bytes:
+        picture = Image.open(self._images / f"{self.entries[index].key}.png").convert("RGBA")
+        buffer = io.BytesIO()
+        white = Image.new("RGBA", picture.size, "white")
+        Image.alpha_composite(white, picture).convert("RGB").save(buffer, "PNG")
+        return buffer.getvalue()
+
+
+def is_test(key: str) -> bool:
+    """Whether an emoji, given by its code points in hexadecimal and hyphens, belongs to the test set."""
+    first = key.split("-")[0]
+    return int.from_bytes(hashlib.sha256(first.encode()).digest()[:4], "big") < _TEST_SHARE * 2**32
+
+
+def _categories(table: list[dict]) -> dict[str, str]:
+    """Code points to category, of every emoji with a picture and of its variations in skin tone."""
+    found: dict[str, str] = {}
+    for emoji in table:
+        for form in (emoji, *emoji.get("skin_variations", {}).values()):
+            if form["has_img_google"]:
+                found[Path(form["image"]).stem] = emoji["category"]
+    return found
