@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from discrete_lit.evaluation.frechet import FrechetResult
+from discrete_lit.evaluation.reconstruction import ReconstructionFigures
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Row:
     sampling: dict[str, Any] = field(default_factory=dict)
     """The run.json beside the samples."""
     picture: str | None = None
+    reconstruction: ReconstructionFigures | None = None
+    """Of a row of reconstructions."""
 
     @property
     def least_diversity(self) -> float | None:
@@ -45,6 +48,23 @@ class Row:
             _number(self.sampling.get("network_calls"), ","),
             _number(self.sampling.get("sequential_passes"), ","),
             _number(self.sampling.get("images_per_second"), ",.1f"),
+            *self._reconstruction_cells(),
+        ]
+
+    def _reconstruction_cells(self) -> list[str]:
+        made = self.reconstruction
+        ids = None if made is None else made.ids
+        return [
+            _number(made and made.psnr, ".2f"),
+            _number(made and made.ssim, ".3f"),
+            _number(made and made.lpips, ".3f"),
+            _number(made and made.tokens, ","),
+            _number(ids and ids.size, ","),
+            _number(ids and ids.usage, ".1%"),
+            _number(ids and ids.perplexity, ",.1f"),
+            _number(made and made.capacity_bits, ",.0f"),
+            _number(made and made.entropy_bits, ",.0f"),
+            _number(made and made.bits_per_pixel, ".3f"),
         ]
 
 
@@ -107,6 +127,7 @@ class Report:
                     "within_class_diversity_by_class": row.within_class_diversity_by_class,
                     "sampling": row.sampling,
                     "picture": row.picture,
+                    "reconstruction": None if row.reconstruction is None else row.reconstruction.to_dict(),
                 }
                 for row in self.rows
             ],
@@ -128,6 +149,16 @@ class Report:
             "network calls",
             "sequential passes",
             "images/s",
+            "PSNR",
+            "SSIM",
+            "LPIPS",
+            "tokens L",
+            "ids K",
+            "usage",
+            "perplexity",
+            "L log2 K",
+            "L entropy",
+            "bits/pixel",
         ]
         columns = list(zip(header, *(row.cells() for row in self.rows), strict=True))
         columns = [column for column in columns if any(column[1:])]
@@ -151,6 +182,12 @@ class Report:
             facts.append(
                 "within-class diversity: mean squared feature distance between two images of a class, as a share of "
                 "that of the held-out real images (1 as varied, 0 the same image)"
+            )
+        if any(row.reconstruction is not None for row in self.rows):
+            facts.append(
+                "PSNR in decibels and SSIM: means over the images, on 8-bit pixels; L log2 K: bits that the L ids of "
+                "an image can carry, bits/pixel: the same over its pixels; L entropy: bits by the measured entropy of "
+                "the ids over all images and positions (plug-in estimate); perplexity: exp of that entropy in nats"
             )
         pictures = [f"{row.name}: {row.picture}" for row in self.rows if row.picture]
         lines = [*facts, *(f"note: {note}" for note in self.notes())]

@@ -9,6 +9,7 @@ from discrete_lit.evaluation.codebook_usage import CodebookUsage
 from discrete_lit.tokenizers.image_autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Part
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
@@ -45,6 +46,9 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         return self.objective.images(self.network.decode(self.embed(tokens)).float())
 
+    def parts(self, tokens: Tensor) -> dict[str, Part]:
+        return self.quantizer.parts(tokens)
+
     def reconstruct(self, images: Tensor) -> Reconstruction:
         quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
         outputs = self.network.decode(quantized.codes.movedim(-1, 1)).float()
@@ -53,7 +57,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def validate(self, made: Reconstruction) -> None:
         assert made.tokens is not None
         self.codebook_usage.update(made.tokens)
-        for name, part in self.quantizer.parts(made.tokens).items():
+        for name, part in self.parts(made.tokens).items():
             if name not in self.part_usage:
                 self.part_usage[name] = CodebookUsage(part.size).to(self.device)
             cast(CodebookUsage, self.part_usage[name]).update(part.ids)

@@ -7,6 +7,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from discrete_lit.tokenizers.quantizers.quantizer import Part
+
 
 class Tokenizer(LightningModule, ABC):
     """Maps images to a grid of token ids in [0, K) and back.
@@ -44,6 +46,10 @@ class Tokenizer(LightningModule, ABC):
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """`(B, *token_shape)` to the code vectors `(B, D, *grid)`."""
+
+    def parts(self, tokens: Tensor) -> dict[str, Part]:
+        """Named parts of ids `(B, *token_shape)` whose usage is reported beside the whole: none by default."""
+        return {}
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise a ValueError unless every id is in [0, K)."""

@@ -17,9 +17,9 @@ from discrete_lit.evaluation.frechet import check_reference, compare
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, open_image_set
 from discrete_lit.evaluation.measure import Measurement, measure
 from discrete_lit.evaluation.moments import Moments, holds_moments
+from discrete_lit.evaluation.reconstruction import ReconstructionFigures, ReconstructionMeter
 from discrete_lit.evaluation.report import Report, Row
 from discrete_lit.evaluation.selection import Selection
-from discrete_lit.images import from_uint8, to_uint8
 from discrete_lit.provenance import environment, file_sha256
 
 _log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ def evaluate(
     """Measure sets of images at one count against one reference, and report them in one table.
 
     Each set is a row with a Fréchet distance; with a classifier, the share of images that show the intended class;
-    with held-out images, how much the images of a class differ from each other; and what `run.json` beside the
+    with held-out images, how much the images of a class differ from each other; of a tokenizer's reconstructions, PSNR,
+    SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside the
     samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class, or
     images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to `image_size`.
     Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
@@ -85,7 +86,7 @@ def evaluate(
     real_selection = None if real is None else Selection(real, num_images, num_classes)
     selections = {name: Selection(images, num_images, num_classes) for name, images in generated.items()}
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
-    tokenizers = {name: _reconstruct(path, place) for name, path in reconstructions.items()}
+    meters = {name: _meter(path, place) for name, path in reconstructions.items()}
     judge = None if classifier is None else _judge(classifier, num_classes, place)
     extractor = (extractor or EfficientNetLite0()).to(place)
 
@@ -109,16 +110,17 @@ def evaluate(
     rows: list[Row] = []
     floor: Measurement | None = None
 
-    def add(name: str, kind: Any, source: str, measured: Measurement) -> None:
+    def add(name: str, kind: Any, source: str, measured: Measurement, meter: ReconstructionMeter | None = None) -> None:
         found = compare(extractor, measured.moments.compute(), reference_moments, reference)
-        rows.append(_row(name, kind, source, found, measured, floor))
+        figures = None if meter is None else meter.figures()
+        rows.append(_row(name, kind, source, found, measured, floor, figures))
 
     if real_selection is not None:
         assert held_out is not None
         floor = run(real_selection, "held-out real images")
         add("held-out real images", "real", held_out, floor)
-        for name, transform in tokenizers.items():
-            add(name, "reconstructions", reconstructions[name], run(real_selection, name, transform))
+        for name, meter in meters.items():
+            add(name, "reconstructions", reconstructions[name], run(real_selection, name, meter), meter)
     for name, selection in selections.items():
         add(name, "samples", samples[name], run(selection, name))
 
@@ -167,11 +169,10 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
             )
 
 
-def _reconstruct(checkpoint: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _meter(checkpoint: str, device: torch.device) -> ReconstructionMeter:
     from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
-    tokenizer = from_checkpoint(checkpoint).to(device)
-    return lambda images: to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(images))))
+    return ReconstructionMeter(from_checkpoint(checkpoint).to(device))
 
 
 def _judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -217,7 +218,15 @@ def _reference_moments(
     return moments
 
 
-def _row(name: str, kind: Any, source: str, frechet: Any, measured: Measurement, floor: Measurement | None) -> Row:
+def _row(
+    name: str,
+    kind: Any,
+    source: str,
+    frechet: Any,
+    measured: Measurement,
+    floor: Measurement | None,
+    reconstruction: ReconstructionFigures | None,
+) -> Row:
     accuracy = by_class = diversity = diversity_by_class = None
     if measured.correct is not None and measured.spread is not None:
         counts = measured.spread.count
@@ -241,6 +250,7 @@ def _row(name: str, kind: Any, source: str, frechet: Any, measured: Measurement,
         within_class_diversity_by_class=diversity_by_class,
         sampling=json.loads(run.read_text(encoding="utf-8")) if beside and run.is_file() else {},
         picture=str(picture) if beside and picture.is_file() else None,
+        reconstruction=reconstruction,
     )
 
 

@@ -187,10 +187,17 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
     exact = make_grid_tokenizer(256, (64,))
     monkeypatch.setattr(exact, "decode", lambda tokens: (tokens / 127.5 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1))
     monkeypatch.setattr(tokenizers, "from_checkpoint", lambda path: exact)
-    report = evaluate(**{**sets, "held_out": str(tmp_path / "grey"), "reconstructions": {"exact": "t.ckpt"}})
-    floor, exact_row, _ = report["rows"]
-    assert exact_row["kind"] == "reconstructions" and exact_row["source"] == "t.ckpt"
-    assert exact_row["FD-Means"] == floor["FD-Means"]
+    reconstructions = {"exact": "t.ckpt", "again": "t.ckpt"}
+    report = evaluate(**{**sets, "held_out": str(tmp_path / "grey"), "reconstructions": reconstructions})
+    floor, exact_row, second, _ = report["rows"]
+    assert exact_row["kind"] == second["kind"] == "reconstructions" and exact_row["source"] == "t.ckpt"
+    assert exact_row["FD-Means"] == floor["FD-Means"] == second["FD-Means"]
+    figures = exact_row["reconstruction"]
+    assert figures["psnr"] is None and figures["ssim"] == pytest.approx(1) and floor["reconstruction"] is None
+    assert figures["ids"]["size"] == 256 and figures["capacity_bits"] == 64 * 8 and figures["bits_per_pixel"] == 8
+    assert figures["ids"]["usage"] == pytest.approx(len(np.unique(grey)) / 256)
+    table = (Path(sets["output"]) / "report.md").read_text()
+    assert "| L log2 K |" in table and "|      512 |" in table and "plug-in estimate" in table
 
 
 def test_from_the_command_line_with_a_yaml(sets, tmp_path, monkeypatch, capsys):
