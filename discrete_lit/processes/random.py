@@ -49,6 +49,9 @@ class Purpose(IntEnum):
     TOKEN = 3
     CONFIDENCE = 4
     LIKELIHOOD = 5
+    CODE_START = 6
+    CODE_REVIVAL = 7
+    CODE_NOISE = 8
 
 
 class CounterRandom:

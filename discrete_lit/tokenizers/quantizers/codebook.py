@@ -1,0 +1,205 @@
+"""A codebook: the codes, the search among them, and how they follow the latents."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.distributed import all_gather_rows, all_reduce_sum, rank
+from discrete_lit.processes.random import CounterRandom, Purpose
+from discrete_lit.tokenizers.quantizers.codebook_start import (
+    from_first_rank,
+    gather_finite,
+    kmeans_codes,
+    sort_keys,
+    sort_order,
+    spread_codes,
+)
+from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
+
+CodebookUpdate = Literal["ema", "gradient"]
+CodebookInit = Literal["data", "kmeans", "uniform", "normal"]
+
+
+class Codebook(nn.Module):
+    """K codes of width D. A quantizer calls, in this order, for latents `(..., D)` in float32:
+
+        codebook.prepare(latents)           # training: the first codes, on the first batch
+        ids = codebook.search(latents)
+        codes = codebook.lookup(ids)        # losses, the gradient to the latents
+        codebook.observe(latents, ids)      # training: running means, revival
+
+    Statistics are those of the latents of all ranks together, and what is drawn depends on `seed` and the number of
+    calls of `observe` alone, so neither the number of ranks nor a resume changes a code. Latents that are not finite
+    are left out of them. A codebook that several residual depths share is called so at each depth: every `observe` is
+    a step of the running means, and the next depth searches the moved codes (as RQ-VAE does); its first codes come
+    from the first depth's latents.
+
+    Args:
+        size: K.
+        dim: D.
+        update: `"ema"` moves codes to the running mean of their latents (van den Oord et al., 2017, appendix A.1);
+            `"gradient"` makes them a parameter, trained by the quantizer's loss.
+        decay: gamma of appendix A.1, also of the usage that `revive_below` looks at.
+        init: first codes from the latents of the first training batch: `"data"` takes some of them, `"kmeans"` their
+            cluster centres. `"uniform"` in [-1 / K, 1 / K], where taming, LlamaGen and others begin: far from the
+            latents, most codes are never used. `"normal"` with deviation D^-1/2, as SimVQ and ViT-VQGAN begin (they
+            freeze or normalise the codes).
+        normalize: latents and codes are compared and looked up on the unit sphere (ViT-VQGAN: Yu et al., 2022). With
+            `"ema"` the codes are the directions of the running sums of unit latents, spherical k-means (Dhillon and
+            Modha, 2001).
+        revive_below: a code whose usage, the running mean of its latents a batch over all ranks, is below this, is
+            replaced by a latent of the batch; None keeps dead codes. RQ-VAE takes 1.
+        seed: of the random choices of `"kmeans"` and of the revival.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    codes: Tensor
+    """`(K, D)`, as stored: `lookup` gives them as they are used."""
+    cluster_size: Tensor
+    """`(K,)` usage: the running mean of the latents of each code in a batch; with `"ema"` or revival only."""
+    embedding_sum: Tensor
+    """`(K, D)` running sums of the latents of each code; with `"ema"` only."""
+    started: Tensor
+    steps: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        update: CodebookUpdate = "ema",
+        decay: float = 0.99,
+        init: CodebookInit = "data",
+        normalize: bool = False,
+        revive_below: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise ValueError(f"the codebook's size and dim must be positive, got {size} and {dim}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        if update not in ("ema", "gradient"):
+            raise ValueError(f"the codebook's update must be 'ema' or 'gradient', got {update!r}")
+        if init not in ("data", "kmeans", "uniform", "normal"):
+            raise ValueError(f"the codebook's init must be 'data', 'kmeans', 'uniform' or 'normal', got {init!r}")
+        if revive_below is not None and not revive_below > 0:
+            raise ValueError(f"revive_below must be > 0, or None to keep dead codes, got {revive_below}")
+        self.size, self.dim = size, dim
+        self.update, self.decay, self.normalize = update, decay, normalize
+        self.revive_below, self.seed = revive_below, seed
+        # Usage of a code that has just begun: not yet dead.
+        self.first_usage = max(1.0, revive_below or 0.0)
+        codes = torch.empty(size, dim)
+        codes = codes.normal_(std=dim**-0.5) if init == "normal" else codes.uniform_(-1 / size, 1 / size)
+        if update == "gradient":
+            self.codes = nn.Parameter(codes)
+        else:
+            self.register_buffer("codes", codes)
+            self.register_buffer("embedding_sum", self._on_sphere(codes) * self.first_usage)
+        self.counts_usage = update == "ema" or revive_below is not None
+        if self.counts_usage:
+            self.register_buffer("cluster_size", torch.full((size,), self.first_usage))
+        if revive_below is not None:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.init = init
+        self._may_start = init in ("data", "kmeans")
+        if self._may_start:
+            self.register_buffer("started", torch.tensor(False))
+
+    def project(self, latents: Tensor) -> Tensor:
+        """Latents `(..., D)` as they are compared with codes: on the unit sphere with `normalize`, else unchanged."""
+        return self._on_sphere(latents)
+
+    @torch.no_grad()
+    def search(self, latents: Tensor) -> Tensor:
+        """Ids `(...)` of the codes nearest in Euclidean distance to latents `(..., D)`."""
+        rows = self.project(latents.reshape(-1, self.dim))
+        return nearest_codes(rows, self._on_sphere(self.codes)).reshape(latents.shape[:-1])
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """Codes `(..., D)` of ids `(...)`, with the gradient of the codes where they are a parameter."""
+        return self._on_sphere(F.embedding(ids, self.codes))
+
+    @torch.no_grad()
+    def prepare(self, latents: Tensor) -> None:
+        """Take the first codes from latents `(..., D)` of all ranks, unless a checkpoint brought codes.
+
+        Does nothing in eval mode, after the first batch, or where no latent is finite.
+        """
+        if not (self.training and self._may_start):
+            return
+        if not self.started:
+            rows, everyone = gather_finite(self.project(latents.detach().reshape(-1, self.dim)))
+            if len(everyone) == 0:
+                return
+            if self.init == "data":
+                codes = spread_codes(everyone, self.size)
+            else:
+                codes = kmeans_codes(rows, everyone, self.size, self.normalize, self.seed)
+            self.codes.copy_(from_first_rank(codes))
+            if self.update == "ema":
+                self.embedding_sum.copy_(self.codes * self.first_usage)
+            self.started.fill_(True)
+        self._may_start = False  # `started` is read once: reading it on every step would wait for the device
+
+    @torch.no_grad()
+    def observe(self, latents: Tensor, ids: Tensor) -> None:
+        """Update the statistics and revive dead codes by latents `(..., D)` and their ids `(...)`; not in eval mode.
+
+        Call it behind everything that uses the codes of this batch.
+        """
+        if not (self.training and self.counts_usage):
+            return
+        rows, ids = self.project(latents.detach().reshape(-1, self.dim)), ids.reshape(-1)
+        finite = rows.isfinite().all(dim=1)
+        rows = torch.where(finite[:, None], rows, 0.0)
+        counts = all_reduce_sum(torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.float()))
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        if self.update == "ema":
+            sums = all_reduce_sum(torch.zeros_like(self.embedding_sum).index_add_(0, ids, rows))
+            self.embedding_sum.lerp_(sums, 1 - self.decay)
+            self.codes.copy_(self._means())
+        if self.revive_below is not None:
+            self.steps += 1
+            self._revive(rows[finite])
+
+    def _on_sphere(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def _means(self) -> Tensor:
+        """Appendix A.1, eq. 6-8."""
+        if self.normalize:
+            # The direction of the sum, which a code without latents keeps while the sum itself decays to nothing.
+            length = self.embedding_sum.norm(dim=1, keepdim=True)
+            return torch.where(length > 1e-30, self.embedding_sum / length, self.codes)
+        # Laplace smoothing keeps the codes of empty clusters finite.
+        total, smoothing = self.cluster_size.sum(), 1e-5
+        size = (self.cluster_size + smoothing) / (total + self.size * smoothing) * total
+        return self.embedding_sum / size[:, None]
+
+    def _revive(self, rows: Tensor) -> None:
+        """Replace dead codes by latents drawn without replacement from the rows `(n, D)` of all ranks."""
+        assert self.revive_below is not None
+        dead = (self.cluster_size < self.revive_below).nonzero()[:, 0]
+        if len(dead) == 0:
+            return
+        lengths = all_gather_rows(torch.tensor([len(rows)], device=rows.device))
+        order = sort_order(all_gather_rows(sort_keys(rows)))
+        random = CounterRandom(self.seed, self.steps[None])
+        drawn = order[random.uniform(Purpose.CODE_REVIVAL, len(order))[0].argsort()[: len(dead)]]
+        # Every rank brings the drawn rows that are its own.
+        places = drawn - lengths[: rank()].sum()
+        own = (places >= 0) & (places < len(rows))
+        values = rows.new_zeros(len(drawn), self.dim)
+        values[own] = rows[places[own]]
+        values = all_reduce_sum(values)
+        # The least used first, where the batch has fewer latents than there are dead codes.
+        dead = dead[self.cluster_size[dead].argsort(stable=True)][: len(drawn)]
+        self.codes[dead] = values
+        self.cluster_size[dead] = self.first_usage
+        if self.update == "ema":
+            self.embedding_sum[dead] = values * self.first_usage
