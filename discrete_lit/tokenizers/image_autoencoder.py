@@ -9,8 +9,8 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics import MeanMetric
-from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from discrete_lit.evaluation.reconstruction import pixel_fidelity
 from discrete_lit.images import to_uint8
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.tokenizers.losses import Objective, PixelLoss
@@ -32,8 +32,8 @@ class Reconstruction:
 class ImageAutoencoder(LightningModule):
     """Trains a network to give its images back.
 
-    Logs `train/loss` and its terms; in validation the same terms and `validation/psnr` (decibels, mean over images, on
-    uint8 pixels).
+    Logs `train/loss` and its terms; in validation the same terms, `validation/psnr` (decibels) and `validation/ssim`,
+    means over the images on uint8 pixels (`discrete_lit.evaluation.reconstruction.pixel_fidelity`).
 
     Args:
         network: encoder and decoder.
@@ -55,6 +55,7 @@ class ImageAutoencoder(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.psnr = MeanMetric()
+        self.ssim = MeanMetric()
 
     @abstractmethod
     def reconstruct(self, images: Tensor) -> Reconstruction:
@@ -71,15 +72,18 @@ class ImageAutoencoder(LightningModule):
         self._log_terms("train", loss, terms, len(batch["image"]))
         return loss
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
         images = batch["image"]
         loss, terms, made = self.loss(images)
         self._log_terms("validation", loss, terms, len(images))
-        pixels = to_uint8(torch.stack((self.objective.images(made.outputs), images))).float()
-        psnr = peak_signal_noise_ratio(pixels[0], pixels[1], data_range=255.0, dim=(1, 2, 3), reduction="none")
+        reconstructions = self.objective.images(made.outputs)
+        psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
         self.psnr.update(psnr)
-        self.log("validation/psnr", self.psnr)
+        self.ssim.update(ssim)
+        self.log_dict({"validation/psnr": self.psnr, "validation/ssim": self.ssim})
         self.validate(made)
+        return reconstructions
 
     def validate(self, made: Reconstruction) -> None:
         """What a kind of bottleneck measures of a validation batch beside its reconstruction."""
