@@ -48,14 +48,17 @@ def test_attention_reaches_every_position() -> None:
         assert bool(difference > 0) == attention
 
 
-@torch.no_grad()
+def count_of(module: torch.nn.Module, kind: str) -> int:
+    return sum(type(part).__name__ == kind for part in module.modules())
+
+
 def test_table_7_of_the_paper() -> None:
     """Encoder and decoder of VQGAN at 256 pixels: two blocks a level, three in the decoder, attention at 16 x 16."""
     network = ConvAutoencoder(256, channels=32)
-    kinds = [type(module).__name__ for module in network.encoder]
-    assert kinds.count("ResidualBlock") == 5 * 2 + 2 and kinds.count("SpatialAttention") == 2 + 1
-    kinds = [type(module).__name__ for module in network.decoder]
-    assert kinds.count("ResidualBlock") == 5 * 3 + 2 and kinds.count("SpatialAttention") == 3 + 1
+    assert count_of(network.encoder, "ResidualBlock") == 5 * 2 + 2
+    assert count_of(network.encoder, "SpatialAttention") == 2 + 1
+    assert count_of(network.decoder, "ResidualBlock") == 5 * 3 + 2
+    assert count_of(network.decoder, "SpatialAttention") == 3 + 1
     assert network.grid(256) == (16, 16)
 
 
@@ -64,3 +67,165 @@ def test_groups_that_do_not_divide() -> None:
         tiny(norm_groups=3)
     with pytest.raises(ValueError, match=r"got \[\]"):
         tiny(multipliers=())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"decoder_multipliers": (1, 2, 2)},
+            r"decoder_multipliers=\[1, 2, 2\] must be as many as multipliers=\[1, 2\]",
+        ),
+        ({"latent_kernel": None, "z_channels": 4}, "z_channels=4 needs a latent_kernel"),
+        ({"causal": True}, "need dims=3, got dims=2"),
+        ({"causal": True, "dims": 3, "adaptive_norm": True}, "adaptive_norm reads all frames"),
+        ({"attention": [2]}, r"attention=\[2\] must be levels between 0, the full resolution, and 1"),
+        ({"decoder_attention": [-1]}, r"decoder_attention=\[-1\] must be levels"),
+        ({"middle_blocks": 0}, "at least one block"),
+    ],
+)
+def test_settings_that_do_not_fit_together(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+@pytest.mark.parametrize("downsampling", ["right", "symmetric", "average"])
+@pytest.mark.parametrize("upsampling", ["nearest", "depth_to_space"])
+@pytest.mark.parametrize(("dims", "grid"), [(1, (4,)), (2, (4, 4)), (3, (4, 4, 4))])
+@torch.no_grad()
+def test_one_two_and_three_axes(dims: int, grid: tuple[int, ...], upsampling: str, downsampling: str) -> None:
+    network = tiny(dims=dims, upsampling=upsampling, downsampling=downsampling, adaptive_norm=True)
+    images = torch.rand(2, 3, *(8,) * dims)
+    latents = network.encode(images)
+    assert network.grid(8) == latents.shape[2:] == grid
+    assert network.decode(latents).shape == images.shape
+
+
+@torch.no_grad()
+def test_a_third_axis_that_the_kernels_do_not_use_changes_nothing() -> None:
+    flat = tiny(latent_kernel=3, downsampling="average")
+    deep = tiny(latent_kernel=3, downsampling="average", dims=3)
+    weights = flat.state_dict()
+    for name, weight in deep.state_dict().items():
+        if weight.dim() == 5:
+            weight.zero_()[:, :, weight.shape[2] // 2] = weights[name]
+        else:
+            weight.copy_(weights[name])
+    images = torch.rand(2, 3, 8, 8)
+    clip = images[:, :, None].expand(-1, -1, 4, -1, -1)
+    torch.testing.assert_close(deep.encode(clip), flat.encode(images)[:, :, None].expand(-1, -1, 2, -1, -1))
+    latents = torch.randn(2, 3, 4, 4)
+    expected = flat.decode(latents)[:, :, None].expand(-1, -1, 4, -1, -1)
+    torch.testing.assert_close(deep.decode(latents[:, :, None].expand(-1, -1, 2, -1, -1)), expected)
+
+
+@torch.no_grad()
+def test_wider_and_narrower_settings_change_the_modules_that_they_name() -> None:
+    network = tiny(
+        code_dim=3,
+        latent_dim=5,
+        z_channels=7,
+        latent_kernel=3,
+        encoder_out_kernel=1,
+        blocks=2,
+        decoder_blocks=1,
+        middle_blocks=3,
+        multipliers=(1, 2),
+        decoder_multipliers=(3, 1),
+        attention=[0],
+        decoder_attention=[],
+        bias=False,
+        out_channels=6,
+    )
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    assert shapes["encoder.conv_out.weight"] == (7, 16, 1, 1) and shapes["encoder.to_latents.weight"] == (5, 7, 3, 3)
+    assert shapes["decoder.from_codes.weight"] == (7, 3, 3, 3) and shapes["decoder.conv_in.weight"] == (8, 7, 3, 3)
+    assert shapes["decoder.levels.1.blocks.0.conv1.weight"] == (24, 8, 3, 3)
+    assert shapes["decoder.conv_out.weight"] == (6, 24, 3, 3) and network.last_layer.shape == (6, 24, 3, 3)
+    assert (
+        "encoder.levels.0.attention.1.out.weight" in shapes and "encoder.levels.1.attention.0.out.weight" not in shapes
+    )
+    assert count_of(network.decoder, "SpatialAttention") == 1 and count_of(network.decoder, "ResidualBlock") == 2 + 3
+    biases = {name for name in shapes if name.endswith("bias") and "norm" not in name}
+    assert not [name for name in biases if "blocks" in name] and "encoder.conv_in.bias" not in biases
+    assert {"encoder.conv_out.bias", "encoder.levels.0.resample.conv.bias", "decoder.conv_in.bias"} < biases
+    codes = torch.rand(1, 3, 4, 4)
+    assert network.encode(torch.rand(1, 3, 8, 8)).shape == (1, 5, 4, 4) and network.decode(codes).shape == (1, 6, 8, 8)
+
+
+@torch.no_grad()
+def test_shortcut_of_the_output_drops_the_input() -> None:
+    """MaskGIT's blocks forget their input where the channels change: with convolutions of zero nothing passes."""
+    for shortcut, passes in (("input", True), ("output", False)):
+        block = tiny(shortcut=shortcut).encoder.levels[1].blocks[0]
+        block.conv2.weight.zero_()
+        block.conv2.bias.zero_()
+        block.shortcut.bias.zero_()
+        assert bool(block(torch.rand(1, 8, 4, 4)).abs().max() > 0) == passes
+
+
+@torch.no_grad()
+def test_unit_pixels() -> None:
+    """The same weights on [0, 1]: images in [-1, 1] outside, whatever the network works on."""
+    signed, unit = tiny(), tiny(pixels="unit")
+    unit.load_state_dict(signed.state_dict())
+    images = torch.rand(1, 3, 8, 8) * 2 - 1
+    torch.testing.assert_close(unit.encode(images), signed.encode((images + 1) / 2))
+    latents = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(unit.decode(latents), signed.decode(latents) * 2 - 1)
+
+
+@torch.no_grad()
+def test_depth_to_space_puts_channel_groups_side_by_side() -> None:
+    """Group g of the channels is the neighbour g in row-major order (ONNX's DCR mode)."""
+    module = tiny(upsampling="depth_to_space").decoder.levels[0].resample
+    module.conv.weight.zero_()
+    module.conv.bias.copy_(torch.arange(64.0))
+    larger = module(torch.rand(1, 16, 2, 2))
+    assert larger.shape == (1, 16, 4, 4)
+    for channel in range(16):
+        expected = torch.tensor([[channel, 16 + channel], [32 + channel, 48 + channel]]).float().tile(2, 2)
+        assert torch.equal(larger[0, channel], expected)
+
+
+@pytest.mark.parametrize("downsampling", ["right", "symmetric", "average"])
+@pytest.mark.parametrize("upsampling", ["nearest", "depth_to_space"])
+@torch.no_grad()
+def test_no_frame_of_a_causal_network_sees_a_later_one(downsampling: str, upsampling: str) -> None:
+    """Latent j holds frames up to 4j, and a frame is decoded from latents that hold nothing later than its block."""
+    settings = {"dims": 3, "causal": True, "multipliers": (1, 2, 2), "attention": True}
+    network = tiny(**settings, downsampling=downsampling, upsampling=upsampling, frames=9)
+    clip = torch.rand(1, 3, 9, 8, 8)
+    latents = network.encode(clip)
+    assert network.grid(8) == latents.shape[2:] == (3, 2, 2)
+    decoded = network.decode(latents)
+    assert decoded.shape == clip.shape
+    for start in range(1, 9):
+        changed = clip.clone()
+        changed[:, :, start:] += 1
+        difference = (network.encode(changed) - latents).abs().amax(dim=(0, 1, 3, 4))
+        assert [bool(value > 0) for value in difference] == [4 * place >= start for place in range(3)]
+    for start in (1, 2):
+        changed = latents.clone()
+        changed[:, :, start:] += 1
+        difference = (network.decode(changed) - decoded).abs().amax(dim=(0, 1, 3, 4))
+        assert [bool(value > 0) for value in difference] == [frame > 4 * (start - 1) for frame in range(9)]
+
+
+@torch.no_grad()
+def test_the_first_frame_of_a_causal_network_is_an_image() -> None:
+    network = tiny(dims=3, causal=True)
+    clip = torch.rand(1, 3, 5, 8, 8)
+    latents = network.encode(clip)
+    torch.testing.assert_close(network.encode(clip[:, :, :1]), latents[:, :, :1])
+    torch.testing.assert_close(network.decode(latents[:, :, :1]), network.decode(latents)[:, :, :1])
+
+
+def test_clips_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match=r"4 frames .* its length must be 1 \+ a multiple of the down-sampling 2"):
+        tiny(dims=3, causal=True).encode(torch.rand(1, 3, 4, 8, 8))
+    with pytest.raises(ValueError, match=r"5 frames .* its length must be a multiple of the down-sampling 2"):
+        tiny(dims=3).encode(torch.rand(1, 3, 5, 8, 8))
+    with pytest.raises(ValueError, match="set frames"):
+        tiny(dims=3, causal=True).grid(8)
+    assert tiny(dims=3, frames=4).grid(8) == (2, 4, 4)
