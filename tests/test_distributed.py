@@ -258,8 +258,8 @@ def test_a_codebook_moves_by_the_latents_of_all_ranks(pair, folder, image_data):
     assert (list(losses), indices) == ([0, 1, 2, 3], alone(one)[1])
     assert losses == pytest.approx(alone(one)[0], rel=1e-4)
     start = run(vqvae_config(), image_data(8), str(folder / "untrained-vqvae"), ranks=1, max_steps=0)["weights"]
-    for name in ("codebook", "cluster_size", "embedding_sum"):
-        moved = one["weights"][f"quantizer.{name}"]
-        assert not torch.allclose(moved, start[f"quantizer.{name}"])
+    for name in ("codes", "cluster_size", "embedding_sum"):
+        moved = one["weights"][f"quantizer.codebook.{name}"]
+        assert not torch.allclose(moved, start[f"quantizer.codebook.{name}"])
         for result in pair["vqvae"]:
-            torch.testing.assert_close(result["weights"][f"quantizer.{name}"], moved, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(result["weights"][f"quantizer.codebook.{name}"], moved, rtol=1e-4, atol=1e-6)
