@@ -2,8 +2,9 @@
 
 from discrete_lit.callbacks.gradient_norm import GradientNorm
 from discrete_lit.callbacks.preemption import Preemption
+from discrete_lit.callbacks.reconstruction_frechet import ReconstructionFrechet
 from discrete_lit.callbacks.reconstruction_grid import ReconstructionGrid
 from discrete_lit.callbacks.sample_grid import SampleGrid
 from discrete_lit.callbacks.throughput import Throughput
 
-__all__ = ["GradientNorm", "Preemption", "ReconstructionGrid", "SampleGrid", "Throughput"]
+__all__ = ["GradientNorm", "Preemption", "ReconstructionFrechet", "ReconstructionGrid", "SampleGrid", "Throughput"]
