@@ -52,6 +52,7 @@ class Purpose(IntEnum):
     CODE_START = 6
     CODE_REVIVAL = 7
     CODE_NOISE = 8
+    LATENT_NOISE = 9
 
 
 class CounterRandom:
@@ -98,3 +99,7 @@ class CounterRandom:
     def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """`(B, count)` float64 standard Gumbel draws, -log(-log u); arguments as for `uniform`."""
         return -torch.log(-torch.log(self.uniform(purpose, count, step)))
+
+    def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        """`(B, count)` float64 standard normal draws, Phi^-1(u); arguments as for `uniform`."""
+        return torch.special.ndtri(self.uniform(purpose, count, step))

@@ -101,11 +101,13 @@ def test_extreme_words_stay_inside_the_open_interval(monkeypatch: pytest.MonkeyP
     draws = random.uniform(Purpose.TOKEN, 4)
     assert ((draws > 0) & (draws < 1)).all()
     assert random.gumbel(Purpose.TOKEN, 4).abs().max() < inf
+    assert random.normal(Purpose.TOKEN, 4).abs().max() < inf
 
 
-def test_gumbel_has_its_law() -> None:
-    draws = CounterRandom(5, torch.arange(100)).gumbel(Purpose.CONFIDENCE, 300)
-    assert kstest(draws.flatten().numpy(), "gumbel_r").pvalue > 1e-3
+@pytest.mark.parametrize(("law", "name"), [("gumbel", "gumbel_r"), ("normal", "norm")])
+def test_draws_have_their_law(law: str, name: str) -> None:
+    draws = getattr(CounterRandom(5, torch.arange(100)), law)(Purpose.CONFIDENCE, 300)
+    assert kstest(draws.flatten().numpy(), name).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("indices", [torch.arange(3, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)])
