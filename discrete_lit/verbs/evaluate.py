@@ -29,7 +29,7 @@ def evaluate(
     reference: str,
     output: str,
     image_size: int,
-    num_images: int,
+    num_images: int | None = None,
     samples: dict[str, str] | None = None,
     reconstructions: dict[str, str] | None = None,
     held_out: str | None = None,
@@ -55,7 +55,8 @@ def evaluate(
         reference: images to measure against, or their moments: an .npz with `mu` and `sigma`, such as ADM's.
         output: folder of the report.
         image_size: side of the images in pixels.
-        num_images: images of each row; a set with fewer is refused.
+        num_images: images of each row; a set with fewer is refused. By default as many as there are held-out images,
+            which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
         reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images.
         held_out: real images that are not in the reference; their own row is the floor of the distance.
@@ -84,7 +85,8 @@ def evaluate(
     if classifier is not None:
         _check_labels(generated)
     real_selection = None if real is None else Selection(real, num_images, num_classes)
-    selections = {name: Selection(images, num_images, num_classes) for name, images in generated.items()}
+    count = num_images if real is None else (num_images or real.count)
+    selections = {name: Selection(images, count, num_classes) for name, images in generated.items()}
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
     meters = {name: _meter(path, place) for name, path in reconstructions.items()}
     judge = None if classifier is None else _judge(classifier, num_classes, place)
@@ -134,7 +136,7 @@ def _check_arguments(
     samples: dict[str, str],
     reconstructions: dict[str, str],
     held_out: str | None,
-    num_images: int,
+    num_images: int | None,
     num_reference: int | None,
     batch_size: int,
 ) -> None:
@@ -142,7 +144,13 @@ def _check_arguments(
         raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     if reconstructions and held_out is None:
         raise ValueError("reconstructions are made of the held-out images: give held_out")
-    if num_images < 2 or batch_size < 1 or (num_reference is not None and num_reference < 2):
+    if num_images is None and held_out is None:
+        raise ValueError("num_images is as many as there are held-out images by default: give num_images or held_out")
+    if (
+        (num_images is not None and num_images < 2)
+        or batch_size < 1
+        or (num_reference is not None and num_reference < 2)
+    ):
         raise ValueError(
             f"num_images and num_reference must be at least 2 and batch_size at least 1, got "
             f"num_images={num_images}, num_reference={num_reference}, batch_size={batch_size}"

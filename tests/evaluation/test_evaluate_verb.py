@@ -164,6 +164,7 @@ def test_a_set_with_fewer_images_is_refused_before_anything_is_computed(sets, mo
         ({"image_size": 16}, "images of 8x8, image_size is 16"),
         ({"reference": "missing.npz"}, "'missing.npz' is no image set"),
         ({"samples": {"mine": "missing.npz"}}, "'missing.npz' is no image set"),
+        ({"num_images": None, "held_out": None}, "give num_images or held_out"),
         ({"reconstructions": {"mine": "t.ckpt"}}, "a name stands for one row"),
     ],
 )
@@ -210,3 +211,10 @@ def test_from_the_command_line_with_a_yaml(sets, tmp_path, monkeypatch, capsys):
     main(["evaluate", "--config", str(tmp_path / "evaluate.yaml"), "--num_images", "9"])
     assert json.loads((Path(sets["output"]) / "report.json").read_text())["num_images"] == 9
     assert "FD-Means" in capsys.readouterr().out
+
+
+def test_all_held_out_images_by_default(sets, tmp_path):
+    """An uneven held-out set is taken whole, and the samples at its count."""
+    save_folder(tmp_path / "uneven", pixels(11, 1), np.array([0] * 7 + [1, 2, 2, 2]))
+    report = evaluate(**{**sets, "held_out": str(tmp_path / "uneven"), "num_images": None})
+    assert report["num_images"] == 11 and {row["count"] for row in report["rows"]} == {11}
