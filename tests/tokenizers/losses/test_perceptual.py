@@ -1,0 +1,113 @@
+"""Perceptual losses: their formula, their gradients, and what they leave out of a checkpoint."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models.vgg import cfgs, make_layers
+
+from discrete_lit.tokenizers.losses.perceptual import LPIPS, TimmFeatures
+
+
+def images(count=2, size=32, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parity
+def test_lpips_is_the_one_of_torchmetrics():
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    theirs = _LPIPS(pretrained=True, net="vgg", pnet_rand=True)
+    ours = LPIPS("random")
+    slices = [theirs.net.slice1, theirs.net.slice2, theirs.net.slice3, theirs.net.slice4, theirs.net.slice5]
+    trunk = {name: value for part in slices for name, value in part.state_dict().items()}
+    ours.network.prepare()["trunk"].load_state_dict(trunk)
+    expected = theirs(images(), images(seed=1)).mean()
+    torch.testing.assert_close(ours(images(), images(seed=1)), expected, rtol=1e-5, atol=1e-7)
+    assert float(expected) > 1e-3
+
+
+def test_lpips_weights_come_from_a_file_in_torchvisions_layout(tmp_path):
+    network = nn.ModuleDict({"features": make_layers(cfgs["D"]), "classifier": nn.Linear(2, 2)})
+    torch.save(network.state_dict(), tmp_path / "vgg16.pth")
+    loss = LPIPS(str(tmp_path / "vgg16.pth"))
+    loss.prepare()
+    hidden = (images() - loss.shift) / loss.scale
+    with torch.no_grad():
+        expected = network["features"][:4](hidden)
+    torch.testing.assert_close(loss._features(images())[0], expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LPIPS("random"),
+        lambda: TimmFeatures("resnet18", "random", layers=[1, 2], image_size=None),
+        lambda: TimmFeatures("resnet18", "random", image_size=40),
+        lambda: TimmFeatures("tf_efficientnet_lite0", layers=[1, 3], image_size=64),
+    ],
+)
+def test_every_loss_is_zero_for_equal_images_and_has_a_finite_gradient(make):
+    loss = make()
+    outputs = images().requires_grad_()
+    assert float(loss(outputs, outputs.detach()).detach()) == pytest.approx(0, abs=1e-10)
+    value = loss(outputs, images(seed=1))
+    (gradient,) = torch.autograd.grad(value, outputs)
+    assert float(value.detach()) > 0 and gradient.isfinite().all() and gradient.abs().max() > 0
+    # Black and constant: the features that vanish somewhere must not divide by zero.
+    flat = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    assert torch.autograd.grad(loss(flat, images(1)), flat)[0].isfinite().all()
+
+
+def test_zero_features_have_a_finite_gradient():
+    """Of a length without a number under its root, the gradient at zero is not a number."""
+    loss = LPIPS("random")
+    with torch.no_grad():
+        for parameter in loss.network.prepare()["trunk"].parameters():
+            parameter.zero_()
+    outputs = images().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(outputs, images(seed=1)), outputs)
+    assert gradient.isfinite().all()
+
+
+def test_logits_by_hand():
+    loss = TimmFeatures("resnet18", "random", image_size=None)
+    network = loss.network.prepare()
+    mean, deviation = (torch.tensor(network.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = [network(((batch + 1) / 2 - mean) / deviation) for batch in (images(), images(seed=1))]
+    torch.testing.assert_close(loss(images(), images(seed=1)), (logits[0] - logits[1]).square().mean())
+
+
+def test_the_frozen_network_is_no_part_of_the_module():
+    module = nn.ModuleDict({"loss": LPIPS("/nowhere/vgg16.pth")})
+    assert not module.state_dict() and not list(module.parameters())
+    copied = deepcopy(module)
+    with pytest.raises(ValueError, match=r"weights_path='/nowhere/vgg16.pth': there is no such file"):
+        module["loss"].prepare()
+    loss = LPIPS("random")
+    loss.train()
+    loss(images(), images(seed=1))
+    network = loss.network.prepare()
+    assert not network.training and not any(parameter.requires_grad for parameter in network.parameters())
+    assert deepcopy(loss).network.prepare() is network and copied["loss"].network is module["loss"].network
+
+
+def test_wrong_settings(tmp_path):
+    with pytest.raises(ValueError, match="weights_path is needed for model_name='resnet18'"):
+        TimmFeatures("resnet18")
+    with pytest.raises(ValueError, match="'resnet1' is not a network of timm"):
+        TimmFeatures("resnet1", "random").prepare()
+    with pytest.raises(ValueError, match="at least one"):
+        TimmFeatures("resnet18", "random", layers=[])
+    with pytest.raises(ValueError, match="must be >= 0"):
+        LPIPS("random", weight=-1)
+    (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(ValueError, match="not a readable file of weights"):
+        LPIPS(str(tmp_path / "broken.pth")).prepare()
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="weights of another network"):
+        LPIPS(str(tmp_path / "other.pth")).prepare()
+    with pytest.raises(ValueError, match="weights of another network"):
+        TimmFeatures("resnet18", str(tmp_path / "other.pth")).prepare()
