@@ -1,7 +1,7 @@
 """Train small tokenizers side by side on the CPU, and write the table and the figure of the comparison.
 
-  python docs/experiments/tokenizers.py collapse emoji
-  python docs/experiments/tokenizers.py compression fashion_mnist
+  python docs/experiments/compare_tokenizers.py collapse emoji
+  python docs/experiments/compare_tokenizers.py compression fashion_mnist
 
 `collapse`: one network with quantizers of about 16,000 ids: how many ids are still in use? `compression`: FSQ at three
 down-samplings and three vocabularies: what do the bits buy? Each run is the recipe
@@ -145,7 +145,7 @@ def main() -> None:
     times = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
     page.write_text(
         f"# {given.experiment.capitalize()}: {given.data}\n\n"
-        f"`python docs/experiments/tokenizers.py {given.experiment} {given.data} --seed {given.seed}`, "
+        f"`python docs/experiments/compare_tokenizers.py {given.experiment} {given.data} --seed {given.seed}`, "
         f"{date.today().isoformat()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU; "
         f"{sum(minutes.values()):.0f} minutes of processor time to train ({times}) and {evaluated:.0f} to evaluate.\n\n"
         f"{(folder / 'evaluation' / 'report.md').read_text()}\n![]({page.with_suffix('.png').name})\n"
