@@ -22,8 +22,13 @@ _MOST_SHOWN = 3
 
 
 def record_config(module: LightningModule, config: dict[str, Any]) -> None:
-    """Attach `{"class_path": ..., "init_args": ...}`, plain data, to a module: its checkpoints will hold it."""
-    module.save_hyperparameters({"class_path": config["class_path"], "init_args": config["init_args"]}, logger=False)
+    """Attach `{"class_path": ..., "init_args": ...}`, plain data, to a module: its checkpoints will hold it.
+
+    A module that has described itself, because its arguments name a file, keeps its description.
+    """
+    if "class_path" not in module.hparams:
+        described = {"class_path": config["class_path"], "init_args": config["init_args"]}
+        module.save_hyperparameters(described, logger=False)
 
 
 def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningModule) -> LightningModule:

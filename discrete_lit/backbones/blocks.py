@@ -15,10 +15,13 @@ NormKind = Literal["layer", "rms"]
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, in float32 under autocast."""
 
-    def __init__(self, width: int, kind: NormKind, affine: bool = True, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, kind: NormKind, affine: bool = True, bias: bool = True, epsilon: float = 1e-6
+    ) -> None:
         super().__init__()
         self.kind = kind
         self.width = width
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine and bias and kind == "layer" else None
 
@@ -26,9 +29,9 @@ class Norm(nn.Module):
         weight = None if self.weight is None else self.weight.float()
         with torch.autocast(x.device.type, enabled=False):
             if self.kind == "rms":
-                return F.rms_norm(x.float(), (self.width,), weight, eps=1e-6).to(x.dtype)
+                return F.rms_norm(x.float(), (self.width,), weight, eps=self.epsilon).to(x.dtype)
             bias = None if self.bias is None else self.bias.float()
-            return F.layer_norm(x.float(), (self.width,), weight, bias, eps=1e-6).to(x.dtype)
+            return F.layer_norm(x.float(), (self.width,), weight, bias, eps=self.epsilon).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -128,6 +131,7 @@ class Block(nn.Module):
         modulated: adaLN-Zero conditioning in place of the norms' own gains.
         gated_mlp, qk_norm, bias: switches of the parts.
         dropout: on the attention weights and both residual branches.
+        norm_epsilon: of both norms.
     """
 
     def __init__(
@@ -141,11 +145,12 @@ class Block(nn.Module):
         qk_norm: bool,
         bias: bool,
         dropout: float,
+        norm_epsilon: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.attention_norm = Norm(width, norm, affine=not modulated, bias=bias)
+        self.attention_norm = Norm(width, norm, not modulated, bias, norm_epsilon)
         self.attention = Attention(width, heads, bias, qk_norm, dropout)
-        self.mlp_norm = Norm(width, norm, affine=not modulated, bias=bias)
+        self.mlp_norm = Norm(width, norm, not modulated, bias, norm_epsilon)
         self.mlp = (GatedMLP if gated_mlp else PlainMLP)(width, mlp_hidden, bias)
         self.modulation = Modulation(width, 6) if modulated else None
         self.dropout = nn.Dropout(dropout)

@@ -1,4 +1,8 @@
-"""Rotary positions (Su et al., "RoFormer", 2021), along the sequence or along each axis of the grid."""
+"""Positions along the sequence or along each axis of the grid.
+
+Rotary ones (Su et al., "RoFormer", 2021), and fixed sines and cosines (Vaswani et al., "Attention Is All You Need",
+2017).
+"""
 
 import torch
 from torch import Tensor
@@ -37,3 +41,26 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def grid_coordinates(grid: tuple[int, ...]) -> Tensor:
     """`(N, axes)` int64: the place of every token of a raster-ordered grid."""
     return torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, len(grid))
+
+
+def sine_cosine_table(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
+    """Fixed embeddings of positions with one or more coordinates; each coordinate fills an equal share of the width.
+
+    Args:
+        coordinates: `(n, axes)`, integer places.
+        width: D; a multiple of 2 x axes.
+        base: the wavelengths are 2 pi base^(2i / d).
+
+    Returns:
+        `(n, D)` float32: for each axis the sines of all wavelengths, then the cosines.
+
+    Raises:
+        ValueError: a width that does not divide.
+    """
+    axes = coordinates.shape[1]
+    if width % (2 * axes):
+        raise ValueError(f"sine-cosine positions over {axes} axes need a width divisible by {2 * axes}, got {width}")
+    waves = width // (2 * axes)
+    frequencies = base ** -(torch.arange(waves, dtype=torch.float64) / waves)
+    angles = coordinates.double()[..., None] * frequencies  # (n, axes, waves)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()

@@ -1,9 +1,9 @@
-"""Rotary positions."""
+"""Rotary positions, sines and cosines."""
 
 import pytest
 import torch
 
-from discrete_lit.backbones.positions import grid_coordinates, rotary_table, rotate
+from discrete_lit.backbones.positions import grid_coordinates, rotary_table, rotate, sine_cosine_table
 
 
 def test_grid_is_raster_ordered() -> None:
@@ -56,3 +56,14 @@ def test_bfloat16_is_turned_in_float32() -> None:
 def test_head_widths_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         rotary_table(torch.zeros(3, 2), head_dim=6)
+
+
+def test_sines_and_cosines_of_each_axis() -> None:
+    table = sine_cosine_table(torch.tensor([[3, 5], [0, 0]]), width=8, base=100.0)
+    angles = [place * 100.0 ** -torch.tensor([0, 1 / 2]) for place in (3, 5)]
+    expected = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())])
+    torch.testing.assert_close(table, torch.stack((expected, torch.tensor([0.0, 0, 1, 1] * 2))))
+    rows = sine_cosine_table(grid_coordinates((4, 5)), width=8)
+    assert len(rows.unique(dim=0)) == 20
+    with pytest.raises(ValueError, match="over 2 axes need a width divisible by 4, got 6"):
+        sine_cosine_table(torch.zeros(3, 2), width=6)

@@ -1,0 +1,138 @@
+"""The transformer autoencoder of ViT-VQGAN (Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022)."""
+
+from math import prod
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.backbones.positions import grid_coordinates, sine_cosine_table
+from discrete_lit.tokenizers.networks.autoencoder import Autoencoder
+from discrete_lit.tokenizers.networks.transformer_blocks import (
+    TransformerBlocks,
+    TransformerSize,
+    initialise,
+    layer_norm,
+    tanh_head,
+)
+
+
+class Positions(nn.Module):
+    """Adds the embedding of its place to each patch: fixed sines and cosines of row and column, or learned vectors.
+
+    Args:
+        width: D.
+        learned: the grid of the learned vectors, which fit no other; by default sines and cosines, which fit any.
+
+    Raises:
+        ValueError: a width that rows and columns cannot share.
+    """
+
+    table: Tensor
+
+    def __init__(self, width: int, learned: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.learned = learned is not None
+        self.made_for = learned or (1, 1)
+        if self.learned:
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(self.made_for), width), std=0.02))
+        else:
+            table = sine_cosine_table(grid_coordinates(self.made_for), width)
+            self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, h w, D) -> (B, h w, D)
+        if grid != self.made_for:
+            if self.learned:
+                raise ValueError(f"the learned positions are those of a grid {self.made_for}, got {grid}")
+            self.table = sine_cosine_table(grid_coordinates(grid), self.width).to(x.device)
+            self.made_for = grid
+        return x + self.table.to(x.dtype)
+
+
+class ViTAutoencoder(Autoencoder):
+    """Patches of the image, a transformer, a grid of latents; a second transformer, and pixels.
+
+    The head of the encoder projects its output to `latent_dim` directly, a few channels: the paper's factorised codes.
+
+    Args:
+        code_dim: D of the codes that the decoder takes; a tokenizer gives it.
+        latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
+        encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1280 wide sequences with 8, 12 and
+            32 blocks and 8, 12 and 16 heads.
+        patch_size: side of a patch in pixels.
+        in_channels: C of the images.
+        out_channels: what the decoder gives; C by default.
+        positions: fixed sines and cosines of row and column, or learned vectors.
+        image_size: side of the images, for learned positions alone, which fit no other.
+
+    Raises:
+        ValueError: a width that the heads do not divide, learned positions without an image size.
+    """
+
+    def __init__(
+        self,
+        code_dim: int,
+        latent_dim: int | None = None,
+        *,
+        encoder: TransformerSize,
+        decoder: TransformerSize,
+        patch_size: int = 8,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        positions: Literal["sine_cosine", "learned"] = "sine_cosine",
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.patch_size = patch_size
+        if positions == "learned" and image_size is None:
+            raise ValueError("positions='learned' need image_size, the side of the images in pixels")
+        self.image_size = None
+        learned = self.grid(image_size) if positions == "learned" and image_size is not None else None
+        self.image_size = None if learned is None else image_size
+        latent_dim = code_dim if latent_dim is None else latent_dim
+        out_channels = in_channels if out_channels is None else out_channels
+
+        self.patch_embedding = nn.Conv2d(in_channels, encoder.width, patch_size, stride=patch_size)
+        self.encoder_positions = Positions(encoder.width, learned)
+        self.encoder = nn.Sequential(
+            TransformerBlocks(encoder),
+            layer_norm(encoder.width),
+            tanh_head(encoder.width, encoder.hidden, latent_dim),
+        )
+        self.code_embedding = nn.Linear(code_dim, decoder.width)
+        self.decoder_positions = Positions(decoder.width, learned)
+        self.decoder = nn.Sequential(
+            TransformerBlocks(decoder),
+            layer_norm(decoder.width),
+            tanh_head(decoder.width, decoder.hidden, out_channels * patch_size**2),
+        )
+        initialise(self)
+
+    @property
+    def last_layer(self) -> Tensor:
+        return cast(nn.Linear, cast(nn.Sequential, self.decoder[-1])[-1]).weight
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        if image_size < 1 or image_size % self.patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.patch_size}")
+        if self.image_size not in (None, image_size):
+            raise ValueError(
+                f"image_size={image_size}: the learned positions of this network are those of {self.image_size} pixels"
+            )
+        side = image_size // self.patch_size
+        return (side, side)
+
+    def encode(self, images: Tensor) -> Tensor:
+        height, width = (self.grid(side)[0] for side in images.shape[2:])
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, h w, D)
+        latents = self.encoder(self.encoder_positions(patches, (height, width)))
+        return latents.transpose(1, 2).unflatten(2, (height, width))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        height, width = latents.shape[2:]
+        embedded = self.code_embedding(latents.flatten(2).transpose(1, 2))  # (B, h w, D)
+        patches = self.decoder(self.decoder_positions(embedded, (height, width)))
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
