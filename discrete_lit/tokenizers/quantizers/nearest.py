@@ -1,4 +1,4 @@
-"""Exact nearest-code search in a memory that does not grow with rows times codes."""
+"""Exact search for a row's best code in a memory that does not grow with rows times codes."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,6 @@ from torch import Tensor
 _PAIRS_AT_ONCE = 2**24
 
 
-@torch.no_grad()
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
     """Index of the code nearest in Euclidean distance to each row.
 
@@ -18,10 +17,19 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
     Returns:
         `(n,)` int64.
     """
-    offsets = codes.square().sum(dim=1)
-    ids = [
-        # |z - e|^2 without the term |z|^2, which is the same for every code.
-        torch.addmm(offsets, part, codes.T, alpha=-2).argmin(dim=1)
-        for part in rows.split(max(1, _PAIRS_AT_ONCE // len(codes)))
-    ]
-    return torch.cat(ids)
+    # argmin |z - e|^2 = argmax z.e - |e|^2 / 2
+    return largest_product(rows, codes, codes.detach().square().sum(dim=1) / -2)
+
+
+@torch.no_grad()
+def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Index of the largest `z.e + offset` of each row z over codes e; arguments as for `nearest_codes`.
+
+    Args:
+        rows: `(n, D)`.
+        codes: `(K, D)`.
+        offsets: `(K,)`; zeros if None.
+    """
+    offsets = codes.new_zeros(len(codes)) if offsets is None else offsets
+    chunks = rows.split(max(1, _PAIRS_AT_ONCE // len(codes)))
+    return torch.cat([torch.addmm(offsets, chunk, codes.T).argmax(dim=1) for chunk in chunks])

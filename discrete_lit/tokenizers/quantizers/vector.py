@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
-from discrete_lit.tokenizers.quantizers.gradients import rotation_trick, straight_through
+from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
+from discrete_lit.tokenizers.quantizers.gradients import GRADIENTS
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
-
-_GRADIENTS = {"straight_through": straight_through, "rotation": rotation_trick}
 
 
 class VectorQuantizer(Quantizer):
@@ -33,6 +32,11 @@ class VectorQuantizer(Quantizer):
             `"codebook"` is what taming's published models were trained with, and diffusers and Chameleon keep.
         gradient: what the latents receive: `"straight_through"`, or `"rotation"` (the rotation trick).
         revive_below: replace codes whose usage falls below this, see `Codebook`; None keeps them.
+        entropy_weight: of `per-sample - batch` entropy of the probabilities `softmax(-|z - e|^2 / temperature)`, two
+            more terms, which hold all `(n, K)` probabilities in memory; 0.1 in MaskGIT's VQ.
+        entropy_temperature: of these probabilities.
+        entropy_log_offset: added to probabilities inside the logarithm of the batch entropy; 1e-5 in MaskGIT's VQ and
+            LlamaGen.
 
     Raises:
         ValueError: a setting out of its range.
@@ -50,6 +54,9 @@ class VectorQuantizer(Quantizer):
         weighted_term: Literal["commitment", "codebook"] = "commitment",
         gradient: Literal["straight_through", "rotation"] = "straight_through",
         revive_below: float | None = None,
+        entropy_weight: float = 0.0,
+        entropy_temperature: float = 0.01,
+        entropy_log_offset: float = 0.0,
     ) -> None:
         super().__init__()
         if commitment_weight < 0:
@@ -58,8 +65,14 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"weighted_term must be 'commitment' or 'codebook', got {weighted_term!r}")
         if weighted_term == "codebook" and codebook_update != "gradient":
             raise ValueError("weighted_term='codebook' needs codebook_update='gradient': 'ema' has no codebook term")
-        if gradient not in _GRADIENTS:
-            raise ValueError(f"gradient must be one of {sorted(_GRADIENTS)}, got {gradient!r}")
+        if gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {sorted(GRADIENTS)}, got {gradient!r}")
+        if not entropy_temperature > 0:
+            raise ValueError(f"entropy_temperature must be above 0, got {entropy_temperature}")
+        if min(entropy_weight, entropy_log_offset) < 0:
+            raise ValueError(
+                f"entropy_weight and entropy_log_offset must be >= 0, got {entropy_weight} and {entropy_log_offset}"
+            )
         self.vocab_size = codebook_size
         self.dim = dim
         self.codebook = Codebook(
@@ -68,6 +81,9 @@ class VectorQuantizer(Quantizer):
         self.commitment_weight = commitment_weight if weighted_term == "commitment" else 1.0
         self.codebook_weight = commitment_weight if weighted_term == "codebook" else 1.0
         self.gradient = gradient
+        self.entropy_weight = entropy_weight
+        self.entropy_temperature = entropy_temperature
+        self.entropy_log_offset = entropy_log_offset
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
@@ -78,10 +94,20 @@ class VectorQuantizer(Quantizer):
             losses = {"commitment": self.commitment_weight * F.mse_loss(points, codes.detach())}
             if self.codebook.update == "gradient":
                 losses["codebook"] = self.codebook_weight * F.mse_loss(codes, points.detach())
+            if self.entropy_weight:
+                losses |= self._entropies(points)
             # The codes looked up before the update: the ones that the losses and the tokens speak of.
-            quantized = Quantized(_GRADIENTS[self.gradient](points, codes), tokens, losses)
+            quantized = Quantized(GRADIENTS[self.gradient](points, codes), tokens, losses)
             self.codebook.observe(latents, tokens)
             return quantized
+
+    def _entropies(self, points: Tensor) -> dict[str, Tensor]:
+        # A copy: the codes move before the backward pass.
+        codes = self.codebook.project(self.codebook.codes.clone())
+        # -|z - e|^2 without the term |z|^2, which is the same for every code.
+        affinities = 2 * points.reshape(-1, self.dim) @ codes.T - codes.square().sum(dim=1)
+        sample, batch = softmax_entropies(affinities / self.entropy_temperature, self.entropy_log_offset)
+        return {"sample_entropy": self.entropy_weight * sample, "batch_entropy": -self.entropy_weight * batch}
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.codebook.lookup(tokens)
