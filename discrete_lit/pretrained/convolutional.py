@@ -1,0 +1,132 @@
+"""Layouts of convolutional autoencoders: their names for our `ConvAutoencoder`'s weights, and its sizes from theirs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.renaming import Renaming
+
+_BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
+
+
+@dataclass(frozen=True)
+class ConvLayout:
+    """Where a layout keeps the parts of encoder and decoder. The defaults are taming's.
+
+    `{level}` counts the encoder's levels from the full resolution and the decoder's from the lowest one, `{mirror}`
+    the decoder's from the full one.
+    """
+
+    encoder_level: str = "encoder.down.{level}"
+    decoder_level: str = "decoder.up.{mirror}"
+    block: str = "block.{block}"
+    attention: str = "attn.{block}"
+    query_key_value: str = "{q|k|v}"
+    downsample: str = "downsample.conv"
+    upsample: str = "upsample.conv"
+    middle: str | None = None
+    """With `{place}`; taming's `mid.block_1`, `mid.attn_1`, `mid.block_2` where not given."""
+    adaptive_norm: str = "decoder.adaptive.{mirror}"
+
+    def network(self, state: State, **options: Any) -> dict[str, Any]:
+        """The configuration of our network, of sizes that shapes tell and options that the family has."""
+        return {
+            "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+            "init_args": self.sizes(state) | options,
+        }
+
+    def levels(self, state: State) -> int:
+        return state.count(self.encoder_level.replace("{level}", "{}"))
+
+    def _middle(self, state: State, half: str) -> list[str]:
+        if self.middle is not None:
+            template = f"{half}.{self.middle}"
+            return [template.format(place=place) for place in range(state.count(template.replace("{place}", "{}")))]
+        names = [f"{half}.mid.{part}" for part in ("block_1", "attn_1", "block_2")]
+        return [name for name in names if f"{name}.{'norm' if 'attn' in name else 'norm1'}.weight" in state]
+
+    def _middle_attention(self, state: State, half: str) -> bool:
+        return any(f"{name}.proj_out.weight" in state for name in self._middle(state, half))
+
+    def renaming(self, state: State, extra: Sequence[tuple[str, str]] = ()) -> Renaming:
+        """From the names of a tokenizer of ours to those of a checkpoint in this layout; `extra` rules go first."""
+        attention = [
+            ("query_key_value.{rest}", f"{self.query_key_value}.{{rest}}"),
+            ("out.{rest}", "proj_out.{rest}"),
+            ("norm.{rest}", "norm.{rest}"),
+        ]
+        rules = list(extra)
+        for half, level, resample in (
+            ("encoder", self.encoder_level, self.downsample),
+            ("decoder", self.decoder_level, self.upsample),
+        ):
+            ours = f"network.{half}"
+            containers = [
+                (f"{ours}.levels.{{level}}.blocks.{{block}}", f"{level}.{self.block}", _BLOCK),
+                (f"{ours}.levels.{{level}}.attention.{{block}}", f"{level}.{self.attention}", attention),
+            ]
+            for place, name in enumerate(self._middle(state, half)):
+                tails = attention if f"{name}.proj_out.weight" in state else _BLOCK
+                containers.append((f"{ours}.middle.{place}", name, tails))
+            rules += [
+                (f"{own}.{own_tail}", f"{theirs}.{their_tail}")
+                for own, theirs, tails in containers
+                for own_tail, their_tail in tails
+            ]
+            rules.append((f"{ours}.levels.{{level}}.resample.conv.{{rest}}", f"{level}.{resample}.{{rest}}"))
+            rules += [(f"{ours}.{name}.{{rest}}", f"{half}.{name}.{{rest}}") for name in ("conv_in", "norm_out")]
+            rules.append((f"{ours}.conv_out.{{rest}}", f"{half}.conv_out.{{rest}}"))
+        rules += [
+            ("network.encoder.to_latents.{rest}", "quant_conv.{rest}"),
+            ("network.decoder.from_codes.{rest}", "post_quant_conv.{rest}"),
+            ("network.decoder.adaptive_norms.{level}.gain.{rest}", f"{self.adaptive_norm}.gamma.{{rest}}"),
+            ("network.decoder.adaptive_norms.{level}.offset.{rest}", f"{self.adaptive_norm}.beta.{{rest}}"),
+        ]
+        return Renaming(rules, self.levels(state))
+
+    def sizes(self, state: State) -> dict[str, Any]:
+        """The arguments of `ConvAutoencoder` that shapes tell.
+
+        Raises:
+            ValueError: a key that every such network has is missing.
+        """
+        levels = self.levels(state)
+        conv_in = state["encoder.conv_in.weight"]
+        channels = conv_in.shape[0]
+        encoder = [self.encoder_level.format(level=level) for level in range(levels)]
+        # From the full resolution down, as the encoder's.
+        decoder = [self.decoder_level.format(level=levels - 1 - level, mirror=level) for level in range(levels)]
+        widths, decoder_widths = (
+            [state[f"{level}.{self.block.format(block=0)}.conv1.weight"].shape[0] for level in half]
+            for half in (encoder, decoder)
+        )
+        uneven = [width for width in widths + decoder_widths if width % channels]
+        if uneven:
+            raise ValueError(f"{state.source!r} has widths {uneven} that are no multiples of its first one, {channels}")
+        block = self.block.replace("{block}", "{}")
+        sizes: dict[str, Any] = {
+            "in_channels": conv_in.shape[1],
+            "channels": channels,
+            "multipliers": [width // channels for width in widths],
+            "decoder_multipliers": [width // channels for width in decoder_widths],
+            "blocks": state.count(f"{encoder[0]}.{block}"),
+            "decoder_blocks": state.count(f"{decoder[0]}.{block}"),
+            "middle_blocks": sum(f"{name}.conv1.weight" in state for name in self._middle(state, "encoder")),
+            "attention": self._attention(state, "encoder", encoder),
+            "decoder_attention": self._attention(state, "decoder", decoder),
+            "bias": "encoder.conv_in.bias" in state,
+            "encoder_out_kernel": state["encoder.conv_out.weight"].shape[-1],
+            "latent_kernel": None,
+        }
+        if "quant_conv.weight" in state:
+            sizes["latent_kernel"] = state["quant_conv.weight"].shape[-1]
+            sizes["z_channels"] = state["decoder.conv_in.weight"].shape[1]
+        return sizes
+
+    def _attention(self, state: State, half: str, levels: Sequence[str]) -> bool | list[int]:
+        name = self.attention.format(block=0)
+        found = [place for place, level in enumerate(levels) if f"{level}.{name}.norm.weight" in state]
+        if not found and not self._middle_attention(state, half):
+            return False
+        return found

@@ -1,0 +1,144 @@
+"""From a published file to its tensors, without executing code of the file.
+
+Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and NumPy beside the weights. They are read
+as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
+"""
+
+import pickle
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# What trainers left beside the weights. Anything else in a file is taken for code.
+_LEFT_BY_TRAINERS = (
+    "pytorch_lightning.*",
+    "lightning.*",
+    "lightning_fabric.*",
+    "omegaconf.*",
+    "jsonargparse.*",
+    "numpy.*",
+    "argparse.Namespace",
+    "collections.defaultdict",
+    "pathlib.*Path",
+    "typing.*",
+    "datetime.*",
+    "_codecs.encode",
+    "copyreg._reconstructor",
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
+    *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
+)
+_ZIP_START = b"PK\x03\x04"
+
+
+class State(dict[str, Tensor]):
+    """The tensors of a published file by their published names; a missing one is the user's mistake."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], source: str) -> None:
+        super().__init__(tensors)
+        self.source = source
+
+    def __missing__(self, key: str) -> Tensor:
+        raise ValueError(f"{self.source!r} has no key {key!r}")
+
+    def count(self, template: str) -> int:
+        """How many numbers 0, 1, ... at `{}` of a template begin a name."""
+        number = 0
+        while any(name.startswith(f"{template.format(number)}.") for name in self):
+            number += 1
+        return number
+
+
+class Placeholder:
+    """Stands for an object that is not read: any arguments, no behaviour."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        pass
+
+    def __new__(cls, *arguments: Any, **named: Any) -> "Placeholder":
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _empty_dict(*arguments: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _stand_in(name: str) -> Callable[..., Any]:
+    """A placeholder of a class of its own, as classes are keys of Lightning's callback states."""
+    if name == "collections.defaultdict":
+        return _empty_dict
+    if name.endswith(".AttributeDict"):
+        return OrderedDict
+    return type(name.rpartition(".")[2], (Placeholder,), {})
+
+
+def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> State:
+    """The tensors of a published file.
+
+    Args:
+        path: a safetensors file, or one written by `torch.save`.
+        wrappers: names under which the file may keep its weights, the one to prefer first; a file that has none of
+            them holds its tensors directly.
+
+    Raises:
+        ValueError: no such file, a truncated one, one with pickled code, one without tensors.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    for wrapper in wrappers:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not tensors by their names")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    others = [str(name) for name in content if name not in tensors]
+    if others or not tensors:
+        found = f"it holds {', '.join(others[:5])}" if others else "it is empty"
+        where = f" nor under {', '.join(wrappers)}" if wrappers else ""
+        raise ValueError(f"{str(path)!r} does not hold tensors by their names directly{where}: {found}")
+    return State(tensors, str(path))
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is truncated or no safetensors file: {error}") from error
+
+
+def _read_torch(file: Path) -> Any:
+    zipped = zipfile.is_zipfile(file)
+    with file.open("rb") as stream:
+        if not zipped and stream.read(len(_ZIP_START)) == _ZIP_START:
+            raise ValueError(f"{str(file)!r} is truncated: copy it again")
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else []
+        code = [name for name in unknown if not any(fnmatchcase(name, known) for known in _LEFT_BY_TRAINERS)]
+        if code:
+            raise ValueError(
+                f"{str(file)!r} holds pickled code, which is not executed: it names {', '.join(code[:5])}. "
+                "Save its state dict alone, or as safetensors"
+            )
+        with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other versions of the pickle protocol
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(
+            f"{str(file)!r} cannot be read: it is truncated, or holds more than tensors and plain values "
+            f"({type(error).__name__}: {reason[0] if reason else 'no details'})"
+        ) from error

@@ -1,0 +1,50 @@
+"""Names of weights in a published layout, and ours: each used once, or dropped by a named rule."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """From our names to published ones, by pairs of templates of which the first that fits holds.
+
+    `{rest}` stands for any text, other names for a number. On the published side `{mirror}` is `levels - 1 - level`,
+    for layouts that count a decoder's levels from the other end, and `{q|k|v}` are three tensors that ours joins along
+    the first axis.
+    """
+
+    rules: Sequence[tuple[str, str]]
+    levels: int = 0
+
+    def published(self, own: str) -> tuple[str, ...]:
+        """The published names of one of our weights; none without a rule."""
+        for ours, theirs in self.rules:
+            fields = _match(ours, own)
+            if fields is not None:
+                values = {name: int(text) if name != "rest" else text for name, text in fields.items()}
+                if "level" in fields:
+                    values["mirror"] = self.levels - 1 - int(fields["level"])
+                joined = re.search(r"\{(\w+(?:\|\w+)+)\}", theirs)
+                variants = joined[1].split("|") if joined else [""]
+                names = [theirs.replace(joined[0], variant) if joined else theirs for variant in variants]
+                return tuple(name.format(**values) for name in names)
+        return ()
+
+
+def _match(template: str, name: str) -> dict[str, str] | None:
+    pattern = re.escape(template).replace(r"\{rest\}", r"(?P<rest>.+)")
+    found = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", pattern), name)
+    return None if found is None else found.groupdict()
+
+
+def to_published(own: Mapping[str, Tensor], renaming: Renaming) -> dict[str, Tensor]:
+    """Our weights under their published names; those without a rule are left out."""
+    made = {}
+    for name, value in own.items():
+        names = renaming.published(name)
+        for key, part in zip(names, value.chunk(len(names)) if names else (), strict=True):
+            made[key] = part.clone()
+    return made

@@ -1,0 +1,96 @@
+"""TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers and IBQ.
+
+Their files hold the trained weights and a running mean of them, under `model_ema.` and the name without its dots. The
+published numbers are those of the mean; `use_ema: false` in the reference configuration takes the trained weights.
+"""
+
+from fnmatch import fnmatchcase
+
+from torch import Tensor
+
+from discrete_lit.pretrained import taming
+from discrete_lit.pretrained.convolutional import ConvLayout
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.reference import Reference, agree
+from discrete_lit.pretrained.registry import Conversion, register
+
+_MEAN = "model_ema."
+DROPPED = (*taming.DROPPED, "model_ema.decay", "model_ema.num_updates", "model_ema.loss*")
+MAGVIT2 = ConvLayout(middle="mid_block.{place}", downsample="downsample", upsample="upsample.conv1")
+
+
+@register(
+    "magvit2_lfq",
+    marks=("encoder.down.0.block.0.conv1.weight", "decoder.adaptive.0.gamma.weight"),
+    wrappers=taming.WRAPPERS,
+)
+def magvit2_lfq(state: State, reference: Reference) -> Conversion:
+    """`imagenet_256_L.ckpt`, `imagenet_128_L.ckpt` and the pretrained tokenizers."""
+    bits = state["encoder.conv_out.weight"].shape[0]
+    agree(reference, {"n_embed": 2**bits, "embed_dim": bits})
+    network = MAGVIT2.network(state, downsampling="symmetric", upsampling="depth_to_space", adaptive_norm=True)
+    weights = reference.get("lossconfig", {}).get("params", {})
+    quantizer = {
+        "class_path": "discrete_lit.tokenizers.quantizers.LookupFreeQuantizer",
+        "init_args": {
+            "bits": bits,
+            "commitment_weight": weights.get("commit_weight", 0.25),
+            "entropy_weight": weights.get("codebook_weight", 0.1),
+            "entropy_log_offset": 1e-5,
+            "bit_order": "first_least_significant",
+        },
+    }
+    config = taming.vqgan(network, quantizer)
+    tensors = chosen_weights(state, reference)
+    return Conversion(config, tensors, MAGVIT2.renaming(state), DROPPED, kept=("quantizer.shifts",))
+
+
+@register(
+    "ibq",
+    marks=(*taming.MARKS, "quantize.embedding.weight", "encoder.mid.attn_1.q.weight", "!quantize.ema_vocab_hit_SV"),
+    wrappers=taming.WRAPPERS,
+)
+def ibq(state: State, reference: Reference) -> Conversion:
+    """`imagenet256_{1024,8192,16384,262144}.ckpt` and the pretrained tokenizers."""
+    if reference.get("l2_normalize", False):
+        raise ValueError("reference_config has l2_normalize=True, which no published IBQ was trained with")
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    agree(reference, {"n_embed": codebook_size, "embed_dim": code_dim})
+    weights = reference.get("lossconfig", {}).get("params", {})
+    entropy_weight = weights.get("entropy_loss_weight", 0.05) if reference.get("use_entropy_loss", True) else 0.0
+    quantizer = {
+        "class_path": "discrete_lit.tokenizers.quantizers.IndexBackpropagationQuantizer",
+        "init_args": {
+            "codebook_size": codebook_size,
+            "dim": code_dim,
+            "codebook_weight": reference.get("beta", 0.25),
+            "entropy_weight": entropy_weight,
+            "entropy_temperature": reference.get("entropy_temperature", 0.01),
+        },
+    }
+    config = taming.vqgan(taming.network(state, reference), quantizer)
+    renaming = taming.LAYOUT.renaming(state, [("quantizer.codes", "quantize.embedding.weight")])
+    return Conversion(config, chosen_weights(state, reference), renaming, DROPPED)
+
+
+def chosen_weights(state: State, reference: Reference) -> dict[str, Tensor]:
+    """The running mean under the names of the trained weights, or these themselves, as `use_ema` says.
+
+    A file without a running mean has the trained weights alone.
+
+    Raises:
+        ValueError: a weight without its running mean.
+    """
+    trained = {name: value for name, value in state.items() if not name.startswith(_MEAN)}
+    if len(trained) == len(state) or not reference.get("use_ema", True):
+        return trained
+    chosen = {name: value for name, value in state.items() if name.startswith(_MEAN)}
+    for name, value in trained.items():
+        if any(fnmatchcase(name, pattern) for pattern in taming.DROPPED):
+            chosen[name] = value
+        else:
+            mean = _MEAN + name.replace(".", "")
+            if mean not in state:
+                raise ValueError(f"{state.source!r} has {name!r} but not its running mean {mean!r}")
+            chosen[name] = chosen.pop(mean)
+    return chosen
