@@ -7,7 +7,9 @@ from discrete_lit.tokenizers.quantizers.gaussian import DiagonalGaussian, Gaussi
 from discrete_lit.tokenizers.quantizers.gumbel import GumbelQuantizer
 from discrete_lit.tokenizers.quantizers.index_backpropagation import IndexBackpropagationQuantizer
 from discrete_lit.tokenizers.quantizers.lookup_free import LookupFreeQuantizer
+from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.residual import ResidualQuantizer
 from discrete_lit.tokenizers.quantizers.sim_vector import SimVectorQuantizer
 from discrete_lit.tokenizers.quantizers.vector import VectorQuantizer
 
@@ -20,8 +22,10 @@ __all__ = [
     "GumbelQuantizer",
     "IndexBackpropagationQuantizer",
     "LookupFreeQuantizer",
+    "MultiScaleResidualQuantizer",
     "Quantized",
     "Quantizer",
+    "ResidualQuantizer",
     "SimVectorQuantizer",
     "VectorQuantizer",
 ]

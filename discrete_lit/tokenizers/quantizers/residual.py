@@ -1,0 +1,110 @@
+"""Residual quantisation (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
+from discrete_lit.tokenizers.quantizers.gradients import straight_through
+from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
+
+
+class ResidualQuantizer(Quantizer):
+    """Quantises each latent `depth` times, every time what the codes before left of it; codes are summed.
+
+    Ids are `(B, *grid, depth)`. The commitment term is the paper's, `|z - sg(z_d)|^2` with z_d the sum of the first d
+    codes, as a mean over depths (as in the released code; the paper sums) and elements, times `commitment_weight`. With
+    `codebook_update="gradient"` a codebook term `|sg(r_d) - e_d|^2` of rest and code, a mean likewise, joins it.
+
+    Args:
+        codebook_size: K of each depth.
+        dim: D.
+        depth: codes for each latent.
+        shared_codebook: one codebook for all depths, as RQ-VAE. In training it moves at every depth, and the next depth
+            searches the moved codes.
+        codebook_update: `"ema"` or `"gradient"`, see `Codebook`.
+        commitment_weight: beta.
+        decay: of `"ema"` and of the usage.
+        codebook_init: where the codes begin, see `Codebook`; separate codebooks begin at their depth's rests.
+        revive_below: replace codes whose usage falls below this, 1 in RQ-VAE; None keeps them.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        depth: int,
+        shared_codebook: bool = True,
+        codebook_update: CodebookUpdate = "ema",
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        codebook_init: CodebookInit = "data",
+        revive_below: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be positive, got {depth}")
+        if commitment_weight < 0:
+            raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
+        self.vocab_size = codebook_size
+        self.dim = dim
+        self.depth = depth
+        self.commitment_weight = commitment_weight
+        self.codebooks = nn.ModuleList(
+            Codebook(codebook_size, dim, codebook_update, decay, codebook_init, revive_below=revive_below, seed=number)
+            for number in range(1 if shared_codebook else depth)
+        )
+
+    def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        return (*grid, self.depth)
+
+    def codebook(self, number: int) -> Codebook:
+        """The codebook of depth `number`, counted from 0."""
+        codebook = self.codebooks[number if len(self.codebooks) > 1 else 0]
+        assert isinstance(codebook, Codebook)
+        return codebook
+
+    def forward(self, latents: Tensor) -> Quantized:
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.float()
+            rest, total = latents.detach(), torch.zeros_like(latents)
+            tokens, commitments, codebook_terms = [], [], []
+            for number in range(self.depth):
+                codebook = self.codebook(number)
+                codebook.prepare(rest)
+                ids = codebook.search(rest)
+                codes = codebook.lookup(ids)
+                total = total + codes.detach()
+                tokens.append(ids)
+                commitments.append(F.mse_loss(latents, total))
+                if codebook.update == "gradient":
+                    codebook_terms.append(F.mse_loss(codes, rest))
+                codebook.observe(rest, ids)
+                rest = rest - codes.detach()
+            losses = {"commitment": self.commitment_weight * torch.stack(commitments).mean()}
+            if codebook_terms:
+                losses["codebook"] = torch.stack(codebook_terms).mean()
+            return Quantized(straight_through(latents, total), torch.stack(tokens, dim=-1), losses)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            rest, tokens = latents.float(), []
+            for number in range(self.depth):
+                tokens.append(self.codebook(number).search(rest))
+                rest = rest - self.codebook(number).lookup(tokens[-1])
+            return torch.stack(tokens, dim=-1)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        total = torch.zeros((), device=tokens.device)
+        for number, ids in enumerate(tokens.unbind(dim=-1)):
+            total = total + self.codebook(number).lookup(ids)
+        return total
+
+    def parts(self, tokens: Tensor) -> dict[str, Part]:
+        """`depth_0`, ...: the ids of each depth."""
+        split = enumerate(tokens.unbind(dim=-1))
+        return {f"depth_{number}": Part(ids, self.vocab_size) for number, ids in split}
