@@ -1,5 +1,6 @@
 """Parameter groups and learning-rate schedules."""
 
+from collections.abc import Sequence
 from math import cos, pi
 from typing import Any
 
@@ -21,13 +22,23 @@ _DECAYED = (
 
 
 def configure_optimizers(
-    module: LightningModule, optimizer: OptimizerCallable | None, scheduler: LRSchedulerCallable | None
+    module: LightningModule,
+    optimizer: OptimizerCallable | None,
+    scheduler: LRSchedulerCallable | None,
+    apart: Sequence[tuple[nn.Module, float]] = (),
 ) -> Any:
     """Lightning's `configure_optimizers` of one optimizer and a scheduler that steps after every batch.
 
     Weight decay acts on the weights of linear and convolution layers alone: never on biases, gains, embeddings,
     positions, start tokens and codebooks, as in RAR and minGPT (LlamaGen and nanoGPT decay embeddings too). Decay would
     shrink the rows of a table that a batch does not touch.
+
+    Args:
+        module: what is trained.
+        optimizer: from parameter groups to an optimizer.
+        scheduler: from an optimizer to a scheduler.
+        apart: parts of the module with parameter groups of their own, and their learning rate as a multiple of the
+            optimizer's.
 
     Raises:
         ValueError: no optimizer was given.
@@ -38,13 +49,19 @@ def configure_optimizers(
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
     matrices = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    built = optimizer(
-        [
+    separate = {id(parameter) for part, _ in apart for parameter in part.parameters()}
+    rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
+    groups, factors = [], []
+    for parameters, factor in [(rest, 1.0), *((list(part.parameters()), factor) for part, factor in apart)]:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        groups += [
             {"params": [parameter for parameter in trained if id(parameter) in matrices]},
             {"params": [parameter for parameter in trained if id(parameter) not in matrices], "weight_decay": 0.0},
         ]
-    )
+        factors += [factor, factor]
+    built = optimizer(groups)
+    for group, factor in zip(built.param_groups, factors, strict=True):
+        group["lr"] *= factor
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}

@@ -1,6 +1,8 @@
 """What an autoencoder is trained for: pixels, perception, and a discriminator's judgement. Plain PyTorch."""
 
+from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss
 from discrete_lit.tokenizers.losses.objective import Objective
+from discrete_lit.tokenizers.losses.perceptual import LPIPS, PerceptualLoss, TimmFeatures
 from discrete_lit.tokenizers.losses.pixels import PixelLoss
 
-__all__ = ["Objective", "PixelLoss"]
+__all__ = ["LPIPS", "AdversarialLoss", "Objective", "PerceptualLoss", "PixelLoss", "TimmFeatures"]

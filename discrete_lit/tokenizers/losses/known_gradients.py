@@ -1,10 +1,21 @@
-"""A loss whose gradients have been computed already."""
+"""Gradients that are taken in the forward pass, and a loss that hands them on."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def take_gradients(
+    value: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` inside a forward pass: autocast, which would reach the backward pass too, is off."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return torch.autograd.grad(value, inputs, grad_outputs, **options)  # type: ignore[arg-type]
 
 
 def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

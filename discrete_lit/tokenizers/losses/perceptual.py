@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
 from discrete_lit.tokenizers.losses.frozen import RANDOM_WEIGHTS, FrozenNetwork, load_weights, read_weights
+from discrete_lit.tokenizers.losses.timm_networks import make_timm, pixels_for, with_pixel_statistics
 
 
 class PerceptualLoss(nn.Module, ABC):
@@ -170,14 +170,7 @@ class TimmFeatures(PerceptualLoss):
 
     def _features(self, images: Tensor) -> list[Tensor]:
         network = self.network.on(images.device)
-        pixels = (images.float() + 1) / 2
-        if self.image_size is not None and pixels.shape[-2:] != (self.image_size, self.image_size):
-            size = (self.image_size, self.image_size)
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
-        mean, deviation = (
-            torch.tensor(network.pretrained_cfg[name], device=pixels.device)[:, None, None] for name in ("mean", "std")
-        )
-        pixels = (pixels - mean) / deviation
+        pixels = pixels_for(network, images, self.image_size)
         if self.layers is None:
             return [network(pixels)]
         return network.forward_intermediates(pixels, indices=self.layers, output_fmt="NCHW", intermediates_only=True)
@@ -187,23 +180,5 @@ class TimmFeatures(PerceptualLoss):
             # Imported late: what measures is not needed to train by another network.
             from discrete_lit.evaluation.efficientnet import load_network, weight_file
 
-            return load_network(weight_file())
+            return with_pixel_statistics(load_network(weight_file()))
         return make_timm(self.model_name, self.weights_path, "perceptual_loss", has_layers=self.layers is not None)
-
-
-def make_timm(model_name: str, weights_path: str, setting: str, has_layers: bool, **arguments: Any) -> nn.Module:
-    """A network of timm with weights from a file.
-
-    Raises:
-        ValueError: no such network; one that does not give the features of its layers; no such weights.
-    """
-    from timm.models import create_model, is_model
-
-    if not is_model(model_name.partition(".")[0]):
-        raise ValueError(f"{setting}.model_name={model_name!r} is not a network of timm")
-    network = create_model(model_name, **arguments)
-    if has_layers and not hasattr(network, "forward_intermediates"):
-        raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
-    if weights_path != RANDOM_WEIGHTS:
-        load_weights(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
-    return network
