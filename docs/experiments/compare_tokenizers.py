@@ -44,7 +44,6 @@ def variants(experiment: str) -> dict[str, tuple[dict[str, Any], list[int]]]:
     quantizers = {
         "VQ": quantizer("VectorQuantizer", **VECTOR),
         "VQ, revival": quantizer("VectorQuantizer", **VECTOR, decay=0.9, revive_below=0.02),
-        "VQ, unit sphere": quantizer("VectorQuantizer", **VECTOR, normalize=True),
         "FSQ 8,8,8,6,5": quantizer("FiniteScalarQuantizer", levels=[8, 8, 8, 6, 5]),
         "LFQ 14 bits": quantizer("LookupFreeQuantizer", bits=14, entropy_weight=0.05, entropy_temperature=0.1),
     }
