@@ -89,7 +89,7 @@ class ReconstructionMeter:
 
     Args:
         autoencoder: a Tokenizer, or a continuous autoencoder: `decode(encode(images))` gives images back.
-        lpips: from reconstructions and images `(B, 3, H, W)` in [-1, 1] to distances `(B,)`.
+        lpips: from reconstructions and images `(B, 3, H, W)` in [-1, 1] to their mean distance.
     """
 
     def __init__(self, autoencoder: Any, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
@@ -112,7 +112,7 @@ class ReconstructionMeter:
         self.totals["psnr"] += float(psnr.sum())
         self.totals["ssim"] += float(ssim.sum())
         if self.lpips is not None:
-            self.totals["lpips"] += float(self.lpips(from_uint8(reconstructions), originals).sum())
+            self.totals["lpips"] += float(self.lpips(from_uint8(reconstructions), originals)) * len(images)
         self.count += len(images)
         self.pixels = prod(images.shape[2:])
         if hasattr(self.autoencoder, "vocab_size"):

@@ -36,6 +36,7 @@ def evaluate(
     num_reference: int | None = None,
     extractor: FeatureExtractor | None = None,
     classifier: str | None = None,
+    lpips_weights: str | None = None,
     batch_size: int = 16,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def evaluate(
         num_reference: images of the reference; all by default.
         extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
         classifier: checkpoint of an ImageClassifier.
+        lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
         batch_size: images at a time.
         device: for instance `cpu` or `cuda:1`; `auto` takes a GPU where there is one.
 
@@ -88,7 +90,7 @@ def evaluate(
     count = num_images if real is None else (num_images or real.count)
     selections = {name: Selection(images, count, num_classes) for name, images in generated.items()}
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
-    meters = {name: _meter(path, place) for name, path in reconstructions.items()}
+    meters = _meters(reconstructions, lpips_weights, place)
     judge = None if classifier is None else _judge(classifier, num_classes, place)
     extractor = (extractor or EfficientNetLite0()).to(place)
 
@@ -177,10 +179,17 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
             )
 
 
-def _meter(checkpoint: str, device: torch.device) -> ReconstructionMeter:
+def _meters(
+    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
+) -> dict[str, ReconstructionMeter]:
+    from discrete_lit.tokenizers.losses.perceptual import LPIPS
     from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
-    return ReconstructionMeter(from_checkpoint(checkpoint).to(device))
+    lpips = None
+    if lpips_weights is not None and checkpoints:
+        lpips = LPIPS(lpips_weights).to(device)
+        lpips.prepare()
+    return {name: ReconstructionMeter(from_checkpoint(path).to(device), lpips) for name, path in checkpoints.items()}
 
 
 def _judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -189,7 +189,10 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
     monkeypatch.setattr(exact, "decode", lambda tokens: (tokens / 127.5 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1))
     monkeypatch.setattr(tokenizers, "from_checkpoint", lambda path: exact)
     reconstructions = {"exact": "t.ckpt", "again": "t.ckpt"}
-    report = evaluate(**{**sets, "held_out": str(tmp_path / "grey"), "reconstructions": reconstructions})
+    sets |= {"held_out": str(tmp_path / "grey"), "reconstructions": reconstructions}
+    with pytest.raises(ValueError, match=r"missing\.pth"):
+        evaluate(**sets, lpips_weights="missing.pth")
+    report = evaluate(**sets)
     floor, exact_row, second, _ = report["rows"]
     assert exact_row["kind"] == second["kind"] == "reconstructions" and exact_row["source"] == "t.ckpt"
     assert exact_row["FD-Means"] == floor["FD-Means"] == second["FD-Means"]

@@ -53,8 +53,9 @@ def test_figures_of_ids_and_pixels_over_batches() -> None:
 
 def test_psnr_is_the_mean_over_images_of_decibels() -> None:
     tokens = torch.tensor([[[0, 0], [0, 3]], [[1, 1], [1, 1]]])
-    meter = ReconstructionMeter(Quarters(), lpips=lambda first, second: (first - second).abs().amax((1, 2, 3)))
-    meter(images_of(tokens))
+    meter = ReconstructionMeter(Quarters(), lpips=lambda first, second: (first - second).abs().amax((1, 2, 3)).mean())
+    for part in tokens.split(1):
+        meter(images_of(part))
     step = 109 - 73, 36  # greys of ids 3 and 2, of 1 and 0, in 8 bits
     expected = [10 * torch.log10(torch.tensor(255.0**2 / error)) for error in (step[0] ** 2 / 4, step[1] ** 2)]
     assert meter.figures().psnr == pytest.approx(float(sum(expected)) / 2, rel=1e-5)
