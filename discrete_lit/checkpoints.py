@@ -6,9 +6,11 @@ nothing beside the file, and the file is read with `weights_only=True`: it can e
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 import yaml
 from jsonargparse import ArgumentParser
@@ -93,6 +95,27 @@ def module_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any
     if "tokenizer_config" in checkpoint:
         init_args["tokenizer"] = checkpoint["tokenizer_config"]
     return {"class_path": config["class_path"], "init_args": init_args}
+
+
+def save(module: LightningModule, path: str | Path) -> None:
+    """Write a module that was built from a configuration as a checkpoint that `load` reads; it is complete or absent.
+
+    Raises:
+        ValueError: the module was not built from a configuration.
+    """
+    checkpoint: dict[str, Any] = {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": lightning.__version__,
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+    }
+    module.on_save_checkpoint(checkpoint)
+    module_config(checkpoint, path)
+    partial = Path(f"{path}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(checkpoint, partial)
+    os.replace(partial, path)
 
 
 def load(path: str | Path) -> Tokenizer | Generator:

@@ -112,15 +112,15 @@ def test_another_fingerprint(tokenizer_file: Path) -> None:
 def test_missing_unexpected_and_reshaped_weights(tokenizer_file: Path, tmp_path: Path) -> None:
     def change(contents: dict[str, Any]) -> None:
         weights = contents["state_dict"]
-        del weights["network.encoder.0.bias"]
+        del weights["network.encoder.conv_in.bias"]
         weights["network.extra"] = torch.zeros(1)
-        weights["network.encoder.0.weight"] = torch.zeros(2, 3, 3, 3)
+        weights["network.encoder.conv_in.weight"] = torch.zeros(2, 3, 3, 3)
 
     with pytest.raises(ValueError, match="do not fit this FSQ") as refused:
         load(rewritten(tokenizer_file, tmp_path, change))
-    assert "network.encoder.0.bias is missing" in str(refused.value)
+    assert "network.encoder.conv_in.bias is missing" in str(refused.value)
     assert "network.extra is unexpected" in str(refused.value)
-    assert "network.encoder.0.weight has shape (2, 3, 3, 3) instead of (4, 3, 3, 3)" in str(refused.value)
+    assert "network.encoder.conv_in.weight has shape (2, 3, 3, 3) instead of (4, 3, 3, 3)" in str(refused.value)
 
 
 def test_an_unknown_class_and_a_wrong_argument(tokenizer_file: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_tokenizers_decay_matrices_alone(make_tokenizer, kind: str, arguments) -
     decayed, others = names_by_decay(make_tokenizer(kind, optimizer=ADAMW, **arguments))
     assert ("quantizer.codebook.codes" in others) == bool(arguments)
     assert all("norm" not in name and name.endswith("weight") for name in decayed)
-    assert "network.encoder.0.weight" in decayed and "network.encoder.0.bias" in others
+    assert "network.encoder.conv_in.weight" in decayed and "network.encoder.conv_in.bias" in others
 
 
 def test_a_network_without_biases_and_gains(make_generator) -> None:

@@ -194,7 +194,7 @@ def test_weights_of_another_size_are_refused(
     wider = ("fit", "--config", file, "--ckpt_path", two_tokenizers[0], "--model.network.channels=8")
     message = refused(capsys, lambda: run(*wider))
     assert "do not fit this FSQ" in message
-    assert "network.encoder.0.weight has shape (4, 3, 3, 3) instead of (8, 3, 3, 3)" in message
+    assert "network.encoder.conv_in.weight has shape (4, 3, 3, 3) instead of (8, 3, 3, 3)" in message
 
 
 def test_differences_are_one_line_each() -> None:
