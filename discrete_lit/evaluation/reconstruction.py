@@ -1,16 +1,22 @@
-"""How well an autoencoder gives images back, and at what price in bits."""
+"""How well an autoencoder gives images back, and at what price in bits.
+
+torchmetrics is imported where it is used: it takes seconds, which `discrete-lit evaluate --help` need not wait.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from math import isfinite, log2, prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from discrete_lit.evaluation.codebook_usage import CodebookUsage
 from discrete_lit.images import from_uint8, to_uint8
+
+if TYPE_CHECKING:
+    from discrete_lit.evaluation.codebook_usage import CodebookUsage
 
 
 def pixel_fidelity(reconstructions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,6 +26,8 @@ def pixel_fidelity(reconstructions: Tensor, images: Tensor) -> tuple[Tensor, Ten
     channel; at the border the image is reflected, as torchmetrics does and scikit-image does not. Images are at least
     6 pixels wide and high.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     pair = reconstructions.float(), images.float()
     psnr = peak_signal_noise_ratio(*pair, data_range=255.0, dim=(1, 2, 3), reduction="none")
     ssim = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
@@ -39,7 +47,7 @@ class IdStatistics:
     """exp of the entropy of the ids in nats, in [1, K]."""
 
     @staticmethod
-    def of(measured: CodebookUsage) -> "IdStatistics":
+    def of(measured: CodebookUsage) -> IdStatistics:
         usage, perplexity = measured.compute()
         return IdStatistics(measured.vocab_size, float(usage), float(perplexity))
 
@@ -120,6 +128,8 @@ class ReconstructionMeter:
         return reconstructions
 
     def _count_ids(self, tokens: Tensor) -> None:
+        from discrete_lit.evaluation.codebook_usage import CodebookUsage
+
         self.token_shape = tuple(tokens.shape[1:])
         if self.usage is None:
             self.usage = CodebookUsage(self.autoencoder.vocab_size).to(tokens.device)
