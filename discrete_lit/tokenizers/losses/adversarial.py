@@ -14,6 +14,7 @@ from discrete_lit.tokenizers.losses.logits import (
     discriminator_loss,
     generator_loss,
     gradient_penalty,
+    twice_differentiable,
 )
 
 _LARGEST_WEIGHT = 1e4
@@ -146,7 +147,7 @@ class AdversarialLoss(nn.Module):
             (generator_gradient,) = take_gradients(features, [outputs], at_features)
 
         images = images.detach().requires_grad_(penalised)
-        with torch.set_grad_enabled(penalised):
+        with twice_differentiable() if penalised else torch.no_grad():
             real_features = self.discriminator.features(images)
         real = self.discriminator.judge(real_features)
         terms = {"discriminator": discriminator_loss(self.loss, real, fake)}

@@ -1,10 +1,12 @@
 """What discriminator and generator lose on logits: high for real images."""
 
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from discrete_lit.distributed import all_reduce_sum, world_size
 from discrete_lit.tokenizers.losses.known_gradients import take_gradients
@@ -68,6 +70,11 @@ class LeCam(nn.Module):
         return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
 
 
+def twice_differentiable() -> AbstractContextManager[object]:
+    """A context for the forward pass behind a gradient penalty: fused attention kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """R1 of Mescheder et al., "Which Training Methods for GANs do actually Converge?" (ICML 2018), eq. 9.
 
@@ -75,7 +82,7 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     logits. Differentiable.
 
     Args:
-        logits: `(B, ...)` made of the images.
+        logits: `(B, ...)` made of the images under `twice_differentiable`.
         images: `(B, C, H, W)` requiring a gradient.
     """
     of_each = logits.float().flatten(1).mean(dim=1).sum()

@@ -1,0 +1,110 @@
+"""Discriminators: their shapes, layouts, norms, and that each can learn."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.losses.discriminators import DINODiscriminator, PatchGAN, StyleGANDiscriminator
+from discrete_lit.tokenizers.losses.discriminators.stylegan import _group_deviation
+from discrete_lit.tokenizers.losses.logits import discriminator_loss, gradient_penalty, twice_differentiable
+
+
+def dino(**arguments):
+    settings = {"layers": [0, 3], "image_size": 32, "kernel_size": 3, **arguments}
+    return DINODiscriminator("vit_tiny_patch16_224", "random", **settings)
+
+
+EACH = {
+    "patch, group": lambda: PatchGAN(width=8, layers=2),
+    "patch, sync": lambda: PatchGAN(width=8, layers=2, norm="sync"),
+    "stylegan": lambda: StyleGANDiscriminator(16, width=8, max_width=16),
+    "dino": dino,
+}
+each = pytest.mark.parametrize("kind", EACH)
+
+
+@each
+def test_it_learns_to_tell_smooth_from_noisy(kind):
+    discriminator = EACH[kind]().train()
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=3e-3, betas=(0.5, 0.9))
+    for _ in range(12):
+        real = F.interpolate(torch.rand(4, 3, 2, 2) * 2 - 1, size=(16, 16), mode="bilinear")
+        fake = torch.rand(4, 3, 16, 16) * 2 - 1
+        loss = discriminator_loss("hinge", discriminator(real), discriminator(fake))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.5
+    assert all(parameter.grad is not None for parameter in discriminator.parameters())
+
+
+@each
+def test_it_can_be_differentiated_twice(kind):
+    discriminator = EACH[kind]().train()
+    images = (torch.rand(4, 3, 16, 16) * 2 - 1).requires_grad_()
+    with twice_differentiable():
+        logits = discriminator(images)
+    gradient_penalty(logits, images).backward()
+    found = [parameter.grad for parameter in discriminator.parameters() if parameter.grad is not None]
+    assert any(gradient.abs().max() > 0 for gradient in found) and all(grad.isfinite().all() for grad in found)
+
+
+def test_patches_are_those_of_the_paper():
+    discriminator = PatchGAN(width=4)
+    assert discriminator(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+    images = torch.randn(1, 3, 128, 128, requires_grad=True)
+    logits = discriminator.main[0](images)  # without norms, which see the whole image
+    for layer in discriminator.main[1:]:
+        logits = logits if isinstance(layer, nn.GroupNorm) else layer(logits)
+    (gradient,) = torch.autograd.grad(logits[0, 0, 7, 7], images)
+    rows = gradient.abs().sum(dim=(0, 1, 3)).nonzero()
+    assert int(rows.max() - rows.min()) + 1 == 70
+
+
+def test_the_synchronised_norm_has_tamings_names():
+    names = {name for name in PatchGAN(width=8, norm="sync").state_dict() if name.startswith("main.3")}
+    assert names == {f"main.3.{name}" for name in nn.BatchNorm2d(2).state_dict()}
+    assert {"main.0.bias", "main.2.weight", "main.11.bias"} <= set(PatchGAN(norm="sync").state_dict())
+
+
+def test_minibatch_deviation():
+    hidden = torch.randn(6, 5, 2, 2)
+    found = _group_deviation(hidden, 3)
+    for start in (0, 3):
+        group = hidden[start : start + 3]
+        expected = ((group - group.mean(dim=0)) ** 2).mean(dim=0).sqrt().mean()
+        torch.testing.assert_close(found[start : start + 3], expected.expand(3, 1, 2, 2), rtol=1e-5, atol=1e-6)
+    # Of a batch that the group does not divide, the largest group that does.
+    torch.testing.assert_close(_group_deviation(hidden, 4), found)
+
+
+def test_dino_sees_through_frozen_weights_that_are_not_saved():
+    discriminator = dino()
+    assert not [name for name in discriminator.state_dict() if not name.startswith("heads.")]
+    features = discriminator.features(torch.zeros(2, 3, 16, 16))
+    assert [tuple(layer.shape) for layer in features] == [(2, 192, 4)] * 2
+    assert discriminator(torch.zeros(2, 3, 16, 16)).shape == (2, 2, 4)
+    # Building one asks for no weights.
+    missing = DINODiscriminator("vit_tiny_patch16_224", "/nowhere/dino.safetensors")
+    with pytest.raises(ValueError, match=r"weights_path='/nowhere/dino.safetensors': there is no such file"):
+        missing.prepare()
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="norm of PatchGAN must be 'group' or 'sync', got 'batch'"):
+        PatchGAN(norm="batch")
+    with pytest.raises(ValueError, match="at least 24x24 pixels"):
+        PatchGAN(width=4)(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="4 times a power of 2, got 48"):
+        StyleGANDiscriminator(48)
+    with pytest.raises(ValueError, match="made for image_size=16"):
+        StyleGANDiscriminator(16, width=4)(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"has 12, got \[12\]"):
+        dino(layers=[12])
+    with pytest.raises(ValueError, match="has 0, got"):
+        DINODiscriminator("resnet18", "random")
+    with pytest.raises(ValueError, match="multiple of the patch"):
+        dino(image_size=40)
+    with pytest.raises(ValueError, match="must be odd"):
+        dino(kernel_size=4)

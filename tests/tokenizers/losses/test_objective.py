@@ -1,0 +1,224 @@
+"""One loss for both players, against what two passes and two optimizers give."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, TimmFeatures
+from discrete_lit.tokenizers.losses.adversarial import adaptive_weight
+from discrete_lit.tokenizers.losses.discriminators import DINODiscriminator, PatchGAN
+from discrete_lit.tokenizers.losses.logits import LeCam, discriminator_loss, generator_loss, gradient_penalty
+
+
+class Decoder(nn.Module):
+    """Two convolutions, the second with the last weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1)
+        self.last = nn.Conv2d(6, 3, 3, padding=1)
+
+    def forward(self, images):
+        return self.last(torch.tanh(self.first(images)))
+
+
+def images(count=4, size=16, seed=0):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def patch(**arguments):
+    return PatchGAN(width=4, layers=2, **arguments)
+
+
+def dino():
+    return DINODiscriminator("vit_tiny_patch16_224", "random", layers=[1, 3], image_size=32, kernel_size=3)
+
+
+def objective(discriminator=None, perceptual=None, **adversarial):
+    loss = AdversarialLoss(discriminator or patch(), **adversarial)
+    return Objective({"l1": 1.0}, perceptual, loss)
+
+
+def gradients(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def of_the_definition(decoder, whole):
+    """Gradients by autograd through everything: the generator's by a frozen discriminator, the discriminator's apart.
+
+    Of fixed and adaptive weights; the latter by the definition, from the gradients of two whole losses.
+    """
+    adversarial, decoder = whole.adversarial, deepcopy(decoder)
+    discriminator = deepcopy(adversarial.discriminator)
+    outputs = decoder(images())
+    reconstruction = F.l1_loss(outputs, images())
+    if whole.perceptual is not None:
+        reconstruction = reconstruction + whole.perceptual.weight * whole.perceptual(outputs, images())
+    generator = generator_loss(adversarial.generator_loss, discriminator.requires_grad_(False)(outputs))
+    weight = adversarial.weight
+    if adversarial.adaptive:
+        at_last = [
+            torch.autograd.grad(term, decoder.last.weight, retain_graph=True)[0].norm()
+            for term in (reconstruction, generator)
+        ]
+        weight = weight * (at_last[0] / (at_last[1] + 1e-4)).clamp(0, 1e4)
+    (reconstruction + weight * generator).backward()
+    discriminator.requires_grad_(True)
+    real, fake = discriminator(images()), discriminator(outputs.detach())
+    discriminator_loss(adversarial.loss, real, fake).backward()
+    return weight, generator.detach(), gradients(decoder), gradients(discriminator)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "adaptive"),
+    [
+        (patch, "hinge", True),
+        (patch, "hinge", False),
+        (patch, "non_saturating", True),
+        (dino, "hinge", True),
+    ],
+)
+def test_gradients_are_those_of_two_passes(make, kind, adaptive):
+    decoder = Decoder()
+    features = TimmFeatures("resnet18", "random", layers=[1], image_size=None, weight=0.5)
+    whole = objective(make(), features, weight=0.3, adaptive=adaptive, loss="hinge", generator_loss=kind).train()
+    weight, generator, of_decoder, of_discriminator = of_the_definition(decoder, whole)
+    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
+    judged.loss.backward()
+    torch.testing.assert_close(judged.figures["generator_weight"], torch.as_tensor(weight), rtol=1e-4, atol=0)
+    torch.testing.assert_close(judged.terms["generator"], weight * generator, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(judged.loss.detach(), sum(judged.terms.values()))
+    torch.testing.assert_close(gradients(decoder), of_decoder, rtol=1e-3, atol=1e-6)
+    found = gradients(whole.adversarial.discriminator)
+    # Spectral norms have taken another power iteration; with the definition's the gradients are the same.
+    tolerance = {"rtol": 0.2, "atol": 1e-3} if make is dino else {"rtol": 1e-3, "atol": 1e-6}
+    torch.testing.assert_close(found, of_discriminator, **tolerance)
+    assert all(gradient.abs().max() > 0 for name, gradient in found.items() if "bias" not in name)
+
+
+def test_a_step_of_sgd_is_tamings_two():
+    """taming's two optimizers, each with its own backward pass, on the reconstructions made before the step."""
+    decoder, whole = Decoder(), objective(weight=0.8)
+    twins = deepcopy(decoder), deepcopy(whole.adversarial.discriminator)
+    *_, of_decoder, of_discriminator = of_the_definition(decoder, whole)
+    for twin, expected in zip(twins, (of_decoder, of_discriminator), strict=True):
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+        for name, parameter in twin.named_parameters():
+            parameter.grad = expected[name]
+        optimizer.step()
+    both = torch.optim.SGD([*decoder.parameters(), *whole.parameters()], lr=0.1)
+    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    both.step()
+    torch.testing.assert_close(decoder.state_dict(), twins[0].state_dict())
+    torch.testing.assert_close(whole.adversarial.discriminator.state_dict(), twins[1].state_dict())
+
+
+def test_regularisers_join_the_discriminators_loss():
+    whole = objective(lecam_weight=0.1, lecam_decay=0.5, r1_weight=2.0, r1_every=3).train()
+    twin, lecam = deepcopy(whole.adversarial.discriminator), LeCam(0.5)
+    decoder = Decoder()
+    outputs = decoder(images()).detach()
+    for step in (6, 7):
+        judged = whole(decoder(images()), images(), decoder.last.weight, step)
+        whole.zero_grad()
+        judged.loss.backward()
+        real_images = images().requires_grad_()
+        real, fake = twin(real_images), twin(outputs)
+        expected = {"discriminator": discriminator_loss("hinge", real, fake), "lecam": 0.1 * lecam(real, fake)}
+        if step == 6:
+            expected["r1"] = 2.0 * 3 * gradient_penalty(real, real_images)
+        twin.zero_grad()
+        sum(expected.values()).backward()
+        found = {name: judged.terms[name] for name in judged.terms if name not in ("reconstruction_l1", "generator")}
+        torch.testing.assert_close(found, {name: term.detach() for name, term in expected.items()})
+        torch.testing.assert_close(gradients(whole.adversarial.discriminator), gradients(twin), rtol=1e-3, atol=1e-6)
+
+
+def test_the_schedule():
+    decoder = Decoder()
+    whole = objective(weight=0.5, adaptive=False, start_step=10, lead_steps=4, warmup_steps=3).train()
+    shares, trained = [], []
+    for step in range(16):
+        whole.zero_grad()
+        judged = whole(decoder(images()), images(), decoder.last.weight, step)
+        judged.loss.backward()
+        shares.append(float(judged.figures.get("generator_weight", torch.zeros(()))) / 0.5)
+        found = gradients(whole.adversarial.discriminator).values()
+        assert all(gradient is not None for gradient in found)
+        trained.append(any(gradient.abs().max() > 0 for gradient in found))
+        assert ("discriminator" in judged.terms) == trained[-1] and ("generator" in judged.terms) == (step >= 10)
+    assert shares == pytest.approx([0.0] * 10 + [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
+    assert trained == [False] * 6 + [True] * 10
+
+
+def test_before_the_start_nothing_is_computed():
+    class Untouched(PatchGAN):
+        def judge(self, features):
+            raise AssertionError("computed")
+
+    decoder, whole = Decoder(), objective(Untouched(width=4), start_step=1)
+    plain = deepcopy(decoder)
+    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    F.l1_loss(plain(images()), images()).backward()
+    torch.testing.assert_close(gradients(decoder), gradients(plain))
+
+
+def test_validation_has_no_adversarial_terms():
+    whole = objective(lecam_weight=1.0)
+    before = deepcopy(whole.state_dict())
+    with torch.no_grad():
+        judged = whole(Decoder()(images()), images())
+    assert set(judged.terms) == {"reconstruction_l1"} and not judged.figures
+    torch.testing.assert_close(whole.state_dict(), before, rtol=0, atol=0)
+
+
+def test_the_discriminators_activations_are_gone_before_the_backward_pass():
+    """Its graph ends with the forward pass: the loss holds gradients, not activations."""
+    decoder, whole = Decoder(), objective()
+    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
+    behind = {type(node).__name__ for node, _ in judged.loss.grad_fn.next_functions if node is not None}
+    assert behind == {"ConvolutionBackward0", "AccumulateGrad"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """In float16 the losses stay in float32, and gradients far below its range arrive at the decoder."""
+    decoder, whole = Decoder(), objective(weight=0.5)
+    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
+    expected = judged.figures["generator_weight"]
+    seen = []
+    whole.adversarial.discriminator.main[0].register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
+    with torch.autocast("cpu", dtype):
+        outputs = decoder(images()).float()
+        judged = whole(outputs, images(), decoder.last.weight, step=0)
+    assert set(seen) == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
+    (judged.loss * 2.0**10).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(decoder).values())
+    torch.testing.assert_close(judged.figures["generator_weight"], expected, rtol=0.1, atol=0)
+
+
+def test_an_adaptive_weight_survives_half_precision():
+    """Gradients of 1e-9 at the pixels vanish in float16; what they are at the last layer must not."""
+    decoder = Decoder()
+    pushes = [torch.randn(4, 3, 16, 16) * size for size in (3e-9, 1e-9)]
+    expected = adaptive_weight(decoder(images()), decoder.last.weight, *pushes)
+    with torch.autocast("cpu", torch.float16):
+        found = adaptive_weight(decoder(images()).float(), decoder.last.weight, *pushes)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_wrong_settings():
+    for arguments, message in (
+        ({"weight": -1}, "weight of the adversarial loss must be >= 0, got -1"),
+        ({"start_step": -1}, "start_step of the adversarial loss must be >= 0"),
+        ({"lead_steps": 3, "start_step": 2}, "lead_steps=3 of the adversarial loss exceed start_step=2"),
+        ({"r1_every": 0}, "r1_every of the adversarial loss must be at least 1"),
+        ({"lecam_weight": 1.0, "lecam_decay": 1.0}, r"lecam_decay must lie in \[0, 1\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdversarialLoss(patch(), **arguments)
+    with pytest.raises(ValueError, match="give it alone"):
+        Objective("logit_laplace", adversarial_loss=AdversarialLoss(patch()))
