@@ -146,6 +146,26 @@ class ProxyDecoder(nn.Module):
         self.network = network(code_dim, code_dim)
         del self.network.encoder
 
+    @torch.no_grad()
+    def copy_from(self, codebook: Tensor, network: ConvAutoencoder) -> None:
+        """Take the codes `(K', D')` and the decoder of the other tokenizer.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(
+                f"the proxy tokenizer has a codebook of shape {tuple(codebook.shape)}, this network's proxy one of "
+                f"{tuple(self.codebook.shape)}: set proxy.init_args.codebook_size and code_dim"
+            )
+        self.codebook.copy_(codebook)
+        try:
+            self.network.decoder.load_state_dict(network.decoder.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the proxy tokenizer's decoder is another than proxy.init_args.network describes: {error}"
+            ) from error
+
     def forward(self, logits: Tensor) -> Tensor:  # (B, K', h, w) -> (B, C, H, W) in [-1, 1]
         with torch.autocast(logits.device.type, enabled=False):
             codes = torch.einsum("bkhw,kd->bdhw", logits.float().softmax(dim=1), self.codebook)
