@@ -1,48 +1,93 @@
 """Finite scalar quantisation (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024)."""
 
 from collections.abc import Sequence
-from math import prod
+from math import gcd, prod
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
 
-# The bounded latent stays strictly inside the outermost half-steps, so that rounding never leaves the levels.
+FiniteScalarFormula = Literal["paper", "atanh"]
+
+# How far from a half-step the outermost bounds lie, as a share of the range.
 _MARGIN = 1e-3
+_PLACES_TOGETHER = 64
+# The margin outside the range, which is a share of it, stays under a half-step.
+_MOST_LEVELS_OUTSIDE = 1000
+
+
+class _Constants(NamedTuple):
+    """Of channels, `(D,)` or repeated for several places."""
+
+    shift: Tensor
+    half: Tensor
+    offset: Tensor
+    half_width: Tensor
+    slope: Tensor
+    basis: Tensor
+    first_id: int
 
 
 class FiniteScalarQuantizer(Quantizer):
     """Rounds each of D bounded channels to one of its levels; the product grid is the codebook.
 
-    A channel with L levels becomes `round(tanh(z + shift) * (L - 1)(1 - 0.001) / 2 - offset)`, with offset 1/2 and
-    shift `tan(offset / half-width)` for even L, both 0 for odd L (the paper's appendix A.1), divided by L // 2. Codes
-    lie in [-1, 1]; for even L the largest is 1 - 2/L. In the id the first channel is least significant.
+    A channel with L levels becomes `round(tanh(z + shift) * half + offset)`, with offset -1/2 for even L and 0 for odd
+    L, divided by L // 2. Codes lie in [-1, 1]; for even L the largest is 1 - 2/L. In the id the first channel is least
+    significant. The two published formulas, which do not give all latents the same id:
+
+    - `"paper"` (appendix A.1, the authors' JAX code): half is (L - 1)(1 - 0.001) / 2, the shift `tan(-offset / half)`.
+    - `"atanh"` (vector-quantize-pytorch, Cosmos): half is (L - 1)(1 + 0.001) / 2, the shift `atanh(-offset / half)`,
+      with which a latent of 0 is bounded to exactly 0.
 
     Args:
         levels: L of each channel, every one at least 2; K is their product.
+        formula: which of the two.
+        codebook_size: K, to be checked against the levels.
+
+    Raises:
+        ValueError: a setting out of its range, or levels whose product is not `codebook_size`.
     """
 
     levels: Tensor
     basis: Tensor
 
-    def __init__(self, levels: Sequence[int]) -> None:
+    def __init__(
+        self, levels: Sequence[int], formula: FiniteScalarFormula = "paper", codebook_size: int | None = None
+    ) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
             raise ValueError(f"levels must be integers of at least 2, got {list(levels)}")
+        if formula not in ("paper", "atanh"):
+            raise ValueError(f"formula must be 'paper' or 'atanh', got {formula!r}")
+        if formula == "atanh" and max(levels) > _MOST_LEVELS_OUTSIDE:
+            raise ValueError(f"formula='atanh' has at most {_MOST_LEVELS_OUTSIDE} levels, got {max(levels)}")
         self.vocab_size = prod(levels)
+        if codebook_size not in (None, self.vocab_size):
+            raise ValueError(
+                f"codebook_size={codebook_size} is not the product of the levels {list(levels)}, {self.vocab_size}"
+            )
+        if self.vocab_size >= 2**53:
+            raise ValueError(f"the product of the levels must be under 2^53, got {self.vocab_size}")
         self.dim = len(levels)
+        self.formula: FiniteScalarFormula = formula
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64))
         bases = torch.tensor([1, *levels[:-1]], dtype=torch.int64).cumprod(0)
         self.register_buffer("basis", bases, persistent=False)
+        self._made: dict[tuple[torch.device, int], _Constants] = {}
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            bounded = self.bound(latents.float())
-            steps = bounded + (bounded.round() - bounded).detach()
-            half_width = self.levels // 2
-            tokens = ((steps.detach().round().long() + half_width) * self.basis).sum(dim=-1)
-            return Quantized(steps / half_width, tokens)
+            latents = latents.float()
+            # Several places to a row: broadcasting over D numbers at a time is slow on a CPU.
+            together = gcd(latents.shape[:-1].numel(), _PLACES_TOGETHER) if latents.is_contiguous() else 1
+            rows = latents.reshape(-1, together * self.dim) if together > 1 else latents
+            constants = self._constants(latents.device, together)
+            codes, steps = _Round.apply(rows, constants)
+            tokens = (steps.reshape(latents.shape).to(constants.basis) @ constants.basis).long() + constants.first_id
+            return Quantized(codes.reshape(latents.shape), tokens)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
@@ -50,11 +95,61 @@ class FiniteScalarQuantizer(Quantizer):
 
     def bound(self, latents: Tensor) -> Tensor:
         """Float32 latents `(B, ..., D)` to values whose rounding gives the levels -(L // 2) ... (L - 1) // 2."""
-        half = (self.levels - 1) * (1 - _MARGIN) / 2
-        offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        return torch.tanh(latents + torch.tan(offset / half)) * half - offset
+        constants = self._constants(latents.device)
+        return torch.tanh(latents + constants.shift) * constants.half + constants.offset
 
     def lookup(self, tokens: Tensor) -> Tensor:
         half_width = self.levels // 2
-        digits = (tokens[..., None] // self.basis) % self.levels
-        return (digits - half_width) / half_width
+        return (self._digits(tokens) - half_width) / half_width
+
+    def parts(self, tokens: Tensor) -> dict[str, Part]:
+        """`channel_0`, ...: the level of each channel, counted from 0."""
+        split = zip(self._digits(tokens).unbind(dim=-1), self.levels.tolist(), strict=True)
+        return {f"channel_{channel}": Part(digit, levels) for channel, (digit, levels) in enumerate(split)}
+
+    def _digits(self, tokens: Tensor) -> Tensor:
+        return (tokens[..., None] // self.basis) % self.levels
+
+    def _constants(self, device: torch.device, together: int = 1) -> _Constants:
+        """The formula's constants, made once: not buffers, which a module in bfloat16 would round."""
+        if (device, together) not in self._made:
+            # Made in validation, they serve training too.
+            with torch.inference_mode(False), torch.no_grad():
+                levels = self.levels.to(device)
+                inside = self.formula == "paper"
+                half = (levels - 1) * (1 - _MARGIN if inside else 1 + _MARGIN) / 2
+                offset = torch.where(levels % 2 == 0, -0.5, 0.0)
+                shift = torch.tan(-offset / half) if inside else torch.atanh(-offset / half)
+                half_width = (levels // 2).float()
+                slope = half / half_width
+                shift, half, offset, half_width, slope = (
+                    each.repeat(together) for each in (shift, half, offset, half_width, slope)
+                )
+                # Sums of products of integers, exact in this precision.
+                basis = self.basis.to(device, torch.float32 if self.vocab_size <= 2**24 else torch.float64)
+                first_id = int((self.levels // 2 * self.basis).sum())
+                self._made[device, together] = _Constants(shift, half, offset, half_width, slope, basis, first_id)
+        return self._made[device, together]
+
+
+class _Round(torch.autograd.Function):
+    """`round(tanh(z + shift) * half + offset)`, and that over L // 2, whose gradient passes the rounding unchanged.
+
+    One function, because the fewest passes over the latents decide its speed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, latents: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
+        squashed = (latents + constants.shift).tanh_()
+        ctx.save_for_backward(squashed, constants.slope)
+        steps = torch.addcmul(constants.offset, squashed, constants.half).round_()
+        ctx.mark_non_differentiable(steps)
+        return steps / constants.half_width, steps
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        squashed, slope = ctx.saved_tensors
+        return torch.ops.aten.tanh_backward(gradients[0] * slope, squashed), None

@@ -1,5 +1,7 @@
 """Finite scalar quantisation against the paper's formula."""
 
+from math import prod
+
 import numpy as np
 import pytest
 import torch
@@ -8,14 +10,15 @@ from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer
 
 LEVELS = [[2], [3], [8, 6, 5], [8, 5, 5, 5], [7, 5, 5, 5, 5], [2, 2, 3], [15, 16]]
 each_levels = pytest.mark.parametrize("levels", LEVELS, ids=str)
+each_formula = pytest.mark.parametrize("formula", ["paper", "atanh"])
 
 
-def papers_formula(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Appendix A.1 in float64: the bounded latents, the normalised codes, the ids."""
+def published_formula(formula: str, z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """In float64: the bounded latents, the normalised codes, the ids."""
     counts = np.asarray(levels)
-    half_l = (counts - 1) * (1 - 1e-3) / 2
+    half_l = (counts - 1) * (1 - 1e-3 if formula == "paper" else 1 + 1e-3) / 2
     offset = np.where(counts % 2 == 1, 0.0, 0.5)
-    shift = np.tan(offset / half_l)
+    shift = np.tan(offset / half_l) if formula == "paper" else np.arctanh(offset / half_l)
     bounded = np.tanh(z + shift) * half_l - offset
     half_width = counts // 2
     digits = np.round(bounded)
@@ -23,17 +26,26 @@ def papers_formula(z: np.ndarray, levels: list[int]) -> tuple[np.ndarray, np.nda
     return bounded, digits / half_width, ((digits + half_width) * basis).sum(axis=-1).astype(np.int64)
 
 
+@each_formula
 @each_levels
-def test_papers_formula(levels: list[int]) -> None:
-    quantizer = FiniteScalarQuantizer(levels)
+def test_published_formulas(levels: list[int], formula) -> None:
+    quantizer = FiniteScalarQuantizer(levels, formula)
     latents = torch.randn(5000, len(levels)) * 2
-    bounded, codes, tokens = papers_formula(latents.double().numpy(), levels)
+    bounded, codes, tokens = published_formula(formula, latents.double().numpy(), levels)
     clear = (np.abs(bounded - np.floor(bounded) - 0.5) > 1e-5).all(axis=-1)
     assert clear.mean() > 0.99
     quantized = quantizer(latents)
     assert (quantized.tokens.numpy() == tokens)[clear].all()
     np.testing.assert_allclose(quantized.codes.numpy()[clear], codes[clear], rtol=1e-6)
     assert quantizer.vocab_size == np.prod(levels)
+
+
+def test_formulas_differ() -> None:
+    latents = torch.randn(20000, 6)
+    paper, atanh = (
+        FiniteScalarQuantizer([8, 8, 8, 5, 5, 5], formula)(latents).tokens for formula in ("paper", "atanh")
+    )
+    assert 0.01 < (paper != atanh).double().mean() < 0.9
 
 
 @each_levels
@@ -62,9 +74,10 @@ def test_first_channel_is_least_significant() -> None:
     assert (steps[3] - steps[0]).tolist() == pytest.approx([0, 0, 1 / 2])
 
 
-@each_levels
-def test_extreme_latents_stay_on_the_levels(levels: list[int]) -> None:
-    quantizer = FiniteScalarQuantizer(levels)
+@each_formula
+@pytest.mark.parametrize("levels", [*LEVELS, [1000, 999]], ids=str)
+def test_extreme_latents_stay_on_the_levels(levels: list[int], formula) -> None:
+    quantizer = FiniteScalarQuantizer(levels, formula)
     quantized = quantizer(torch.tensor([[1e30] * len(levels), [-1e30] * len(levels)]))
     assert quantized.tokens.tolist() == [quantizer.vocab_size - 1, 0]
 
@@ -80,13 +93,70 @@ def test_any_grid_and_exact_lookup(grid: tuple[int, ...]) -> None:
     assert not quantized.losses
 
 
-def test_gradient_passes_the_rounding_as_the_identity() -> None:
-    quantizer = FiniteScalarQuantizer([8, 5, 2])
+@each_formula
+def test_gradient_passes_the_rounding_as_the_identity(formula) -> None:
+    quantizer = FiniteScalarQuantizer([8, 5, 2], formula)
     latents = torch.randn(50, 3, requires_grad=True)
     weights = torch.randn(50, 3)
     (through,) = torch.autograd.grad((quantizer(latents).codes * weights).sum(), latents)
     (bounded,) = torch.autograd.grad((quantizer.bound(latents) / (quantizer.levels // 2) * weights).sum(), latents)
-    assert torch.equal(through, bounded) and (through != 0).all()
+    torch.testing.assert_close(through, bounded, rtol=1e-5, atol=1e-7)
+    assert (through != 0).all()
+
+
+def test_training_follows_validation() -> None:
+    """What inference mode made first serves the backward pass."""
+    quantizer, latents = FiniteScalarQuantizer([8, 5]), torch.randn(4, 16, 2, requires_grad=True)
+    with torch.inference_mode():
+        expected = quantizer(latents).tokens
+    quantized = quantizer(latents)
+    quantized.codes.sum().backward()
+    assert torch.equal(quantized.tokens, expected) and latents.grad is not None
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("places", [1, 63, 64, 200])
+def test_layouts_give_the_same(places: int, strided: bool) -> None:
+    """Latents of a channels-first network, and any number of places."""
+    quantizer = FiniteScalarQuantizer([8, 5, 5])
+    latents = torch.randn(3, 3, places).movedim(1, 2) if strided else torch.randn(3, places, 3)
+    latents.requires_grad_()
+    quantized = quantizer(latents)
+    weights = torch.randn(3, places, 3)
+    (gradient,) = torch.autograd.grad((quantized.codes * weights).sum(), latents)
+    for image in range(3):
+        single = torch.stack([quantizer(latents[image, place]).codes for place in range(places)])
+        (alone,) = torch.autograd.grad((single * weights[image]).sum(), latents)
+        torch.testing.assert_close(alone[image], gradient[image], rtol=1e-5, atol=1e-7)
+        assert torch.equal(single, quantized.codes[image])
+
+
+@pytest.mark.parametrize("levels", [[64] * 4, [33] * 6, [8] * 17], ids=str)
+def test_large_vocabularies_are_exact(levels: list[int]) -> None:
+    quantizer = FiniteScalarQuantizer(levels)
+    quantized = quantizer(torch.randn(500, len(levels)))
+    digits = ((quantized.codes.double() + 1) * (torch.tensor(levels) // 2)).round().long()
+    expected = [sum(d * prod(levels[:place]) for place, d in enumerate(row)) for row in digits.tolist()]
+    assert quantized.tokens.tolist() == expected and max(expected) > 2**23
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+
+
+def test_parts_are_the_channels_levels() -> None:
+    quantizer = FiniteScalarQuantizer([8, 6, 5])
+    tokens = torch.tensor([[0, 7, 8], [48, 239, 100]])
+    parts = quantizer.parts(tokens)
+    assert [(name, part.size) for name, part in parts.items()] == [("channel_0", 8), ("channel_1", 6), ("channel_2", 5)]
+    assert [part.ids.tolist() for part in parts.values()] == [
+        [[0, 7, 0], [0, 7, 4]],
+        [[0, 0, 1], [0, 5, 0]],
+        [[0, 0, 0], [1, 4, 2]],
+    ]
+
+
+def test_a_module_in_bfloat16_gives_the_same_ids() -> None:
+    latents = torch.randn(3000, 6)
+    plain = FiniteScalarQuantizer([8, 8, 8, 5, 5, 5])
+    assert torch.equal(FiniteScalarQuantizer([8, 8, 8, 5, 5, 5]).bfloat16()(latents).tokens, plain(latents).tokens)
 
 
 def test_autocast_does_not_change_ids() -> None:
@@ -105,19 +175,37 @@ def test_levels_out_of_range(levels: list[int]) -> None:
         FiniteScalarQuantizer(levels)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"codebook_size": 1024}, r"codebook_size=1024 is not the product of the levels \[8, 5, 5, 5\], 1000"),
+        ({"formula": "tan"}, "formula must be 'paper' or 'atanh', got 'tan'"),
+        ({"levels": [1001, 2], "formula": "atanh"}, "formula='atanh' has at most 1000 levels, got 1001"),
+        ({"levels": [8] * 18}, r"must be under 2\^53"),
+    ],
+)
+def test_other_settings_out_of_range(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FiniteScalarQuantizer(**{"levels": [8, 5, 5, 5], **arguments})
+
+
+def test_stated_codebook_size() -> None:
+    assert FiniteScalarQuantizer([8, 5, 5, 5], codebook_size=1000).vocab_size == 1000
+
+
 @pytest.mark.parity
-@pytest.mark.parametrize("levels", [[8, 6, 5], [7, 5, 5, 5, 5]], ids=str)
+@pytest.mark.parametrize("levels", [[8, 6, 5], [7, 5, 5, 5, 5], [8, 8, 8, 5, 5, 5]], ids=str)
 def test_against_vector_quantize_pytorch(levels: list[int]) -> None:
-    """Codes and their order agree everywhere; ids where both bounds (margin inside here, outside there) round alike."""
     from vector_quantize_pytorch import FSQ
 
-    ours, theirs = FiniteScalarQuantizer(levels), FSQ(levels)
+    ours, theirs = FiniteScalarQuantizer(levels, "atanh"), FSQ(levels)
     ids = torch.arange(ours.vocab_size)
     torch.testing.assert_close(ours.lookup(ids), theirs.indices_to_codes(ids))
-    if any(level % 2 == 0 for level in levels):
-        return  # the shifts of even levels differ: tan here and in the paper, atanh there
-    latents = torch.randn(3000, 1, len(levels))
-    bounded = ours.bound(latents)
-    clear = ((bounded - bounded.floor() - 0.5).abs() > 0.01).all(dim=-1)
-    assert clear.double().mean() > 0.7
-    assert torch.equal(ours(latents).tokens[clear], theirs(latents)[1].long()[clear])
+    latents = torch.randn(3, 1000, len(levels), requires_grad=True)
+    quantized = ours(latents)
+    codes, tokens = theirs(latents)
+    assert torch.equal(quantized.tokens, tokens.long())
+    torch.testing.assert_close(quantized.codes, codes)
+    weights = torch.randn_like(codes)
+    gradients = (torch.autograd.grad((made * weights).sum(), latents)[0] for made in (quantized.codes, codes))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
