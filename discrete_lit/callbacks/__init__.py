@@ -1,10 +1,19 @@
 """Callbacks for the trainer: what is watched while training, and how a run survives its job's end."""
 
 from discrete_lit.callbacks.gradient_norm import GradientNorm
+from discrete_lit.callbacks.moving_average import ExponentialMovingAverage
 from discrete_lit.callbacks.preemption import Preemption
 from discrete_lit.callbacks.reconstruction_frechet import ReconstructionFrechet
 from discrete_lit.callbacks.reconstruction_grid import ReconstructionGrid
 from discrete_lit.callbacks.sample_grid import SampleGrid
 from discrete_lit.callbacks.throughput import Throughput
 
-__all__ = ["GradientNorm", "Preemption", "ReconstructionFrechet", "ReconstructionGrid", "SampleGrid", "Throughput"]
+__all__ = [
+    "ExponentialMovingAverage",
+    "GradientNorm",
+    "Preemption",
+    "ReconstructionFrechet",
+    "ReconstructionGrid",
+    "SampleGrid",
+    "Throughput",
+]

@@ -36,7 +36,11 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def token_shape(self, image_size: int) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
 
+    def coding_state(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("objective.")}
+
     def encode(self, images: Tensor) -> Tensor:
+        self.check_images(images)
         return self.quantizer.encode(self.network.encode(images).movedim(1, -1))
 
     def embed(self, tokens: Tensor) -> Tensor:

@@ -59,10 +59,23 @@ class Tokenizer(LightningModule, ABC):
                 "were these tokens made by another tokenizer, or does a mask id remain?"
             )
 
+    def check_images(self, images: Tensor) -> None:
+        """Raise a ValueError that names the images `(B, C, H, W)` in which a pixel is not a finite number."""
+        broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of {len(images)} images have pixels that are not finite numbers; their places in the "
+                f"batch: {', '.join(map(str, broken[:10]))}{', ...' if len(broken) > 10 else ''}"
+            )
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The weights and buffers, by name, that `encode` and `decode` depend on: all unless said otherwise."""
+        return self.state_dict()
+
     def fingerprint(self) -> str:
-        """SHA-256 of the class and of every weight and buffer, on any device: equal ones encode and decode alike."""
+        """SHA-256 of the class and of what `encode` and `decode` depend on, on any device: equal ones code alike."""
         digest = hashlib.sha256(type(self).__qualname__.encode())
-        for name, value in sorted(self.state_dict().items()):
+        for name, value in sorted(self.coding_state().items()):
             data = value.detach().cpu().contiguous()
             digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
             digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -1,0 +1,161 @@
+"""Averaged weights: their formula, where they are used, and a resume that goes on exactly."""
+
+from copy import deepcopy
+from functools import partial
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from discrete_lit import load
+from discrete_lit.callbacks import ExponentialMovingAverage
+from discrete_lit.checkpoints import instantiate
+from discrete_lit.tokenizers import VQVAE
+from discrete_lit.tokenizers.networks import ConvAutoencoder
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+def state(module):
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+class Follow(Callback):
+    """The weights and the loss of every step, and the weights in validation."""
+
+    def __init__(self):
+        self.raw, self.validated, self.losses = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.raw.append(state(pl_module))
+        self.losses.append(float(outputs["loss"]))
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.validated.append(state(pl_module))
+
+
+def config():
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+        "init_args": {"channels": 4, "multipliers": [1, 2], "blocks": 1, "attention": False, "norm_groups": 2},
+    }
+    optimizer = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.01}}
+    settings = {"network": network, "codebook_size": 16, "code_dim": 4, "optimizer": optimizer}
+    return {"class_path": "discrete_lit.tokenizers.VQVAE", "init_args": settings}
+
+
+def averaged(raw, decay, warmup):
+    """The definition; what is no floating-point number is the newest."""
+    average = deepcopy(raw[0])
+    for step, weights in enumerate(raw[1:], start=1):
+        rate = min(decay, (1 + step) / (10 + step)) if warmup else decay
+        for name, value in weights.items():
+            average[name] = average[name] * rate + value * (1 - rate) if value.is_floating_point() else value
+    return average
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_the_average_of_weights_and_codebooks(tokenizer, make_loader, make_trainer, warmup):
+    follow, decay = Follow(), 0.6
+    callbacks = [ExponentialMovingAverage(decay, warmup), follow]
+    trainer = make_trainer(max_steps=6, val_check_interval=3, limit_val_batches=1, callbacks=callbacks)
+    trainer.fit(tokenizer, make_loader(6), make_loader(1))
+    expected = averaged(follow.raw, decay, warmup)
+    torch.testing.assert_close(state(tokenizer), expected)
+    names = ("network.decoder", "quantizer")
+    for part in names:  # the codebook is a buffer, and averaged as well
+        moved = [name for name in expected if name.startswith(part) and expected[name].is_floating_point()]
+        assert any(not torch.equal(expected[name], follow.raw[-1][name]) for name in moved), part
+    # Validation saw the averages of its time, and training went on from the raw weights.
+    torch.testing.assert_close(follow.validated[0], averaged(follow.raw[:3], decay, warmup))
+    torch.testing.assert_close(follow.validated[1], expected)
+
+
+def test_training_is_not_touched(make_loader, make_trainer):
+    runs = []
+    for callbacks in ([], [ExponentialMovingAverage(0.5)]):
+        torch.manual_seed(0)
+        follow = Follow()
+        trainer = make_trainer(max_steps=4, val_check_interval=2, callbacks=[*callbacks, follow])
+        trainer.fit(instantiate(config()), make_loader(4), make_loader(1))
+        runs.append(follow.losses)
+    assert runs[0] == runs[1]
+
+
+def test_accumulated_batches_are_one_step(tokenizer, make_loader, make_trainer):
+    follow = Follow()
+    callbacks = [ExponentialMovingAverage(0.6, warmup=False), follow]
+    make_trainer(max_steps=3, accumulate_grad_batches=2, callbacks=callbacks).fit(tokenizer, make_loader(6))
+    # A codebook moves at every batch, weights at every other one: the average is taken behind each step.
+    torch.testing.assert_close(state(tokenizer), averaged(follow.raw[1::2], 0.6, warmup=False))
+
+
+def test_a_killed_run_goes_on_exactly_and_its_checkpoint_holds_the_average(make_loader, make_trainer, tmp_path):
+    def fit(steps, keeper, resume=None):
+        torch.manual_seed(0)
+        module, follow = instantiate(config()), Follow()
+        callbacks = [ExponentialMovingAverage(0.6), follow, keeper]
+        trainer = make_trainer(max_steps=steps, limit_val_batches=0, callbacks=callbacks, enable_checkpointing=True)
+        # Equal batches: a plain loader begins anew in the middle of an epoch.
+        trainer.fit(module, DataLoader(list(make_loader(1)) * 6, batch_size=None), ckpt_path=resume)
+        return follow, state(module)
+
+    def keep(folder):
+        return ModelCheckpoint(tmp_path / folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+
+    whole, end = fit(6, keep("whole"))
+    saved = tmp_path / "whole" / "step=3.ckpt"
+    torch.testing.assert_close(state(load(saved)), averaged(whole.raw[:3], 0.6, warmup=True))
+    again, end_again = fit(6, keep("again"), resume=saved)
+    assert again.losses == whole.losses[3:]
+    for raw, expected in zip(again.raw, whole.raw[3:], strict=True):
+        assert all(torch.equal(raw[name], value) for name, value in expected.items())
+    assert all(torch.equal(end_again[name], value) for name, value in end.items())
+
+
+def test_a_checkpoint_at_the_very_end_keeps_both(make_loader, make_trainer, tmp_path):
+    class AtTheEnd(Callback):
+        def on_train_end(self, trainer, pl_module):
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    torch.manual_seed(0)
+    module, follow = instantiate(config()), Follow()
+    callbacks = [ExponentialMovingAverage(0.6), follow, AtTheEnd()]
+    make_trainer(max_steps=3, limit_val_batches=0, callbacks=callbacks).fit(module, make_loader(3))
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    torch.testing.assert_close(dict(checkpoint["current_model_state"]), follow.raw[-1])
+    torch.testing.assert_close(dict(checkpoint["state_dict"]), averaged(follow.raw, 0.6, warmup=True))
+
+
+def test_an_error_in_validation_leaves_the_raw_weights(tokenizer, make_loader, make_trainer):
+    class Break(Callback):
+        def on_validation_batch_end(self, *arguments, **keywords):
+            raise RuntimeError("broken")
+
+    follow = Follow()
+    callbacks = [ExponentialMovingAverage(0.6), follow, Break()]
+    with pytest.raises(RuntimeError, match="broken"):
+        make_trainer(max_steps=2, callbacks=callbacks).fit(tokenizer, make_loader(2), make_loader(1))
+    torch.testing.assert_close(state(tokenizer), follow.raw[-1], rtol=0, atol=0)
+
+
+def test_frozen_networks_are_not_copied(make_loader, make_trainer):
+    from discrete_lit.tokenizers.losses import TimmFeatures
+
+    loss = TimmFeatures("resnet18", "random", layers=[0], image_size=None)
+    loss.prepare()
+    network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
+    module = VQVAE(network, 16, 4, perceptual_loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+    average = ExponentialMovingAverage(0.6)
+    make_trainer(max_steps=1, limit_val_batches=0, callbacks=[average]).fit(module, make_loader(1))
+    assert average._average_model.module.objective.perceptual.network is loss.network
+
+
+def test_wrong_decay():
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.0"):
+        ExponentialMovingAverage(1.0)
