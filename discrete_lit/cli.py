@@ -21,7 +21,11 @@ VERBS = {
     "tokenize": "encode the images of a data set as token arrays",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
+    "import": "read a published checkpoint",
+    "export": "write a tokenizer in a published layout",
 }
+# Where a command's name is no name of a Python module, or says too little as one.
+VERB_FUNCTIONS = {"import": "import_weights", "export": "export_weights"}
 COMMANDS = {**TRAINING_COMMANDS, **VERBS}
 TRACEBACK_VARIABLE = "DISCRETE_LIT_TRACEBACK"
 
@@ -89,12 +93,13 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def run_verb(name: str, arguments: list[str]) -> None:
-    """Call `discrete_lit.verbs.<name>.<name>` with the settings of the command line."""
+    """Call a command's function in `discrete_lit.verbs` with the settings of the command line."""
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser
 
-    function = getattr(importlib.import_module(f"discrete_lit.verbs.{name}"), name)
+    own_name = VERB_FUNCTIONS.get(name, name)
+    function = getattr(importlib.import_module(f"discrete_lit.verbs.{own_name}"), own_name)
     description = (function.__doc__ or "").partition("\n\n")[0]
     parser = ArgumentParser(
         prog=f"discrete-lit {name}", description=description, exit_on_error=False, allow_abbrev=False

@@ -23,6 +23,8 @@ OPTIONS = {
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "extractor", "classifier", "batch_size", "device"},
+    "import": {"config", "weights", "family", "output", "reference_config"},
+    "export": {"config", "ckpt_path", "family", "output"},
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.renaming import Renaming
 
+_MIDDLE = "encoder.mid"
 _BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
 
 
@@ -39,17 +40,7 @@ class ConvLayout:
     def levels(self, state: State) -> int:
         return state.count(self.encoder_level.replace("{level}", "{}"))
 
-    def _middle(self, state: State, half: str) -> list[str]:
-        if self.middle is not None:
-            template = f"{half}.{self.middle}"
-            return [template.format(place=place) for place in range(state.count(template.replace("{place}", "{}")))]
-        names = [f"{half}.mid.{part}" for part in ("block_1", "attn_1", "block_2")]
-        return [name for name in names if f"{name}.{'norm' if 'attn' in name else 'norm1'}.weight" in state]
-
-    def _middle_attention(self, state: State, half: str) -> bool:
-        return any(f"{name}.proj_out.weight" in state for name in self._middle(state, half))
-
-    def renaming(self, state: State, extra: Sequence[tuple[str, str]] = ()) -> Renaming:
+    def renaming(self, levels: int, extra: Sequence[tuple[str, str]] = ()) -> Renaming:
         """From the names of a tokenizer of ours to those of a checkpoint in this layout; `extra` rules go first."""
         attention = [
             ("query_key_value.{rest}", f"{self.query_key_value}.{{rest}}"),
@@ -66,24 +57,33 @@ class ConvLayout:
                 (f"{ours}.levels.{{level}}.blocks.{{block}}", f"{level}.{self.block}", _BLOCK),
                 (f"{ours}.levels.{{level}}.attention.{{block}}", f"{level}.{self.attention}", attention),
             ]
-            for place, name in enumerate(self._middle(state, half)):
-                tails = attention if f"{name}.proj_out.weight" in state else _BLOCK
-                containers.append((f"{ours}.middle.{place}", name, tails))
+            if self.middle is not None:
+                theirs = f"{half}.{self.middle}"
+                containers += [(f"{ours}.middle.{{place}}", theirs, tails) for tails in (attention, _BLOCK)]
+            else:
+                # The second of ours is attention, or a block where there is none.
+                named = [
+                    (0, "block_1", _BLOCK),
+                    (1, "attn_1", attention),
+                    (1, "block_2", _BLOCK),
+                    (2, "block_2", _BLOCK),
+                ]
+                containers += [(f"{ours}.middle.{place}", f"{half}.mid.{name}", tails) for place, name, tails in named]
             rules += [
                 (f"{own}.{own_tail}", f"{theirs}.{their_tail}")
                 for own, theirs, tails in containers
                 for own_tail, their_tail in tails
             ]
             rules.append((f"{ours}.levels.{{level}}.resample.conv.{{rest}}", f"{level}.{resample}.{{rest}}"))
-            rules += [(f"{ours}.{name}.{{rest}}", f"{half}.{name}.{{rest}}") for name in ("conv_in", "norm_out")]
-            rules.append((f"{ours}.conv_out.{{rest}}", f"{half}.conv_out.{{rest}}"))
+            names = ("conv_in", "norm_out", "conv_out")
+            rules += [(f"{ours}.{name}.{{rest}}", f"{half}.{name}.{{rest}}") for name in names]
         rules += [
             ("network.encoder.to_latents.{rest}", "quant_conv.{rest}"),
             ("network.decoder.from_codes.{rest}", "post_quant_conv.{rest}"),
             ("network.decoder.adaptive_norms.{level}.gain.{rest}", f"{self.adaptive_norm}.gamma.{{rest}}"),
             ("network.decoder.adaptive_norms.{level}.offset.{rest}", f"{self.adaptive_norm}.beta.{{rest}}"),
         ]
-        return Renaming(rules, self.levels(state))
+        return Renaming(rules, levels)
 
     def sizes(self, state: State) -> dict[str, Any]:
         """The arguments of `ConvAutoencoder` that shapes tell.
@@ -107,12 +107,13 @@ class ConvLayout:
         block = self.block.replace("{block}", "{}")
         sizes: dict[str, Any] = {
             "in_channels": conv_in.shape[1],
+            "out_channels": state["decoder.conv_out.weight"].shape[0],
             "channels": channels,
             "multipliers": [width // channels for width in widths],
             "decoder_multipliers": [width // channels for width in decoder_widths],
             "blocks": state.count(f"{encoder[0]}.{block}"),
             "decoder_blocks": state.count(f"{decoder[0]}.{block}"),
-            "middle_blocks": sum(f"{name}.conv1.weight" in state for name in self._middle(state, "encoder")),
+            "middle_blocks": sum(name.startswith(_MIDDLE) and name.endswith(".conv1.weight") for name in state),
             "attention": self._attention(state, "encoder", encoder),
             "decoder_attention": self._attention(state, "decoder", decoder),
             "bias": "encoder.conv_in.bias" in state,
@@ -127,6 +128,5 @@ class ConvLayout:
     def _attention(self, state: State, half: str, levels: Sequence[str]) -> bool | list[int]:
         name = self.attention.format(block=0)
         found = [place for place, level in enumerate(levels) if f"{level}.{name}.norm.weight" in state]
-        if not found and not self._middle_attention(state, half):
-            return False
-        return found
+        in_middle = any(name.startswith(f"{half}.mid") and name.endswith(".proj_out.weight") for name in state)
+        return found if found or in_middle else False

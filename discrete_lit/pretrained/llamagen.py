@@ -26,16 +26,13 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     network = LAYOUT.network(state)
     sizes = network["init_args"]
-    found = {"encoder_ch_mult": sizes["multipliers"], "decoder_ch_mult": sizes["decoder_multipliers"][:]}
-    agree(
-        reference,
-        {
-            "codebook_size": codebook_size,
-            "codebook_embed_dim": code_dim,
-            "z_channels": sizes["z_channels"],
-            **found,
-        },
-    )
+    found = {
+        "codebook_size": codebook_size,
+        "codebook_embed_dim": code_dim,
+        "encoder_ch_mult": sizes["multipliers"],
+        "decoder_ch_mult": sizes["decoder_multipliers"],
+    }
+    agree(reference, found)
     quantizer = {
         "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
         "init_args": {
@@ -45,6 +42,8 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
             "codebook_init": "uniform",
             "commitment_weight": reference.get("commit_loss_beta", 0.25),
             "normalize": reference.get("codebook_l2_norm", True),
+            "entropy_weight": reference.get("entropy_loss_ratio", 0.0),
+            "entropy_log_offset": 1e-5,
         },
     }
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(state, [CODES]), DROPPED)
+    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED)

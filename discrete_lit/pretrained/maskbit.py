@@ -37,7 +37,7 @@ def vqgan_plus(state: State, reference: Reference) -> Conversion:
         },
     }
     layout = _layout(state)
-    return Conversion(vqgan(_network(state, layout), quantizer), state, layout.renaming(state, [CODES]))
+    return Conversion(vqgan(_network(state, layout), quantizer), state, layout.renaming(layout.levels(state), [CODES]))
 
 
 @register("maskbit_tokenizer", marks=(_BLOCKS, "quantize.codebook"))
@@ -65,7 +65,7 @@ def maskbit_tokenizer(state: State, reference: Reference) -> Conversion:
     layout = _layout(state)
     config = vqgan(_network(state, layout), quantizer)
     dropped = ("quantize.codebook", "quantize.bits_to_indices")
-    return Conversion(config, state, layout.renaming(state), dropped, kept=("quantizer.shifts",))
+    return Conversion(config, state, layout.renaming(layout.levels(state)), dropped, kept=("quantizer.shifts",))
 
 
 def _layout(state: State) -> ConvLayout:

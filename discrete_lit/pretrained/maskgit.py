@@ -29,4 +29,4 @@ def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
         },
     }
     network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(state, [CODES]))
+    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]))

@@ -1,10 +1,8 @@
-"""Names of weights in a published layout, and ours: each used once, or dropped by a named rule."""
+"""Names of weights in a published layout, and ours."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,3 @@ def _match(template: str, name: str) -> dict[str, str] | None:
     pattern = re.escape(template).replace(r"\{rest\}", r"(?P<rest>.+)")
     found = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", pattern), name)
     return None if found is None else found.groupdict()
-
-
-def to_published(own: Mapping[str, Tensor], renaming: Renaming) -> dict[str, Tensor]:
-    """Our weights under their published names; those without a rule are left out."""
-    made = {}
-    for name, value in own.items():
-        names = renaming.published(name)
-        for key, part in zip(names, value.chunk(len(names)) if names else (), strict=True):
-            made[key] = part.clone()
-    return made

@@ -42,7 +42,7 @@ def magvit2_lfq(state: State, reference: Reference) -> Conversion:
     }
     config = taming.vqgan(network, quantizer)
     tensors = chosen_weights(state, reference)
-    return Conversion(config, tensors, MAGVIT2.renaming(state), DROPPED, kept=("quantizer.shifts",))
+    return Conversion(config, tensors, MAGVIT2.renaming(MAGVIT2.levels(state)), DROPPED, kept=("quantizer.shifts",))
 
 
 @register(
@@ -69,7 +69,7 @@ def ibq(state: State, reference: Reference) -> Conversion:
         },
     }
     config = taming.vqgan(taming.network(state, reference), quantizer)
-    renaming = taming.LAYOUT.renaming(state, [("quantizer.codes", "quantize.embedding.weight")])
+    renaming = taming.LAYOUT.renaming(taming.LAYOUT.levels(state), [("quantizer.codes", "quantize.embedding.weight")])
     return Conversion(config, chosen_weights(state, reference), renaming, DROPPED)
 
 

@@ -35,7 +35,9 @@ def taming_vqgan(state: State, reference: Reference) -> Conversion:
             "weighted_term": "codebook",
         },
     }
-    return Conversion(vqgan(network(state, reference), quantizer), state, LAYOUT.renaming(state, [CODES]), DROPPED)
+    return Conversion(
+        vqgan(network(state, reference), quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED
+    )
 
 
 @register(
@@ -62,7 +64,7 @@ def taming_gumbelvq(state: State, reference: Reference) -> Conversion:
         ("quantizer.to_logits.{rest}", "quantize.proj.{rest}"),
     ]
     config = vqgan(network(state, reference), quantizer)
-    return Conversion(config, state, LAYOUT.renaming(state, codes), DROPPED, kept=("quantizer.steps",))
+    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state), codes), DROPPED, kept=("quantizer.steps",))
 
 
 def network(state: State, reference: Reference) -> dict[str, Any]:

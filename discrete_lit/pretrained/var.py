@@ -39,4 +39,4 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
         },
     }
     rules = [CODES, ("quantizer.phi.{kernel}.{rest}", "quantize.quant_resi.qresi_ls.{kernel}.{rest}")]
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(state, rules), DROPPED)
+    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), rules), DROPPED)

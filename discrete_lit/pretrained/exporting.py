@@ -1,0 +1,138 @@
+"""Our tokenizers in published layouts, for code that reads those."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained import llamagen, taming
+from discrete_lit.pretrained.convolutional import ConvLayout
+from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
+from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers.quantizers import VectorQuantizer
+
+
+@dataclass(frozen=True)
+class ExportLayout:
+    """A published layout that is written, and what the code that reads it has built in."""
+
+    layout: ConvLayout
+    wrapper: str
+    """Name under which its files keep the weights."""
+    normalize: bool
+    """Codes on the unit sphere."""
+    attention_anywhere: bool
+    """Else at the lowest resolution and in the middle."""
+    same_widths: bool
+    """Of the encoder and the decoder."""
+    extra: Mapping[str, tuple[int, ...]]
+    """Tensors that its code wants and that say nothing: their shapes."""
+
+
+EXPORTS = {
+    "taming_vqgan": ExportLayout(taming.LAYOUT, "state_dict", False, True, True, {}),
+    "llamagen_vq": ExportLayout(llamagen.LAYOUT, "model", True, False, False, {"quantize.codebook_used": (65536,)}),
+}
+
+# What both have built in.
+_BUILT_IN = {
+    "middle_blocks": 2,
+    "norm_groups": 32,
+    "bias": True,
+    "shortcut": "input",
+    "encoder_out_kernel": 3,
+    "latent_kernel": 1,
+    "downsampling": "right",
+    "upsampling": "nearest",
+    "adaptive_norm": False,
+    "pixels": "signed",
+    "dims": 2,
+    "causal": False,
+}
+
+
+def export_state(tokenizer: Any, family: str) -> dict[str, Tensor]:
+    """The weights of a tokenizer under the names of a published layout.
+
+    What decides the ids and the images is kept to the bit; what only training uses, such as running means of the
+    codebook and a discriminator, is left out.
+
+    Args:
+        tokenizer: one with a `ConvAutoencoder` and a `VectorQuantizer` that was built from a configuration.
+        family: a name in `EXPORTS`.
+
+    Raises:
+        ValueError: an unknown family, or a tokenizer that the layout cannot express; it says which setting.
+    """
+    if family not in EXPORTS:
+        raise ValueError(f"family={family!r} is not written; the layouts are {', '.join(EXPORTS)}")
+    export = EXPORTS[family]
+    _check_parts(tokenizer, family)
+    settings = _network_settings(tokenizer)
+    wrong = _differences(settings, tokenizer.quantizer, export)
+    if wrong:
+        raise ValueError(f"the {family} layout cannot express this tokenizer: {'; '.join(wrong)}")
+    renaming = export.layout.renaming(len(settings["multipliers"]), [taming.CODES])
+    state: dict[str, Tensor] = {}
+    for name, value in tokenizer.state_dict().items():
+        names = renaming.published(name)
+        assert names or not name.startswith("network."), f"no rule for {name}"
+        if names:
+            parts = value.detach().cpu().chunk(len(names))
+            state |= {key: part.clone() for key, part in zip(names, parts, strict=True)}
+    return state | {name: torch.zeros(shape) for name, shape in export.extra.items()}
+
+
+def _check_parts(tokenizer: Any, family: str) -> None:
+    kind = type(tokenizer).__name__
+    if not isinstance(tokenizer, AutoencoderTokenizer):
+        raise ValueError(f"a {kind} cannot be written as {family}: that is a codebook inside a ConvAutoencoder")
+    if type(tokenizer.quantizer) is not VectorQuantizer:
+        quantizer = type(tokenizer.quantizer).__name__
+        raise ValueError(f"a {kind} with a {quantizer} cannot be written as {family}, which has a VectorQuantizer")
+    if not isinstance(tokenizer.network, ConvAutoencoder):
+        network = type(tokenizer.network).__name__
+        raise ValueError(f"a {kind} with a {network} cannot be written as {family}, which has a ConvAutoencoder")
+    if "init_args" not in tokenizer.hparams:
+        raise ValueError(f"this {kind} was not built from a configuration, so its network's settings are not known")
+
+
+def _network_settings(tokenizer: AutoencoderTokenizer) -> dict[str, Any]:
+    """Every argument of the network, with what stands for a default put in."""
+    defaults = inspect.signature(ConvAutoencoder).parameters
+    settings = {
+        name: parameter.default for name, parameter in defaults.items() if name not in ("code_dim", "latent_dim")
+    }
+    settings |= tokenizer.hparams["init_args"]["network"].get("init_args", {})
+    lowest = len(settings["multipliers"]) - 1
+    for ours, other in (("decoder_multipliers", "multipliers"), ("decoder_attention", "attention")):
+        settings[ours] = settings[other] if settings[ours] is None else settings[ours]
+    for name in ("attention", "decoder_attention"):
+        settings[name] = [lowest] if settings[name] is True else settings[name]
+    if settings["decoder_blocks"] is None:
+        settings["decoder_blocks"] = settings["blocks"] + 1
+    return {
+        name: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+        for name, value in settings.items()
+    }
+
+
+def _differences(settings: Mapping[str, Any], quantizer: VectorQuantizer, export: ExportLayout) -> list[str]:
+    expected = {**_BUILT_IN, "decoder_blocks": settings["blocks"] + 1}
+    if export.same_widths:
+        expected["decoder_multipliers"] = settings["multipliers"]
+    if export.attention_anywhere:
+        expected["decoder_attention"] = settings["attention"]
+    else:
+        expected["attention"] = expected["decoder_attention"] = [len(settings["multipliers"]) - 1]
+    wrong = [
+        f"network.{name} is {settings[name]}, the layout has {value}"
+        for name, value in expected.items()
+        if settings[name] != value
+    ]
+    if quantizer.codebook.normalize != export.normalize:
+        wrong.append(f"the quantizer's normalize is {quantizer.codebook.normalize}, the layout has {export.normalize}")
+    return wrong

@@ -1,0 +1,35 @@
+"""`discrete-lit export`: a checkpoint of ours to a published layout."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from discrete_lit.checkpoints import load
+from discrete_lit.pretrained.exporting import EXPORTS, export_state
+
+
+def export_weights(ckpt_path: str, family: str, output: str) -> None:
+    """Write a tokenizer's checkpoint in a published layout, for code that reads that layout.
+
+    `discrete-lit import` of the result is the same tokenizer, to the bit; what only training uses is left out.
+
+    Args:
+        ckpt_path: Checkpoint of a tokenizer with a ConvAutoencoder and a VectorQuantizer.
+        family: taming_vqgan or llamagen_vq.
+        output: File to write; safetensors by its suffix, else as `torch.save` does.
+
+    Raises:
+        ValueError: Not such a tokenizer, or a setting that the layout cannot express.
+    """
+    state = export_state(load(ckpt_path), family)
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    if file.suffix == ".safetensors":
+        save_file(state, partial)
+    else:
+        torch.save({EXPORTS[family].wrapper: state}, partial)
+    os.replace(partial, file)
+    print(f"{output}: {len(state)} tensors in the layout of {family}")

@@ -1,0 +1,34 @@
+"""`discrete-lit import`: a published checkpoint to one of ours."""
+
+from typing import Any
+
+from discrete_lit.checkpoints import save
+from discrete_lit.pretrained import load_pretrained
+from discrete_lit.tokenizers import Tokenizer
+
+
+def import_weights(
+    weights: str, family: str, output: str, reference_config: str | dict[str, Any] | None = None
+) -> None:
+    """Read a published checkpoint and write it as a checkpoint of discrete-lit.
+
+    The file that is written loads by `discrete_lit.load` and by `ckpt_path` of every command. No code in the published
+    file is executed.
+
+    Args:
+        weights: The published file, as `torch.save` wrote it or safetensors.
+        family: Its layout, such as taming_vqgan; a wrong name prints all of them.
+        output: File to write.
+        reference_config: What the weights do not say, in the reference's own argument names, or the published YAML or
+            JSON file that says it.
+
+    Raises:
+        ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit.
+    """
+    module = load_pretrained(weights, family, reference_config)
+    save(module, output)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    what = f"{type(module).__name__}, {count:,} parameters"
+    if isinstance(module, Tokenizer):
+        what += f", {module.vocab_size:,} ids, fingerprint {module.fingerprint()}"
+    print(f"{output}: {what}")

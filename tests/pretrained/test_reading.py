@@ -1,0 +1,133 @@
+"""Published files: what is read, what is refused, and that nothing in them is executed."""
+
+import pickle
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from discrete_lit.pretrained.reading import read_state
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def same(found: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == STATE.keys() and all(torch.equal(found[name], value) for name, value in STATE.items())
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files(zipped: bool, tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pt", _use_new_zipfile_serialization=zipped)
+    assert same(read_state(tmp_path / "w.pt"))
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "w.safetensors")
+    assert same(read_state(tmp_path / "w.safetensors"))
+
+
+def test_wrappers_in_the_order_of_preference(tmp_path: Path) -> None:
+    torch.save({"model": {"b": torch.zeros(1)}, "ema": STATE, "steps": 3}, tmp_path / "w.pt")
+    assert same(read_state(tmp_path / "w.pt", ("ema", "model")))
+    assert set(read_state(tmp_path / "w.pt", ("model", "ema"))) == {"b"}
+    with pytest.raises(ValueError, match=r"directly nor under state_dict: it holds model, ema, steps"):
+        read_state(tmp_path / "w.pt", ("state_dict",))
+
+
+@pytest.fixture
+def trainers_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What Lightning checkpoints of 2020 to 2022 hold beside the weights, of modules that are gone when it is read."""
+    made: dict[str, Any] = {}
+    for module_name, class_name, base in (
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint", object),
+        ("pytorch_lightning.utilities.parsing", "AttributeDict", dict),
+        ("omegaconf.dictconfig", "DictConfig", object),
+    ):
+        parts = module_name.split(".")
+        for count in range(1, len(parts) + 1):
+            name = ".".join(parts[:count])
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        kind = type(class_name, (base,), {"__module__": module_name})
+        setattr(sys.modules[module_name], class_name, kind)
+        made[class_name] = kind
+    config = made["DictConfig"]()
+    config.content = {"lr": 1.0}
+    return {
+        "callbacks": {made["ModelCheckpoint"]: {"best_model_score": torch.ones(1), "best_model_path": "x.ckpt"}},
+        "hyper_parameters": made["AttributeDict"](config=config, folder=Path("runs")),
+    }
+
+
+def test_what_trainers_left_is_not_read(
+    trainers_objects: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numpy = pytest.importorskip("numpy")
+    extra = {"best": numpy.float64(0.5), "epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}]}
+    torch.save({"state_dict": STATE, **trainers_objects, **extra}, tmp_path / "last.ckpt")
+    for name in [name for name in sys.modules if name.startswith(("pytorch_lightning", "omegaconf"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [])  # nothing could be imported
+    assert same(read_state(tmp_path / "last.ckpt", ("state_dict",)))
+    assert not [name for name in sys.modules if name.startswith(("pytorch_lightning", "omegaconf"))]
+
+
+class Trap:
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __reduce__(self) -> Any:
+        return self.function, ("executed",)
+
+
+def write_pickle(value: Any, file: Path) -> None:
+    file.write_bytes(pickle.dumps(value, protocol=2))
+
+
+@pytest.mark.parametrize("write", [torch.save, write_pickle])
+@pytest.mark.parametrize("function", [Path.touch, open, print, torch.load])
+def test_pickled_code_is_refused_and_does_not_run(
+    function: Any, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("executed").write_text("")
+    write({"state_dict": STATE, "trap": Trap(function)}, tmp_path / "trap.ckpt")
+    Path("executed").unlink()
+    message = "holds pickled code" if write is torch.save else "cannot be read: it is truncated, or holds more than"
+    with pytest.raises(ValueError, match=message):
+        read_state("trap.ckpt", ("state_dict",))
+    assert not Path("executed").exists() and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_a_truncated_file(name: str, share: float, tmp_path: Path) -> None:
+    state = {"a": torch.zeros(3000)}
+    torch.save(state, tmp_path / "w.pt")
+    save_file(state, tmp_path / "w.safetensors")
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(ValueError, match=rf"{name}' is truncated"):
+        read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>"])
+def test_a_file_of_something_else(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt' cannot be read"):
+        read_state(tmp_path / "w.pt")
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(ValueError, match=r"no weights at 'nowhere\.pt'"):
+        read_state("nowhere.pt")
+
+
+@pytest.mark.parametrize(("content", "message"), [([1, 2], "holds a list"), ({}, "it is empty")])
+def test_a_file_without_tensors(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=message):
+        read_state(tmp_path / "w.pt")
