@@ -1,5 +1,6 @@
 """Callbacks for the trainer: what is watched while training, and how a run survives its job's end."""
 
+from discrete_lit.callbacks.alarm import TrainingAlarm, TrainingStopped
 from discrete_lit.callbacks.gradient_norm import GradientNorm
 from discrete_lit.callbacks.moving_average import ExponentialMovingAverage
 from discrete_lit.callbacks.preemption import Preemption
@@ -16,4 +17,6 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",
+    "TrainingAlarm",
+    "TrainingStopped",
 ]

@@ -67,6 +67,7 @@ class ImageAutoencoder(LightningModule):
         self.objective = Objective(reconstruction_loss, perceptual_loss, adversarial_loss)
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.training_tokens: Tensor | None = None  # of the newest batch, for callbacks
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
@@ -94,6 +95,7 @@ class ImageAutoencoder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss, terms, made = self.loss(batch["image"])
+        self.training_tokens = made.tokens
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
         return loss
 
