@@ -4,7 +4,7 @@ from discrete_lit.pretrained.convolutional import ConvLayout
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, register
-from discrete_lit.pretrained.taming import CODES, MARKS, vqgan
+from discrete_lit.pretrained.taming import CODES, MARKS
 
 LAYOUT = ConvLayout(query_key_value="qkv")
 # At 256 pixels. The file knows their number alone: at 512 pixels it is used with 1, 2, 3, 4, 6, 9, 13, 18, 24, 32.
@@ -26,11 +26,12 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
             f"{state.source!r} has {len(state['quantize.ema_vocab_hit_SV'])} scales: give their sides as v_patch_nums "
             "in reference_config"
         )
-    quantizer = {
-        "class_path": "discrete_lit.tokenizers.quantizers.MultiScaleResidualQuantizer",
+    config = {
+        "class_path": "discrete_lit.tokenizers.MultiScaleVQ",
         "init_args": {
+            "network": network,
             "codebook_size": codebook_size,
-            "dim": code_dim,
+            "code_dim": code_dim,
             "scales": list(_SCALES if scales is None else scales),
             "phi_kernels": state.count("quantize.quant_resi.qresi_ls.{}"),
             "phi_ratio": reference.get("quant_resi", 0.5),
@@ -39,4 +40,4 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
         },
     }
     rules = [CODES, ("quantizer.phi.{kernel}.{rest}", "quantize.quant_resi.qresi_ls.{kernel}.{rest}")]
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), rules), DROPPED)
+    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state), rules), DROPPED)

@@ -31,7 +31,6 @@ NOT_YET = {
     "var_transformer",
 }
 NO_PLACE = {
-    ("llamagen_vq", "train_entropy_loss"): "an optional term of nearest-code search, 0 in every published model",
     ("maskgit_vqgan", "soft_code"): "a softmax over codes that no training of ours distils",
 }
 

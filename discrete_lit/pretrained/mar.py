@@ -1,0 +1,39 @@
+"""LTH14/mar: KL-16, the continuous autoencoder of latent diffusion."""
+
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.reference import Reference, agree
+from discrete_lit.pretrained.registry import Conversion, register
+from discrete_lit.pretrained.taming import DROPPED, LAYOUT, MARKS
+
+# In MAR's training code, not in its file.
+_SCALE_FACTOR = 0.2325
+# LDM's, of a sum over the 3 x 256 x 256 numbers of an image.
+_KL_WEIGHT = 1e-6 / (3 * 256 * 256)
+
+
+@register(
+    "mar_kl_vae",
+    marks=(*MARKS, "!quantize.embedding.weight", "!quantize.embed.weight"),
+    wrappers=("model", "state_dict"),
+)
+def mar_kl_vae(state: State, reference: Reference) -> Conversion:
+    """`kl16.ckpt`; LDM's other KL autoencoders with their `scale_factor` in the reference configuration."""
+    moments, dim = state["quant_conv.weight"].shape[0], state["post_quant_conv.weight"].shape[1]
+    if moments != 2 * dim:
+        raise ValueError(f"{state.source!r} has {moments} moments for {dim} latent channels, not twice as many")
+    network = LAYOUT.network(state)
+    sizes = network["init_args"]
+    agree(reference, {"embed_dim": dim, "ch_mult": sizes["multipliers"]})
+    if sizes["z_channels"] == dim:
+        # The width before the moments is then twice the one behind the latents.
+        del sizes["z_channels"]
+    config = {
+        "class_path": "discrete_lit.tokenizers.KLVAE",
+        "init_args": {
+            "network": network,
+            "latent_channels": dim,
+            "kl_weight": _KL_WEIGHT,
+            "scale_factor": reference.get("scale_factor", _SCALE_FACTOR),
+        },
+    }
+    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state)), DROPPED)
