@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import randomise
 from torch import nn
 
 torch.set_num_threads(1)
@@ -17,16 +18,6 @@ torch.set_num_threads(1)
 def fixed_seed() -> None:
     """Every test starts from the same global generator state."""
     torch.manual_seed(0)
-
-
-def randomise(module: nn.Module, spread: float) -> nn.Module:
-    """Normal parameters of deviation `spread` (gains around 1), so that nothing stays at a zero initialisation."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.normal_(std=spread)
-            if "norm" in name and name.endswith("weight"):
-                parameter.add_(1)
-    return module
 
 
 @pytest.fixture

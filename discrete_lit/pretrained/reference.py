@@ -10,7 +10,7 @@ import yaml
 Reference = Mapping[str, Any]
 
 # Where published files keep the arguments of the model: taming and LDM, Lightning's CLI, 1d-tokenizer and MaskBit.
-_AROUND = ("model", "params", "init_args", "vq_model")
+_AROUND = ("config", "model", "params", "init_args", "vq_model")
 
 
 def read_reference(config: Reference | str | Path | None) -> dict[str, Any]:

@@ -20,11 +20,9 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def _check_images(images: Tensor) -> None:
+def _check_shape(images: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape (B, 3, H, W), got {tuple(images.shape)}")
-    if not images.isfinite().all():
-        raise ValueError("images hold values that are not finite: a pixel without a value has no id")
 
 
 def _check_size(image_size: int) -> None:
@@ -65,9 +63,10 @@ class PixelLevels(Tokenizer):
         """`(B, 3, H, W)` in [-1, 1] to `(B, H, W, 3)`, or `(B, H, W)` of grey.
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            ValueError: another shape, or pixels that are not finite numbers.
         """
-        _check_images(images)
+        _check_shape(images)
+        self.check_images(images)
         values = images.float().movedim(1, -1)  # (B, H, W, 3)
         if self.grey:
             values = (values * self.luma).sum(dim=-1)
@@ -119,9 +118,10 @@ class ColourPalette(Tokenizer):
         """`(B, 3, H, W)` in [-1, 1] to `(B, H, W)`.
 
         Raises:
-            ValueError: another shape, or values that are not finite.
+            ValueError: another shape, or pixels that are not finite numbers.
         """
-        _check_images(images)
+        _check_shape(images)
+        self.check_images(images)
         pixels = images.float().movedim(1, -1)  # (B, H, W, 3)
         return nearest_codes(pixels.reshape(-1, 3), self.palette).reshape(pixels.shape[:-1])
 
@@ -151,14 +151,14 @@ def colour_clusters(images: Tensor, colours: int, seed: int = 0) -> Tensor:
     """The palette `(K, 3)` in [-1, 1] that k-means finds in images; `numpy.save` writes it for `ColourPalette`.
 
     Args:
-        images: `(B, 3, H, W)` in [-1, 1]; a few hundred are enough.
+        images: `(B, 3, H, W)` in [-1, 1]; a few hundred are enough. Pixels that are not finite numbers are left out.
         colours: K; no more than there are pixels.
         seed: of the first centres.
 
     Raises:
-        ValueError: images of another shape or with values that are not finite, or fewer pixels than colours.
+        ValueError: images of another shape, or fewer pixels than colours.
     """
-    _check_images(images)
+    _check_shape(images)
     pixels, everyone = gather_finite(images.float().movedim(1, -1).reshape(-1, 3))
     if not 1 <= colours <= len(everyone):
         raise ValueError(f"colours must lie in [1, {len(everyone)}], the number of pixels, got {colours}")

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from random_weights import randomise
 from tiny_runs import QUIET, run, write_settings
 from torch.nn import functional as F
 
 import discrete_lit
-from discrete_lit.checkpoints import instantiate
+from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.tokenizers import TiTok, from_checkpoint
 from discrete_lit.tokenizers.networks import TiTokAutoencoder, TransformerSize
 from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer
@@ -76,12 +76,10 @@ def fit(model: dict[str, Any], folder: Path, *arguments: Any, max_steps: int = 2
 @pytest.fixture(scope="module")
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained convolutional tokenizer: 8 x 8 pixels to 2 x 2 of 9 ids."""
-    from lightning import Trainer
-
-    trainer = Trainer(**QUIET, logger=False)
-    trainer.strategy.connect(randomise(instantiate(copy.deepcopy(PROXY)), 0.5))
+    module = instantiate(copy.deepcopy(PROXY))
+    randomise(module, 0.5)
     path = tmp_path_factory.mktemp("proxy") / "proxy.ckpt"
-    trainer.save_checkpoint(path, weights_only=True)
+    save(module, path)
     return path
 
 

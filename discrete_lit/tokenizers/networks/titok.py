@@ -29,7 +29,7 @@ class JointSequence(nn.Module):
         super().__init__()
         self.patches = patches
         scale = size.width**-0.5
-        self.class_token = nn.Parameter(scale * torch.randn(1, 1, size.width))
+        self.class_token = nn.Parameter(scale * torch.randn(1, size.width))
         self.patch_positions = nn.Parameter(scale * torch.randn(1 + patches, size.width))  # with the class token's
         self.latent_positions = nn.Parameter(scale * torch.randn(latent_tokens, size.width))
         self.first_norm = layer_norm(size.width)
@@ -38,7 +38,7 @@ class JointSequence(nn.Module):
 
     def forward(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Patches `(B, P, D)` and latent tokens `(B, N, D)`, and what becomes of them, in the same shapes."""
-        start = self.class_token.expand(len(patches), -1, -1).to(patches.dtype)
+        start = self.class_token.expand(len(patches), 1, -1).to(patches.dtype)
         patches = torch.cat((start, patches), dim=1) + self.patch_positions
         sequence = self.first_norm(torch.cat((patches, latents + self.latent_positions), dim=1))
         _, patches, latents = self.final_norm(self.blocks(sequence)).split((1, self.patches, latents.shape[1]), dim=1)
