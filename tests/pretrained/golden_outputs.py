@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from golden_titok import titok, titok_vae
 from torch import Tensor
 
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
@@ -94,7 +95,10 @@ def taming_gumbelvq(load: Load, inputs: Mapping[str, Tensor], published: Mapping
 def llamagen_vq(load: Load, inputs: Mapping[str, Tensor], published: Mapping[str, Any]) -> Tensors:
     made, quantized = common(load(), inputs)
     losses = quantized.losses
-    return made | {"train_vq_loss": losses["codebook"], "train_commit_loss": losses["commitment"]}
+    # The published weight of the entropy term is 0, which leaves it out.
+    entropy = sum((value for name, value in losses.items() if "entropy" in name), start=torch.zeros(()))
+    vector_losses = {"train_vq_loss": losses["codebook"], "train_commit_loss": losses["commitment"]}
+    return made | vector_losses | {"train_entropy_loss": entropy}
 
 
 def var_vqvae(load: Load, inputs: Mapping[str, Tensor], published: Mapping[str, Any]) -> Tensors:
@@ -172,6 +176,21 @@ def maskbit_tokenizer(load: Load, inputs: Mapping[str, Tensor], published: Mappi
     }
 
 
+def mar_kl_vae(load: Load, inputs: Mapping[str, Tensor], published: Mapping[str, Any]) -> Tensors:
+    module = load()
+    posterior = module.posterior(inputs["x"])
+    mean = channels_first(posterior.mean)
+    torch.testing.assert_close(module.encode(inputs["x"]), mean * 0.2325)
+    return {
+        "mean": mean,
+        "logvar": channels_first(posterior.logvar),
+        "std": channels_first((posterior.logvar / 2).exp()),
+        "kl": posterior.kl(),
+        "rec_from_mean": decode(module, mean),
+        "decoded_z": decode(module, inputs["z"]),
+    }
+
+
 OUTPUTS: dict[str, Outputs] = {
     "taming_vqgan": taming_vqgan,
     "taming_gumbelvq": taming_gumbelvq,
@@ -182,4 +201,7 @@ OUTPUTS: dict[str, Outputs] = {
     "maskgit_vqgan": maskgit_vqgan,
     "vqgan_plus": vqgan_plus,
     "maskbit_tokenizer": maskbit_tokenizer,
+    "mar_kl_vae": mar_kl_vae,
+    "titok": titok,
+    "titok_vae": titok_vae,
 }
