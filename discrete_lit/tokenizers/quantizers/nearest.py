@@ -1,14 +1,27 @@
-"""Exact search for a row's best code in a memory that does not grow with rows times codes."""
+"""Exact search for a row's best code, in a memory that does not grow with rows times codes.
+
+Taking the maximum of products costs several times the products themselves, where an index is carried along. Here tiles
+of products are formed that stay in the cache, and of each block of codes the maximum alone is taken, then the maximum
+of each block of blocks, and so on. The best block is found from the top downwards, and the products with its codes are
+formed once more.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# Similarities are formed for this many (row, code) pairs at once: 64 MB of float32.
-_PAIRS_AT_ONCE = 2**24
+# Products formed at once, codes by rows: 1 MB of float32, which a core's cache holds; on other devices 64 MB.
+_CPU_TILE = (1024, 256)
+_DEVICE_TILE = (16384, 1024)
+# Codes in a block, blocks in a block of blocks.
+_WIDTH = 32
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code nearest in Euclidean distance to each row.
+    """Index of the code nearest in Euclidean distance to each row; the first one of equal codes.
 
     Args:
         rows: `(n, D)` float32. A row that is not finite gets some id in [0, K).
@@ -23,13 +36,63 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Index of the largest `z.e + offset` of each row z over codes e; arguments as for `nearest_codes`.
+    """Index of the largest `z.e + offset` of each row z over codes e, in float32 whatever the matmul precision.
 
     Args:
-        rows: `(n, D)`.
+        rows: `(n, D)`; as for `nearest_codes`.
         codes: `(K, D)`.
         offsets: `(K,)`; zeros if None.
+
+    Returns:
+        `(n,)` int64.
     """
-    offsets = codes.new_zeros(len(codes)) if offsets is None else offsets
-    chunks = rows.split(max(1, _PAIRS_AT_ONCE // len(codes)))
-    return torch.cat([torch.addmm(offsets, chunk, codes.T).argmax(dim=1) for chunk in chunks])
+    count = len(codes)
+    if offsets is not None:
+        # One more column of the product is cheaper than a sum behind it.
+        rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
+    # The last block is filled up by the last code, which comes behind its first occurrence.
+    codes = torch.cat((codes, codes[-1:].expand(-count % _WIDTH, -1)))
+    tile_codes, tile_rows = _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE
+    tile_rows = min(tile_rows, len(rows)) or 1
+    # Memory that every tile uses again: fresh memory costs as much as a product.
+    products = rows.new_empty(min(tile_codes, len(codes)) * tile_rows)
+    maxima = rows.new_empty(len(codes) // _WIDTH * tile_rows)
+    with _full_precision():
+        ids = [_search(tile, codes, tile_codes, products, maxima) for tile in rows.split(tile_rows)]
+    return torch.cat(ids).clamp_(max=count - 1)
+
+
+def _search(rows: Tensor, codes: Tensor, tile_codes: int, products: Tensor, maxima: Tensor) -> Tensor:
+    """The ids `(r,)` of rows `(r, D)` among codes `(K, D)`, with memory for a tile of products and block maxima."""
+    columns, blocks = len(rows), len(codes) // _WIDTH
+    maxima = maxima[: blocks * columns].view(blocks, columns)
+    for part, best in zip(codes.split(tile_codes), maxima.split(tile_codes // _WIDTH), strict=True):
+        tile = products[: len(part) * columns].view(len(part), columns)
+        torch.mm(part, rows.T, out=tile)
+        torch.amax(tile.view(len(best), _WIDTH, columns), dim=1, out=best)
+    block = _largest(maxima)
+    inside = torch.bmm(codes.unflatten(0, (-1, _WIDTH))[block], rows[:, :, None])[:, :, 0].argmax(dim=1)
+    return block * _WIDTH + inside
+
+
+def _largest(values: Tensor) -> Tensor:
+    """`values.argmax(dim=0)` of `(m, r)`, by way of the maxima of blocks."""
+    if len(values) <= 4 * _WIDTH:
+        return values.argmax(dim=0)
+    if short := -len(values) % _WIDTH:
+        values = torch.cat((values, values[-1:].expand(short, -1)))
+    values = values.unflatten(0, (-1, _WIDTH))
+    block = _largest(values.amax(dim=1))
+    inside = values[block, :, torch.arange(len(block), device=block.device)].argmax(dim=1)
+    return block * _WIDTH + inside
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products of float32 in float32, where TF32 or bfloat16 was allowed in their place."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
