@@ -18,6 +18,7 @@ from lightning import LightningModule
 
 from discrete_lit.config_errors import build
 from discrete_lit.generators.generator import Generator
+from discrete_lit.tokenizers.klvae import KLVAE
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _MOST_SHOWN = 3
@@ -118,22 +119,22 @@ def save(module: LightningModule, path: str | Path) -> None:
     os.replace(partial, path)
 
 
-def load(path: str | Path) -> Tokenizer | Generator:
-    """The Tokenizer or Generator of a checkpoint, on the CPU, in eval mode.
+def load(path: str | Path) -> Tokenizer | Generator | KLVAE:
+    """The Tokenizer, Generator or KLVAE of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a file written by `discrete-lit fit`.
 
     Raises:
-        ValueError: no such file, truncated, or neither a Tokenizer nor a Generator; missing or unexpected keys.
+        ValueError: no such file, truncated, or of another kind of module; missing or unexpected keys.
     """
     checkpoint = read_checkpoint(path)
     config = module_config(checkpoint, path)
     for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
         importlib.import_module(package)
     module = instantiate(config)
-    if not isinstance(module, Tokenizer | Generator):
-        raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer or a Generator")
+    if not isinstance(module, Tokenizer | Generator | KLVAE):
+        raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer, a Generator or a KLVAE")
     load_weights(module, checkpoint, path)
     return module.eval()
 

@@ -100,7 +100,7 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
 
 
 def test_a_generator_is_no_tokenizer(generator_file: Path) -> None:
-    with pytest.raises(ValueError, match="holds a Masked, which is a generator"):
+    with pytest.raises(ValueError, match="holds a Masked, which is not a Tokenizer"):
         from_checkpoint(str(generator_file))
 
 
@@ -143,7 +143,7 @@ def test_a_module_of_another_kind(tokenizer_file: Path, tmp_path: Path) -> None:
             "init_args": {"num_classes": 2},
         }
 
-    with pytest.raises(ValueError, match="not a Tokenizer or a Generator"):
+    with pytest.raises(ValueError, match="not a Tokenizer, a Generator or a KLVAE"):
         load(rewritten(tokenizer_file, tmp_path, change))
 
 

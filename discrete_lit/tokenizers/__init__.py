@@ -1,10 +1,30 @@
-"""Tokenizers: an autoencoder around a quantizer, as LightningModules."""
+"""Tokenizers, and the autoencoder of continuous latents, as LightningModules."""
 
+from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.fsq import FSQ
 from discrete_lit.tokenizers.identity import ColourPalette, PixelLevels
+from discrete_lit.tokenizers.klvae import KLVAE
+from discrete_lit.tokenizers.lfq import LFQ
+from discrete_lit.tokenizers.multi_scale_vq import MultiScaleVQ
+from discrete_lit.tokenizers.rqvae import RQVAE
 from discrete_lit.tokenizers.titok import TiTok
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze, from_checkpoint
 from discrete_lit.tokenizers.vqgan import VQGAN
 from discrete_lit.tokenizers.vqvae import VQVAE
 
-__all__ = ["FSQ", "VQGAN", "VQVAE", "ColourPalette", "PixelLevels", "TiTok", "Tokenizer", "freeze", "from_checkpoint"]
+__all__ = [
+    "DVAE",
+    "FSQ",
+    "KLVAE",
+    "LFQ",
+    "RQVAE",
+    "VQGAN",
+    "VQVAE",
+    "ColourPalette",
+    "MultiScaleVQ",
+    "PixelLevels",
+    "TiTok",
+    "Tokenizer",
+    "freeze",
+    "from_checkpoint",
+]

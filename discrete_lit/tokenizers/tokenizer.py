@@ -97,8 +97,8 @@ def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:
     tokenizer = load(checkpoint)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
-            f"tokenizer.checkpoint={checkpoint!r} holds a {type(tokenizer).__name__}, which is a generator; "
-            "give the checkpoint of a Tokenizer"
+            f"tokenizer.checkpoint={checkpoint!r} holds a {type(tokenizer).__name__}, which is not a "
+            "Tokenizer; give the checkpoint of one"
         )
     found = tokenizer.fingerprint()
     if sha256 is not None and found != sha256:

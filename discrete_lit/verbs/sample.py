@@ -64,7 +64,7 @@ def sample(
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator):
-        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, a tokenizer; give a generator's")
+        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))

@@ -47,7 +47,7 @@ def tokenize(
     """
     tokenizer = load(ckpt_path)
     if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(tokenizer).__name__}, a generator; give a tokenizer's")
+        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(tokenizer).__name__}, not a Tokenizer")
     if split not in ("train", "validation"):
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):

@@ -111,4 +111,4 @@ def test_a_tokenizers_checkpoint_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         draw(tokenizer_checkpoint, tmp_path, "--num_samples", 1)
-    assert "holds a FSQ, a tokenizer; give a generator's" in capfd.readouterr().err
+    assert "holds a FSQ, not a Generator" in capfd.readouterr().err

@@ -117,4 +117,4 @@ def test_a_generators_checkpoint_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         tokenize(generator_checkpoints["Masked"], images, tmp_path / "tokens")
-    assert "holds a Masked, a generator; give a tokenizer's" in capfd.readouterr().err
+    assert "holds a Masked, not a Tokenizer" in capfd.readouterr().err

@@ -47,7 +47,8 @@ class MultiScaleResidualQuantizer(Quantizer):
         codebook_update: `"gradient"` as VAR; `"ema"` moves codes once a batch by the latents of all scales.
         commitment_weight: beta.
         decay: of `"ema"` and of the usage.
-        codebook_init: where the codes begin, see `Codebook`.
+        codebook_init: where the codes begin, see `Codebook`. Codes taken from an untrained encoder's latents are so
+            near to one another that all scales but the last may stay with one of them.
         revive_below: replace codes whose usage, over all scales, falls below this; None keeps them.
 
     Raises:
@@ -64,7 +65,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         codebook_update: CodebookUpdate = "gradient",
         commitment_weight: float = 0.25,
         decay: float = 0.99,
-        codebook_init: CodebookInit = "data",
+        codebook_init: CodebookInit = "normal",
         revive_below: float | None = None,
     ) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         self.codebook = Codebook(codebook_size, dim, codebook_update, decay, codebook_init, revive_below=revive_below)
         self.commitment_weight = commitment_weight
         self.phi_ratio = phi_ratio
-        self.phi = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in range(phi_kernels if phi_ratio else 0))
+        self.phi = nn.ModuleList(_identity_convolution(dim) for _ in range(phi_kernels if phi_ratio else 0))
         # Places of the convolutions, as the released code spreads them; the first wins where two are as near.
         margin = 1 / 3 / phi_kernels if phi_kernels == 4 else 1 / 2 / phi_kernels
         places = np.linspace(margin, 1 - margin, phi_kernels)
@@ -200,3 +201,11 @@ class MultiScaleResidualQuantizer(Quantizer):
             return spread
         convolved = self.phi[self.phi_of_scale[number]](spread)
         return (1 - self.phi_ratio) * spread + self.phi_ratio * convolved
+
+
+def _identity_convolution(dim: int) -> nn.Conv2d:
+    """A 3 x 3 convolution that begins as the identity: a random one would distort every code it is to bring nearer."""
+    convolution = nn.Conv2d(dim, dim, 3, padding=1)
+    nn.init.dirac_(convolution.weight)
+    nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]
+    return convolution

@@ -135,6 +135,14 @@ def test_running_means_take_the_latents_of_all_scales_once() -> None:
     assert not torch.equal(quantizer.codebook.codes, codes)
 
 
+def test_convolutions_begin_as_the_identity() -> None:
+    """Untrained, the last scale's codes are those of plain residual quantisation."""
+    quantizer, without = make(), make(phi_ratio=0.0)
+    without.codebook.load_state_dict(quantizer.codebook.state_dict())
+    latents = torch.randn(2, 4, 4, 3)
+    torch.testing.assert_close(quantizer(latents).codes, without(latents).codes)
+
+
 def test_training_lowers_its_losses() -> None:
     quantizer = MultiScaleResidualQuantizer(32, 3, [1, 2, 4]).train()
     latents = torch.randn(8, 4, 4, 3)
