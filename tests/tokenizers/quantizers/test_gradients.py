@@ -25,7 +25,8 @@ def test_rotation_by_its_matrix(dim: int) -> None:
     assert torch.equal(made, codes)
     weights = torch.randn(50, dim)
     (gradient,) = torch.autograd.grad((made * weights).sum(), latents)
-    for latent, code, weight, found in zip(latents.detach().double(), codes.double(), weights.double(), gradient):
+    for row in zip(latents.detach().double(), codes.double(), weights.double(), gradient, strict=True):
+        latent, code, weight, found = row
         e, q = latent / latent.norm(), code / code.norm()
         # Rodrigues' formula in the plane of e and q, without a reflection.
         cosine = float(e @ q)
