@@ -139,6 +139,26 @@ def test_a_generators_checkpoint_is_refused(
     assert "a Masked cannot be written as taming_vqgan" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("form", ["published file", "mapping", "settings file"])
+def test_a_reference_configuration_reaches_the_family(
+    form: str, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = export(write(), "taming_vqgan", tmp_path / "theirs.ckpt")
+    reference, settings = tmp_path / "model.yaml", tmp_path / "settings.yaml"
+    reference.write_text("model: {target: taming.models.vqgan.VQModel, params: {n_embed: 1024}}")
+    settings.write_text("reference_config: {n_embed: 1024}")
+    more = {
+        "published file": ["--reference_config", reference],
+        "mapping": ["--reference_config.n_embed", 1024],
+        "settings file": ["--config", settings],
+    }[form]
+    arguments = ["--weights", theirs, "--family", "taming_vqgan", "--output", tmp_path / "back.ckpt"]
+    with pytest.raises(SystemExit):
+        run("import", *arguments, *more)
+    assert "reference_config has n_embed=1024, but the tensors have 16" in capsys.readouterr().err
+    assert not (tmp_path / "back.ckpt").exists()
+
+
 def test_import_of_something_else_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pt")
     with pytest.raises(SystemExit):
