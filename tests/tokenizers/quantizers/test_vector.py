@@ -130,6 +130,11 @@ def test_autocast_does_not_change_ids() -> None:
         ({"codebook_size": 4, "dim": 0}, "must be positive, got 4 and 0"),
         ({"codebook_size": 4, "dim": 2, "decay": 1.0}, r"decay must lie in \[0, 1\)"),
         ({"codebook_size": 4, "dim": 2, "commitment_weight": -1.0}, "commitment_weight must be >= 0"),
+        ({"codebook_size": 4, "dim": 2, "weighted_term": "both"}, "must be 'commitment' or 'codebook', got 'both'"),
+        ({"codebook_size": 4, "dim": 2, "weighted_term": "codebook"}, "'ema' has no codebook term"),
+        ({"codebook_size": 4, "dim": 2, "gradient": "none"}, "gradient must be one of"),
+        ({"codebook_size": 4, "dim": 2, "entropy_temperature": 0.0}, "entropy_temperature must be above 0, got 0.0"),
+        ({"codebook_size": 4, "dim": 2, "entropy_weight": -1.0}, "must be >= 0, got -1.0 and 0.0"),
     ],
 )
 def test_settings_out_of_range(arguments, message: str) -> None:
@@ -222,3 +227,82 @@ def test_uniform_start() -> None:
     quantizer(torch.randn(40, 3))
     assert torch.equal(quantizer.codebook.codes, before) and before.abs().max() <= 1 / 16
     assert "codebook.started" not in quantizer.state_dict()
+
+
+def test_the_legacy_placement_of_beta() -> None:
+    """Same value, other gradients: beta on the codebook term."""
+    latents = torch.randn(20, 3, requires_grad=True)
+    gradients = {}
+    for term in ("commitment", "codebook"):
+        torch.manual_seed(3)
+        quantizer = spread_out(VectorQuantizer(8, 3, "gradient", commitment_weight=0.2, weighted_term=term))  # type: ignore[arg-type]
+        total = torch.stack(list(quantizer(latents).losses.values())).sum()
+        gradients[term] = torch.autograd.grad(total, (latents, quantizer.codebook.codes))
+    torch.testing.assert_close(gradients["codebook"][0] * 0.2, gradients["commitment"][0])
+    torch.testing.assert_close(gradients["codebook"][1], gradients["commitment"][1] * 0.2)
+
+
+def test_losses_on_the_sphere_are_those_of_normalised_vectors() -> None:
+    quantizer = spread_out(VectorQuantizer(8, 3, "gradient", normalize=True))
+    latents = torch.randn(20, 3) * 5
+    quantized = quantizer(latents)
+    points, codes = F.normalize(latents, dim=1), F.normalize(quantizer.codebook.codes.detach(), dim=1)
+    assert torch.equal(quantized.tokens, (points @ codes.T).argmax(dim=1))
+    torch.testing.assert_close(quantized.codes.detach(), codes[quantized.tokens])
+    distance = (points - codes[quantized.tokens]).square().mean()
+    torch.testing.assert_close(quantized.losses, {"commitment": 0.25 * distance, "codebook": distance})
+
+
+def test_rotation_reaches_the_latents() -> None:
+    latents = torch.randn(20, 3, requires_grad=True)
+    quantizer = spread_out(VectorQuantizer(8, 3, gradient="rotation")).eval()
+    quantized = quantizer(latents)
+    assert torch.equal(quantized.codes, quantizer.lookup(quantized.tokens))
+    weights = torch.randn(20, 3)
+    (gradient,) = torch.autograd.grad((quantized.codes * weights).sum(), latents)
+    cosines = torch.cosine_similarity(gradient, latents.detach()), torch.cosine_similarity(weights, quantized.codes)
+    torch.testing.assert_close(*cosines, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_entropy_terms_by_hand(update) -> None:
+    """Softmax of negative squared distances, both entropies, and gradients though the codes move in the forward."""
+    arguments = {"entropy_weight": 0.3, "entropy_temperature": 0.5, "entropy_log_offset": 1e-3}
+    quantizer = spread_out(VectorQuantizer(8, 3, update, revive_below=1.0, **arguments))
+    codes = quantizer.codebook.codes.detach().clone().requires_grad_()
+    latents = torch.randn(20, 3, requires_grad=True)
+    p = (torch.cdist(latents, codes).square() / -0.5).softmax(dim=1)
+    sample = -0.3 * (p * p.log()).sum(dim=1).mean()
+    batch = 0.3 * (p.mean(dim=0) * (p.mean(dim=0) + 1e-3).log()).sum()
+    losses = quantizer(latents).losses
+    torch.testing.assert_close(losses["sample_entropy"], sample)
+    torch.testing.assert_close(losses["batch_entropy"], batch)
+    mine, expected = losses["sample_entropy"] + losses["batch_entropy"], sample + batch
+    leaves = (latents, quantizer.codebook.codes) if update == "gradient" else (latents,)
+    wanted = torch.autograd.grad(expected, (latents, codes))
+    for one, other in zip(torch.autograd.grad(mine, leaves), wanted, strict=False):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_revival_in_training_leaves_the_backward_pass_alone(update) -> None:
+    quantizer = VectorQuantizer(64, 3, update, codebook_init="uniform", revive_below=1.0, gradient="rotation").train()
+    before = quantizer.codebook.codes.detach().clone()
+    latents = torch.randn(50, 3, requires_grad=True)
+    for _ in range(2):
+        quantized = quantizer(latents)
+        torch.stack([quantized.codes.sum(), *quantized.losses.values()]).sum().backward()
+    assert latents.grad is not None and latents.grad.isfinite().all()
+    assert (quantizer.codebook.codes.detach() - before).abs().amax() > 0.5
+
+
+def test_autocast_keeps_training_statistics_in_float32() -> None:
+    plain, cast = (spread_out(VectorQuantizer(32, 4, normalize=True)) for _ in range(2))
+    cast.load_state_dict(plain.state_dict())
+    latents = torch.randn(100, 4)
+    expected = plain(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = cast(latents)
+    torch.testing.assert_close(quantized.losses, expected.losses, rtol=0, atol=0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(cast.state_dict()[name], value), name

@@ -1,0 +1,81 @@
+"""IBQ: the largest dot product, and a gradient for every code."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.quantizers import IndexBackpropagationQuantizer
+
+
+def trained(**settings: float) -> IndexBackpropagationQuantizer:
+    quantizer = IndexBackpropagationQuantizer(40, 4, **settings)  # type: ignore[arg-type]
+    torch.nn.init.normal_(quantizer.codes)
+    return quantizer
+
+
+def test_values_and_gradients_are_the_formulas() -> None:
+    """Everything written out densely, as in the paper's code."""
+    quantizer = trained(codebook_weight=0.3, entropy_weight=0.2, entropy_temperature=0.7, entropy_log_offset=1e-3)
+    latents = torch.randn(3, 5, 2, 4, requires_grad=True)
+    codes = quantizer.codes
+    rows = latents.reshape(-1, 4)
+    soft = (rows @ codes.T).softmax(dim=1)
+    hard = F.one_hot(soft.argmax(dim=1), 40).float()
+    carried, bare = (hard - soft.detach() + soft) @ codes, hard @ codes
+    sharp = (rows @ codes.T / 0.7).softmax(dim=1)
+    mean = sharp.mean(dim=0)
+    expected = {
+        "quantization": (carried - rows).square().mean(),
+        "commitment": (bare.detach() - rows).square().mean(),
+        "codebook": 0.3 * (bare - rows.detach()).square().mean(),
+        "sample_entropy": -0.2 * (sharp * sharp.log()).sum(dim=1).mean(),
+        "batch_entropy": 0.2 * (mean * (mean + 1e-3).log()).sum(),
+    }
+    quantized = quantizer(latents)
+    torch.testing.assert_close(quantized.losses, expected)
+    torch.testing.assert_close(quantized.codes.reshape(-1, 4), carried)
+    assert torch.equal(quantized.tokens.flatten(), soft.argmax(dim=1))
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    weights = torch.randn_like(carried)
+    for name, (mine, theirs) in {
+        "codes": ((quantized.codes.reshape(-1, 4) * weights).sum(), (carried * weights).sum()),
+        **{name: (quantized.losses[name], expected[name]) for name in expected},
+    }.items():
+        found = torch.autograd.grad(mine, (latents, codes), retain_graph=True, allow_unused=True)
+        wanted = torch.autograd.grad(theirs, (latents, codes), retain_graph=True, allow_unused=True)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    (gradient,) = torch.autograd.grad(quantized.codes.sum(), codes)
+    assert (gradient.abs().amax(dim=1) > 0).all()  # of codes without latents too
+
+
+def test_the_largest_dot_product_is_not_the_nearest() -> None:
+    quantizer = IndexBackpropagationQuantizer(2, 2)
+    quantizer.codes.data.copy_(torch.tensor([[1.0, 0.0], [9.0, 0.0]]))
+    assert quantizer.encode(torch.tensor([[1.0, 0.0]])).tolist() == [1]
+
+
+def test_no_entropy_terms_without_weight() -> None:
+    assert set(trained(entropy_weight=0.0)(torch.randn(5, 4)).losses) == {"quantization", "commitment", "codebook"}
+
+
+def test_autocast_does_not_change_ids() -> None:
+    quantizer = trained()
+    latents = torch.randn(500, 4)
+    expected = quantizer(latents)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = quantizer(latents)
+    assert torch.equal(quantized.tokens, expected.tokens) and torch.equal(quantizer.encode(latents), expected.tokens)
+    torch.testing.assert_close(quantized.losses, expected.losses)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dim": 0}, "must be positive, got 8 and 0"),
+        ({"entropy_temperature": 0.0}, "entropy_temperature must be above 0, got 0.0"),
+        ({"codebook_weight": -1.0}, "must be >= 0, got codebook_weight=-1.0"),
+    ],
+)
+def test_settings_out_of_range(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IndexBackpropagationQuantizer(**{"codebook_size": 8, "dim": 4, **arguments})
