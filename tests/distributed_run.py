@@ -18,7 +18,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from discrete_lit import data as data_modules
-from discrete_lit.callbacks import GradientNorm, Preemption, SampleGrid, Throughput
+from discrete_lit.callbacks import (
+    ExponentialMovingAverage,
+    GradientNorm,
+    Preemption,
+    SampleGrid,
+    Throughput,
+    TrainingAlarm,
+)
 from discrete_lit.checkpoints import instantiate
 
 IMAGE_SIZE, CLASSES = 16, 4
@@ -41,6 +48,24 @@ def tokenizer_config() -> dict[str, Any]:
 def vqvae_config() -> dict[str, Any]:
     settings = {"network": NETWORK, "codebook_size": 8, "code_dim": 4, "optimizer": OPTIMIZER}
     return {"class_path": "discrete_lit.tokenizers.VQVAE", "init_args": settings}
+
+
+def vqgan_config(**adversarial: Any) -> dict[str, Any]:
+    """Two steps of the discriminator alone, then an adaptive weight; LeCam and R1."""
+    losses = "discrete_lit.tokenizers.losses"
+    discriminator = {"width": 4, "layers": 1, **adversarial.pop("discriminator", {})}
+    settings = {
+        "discriminator": {"class_path": f"{losses}.discriminators.PatchGAN", "init_args": discriminator},
+        **{"start_step": 2, "lead_steps": 1, "lecam_weight": 0.1, "lecam_decay": 0.5, "r1_weight": 0.1, "r1_every": 2},
+        **adversarial,
+    }
+    quantizer = {
+        "class_path": "discrete_lit.tokenizers.quantizers.FiniteScalarQuantizer",
+        "init_args": {"levels": [4, 3]},
+    }
+    arguments = {"network": NETWORK, "quantizer": quantizer, "optimizer": OPTIMIZER}
+    arguments["adversarial_loss"] = {"class_path": f"{losses}.AdversarialLoss", "init_args": settings}
+    return {"class_path": "discrete_lit.tokenizers.VQGAN", "init_args": arguments}
 
 
 def generator_config(family: str, tokenizer_checkpoint: str) -> dict[str, Any]:
@@ -82,6 +107,17 @@ class Record(Callback):
             self.validation[trainer.global_step] = float(trainer.callback_metrics["validation/loss"])
 
 
+class Spoil(Callback):
+    """Puts a pixel that is not a number into a batch of one rank."""
+
+    def __init__(self, batch: int, rank: int) -> None:
+        self.batch, self.rank = batch, rank
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch and trainer.global_rank == self.rank:
+            batch["image"][0, 0, 0, 0] = float("nan")
+
+
 class Signal(Callback):
     """Sends a signal to one rank's own process, or to each, in the training step of a batch."""
 
@@ -101,6 +137,8 @@ def run(
     strategy: str = "auto",
     resume: bool = False,
     send: dict[str, Any] | None = None,
+    spoil: dict[str, Any] | None = None,
+    average: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Train for two epochs, or resume.
@@ -113,12 +151,17 @@ def run(
         strategy: `"auto"`, `"ddp"` or `"fsdp"`.
         resume: go on from the folder's last checkpoint.
         send: arguments of `Signal`.
+        spoil: arguments of `Spoil`; such batches are skipped.
+        average: keep averaged weights.
         settings: further arguments of the Trainer.
     """
     seed_everything(0, verbose=False)
     record = Record()
     keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
-    callbacks = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
+    callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
+    callbacks += [Signal(**send)] if send else []
+    callbacks += [Spoil(**spoil), TrainingAlarm(on_nonfinite="skip")] if spoil else []
+    callbacks += [ExponentialMovingAverage(0.5)] if average else []
     trainer = Trainer(
         **{"max_epochs": 2, "log_every_n_steps": 1, **settings},
         accelerator="cpu",
@@ -126,7 +169,7 @@ def run(
         strategy=ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False) if strategy == "fsdp" else strategy,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="", version="log"),
-        callbacks=[*callbacks, *([Signal(**send)] if send else [])],
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

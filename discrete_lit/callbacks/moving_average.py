@@ -33,6 +33,12 @@ class ExponentialMovingAverage(WeightAveraging):
         self.warmup = warmup
         self._average_is_in_use = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        # Before every callback that may save and end the run behind a batch: the average belongs to that batch. A new
+        # list, for the old one is being gone through.
+        trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._average_model is not None
         # It was copied before the module moved to its device.
