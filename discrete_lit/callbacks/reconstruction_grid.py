@@ -1,4 +1,4 @@
-"""What a tokenizer makes of the same images as it trains."""
+"""What an autoencoder makes of the same images as it trains."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from discrete_lit.callbacks.image_grid import ImageGrid
-from discrete_lit.tokenizers import Tokenizer
+from discrete_lit.tokenizers import KLVAE, Tokenizer
 
 
 class ReconstructionGrid(ImageGrid):
@@ -28,10 +28,10 @@ class ReconstructionGrid(ImageGrid):
         super().__init__(count, columns, save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Tokenizer)
+        return isinstance(module, Tokenizer | KLVAE)
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(module, Tokenizer)
+        assert isinstance(module, Tokenizer | KLVAE)
         originals = batch["image"][: self.count]
         reconstructions = module.decode(module.encode(originals))
         rows = zip(originals.split(self.columns), reconstructions.split(self.columns), strict=True)

@@ -189,6 +189,7 @@ class Report:
                 "an image can carry, bits/pixel: the same over its pixels; L entropy: bits by the measured entropy of "
                 "the ids over all images and positions (plug-in estimate); perplexity: exp of that entropy in nats"
             )
+        facts += [f"{row.name}, of each part of its ids: {_parts(row)}" for row in self.rows if _parts(row)]
         pictures = [f"{row.name}: {row.picture}" for row in self.rows if row.picture]
         lines = [*facts, *(f"note: {note}" for note in self.notes())]
         text = self.table() + "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
@@ -202,6 +203,14 @@ class Report:
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (folder / "report.json").write_text(text, encoding="utf-8")
         (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+
+
+def _parts(row: Row) -> str:
+    """Usage and perplexity of each codebook, scale or bit, in words."""
+    parts = {} if row.reconstruction is None else row.reconstruction.parts
+    return "; ".join(
+        f"{name} {ids.usage:.1%} of {ids.size:,}, perplexity {ids.perplexity:,.1f}" for name, ids in parts.items()
+    )
 
 
 def _number(value: float | None, form: str) -> str:

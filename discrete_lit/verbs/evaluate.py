@@ -182,14 +182,24 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
 def _meters(
     checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
 ) -> dict[str, ReconstructionMeter]:
+    from discrete_lit import checkpoints as files
+    from discrete_lit.generators import Generator
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
-    from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
     lpips = None
     if lpips_weights is not None and checkpoints:
         lpips = LPIPS(lpips_weights).to(device)
         lpips.prepare()
-    return {name: ReconstructionMeter(from_checkpoint(path).to(device), lpips) for name, path in checkpoints.items()}
+    meters = {}
+    for name, path in checkpoints.items():
+        autoencoder = files.load(path)
+        if isinstance(autoencoder, Generator):
+            raise ValueError(
+                f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
+                "checkpoint of a tokenizer or of a continuous autoencoder"
+            )
+        meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
+    return meters
 
 
 def _judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:

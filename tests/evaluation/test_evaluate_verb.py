@@ -11,6 +11,7 @@ from torch import Tensor
 
 from discrete_lit.evaluation import FeatureExtractor, Moments
 from discrete_lit.evaluation.image_sets import open_image_set
+from discrete_lit.tokenizers.quantizers.quantizer import Part
 from discrete_lit.verbs import evaluate as verb
 from discrete_lit.verbs.evaluate import evaluate
 
@@ -183,11 +184,12 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
     """A tokenizer that keeps every pixel of grey images gives them back: the row equals the floor."""
     grey = np.repeat(pixels(12, 1)[..., :1], 3, axis=3)
     save_folder(tmp_path / "grey", grey, np.arange(12) % 3)
-    import discrete_lit.tokenizers.tokenizer as tokenizers
+    import discrete_lit.checkpoints as files
 
     exact = make_grid_tokenizer(256, (64,))
     monkeypatch.setattr(exact, "decode", lambda tokens: (tokens / 127.5 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1))
-    monkeypatch.setattr(tokenizers, "from_checkpoint", lambda path: exact)
+    monkeypatch.setattr(exact, "parts", lambda tokens: {"bit_7": Part(tokens // 128, 2)})
+    monkeypatch.setattr(files, "load", lambda path: exact)
     reconstructions = {"exact": "t.ckpt", "again": "t.ckpt"}
     sets |= {"held_out": str(tmp_path / "grey"), "reconstructions": reconstructions}
     with pytest.raises(ValueError, match=r"missing\.pth"):
@@ -201,6 +203,7 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
     assert figures["ids"]["size"] == 256 and figures["capacity_bits"] == 64 * 8 and figures["bits_per_pixel"] == 8
     assert figures["ids"]["usage"] == pytest.approx(len(np.unique(grey)) / 256)
     table = (Path(sets["output"]) / "report.md").read_text()
+    assert "exact, of each part of its ids: bit_7 100.0% of 2, perplexity" in table
     assert "| L log2 K |" in table and "|      512 |" in table and "plug-in estimate" in table
 
 
@@ -221,3 +224,12 @@ def test_all_held_out_images_by_default(sets, tmp_path):
     save_folder(tmp_path / "uneven", pixels(11, 1), np.array([0] * 7 + [1, 2, 2, 2]))
     report = evaluate(**{**sets, "held_out": str(tmp_path / "uneven"), "num_images": None})
     assert report["num_images"] == 11 and {row["count"] for row in report["rows"]} == {11}
+
+
+def test_a_generator_reconstructs_nothing(sets, monkeypatch, make_generator, tmp_path):
+    import discrete_lit.checkpoints as files
+
+    save_folder(tmp_path / "real", pixels(12, 1), np.arange(12) % 3)
+    monkeypatch.setattr(files, "load", lambda path: make_generator("masked"))
+    with pytest.raises(ValueError, match=r"reconstructions\.mine='m\.ckpt' holds a Masked, which is a generator"):
+        evaluate(**{**sets, "held_out": str(tmp_path / "real"), "reconstructions": {"mine": "m.ckpt"}})
