@@ -44,7 +44,9 @@ def configs_of(command: list[str]) -> list[str]:
 
 
 MODELS = [config for config in CONFIGS if "model" in read(config)]
-VERBS = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
+WITHOUT_MODEL = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
+LAYERS = [config for config in WITHOUT_MODEL if header_command(config)[0] == "fit"]
+VERBS = [config for config in WITHOUT_MODEL if config not in LAYERS]
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +257,7 @@ def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, An
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("config", MODELS + LAYERS)
 def test_the_command_of_the_comment_parses_at_full_size(
     config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,8 +265,8 @@ def test_the_command_of_the_comment_parses_at_full_size(
     command = header_command(config)
     assert config in configs_of(command)
     settings = printed(command, capsys)
-    own = read(config)["model"]
-    assert settings["model"]["class_path"] == own["class_path"]
+    for part, own in read(config).items():
+        assert not isinstance(own, dict) or "class_path" not in own or own["class_path"] == settings[part]["class_path"]
     assert settings["run_dir"], "the recipe's command names a run folder"
 
 
