@@ -231,5 +231,5 @@ def test_a_generator_reconstructs_nothing(sets, monkeypatch, make_generator, tmp
 
     save_folder(tmp_path / "real", pixels(12, 1), np.arange(12) % 3)
     monkeypatch.setattr(files, "load", lambda path: make_generator("masked"))
-    with pytest.raises(ValueError, match=r"reconstructions\.mine='m\.ckpt' holds a Masked, which is a generator"):
-        evaluate(**{**sets, "held_out": str(tmp_path / "real"), "reconstructions": {"mine": "m.ckpt"}})
+    with pytest.raises(ValueError, match=r"reconstructions\.theirs='m\.ckpt' holds a Masked, which is a generator"):
+        evaluate(**{**sets, "held_out": str(tmp_path / "real"), "reconstructions": {"theirs": "m.ckpt"}})
