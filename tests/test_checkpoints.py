@@ -7,7 +7,7 @@ import torch
 from tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 import discrete_lit
-from discrete_lit.checkpoints import instantiate, load, read_checkpoint
+from discrete_lit.checkpoints import instantiate, load, read_checkpoint, save
 from discrete_lit.generators import Masked
 from discrete_lit.tokenizers import FSQ, from_checkpoint
 
@@ -167,3 +167,15 @@ def test_the_configuration_is_plain_data_with_every_default(tokenizer_file: Path
     assert config["init_args"]["levels"] == [4, 3]
     assert config["init_args"]["reconstruction_loss"] == "l2"
     assert config["init_args"]["optimizer"]["init_args"]["betas"] == [0.9, 0.999]
+
+
+def test_saving_without_a_trainer(make_tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer = instantiate(TOKENIZER["model"])
+    file = tmp_path / "new folder" / "tokenizer.ckpt"
+    save(tokenizer, file)
+    again = load(file)
+    assert again.hparams == tokenizer.hparams and list(file.parent.iterdir()) == [file]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in tokenizer.state_dict().items())
+    with pytest.raises(ValueError, match="does not say how to build its module"):
+        save(make_tokenizer(), tmp_path / "direct.ckpt")
+    assert not list(tmp_path.glob("direct*"))
