@@ -221,6 +221,17 @@ def test_the_first_frame_of_a_causal_network_is_an_image() -> None:
     torch.testing.assert_close(network.decode(latents[:, :, :1]), network.decode(latents)[:, :, :1])
 
 
+@pytest.mark.parametrize("downsampling", ["right", "symmetric", "average"])
+@torch.no_grad()
+def test_a_still_clip_has_still_latents(downsampling: str) -> None:
+    """A clip starts as if it had stood still before: nothing tells its first frames from its last."""
+    network = tiny(dims=3, causal=True, downsampling=downsampling)
+    latents = network.encode(torch.rand(1, 3, 1, 8, 8).expand(-1, -1, 7, -1, -1))
+    torch.testing.assert_close(latents, latents[:, :, :1].expand_as(latents))
+    images = network.decode(latents)
+    torch.testing.assert_close(images, images[:, :, :1].expand_as(images))
+
+
 def test_clips_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"4 frames .* its length must be 1 \+ a multiple of the down-sampling 2"):
         tiny(dims=3, causal=True).encode(torch.rand(1, 3, 4, 8, 8))
