@@ -29,7 +29,7 @@ _TRANSFORMER = [
     ("blocks.blocks.{block}.mlp.expand.{rest}", "transformer.{block}.mlp.c_fc.{rest}"),
     ("blocks.blocks.{block}.mlp.contract.{rest}", "transformer.{block}.mlp.c_proj.{rest}"),
 ]
-_RULES = [
+RULES = [
     CODES,
     ("network.encoder.latent_tokens", "latent_tokens"),
     ("network.encoder.patch_embedding.{rest}", "encoder.patch_embed.{rest}"),
@@ -98,7 +98,7 @@ def titok_vae(state: State, reference: Reference) -> Conversion:
 
 
 def _renaming(state: State) -> Renaming:
-    return Renaming(_RULES, levels=state.count("pixel_decoder.up.{}"))
+    return Renaming(RULES, levels=state.count("pixel_decoder.up.{}"))
 
 
 def _network(state: State, reference: Reference) -> dict[str, Any]:
