@@ -1,0 +1,170 @@
+"""What a VQGAN's training step costs over the bare sum of its network passes.
+
+    python benchmarks/vqgan_step.py
+    python benchmarks/vqgan_step.py --image_size 128 --batch_size 4
+
+The step is that of our Trainer: quantizer, losses, adaptive weight, one backward pass, Adam, callbacks and logging. The
+bare sum is what no implementation can leave out, pass by pass on tensors of the same shapes: encoder and decoder
+forward and backward; the perceptual network forward on images, forward and backward on outputs; the discriminator
+forward on both kinds of images, backward to the outputs for the generator, and backward to its weights for both. A
+reference implementation passes the reconstructions forward through the discriminator once more. VGG's and all other
+weights are random: the time does not depend on them.
+
+Both arms alternate in blocks of `--steps` inside one run and meet the same state of the machine; the bare passes run
+inside the Trainer's loop, between two blocks of its steps. The processor time of this process stands beside the wall
+clock: other programs on the machine disturb it less.
+"""
+
+import argparse
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from discrete_lit.callbacks import GradientNorm, Throughput, TrainingAlarm
+from discrete_lit.tokenizers import VQGAN
+from discrete_lit.tokenizers.losses import LPIPS, AdversarialLoss
+from discrete_lit.tokenizers.losses.discriminators import PatchGAN
+from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers.quantizers import VectorQuantizer
+
+WARMUP = 3
+
+
+def build(options: argparse.Namespace) -> VQGAN:
+    seed_everything(0, verbose=False)
+    network = partial(ConvAutoencoder, channels=options.channels, multipliers=(1, 1, 2, 4), blocks=2)
+    return VQGAN(
+        network,
+        VectorQuantizer(1024, 256, "gradient"),
+        reconstruction_loss="l1",
+        perceptual_loss=LPIPS("random"),
+        adversarial_loss=AdversarialLoss(PatchGAN(), adaptive=not options.fixed_weight),
+        optimizer=partial(torch.optim.Adam, lr=1e-4, betas=(0.5, 0.9)),
+    )
+
+
+class BarePasses:
+    """The passes through the networks of a module, one after the other."""
+
+    def __init__(self, module: VQGAN, images: Tensor) -> None:
+        self.module = module
+        self.images = images
+        assert module.objective.perceptual is not None and module.objective.adversarial is not None
+        self.perceptual = module.objective.perceptual
+        self.discriminator = module.objective.adversarial.discriminator
+
+    def run(self, steps: int) -> None:
+        network, judge, weights = self.module.network, self.discriminator, list(self.module.network.parameters())
+        for _ in range(steps):
+            latents = network.encode(self.images)
+            codes = latents.detach().requires_grad_()
+            outputs = network.decode(codes)
+            seen = outputs.detach().requires_grad_()
+            (at_outputs,) = torch.autograd.grad(self.perceptual(seen, self.images), seen)
+            fake, real = judge(seen), judge(self.images)
+            torch.autograd.grad(fake.mean(), seen, retain_graph=True)
+            torch.autograd.grad(fake.mean() - real.mean(), list(judge.parameters()))
+            at_codes, *_ = torch.autograd.grad(outputs, [codes, *weights], at_outputs, allow_unused=True)
+            torch.autograd.grad(latents, weights, at_codes, allow_unused=True)
+
+
+class Alternate(Callback):
+    """Times blocks of the Trainer's steps, and runs and times the bare passes between two of them."""
+
+    def __init__(self, images: Tensor, steps: int) -> None:
+        self.images, self.steps = images, steps
+        self.bare: BarePasses | None = None
+        self.started = (0.0, 0.0)
+        self.step_seconds: list[tuple[float, float]] = []
+        self.bare_seconds: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        done = trainer.global_step - WARMUP
+        if done < 0 or done % self.steps:
+            return
+        now = self._clock()
+        if done:
+            self.step_seconds.append(self._each(self.started, now))
+        if self.bare is None:
+            assert isinstance(pl_module, VQGAN)
+            self.bare = BarePasses(pl_module, self.images.to(pl_module.device))
+            self.bare.run(WARMUP)
+            now = self._clock()
+        self.bare.run(self.steps)
+        self.started = self._clock()
+        self.bare_seconds.append(self._each(now, self.started))
+
+    def _clock(self) -> tuple[float, float]:
+        """Wall clock and processor time."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return perf_counter(), process_time()
+
+    def _each(self, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+        return (end[0] - start[0]) / self.steps, (end[1] - start[1]) / self.steps
+
+
+def measure(options: argparse.Namespace, folder: Path) -> Alternate:
+    total = WARMUP + options.rounds * options.steps + 1
+    images = torch.rand(options.batch_size, 3, options.image_size, options.image_size) * 2 - 1
+    batch = {"image": images, "label": torch.zeros(options.batch_size, dtype=torch.int64)}
+    alternate = Alternate(images, options.steps)
+    trainer = Trainer(
+        accelerator=options.accelerator,
+        devices=1,
+        precision=options.precision,
+        max_steps=total,
+        log_every_n_steps=10,
+        limit_val_batches=0,
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name="tensorboard", version=""),
+        callbacks=[alternate, GradientNorm(), Throughput(), TrainingAlarm(min_codebook_usage=0.0)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(build(options), DataLoader([batch] * total, batch_size=None))
+    return alternate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="blocks of each arm")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a block")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=64, help="of the autoencoder at full resolution")
+    parser.add_argument("--fixed_weight", action="store_true", help="no adaptive weight")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), default="32-true")
+    options = parser.parse_args()
+    if options.rounds < 4:
+        parser.error("--rounds must be at least 4")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = measure(options, Path(folder))
+    print(f"\n{options.image_size} px, batch {options.batch_size}, {options.channels} channels, {options.precision}")
+    for place, clock in enumerate(("wall clock", "processor time")):
+        report(clock, [pair[place] for pair in seconds.step_seconds], [pair[place] for pair in seconds.bare_seconds])
+
+
+def report(clock: str, step: list[float], bare: list[float]) -> None:
+    """Print medians and the ratio of seconds a step; `bare` has one block more."""
+    # Each block of steps stands between two bare ones: their mean cancels a drift of the machine.
+    ratios = [block / ((before + after) / 2) for block, before, after in zip(step, bare[:-1], bare[1:], strict=True)]
+    low, middle, high = quantiles(ratios, n=4)
+    print(
+        f"{clock:15s} step {1e3 * median(step):8.1f} ms, bare passes {1e3 * median(bare):8.1f} ms; "
+        f"ratio {middle:.4f} (median of {len(ratios)} pairs; quartiles {low:.4f} to {high:.4f}; target 1.10)"
+    )
+
+
+if __name__ == "__main__":
+    main()
