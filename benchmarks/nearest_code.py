@@ -1,0 +1,158 @@
+"""The search for the nearest code, in evaluation: ours, vector-quantize-pytorch's, and the bare matrix products.
+
+    OMP_NUM_THREADS=2 python benchmarks/nearest_code.py
+    OMP_NUM_THREADS=2 python benchmarks/nearest_code.py --size 262144 --dim 8 --rounds 10
+
+8,192 random latents and K random codes of width D. The arms take turns in every round, so that they meet the same state
+of the machine: `VectorQuantizer.encode`; `VectorQuantize` of vector-quantize-pytorch in eval mode (its whole forward,
+which gives the ids; not at K = 262,144, where its distances take 8 GiB and more); the products of latents and codes
+alone, in chunks of 64 MB written over one another; and the same in tiles that stay in the cache, as the search forms
+them, where nothing is done with them. The ids are compared with a search in float64. Then peak memory is measured: the
+most that the process holds during the search above what it held before it, in a process of its own.
+"""
+
+import argparse
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable
+from statistics import median, quantiles
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from discrete_lit.tokenizers.quantizers import VectorQuantizer
+
+LATENTS = 8192
+CASES = ((16_384, 8), (16_384, 256), (262_144, 8))
+# Our ratio to the other package at each case, and to the bare products at all of them.
+TARGETS = {(16_384, 8): 5.0, (16_384, 256): 3.0}
+PRODUCTS_TARGET, MEMORY_TARGET = 1.5, 256
+# Products of a chunk, and a tile: rows by codes.
+CHUNK, TILE = 2**24, (256, 1024)
+
+
+def build(size: int, dim: int) -> tuple[VectorQuantizer, Tensor]:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(size, dim, codebook_init="uniform").eval()
+    quantizer.codebook.codes.normal_()
+    return quantizer, torch.randn(LATENTS, dim)
+
+
+def their_search(codes: Tensor, latents: Tensor) -> Callable[[], Tensor]:
+    from vector_quantize_pytorch import VectorQuantize
+
+    theirs = VectorQuantize(dim=codes.shape[1], codebook_size=len(codes)).eval()
+    theirs._codebook.embed.copy_(codes[None])  # type: ignore[union-attr, operator]
+    return lambda: theirs(latents[None])[1][0]
+
+
+def bare_products(codes: Tensor, latents: Tensor, tile: tuple[int, int]) -> Callable[[], None]:
+    products = torch.empty(tile)
+
+    def run() -> None:
+        for rows in latents.split(tile[0]):
+            for part in codes.split(tile[1]):
+                torch.mm(rows, part.T, out=products)
+
+    return run
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+def wrong_ids(ids: Tensor, codes: Tensor, latents: Tensor) -> tuple[int, float]:
+    """How many ids differ from a float64 search, and by how much their squared distance is larger at most."""
+    wrong, excess = 0, 0.0
+    doubles = codes.double()
+    for rows, found in zip(latents.double().split(128), ids.split(128), strict=True):
+        distances = doubles.square().sum(dim=1) - 2 * rows @ doubles.T
+        best = distances.min(dim=1)
+        wrong += int((best.indices != found).sum())
+        excess = max(excess, float((distances.gather(1, found[:, None])[:, 0] - best.values).max()))
+    return wrong, excess
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory(size: int, dim: int, threads: int) -> float:
+    """MB held at most during the search above what was held before it."""
+    torch.set_num_threads(threads)
+    quantizer, latents = build(size, dim)
+    quantizer.encode(latents[:1])  # the libraries' own buffers
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident())
+            done.wait(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    quantizer.encode(latents)
+    done.set()
+    watcher.join()
+    return (peak - before) / 2**20
+
+
+def ratio(name: str, ours: list[float], others: list[float], faster: bool, target: float | None) -> None:
+    """Print the median and quartiles of the rounds' ratios: theirs over ours where ours is to be faster."""
+    low, middle, high = quantiles([b / a if faster else a / b for a, b in zip(ours, others, strict=True)], n=4)
+    wanted = "" if target is None else f"; target {'at least' if faster else 'at most'} {target}"
+    print(
+        f"  {name:24s} {1e3 * median(others):9.1f} ms; ratio {middle:.2f} (quartiles {low:.2f} to {high:.2f}{wanted})"
+    )
+
+
+def measure(size: int, dim: int, rounds: int) -> None:
+    quantizer, latents = build(size, dim)
+    codes = quantizer.codebook.codes
+    arms: dict[str, Callable[[], object]] = {
+        "ours": lambda: quantizer.encode(latents),
+        "bare products": bare_products(codes, latents, (CHUNK // size, size)),
+        "bare products in tiles": bare_products(codes, latents, TILE),
+    }
+    if size <= 2**16:
+        arms["vector-quantize-pytorch"] = their_search(codes, latents)
+    with torch.no_grad():
+        for run in arms.values():
+            run()
+        taken = {name: [] for name in arms}
+        for _ in range(rounds):
+            for name, run in arms.items():
+                taken[name].append(seconds(run))
+    wrong, excess = wrong_ids(quantizer.encode(latents), codes, latents)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        memory = pool.apply(peak_memory, (size, dim, torch.get_num_threads()))
+    print(f"\nK {size}, D {dim}, {LATENTS} latents, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"  {'ours':24s} {1e3 * median(taken['ours']):9.1f} ms; {memory:.0f} MB at most (target {MEMORY_TARGET})")
+    ratio("bare products", taken["ours"], taken["bare products"], faster=False, target=PRODUCTS_TARGET)
+    ratio("bare products in tiles", taken["ours"], taken["bare products in tiles"], faster=False, target=None)
+    if "vector-quantize-pytorch" in taken:
+        theirs = taken["vector-quantize-pytorch"]
+        ratio("vector-quantize-pytorch", taken["ours"], theirs, faster=True, target=TARGETS.get((size, dim)))
+    print(f"  ids unlike a float64 search: {wrong}, their squared distance larger by at most {excess:.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, help="K; all three cases if left out")
+    parser.add_argument("--dim", type=int, default=8, help="D, with --size")
+    parser.add_argument("--rounds", type=int, default=5, help="at least 2")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    for size, dim in [(options.size, options.dim)] if options.size else CASES:
+        measure(size, dim, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
