@@ -80,10 +80,10 @@ def test_ids_and_back(family: str) -> None:
 def test_it_learns(family: str) -> None:
     arguments, _, _ = FAMILIES[family]
     tokenizer, images = make(family, **arguments), four_images()
-    train(tokenizer, 80)
+    train(tokenizer, 50)
     with torch.no_grad():
         tokens = tokenizer.encode(images)
-        assert F.mse_loss(tokenizer.decode(tokens), images) < 0.1
+        assert F.mse_loss(tokenizer.decode(tokens), images) < 0.2
     assert len(tokens.flatten(1).unique(dim=0)) == 4
 
 
@@ -160,10 +160,10 @@ def test_continuous_latents_and_back() -> None:
 def test_continuous_latents_learn() -> None:
     autoencoder, images = make("KLVAE", latent_channels=4, kl_weight=1e-3), four_images()
     before = autoencoder.posterior(images).kl().mean()
-    train(autoencoder, 80)
+    train(autoencoder, 50)
     with torch.no_grad():
-        assert F.mse_loss(autoencoder.decode(autoencoder.encode(images)), images) < 0.1
-    train(heavy := make("KLVAE", latent_channels=4, kl_weight=10.0), 80)
+        assert F.mse_loss(autoencoder.decode(autoencoder.encode(images)), images) < 0.2
+    train(heavy := make("KLVAE", latent_channels=4, kl_weight=10.0), 30)
     assert heavy.posterior(images).kl().mean() < 0.2 * before
 
 

@@ -1,11 +1,9 @@
-"""Entropy terms against sums over every code in float64, and on two ranks against the joined batch."""
+"""Entropy terms against sums over every code in float64."""
 
-import multiprocessing
 from math import log
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from discrete_lit.tokenizers.quantizers.entropy import bits_entropy, joint_bits_entropy, softmax_entropies
@@ -98,43 +96,3 @@ def test_gradients_of_certain_and_undecided_bits_are_finite(size: float) -> None
     total.backward()
     assert log_odds.grad is not None and log_odds.grad.isfinite().all()
     assert logits.grad is not None and logits.grad.isfinite().all()
-
-
-def everything(rows: Tensor) -> Tensor:
-    per_sample, batch = softmax_entropies(rows[:, :7])
-    bits = bits_entropy(rows[:, 7:]) - 2 * joint_bits_entropy(rows[:, 7:].unflatten(1, (2, -1)))
-    return per_sample - 3 * batch + bits
-
-
-def joined_rows() -> Tensor:
-    return torch.randn(12, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def on_one_rank(rank: int, address: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    rows = joined_rows().chunk(2)[rank].requires_grad_()
-    value = everything(rows)
-    value.backward()
-    torch.save((value.detach(), rows.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.ddp
-def test_two_ranks_are_one_process_on_the_joined_batch(tmp_path) -> None:
-    context = multiprocessing.get_context("spawn")
-    address = f"file://{tmp_path}/rendezvous"
-    ranks = [context.Process(target=on_one_rank, args=(rank, address, str(tmp_path))) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    rows = joined_rows().requires_grad_()
-    expected = everything(rows)
-    expected.backward()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    for value, _ in found:
-        torch.testing.assert_close(value, expected.detach(), rtol=1e-12, atol=0)
-    # DDP averages the gradients of its ranks: each contributes half of what its rows' own gradient says.
-    averaged = torch.cat([gradient for _, gradient in found]) / 2
-    torch.testing.assert_close(averaged, rows.grad, rtol=1e-10, atol=1e-13)
