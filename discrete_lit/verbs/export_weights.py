@@ -13,7 +13,7 @@ from discrete_lit.pretrained.exporting import EXPORTS, export_state
 def export_weights(ckpt_path: str, family: str, output: str) -> None:
     """Write a tokenizer's checkpoint in a published layout, for code that reads that layout.
 
-    `discrete-lit import` of the result is the same tokenizer, to the bit; what only training uses is left out.
+    `discrete-lit import` of the result gives the same weights to the bit; what only training uses is left out.
 
     Args:
         ckpt_path: Checkpoint of a tokenizer with a ConvAutoencoder and a VectorQuantizer.
