@@ -30,8 +30,8 @@ def test_generators_decay_matrices_alone(make_generator, family: str, conditioni
     generator = make_generator(family, backbone={"conditioning": conditioning}, optimizer=ADAMW)
     decayed, others = names_by_decay(generator)
     assert not [name for name in decayed | others if name.startswith("tokenizer.")]
-    assert "backbone.blocks.0.attention.query_key_value.weight" in decayed and "backbone.head.weight" in decayed
-    tables = {"token_embedding.weight", "class_embedding.weight", "position_embedding"}
+    assert "backbone.blocks.0.attention.query_key_value.weight" in decayed and "backbone.head.project.weight" in decayed
+    tables = {"token_embedding.table.weight", "class_embedding.weight", "positions.embedding"}
     if (family, conditioning) == ("autoregressive", "adaln"):
         tables.add("start")
     assert {f"backbone.{name}" for name in tables} <= others
@@ -55,7 +55,7 @@ def test_a_network_without_biases_and_gains(make_generator) -> None:
     switches = {"bias": False, "conditioning": "adaln", "positions": "rope_1d"}
     decayed, others = names_by_decay(make_generator("masked", backbone=switches, optimizer=ADAMW))
     assert {name for name in others if "embedding" in name} == {
-        "backbone.token_embedding.weight",
+        "backbone.token_embedding.table.weight",
         "backbone.class_embedding.weight",
     }
     assert decayed

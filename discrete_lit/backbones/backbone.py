@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
+
+from discrete_lit.backbones.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -16,22 +17,35 @@ class SequenceLayout:
 
     Attributes:
         vocab_size: K, the ids that the backbone predicts.
-        grid: shape of the token grid; the sequence is its raster order, N its product.
+        grid: shape of the token grid; the sequence is its raster order unless an order says otherwise.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
-        attention: which positions see which.
+        attention: which places see which: all, those before, or those of the scales before and of the same.
         mask_token: whether the mask id K may stand in the input.
+        parts: ids at each place, which stand one after another in the sequence, as the bit groups of a code do.
+        scales: places of each scale in turn, of `"block_causal"` attention; the first has one.
+        input_dim: width of the vectors that stand for ids in the input; None where the ids themselves do.
+        any_order: whether a causal sequence may come in an order of its own.
     """
 
     vocab_size: int
     grid: tuple[int, ...]
     num_classes: int
-    attention: Literal["bidirectional", "causal"]
+    attention: Literal["bidirectional", "causal", "block_causal"]
     mask_token: bool = False
+    parts: int = 1
+    scales: tuple[int, ...] = ()
+    input_dim: int | None = None
+    any_order: bool = False
+
+    @property
+    def places(self) -> int:
+        """Places of the grid."""
+        return prod(self.grid)
 
     @property
     def length(self) -> int:
-        """N, tokens in a sequence."""
-        return prod(self.grid)
+        """N, ids in a sequence."""
+        return self.places * self.parts
 
     @property
     def mask_id(self) -> int:
@@ -42,48 +56,6 @@ class SequenceLayout:
     def null_label(self) -> int:
         """The label that stands for no class."""
         return self.num_classes
-
-
-class KeyValueCache:
-    """Preallocated keys and values of every layer of a causal backbone.
-
-    Args:
-        layers, batch, heads, length, head_dim: shape of the buffers, `(layers, 2, batch, heads, length, head_dim)`.
-        device, dtype: of the buffers.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        heads: int,
-        length: int,
-        head_dim: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self.length = length
-        self.filled = 0
-        self._buffers = torch.zeros(layers, 2, batch, heads, length, head_dim, device=device, dtype=dtype)
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
-
-        The fill mark moves by `advance`, once for all layers.
-
-        Raises:
-            ValueError: more positions than the cache has.
-        """
-        end = self.filled + keys.shape[2]
-        if end > self.length:
-            raise ValueError(f"the key-value cache holds {self.length} positions, {end} were asked for")
-        self._buffers[layer, 0, :, :, self.filled : end] = keys
-        self._buffers[layer, 1, :, :, self.filled : end] = values
-        return self._buffers[layer, 0, :, :, :end], self._buffers[layer, 1, :, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Mark `count` more positions as filled in every layer."""
-        self.filled += count
 
 
 class Backbone(nn.Module, ABC):
@@ -98,24 +70,31 @@ class Backbone(nn.Module, ABC):
         self.layout = layout
 
     @abstractmethod
-    def forward(self, tokens: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, cache: Cache | None = None, order: Tensor | None = None
+    ) -> Tensor:
         """Logits for the tokens.
 
-        Bidirectional: `tokens (B, N)` to `(B, N, K)`, the prediction of each position.
+        Bidirectional: `tokens (B, N)` to `(B, N, K)`, the prediction of each id.
         Causal: a prefix `tokens (B, n)`, 0 <= n < N, to `(B, n + 1, K)`; row i predicts token i from the tokens before
         it. With a cache, `tokens` are those that follow what the cache holds, and one row is returned for each; the
         first call on an empty cache also returns row 0, so it may be given no token at all.
+        Block-causal: the same with whole scales: row i predicts place i from the input at that place, which is made of
+        the scales before; the first scale has no input of its own.
 
         Args:
-            tokens: int64 ids; the mask id K only where the layout allows it.
-            labels: `(B,)` int64 in [0, num_classes], the null label included.
-            cache: filled as the sequence grows; causal only.
+            tokens: int64 ids, the mask id K only where the layout allows it; `(B, n, input_dim)` vectors where the
+                layout has them.
+            labels: `(B,)` int64 in [0, num_classes], the null label included; ignored where the cache knows them.
+            cache: of `new_cache`; filled as a causal sequence grows.
+            order: `(B, N)` int64, of an any-order layout: the place of the grid that each token in turn stands at;
+                raster order by default.
 
         Returns:
             float32 logits over the K ids, the mask id never among them.
 
         Raises:
-            ValueError: more tokens than the layout has.
+            ValueError: more tokens than the layout has, or a part of a scale.
         """
 
     @abstractmethod
@@ -123,5 +102,5 @@ class Backbone(nn.Module, ABC):
         """The parts that FSDP gathers one after another: the blocks."""
 
     @abstractmethod
-    def new_cache(self, batch: int) -> KeyValueCache:
-        """An empty cache for `batch` sequences of N tokens; causal only."""
+    def new_cache(self, labels: Tensor) -> Cache:
+        """What can be computed once for labels `(B,)`, and room for the keys and values of B sequences of N tokens."""

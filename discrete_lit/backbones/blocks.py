@@ -1,110 +1,72 @@
 """The transformer block and its parts."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.backbone import KeyValueCache
-from discrete_lit.backbones.positions import rotate
+from discrete_lit.backbones.attention import Attention, AttentionBias, QueryKeyNorm
+from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.norms import Norm, NormKind
 
-NormKind = Literal["layer", "rms"]
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, in float32 under autocast."""
-
-    def __init__(
-        self, width: int, kind: NormKind, affine: bool = True, bias: bool = True, epsilon: float = 1e-6
-    ) -> None:
-        super().__init__()
-        self.kind = kind
-        self.width = width
-        self.epsilon = epsilon
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.bias = nn.Parameter(torch.zeros(width)) if affine and bias and kind == "layer" else None
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
-        weight = None if self.weight is None else self.weight.float()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.kind == "rms":
-                return F.rms_norm(x.float(), (self.width,), weight, eps=self.epsilon).to(x.dtype)
-            bias = None if self.bias is None else self.bias.float()
-            return F.layer_norm(x.float(), (self.width,), weight, bias, eps=self.epsilon).to(x.dtype)
+MLPKind = Literal["gelu", "gelu_tanh", "swiglu"]
+Condition = Tensor | tuple[Tensor, ...]
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention through `scaled_dot_product_attention`.
+@dataclass(frozen=True)
+class BlockSettings:
+    """Switches of a block; `Transformer` explains those that a recipe sets.
 
-    Args:
-        width: D; a multiple of `heads`.
-        heads: attention heads.
-        bias: of the projections.
-        qk_norm: RMSNorm of queries and keys over the head width.
-        dropout: on the attention weights.
+    Attributes:
+        width, heads, head_dim: D, the attention heads, and the width of each.
+        mlp_hidden: inner width of the MLP.
+        norm, norm_epsilon: of both norms and of those of queries and keys.
+        norm_first: normalise what enters a branch (pre-norm), or what leaves the sum (post-norm).
+        norm_affine: gains of the norms.
+        modulation: adaLN-Zero with parameters of the block's own, or shared by all blocks but for an offset.
+        mlp: kind of the MLP.
+        qk_norm: of queries and keys.
+        attention_bias: of the projections of queries, keys and values.
+        bias: of the other linear layers and of the norms.
+        dropout: on the attention weights and both residual branches.
+        drop_path: share of the training samples for which a residual branch is left out.
     """
 
-    def __init__(self, width: int, heads: int, bias: bool, qk_norm: bool, dropout: float) -> None:
+    width: int
+    heads: int
+    head_dim: int
+    mlp_hidden: int
+    norm: NormKind = "layer"
+    norm_epsilon: float = 1e-6
+    norm_first: bool = True
+    norm_affine: bool = True
+    modulation: Literal["own", "shared"] | None = None
+    mlp: MLPKind = "gelu"
+    qk_norm: QueryKeyNorm | None = None
+    attention_bias: AttentionBias = "all"
+    bias: bool = True
+    dropout: float = 0.0
+    drop_path: float = 0.0
+
+
+class MLP(nn.Module):
+    """Linear, GELU (exact or by its tanh approximation), linear; or SwiGLU, the contraction of silu(gate) x value
+    (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+
+    def __init__(self, width: int, hidden: int, kind: MLPKind, bias: bool) -> None:
         super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.query_key_value = nn.Linear(width, 3 * width, bias=bias)
-        self.query_norm = Norm(width // heads, "rms") if qk_norm else nn.Identity()
-        self.key_norm = Norm(width // heads, "rms") if qk_norm else nn.Identity()
-        self.out = nn.Linear(width, width, bias=bias)
-
-    def forward(
-        self, x: Tensor, rotary: Tensor | None, causal: bool, layer: int, cache: KeyValueCache | None
-    ) -> Tensor:  # (B, n, D) -> (B, n, D)
-        projected = self.query_key_value(x).unflatten(-1, (3, self.heads, -1))  # (B, n, 3, heads, d)
-        query, key, value = projected.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, n, d)
-        query, key = self.query_norm(query), self.key_norm(key)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        mask = None
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-            new, seen = query.shape[2], key.shape[2]
-            if 1 < new < seen:
-                mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-            causal = new == seen
-        dropout = self.dropout if self.training else 0.0
-        causal = causal and mask is None
-        key, value = key.to(query.dtype), value.to(query.dtype)
-        if query.requires_grad and query.device.type == "cpu":
-            # On a CPU the backward pass of bfloat16 attention is far slower than that of float32 (torch 2.14).
-            with torch.autocast("cpu", enabled=False):
-                query, key, value = query.float(), key.float(), value.float()
-                mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
-        else:
-            mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
-
-
-class PlainMLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, hidden, bias=bias)
+        self.kind = kind
+        self.expand = nn.Linear(width, (2 if kind == "swiglu" else 1) * hidden, bias=bias)
         self.contract = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        return self.contract(F.gelu(self.expand(x)))
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU: the contraction of silu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020)."""
-
-    def __init__(self, width: int, hidden: int, bias: bool) -> None:
-        super().__init__()
-        self.expand = nn.Linear(width, 2 * hidden, bias=bias)
-        self.contract = nn.Linear(hidden, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        gate, value = self.expand(x).chunk(2, dim=-1)
-        return self.contract(F.silu(gate) * value)
+        hidden = self.expand(x)
+        if self.kind == "swiglu":
+            gate, value = hidden.chunk(2, dim=-1)
+            return self.contract(F.silu(gate) * value)
+        return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
 class Modulation(nn.Module):
@@ -117,59 +79,80 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # (B, D) -> parts x (B, 1, D)
-        return self.project(F.silu(condition))[:, None].chunk(self.parts, dim=-1)
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # (B, 1 or n, D) -> parts of (B, 1 or n, D)
+        return self.project(F.silu(condition)).chunk(self.parts, dim=-1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): zero for a share of the samples, the others scaled up, in training."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
+        if not self.training or self.share == 0:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.share
+        return x * (kept.to(x.dtype) / (1 - self.share))
 
 
 class Block(nn.Module):
-    """A pre-norm residual block: attention, then MLP.
+    """Attention, then MLP, both residual."""
 
-    Args:
-        width, heads: D and the attention heads.
-        mlp_hidden: inner width of the MLP.
-        norm: kind of both norms.
-        modulated: adaLN-Zero conditioning in place of the norms' own gains.
-        gated_mlp, qk_norm, bias: switches of the parts.
-        dropout: on the attention weights and both residual branches.
-        norm_epsilon: of both norms.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        mlp_hidden: int,
-        norm: NormKind,
-        modulated: bool,
-        gated_mlp: bool,
-        qk_norm: bool,
-        bias: bool,
-        dropout: float,
-        norm_epsilon: float = 1e-6,
-    ) -> None:
+    def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
-        self.attention_norm = Norm(width, norm, not modulated, bias, norm_epsilon)
-        self.attention = Attention(width, heads, bias, qk_norm, dropout)
-        self.mlp_norm = Norm(width, norm, not modulated, bias, norm_epsilon)
-        self.mlp = (GatedMLP if gated_mlp else PlainMLP)(width, mlp_hidden, bias)
-        self.modulation = Modulation(width, 6) if modulated else None
-        self.dropout = nn.Dropout(dropout)
+        width, epsilon = settings.width, settings.norm_epsilon
+        norm_bias = settings.bias and settings.norm == "layer"
+        self.norm_first = settings.norm_first
+        self.attention_norm = Norm(width, settings.norm, settings.norm_affine, norm_bias, epsilon)
+        self.attention = Attention(
+            width,
+            settings.heads,
+            settings.head_dim,
+            settings.attention_bias,
+            settings.bias,
+            settings.qk_norm,
+            settings.dropout,
+            epsilon,
+        )
+        self.mlp_norm = Norm(width, settings.norm, settings.norm_affine, norm_bias, epsilon)
+        self.mlp = MLP(width, settings.mlp_hidden, settings.mlp, settings.bias)
+        self.modulation = Modulation(width, 6) if settings.modulation == "own" else None
+        self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
+        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), DropPath(settings.drop_path))
+
+    def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the attention, then of the MLP, each `(B, 1 or n, D)`.
+
+        Args:
+            condition: `(B, 1 or n, D)`; where the modulation is shared, that, `(B, 1 or n, 6 D)`.
+        """
+        if self.modulation is not None:
+            return self.modulation(condition)
+        assert self.modulation_offset is not None
+        return (condition + self.modulation_offset.flatten()).chunk(6, dim=-1)
 
     def forward(
         self,
-        x: Tensor,  # (B, n, D)
-        condition: Tensor | None,  # (B, D), adaLN only
-        rotary: Tensor | None,  # (n, head_dim / 2, 2)
-        causal: bool,
-        layer: int,
-        cache: KeyValueCache | None,
-    ) -> Tensor:  # (B, n, D)
-        if self.modulation is None:
-            x = x + self.dropout(self.attention(self.attention_norm(x), rotary, causal, layer, cache))
+        x: Tensor,
+        condition: Condition | None = None,
+        rotary: Tensor | None = None,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        layer: int = 0,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """`(B, n, D)` to the same; `condition` as for `modulate`, or what it gave; the rest as for `Attention`."""
+        if condition is None:
+            if not self.norm_first:
+                x = self.attention_norm(x + self.dropout(self.attention(x, rotary, mask, causal, layer, cache)))
+                return self.mlp_norm(x + self.dropout(self.mlp(x)))
+            x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, causal, layer, cache))
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        assert condition is not None
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)
+        parts = self.modulate(condition) if isinstance(condition, Tensor) else condition
+        shift1, scale1, gate1, shift2, scale2, gate2 = parts
         hidden = self.attention_norm(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.dropout(self.attention(hidden, rotary, causal, layer, cache))
+        x = x + self.dropout(gate1 * self.attention(hidden, rotary, mask, causal, layer, cache))
         hidden = self.mlp_norm(x) * (1 + scale2) + shift2
-        return x + gate2 * self.dropout(self.mlp(hidden))
+        return x + self.dropout(gate2 * self.mlp(hidden))

@@ -4,8 +4,12 @@ Rotary ones (Su et al., "RoFormer", 2021), and fixed sines and cosines (Vaswani 
 2017).
 """
 
+from typing import Literal
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from discrete_lit.backbones.backbone import SequenceLayout
 
 
 def rotary_table(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -32,7 +36,11 @@ def rotary_table(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> T
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turn neighbouring channel pairs of `x (B, heads, n, head_dim)` by `table (n, head_dim / 2, 2)`."""
+    """Turn neighbouring channel pairs of `x (B, heads, n, head_dim)` by `table`.
+
+    Args:
+        table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+    """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosine, sine = table.unbind(-1)
     return torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1).flatten(-2).to(x.dtype)
@@ -64,3 +72,60 @@ def sine_cosine_table(coordinates: Tensor, width: int, base: float = 10000.0) ->
     frequencies = base ** -(torch.arange(waves, dtype=torch.float64) / waves)
     angles = coordinates.double()[..., None] * frequencies  # (n, axes, waves)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+
+
+PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+
+
+class Positions(nn.Module):
+    """Positions of a sequence: learned vectors added to it, or rotations of queries and keys.
+
+    Args:
+        layout: the sequence.
+        kind: `"learned"`, or rotary along the sequence or along each axis of the grid.
+        starts: elements before the first place.
+        width: D.
+        head_dim: width of a head.
+        zero_starts: on a grid, the elements before the first place are turned to 0 instead of being left alone.
+    """
+
+    table: Tensor | None
+
+    def __init__(
+        self, layout: SequenceLayout, kind: PositionKind, starts: int, width: int, head_dim: int, zero_starts: bool
+    ) -> None:
+        super().__init__()
+        self.starts = starts
+        # An order of its own may put any place into the input.
+        read = layout.places - int(layout.attention != "bidirectional" and not layout.any_order)
+        self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
+        table = None
+        if kind == "rope_1d":
+            table = rotary_table(torch.arange(starts + read)[:, None], head_dim)
+        elif kind == "rope_2d":
+            still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
+            table = torch.cat((still, rotary_table(grid_coordinates(layout.grid)[:read], head_dim)))
+        self.register_buffer("table", table, persistent=False)
+
+    def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
+        """Learned positions added to `(B, n, D)`, elements that follow `filled` others."""
+        if self.embedding is None:
+            return embedded
+        count = embedded.shape[1]
+        if order is None:
+            return embedded + self.embedding[:, filled : filled + count]
+        return embedded + self.embedding[0][self._places(filled, count, order)]
+
+    def rotary(self, filled: int, count: int, order: Tensor | None) -> Tensor | None:
+        """Rotations of `count` elements that follow `filled` others: `(count, head_dim / 2, 2)`, or with an order
+        `(B, 1, count, head_dim / 2, 2)`."""
+        if self.table is None:
+            return None
+        if order is None:
+            return self.table[filled : filled + count]
+        return self.table[self._places(filled, count, order)][:, None]
+
+    def _places(self, filled: int, count: int, order: Tensor) -> Tensor:
+        """`(B, count)`: rows of the tables."""
+        starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
+        return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]

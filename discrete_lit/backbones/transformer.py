@@ -1,44 +1,69 @@
 """The transformer that every generator shares."""
 
 from collections.abc import Iterable
-from typing import Literal
+from itertools import accumulate
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import Backbone, KeyValueCache, SequenceLayout
-from discrete_lit.backbones.blocks import Block, Modulation, Norm, NormKind
-from discrete_lit.backbones.positions import grid_coordinates, rotary_table
-
-PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+from discrete_lit.backbones.attention import AttentionBias, QueryKeyNorm
+from discrete_lit.backbones.backbone import Backbone, SequenceLayout
+from discrete_lit.backbones.blocks import Block, BlockSettings, Condition, MLPKind, Modulation
+from discrete_lit.backbones.cache import Cache, new_buffers
+from discrete_lit.backbones.embedding import InputKind, TokenTable, embed_tokens
+from discrete_lit.backbones.head import Head
+from discrete_lit.backbones.norms import Norm, NormKind
+from discrete_lit.backbones.positions import PositionKind, Positions
+from discrete_lit.backbones.switches import check_layout, check_switches
 
 
 class Transformer(Backbone):
-    """A pre-norm transformer with the switches of the published models.
+    """One transformer with the switches of the published models.
 
-    The condition is a class embedding: the first element of the sequence (`conditioning="prefix"`), or a modulation of
-    every norm (`"adaln"`), in which case a causal sequence starts with a learned vector instead.
+    The condition is a class embedding: an element in front of the sequence (`conditioning="prefix"`), a modulation of
+    every norm (`"adaln"`), in which case a causal sequence begins with a learned vector instead, or both.
 
     Args:
         layout: the sequence; a generator gives it.
-        width: D; a multiple of `heads`.
+        width: D; a multiple of `heads` unless `head_dim` is given.
         depth: blocks.
         heads: attention heads.
+        head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
+        mlp: GELU, its tanh approximation, or SwiGLU.
         norm: `"layer"` or `"rms"`.
+        norm_epsilon: of every norm.
+        norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
+        norm_affine: gains of the norms; by default where nothing modulates them.
+        final_norm_bias: an offset in the last norm; by default as in the others.
+        embedding_norm: LayerNorm of the embedded sequence (BERT).
         positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
-            grid; a prefix stands before the first place of the sequence and is not rotated on a grid.
-        conditioning: `"prefix"` or `"adaln"`.
-        gated_mlp: SwiGLU in place of GELU.
-        qk_norm: RMSNorm of queries and keys.
-        bias: of the linear layers and the norms.
+            grid; what stands before the first place of the sequence is not rotated on a grid.
+        start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
+        target_positions: learned embeddings of the place that each element predicts (RAR).
+        token_embedding: of ids: a table, or a linear map of their bits (MaskBit).
+        conditioning: `"prefix"`, `"adaln"` or `"prefix_adaln"`.
+        condition_positions: learned offsets of the condition along the sequence (RAR).
+        shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
+        registers: learned elements before everything else.
+        attention_bias: of queries, keys and values; as `bias` by default.
+        qk_norm: of queries and keys, see `discrete_lit.backbones.attention.QueryKeyNorms`.
+        bias: of the other linear layers and of the norms.
+        head_bias: of the logits; as `bias` by default; `"place"` has one of each place.
+        head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
+        tied: the logits' weight is the token embedding's.
+        long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
         dropout: on embeddings, attention weights and residual branches, in [0, 1).
+        drop_path: stochastic depth of the last block, growing linearly from the first.
+        recompute: keep no activations of the blocks for the backward pass, but compute them again.
 
     Raises:
-        ValueError: a width that the heads do not divide.
+        ValueError: settings that do not fit together.
     """
 
-    rotary: Tensor | None
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -46,60 +71,106 @@ class Transformer(Backbone):
         width: int,
         depth: int,
         heads: int,
+        head_dim: int | None = None,
         mlp_hidden: int | None = None,
+        mlp: MLPKind = "gelu",
         norm: NormKind = "layer",
+        norm_epsilon: float = 1e-6,
+        norm_first: bool = True,
+        norm_affine: bool | None = None,
+        final_norm_bias: bool | None = None,
+        embedding_norm: bool = False,
         positions: PositionKind = "learned",
-        conditioning: Literal["prefix", "adaln"] = "prefix",
-        gated_mlp: bool = False,
-        qk_norm: bool = False,
+        start_rotation: Literal["none", "zero"] = "none",
+        target_positions: bool = False,
+        token_embedding: InputKind = "table",
+        conditioning: Literal["prefix", "adaln", "prefix_adaln"] = "prefix",
+        condition_positions: bool = False,
+        shared_modulation: bool = False,
+        registers: int = 0,
+        attention_bias: AttentionBias | None = None,
+        qk_norm: QueryKeyNorm | None = None,
         bias: bool = True,
+        head_bias: bool | Literal["place"] | None = None,
+        head_transform: bool = False,
+        tied: bool = False,
+        long_skips: bool = False,
         dropout: float = 0.0,
+        drop_path: float = 0.0,
+        recompute: bool = False,
     ) -> None:
         super().__init__(layout)
-        if width % heads:
-            raise ValueError(f"width={width} is not a multiple of heads={heads}")
-        if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if gated_mlp else 4 * width
-        self.width, self.depth, self.heads = width, depth, heads
-        self.causal = layout.attention == "causal"
-        self.prefix = conditioning == "prefix"
-        # What stands before the tokens: the class as a prefix, or what a causal first token is predicted from.
-        self.starts = int(self.prefix or self.causal)
-        # What stands in the sequence at most: a causal backbone never reads the last token.
-        self.places = self.starts + layout.length - int(self.causal)
-
-        self.token_embedding = nn.Embedding(layout.vocab_size + int(layout.mask_token), width)
-        self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
-        self.start = None if self.prefix or not self.causal else nn.Parameter(torch.zeros(1, 1, width))
-        self.position_embedding = None
-        if positions == "learned":
-            self.position_embedding = nn.Parameter(torch.empty(1, self.places, width))
-            self.register_buffer("rotary", None, persistent=False)
-        else:
-            table = self._rotary(layout, positions == "rope_2d", width // heads)
-            self.register_buffer("rotary", table, persistent=False)
-        self.dropout = nn.Dropout(dropout)
-        modulated = conditioning == "adaln"
-        self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_hidden, norm, modulated, gated_mlp, qk_norm, bias, dropout) for _ in range(depth)
+        modulated = conditioning != "prefix"
+        self.causal = layout.attention != "bidirectional"
+        self.prefix = conditioning != "adaln"
+        check_switches(
+            layout, width, depth, heads, head_dim, norm_first, modulated, condition_positions, shared_modulation
         )
-        self.final_modulation = Modulation(width, 2) if modulated else None
-        self.final_norm = Norm(width, norm, affine=not modulated, bias=bias)
-        self.head = nn.Linear(width, layout.vocab_size, bias=bias)
-        self._initialise()
+        check_layout(layout, depth, target_positions, token_embedding, tied, long_skips)
+        if mlp_hidden is None:
+            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
+        self.width, self.depth, self.heads = width, depth, heads
+        self.head_dim = width // heads if head_dim is None else head_dim
+        # What stands before the tokens: registers, and the class or what a first token is predicted from.
+        self.starts = registers + int(self.prefix or self.causal)
+        # What stands in the sequence at most: a causal backbone never reads the last token.
+        self.places = self.starts + layout.places - int(self.causal)
 
-    def _rotary(self, layout: SequenceLayout, axial: bool, head_dim: int) -> Tensor:
-        """`(places, head_dim / 2, 2)`."""
-        if not axial:
-            return rotary_table(torch.arange(self.places)[:, None], head_dim)
-        coordinates = grid_coordinates(layout.grid)[: self.places - self.starts]
-        start = torch.tensor((1.0, 0.0)).expand(self.starts, head_dim // 2, 2)  # no rotation
-        return torch.cat((start, rotary_table(coordinates, head_dim)))
+        self.token_embedding = embed_tokens(layout, width, token_embedding)
+        self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
+        learned = self.starts - int(self.prefix)
+        self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
+        self.positions = Positions(layout, positions, self.starts, width, self.head_dim, start_rotation == "zero")
+        self.target_embedding = nn.Parameter(torch.empty(layout.places, width)) if target_positions else None
+        self.embedding_norm = Norm(width, "layer", epsilon=norm_epsilon) if embedding_norm else None
+        self.dropout = nn.Dropout(dropout)
+
+        self.condition_positions = nn.Parameter(torch.empty(self.places, width)) if condition_positions else None
+        self.shared_modulation = Modulation(width, 6) if shared_modulation else None
+        affine = not modulated if norm_affine is None else norm_affine
+        own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
+        self.blocks = nn.ModuleList(
+            Block(
+                BlockSettings(
+                    width,
+                    heads,
+                    self.head_dim,
+                    mlp_hidden,
+                    norm,
+                    norm_epsilon,
+                    norm_first,
+                    affine,
+                    own if modulated else None,
+                    mlp,
+                    qk_norm,
+                    ("all" if bias else "none") if attention_bias is None else attention_bias,
+                    bias,
+                    dropout,
+                    drop_path * layer / max(depth - 1, 1),
+                )
+            )
+            for layer in range(depth)
+        )
+        self.skips = None
+        if long_skips:
+            self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
+        self.final_norm = None
+        if norm_first:
+            offset = bias and norm == "layer" if final_norm_bias is None else final_norm_bias
+            self.final_norm = Norm(width, norm, affine, offset, norm_epsilon)
+        self.final_modulation = Modulation(width, 2) if modulated else None
+        head_offset = bias if head_bias is None else head_bias
+        outputs = layout.parts * layout.vocab_size
+        self.head = Head(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
+        self.tied = tied
+        self.recompute = recompute
+        self.register_buffer("mask", _scale_mask(layout), persistent=False)
+        self._initialise()
 
     def _initialise(self) -> None:
         """GPT-2's: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth)."""
         for name, parameter in self.named_parameters():
-            if "modulation" in name or parameter.ndim < 2:
+            if "modulation" in name or parameter.ndim < 2 or name.endswith(("bias", "log_sharpness", "start")):
                 continue
             residual = name.endswith(("out.weight", "contract.weight"))
             nn.init.normal_(parameter, std=0.02 / (2 * self.depth) ** 0.5 if residual else 0.02)
@@ -107,43 +178,140 @@ class Transformer(Backbone):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor, labels: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        assert cache is None or self.causal, "only a causal backbone has a cache"
-        filled = cache.filled if cache is not None else 0
+    def forward(
+        self, tokens: Tensor, labels: Tensor, cache: Cache | None = None, order: Tensor | None = None
+    ) -> Tensor:
+        filled = 0 if cache is None else cache.filled
+        class_vectors = self.class_embedding(labels)
+        hidden = self._embed(tokens, class_vectors, filled, order)
+        count = hidden.shape[1]
+        rotary = self.positions.rotary(filled, count, order)
+        mask = None if self.mask is None else self.mask[:count, :count]
+        condition = self._condition(class_vectors, filled, count)
+        hidden = self._run_blocks(hidden, condition, rotary, mask, cache)
+        if cache is not None and cache.holds_keys:
+            cache.advance(count)
+        # Row i of a causal sequence, which predicts token i, is the element before it.
+        hidden = hidden[:, max(self.starts - int(self.causal) - filled, 0) :]
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
+        if self.final_modulation is not None:
+            shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
+            hidden = hidden * (1 + scale) + shift
+        tied = None
+        if self.tied:
+            tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.vocab_size]
+        logits = self.head(hidden, tied)
+        return logits.unflatten(-1, (self.layout.parts, -1)).flatten(1, 2) if self.layout.parts > 1 else logits
+
+    def _embed(self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None) -> Tensor:
+        """`(B, n, D)` of the tokens that follow `filled` elements, and at the beginning of what stands before them."""
+        assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
-        condition = self.class_embedding(labels)
-        if self.starts and filled == 0:
-            start = condition[:, None] if self.start is None else self.start.expand(len(labels), -1, -1)
-            embedded = torch.cat((start, embedded), dim=1)
-        count = embedded.shape[1]
+        if filled == 0 and self.starts:
+            parts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
+            if self.prefix:
+                parts.append(class_vectors[:, None])
+            embedded = torch.cat((*(part.to(embedded.dtype) for part in parts), embedded), dim=1)
+        self._check_count(filled, embedded.shape[1])
+        embedded = self.positions.add(embedded, filled, order)
+        if self.target_embedding is not None:
+            embedded = embedded + self._targets(self.target_embedding, filled, embedded.shape[1], order)
+        if self.embedding_norm is not None:
+            embedded = self.embedding_norm(embedded)
+        return self.dropout(embedded)
+
+    def _check_count(self, filled: int, count: int) -> None:
         if filled + count > self.places:
             raise ValueError(
                 f"the sequence has places for {self.places} elements (start included), got {filled + count}: "
                 f"a {self.layout.attention} backbone reads at most {self.places - self.starts} tokens"
             )
-        if self.position_embedding is not None:
-            embedded = embedded + self.position_embedding[:, filled : filled + count]
-        rotary = self.rotary[filled : filled + count] if self.rotary is not None else None
-        hidden = self.dropout(embedded)
+        ends = list(accumulate(self.layout.scales))
+        if ends and filled + count not in ends:
+            raise ValueError(
+                f"a block-causal backbone reads whole scales, which end at {ends}, got {filled + count} elements"
+            )
+        if filled and ends and ends.index(filled + count) != ends.index(filled) + 1:
+            raise ValueError("a block-causal backbone with a cache reads one scale at a time")
+
+    def _targets(self, table: Tensor, filled: int, count: int, order: Tensor | None) -> Tensor:
+        """`(B or 1, count, D)`: the embedding of the place that each element predicts, zeros for those before."""
+        before = max(self.starts - 1 - filled, 0)
+        first = max(filled - self.starts + 1, 0)
+        predicted = slice(first, first + count - before)
+        places = (
+            torch.arange(len(table), device=table.device)[None, predicted] if order is None else order[:, predicted]
+        )
+        return nn.functional.pad(table[places], (0, 0, before, 0))
+
+    def _condition(self, class_vectors: Tensor, filled: int, count: int) -> Tensor | None:
+        """`(B, 1, D)`, or `(B, count, D)` where the condition changes along the sequence; None for a prefix alone."""
+        if self.final_modulation is None:
+            return None
+        condition = class_vectors[:, None]
+        if self.condition_positions is not None:
+            condition = condition + self.condition_positions[filled : filled + count]
+        return condition
+
+    def _run_blocks(
+        self, hidden: Tensor, condition: Tensor | None, rotary: Tensor | None, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        prepared = [] if cache is None else cache.modulations
+        shared: Condition | None = condition
+        if condition is not None and self.shared_modulation is not None and not prepared:
+            shared = torch.cat(self.shared_modulation(condition), dim=-1)
+        causal, kept = self.layout.attention == "causal", []
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, condition, rotary, self.causal, layer, cache)
-        if cache is not None:
-            cache.advance(count)
-        if not self.causal and self.starts:
-            hidden = hidden[:, self.starts :]
-        hidden = self.final_norm(hidden)
-        if self.final_modulation is not None:
-            shift, scale = self.final_modulation(condition)
-            hidden = hidden * (1 + scale) + shift
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.head(hidden.to(self.head.weight.dtype)).float()
+            if self.skips is not None and layer > self.depth // 2:
+                hidden = self.skips[layer - self.depth // 2 - 1](torch.cat((hidden, kept.pop()), dim=-1))
+            arguments: tuple[Any, ...] = (
+                hidden,
+                prepared[layer] if prepared else shared,
+                rotary,
+                mask,
+                causal,
+                layer,
+                cache,
+            )
+            if self.recompute and self.training:
+                hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
+            else:
+                hidden = block(*arguments)
+            if self.skips is not None and layer < self.depth // 2:
+                kept.append(hidden)
+        return hidden
+
+    def _final_modulation(self, condition: Tensor | None, cache: Cache | None, rows: int) -> tuple[Tensor, ...]:
+        if cache is not None and cache.modulations:
+            return cache.modulations[-1]
+        assert condition is not None and self.final_modulation is not None
+        return self.final_modulation(condition if condition.shape[1] == 1 else condition[:, -rows:])
 
     def shards(self) -> Iterable[nn.Module]:
         return self.blocks
 
-    def new_cache(self, batch: int) -> KeyValueCache:
-        weight = self.head.weight
-        head_dim = self.width // self.heads
+    def new_cache(self, labels: Tensor) -> Cache:
+        modulations: list[tuple[Tensor, ...]] = []
+        if self.final_modulation is not None and self.condition_positions is None:
+            condition = self.class_embedding(labels)[:, None]
+            shared = condition
+            if self.shared_modulation is not None:
+                shared = torch.cat(self.shared_modulation(condition), dim=-1)
+            modulations = [cast(Block, block).modulate(shared) for block in self.blocks]
+            modulations.append(self.final_modulation(condition))
+        if not self.causal:
+            return Cache(modulations, None)
+        weight = self.class_embedding.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
-        return KeyValueCache(self.depth, batch, self.heads, self.places, head_dim, weight.device, dtype)
+        shape = (self.depth, len(labels), self.heads, self.places, self.head_dim)
+        return Cache(modulations, new_buffers(*shape, weight.device, dtype))
+
+
+def _scale_mask(layout: SequenceLayout) -> Tensor | None:
+    """`(N, N)` bool: each place sees the scales before its own, and its own."""
+    if not layout.scales:
+        return None
+    scale = torch.arange(len(layout.scales)).repeat_interleave(torch.tensor(layout.scales))
+    return scale[:, None] >= scale

@@ -21,7 +21,7 @@ class RasterSampler(Sampler):
         guided = any(scale != 1 for scale in scales)
         if guided:
             labels = torch.cat((labels, torch.full_like(labels, null)))
-        cache = backbone.new_cache(len(labels))
+        cache = backbone.new_cache(labels)
         uniforms = random.uniform(Purpose.TOKEN, length)
         tokens = labels.new_empty(batch, length)
         for place, scale in enumerate(scales):

@@ -17,7 +17,7 @@ def test_transformer_is_llama(make_backbone) -> None:
     from transformers import LlamaConfig, LlamaModel
 
     backbone: Transformer = make_backbone(
-        "causal", grid=(3, 4), norm="rms", positions="rope_1d", gated_mlp=True, bias=False, spread=0.2
+        "causal", grid=(3, 4), norm="rms", positions="rope_1d", mlp="swiglu", bias=False, spread=0.2
     )
     assert isinstance(backbone.layout, SequenceLayout)
     hidden = backbone.blocks[0].mlp.contract.in_features
@@ -32,7 +32,7 @@ def test_transformer_is_llama(make_backbone) -> None:
         mlp_bias=False,
     )
     llama = LlamaModel(config).eval()
-    weights = {"norm.weight": backbone.final_norm.weight, "embed_tokens.weight": backbone.token_embedding.weight}
+    weights = {"norm.weight": backbone.final_norm.weight, "embed_tokens.weight": backbone.token_embedding.table.weight}
     for layer, block in enumerate(backbone.blocks):
         query, key, value = block.attention.query_key_value.weight.chunk(3)
         gate, up = block.mlp.expand.weight.chunk(2)

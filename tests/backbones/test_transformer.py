@@ -9,9 +9,9 @@ from torch import Tensor
 from discrete_lit.backbones import SequenceLayout, Transformer
 
 SWITCHES = [
-    {"positions": positions, "conditioning": conditioning, "norm": norm, "gated_mlp": gated, "qk_norm": qk_norm}
-    for positions, conditioning, norm, gated, qk_norm in product(
-        ("learned", "rope_1d", "rope_2d"), ("prefix", "adaln"), ("layer", "rms"), (False, True), (False, True)
+    {"positions": positions, "conditioning": conditioning, "norm": norm, "mlp": mlp, "qk_norm": qk_norm}
+    for positions, conditioning, norm, mlp, qk_norm in product(
+        ("learned", "rope_1d", "rope_2d"), ("prefix", "adaln"), ("layer", "rms"), ("gelu", "swiglu"), (None, "rms")
     )
 ]
 each_combination = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(str(v) for v in s.values()))
@@ -32,7 +32,7 @@ def test_cached_logits_are_the_full_ones(make_backbone, switches) -> None:
     full = backbone(tokens, LABELS)
     assert full.shape == (2, 6, 5)
     for cuts in ([0, 1, 2, 3, 4, 5], [0, 5], [3, 4, 5], [1, 4, 5], [2, 5]):
-        cache, rows, seen = backbone.new_cache(2), [], 0
+        cache, rows, seen = backbone.new_cache(LABELS), [], 0
         for end in cuts:
             rows.append(backbone(tokens[:, seen:end], LABELS, cache))
             seen = end
@@ -97,7 +97,7 @@ def test_too_many_tokens_are_refused(make_backbone, conditioning) -> None:
         with pytest.raises(ValueError, match="places for 6 elements"):
             backbone(ids(6), LABELS)
         for filled, more in ((5, 1), (5, 3), (3, 3)):
-            cache = backbone.new_cache(2)
+            cache = backbone.new_cache(LABELS)
             backbone(ids(filled), LABELS, cache)
             with pytest.raises(ValueError, match="places for 6 elements"):
                 backbone(ids(more), LABELS, cache)
@@ -106,7 +106,7 @@ def test_too_many_tokens_are_refused(make_backbone, conditioning) -> None:
 
 
 def test_cache_refuses_more_than_it_holds(make_backbone) -> None:
-    cache = make_backbone("causal").new_cache(1)
+    cache = make_backbone("causal").new_cache(LABELS[:1])
     with pytest.raises(ValueError, match="holds 6 positions, 7 were asked for"):
         cache.append(0, torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8))
 
@@ -116,7 +116,7 @@ def test_adaln_zero_starts_as_the_identity(make_backbone) -> None:
     """No block changes the stream, so the logits are the head of the normalised embeddings, for any label."""
     backbone = make_backbone("bidirectional", spread=None, conditioning="adaln", norm="rms")
     tokens = ids(6)
-    embedded = backbone.token_embedding(tokens) + backbone.position_embedding
+    embedded = backbone.token_embedding(tokens) + backbone.positions.embedding
     scale = embedded.square().mean(dim=-1, keepdim=True).add(1e-6).rsqrt()
     torch.testing.assert_close(backbone(tokens, LABELS), backbone.head(embedded * scale))
 
@@ -128,22 +128,22 @@ def test_every_parameter_is_trained(make_backbone, switches) -> None:
         backbone(ids(count), LABELS).square().sum().backward()
         unused = [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
         assert not unused
-        if backbone.position_embedding is not None:
-            assert (backbone.position_embedding.grad.abs().amax(dim=-1) > 0).all()
+        if backbone.positions.embedding is not None:
+            assert (backbone.positions.embedding.grad.abs().amax(dim=-1) > 0).all()
 
 
 @each_conditioning
-@pytest.mark.parametrize("gated_mlp", [False, True])
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
 @torch.no_grad()
-def test_bfloat16_autocast_gives_close_float32_logits(make_backbone, conditioning, gated_mlp) -> None:
+def test_bfloat16_autocast_gives_close_float32_logits(make_backbone, conditioning, mlp) -> None:
     backbone = make_backbone(
-        "causal", conditioning=conditioning, gated_mlp=gated_mlp, qk_norm=True, positions="rope_2d", spread=0.1
+        "causal", conditioning=conditioning, mlp=mlp, qk_norm="rms", positions="rope_2d", spread=0.1
     )
     tokens = ids(5)
     exact = backbone(tokens, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
         logits = backbone(tokens, LABELS)
-        cache = backbone.new_cache(2)
+        cache = backbone.new_cache(LABELS)
         cached = torch.cat([backbone(tokens[:, :2], LABELS, cache), backbone(tokens[:, 2:], LABELS, cache)], dim=1)
     assert logits.dtype == cached.dtype == torch.float32
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.03)
@@ -161,7 +161,7 @@ def test_initialisation() -> None:
     assert float(parameters["blocks.3.attention.query_key_value.weight"].std()) == pytest.approx(0.02, rel=0.05)
     assert float(parameters["blocks.3.attention.out.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
     assert float(parameters["blocks.3.mlp.contract.weight"].std()) == pytest.approx(0.02 / 4, rel=0.05)
-    assert float(parameters["position_embedding"].std()) == pytest.approx(0.02, rel=0.1)
+    assert float(parameters["positions.embedding"].std()) == pytest.approx(0.02, rel=0.1)
     assert all((value == 0).all() for name, value in parameters.items() if name.endswith("bias"))
     logits = backbone(torch.randint(64, (4, 15)), torch.arange(4))
     assert float(logits.softmax(dim=-1).amax()) < 0.1
@@ -170,11 +170,11 @@ def test_initialisation() -> None:
 def test_sizes() -> None:
     layout = SequenceLayout(7, (2, 2), 3, "bidirectional", mask_token=True)
     assert (layout.length, layout.mask_id, layout.null_label) == (4, 7, 3)
-    assert Transformer(layout, width=768, depth=1, heads=12, gated_mlp=True).blocks[0].mlp.contract.in_features == 2048
+    assert Transformer(layout, width=768, depth=1, heads=12, mlp="swiglu").blocks[0].mlp.contract.in_features == 2048
     backbone = Transformer(layout, width=32, depth=1, heads=2, bias=False, norm="layer")
     assert not [name for name, _ in backbone.named_parameters() if name.endswith("bias")]
-    assert backbone.token_embedding.num_embeddings == 8 and backbone.head.out_features == 7
-    assert Transformer(SequenceLayout(7, (2, 2), 3, "causal"), 32, 1, 2).token_embedding.num_embeddings == 7
+    assert backbone.token_embedding.table.num_embeddings == 8 and backbone.head.project.out_features == 7
+    assert Transformer(SequenceLayout(7, (2, 2), 3, "causal"), 32, 1, 2).token_embedding.table.num_embeddings == 7
 
 
 def test_dropout_acts_in_training_alone(make_backbone) -> None:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from discrete_lit.backbones.blocks import Block, Norm
+from discrete_lit.backbones.blocks import Block, BlockSettings
+from discrete_lit.backbones.norms import Norm
 
 # Of every LayerNorm, as in the published networks.
 _EPSILON = 1e-5
@@ -44,24 +45,13 @@ class TransformerBlocks(nn.Module):
         if size.width % size.heads:
             raise ValueError(f"width={size.width} is not a multiple of heads={size.heads}")
         self.blocks = nn.ModuleList(
-            Block(
-                size.width,
-                size.heads,
-                size.hidden,
-                norm="layer",
-                modulated=False,
-                gated_mlp=False,
-                qk_norm=False,
-                bias=True,
-                dropout=0.0,
-                norm_epsilon=_EPSILON,
-            )
+            Block(BlockSettings(size.width, size.heads, size.width // size.heads, size.hidden, norm_epsilon=_EPSILON))
             for _ in range(size.depth)
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, condition=None, rotary=None, causal=False, layer=layer, cache=None)
+        for block in self.blocks:
+            x = block(x)
         return x
 
 

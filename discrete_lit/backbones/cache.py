@@ -1,0 +1,56 @@
+"""What a backbone keeps while one batch of sequences is sampled."""
+
+import torch
+from torch import Tensor
+
+
+class Cache:
+    """Modulations of the batch's labels, computed once; and of a causal backbone the keys and values so far.
+
+    Args:
+        modulations: of each block, then of the head; empty where nothing is modulated.
+        keys_and_values: `(layers, 2, B, heads, length, head_dim)`, preallocated; None for a backbone that sees
+            everything at every pass.
+    """
+
+    def __init__(self, modulations: list[tuple[Tensor, ...]], keys_and_values: Tensor | None) -> None:
+        self.modulations = modulations
+        self.filled = 0
+        self._buffers = keys_and_values
+
+    @property
+    def holds_keys(self) -> bool:
+        """Whether it is of a causal backbone."""
+        return self._buffers is not None
+
+    @property
+    def length(self) -> int:
+        """Places that there are keys and values for."""
+        return 0 if self._buffers is None else self._buffers.shape[4]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
+
+        The fill mark moves by `advance`, once for all layers.
+
+        Raises:
+            ValueError: more places than the cache has.
+        """
+        assert self._buffers is not None
+        end = self.filled + keys.shape[2]
+        if end > self.length:
+            raise ValueError(f"the key-value cache holds {self.length} positions, {end} were asked for")
+        self._buffers[layer, 0, :, :, self.filled : end] = keys
+        self._buffers[layer, 1, :, :, self.filled : end] = values
+        return self._buffers[layer, 0, :, :, :end], self._buffers[layer, 1, :, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Mark `count` more places as filled in every layer."""
+        self.filled += count
+
+
+def new_buffers(
+    layers: int, batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Empty keys and values of every layer."""
+    return torch.zeros(layers, 2, batch, heads, length, head_dim, device=device, dtype=dtype)

@@ -1,0 +1,69 @@
+"""What stands at each place of the input."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from discrete_lit.backbones.backbone import SequenceLayout
+
+InputKind = Literal["table", "bits"]
+
+
+class TokenTable(nn.Module):
+    """A learned vector for each id, the mask id among them."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(layout.vocab_size + int(layout.mask_token), width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
+        return self.table(tokens)
+
+
+class BitProjection(nn.Module):
+    """A linear map of the bits of a place's ids as -1 and 1, least significant first; 0 for those of a masked id.
+
+    (Weber et al., "MaskBit: Embedding-free Image Generation via Bit Tokens", 2024.)
+    """
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bits = (layout.vocab_size - 1).bit_length()
+        self.project = nn.Linear(layout.parts * self.bits, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * parts) -> (B, n, D)
+        shifts = torch.arange(self.bits, device=tokens.device)
+        signs = ((tokens[..., None] >> shifts) & 1) * 2 - 1
+        signs = signs.masked_fill((tokens == self.layout.mask_id)[..., None], 0)
+        return self.project(signs.unflatten(1, (-1, self.layout.parts)).flatten(2).to(self.project.weight.dtype))
+
+
+class VectorProjection(nn.Module):
+    """A linear map of the vectors that stand for ids."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        assert layout.input_dim is not None
+        self.project = nn.Linear(layout.input_dim, width)
+
+    def forward(self, vectors: Tensor) -> Tensor:  # (B, n, input_dim) -> (B, n, D)
+        return self.project(vectors)
+
+
+def embed_tokens(layout: SequenceLayout, width: int, kind: InputKind) -> TokenTable | BitProjection | VectorProjection:
+    """The embedding that a layout needs.
+
+    Raises:
+        ValueError: bits of a vocabulary that is no power of two, or a table for several ids at a place.
+    """
+    if layout.input_dim is not None:
+        return VectorProjection(layout, width)
+    if kind == "bits":
+        if layout.vocab_size & (layout.vocab_size - 1):
+            raise ValueError(f"token_embedding='bits' needs a vocabulary that is a power of 2, got {layout.vocab_size}")
+        return BitProjection(layout, width)
+    if layout.parts > 1:
+        raise ValueError(f"token_embedding='table' has one id at a place, this sequence has {layout.parts}: use 'bits'")
+    return TokenTable(layout, width)
