@@ -183,6 +183,16 @@ def test_the_discriminators_activations_are_gone_before_the_backward_pass():
     assert behind == {"ConvolutionBackward0", "AccumulateGrad"}
 
 
+def test_a_frozen_part_is_passed_backward_once():
+    """For the generator's gradient; the discriminator's own ends at the frozen features."""
+    decoder, whole = Decoder(), objective(dino())
+    passes = []
+    block = whole.adversarial.discriminator.frozen.prepare().blocks[1]
+    block.register_full_backward_hook(lambda *arguments: passes.append(1))
+    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    assert len(passes) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """In float16 the losses stay in float32, and gradients far below its range arrive at the decoder."""
