@@ -156,7 +156,7 @@ def test_the_schedule():
 
 def test_before_the_start_nothing_is_computed():
     class Untouched(PatchGAN):
-        def judge(self, features):
+        def forward(self, images):
             raise AssertionError("computed")
 
     decoder, whole = Decoder(), objective(Untouched(width=4), start_step=1)
@@ -184,7 +184,7 @@ def test_the_discriminators_activations_are_gone_before_the_backward_pass():
 
 
 def test_a_frozen_part_is_passed_backward_once():
-    """For the generator's gradient; the discriminator's own ends at the frozen features."""
+    """For the generator's gradient; the discriminator's own is that of its weights."""
     decoder, whole = Decoder(), objective(dino())
     passes = []
     block = whole.adversarial.discriminator.frozen.prepare().blocks[1]
