@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput
+from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput, TrainingAlarm
 from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
 from discrete_lit.config_errors import build, explain
 from discrete_lit.given_settings import GivenSettings, read_given
@@ -200,6 +200,8 @@ class TrainingCLI(LightningCLI):
         always: list[Callback] = []
         if settings["enable_progress_bar"] is not False:
             always.append(TQDMProgressBar())
+        if self.command == "fit":
+            always.append(TrainingAlarm())
         if logged:
             always += [ReconstructionGrid(), SampleGrid()]
             if self.command == "fit":

@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from discrete_lit.distributed import all_reduce_sum, rank, world_size
+from discrete_lit.evaluation.codebook_usage import MOST_COUNTED
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
 # Ids drawn evenly K times 4 show 98% of K.
 _DRAWS_FOR_EACH_ID = 4
-# Counts of 128 MB.
-_MOST_COUNTED = 2**24
 
 
 class TrainingStopped(RuntimeError):
@@ -114,7 +113,7 @@ class TrainingAlarm(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         tokens = getattr(pl_module, "training_tokens", None)
-        if isinstance(pl_module, Tokenizer) and tokens is not None and pl_module.vocab_size <= _MOST_COUNTED:
+        if isinstance(pl_module, Tokenizer) and tokens is not None and pl_module.vocab_size <= MOST_COUNTED:
             self._count(trainer, pl_module.vocab_size, tokens)
         if self._figures and trainer._logger_connector.should_update_logs:
             pl_module.log_dict(self._figures)

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+MOST_COUNTED = 2**24
+"""The largest vocabulary whose ids are counted one by one: the counts take 128 MB. Above it, only parts are."""
+
 
 class CodebookUsage(Metric):
     """Usage and perplexity of token ids, over all batches and ranks.

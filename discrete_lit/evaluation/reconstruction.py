@@ -62,7 +62,10 @@ class ReconstructionFigures:
     lpips: float | None = None
     tokens: int | None = None
     """L, ids of one image."""
+    vocab_size: int | None = None
+    """K."""
     ids: IdStatistics | None = None
+    """Of all ids together; None above K = 2^24, where the parts alone are counted."""
     parts: dict[str, IdStatistics] = field(default_factory=dict)
     """Of each codebook of several, each scale, each bit."""
     pixels: int = 0
@@ -71,7 +74,7 @@ class ReconstructionFigures:
     @property
     def capacity_bits(self) -> float | None:
         """What the ids of an image could carry: L log2 K."""
-        return None if self.ids is None or self.tokens is None else self.tokens * log2(self.ids.size)
+        return None if self.vocab_size is None or self.tokens is None else self.tokens * log2(self.vocab_size)
 
     @property
     def entropy_bits(self) -> float | None:
@@ -128,12 +131,13 @@ class ReconstructionMeter:
         return reconstructions
 
     def _count_ids(self, tokens: Tensor) -> None:
-        from discrete_lit.evaluation.codebook_usage import CodebookUsage
+        from discrete_lit.evaluation.codebook_usage import MOST_COUNTED, CodebookUsage
 
         self.token_shape = tuple(tokens.shape[1:])
-        if self.usage is None:
+        if self.usage is None and self.autoencoder.vocab_size <= MOST_COUNTED:
             self.usage = CodebookUsage(self.autoencoder.vocab_size).to(tokens.device)
-        self.usage.update(tokens)
+        if self.usage is not None:
+            self.usage.update(tokens)
         for name, part in self.autoencoder.parts(tokens).items():
             if name not in self.parts:
                 self.parts[name] = CodebookUsage(part.size).to(tokens.device)
@@ -146,7 +150,8 @@ class ReconstructionMeter:
             psnr=means["psnr"],
             ssim=means["ssim"],
             lpips=None if self.lpips is None else means["lpips"],
-            tokens=None if self.usage is None else prod(self.token_shape),
+            tokens=prod(self.token_shape) if self.token_shape else None,
+            vocab_size=getattr(self.autoencoder, "vocab_size", None),
             ids=None if self.usage is None else IdStatistics.of(self.usage),
             parts={name: IdStatistics.of(usage) for name, usage in self.parts.items()},
             pixels=self.pixels,

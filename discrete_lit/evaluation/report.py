@@ -59,7 +59,7 @@ class Row:
             _number(made and made.ssim, ".3f"),
             _number(made and made.lpips, ".3f"),
             _number(made and made.tokens, ","),
-            _number(ids and ids.size, ","),
+            _number(made and made.vocab_size, ","),
             _number(ids and ids.usage, ".1%"),
             _number(ids and ids.perplexity, ",.1f"),
             _number(made and made.capacity_bits, ",.0f"),

@@ -5,12 +5,15 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from discrete_lit.evaluation.codebook_usage import CodebookUsage
+from discrete_lit.evaluation.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.tokenizers.image_autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Part
 from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+# The name of all ids together among those of their parts.
+_WHOLE = "all"
 
 
 class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
@@ -18,7 +21,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     In validation it also logs `validation/codebook_usage` (share of the K ids that occur) and `validation/perplexity`
     (exp of the entropy of the ids in nats, between 1 and K), and both again, as `validation/codebook_usage/<part>`, of
-    each part that the quantizer names: a codebook of several, a scale, a bit.
+    each part that the quantizer names: a codebook of several, a scale, a bit. Above K = 2^24 the parts alone.
 
     Args:
         network: called with the quantizer's `dim` and `latent_dim`.
@@ -30,8 +33,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
         super().__init__(network(quantizer.dim, quantizer.latent_dim), **training)
         self.quantizer = quantizer
         self.vocab_size = quantizer.vocab_size
-        self.codebook_usage = CodebookUsage(quantizer.vocab_size)
-        self.part_usage = nn.ModuleDict()
+        self.usage = nn.ModuleDict()
 
     def token_shape(self, image_size: int) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
@@ -60,18 +62,20 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def validate(self, made: Reconstruction) -> None:
         assert made.tokens is not None
-        self.codebook_usage.update(made.tokens)
-        for name, part in self.parts(made.tokens).items():
-            if name not in self.part_usage:
-                self.part_usage[name] = CodebookUsage(part.size).to(self.device)
-            cast(CodebookUsage, self.part_usage[name]).update(part.ids)
+        counted = self.parts(made.tokens)
+        if self.vocab_size <= MOST_COUNTED:
+            counted[_WHOLE] = Part(made.tokens, self.vocab_size)
+        for name, part in counted.items():
+            if name not in self.usage:
+                self.usage[name] = CodebookUsage(part.size).to(self.device)
+            cast(CodebookUsage, self.usage[name]).update(part.ids)
 
     def on_validation_epoch_end(self) -> None:
-        whole_and_parts = {"": self.codebook_usage, **{f"/{name}": usage for name, usage in self.part_usage.items()}}
-        for suffix, measured in whole_and_parts.items():
+        for name, measured in self.usage.items():
             measured = cast(CodebookUsage, measured)
             usage, perplexity = measured.compute()
             measured.reset()
+            suffix = "" if name == _WHOLE else f"/{name}"
             figures = {f"validation/codebook_usage{suffix}": usage, f"validation/perplexity{suffix}": perplexity}
             self.log_dict(figures, sync_dist=True)
 

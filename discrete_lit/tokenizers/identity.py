@@ -1,7 +1,12 @@
 """Tokenizers without a network: an id is a pixel's level, or its colour among a few.
 
 For generators on pixels: the levels of the Image Transformer (Parmar et al., 2018) and of D3PM (Austin et al., 2021),
-the colour clusters of ImageGPT (Chen et al., "Generative Pretraining from Pixels", 2020).
+the colour clusters of ImageGPT (Chen et al., "Generative Pretraining from Pixels", 2020). There is nothing to train: a
+generator names one as its `tokenizer`, and for `discrete-lit tokenize` a checkpoint is written by
+
+    save(instantiate({"class_path": "discrete_lit.tokenizers.PixelLevels", "init_args": {"grey": True}}), "grey.ckpt")
+
+of `discrete_lit.checkpoints`.
 """
 
 from collections.abc import Sequence

@@ -39,6 +39,13 @@ class Follow(Callback):
         self.validated.append(state(pl_module))
 
 
+class Count(Callback):
+    """Moves an integer buffer before every batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.count += 7
+
+
 def config():
     network = {
         "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
@@ -62,7 +69,8 @@ def averaged(raw, decay, warmup):
 @pytest.mark.parametrize("warmup", [False, True])
 def test_the_average_of_weights_and_codebooks(tokenizer, make_loader, make_trainer, warmup):
     follow, decay = Follow(), 0.6
-    callbacks = [ExponentialMovingAverage(decay, warmup), follow]
+    tokenizer.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    callbacks = [ExponentialMovingAverage(decay, warmup), follow, Count()]
     trainer = make_trainer(max_steps=6, val_check_interval=3, limit_val_batches=1, callbacks=callbacks)
     trainer.fit(tokenizer, make_loader(6), make_loader(1))
     expected = averaged(follow.raw, decay, warmup)

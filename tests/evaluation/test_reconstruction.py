@@ -102,3 +102,14 @@ def test_statistics_of_ids() -> None:
     usage = CodebookUsage(4)
     usage.update(torch.tensor([0, 1, 1, 0]))
     assert IdStatistics.of(usage) == IdStatistics(4, 0.5, pytest.approx(2.0))
+
+
+def test_ids_beyond_counting_are_reported_by_their_parts() -> None:
+    class Wide(Quarters):
+        vocab_size = 2**36
+
+    meter = ReconstructionMeter(Wide())
+    meter(images_of(torch.tensor([[[0, 0], [2, 3]]])))
+    made = meter.figures()
+    assert made.ids is None and made.entropy_bits is None
+    assert made.capacity_bits == 4 * 36 and made.parts["bit_0"].usage == 1

@@ -1,6 +1,7 @@
 """TiTok's published layout on weights of our own: every name, both heads, and what is refused."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ QUANTIZER = {
 HEADS = {"vit_enc_num_heads": 2, "vit_dec_num_heads": 2}
 
 
+@cache
 def ours(kind: str) -> Any:
-    """A tiny model of ours, random weights, in eval mode."""
+    """A tiny model of ours, random weights, in eval mode; not to be changed."""
     arguments: dict[str, Any] = {"image_size": 8, "patch_size": 2, "latent_tokens": 3, "encoder": SIZE, "decoder": SIZE}
     if kind == "two_stages":
         arguments |= {"proxy": PROXY, "legacy_reshape": True}

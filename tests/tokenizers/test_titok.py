@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import discrete_lit
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.tokenizers import TiTok, from_checkpoint
-from discrete_lit.tokenizers.networks import TiTokAutoencoder, TransformerSize
-from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer
+from discrete_lit.tokenizers.networks import ConvAutoencoder, ProxyDecoder, TiTokAutoencoder, TransformerSize
+from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer, VectorQuantizer
 
 CONVOLUTIONS = {
     "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
@@ -195,31 +195,33 @@ def test_the_quantizer_of_stage_2_does_not_move() -> None:
     assert module.network.decoder.training and not module.network.encoder.training
 
 
-def test_stages_that_do_not_fit(proxy: Path, first: Path, tmp_path: Path) -> None:
-    for arguments, message in (
-        ({"proxy_tokenizer": "a", "first_stage": "b"}, "set one of them"),
-        ({"network": NETWORK, "first_stage": "b"}, "needs a network with a proxy"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            instantiate(titok(**{"network": WITH_PROXY, **arguments}))
+def direct(codebook_size: int = 9, patch_size: int = 4, channels: int = 4, proxy: bool = True, **arguments) -> TiTok:
+    """A TiTok of the configuration above with some sizes changed, without the parsing."""
+    convolutions = {**CONVOLUTIONS["init_args"], "channels": channels}
+    decoder = ProxyDecoder(codebook_size, 4, partial(ConvAutoencoder, **convolutions)) if proxy else None
+    size = TransformerSize(16, 1, 2)
+    shape = {"image_size": 8, "patch_size": patch_size, "latent_tokens": 3}
+    network = partial(TiTokAutoencoder, encoder=size, decoder=size, proxy=decoder, **shape)
+    return TiTok(network, VectorQuantizer(**QUANTIZER["init_args"]), **arguments)
 
-    larger = copy.deepcopy(WITH_PROXY)
-    larger["init_args"]["proxy"]["init_args"]["codebook_size"] = 10
-    finer = copy.deepcopy(WITH_PROXY)
-    finer["init_args"]["patch_size"] = 2
-    wider = copy.deepcopy(WITH_PROXY)
-    wider["init_args"]["proxy"]["init_args"]["network"]["init_args"]["channels"] = 8
-    for network, arguments, message in (
-        (WITH_PROXY, {"proxy_tokenizer": str(tmp_path / "none.ckpt")}, "no checkpoint at"),
-        (WITH_PROXY, {"proxy_tokenizer": str(first)}, "holds a TiTok; the proxy must be a tokenizer around a Conv"),
-        (larger, {"proxy_tokenizer": str(proxy)}, r"codebook of shape \(9, 4\), this network's proxy one of \(10, 4\)"),
-        (wider, {"proxy_tokenizer": str(proxy)}, "the proxy tokenizer's decoder is another"),
-        (finer, {"proxy_tokenizer": str(proxy)}, r"makes \(2, 2\) ids of 8 pixels, and this network has \(4, 4\) patc"),
-        (WITH_PROXY, {"first_stage": str(proxy)}, "holds a VQVAE, not a TiTok"),
-        (larger, {"first_stage": str(first)}, "is a TiTok of other sizes"),
+
+def test_stages_that_do_not_fit(proxy: Path, first: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="set one of them"):
+        direct(proxy_tokenizer="a", first_stage="b")
+    with pytest.raises(ValueError, match="needs a network with a proxy"):
+        direct(proxy=False, first_stage="b")
+    for module, message in (
+        (direct(proxy_tokenizer=str(tmp_path / "none.ckpt")), "no checkpoint at"),
+        (direct(proxy_tokenizer=str(first)), "holds a TiTok; the proxy must be a tokenizer around a Conv"),
+        (direct(10, proxy_tokenizer=str(proxy)), r"codebook of shape \(9, 4\), this network's proxy one of \(10, 4\)"),
+        (direct(channels=8, proxy_tokenizer=str(proxy)), "the proxy tokenizer's decoder is another"),
+        (
+            direct(patch_size=2, proxy_tokenizer=str(proxy)),
+            r"\(2, 2\) ids of 8 pixels, and this network has \(4, 4\) p",
+        ),
+        (direct(first_stage=str(proxy)), "holds a VQVAE, not a TiTok"),
+        (direct(10, first_stage=str(first)), "is a TiTok of other sizes"),
     ):
-        module = instantiate(titok(network, **arguments))
-        assert isinstance(module, TiTok)
         module._trainer = type("Trainer", (), {"ckpt_path": None})()
         with pytest.raises(ValueError, match=message):
             module.setup("fit")

@@ -1,5 +1,6 @@
 """A discriminator beside an autoencoder: when it trains, what it loses, and what it tells the decoder."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -135,27 +136,22 @@ class AdversarialLoss(nn.Module):
         """
         meets = self.share(step) > 0
         penalised = self.r1_weight > 0 and step % self.r1_every == 0
-        with torch.set_grad_enabled(meets):
-            features = self.discriminator.features(outputs)
-        # The discriminator's own gradient ends where its frozen part does.
-        seen = [feature.detach().requires_grad_(meets) for feature in features]
-        fake = self.discriminator.judge(seen)
+        fake = self.discriminator(outputs if meets else outputs.detach())
         generator = generator_gradient = None
         if meets:
             generator = generator_loss(self.generator_loss, fake)
-            at_features = take_gradients(generator, seen, retain_graph=True)
-            (generator_gradient,) = take_gradients(features, [outputs], at_features)
+            (generator_gradient,) = take_gradients(generator, [outputs], retain_graph=True)
 
         images = images.detach().requires_grad_(penalised)
-        with twice_differentiable() if penalised else torch.no_grad():
-            real_features = self.discriminator.features(images)
-        real = self.discriminator.judge(real_features)
+        with twice_differentiable() if penalised else nullcontext():
+            real = self.discriminator(images)
         terms = {"discriminator": discriminator_loss(self.loss, real, fake)}
         if self.lecam is not None:
             terms["lecam"] = self.lecam_weight * self.lecam(real, fake)
         if penalised:
             terms["r1"] = self.r1_weight * self.r1_every * gradient_penalty(real, images)
         total = torch.stack(list(terms.values())).sum()
+        # With respect to the weights alone: nothing goes back to the outputs, or through what is frozen.
         gradients = take_gradients(total, self.parameters_to_train(), materialize_grads=True)
         figures = {
             "discriminator_real": real.detach().float().mean(),

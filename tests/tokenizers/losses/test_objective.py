@@ -156,7 +156,7 @@ def test_the_schedule():
 
 def test_before_the_start_nothing_is_computed():
     class Untouched(PatchGAN):
-        def judge(self, features):
+        def forward(self, images):
             raise AssertionError("computed")
 
     decoder, whole = Decoder(), objective(Untouched(width=4), start_step=1)
@@ -181,6 +181,16 @@ def test_the_discriminators_activations_are_gone_before_the_backward_pass():
     judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
     behind = {type(node).__name__ for node, _ in judged.loss.grad_fn.next_functions if node is not None}
     assert behind == {"ConvolutionBackward0", "AccumulateGrad"}
+
+
+def test_a_frozen_part_is_passed_backward_once():
+    """For the generator's gradient; the discriminator's own is that of its weights."""
+    decoder, whole = Decoder(), objective(dino())
+    passes = []
+    block = whole.adversarial.discriminator.frozen.prepare().blocks[1]
+    block.register_full_backward_hook(lambda *arguments: passes.append(1))
+    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    assert len(passes) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

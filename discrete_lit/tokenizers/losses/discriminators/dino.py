@@ -66,14 +66,15 @@ class DINODiscriminator(Discriminator):
     def prepare(self) -> None:
         self.frozen.prepare()
 
-    def features(self, images: Tensor) -> list[Tensor]:  # (B, 3, H, W) -> of each layer (B, D, patches)
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The tokens `(B, D, patches)` of each layer, of images `(B, 3, H, W)`."""
         network = self.frozen.on(images.device)
         pixels = pixels_for(network, images, self.image_size)
         tokens = network.forward_intermediates(pixels, indices=self.layers, output_fmt="NLC", intermediates_only=True)
         return [layer.transpose(1, 2) for layer in tokens]
 
-    def judge(self, features: list[Tensor]) -> Tensor:  # of each layer (B, D, patches) -> (B, layers, patches)
-        return torch.cat([head(layer) for head, layer in zip(self.heads, features, strict=True)], dim=1)
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, layers, patches)
+        return torch.cat([head(layer) for head, layer in zip(self.heads, self.features(images), strict=True)], dim=1)
 
     def _make(self) -> nn.Module:
         return make_timm(

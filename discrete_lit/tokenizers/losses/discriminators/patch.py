@@ -48,8 +48,7 @@ class PatchGAN(Discriminator):
         self.main = nn.Sequential(*made)
         self.apply(_initialise)
 
-    def judge(self, features: list[Tensor]) -> Tensor:  # [(B, C, H, W)] -> (B, 1, h, w)
-        (images,) = features
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, h, w)
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
                 f"this PatchGAN judges images of at least {self.smallest}x{self.smallest} pixels, got "

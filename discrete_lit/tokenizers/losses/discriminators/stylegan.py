@@ -52,8 +52,7 @@ class StyleGANDiscriminator(Discriminator):
         self.hidden = nn.Linear(widths[-1] * _LEAST_SIZE**2, widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
-    def judge(self, features: list[Tensor]) -> Tensor:  # [(B, C, H, W)] -> (B, 1)
-        (images,) = features
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1)
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"this StyleGANDiscriminator was made for image_size={self.image_size}, got images of "
