@@ -1,14 +1,15 @@
 """What a VQGAN's training step costs over the bare sum of its network passes.
 
     python benchmarks/vqgan_step.py
-    python benchmarks/vqgan_step.py --image_size 128 --batch_size 4
+    python benchmarks/vqgan_step.py --image_size 128 --channels 32
 
 The step is that of our Trainer: quantizer, losses, adaptive weight, one backward pass, Adam, callbacks and logging. The
 bare sum is what no implementation can leave out, pass by pass on tensors of the same shapes: encoder and decoder
 forward and backward; the perceptual network forward on images, forward and backward on outputs; the discriminator
 forward on both kinds of images, backward to the outputs for the generator, and backward to its weights for both. A
 reference implementation passes the reconstructions forward through the discriminator once more. VGG's and all other
-weights are random: the time does not depend on them.
+weights are random: the time does not depend on them. Adam's part grows with the weights
+and not with the images, so it weighs most in small batches.
 
 Both arms alternate in blocks of `--steps` inside one run and meet the same state of the machine; the bare passes run
 inside the Trainer's loop, between two blocks of its steps. The processor time of this process stands beside the wall
@@ -140,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="blocks of each arm")
     parser.add_argument("--steps", type=int, default=2, help="steps of a block")
     parser.add_argument("--image_size", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--channels", type=int, default=64, help="of the autoencoder at full resolution")
     parser.add_argument("--fixed_weight", action="store_true", help="no adaptive weight")
     parser.add_argument("--accelerator", default="auto")
