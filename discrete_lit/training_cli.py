@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput, TrainingAlarm
+from discrete_lit.callbacks import (
+    GradientNorm,
+    ReconstructionGrid,
+    SampleGrid,
+    Throughput,
+    TrainingAlarm,
+    TrainingStopped,
+)
 from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
 from discrete_lit.config_errors import build, explain
 from discrete_lit.given_settings import GivenSettings, read_given
@@ -228,6 +236,7 @@ def run_training(command: str, arguments: list[str]) -> None:
 
     Raises:
         ValueError: a user's mistake.
+        SystemExit: with code 1 after an alarm that ended the run.
     """
     for package in _PACKAGES:
         importlib.import_module(f"discrete_lit.{package}")
@@ -243,6 +252,9 @@ def run_training(command: str, arguments: list[str]) -> None:
             TrainingCLI(command, arguments).run()
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
+        except TrainingStopped as alarm:
+            sys.stderr.write(f"stopped: {alarm}\n")
+            raise SystemExit(1) from alarm
 
 
 def _is_no_advertisement(record: logging.LogRecord) -> bool:

@@ -1,3 +1,5 @@
+import copy
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ OPTIONS = {
     "sample": {"config", "ckpt_path", "output", "num_samples", "labels", "sampler", "seed", "batch_size"}
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
-    | {"num_reference", "extractor", "classifier", "batch_size", "device"},
+    | {"num_reference", "extractor", "classifier", "lpips_weights", "batch_size", "device"},
     "import": {"config", "weights", "family", "output", "reference_config"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
@@ -174,3 +176,13 @@ def test_a_verb_prints_its_configuration(
     (tmp_path / "printed.yaml").write_text(printed)
     assert exit_code("shards", "--config", tmp_path / "printed.yaml", "--print_config") == 0
     assert capsys.readouterr().out == printed
+
+
+def test_an_alarm_ends_the_run_with_its_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = copy.deepcopy(TOKENIZER) | {"run_dir": str(tmp_path / "run")}
+    settings["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 1e30
+    assert exit_code("fit", "--config", write_settings(tmp_path / "settings.yaml", settings)) == 1
+    error = capfd.readouterr().err
+    assert "stopped: the loss of a batch is not finite at step 1" in error and "Traceback" not in error
+    reports = list((tmp_path / "run" / "alarms").glob("*.json"))
+    assert len(reports) == 1 and len(json.loads(reports[0].read_text())["ranks"][0]["index"]) == 4
