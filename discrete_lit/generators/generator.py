@@ -2,9 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import prod
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -18,6 +17,7 @@ from discrete_lit.evaluation.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.samplers import Sampler
+from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
 
 _PROFILE_BINS = 4
@@ -25,7 +25,7 @@ _PROFILE_BINS = 4
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """The loss of every token, three tensors `(B, N)`."""
+    """The loss of every id of a sequence, three tensors `(B, N)`."""
 
     values: Tensor
     """Cross-entropy in nats, float32."""
@@ -54,7 +54,8 @@ class Generator(LightningModule, ABC):
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
         image_size: side of the images in pixels.
         num_classes: labels lie in [0, num_classes).
-        backbone: called with the `SequenceLayout`.
+        layout: the sequence that the family makes of a token grid.
+        backbone: called with the layout.
         sampler: how `sample` draws where nothing else is asked for.
         label_dropout: share of training labels replaced by the null label, for classifier-free guidance.
         optimizer: from parameters to an optimizer; needed to train.
@@ -62,10 +63,6 @@ class Generator(LightningModule, ABC):
         seed: of corruption and label dropout.
     """
 
-    attention: Literal["bidirectional", "causal"]
-    """Of the sequence layout that the family needs."""
-    mask_token: bool
-    """Whether the family puts the mask id into its inputs."""
     coordinate_name: str
     """What `TokenLosses.coordinate` is."""
 
@@ -74,6 +71,7 @@ class Generator(LightningModule, ABC):
         tokenizer: Tokenizer,
         image_size: int,
         num_classes: int,
+        layout: SequenceLayout,
         backbone: Callable[[SequenceLayout], Backbone],
         sampler: Sampler,
         label_dropout: float,
@@ -88,18 +86,17 @@ class Generator(LightningModule, ABC):
             )
         if not 0 <= label_dropout <= 1:
             raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
-        if sampler.attention != self.attention:
+        if sampler.attention != layout.attention:
             raise ValueError(
                 f"{type(sampler).__name__} samples backbones with {sampler.attention} attention; "
-                f"{type(self).__name__} has {self.attention}"
+                f"{type(self).__name__} has {layout.attention}"
             )
         self.tokenizer = freeze(tokenizer)
         self.image_size = image_size
         self.num_classes = num_classes
         self.token_shape = tokenizer.token_shape(image_size)
         self.vocab_size = tokenizer.vocab_size
-        self.length = prod(self.token_shape)
-        layout = SequenceLayout(self.vocab_size, self.token_shape, num_classes, self.attention, self.mask_token)
+        self.length = layout.length
         self.backbone = backbone(layout)
         self.sampler = sampler
         self.label_dropout = label_dropout
@@ -109,9 +106,17 @@ class Generator(LightningModule, ABC):
         self.profile = BinnedMean(_PROFILE_BINS)
         self._sharded = False
 
+    def to_sequence(self, tokens: Tensor) -> Tensor:
+        """Ids `(B, *token_shape)` as the sequences `(B, N)` of the backbone's layout: in raster order here."""
+        return tokens.flatten(1)
+
+    def to_grid(self, sequences: Tensor) -> Tensor:
+        """The inverse of `to_sequence`."""
+        return sequences.reshape(-1, *self.token_shape)
+
     @abstractmethod
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
-        """The loss of each token of `tokens (B, N)` given `labels (B,)`; `random` decides the corruption."""
+        """The loss of each id of sequences `tokens (B, N)` given `labels (B,)`; `random` decides the corruption."""
 
     @abstractmethod
     def log_likelihood(self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None) -> Likelihood:
@@ -139,7 +144,7 @@ class Generator(LightningModule, ABC):
         """
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
-        losses = self.token_losses(tokens.flatten(1), labels, random)
+        losses = self.token_losses(self.to_sequence(tokens), labels, random)
         mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
@@ -160,8 +165,23 @@ class Generator(LightningModule, ABC):
         """
         if indices is None:
             indices = torch.arange(len(labels), device=labels.device)
-        output = (sampler or self.sampler)(self.backbone, labels, CounterRandom(seed, indices))
-        return output.tokens.reshape(-1, *self.token_shape)
+        return self.draw(labels, CounterRandom(seed, indices), sampler).tokens
+
+    @torch.no_grad()
+    def draw(self, labels: Tensor, random: CounterRandom, sampler: Sampler | None = None) -> SamplerOutput:
+        """As `sample`, with what it cost; the tokens are `(B, *token_shape)`.
+
+        Args:
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each image.
+            sampler: this generator's own by default.
+        """
+        output = self.run_sampler(sampler or self.sampler, labels, random)
+        return replace(output, tokens=self.to_grid(output.tokens))
+
+    def run_sampler(self, sampler: Sampler, labels: Tensor, random: CounterRandom) -> SamplerOutput:
+        """Give a sampler what it needs of this family; it draws sequences `(B, N)`."""
+        return sampler(self.backbone, labels, random)
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """The ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
@@ -201,7 +221,8 @@ class Generator(LightningModule, ABC):
             self._check_equal_batches()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        losses = self.token_losses(self.tokens_of(batch).flatten(1), batch["label"], self._random(batch, batch_idx))
+        sequences = self.to_sequence(self.tokens_of(batch))
+        losses = self.token_losses(sequences, batch["label"], self._random(batch, batch_idx))
         self.profile.update(losses.values, losses.coordinate, losses.weights)
 
     def on_validation_epoch_end(self) -> None:

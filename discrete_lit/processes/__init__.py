@@ -7,6 +7,7 @@ from discrete_lit.processes.schedules import (
     LinearSchedule,
     MaskSchedule,
     SquareSchedule,
+    TruncatedNormalSchedule,
 )
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "MaskSchedule",
     "Purpose",
     "SquareSchedule",
+    "TruncatedNormalSchedule",
 ]

@@ -53,6 +53,7 @@ class Purpose(IntEnum):
     CODE_REVIVAL = 7
     CODE_NOISE = 8
     LATENT_NOISE = 9
+    ORDER = 10
 
 
 class CounterRandom:

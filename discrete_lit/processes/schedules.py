@@ -16,7 +16,7 @@ class MaskSchedule(ABC):
 
     @abstractmethod
     def mask_probability(self, t: Tensor) -> Tensor:
-        """m(t), rising from 0 to 1."""
+        """m(t), rising to 1, from 0 unless the schedule says otherwise."""
 
     @abstractmethod
     def derivative(self, t: Tensor) -> Tensor:
@@ -77,3 +77,45 @@ class SquareSchedule(MaskSchedule):
 
     def inverse(self, m: Tensor) -> Tensor:
         return m.double() / (1 + torch.sqrt(1 - m.double()))
+
+
+class TruncatedNormalSchedule(MaskSchedule):
+    """Quantiles of a normal distribution cut to [lowest, 1]: mask ratios to train with, whose m(0) is `lowest`.
+
+    MAR's by default (Li et al., "Autoregressive Image Generation without Vector Quantization", 2024).
+
+    Args:
+        mean: of the normal distribution before the cut.
+        deviation: its standard deviation, > 0.
+        lowest: in [0, 1).
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(self, mean: float = 1.0, deviation: float = 0.25, lowest: float = 0.7) -> None:
+        if deviation <= 0:
+            raise ValueError(f"deviation must be > 0, got {deviation}")
+        if not 0 <= lowest < 1:
+            raise ValueError(f"lowest must lie in [0, 1), got {lowest}")
+        self.mean = mean
+        self.deviation = deviation
+        self.lowest = lowest
+        ends = torch.tensor([lowest, 1.0], dtype=torch.float64)
+        below, above = torch.special.ndtr((ends - mean) / deviation).tolist()
+        if above <= below:
+            raise ValueError(f"mean={mean} lies too many deviations of {deviation} from [{lowest}, 1]")
+        self._below, self._mass = below, above - below
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        score = torch.special.ndtri(self._below + self._mass * t.double())
+        return (self.mean + self.deviation * score).clamp(self.lowest, 1)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        score = (self.mask_probability(t) - self.mean) / self.deviation
+        density = torch.exp(-(score**2) / 2) / (2 * pi) ** 0.5
+        return self.deviation * self._mass / density
+
+    def inverse(self, m: Tensor) -> Tensor:
+        score = (m.double() - self.mean) / self.deviation
+        return (torch.special.ndtr(score) - self._below) / self._mass

@@ -8,6 +8,7 @@ from discrete_lit.tokenizers.lfq import LFQ
 from discrete_lit.tokenizers.multi_scale_vq import MultiScaleVQ
 from discrete_lit.tokenizers.rqvae import RQVAE
 from discrete_lit.tokenizers.titok import TiTok
+from discrete_lit.tokenizers.token_grid import TokenGrid
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze, from_checkpoint
 from discrete_lit.tokenizers.vqgan import VQGAN
 from discrete_lit.tokenizers.vqvae import VQVAE
@@ -24,6 +25,7 @@ __all__ = [
     "MultiScaleVQ",
     "PixelLevels",
     "TiTok",
+    "TokenGrid",
     "Tokenizer",
     "freeze",
     "from_checkpoint",

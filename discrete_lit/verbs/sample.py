@@ -89,8 +89,8 @@ def sample(
         begin = time.perf_counter()
         with torch.no_grad(), fabric.autocast():
             random = CounterRandom(seed, indices.to(fabric.device))
-            drawn = sampler(generator.backbone, all_labels[indices].to(fabric.device), random)
-            images = to_uint8(generator.tokenizer.decode(drawn.tokens.reshape(-1, *generator.token_shape)))
+            drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
+            images = to_uint8(generator.tokenizer.decode(drawn.tokens))
         cost = drawn.network_calls, drawn.sequential_passes
         rows = images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice; the copy waits for the device
         seconds += time.perf_counter() - begin

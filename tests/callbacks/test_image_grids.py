@@ -53,7 +53,9 @@ def test_originals_above_reconstructions(tokenizer, make_loader, make_trainer, r
 
 
 def test_fixed_samples(generator, make_loader, make_trainer, read_images, tmp_path):
-    sampler = RasterSampler(temperature=0.5) if generator.attention == "causal" else MaskGITSampler(steps=3)
+    sampler = (
+        RasterSampler(temperature=0.5) if generator.backbone.layout.attention == "causal" else MaskGITSampler(steps=3)
+    )
     grid = SampleGrid(count=6, columns=2, seed=5, sampler=sampler)
     trainer = make_trainer(max_steps=2, val_check_interval=1, callbacks=[grid])
     trainer.fit(generator, make_loader(2), make_loader(1))
