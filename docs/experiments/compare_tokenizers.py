@@ -26,6 +26,8 @@ CONFIGS = Path("lightning_configs/experiments")
 QUANTIZERS = "discrete_lit.tokenizers.quantizers."
 VECTOR = {"codebook_size": 16384, "dim": 8, "codebook_update": "gradient", "codebook_init": "uniform"}
 LEVELS = {"64": [8, 8], "1k": [8, 5, 5, 5], "16k": [8, 8, 8, 6, 5]}
+# Batches of training, which keep every comparison under 30 minutes of processor time.
+STEPS = {("collapse", "fashion_mnist"): 1200}
 MULTIPLIERS = {2: [1, 2], 4: [1, 2, 4], 8: [1, 2, 4, 4]}
 
 
@@ -50,7 +52,9 @@ def variants(experiment: str) -> dict[str, tuple[dict[str, Any], list[int]]]:
     return {name: (chosen, MULTIPLIERS[4]) for name, chosen in quantizers.items()}
 
 
-def train(name: str, quantizer: dict[str, Any], multipliers: list[int], data: str, folder: Path, seed: int) -> Path:
+def train(
+    name: str, quantizer: dict[str, Any], multipliers: list[int], data: str, folder: Path, seed: int, steps: int
+) -> Path:
     """The checkpoint of a run, and beside it `minutes.txt`, the processor time of its training."""
     run = folder / name.replace(", ", "_").replace(" ", "_")
     checkpoint, minutes = run / "checkpoints" / "last.ckpt", run / "minutes.txt"
@@ -61,6 +65,8 @@ def train(name: str, quantizer: dict[str, Any], multipliers: list[int], data: st
             "run_dir": str(run),
             "model.init_args.quantizer": json.dumps(quantizer),
             "model.init_args.network.init_args.multipliers": json.dumps(multipliers),
+            "model.init_args.scheduler.init_args.total_steps": str(steps),
+            "trainer.max_steps": str(steps),
             "trainer.enable_progress_bar": "false",
             "trainer.enable_model_summary": "false",
         }
@@ -121,8 +127,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = given.runs / f"{given.experiment}_{given.data}"
+    steps = STEPS.get((given.experiment, given.data), 400)
     checkpoints = {
-        name: train(name, quantizer, multipliers, given.data, folder, given.seed)
+        name: train(name, quantizer, multipliers, given.data, folder, given.seed, steps)
         for name, (quantizer, multipliers) in variants(given.experiment).items()
     }
     image_size, shards = (64, "shards/emoji") if given.data == "emoji" else (32, "runs/quickstart/shards")
@@ -145,7 +152,7 @@ def main() -> None:
     page.write_text(
         f"# {given.experiment.capitalize()}: {given.data}\n\n"
         f"`python docs/experiments/compare_tokenizers.py {given.experiment} {given.data} --seed {given.seed}`, "
-        f"{date.today().isoformat()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU; "
+        f"{steps} batches, {date.today().isoformat()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU; "
         f"{sum(minutes.values()):.0f} minutes of processor time to train ({times}) and {evaluated:.0f} to evaluate.\n\n"
         f"{(folder / 'evaluation' / 'report.md').read_text()}\n![]({page.with_suffix('.png').name})\n"
     )
