@@ -149,10 +149,11 @@ def main() -> None:
     {"collapse": draw_collapse, "compression": draw_compression}[given.experiment](rows, page.with_suffix(".png"))
     minutes = {name: float((path.parents[1] / "minutes.txt").read_text()) for name, path in checkpoints.items()}
     times = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
+    command = f"python docs/experiments/compare_tokenizers.py {given.experiment} {given.data} --seed {given.seed}"
+    machine = f"torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU"
     page.write_text(
         f"# {given.experiment.capitalize()}: {given.data}\n\n"
-        f"`python docs/experiments/compare_tokenizers.py {given.experiment} {given.data} --seed {given.seed}`, "
-        f"{steps} batches, {date.today().isoformat()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU; "
+        f"`{command}`, {steps} batches, {date.today().isoformat()}, {machine}; "
         f"{sum(minutes.values()):.0f} minutes of processor time to train ({times}) and {evaluated:.0f} to evaluate.\n\n"
         f"{(folder / 'evaluation' / 'report.md').read_text()}\n![]({page.with_suffix('.png').name})\n"
     )
