@@ -137,8 +137,8 @@ def main() -> None:
     report = evaluate(
         reference=f"{shards}/test",
         held_out=f"{shards}/test",
-        num_images=None if given.data == "emoji" else 2000,
-        num_reference=None if given.data == "emoji" else 2000,
+        num_images=None if given.data == "emoji" else 1000,
+        num_reference=None if given.data == "emoji" else 1000,
         reconstructions={name: str(path) for name, path in checkpoints.items()},
         image_size=image_size,
         output=str(folder / "evaluation"),
