@@ -44,6 +44,13 @@ class Cache:
         self._buffers[layer, 1, :, :, self.filled : end] = values
         return self._buffers[layer, 0, :, :, :end], self._buffers[layer, 1, :, :, :end]
 
+    def first_rows(self, count: int) -> "Cache":
+        """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
+        modulations = [tuple(part[:count] for part in parts) for parts in self.modulations]
+        rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count])
+        rows.advance(self.filled)
+        return rows
+
     def advance(self, count: int) -> None:
         """Mark `count` more places as filled in every layer."""
         self.filled += count

@@ -1,7 +1,31 @@
 """Samplers draw tokens from a backbone. Plain PyTorch."""
 
+from discrete_lit.samplers.confidence import ConfidenceSampler
+from discrete_lit.samplers.drawing import Drawing, SamplerOutput, TraceStep
+from discrete_lit.samplers.halton import HaltonSampler
+from discrete_lit.samplers.halton_confidence import HaltonConfidenceSampler
+from discrete_lit.samplers.maskbit import MaskBitSampler
 from discrete_lit.samplers.maskgit import MaskGITSampler
+from discrete_lit.samplers.next_scale import NextScaleSampler
+from discrete_lit.samplers.ordered import RandomOrderSampler
+from discrete_lit.samplers.parallel import ParallelSampler
 from discrete_lit.samplers.raster import RasterSampler
-from discrete_lit.samplers.sampler import Sampler, SamplerOutput
+from discrete_lit.samplers.sampler import Sampler
+from discrete_lit.samplers.titok import TiTokSampler
 
-__all__ = ["MaskGITSampler", "RasterSampler", "Sampler", "SamplerOutput"]
+__all__ = [
+    "ConfidenceSampler",
+    "Drawing",
+    "HaltonConfidenceSampler",
+    "HaltonSampler",
+    "MaskBitSampler",
+    "MaskGITSampler",
+    "NextScaleSampler",
+    "ParallelSampler",
+    "RandomOrderSampler",
+    "RasterSampler",
+    "Sampler",
+    "SamplerOutput",
+    "TiTokSampler",
+    "TraceStep",
+]

@@ -1,15 +1,31 @@
-"""Classifier-free guidance (Ho & Salimans, 2022) on log-probabilities, and how its scale grows while sampling."""
+"""Classifier-free guidance (Ho & Salimans, 2022), and how its scale changes while sampling.
+
+Every scale here is the s of `uncond + s (cond - uncond)`. What the repositories call so, and their step i of T:
+
+| source | ours |
+|---|---|
+| LlamaGen `cfg_scale` s, Halton-MaskGIT `w` | `constant`, s; 1 + w |
+| LlamaGen `cfg_interval` k | `guidance_interval=(0, k + 2)`: token 0 is its prefill, token k + 1 is still guided |
+| VAR `cfg` c, the confidence sampler of Halton-MaskGIT `w` | `scale_linear`, 1 + c: s = 1 + c i / (T - 1) |
+| TiTok `linear` g; MaskBit `linear` g | `linear`, 1 + g: s = 1 + g i / T (TiTok sets it after a step, for the next) |
+| TiTok `constant` g, MaskBit `constant` g | `constant`, 1 + g |
+| TiTok `power-cosine` g; RAR g | `power_cosine`, g: r = i / T, and no guidance at step 0 |
+| MaskBit `cosine` g | `power_cosine`, 1 + g: r = i / T |
+"""
 
 from math import cos, pi
 from typing import Literal
 
 from torch import Tensor
 
-GuidanceSchedule = Literal["constant", "linear", "cosine"]
+GuidanceSchedule = Literal["constant", "linear", "scale_linear", "cosine", "power_cosine"]
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Guided, unnormalised log-probabilities: `uncond + scale * (cond - uncond)`.
+
+    Logits are log-probabilities up to a constant of each row, and so is the result: its softmax is
+    `p_u (p_c / p_u)^scale`, normalised.
 
     Args:
         conditional: float32 logits `(..., K)` given the label.
@@ -19,15 +35,45 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     Returns:
         `(..., K)`, to be normalised by a softmax.
     """
-    conditional, unconditional = conditional.log_softmax(dim=-1), unconditional.log_softmax(dim=-1)
     return unconditional + scale * (conditional - unconditional)
 
 
-def scale_at(schedule: GuidanceSchedule, scale: float, progress: float) -> float:
-    """The guidance scale when a share `progress` in [0, 1] of the sampling is done.
+def guidance_scales(
+    schedule: GuidanceSchedule,
+    scale: float,
+    steps: int,
+    power: float = 1.0,
+    interval: tuple[int, int] | None = None,
+) -> list[float]:
+    """The guidance scale of each step.
 
-    `constant` is `scale` throughout; `linear` grows from 1 as 1 + (scale - 1) r; `cosine` from 1 as
-    1 + (scale - 1) (1 - cos(pi r)) / 2.
+    With r = i / T at step i of T: `constant` is `scale`; `linear` is 1 + (scale - 1) r; `scale_linear` the same with
+    r = i / (T - 1), which reaches `scale` (VAR); `power_cosine` is 1 + (scale - 1) (1 - cos(pi r^power)) / 2 (MDT,
+    RAR), and `cosine` that of power 1. Power 0 is constant.
+
+    Args:
+        schedule: its name.
+        scale: s where the schedule is at its end.
+        steps: T: steps, tokens or scales of the sampler.
+        power: of `power_cosine`, >= 0.
+        interval: the first guided step and the one after the last; the scale is 1 elsewhere (Kynkäänniemi et al.,
+            "Applying Guidance in a Limited Interval", 2024); `(0, n)` is a cut-off.
+
+    Raises:
+        ValueError: an interval that ends after the last step.
     """
-    shape = {"constant": 1.0, "linear": progress, "cosine": (1 - cos(pi * progress)) / 2}[schedule]
-    return 1 + (scale - 1) * shape
+    first, end = interval or (0, steps)
+    if end > steps:
+        raise ValueError(f"guidance_interval={[first, end]} is longer than the sampling: it has {steps} steps")
+    scales = []
+    for step in range(steps):
+        r = step / steps
+        shape = {
+            "constant": 1.0,
+            "linear": r,
+            "scale_linear": step / max(steps - 1, 1),
+            "cosine": (1 - cos(pi * r)) / 2,
+            "power_cosine": (1 - cos(pi * r**power)) / 2,
+        }[schedule]
+        scales.append(1 + (scale - 1) * shape if first <= step < end else 1.0)
+    return scales

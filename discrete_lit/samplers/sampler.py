@@ -1,27 +1,15 @@
 """What a sampler is."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
-from discrete_lit.samplers.guidance import GuidanceSchedule, guide, scale_at
-
-
-@dataclass(frozen=True)
-class SamplerOutput:
-    """Tokens and what they cost."""
-
-    tokens: Tensor
-    """`(B, N)` int64 ids in [0, K), in raster order."""
-    network_calls: int
-    """Network evaluations for each image; the conditional and the null one of a guided step count as two."""
-    sequential_passes: int
-    """Passes that follow one another; the two evaluations of a guided step are one pass."""
+from discrete_lit.samplers.drawing import Drawing, SamplerOutput, ScaleQuantizer
+from discrete_lit.samplers.guidance import GuidanceSchedule, guidance_scales
 
 
 class Sampler(ABC):
@@ -32,13 +20,15 @@ class Sampler(ABC):
         top_k: keep the k most probable ids, >= 1; all by default.
         top_p: keep the nucleus of this mass, in (0, 1]; all by default.
         guidance_scale: s of `uncond + s (cond - uncond)` on log-probabilities; 1 is off.
-        guidance_schedule: how the scale grows from 1 with the share r of steps (or tokens) done.
+        guidance_schedule: how the scale changes over the steps (tokens, scales), see `guidance_scales`.
+        guidance_power: of the schedule `power_cosine`, >= 0.
+        guidance_interval: the first guided step (token, scale) and the one after the last; all by default.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
-    attention: str
+    attention: Literal["bidirectional", "causal", "block_causal"]
     """The layout's `attention` that the sampler needs."""
 
     def __init__(
@@ -48,6 +38,8 @@ class Sampler(ABC):
         top_p: float | None = None,
         guidance_scale: float = 1.0,
         guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
     ) -> None:
         if temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {temperature}; top_k=1 is the greedy choice")
@@ -55,22 +47,41 @@ class Sampler(ABC):
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        if guidance_power < 0:
+            raise ValueError(f"guidance_power must be >= 0, got {guidance_power}")
+        if guidance_interval is not None and not 0 <= guidance_interval[0] < guidance_interval[1]:
+            raise ValueError(f"guidance_interval must be [first, end] with 0 <= first < end, got {guidance_interval}")
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
         self.guidance_scale = guidance_scale
         self.guidance_schedule: GuidanceSchedule = guidance_schedule
+        self.guidance_power = guidance_power
+        self.guidance_interval = guidance_interval
 
-    def __call__(self, backbone: Backbone, labels: Tensor, random: CounterRandom) -> SamplerOutput:
+    def __call__(
+        self,
+        backbone: Backbone,
+        labels: Tensor,
+        random: CounterRandom,
+        known: Tensor | None = None,
+        quantizer: ScaleQuantizer | None = None,
+        trace: bool = False,
+    ) -> SamplerOutput:
         """Draw one sequence for each label.
 
         Args:
             backbone: in eval mode, with the attention that this sampler needs.
             labels: `(B,)` int64 in [0, num_classes], the null label included.
             random: one stream for each sequence; it alone decides the draw.
+            known: `(B, N)` int64, tokens to keep and -1 where one is to be drawn: in-painting, out-painting, or another
+                class for a part of an image. Each sampler says what it can keep.
+            quantizer: of `"block_causal"` backbones, whose input is made by it.
+            trace: also give what every step did.
 
         Raises:
-            ValueError: a backbone that this sampler cannot serve, a label out of range.
+            ValueError: a backbone that this sampler cannot serve; labels, random streams or known tokens that do not
+                fit; a guidance interval or steps that the sequence is too short for.
         """
         layout = backbone.layout
         if layout.attention != self.attention:
@@ -83,44 +94,51 @@ class Sampler(ABC):
                 f"labels must lie in [0, {layout.null_label}] ({layout.null_label} is the null label), "
                 f"got [{int(labels.min())}, {int(labels.max())}]"
             )
-        return self.draw(backbone, labels, random)
+        if len(random.indices) != len(labels):
+            raise ValueError(
+                f"random has {len(random.indices)} streams for {len(labels)} labels: one for each is needed"
+            )
+        if known is not None:
+            self._check_known(known, (len(labels), layout.length), layout.vocab_size)
+        drawing = Drawing(backbone, labels, random, known, quantizer, trace)
+        return drawing.output(self.draw(drawing))
 
     @abstractmethod
-    def draw(self, backbone: Backbone, labels: Tensor, random: CounterRandom) -> SamplerOutput:
-        """`__call__` after its checks."""
+    def draw(self, drawing: Drawing) -> Tensor:
+        """The tokens `(B, N)`, with `drawing`'s labels and random numbers; the known ones among them."""
 
-    def scale_at(self, progress: float) -> float:
-        """The guidance scale at a share `progress` in [0, 1) of the way."""
-        return scale_at(self.guidance_schedule, self.guidance_scale, progress)
+    def scales(self, steps: int) -> list[float]:
+        """The guidance scale of each of the `steps` steps.
 
-    def predict(self, backbone: Backbone, tokens: Tensor, labels: Tensor, progress: float) -> tuple[Tensor, int]:
-        """Guided, unnormalised log-probabilities of every position of a bidirectional backbone.
-
-        Args:
-            tokens: `(B, N)`, the mask id where nothing is known.
-            labels: `(B,)`.
-            progress: share of the sampling that is done, for the guidance schedule.
-
-        Returns:
-            `(B, N, K)` float32, and the evaluations for each image: two, or one where the scale is 1.
+        Raises:
+            ValueError: a guidance interval that ends after the last step.
         """
-        scale = self.scale_at(progress)
-        if scale == 1:
-            return backbone(tokens, labels), 1
-        null = torch.full_like(labels, backbone.layout.null_label)
-        conditional, unconditional = backbone(tokens.repeat(2, 1), torch.cat((labels, null))).chunk(2)
-        return guide(conditional, unconditional, scale), 2
+        return guidance_scales(
+            self.guidance_schedule, self.guidance_scale, steps, self.guidance_power, self.guidance_interval
+        )
 
-    def choose(self, log_probabilities: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, log_probabilities: Tensor, uniforms: Tensor, temperature: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Apply temperature and filters, then draw.
 
         Args:
             log_probabilities: `(B, n, K)` guided, unnormalised.
             uniforms: `(B, n)` float64.
+            temperature: the sampler's own by default.
 
         Returns:
             Ids `(B, n)` int64, and their log-probabilities `(B, n)` under the distribution that they were drawn from.
         """
-        logits = filter_logits(log_probabilities / self.temperature, self.top_k, self.top_p)
+        logits = filter_logits(log_probabilities / (temperature or self.temperature), self.top_k, self.top_p)
         tokens = draw_categorical(logits, uniforms)
         return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+
+    def _check_known(self, known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:
+        if tuple(known.shape) != shape or known.is_floating_point():
+            raise ValueError(f"known must be int64 of shape {shape}, got {known.dtype} {tuple(known.shape)}")
+        if known.numel() and not (-1 <= int(known.min()) and int(known.max()) < vocab_size):
+            raise ValueError(
+                f"known must lie in [-1, {vocab_size}) (-1 where a token is to be drawn), "
+                f"got [{int(known.min())}, {int(known.max())}]"
+            )

@@ -61,9 +61,10 @@ def test_every_step_reveals_something(schedule: MaskSchedule) -> None:
             assert len(counts) == steps and sum(counts) == length and min(counts) >= 1
 
 
-def test_more_steps_than_tokens_are_refused() -> None:
+def test_more_steps_than_tokens_are_refused(make_backbone) -> None:
+    labels = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="steps=7 exceeds the 6 tokens"):
-        MaskGITSampler(steps=7).masked_counts(6)
+        MaskGITSampler(steps=7)(make_backbone("bidirectional"), labels, CounterRandom(0, labels))
 
 
 def test_one_token_a_step_in_random_order_has_the_order_averaged_law(make_backbone) -> None:
