@@ -1,10 +1,11 @@
-"""FoundationVision/LlamaGen: its tokenizers."""
+"""FoundationVision/LlamaGen: its tokenizers and its class-conditional generators."""
 
 from discrete_lit.pretrained.convolutional import ConvLayout
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+from discrete_lit.pretrained.registry import Conversion, Tokens, register
 from discrete_lit.pretrained.taming import CODES, vqgan
+from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, square
 
 LAYOUT = ConvLayout(
     encoder_level="encoder.conv_blocks.{level}",
@@ -47,3 +48,51 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
         },
     }
     return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED)
+
+
+# Where width / 64 is not the number of heads.
+_HEADS = {3200: 32}
+_BLOCK = [
+    ("attention.query_key_value.weight", "attention.wqkv.weight"),
+    ("attention.out.weight", "attention.wo.weight"),
+    ("attention_norm.weight", "attention_norm.weight"),
+    ("mlp_norm.weight", "ffn_norm.weight"),
+    ("mlp.expand.weight", "feed_forward.{w1|w3}.weight"),
+    ("mlp.contract.weight", "feed_forward.w2.weight"),
+]
+_RULES = [
+    ("token_embedding.table.weight", "tok_embeddings.weight"),
+    ("class_embedding.weight", "cls_embedding.embedding_table.weight"),
+    *in_blocks("layers.{block}", _BLOCK),
+    ("final_norm.weight", "norm.weight"),
+    ("head.project.weight", "output.weight"),
+]
+
+
+@register(
+    "llamagen_gpt_c2i",
+    marks=("tok_embeddings.weight", "cls_embedding.embedding_table.weight"),
+    wrappers=("model", "module", "state_dict"),
+)
+def llamagen_gpt_c2i(state: State, reference: Reference) -> Conversion:
+    """`c2i_{B,L}_{256,384}.pt`, `c2i_{XL,XXL,3B}_384.pt`; those of 384 pixels with `block_size: 576` in the reference
+    configuration, as the weights do not tell the number of tokens."""
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    num_classes = class_count(state, state["cls_embedding.embedding_table.weight"])
+    depth, hidden = state.count("layers.{}"), len(state["layers.0.feed_forward.w1.weight"])
+    agree(reference, {"vocab_size": vocab_size, "dim": width, "n_layer": depth, "num_classes": num_classes})
+    agree(reference, {"cls_token_num": 1, "model_type": "c2i"}, "the published class-conditional models have")
+    places = reference.get("block_size", 256)
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": reference.get("n_head", _HEADS.get(width, max(1, width // 64))),
+        "mlp_hidden": hidden,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "norm_epsilon": reference.get("norm_eps", 1e-5),
+        "positions": "rope_2d",
+        "start_rotation": "zero",
+        "bias": False,
+    }
+    return generator("Autoregressive", state, Tokens(vocab_size, square(state, places)), num_classes, backbone, _RULES)

@@ -1,18 +1,26 @@
 """From a published checkpoint to one of our modules."""
 
 from pathlib import Path
+from typing import Any
 
 from discrete_lit.checkpoints import instantiate
+from discrete_lit.generators.generator import Generator
 from discrete_lit.pretrained.accounting import convert
 from discrete_lit.pretrained.reading import read_state
 from discrete_lit.pretrained.reference import Reference, read_reference
-from discrete_lit.pretrained.registry import check_family, find_family
+from discrete_lit.pretrained.registry import Conversion, Tokens, check_family, find_family
 from discrete_lit.tokenizers.image_autoencoder import ImageAutoencoder
+from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+_LARGEST_IMAGE = 2048
 
 
 def load_pretrained(
-    weights: str | Path, family: str, reference_config: Reference | str | Path | None = None
-) -> ImageAutoencoder:
+    weights: str | Path,
+    family: str,
+    reference_config: Reference | str | Path | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> ImageAutoencoder | Generator:
     """The model of a published checkpoint, in eval mode, with the outputs of the code that published it.
 
     It carries its configuration, so a checkpoint of it is read by `discrete_lit.load`.
@@ -22,16 +30,76 @@ def load_pretrained(
         family: a name in `discrete_lit.pretrained.FAMILIES`.
         reference_config: what shapes cannot tell, in the reference's own argument names: the arguments, or the path of
             the published YAML or JSON. Without it the published models' values are taken.
+        tokenizer: of a generator, as this function or `discrete_lit.load` gave it; it is copied. Without one the
+            generator has a `TokenGrid`: it models and samples tokens, but makes no images.
 
     Raises:
         ValueError: an unknown family; no such file, a truncated one, one with pickled code; a checkpoint of another
-            family; a missing, unexpected or misshapen tensor; a configuration that contradicts the tensors.
+            family; a missing, unexpected or misshapen tensor; a configuration that contradicts the tensors; a tokenizer
+            of other tokens.
     """
     known = find_family(family)
-    state = read_state(weights, known.wrappers)
+    state = read_state(weights, known.wrappers, known.prefixes)
     check_family(known, state)
-    conversion = known.convert(state, read_reference(reference_config))
+    conversion = known.convert(state, read_reference(reference_config, known.section))
+    if conversion.tokens is not None:
+        return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
+    if tokenizer is not None:
+        raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
+    return _autoencoder(conversion, state.source).eval()
+
+
+def _autoencoder(conversion: Conversion, source: str) -> ImageAutoencoder:
     module = instantiate(conversion.config, ImageAutoencoder)
-    module.load_state_dict(convert(module.state_dict(), conversion, state.source))
+    module.load_state_dict(convert(module.state_dict(), conversion, source))
     assert isinstance(module, ImageAutoencoder)
-    return module.eval()
+    return module
+
+
+def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: Tokenizer | None) -> Generator:
+    if conversion.tokenizer is not None:
+        if tokenizer is not None:
+            raise ValueError(f"{source!r} holds its own tokenizer: give no other")
+        own = _autoencoder(conversion.tokenizer, source)
+        assert isinstance(own, Tokenizer)
+        tokenizer = own
+    if tokenizer is None and tokens.needs_tokenizer:
+        raise ValueError(f"the generator of {source!r} runs on the codes of its tokenizer: give it as tokenizer")
+    described: dict[str, Any] = {
+        "class_path": "discrete_lit.tokenizers.TokenGrid",
+        "init_args": {"vocab_size": tokens.vocab_size, "token_shape": list(tokens.shape)},
+    }
+    image_size = max(tokens.shape)
+    if tokenizer is not None:
+        described, image_size = _describe(tokenizer), _image_size(tokenizer, tokens)
+    arguments = {**conversion.config["init_args"], "tokenizer": described, "image_size": image_size}
+    module = instantiate({**conversion.config, "init_args": arguments}, Generator)
+    assert isinstance(module, Generator)
+    module.backbone.load_state_dict(convert(module.backbone.state_dict(), conversion, source))
+    if tokenizer is not None:
+        module.tokenizer.load_state_dict(tokenizer.state_dict())
+    return module
+
+
+def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+    if "class_path" not in tokenizer.hparams:
+        raise ValueError(f"this {type(tokenizer).__name__} was not built from a configuration, which a generator keeps")
+    return {name: tokenizer.hparams[name] for name in ("class_path", "init_args")}
+
+
+def _image_size(tokenizer: Tokenizer, tokens: Tokens) -> int:
+    """The side of the images whose tokens a generator models."""
+    if tokenizer.vocab_size != tokens.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the generator was trained on {tokens.vocab_size}"
+        )
+    for image_size in range(1, _LARGEST_IMAGE + 1):
+        try:
+            if tuple(tokenizer.token_shape(image_size)) == tokens.shape:
+                return image_size
+        except ValueError:
+            continue
+    raise ValueError(
+        f"the tokenizer gives no square image up to {_LARGEST_IMAGE} pixels the token shape {tokens.shape}, which the "
+        "generator was trained on"
+    )

@@ -83,13 +83,14 @@ def _stand_in(name: str) -> Callable[..., Any]:
     return type(name.rpartition(".")[2], (Placeholder,), {})
 
 
-def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> State:
+def read_state(path: str | Path, wrappers: Sequence[str] = (), prefixes: Sequence[str] = ()) -> State:
     """The tensors of a published file.
 
     Args:
         path: a safetensors file, or one written by `torch.save`.
         wrappers: names under which the file may keep its weights, the one to prefer first; a file that has none of
-            them holds its tensors directly.
+            them holds its tensors directly. `outer.inner` is a mapping within a mapping.
+        prefixes: what training may have put before every name, which is taken off.
 
     Raises:
         ValueError: no such file, a truncated one, one with pickled code, one without tensors.
@@ -99,8 +100,11 @@ def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> State:
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     for wrapper in wrappers:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+        inner = content
+        for name in wrapper.split("."):
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping):
+            content = inner
             break
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not tensors by their names")
@@ -110,6 +114,8 @@ def read_state(path: str | Path, wrappers: Sequence[str] = ()) -> State:
         found = f"it holds {', '.join(others[:5])}" if others else "it is empty"
         where = f" nor under {', '.join(wrappers)}" if wrappers else ""
         raise ValueError(f"{str(path)!r} does not hold tensors by their names directly{where}: {found}")
+    while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in tensors)]:
+        tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
     return State(tensors, str(path))
 
 

@@ -9,15 +9,16 @@ import yaml
 
 Reference = Mapping[str, Any]
 
-# Where published files keep the arguments of the model: taming and LDM, Lightning's CLI, 1d-tokenizer and MaskBit.
-_AROUND = ("config", "model", "params", "init_args", "vq_model")
+# Where published files keep the arguments of the model: taming and LDM, Lightning's CLI.
+_AROUND = ("config", "model", "params", "init_args")
 
 
-def read_reference(config: Reference | str | Path | None) -> dict[str, Any]:
+def read_reference(config: Reference | str | Path | None, section: str = "vq_model") -> dict[str, Any]:
     """The arguments of a reference model's constructor.
 
     Args:
         config: the arguments, or a published configuration around them, or the path of its YAML or JSON file.
+        section: the part that is asked for, where the configuration has several, as those of 1d-tokenizer and MaskBit.
 
     Raises:
         ValueError: no such file, or one that holds no mapping.
@@ -25,7 +26,7 @@ def read_reference(config: Reference | str | Path | None) -> dict[str, Any]:
     if config is None:
         return {}
     found = _read_file(Path(config)) if isinstance(config, str | Path) else dict(config)
-    while inner := [name for name in _AROUND if isinstance(found.get(name), Mapping)]:
+    while inner := [name for name in (*_AROUND, section) if isinstance(found.get(name), Mapping)]:
         found = dict(found[inner[0]])
     return found
 
@@ -42,12 +43,13 @@ def _read_file(path: Path) -> dict[str, Any]:
     return read
 
 
-def agree(reference: Reference, found: Mapping[str, Any]) -> None:
-    """Refuse a configuration that contradicts the tensors.
+def agree(reference: Reference, found: Mapping[str, Any], who: str = "the tensors have") -> None:
+    """Refuse a configuration that contradicts the tensors, or what every model of ours in that layout is.
 
     Args:
         reference: the given arguments.
         found: the same arguments as the shapes of the tensors have them.
+        who: has them so, for the message.
 
     Raises:
         ValueError: an argument that is given with another value.
@@ -56,4 +58,4 @@ def agree(reference: Reference, found: Mapping[str, Any]) -> None:
         given = reference.get(name, value)
         given = list(given) if isinstance(given, tuple) else given
         if given != value:
-            raise ValueError(f"reference_config has {name}={given}, but the tensors have {value}")
+            raise ValueError(f"reference_config has {name}={given}, but {who} {value}")

@@ -17,7 +17,7 @@ class Conversion:
     """How a published checkpoint becomes one of our modules."""
 
     config: dict[str, Any]
-    """`{"class_path", "init_args"}` of our module."""
+    """`{"class_path", "init_args"}` of our module; of a generator without its tokenizer and image size."""
     tensors: Mapping[str, Tensor]
     """Published tensors, of which each is used once or dropped."""
     renaming: Renaming
@@ -25,6 +25,20 @@ class Conversion:
     """Patterns of published names that our module has no place for."""
     kept: Sequence[str] = ()
     """Patterns of our names whose values follow from the configuration, or only count in training."""
+    tokens: "Tokens | None" = None
+    """Of a generator, whose names are then those of its backbone."""
+    tokenizer: "Conversion | None" = None
+    """Of the tokenizer that lies in a generator's file."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a generator models; its tokenizer must give this."""
+
+    vocab_size: int
+    shape: tuple[int, ...]
+    needs_tokenizer: bool = False
+    """Whether ids alone are not enough to run it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,11 @@ class Family:
     marks: Sequence[str]
     """Names that tell this layout from others; with `!` before it, a name that it does not have."""
     wrappers: Sequence[str]
-    """Names under which its files may keep the weights, the one to prefer first."""
+    """Names under which its files may keep the weights, the one to prefer first; a dot leads into the next mapping."""
+    section: str
+    """Where a published configuration of all parts of a model keeps this one's arguments."""
+    prefixes: Sequence[str]
+    """What training may have put before every name."""
 
     def lacks(self, names: State) -> list[str]:
         """The marks that do not hold."""
@@ -48,13 +66,17 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(
-    name: str, marks: Sequence[str], wrappers: Sequence[str] = ()
+    name: str,
+    marks: Sequence[str],
+    wrappers: Sequence[str] = (),
+    section: str = "vq_model",
+    prefixes: Sequence[str] = (),
 ) -> Callable[[Callable[[State, Reference], Conversion]], Callable[[State, Reference], Conversion]]:
     """Add a family: a function from its tensors and its reference arguments to a `Conversion`."""
 
     def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
         assert name not in FAMILIES
-        FAMILIES[name] = Family(name, convert, marks, wrappers)
+        FAMILIES[name] = Family(name, convert, marks, wrappers, section, prefixes)
         return convert
 
     return add

@@ -20,7 +20,7 @@ class Renaming:
     def published(self, own: str) -> tuple[str, ...]:
         """The published names of one of our weights; none without a rule."""
         for ours, theirs in self.rules:
-            fields = _match(ours, own)
+            fields = match(ours, own)
             if fields is not None:
                 values = {name: int(text) if name != "rest" else text for name, text in fields.items()}
                 if "level" in fields:
@@ -32,7 +32,8 @@ class Renaming:
         return ()
 
 
-def _match(template: str, name: str) -> dict[str, str] | None:
+def match(template: str, name: str) -> dict[str, str] | None:
+    """What a name has in the places of a template's fields; None where it does not fit."""
     pattern = re.escape(template).replace(r"\{rest\}", r"(?P<rest>.+)")
     found = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", pattern), name)
     return None if found is None else found.groupdict()
