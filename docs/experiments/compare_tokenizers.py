@@ -27,7 +27,7 @@ QUANTIZERS = "discrete_lit.tokenizers.quantizers."
 VECTOR = {"codebook_size": 16384, "dim": 8, "codebook_update": "gradient", "codebook_init": "uniform"}
 LEVELS = {"64": [8, 8], "1k": [8, 5, 5, 5], "16k": [8, 8, 8, 6, 5]}
 # Batches of training, which keep every comparison under 30 minutes of processor time.
-STEPS = {("collapse", "fashion_mnist"): 1200}
+STEPS = {"collapse": 400, "compression": 250}
 MULTIPLIERS = {2: [1, 2], 4: [1, 2, 4], 8: [1, 2, 4, 4]}
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     folder = given.runs / f"{given.experiment}_{given.data}"
-    steps = STEPS.get((given.experiment, given.data), 400)
+    steps = STEPS[given.experiment]
     checkpoints = {
         name: train(name, quantizer, multipliers, given.data, folder, given.seed, steps)
         for name, (quantizer, multipliers) in variants(given.experiment).items()
