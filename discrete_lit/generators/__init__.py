@@ -3,5 +3,6 @@
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.generators.masked import Masked
+from discrete_lit.generators.next_scale import NextScale
 
-__all__ = ["Autoregressive", "Generator", "Likelihood", "Masked", "TokenLosses"]
+__all__ = ["Autoregressive", "Generator", "Likelihood", "Masked", "NextScale", "TokenLosses"]

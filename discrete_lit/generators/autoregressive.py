@@ -15,7 +15,6 @@ from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.generators.ordered_backbone import OrderedBackbone
 from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.samplers import RasterSampler, Sampler
-from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
@@ -133,9 +132,8 @@ class Autoregressive(Generator):
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
         return Likelihood(-self._cross_entropy(sequences, labels, orders).double().sum(dim=1), "exact")
 
-    def run_sampler(self, sampler: Sampler, labels: Tensor, random: CounterRandom) -> SamplerOutput:
-        backbone = self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
-        return sampler(backbone, labels, random)
+    def sampled_backbone(self) -> Backbone:
+        return self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
 
     def random_order_share(self) -> float:
         """The probability of a random order at this step of training."""

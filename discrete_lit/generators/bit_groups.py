@@ -28,8 +28,12 @@ class BitGroups:
         self.unit_size = 2**self.bits
 
     def split(self, ids: Tensor) -> Tensor:
-        """`(B, n)` in [0, 2^b) to units `(B, n g)` in [0, 2^(b / g)); those of an id stand next to one another."""
-        return ((ids[..., None] >> self._shifts(ids)) & (self.unit_size - 1)).flatten(1)
+        """`(B, n)` in [0, 2^b) to units `(B, n g)` in [0, 2^(b / g)); those of an id stand next to one another.
+
+        An id of -1, which stands for none, becomes g of them.
+        """
+        units = (ids[..., None] >> self._shifts(ids)) & (self.unit_size - 1)
+        return units.masked_fill(ids[..., None] < 0, -1).flatten(1)
 
     def join(self, units: Tensor) -> Tensor:
         """The inverse of `split`."""

@@ -17,7 +17,7 @@ from discrete_lit.evaluation.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.samplers import Sampler
-from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.samplers.drawing import SamplerOutput, ScaleQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
 
 _PROFILE_BINS = 4
@@ -107,7 +107,7 @@ class Generator(LightningModule, ABC):
         self._sharded = False
 
     def to_sequence(self, tokens: Tensor) -> Tensor:
-        """Ids `(B, *token_shape)` as the sequences `(B, N)` of the backbone's layout: in raster order here."""
+        """Ids `(B, *token_shape)` as the sequences `(B, N)` of the backbone's layout, in raster order; -1 remains."""
         return tokens.flatten(1)
 
     def to_grid(self, sequences: Tensor) -> Tensor:
@@ -150,7 +150,12 @@ class Generator(LightningModule, ABC):
 
     @torch.no_grad()
     def sample(
-        self, labels: Tensor, sampler: Sampler | None = None, seed: int = 0, indices: Tensor | None = None
+        self,
+        labels: Tensor,
+        sampler: Sampler | None = None,
+        seed: int = 0,
+        indices: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> Tensor:
         """Draw the tokens of one image for each label.
 
@@ -159,29 +164,48 @@ class Generator(LightningModule, ABC):
             sampler: this generator's own by default.
             seed: with `indices`, it alone decides the draw, whatever the batch.
             indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
+            known: `(B, *token_shape)` int64, tokens to keep and -1 where one is to be drawn.
 
         Returns:
             `(B, *token_shape)` int64 in [0, K).
         """
         if indices is None:
             indices = torch.arange(len(labels), device=labels.device)
-        return self.draw(labels, CounterRandom(seed, indices), sampler).tokens
+        return self.draw(labels, CounterRandom(seed, indices), sampler, known).tokens
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, random: CounterRandom, sampler: Sampler | None = None) -> SamplerOutput:
-        """As `sample`, with what it cost; the tokens are `(B, *token_shape)`.
+    def draw(
+        self,
+        labels: Tensor,
+        random: CounterRandom,
+        sampler: Sampler | None = None,
+        known: Tensor | None = None,
+        trace: bool = False,
+    ) -> SamplerOutput:
+        """As `sample`, with what it cost.
 
         Args:
             labels: `(B,)` int64 in [0, num_classes].
             random: one stream for each image.
             sampler: this generator's own by default.
+            known: `(B, *token_shape)` int64, tokens to keep and -1 where one is to be drawn.
+            trace: also give what every step did, in the order of the sequence.
+
+        Returns:
+            The sampler's output, its tokens `(B, *token_shape)`.
         """
-        output = self.run_sampler(sampler or self.sampler, labels, random)
+        kept = None if known is None else self.to_sequence(known)
+        draw = sampler or self.sampler
+        output = draw(self.sampled_backbone(), labels, random, kept, self.scale_quantizer(), trace)
         return replace(output, tokens=self.to_grid(output.tokens))
 
-    def run_sampler(self, sampler: Sampler, labels: Tensor, random: CounterRandom) -> SamplerOutput:
-        """Give a sampler what it needs of this family; it draws sequences `(B, N)`."""
-        return sampler(self.backbone, labels, random)
+    def sampled_backbone(self) -> Backbone:
+        """What samplers are given."""
+        return self.backbone
+
+    def scale_quantizer(self) -> ScaleQuantizer | None:
+        """What makes a block-causal backbone's input while sampling."""
+        return None
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:
         """The ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.

@@ -1,6 +1,7 @@
 """A backbone along one order of the places."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class OrderedBackbone(Backbone):
     """
 
     def __init__(self, backbone: Backbone, order: Tensor) -> None:
-        super().__init__(backbone.layout)
+        super().__init__(replace(backbone.layout, any_order=False))
         self.backbone = backbone
         self.order = order
 

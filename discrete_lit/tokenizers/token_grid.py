@@ -11,7 +11,7 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 class TokenGrid(Tokenizer):
     """Knows how many ids there are and on what grid; codes nothing.
 
-    A generator around it trains on token arrays and samples ids; images need the tokenizer that made them.
+    A generator around it models and samples ids; images need the tokenizer that its tokens are of.
 
     Args:
         vocab_size: K.

@@ -1,6 +1,6 @@
 """Likelihoods against the enumerated law of every sequence."""
 
-from itertools import combinations
+from itertools import combinations, permutations
 
 import pytest
 import torch
@@ -24,6 +24,18 @@ def test_autoregressive_loss_is_its_likelihood(make_generator) -> None:
     loss, _ = generator.loss(tokens, labels)
     nats = generator.log_likelihood(tokens, labels).nats
     assert float(loss) == pytest.approx(-float(nats.mean()) / 6, rel=1e-5)
+
+
+def test_masked_along_one_order_is_exact(make_generator) -> None:
+    generator = make_generator("masked", vocab_size=4, token_shape=(3,), spread=0.5)
+    sequences, labels = all_sequences(4, 3), torch.ones(64, dtype=torch.int64)
+    for order, law in zip(permutations(range(3)), order_log_laws(generator.backbone, 1), strict=True):
+        likelihood = generator.log_likelihood(sequences, labels, order=torch.tensor(order))
+        assert likelihood.kind == "exact"
+        torch.testing.assert_close(likelihood.nats, law, rtol=0, atol=1e-5)
+        assert float(likelihood.nats.exp().sum()) == pytest.approx(1, abs=1e-6)
+    with pytest.raises(ValueError, match="order must have each of the 3 places 0 to 2 once"):
+        generator.log_likelihood(sequences, labels, order=torch.tensor([0, 1]))
 
 
 def test_masked_formula_is_the_mean_over_orders(make_generator) -> None:

@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.processes import ArccosSchedule, CosineSchedule, CounterRandom, MaskSchedule, Purpose
+from discrete_lit.processes import (
+    ArccosSchedule,
+    CosineSchedule,
+    CounterRandom,
+    MaskSchedule,
+    Purpose,
+    TruncatedNormalSchedule,
+)
 
 
 def losses_of(generator, indices: torch.Tensor, tokens: torch.Tensor | None = None):
@@ -13,7 +20,7 @@ def losses_of(generator, indices: torch.Tensor, tokens: torch.Tensor | None = No
     return generator.token_losses(tokens, labels, CounterRandom(generator.seed, indices))
 
 
-@pytest.mark.parametrize("schedule", [CosineSchedule(), ArccosSchedule()], ids=type)
+@pytest.mark.parametrize("schedule", [CosineSchedule(), ArccosSchedule(), TruncatedNormalSchedule()], ids=type)
 def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None:
     """ceil(N m(t)), at least one, t uniform; every place equally often; the coordinate is the ratio."""
     generator = make_generator("masked", token_shape=(4, 4), mask_schedule=schedule)
@@ -22,7 +29,8 @@ def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None
     t = CounterRandom(generator.seed, indices).uniform(Purpose.MASK_RATIO, 1)[:, 0]
     counts = losses.weights.sum(dim=1)
     assert torch.equal(counts.double(), (16 * schedule.mask_probability(t)).ceil())
-    assert counts.min() == 1 and counts.max() == 16
+    lowest = 12 if isinstance(schedule, TruncatedNormalSchedule) else 1
+    assert counts.min() == lowest and counts.max() == 16
     assert losses.coordinate.shape == (3000, 16)
     torch.testing.assert_close(losses.coordinate[:, 3], counts.double() / 16)
     places = losses.weights.mean(dim=0)
@@ -74,10 +82,24 @@ def test_label_smoothing_in_training_alone(make_generator) -> None:
     torch.testing.assert_close(smooth.values, -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1)))
 
 
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+def test_weight_of_what_is_not_masked_in_training_alone(make_generator, weight: float) -> None:
+    generator = make_generator("masked", vocab_size=5, token_shape=(3, 3), spread=0.4, unmasked_weight=weight)
+    tokens, labels = torch.randint(5, (6, 3, 3)), torch.zeros(6, dtype=torch.int64)
+    masked = losses_of(generator, torch.arange(6), tokens.flatten(1)).weights > 0
+    assert 0 < masked.sum() < 54
+    generator.train()
+    logits = generator.backbone(tokens.flatten(1).masked_fill(masked, 5), labels)
+    smooth = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none", label_smoothing=0.1).view(6, 9)
+    expected = (smooth[masked].sum() + weight * smooth[~masked].sum()) / (masked.sum() + weight * (~masked).sum())
+    torch.testing.assert_close(generator.loss(tokens, labels)[0], expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\)"),
+        ({"unmasked_weight": 1.1}, r"unmasked_weight must lie in \[0, 1\], got 1.1"),
         ({"likelihood_samples": 0}, "likelihood_samples must be at least 1"),
     ],
 )

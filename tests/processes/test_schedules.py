@@ -4,8 +4,16 @@ from math import acos, pi, sin
 
 import pytest
 import torch
+from scipy.stats import truncnorm
 
-from discrete_lit.processes import ArccosSchedule, CosineSchedule, LinearSchedule, MaskSchedule, SquareSchedule
+from discrete_lit.processes import (
+    ArccosSchedule,
+    CosineSchedule,
+    LinearSchedule,
+    MaskSchedule,
+    SquareSchedule,
+    TruncatedNormalSchedule,
+)
 
 SCHEDULES = [ArccosSchedule(), CosineSchedule(), LinearSchedule(), SquareSchedule()]
 IDS = [type(schedule).__name__ for schedule in SCHEDULES]
@@ -70,3 +78,28 @@ def test_values() -> None:
     assert float(ArccosSchedule().mask_probability(t)) == pytest.approx(acos(1 - time) * 2 / pi, rel=1e-14)
     assert float(LinearSchedule().mask_probability(t)) == time
     assert float(SquareSchedule().mask_probability(t)) == pytest.approx(1 - (1 - time) ** 2, rel=1e-14)
+
+
+@pytest.mark.parametrize(("mean", "deviation", "lowest"), [(1.0, 0.25, 0.7), (0.55, 0.25, 0.0), (0.3, 2.0, 0.5)])
+def test_truncated_normal_by_scipy(mean: float, deviation: float, lowest: float) -> None:
+    schedule = TruncatedNormalSchedule(mean, deviation, lowest)
+    law = truncnorm((lowest - mean) / deviation, (1 - mean) / deviation, mean, deviation)
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    ratios = schedule.mask_probability(t)
+    torch.testing.assert_close(ratios, torch.tensor(law.ppf(t.numpy())), rtol=0, atol=1e-9)
+    assert (ratios[0], ratios[-1]) == (pytest.approx(lowest), pytest.approx(1))
+    torch.testing.assert_close(schedule.inverse(ratios), t, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.derivative(t), torch.tensor(1 / law.pdf(ratios.numpy())), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"deviation": 0.0}, "deviation must be > 0, got 0.0"),
+        ({"lowest": 1.0}, r"lowest must lie in \[0, 1\), got 1.0"),
+        ({"mean": 50.0}, "mean=50.0 lies too many deviations of 0.25 from"),
+    ],
+)
+def test_truncated_normal_out_of_range(arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TruncatedNormalSchedule(**arguments)
