@@ -95,7 +95,7 @@ class _Window:
 
 def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
     if isinstance(module, Generator):
-        return module.length
+        return prod(module.token_shape)
     if isinstance(module, Tokenizer):
         return prod(module.token_shape(batch["image"].shape[-1]))
     return 0
