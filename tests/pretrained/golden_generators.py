@@ -1,4 +1,4 @@
-"""What our generators give for the inputs of the golden files, by the names of their outputs."""
+"""The logits of our generators for the inputs of the golden files, by the names of their outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,31 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.samplers import RasterSampler
-from discrete_lit.samplers.categorical import filter_logits
-
 Tensors = dict[str, Tensor]
 Inputs = Mapping[str, Tensor]
 Outputs = Callable[[Any, Inputs], Tensors]
 
-_INTERVAL = "a sampler whose guidance ends at a place"
-_POWER_COSINE = "a guidance schedule with an exponent"
-_KEEPING = "a sampler that keeps given tokens"
-_TITOK, _HALTON, _MASKBIT, _NEXT_SCALE = (f"{name}'s sampler" for name in ("TiTok", "Halton-MaskGIT", "MaskBit", "VAR"))
-
-# Outputs that wait for something of ours; the rest of the file is compared.
-WAITING: dict[str, dict[str, str]] = {
-    "taming_net2net": {"greedy_from_half": _KEEPING},
-    "llamagen_gpt_c2i": {"greedy_cfg3_interval": _INTERVAL},
-    "rar": {"greedy_cfg": _POWER_COSINE, "greedy_cfg_logits": _POWER_COSINE},
-    "halton_maskgit": {"halton_*": _HALTON, "confidence_*": _HALTON, "sequence_*": _HALTON},
-    "maskbit_bert": {"sampled*": _MASKBIT, "inputs_per_step": _MASKBIT},
-    "maskbit_lfqbert": {"sampled*": _MASKBIT, "inputs_per_step": _MASKBIT},
-    "titok_imagebert": {"greedy_*": _TITOK, "masked_per_call_*": _TITOK},
-    "titok_uvitbert": {"greedy_*": _TITOK, "masked_per_call_*": _TITOK},
-    "var_transformer": {"greedy_*": _NEXT_SCALE},
-}
 NO_PLACE: dict[str, dict[str, str]] = {
+    "halton_maskgit": {"sequence_root": "a schedule that no published model has"},
     "rar": {"condition_ids": "classes have a table of their own, and ids of their own"},
     "maskbit_lfqbert": {"bits": "made and projected in one"},
 }
@@ -51,37 +32,24 @@ def with_and_without_class(generator: Any, tokens: Tensor, labels: Tensor, order
     return [generator.backbone(tokens, label, order=order) for label in (labels, null(generator, labels))]
 
 
-def greedy(generator: Any, labels: Tensor, scale: float = 1.0) -> Tensor:
-    return generator.sample(labels, RasterSampler(top_k=1, guidance_scale=scale)).flatten(1)
-
-
 def taming_net2net(generator: Any, inputs: Inputs) -> Tensors:
     tokenizer, backbone, labels = generator.tokenizer, generator.backbone, inputs["c"]
     tokens = tokenizer.encode(inputs["x"]).flatten(1)
     prefix = int(inputs["seq_len"])
-    drawn = greedy(generator, labels)
     return {
         "z_indices": tokens,
         "target": tokens,
         "logits": backbone(tokens[:, :-1], labels),
         "raw_logits_prefix": backbone(tokens[:, : prefix - 1], labels),
-        "greedy_indices": drawn,
-        "greedy_logits": backbone(drawn[:, :-1], labels),
-        "greedy_image": tokenizer.network.decode(tokenizer.embed(generator.to_grid(drawn))),
     }
 
 
 def llamagen_gpt_c2i(generator: Any, inputs: Inputs) -> Tensors:
     labels = inputs["y"]
     logits, logits_null = with_and_without_class(generator, inputs["z"][:, :-1], labels)
-    guided = greedy(generator, labels, scale=2.0)
-    conditional, unconditional = with_and_without_class(generator, guided[:, :-1], labels)
     return {
         "logits": logits,
         "logits_null": logits_null,
-        "greedy_nocfg": greedy(generator, labels),
-        "greedy_cfg2": guided,
-        "cfg2_logits_on_greedy": unconditional + 2 * (conditional - unconditional),
     }
 
 
@@ -95,7 +63,6 @@ def rar(generator: Any, inputs: Inputs) -> Tensors:
         "logits_orders": logits,
         "logits_orders_null": logits_null,
         "labels_orders": ordered,
-        "greedy_nocfg": greedy(generator, labels),
     }
 
 
@@ -123,12 +90,7 @@ def maskbit(generator: Any, inputs: Inputs) -> Tensors:
 def var_transformer(generator: Any, inputs: Inputs) -> Tensors:
     vectors = generator.tokenizer.quantizer.teacher_forcing(inputs["codes"])
     logits, logits_null = with_and_without_class(generator, vectors, inputs["y"])
-    filters = {"top_k9": (9, None), "top_p07": (None, 0.7), "k12_p08": (12, 0.8)}
-    filtered = {
-        f"sampler_probs_{name}": filter_logits(inputs["sampler_logits"], *settings).softmax(dim=-1)
-        for name, settings in filters.items()
-    }
-    return {"var_input": vectors, "logits": logits, "logits_null": logits_null, **filtered}
+    return {"var_input": vectors, "logits": logits, "logits_null": logits_null}
 
 
 OUTPUTS: dict[str, Outputs] = {
