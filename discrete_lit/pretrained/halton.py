@@ -7,10 +7,12 @@ from discrete_lit.pretrained.arranging import Arrangement
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
-from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, square
+from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, sampled_by, square
 
 # By width; the heads of 512 have 85 channels.
 _HEADS = {384: 6, 512: 6, 768: 12, 1024: 16}
+# Of the published evaluation; its guidance differs from model to model.
+_STEPS = 32
 _BLOCK = [
     ("attention.query_key_value.weight", "attn.{wq|wk|wv}.weight"),
     ("attention.out.weight", "attn.wo.weight"),
@@ -95,4 +97,7 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         Arrangement(["pos_emb.weight"], ["pos_emb.weight"], after_registers),
         Arrangement(["reg_tokens.weight"], ["reg_tokens.weight"], lambda table: [table[None]]),
     ]
-    return generator("Masked", state, Tokens(vocab_size, grid), num_classes, backbone, _RULES, arrangements)
+    sampler = sampled_by("HaltonSampler", steps=min(_STEPS, places))
+    return generator(
+        "Masked", state, Tokens(vocab_size, grid), num_classes, backbone, _RULES, arrangements, sampler=sampler
+    )

@@ -5,7 +5,7 @@ from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
 from discrete_lit.pretrained.taming import CODES, vqgan
-from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, square
+from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, sampled_by, square
 
 LAYOUT = ConvLayout(
     encoder_level="encoder.conv_blocks.{level}",
@@ -52,6 +52,8 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
 
 # Where width / 64 is not the number of heads.
 _HEADS = {3200: 32}
+# Of the published evaluation, by width.
+_GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}
 _BLOCK = [
     ("attention.query_key_value.weight", "attention.wqkv.weight"),
     ("attention.out.weight", "attention.wo.weight"),
@@ -95,4 +97,6 @@ def llamagen_gpt_c2i(state: State, reference: Reference) -> Conversion:
         "start_rotation": "zero",
         "bias": False,
     }
-    return generator("Autoregressive", state, Tokens(vocab_size, square(state, places)), num_classes, backbone, _RULES)
+    sampler = sampled_by("RasterSampler", guidance_scale=_GUIDANCE.get(width, 1.0))
+    tokens = Tokens(vocab_size, square(state, places))
+    return generator("Autoregressive", state, tokens, num_classes, backbone, _RULES, sampler=sampler)

@@ -4,10 +4,12 @@ from discrete_lit.pretrained.arranging import Arrangement, cut_rows, reorder_chu
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
-from discrete_lit.pretrained.transformers import TIMM_BLOCK, class_count, generator, in_blocks, square
+from discrete_lit.pretrained.transformers import TIMM_BLOCK, class_count, generator, in_blocks, sampled_by, square
 
 # Rows of the position tables that no sequence reaches.
 _SPARE_POSITIONS = 1024
+# Guidance, its exponent and the temperature of the published evaluation, by width.
+_SAMPLING = {768: (16.0, 2.75, 1.0), 1024: (15.5, 2.5, 1.02), 1280: (6.9, 1.5, 1.02), 1408: (8.0, 1.2, 1.02)}
 _RULES = [
     ("token_embedding.table.weight", "embeddings.tokens"),
     ("class_embedding.weight", "embeddings.classes"),
@@ -53,6 +55,14 @@ def rar(state: State, reference: Reference) -> Conversion:
         "registers": 1,
         "qk_norm": "layer",
     }
+    guidance_scale, guidance_power, temperature = _SAMPLING.get(width, (1.0, 1.0, 1.0))
+    sampler = sampled_by(
+        "RasterSampler",
+        temperature=temperature,
+        guidance_scale=guidance_scale,
+        guidance_schedule="power_cosine",
+        guidance_power=guidance_power,
+    )
     arrangements = [
         # The mask id between them is never read.
         cut_rows(
@@ -76,4 +86,5 @@ def rar(state: State, reference: Reference) -> Conversion:
         arrangements,
         kept=("final_norm.*",),
         order="random_annealed",
+        sampler=sampler,
     )

@@ -8,8 +8,20 @@ from discrete_lit.pretrained.arranging import Arrangement, cut_rows
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
-from discrete_lit.pretrained.transformers import TIMM_BLOCK, Rules, class_count, generator, in_blocks
+from discrete_lit.pretrained.transformers import TIMM_BLOCK, Rules, class_count, generator, in_blocks, sampled_by
 
+# Of the published evaluation, by the number of tokens.
+_SAMPLING: dict[int, dict[str, Any]] = {
+    32: {"steps": 8, "choice_temperature": 9.5, "guidance_scale": 5.5, "guidance_schedule": "linear"},
+    64: {"steps": 8, "choice_temperature": 11.0, "guidance_scale": 4.0, "guidance_schedule": "linear"},
+    128: {
+        "steps": 64,
+        "choice_temperature": 2.8,
+        "guidance_scale": 6.9,
+        "guidance_schedule": "power_cosine",
+        "guidance_power": 3.0,
+    },
+}
 _EMBEDDINGS = [
     ("token_embedding.table.weight", "embeddings.tokens"),
     ("class_embedding.weight", "embeddings.classes"),
@@ -120,7 +132,7 @@ def _masked(
         "image_seq_len": places,
         "condition_num_classes": num_classes,
     }
-    # The reference counts a U-ViT's middle block only where that makes the number odd.
+    # The reference's even number leaves out the middle block of a U-ViT.
     layers = reference.get("num_hidden_layers", depth)
     agree(reference, found)
     if layers not in (depth, depth - int("long_skips" in switches)):
@@ -142,4 +154,7 @@ def _masked(
         rules,
         [rows, *(arrangements or [])],
         dropped,
+        sampler=sampled_by(
+            "TiTokSampler", **_SAMPLING.get(places, {"steps": min(8, places)}), temperature_annealing=True
+        ),
     )

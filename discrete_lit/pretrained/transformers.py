@@ -29,6 +29,11 @@ def in_blocks(theirs: str, rules: Rules, ours: str = "blocks.{block}") -> list[t
     return [(f"{ours}.{own}", f"{theirs}.{published}") for own, published in rules]
 
 
+def sampled_by(kind: str, **settings: Any) -> dict[str, Any]:
+    """The configuration of a sampler: the published evaluation's, where it is known."""
+    return {"class_path": f"discrete_lit.samplers.{kind}", "init_args": settings}
+
+
 def generator(
     kind: str,
     state: State,

@@ -7,7 +7,7 @@ from discrete_lit.pretrained.arranging import Arrangement, must_be_zero, reorder
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
-from discrete_lit.pretrained.transformers import class_count, generator, in_blocks
+from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, sampled_by
 
 # Sides of the scales, by the number of tokens: at 256 and at 512 pixels.
 _SCALES = {680: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 2240: [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]}
@@ -108,4 +108,5 @@ def var_transformer(state: State, reference: Reference) -> Conversion:
         _RULES,
         _ARRANGEMENTS,
         dropped=("attn_bias_for_masking",),
+        sampler=sampled_by("NextScaleSampler", guidance_scale=2.5, top_k=min(900, vocab_size), top_p=0.96),
     )

@@ -3,12 +3,18 @@
 from typing import Any
 
 from discrete_lit.checkpoints import save
+from discrete_lit.generators import Generator
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.tokenizers import Tokenizer
+from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
 
 def import_weights(
-    weights: str, family: str, output: str, reference_config: str | dict[str, Any] | None = None
+    weights: str,
+    family: str,
+    output: str,
+    reference_config: str | dict[str, Any] | None = None,
+    tokenizer: str | None = None,
 ) -> None:
     """Read a published checkpoint and write it as a checkpoint of discrete-lit.
 
@@ -21,14 +27,22 @@ def import_weights(
         output: File to write.
         reference_config: What the weights do not say, in the reference's own argument names, or the published YAML or
             JSON file that says it.
+        tokenizer: Checkpoint of discrete-lit with the tokenizer that a generator was trained on; the generator's
+            checkpoint holds it too. Without one a generator makes ids, but no images.
 
     Raises:
-        ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit.
+        ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit, a
+            tokenizer of other ids.
     """
-    module = load_pretrained(weights, family, reference_config)
+    module = load_pretrained(
+        weights, family, reference_config, None if tokenizer is None else from_checkpoint(tokenizer)
+    )
     save(module, output)
     count = sum(parameter.numel() for parameter in module.parameters())
     what = f"{type(module).__name__}, {count:,} parameters"
-    if isinstance(module, Tokenizer):
+    if isinstance(module, Generator):
+        shape = " x ".join(map(str, module.token_shape))
+        what += f", {shape} tokens of {module.vocab_size:,} ids from a {type(module.tokenizer).__name__}"
+    elif isinstance(module, Tokenizer):
         what += f", {module.vocab_size:,} ids, fingerprint {module.fingerprint()}"
     print(f"{output}: {what}")
