@@ -128,10 +128,11 @@ class Sampler(ABC):
             temperature: the sampler's own by default.
 
         Returns:
-            Ids `(B, n)` int64, and their log-probabilities `(B, n)` under the distribution that they were drawn from.
+            Ids `(B, n)` int64, and their log-probabilities `(B, n)` at the temperature before the filters: after them
+            all greedily chosen ids would be equally sure.
         """
-        logits = filter_logits(log_probabilities / (temperature or self.temperature), self.top_k, self.top_p)
-        tokens = draw_categorical(logits, uniforms)
+        logits = log_probabilities / (temperature or self.temperature)
+        tokens = draw_categorical(filter_logits(logits, self.top_k, self.top_p), uniforms)
         return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
 
     def _check_known(self, known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What holds for every sampler: ids in range, draws that belong to the sample, settings and labels that are checked."""
+"""What holds for every sampler: ids in range, draws that belong to the sample, what is given stays, checked inputs."""
 
 from random import Random
 
@@ -6,108 +6,197 @@ import pytest
 import torch
 
 from discrete_lit.processes import CounterRandom
-from discrete_lit.samplers import MaskGITSampler, RasterSampler, Sampler
-
-SAMPLERS = {"bidirectional": MaskGITSampler, "causal": RasterSampler}
-each_attention = pytest.mark.parametrize("attention", SAMPLERS)
+from discrete_lit.samplers import MaskGITSampler, RasterSampler
 
 
-def random_settings(choose: Random, attention: str, length: int) -> dict:
-    settings = {
-        "temperature": choose.choice([0.05, 0.7, 1.0, 3.0, 50.0]),
-        "top_k": choose.choice([None, 1, 2, 4, 99]),
-        "top_p": choose.choice([None, 0.01, 0.5, 0.99, 1.0]),
-        "guidance_scale": choose.choice([-1.0, 0.0, 1.0, 1.5, 12.0]),
-        "guidance_schedule": choose.choice(["constant", "linear", "cosine"]),
-    }
-    if attention == "bidirectional":
-        settings["steps"] = choose.randint(1, length)
-        settings["choice_temperature"] = choose.choice([0.0, 4.5, 1e6])
-    return settings
+def test_never_the_mask_id_and_never_out_of_range(case) -> None:
+    choose, labels = Random(0), torch.arange(20) % 3  # the null label among them
+    size = case.backbone.layout.vocab_size
+    for _ in range(8):
+        sampler = case.random_sampler(choose)
+        tokens = case.draw(sampler, labels, torch.arange(20), choose.randint(0, 2**40)).tokens
+        assert tokens.dtype == torch.int64 and tokens.shape == (20, case.length), vars(sampler)
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < size, vars(sampler)
 
 
-@torch.no_grad()
-def draw(sampler: Sampler, backbone, labels: torch.Tensor, indices: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    return sampler(backbone, labels, CounterRandom(seed, indices)).tokens
-
-
-@each_attention
-def test_never_the_mask_id_and_never_out_of_range(make_backbone, attention: str) -> None:
-    backbone = make_backbone(attention, vocab_size=5, grid=(2, 3), num_classes=2, spread=0.6)
-    choose = Random(0)
-    labels = torch.arange(30) % 3  # the null label among them
-    for _ in range(40):
-        settings = random_settings(choose, attention, 6)
-        tokens = draw(SAMPLERS[attention](**settings), backbone, labels, torch.arange(30), choose.randint(0, 2**40))
-        assert tokens.dtype == torch.int64 and tokens.shape == (30, 6), settings
-        assert 0 <= int(tokens.min()) and int(tokens.max()) < 5, settings
-
-
-@each_attention
-def test_same_samples_for_any_batch(make_backbone, attention: str) -> None:
-    backbone = make_backbone(attention, vocab_size=5, grid=(2, 3), spread=0.6)
-    labels, indices = torch.arange(12) % 3, torch.arange(12) + 2**35
-    choose = Random(1)
+def test_given_tokens_stay(case) -> None:
+    """Any places where a sampler keeps any; prefixes of each row's own length in raster order."""
+    choose, size = Random(2), case.backbone.layout.vocab_size
+    labels, indices = torch.arange(20) % 3, torch.arange(20)
     for _ in range(4):
-        sampler = SAMPLERS[attention](**{**random_settings(choose, attention, 6), "temperature": 1.0, "top_k": None})
-        whole = draw(sampler, backbone, labels, indices)
-        for size in (1, 3, 7):
-            parts = [draw(sampler, backbone, labels[rows], indices[rows]) for rows in torch.arange(12).split(size)]
-            assert torch.equal(torch.cat(parts), whole)
-        rows = torch.tensor([11, 2, 9])
-        assert torch.equal(draw(sampler, backbone, labels[rows], indices[rows]), whole[rows])
+        given = torch.rand(20, case.length) < 0.5
+        if case.name == "raster":
+            given = torch.arange(case.length) < torch.randint(0, case.length + 1, (20, 1))
+        given[0], given[1] = True, False
+        known = torch.randint(0, size, (20, case.length)).masked_fill(~given, -1)
+        sampler = case.random_sampler(choose)
+        tokens = case.draw(sampler, labels, indices, known=known).tokens
+        assert torch.equal(tokens[given], known[given]), vars(sampler)
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < size, vars(sampler)
 
 
-@each_attention
-def test_seeds_and_indices_tell_samples_apart(make_backbone, attention: str) -> None:
-    backbone = make_backbone(attention, grid=(4, 4), spread=0.2)
-    sampler, labels = SAMPLERS[attention](), torch.zeros(20, dtype=torch.int64)
-    first = draw(sampler, backbone, labels, torch.arange(20), seed=0)
-    assert torch.equal(first, draw(sampler, backbone, labels, torch.arange(20), seed=0))
-    assert (first != draw(sampler, backbone, labels, torch.arange(20), seed=1)).any(dim=1).all()
-    assert len(first.unique(dim=0)) == 20
+def test_nothing_is_computed_where_everything_is_given(case) -> None:
+    if case.name == "next_scale":
+        return  # it computes all scales
+    known = torch.randint(0, case.backbone.layout.vocab_size, (3, case.length))
+    output = case.draw(case.build(), torch.zeros(3, dtype=torch.int64), torch.arange(3), known=known)
+    assert torch.equal(output.tokens, known)
+    assert (output.network_calls, output.sequential_passes) == (0, 0)
 
 
-@each_attention
-def test_empty_batch(make_backbone, attention: str) -> None:
+def test_nothing_given_is_the_plain_draw(case) -> None:
+    labels, indices = torch.arange(6) % 3, torch.arange(6)
+    nothing = torch.full((6, case.length), -1)
+    plain, other = case.draw(case.build(), labels, indices), case.draw(case.build(), labels, indices, known=nothing)
+    assert torch.equal(plain.tokens, other.tokens) and plain.network_calls == other.network_calls
+
+
+def test_same_samples_for_any_batch(case) -> None:
+    labels, indices = torch.arange(12) % 3, torch.arange(12) + 2**35
+    given = torch.arange(case.length) < torch.arange(12)[:, None] % 3  # 0 to 2 first tokens
+    known = torch.randint(0, case.backbone.layout.vocab_size, (12, case.length)).masked_fill(~given, -1)
+    choose = Random(1)
+    for arguments in ({}, {"known": known}):
+        sampler = case.random_sampler(choose, temperature=1.0, top_k=None)
+        whole = case.draw(sampler, labels, indices, **arguments).tokens
+        for rows in (*torch.arange(12).split(5), torch.tensor([11, 2, 9])):
+            own = {name: value[rows] for name, value in arguments.items()}
+            assert torch.equal(case.draw(sampler, labels[rows], indices[rows], **own).tokens, whole[rows])
+
+
+def test_seeds_and_indices_tell_samples_apart(case) -> None:
+    sampler, labels = case.build(), torch.zeros(40, dtype=torch.int64)
+    if case.name == "titok":
+        sampler = case.build(choice_temperature=50.0)
+    first = case.draw(sampler, labels, torch.arange(40), seed=0).tokens
+    assert torch.equal(first, case.draw(sampler, labels, torch.arange(40), seed=0).tokens)
+    assert (first != case.draw(sampler, labels, torch.arange(40), seed=1).tokens).any(dim=1).sum() > 15
+    assert len(first.unique(dim=0)) > 5
+
+
+def test_counts_are_what_was_run(case) -> None:
+    """Network evaluations for each image and passes, seen by a hook; only the labels' batch or twice that."""
+    choose, seen = Random(3), []
+    case.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]) / 4))
+    for _ in range(5):
+        seen.clear()
+        output = case.draw(case.random_sampler(choose), torch.zeros(4, dtype=torch.int64), torch.arange(4))
+        assert set(seen) <= {1, 2}
+        assert (output.network_calls, output.sequential_passes) == (sum(seen), len(seen))
+
+
+def test_trace(case) -> None:
+    """One entry a pass; it begins with mask ids, ends with the result, and says where it changed and how surely."""
+    labels, mask_id = torch.zeros(4, dtype=torch.int64), case.backbone.layout.mask_id
+    output = case.draw(case.build(), labels, torch.arange(4), trace=True)
+    assert case.draw(case.build(), labels, torch.arange(4)).trace is None
+    assert len(output.trace) == output.sequential_passes
+    before = torch.full((4, case.length), mask_id)
+    for step in output.trace:
+        assert torch.equal(step.changed, step.tokens != before)
+        assert step.changed.any()
+        assert step.confidence.isfinite()[step.changed].all()
+        if case.name != "halton_older":
+            assert (before[step.changed] == mask_id).all() and not (step.tokens == mask_id)[before != mask_id].any()
+            assert step.confidence.isnan()[before != mask_id].all()
+        before = step.tokens
+    assert torch.equal(before, output.tokens)
+
+
+def test_empty_batch(case) -> None:
     empty = torch.zeros(0, dtype=torch.int64)
-    assert draw(
-        SAMPLERS[attention](steps=2) if attention == "bidirectional" else RasterSampler(),
-        make_backbone(attention),
-        empty,
-        empty,
-    ).shape == (0, 6)
+    assert case.draw(case.build(), empty, empty).tokens.shape == (0, case.length)
 
 
-@each_attention
 @pytest.mark.parametrize("label", [-1, 3])
-def test_labels_out_of_range(make_backbone, attention: str, label: int) -> None:
+def test_labels_out_of_range(case, label: int) -> None:
     with pytest.raises(ValueError, match=r"labels must lie in \[0, 2\]"):
-        draw(SAMPLERS[attention](), make_backbone(attention), torch.tensor([0, label]), torch.arange(2))
+        case.draw(case.build(), torch.tensor([0, label]), torch.arange(2))
 
 
-def test_the_wrong_backbone_is_refused(make_backbone) -> None:
-    labels = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="needs a backbone with causal attention"):
-        draw(RasterSampler(), make_backbone("bidirectional"), labels, labels)
-    with pytest.raises(ValueError, match="needs a backbone with bidirectional attention"):
-        draw(MaskGITSampler(), make_backbone("causal"), labels, labels)
+def test_streams_for_another_batch(case) -> None:
+    with pytest.raises(ValueError, match="random has 3 streams for 2 labels"):
+        case.draw(case.build(), torch.tensor([0, 1]), torch.arange(3))
+
+
+def test_known_tokens_that_do_not_fit(case) -> None:
+    labels, size = torch.zeros(2, dtype=torch.int64), case.backbone.layout.vocab_size
+    for shape, values, message in (
+        ((2, case.length + 1), 0, "known must be int64 of shape"),
+        ((1, case.length), 0, "known must be int64 of shape"),
+        ((2, case.length), 0.5, "known must be int64"),
+        ((2, case.length), size, rf"known must lie in \[-1, {size}\)"),  # the mask id
+        ((2, case.length), -2, r"known must lie in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            case.draw(case.build(), labels, labels, known=torch.full(shape, values))
+
+
+def test_guidance_longer_than_the_sampling(case) -> None:
+    steps = {"raster": 6, "any_order": 6, "next_scale": 2}.get(case.name, 4)
+    sampler = case.build(guidance_scale=2.0, guidance_interval=(0, steps + 1))
+    with pytest.raises(ValueError, match=rf"guidance_interval=.*longer than the sampling: it has {steps} steps"):
+        case.draw(sampler, torch.zeros(1, dtype=torch.int64), torch.arange(1))
+
+
+def test_steps_out_of_range(case) -> None:
+    if "steps" not in case.settings:
+        return
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        case.build(steps=0)
+    with pytest.raises(ValueError, match="steps=7 exceeds the 6 tokens"):
+        case.draw(case.build(steps=7), torch.zeros(1, dtype=torch.int64), torch.arange(1))
 
 
 @pytest.mark.parametrize(
-    "setting", [{"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "setting",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"guidance_power": -1.0},
+        {"guidance_interval": (2, 2)},
+        {"guidance_interval": (-1, 2)},
+    ],
 )
-@each_attention
-def test_settings_out_of_range(attention: str, setting: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(setting))):
-        SAMPLERS[attention](**setting)
+def test_settings_out_of_range(sampler_classes, setting: dict) -> None:
+    for sampler, settings in sampler_classes:
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            sampler(**settings, **setting)
 
 
-def test_choose_reports_the_law_that_it_drew_from() -> None:
+def test_the_wrong_backbone_is_refused(make_case) -> None:
+    labels = torch.zeros(1, dtype=torch.int64)
+    random = CounterRandom(0, labels)
+    for name, other, need in (
+        ("raster", "maskgit", "causal"),
+        ("maskgit", "raster", "bidirectional"),
+        ("next_scale", "raster", "block_causal"),
+        ("raster", "next_scale", "causal"),
+    ):
+        with pytest.raises(ValueError, match=f"needs a backbone with {need} attention"):
+            make_case(name).build()(make_case(other).backbone, labels, random)
+
+
+def test_choose_reports_log_probabilities_before_the_filters() -> None:
     sampler = RasterSampler(temperature=0.5, top_k=2)
     logits = torch.tensor([[[1.0, 0.5, -2.0]]]).expand(50, 1, 3)
     uniforms = CounterRandom(0, torch.arange(50)).uniform(0, 1)  # type: ignore[arg-type]
     tokens, log_probabilities = sampler.choose(logits, uniforms)
-    law = torch.tensor([1.0, 0.5, -torch.inf]).mul(2).log_softmax(dim=0)
+    law = torch.tensor([1.0, 0.5, -2.0]).mul(2).log_softmax(dim=0)
     assert set(tokens.flatten().tolist()) == {0, 1}
     torch.testing.assert_close(log_probabilities, law[tokens])
+
+
+def test_what_depends_on_labels_alone_is_computed_once(make_backbone) -> None:
+    """Four steps, the first unguided: two sets of labels, so two computations of every block's modulation."""
+    backbone = make_backbone("bidirectional", conditioning="adaln")
+    calls: list[int] = []
+    for block in backbone.blocks:
+        block.modulation.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
+    sampler = MaskGITSampler(steps=4, guidance_scale=2.0, guidance_schedule="linear")
+    with torch.no_grad():
+        sampler(backbone, torch.zeros(3, dtype=torch.int64), CounterRandom(0, torch.arange(3)))
+    assert sorted(calls) == [3, 3, 6, 6]

@@ -1,0 +1,131 @@
+"""Each sampler beside a tiny backbone that it serves."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from random_weights import randomise
+
+from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.processes import CounterRandom
+from discrete_lit.samplers import (
+    HaltonConfidenceSampler,
+    HaltonSampler,
+    MaskBitSampler,
+    MaskGITSampler,
+    NextScaleSampler,
+    RandomOrderSampler,
+    RasterSampler,
+    Sampler,
+    SamplerOutput,
+    TiTokSampler,
+)
+from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
+
+MASKED = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True)
+BITS = SequenceLayout(4, (3,), 2, "bidirectional", mask_token=True, parts=2)
+CAUSAL = SequenceLayout(5, (2, 3), 2, "causal")
+ANY_ORDER = SequenceLayout(5, (2, 3), 2, "causal", any_order=True)
+SCALES = SequenceLayout(5, (5,), 2, "block_causal", scales=(1, 4), input_dim=3)
+
+CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
+    "maskgit": (MaskGITSampler, MASKED, {"steps": 4}),
+    "titok": (TiTokSampler, MASKED, {"steps": 4}),
+    "maskbit": (MaskBitSampler, BITS, {"steps": 4}),
+    "halton": (HaltonSampler, MASKED, {"steps": 4}),
+    "halton_older": (HaltonSampler, MASKED, {"steps": 4, "variant": "older", "roll": True}),
+    "halton_confidence": (HaltonConfidenceSampler, MASKED, {"steps": 4}),
+    "random_order": (RandomOrderSampler, MASKED, {"steps": 4}),
+    "raster": (RasterSampler, CAUSAL, {}),
+    "any_order": (RasterSampler, ANY_ORDER, {"order": "random"}),
+    "next_scale": (NextScaleSampler, SCALES, {}),
+}
+
+
+class Case(NamedTuple):
+    """A sampler class with a backbone in eval mode."""
+
+    name: str
+    sampler: type[Sampler]
+    backbone: Transformer
+    settings: dict[str, Any]
+    quantizer: MultiScaleResidualQuantizer | None
+
+    @property
+    def length(self) -> int:
+        return self.backbone.layout.length
+
+    def build(self, **settings: Any) -> Sampler:
+        return self.sampler(**{**self.settings, **settings})
+
+    def random_sampler(self, choose: Random, **fixed: Any) -> Sampler:
+        settings: dict[str, Any] = {
+            "temperature": choose.choice([0.05, 0.7, 1.0, 3.0, 50.0]),
+            "top_k": choose.choice([None, 1, 2, 4, 99]),
+            "top_p": choose.choice([None, 0.01, 0.5, 0.99, 1.0]),
+            "guidance_scale": choose.choice([-1.0, 0.0, 1.0, 1.5, 12.0]),
+            "guidance_schedule": choose.choice(["constant", "linear", "scale_linear", "cosine", "power_cosine"]),
+            "guidance_power": choose.choice([0.0, 0.5, 2.5]),
+            "guidance_interval": choose.choice([None, (0, 1), (1, 2)]),
+        }
+        if "steps" in self.settings:
+            settings["steps"] = choose.randint(2, self.length)
+        if self.name in ("maskgit", "titok", "maskbit"):
+            settings["choice_temperature"] = choose.choice([0.0, 4.5, 1e6])
+            settings["temperature_annealing"] = choose.choice([True, False])
+        return self.build(**{**settings, **fixed})
+
+    @torch.no_grad()
+    def draw(
+        self, sampler: Sampler, labels: torch.Tensor, indices: torch.Tensor, seed: int = 0, **arguments: Any
+    ) -> SamplerOutput:
+        random = CounterRandom(seed, indices)
+        return sampler(self.backbone, labels, random, quantizer=self.quantizer, **arguments)
+
+
+def build_backbone(layout: SequenceLayout, spread: float = 0.6, **switches: Any) -> Transformer:
+    """Two blocks of width 16 with random weights, in eval mode."""
+    if layout.parts > 1:
+        switches["token_embedding"] = "bits"
+    return randomise(Transformer(layout, width=16, depth=2, heads=2, **switches), spread).eval()
+
+
+def build_quantizer(vocab_size: int) -> MultiScaleResidualQuantizer:
+    """Scales 1 and 2 with random codes and convolutions, in eval mode."""
+    return randomise(MultiScaleResidualQuantizer(vocab_size, 3, (1, 2)), 0.6).eval()
+
+
+@pytest.fixture
+def make_case() -> Callable[[str], Case]:
+    def make(name: str) -> Case:
+        sampler, layout, settings = CASES[name]
+        quantizer = build_quantizer(layout.vocab_size) if layout.scales else None
+        return Case(name, sampler, build_backbone(layout), settings, quantizer)
+
+    return make
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, make_case: Callable[[str], Case]) -> Case:
+    """Every sampler in turn."""
+    return make_case(request.param)
+
+
+@pytest.fixture
+def make_layout_backbone() -> Callable[..., Transformer]:
+    """`make_layout_backbone(layout, spread=0.6, **switches)`."""
+    return build_backbone
+
+
+@pytest.fixture
+def make_quantizer() -> Callable[[int], MultiScaleResidualQuantizer]:
+    """`make_quantizer(vocab_size)`: scales 1 and 2, dim 3."""
+    return build_quantizer
+
+
+@pytest.fixture
+def sampler_classes() -> list[tuple[type[Sampler], dict[str, Any]]]:
+    """Every sampler class with settings for the tiny backbones."""
+    return [(sampler, settings) for sampler, _, settings in CASES.values()]

@@ -1,0 +1,86 @@
+"""Next-scale sampling follows its exact law, scale by scale, and costs one pass a scale."""
+
+import pytest
+import torch
+from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+
+from discrete_lit.backbones import SequenceLayout
+from discrete_lit.processes import CounterRandom
+from discrete_lit.samplers import NextScaleSampler
+from discrete_lit.samplers.categorical import filter_logits
+
+
+@pytest.fixture
+def model(make_layout_backbone, make_quantizer):
+    """A backbone over 3 ids at scales 1 and 2, and its quantizer."""
+    layout = SequenceLayout(3, (5,), 2, "block_causal", scales=(1, 4), input_dim=3)
+    switches = {"conditioning": "prefix_adaln", "qk_norm": "unit", "attention_bias": "query_value"}
+    return make_layout_backbone(layout, 0.4, **switches), make_quantizer(3)
+
+
+@torch.no_grad()
+def draw(model, sampler: NextScaleSampler, label: int, count: int, **arguments):
+    backbone, quantizer = model
+    random = CounterRandom(3, torch.arange(count))
+    return sampler(backbone, torch.full((count,), label), random, quantizer=quantizer, **arguments)
+
+
+@torch.no_grad()
+def log_law(model, label: int, scales: list[float], top_k: int | None = None, top_p: float | None = None):
+    """`(243,)`: both scales' factors from one pass over the whole teacher-forced input, without a cache."""
+    backbone, quantizer = model
+    sequences = all_sequences(3, 5)
+    inputs = quantizer.teacher_forcing(sequences)
+    p, q = (backbone(inputs, torch.full((243,), given)).double().log_softmax(dim=-1) for given in (label, 2))
+    scale = torch.tensor([scales[0], *[scales[1]] * 4], dtype=torch.float64)[:, None]
+    logits = filter_logits(q + scale * (p - q), top_k, top_p)
+    return logits.log_softmax(dim=-1).gather(-1, sequences[..., None]).sum(dim=(1, 2))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_law_over_all_243_sequences(model, label: int) -> None:
+    numbers = sequence_numbers(draw(model, NextScaleSampler(), label, 20_000).tokens, 3)
+    law = log_law(model, label, [1.0, 1.0]).exp()
+    assert float(law.sum()) == pytest.approx(1)
+    assert chi_square_p_value(numbers, law) > 1e-3
+    assert chi_square_p_value(numbers, log_law(model, 1 - label, [1.0, 1.0]).exp()) < 1e-6
+
+
+def test_law_with_guidance_and_filters(model) -> None:
+    """The first scale is not guided, the last one with the whole scale; top-k, then top-p."""
+    sampler = NextScaleSampler(guidance_scale=2.5, top_k=2, top_p=0.9)
+    numbers = sequence_numbers(draw(model, sampler, 1, 20_000).tokens, 3)
+    assert chi_square_p_value(numbers, log_law(model, 1, [1.0, 2.5], 2, 0.9).exp()) > 1e-3
+
+
+def test_a_given_first_scale_is_conditioned_on(model) -> None:
+    known = torch.tensor([2, -1, -1, -1, -1]).expand(20_000, -1)
+    tokens = draw(model, NextScaleSampler(), 0, 20_000, known=known).tokens
+    law = log_law(model, 0, [1.0, 1.0]).exp() * (all_sequences(3, 5)[:, 0] == 2)
+    assert chi_square_p_value(sequence_numbers(tokens, 3), law / law.sum()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "calls"),
+    [
+        ({}, [4, 4], 2),
+        ({"guidance_scale": 2.0}, [8, 8], 4),  # the null rows' keys are needed from the first scale on
+        ({"guidance_scale": 2.0, "guidance_schedule": "constant", "guidance_interval": (0, 1)}, [8, 4], 3),
+    ],
+)
+def test_what_it_runs(model, settings: dict, rows: list[int], calls: int) -> None:
+    seen: list[tuple[int, ...]] = []
+    model[0].register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    output = draw(model, NextScaleSampler(**settings), 0, 4)
+    assert seen == [(rows[0], 0, 3), (rows[1], 4, 3)]
+    assert (output.network_calls, output.sequential_passes) == (calls, 2)
+
+
+def test_quantizers_that_do_not_fit(model, make_quantizer) -> None:
+    backbone, _ = model
+    with pytest.raises(ValueError, match="give quantizer"):
+        draw((backbone, None), NextScaleSampler(), 0, 1)
+    with pytest.raises(
+        ValueError, match=r"of another tokenizer: .* \(\(1, 4\), 3, 4\), the generator's \(\(1, 4\), 3, 3"
+    ):
+        draw((backbone, make_quantizer(4)), NextScaleSampler(), 0, 1)
