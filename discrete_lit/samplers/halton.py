@@ -1,7 +1,7 @@
 """Halton-MaskGIT's sampler (Besnier et al., "Halton Scheduler for Masked Generative Image Transformer", ICLR 2025)."""
 
 from math import acos, pi
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +31,17 @@ class HaltonSampler(OrderedSampler):
             and columns with one id at a place.
     """
 
-    def __init__(self, steps: int = 32, variant: str = "newer", roll: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, steps: int = 32, variant: Literal["newer", "older"] = "newer", roll: bool = False, **settings: Any
+    ) -> None:
         super().__init__(steps, **settings)
         if variant not in ("newer", "older"):
             raise ValueError(f"variant must be 'newer' or 'older', got {variant!r}")
         self.variant = variant
-        self.rewrite = variant == "older"
         self.roll = roll
+
+    def rewrites(self) -> bool:
+        return self.variant == "older"
 
     def order(self, drawing: Drawing) -> Tensor:
         layout = drawing.layout

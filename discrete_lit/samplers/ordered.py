@@ -19,9 +19,6 @@ class OrderedSampler(ParallelSampler):
         settings: of `Sampler`.
     """
 
-    rewrite = False
-    """Whether a step draws the places of the steps before again."""
-
     @abstractmethod
     def order(self, drawing: Drawing) -> Tensor:
         """`(B or 1, N)` int64: the places in turn."""
@@ -29,6 +26,10 @@ class OrderedSampler(ParallelSampler):
     @abstractmethod
     def revealed_counts(self, unknown: int) -> list[int]:
         """Tokens that are known after each of the T steps, of `unknown` to be drawn."""
+
+    def rewrites(self) -> bool:
+        """Whether a step draws the places of the steps before again."""
+        return False
 
     def draw(self, drawing: Drawing) -> Tensor:
         self.check_steps(drawing)
@@ -40,7 +41,7 @@ class OrderedSampler(ParallelSampler):
         before = [0] * len(unknown)
         for step in range(self.steps):
             after = [schedules[count][step] for count in unknown]
-            first = [0] * len(unknown) if self.rewrite else before
+            first = [0] * len(unknown) if self.rewrites() else before
             width = max((end - begin for begin, end in zip(first, after, strict=True)), default=0)
             before = after
             if width == 0:

@@ -39,7 +39,7 @@ def log_law(model, label: int, scales: list[float], top_k: int | None = None, to
 
 @pytest.mark.parametrize("label", [0, 1])
 def test_law_over_all_243_sequences(model, label: int) -> None:
-    numbers = sequence_numbers(draw(model, NextScaleSampler(), label, 20_000).tokens, 3)
+    numbers = sequence_numbers(draw(model, NextScaleSampler(), label, 12_000).tokens, 3)
     law = log_law(model, label, [1.0, 1.0]).exp()
     assert float(law.sum()) == pytest.approx(1)
     assert chi_square_p_value(numbers, law) > 1e-3
@@ -49,13 +49,13 @@ def test_law_over_all_243_sequences(model, label: int) -> None:
 def test_law_with_guidance_and_filters(model) -> None:
     """The first scale is not guided, the last one with the whole scale; top-k, then top-p."""
     sampler = NextScaleSampler(guidance_scale=2.5, top_k=2, top_p=0.9)
-    numbers = sequence_numbers(draw(model, sampler, 1, 20_000).tokens, 3)
+    numbers = sequence_numbers(draw(model, sampler, 1, 12_000).tokens, 3)
     assert chi_square_p_value(numbers, log_law(model, 1, [1.0, 2.5], 2, 0.9).exp()) > 1e-3
 
 
 def test_a_given_first_scale_is_conditioned_on(model) -> None:
-    known = torch.tensor([2, -1, -1, -1, -1]).expand(20_000, -1)
-    tokens = draw(model, NextScaleSampler(), 0, 20_000, known=known).tokens
+    known = torch.tensor([2, -1, -1, -1, -1]).expand(12_000, -1)
+    tokens = draw(model, NextScaleSampler(), 0, 12_000, known=known).tokens
     law = log_law(model, 0, [1.0, 1.0]).exp() * (all_sequences(3, 5)[:, 0] == 2)
     assert chi_square_p_value(sequence_numbers(tokens, 3), law / law.sum()) > 1e-3
 

@@ -20,7 +20,7 @@ def draw(backbone, sampler, label: int, count: int, **arguments):
 
 def test_random_order_one_token_a_step_has_the_order_averaged_law(make_backbone) -> None:
     backbone = make_backbone("bidirectional", vocab_size=3, grid=(3,), spread=0.5)
-    numbers = sequence_numbers(draw(backbone, RandomOrderSampler(steps=3), 1, 20_000).tokens, 3)
+    numbers = sequence_numbers(draw(backbone, RandomOrderSampler(steps=3), 1, 12_000).tokens, 3)
     laws = order_log_laws(backbone, label=1).exp()
     assert chi_square_p_value(numbers, laws.mean(dim=0)) > 1e-3
     assert chi_square_p_value(numbers, laws[0]) < 1e-6
@@ -30,7 +30,7 @@ def test_known_tokens_are_conditioned_on(make_backbone) -> None:
     """With the middle token given, the law is the mixture over the two orders of the others."""
     backbone = make_backbone("bidirectional", vocab_size=3, grid=(3,), spread=0.5)
     known = torch.tensor([-1, 2, -1])
-    tokens = draw(backbone, RandomOrderSampler(steps=3), 0, 20_000, known=known.expand(20_000, -1)).tokens
+    tokens = draw(backbone, RandomOrderSampler(steps=3), 0, 12_000, known=known.expand(12_000, -1)).tokens
     assert (tokens[:, 1] == 2).all()
     sequences, law = all_sequences(3, 3), torch.zeros(27, dtype=torch.float64)
     for order in ((0, 2), (2, 0)):
@@ -70,10 +70,10 @@ def test_halton_law_one_token_a_step(make_backbone) -> None:
     backbone = make_backbone("bidirectional", vocab_size=3, grid=(1, 3), spread=0.6)
     laws = order_log_laws(backbone, label=0).exp()  # of the orders in lexicographic turn
     assert halton_order(1, 3).tolist() == [1, 2, 0]
-    numbers = sequence_numbers(draw(backbone, HaltonSampler(steps=3), 0, 20_000).tokens, 3)
+    numbers = sequence_numbers(draw(backbone, HaltonSampler(steps=3), 0, 12_000).tokens, 3)
     assert chi_square_p_value(numbers, laws[3]) > 1e-3
     assert chi_square_p_value(numbers, laws[0]) < 1e-6
-    numbers = sequence_numbers(draw(backbone, HaltonSampler(steps=3, roll=True), 0, 20_000).tokens, 3)
+    numbers = sequence_numbers(draw(backbone, HaltonSampler(steps=3, roll=True), 0, 12_000).tokens, 3)
     assert chi_square_p_value(numbers, laws[[0, 3, 4]].mean(dim=0)) > 1e-3
 
 
