@@ -313,5 +313,6 @@ def _scale_mask(layout: SequenceLayout) -> Tensor | None:
     """`(N, N)` bool: each place sees the scales before its own, and its own."""
     if not layout.scales:
         return None
-    scale = torch.arange(len(layout.scales)).repeat_interleave(torch.tensor(layout.scales))
+    counts = torch.tensor(layout.scales)
+    scale = torch.arange(len(counts)).repeat_interleave(counts, output_size=sum(layout.scales))
     return scale[:, None] >= scale
