@@ -71,7 +71,7 @@ def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: T
     }
     image_size = max(tokens.shape)
     if tokenizer is not None:
-        described, image_size = _describe(tokenizer), _image_size(tokenizer, tokens)
+        image_size, described = _image_size(tokenizer, tokens), _describe(tokenizer)
     arguments = {**conversion.config["init_args"], "tokenizer": described, "image_size": image_size}
     module = instantiate({**conversion.config, "init_args": arguments}, Generator)
     assert isinstance(module, Generator)
