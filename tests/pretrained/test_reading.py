@@ -38,6 +38,20 @@ def test_wrappers_in_the_order_of_preference(tmp_path: Path) -> None:
         read_state(tmp_path / "w.pt", ("state_dict",))
 
 
+def test_a_mapping_within_a_mapping(tmp_path: Path) -> None:
+    torch.save({"trainer": {"generator": STATE, "optimizer": {}}, "epoch": 3}, tmp_path / "w.pt")
+    assert same(read_state(tmp_path / "w.pt", ("trainer.generator",)))
+    with pytest.raises(ValueError, match=r"nor under trainer.other: it holds trainer, epoch"):
+        read_state(tmp_path / "w.pt", ("trainer.other",))
+
+
+def test_prefixes_that_every_name_has(tmp_path: Path) -> None:
+    save_file({f"module._orig_mod.module.{name}": value for name, value in STATE.items()}, tmp_path / "w.safetensors")
+    assert same(read_state(tmp_path / "w.safetensors", prefixes=("_orig_mod.", "module.")))
+    save_file({"module.a": torch.zeros(1), "b": torch.ones(1)}, tmp_path / "w.safetensors")
+    assert set(read_state(tmp_path / "w.safetensors", prefixes=("module.",))) == {"module.a", "b"}
+
+
 @pytest.fixture
 def trainers_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What Lightning checkpoints of 2020 to 2022 hold beside the weights, of modules that are gone when it is read."""
