@@ -13,6 +13,7 @@ from discrete_lit.processes import (
     CounterRandom,
     LinearSchedule,
     MaskSchedule,
+    Purpose,
     SquareSchedule,
 )
 from discrete_lit.samplers import MaskGITSampler
@@ -136,3 +137,15 @@ def test_what_it_reports_is_what_it_ran(make_backbone, schedule, scale: float, c
 def test_settings_out_of_range(arguments) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         MaskGITSampler(**arguments)
+
+
+def test_drawing_at_some_places_alone_changes_nothing() -> None:
+    """Each place keeps its own logits and random number; rows have as many places as they like."""
+    sampler, logits = MaskGITSampler(temperature=0.7, top_k=4), torch.randn(9, 8, 6)
+    uniforms = CounterRandom(0, torch.arange(9)).uniform(Purpose.TOKEN, 8)
+    whole, score = sampler.choose(logits, uniforms)
+    where = torch.rand(9, 8) < 0.5
+    where[0] = False
+    ids, own = sampler.choose_at(logits, where, int(where.sum(dim=1).max()), uniforms, progress=0.5)
+    assert torch.equal(ids[where], whole[where])
+    torch.testing.assert_close(own[where], score[where].double())

@@ -3,11 +3,13 @@
 import pytest
 import torch
 from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from random_weights import randomise
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import NextScaleSampler
 from discrete_lit.samplers.categorical import filter_logits
+from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 
 
 @pytest.fixture
@@ -58,6 +60,17 @@ def test_a_given_first_scale_is_conditioned_on(model) -> None:
     tokens = draw(model, NextScaleSampler(), 0, 12_000, known=known).tokens
     law = log_law(model, 0, [1.0, 1.0]).exp() * (all_sequences(3, 5)[:, 0] == 2)
     assert chi_square_p_value(sequence_numbers(tokens, 3), law / law.sum()) > 1e-3
+
+
+def test_greedy_over_three_scales_agrees_with_teacher_forcing(make_layout_backbone) -> None:
+    """Every scale's input is the sum of what all scales before it contribute."""
+    quantizer = randomise(MultiScaleResidualQuantizer(7, 3, (1, 2, 3)), 0.8).eval()
+    layout = SequenceLayout(7, (14,), 2, "block_causal", scales=(1, 4, 9), input_dim=3)
+    backbone = make_layout_backbone(layout, 0.6, conditioning="adaln")
+    tokens = draw((backbone, quantizer), NextScaleSampler(top_k=1), 1, 1).tokens
+    with torch.no_grad():
+        logits = backbone(quantizer.teacher_forcing(tokens), torch.ones(1, dtype=torch.int64))
+    assert torch.equal(tokens, logits.argmax(dim=-1))
 
 
 @pytest.mark.parametrize(
