@@ -25,7 +25,7 @@ OPTIONS = {
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "extractor", "classifier", "lpips_weights", "batch_size", "device"},
-    "import": {"config", "weights", "family", "output", "reference_config"},
+    "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
 
