@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Products formed at once, codes by rows: 1 MB of float32, which a core's cache holds; on other devices 64 MB.
-_CPU_TILE = (1024, 256)
+# Products formed at once, codes by rows. For narrow codes their maximum costs most: 2 MB of float32, which a core's
+# cache holds. For wide ones the products themselves do, and want larger matrices. On other devices 64 MB.
+_NARROW_TILE = (1024, 512)
+_WIDE_TILE = (2048, 1024)
+_WIDE = 64
 _DEVICE_TILE = (16384, 1024)
 # Codes in a block, blocks in a block of blocks.
-_WIDTH = 32
+_WIDTH = 16
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
@@ -52,7 +55,8 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
         rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
     # The last block is filled up by the last code, which comes behind its first occurrence.
     codes = torch.cat((codes, codes[-1:].expand(-count % _WIDTH, -1)))
-    tile_codes, tile_rows = _CPU_TILE if rows.device.type == "cpu" else _DEVICE_TILE
+    on_cpu = _WIDE_TILE if codes.shape[1] >= _WIDE else _NARROW_TILE
+    tile_codes, tile_rows = on_cpu if rows.device.type == "cpu" else _DEVICE_TILE
     tile_rows = min(tile_rows, len(rows)) or 1
     # Memory that every tile uses again: fresh memory costs as much as a product.
     products = rows.new_empty(min(tile_codes, len(codes)) * tile_rows)
