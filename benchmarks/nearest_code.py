@@ -10,7 +10,7 @@ alone, in chunks of 64 MB written over one another; and the same in tiles that s
 them, where nothing is done with them. The ids are compared with a search in float64. Then peak memory is measured: the
 most that the process holds during the search above what it held before it, in a process of its own.
 
-Measured on 22 November 2026, 2 cores of an Intel Xeon, 2 threads, few rounds (6, 2 and 2): K = 16,384, D = 8: 38x faster
+Measured on 22 November 2026, 2 cores of an Intel Xeon, 2 threads, 6, 2 and 2 rounds: K = 16,384, D = 8: 38x faster
 than vector-quantize-pytorch, 2.05x the bare products (missed), 5 MB; D = 256: 5.8x, 1.46x, 59 MB; K = 262,144, D = 8:
 1.32x the products, 57 MB; all ids those of float64.
 """
