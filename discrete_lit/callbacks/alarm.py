@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from discrete_lit.distributed import all_reduce_sum, rank, world_size
-from discrete_lit.evaluation.codebook_usage import MOST_COUNTED
+from discrete_lit.evaluation.codebook_usage import MOST_COUNTED, usage_and_perplexity
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -189,9 +189,7 @@ class _UsageWindow:
 
     def measure(self) -> tuple[Tensor, Tensor]:
         """Usage and perplexity, float32 scalars."""
-        counts = all_reduce_sum(self.counts)
-        share = counts.float() / counts.sum()
-        return (counts > 0).float().mean(), torch.special.entr(share).sum().exp()
+        return usage_and_perplexity(all_reduce_sum(self.counts))
 
 
 class _Statistics:

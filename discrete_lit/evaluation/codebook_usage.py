@@ -30,6 +30,11 @@ class CodebookUsage(Metric):
         self.counts += torch.bincount(tokens.reshape(-1), minlength=self.vocab_size)
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        share = self.counts.double() / self.counts.sum()
-        entropy = torch.special.entr(share).sum()
-        return (self.counts > 0).double().mean().float(), entropy.exp().float()
+        return usage_and_perplexity(self.counts)
+
+
+def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The share of ids that occur, and exp of the entropy in nats, float32 scalars, of int64 counts `(K,)`."""
+    share = counts.double() / counts.sum()
+    entropy = torch.special.entr(share).sum()
+    return (counts > 0).double().mean().float(), entropy.exp().float()

@@ -4,7 +4,7 @@ from discrete_lit.pretrained.convolutional import ConvLayout
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, Tokens, register
-from discrete_lit.pretrained.taming import CODES, vqgan
+from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, sampled_by, square
 
 LAYOUT = ConvLayout(
@@ -34,19 +34,14 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
         "decoder_ch_mult": sizes["decoder_multipliers"],
     }
     agree(reference, found)
-    quantizer = {
-        "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
-        "init_args": {
-            "codebook_size": codebook_size,
-            "dim": code_dim,
-            "codebook_update": "gradient",
-            "codebook_init": "uniform",
-            "commitment_weight": reference.get("commit_loss_beta", 0.25),
-            "normalize": reference.get("codebook_l2_norm", True),
-            "entropy_weight": reference.get("entropy_loss_ratio", 0.0),
-            "entropy_log_offset": 1e-5,
-        },
-    }
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commit_loss_beta", 0.25),
+        normalize=reference.get("codebook_l2_norm", True),
+        entropy_weight=reference.get("entropy_loss_ratio", 0.0),
+        entropy_log_offset=1e-5,
+    )
     return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED)
 
 

@@ -9,7 +9,7 @@ from discrete_lit.pretrained.convolutional import ConvLayout
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, register
-from discrete_lit.pretrained.taming import CODES, vqgan
+from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
 LAYOUT = ConvLayout(
     decoder_level="decoder.up.{level}",
@@ -26,16 +26,11 @@ def vqgan_plus(state: State, reference: Reference) -> Conversion:
     """`vqgan_plus_{10,12}bit.bin`, `vqgan_plus_paper.bin`, and `maskgit_tokenizer.bin` with its older decoder."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"codebook_size": codebook_size, "token_size": code_dim})
-    quantizer = {
-        "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
-        "init_args": {
-            "codebook_size": codebook_size,
-            "dim": code_dim,
-            "codebook_update": "gradient",
-            "codebook_init": "uniform",
-            "commitment_weight": reference.get("commitment_cost", 0.25),
-        },
-    }
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commitment_cost", 0.25),
+    )
     layout = _layout(state)
     return Conversion(vqgan(_network(state, layout), quantizer), state, layout.renaming(layout.levels(state), [CODES]))
 

@@ -24,17 +24,12 @@ def taming_vqgan(state: State, reference: Reference) -> Conversion:
     """`last.ckpt` of taming's VQGANs, `model.ckpt` of LDM's first stages."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"n_embed": codebook_size, "embed_dim": code_dim})
-    quantizer = {
-        "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
-        "init_args": {
-            "codebook_size": codebook_size,
-            "dim": code_dim,
-            "codebook_update": "gradient",
-            "codebook_init": "uniform",
-            # The published models were trained with beta on the codebook term.
-            "weighted_term": "codebook",
-        },
-    }
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        # The published models were trained with beta on the codebook term.
+        weighted_term="codebook",
+    )
     return Conversion(
         vqgan(network(state, reference), quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED
     )
@@ -79,3 +74,12 @@ def network(state: State, reference: Reference) -> dict[str, Any]:
 def vqgan(network: dict[str, Any], quantizer: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a `VQGAN`."""
     return {"class_path": "discrete_lit.tokenizers.VQGAN", "init_args": {"network": network, "quantizer": quantizer}}
+
+
+def vector_quantizer(codebook_size: int, code_dim: int, **settings: Any) -> dict[str, Any]:
+    """The configuration of a `VectorQuantizer` whose codes were trained by gradient, as those at `CODES` were."""
+    trained = {"codebook_update": "gradient", "codebook_init": "uniform"}
+    return {
+        "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
+        "init_args": {"codebook_size": codebook_size, "dim": code_dim, **trained, **settings},
+    }

@@ -11,7 +11,7 @@ from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.reference import Reference, agree
 from discrete_lit.pretrained.registry import Conversion, register
 from discrete_lit.pretrained.renaming import Renaming
-from discrete_lit.pretrained.taming import CODES
+from discrete_lit.pretrained.taming import CODES, vector_quantizer
 
 _HEAD_WIDTH = 64
 _PIXELS = "network.proxy.network.decoder"
@@ -63,17 +63,12 @@ def titok(state: State, reference: Reference) -> Conversion:
     """`tokenizer_titok_{l32,b64,s128}`, of two stages, and `tokenizer_titok_{bl64,bl128,sl256}_vq8k`, of one."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"codebook_size": codebook_size, "token_size": code_dim, "quantize_mode": "vq"})
-    quantizer = {
-        "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
-        "init_args": {
-            "codebook_size": codebook_size,
-            "dim": code_dim,
-            "codebook_update": "gradient",
-            "codebook_init": "uniform",
-            "commitment_weight": reference.get("commitment_cost", 0.25),
-            "normalize": reference.get("use_l2_norm", True),
-        },
-    }
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commitment_cost", 0.25),
+        normalize=reference.get("use_l2_norm", True),
+    )
     config = {
         "class_path": "discrete_lit.tokenizers.TiTok",
         "init_args": {"network": _network(state, reference), "quantizer": quantizer},
