@@ -1,5 +1,6 @@
 """Parameter groups and learning-rate schedules."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import cos, pi
 from typing import Any
@@ -67,29 +68,61 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
-class WarmupCosine(LambdaLR):
-    """Linear warm-up to the optimizer's learning rate, then half a cosine down to a share of it.
+class WarmupAndFall(LambdaLR, ABC):
+    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a fall to a share of it.
 
     Args:
         optimizer: given by the configuration.
         warmup_steps: batches until the full rate.
         total_steps: batches until the final rate, which stays from there on.
         final_share: the final rate as a share of the full one, in [0, 1].
+        hold_steps: batches of the full rate behind the warm-up, before the fall.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
-    def __init__(self, optimizer: Optimizer, warmup_steps: int, total_steps: int, final_share: float = 0.0) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        total_steps: int,
+        final_share: float = 0.0,
+        hold_steps: int = 0,
+    ) -> None:
         if not 0 <= warmup_steps < total_steps:
             raise ValueError(f"warmup_steps must lie in [0, total_steps), got {warmup_steps} of {total_steps}")
+        if not 0 <= hold_steps < total_steps - warmup_steps:
+            raise ValueError(
+                f"hold_steps must lie in [0, total_steps - warmup_steps), got {hold_steps} of "
+                f"{total_steps - warmup_steps}"
+            )
         if not 0 <= final_share <= 1:
             raise ValueError(f"final_share must lie in [0, 1], got {final_share}")
+        first = warmup_steps + hold_steps
 
         def share(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
-            progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
-            return final_share + (1 - final_share) * (1 + cos(pi * progress)) / 2
+            progress = min(1.0, max(step - first, 0) / (total_steps - first))
+            return final_share + (1 - final_share) * self.fall(progress)
 
         super().__init__(optimizer, share)
+
+    @abstractmethod
+    def fall(self, progress: float) -> float:
+        """From 1 at the beginning of the fall, `progress` 0, to 0 at its end, `progress` 1."""
+
+
+class WarmupCosine(WarmupAndFall):
+    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then half a cosine to a share."""
+
+    def fall(self, progress: float) -> float:
+        return (1 + cos(pi * progress)) / 2
+
+
+class WarmupLinear(WarmupAndFall):
+    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a line to a share (VAR)."""
+
+    def fall(self, progress: float) -> float:
+        return 1 - progress

@@ -1,4 +1,4 @@
-"""Parameter groups and the warm-up cosine."""
+"""Parameter groups and learning-rate schedules."""
 
 from functools import partial
 from math import cos, pi
@@ -6,7 +6,7 @@ from math import cos, pi
 import pytest
 import torch
 
-from discrete_lit.optimization import WarmupCosine, configure_optimizers
+from discrete_lit.optimization import WarmupCosine, WarmupLinear, configure_optimizers
 
 ADAMW = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
 
@@ -74,9 +74,9 @@ def test_no_optimizer(make_tokenizer) -> None:
         configure_optimizers(make_tokenizer(), None, None)
 
 
-def rates(steps: int, **arguments) -> list[float]:
+def rates(steps: int, schedule: type = WarmupCosine, **arguments) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = WarmupCosine(optimizer, **arguments)
+    scheduler = schedule(optimizer, **arguments)
     seen = []
     for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
@@ -97,9 +97,29 @@ def test_without_warmup() -> None:
     assert rates(3, warmup_steps=0, total_steps=2) == pytest.approx([2.0, 1.0, 0.0], abs=1e-12)
 
 
+def test_vars_line() -> None:
+    """Of VAR: warm-up, full rate for 5% of what is left, then linear; written out from its definition."""
+    total, warmup, final = 220, 20, 0.1
+    seen = rates(total + 5, WarmupLinear, warmup_steps=warmup, total_steps=total, hold_steps=10, final_share=final)
+    for step in range(warmup, total):
+        rest = 1 - (step - warmup) / (total - warmup)
+        expected = 1.0 if rest > 0.95 else final + (1 - final) * rest / 0.95
+        assert seen[step] == pytest.approx(2 * expected), step
+    assert seen[:2] == pytest.approx([0.1, 0.2]) and seen[total:] == pytest.approx([0.2] * 5)
+
+
+def test_cosine_over_the_last_tenth() -> None:
+    """Of Halton-MaskGIT."""
+    seen = rates(102, warmup_steps=5, total_steps=100, hold_steps=85)
+    assert seen[4:91] == [2.0] * 87
+    assert seen[90:] == pytest.approx([1 + cos(pi * min(step, 10) / 10) for step in range(12)], abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"warmup_steps": 1, "total_steps": 5, "hold_steps": 4}, "hold_steps must lie in .*, got 4 of 4"),
+        ({"warmup_steps": 1, "total_steps": 5, "hold_steps": -1}, "hold_steps must lie in .*, got -1 of 4"),
         ({"warmup_steps": 5, "total_steps": 5}, "got 5 of 5"),
         ({"warmup_steps": -1, "total_steps": 5}, "got -1 of 5"),
         ({"warmup_steps": 1, "total_steps": 5, "final_share": 1.1}, r"final_share must lie in \[0, 1\]"),
