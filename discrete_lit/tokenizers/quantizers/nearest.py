@@ -1,9 +1,8 @@
 """Exact search for a row's best code, in a memory that does not grow with rows times codes.
 
 Taking the maximum of products costs several times the products themselves, where an index is carried along. Here tiles
-of products are formed that stay in the cache, and of each block of codes the maximum alone is taken, then the maximum
-of each block of blocks, and so on. The best block is found from the top downwards, and the products with its codes are
-formed once more.
+of products are formed that stay in the cache, and of each block of codes the maximum alone is taken. The products with
+the codes of the best block are formed once more.
 """
 
 from collections.abc import Iterator
@@ -19,8 +18,8 @@ _NARROW_TILE = (1024, 512)
 _WIDE_TILE = (2048, 1024)
 _WIDE = 64
 _DEVICE_TILE = (16384, 1024)
-# Codes in a block, blocks in a block of blocks.
-_WIDTH = 16
+# Codes in a block.
+_WIDTH = 32
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
@@ -74,20 +73,8 @@ def _search(rows: Tensor, codes: Tensor, tile_codes: int, products: Tensor, maxi
         tile = products[: len(part) * columns].view(len(part), columns)
         torch.mm(part, rows.T, out=tile)
         torch.amax(tile.view(len(best), _WIDTH, columns), dim=1, out=best)
-    block = _largest(maxima)
+    block = maxima.max(dim=0).indices
     inside = torch.bmm(codes.unflatten(0, (-1, _WIDTH))[block], rows[:, :, None])[:, :, 0].argmax(dim=1)
-    return block * _WIDTH + inside
-
-
-def _largest(values: Tensor) -> Tensor:
-    """`values.argmax(dim=0)` of `(m, r)`, by way of the maxima of blocks."""
-    if len(values) <= 4 * _WIDTH:
-        return values.argmax(dim=0)
-    if short := -len(values) % _WIDTH:
-        values = torch.cat((values, values[-1:].expand(short, -1)))
-    values = values.unflatten(0, (-1, _WIDTH))
-    block = _largest(values.amax(dim=1))
-    inside = values[block, :, torch.arange(len(block), device=block.device)].argmax(dim=1)
     return block * _WIDTH + inside
 
 
