@@ -25,6 +25,8 @@ class SequenceLayout:
         scales: places of each scale in turn, of `"block_causal"` attention; the first has one.
         input_dim: width of the vectors that stand for ids in the input; None where the ids themselves do.
         any_order: whether a causal sequence may come in an order of its own.
+        timed: whether the backbone is told how noisy its input is.
+        mask_output: whether it has a logit of the mask id too, as the last; ratios of probabilities have one.
     """
 
     vocab_size: int
@@ -36,6 +38,8 @@ class SequenceLayout:
     scales: tuple[int, ...] = ()
     input_dim: int | None = None
     any_order: bool = False
+    timed: bool = False
+    mask_output: bool = False
 
     @property
     def places(self) -> int:
@@ -51,6 +55,11 @@ class SequenceLayout:
     def mask_id(self) -> int:
         """The id of the mask token: K."""
         return self.vocab_size
+
+    @property
+    def outputs(self) -> int:
+        """Logits of each id: K, or K + 1 with that of the mask id."""
+        return self.vocab_size + int(self.mask_output)
 
     @property
     def null_label(self) -> int:
@@ -71,7 +80,12 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, labels: Tensor, cache: Cache | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        order: Tensor | None = None,
+        time: Tensor | None = None,
     ) -> Tensor:
         """Logits for the tokens.
 
@@ -89,9 +103,10 @@ class Backbone(nn.Module, ABC):
             cache: of `new_cache`; filled as a causal sequence grows.
             order: `(B, N)` int64, of an any-order layout: the place of the grid that each token in turn stands at;
                 raster order by default.
+            time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
 
         Returns:
-            float32 logits over the K ids, the mask id never among them.
+            float32 logits over the K ids, the mask id not among them unless the layout has its output.
 
         Raises:
             ValueError: more tokens than the layout has, or a part of a scale.

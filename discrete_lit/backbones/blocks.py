@@ -29,7 +29,10 @@ class BlockSettings:
         mlp: kind of the MLP.
         qk_norm: of queries and keys.
         attention_bias: of the projections of queries, keys and values.
-        bias: of the other linear layers and of the norms.
+        out_bias: of the attention's last projection.
+        norm_bias: offsets of LayerNorms with gains.
+        bias: of the MLP.
+        condition_width: of the condition that a modulation of the block's own reads.
         dropout: on the attention weights and both residual branches.
         drop_path: share of the training samples for which a residual branch is left out.
     """
@@ -46,7 +49,10 @@ class BlockSettings:
     mlp: MLPKind = "gelu"
     qk_norm: QueryKeyNorm | None = None
     attention_bias: AttentionBias = "all"
+    out_bias: bool = True
+    norm_bias: bool = True
     bias: bool = True
+    condition_width: int | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
 
@@ -72,14 +78,16 @@ class MLP(nn.Module):
 class Modulation(nn.Module):
     """adaLN-Zero (Peebles & Xie, "DiT", 2023): shifts, scales and gates from a condition, all zero at the start."""
 
-    def __init__(self, width: int, parts: int) -> None:
+    def __init__(self, condition_width: int, width: int, parts: int) -> None:
         super().__init__()
         self.parts = parts
-        self.project = nn.Linear(width, parts * width)
+        self.project = nn.Linear(condition_width, parts * width)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
-    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:  # (B, 1 or n, D) -> parts of (B, 1 or n, D)
+    def forward(
+        self, condition: Tensor
+    ) -> tuple[Tensor, ...]:  # (B, 1 or n, condition_width) -> parts of (B, 1 or n, D)
         return self.project(F.silu(condition)).chunk(self.parts, dim=-1)
 
 
@@ -103,7 +111,7 @@ class Block(nn.Module):
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         width, epsilon = settings.width, settings.norm_epsilon
-        norm_bias = settings.bias and settings.norm == "layer"
+        norm_bias = settings.norm_bias and settings.norm == "layer"
         self.norm_first = settings.norm_first
         self.attention_norm = Norm(width, settings.norm, settings.norm_affine, norm_bias, epsilon)
         self.attention = Attention(
@@ -111,14 +119,16 @@ class Block(nn.Module):
             settings.heads,
             settings.head_dim,
             settings.attention_bias,
-            settings.bias,
+            settings.out_bias,
             settings.qk_norm,
             settings.dropout,
             epsilon,
         )
         self.mlp_norm = Norm(width, settings.norm, settings.norm_affine, norm_bias, epsilon)
         self.mlp = MLP(width, settings.mlp_hidden, settings.mlp, settings.bias)
-        self.modulation = Modulation(width, 6) if settings.modulation == "own" else None
+        self.modulation = None
+        if settings.modulation == "own":
+            self.modulation = Modulation(settings.condition_width or width, width, 6)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
         self.dropout = nn.Sequential(nn.Dropout(settings.dropout), DropPath(settings.drop_path))
 
@@ -126,7 +136,7 @@ class Block(nn.Module):
         """Shift, scale and gate of the attention, then of the MLP, each `(B, 1 or n, D)`.
 
         Args:
-            condition: `(B, 1 or n, D)`; where the modulation is shared, that, `(B, 1 or n, 6 D)`.
+            condition: `(B, 1 or n, condition_width)`; where the modulation is shared, that, `(B, 1 or n, 6 D)`.
         """
         if self.modulation is not None:
             return self.modulation(condition)

@@ -52,6 +52,22 @@ class VectorProjection(nn.Module):
         return self.project(vectors)
 
 
+class TimeEmbedding(nn.Module):
+    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023)."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, waves: int = 128) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** -(torch.arange(waves, dtype=torch.float64) / waves)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:  # (B,) -> (B, D)
+        angles = time.float()[:, None] * self.frequencies
+        return self.layers(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+
 def embed_tokens(layout: SequenceLayout, width: int, kind: InputKind) -> TokenTable | BitProjection | VectorProjection:
     """The embedding that a layout needs.
 

@@ -14,6 +14,8 @@ def check_switches(
     modulated: bool,
     condition_positions: bool,
     shared_modulation: bool,
+    condition_width: int | None,
+    prefix: bool,
 ) -> None:
     if head_dim is None and width % heads:
         raise ValueError(f"width={width} is not a multiple of heads={heads}")
@@ -23,6 +25,10 @@ def check_switches(
         raise ValueError("norm_first=false has no modulation: conditioning must be 'prefix'")
     if (condition_positions or shared_modulation) and not modulated:
         raise ValueError("condition_positions and shared_modulation need conditioning='adaln' or 'prefix_adaln'")
+    if condition_width is not None and (prefix or condition_positions or shared_modulation):
+        raise ValueError("condition_width is of conditioning='adaln' with neither offsets nor a shared modulation")
+    if layout.timed and not modulated:
+        raise ValueError("a generator that tells the time needs conditioning='adaln' or 'prefix_adaln'")
     if (layout.attention == "block_causal") != bool(layout.scales):
         raise ValueError(f"{layout.attention} attention does not go with scales={layout.scales}")
     if layout.scales and (layout.scales[0] != 1 or sum(layout.scales) != layout.places):

@@ -12,7 +12,7 @@ from discrete_lit.backbones.attention import AttentionBias, QueryKeyNorm
 from discrete_lit.backbones.backbone import Backbone, SequenceLayout
 from discrete_lit.backbones.blocks import Block, BlockSettings, Condition, MLPKind, Modulation
 from discrete_lit.backbones.cache import Cache, new_buffers
-from discrete_lit.backbones.embedding import InputKind, TokenTable, embed_tokens
+from discrete_lit.backbones.embedding import InputKind, TimeEmbedding, TokenTable, embed_tokens
 from discrete_lit.backbones.head import Head
 from discrete_lit.backbones.norms import Norm, NormKind
 from discrete_lit.backbones.positions import PositionKind, Positions
@@ -23,7 +23,8 @@ class Transformer(Backbone):
     """One transformer with the switches of the published models.
 
     The condition is a class embedding: an element in front of the sequence (`conditioning="prefix"`), a modulation of
-    every norm (`"adaln"`), in which case a causal sequence begins with a learned vector instead, or both.
+    every norm (`"adaln"`), in which case a causal sequence begins with a learned vector instead, or both. Where the
+    layout is timed, an embedding of the time is added to it.
 
     Args:
         layout: the sequence; a generator gives it.
@@ -37,6 +38,7 @@ class Transformer(Backbone):
         norm_epsilon: of every norm.
         norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
         norm_affine: gains of the norms; by default where nothing modulates them.
+        norm_bias: offsets of LayerNorms with gains; as `bias` by default.
         final_norm_bias: an offset in the last norm; by default as in the others.
         embedding_norm: LayerNorm of the embedded sequence (BERT).
         positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
@@ -45,12 +47,14 @@ class Transformer(Backbone):
         target_positions: learned embeddings of the place that each element predicts (RAR).
         token_embedding: of ids: a table, or a linear map of their bits (MaskBit).
         conditioning: `"prefix"`, `"adaln"` or `"prefix_adaln"`.
+        condition_width: of the class and time embeddings that modulate; `width` by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
         registers: learned elements before everything else.
         attention_bias: of queries, keys and values; as `bias` by default.
         qk_norm: of queries and keys, see `discrete_lit.backbones.attention.QueryKeyNorms`.
-        bias: of the other linear layers and of the norms.
+        out_bias: of the attention's last projection; as `bias` by default.
+        bias: of the other linear layers.
         head_bias: of the logits; as `bias` by default; `"place"` has one of each place.
         head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
         tied: the logits' weight is the token embedding's.
@@ -78,6 +82,7 @@ class Transformer(Backbone):
         norm_epsilon: float = 1e-6,
         norm_first: bool = True,
         norm_affine: bool | None = None,
+        norm_bias: bool | None = None,
         final_norm_bias: bool | None = None,
         embedding_norm: bool = False,
         positions: PositionKind = "learned",
@@ -85,11 +90,13 @@ class Transformer(Backbone):
         target_positions: bool = False,
         token_embedding: InputKind = "table",
         conditioning: Literal["prefix", "adaln", "prefix_adaln"] = "prefix",
+        condition_width: int | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
         registers: int = 0,
         attention_bias: AttentionBias | None = None,
         qk_norm: QueryKeyNorm | None = None,
+        out_bias: bool | None = None,
         bias: bool = True,
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool = False,
@@ -104,7 +111,17 @@ class Transformer(Backbone):
         self.causal = layout.attention != "bidirectional"
         self.prefix = conditioning != "adaln"
         check_switches(
-            layout, width, depth, heads, head_dim, norm_first, modulated, condition_positions, shared_modulation
+            layout,
+            width,
+            depth,
+            heads,
+            head_dim,
+            norm_first,
+            modulated,
+            condition_positions,
+            shared_modulation,
+            condition_width,
+            self.prefix,
         )
         check_layout(layout, depth, target_positions, token_embedding, tied, long_skips)
         if mlp_hidden is None:
@@ -117,7 +134,9 @@ class Transformer(Backbone):
         self.places = self.starts + layout.places - int(self.causal)
 
         self.token_embedding = embed_tokens(layout, width, token_embedding)
-        self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
+        condition_width = condition_width or width
+        self.class_embedding = nn.Embedding(layout.num_classes + 1, condition_width)
+        self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
         learned = self.starts - int(self.prefix)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
         self.positions = Positions(layout, positions, self.starts, width, self.head_dim, start_rotation == "zero")
@@ -126,9 +145,10 @@ class Transformer(Backbone):
         self.dropout = nn.Dropout(dropout)
 
         self.condition_positions = nn.Parameter(torch.empty(self.places, width)) if condition_positions else None
-        self.shared_modulation = Modulation(width, 6) if shared_modulation else None
+        self.shared_modulation = Modulation(width, width, 6) if shared_modulation else None
         affine = not modulated if norm_affine is None else norm_affine
         own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
+        norm_bias = bias if norm_bias is None else norm_bias
         self.blocks = nn.ModuleList(
             Block(
                 BlockSettings(
@@ -144,7 +164,10 @@ class Transformer(Backbone):
                     mlp,
                     qk_norm,
                     ("all" if bias else "none") if attention_bias is None else attention_bias,
+                    bias if out_bias is None else out_bias,
+                    norm_bias,
                     bias,
+                    condition_width,
                     dropout,
                     drop_path * layer / max(depth - 1, 1),
                 )
@@ -156,11 +179,11 @@ class Transformer(Backbone):
             self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
         self.final_norm = None
         if norm_first:
-            offset = bias and norm == "layer" if final_norm_bias is None else final_norm_bias
+            offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
             self.final_norm = Norm(width, norm, affine, offset, norm_epsilon)
-        self.final_modulation = Modulation(width, 2) if modulated else None
+        self.final_modulation = Modulation(condition_width, width, 2) if modulated else None
         head_offset = bias if head_bias is None else head_bias
-        outputs = layout.parts * layout.vocab_size
+        outputs = layout.parts * layout.outputs
         self.head = Head(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
         self.tied = tied
         self.recompute = recompute
@@ -179,15 +202,21 @@ class Transformer(Backbone):
                 nn.init.zeros_(module.bias)
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, cache: Cache | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        order: Tensor | None = None,
+        time: Tensor | None = None,
     ) -> Tensor:
+        assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
         hidden = self._embed(tokens, class_vectors, filled, order)
         count = hidden.shape[1]
         rotary = self.positions.rotary(filled, count, order)
         mask = None if self.mask is None else self.mask[:count, :count]
-        condition = self._condition(class_vectors, filled, count)
+        condition = self._condition(class_vectors, time, filled, count)
         hidden = self._run_blocks(hidden, condition, rotary, mask, cache)
         if cache is not None and cache.holds_keys:
             cache.advance(count)
@@ -200,7 +229,7 @@ class Transformer(Backbone):
             hidden = hidden * (1 + scale) + shift
         tied = None
         if self.tied:
-            tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.vocab_size]
+            tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.outputs]
         logits = self.head(hidden, tied)
         return logits.unflatten(-1, (self.layout.parts, -1)).flatten(1, 2) if self.layout.parts > 1 else logits
 
@@ -245,11 +274,13 @@ class Transformer(Backbone):
         )
         return nn.functional.pad(table[places], (0, 0, before, 0))
 
-    def _condition(self, class_vectors: Tensor, filled: int, count: int) -> Tensor | None:
+    def _condition(self, class_vectors: Tensor, time: Tensor | None, filled: int, count: int) -> Tensor | None:
         """`(B, 1, D)`, or `(B, count, D)` where the condition changes along the sequence; None for a prefix alone."""
         if self.final_modulation is None:
             return None
         condition = class_vectors[:, None]
+        if time is not None and self.time_embedding is not None:
+            condition = condition + self.time_embedding(time)[:, None]
         if self.condition_positions is not None:
             condition = condition + self.condition_positions[filled : filled + count]
         return condition
@@ -293,7 +324,7 @@ class Transformer(Backbone):
 
     def new_cache(self, labels: Tensor) -> Cache:
         modulations: list[tuple[Tensor, ...]] = []
-        if self.final_modulation is not None and self.condition_positions is None:
+        if self.final_modulation is not None and self.condition_positions is None and not self.layout.timed:
             condition = self.class_embedding(labels)[:, None]
             shared = condition
             if self.shared_modulation is not None:

@@ -22,10 +22,15 @@ class OrderedBackbone(Backbone):
         self.order = order
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, cache: Cache | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        order: Tensor | None = None,
+        time: Tensor | None = None,
     ) -> Tensor:
         assert order is None, "the order is fixed"
-        return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1))
+        return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
 
     def shards(self) -> Iterable[nn.Module]:
         return self.backbone.shards()
