@@ -1,12 +1,16 @@
 """Rows of an evaluation as a JSON file and as a table."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from discrete_lit.evaluation.frechet import FrechetResult
+from discrete_lit.evaluation.likelihood import LikelihoodFigures
+from discrete_lit.evaluation.precision_recall import Manifold
 from discrete_lit.evaluation.reconstruction import ReconstructionFigures
+from discrete_lit.evaluation.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,10 @@ class Row:
     source: str
     """Path of the images, or of the tokenizer's checkpoint."""
     frechet: FrechetResult
+    precision: float | None = None
+    """Share of the images that the reference's manifold covers, in [0, 1]."""
+    recall: float | None = None
+    """Share of the reference's images that the manifold of these covers, in [0, 1]."""
     label_accuracy: float | None = None
     """Share of images whose predicted class is the intended one, in [0, 1]."""
     label_accuracy_by_class: list[float | None] | None = None
@@ -29,6 +37,8 @@ class Row:
     picture: str | None = None
     reconstruction: ReconstructionFigures | None = None
     """Of a row of reconstructions."""
+    likelihood: LikelihoodFigures | None = None
+    """Of held-out images under the generator of a row of samples."""
 
     @property
     def least_diversity(self) -> float | None:
@@ -36,36 +46,57 @@ class Row:
         classes = self.within_class_diversity_by_class or []
         return min((value for value in classes if value is not None), default=None)
 
-    def cells(self) -> list[str]:
-        """The row of the table, as text."""
-        return [
-            self.name,
-            f"{self.frechet.count:,}",
-            _number(self.frechet.value, ".2f"),
-            _number(self.label_accuracy, ".1%"),
-            _number(self.within_class_diversity, ".2f"),
-            _number(self.least_diversity, ".2f"),
-            _number(self.sampling.get("network_calls"), ","),
-            _number(self.sampling.get("sequential_passes"), ","),
-            _number(self.sampling.get("images_per_second"), ",.1f"),
-            *self._reconstruction_cells(),
-        ]
 
-    def _reconstruction_cells(self) -> list[str]:
-        made = self.reconstruction
-        ids = None if made is None else made.ids
-        return [
-            _number(made and made.psnr, ".2f"),
-            _number(made and made.ssim, ".3f"),
-            _number(made and made.lpips, ".3f"),
-            _number(made and made.tokens, ","),
-            _number(made and made.vocab_size, ","),
-            _number(ids and ids.usage, ".1%"),
-            _number(ids and ids.perplexity, ",.1f"),
-            _number(made and made.capacity_bits, ",.0f"),
-            _number(made and made.entropy_bits, ",.0f"),
-            _number(made and made.bits_per_pixel, ".3f"),
-        ]
+Columns = dict[str, Callable[[Row], str]]
+"""Header to cell; what is None is an empty cell."""
+
+
+def _columns(metric: str) -> Columns:
+    return {
+        "images of": lambda row: row.name,
+        "count": lambda row: f"{row.frechet.count:,}",
+        metric: lambda row: _number(row.frechet.value, ".2f"),
+        "precision": lambda row: _number(row.precision, ".2f"),
+        "recall": lambda row: _number(row.recall, ".2f"),
+        "label accuracy": lambda row: _number(row.label_accuracy, ".1%"),
+        "within-class diversity": lambda row: _number(row.within_class_diversity, ".2f"),
+        "lowest class": lambda row: _number(row.least_diversity, ".2f"),
+        "-log p (nats)": lambda row: _nats(row.likelihood),
+        "bits/token": lambda row: _number(row.likelihood and row.likelihood.bits_per_token, ".2f"),
+        "network calls": lambda row: _number(row.sampling.get("network_calls"), ","),
+        "sequential passes": lambda row: _number(row.sampling.get("sequential_passes"), ","),
+        "GFLOPs/image": lambda row: _number(_giga(row.sampling.get("flops_per_image")), ",.2f"),
+        "images/s": lambda row: _number(row.sampling.get("images_per_second"), ",.1f"),
+        "images/s of tokens": lambda row: _number(row.sampling.get("images_per_second_without_decoding"), ",.1f"),
+    }
+
+
+def _made(number: Callable[[ReconstructionFigures], float | None], form: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.reconstruction is None else _number(number(row.reconstruction), form)
+
+
+_RECONSTRUCTION_COLUMNS: Columns = {
+    "PSNR": _made(lambda made: made.psnr, ".2f"),
+    "SSIM": _made(lambda made: made.ssim, ".3f"),
+    "LPIPS": _made(lambda made: made.lpips, ".3f"),
+    "tokens L": _made(lambda made: made.tokens, ","),
+    "ids K": _made(lambda made: made.vocab_size, ","),
+    "usage": _made(lambda made: made.ids and made.ids.usage, ".1%"),
+    "perplexity": _made(lambda made: made.ids and made.ids.perplexity, ",.1f"),
+    "L log2 K": _made(lambda made: made.capacity_bits, ",.0f"),
+    "L entropy": _made(lambda made: made.entropy_bits, ",.0f"),
+    "bits/pixel": _made(lambda made: made.bits_per_pixel, ".3f"),
+}
+
+
+_COSTS = {
+    "network_calls": "network calls: evaluations of the network for an image, two for a guided step",
+    "sequential_passes": "sequential passes: those that wait for one another",
+    "flops_per_image": "GFLOPs/image: of the draw, without decoding, two for a multiply-add",
+    "images_per_second": "images/s: with decoding to pixels",
+    "images_per_second_without_decoding": "images/s of tokens: the draw without decoding",
+}
+"""What `run.json` says of the cost of samples."""
 
 
 class Report:
@@ -73,7 +104,8 @@ class Report:
 
     Args:
         rows: in the order of the table; at least one.
-        reference_sha256: of the reference: a hash that changes when its images or moments do.
+        reference: what they were measured against.
+        manifold: of its features, where they are known.
         image_size: side of the measured images in pixels.
         classifier: checkpoint that judged the labels.
         environment: versions, commit, device and date.
@@ -82,13 +114,15 @@ class Report:
     def __init__(
         self,
         rows: list[Row],
-        reference_sha256: str,
+        reference: Reference,
+        manifold: Manifold | None,
         image_size: int,
         classifier: str | None,
         environment: dict[str, Any],
     ) -> None:
         self.rows = rows
-        self.reference_sha256 = reference_sha256
+        self.reference = reference
+        self.manifold = manifold
         self.image_size = image_size
         self.classifier = classifier
         self.environment = environment
@@ -106,8 +140,10 @@ class Report:
             "quantisation": "clamp to [-1, 1], round to 8 bits",
             "reference": {
                 "name": first.reference,
-                "sha256": self.reference_sha256,
+                "sha256": self.reference.sha256,
                 "count": first.reference_count,
+                "manifold_features": None if self.manifold is None else len(self.manifold.features),
+                "manifold_neighbours": None if self.manifold is None else self.manifold.neighbours,
             },
             "num_images": first.count,
             "image_size": self.image_size,
@@ -121,6 +157,8 @@ class Report:
                     "source": row.source,
                     "count": row.frechet.count,
                     first.metric: row.frechet.value,
+                    "precision": row.precision,
+                    "recall": row.recall,
                     "label_accuracy": row.label_accuracy,
                     "label_accuracy_by_class": row.label_accuracy_by_class,
                     "within_class_diversity": row.within_class_diversity,
@@ -128,6 +166,7 @@ class Report:
                     "sampling": row.sampling,
                     "picture": row.picture,
                     "reconstruction": None if row.reconstruction is None else row.reconstruction.to_dict(),
+                    "likelihood": None if row.likelihood is None else row.likelihood.to_dict(),
                 }
                 for row in self.rows
             ],
@@ -138,34 +177,17 @@ class Report:
         return list(dict.fromkeys(note for row in self.rows for note in row.frechet.notes))
 
     def table(self) -> str:
-        """The rows as aligned Markdown; columns that are empty in every row are left out."""
-        header = [
-            "images of",
-            "count",
-            self.rows[0].frechet.metric,
-            "label accuracy",
-            "within-class diversity",
-            "lowest class",
-            "network calls",
-            "sequential passes",
-            "images/s",
-            "PSNR",
-            "SSIM",
-            "LPIPS",
-            "tokens L",
-            "ids K",
-            "usage",
-            "perplexity",
-            "L log2 K",
-            "L entropy",
-            "bits/pixel",
-        ]
-        columns = list(zip(header, *(row.cells() for row in self.rows), strict=True))
-        columns = [column for column in columns if any(column[1:])]
-        widths = [max(3, *map(len, column)) for column in columns]
-        lines = [_line(cells, widths) for cells in zip(*columns, strict=True)]
-        rule = "|".join(["", ":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
-        return "\n".join([lines[0], rule, *lines[1:]])
+        """The rows as aligned Markdown, without columns that are empty in every row.
+
+        The figures of reconstructions stand in a table of their own where there are samples too.
+        """
+        columns = _columns(self.rows[0].frechet.metric)
+        if all(row.kind != "samples" for row in self.rows):
+            return _table(self.rows, {**columns, **_RECONSTRUCTION_COLUMNS})
+        tables = [_table(self.rows, columns)]
+        if reconstructions := [row for row in self.rows if row.reconstruction is not None]:
+            tables.append(_table(reconstructions, {"images of": columns["images of"], **_RECONSTRUCTION_COLUMNS}))
+        return "\n\n".join(tables)
 
     def markdown(self) -> str:
         """The table and what its figures are."""
@@ -176,6 +198,11 @@ class Report:
             f"{self.image_size}x{self.image_size} pixels against {size} images of {first.reference}",
             f"extractor: {first.extractor}, weights sha256 {first.weights_sha256[:16]}; {first.protocol}",
         ]
+        if self.manifold is not None:
+            facts.append(
+                f"precision and recall (Kynkäänniemi et al., 2019): k = {self.manifold.neighbours} nearest neighbours, "
+                f"the features of {len(self.manifold.features):,} images of the reference and of all images of a row"
+            )
         if self.classifier is not None:
             facts.append(f"label accuracy: share whose class, as judged by {self.classifier}, is the intended one")
         if any(row.within_class_diversity is not None for row in self.rows):
@@ -189,6 +216,15 @@ class Report:
                 "an image can carry, bits/pixel: the same over its pixels; L entropy: bits by the measured entropy of "
                 "the ids over all images and positions (plug-in estimate); perplexity: exp of that entropy in nats"
             )
+        if any(row.likelihood is not None for row in self.rows):
+            facts.append(
+                "-log p: of the tokens of held-out images given their labels, in nats an image, mean and its standard "
+                "error; exact, or ≤ where it is an upper bound, ≈ where it is estimated; comparable between generators "
+                "of one tokenizer alone"
+            )
+        costs = [text for key, text in _COSTS.items() if any(key in row.sampling for row in self.rows)]
+        if costs:
+            facts.append("; ".join(costs))
         facts += [f"{row.name}, of each part of its ids: {_parts(row)}" for row in self.rows if _parts(row)]
         pictures = [f"{row.name}: {row.picture}" for row in self.rows if row.picture]
         lines = [*facts, *(f"note: {note}" for note in self.notes())]
@@ -215,6 +251,27 @@ def _parts(row: Row) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _giga(value: float | None) -> float | None:
+    return None if value is None else value / 1e9
+
+
+def _nats(likelihood: LikelihoodFigures | None) -> str:
+    """-log p is at most what a bound on log p gives."""
+    if likelihood is None:
+        return ""
+    sign = {"exact": "", "bound": "≤ ", "estimate": "≈ "}[likelihood.kind]
+    return f"{sign}{likelihood.nats:,.1f} ± {likelihood.standard_error:.1f}"
+
+
+def _table(rows: list[Row], columns: Columns) -> str:
+    cells = [(header, *(cell(row) for row in rows)) for header, cell in columns.items()]
+    cells = [column for column in cells if any(column[1:])]
+    widths = [max(3, *map(len, column)) for column in cells]
+    lines = [_line(line, widths) for line in zip(*cells, strict=True)]
+    rule = "|".join(["", ":" + "-" * (widths[0] + 1), *("-" * (width + 1) + ":" for width in widths[1:]), ""])
+    return "\n".join([lines[0], rule, *lines[1:]])
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

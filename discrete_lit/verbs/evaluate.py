@@ -1,8 +1,6 @@
 """`discrete-lit evaluate`: sets of images against a reference, to a report."""
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,20 @@ from torch import Tensor
 from discrete_lit.evaluation.diversity import within_class_diversity
 from discrete_lit.evaluation.efficientnet import EfficientNetLite0
 from discrete_lit.evaluation.features import FeatureExtractor
-from discrete_lit.evaluation.frechet import check_reference, compare
+from discrete_lit.evaluation.frechet import compare
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, open_image_set
+from discrete_lit.evaluation.likelihood import LikelihoodFigures, measure_likelihood
+from discrete_lit.evaluation.loading import load_generators, load_judge, load_meters
 from discrete_lit.evaluation.measure import Measurement, measure
-from discrete_lit.evaluation.moments import Moments, holds_moments
-from discrete_lit.evaluation.reconstruction import ReconstructionFigures, ReconstructionMeter
+from discrete_lit.evaluation.moments import holds_moments
+from discrete_lit.evaluation.precision_recall import Manifold, precision_and_recall
+from discrete_lit.evaluation.reference import Reference, reference_from_images, reference_from_moments
 from discrete_lit.evaluation.report import Report, Row
 from discrete_lit.evaluation.selection import Selection
-from discrete_lit.provenance import environment, file_sha256
+from discrete_lit.provenance import environment
 
-_log = logging.getLogger(__name__)
+NEIGHBOURS = 3
+"""k of precision and recall, as in ADM's evaluator."""
 
 
 def evaluate(
@@ -32,6 +34,7 @@ def evaluate(
     num_images: int | None = None,
     samples: dict[str, str] | None = None,
     reconstructions: dict[str, str] | None = None,
+    likelihoods: dict[str, str] | None = None,
     held_out: str | None = None,
     num_reference: int | None = None,
     extractor: FeatureExtractor | None = None,
@@ -42,15 +45,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure sets of images at one count against one reference, and report them in one table.
 
-    Each set is a row with a Fréchet distance; with a classifier, the share of images that show the intended class;
-    with held-out images, how much the images of a class differ from each other; of a tokenizer's reconstructions, PSNR,
-    SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside the
-    samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class, or
-    images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to `image_size`.
-    Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
+    Each set is a row with a Fréchet distance, and with precision and recall where the reference is images; with a
+    classifier, the share of images that show the intended class; with held-out images, how much the images of a class
+    differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
+    reconstructions, PSNR, SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside
+    the samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class,
+    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to
+    `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
 
-    Writes `report.json` and `report.md` into `output`, prints the table, and keeps the reference's moments there, so
-    that the next evaluation need not compute them again.
+    Writes `report.json` and `report.md` into `output`, prints the table, and keeps the reference's moments and up to
+    10,000 of its features there, so that the next evaluation need not compute them again.
 
     Args:
         reference: images to measure against, or their moments: an .npz with `mu` and `sigma`, such as ADM's.
@@ -60,6 +64,8 @@ def evaluate(
             which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
         reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images.
+        likelihoods: name of samples to the checkpoint of their generator, to measure its log-likelihood of the held-out
+            images; a checkpoint that is named several times is measured once.
         held_out: real images that are not in the reference; their own row is the floor of the distance.
         num_reference: images of the reference; all by default.
         extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
@@ -75,8 +81,8 @@ def evaluate(
         ValueError: no row, a set that is missing, too small or of another image size, samples without labels for the
             classifier, a reference of another extractor, or a checkpoint of the wrong kind.
     """
-    samples, reconstructions = samples or {}, reconstructions or {}
-    _check_arguments(samples, reconstructions, held_out, num_images, num_reference, batch_size)
+    samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
+    _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
@@ -90,8 +96,9 @@ def evaluate(
     count = num_images if real is None else (num_images or real.count)
     selections = {name: Selection(images, count, num_classes) for name, images in generated.items()}
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
-    meters = _meters(reconstructions, lpips_weights, place)
-    judge = None if classifier is None else _judge(classifier, num_classes, place)
+    meters = load_meters(reconstructions, lpips_weights, place)
+    generators = load_generators(likelihoods, image_size)
+    judge = None if classifier is None else load_judge(classifier, num_classes, place)
     extractor = (extractor or EfficientNetLite0()).to(place)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
@@ -106,29 +113,45 @@ def evaluate(
             description=name,
         )
 
-    reference_sha256 = file_sha256(reference) if reference_images is None else reference_images.fingerprint()
-    reference_moments = _reference_moments(
-        reference, reference_selection, reference_sha256, extractor, image_size, batch_size, place, Path(output)
-    )
-    check_reference(extractor, reference_moments, reference)
+    if reference_selection is None:
+        measured_against = reference_from_moments(reference, extractor)
+    else:
+        folder = Path(output)
+        measured_against = reference_from_images(
+            reference, reference_selection, extractor, image_size, batch_size, place, folder
+        )
+    manifold = _manifold(measured_against, count, place)
     rows: list[Row] = []
     floor: Measurement | None = None
 
-    def add(name: str, kind: Any, source: str, measured: Measurement, meter: ReconstructionMeter | None = None) -> None:
-        found = compare(extractor, measured.moments.compute(), reference_moments, reference)
-        figures = None if meter is None else meter.figures()
+    def add(name: str, kind: Any, source: str, measured: Measurement, **figures: Any) -> None:
+        found = compare(extractor, measured.moments.compute(), measured_against.moments, reference)
+        if manifold is not None:
+            precision, recall = precision_and_recall(measured.features.compute(), manifold)
+            figures |= {"precision": precision, "recall": recall}
         rows.append(_row(name, kind, source, found, measured, floor, figures))
 
+    likelihood: dict[str, LikelihoodFigures] = {}
     if real_selection is not None:
         assert held_out is not None
         floor = run(real_selection, "held-out real images")
         add("held-out real images", "real", held_out, floor)
         for name, meter in meters.items():
-            add(name, "reconstructions", reconstructions[name], run(real_selection, name, meter), meter)
+            measured = run(real_selection, name, meter)
+            add(name, "reconstructions", reconstructions[name], measured, reconstruction=meter.figures())
+        for path, generator in generators.items():
+            likelihood[path] = measure_likelihood(
+                generator.to(place),
+                real_selection,
+                checkpoint=path,
+                batch_size=batch_size,
+                device=place,
+                description=path,
+            )
     for name, selection in selections.items():
-        add(name, "samples", samples[name], run(selection, name))
+        add(name, "samples", samples[name], run(selection, name), likelihood=likelihood.get(likelihoods.get(name, "")))
 
-    report = Report(rows, reference_sha256, image_size, classifier, environment(place))
+    report = Report(rows, measured_against, manifold, image_size, classifier, environment(place))
     report.write(Path(output))
     print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")
     return report.to_dict()
@@ -137,6 +160,7 @@ def evaluate(
 def _check_arguments(
     samples: dict[str, str],
     reconstructions: dict[str, str],
+    likelihoods: dict[str, str],
     held_out: str | None,
     num_images: int | None,
     num_reference: int | None,
@@ -146,6 +170,10 @@ def _check_arguments(
         raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     if reconstructions and held_out is None:
         raise ValueError("reconstructions are made of the held-out images: give held_out")
+    if likelihoods and held_out is None:
+        raise ValueError("likelihoods are of the held-out images: give held_out")
+    if unknown := sorted(set(likelihoods) - set(samples)):
+        raise ValueError(f"likelihoods.{unknown[0]} is of no row: its name must be one of samples, {sorted(samples)}")
     if num_images is None and held_out is None:
         raise ValueError("num_images is as many as there are held-out images by default: give num_images or held_out")
     if (
@@ -179,70 +207,11 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
             )
 
 
-def _meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
-) -> dict[str, ReconstructionMeter]:
-    from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator
-    from discrete_lit.tokenizers.losses.perceptual import LPIPS
-
-    lpips = None
-    if lpips_weights is not None and checkpoints:
-        lpips = LPIPS(lpips_weights).to(device)
-        lpips.prepare()
-    meters = {}
-    for name, path in checkpoints.items():
-        autoencoder = files.load(path)
-        if isinstance(autoencoder, Generator):
-            raise ValueError(
-                f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
-                "checkpoint of a tokenizer or of a continuous autoencoder"
-            )
-        meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
-    return meters
-
-
-def _judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    from discrete_lit.evaluation.classifier import load_classifier
-
-    classifier = load_classifier(checkpoint)
-    if num_classes is not None and classifier.num_classes != num_classes:
-        raise ValueError(
-            f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"
-        )
-    return classifier.to(device)
-
-
-def _reference_moments(
-    reference: str,
-    selection: Selection | None,
-    sha256: str,
-    extractor: FeatureExtractor,
-    image_size: int,
-    batch_size: int,
-    device: torch.device,
-    output: Path,
-) -> Moments:
-    """Loaded from a moments file, from an earlier evaluation, or computed and kept for the next one."""
-    if selection is None:
-        return Moments.load(reference)
-    settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()
-    kept = output / f"reference-{key[:16]}.npz"
-    if kept.is_file():
-        try:
-            return Moments.load(kept)
-        except ValueError as error:
-            _log.warning("computing the reference again: %s", error)
-    measured = measure(
-        selection, extractor, num_classes=None, batch_size=batch_size, device=device, description="reference"
-    )
-    moments = measured.moments.compute()
-    output.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial.npz")
-    moments.save(partial)
-    partial.replace(kept)
-    return moments
+def _manifold(reference: Reference, count: int | None, device: torch.device) -> Manifold | None:
+    """None where the reference's features are not known, or too few on either side for the k-th neighbour."""
+    if reference.features is None or count is None or min(count, len(reference.features)) <= NEIGHBOURS:
+        return None
+    return Manifold(reference.features, NEIGHBOURS, device)
 
 
 def _row(
@@ -252,7 +221,7 @@ def _row(
     frechet: Any,
     measured: Measurement,
     floor: Measurement | None,
-    reconstruction: ReconstructionFigures | None,
+    figures: dict[str, Any],
 ) -> Row:
     accuracy = by_class = diversity = diversity_by_class = None
     if measured.correct is not None and measured.spread is not None:
@@ -277,7 +246,7 @@ def _row(
         within_class_diversity_by_class=diversity_by_class,
         sampling=json.loads(run.read_text(encoding="utf-8")) if beside and run.is_file() else {},
         picture=str(picture) if beside and picture.is_file() else None,
-        reconstruction=reconstruction,
+        **figures,
     )
 
 

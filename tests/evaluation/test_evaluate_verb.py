@@ -9,7 +9,7 @@ import torch
 from stored_images import pixels, save_folder, save_npz
 from torch import Tensor
 
-from discrete_lit.evaluation import FeatureExtractor, Moments
+from discrete_lit.evaluation import FeatureExtractor, Moments, reference
 from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.tokenizers.quantizers.quantizer import Part
 from discrete_lit.verbs import evaluate as verb
@@ -77,7 +77,13 @@ def test_report_has_the_floor_and_the_samples_at_one_count(sets, capsys):
     assert mine["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
     assert floor["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 1), pixels(24, 0)), rel=1e-6)
     fingerprint = open_image_set(sets["reference"], 8).fingerprint()
-    assert report["reference"] == {"name": sets["reference"], "sha256": fingerprint, "count": 24}
+    assert report["reference"] == {
+        "name": sets["reference"],
+        "sha256": fingerprint,
+        "count": 24,
+        "manifold_features": 24,
+        "manifold_neighbours": 3,
+    }
     assert report["environment"]["device"].startswith("cpu")
     assert report["extractor"] == {"name": "Means", "weights_sha256": "a" * 64, "protocol": "none"}
     assert mine["sampling"]["sequential_passes"] == 16 and floor["sampling"] == {}
@@ -103,9 +109,10 @@ def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
     first = evaluate(**sets)["rows"]
     measured = []
     original = verb.measure
-    monkeypatch.setattr(
-        verb, "measure", lambda *args, **kwargs: measured.append(kwargs["description"]) or original(*args, **kwargs)
-    )
+    for user in (verb, reference):
+        monkeypatch.setattr(
+            user, "measure", lambda *args, **kwargs: measured.append(kwargs["description"]) or original(*args, **kwargs)
+        )
     assert evaluate(**sets)["rows"] == first
     assert measured == ["held-out real images", "mine"]
     other = Means()
@@ -117,18 +124,80 @@ def test_reference_moments_are_kept_for_the_next_run(sets, monkeypatch):
     assert measured.count("reference") == 3
 
 
-def test_a_broken_cache_is_computed_again(sets):
+@pytest.mark.parametrize("suffix", ["npz", "features.npy"])
+def test_a_broken_cache_is_computed_again(sets, suffix):
     first = evaluate(**sets)["rows"]
-    (kept,) = Path(sets["output"]).glob("reference-*.npz")
+    (kept,) = Path(sets["output"]).glob(f"reference-*.{suffix}")
     kept.write_bytes(kept.read_bytes()[:100])
     assert evaluate(**sets)["rows"] == first
 
 
 def test_a_reference_of_another_extractor_is_refused_before_anything_is_computed(sets, tmp_path, monkeypatch):
     Moments(torch.zeros(4).double(), torch.eye(4).double()).save(tmp_path / "moments.npz")
-    monkeypatch.setattr(verb, "measure", lambda *_, **__: pytest.fail("computed"))
+    for user in (verb, reference):
+        monkeypatch.setattr(user, "measure", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=r"moments\.npz' has 4 features, Means gives 6"):
         evaluate(**{**sets, "reference": str(tmp_path / "moments.npz")})
+
+
+def test_precision_and_recall_are_of_the_features(sets, monkeypatch):
+    """Against torch-fidelity on the same features; of a larger reference evenly spaced ones are kept."""
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    def features(images):
+        return torch.from_numpy(numpy_features(images))
+
+    # The folder's order is class by class.
+    order = np.argsort(np.arange(24) % 3, kind="stable")
+    samples = pixels(12, 0, 8)
+    samples[6:] //= 2
+    sets["samples"] = {"mine": save_npz(Path(sets["output"]).parent / "half" / "s.npz", samples, np.arange(12) % 3)}
+    for most, kept in ((24, order), (8, order[::3])):
+        monkeypatch.setattr(reference, "MOST_FEATURES", most)
+        report = evaluate(**{**sets, "output": f"{sets['output']}{most}"})
+        expected = calculate_precision_recall_full(features(samples), features(pixels(24, 0)[kept]))
+        row = report["rows"][1]
+        assert (row["precision"], row["recall"]) == pytest.approx(expected) and 0 < row["precision"] < 1
+        assert report["reference"]["manifold_features"] == most
+        again = evaluate(**{**sets, "output": f"{sets['output']}{most}"})
+        assert again["rows"] == report["rows"]
+    assert f"the features of {most} images" in (Path(f"{sets['output']}{most}") / "report.md").read_text()
+
+
+def test_the_likelihood_of_held_out_images_stands_beside_the_samples(
+    sets, make_generator, make_grid_tokenizer, monkeypatch, tmp_path
+):
+    import discrete_lit.checkpoints as files
+
+    generators = {
+        name: make_generator(name, 4, (8, 8), 3, spread=0.5, tokenizer=make_grid_tokenizer(4, (8, 8)), image_size=8)
+        for name in ("masked", "autoregressive")
+    }
+    loaded = []
+    monkeypatch.setattr(files, "load", lambda path: loaded.append(path) or generators[path])
+    samples = sets["samples"]["mine"]
+    sets["samples"] = {"a": samples, "b": samples, "again": samples, "without": samples}
+    likelihoods = {"a": "autoregressive", "b": "masked", "again": "masked"}
+    floor, a, b, again, without = evaluate(**sets, likelihoods=likelihoods)["rows"]
+    assert loaded == ["autoregressive", "masked"]
+    assert floor["likelihood"] is None and without["likelihood"] is None and b["likelihood"] == again["likelihood"]
+    assert a["likelihood"]["kind"] == "exact" and b["likelihood"]["kind"] == "bound"
+    assert a["likelihood"]["count"] == 12 and a["likelihood"]["tokens"] == 64
+    table = (Path(sets["output"]) / "report.md").read_text()
+    assert f"  {a['likelihood']['nats']:,.1f} ± " in table and f" ≤ {b['likelihood']['nats']:,.1f} ± " in table
+    assert "comparable between generators of one tokenizer alone" in table
+
+    for wrong, message in (
+        ({"c": "masked"}, r"likelihoods\.c is of no row"),
+        ({"a": "tokenizer"}, r"likelihoods\.a='tokenizer' holds a GridTokenizer, not a Generator"),
+        ({"a": "large"}, r"likelihoods\.a='large' models images of 16 pixels, image_size is 8"),
+    ):
+        generators["tokenizer"] = generators["masked"].tokenizer
+        generators["large"] = make_generator("masked", 4, (8, 8), 3, image_size=16)
+        with pytest.raises(ValueError, match=message):
+            evaluate(**sets, likelihoods=wrong)
+    with pytest.raises(ValueError, match="likelihoods are of the held-out images: give held_out"):
+        evaluate(**{**sets, "held_out": None}, likelihoods={"a": "masked"})
 
 
 def test_reference_may_be_a_moments_file(sets, tmp_path):
@@ -137,6 +206,7 @@ def test_reference_may_be_a_moments_file(sets, tmp_path):
     expected = evaluate(**sets)["rows"][1]["FD-Means"]
     report = evaluate(**{**sets, "reference": str(tmp_path / "moments.npz")})
     assert report["rows"][1]["FD-Means"] == pytest.approx(expected, rel=1e-9)
+    assert report["rows"][1]["recall"] is None and report["reference"]["manifold_features"] is None
     assert report["reference"]["count"] is None and "does not say which extractor" in report["notes"][0]
 
 
@@ -151,7 +221,8 @@ def test_few_images_are_noted(sets):
 
 
 def test_a_set_with_fewer_images_is_refused_before_anything_is_computed(sets, monkeypatch):
-    monkeypatch.setattr(verb, "measure", lambda *_, **__: pytest.fail("computed"))
+    for user in (verb, reference):
+        monkeypatch.setattr(user, "measure", lambda *_, **__: pytest.fail("computed"))
     with pytest.raises(ValueError, match=r"samples\.npz' has 12 images, num_images is 15"):
         evaluate(**{**sets, "num_images": 15, "held_out": None})
 
