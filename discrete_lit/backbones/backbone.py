@@ -119,3 +119,17 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def new_cache(self, labels: Tensor) -> Cache:
         """What can be computed once for labels `(B,)`, and room for the keys and values of B sequences of N tokens."""
+
+    @abstractmethod
+    def flops(self, batch: int, tokens: int, cache: Cache | None = None) -> int:
+        """Floating-point operations of the matrix products of a forward pass, as torch's `FlopCounterMode` counts them.
+
+        Args:
+            batch: sequences B.
+            tokens: input ids, or vectors, of each.
+            cache: as it is before the pass.
+        """
+
+    @abstractmethod
+    def cache_flops(self, batch: int) -> int:
+        """Those of `new_cache` for B labels."""

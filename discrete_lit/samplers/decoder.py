@@ -36,8 +36,8 @@ class GuidedDecoder:
             self.doubled, self.labels, self.cache = False, self.labels[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
         inputs = torch.cat((tokens, tokens)) if self.doubled else tokens
+        self.drawing.count(1 + self.doubled, tokens.shape[1], self.cache)
         logits = self.drawing.backbone(inputs, self.labels, self.cache, self.order)
-        self.drawing.count(1 + self.doubled)
         if not self.doubled:
             return logits
         conditional, unconditional = logits.chunk(2)

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
 from discrete_lit.processes import CounterRandom
+from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.processes.noise_level import NoiseLevel
 from discrete_lit.samplers.guidance import guide
 
 
@@ -33,6 +35,8 @@ class SamplerOutput:
     """Network evaluations for each image; the conditional and the null one of a guided step count as two."""
     sequential_passes: int
     """Passes that follow one another; the two evaluations of a guided step are one pass."""
+    flops: int
+    """Floating-point operations of the network's matrix products for each image, null evaluations included."""
     trace: tuple[TraceStep, ...] | None = None
     """One entry for each pass, where it was asked for."""
 
@@ -58,6 +62,7 @@ class Drawing:
         random: one stream for each sequence.
         known: `(B, N)` int64, tokens to keep, -1 elsewhere; None where nothing is given.
         quantizer: of a next-scale sampler.
+        denoiser: process, schedule and head of a generator that learned to undo noise.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Drawing:
         random: CounterRandom,
         known: Tensor | None,
         quantizer: ScaleQuantizer | None,
+        denoiser: Denoiser | None,
         trace: bool,
     ) -> None:
         self.backbone = backbone
@@ -75,8 +81,10 @@ class Drawing:
         self.random = random
         self.known = known
         self.quantizer = quantizer
+        self.denoiser = denoiser
         self._calls = 0
         self._passes = 0
+        self._flops = 0
         self._trace: list[TraceStep] | None = [] if trace else None
         self._before = self.start()
         self._prepared: dict[bool, tuple[Tensor, Cache]] = {}
@@ -104,13 +112,33 @@ class Drawing:
         Returns:
             `(B, N, K)` float32.
         """
-        guided = scale != 1
+        level = None
+        if self.layout.timed:
+            assert self.denoiser is not None, "a timed backbone comes with its denoiser"
+            level = self.denoiser.level_of_masks(tokens == self.layout.mask_id)
+        conditional, unconditional = self.evaluate(tokens, scale != 1, level)
+        logits = conditional if unconditional is None else guide(conditional, unconditional, scale)
+        return logits[..., : self.layout.vocab_size]
+
+    def evaluate(self, tokens: Tensor, guided: bool, level: NoiseLevel | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass of a bidirectional backbone.
+
+        Args:
+            tokens: `(B, N)`.
+            guided: whether the null label's logits are wanted too.
+            level: how noisy the tokens are, for a timed backbone.
+
+        Returns:
+            Logits `(B, N, outputs)` given the labels, and given the null label or None.
+        """
         labels, cache = self.prepare(guided)
-        self.count(1 + guided)
+        self.count(1 + guided, tokens.shape[1], cache)
+        time = None if self.denoiser is None or level is None else self.denoiser.network_time(level)
         if not guided:
-            return self.backbone(tokens, labels, cache)
-        conditional, unconditional = self.backbone(tokens.repeat(2, 1), labels, cache).chunk(2)
-        return guide(conditional, unconditional, scale)
+            return self.backbone(tokens, labels, cache, None, time), None
+        doubled = None if time is None else time.repeat(2)
+        conditional, unconditional = self.backbone(tokens.repeat(2, 1), labels, cache, None, doubled).chunk(2)
+        return conditional, unconditional
 
     def prepare(self, guided: bool) -> tuple[Tensor, Cache]:
         """Labels `(B,)`, or with as many null labels behind them, and the backbone's cache for them."""
@@ -118,12 +146,20 @@ class Drawing:
             null = torch.full_like(self.labels, self.layout.null_label)
             labels = torch.cat((self.labels, null)) if guided else self.labels
             self._prepared[guided] = labels, self.backbone.new_cache(labels)
+            self._flops += self.backbone.cache_flops(1 + guided)
         return self._prepared[guided]
 
-    def count(self, evaluations: int) -> None:
-        """Note one pass with this many network evaluations for each image."""
+    def count(self, evaluations: int, tokens: int, cache: Cache) -> None:
+        """Note one pass before it is made.
+
+        Args:
+            evaluations: of the network for each image.
+            tokens: that each of them reads.
+            cache: as it is before.
+        """
         self._calls += evaluations
         self._passes += 1
+        self._flops += self.backbone.flops(evaluations, tokens, cache)
 
     def record(self, tokens: Tensor, confidence: Tensor) -> None:
         """Add a step to the trace, if there is one.
@@ -141,4 +177,4 @@ class Drawing:
     def output(self, tokens: Tensor) -> SamplerOutput:
         """The result."""
         trace = None if self._trace is None else tuple(self._trace)
-        return SamplerOutput(tokens, self._calls, self._passes, trace)
+        return SamplerOutput(tokens, self._calls, self._passes, self._flops, trace)
