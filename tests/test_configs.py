@@ -5,8 +5,6 @@ The files of lightning_configs/data are tested with the DataModules.
 
 import copy
 import json
-import re
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +12,18 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from recipe_files import ROOT, configs_of, header_command, layered, read
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_configs").rglob("*.yaml"))
 PARTS = ("lightning_configs/data/", "lightning_configs/trainer/")
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
 
-
-def read(config: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / config).read_text())
-
-
-def header_command(config: str) -> list[str]:
-    """The command of the opening comment, as arguments of `discrete-lit`."""
-    lines = (ROOT / config).read_text().splitlines()
-    command = ""
-    for line in lines:
-        command += line.removeprefix("#").strip()
-        if not command.endswith("\\"):
-            break
-        command = command.removesuffix("\\")
-    found = re.match(r"discrete-lit (.*)", command)
-    assert found, f"{config} does not open with the command that runs it"
-    return found[1].split()
-
-
-def configs_of(command: list[str]) -> list[str]:
-    return [value for flag, value in pairwise(command) if flag == "--config"]
-
-
 MODELS = [config for config in CONFIGS if "model" in read(config)]
+# The others are of another size or sampler than one of these, over which they are laid: the same where both are shrunk.
+WHOLE = [config for config in MODELS if "class_path" in read(config)["model"]]
 WITHOUT_MODEL = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
 LAYERS = [config for config in WITHOUT_MODEL if header_command(config)[0] == "fit"]
 VERBS = [config for config in WITHOUT_MODEL if config not in LAYERS]
-
-
-def merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    for key, value in other.items():
-        into[key] = merge(into.get(key) or {}, value) if isinstance(value, dict) else value
-    return into
 
 
 @pytest.fixture(scope="module")
@@ -79,21 +50,28 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained tokenizer: 8x8 images to 4x4 tokens of 12 ids."""
-    from lightning import Trainer
+    """An untrained tokenizer: 8x8 images to 4x4 tokens of 16 ids."""
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), "FSQ", {"levels": [4, 4]})
 
-    from discrete_lit.checkpoints import instantiate
+
+@pytest.fixture(scope="module")
+def multi_scale_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of two scales: 8x8 images to 1 + 16 tokens of 16 ids."""
+    return write_tokenizer(
+        tmp_path_factory.mktemp("scales"), "MultiScaleVQ", {"codebook_size": 16, "code_dim": 4, "scales": [1, 4]}
+    )
+
+
+def write_tokenizer(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
+    from discrete_lit.checkpoints import instantiate, save
 
     network = {
         "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
         "init_args": {"channels": 4, "multipliers": [1, 1], "blocks": 1, "attention": False, "norm_groups": 2},
     }
-    config = {"class_path": "discrete_lit.tokenizers.FSQ", "init_args": {"levels": [4, 3], "network": network}}
-    trainer = Trainer(**QUIET, logger=False)
-    trainer.strategy.connect(instantiate(config))
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.ckpt"
-    trainer.save_checkpoint(path, weights_only=True)
-    return path
+    config = {"class_path": f"discrete_lit.tokenizers.{kind}", "init_args": {**settings, "network": network}}
+    save(instantiate(config), folder / "tokenizer.ckpt")
+    return folder / "tokenizer.ckpt"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +87,7 @@ def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         folder,
         count=12,
         token_shape=(4, 4),
-        vocab_size=12,
+        vocab_size=16,
         image_size=8,
         num_classes=2,
         classes=["zero", "one"],
@@ -118,18 +96,18 @@ def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     writer = TokenWriter(folder)
     random = torch.Generator().manual_seed(0)
-    writer.write(torch.arange(12), torch.randint(12, (12, 4, 4), generator=random), torch.arange(12) % 2)
+    writer.write(torch.arange(12), torch.randint(16, (12, 4, 4), generator=random), torch.arange(12) % 2)
     writer.close()
     TokenWriter.finalise(folder)
     return folder
 
 
-def shrink_data(data: dict[str, Any], images: Path, shards: Path, tokens: Path) -> None:
+def shrink_data(data: dict[str, Any], images: Path, shards: Path, tokens: Path, image_size: int) -> None:
     place = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": tokens}[data["class_path"].rpartition(".")[2]]
     arguments = data["init_args"]
     arguments.update(train=str(place), validation=str(place), batch_size=4, num_workers=0)
     if place != tokens:
-        arguments["image_size"] = 32
+        arguments["image_size"] = image_size
 
 
 SMALL_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
@@ -167,6 +145,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "Transformer": SMALL_TRANSFORMER,
     "Masked": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
+    "NextScale": {"image_size": 8, "num_classes": 2},
+    "HaltonSampler": {"steps": 4},
+    "MaskBitSampler": {"steps": 4},
     "ImageClassifier": {"channels": [4, 4], "num_classes": 2},
 }
 
@@ -205,9 +186,15 @@ def write_stages_before(model: dict[str, Any], folder: Path) -> None:
         save(instantiate(copy.deepcopy({**model, "init_args": parts})), folder / "first.ckpt")
 
 
-@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("config", WHOLE)
 def test_models_fit_reload_and_sample(
-    config: str, images: Path, shards: Path, tokens: Path, tokenizer_file: Path, tmp_path: Path
+    config: str,
+    images: Path,
+    shards: Path,
+    tokens: Path,
+    tokenizer_file: Path,
+    multi_scale_file: Path,
+    tmp_path: Path,
 ) -> None:
     import torch
 
@@ -216,12 +203,11 @@ def test_models_fit_reload_and_sample(
     from discrete_lit.evaluation.classifier import load_classifier
     from discrete_lit.tokenizers import KLVAE
 
-    settings: dict[str, Any] = {}
-    for part in configs_of(header_command(config)):
-        if "/trainer/" not in part:
-            settings = merge(settings, read(part))
-    shrink_data(settings["data"], images, shards, tokens)
-    shrink_model(settings["model"], tokenizer_file)
+    settings = layered(config)
+    is_generator = "backbone" in settings["model"]["init_args"]
+    of_scales = settings["model"]["class_path"].endswith("NextScale")
+    shrink_data(settings["data"], images, shards, tokens, image_size=8 if is_generator else 32)
+    shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file)
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)
@@ -235,7 +221,7 @@ def test_models_fit_reload_and_sample(
         assert load_classifier(checkpoint).training is False
         return
     module = discrete_lit.load(checkpoint)
-    if "backbone" in settings["model"]["init_args"]:
+    if is_generator:
         output = tmp_path / "samples"
         main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output)])
         assert np.load(output / "samples.npz")["arr_0"].shape == (3, 8, 8, 3)

@@ -1,9 +1,11 @@
 """Averaged weights: what is validated, published and measured, while the raw ones are trained."""
 
+import warnings
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim.swa_utils import PARAM_LIST, get_ema_multi_avg_fn
 
@@ -14,7 +16,7 @@ class ExponentialMovingAverage(WeightAveraging):
     Other buffers, as counters and flags, are copied. After each optimizer step an average moves by
     `(1 - decay) (weight - average)`; the first step sets it. Validation runs on the averages, and the module has them
     after training. A checkpoint's `state_dict` holds the averages, so `discrete_lit.load` gives those; the raw weights
-    are beside them, and a resume goes on from these exactly. Sharded training (FSDP) is not supported.
+    are beside them, and a resume goes on from these exactly.
 
     Args:
         decay: in [0, 1).
@@ -22,7 +24,7 @@ class ExponentialMovingAverage(WeightAveraging):
             start is forgotten in a short run too.
 
     Raises:
-        ValueError: a decay out of its range.
+        ValueError: a decay out of its range; in use, sharded training (FSDP).
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
@@ -34,7 +36,15 @@ class ExponentialMovingAverage(WeightAveraging):
         self._average_is_in_use = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                "ExponentialMovingAverage does not support sharded training: leave it out of trainer.callbacks, or use "
+                "lightning_configs/trainer/ddp.yaml in place of fsdp.yaml"
+            )
+        with warnings.catch_warnings():
+            # Of any module that could be sharded, also where it is not.
+            warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")
+            super().setup(trainer, pl_module, stage)
         # Before every callback that may save and end the run behind a batch: the average belongs to that batch. A new
         # list, for the old one is being gone through.
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]  # type: ignore[attr-defined]

@@ -167,3 +167,13 @@ def test_frozen_networks_are_not_copied(make_loader, make_trainer):
 def test_wrong_decay():
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.0"):
         ExponentialMovingAverage(1.0)
+
+
+def test_sharded_training_is_refused(tokenizer):
+    """The average of a part of the weights would be saved as that of all."""
+    from types import SimpleNamespace
+
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    with pytest.raises(ValueError, match=r"does not support sharded training: .*ddp\.yaml in place of fsdp\.yaml"):
+        ExponentialMovingAverage().setup(SimpleNamespace(strategy=ModelParallelStrategy()), tokenizer, "fit")

@@ -1,0 +1,120 @@
+"""The recipes of published generators build the published networks: names, sizes and samplers."""
+
+from dataclasses import replace
+from inspect import signature
+from typing import Any
+
+import published_generators as published
+import pytest
+import torch
+from recipe_files import layered
+from test_generator_layouts import PUBLISHED, backbone
+
+from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.registry import FAMILIES, Conversion
+
+RECIPES = {
+    "llamagen_b": ("llamagen_gpt_c2i", "B"),
+    "llamagen_l": ("llamagen_gpt_c2i", "L"),
+    "llamagen_xl": ("llamagen_gpt_c2i", "XL"),
+    "rar_b": ("rar", "B"),
+    "rar_l": ("rar", "L"),
+    "rar_xl": ("rar", "XL"),
+    "rar_xxl": ("rar", "XXL"),
+    "titok_l32_generator": ("titok_imagebert", "L32"),
+    "halton_s": ("halton_maskgit", "S"),
+    "halton_b": ("halton_maskgit", "B"),
+    "halton_l": ("halton_maskgit", "L"),
+    "maskbit_14bit": ("maskbit_lfqbert", "14 bits"),
+    "var_d16": ("var_transformer", "d16"),
+    "var_d20": ("var_transformer", "d20"),
+    "var_d24": ("var_transformer", "d24"),
+    "var_d30": ("var_transformer", "d30"),
+}
+# What trains a network and is in no published file of weights.
+TRAINING = {"dropout", "drop_path", "recompute"}
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    return layered(f"lightning_configs/generators/{recipe}_imagenet256.yaml")["model"]
+
+
+def switches(recipe: str) -> dict[str, Any]:
+    own = settings_of(recipe)["init_args"]["backbone"]["init_args"]
+    return {name: value for name, value in own.items() if name not in TRAINING}
+
+
+def empty(shapes: published.Shapes) -> dict[str, torch.Tensor]:
+    return published.tensors(shapes, lambda shape: torch.empty(shape, device="meta"))
+
+
+def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in module.state_dict().items()}
+
+
+def as_published(conversion: Conversion, settings: dict[str, Any], sizes: dict[str, Any]) -> Transformer:
+    """Ours on the meta device, with other switches than the conversion's."""
+    transformer = {"class_path": "discrete_lit.backbones.Transformer", "init_args": settings}
+    config = {**conversion.config, "init_args": {**conversion.config["init_args"], "backbone": transformer}}
+    with torch.device("meta"):
+        return backbone(replace(conversion, config=config), sizes.get("sides", ()), sizes.get("code_dim", 0))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_network_is_the_published_one(recipe: str) -> None:
+    """Every name and size that the published weights fill, and every setting that they do not tell; so the recipe has
+    the published number of parameters, which test_generator_layouts.py compares."""
+    family, size = RECIPES[recipe]
+    sizes, heads, _ = PUBLISHED[family, size]
+    conversion = FAMILIES[family].convert(State(empty(getattr(published, family)(**sizes)), family), {})
+    theirs, ours = conversion.config["init_args"], settings_of(recipe)
+    own = as_published(conversion, switches(recipe), sizes)
+    reference = as_published(conversion, theirs["backbone"]["init_args"], sizes)
+    assert ours["class_path"] == conversion.config["class_path"]
+    assert shapes_of(own) == shapes_of(reference) and own.heads == heads
+    assert filled(switches(recipe)) == filled(theirs["backbone"]["init_args"])
+    for name in ("num_classes", "bit_groups", "order"):
+        assert ours["init_args"].get(name) == theirs.get(name)
+
+
+def filled(given: dict[str, Any]) -> dict[str, Any]:
+    """All switches, without the inner width, which shapes tell and a recipe may leave to its default."""
+    defaults = {name: value.default for name, value in signature(Transformer).parameters.items()}
+    return {**defaults, **given, "layout": None, "mlp_hidden": None, "head_dim": None}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_sampler_is_the_published_one(recipe: str) -> None:
+    family, size = RECIPES[recipe]
+    sizes, _, _ = PUBLISHED[family, size]
+    conversion = FAMILIES[family].convert(State(empty(getattr(published, family)(**sizes)), family), {})
+    theirs, ours = conversion.config["init_args"]["sampler"], settings_of(recipe)["init_args"]["sampler"]
+    assert ours["class_path"] == theirs["class_path"]
+    assert theirs["init_args"].items() <= ours["init_args"].items()
+
+
+def count(recipe: str, layout: SequenceLayout) -> int:
+    with torch.device("meta"):
+        own = Transformer(layout, **switches(recipe))
+    return sum(parameter.numel() for parameter in own.parameters())
+
+
+def test_tamings_gpt() -> None:
+    """The published shapes, 1.4 billion; ours has rows of their own for the 1,000 classes and no class."""
+    theirs = published.taming_net2net(1536, 48, 16384, 256)
+    own = count("taming_gpt", SequenceLayout(16384, (16, 16), 1000, "causal"))
+    assert own == published.parameter_count(theirs) + 1001 * 1536
+    assert round(published.parameter_count(theirs) / 1e9, 1) == 1.4
+
+
+def test_maskgit() -> None:
+    """172.5 million by its code, whose one table has the ids, the classes and the mask; ours has no class as well."""
+    own = count("maskgit", SequenceLayout(1024, (16, 16), 1000, "bidirectional", mask_token=True))
+    assert f"{own / 1e6:.1f}" == "172.5"
+
+
+def test_ibq() -> None:
+    """342 million are published."""
+    own = count("ibq_ar_b", SequenceLayout(16384, (16, 16), 1000, "causal"))
+    assert own // 10**6 == 342

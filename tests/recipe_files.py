@@ -1,0 +1,47 @@
+"""The YAML files of lightning_configs, read as their own opening comments say to."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(config: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / config).read_text())
+
+
+def header_command(config: str) -> list[str]:
+    """The command of the opening comment, as arguments of `discrete-lit`."""
+    lines = (ROOT / config).read_text().splitlines()
+    command = ""
+    for line in lines:
+        command += line.removeprefix("#").strip()
+        if not command.endswith("\\"):
+            break
+        command = command.removesuffix("\\")
+    found = re.match(r"discrete-lit (.*)", command)
+    assert found, f"{config} does not open with the command that runs it"
+    return found[1].split()
+
+
+def configs_of(command: list[str]) -> list[str]:
+    return [value for flag, value in pairwise(command) if flag == "--config"]
+
+
+def merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    for key, value in other.items():
+        into[key] = merge(into.get(key) or {}, value) if isinstance(value, dict) else value
+    return into
+
+
+def layered(config: str) -> dict[str, Any]:
+    """What the recipe's command says, less its trainer's hardware: its files, one over the other."""
+    settings: dict[str, Any] = {}
+    for part in configs_of(header_command(config)):
+        if "/trainer/" not in part:
+            settings = merge(settings, read(part))
+    return settings
