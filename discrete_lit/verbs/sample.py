@@ -39,8 +39,9 @@ def sample(
     """Sample images from a generator's checkpoint, which alone is enough.
 
     Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, 3), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and the speed. Sample i is a function of (seed, i) alone: the batch size and the number
-    of devices do not change it (to the rounding of the network's arithmetic).
+    setting, the network calls and operations, and the speed with and without decoding. Sample i is a function of
+    (seed, i) alone: the batch size and the number of devices do not change it (to the rounding of the network's
+    arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator; it carries its tokenizer.
@@ -81,7 +82,8 @@ def sample(
     fabric.launch()
     generator = generator.to(fabric.device)
     pixels_path = folder / "pixels.npy.partial"
-    count, seconds, cost = 0, 0.0, (0, 0)
+    count, cost = 0, (0, 0, 0)
+    seconds = seconds_undecoded = 0.0
     writer: np.memmap | None = None
     own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
@@ -90,8 +92,10 @@ def sample(
         with torch.no_grad(), fabric.autocast():
             random = CounterRandom(seed, indices.to(fabric.device))
             drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
+            _wait_for(fabric.device)
+            seconds_undecoded += time.perf_counter() - begin
             images = to_uint8(generator.tokenizer.decode(drawn.tokens))
-        cost = drawn.network_calls, drawn.sequential_passes
+        cost = drawn.network_calls, drawn.sequential_passes, drawn.flops
         rows = images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice; the copy waits for the device
         seconds += time.perf_counter() - begin
         if writer is None:
@@ -103,7 +107,8 @@ def sample(
     writer.flush()
     fabric.barrier()
 
-    rate = float(all_reduce_sum(torch.tensor(count / seconds if seconds else 0.0, device=fabric.device)))
+    rates = torch.tensor((count / seconds, count / seconds_undecoded) if count else (0.0, 0.0), device=fabric.device)
+    rate, rate_undecoded = all_reduce_sum(rates).tolist()
     run = {
         "checkpoint": str(ckpt_path),
         "checkpoint_sha256": file_sha256(ckpt_path),
@@ -119,7 +124,9 @@ def sample(
         "precision": precision,
         "network_calls": cost[0],
         "sequential_passes": cost[1],
+        "flops_per_image": cost[2],
         "images_per_second": rate,
+        "images_per_second_without_decoding": rate_undecoded,
         **environment(fabric.device),
     }
     if fabric.global_rank == 0:
@@ -127,6 +134,12 @@ def sample(
         pixels_path.unlink()
     fabric.barrier()
     return run
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, so that its time is not counted to what follows."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _open_rows(path: Path, shape: tuple[int, ...] | None, fabric: Fabric) -> np.memmap:

@@ -34,6 +34,11 @@ def draw(checkpoint: Path, output: Path, *arguments: object) -> dict:
 def test_writes_images_labels_grid_and_settings(
     family: str, generator_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.processes import CounterRandom
+
     found = draw(generator_checkpoints[family], tmp_path, "--num_samples", 7, "--batch_size", 4, "--seed", 5)
     assert found["arr_0"].shape == (7, 8, 8, 3) and found["arr_0"].dtype == np.uint8
     assert found["labels"].dtype == np.int64 and found["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
@@ -43,7 +48,11 @@ def test_writes_images_labels_grid_and_settings(
     run = found["run"]
     assert run["generator"] == family and run["seed"] == 5 and run["num_samples"] == 7
     assert run["network_calls"] == run["sequential_passes"] == {"Masked": 8, "Autoregressive": 16}[family]
-    assert run["images_per_second"] > 0
+    expected = discrete_lit.load(generator_checkpoints[family]).draw(
+        torch.tensor([0]), CounterRandom(0, torch.tensor([0]))
+    )
+    assert run["flops_per_image"] == expected.flops > 0
+    assert run["images_per_second_without_decoding"] > run["images_per_second"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "run.json", "samples.npz"]
 
 
