@@ -16,6 +16,7 @@ from discrete_lit.distributed import all_gather_rows, all_reduce_sum, rank, worl
 from discrete_lit.evaluation.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.processes.denoiser import Denoiser
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.drawing import SamplerOutput, ScaleQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
@@ -196,7 +197,7 @@ class Generator(LightningModule, ABC):
         """
         kept = None if known is None else self.to_sequence(known)
         draw = sampler or self.sampler
-        output = draw(self.sampled_backbone(), labels, random, kept, self.scale_quantizer(), trace)
+        output = draw(self.sampled_backbone(), labels, random, kept, self.scale_quantizer(), self.denoiser(), trace)
         return replace(output, tokens=self.to_grid(output.tokens))
 
     def sampled_backbone(self) -> Backbone:
@@ -205,6 +206,10 @@ class Generator(LightningModule, ABC):
 
     def scale_quantizer(self) -> ScaleQuantizer | None:
         """What makes a block-causal backbone's input while sampling."""
+        return None
+
+    def denoiser(self) -> Denoiser | None:
+        """What samplers of diffusion need to know of the backbone, if it learned to undo noise."""
         return None
 
     def tokens_of(self, batch: dict[str, Any]) -> Tensor:

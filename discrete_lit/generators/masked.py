@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from discrete_lit.backbones import Backbone, SequenceLayout
 from discrete_lit.generators.bit_groups import BitGroups
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
-from discrete_lit.processes import CosineSchedule, CounterRandom, MaskSchedule, Purpose
+from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, MaskSchedule, Purpose
+from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.processes.heads import CavityHead
+from discrete_lit.processes.mixture import AbsorbingProcess
 from discrete_lit.samplers import MaskGITSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -104,6 +107,11 @@ class Masked(Generator):
 
     def to_grid(self, sequences: Tensor) -> Tensor:
         return super().to_grid(sequences if self.bit_groups is None else self.bit_groups.join(sequences))
+
+    def denoiser(self) -> Denoiser:
+        """Of the absorbing process: where a token is masked, what is predicted is cavity and posterior alike."""
+        layout = self.backbone.layout
+        return Denoiser(AbsorbingProcess(layout.vocab_size), LinearSchedule(), CavityHead(), "none")
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         masked = self._training_masks(random)

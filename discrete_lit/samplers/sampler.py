@@ -7,6 +7,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.processes import CounterRandom
+from discrete_lit.processes.denoiser import Denoiser
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.drawing import Drawing, SamplerOutput, ScaleQuantizer
 from discrete_lit.samplers.guidance import GuidanceSchedule, guidance_scales
@@ -66,6 +67,7 @@ class Sampler(ABC):
         random: CounterRandom,
         known: Tensor | None = None,
         quantizer: ScaleQuantizer | None = None,
+        denoiser: Denoiser | None = None,
         trace: bool = False,
     ) -> SamplerOutput:
         """Draw one sequence for each label.
@@ -77,6 +79,7 @@ class Sampler(ABC):
             known: `(B, N)` int64, tokens to keep and -1 where one is to be drawn: in-painting, out-painting, or another
                 class for a part of an image. Each sampler says what it can keep.
             quantizer: of `"block_causal"` backbones, whose input is made by it.
+            denoiser: of backbones that learned to undo noise, masks among it.
             trace: also give what every step did.
 
         Raises:
@@ -100,7 +103,7 @@ class Sampler(ABC):
             )
         if known is not None:
             self._check_known(known, (len(labels), layout.length), layout.vocab_size)
-        drawing = Drawing(backbone, labels, random, known, quantizer, trace)
+        drawing = Drawing(backbone, labels, random, known, quantizer, denoiser, trace)
         return drawing.output(self.draw(drawing))
 
     @abstractmethod
