@@ -76,17 +76,26 @@ def write_tokenizer(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows of that tokenizer's tokens, of two classes."""
+    """Twelve rows of the tokenizer's tokens, of two classes."""
+    return write_tokens(tmp_path_factory.mktemp("tokens"), tokenizer_file, (4, 4))
+
+
+@pytest.fixture(scope="module")
+def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many of the tokenizer of two scales."""
+    return write_tokens(tmp_path_factory.mktemp("multi_scale_tokens"), multi_scale_file, (17,))
+
+
+def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...]) -> Path:
     import torch
 
     import discrete_lit
     from discrete_lit.data.token_writer import TokenWriter
 
-    folder = tmp_path_factory.mktemp("tokens")
     TokenWriter.create(
         folder,
         count=12,
-        token_shape=(4, 4),
+        token_shape=token_shape,
         vocab_size=16,
         image_size=8,
         num_classes=2,
@@ -96,7 +105,7 @@ def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     )
     writer = TokenWriter(folder)
     random = torch.Generator().manual_seed(0)
-    writer.write(torch.arange(12), torch.randint(16, (12, 4, 4), generator=random), torch.arange(12) % 2)
+    writer.write(torch.arange(12), torch.randint(16, (12, *token_shape), generator=random), torch.arange(12) % 2)
     writer.close()
     TokenWriter.finalise(folder)
     return folder
@@ -127,7 +136,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "IndexBackpropagationQuantizer": {"codebook_size": 16, "dim": 4},
     "VQVAE": SMALL_CODEBOOK,
     "RQVAE": SMALL_CODEBOOK,
-    "MultiScaleVQ": {**SMALL_CODEBOOK, "scales": [1, 2]},
+    "MultiScaleVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
     "KLVAE": {"latent_channels": 4},
@@ -166,6 +175,9 @@ def shrink_model(settings: Any, tokenizer_file: Path) -> None:
             arguments.update({key: 1 for key in ("decoder_blocks", "middle_blocks") if key in arguments})
             if "z_channels" in arguments:
                 arguments["z_channels"] = 4
+        if name == "MultiScaleVQ":
+            halvings = len(arguments["network"]["init_args"]["multipliers"]) - 1
+            arguments["scales"] = [1, 32 // 2**halvings]
     for value in settings.values():
         shrink_model(value, tokenizer_file)
 
@@ -192,6 +204,7 @@ def test_models_fit_reload_and_sample(
     images: Path,
     shards: Path,
     tokens: Path,
+    multi_scale_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
     tmp_path: Path,
@@ -206,7 +219,8 @@ def test_models_fit_reload_and_sample(
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
     of_scales = settings["model"]["class_path"].endswith("NextScale")
-    shrink_data(settings["data"], images, shards, tokens, image_size=8 if is_generator else 32)
+    own_tokens = multi_scale_tokens if of_scales else tokens
+    shrink_data(settings["data"], images, shards, own_tokens, image_size=8 if is_generator else 32)
     shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file)
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
