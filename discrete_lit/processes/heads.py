@@ -31,7 +31,7 @@ class Head(ABC):
 
     @abstractmethod
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
-        """Float32 log-probabilities `(B, N, K)` or log-scores `(B, N, S)`.
+        """Log-probabilities `(B, N, K)` or log-scores `(B, N, S)`, float32 or, of float64 logits, float64.
 
         Args:
             logits: `(B, N, K)`, or `(B, N, K + 1)` with the mask's.
@@ -40,13 +40,18 @@ class Head(ABC):
         """
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """What normalises in half precision loses the rare ids."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class PosteriorHead(Head):
     """Log-probabilities of the clean id given all of x_t."""
 
     kind = "posterior"
 
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
-        return logits.float().log_softmax(dim=-1)
+        return at_least_float32(logits).log_softmax(dim=-1)
 
 
 class CavityHead(Head):
@@ -55,7 +60,7 @@ class CavityHead(Head):
     kind = "cavity"
 
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
-        return logits.float().log_softmax(dim=-1)
+        return at_least_float32(logits).log_softmax(dim=-1)
 
 
 class ScoreHead(Head):
@@ -74,11 +79,11 @@ class ScoreHead(Head):
         self.mask_output = mask_output
 
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
-        scores = logits.float()
+        scores = at_least_float32(logits)
         if self.scale_by_noise:
             ids = scores.shape[-1] - int(self.mask_output)
             offset = level.odds.log() - torch.log(torch.tensor(float(ids), dtype=torch.float64))
-            scores = scores + offset[..., None].float()
+            scores = scores + offset[..., None].to(scores.dtype)
         return scores.scatter(-1, states[..., None], 0.0)
 
 
