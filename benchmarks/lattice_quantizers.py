@@ -12,9 +12,9 @@ The package holds the probability of every code for every vector: 64 vectors at 
 8,192 would take 8 GB, so the last line is our time alone. Its logarithm stops at a probability of 1e-5; for the
 comparison of values, and for it alone, that floor is lowered.
 
-Measured on 22 November 2026 with torch 2.14.1 and vector-quantize-pytorch 1.32.0, one thread of a 2-core Xeon that ran
-other programs too, processor time of 24 passes: FSQ 2.0 and 2.3 times as fast at 2^16 (8,192 and 65,536 vectors), 1.8
-and 2.3 times at 2^18; LFQ 143 times as fast at 2^16 and 129 times at 2^18.
+Measured on 22 November 2026 with torch 2.14.1 and vector-quantize-pytorch 1.32.0, 2 threads on 2 cores of an Intel Xeon
+that did nothing else, wall clock of 40 passes: FSQ 1.75 and 2.06 times as fast at 2^16 (8,192 and 65,536 vectors), 1.77
+and 1.91 times at 2^18; LFQ 111 times as fast at 2^16 and 92 times at 2^18; 253 ms for 8,192 vectors at 2^18.
 """
 
 import argparse
