@@ -39,7 +39,7 @@ def load_pretrained(
             of other tokens.
     """
     known = find_family(family)
-    state = read_state(weights, known.wrappers, known.prefixes)
+    state = read_state(weights, known.wrappers, known.prefixes, known.averages)
     check_family(known, state)
     conversion = known.convert(state, read_reference(reference_config, known.section))
     if conversion.tokens is not None:

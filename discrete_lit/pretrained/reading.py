@@ -9,6 +9,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ _LEFT_BY_TRAINERS = (
     "pathlib.*Path",
     "typing.*",
     "datetime.*",
+    "transformers.*",
+    "tokenizers.*",
     "_codecs.encode",
     "copyreg._reconstructor",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
@@ -83,7 +86,22 @@ def _stand_in(name: str) -> Callable[..., Any]:
     return type(name.rpartition(".")[2], (Placeholder,), {})
 
 
-def read_state(path: str | Path, wrappers: Sequence[str] = (), prefixes: Sequence[str] = ()) -> State:
+@dataclass(frozen=True)
+class Averages:
+    """Averaged weights that a file holds as a list without names, in the order of the model's parameters."""
+
+    place: str
+    """Of the list in the file; a dot leads into a mapping."""
+    buffers: Sequence[str]
+    """Patterns of the names that are no parameters, and so have none in the list."""
+
+
+def read_state(
+    path: str | Path,
+    wrappers: Sequence[str] = (),
+    prefixes: Sequence[str] = (),
+    averages: Averages | None = None,
+) -> State:
     """The tensors of a published file.
 
     Args:
@@ -91,18 +109,19 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), prefixes: Sequenc
         wrappers: names under which the file may keep its weights, the one to prefer first; a file that has none of
             them holds its tensors directly. `outer.inner` is a mapping within a mapping.
         prefixes: what training may have put before every name, which is taken off.
+        averages: where the file may hold averaged weights, which then stand for the others.
 
     Raises:
-        ValueError: no such file, a truncated one, one with pickled code, one without tensors.
+        ValueError: no such file, a truncated one, one with pickled code, one without tensors, or averages that are not
+            of its parameters.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    averaged = None if averages is None else _inside(content, averages.place)
     for wrapper in wrappers:
-        inner = content
-        for name in wrapper.split("."):
-            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        inner = _inside(content, wrapper)
         if isinstance(inner, Mapping):
             content = inner
             break
@@ -114,9 +133,36 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), prefixes: Sequenc
         found = f"it holds {', '.join(others[:5])}" if others else "it is empty"
         where = f" nor under {', '.join(wrappers)}" if wrappers else ""
         raise ValueError(f"{str(path)!r} does not hold tensors by their names directly{where}: {found}")
+    if averages is not None and averaged is not None:
+        tensors |= _named(averaged, averages, tensors, str(path))
     while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in tensors)]:
         tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
     return State(tensors, str(path))
+
+
+def _inside(content: Any, place: str) -> Any:
+    """What stands at a place of nested mappings; None where there is no such place."""
+    for name in place.split("."):
+        content = content.get(name) if isinstance(content, Mapping) else None
+    return content
+
+
+def _named(averaged: Any, averages: Averages, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Averaged weights by the names of the parameters, in whose order they stand."""
+    parameters = {
+        name: value
+        for name, value in tensors.items()
+        if not any(fnmatchcase(name, pattern) for pattern in averages.buffers)
+    }
+    own = [tuple(value.shape) for value in parameters.values()]
+    found = [tuple(value.shape) for value in averaged]
+    if found != own:
+        pairs = zip(parameters, own, found, strict=False)
+        where = next((f"; the first that differs is at {name!r}" for name, mine, other in pairs if mine != other), "")
+        raise ValueError(
+            f"{source!r} holds {len(found)} averaged weights at {averages.place} for {len(own)} parameters{where}"
+        )
+    return dict(zip(parameters, averaged, strict=True))
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

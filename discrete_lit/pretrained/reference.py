@@ -13,12 +13,13 @@ Reference = Mapping[str, Any]
 _AROUND = ("config", "model", "params", "init_args")
 
 
-def read_reference(config: Reference | str | Path | None, section: str = "vq_model") -> dict[str, Any]:
+def read_reference(config: Reference | str | Path | None, section: str | None = "vq_model") -> dict[str, Any]:
     """The arguments of a reference model's constructor.
 
     Args:
         config: the arguments, or a published configuration around them, or the path of its YAML or JSON file.
-        section: the part that is asked for, where the configuration has several, as those of 1d-tokenizer and MaskBit.
+        section: the part that is asked for, where the configuration has several, as those of 1d-tokenizer and MaskBit;
+            None for all of it.
 
     Raises:
         ValueError: no such file, or one that holds no mapping.
@@ -26,7 +27,7 @@ def read_reference(config: Reference | str | Path | None, section: str = "vq_mod
     if config is None:
         return {}
     found = _read_file(Path(config)) if isinstance(config, str | Path) else dict(config)
-    while inner := [name for name in (*_AROUND, section) if isinstance(found.get(name), Mapping)]:
+    while section and (inner := [name for name in (*_AROUND, section) if isinstance(found.get(name), Mapping)]):
         found = dict(found[inner[0]])
     return found
 

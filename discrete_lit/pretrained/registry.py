@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.reading import Averages, State
 from discrete_lit.pretrained.reference import Reference
 from discrete_lit.pretrained.renaming import Renaming
 
@@ -51,10 +51,12 @@ class Family:
     """Names that tell this layout from others; with `!` before it, a name that it does not have."""
     wrappers: Sequence[str]
     """Names under which its files may keep the weights, the one to prefer first; a dot leads into the next mapping."""
-    section: str
-    """Where a published configuration of all parts of a model keeps this one's arguments."""
+    section: str | None
+    """Where a published configuration of all parts of a model keeps this one's arguments; None where they are all."""
     prefixes: Sequence[str]
     """What training may have put before every name."""
+    averages: Averages | None
+    """The list of averaged weights that its files may hold beside the named ones, and which is preferred."""
 
     def lacks(self, names: State) -> list[str]:
         """The marks that do not hold."""
@@ -69,14 +71,15 @@ def register(
     name: str,
     marks: Sequence[str],
     wrappers: Sequence[str] = (),
-    section: str = "vq_model",
+    section: str | None = "vq_model",
     prefixes: Sequence[str] = (),
+    averages: Averages | None = None,
 ) -> Callable[[Callable[[State, Reference], Conversion]], Callable[[State, Reference], Conversion]]:
     """Add a family: a function from its tensors and its reference arguments to a `Conversion`."""
 
     def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
         assert name not in FAMILIES
-        FAMILIES[name] = Family(name, convert, marks, wrappers, section, prefixes)
+        FAMILIES[name] = Family(name, convert, marks, wrappers, section, prefixes, averages)
         return convert
 
     return add

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from discrete_lit.pretrained.reading import read_state
+from discrete_lit.pretrained.reading import Averages, read_state
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -52,6 +52,35 @@ def test_prefixes_that_every_name_has(tmp_path: Path) -> None:
     assert set(read_state(tmp_path / "w.safetensors", prefixes=("module.",))) == {"module.a", "b"}
 
 
+AVERAGES = Averages("ema.shadow", ("*.steps",))
+
+
+def test_averages_without_names(tmp_path: Path) -> None:
+    """They take the names of the parameters in their order; buffers have none."""
+    own = {"a": torch.zeros(2), "b.steps": torch.ones(2), "c": torch.zeros(2)}
+    averaged = [torch.full((2,), 2.0), torch.full((2,), 3.0)]
+    torch.save({"model": own, "ema": {"decay": 0.99, "shadow": averaged}}, tmp_path / "w.pt")
+    found = read_state(tmp_path / "w.pt", ("model",), (), AVERAGES)
+    assert {name: value.tolist() for name, value in found.items()} == {"a": [2, 2], "b.steps": [1, 1], "c": [3, 3]}
+    assert not read_state(tmp_path / "w.pt", ("model",))["c"].any()
+    torch.save({"model": own}, tmp_path / "w.pt")
+    assert not read_state(tmp_path / "w.pt", ("model",), (), AVERAGES)["c"].any()
+
+
+def test_averages_of_other_parameters(tmp_path: Path) -> None:
+    own = {"a": torch.zeros(2), "b.steps": torch.ones(2), "c": torch.zeros(3)}
+    torch.save({"model": own, "ema": {"shadow": [torch.ones(2), torch.ones(2)]}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"2 averaged weights at ema.shadow for 2 parameters; .* differs is at 'c'"):
+        read_state(tmp_path / "w.pt", ("model",), (), AVERAGES)
+    torch.save({"model": own, "ema": {"shadow": [torch.ones(2)]}}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"1 averaged weights at ema.shadow for 2 parameters$"):
+        read_state(tmp_path / "w.pt", ("model",), (), AVERAGES)
+
+
+# Modules of objects beside the weights.
+GONE = ("pytorch_lightning", "omegaconf", "transformers")
+
+
 @pytest.fixture
 def trainers_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What Lightning checkpoints of 2020 to 2022 hold beside the weights, of modules that are gone when it is read."""
@@ -60,6 +89,7 @@ def trainers_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint", object),
         ("pytorch_lightning.utilities.parsing", "AttributeDict", dict),
         ("omegaconf.dictconfig", "DictConfig", object),
+        ("transformers.models.gpt2.tokenization_gpt2_fast", "GPT2TokenizerFast", object),
     ):
         parts = module_name.split(".")
         for count in range(1, len(parts) + 1):
@@ -72,7 +102,7 @@ def trainers_objects(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     config.content = {"lr": 1.0}
     return {
         "callbacks": {made["ModelCheckpoint"]: {"best_model_score": torch.ones(1), "best_model_path": "x.ckpt"}},
-        "hyper_parameters": made["AttributeDict"](config=config, folder=Path("runs")),
+        "hyper_parameters": made["AttributeDict"](config=config, folder=Path("runs"), text=made["GPT2TokenizerFast"]()),
     }
 
 
@@ -82,11 +112,11 @@ def test_what_trainers_left_is_not_read(
     numpy = pytest.importorskip("numpy")
     extra = {"best": numpy.float64(0.5), "epoch": 3, "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}]}
     torch.save({"state_dict": STATE, **trainers_objects, **extra}, tmp_path / "last.ckpt")
-    for name in [name for name in sys.modules if name.startswith(("pytorch_lightning", "omegaconf"))]:
+    for name in [name for name in sys.modules if name.startswith(GONE)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [])  # nothing could be imported
     assert same(read_state(tmp_path / "last.ckpt", ("state_dict",)))
-    assert not [name for name in sys.modules if name.startswith(("pytorch_lightning", "omegaconf"))]
+    assert not [name for name in sys.modules if name.startswith(GONE)]
 
 
 class Trap:
