@@ -45,11 +45,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Logits of lower precision in float32: what is normalised in bfloat16 is not normalised."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 class PosteriorHead(Head):
     """Log-probabilities of the clean id given all of x_t."""
 
