@@ -61,19 +61,21 @@ def test_against_brute_force_in_blocks_of_any_size(
 
 
 @pytest.mark.parity
-def test_against_torch_fidelity() -> None:
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (100.0, 0.01)])
+def test_against_torch_fidelity(mean: float, spread: float) -> None:
+    """Also where distances are small beside the features themselves: there float32 products lose them."""
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
     random = torch.Generator().manual_seed(0)
-    reference = torch.randn(300, 64, generator=random, dtype=torch.float64)
-    samples = torch.randn(200, 64, generator=random, dtype=torch.float64) * 0.9
-    expected = calculate_precision_recall_full(samples, reference, neighborhood=3)
+    reference = torch.randn(300, 16, generator=random) * spread + mean
+    samples = torch.randn(200, 16, generator=random) * 0.8 * spread + mean
+    expected = calculate_precision_recall_full(samples.double(), reference.double(), neighborhood=3)
     assert precision_and_recall(samples, Manifold(reference)) == pytest.approx(expected)
-    assert 0 < expected[1] < expected[0]
+    assert 0 < expected[1] < expected[0] < 1
 
 
 def test_a_collapsed_set_covers_only_itself() -> None:
-    """Twenty times one image, far from 0, where float32 distances of equal rows are not 0."""
+    """Twenty times one image: balls without a radius, which hold their own centre."""
     random = torch.Generator().manual_seed(0)
     reference = torch.randn(20, 512, generator=random) + 100
     repeated = reference[:1].repeat(20, 1)
