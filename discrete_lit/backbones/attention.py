@@ -104,11 +104,15 @@ class Attention(nn.Module):
             layer: of this attention in the cache.
             cache: keys and values so far.
         """
-        query, key, value = self._project(x)
-        if self.norms is not None:
+        projected = self._project(x)
+        if self.norms is None:
+            queries_keys, value = projected[:2], projected[2]
+            query, key = (queries_keys if rotary is None else rotate(queries_keys, rotary)).unbind(0)
+        else:
+            query, key, value = projected.unbind(0)
             query, key = self.norms(query, key)
-        if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            if rotary is not None:
+                query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None and cache.holds_keys:
             key, value = cache.append(layer, key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -128,9 +132,9 @@ class Attention(nn.Module):
             mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, causal, scale=self.scale)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:  # (B, n, D) -> three of (B, heads, n, head_dim)
+    def _project(self, x: Tensor) -> Tensor:  # (B, n, D) -> queries, keys and values (3, B, heads, n, head_dim)
         projected = self.query_key_value(x)
         if self.query_value_bias is not None:
             query_bias, value_bias = self.query_value_bias.to(projected.dtype)
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
-        return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -143,6 +143,10 @@ class Block(nn.Module):
         assert self.modulation_offset is not None
         return (condition + self.modulation_offset.flatten()).chunk(6, dim=-1)
 
+    def _thin(self, branch: Tensor) -> Tensor:
+        """A residual branch with what training leaves out."""
+        return self.dropout(branch) if self.training else branch
+
     def forward(
         self,
         x: Tensor,
@@ -156,13 +160,13 @@ class Block(nn.Module):
         """`(B, n, D)` to the same; `condition` as for `modulate`, or what it gave; the rest as for `Attention`."""
         if condition is None:
             if not self.norm_first:
-                x = self.attention_norm(x + self.dropout(self.attention(x, rotary, mask, causal, layer, cache)))
-                return self.mlp_norm(x + self.dropout(self.mlp(x)))
-            x = x + self.dropout(self.attention(self.attention_norm(x), rotary, mask, causal, layer, cache))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+                x = self.attention_norm(x + self._thin(self.attention(x, rotary, mask, causal, layer, cache)))
+                return self.mlp_norm(x + self._thin(self.mlp(x)))
+            x = x + self._thin(self.attention(self.attention_norm(x), rotary, mask, causal, layer, cache))
+            return x + self._thin(self.mlp(self.mlp_norm(x)))
         parts = self.modulate(condition) if isinstance(condition, Tensor) else condition
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         hidden = self.attention_norm(x) * (1 + scale1) + shift1
-        x = x + self.dropout(gate1 * self.attention(hidden, rotary, mask, causal, layer, cache))
+        x = x + self._thin(gate1 * self.attention(hidden, rotary, mask, causal, layer, cache))
         hidden = self.mlp_norm(x) * (1 + scale2) + shift2
-        return x + self.dropout(gate2 * self.mlp(hidden))
+        return x + self._thin(gate2 * self.mlp(hidden))

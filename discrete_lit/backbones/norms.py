@@ -34,8 +34,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., width) -> (..., width)
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
-            if self.kind == "layer":
-                return F.layer_norm(x.float(), (self.width,), weight, bias, eps=self.epsilon).to(x.dtype)
-            normed = F.rms_norm(x.float(), (self.width,), weight, eps=self.epsilon)
-            return (normed if bias is None else normed + bias).to(x.dtype)
+        if self.kind == "layer":
+            return F.layer_norm(x.float(), (self.width,), weight, bias, eps=self.epsilon).to(x.dtype)
+        normed = F.rms_norm(x.float(), (self.width,), weight, eps=self.epsilon)
+        return (normed if bias is None else normed + bias).to(x.dtype)
