@@ -9,13 +9,13 @@ import torch
 from discrete_lit.data import keyed_random
 from discrete_lit.data.decoding import decode_image
 from discrete_lit.data.resumable import Batch
-from discrete_lit.data.transforms import center_crop, random_crop
+from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 from discrete_lit.images import from_uint8
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One sample of a batch; `pixels` is uint8 `(H, W, 3)`."""
+    """One sample of a batch; `pixels` is uint8 `(H, W, 3)`, or `(V, H, W, 3)` of V crops."""
 
     pixels: np.ndarray
     label: int
@@ -34,6 +34,9 @@ class ImagePipeline:
         minimum_crop: see `transforms.random_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
+        evaluation_crops: what evaluation reads of an image: `"center"`, ADM's crop; `"flip"`, that and its mirror
+            image; or `"ten"`, see `transforms.ten_crops`.
+        ten_crop_scales: ten crops for each of them, at least 1.
     """
 
     image_size: int
@@ -42,6 +45,8 @@ class ImagePipeline:
     minimum_crop: float
     flip: bool
     apply_exif: bool
+    evaluation_crops: str = "center"
+    ten_crop_scales: tuple[float, ...] = (1.1,)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -50,6 +55,15 @@ class ImagePipeline:
             raise ValueError(f"crop {self.crop!r} is not known; it is 'random' or 'center'")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
+        if self.evaluation_crops not in ("center", "flip", "ten"):
+            raise ValueError(f"crops is {self.evaluation_crops!r}; it must be 'center', 'flip' or 'ten'")
+        if not self.ten_crop_scales or min(self.ten_crop_scales) < 1:
+            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be at least 1")
+
+    @property
+    def evaluation_count(self) -> int | None:
+        """V, crops of an image in evaluation; None for the one that has no dimension of its own."""
+        return {"center": None, "flip": 2, "ten": 10 * len(self.ten_crop_scales)}[self.evaluation_crops]
 
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
         """An augmented image, uint8 `(image_size, image_size, 3)`; the same for the same (seed, epoch, key)."""
@@ -61,16 +75,22 @@ class ImagePipeline:
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
     def evaluation(self, data: bytes) -> np.ndarray:
-        """ADM's centre crop, uint8 `(image_size, image_size, 3)`."""
-        return center_crop(decode_image(data, self.apply_exif), self.image_size)
+        """uint8 `(image_size, image_size, 3)`, or `(V, image_size, image_size, 3)` of several crops."""
+        image = decode_image(data, self.apply_exif)
+        if self.evaluation_crops == "ten":
+            return np.concatenate([ten_crops(image, self.image_size, scale) for scale in self.ten_crop_scales])
+        pixels = center_crop(image, self.image_size)
+        return np.stack((pixels, pixels[:, ::-1])) if self.evaluation_crops == "flip" else pixels
 
 
 def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:
-    """`{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`."""
-    pixels = np.empty((len(samples), image_size, image_size, 3), dtype=np.uint8)
+    """`{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`; images
+    `(B, V, 3, H, W)` of several crops."""
+    shape = samples[0].pixels.shape if samples else (image_size, image_size, 3)
+    pixels = np.empty((len(samples), *shape), dtype=np.uint8)
     for row, sample in enumerate(samples):
         pixels[row] = sample.pixels
-    images = from_uint8(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous())
+    images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
     return {
         "image": images,
         "label": torch.tensor([sample.label for sample in samples], dtype=torch.int64),

@@ -62,7 +62,8 @@ class ImageFolder(ResumableDataModule):
         persistent_workers: bool = False,
     ):
         super().__init__(train, validation, batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
-        self._pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
+        # `discrete-lit tokenize` sets other crops.
+        self.pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
         self.image_size = image_size
 
     @cached_property
@@ -84,11 +85,11 @@ class ImageFolder(ResumableDataModule):
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
         order = TrainingOrder(len(files), self.batch_size, rank, world_size, self.seed)
-        return _TrainingImages(files, order, self._pipeline)
+        return _TrainingImages(files, order, self.pipeline)
 
     def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
         files = self._files[split]
-        return _EvaluationImages(files, EvaluationOrder(len(files), self.batch_size, rank, world_size), self._pipeline)
+        return _EvaluationImages(files, EvaluationOrder(len(files), self.batch_size, rank, world_size), self.pipeline)
 
 
 class ImageFiles:

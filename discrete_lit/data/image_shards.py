@@ -81,7 +81,8 @@ class ImageShards(ResumableDataModule):
             raise ValueError(f"shuffle_window is {shuffle_window}; it must be at least 0")
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
-        self._pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
+        # `discrete-lit tokenize` sets other crops.
+        self.pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
         self.image_size = image_size
         self.shuffle_window = shuffle_window
 
@@ -112,7 +113,7 @@ class ImageShards(ResumableDataModule):
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         return _TrainingShards(
             self.shards["train"],
-            self._pipeline,
+            self.pipeline,
             self.batch_size,
             rank,
             world_size,
@@ -122,7 +123,7 @@ class ImageShards(ResumableDataModule):
 
     def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
         shards = self.shards[split]
-        return _EvaluationShards(shards, self._pipeline, self.batch_size, rank, world_size, max(1, self.num_workers))
+        return _EvaluationShards(shards, self.pipeline, self.batch_size, rank, world_size, max(1, self.num_workers))
 
 
 class _Shards:

@@ -1,7 +1,8 @@
 """Token arrays: images that a frozen tokenizer has encoded once, as memory-mapped files.
 
-A folder holds one split: `tokens.npy` (uint16 or uint32, `(count, *token_shape)`), `labels.npy` (int64, `(count,)`),
-and `manifest.json`. Row i is sample i of the image set that was encoded. `TokenWriter` makes such a folder.
+A folder holds one split: `tokens.npy` (uint16 or uint32, `(count, *token_shape)`, or `(count, variants, *token_shape)`
+of several crops of each image), `labels.npy` (int64, `(count,)`), and `manifest.json`. Row i is sample i of the image
+set that was encoded. `TokenWriter` makes such a folder.
 """
 
 import json
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from discrete_lit.data import keyed_random
 from discrete_lit.data.bad_samples import BadSample
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
 from discrete_lit.data.resumable import Batch, BatchSource
-from discrete_lit.data.token_writer import FORMAT, MANIFEST, UNFINISHED
+from discrete_lit.data.token_writer import FORMAT, MANIFEST, UNFINISHED, row_shape
 
 
 class TokenFolder:
@@ -35,7 +37,7 @@ class TokenFolder:
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
-        expected = (self.count, *self.token_shape)
+        expected = (self.count, *row_shape(self.manifest))
         if self.tokens.shape != expected or self.tokens.dtype not in (np.uint16, np.uint32):
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds {self.tokens.dtype} {self.tokens.shape}; its manifest "
@@ -58,6 +60,7 @@ class TokenFolder:
     token_shape = property(lambda self: tuple(int(side) for side in self.manifest["token_shape"]))
     vocab_size = property(lambda self: int(self.manifest["vocab_size"]))
     num_classes = property(lambda self: int(self.manifest["num_classes"]))
+    variants = property(lambda self: int(self.manifest.get("variants", 1)))
 
     @property
     def tokens(self) -> np.ndarray:
@@ -71,9 +74,12 @@ class TokenFolder:
         # A memory map pickles as the whole array.
         return {**self.__dict__, "_tokens": None}
 
-    def rows(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(B, *token_shape)` and labels `(B,)`, both int64."""
-        tokens = self.tokens[samples].astype(np.int64)
+    def rows(self, samples: np.ndarray, variants: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens `(B, *token_shape)` of the crops `variants (B,)`, by default the first, and labels `(B,)`; int64."""
+        place = samples
+        if "variants" in self.manifest:
+            place = (samples, np.zeros_like(samples) if variants is None else variants)
+        tokens = self.tokens[place].astype(np.int64)
         if tokens.size and tokens.max() >= self.vocab_size:
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds token {tokens.max()} in one of the rows {samples.tolist()}; its "
@@ -86,8 +92,9 @@ class TokenArrays(ResumableDataModule):
     """Batches of tokens: `{"tokens": int64 (B, *token_shape), "label": int64 (B,), "index": int64 (B,)}`.
 
     Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
-    long as `batch_size` times ranks stays. In training `index` is the sample's place in the run, epoch * count +
-    place in the epoch; in evaluation it is the row.
+    long as `batch_size` times ranks stays. Of several crops of an image training draws one in each epoch, a function of
+    (seed, epoch, row) alone; evaluation takes the first. In training `index` is the sample's place in the run,
+    epoch * count + place in the epoch; in evaluation it is the row.
 
     Args:
         train: folder of the training tokens; None where only the other split is used.
@@ -200,11 +207,21 @@ class _TrainingTokens(OrderedSource):
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         positions = self.order.positions(number)
-        tokens, labels = self.folder.rows(self.order.permutation(epoch)[positions])
+        samples = self.order.permutation(epoch)[positions]
+        tokens, labels = self.folder.rows(samples, self._variants(epoch, samples))
         return _batch(tokens, labels, positions + epoch * self.order.count), []
 
+    def _variants(self, epoch: int, samples: np.ndarray) -> np.ndarray | None:
+        """The crop of each sample in this epoch."""
+        count = self.folder.variants
+        if count == 1:
+            return None
+        draws = (keyed_random.uniforms(self.order.seed, epoch, f"crop of {sample}")[0] for sample in samples)
+        return np.array([int(draw * count) for draw in draws])
+
     def identity(self) -> Mapping[str, int | str]:
-        return {**super().identity(), "tokenizer": str(self.folder.manifest["tokenizer"])}
+        several = {"variants": self.folder.variants} if self.folder.variants > 1 else {}
+        return {**super().identity(), "tokenizer": str(self.folder.manifest["tokenizer"]), **several}
 
 
 class _EvaluationTokens(OrderedSource):

@@ -59,6 +59,7 @@ class TokenWriter:
         classes: list[str],
         tokenizer: str,
         source: str,
+        variants: int | None = None,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -72,6 +73,7 @@ class TokenWriter:
             classes: name of each label.
             tokenizer: content hash of the tokenizer (`Tokenizer.fingerprint()`).
             source: where the images come from.
+            variants: crops of each image, the second dimension of the tokens; by default one, without a dimension.
 
         Raises:
             ValueError: the folder holds a finished array, or there is nothing to write.
@@ -93,9 +95,10 @@ class TokenWriter:
             "classes": list(classes),
             "tokenizer": tokenizer,
             "source": source,
+            **({} if variants is None else {"variants": variants}),
         }
         token_type = np.uint16 if vocab_size <= 2**16 else np.uint32
-        _zeros(path / "tokens.npy", token_type, (count, *token_shape))
+        _zeros(path / "tokens.npy", token_type, (count, *row_shape(manifest)))
         _zeros(path / "labels.npy", np.int64, (count,))
         _zeros(path / _WRITTEN, np.uint8, (count,))
         (path / UNFINISHED).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -105,7 +108,7 @@ class TokenWriter:
 
         Args:
             index: int64 `(B,)`, the rows.
-            tokens: integers `(B, *token_shape)` in [0, vocab_size).
+            tokens: integers `(B, *token_shape)` in [0, vocab_size); `(B, variants, *token_shape)` of several crops.
             labels: integers `(B,)` in [0, num_classes).
 
         Raises:
@@ -113,7 +116,7 @@ class TokenWriter:
         """
         rows = index.cpu().numpy()
         count, vocab_size, num_classes = (self.manifest[name] for name in ("count", "vocab_size", "num_classes"))
-        expected = (len(rows), *self.manifest["token_shape"])
+        expected = (len(rows), *row_shape(self.manifest))
         if tuple(tokens.shape) != expected or tuple(labels.shape) != (len(rows),):
             raise ValueError(
                 f"got tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} for rows of {expected}"
@@ -162,6 +165,12 @@ class TokenWriter:
         os.replace(path / UNFINISHED, path / MANIFEST)
         (path / _WRITTEN).unlink()
         return manifest
+
+
+def row_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
+    """Shape of one row of the tokens: of one image, or of its crops."""
+    variants = (manifest["variants"],) if "variants" in manifest else ()
+    return *variants, *manifest["token_shape"]
 
 
 class _RowFile:

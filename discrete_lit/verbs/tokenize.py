@@ -1,6 +1,7 @@
 """`discrete-lit tokenize`: a data set's images to token arrays."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -18,12 +19,14 @@ def tokenize(
     data: ImageShards | ImageFolder,
     output: str,
     split: str = "train",
+    crops: Literal["center", "flip", "ten"] = "center",
+    ten_crop_scales: tuple[float, ...] = (1.1,),
     accelerator: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
     precision: str = "32-true",
 ) -> dict[str, Any]:
-    """Encode every image of a split once, in evaluation mode, into memory-mapped token arrays.
+    """Encode every image of a split once, or several crops of it, in evaluation mode, into memory-mapped token arrays.
 
     Row i of the arrays is sample i of the split, whatever the number of devices. The folder's `manifest.json` holds
     the tokenizer's fingerprint, by which a generator with another tokenizer refuses the arrays; it is written last, so
@@ -34,6 +37,10 @@ def tokenize(
         data: where the images are; its `batch_size` and `num_workers` apply to each device.
         output: folder to write; one that holds a finished array is refused.
         split: `train` or `validation` of the data.
+        crops: `center`, the crop of evaluation; `flip`, also its mirror image; or `ten`, the centre, the corners and
+            their mirror images. Training on the arrays draws one for each image and epoch.
+        ten_crop_scales: the image is cut to a square of this times the image size before; ten crops for each. RAR's
+            is 1.1, LlamaGen's are 1.1 and 1.05.
         accelerator: Lightning's; `auto` takes a GPU where there is one.
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
@@ -43,7 +50,8 @@ def tokenize(
         What `manifest.json` holds.
 
     Raises:
-        ValueError: not a tokenizer's checkpoint, no such split, an unreadable image, a finished array in the folder.
+        ValueError: not a tokenizer's checkpoint, no such split or crops, an unreadable image, a finished array in the
+            folder.
     """
     tokenizer = load(ckpt_path)
     if not isinstance(tokenizer, Tokenizer):
@@ -52,6 +60,8 @@ def tokenize(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):
         raise ValueError(f"data has no {split} split: set data.init_args.{split}")
+    data.pipeline = replace(data.pipeline, evaluation_crops=crops, ten_crop_scales=tuple(ten_crop_scales))
+    variants = data.pipeline.evaluation_count
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     if fabric.global_rank == 0:
@@ -65,6 +75,7 @@ def tokenize(
             classes=data.classes,
             tokenizer=tokenizer.fingerprint(),
             source=f"{type(data).__name__} {data.locations[split]}",
+            variants=variants,
         )
     fabric.barrier()
     tokenizer = freeze(tokenizer).to(fabric.device)
@@ -73,7 +84,11 @@ def tokenize(
     loader = data.evaluation_loader(split, fabric.global_rank, fabric.world_size, max_bad_fraction=0)
     for batch in tqdm(loader, desc="tokenize", unit="batch", disable=fabric.global_rank > 0):
         with torch.no_grad(), fabric.autocast():
-            tokens = tokenizer.encode(batch["image"].to(fabric.device))
+            images = batch["image"].to(fabric.device)
+            if variants is None:
+                tokens = tokenizer.encode(images)
+            else:  # one crop of all images after the other, so that the batch is what its size says
+                tokens = torch.stack([tokenizer.encode(crop) for crop in images.unbind(1)], dim=1)
         writer.write(batch["index"], tokens, batch["label"])
     writer.close()
     fabric.barrier()

@@ -87,6 +87,72 @@ def test_two_ranks_see_the_global_batches_of_one(folder: Path) -> None:
             assert torch.equal(batch[name], torch.cat([first[name], second[name]]))
 
 
+@pytest.fixture
+def crops(tmp_path: Path) -> Path:
+    """Eleven rows of four crops; row r and crop v hold tokens that tell both, 4 r + v."""
+    TokenWriter.create(tmp_path / "crops", **(MANIFEST | {"vocab_size": 44}), variants=4)
+    writer = TokenWriter(tmp_path / "crops")
+    tokens = (torch.arange(44).view(11, 4, 1, 1)).expand(11, 4, 2, 3)
+    writer.write(torch.arange(11), tokens, torch.arange(11) % 3)
+    writer.close()
+    TokenWriter.finalise(tmp_path / "crops")
+    return tmp_path / "crops"
+
+
+def drawn(loader: Any) -> list[tuple[int, int]]:
+    """The row and the crop of every sample of an epoch."""
+    ids = joined(list(loader), "tokens")
+    assert ids.shape[1:] == (2, 3) and bool((ids == ids[:, :1, :1]).all())
+    return [divmod(token, 4) for token in ids[:, 0, 0].tolist()]
+
+
+def test_training_draws_one_crop_of_each_row_in_each_epoch(crops: Path) -> None:
+    loader = make_data(crops, batch_size=1).training_loader(0, 1)
+    epochs = [dict(drawn(loader)) for _ in range(60)]
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    for row in range(11):
+        counts = np.bincount([epoch[row] for epoch in epochs], minlength=4)
+        assert len(counts) == 4 and counts.min() >= 3, (row, counts)
+    assert len({tuple(epoch.values()) for epoch in epochs}) == 60
+    again = make_data(crops, batch_size=1).training_loader(0, 1)
+    assert dict(drawn(again)) == epochs[0]
+    assert dict(drawn(make_data(crops, batch_size=1, seed=1).training_loader(0, 1))) != epochs[0]
+
+
+def test_the_crop_of_a_row_is_the_same_for_every_number_of_ranks_and_after_a_resume(crops: Path) -> None:
+    whole = drawn(make_data(crops).training_loader(0, 1))
+    halves = [drawn(make_data(crops, batch_size=2, num_workers=rank).training_loader(rank, 2)) for rank in range(2)]
+    assert [halves[place // 2 % 2][place // 4 * 2 + place % 2] for place in range(8)] == whole
+    one = dict(drawn(make_data(crops, batch_size=1).training_loader(0, 1)))
+    assert all(one[row] == crop for row, crop in whole)
+    loader = make_data(crops).training_loader(0, 1)
+    next(iter(loader))
+    resumed = make_data(crops).training_loader(0, 1)
+    resumed.load_state_dict(loader.state_dict())
+    assert drawn(resumed) == whole[4:]
+
+
+def test_evaluation_reads_the_first_crop(crops: Path) -> None:
+    assert drawn(make_data(None, crops).evaluation_loader("validation", 0, 1)) == [(row, 0) for row in range(11)]
+
+
+def test_crops_for_training_go_with_one_for_validation(crops: Path, make_token_folder: Callable[..., Path]) -> None:
+    folder = make_token_folder(crops.parent / "one", vocab_size=44)
+    data = make_data(crops, folder)
+    assert data.folders["train"].variants == 4 and data.folders["validation"].variants == 1
+    with pytest.raises(ValueError, match="variants was 4, is None"):
+        make_data(folder, batch_size=4).training_loader(0, 1).load_state_dict(
+            {**make_data(crops).training_loader(0, 1).state_dict()}
+        )
+
+
+def test_crops_that_the_manifest_does_not_say_are_refused(crops: Path) -> None:
+    manifest = json.loads((crops / "manifest.json").read_text())
+    (crops / "manifest.json").write_text(json.dumps(manifest | {"variants": 5}))
+    with pytest.raises(ValueError, match=r"holds uint16 \(11, 4, 2, 3\); .* \(11, 5, 2, 3\)"):
+        _ = make_data(crops).folders
+
+
 def test_the_tokens_are_not_copied_to_the_workers(folder: Path) -> None:
     opened = TokenFolder(folder)
     assert isinstance(opened.tokens, np.memmap)

@@ -4,7 +4,7 @@ from PIL import Image
 
 from discrete_lit.data import keyed_random
 from discrete_lit.data.image_batches import ImagePipeline
-from discrete_lit.data.transforms import center_crop, random_crop
+from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 
 UNIFORMS = (0.6748005871, 0.3730969408, 0.2938008257, 0.1761927519)
 PERMUTATION = [4, 6, 7, 3, 5, 0, 2, 1]
@@ -105,6 +105,36 @@ def test_the_random_crop_is_a_part_of_the_resized_image(width: int, height: int)
         assert np.abs(crop - pixels[top : top + 32, left : left + 32]).max() <= 1
 
 
+@pytest.mark.parametrize(("width", "height", "scale"), [(70, 50, 1.1), (40, 45, 1.05), (200, 130, 1.3)])
+def test_ten_crops_are_torchvisions_of_adms_square(width: int, height: int, scale: float) -> None:
+    from torchvision.transforms.functional import ten_crop
+
+    image = noise(width, height)
+    crops = ten_crops(image, 32, scale)
+    square = Image.fromarray(center_crop(image, int(32 * scale)))
+    expected = [np.asarray(crop) for crop in ten_crop(square, 32)]  # the corners, then the centre
+    for part in (0, 5):
+        corners, centre = expected[part : part + 4], expected[part + 4]
+        np.testing.assert_array_equal(crops[part : part + 5], np.stack([centre, *corners]))
+
+
+def test_ten_crops_of_scale_one_are_the_centre_and_its_mirror_image() -> None:
+    image = noise(50, 40)
+    crops, centre = ten_crops(image, 32, 1.0), center_crop(image, 32)
+    assert all(np.array_equal(crop, centre) for crop in crops[:5])
+    assert all(np.array_equal(crop, centre[:, ::-1]) for crop in crops[5:])
+
+
+def test_the_crops_of_evaluation(image_bytes) -> None:
+    data = image_bytes(0, (30, 20))
+    centre = pipeline().evaluation(data)
+    flips, tens = pipeline(evaluation_crops="flip"), pipeline(evaluation_crops="ten", ten_crop_scales=(1.5, 1.0))
+    np.testing.assert_array_equal(flips.evaluation(data), np.stack([centre, centre[:, ::-1]]))
+    assert tens.evaluation(data).shape == (20, 8, 8, 3)
+    np.testing.assert_array_equal(tens.evaluation(data)[10], centre)
+    assert (pipeline().evaluation_count, flips.evaluation_count, tens.evaluation_count) == (None, 2, 20)
+
+
 def pipeline(**changes: object) -> ImagePipeline:
     settings = {"image_size": 8, "seed": 3, "crop": "random", "minimum_crop": 0.8, "flip": True, "apply_exif": False}
     return ImagePipeline(**(settings | changes))  # type: ignore[arg-type]
@@ -147,7 +177,14 @@ def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"crop": "middle"}, "crop 'middle'"), ({"minimum_crop": 0.0}, "minimum_crop"), ({"image_size": 0}, "image_size")],
+    [
+        ({"crop": "middle"}, "crop 'middle'"),
+        ({"minimum_crop": 0.0}, "minimum_crop"),
+        ({"image_size": 0}, "image_size"),
+        ({"evaluation_crops": "five"}, "crops is 'five'; it must be 'center', 'flip' or 'ten'"),
+        ({"ten_crop_scales": (1.1, 0.9)}, r"ten_crop_scales is \[1.1, 0.9\]; each must be at least 1"),
+        ({"ten_crop_scales": ()}, "ten_crop_scales is"),
+    ],
 )
 def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

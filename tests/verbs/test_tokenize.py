@@ -53,6 +53,34 @@ def test_every_row_is_the_encoding_of_its_image(tokenizer_checkpoint: Path, imag
     assert manifest["token_shape"] == [4, 4] and manifest["vocab_size"] == 12 and manifest["num_classes"] == 3
 
 
+def test_every_crop_is_encoded(tokenizer_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.data.transforms import ten_crops
+    from discrete_lit.images import from_uint8
+
+    tokenize(tokenizer_checkpoint, images, tmp_path / "tokens", "--crops", "ten", "--ten_crop_scales", "[1.5,1.25]")
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    tokens = np.load(tmp_path / "tokens" / "tokens.npy")
+    assert manifest["variants"] == 20 and manifest["token_shape"] == [4, 4] and tokens.shape == (12, 20, 4, 4)
+    tokenizer = discrete_lit.load(tokenizer_checkpoint)
+    for row, file in enumerate(sorted(images.rglob("*.png"))):
+        with Image.open(file) as image:
+            crops = np.concatenate([ten_crops(image, 8, scale) for scale in (1.5, 1.25)])
+        with torch.no_grad():
+            expected = tokenizer.encode(from_uint8(torch.from_numpy(crops).movedim(-1, 1).contiguous()))
+        np.testing.assert_array_equal(tokens[row], expected.numpy())
+    assert np.unique(tokens[0].reshape(20, -1), axis=0).shape[0] > 5
+
+
+def test_the_crop_of_evaluation_and_its_mirror_image(tokenizer_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    tokenize(tokenizer_checkpoint, images, tmp_path / "flip", "--crops", "flip")
+    tokenize(tokenizer_checkpoint, images, tmp_path / "center")
+    flip, center = (np.load(tmp_path / name / "tokens.npy") for name in ("flip", "center"))
+    assert flip.shape == (12, 2, 4, 4) and np.array_equal(flip[:, 0], center) and not np.array_equal(flip[:, 1], center)
+
+
 def test_a_generator_of_another_tokenizer_refuses_the_arrays(
     tokenizer_checkpoint: Path, generator_checkpoints: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
@@ -96,6 +124,7 @@ def test_an_unreadable_image_leaves_no_array_that_passes_for_complete(
     ("arguments", "message"),
     [
         (["--split", "validation"], "no validation split"),
+        (["--crops", "ten", "--ten_crop_scales", "[0.5]"], "ten_crop_scales is [0.5]; each must be at least 1"),
         (["--split", "val"], "split must be 'train' or 'validation', got 'val'"),
     ],
 )

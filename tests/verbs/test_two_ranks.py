@@ -38,6 +38,6 @@ def test_tokenize(tokenizer_checkpoint: Path, tmp_path: Path) -> None:
     data = json.dumps({"class_path": "discrete_lit.data.ImageFolder", "init_args": settings})
     for devices in (1, 2):
         where = ["--ckpt_path", tokenizer_checkpoint, "--data", data, "--output", tmp_path / str(devices)]
-        command("tokenize", *where, "--devices", devices)
+        command("tokenize", *where, "--devices", devices, "--crops", "flip")
     for name in ("tokens.npy", "labels.npy"):
         assert np.array_equal(np.load(tmp_path / "1" / name), np.load(tmp_path / "2" / name))
