@@ -7,19 +7,28 @@ the codes of the best block are formed once more.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Products formed at once, codes by rows. For narrow codes their maximum costs most: 2 MB of float32, which a core's
-# cache holds. For wide ones the products themselves do, and want larger matrices. On other devices 64 MB.
-_NARROW_TILE = (1024, 512)
-_WIDE_TILE = (2048, 1024)
-_WIDE = 64
-_DEVICE_TILE = (16384, 1024)
-# Codes in a block.
-_WIDTH = 32
+
+class _Tiling(NamedTuple):
+    codes: int
+    """Of a tile."""
+    rows: int
+    """Of a tile."""
+    width: int
+    """Codes of a block."""
+
+
+# For narrow codes the maximum costs most: 2 MB of float32, which a core's cache holds, in few blocks. For wide ones the
+# products do, which want larger matrices, and second products that are few. On other devices a tile has 64 MB.
+_NARROW = _Tiling(1024, 512, 64)
+_WIDE = _Tiling(2048, 1024, 16)
+_DEVICE = _Tiling(16384, 1024, 32)
+_WIDE_FROM = 64
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
@@ -52,30 +61,29 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
     if offsets is not None:
         # One more column of the product is cheaper than a sum behind it.
         rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
+    tiling = _DEVICE if rows.device.type != "cpu" else _WIDE if codes.shape[1] >= _WIDE_FROM else _NARROW
     # The last block is filled up by the last code, which comes behind its first occurrence.
-    codes = torch.cat((codes, codes[-1:].expand(-count % _WIDTH, -1)))
-    on_cpu = _WIDE_TILE if codes.shape[1] >= _WIDE else _NARROW_TILE
-    tile_codes, tile_rows = on_cpu if rows.device.type == "cpu" else _DEVICE_TILE
-    tile_rows = min(tile_rows, len(rows)) or 1
+    codes = torch.cat((codes, codes[-1:].expand(-count % tiling.width, -1)))
+    tile_rows = min(tiling.rows, len(rows)) or 1
     # Memory that every tile uses again: fresh memory costs as much as a product.
-    products = rows.new_empty(min(tile_codes, len(codes)) * tile_rows)
-    maxima = rows.new_empty(len(codes) // _WIDTH * tile_rows)
+    products = rows.new_empty(min(tiling.codes, len(codes)) * tile_rows)
+    maxima = rows.new_empty(len(codes) // tiling.width * tile_rows)
     with _full_precision():
-        ids = [_search(tile, codes, tile_codes, products, maxima) for tile in rows.split(tile_rows)]
+        ids = [_search(tile, codes, tiling, products, maxima) for tile in rows.split(tile_rows)]
     return torch.cat(ids).clamp_(max=count - 1)
 
 
-def _search(rows: Tensor, codes: Tensor, tile_codes: int, products: Tensor, maxima: Tensor) -> Tensor:
+def _search(rows: Tensor, codes: Tensor, tiling: _Tiling, products: Tensor, maxima: Tensor) -> Tensor:
     """The ids `(r,)` of rows `(r, D)` among codes `(K, D)`, with memory for a tile of products and block maxima."""
-    columns, blocks = len(rows), len(codes) // _WIDTH
+    columns, blocks = len(rows), len(codes) // tiling.width
     maxima = maxima[: blocks * columns].view(blocks, columns)
-    for part, best in zip(codes.split(tile_codes), maxima.split(tile_codes // _WIDTH), strict=True):
+    for part, best in zip(codes.split(tiling.codes), maxima.split(tiling.codes // tiling.width), strict=True):
         tile = products[: len(part) * columns].view(len(part), columns)
         torch.mm(part, rows.T, out=tile)
-        torch.amax(tile.view(len(best), _WIDTH, columns), dim=1, out=best)
+        torch.amax(tile.view(len(best), tiling.width, columns), dim=1, out=best)
     block = maxima.max(dim=0).indices
-    inside = torch.bmm(codes.unflatten(0, (-1, _WIDTH))[block], rows[:, :, None])[:, :, 0].argmax(dim=1)
-    return block * _WIDTH + inside
+    inside = torch.bmm(codes.unflatten(0, (-1, tiling.width))[block], rows[:, :, None])[:, :, 0].argmax(dim=1)
+    return block * tiling.width + inside
 
 
 @contextmanager

@@ -36,12 +36,11 @@ def test_largest_product_is_that_of_float64(rows: int, size: int, dim: int, offs
     torch.testing.assert_close(exact.gather(1, found[:, None])[:, 0], exact.amax(dim=1), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("tile", "dim"), [("_NARROW_TILE", 8), ("_WIDE_TILE", 64)])
+@pytest.mark.parametrize(("tile", "dim"), [("_NARROW", 8), ("_WIDE", 64)])
 def test_the_tile_does_not_matter(monkeypatch: pytest.MonkeyPatch, tile: str, dim: int) -> None:
     latents, codes = torch.randn(300, dim), torch.randn(5000, dim)
     found = nearest_codes(latents, codes)
-    monkeypatch.setattr(nearest, tile, (64, 7))
-    monkeypatch.setattr(nearest, "_WIDTH", 4)
+    monkeypatch.setattr(nearest, tile, nearest._Tiling(codes=64, rows=7, width=4))
     assert torch.equal(nearest_codes(latents, codes), found)
 
 
