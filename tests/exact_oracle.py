@@ -140,7 +140,7 @@ class ExactBackbone(Backbone):
         laws = self.laws[labels]
         if self.head.kind == "score":
             scores = exact_score(laws, tokens, self.process, alpha).log()
-            level = NoiseLevel(torch.zeros_like(alpha), alpha, torch.zeros_like(alpha))
+            level = NoiseLevel(torch.zeros_like(alpha), alpha, 1 - alpha, torch.zeros_like(alpha))
             # What the head adds to every logit is taken off before.
             nothing = torch.zeros_like(scores[..., : self.layout.outputs])
             added = self.head(nothing, torch.full_like(tokens, self.layout.outputs - 1), level)[..., :1]

@@ -10,6 +10,7 @@ Three distributions over K ids, or ratios of such, are called "the prediction" i
 Log-probabilities are `(B, N, K)`, log-scores `(B, N, S)` over all states, 0 at the token's own.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -82,7 +83,7 @@ class ScoreHead(Head):
         scores = at_least_float32(logits)
         if self.scale_by_noise:
             ids = scores.shape[-1] - int(self.mask_output)
-            offset = level.odds.log() - torch.log(torch.tensor(float(ids), dtype=torch.float64))
+            offset = level.odds.log() - math.log(ids)
             scores = scores + offset[..., None].to(scores.dtype)
         return scores.scatter(-1, states[..., None], 0.0)
 

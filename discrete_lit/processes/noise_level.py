@@ -1,6 +1,7 @@
 """How noisy a batch is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -15,26 +16,36 @@ class NoiseLevel:
     t: Tensor
     """In [0, 1]."""
     alpha: Tensor
-    """1 - m(t): the probability that noise has left a token alone."""
+    """The probability that noise has left a token alone, exp(-sigma)."""
+    noise: Tensor
+    """1 - alpha, m(t), as exact where it is small as alpha is where that is."""
     rate: Tensor
-    """d sigma / dt = m'(t) / (1 - m(t)), with sigma = -log alpha."""
+    """d sigma / dt = m'(t) / alpha, t being what a loss averages over."""
 
     @classmethod
     def at(cls, schedule: MaskSchedule, t: Tensor) -> "NoiseLevel":
         """The level of a schedule at times `t (B, 1)`."""
-        alpha = 1 - schedule.mask_probability(t)
-        return cls(t.double(), alpha, schedule.derivative(t) / alpha)
+        return NoiseLevel(t.double(), schedule.alpha(t), schedule.mask_probability(t), schedule.rate(t))
 
     @property
     def sigma(self) -> Tensor:
         """The total noise, -log alpha."""
-        return -torch.log(self.alpha)
+        return torch.where(self.noise < 0.5, -torch.log1p(-self.noise), -torch.log(self.alpha))
 
     @property
     def odds(self) -> Tensor:
         """1 / (exp(sigma) - 1) = alpha / (1 - alpha)."""
-        return self.alpha / (1 - self.alpha)
+        return self.alpha / self.noise
 
-    def first_rows(self, count: int) -> "NoiseLevel":
+    @property
+    def mask_weight(self) -> Tensor:
+        """m'(t) / m(t), the weight of a masked token's cross-entropy."""
+        return self.rate * self.odds
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """The levels of some of the sequences, in any number and order."""
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def first_rows(self, count: int) -> Self:
         """The levels of the first `count` sequences."""
-        return NoiseLevel(self.t[:count], self.alpha[:count], self.rate[:count])
+        return self.take(slice(count))

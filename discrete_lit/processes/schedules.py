@@ -1,7 +1,8 @@
 """Mask schedules: the probability m(t) that a token is masked at time t, from m(0) = 0 (clean) to m(1) = 1.
 
 Published forms use MaskGIT's decoding ratio r = 1 - t: its mask ratio gamma(r) is m(1 - r) here (Chang et al.,
-"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64, in forms that do not cancel near t = 0.
+"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64, in forms that do not cancel near t = 0, nor alpha = 1 - m
+near t = 1.
 """
 
 from abc import ABC, abstractmethod
@@ -26,9 +27,22 @@ class MaskSchedule(ABC):
     def inverse(self, m: Tensor) -> Tensor:
         """The t with m(t) = m."""
 
+    def alpha(self, t: Tensor) -> Tensor:
+        """1 - m(t), the probability that noise has left a token alone."""
+        return 1 - self.mask_probability(t)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """d sigma / dt = m'(t) / alpha(t), the speed of the total noise sigma = -log alpha; infinite where m is 1."""
+        return self.derivative(t) / self.alpha(t)
+
+    def ends(self) -> tuple[float, float]:
+        """m(0) and m(1); where they are not 0 and 1, what a loss averages over t may be no bound."""
+        first, last = self.mask_probability(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+        return first, last
+
 
 class CosineSchedule(MaskSchedule):
-    """m = sin(pi t / 2), which is MaskGIT's gamma(r) = cos(pi r / 2)."""
+    """m = sin(pi t / 2), which is MaskGIT's gamma(r) = cos(pi r / 2) and MD4's cosine (Shi et al., 2024)."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return torch.sin(t.double() * pi / 2)
@@ -38,6 +52,9 @@ class CosineSchedule(MaskSchedule):
 
     def inverse(self, m: Tensor) -> Tensor:
         return torch.asin(m.double()) * 2 / pi
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 2 * torch.sin((1 - t.double()) * pi / 4) ** 2
 
 
 class ArccosSchedule(MaskSchedule):
@@ -52,9 +69,13 @@ class ArccosSchedule(MaskSchedule):
     def inverse(self, m: Tensor) -> Tensor:
         return 2 * torch.sin(m.double() * pi / 4) ** 2
 
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.asin(1 - t.double()) * 2 / pi
+
 
 class LinearSchedule(MaskSchedule):
-    """m = t, gamma(r) = 1 - r."""
+    """m = t, gamma(r) = 1 - r; of absorbing D3PM the schedule that it calls mutual information, or "jsd": beta_t = 1 /
+    (T - t + 1) (Austin et al., 2021)."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return t.double()
@@ -77,6 +98,9 @@ class SquareSchedule(MaskSchedule):
 
     def inverse(self, m: Tensor) -> Tensor:
         return m.double() / (1 + torch.sqrt(1 - m.double()))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t.double()) ** 2
 
 
 class TruncatedNormalSchedule(MaskSchedule):

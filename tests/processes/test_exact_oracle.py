@@ -72,7 +72,7 @@ def test_logits_are_made_for_the_head(process: ForwardProcess, name: str) -> Non
     states = all_sequences(process.states, 3)
     labels = torch.zeros(len(states), dtype=torch.int64)
     alpha = torch.full((len(states), 1), 0.6, dtype=torch.float64)
-    level = NoiseLevel(torch.zeros_like(alpha), alpha, torch.zeros_like(alpha))
+    level = NoiseLevel(torch.zeros_like(alpha), alpha, 1 - alpha, torch.zeros_like(alpha))
     logits = backbone(states, labels, time=-alpha[:, 0].log().float())
     torch.testing.assert_close(logits, backbone.logits_at(states, labels, alpha), rtol=1e-5, atol=1e-5)
     find = {"posterior": exact_posterior, "cavity": exact_cavity, "score": exact_score}[head.kind]
