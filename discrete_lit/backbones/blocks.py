@@ -11,7 +11,7 @@ from discrete_lit.backbones.attention import Attention, AttentionBias, QueryKeyN
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.norms import Norm, NormKind
 
-MLPKind = Literal["gelu", "gelu_tanh", "swiglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]
 Condition = Tensor | tuple[Tensor, ...]
 
 
@@ -58,8 +58,8 @@ class BlockSettings:
 
 
 class MLP(nn.Module):
-    """Linear, GELU (exact or by its tanh approximation), linear; or SwiGLU, the contraction of silu(gate) x value
-    (Shazeer, "GLU Variants Improve Transformer", 2020)."""
+    """Linear, GELU (exact, by its tanh approximation, or as x sigmoid(1.702 x), ImageGPT's), linear; or SwiGLU, the
+    contraction of silu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020)."""
 
     def __init__(self, width: int, hidden: int, kind: MLPKind, bias: bool) -> None:
         super().__init__()
@@ -72,6 +72,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, value = hidden.chunk(2, dim=-1)
             return self.contract(F.silu(gate) * value)
+        if self.kind == "gelu_quick":
+            return self.contract(hidden * torch.sigmoid(1.702 * hidden))
         return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 

@@ -34,7 +34,7 @@ class Transformer(Backbone):
         heads: attention heads.
         head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
-        mlp: GELU, its tanh approximation, or SwiGLU.
+        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), or SwiGLU.
         norm: `"layer"` or `"rms"`.
         norm_epsilon: of every norm.
         norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
