@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.place_head import PlaceHead
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,18 @@ class Backbone(nn.Module, ABC):
 
     Args:
         layout: the sequence.
+
+    Attributes:
+        place_head: of a causal backbone that predicts an id in parts: what makes them of the hidden states that
+            `forward` then gives in the place of logits.
     """
+
+    place_head: PlaceHead | None
 
     def __init__(self, layout: SequenceLayout) -> None:
         super().__init__()
         self.layout = layout
+        self.place_head = None
 
     @abstractmethod
     def forward(
@@ -106,7 +114,8 @@ class Backbone(nn.Module, ABC):
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
 
         Returns:
-            float32 logits over the K ids, the mask id not among them unless the layout has its output.
+            float32 logits over the K ids, the mask id not among them unless the layout has its output; with a
+            `place_head` what it reads, `(B, rows, D)`.
 
         Raises:
             ValueError: more tokens than the layout has, or a part of a scale.

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones.backbone import SequenceLayout
+from discrete_lit.backbones.id_parts import IdParts, bits_of_vocabulary
 
-InputKind = Literal["table", "bits"]
+InputKind = Literal["table", "bits", "parts"]
 
 
 class TokenTable(nn.Module):
@@ -30,7 +31,7 @@ class BitProjection(nn.Module):
     def __init__(self, layout: SequenceLayout, width: int) -> None:
         super().__init__()
         self.layout = layout
-        self.bits = (layout.vocab_size - 1).bit_length()
+        self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bits'")
         self.project = nn.Linear(layout.parts * self.bits, width)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n * parts) -> (B, n, D)
@@ -38,6 +39,20 @@ class BitProjection(nn.Module):
         signs = ((tokens[..., None] >> shifts) & 1) * 2 - 1
         signs = signs.masked_fill((tokens == self.layout.mask_id)[..., None], 0)
         return self.project(signs.unflatten(1, (-1, self.layout.parts)).flatten(2).to(self.project.weight.dtype))
+
+
+class PartTables(nn.Module):
+    """The sum of a learned vector for each part of an id (Luo et al., "Open-MAGVIT2", 2024)."""
+
+    def __init__(self, parts: IdParts, width: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in parts.sizes)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
+        parts = self.parts.split(tokens).unbind(dim=-1)
+        vectors = [table(part) for table, part in zip(self.tables, parts, strict=True)]
+        return torch.stack(vectors).sum(dim=0)
 
 
 class VectorProjection(nn.Module):
@@ -68,18 +83,34 @@ class TimeEmbedding(nn.Module):
         return self.layers(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
 
-def embed_tokens(layout: SequenceLayout, width: int, kind: InputKind) -> TokenTable | BitProjection | VectorProjection:
+def embed_tokens(
+    layout: SequenceLayout, width: int, kind: InputKind, parts: IdParts | None
+) -> TokenTable | BitProjection | PartTables | VectorProjection:
     """The embedding that a layout needs.
 
+    Args:
+        layout: the sequence.
+        width: D.
+        kind: of ids.
+        parts: that a place head predicts an id in; None without one.
+
     Raises:
-        ValueError: bits of a vocabulary that is no power of two, or a table for several ids at a place.
+        ValueError: bits of a vocabulary that is no power of two, parts without a place head, a table for several ids at
+            a place, or one of all ids beside a place head.
     """
     if layout.input_dim is not None:
         return VectorProjection(layout, width)
     if kind == "bits":
-        if layout.vocab_size & (layout.vocab_size - 1):
-            raise ValueError(f"token_embedding='bits' needs a vocabulary that is a power of 2, got {layout.vocab_size}")
         return BitProjection(layout, width)
+    if kind == "parts":
+        if parts is None:
+            raise ValueError("token_embedding='parts' embeds the parts that a place_head predicts: give one")
+        return PartTables(IdParts(parts.sizes, layout.vocab_size), width)
+    if parts is not None:
+        raise ValueError(
+            f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
+            "to avoid: use 'bits' or 'parts'"
+        )
     if layout.parts > 1:
         raise ValueError(f"token_embedding='table' has one id at a place, this sequence has {layout.parts}: use 'bits'")
     return TokenTable(layout, width)

@@ -40,9 +40,19 @@ def check_layout(
 ) -> None:
     if target_positions and layout.attention != "causal":
         raise ValueError(f"target_positions belong to a causal sequence, this one is {layout.attention}")
-    if tied and (layout.input_dim is not None or embedding == "bits"):
+    if tied and (layout.input_dim is not None or embedding != "table"):
         raise ValueError("tied=true needs a table of token embeddings")
     if long_skips and depth % 2 == 0:
         raise ValueError(f"long_skips join the two halves around a middle block: depth must be odd, got {depth}")
     if layout.parts > 1 and layout.attention != "bidirectional":
-        raise ValueError(f"several ids at a place need bidirectional attention, this sequence is {layout.attention}")
+        raise ValueError(
+            f"several ids at a place need bidirectional attention, this sequence is {layout.attention}: a place_head "
+            "predicts the parts of an id"
+        )
+
+
+def check_place_head(layout: SequenceLayout, head_transform: bool, head_bias: bool | str | None) -> None:
+    if layout.attention != "causal":
+        raise ValueError(f"a place_head predicts the next id of a causal sequence, this one is {layout.attention}")
+    if head_transform or head_bias is not None:
+        raise ValueError("head_transform and head_bias belong to logits of all ids: a place_head has its own")

@@ -1,6 +1,7 @@
 """The transformer that every generator shares."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, Literal, cast
 
@@ -16,8 +17,9 @@ from discrete_lit.backbones.embedding import InputKind, TimeEmbedding, TokenTabl
 from discrete_lit.backbones.flops import cache_flops, pass_flops
 from discrete_lit.backbones.head import Head
 from discrete_lit.backbones.norms import Norm, NormKind
+from discrete_lit.backbones.place_head import PlaceHead
 from discrete_lit.backbones.positions import PositionKind, Positions
-from discrete_lit.backbones.switches import check_layout, check_switches
+from discrete_lit.backbones.switches import check_layout, check_place_head, check_switches
 
 
 class Transformer(Backbone):
@@ -46,7 +48,8 @@ class Transformer(Backbone):
             grid; what stands before the first place of the sequence is not rotated on a grid.
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
         target_positions: learned embeddings of the place that each element predicts (RAR).
-        token_embedding: of ids: a table, or a linear map of their bits (MaskBit).
+        token_embedding: of ids: a table, a linear map of their bits (MaskBit), or the sum of a table for each of the
+            parts that `place_head` predicts (Open-MAGVIT2).
         conditioning: `"prefix"`, `"adaln"` or `"prefix_adaln"`.
         condition_width: of the class and time embeddings that modulate; `width` by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
@@ -59,6 +62,8 @@ class Transformer(Backbone):
         head_bias: of the logits; as `bias` by default; `"place"` has one of each place.
         head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
         tied: the logits' weight is the token embedding's.
+        place_head: of a causal sequence, in the place of logits of all ids, for vocabularies too large for them: a
+            `FactorisedHead` or a `MaskedBitHead`. The transformer then ends without a norm.
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
         dropout: on embeddings, attention weights and residual branches, in [0, 1).
         drop_path: stochastic depth of the last block, growing linearly from the first.
@@ -102,13 +107,14 @@ class Transformer(Backbone):
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool = False,
         tied: bool = False,
+        place_head: Callable[[BlockSettings, int], PlaceHead] | None = None,
         long_skips: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         recompute: bool = False,
     ) -> None:
         super().__init__(layout)
-        modulated = conditioning != "prefix"
+        self.modulated = modulated = conditioning != "prefix"
         self.causal = layout.attention != "bidirectional"
         self.prefix = conditioning != "adaln"
         check_switches(
@@ -125,6 +131,8 @@ class Transformer(Backbone):
             self.prefix,
         )
         check_layout(layout, depth, target_positions, token_embedding, tied, long_skips)
+        if place_head is not None:
+            check_place_head(layout, head_transform, head_bias)
         if mlp_hidden is None:
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
@@ -134,8 +142,32 @@ class Transformer(Backbone):
         # What stands in the sequence at most: a causal backbone never reads the last token.
         self.places = self.starts + layout.places - int(self.causal)
 
-        self.token_embedding = embed_tokens(layout, width, token_embedding)
         condition_width = condition_width or width
+        affine = not modulated if norm_affine is None else norm_affine
+        own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
+        norm_bias = bias if norm_bias is None else norm_bias
+        settings = BlockSettings(
+            width,
+            heads,
+            self.head_dim,
+            mlp_hidden,
+            norm,
+            norm_epsilon,
+            norm_first,
+            affine,
+            own if modulated else None,
+            mlp,
+            qk_norm,
+            ("all" if bias else "none") if attention_bias is None else attention_bias,
+            bias if out_bias is None else out_bias,
+            norm_bias,
+            bias,
+            condition_width,
+            dropout,
+        )
+        made = None if place_head is None else place_head(settings, layout.vocab_size)
+
+        self.token_embedding = embed_tokens(layout, width, token_embedding, None if made is None else made.parts)
         self.class_embedding = nn.Embedding(layout.num_classes + 1, condition_width)
         self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
         learned = self.starts - int(self.prefix)
@@ -147,45 +179,23 @@ class Transformer(Backbone):
 
         self.condition_positions = nn.Parameter(torch.empty(self.places, width)) if condition_positions else None
         self.shared_modulation = Modulation(width, width, 6) if shared_modulation else None
-        affine = not modulated if norm_affine is None else norm_affine
-        own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
-        norm_bias = bias if norm_bias is None else norm_bias
         self.blocks = nn.ModuleList(
-            Block(
-                BlockSettings(
-                    width,
-                    heads,
-                    self.head_dim,
-                    mlp_hidden,
-                    norm,
-                    norm_epsilon,
-                    norm_first,
-                    affine,
-                    own if modulated else None,
-                    mlp,
-                    qk_norm,
-                    ("all" if bias else "none") if attention_bias is None else attention_bias,
-                    bias if out_bias is None else out_bias,
-                    norm_bias,
-                    bias,
-                    condition_width,
-                    dropout,
-                    drop_path * layer / max(depth - 1, 1),
-                )
-            )
-            for layer in range(depth)
+            Block(replace(settings, drop_path=drop_path * layer / max(depth - 1, 1))) for layer in range(depth)
         )
         self.skips = None
         if long_skips:
             self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth // 2))
-        self.final_norm = None
-        if norm_first:
-            offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
-            self.final_norm = Norm(width, norm, affine, offset, norm_epsilon)
-        self.final_modulation = Modulation(condition_width, width, 2) if modulated else None
-        head_offset = bias if head_bias is None else head_bias
-        outputs = layout.parts * layout.outputs
-        self.head = Head(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
+        self.final_norm = self.final_modulation = self.head = None
+        if made is not None:
+            self.place_head = made
+        else:
+            if norm_first:
+                offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
+                self.final_norm = Norm(width, norm, affine, offset, norm_epsilon)
+            self.final_modulation = Modulation(condition_width, width, 2) if modulated else None
+            head_offset = bias if head_bias is None else head_bias
+            outputs = layout.parts * layout.outputs
+            self.head = Head(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
         self.tied = tied
         self.recompute = recompute
         self.register_buffer("mask", _scale_mask(layout), persistent=False)
@@ -228,6 +238,8 @@ class Transformer(Backbone):
         if self.final_modulation is not None:
             shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
             hidden = hidden * (1 + scale) + shift
+        if self.head is None:
+            return hidden
         tied = None
         if self.tied:
             tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.outputs]
@@ -277,7 +289,7 @@ class Transformer(Backbone):
 
     def _condition(self, class_vectors: Tensor, time: Tensor | None, filled: int, count: int) -> Tensor | None:
         """`(B, 1, D)`, or `(B, count, D)` where the condition changes along the sequence; None for a prefix alone."""
-        if self.final_modulation is None:
+        if not self.modulated:
             return None
         condition = class_vectors[:, None]
         if time is not None and self.time_embedding is not None:
@@ -331,13 +343,14 @@ class Transformer(Backbone):
 
     def new_cache(self, labels: Tensor) -> Cache:
         modulations: list[tuple[Tensor, ...]] = []
-        if self.final_modulation is not None and self.condition_positions is None and not self.layout.timed:
+        if self.modulated and self.condition_positions is None and not self.layout.timed:
             condition = self.class_embedding(labels)[:, None]
             shared = condition
             if self.shared_modulation is not None:
                 shared = torch.cat(self.shared_modulation(condition), dim=-1)
             modulations = [cast(Block, block).modulate(shared) for block in self.blocks]
-            modulations.append(self.final_modulation(condition))
+            if self.final_modulation is not None:
+                modulations.append(self.final_modulation(condition))
         if not self.causal:
             return Cache(modulations, None)
         weight = self.class_embedding.weight

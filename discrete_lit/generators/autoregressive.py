@@ -21,6 +21,10 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 class Autoregressive(Generator):
     """p(x | y) as the product over an order of p(x_n | x_1 ... x_{n-1}, y).
 
+    A large vocabulary needs no softmax over all ids: with a `place_head` the backbone predicts the parts of an id
+    (`FactorisedHead`: Open-MAGVIT2, or groups of bits) or its bits (`MaskedBitHead`: BAR), which the `BARSampler` draws
+    in a few steps.
+
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
         image_size: side of the images in pixels.
@@ -101,17 +105,19 @@ class Autoregressive(Generator):
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         if self.annealed and self.training:
             orders = self._training_orders(random)
-            values = self._cross_entropy(tokens.gather(1, orders), labels, orders)
+            values, weights = self._losses(tokens.gather(1, orders), labels, orders, random)
         else:
-            values = self._cross_entropy(tokens, labels, self._given_order(len(tokens)))
+            values, weights = self._losses(tokens, labels, self._given_order(len(tokens)), random)
         place = (torch.arange(self.length, device=tokens.device) + 0.5) / self.length
-        return TokenLosses(values, torch.ones_like(values), place.expand_as(values))
+        return TokenLosses(values, weights, place.expand_as(values))
 
     @torch.no_grad()
     def log_likelihood(
         self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None, order: Tensor | None = None
     ) -> Likelihood:
         """log p(tokens | label) in nats, exact, in this generator's order or along another.
+
+        The parts or bits of an id come in turn, the least significant first.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
@@ -130,7 +136,10 @@ class Autoregressive(Generator):
             if sorted(order.tolist()) != list(range(self.length)):
                 raise ValueError(f"order must have each of the {self.length} places 0 to {self.length - 1} once")
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
-        return Likelihood(-self._cross_entropy(sequences, labels, orders).double().sum(dim=1), "exact")
+        outputs = self.backbone(sequences[:, :-1], labels, order=orders)
+        head = self.backbone.place_head
+        nats = -self._cross_entropy(outputs, sequences) if head is None else head.log_likelihood(outputs, sequences)
+        return Likelihood(nats.double().sum(dim=1), "exact")
 
     def sampled_backbone(self) -> Backbone:
         return self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
@@ -151,7 +160,15 @@ class Autoregressive(Generator):
     def _given_order(self, count: int) -> Tensor | None:
         return None if self.fixed_order is None else self.fixed_order.expand(count, -1)
 
-    def _cross_entropy(self, sequences: Tensor, labels: Tensor, orders: Tensor | None) -> Tensor:
-        """`(B, N)` nats for every token of a sequence given those before it; `orders (B, N)` of their places."""
-        logits = self.backbone(sequences[:, :-1], labels, order=orders)  # (B, N, K)
+    def _losses(
+        self, sequences: Tensor, labels: Tensor, orders: Tensor | None, random: CounterRandom
+    ) -> tuple[Tensor, Tensor]:
+        """Nats and weights `(B, N)` of every token given those before it; `orders (B, N)` of their places."""
+        outputs = self.backbone(sequences[:, :-1], labels, order=orders)  # (B, N, K), or (B, N, D) for a head
+        if self.backbone.place_head is not None:
+            return self.backbone.place_head.losses(outputs, sequences, random)
+        values = self._cross_entropy(outputs, sequences)
+        return values, torch.ones_like(values)
+
+    def _cross_entropy(self, logits: Tensor, sequences: Tensor) -> Tensor:
         return F.cross_entropy(logits.flatten(0, 1), sequences.flatten(), reduction="none").view_as(sequences)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.id_parts import bits_of_vocabulary
+
 
 class BitGroups:
     """Splits ids into units of b / g bits each and joins them; group 0 has the least significant bits.
@@ -16,11 +18,7 @@ class BitGroups:
     """
 
     def __init__(self, vocab_size: int, groups: int) -> None:
-        bits = vocab_size.bit_length() - 1
-        if vocab_size != 2**bits or bits == 0:
-            raise ValueError(
-                f"bit_groups={groups} needs a vocabulary that is a power of 2, the tokenizer's is {vocab_size}"
-            )
+        bits = bits_of_vocabulary(vocab_size, f"bit_groups={groups}")
         if groups < 1 or bits % groups:
             raise ValueError(f"bit_groups must divide the {bits} bits of an id, got {groups}")
         self.groups = groups

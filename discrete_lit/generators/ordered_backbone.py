@@ -19,6 +19,7 @@ class OrderedBackbone(Backbone):
     def __init__(self, backbone: Backbone, order: Tensor) -> None:
         super().__init__(replace(backbone.layout, any_order=False))
         self.backbone = backbone
+        self.place_head = backbone.place_head
         self.order = order
 
     def forward(

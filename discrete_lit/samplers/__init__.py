@@ -1,5 +1,6 @@
 """Samplers draw tokens from a backbone. Plain PyTorch."""
 
+from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.confidence import ConfidenceSampler
 from discrete_lit.samplers.drawing import Drawing, SamplerOutput, TraceStep
 from discrete_lit.samplers.halton import HaltonSampler
@@ -7,6 +8,7 @@ from discrete_lit.samplers.halton_confidence import HaltonConfidenceSampler
 from discrete_lit.samplers.maskbit import MaskBitSampler
 from discrete_lit.samplers.maskgit import MaskGITSampler
 from discrete_lit.samplers.next_scale import NextScaleSampler
+from discrete_lit.samplers.open_magvit2 import OpenMAGVIT2Sampler, PartSettings
 from discrete_lit.samplers.ordered import RandomOrderSampler
 from discrete_lit.samplers.parallel import ParallelSampler
 from discrete_lit.samplers.raster import RasterSampler
@@ -14,6 +16,7 @@ from discrete_lit.samplers.sampler import Sampler
 from discrete_lit.samplers.titok import TiTokSampler
 
 __all__ = [
+    "BARSampler",
     "ConfidenceSampler",
     "Drawing",
     "HaltonConfidenceSampler",
@@ -21,7 +24,9 @@ __all__ = [
     "MaskBitSampler",
     "MaskGITSampler",
     "NextScaleSampler",
+    "OpenMAGVIT2Sampler",
     "ParallelSampler",
+    "PartSettings",
     "RandomOrderSampler",
     "RasterSampler",
     "Sampler",

@@ -36,7 +36,8 @@ class SamplerOutput:
     sequential_passes: int
     """Passes that follow one another; the two evaluations of a guided step are one pass."""
     flops: int
-    """Floating-point operations of the network's matrix products for each image, null evaluations included."""
+    """Floating-point operations of the network's matrix products for each image, null evaluations included; those of a
+    place head too, whose passes over one place are not counted otherwise."""
     trace: tuple[TraceStep, ...] | None = None
     """One entry for each pass, where it was asked for."""
 
@@ -160,6 +161,19 @@ class Drawing:
         self._calls += evaluations
         self._passes += 1
         self._flops += self.backbone.flops(evaluations, tokens, cache)
+
+    def count_head(self, evaluations: int, flops: int) -> None:
+        """Note a pass of a place head over one place.
+
+        Args:
+            evaluations: of the head for each image.
+            flops: of each.
+        """
+        self._flops += evaluations * flops
+
+    def begin(self, tokens: Tensor) -> None:
+        """Let the trace begin with `tokens (B, N)`, where it is not with the mask id at all that is to be drawn."""
+        self._before = tokens
 
     def record(self, tokens: Tensor, confidence: Tensor) -> None:
         """Add a step to the trace, if there is one.

@@ -13,6 +13,7 @@ Every scale here is the s of `uncond + s (cond - uncond)`. What the repositories
 | MaskBit `cosine` g | `power_cosine`, 1 + g: r = i / T |
 """
 
+from collections.abc import Sequence
 from math import cos, pi
 from typing import Literal
 
@@ -36,6 +37,11 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
         `(..., K)`, to be normalised by a softmax.
     """
     return unconditional + scale * (conditional - unconditional)
+
+
+def guided_steps(scales: Sequence[float]) -> int:
+    """Steps until the last guided one of `scales`, itself included."""
+    return max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
 
 def guidance_scales(

@@ -8,7 +8,7 @@ from torch import Tensor
 from discrete_lit.processes import Purpose
 from discrete_lit.samplers.decoder import GuidedDecoder
 from discrete_lit.samplers.drawing import Drawing, ScaleQuantizer
-from discrete_lit.samplers.guidance import GuidanceSchedule
+from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
 from discrete_lit.samplers.sampler import Sampler
 
 
@@ -38,13 +38,14 @@ class NextScaleSampler(Sampler):
 
     def draw(self, drawing: Drawing) -> Tensor:
         layout, lengths, quantizer = drawing.layout, drawing.layout.scales, self._quantizer(drawing)
-        decoder = GuidedDecoder(drawing, self.scales(len(lengths)))
+        scales = self.scales(len(lengths))
+        decoder = GuidedDecoder(drawing, guided_steps(scales))
         uniforms = drawing.random.uniform(Purpose.TOKEN, layout.length)
         tokens = drawing.start()
         inputs, f_hat, start = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0, 0
         for number, count in enumerate(lengths):
             here = slice(start, start + count)
-            logits = decoder(inputs, number)  # (B, s^2, K)
+            logits = decoder.guide(decoder(inputs, number), scales[number])  # (B, s^2, K)
             drawn, log_probability = self.choose(logits, uniforms[:, here])
             given = tokens[:, here] != layout.mask_id
             tokens[:, here] = torch.where(given, tokens[:, here], drawn)

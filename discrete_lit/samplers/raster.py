@@ -6,9 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones import PlaceHead
 from discrete_lit.processes import Purpose
 from discrete_lit.samplers.decoder import GuidedDecoder
 from discrete_lit.samplers.drawing import Drawing
+from discrete_lit.samplers.guidance import guided_steps
 from discrete_lit.samplers.sampler import Sampler
 
 
@@ -16,7 +18,9 @@ class RasterSampler(Sampler):
     """Ancestral sampling of an autoregressive generator: N single-token passes, fewer where the first are given.
 
     It can keep tokens that come first in the order (a prefix), whose conditional law is then exact; with
-    `order="random"` those at any places, since the order begins with them.
+    `order="random"` those at any places, since the order begins with them. Where the generator has a place head, the
+    parts of an id (its bits) are drawn in turn, each with the settings below: the law is exactly that of
+    `log_likelihood`.
 
     Args:
         order: `"raster"`; of a backbone of any order also `"random"`, another order for each sequence, or the places in
@@ -41,22 +45,62 @@ class RasterSampler(Sampler):
 
     def draw(self, drawing: Drawing) -> Tensor:
         order = self._order(drawing)
-        length = drawing.layout.length
-        scales = self.scales(length)
+        length, head = drawing.layout.length, drawing.backbone.place_head
+        scales = self.part_scales(length, head)
         tokens = drawing.start() if order is None else drawing.start().gather(1, order)
         given = tokens != drawing.layout.mask_id
         first = self._common_prefix(given)
-        decoder = GuidedDecoder(drawing, scales, order)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, length)
+        decoder = GuidedDecoder(drawing, max(guided_steps(part) for part in scales), order)
+        uniforms = drawing.random.uniform(Purpose.TOKEN, length * self.draws(head)).unflatten(1, (length, -1))
         unread = 0
         for place in range(first, length):
-            logits = decoder(tokens[:, unread:place], place)[:, -1:]  # (B, 1, K)
+            output = decoder(tokens[:, unread:place], place)[:, -1:]  # (B, 1, K), or (B, 1, D) for a head
             unread = place
-            drawn, log_probability = self.choose(logits, uniforms[:, place : place + 1])
             here = slice(place, place + 1)
+            at_place = [part[place] for part in scales]
+            if head is None:
+                drawn, log_probability = self.choose(decoder.guide(output, at_place[0]), uniforms[:, here, 0])
+            else:
+                drawn, log_probability = self.draw_id(head, decoder, output, at_place, uniforms[:, here])
             tokens[:, here] = torch.where(given[:, here], tokens[:, here], drawn)
             self._record(drawing, tokens, order, place, log_probability.masked_fill(given[:, here], torch.nan))
         return _to_raster(tokens, order)
+
+    def draws(self, head: PlaceHead | None) -> int:
+        """Uniform numbers for each id."""
+        return 1 if head is None else len(head.parts)
+
+    def part_scales(self, steps: int, head: PlaceHead | None) -> list[list[float]]:
+        """The guidance scale of each part of an id at each of the `steps` places."""
+        return [self.scales(steps)] * (1 if head is None else len(head.parts))
+
+    def part_sampler(self, number: int) -> Sampler:
+        """Whose temperature and filters a part of an id is drawn with."""
+        return self
+
+    def draw_id(
+        self, head: PlaceHead, decoder: GuidedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw the parts of one id.
+
+        Args:
+            head: of the backbone.
+            decoder: which rows of this step are guided.
+            hidden: `(B or 2 B, 1, D)` of the place.
+            scales: of the guidance of each part.
+            uniforms: `(B, 1, draws)`.
+
+        Returns:
+            Ids `(B, 1)` and their log-probabilities `(B, 1)`.
+        """
+        known = uniforms.new_zeros((len(uniforms), 1, 0), dtype=torch.int64)
+        total = uniforms.new_zeros((len(uniforms), 1))
+        for number, scale in enumerate(scales):
+            decoder.drawing.count_head(1 + decoder.doubled, head.flops(number))
+            logits = decoder.guide(head.part_logits(hidden, decoder.rows(known)), scale)
+            part, log_probability = self.part_sampler(number).choose(logits, uniforms[..., number])
+            known, total = torch.cat((known, part[..., None]), dim=-1), total + log_probability
+        return head.parts.join(known), total
 
     def _order(self, drawing: Drawing) -> Tensor | None:
         """`(B, N)`, or None for the raster order."""

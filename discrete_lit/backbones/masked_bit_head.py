@@ -1,0 +1,153 @@
+"""Masked bit modelling of an id (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling" (BAR), 2026)."""
+
+from math import ceil, pi
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.backbones.blocks import MLP, BlockSettings, Modulation
+from discrete_lit.backbones.flops import linear_flops
+from discrete_lit.backbones.head import Head
+from discrete_lit.backbones.id_parts import bits_of_vocabulary
+from discrete_lit.backbones.norms import Norm
+from discrete_lit.backbones.place_head import PlaceHead
+from discrete_lit.processes import CounterRandom, Purpose
+
+# The share of masked bits in training is the sigmoid of a normal number of this deviation.
+_RATIO_DEVIATION = 0.8
+_EPSILON = 1e-6
+
+
+class MaskedBitHead(PlaceHead):
+    """An MLP that predicts the masked bits of an id from the others, for 2^b ids.
+
+    Its input is an embedding of each bit (0, 1 or masked), its condition the place's hidden state and the share of
+    masked bits. In training the share is the sigmoid of a normal number of deviation 0.8, and the loss the mean
+    cross-entropy of a bit, times b, in which a bit that was not masked counts `unmasked_weight`. In eval mode the
+    number of masked bits k is uniform in 1 ... b and the loss `b / k` times the sum of their cross-entropies: an
+    unbiased estimate of the bound that is the mean over all orders of revealing the bits one by one. `log_likelihood`
+    is exact for the model that reveals them in turn, the least significant first.
+
+    Args:
+        block: settings of the trunk's blocks; their width is D.
+        vocab_size: K = 2^b.
+        width: of the MLP; 2048 in BAR.
+        depth: its blocks, at least 1; 3 in BAR.
+        unmasked_weight: in [0, 1]; 0.1 in BAR's code.
+
+    Raises:
+        ValueError: a vocabulary that is no power of two, or a setting out of its range.
+    """
+
+    def __init__(
+        self, block: BlockSettings, vocab_size: int, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
+    ) -> None:
+        bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
+        super().__init__((2,) * bits, vocab_size)
+        if depth < 1 or width < 1:
+            raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
+        if not 0 <= unmasked_weight <= 1:
+            raise ValueError(f"unmasked_weight must lie in [0, 1], got {unmasked_weight}")
+        self.bits = bits
+        self.masked_bit = 2
+        self.unmasked_weight = unmasked_weight
+        each = ceil(width / bits)
+        self.norm = Norm(block.width, "rms", epsilon=_EPSILON)
+        self.condition_proj = nn.Linear(block.width, width)
+        self.input_embed = nn.Embedding(3, each)
+        self.input_proj = nn.Linear(bits * each, width)
+        self.ln_pre = Norm(width, "rms", epsilon=_EPSILON)
+        self.t_embedder = RatioEmbedding(width)
+        self.transformer = nn.ModuleList(BitBlock(width) for _ in range(depth))
+        self.adaln_before_head = ModulatedNorm(width)
+        self.output_embed = Head(width, 1, 2 * bits, False, True, False, _EPSILON)
+
+    def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
+        """Logits of every bit.
+
+        Args:
+            hidden: `(B, n, D)`.
+            bits: `(B, n, b)` int64, the least significant first: 0, 1, or `masked_bit`.
+
+        Returns:
+            `(B, n, b, 2)` float32.
+        """
+        ratio = (bits == self.masked_bit).float().mean(dim=-1)
+        condition = F.silu(self.t_embedder(ratio) + self.condition_proj(self.norm(hidden)))
+        x = self.ln_pre(self.input_proj(self.input_embed(bits).flatten(-2)))
+        for block in self.transformer:
+            x = block(x, condition)
+        return self.output_embed(self.adaln_before_head(x, condition)).unflatten(-1, (self.bits, 2))
+
+    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+        number = known.shape[-1]
+        bits = F.pad(known, (0, self.bits - number), value=self.masked_bit)
+        return self.bit_logits(hidden, bits)[:, :, number]
+
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        bits = self.parts.split(ids)
+        masked = self._masks(ids.shape[1], random)
+        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
+        nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
+        weights = masked.float().clamp(min=self.unmasked_weight if self.training else 0.0)
+        total = weights.sum(dim=-1)
+        values = self.bits * (nats * weights).sum(dim=-1) / total
+        return values, total / self.bits if self.training else torch.ones_like(total)
+
+    def flops(self, known: int) -> int:
+        return linear_flops(self)
+
+    def _masks(self, places: int, random: CounterRandom) -> Tensor:
+        """`(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
+        if self.training:
+            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, places))
+            counts = (self.bits * ratio).round().clamp(min=1)
+        else:
+            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, places)).ceil()
+        uniforms = random.uniform(Purpose.MASK_ORDER, places * self.bits).unflatten(1, (places, self.bits))
+        return uniforms.argsort(dim=-1).argsort(dim=-1) < counts[..., None]
+
+
+class BitBlock(nn.Module):
+    """A gated MLP, modulated and residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_ln = Norm(width, "rms", epsilon=_EPSILON)
+        self.mlp = MLP(width, 8 * width // 3, "swiglu", True)
+        self.adaLN_modulation = Modulation(width, width, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
+        shift, scale, gate = self.adaLN_modulation(condition)
+        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+
+
+class ModulatedNorm(nn.Module):
+    """RMSNorm with a shift and a scale from the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width, "rms", epsilon=_EPSILON)
+        self.adaLN_modulation = Modulation(width, width, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
+        shift, scale = self.adaLN_modulation(condition)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class RatioEmbedding(nn.Module):
+    """Sines and cosines of a share in [0, 1] at fixed random frequencies, then two linear layers with SiLU between them
+    (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", 2020)."""
+
+    W: Tensor
+
+    def __init__(self, width: int, waves: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("W", torch.randn(waves))
+        self.mlp = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, ratio: Tensor) -> Tensor:  # (...) -> (..., width)
+        angles = 2 * pi * ratio[..., None] * self.W
+        waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return self.mlp(waves.to(self.W.dtype))

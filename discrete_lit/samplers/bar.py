@@ -1,0 +1,97 @@
+"""BAR's sampler (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling", 2026)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones import MaskedBitHead, PlaceHead
+from discrete_lit.samplers.categorical import draw_categorical, filter_logits
+from discrete_lit.samplers.decoder import GuidedDecoder
+from discrete_lit.samplers.guidance import GuidanceSchedule
+from discrete_lit.samplers.raster import RasterSampler
+
+
+class BARSampler(RasterSampler):
+    """Place after place; the bits of an id in a few steps, in each of which the surest of the masked bits stay.
+
+    With tau = `choice_temperature (1 - i / T)` at step i of T, a bit is drawn from softmax(logits / tau), by the larger
+    logit where tau is 0; its confidence is the guided logit of what was drawn plus tau times Gumbel noise. Logits are
+    divided by the temperature before. The last step keeps all bits.
+
+    Args:
+        bit_counts: bits that are revealed in each of the T steps; they add up to the bits of an id. (2, 2, 5, 7) of 16
+            is published.
+        choice_temperature: of both noises, >= 0; 2.5 for BAR-B, 3.0 for BAR-L.
+        guidance_scale: 5.0 for BAR-B, 5.3 for BAR-L; on the logits of the bits.
+        guidance_schedule: over the places; `linear` is BAR's.
+        settings: of `RasterSampler` and `Sampler`.
+
+    Raises:
+        ValueError: a setting out of its range; in use, a generator without a `MaskedBitHead`, or one of ids of another
+            number of bits.
+    """
+
+    def __init__(
+        self,
+        bit_counts: Sequence[int] = (2, 2, 5, 7),
+        choice_temperature: float = 2.5,
+        guidance_scale: float = 5.0,
+        guidance_schedule: GuidanceSchedule = "linear",
+        **settings: Any,
+    ) -> None:
+        super().__init__(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, **settings)
+        if not bit_counts or min(bit_counts) < 1:
+            raise ValueError(f"bit_counts must have one step or more, of at least 1 bit each, got {list(bit_counts)}")
+        if choice_temperature < 0:
+            raise ValueError(f"choice_temperature must be >= 0, got {choice_temperature}")
+        self.bit_counts = tuple(bit_counts)
+        self.choice_temperature = choice_temperature
+
+    def draws(self, head: PlaceHead | None) -> int:
+        return 2 * len(self.bit_counts) * len(self._checked(head).parts)
+
+    def part_scales(self, steps: int, head: PlaceHead | None) -> list[list[float]]:
+        return [self.scales(steps)]
+
+    def draw_id(
+        self, head: PlaceHead, decoder: GuidedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        head, steps = self._checked(head), len(self.bit_counts)
+        noise = uniforms.unflatten(-1, (steps, 2, head.bits))
+        bits = torch.full_like(noise[:, :, 0, 0], head.masked_bit, dtype=torch.int64)  # (B, 1, b)
+        total = uniforms.new_zeros((len(uniforms), 1))
+        hidden_bits = head.bits
+        for step, count in enumerate(self.bit_counts):
+            decoder.drawing.count_head(1 + decoder.doubled, head.flops(0))
+            logits = decoder.guide(head.bit_logits(hidden, decoder.rows(bits)), scales[0]) / self.temperature
+            tau = self.choice_temperature * (1 - step / steps)
+            drawn = self._draw_bits(logits, noise[:, :, step, 0], tau)
+            score = logits.gather(-1, drawn[..., None])[..., 0]
+            masked = bits == head.masked_bit
+            confidence = score - tau * torch.log(-torch.log(noise[:, :, step, 1]))
+            hidden_bits -= count
+            rank = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1).argsort(dim=-1)
+            revealed = masked & (rank >= hidden_bits)
+            bits = torch.where(revealed, drawn, bits)
+            total = total + ((score - logits.logsumexp(dim=-1)) * revealed).sum(dim=-1)
+        return head.parts.join(bits), total
+
+    def _draw_bits(self, logits: Tensor, uniforms: Tensor, tau: float) -> Tensor:
+        if tau == 0:
+            return logits.argmax(dim=-1)
+        return draw_categorical(filter_logits(logits, self.top_k, self.top_p) / tau, uniforms)
+
+    def _checked(self, head: PlaceHead | None) -> MaskedBitHead:
+        if not isinstance(head, MaskedBitHead):
+            raise ValueError(
+                f"BARSampler draws the bits of a generator with a MaskedBitHead, this one has "
+                f"{'no place_head' if head is None else 'a ' + type(head).__name__}"
+            )
+        if sum(self.bit_counts) != head.bits:
+            raise ValueError(
+                f"bit_counts={list(self.bit_counts)} reveal {sum(self.bit_counts)} bits, "
+                f"an id of this generator has {head.bits}"
+            )
+        return head

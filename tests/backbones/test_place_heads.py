@@ -1,0 +1,322 @@
+"""Heads that predict an id in parts: laws that sum to 1, losses, costs, and no tensor as large as the vocabulary."""
+
+from itertools import permutations
+
+import pytest
+import torch
+from random_weights import randomise
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from discrete_lit.backbones import (
+    BlockSettings,
+    FactorisedHead,
+    MaskedBitHead,
+    PlaceHead,
+    SequenceLayout,
+    Transformer,
+)
+from discrete_lit.backbones.id_parts import IdParts
+from discrete_lit.processes import CounterRandom
+
+BLOCK = BlockSettings(8, 2, 4, 16)
+
+
+def factorised(vocab_size: int, sizes: tuple[int, ...], block: BlockSettings = BLOCK) -> FactorisedHead:
+    return randomise(FactorisedHead(block, vocab_size, sizes), 0.6).eval()
+
+
+def masked_bits(vocab_size: int, **settings) -> MaskedBitHead:
+    return randomise(MaskedBitHead(BLOCK, vocab_size, **{"width": 12, "depth": 2, **settings}), 0.2).eval()
+
+
+HEADS = {
+    "two parts": lambda: factorised(24, (4, 6)),
+    "three parts": lambda: factorised(24, (2, 4, 3)),
+    "one part": lambda: factorised(16, (16,)),
+    "gated RMS blocks": lambda: factorised(
+        16, (4, 4), BlockSettings(8, 2, 4, 16, norm="rms", mlp="swiglu", bias=False, modulation="own", drop_path=0.5)
+    ),
+    "bits": lambda: masked_bits(16),
+    "one bit": lambda: masked_bits(2),
+}
+
+
+@pytest.fixture(params=HEADS)
+def head(request: pytest.FixtureRequest) -> PlaceHead:
+    return HEADS[request.param]()
+
+
+def size_of(head: PlaceHead) -> int:
+    return int(torch.tensor(head.parts.sizes).prod())
+
+
+@pytest.mark.parametrize("sizes", [(2,), (64, 4096), (3, 5, 2), (2,) * 18, (2**31, 2**31)])
+def test_parts_there_and_back(sizes: tuple[int, ...]) -> None:
+    total = 1
+    for size in sizes:
+        total *= size
+    split = IdParts(sizes, total)
+    ids = torch.cat((torch.randint(total, (4, 50)), torch.tensor([[0, total - 1]] * 4)), dim=1)
+    parts = split.split(ids)
+    assert parts.shape == (4, 52, len(sizes))
+    assert (parts >= 0).all() and (parts < torch.tensor(sizes)).all()
+    assert torch.equal(split.join(parts), ids)
+
+
+def test_the_first_part_is_the_least_significant() -> None:
+    assert IdParts((64, 4096), 2**18).split(torch.tensor([0b000000000101_000011])).tolist() == [[3, 5]]
+
+
+@torch.no_grad()
+def test_law_of_an_id_sums_to_one(head: PlaceHead) -> None:
+    """Each factor from its own pass over the parts before it; `log_likelihood` is their sum."""
+    size = size_of(head)
+    ids, hidden = torch.arange(size)[None], torch.randn(3, 1, 8)
+    values = head.log_likelihood(hidden.expand(-1, size, -1), ids.expand(3, -1))
+    torch.testing.assert_close(values.double().exp().sum(dim=1), torch.ones(3, dtype=torch.float64))
+    for row in range(3):
+        for number in (0, size // 2, size - 1):
+            total, parts = 0.0, head.parts.split(torch.tensor([[number]]))
+            for part in range(len(head.parts)):
+                logits = head.part_logits(hidden[row : row + 1], parts[..., :part])
+                assert logits.shape == (1, 1, head.parts.sizes[part]) and logits.dtype == torch.float32
+                total += float(logits.log_softmax(dim=-1)[0, 0, parts[0, 0, part]])
+            assert float(values[row, number]) == pytest.approx(total, abs=1e-4)
+    assert values.std(dim=1).min() > 0.05 and values.std(dim=0).min() > 1e-4  # it depends on the id and on the state
+
+
+@torch.no_grad()
+def test_places_do_not_mix(head: PlaceHead) -> None:
+    hidden, ids = torch.randn(2, 5, 8), torch.randint(size_of(head), (2, 5))
+    whole = head.log_likelihood(hidden, ids)
+    torch.testing.assert_close(head.log_likelihood(hidden[1:, 3:4], ids[1:, 3:4]), whole[1:, 3:4])
+
+
+@torch.no_grad()
+def test_training_loss_of_parts_is_their_likelihood() -> None:
+    head = factorised(24, (4, 6)).train()
+    hidden, ids = torch.randn(2, 5, 8), torch.randint(24, (2, 5))
+    values, weights = head.losses(hidden, ids, CounterRandom(0, torch.arange(2)))
+    torch.testing.assert_close(values, -head.log_likelihood(hidden, ids))
+    assert torch.equal(weights, torch.ones(2, 5))
+
+
+@torch.no_grad()
+def exact_bound(head: MaskedBitHead, hidden: torch.Tensor, number: int) -> tuple[float, torch.Tensor]:
+    """log p of an id when its bits are revealed one by one: the mean over all orders, and that of each order."""
+    bits = head.parts.split(torch.tensor([[number]]))
+    totals = []
+    for order in permutations(range(head.bits)):
+        visible, total = torch.full_like(bits, head.masked_bit), 0.0
+        for bit in order:
+            total += float(head.bit_logits(hidden, visible).log_softmax(dim=-1)[0, 0, bit, bits[0, 0, bit]])
+            visible[..., bit] = bits[..., bit]
+        totals.append(total)
+    return sum(totals) / len(totals), torch.tensor(totals)
+
+
+@torch.no_grad()
+def test_validation_loss_of_bits_is_an_unbiased_bound() -> None:
+    head, hidden = masked_bits(8), torch.randn(1, 1, 8)
+    for number in (0, 5):
+        mean, orders = exact_bound(head, hidden, number)
+        assert orders.std() > 0.01
+        assert float(head.log_likelihood(hidden, torch.tensor([[number]]))) == pytest.approx(float(orders[0]), abs=1e-5)
+        random = CounterRandom(3, torch.arange(500))
+        values, weights = head.losses(hidden.expand(500, 40, -1), torch.full((500, 40), number), random)
+        assert torch.equal(weights, torch.ones(500, 40))
+        assert abs(float(values.mean()) + mean) < 4 * float(values.std()) / 20_000**0.5
+
+
+@torch.no_grad()
+def test_training_loss_of_bits_weighs_those_that_were_not_masked() -> None:
+    head = masked_bits(16, unmasked_weight=0.25).train()
+    hidden, ids, random = torch.randn(200, 3, 8), torch.randint(16, (200, 3)), CounterRandom(1, torch.arange(200))
+    masked = head._masks(3, random)
+    counts = masked.sum(dim=-1)
+    assert masked.shape == (200, 3, 4) and counts.unique().tolist() == [1, 2, 3, 4]
+    share = (0.8 * torch.randn(200_000)).sigmoid()
+    expected = (4 * share).round().clamp(min=1).mean()
+    assert float(counts.double().mean()) == pytest.approx(float(expected), abs=0.15)
+    bits = head.parts.split(ids)
+    logits = head.bit_logits(hidden, bits.masked_fill(masked, head.masked_bit))
+    nats = -logits.log_softmax(dim=-1).gather(-1, bits[..., None])[..., 0]
+    bit_weights = torch.where(masked, 1.0, 0.25)
+    values, weights = head.losses(hidden, ids, random)
+    mean_of_a_bit = (nats * bit_weights).sum() / bit_weights.sum()
+    assert float((values * weights).sum() / weights.sum()) == pytest.approx(4 * float(mean_of_a_bit), rel=1e-5)
+    again = head.losses(hidden[[7, 150]], ids[[7, 150]], CounterRandom(1, torch.tensor([7, 150])))
+    torch.testing.assert_close(again[0], values[[7, 150]])  # masks belong to the sample
+
+
+def test_untrained_bits_know_only_the_masked_share_and_the_place() -> None:
+    """adaLN begins at zero: the head is then a function of its input bits alone."""
+    head = MaskedBitHead(BLOCK, 16, width=12, depth=2)
+    for module in head.modules():
+        if module.__class__.__name__ == "Modulation":
+            assert not module.project.weight.any() and not module.project.bias.any()
+
+
+@pytest.mark.parametrize("make", ["two parts", "three parts", "gated RMS blocks", "bits"])
+@torch.no_grad()
+def test_flops_of_a_place(make: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    head = HEADS[make]().requires_grad_(False)
+    for known in range(len(head.parts)):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            head.part_logits(torch.randn(1, 1, 8), torch.zeros(1, 1, known, dtype=torch.int64))
+        assert head.flops(known) == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_logits_are_float32_under_autocast(head: PlaceHead) -> None:
+    hidden, known = torch.randn(2, 3, 8), torch.zeros(2, 3, len(head.parts) - 1, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head.part_logits(hidden.bfloat16(), known).dtype == torch.float32
+        assert head.log_likelihood(hidden.bfloat16(), torch.zeros(2, 3, dtype=torch.int64)).dtype == torch.float32
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements, and the longest dimension, of any tensor that is made."""
+
+    elements = 0
+    dimension = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+                self.dimension = max(self.dimension, *value.shape, 0)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("embedding", "make"),
+    [
+        ("parts", lambda block, size: FactorisedHead(block, size, (64, 4096))),
+        ("bits", lambda block, size: FactorisedHead(block, size, (64, 64, 64))),
+        ("bits", lambda block, size: MaskedBitHead(block, size, width=32)),
+    ],
+)
+def test_no_tensor_as_large_as_the_vocabulary(embedding: str, make) -> None:
+    """Training at 2^18 ids: parameters, activations and gradients."""
+    from discrete_lit.samplers import RasterSampler
+
+    torch.manual_seed(0)
+    layout = SequenceLayout(2**18, (3, 3), 5, "causal")
+    with LargestTensor() as largest:
+        backbone = Transformer(layout, 16, 1, 2, token_embedding=embedding, place_head=make)
+        assert backbone.place_head is not None
+        ids, labels = torch.randint(2**18, (2, 9)), torch.tensor([1, 5])
+        hidden = backbone(ids[:, :-1], labels)
+        values, _ = backbone.place_head.losses(hidden, ids, CounterRandom(0, torch.arange(2)))
+        values.mean().backward()
+        with torch.no_grad():
+            tokens = RasterSampler(guidance_scale=2.0)(backbone, labels, CounterRandom(0, torch.arange(2))).tokens
+    assert hidden.shape == (2, 9, 16) and values.shape == (2, 9)
+    assert all(value.grad is not None for value in backbone.parameters())
+    assert 0 <= tokens.min() and tokens.max() < 2**18 and len(tokens.unique()) > 9
+    assert largest.dimension <= 4096 and largest.elements <= 2 * 9 * 4096
+
+
+@torch.no_grad()
+def test_cached_hidden_states_are_those_without_a_cache() -> None:
+    layout = SequenceLayout(64, (2, 3), 2, "causal")
+    for conditioning in ("prefix", "adaln", "prefix_adaln"):
+        backbone = Transformer(
+            layout, 8, 2, 2, token_embedding="bits", conditioning=conditioning, place_head=lambda b, k: masked_bits(k)
+        )
+        randomise(backbone, 0.4).eval()
+        tokens, labels = torch.randint(64, (3, 5)), torch.arange(3)
+        whole, cache = backbone(tokens, labels), backbone.new_cache(labels)
+        rows = [backbone(tokens[:, max(place - 1, 0) : place], labels, cache) for place in range(6)]
+        torch.testing.assert_close(torch.cat(rows, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def meta_parameters(**switches) -> int:
+    with torch.device("meta"):
+        backbone = Transformer(**switches)
+    return sum(value.numel() for value in backbone.parameters())
+
+
+def test_published_sizes() -> None:
+    """Open-MAGVIT2's B has 343M parameters, BAR-B 415M."""
+    layout = SequenceLayout(2**18, (16, 16), 1000, "causal")
+    rope = {"positions": "rope_2d", "mlp": "swiglu", "norm": "rms"}
+    factors = meta_parameters(
+        layout=layout,
+        width=1024,
+        depth=24,
+        heads=16,
+        mlp_hidden=2816,
+        **rope,
+        bias=False,
+        token_embedding="parts",
+        place_head=lambda block, size: FactorisedHead(block, size, (64, 4096)),
+    )
+    assert factors == pytest.approx(343e6, rel=0.005)
+    bits = meta_parameters(
+        layout=SequenceLayout(2**16, (16, 16), 1000, "causal", any_order=True),
+        width=768,
+        depth=24,
+        heads=16,
+        mlp_hidden=2048,
+        **rope,
+        norm_affine=True,
+        qk_norm="rms",
+        registers=1,
+        target_positions=True,
+        conditioning="prefix_adaln",
+        condition_positions=True,
+        token_embedding="bits",
+        place_head=MaskedBitHead,
+    )
+    assert bits == pytest.approx(415e6, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FactorisedHead(BLOCK, 24, (4, 5)), r"sizes=\[4, 5\], which multiply to 20"),
+        (lambda: FactorisedHead(BLOCK, 24, (24, 1)), "must have 2 or more values each, and 24 together"),
+        (lambda: FactorisedHead(BLOCK, 24, ()), "must have 2 or more values each, and 24 together"),
+        (lambda: FactorisedHead(BLOCK, 24, (4, 6), depth=0), "depth must be at least 1, got 0"),
+        (
+            lambda: MaskedBitHead(BLOCK, 24),
+            "MaskedBitHead needs a vocabulary that is a power of 2, the tokenizer's is 24",
+        ),
+        (
+            lambda: MaskedBitHead(BLOCK, 1),
+            "MaskedBitHead needs a vocabulary that is a power of 2, the tokenizer's is 1",
+        ),
+        (lambda: MaskedBitHead(BLOCK, 16, depth=0), "depth and width must be at least 1, got 0 and 2048"),
+        (lambda: MaskedBitHead(BLOCK, 16, unmasked_weight=1.5), r"unmasked_weight must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_settings_that_do_not_fit(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("attention", "switches", "message"),
+    [
+        ("bidirectional", {}, "a place_head predicts the next id of a causal sequence, this one is bidirectional"),
+        ("causal", {"head_bias": True}, "head_transform and head_bias belong to logits of all ids"),
+        ("causal", {"head_transform": True}, "head_transform and head_bias belong to logits of all ids"),
+        ("causal", {"tied": True}, "tied=true needs a table"),
+        ("causal", {"token_embedding": "table"}, "token_embedding='table' has a row for each of the 16 ids"),
+    ],
+)
+def test_switches_that_do_not_go_with_a_place_head(attention: str, switches: dict, message: str) -> None:
+    layout = SequenceLayout(16, (2, 3), 2, attention, mask_token=attention == "bidirectional")
+    with pytest.raises(ValueError, match=message):
+        Transformer(layout, 8, 1, 2, **{"token_embedding": "bits", "place_head": MaskedBitHead, **switches})
+
+
+def test_parts_without_a_place_head() -> None:
+    with pytest.raises(ValueError, match="token_embedding='parts' embeds the parts that a place_head predicts"):
+        Transformer(SequenceLayout(16, (2, 3), 2, "causal"), 8, 1, 2, token_embedding="parts")
