@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.norms import Norm
 from discrete_lit.backbones.positions import rotate
 
@@ -80,11 +81,11 @@ class Attention(nn.Module):
         inner = heads * head_dim
         self.heads = heads
         self.dropout = dropout
-        self.query_key_value = nn.Linear(width, 3 * inner, bias=bias == "all")
+        self.query_key_value = Linear(width, 3 * inner, bias=bias == "all")
         self.query_value_bias = nn.Parameter(torch.zeros(2, inner)) if bias == "query_value" else None
         self.norms = None if qk_norm is None else QueryKeyNorms(heads, head_dim, qk_norm, epsilon)
         self.scale = 1.0 if qk_norm == "unit" else None
-        self.out = nn.Linear(inner, width, bias=out_bias)
+        self.out = Linear(inner, width, bias=out_bias)
 
     def forward(
         self,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.attention import Attention, AttentionBias, QueryKeyNorm
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.norms import Norm, NormKind
 
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]
@@ -64,8 +65,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, kind: MLPKind, bias: bool) -> None:
         super().__init__()
         self.kind = kind
-        self.expand = nn.Linear(width, (2 if kind == "swiglu" else 1) * hidden, bias=bias)
-        self.contract = nn.Linear(hidden, width, bias=bias)
+        self.expand = Linear(width, (2 if kind == "swiglu" else 1) * hidden, bias=bias)
+        self.contract = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
         hidden = self.expand(x)

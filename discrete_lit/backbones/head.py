@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.norms import Norm
 
 
@@ -36,7 +37,7 @@ class Head(nn.Module):
         self.transform = None
         if transform:
             self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), Norm(width, "layer", epsilon=epsilon))
-        self.project = None if tied else nn.Linear(width, outputs, bias=False)
+        self.project = None if tied else Linear(width, outputs, bias=False, autocast=False)
         shape = (places, outputs) if bias == "place" else (outputs,)
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
 
@@ -44,10 +45,10 @@ class Head(nn.Module):
         """`(B, n, D)` to `(B, n, outputs)`; `tied` is the embedding's weight `(outputs, D)`."""
         if self.transform is not None:
             hidden = self.transform(hidden)
-        weight = tied
         if self.project is not None:
-            weight = self.project.weight
-        assert weight is not None
-        with torch.autocast(hidden.device.type, enabled=False):
-            logits = F.linear(hidden.to(weight.dtype), weight).float()
-            return logits if self.bias is None else logits + self.bias.float()
+            logits = self.project(hidden).float()
+        else:
+            assert tied is not None
+            with torch.autocast(hidden.device.type, enabled=False):
+                logits = F.linear(hidden.to(tied.dtype), tied).float()
+        return logits if self.bias is None else logits + self.bias.float()

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
+from discrete_lit.backbones.linear import packed_weights
 from discrete_lit.processes import CounterRandom
 from discrete_lit.processes.denoiser import Denoiser
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
@@ -104,7 +105,11 @@ class Sampler(ABC):
         if known is not None:
             self._check_known(known, (len(labels), layout.length), layout.vocab_size)
         drawing = Drawing(backbone, labels, random, known, quantizer, denoiser, trace)
-        return drawing.output(self.draw(drawing))
+        if self.attention != "causal":
+            return drawing.output(self.draw(drawing))
+        # A pass over one place has few rows for each weight, and there is one for each token.
+        with packed_weights(backbone, rows=2 * len(labels)):
+            return drawing.output(self.draw(drawing))
 
     @abstractmethod
     def draw(self, drawing: Drawing) -> Tensor:

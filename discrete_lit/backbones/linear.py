@@ -1,0 +1,91 @@
+"""A linear layer whose weight can be laid out for a processor's matrix products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Below, float32 products read the weight once in any layout.
+_FEWEST_FLOAT32_ROWS = 8
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, with the same parameters; it multiplies by the packed weight while `packed_weights` is on.
+
+    Args:
+        in_features, out_features, bias: as of `torch.nn.Linear`.
+        autocast: false multiplies in the weight's own precision, also under autocast.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, autocast: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.autocast = autocast
+        self.packed: Tensor | None = None
+        self.packed_bias: Tensor | None = None
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What the product is computed in."""
+        device = self.weight.device.type
+        if self.autocast and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        return self.weight.dtype
+
+    def pack(self, rows: int) -> None:
+        """Keep a copy of the weight in oneDNN's layout.
+
+        Args:
+            rows: of the inputs to come; others work too.
+        """
+        dtype = self.product_dtype
+        weight = self.weight.detach().to(dtype).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.packed_bias = None if self.bias is None else self.bias.detach().to(dtype)
+
+    def unpack(self) -> None:
+        """Drop the copy."""
+        self.packed = self.packed_bias = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.packed is not None:
+            rows = input.to(self.packed.dtype)
+            return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.packed_bias, "none", [], "")
+        if self.autocast:
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+@contextmanager
+def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
+    """While it is open, the `Linear` layers inside multiply by packed copies of their weights, made once.
+
+    On a processor an unpacked weight is laid out anew, and under autocast cast anew, by each product; with few rows
+    that takes longer than the product. Nothing is packed on other devices, where it does not pay, for sharded weights,
+    and while gradients are recorded: the packed product has none. The copies take as much memory as the weights.
+
+    Args:
+        module: any; weights must not change meanwhile.
+        rows: of the inputs to most products.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    try:
+        for layer in layers:
+            if not torch.is_grad_enabled() and _pays(layer, rows):
+                layer.pack(rows)
+        yield
+    finally:
+        for layer in layers:
+            layer.unpack()
+
+
+def _pays(layer: Linear, rows: int) -> bool:
+    # A sharded weight is no plain parameter.
+    if layer.weight.device.type != "cpu" or type(layer.weight) is not nn.Parameter:
+        return False
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if layer.product_dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return layer.product_dtype == torch.float32 and rows >= _FEWEST_FLOAT32_ROWS
