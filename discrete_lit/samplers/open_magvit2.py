@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from discrete_lit.backbones import PlaceHead
+from discrete_lit.samplers.guidance import GuidanceSchedule
 from discrete_lit.samplers.raster import RasterSampler
 from discrete_lit.samplers.sampler import Sampler
 
@@ -26,28 +27,36 @@ class OpenMAGVIT2Sampler(RasterSampler):
         parts: settings of each part, least significant first; published for (2^6, 2^12) with guidance scales 1.9 and
             2.0 for 343M parameters, 1.9 and 1.9 for 804M, 1.75 and 1.85 for 1.5B, and temperatures 1.0 and 1.0, of the
             larger two 1.1 and 1.0.
-        settings: of `RasterSampler`, but those of the parts: order, guidance_schedule, _power and _interval.
+        order: of the places, as in `RasterSampler`.
+        guidance_schedule, guidance_power, guidance_interval: of all parts, as in `Sampler`.
 
     Raises:
         ValueError: a setting out of its range; in use, a generator without as many parts of an id.
     """
 
-    def __init__(self, parts: Sequence[PartSettings], **settings: Any) -> None:
-        own = sorted(set(settings) & set(PartSettings.__dataclass_fields__))
-        if own:
-            raise ValueError(f"OpenMAGVIT2Sampler has {', '.join(own)} of each part: set them in parts")
+    def __init__(
+        self,
+        parts: Sequence[PartSettings],
+        order: Literal["raster", "random"] | Sequence[int] = "raster",
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: float = 1.0,
+        guidance_interval: tuple[int, int] | None = None,
+    ) -> None:
         if not parts:
             raise ValueError("parts must have settings for each part of an id, got none")
-        super().__init__(**settings)
+        over_places: dict[str, Any] = {
+            "guidance_schedule": guidance_schedule,
+            "guidance_power": guidance_power,
+            "guidance_interval": guidance_interval,
+        }
+        super().__init__(order, **over_places)
         self.part_samplers = [
             RasterSampler(
                 temperature=part.temperature,
                 top_k=part.top_k,
                 top_p=part.top_p,
                 guidance_scale=part.guidance_scale,
-                guidance_schedule=self.guidance_schedule,
-                guidance_power=self.guidance_power,
-                guidance_interval=self.guidance_interval,
+                **over_places,
             )
             for part in parts
         ]

@@ -38,9 +38,35 @@ TOKENIZERS = {
             },
             {"token_embedding": "bits"},
         ),
+        (
+            "Autoregressive",
+            "grid",
+            {
+                "sampler": {
+                    "class_path": "discrete_lit.samplers.OpenMAGVIT2Sampler",
+                    "init_args": {"parts": [{"guidance_scale": 1.9}, {"temperature": 1.1}]},
+                }
+            },
+            {
+                "token_embedding": "parts",
+                "place_head": {"class_path": "discrete_lit.backbones.FactorisedHead", "init_args": {"sizes": [2, 8]}},
+            },
+        ),
+        (
+            "Autoregressive",
+            "grid",
+            {
+                "order": "random_annealed",
+                "sampler": {"class_path": "discrete_lit.samplers.BARSampler", "init_args": {"bit_counts": [1, 3]}},
+            },
+            {
+                "token_embedding": "bits",
+                "place_head": {"class_path": "discrete_lit.backbones.MaskedBitHead", "init_args": {"width": 24}},
+            },
+        ),
         ("NextScale", "scales", {}, {"conditioning": "prefix_adaln", "qk_norm": "unit"}),
     ],
-    ids=["annealed", "fixed order", "bit groups", "next scale"],
+    ids=["annealed", "fixed order", "bit groups", "parts", "bits", "next scale"],
 )
 def test_there_and_back(
     tmp_path: Path, family: str, tokenizer: str, settings: dict[str, Any], switches: dict[str, Any]
