@@ -85,6 +85,11 @@ class ForwardProcess(ABC):
         marginal = self.marginal(clean, alpha)
         return marginal / marginal.gather(-1, states[..., None])
 
+    def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
+        """KL(q_t(. | x_0) | prior) in nats for each of `tokens (B, N)`, float64: what a bound pays where noise stops."""
+        marginal = self.marginal(torch.nn.functional.one_hot(tokens, self.vocab_size).double(), alpha)
+        return (torch.xlogy(marginal, marginal) - torch.xlogy(marginal, self.prior().to(marginal))).sum(dim=-1)
+
     def matrix(self, alpha: Tensor) -> Tensor:
         """The kernel `exp(sigma Q)`, `(..., S, S)` float64; a row for each state that noise is added to."""
         return self.push(torch.eye(self.states, dtype=torch.float64, device=alpha.device), alpha[..., None])

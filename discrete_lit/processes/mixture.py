@@ -53,6 +53,12 @@ class MixtureProcess(ForwardProcess):
         others = 1 - torch.nn.functional.one_hot(states, self.states)
         return self.prior_at(states)[..., None] * others
 
+    def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
+        # Every state but x_0 has the prior times 1 - alpha.
+        prior, noise = self.prior_at(tokens), 1 - alpha.double()
+        of_clean = alpha + noise * prior
+        return torch.xlogy(of_clean, of_clean) - torch.xlogy(of_clean, prior) + torch.xlogy(noise, noise) * (1 - prior)
+
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
         replaced = uniforms >= alpha
         # Given that it is at least alpha, what a uniform number exceeds it by is uniform again.

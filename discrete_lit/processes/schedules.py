@@ -37,8 +37,8 @@ class MaskSchedule(ABC):
 
     def ends(self) -> tuple[float, float]:
         """m(0) and m(1); where they are not 0 and 1, what a loss averages over t may be no bound."""
-        first, last = self.mask_probability(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-        return first, last
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        return float(self.mask_probability(ends)[0]), 1 - float(self.alpha(ends)[1])
 
 
 class CosineSchedule(MaskSchedule):
