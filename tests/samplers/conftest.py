@@ -8,14 +8,17 @@ import pytest
 import torch
 from random_weights import randomise
 
-from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.backbones import FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import (
+    BARSampler,
     HaltonConfidenceSampler,
     HaltonSampler,
     MaskBitSampler,
     MaskGITSampler,
     NextScaleSampler,
+    OpenMAGVIT2Sampler,
+    PartSettings,
     RandomOrderSampler,
     RasterSampler,
     Sampler,
@@ -29,6 +32,11 @@ BITS = SequenceLayout(4, (3,), 2, "bidirectional", mask_token=True, parts=2)
 CAUSAL = SequenceLayout(5, (2, 3), 2, "causal")
 ANY_ORDER = SequenceLayout(5, (2, 3), 2, "causal", any_order=True)
 SCALES = SequenceLayout(5, (5,), 2, "block_causal", scales=(1, 4), input_dim=3)
+PARTS = SequenceLayout(6, (2, 3), 2, "causal")
+ANY_ORDER_PARTS = SequenceLayout(6, (2, 3), 2, "causal", any_order=True)
+CODES = SequenceLayout(8, (2, 3), 2, "causal")
+TWO_PARTS = {"token_embedding": "parts", "place_head": lambda block, size: FactorisedHead(block, size, (2, 3))}
+THREE_BITS = {"token_embedding": "bits", "place_head": lambda block, size: MaskedBitHead(block, size, 12, 1)}
 
 CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
     "maskgit": (MaskGITSampler, MASKED, {"steps": 4}),
@@ -41,6 +49,17 @@ CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
     "raster": (RasterSampler, CAUSAL, {}),
     "any_order": (RasterSampler, ANY_ORDER, {"order": "random"}),
     "next_scale": (NextScaleSampler, SCALES, {}),
+    "parts": (RasterSampler, PARTS, {}),
+    "bits": (RasterSampler, CODES, {}),
+    "open_magvit2": (OpenMAGVIT2Sampler, ANY_ORDER_PARTS, {"order": "random", "parts": [PartSettings()] * 2}),
+    "bar": (BARSampler, CODES, {"bit_counts": (1, 2)}),
+}
+# What the backbone of a case has that is not in its layout.
+SWITCHES: dict[str, dict[str, Any]] = {
+    "parts": TWO_PARTS,
+    "bits": THREE_BITS,
+    "open_magvit2": TWO_PARTS,
+    "bar": THREE_BITS,
 }
 
 
@@ -57,7 +76,18 @@ class Case(NamedTuple):
     def length(self) -> int:
         return self.backbone.layout.length
 
+    @property
+    def switches(self) -> dict[str, Any]:
+        return SWITCHES.get(self.name, {})
+
+    @property
+    def keeps_prefixes_alone(self) -> bool:
+        return self.sampler.attention == "causal" and self.settings.get("order") != "random"
+
     def build(self, **settings: Any) -> Sampler:
+        if self.sampler is OpenMAGVIT2Sampler:
+            own = {name: settings.pop(name) for name in PartSettings.__dataclass_fields__ if name in settings}
+            settings["parts"] = [PartSettings(**own), PartSettings(guidance_scale=own.get("guidance_scale", 1.0))]
         return self.sampler(**{**self.settings, **settings})
 
     def random_sampler(self, choose: Random, **fixed: Any) -> Sampler:
@@ -72,8 +102,9 @@ class Case(NamedTuple):
         }
         if "steps" in self.settings:
             settings["steps"] = choose.randint(2, self.length)
-        if self.name in ("maskgit", "titok", "maskbit"):
+        if self.name in ("maskgit", "titok", "maskbit", "bar"):
             settings["choice_temperature"] = choose.choice([0.0, 4.5, 1e6])
+        if self.name in ("maskgit", "titok", "maskbit"):
             settings["temperature_annealing"] = choose.choice([True, False])
         return self.build(**{**settings, **fixed})
 
@@ -89,7 +120,10 @@ def build_backbone(layout: SequenceLayout, spread: float = 0.6, **switches: Any)
     """Two blocks of width 16 with random weights, in eval mode."""
     if layout.parts > 1:
         switches["token_embedding"] = "bits"
-    return randomise(Transformer(layout, width=16, depth=2, heads=2, **switches), spread).eval()
+    backbone = randomise(Transformer(layout, width=16, depth=2, heads=2, **switches), spread)
+    if backbone.place_head is not None:
+        randomise(backbone.place_head, spread / 3)  # its conditions and inputs multiply
+    return backbone.eval()
 
 
 def build_quantizer(vocab_size: int) -> MultiScaleResidualQuantizer:
@@ -102,7 +136,7 @@ def make_case() -> Callable[[str], Case]:
     def make(name: str) -> Case:
         sampler, layout, settings = CASES[name]
         quantizer = build_quantizer(layout.vocab_size) if layout.scales else None
-        return Case(name, sampler, build_backbone(layout), settings, quantizer)
+        return Case(name, sampler, build_backbone(layout, **SWITCHES.get(name, {})), settings, quantizer)
 
     return make
 
@@ -127,5 +161,5 @@ def make_quantizer() -> Callable[[int], MultiScaleResidualQuantizer]:
 
 @pytest.fixture
 def sampler_classes() -> list[tuple[type[Sampler], dict[str, Any]]]:
-    """Every sampler class with settings for the tiny backbones."""
-    return [(sampler, settings) for sampler, _, settings in CASES.values()]
+    """Every sampler class with settings for the tiny backbones, but the one that has none of its own."""
+    return [(sampler, settings) for sampler, _, settings in CASES.values() if sampler is not OpenMAGVIT2Sampler]

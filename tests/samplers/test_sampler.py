@@ -25,7 +25,7 @@ def test_given_tokens_stay(case) -> None:
     labels, indices = torch.arange(20) % 3, torch.arange(20)
     for _ in range(4):
         given = torch.rand(20, case.length) < 0.5
-        if case.name == "raster":
+        if case.keeps_prefixes_alone:
             given = torch.arange(case.length) < torch.randint(0, case.length + 1, (20, 1))
         given[0], given[1] = True, False
         known = torch.randint(0, size, (20, case.length)).masked_fill(~given, -1)
@@ -133,7 +133,7 @@ def test_known_tokens_that_do_not_fit(case) -> None:
 
 
 def test_guidance_longer_than_the_sampling(case) -> None:
-    steps = {"raster": 6, "any_order": 6, "next_scale": 2}.get(case.name, 4)
+    steps = 2 if case.name == "next_scale" else 6 if case.sampler.attention == "causal" else 4
     sampler = case.build(guidance_scale=2.0, guidance_interval=(0, steps + 1))
     with pytest.raises(ValueError, match=rf"guidance_interval=.*longer than the sampling: it has {steps} steps"):
         case.draw(sampler, torch.zeros(1, dtype=torch.int64), torch.arange(1))

@@ -12,7 +12,8 @@ from discrete_lit.processes import CounterRandom
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix_adaln"])
 def test_flops_are_those_of_the_network(case, make_layout_backbone, conditioning, monkeypatch) -> None:
-    backbone = make_layout_backbone(case.backbone.layout, conditioning=conditioning).requires_grad_(False)
+    switches = {"conditioning": conditioning, **case.switches}
+    backbone = make_layout_backbone(case.backbone.layout, **switches).requires_grad_(False)
     total = 0
 
     def counting(method):
@@ -28,6 +29,9 @@ def test_flops_are_those_of_the_network(case, make_layout_backbone, conditioning
 
     for name in ("forward", "new_cache"):
         monkeypatch.setattr(backbone, name, counting(getattr(backbone, name)))
+    if backbone.place_head is not None:
+        name = "bit_logits" if case.name == "bar" else "part_logits"
+        monkeypatch.setattr(backbone.place_head, name, counting(getattr(backbone.place_head, name)))
     choose, labels = Random(5), torch.zeros(3, dtype=torch.int64)
     for _ in range(4):
         total = 0
