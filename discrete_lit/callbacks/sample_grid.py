@@ -12,7 +12,7 @@ from discrete_lit.samplers import Sampler
 
 
 class SampleGrid(ImageGrid):
-    """Samples of a fixed seed, decoded by the generator's tokenizer; nothing for other modules.
+    """Samples of a fixed seed, decoded by the generator's tokenizer; nothing for other modules, nor for text.
 
     The labels are spread evenly over the classes and repeat in the same order, so that with as many columns as classes
     each column is a class. Written as in `ImageGrid`, tag `images/samples`.
@@ -40,7 +40,7 @@ class SampleGrid(ImageGrid):
         self.sampler = sampler
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Generator)
+        return isinstance(module, Generator) and module.tokenizer.makes_images
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         assert isinstance(module, Generator)

@@ -1,5 +1,6 @@
 """Tokenizers, and the autoencoder of continuous latents, as LightningModules."""
 
+from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.fsq import FSQ
 from discrete_lit.tokenizers.identity import ColourPalette, PixelLevels
@@ -21,6 +22,7 @@ __all__ = [
     "RQVAE",
     "VQGAN",
     "VQVAE",
+    "Characters",
     "ColourPalette",
     "MultiScaleVQ",
     "PixelLevels",

@@ -21,6 +21,8 @@ class TokenGrid(Tokenizer):
         ValueError: no ids or an empty grid; in use, whenever images or code vectors are asked for.
     """
 
+    makes_images = False
+
     def __init__(self, vocab_size: int, token_shape: tuple[int, ...]) -> None:
         super().__init__()
         if vocab_size < 1 or not token_shape or min(token_shape) < 1:

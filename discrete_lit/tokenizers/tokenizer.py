@@ -18,6 +18,10 @@ class Tokenizer(LightningModule, ABC):
 
     vocab_size: int
     """K, the number of ids."""
+    ordered_ids: bool = False
+    """Whether ids that are near one another mean similar things, as grey levels do."""
+    makes_images: bool = True
+    """Whether ids stand for images; text, and grids without their tokenizer, have none."""
 
     @abstractmethod
     def token_shape(self, image_size: int) -> tuple[int, ...]:
@@ -50,6 +54,10 @@ class Tokenizer(LightningModule, ABC):
     def parts(self, tokens: Tensor) -> dict[str, Part]:
         """Named parts of ids `(B, *token_shape)` whose usage is reported beside the whole: none by default."""
         return {}
+
+    def texts(self, tokens: Tensor) -> list[str] | None:
+        """The texts of ids `(B, *token_shape)`; None where they stand for no text."""
+        return None
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise a ValueError unless every id is in [0, K)."""

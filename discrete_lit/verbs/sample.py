@@ -19,6 +19,7 @@ from discrete_lit.images import to_uint8
 from discrete_lit.processes import CounterRandom
 from discrete_lit.provenance import describe, environment, file_sha256
 from discrete_lit.samplers import Sampler
+from discrete_lit.tokenizers import Tokenizer
 
 _GRID_SIDE = 10
 
@@ -36,12 +37,13 @@ def sample(
     num_nodes: int = 1,
     precision: str = "32-true",
 ) -> dict[str, Any]:
-    """Sample images from a generator's checkpoint, which alone is enough.
+    """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
     Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, 3), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and operations, and the speed with and without decoding. Sample i is a function of
-    (seed, i) alone: the batch size and the number of devices do not change it (to the rounding of the network's
-    arithmetic).
+    setting, the network calls and operations, and the speed with and without decoding. Of text, and of
+    a generator that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself
+    goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
+    devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator; it carries its tokenizer.
@@ -81,7 +83,7 @@ def sample(
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     generator = generator.to(fabric.device)
-    pixels_path = folder / "pixels.npy.partial"
+    rows_path = folder / "rows.npy.partial"
     count, cost = 0, (0, 0, 0)
     seconds = seconds_undecoded = 0.0
     writer: np.memmap | None = None
@@ -94,16 +96,15 @@ def sample(
             drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
-            images = to_uint8(generator.tokenizer.decode(drawn.tokens))
+            rows = _rows(generator.tokenizer, drawn.tokens)
         cost = drawn.network_calls, drawn.sequential_passes, drawn.flops
-        rows = images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice; the copy waits for the device
         seconds += time.perf_counter() - begin
         if writer is None:
-            writer = _open_rows(pixels_path, (num_samples, *rows.shape[1:]), fabric)
+            writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
         writer[indices.numpy()] = rows
         count += len(indices)
     if writer is None:
-        writer = _open_rows(pixels_path, None, fabric)
+        writer = _open_rows(rows_path, None, None, fabric)
     writer.flush()
     fabric.barrier()
 
@@ -130,8 +131,8 @@ def sample(
         **environment(fabric.device),
     }
     if fabric.global_rank == 0:
-        _write(folder, writer, all_labels.numpy(), run)
-        pixels_path.unlink()
+        _write(folder, generator.tokenizer, writer, all_labels.numpy(), run)
+        rows_path.unlink()
     fabric.barrier()
     return run
 
@@ -142,25 +143,45 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _open_rows(path: Path, shape: tuple[int, ...] | None, fabric: Fabric) -> np.memmap:
+def _rows(tokenizer: Tokenizer, tokens: torch.Tensor) -> np.ndarray:
+    """Images `(B, H, W, 3)` uint8, or where ids stand for none these; the copy waits for the device."""
+    if not tokenizer.makes_images:
+        return tokens.cpu().numpy()
+    images = to_uint8(tokenizer.decode(tokens))
+    return images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice
+
+
+def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> np.memmap:
     """The array that all ranks write their rows into; rank 0, which always has rows, makes it."""
     if fabric.global_rank == 0:
-        assert shape is not None
-        writer = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        assert shape is not None and dtype is not None
+        writer = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         fabric.barrier("made")
         return writer
     fabric.barrier("made")
     return np.lib.format.open_memmap(path, mode="r+")
 
 
-def _write(folder: Path, pixels: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
-    """samples.npz, grid.png and run.json, each complete or absent."""
+def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
+    """samples.npz, grid.png or samples.txt, and run.json, each complete or absent."""
     partial = folder / "samples.partial.npz"
-    np.savez(partial, arr_0=pixels, labels=labels)
+    if tokenizer.makes_images:
+        np.savez(partial, arr_0=rows, labels=labels)
+    else:
+        np.savez(partial, tokens=rows, labels=labels)
     os.replace(partial, folder / "samples.npz")
+    if tokenizer.makes_images:
+        _write_grid(folder, rows)
+    else:
+        texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
+        if texts is not None:
+            (folder / "samples.txt").write_text("".join(f"{text}\n" for text in texts))
+    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+
+
+def _write_grid(folder: Path, pixels: np.ndarray) -> None:
     side = min(_GRID_SIDE, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
     rows = tiles.reshape(-1, side, *tiles.shape[1:])  # (rows, side, H, W, 3)
     grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, 3)
     Image.fromarray(grid).save(folder / "grid.png")
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")

@@ -121,3 +121,30 @@ def test_a_tokenizers_checkpoint_is_refused(
     with pytest.raises(SystemExit):
         draw(tokenizer_checkpoint, tmp_path, "--num_samples", 1)
     assert "holds a FSQ, not a Generator" in capfd.readouterr().err
+
+
+def test_text_is_written_as_text(tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.checkpoints import instantiate, save
+
+    backbone = {"class_path": "discrete_lit.backbones.Transformer", "init_args": {"width": 8, "depth": 1, "heads": 1}}
+    config = {
+        "class_path": "discrete_lit.generators.Masked",
+        "init_args": {
+            "tokenizer": {"class_path": "discrete_lit.tokenizers.Characters"},
+            "image_size": 12,
+            "num_classes": 1,
+            "backbone": backbone,
+        },
+    }
+    save(instantiate(config), tmp_path / "text.ckpt")
+    drawn = draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--batch_size", 3)
+    assert drawn["tokens"].shape == (5, 12) and "arr_0" not in drawn
+    generator = discrete_lit.load(tmp_path / "text.ckpt")
+    tokens = generator.sample(torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(torch.from_numpy(drawn["tokens"]), tokens)
+    written = (tmp_path / "samples" / "samples.txt").read_text()
+    assert written == "".join(f"{text}\n" for text in generator.tokenizer.texts(tokens))
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["run.json", "samples.npz", "samples.txt"]
