@@ -1,8 +1,12 @@
 """Samplers draw tokens from a backbone. Plain PyTorch."""
 
+from discrete_lit.samplers.ancestral import AncestralSampler
 from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.confidence import ConfidenceSampler
+from discrete_lit.samplers.diffusion import DiffusionSampler
 from discrete_lit.samplers.drawing import Drawing, SamplerOutput, TraceStep
+from discrete_lit.samplers.euler import EulerSampler, TauLeapingSampler
+from discrete_lit.samplers.first_hitting import FirstHittingSampler
 from discrete_lit.samplers.halton import HaltonSampler
 from discrete_lit.samplers.halton_confidence import HaltonConfidenceSampler
 from discrete_lit.samplers.maskbit import MaskBitSampler
@@ -16,9 +20,13 @@ from discrete_lit.samplers.sampler import Sampler
 from discrete_lit.samplers.titok import TiTokSampler
 
 __all__ = [
+    "AncestralSampler",
     "BARSampler",
     "ConfidenceSampler",
+    "DiffusionSampler",
     "Drawing",
+    "EulerSampler",
+    "FirstHittingSampler",
     "HaltonConfidenceSampler",
     "HaltonSampler",
     "MaskBitSampler",
@@ -31,6 +39,7 @@ __all__ = [
     "RasterSampler",
     "Sampler",
     "SamplerOutput",
+    "TauLeapingSampler",
     "TiTokSampler",
     "TraceStep",
 ]
