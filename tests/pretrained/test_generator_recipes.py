@@ -1,6 +1,7 @@
 """The recipes of published generators build the published networks: names, sizes and samplers."""
 
 from dataclasses import replace
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -45,8 +46,13 @@ def switches(recipe: str) -> dict[str, Any]:
     return {name: value for name, value in own.items() if name not in TRAINING}
 
 
-def empty(shapes: published.Shapes) -> dict[str, torch.Tensor]:
-    return published.tensors(shapes, lambda shape: torch.empty(shape, device="meta"))
+@cache
+def published_conversion(recipe: str) -> Conversion:
+    """Of the published names at the published sizes, on the meta device."""
+    family, size = RECIPES[recipe]
+    shapes = getattr(published, family)(**PUBLISHED[family, size][0])
+    tensors = published.tensors(shapes, lambda shape: torch.empty(shape, device="meta"))
+    return FAMILIES[family].convert(State(tensors, family), {})
 
 
 def shapes_of(module: torch.nn.Module) -> dict[str, torch.Size]:
@@ -65,9 +71,8 @@ def as_published(conversion: Conversion, settings: dict[str, Any], sizes: dict[s
 def test_the_network_is_the_published_one(recipe: str) -> None:
     """Every name and size that the published weights fill, and every setting that they do not tell; so the recipe has
     the published number of parameters, which test_generator_layouts.py compares."""
-    family, size = RECIPES[recipe]
-    sizes, heads, _ = PUBLISHED[family, size]
-    conversion = FAMILIES[family].convert(State(empty(getattr(published, family)(**sizes)), family), {})
+    sizes, heads, _ = PUBLISHED[RECIPES[recipe]]
+    conversion = published_conversion(recipe)
     theirs, ours = conversion.config["init_args"], settings_of(recipe)
     own = as_published(conversion, switches(recipe), sizes)
     reference = as_published(conversion, theirs["backbone"]["init_args"], sizes)
@@ -86,10 +91,8 @@ def filled(given: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_sampler_is_the_published_one(recipe: str) -> None:
-    family, size = RECIPES[recipe]
-    sizes, _, _ = PUBLISHED[family, size]
-    conversion = FAMILIES[family].convert(State(empty(getattr(published, family)(**sizes)), family), {})
-    theirs, ours = conversion.config["init_args"]["sampler"], settings_of(recipe)["init_args"]["sampler"]
+    theirs = published_conversion(recipe).config["init_args"]["sampler"]
+    ours = settings_of(recipe)["init_args"]["sampler"]
     assert ours["class_path"] == theirs["class_path"]
     assert theirs["init_args"].items() <= ours["init_args"].items()
 
@@ -118,3 +121,26 @@ def test_ibq() -> None:
     """342 million are published."""
     own = count("ibq_ar_b", SequenceLayout(16384, (16, 16), 1000, "causal"))
     assert own // 10**6 == 342
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "taming_gpt", "maskgit", "ibq_ar_b"])
+def test_every_parameter_is_trained(recipe: str) -> None:
+    """With several processes a parameter without a gradient would end the run."""
+    settings = settings_of(recipe)
+    small = {**switches(recipe), "width": 16, "depth": 3, "heads": 2, "mlp_hidden": 8}
+    if "head_dim" in small:
+        small["head_dim"] = 5
+    tokens, labels = torch.randint(4, (2, 5)), torch.tensor([0, 2])
+    kind = settings["class_path"].rpartition(".")[2]
+    if kind == "Autoregressive":
+        own = Transformer(SequenceLayout(4, (2, 3), 2, "causal", any_order="order" in settings["init_args"]), **small)
+    elif kind == "NextScale":
+        own = Transformer(SequenceLayout(4, (5,), 2, "block_causal", scales=(1, 4), input_dim=3), **small)
+        tokens = torch.randn(2, 4, 3)
+    else:
+        parts = settings["init_args"].get("bit_groups", 1)
+        grid = (6,) if recipe.startswith("titok") else (2, 3)
+        own = Transformer(SequenceLayout(4, grid, 2, "bidirectional", mask_token=True, parts=parts), **small)
+        tokens = torch.randint(5, (2, 6 * parts))
+    own(tokens, labels).square().sum().backward()
+    assert [name for name, parameter in own.named_parameters() if parameter.grad is None] == []
