@@ -1,8 +1,9 @@
 """Generators: objectives over token sequences around one backbone, as LightningModules."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_scale import NextScale
 
-__all__ = ["Autoregressive", "Generator", "Likelihood", "Masked", "NextScale", "TokenLosses"]
+__all__ = ["Autoregressive", "DiscreteDiffusion", "Generator", "Likelihood", "Masked", "NextScale", "TokenLosses"]

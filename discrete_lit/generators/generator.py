@@ -41,6 +41,8 @@ class Likelihood(NamedTuple):
 
     nats: Tensor
     kind: Literal["exact", "bound", "estimate"]
+    standard_error: Tensor | None = None
+    """Of an estimate by drawing, `(B,)` float64; None where it is not known."""
 
 
 class Generator(LightningModule, ABC):
@@ -298,10 +300,11 @@ class Generator(LightningModule, ABC):
         indices = batch.get("index")
         if indices is None:
             # A loader of the user's own: unique for every epoch, batch, rank and row, though another split into ranks
-            # or batches draws differently. Up to 2^24 batches of 2^16 rows; validation repeats its masks every epoch.
+            # or batches draws differently; the ranks' equal batches follow one another. Up to 2^24 batches of 2^16
+            # rows; validation repeats its masks every epoch.
             epoch = self.current_epoch if self.training else 0
-            place = (epoch * 2**24 + batch_idx) * world_size() + rank()
-            indices = place * 2**16 + torch.arange(len(labels), device=labels.device)
+            first = (epoch * 2**24 + batch_idx) * world_size() * 2**16 + rank() * len(labels)
+            indices = first + torch.arange(len(labels), device=labels.device)
         return CounterRandom(self.seed, indices)
 
     def _check_equal_batches(self) -> None:

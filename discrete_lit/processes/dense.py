@@ -82,6 +82,8 @@ class GaussianProcess(DenseProcess):
         ValueError: a beta that is not positive, or a vocabulary above the limit.
     """
 
+    needs_order = True
+
     def __init__(self, vocab_size: int, beta: float = 0.02) -> None:
         if beta <= 0:
             raise ValueError(f"beta must be > 0, got {beta}")

@@ -23,6 +23,9 @@ class ForwardProcess(ABC):
         masks: whether the mask id is a state.
     """
 
+    needs_order: bool = False
+    """Whether ids that are near one another must mean similar things."""
+
     def __init__(self, vocab_size: int, masks: bool) -> None:
         if vocab_size < 2:
             raise ValueError(f"a process needs a vocabulary of at least 2 ids, got {vocab_size}")
@@ -86,7 +89,7 @@ class ForwardProcess(ABC):
         return marginal / marginal.gather(-1, states[..., None])
 
     def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
-        """KL(q_t(. | x_0) | prior) in nats for each of `tokens (B, N)`, float64: what a bound pays where noise stops."""
+        """KL(q_t(. | x_0) | prior), nats of each of `tokens (B, N)`, float64: what a bound pays where noise stops."""
         marginal = self.marginal(torch.nn.functional.one_hot(tokens, self.vocab_size).double(), alpha)
         return (torch.xlogy(marginal, marginal) - torch.xlogy(marginal, self.prior().to(marginal))).sum(dim=-1)
 

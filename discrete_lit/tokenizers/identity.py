@@ -47,6 +47,7 @@ class PixelLevels(Tokenizer):
         ValueError: fewer than two levels.
     """
 
+    ordered_ids = True
     level_values: Tensor
     luma: Tensor
 

@@ -34,6 +34,7 @@ from discrete_lit.processes import (
     MDLMCosineSchedule,
     NoiseLevel,
     PosteriorHead,
+    Purpose,
     ScoreHead,
     SquareSchedule,
     TruncatedSchedule,
@@ -415,9 +416,9 @@ def test_settings_out_of_range(build, message: str) -> None:
 
 def test_counts_of_masks_are_exact_and_every_subset_equally_likely() -> None:
     loss, indices = MaskedCrossEntropy("mask_count"), torch.arange(6000)
-    random = CounterRandom(0, indices)
+    uniforms = CounterRandom(0, indices).uniform(Purpose.MASK_ORDER, 4)
     level = loss.level(LinearSchedule(), (indices[:, None].double() + 0.5) / 6000, 4)
-    states = loss.corrupt(AbsorbingProcess(9), torch.zeros(6000, 4, dtype=torch.int64), level, random)
+    states = loss.corrupt(AbsorbingProcess(9), torch.zeros(6000, 4, dtype=torch.int64), level, uniforms)
     counts = (states == 9).sum(dim=1)
     assert torch.equal(counts.double(), (level.noise[:, 0] * 4).round())
     assert torch.bincount(counts).tolist() == [0, 1500, 1500, 1500, 1500]

@@ -9,9 +9,8 @@ from torch import Tensor
 from discrete_lit.processes.forward import ForwardProcess
 from discrete_lit.processes.heads import Head, HeadKind
 from discrete_lit.processes.losses.by_rows import by_rows
-from discrete_lit.processes.mixture import MixtureProcess
 from discrete_lit.processes.noise_level import NoiseLevel
-from discrete_lit.processes.random import CounterRandom, Purpose
+from discrete_lit.processes.reverse import is_absorbing
 from discrete_lit.processes.schedules import MaskSchedule
 
 LossKind = Literal["bound", "not a bound"]
@@ -39,9 +38,9 @@ class DiffusionLoss(ABC):
         """
         return NoiseLevel.at(schedule, uniforms)
 
-    def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, random: CounterRandom) -> Tensor:
-        """x_t `(B, N)` of clean `tokens (B, N)`; `random` has one stream for each sequence."""
-        return process.corrupt(tokens, level.alpha, random.uniform(Purpose.MASK_ORDER, tokens.shape[1]))
+    def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, uniforms: Tensor) -> Tensor:
+        """x_t `(B, N)` of clean `tokens (B, N)`; `uniforms (B, N)` float64 in (0, 1) decide it."""
+        return process.corrupt(tokens, level.alpha, uniforms)
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         """Whether it can be used with them.
@@ -67,7 +66,7 @@ class DiffusionLoss(ABC):
         below 1 leaves out a prior's term that is infinite.
         """
         first, last = schedule.ends()
-        cut = first > 0 or (last < 1 and only_masks(process))
+        cut = first > 0 or (last < 1 and is_absorbing(process))
         return "not a bound" if cut else self.kind
 
     def __call__(
@@ -92,7 +91,7 @@ class DiffusionLoss(ABC):
         self.check(head, process)
         length = tokens.shape[1]
         # Where noise only masks, a token that it left is known.
-        counted = states == process.mask_id if only_masks(process) else torch.ones_like(states, dtype=torch.bool)
+        counted = states == process.mask_id if is_absorbing(process) else torch.ones_like(states, dtype=torch.bool)
         places = counted.flatten().nonzero()[:, 0]
         clean, noisy = tokens.flatten()[places, None], states.flatten()[places, None]
         levels = level.take(places // length)
@@ -108,11 +107,6 @@ class DiffusionLoss(ABC):
         self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
         """As `__call__`, of all tokens it is given, in float64."""
-
-
-def only_masks(process: ForwardProcess) -> bool:
-    """Whether noise only masks."""
-    return isinstance(process, MixtureProcess) and process.mask_share == 1
 
 
 def gather(values: Tensor, ids: Tensor) -> Tensor:

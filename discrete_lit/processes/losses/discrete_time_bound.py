@@ -7,10 +7,11 @@ from torch import Tensor
 
 from discrete_lit.processes.forward import ForwardProcess
 from discrete_lit.processes.heads import Head
-from discrete_lit.processes.losses.diffusion_loss import DiffusionLoss, LossKind, gather, only_masks
+from discrete_lit.processes.losses.diffusion_loss import DiffusionLoss, LossKind, gather
 from discrete_lit.processes.losses.marginal_gap import marginals, mixture_at_states, mixture_divergence
 from discrete_lit.processes.mixture import MixtureProcess
 from discrete_lit.processes.noise_level import NoiseLevel
+from discrete_lit.processes.reverse import is_absorbing
 from discrete_lit.processes.schedules import MaskSchedule
 
 
@@ -55,7 +56,7 @@ class DiscreteTimeBound(DiffusionLoss):
         return StepLevel(end.t, end.alpha, end.noise, end.rate, alpha, noise)
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
-        return "not a bound" if only_masks(process) and schedule.ends()[1] < 1 else self.kind
+        return "not a bound" if is_absorbing(process) and schedule.ends()[1] < 1 else self.kind
 
     def integrand(
         self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel

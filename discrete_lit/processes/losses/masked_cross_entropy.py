@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from discrete_lit.processes.forward import ForwardProcess
 from discrete_lit.processes.heads import Head
-from discrete_lit.processes.losses.diffusion_loss import DiffusionLoss, LossKind, only_masks
+from discrete_lit.processes.losses.diffusion_loss import DiffusionLoss, LossKind
 from discrete_lit.processes.noise_level import NoiseLevel
-from discrete_lit.processes.random import CounterRandom, Purpose
+from discrete_lit.processes.reverse import is_absorbing
 from discrete_lit.processes.schedules import MaskSchedule
 
 Variable = Literal["time", "mask_ratio", "mask_count"]
@@ -52,19 +52,16 @@ class MaskedCrossEntropy(DiffusionLoss):
         # The slope of m against itself is 1.
         return NoiseLevel(t, 1 - share, share, 1 / (1 - share))
 
-    def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, random: CounterRandom) -> Tensor:
+    def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, uniforms: Tensor) -> Tensor:
         if self.variable != "mask_count":
-            return super().corrupt(process, tokens, level, random)
+            return super().corrupt(process, tokens, level, uniforms)
         assert process.mask_id is not None
-        length = tokens.shape[1]
-        uniforms = random.uniform(Purpose.MASK_ORDER, length)
-        return tokens.masked_fill(
-            uniforms.argsort(dim=1).argsort(dim=1) < (level.noise * length).round(), process.mask_id
-        )
+        masked = uniforms.argsort(dim=1).argsort(dim=1) < (level.noise * tokens.shape[1]).round()
+        return tokens.masked_fill(masked, process.mask_id)
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         super().check(head, process)
-        if not only_masks(process):
+        if not is_absorbing(process):
             raise ValueError(
                 f"MaskedCrossEntropy is for AbsorbingProcess, got {type(process).__name__}: use ContinuousBound"
             )
