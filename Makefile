@@ -99,7 +99,7 @@ $(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/
 
 # The comparison goes on from the quickstart. While it trains, two commands share the processors, which keeps them busier
 # than one does; it samples one by one, so that the speeds in the table are of the whole machine.
-FAMILIES := next_scale maskbit masked autoregressive rar
+FAMILIES := next_scale bar maskbit masked autoregressive rar
 SAMPLERS := halton titok random_order
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
@@ -111,7 +111,7 @@ comparison: ## train all families of generators on one backbone and compare them
 
 trained: $(RUNS)/classifier/finished $(FAMILIES:%=$(RUNS)/%/finished)
 
-$(RUNS)/maskbit/finished: $(RUNS)/tokens_lfq/train/manifest.json $(RUNS)/tokens_lfq/test/manifest.json
+$(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(RUNS)/tokens_lfq/train/manifest.json $(RUNS)/tokens_lfq/test/manifest.json
 
 $(RUNS)/next_scale/finished: $(RUNS)/tokens_multi_scale/train/manifest.json $(RUNS)/tokens_multi_scale/test/manifest.json
 

@@ -157,6 +157,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "NextScale": {"image_size": 8, "num_classes": 2},
     "HaltonSampler": {"steps": 4},
     "MaskBitSampler": {"steps": 4},
+    "BARSampler": {"bit_counts": [2, 2]},
+    "MaskedBitHead": {"width": 8, "depth": 1},
     "ImageClassifier": {"channels": [4, 4], "num_classes": 2},
 }
 
