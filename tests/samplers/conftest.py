@@ -9,7 +9,7 @@ import torch
 from random_weights import randomise
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
-from discrete_lit.processes import CounterRandom
+from discrete_lit.processes import ArccosSchedule, CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule
 from discrete_lit.samplers import (
     BARSampler,
     HaltonConfidenceSampler,
@@ -102,10 +102,13 @@ class Case(NamedTuple):
         }
         if "steps" in self.settings:
             settings["steps"] = choose.randint(2, self.length)
-        if self.name in ("maskgit", "titok", "maskbit", "bar"):
+        if self.name in ("maskgit", "titok", "maskbit", "halton_confidence", "bar"):
             settings["choice_temperature"] = choose.choice([0.0, 4.5, 1e6])
-        if self.name in ("maskgit", "titok", "maskbit"):
+        if self.name in ("maskgit", "titok", "maskbit", "halton_confidence"):
             settings["temperature_annealing"] = choose.choice([True, False])
+        if self.name in ("maskgit", "titok", "maskbit", "halton_confidence", "random_order"):
+            schedules = [None, CosineSchedule(), ArccosSchedule(), LinearSchedule(), SquareSchedule()]
+            settings["mask_schedule"] = choose.choice(schedules)
         return self.build(**{**settings, **fixed})
 
     @torch.no_grad()

@@ -9,9 +9,14 @@ from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
 
 
-def test_never_the_mask_id_and_never_out_of_range(case) -> None:
+@pytest.mark.parametrize("sharpness", [1, 1000])
+def test_never_the_mask_id_and_never_out_of_range(case, sharpness: float) -> None:
+    """Of random settings, also where one id has all the probability and the others underflow."""
     choose, labels = Random(0), torch.arange(20) % 3  # the null label among them
     size = case.backbone.layout.vocab_size
+    if case.backbone.place_head is None:
+        with torch.no_grad():
+            case.backbone.head.project.weight.mul_(sharpness)
     for _ in range(8):
         sampler = case.random_sampler(choose)
         tokens = case.draw(sampler, labels, torch.arange(20), choose.randint(0, 2**40)).tokens
