@@ -1,5 +1,6 @@
 """The recipes of published generators build the published networks: names, sizes and samplers."""
 
+import re
 from dataclasses import replace
 from functools import cache
 from inspect import signature
@@ -8,7 +9,7 @@ from typing import Any
 import published_generators as published
 import pytest
 import torch
-from recipe_files import layered
+from recipe_files import ROOT, header_command, layered
 from test_generator_layouts import PUBLISHED, backbone
 
 from discrete_lit.backbones import SequenceLayout, Transformer
@@ -33,12 +34,18 @@ RECIPES = {
     "var_d24": ("var_transformer", "d24"),
     "var_d30": ("var_transformer", "d30"),
 }
+# Those that no published weights are loaded for, by their number of parameters alone.
+OTHERS = ["taming_gpt", "maskgit", "ibq_ar_b"]
 # What trains a network and is in no published file of weights.
 TRAINING = {"dropout", "drop_path", "recompute"}
 
 
+def config_of(recipe: str) -> str:
+    return f"lightning_configs/generators/{recipe}_imagenet256.yaml"
+
+
 def settings_of(recipe: str) -> dict[str, Any]:
-    return layered(f"lightning_configs/generators/{recipe}_imagenet256.yaml")["model"]
+    return layered(config_of(recipe))["model"]
 
 
 def switches(recipe: str) -> dict[str, Any]:
@@ -123,7 +130,7 @@ def test_ibq() -> None:
     assert own // 10**6 == 342
 
 
-@pytest.mark.parametrize("recipe", [*RECIPES, "taming_gpt", "maskgit", "ibq_ar_b"])
+@pytest.mark.parametrize("recipe", [*RECIPES, *OTHERS])
 def test_every_parameter_is_trained(recipe: str) -> None:
     """With several processes a parameter without a gradient would end the run."""
     settings = settings_of(recipe)
@@ -144,3 +151,32 @@ def test_every_parameter_is_trained(recipe: str) -> None:
         tokens = torch.randint(5, (2, 6 * parts))
     own(tokens, labels).square().sum().backward()
     assert [name for name, parameter in own.named_parameters() if parameter.grad is None] == []
+
+
+def after(flag: str, command: list[str]) -> str:
+    return command[command.index(flag) + 1]
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *OTHERS])
+def test_the_other_commands_of_the_comment(recipe: str) -> None:
+    """50,000 samples of the run's checkpoint; and of a whole recipe its tokenizer, and the crops of its tokens."""
+    from discrete_lit.verbs.sample import sample
+
+    lines = (ROOT / config_of(recipe)).read_text().splitlines()
+    comment = " ".join(line.removeprefix("#").strip(" \\") for line in lines if line.startswith("#"))
+    run_dir = after("--run_dir", header_command(config_of(recipe)))
+    command = comment.partition("Then: discrete-lit sample ")[2].split()
+    assert after("--ckpt_path", command) == f"{run_dir}/checkpoints/last.ckpt" and after("--output", command) == run_dir
+    assert after("--num_samples", command) == "50000"
+    assert {flag.removeprefix("--") for flag in command[::2]} <= set(signature(sample).parameters)
+    assert "ot run at full length" in comment
+    imported = re.search(r"discrete-lit import --weights \S+ --family (\S+) --output ([^`\s]+)`", comment)
+    settings = layered(config_of(recipe))
+    if imported is None:
+        assert re.search(r"\w+_imagenet256\.yaml", comment), "a recipe laid over another names it"
+        return
+    assert imported[1] in FAMILIES
+    assert imported[2] == settings["model"]["init_args"]["tokenizer"]["init_args"]["checkpoint"]
+    crops = re.search(r"--crops (\w+)", comment)
+    tokens = settings["data"]["init_args"]["train"]
+    assert tokens.startswith("shards/") if crops is None else tokens.endswith(f"_{crops[1]}/train")
