@@ -159,6 +159,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "MaskBitSampler": {"steps": 4},
     "BARSampler": {"bit_counts": [2, 2]},
     "MaskedBitHead": {"width": 8, "depth": 1},
+    "FactorisedHead": {"sizes": [4, 4]},
     "ImageClassifier": {"channels": [4, 4], "num_classes": 2},
 }
 
