@@ -6,6 +6,10 @@ from torch import Tensor
 from discrete_lit.processes.forward import ForwardProcess
 
 LARGEST_VOCABULARY = 1024
+# Total noise after which nothing is left of a token.
+_ENDLESS = 1e12
+# Kernels of so many entries are formed at once: 32 MB of float64.
+_ENTRIES_AT_ONCE = 2**22
 
 
 class DenseProcess(ForwardProcess):
@@ -33,7 +37,9 @@ class DenseProcess(ForwardProcess):
             raise ValueError("the rows of rates must sum to 0")
         super().__init__(size, masks=False)
         self.rates = rates
-        self.eigenvalues, self.eigenvectors = torch.linalg.eigh(rates)
+        eigenvalues, self.eigenvectors = torch.linalg.eigh(rates)
+        # The largest is 0 but for rounding, which endless noise would make infinite.
+        self.eigenvalues = eigenvalues.clamp(max=0)
 
     def prior(self) -> Tensor:
         return torch.full((self.states,), 1 / self.states, dtype=torch.float64)
@@ -52,18 +58,27 @@ class DenseProcess(ForwardProcess):
         rates = (self.rates - self.rates.diagonal().diag()).to(states.device)
         return rates[states]
 
+    def rates_from(self, states: Tensor) -> Tensor:
+        # Rates are symmetric.
+        return self.rates_into(states)
+
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
-        cumulative = self.likelihood(tokens, alpha.expand_as(uniforms)).cumsum(dim=-1)
-        below = cumulative <= uniforms[..., None] * cumulative[..., -1:]
-        return below.sum(dim=-1).clamp(max=self.states - 1)
+        count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
+        parts = (part.split(count) for part in (tokens, alpha, uniforms))
+        return torch.cat([self._draw(*part) for part in zip(*parts, strict=True)])
 
     def draw_prior(self, uniforms: Tensor) -> Tensor:
         return (uniforms * self.states).long().clamp(max=self.states - 1)
 
+    def _draw(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
+        cumulative = self.likelihood(tokens, alpha).cumsum(dim=-1)
+        below = cumulative <= uniforms[..., None] * cumulative[..., -1:]
+        return below.sum(dim=-1).clamp(max=self.states - 1)
+
     def _apply(self, values: Tensor, sigma: Tensor) -> Tensor:
         """`values (..., K) @ exp(sigma Q)`."""
         vectors, roots = self.eigenvectors.to(values.device), self.eigenvalues.to(values.device)
-        scaled = (values.double() @ vectors) * torch.exp(sigma[..., None] * roots)
+        scaled = (values.double() @ vectors) * torch.exp(sigma.clamp(max=_ENDLESS)[..., None] * roots)
         return (scaled @ vectors.T).to(values.dtype)
 
 
