@@ -16,14 +16,11 @@ than vector-quantize-pytorch, 2.05x the bare products (missed), 5 MB; D = 256: 5
 """
 
 import argparse
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable
-from statistics import median, quantiles
-from time import perf_counter
 
 import torch
+from side_by_side.memory import in_own_process, peak_of
+from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor
 
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
@@ -63,12 +60,6 @@ def bare_products(codes: Tensor, latents: Tensor, tile: tuple[int, int]) -> Call
     return run
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = perf_counter()
-    run()
-    return perf_counter() - start
-
-
 def wrong_ids(ids: Tensor, codes: Tensor, latents: Tensor) -> tuple[int, float]:
     """How many ids differ from a float64 search, and by how much their squared distance is larger at most."""
     wrong, excess = 0, 0.0
@@ -81,39 +72,11 @@ def wrong_ids(ids: Tensor, codes: Tensor, latents: Tensor) -> tuple[int, float]:
     return wrong, excess
 
 
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_memory(size: int, dim: int, threads: int) -> float:
-    """MB held at most during the search above what was held before it."""
-    torch.set_num_threads(threads)
+def peak_memory(size: int, dim: int) -> int:
+    """Bytes held at most during the search above what was held before it."""
     quantizer, latents = build(size, dim)
     quantizer.encode(latents[:1])  # the libraries' own buffers
-    before, peak, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, resident())
-            done.wait(0.001)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    quantizer.encode(latents)
-    done.set()
-    watcher.join()
-    return (peak - before) / 2**20
-
-
-def ratio(name: str, ours: list[float], others: list[float], faster: bool, target: float | None) -> None:
-    """Print the median and quartiles of the rounds' ratios: theirs over ours where ours is to be faster."""
-    low, middle, high = quantiles([b / a if faster else a / b for a, b in zip(ours, others, strict=True)], n=4)
-    wanted = "" if target is None else f"; target {'at least' if faster else 'at most'} {target}"
-    print(
-        f"  {name:24s} {1e3 * median(others):9.1f} ms; ratio {middle:.2f} (quartiles {low:.2f} to {high:.2f}{wanted})"
-    )
+    return peak_of(lambda: quantizer.encode(latents))
 
 
 def measure(size: int, dim: int, rounds: int) -> None:
@@ -127,22 +90,19 @@ def measure(size: int, dim: int, rounds: int) -> None:
     if size <= 2**16:
         arms["vector-quantize-pytorch"] = their_search(codes, latents)
     with torch.no_grad():
-        for run in arms.values():
-            run()
-        taken = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, run in arms.items():
-                taken[name].append(seconds(run))
+        taken = alternate(arms, rounds)
     wrong, excess = wrong_ids(quantizer.encode(latents), codes, latents)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        memory = pool.apply(peak_memory, (size, dim, torch.get_num_threads()))
+    memory = in_own_process(peak_memory, size, dim) / 2**20
     print(f"\nK {size}, D {dim}, {LATENTS} latents, {torch.get_num_threads()} threads, {rounds} rounds")
-    print(f"  {'ours':24s} {1e3 * median(taken['ours']):9.1f} ms; {memory:.0f} MB at most (target {MEMORY_TARGET})")
-    ratio("bare products", taken["ours"], taken["bare products"], faster=False, target=PRODUCTS_TARGET)
-    ratio("bare products in tiles", taken["ours"], taken["bare products in tiles"], faster=False, target=None)
+    print(f"  {memory:.0f} MB at most (target {MEMORY_TARGET})")
+    for name, times in taken.items():
+        print(f"  {name:24s} {milliseconds(times)}")
+    ours = taken["ours"]
+    print(f"  ours / bare products: {ratio(ours, taken['bare products'], f'at most {PRODUCTS_TARGET}')}")
+    print(f"  ours / those in tiles: {ratio(ours, taken['bare products in tiles'])}")
     if "vector-quantize-pytorch" in taken:
-        theirs = taken["vector-quantize-pytorch"]
-        ratio("vector-quantize-pytorch", taken["ours"], theirs, faster=True, target=TARGETS.get((size, dim)))
+        target = f"at least {TARGETS[size, dim]}" if (size, dim) in TARGETS else ""
+        print(f"  vector-quantize-pytorch / ours: {ratio(taken['vector-quantize-pytorch'], ours, target)}")
     print(f"  ids unlike a float64 search: {wrong}, their squared distance larger by at most {excess:.1e}")
 
 

@@ -17,14 +17,13 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from side_by_side.between_steps import BetweenSteps
 
 from discrete_lit import generators
 from discrete_lit.backbones import Transformer
@@ -98,55 +97,22 @@ class BareLoop:
             self.scheduler.step()
 
 
-class Alternate(Callback):
-    """Times blocks of the Trainer's steps, and runs and times a block of the bare loop between two of them."""
-
-    def __init__(self, bare: Generator, batches: Iterator[dict[str, Any]], steps: int) -> None:
-        self.generator, self.batches, self.steps = bare, batches, steps
-        self.bare: BareLoop | None = None
-        self.block_started = (0.0, 0.0)
-        self.lightning_seconds: list[tuple[float, float]] = []
-        self.bare_seconds: list[tuple[float, float]] = []
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.bare = BareLoop(self.generator, self.batches, trainer)
-        self.bare.run(WARMUP)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        done = trainer.global_step - WARMUP
-        if done < 0 or done % self.steps:
-            return
-        assert self.bare is not None
-        now = self._clock()
-        if done:
-            self.lightning_seconds.append(self._per_step(self.block_started, now))
-        self.bare.run(self.steps)
-        self.block_started = self._clock()
-        self.bare_seconds.append(self._per_step(now, self.block_started))
-
-    def _clock(self) -> tuple[float, float]:
-        """Wall clock and processor time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return perf_counter(), process_time()
-
-    def _per_step(self, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
-        return (end[0] - start[0]) / self.steps, (end[1] - start[1]) / self.steps
-
-
 def endless(data: TokenArrays) -> Iterator[dict[str, Any]]:
     loader = data.training_loader()
     while True:
         yield from loader
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Alternate:
+def measure(options: argparse.Namespace, folder: Path) -> BetweenSteps:
     total = WARMUP + options.rounds * options.steps + 1
     generator = build(options.family, total)
     write_tokens(folder / "tokens", generator, 20_000)
     data = TokenArrays(str(folder / "tokens"), batch_size=options.batch_size)
     bare_data = TokenArrays(str(folder / "tokens"), batch_size=options.batch_size)
-    alternate = Alternate(build(options.family, total), endless(bare_data), options.steps)
+    bare = build(options.family, total)
+    between = BetweenSteps(
+        lambda trainer, module: BareLoop(bare, endless(bare_data), trainer).run, options.steps, WARMUP
+    )
     always = [TQDMProgressBar(), ReconstructionGrid(), SampleGrid(), LearningRateMonitor("step"), GradientNorm()]
     trainer = Trainer(
         accelerator=options.accelerator,
@@ -157,11 +123,11 @@ def measure(options: argparse.Namespace, folder: Path) -> Alternate:
         limit_val_batches=0,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=[alternate, *always, Throughput(), ModelCheckpoint(folder / "checkpoints", save_last=True)],
+        callbacks=[between, *always, Throughput(), ModelCheckpoint(folder / "checkpoints", save_last=True)],
         use_distributed_sampler=False,
     )
     trainer.fit(generator, datamodule=data)
-    return alternate
+    return between
 
 
 def main() -> None:
@@ -178,25 +144,9 @@ def main() -> None:
     if options.steps % 10 or options.rounds < 4:
         parser.error("--steps must be a multiple of 10, and --rounds at least 4")
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure(options, Path(folder))
+        between = measure(options, Path(folder))
     print(f"\n{options.family}, batch {options.batch_size}, {options.precision}, {torch.get_num_threads()} threads")
-    for place, clock in enumerate(("wall clock", "processor time")):
-        report(
-            clock, [pair[place] for pair in seconds.lightning_seconds], [pair[place] for pair in seconds.bare_seconds]
-        )
-
-
-def report(clock: str, lightning: list[float], bare: list[float]) -> None:
-    """Print medians and the ratio of seconds a step; `bare` has one block more."""
-    # Each block of Lightning's stands between two bare ones: their mean cancels a drift of the machine.
-    ratios = [
-        block / ((before + after) / 2) for block, before, after in zip(lightning, bare[:-1], bare[1:], strict=True)
-    ]
-    low, middle, high = quantiles(ratios, n=4)
-    print(
-        f"{clock:15s} Lightning {1e3 * median(lightning):8.2f} ms a step, bare loop {1e3 * median(bare):8.2f} ms; "
-        f"ratio {middle:.4f} (median of {len(ratios)} pairs; quartiles {low:.4f} to {high:.4f}; target 1.05)"
-    )
+    between.report("Lightning", "at most 1.05")
 
 
 if __name__ == "__main__":

@@ -21,15 +21,14 @@ Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did not
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
-from time import perf_counter, process_time
-from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from side_by_side.between_steps import BetweenSteps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -81,47 +80,16 @@ class BarePasses:
             torch.autograd.grad(latents, weights, at_codes, allow_unused=True)
 
 
-class Alternate(Callback):
-    """Times blocks of the Trainer's steps, and runs and times the bare passes between two of them."""
-
-    def __init__(self, images: Tensor, steps: int) -> None:
-        self.images, self.steps = images, steps
-        self.bare: BarePasses | None = None
-        self.started = (0.0, 0.0)
-        self.step_seconds: list[tuple[float, float]] = []
-        self.bare_seconds: list[tuple[float, float]] = []
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        done = trainer.global_step - WARMUP
-        if done < 0 or done % self.steps:
-            return
-        now = self._clock()
-        if done:
-            self.step_seconds.append(self._each(self.started, now))
-        if self.bare is None:
-            assert isinstance(pl_module, VQGAN)
-            self.bare = BarePasses(pl_module, self.images.to(pl_module.device))
-            self.bare.run(WARMUP)
-            now = self._clock()
-        self.bare.run(self.steps)
-        self.started = self._clock()
-        self.bare_seconds.append(self._each(now, self.started))
-
-    def _clock(self) -> tuple[float, float]:
-        """Wall clock and processor time."""
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return perf_counter(), process_time()
-
-    def _each(self, start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
-        return (end[0] - start[0]) / self.steps, (end[1] - start[1]) / self.steps
-
-
-def measure(options: argparse.Namespace, folder: Path) -> Alternate:
+def measure(options: argparse.Namespace, folder: Path) -> BetweenSteps:
     total = WARMUP + options.rounds * options.steps + 1
     images = torch.rand(options.batch_size, 3, options.image_size, options.image_size) * 2 - 1
     batch = {"image": images, "label": torch.zeros(options.batch_size, dtype=torch.int64)}
-    alternate = Alternate(images, options.steps)
+
+    def bare(trainer: Trainer, module: LightningModule) -> Callable[[int], None]:
+        assert isinstance(module, VQGAN)
+        return BarePasses(module, images.to(module.device)).run
+
+    between = BetweenSteps(bare, options.steps, WARMUP)
     trainer = Trainer(
         accelerator=options.accelerator,
         devices=1,
@@ -131,12 +99,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Alternate:
         limit_val_batches=0,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=[alternate, GradientNorm(), Throughput(), TrainingAlarm(min_codebook_usage=0.0)],
+        callbacks=[between, GradientNorm(), Throughput(), TrainingAlarm(min_codebook_usage=0.0)],
         enable_checkpointing=False,
         enable_progress_bar=False,
     )
     trainer.fit(build(options), DataLoader([batch] * total, batch_size=None))
-    return alternate
+    return between
 
 
 def main() -> None:
@@ -153,21 +121,9 @@ def main() -> None:
     if options.rounds < 4:
         parser.error("--rounds must be at least 4")
     with tempfile.TemporaryDirectory() as folder:
-        seconds = measure(options, Path(folder))
+        between = measure(options, Path(folder))
     print(f"\n{options.image_size} px, batch {options.batch_size}, {options.channels} channels, {options.precision}")
-    for place, clock in enumerate(("wall clock", "processor time")):
-        report(clock, [pair[place] for pair in seconds.step_seconds], [pair[place] for pair in seconds.bare_seconds])
-
-
-def report(clock: str, step: list[float], bare: list[float]) -> None:
-    """Print medians and the ratio of seconds a step; `bare` has one block more."""
-    # Each block of steps stands between two bare ones: their mean cancels a drift of the machine.
-    ratios = [block / ((before + after) / 2) for block, before, after in zip(step, bare[:-1], bare[1:], strict=True)]
-    low, middle, high = quantiles(ratios, n=4)
-    print(
-        f"{clock:15s} step {1e3 * median(step):8.1f} ms, bare passes {1e3 * median(bare):8.1f} ms; "
-        f"ratio {middle:.4f} (median of {len(ratios)} pairs; quartiles {low:.4f} to {high:.4f}; target 1.10)"
-    )
+    between.report("step", "at most 1.10")
 
 
 if __name__ == "__main__":

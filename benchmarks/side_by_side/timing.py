@@ -1,0 +1,66 @@
+"""Clocks, and ratios with their spread."""
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
+from time import perf_counter, process_time
+from typing import NamedTuple
+
+import torch
+
+
+class Seconds(NamedTuple):
+    """Of the wall clock, and of this process on all its processors."""
+
+    wall: float
+    processor: float
+
+
+def clock() -> Seconds:
+    """Now, after everything that a GPU was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return Seconds(perf_counter(), process_time())
+
+
+def since(start: Seconds, count: int = 1) -> Seconds:
+    """From `start` to now, divided by `count`."""
+    end = clock()
+    return Seconds((end.wall - start.wall) / count, (end.processor - start.processor) / count)
+
+
+def timed(run: Callable[[], object]) -> Seconds:
+    """What a call takes."""
+    start = clock()
+    run()
+    return since(start)
+
+
+def alternate(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[Seconds]]:
+    """What each arm takes in each round; in a round every arm runs once."""
+    for _ in range(warmup):
+        for run in arms.values():
+            run()
+    taken: dict[str, list[Seconds]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, run in arms.items():
+            taken[name].append(timed(run))
+    return taken
+
+
+def milliseconds(taken: Sequence[Seconds]) -> str:
+    """Medians, for a table."""
+    wall, processor = (1e3 * median(part) for part in zip(*taken, strict=True))
+    return f"{wall:9.1f} ms ({processor:9.1f} of processors)"
+
+
+def ratio(numerator: Sequence[Seconds], denominator: Sequence[Seconds], target: str = "") -> str:
+    """Median and quartiles of the rounds' ratios, by both clocks; of fewer than two rounds, the ratio alone."""
+    pairs = list(zip(numerator, denominator, strict=True))
+    wall = [above.wall / below.wall for above, below in pairs]
+    processor = median(above.processor / below.processor for above, below in pairs)
+    spread = ""
+    if len(pairs) > 1:
+        low, _, high = quantiles(wall, n=4)
+        spread = f" (quartiles {low:.3f} to {high:.3f})"
+    wanted = f"; target {target}" if target else ""
+    return f"{median(wall):.3f}{spread}, {processor:.3f} by processor time{wanted}"
