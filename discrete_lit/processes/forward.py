@@ -59,6 +59,10 @@ class ForwardProcess(ABC):
         """`(..., S)` float64: the rate Q(y, x) of jumping from each state y into `states` x; 0 for y = x."""
 
     @abstractmethod
+    def rates_from(self, states: Tensor) -> Tensor:
+        """`(..., S)` float64: the rate Q(x, y) of jumping from `states` x to each state y; 0 for y = x."""
+
+    @abstractmethod
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
         """Draw `x_t (B, N)` given clean `tokens (B, N)`.
 

@@ -59,6 +59,10 @@ class MixtureProcess(ForwardProcess):
         of_clean = alpha + noise * prior
         return torch.xlogy(of_clean, of_clean) - torch.xlogy(of_clean, prior) + torch.xlogy(noise, noise) * (1 - prior)
 
+    def rates_from(self, states: Tensor) -> Tensor:
+        others = 1 - torch.nn.functional.one_hot(states, self.states)
+        return self.prior().to(states.device) * others
+
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
         replaced = uniforms >= alpha
         # Given that it is at least alpha, what a uniform number exceeds it by is uniform again.

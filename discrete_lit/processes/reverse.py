@@ -39,6 +39,12 @@ class Jumps:
         share = self.targets.log_softmax(dim=-1).gather(-1, best[..., None])[..., 0].exp()
         return torch.where(self.probability * share > 1 - self.probability, best, states)
 
+    def log_probability(self, targets: Tensor) -> Tensor:
+        """`(B, N)`, that of each of `targets (B, N)` where its token leaves its state; nan where it cannot be meant."""
+        known = targets < self.targets.shape[-1]
+        log_share = self.targets.log_softmax(dim=-1).gather(-1, torch.where(known, targets, 0)[..., None])[..., 0]
+        return log_share.double().masked_fill(~known, torch.nan)
+
 
 def is_absorbing(process: ForwardProcess) -> bool:
     """Whether noise only masks."""

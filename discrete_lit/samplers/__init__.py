@@ -15,7 +15,9 @@ from discrete_lit.samplers.next_scale import NextScaleSampler
 from discrete_lit.samplers.open_magvit2 import OpenMAGVIT2Sampler, PartSettings
 from discrete_lit.samplers.ordered import RandomOrderSampler
 from discrete_lit.samplers.parallel import ParallelSampler
+from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
 from discrete_lit.samplers.raster import RasterSampler
+from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler
 from discrete_lit.samplers.titok import TiTokSampler
 
@@ -35,8 +37,10 @@ __all__ = [
     "OpenMAGVIT2Sampler",
     "ParallelSampler",
     "PartSettings",
+    "PredictorCorrectorSampler",
     "RandomOrderSampler",
     "RasterSampler",
+    "RemaskingSampler",
     "Sampler",
     "SamplerOutput",
     "TauLeapingSampler",

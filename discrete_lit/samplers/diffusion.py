@@ -44,6 +44,10 @@ class Interval:
         """`before`, of finite noise, as networks and scores need it."""
         return replace(self.before, alpha=self.before.alpha.clamp(min=_LEAST_ALPHA))
 
+    def corrected(self, number: int) -> "Interval":
+        """Of no length, at the end of this one, with the random numbers of `number`."""
+        return Interval(number, self.after, self.after, torch.zeros_like(self.slope), last=False)
+
 
 class DiffusionSampler(ParallelSampler):
     """Goes from noise to an image in T steps, in each of which all tokens may change.
@@ -154,21 +158,28 @@ class DiffusionSampler(ParallelSampler):
         """Move the trajectory to the end of an interval."""
         drawing, denoiser, states = trajectory.drawing, trajectory.denoiser, trajectory.states
         coins = drawing.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
-        absorbing = is_absorbing(denoiser.process)
-        if absorbing and self.guidance_law == "clean":
+        forgotten = self.forget(trajectory, interval, coins)
+        if is_absorbing(denoiser.process) and self.guidance_law == "clean":
             # The network has no say in which tokens are revealed.
             certain = self.reveal(interval, torch.ones_like(interval.before.alpha))
             if not bool((trajectory.masked & (coins < certain)).any()):
+                trajectory.mask(forgotten)
                 return
         prediction = Prediction.of(drawing, denoiser, states, interval.seen, scale)
         jumps = self.jumps(prediction, interval)
         uniforms = drawing.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
         if interval.last and self.clean_up == "argmax":
-            best = jumps.most_probable(states)
-            trajectory.move(best != states, best, self._log_probability(jumps, best))
-            return
-        jumping = (coins < jumps.probability) & ~trajectory.fixed
-        self.land(trajectory, jumps, jumping, uniforms, interval)
+            ids = jumps.most_probable(states)
+            jumping, log_probability = ids != states, jumps.log_probability(ids)
+        else:
+            jumping = (coins < jumps.probability) & ~trajectory.fixed
+            ids, log_probability = self.land(trajectory, jumps, jumping, uniforms, interval)
+        trajectory.mask(forgotten)
+        trajectory.move(jumping, ids, log_probability)
+
+    def forget(self, trajectory: Trajectory, interval: Interval, coins: Tensor) -> Tensor:
+        """`(B, N)` bool, revealed tokens that are masked again, by uniform `coins (B, N)`; none, as a rule."""
+        return torch.zeros_like(trajectory.fixed)
 
     def jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
         """The step of every token, by this sampler's guidance law."""
@@ -184,19 +195,30 @@ class DiffusionSampler(ParallelSampler):
         clean = prediction.clean()
         if absorbing:
             return self._revealing(clean, states, denoiser, interval)
-        filtered = filter_logits(clean / self.temperature, self.top_k, self.top_p).log_softmax(dim=-1)
-        return self.jumps_from_clean(filtered, states, denoiser, interval)
+        return self.jumps_from_clean(self.filtered(clean), states, denoiser, interval)
 
-    def land(self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval) -> None:
-        """Draw where the `jumping (B, N)` tokens go to, with `uniforms (B, N)`."""
+    def filtered(self, clean: Tensor) -> Tensor:
+        """Log-probabilities of clean ids at this sampler's temperature and after its filters."""
+        return filter_logits(clean / self.temperature, self.top_k, self.top_p).log_softmax(dim=-1)
+
+    def land(
+        self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval
+    ) -> tuple[Tensor, Tensor]:
+        """Draw where the `jumping (B, N)` tokens go to.
+
+        Returns:
+            Their states `(B, N)` and log-probabilities `(B, N)` float64; of no meaning elsewhere.
+        """
         targets, chosen = jumps.targets[jumping], uniforms[jumping]
         if is_absorbing(trajectory.denoiser.process):
             ids, log_probability = self.choose(targets, chosen)
         else:
             ids = draw_categorical(targets, chosen)
             log_probability = targets.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
-        states = trajectory.states.masked_scatter(jumping, ids)
-        trajectory.move(jumping, states, torch.zeros_like(uniforms).masked_scatter(jumping, log_probability.double()))
+        return (
+            trajectory.states.masked_scatter(jumping, ids),
+            torch.zeros_like(uniforms).masked_scatter(jumping, log_probability.double()),
+        )
 
     def _natural_jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
         """Of an unguided prediction, in the terms of its head."""
@@ -215,8 +237,3 @@ class DiffusionSampler(ParallelSampler):
             weight = weights.double().logsumexp(dim=-1).exp()
         masked = states == denoiser.process.mask_id
         return Jumps(torch.where(masked, self.reveal(interval, weight), 0.0), weights)
-
-    def _log_probability(self, jumps: Jumps, ids: Tensor) -> Tensor:
-        return jumps.targets.log_softmax(dim=-1).gather(-1, ids.clamp(max=jumps.targets.shape[-1] - 1)[..., None])[
-            ..., 0
-        ]

@@ -11,7 +11,6 @@ from discrete_lit.processes.dense import DenseProcess
 from discrete_lit.processes.heads import score_from_cavity
 from discrete_lit.processes.reverse import Jumps, euler_weights, jumps_from_weights, reverse_rates
 from discrete_lit.samplers.ancestral import AncestralSampler
-from discrete_lit.samplers.categorical import draw_categorical
 from discrete_lit.samplers.diffusion import Interval
 from discrete_lit.samplers.trajectory import Trajectory
 
@@ -90,26 +89,24 @@ class TauLeapingSampler(EulerSampler):
         rates = reverse_rates(scores.exp(), states, denoiser.process).scatter(-1, states[..., None], 0.0)
         return Jumps(-torch.expm1(-self._noise(interval) * rates.sum(dim=-1)), rates.log())
 
-    def land(self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval) -> None:
+    def land(
+        self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval
+    ) -> tuple[Tensor, Tensor]:
         if interval.last or not isinstance(trajectory.denoiser.process, DenseProcess):
             return super().land(trajectory, jumps, jumping, uniforms, interval)
         states, length = trajectory.states, trajectory.states.shape[1]
-        random = trajectory.drawing.random
-        mean = -torch.log1p(-jumps.probability)
-        counts = poisson(mean, random.uniform(Purpose.CONFIDENCE, length, interval.number)) * jumping
-        moved = states.clone()
-        for number in range(int(counts.max()) if counts.numel() else 0):
-            here = counts > number
-            each = (
-                uniforms
-                if number == 0
-                else random.uniform(Purpose.ORDER, length, number * self.steps + interval.number)
-            )
-            ids = draw_categorical(jumps.targets[here], each[here])
-            moved = moved.masked_scatter(here, moved[here] + ids - states[here])
-        ids = moved.clamp(0, trajectory.denoiser.process.vocab_size - 1)
-        trajectory.move(counts > 0, ids, torch.zeros_like(mean))
-        return None
+        random, number = trajectory.drawing.random, interval.number
+        coins = random.uniform(Purpose.CONFIDENCE, length, number)
+        counts = poisson(-torch.log1p(-jumps.probability), coins) * jumping
+        moved, total = states.clone(), torch.zeros_like(coins)
+        for jump in range(int(counts.max()) if counts.numel() else 0):
+            if jump > 0:
+                uniforms = random.uniform(Purpose.TOKEN, length, number + jump * self.steps)
+            here = counts > jump
+            ids, log_probability = super().land(trajectory, jumps, here, uniforms, interval)
+            moved = torch.where(here, moved + ids - states, moved)
+            total = total + log_probability
+        return moved.clamp(0, trajectory.denoiser.process.vocab_size - 1), total
 
 
 def poisson(mean: Tensor, uniforms: Tensor) -> Tensor:

@@ -66,6 +66,10 @@ class Trajectory:
         noisy = self.denoiser.process.corrupt(given, level.alpha, self._given_noise)
         self.states = torch.where(self.fixed, noisy, self.states)
 
+    def mask(self, forgotten: Tensor) -> None:
+        """Mask tokens again, `(B, N)` bool."""
+        self.states = self.states.masked_fill(forgotten, self.drawing.layout.mask_id)
+
     def move(self, moved: Tensor, states: Tensor, log_probability: Tensor) -> None:
         """Note what a pass did.
 
