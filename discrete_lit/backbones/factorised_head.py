@@ -15,6 +15,9 @@ from discrete_lit.backbones.norms import Norm
 from discrete_lit.backbones.place_head import PlaceHead
 from discrete_lit.processes import CounterRandom
 
+# CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).
+_MOST_SEQUENCES = 2**16 - 1
+
 
 class FactorisedHead(PlaceHead):
     """A small causal transformer over the parts of one id, of unequal sizes or equal ones.
@@ -74,6 +77,10 @@ class FactorisedHead(PlaceHead):
             table(part).to(hidden.dtype) for table, part in zip(self.tables, known.unbind(dim=-1), strict=False)
         )
         elements = torch.stack((hidden, *embedded), dim=2).flatten(0, 1)  # (B n, p + 1, D)
+        read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
+        return torch.cat(read).unflatten(0, hidden.shape[:2])
+
+    def _run_blocks(self, elements: Tensor) -> Tensor:
         for block in self.blocks:
             elements = block(elements, causal=True)
-        return self.norm(elements).unflatten(0, hidden.shape[:2])
+        return self.norm(elements)

@@ -97,6 +97,16 @@ def test_places_do_not_mix(head: PlaceHead) -> None:
 
 
 @torch.no_grad()
+def test_more_places_than_an_attention_kernel_takes_at_once(monkeypatch) -> None:
+    head, hidden, ids = factorised(24, (4, 6)), torch.randn(3, 5, 8), torch.randint(24, (3, 5))
+    whole, lengths = head.log_likelihood(hidden, ids), []
+    monkeypatch.setattr("discrete_lit.backbones.factorised_head._MOST_SEQUENCES", 4)
+    head.blocks[0].register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
+    torch.testing.assert_close(head.log_likelihood(hidden, ids), whole)
+    assert lengths == [4, 4, 4, 3]
+
+
+@torch.no_grad()
 def test_training_loss_of_parts_is_their_likelihood() -> None:
     head = factorised(24, (4, 6)).train()
     hidden, ids = torch.randn(2, 5, 8), torch.randint(24, (2, 5))
