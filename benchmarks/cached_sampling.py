@@ -1,93 +1,212 @@
-"""What the key-value cache saves: sampling the quickstart's autoregressive generator with it and without.
+"""Sampling an autoregressive generator token by token: ours, its bare products, `transformers`, and no cache.
 
-    python benchmarks/cached_sampling.py
+    OMP_NUM_THREADS=2 python benchmarks/cached_sampling.py
+    OMP_NUM_THREADS=2 python benchmarks/cached_sampling.py --precision bf16-mixed --batch 32
 
-Both arms draw the same 64-token sequences from the same random numbers. With the cache each token takes one pass over
-one position; without, one pass over the whole prefix. A hook on the first block counts the positions that the backbone
-computes. The arms alternate; times are medians.
+LlamaGen-B's shape (12 blocks of width 768, 256 tokens of 16,384 ids) with guidance, so with 2 B rows in each pass. The
+arms take turns; all draw the same `--tokens` places in the middle of the sequence, before which the cache is filled
+outside the measured time, so that the mean length of what attention reads is that of the whole sequence:
+
+- ours: `RasterSampler` through its public call, drawing and guidance included;
+- bare: the linear layers and attention reads alone, of the same shapes and precision (under `bf16-mixed` the logits are
+  of float32, as ours), each a plain call of PyTorch;
+- transformers: `LlamaForCausalLM.generate` of the same size with its static cache and as many rows, without guidance,
+  all of it in bfloat16 under `bf16-mixed`;
+- no cache: what a pass over the whole prefix takes at some of the same places.
+
+The roofline is the time that the weights and the filled part of the cache take to be read once at the measured memory
+bandwidth, or the products at the measured peak of a large matrix product, where that is longer.
 """
 
 import argparse
+import warnings
 from collections.abc import Callable
-from statistics import median, quantiles
-from time import perf_counter
+from itertools import pairwise
+from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor
-from training_step import build
+from side_by_side.machine import bandwidth, matmul_peak
+from side_by_side.published_shapes import CODES, DEPTH, HEADS, HIDDEN, WIDTH, autocast, llama_shape
+from side_by_side.timing import Seconds, clock, milliseconds, ratio, since
+from torch import nn
+from torch.nn import functional as F
 
-from discrete_lit.backbones import Backbone
-from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.backbones import Transformer
+from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
-
-def without_cache(sampler: RasterSampler, backbone: Backbone, labels: Tensor, random: CounterRandom) -> Tensor:
-    """The tokens of `RasterSampler` without guidance, each from a pass over everything before it."""
-    length = backbone.layout.length
-    uniforms = random.uniform(Purpose.TOKEN, length)
-    tokens = labels.new_empty(len(labels), 0)
-    for place in range(length):
-        logits = backbone(tokens, labels)[:, -1:]
-        drawn, _ = sampler.choose(logits, uniforms[:, place : place + 1])
-        tokens = torch.cat((tokens, drawn), dim=1)
-    return tokens
+LENGTH = 256
 
 
-def count_passes(backbone: Backbone, draw: Callable[[], Tensor]) -> tuple[Tensor, list[int]]:
-    """What `draw` gives, and the positions that each pass through the backbone computed."""
-    positions: list[int] = []
-    first_block = next(iter(backbone.shards()))
-    handle = first_block.register_forward_pre_hook(lambda block, inputs: positions.append(inputs[0].shape[1]))
+class Enough(Exception):
+    """The last measured place is drawn."""
+
+
+def between_passes(network: nn.Module, run: Callable[[], object], count: int) -> list[Seconds]:
+    """What each of `count` places takes, from its pass to the next, without the first pass, which fills the cache."""
+    stamps: list[Seconds] = []
+
+    def note(*_: object) -> None:
+        stamps.append(clock())
+        if len(stamps) == count + 2:
+            raise Enough
+
+    handle = network.register_forward_pre_hook(note)
     try:
-        return draw(), positions
+        run()
+    except Enough:
+        pass
     finally:
         handle.remove()
+    return [Seconds(b.wall - a.wall, b.processor - a.processor) for a, b in pairwise(stamps[1:])]
 
 
-def timed(draw: Callable[[], Tensor]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = perf_counter()
-    draw()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return perf_counter() - start
+class Case:
+    """The arms at one batch size; each gives the seconds of every place."""
+
+    def __init__(self, backbone: Transformer, llama: Any, batch: int, precision: str, first: int, count: int) -> None:
+        self.llama = llama
+        self.backbone, self.batch, self.rows, self.precision = backbone, batch, 2 * batch, precision
+        self.first, self.count = first, count
+        self.device = next(backbone.parameters()).device
+        self.dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+        self.tokens = torch.randint(CODES, (batch, LENGTH), device=self.device)
+        self.labels = torch.arange(batch, device=self.device)
+        self._make_bare()
+
+    def _make_bare(self) -> None:
+        shapes = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 2 * HIDDEN), (HIDDEN, WIDTH)] * DEPTH
+        self.weights = [torch.randn(out, of, device=self.device, dtype=self.dtype) for of, out in shapes]
+        self.weights.append(torch.randn(CODES, WIDTH, device=self.device))
+        self.inputs = [
+            torch.randn(self.rows, weight.shape[1], device=self.device, dtype=weight.dtype) for weight in self.weights
+        ]
+        shape = (DEPTH, 2, self.rows, HEADS, LENGTH, WIDTH // HEADS)
+        self.cache = torch.randn(shape, device=self.device, dtype=self.dtype)
+        self.query = self.cache[0, 0, :, :, :1].clone()
+
+    def ours(self) -> list[Seconds]:
+        known = self.tokens.clone()
+        known[:, self.first :] = -1
+        sampler, random = RasterSampler(guidance_scale=2.0), CounterRandom(0, self.labels)
+        with autocast(self.device, self.precision):
+            return between_passes(self.backbone, lambda: sampler(self.backbone, self.labels, random, known), self.count)
+
+    def bare(self) -> list[Seconds]:
+        taken = []
+        for place in range(self.first + 1, self.first + 1 + self.count):
+            start = clock()
+            for layer, rows in enumerate(zip(self.inputs, self.weights, strict=True)):
+                F.linear(*rows)
+                if layer % 4 == 0 and layer < 4 * DEPTH:
+                    key, value = self.cache[layer // 4, :, :, :, : place + 1]
+                    F.scaled_dot_product_attention(self.query, key, value)
+            taken.append(since(start))
+        return taken
+
+    def transformers(self) -> list[Seconds]:
+        prompt = torch.cat((self.tokens, self.tokens))[:, : self.first + 1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return between_passes(
+                self.llama,
+                lambda: self.llama.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=LENGTH - self.first,
+                    do_sample=True,
+                    top_k=0,
+                    cache_implementation="static",
+                    disable_compile=True,
+                ),
+                self.count,
+            )
+
+    def no_cache(self, places: list[int]) -> dict[int, Seconds]:
+        labels, tokens = torch.cat((self.labels, self.labels)), torch.cat((self.tokens, self.tokens))
+        taken = {}
+        with autocast(self.device, self.precision):
+            for place in places:
+                start = clock()
+                self.backbone(tokens[:, :place], labels)
+                taken[place] = since(start)
+        return taken
+
+    def roofline(self) -> float:
+        """Seconds of a place in the middle."""
+        length = self.first + 1 + self.count // 2
+        filled = 2 * DEPTH * self.rows * WIDTH * length * self.dtype.itemsize
+        read = sum(weight.numel() * weight.element_size() for weight in self.weights) + filled
+        products = sum(2 * self.rows * weight.numel() for weight in self.weights[:-1]) + 4 * DEPTH * WIDTH * length
+        logits = 2 * self.rows * self.weights[-1].numel()
+        arithmetic = products / matmul_peak(self.device, self.dtype) + logits / matmul_peak(self.device, torch.float32)
+        return max(read / bandwidth(self.device, torch.float32), arithmetic)
+
+
+def make_llama(device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=CODES,
+        hidden_size=WIDTH,
+        intermediate_size=HIDDEN,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        max_position_embeddings=2 * LENGTH,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return nn.Module.to(LlamaForCausalLM(config).eval(), device=device, dtype=dtype)
+
+
+def measure(case: Case, rounds: int, recomputed: int) -> None:
+    arms = {"ours": case.ours, "bare": case.bare, "transformers": case.transformers}
+    places: dict[str, list[Seconds]] = {name: [] for name in arms}
+    totals: dict[str, list[Seconds]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, run in arms.items():
+            taken = run()
+            if number:  # the first warms up
+                places[name] += taken
+                totals[name].append(Seconds(*(sum(part) for part in zip(*taken, strict=True))))
+    ours = totals["ours"]
+    print(f"\nbatch {case.batch} ({case.rows} rows), {case.precision}, {torch.get_num_threads()} threads, a place:")
+    for name, taken in places.items():
+        print(f"  {name:14s} {milliseconds(taken)}")
+    print(f"  ours / bare          {ratio(ours, totals['bare'], 'at most 1.25')}")
+    print(f"  transformers / ours  {ratio(totals['transformers'], ours, 'at least 1.3')}")
+    if recomputed:
+        step = case.count // recomputed
+        full = case.no_cache([case.first + 1 + step // 2 + step * number for number in range(recomputed)])
+        cached = [places["ours"][place - case.first - 1] for place in full]
+        whole = sum(taken.wall for taken in full.values()) / sum(taken.wall for taken in cached)
+        print(f"  no cache / ours      {whole:.1f} over {len(full)} of the same places; target at least 5")
+    roof, middle = case.roofline(), median(taken.wall for taken in places["ours"])
+    print(f"  roofline {1e3 * roof:.1f} ms: ours takes {middle / roof:.2f} times that")
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=64, help="sequences drawn at once")
-    parser.add_argument("--rounds", type=int, default=7, help="draws of each arm")
+    parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="both if left out")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--first", type=int, default=112, help="places filled before the measured ones")
+    parser.add_argument("--tokens", type=int, default=32, help="measured places")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--recomputed", type=int, default=2, help="places measured without a cache; 0 for none")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    if options.rounds < 3:
-        parser.error("--rounds must be at least 3")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = build("Autoregressive", 600).to(device).eval()
-    backbone, sampler = generator.backbone, RasterSampler()
-    labels = torch.arange(options.images, device=device) % generator.num_classes
-    random = CounterRandom(0, torch.arange(options.images, device=device))
-
-    def cached() -> Tensor:
-        return sampler(backbone, labels, random).tokens
-
-    def full() -> Tensor:
-        return without_cache(sampler, backbone, labels, random)
-
-    print(f"{options.images} sequences of {generator.length} tokens on {device}, {torch.get_num_threads()} threads")
-    drawn = {}
-    for name, draw in (("cached", cached), ("full", full)):
-        drawn[name], positions = count_passes(backbone, draw)
-        sizes = f"{min(positions)} to {max(positions)} positions, {sum(positions)} in all"
-        print(f"{name:7s} {len(positions)} passes over {sizes}")
-    print(f"equal tokens: {float((drawn['cached'] == drawn['full']).double().mean()):.2%}")
-
-    seconds = [(timed(cached), timed(full)) for _ in range(options.rounds)]
-    ratios = [slow / quick for quick, slow in seconds]
-    low, middle, high = quantiles(ratios, n=4)
-    print(f"cached  {1e3 * median(quick for quick, _ in seconds):9.1f} ms")
-    print(f"full    {1e3 * median(slow for _, slow in seconds):9.1f} ms")
-    print(f"ratio   {middle:9.2f} (median of {options.rounds} pairs; quartiles {low:.2f} to {high:.2f})")
+    if options.first < 1 or options.tokens < 2 or options.first + options.tokens + 2 > LENGTH:
+        parser.error(f"--first and --tokens must leave two of the {LENGTH} places")
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    backbone = llama_shape().eval().to(device)
+    for precision in [options.precision] if options.precision else ["32-true", "bf16-mixed"]:
+        llama = make_llama(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
+        for batch in options.batch:
+            case = Case(backbone, llama, batch, precision, options.first, options.tokens)
+            measure(case, options.rounds, options.recomputed)
 
 
 if __name__ == "__main__":

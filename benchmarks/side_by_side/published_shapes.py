@@ -1,0 +1,28 @@
+"""Networks of published sizes with random weights."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from discrete_lit.backbones import SequenceLayout, Transformer
+
+WIDTH, DEPTH, HEADS, HIDDEN, CODES, CLASSES = 768, 12, 12, 2048, 16_384, 1000
+
+
+def llama_shape(attention: str = "causal") -> Transformer:
+    """LlamaGen-B's: 12 blocks of width 768, SwiGLU, RMSNorm, rotary positions, 256 tokens of 16,384 ids."""
+    layout = SequenceLayout(
+        CODES,
+        (16, 16),
+        CLASSES,
+        attention,  # type: ignore[arg-type]
+        mask_token=attention == "bidirectional",
+    )
+    return Transformer(
+        layout, WIDTH, DEPTH, HEADS, mlp_hidden=HIDDEN, mlp="swiglu", norm="rms", bias=False, positions="rope_1d"
+    )
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """That of Lightning's `precision`: `32-true` or `bf16-mixed`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
