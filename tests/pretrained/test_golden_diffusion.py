@@ -1,0 +1,47 @@
+"""Published diffusion models give what the reference repositories' own code computes; `test_golden.py` says how."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import golden_diffusion as golden
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_golden import cases, check, under
+
+import discrete_lit
+from discrete_lit.checkpoints import save
+from discrete_lit.pretrained import load_pretrained
+
+
+@pytest.mark.parametrize("file", cases(golden.OUTPUTS))
+@torch.no_grad()
+def test_outputs_of_the_reference_diffusion(file: Path, tmp_path: Path) -> None:
+    family = file.parent.name
+    tensors = load_file(file)
+    published = json.loads(file.with_suffix(".json").read_text())["constructor"]
+    save_file(under("state.", tensors), tmp_path / "published.safetensors")
+
+    def load(**reference: Any) -> Any:
+        return load_pretrained(tmp_path / "published.safetensors", family, {**published, **reference})
+
+    inputs, expected = under("in.", tensors), under("out.", tensors)
+    found = golden.OUTPUTS[family](load, inputs)
+    assert found.keys() == expected.keys() - golden.NO_PLACE.get(family, {}).keys()
+    for name, value in found.items():
+        reference = expected[name][golden.COMPARED.get(family, {}).get(name, ())]
+        if name in golden.AS_PROBABILITIES.get(family, ()):
+            value, reference = value.exp(), reference.exp()
+        if name in golden.WHERE.get(family, {}):
+            where = golden.WHERE[family][name](inputs)
+            value, reference = value[where], reference[where]
+        check(name, value, reference, tolerance=1e-5)
+
+    first = load()
+    assert not first.training and first.num_classes == 1
+    save(first, tmp_path / "ours.ckpt")
+    second = discrete_lit.load(tmp_path / "ours.ckpt")
+    assert type(second) is type(first) and second.hparams == first.hparams
+    state = second.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
