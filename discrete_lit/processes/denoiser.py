@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from discrete_lit.processes.forward import ForwardProcess
@@ -27,11 +28,13 @@ class Denoiser:
     """What the backbone is told: nothing, 1000 t, or sigma (SEDD, whose schedules keep it finite)."""
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
-        """`(B,)`, the backbone's `time`."""
+        """`(B,)`, the backbone's `time`; never more noise than the schedule ends with."""
         if self.time_input == "none":
             return None
-        time = level.t * _TIME_SCALE if self.time_input == "time" else level.sigma
-        return time[:, 0].float()
+        if self.time_input == "time":
+            return (level.t * _TIME_SCALE)[:, 0].float()
+        most = NoiseLevel.at(self.schedule, torch.ones_like(level.t)).sigma
+        return torch.minimum(level.sigma, most)[:, 0].float()
 
     def level_of_masks(self, masked: Tensor) -> NoiseLevel:
         """The level at which so many tokens are masked on average; `masked (B, N)` bool."""
