@@ -239,7 +239,8 @@ class Transformer(Backbone):
             shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
             hidden = hidden * (1 + scale) + shift
         if self.head is None:
-            return hidden
+            # Sharding (FSDP2) hooks on to what comes back, which must not be a view of something else.
+            return hidden.clone()
         tied = None
         if self.tied:
             tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.outputs]
