@@ -33,8 +33,13 @@ def configs_of(command: list[str]) -> list[str]:
 
 
 def merge(into: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`other` laid over `into`; another class comes without the arguments of the one before."""
     for key, value in other.items():
-        into[key] = merge(into.get(key) or {}, value) if isinstance(value, dict) else value
+        under = into.get(key) or {}
+        if isinstance(value, dict):
+            another = "class_path" in value and value["class_path"] != under.get("class_path")
+            value = merge({} if another else under, value)
+        into[key] = value
     return into
 
 

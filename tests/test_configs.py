@@ -86,6 +86,16 @@ def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPath
     return write_tokens(tmp_path_factory.mktemp("multi_scale_tokens"), multi_scale_file, (17,))
 
 
+@pytest.fixture(scope="module")
+def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chunks of eight characters."""
+    from discrete_lit.data.text import write_text
+
+    folder = tmp_path_factory.mktemp("text_tokens")
+    write_text("to be or not to be " * 20, folder, 8, "Hamlet")
+    return folder / "train"
+
+
 def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...]) -> Path:
     import torch
 
@@ -155,6 +165,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "Masked": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
     "NextScale": {"image_size": 8, "num_classes": 2},
+    "DiscreteDiffusion": {"image_size": 8, "num_classes": 2},
+    "AncestralSampler": {"steps": 4},
     "HaltonSampler": {"steps": 4},
     "MaskBitSampler": {"steps": 4},
     "BARSampler": {"bit_counts": [2, 2]},
@@ -208,6 +220,7 @@ def test_models_fit_reload_and_sample(
     shards: Path,
     tokens: Path,
     multi_scale_tokens: Path,
+    text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
     tmp_path: Path,
@@ -222,7 +235,8 @@ def test_models_fit_reload_and_sample(
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
     of_scales = settings["model"]["class_path"].endswith("NextScale")
-    own_tokens = multi_scale_tokens if of_scales else tokens
+    of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
+    own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     shrink_data(settings["data"], images, shards, own_tokens, image_size=8 if is_generator else 32)
     shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file)
     write_stages_before(settings["model"], tmp_path)
@@ -241,7 +255,8 @@ def test_models_fit_reload_and_sample(
     if is_generator:
         output = tmp_path / "samples"
         main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output)])
-        assert np.load(output / "samples.npz")["arr_0"].shape == (3, 8, 8, 3)
+        with np.load(output / "samples.npz") as samples:
+            assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
         return
     images_32 = torch.rand(2, 3, 32, 32) * 2 - 1
     codes = module.encode(images_32)
