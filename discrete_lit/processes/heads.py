@@ -110,8 +110,16 @@ def score_from_cavity(cavity: Tensor, states: Tensor, process: ForwardProcess, l
 def cavity_from_score(score: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
     """The distribution over ids whose noisy marginal has these scores; what a score that none has makes negative is 0.
 
-    At a token that cannot have come from elsewhere, an unmasked one of an absorbing process, scores say nothing.
+    At a token that cannot have come from elsewhere, an unmasked one of an absorbing process, scores say nothing. Where
+    they leave no id anything, that of the ids' own scores is given.
     """
-    clean = process.pull(score.double().softmax(dim=-1), level.alpha)[..., : process.vocab_size]
-    clean = clean.clamp(min=0)
+    noisy = score.double().softmax(dim=-1)
+    clean = positive_weights(process.pull(noisy, level.alpha)[..., : process.vocab_size], score)
     return (clean / clean.sum(dim=-1, keepdim=True)).log().to(score.dtype)
+
+
+def positive_weights(weights: Tensor, score: Tensor) -> Tensor:
+    """Weights `(..., K)` without negative ones; where nothing is left of them, the law of the log-scores `(..., S)`."""
+    weights = weights.clamp(min=0)
+    lost = weights.sum(dim=-1, keepdim=True) == 0
+    return torch.where(lost, score[..., : weights.shape[-1]].softmax(dim=-1).to(weights.dtype), weights)

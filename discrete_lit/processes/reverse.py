@@ -107,7 +107,10 @@ def analytic_weights(score: Tensor, states: Tensor, process: ForwardProcess, rat
 
 
 def denoise_weights(score: Tensor, states: Tensor, process: ForwardProcess, alpha: Tensor) -> Tensor:
-    """`analytic_weights` of the step that takes away all noise, of the K ids: SEDD's last one; `(B, N, K)`."""
+    """`analytic_weights` of the step that takes away all noise, of the K ids: SEDD's last one; `(B, N, K)`.
+
+    They may all be negative where no law has such scores and masks are not the only noise.
+    """
     return analytic_weights(score, states, process, alpha)[..., : process.vocab_size]
 
 

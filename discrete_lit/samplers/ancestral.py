@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.processes.heads import positive_weights
 from discrete_lit.processes.reverse import (
     Jumps,
     analytic_weights,
@@ -36,8 +37,9 @@ class AncestralSampler(DiffusionSampler):
 
     def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
         process, ratio = denoiser.process, interval.seen.alpha / interval.after.alpha
-        if interval.last:
-            weights = process.widen(denoise_weights(scores.exp(), states, process, ratio))
-        else:
-            weights = analytic_weights(scores.exp(), states, process, ratio)
-        return jumps_from_weights(weights, states)
+        # What multiplies all weights of a token does not matter, but infinite ones do.
+        score = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        if not interval.last:
+            return jumps_from_weights(analytic_weights(score, states, process, ratio), states)
+        ids = positive_weights(denoise_weights(score, states, process, ratio), scores)
+        return jumps_from_weights(process.widen(ids), states)

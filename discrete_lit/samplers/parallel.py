@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from discrete_lit.processes import MaskSchedule
+from discrete_lit.processes.reverse import is_absorbing
 from discrete_lit.samplers.drawing import Drawing
 from discrete_lit.samplers.sampler import Sampler
 
 
 class ParallelSampler(Sampler):
-    """Fills a masked sequence in a number of steps. It can keep tokens at any places.
+    """Fills a sequence in a number of steps. It can keep tokens at any places.
 
     Args:
-        steps: T, from 1 to N.
+        steps: T, at least 1; of samplers that reveal so many tokens at a step, at most N.
         settings: of `Sampler`.
 
     Raises:
@@ -32,7 +33,12 @@ class ParallelSampler(Sampler):
         self.steps = steps
 
     def check_steps(self, drawing: Drawing) -> None:
-        """Raises ValueError where there are more steps than tokens."""
+        """Raises ValueError where there are more steps than tokens, or noise that does more than mask."""
+        if drawing.denoiser is not None and not is_absorbing(drawing.denoiser.process):
+            raise ValueError(
+                f"{type(self).__name__} needs a generator of masked tokens, {type(drawing.denoiser.process).__name__} "
+                "does more than mask: use AncestralSampler"
+            )
         if self.steps > drawing.layout.length:
             raise ValueError(
                 f"steps={self.steps} exceeds the {drawing.layout.length} tokens of a sequence: "

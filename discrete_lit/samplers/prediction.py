@@ -12,6 +12,9 @@ from discrete_lit.processes.reverse import Jumps, is_absorbing
 from discrete_lit.samplers.drawing import Drawing
 from discrete_lit.samplers.guidance import guide
 
+# Sums of their exponentials are finite in float64.
+_LARGEST_LOG_SCORE = 500.0
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -71,7 +74,7 @@ class Prediction:
 
     def scores(self) -> Tensor:
         """`(B, N, S)` log-scores in float64, guided by the score law."""
-        return self._guided([self._score(output.double()) for output in self.outputs])
+        return self._guided([self._score(output.double()) for output in self.outputs]).clamp(max=_LARGEST_LOG_SCORE)
 
     def _guided(self, parts: list[Tensor]) -> Tensor:
         return parts[0] if len(parts) == 1 else guide_where_possible(parts[0], parts[1], self.scale)
@@ -100,11 +103,12 @@ class Prediction:
 
 def guide_where_possible(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """`guide`, for log-probabilities of -inf too: what is impossible given the label stays so, and what is impossible
-    without it is not guided.
+    without it is not guided. Where that leaves nothing, nothing is guided.
     """
     guided = guide(conditional, unconditional, scale)
     guided = torch.where(unconditional == -torch.inf, conditional, guided)
-    return guided.masked_fill(conditional == -torch.inf, -torch.inf)
+    guided = guided.masked_fill(conditional == -torch.inf, -torch.inf)
+    return torch.where((guided == -torch.inf).all(dim=-1, keepdim=True), conditional, guided)
 
 
 def guide_jumps(conditional: Jumps, unconditional: Jumps, scale: float) -> Jumps:
@@ -112,10 +116,12 @@ def guide_jumps(conditional: Jumps, unconditional: Jumps, scale: float) -> Jumps
 
     With an unmasking probability u in both and `Z = sum p_c^s p_u^(1 - s)` it becomes `u Z / (1 - u + u Z)`.
     """
-    targets = guide_where_possible(
-        conditional.targets.log_softmax(dim=-1), unconditional.targets.log_softmax(dim=-1), scale
+    with_label, without = (part.targets.log_softmax(dim=-1) for part in (conditional, unconditional))
+    targets = guide_where_possible(with_label, without, scale)
+    with_label, without = (
+        torch.stack((part.probability.log(), (-part.probability).log1p()), dim=-1)
+        for part in (conditional, unconditional)
     )
-    leave = guide_where_possible(conditional.probability.log(), unconditional.probability.log(), scale)
-    stay = guide_where_possible((-conditional.probability).log1p(), (-unconditional.probability).log1p(), scale)
+    leave, stay = guide_where_possible(with_label, without, scale).unbind(dim=-1)
     leave = leave + targets.double().logsumexp(dim=-1)
     return Jumps(torch.sigmoid(leave - stay), targets)

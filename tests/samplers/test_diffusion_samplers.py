@@ -1,0 +1,276 @@
+"""What holds for every sampler of diffusion, over processes, heads and random settings."""
+
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from random_weights import randomise
+
+from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule
+from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.processes.dense import GaussianProcess
+from discrete_lit.processes.heads import CavityHead, PosteriorHead, ScoreHead
+from discrete_lit.processes.mixture import AbsorbingProcess, HybridProcess, UniformProcess
+from discrete_lit.samplers import (
+    AncestralSampler,
+    EulerSampler,
+    FirstHittingSampler,
+    MaskGITSampler,
+    PredictorCorrectorSampler,
+    RandomOrderSampler,
+    RemaskingSampler,
+    TauLeapingSampler,
+)
+
+SIZE, GRID, LENGTH, CLASSES = 5, (2, 3), 6, 2
+PROCESSES = {
+    "absorbing": AbsorbingProcess(SIZE),
+    "uniform": UniformProcess(SIZE),
+    "hybrid": HybridProcess(SIZE, 0.5),
+    "gaussian": GaussianProcess(SIZE, 0.3),
+}
+SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "ancestral": (AncestralSampler, {}),
+    "euler": (EulerSampler, {}),
+    "tau": (TauLeapingSampler, {}),
+    "forward_backward": (PredictorCorrectorSampler, {"corrector": "forward_backward", "corrector_noise": 0.5}),
+    "gibbs": (PredictorCorrectorSampler, {"corrector": "gibbs", "corrector_tokens": 2, "corrector_steps": 2}),
+    "first_hitting": (FirstHittingSampler, {}),
+    "cap": (RemaskingSampler, {"strategy": "cap", "eta": 0.3}),
+    "rescale": (RemaskingSampler, {"strategy": "rescale", "eta": 0.7}),
+    "conf": (RemaskingSampler, {"strategy": "conf", "eta": 1.0}),
+    "loop": (RemaskingSampler, {"strategy": "loop", "eta": 0.5, "loop": (0.3, 0.8), "loop_alpha": 0.6}),
+}
+MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop"}
+CASES = [
+    (sampler, process)
+    for sampler in SAMPLERS
+    for process in PROCESSES
+    if (process == "absorbing" or sampler not in MASKS_ALONE) and (sampler, process) != ("tau", "gaussian")
+]
+LABELS = torch.arange(20) % (CLASSES + 1)
+
+
+class FiniteNoise(LinearSchedule):
+    """m = 0.9 t + 0.01: of finite noise at both ends."""
+
+    def mask_probability(self, t):
+        return 0.9 * t.double() + 0.01
+
+    def derivative(self, t):
+        return torch.full_like(t, 0.9, dtype=torch.float64)
+
+    def inverse(self, m):
+        return (m.double() - 0.01) / 0.9
+
+
+def make_head(name: str, process):
+    heads = {"posterior": PosteriorHead, "cavity": CavityHead}
+    return heads[name]() if name in heads else ScoreHead(process.masks, process.masks)
+
+
+def make_model(process, head="cavity", schedule=None, time="time", spread=0.6, classes=CLASSES, sure=1.0):
+    head = make_head(head, process)
+    timed = time != "none"
+    layout = SequenceLayout(
+        SIZE, GRID, classes, "bidirectional", process.masks, timed=timed, mask_output=head.mask_output
+    )
+    torch.manual_seed(0)
+    backbone = randomise(Transformer(layout, width=16, depth=1, heads=2, conditioning="adaln"), spread).eval()
+    if sure != 1:
+        backbone.register_forward_hook(lambda module, inputs, output: output * sure)
+    return backbone, Denoiser(process, schedule or LinearSchedule(), head, time)
+
+
+@torch.no_grad()
+def draw(model, sampler, labels=LABELS, indices=None, seed=0, **arguments):
+    backbone, denoiser = model
+    indices = torch.arange(len(labels)) if indices is None else indices
+    return sampler(backbone, labels, CounterRandom(seed, indices), denoiser=denoiser, **arguments)
+
+
+def build(name: str, **settings):
+    sampler, own = SAMPLERS[name]
+    if name == "first_hitting":
+        settings.pop("steps", None)
+    return sampler(**{**own, **settings})
+
+
+def random_sampler(choose: Random, name: str, process: str):
+    settings: dict[str, Any] = {
+        "guidance_scale": choose.choice([-1.0, 0.0, 1.0, 1.5, 12.0]),
+        "guidance_schedule": choose.choice(["constant", "linear", "power_cosine"]),
+        "guidance_interval": choose.choice([None, (0, 1), (1, 2)]),
+        "temperature": choose.choice([0.05, 1.0, 1.0, 50.0]),
+        "top_k": choose.choice([None, None, 1, 2, 99]),
+        "top_p": choose.choice([None, None, 0.01, 0.9, 1.0]),
+    }
+    if name == "first_hitting":
+        return build(name, **settings)
+    settings["steps"] = choose.choice([2, 3, 5, 9])
+    settings["clean_up"] = choose.choice(["sample", "argmax"])
+    if name != "loop":
+        settings["grid"] = choose.choice([None, CosineSchedule(), SquareSchedule()])
+    if name not in ("forward_backward", "gibbs", "tau"):
+        settings["guidance_law"] = choose.choice(["clean", "score", "transition"])
+        if settings["guidance_law"] != "clean" and process != "absorbing":
+            settings |= {"temperature": 1.0, "top_k": None, "top_p": None}
+    return build(name, **settings)
+
+
+@pytest.mark.parametrize(("name", "process"), CASES)
+def test_never_the_mask_id_and_never_out_of_range(name: str, process: str) -> None:
+    choose = Random(name + process)
+    for _ in range(12):
+        model = make_model(
+            PROCESSES[process],
+            choose.choice(["posterior", "cavity", "score"]),
+            choose.choice([LinearSchedule(), CosineSchedule(), SquareSchedule(), FiniteNoise()]),
+            choose.choice(["none", "time", "total_noise"]),
+            sure=choose.choice([1.0, 1.0, 0.0, 60.0]),
+        )
+        sampler = random_sampler(choose, name, process)
+        tokens = draw(model, sampler, seed=choose.randint(0, 2**40)).tokens
+        assert tokens.dtype == torch.int64 and tokens.shape == (20, LENGTH)
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE, (vars(sampler), model[1])
+
+
+@pytest.mark.parametrize(("name", "process"), CASES)
+def test_given_tokens_stay(name: str, process: str) -> None:
+    choose = Random(process + name)
+    for _ in range(3):
+        given = torch.rand(20, LENGTH) < 0.5
+        given[0], given[1] = True, False
+        known = torch.randint(0, SIZE, (20, LENGTH)).masked_fill(~given, -1)
+        tokens = draw(make_model(PROCESSES[process]), random_sampler(choose, name, process), known=known).tokens
+        assert torch.equal(tokens[given], known[given])
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE
+    output = draw(make_model(PROCESSES[process]), build(name), known=torch.zeros(20, LENGTH, dtype=torch.int64))
+    assert not output.tokens.any() and output.network_calls == 0
+
+
+@pytest.mark.parametrize(("name", "process"), CASES)
+def test_a_draw_belongs_to_its_sample(name: str, process: str) -> None:
+    model, sampler = make_model(PROCESSES[process], spread=0.2), build(name, steps=4, guidance_scale=2.0)
+    indices = torch.arange(20) + 2**35
+    whole = draw(model, sampler, LABELS, indices).tokens
+    for rows in (*torch.arange(20).split(7), torch.tensor([19, 2, 9])):
+        assert torch.equal(draw(model, sampler, LABELS[rows], indices[rows]).tokens, whole[rows])
+    nothing = draw(model, sampler, LABELS, indices, known=torch.full((20, LENGTH), -1))
+    assert torch.equal(nothing.tokens, whole)
+    assert (draw(model, sampler, LABELS, indices, seed=1).tokens != whole).any(dim=1).sum() > 10
+    assert draw(model, sampler, LABELS[:0]).tokens.shape == (0, LENGTH)
+
+
+@pytest.mark.parametrize(("name", "process"), CASES)
+def test_counts_and_trace(name: str, process: str) -> None:
+    """What a hook on the network sees; one entry a pass, the last the result."""
+    model, seen = make_model(PROCESSES[process]), []
+    model[0].register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]) // 20, inputs[0][:20])))
+    output = draw(model, build(name, steps=5, guidance_scale=2.0, guidance_schedule="linear"), trace=True)
+    assert output.network_calls == sum(rows for rows, _ in seen)
+    assert output.sequential_passes == len(seen) == len(output.trace) > 0
+    assert torch.equal(output.trace[-1].tokens, output.tokens)
+    before = seen[0][1]
+    for step in output.trace:
+        assert torch.equal(step.changed, step.tokens != before)
+        drawn = step.changed & (step.tokens < SIZE)
+        assert step.confidence[drawn].isfinite().all() and (step.confidence[drawn] <= 1e-6).all()
+        if process == "absorbing":
+            assert drawn.any()  # a pass that nothing comes of is not made
+        before = step.tokens
+
+
+def test_first_hitting_reveals_one_token_a_pass() -> None:
+    known = torch.zeros(20, LENGTH, dtype=torch.int64)
+    known[:, :4], known[3] = -1, 0
+    output = draw(make_model(PROCESSES["absorbing"]), FirstHittingSampler(), known=known, trace=True)
+    assert output.network_calls == output.sequential_passes == 4
+    for step in output.trace:
+        assert step.changed.sum(dim=1).tolist() == [1, 1, 1, 0] + [1] * 16
+
+
+def test_steps_that_reveal_nothing_are_not_computed() -> None:
+    output = draw(make_model(PROCESSES["absorbing"]), AncestralSampler(steps=1000), LABELS[:1])
+    assert 1 <= output.network_calls <= LENGTH
+
+
+def test_nan_logits() -> None:
+    for name, process in CASES:
+        model = make_model(PROCESSES[process])
+        model[0].register_forward_hook(lambda module, inputs, output: output.masked_fill(output > 0, torch.nan))
+        with pytest.raises(ValueError, match=r"the backbone's logits are NaN at t = "):
+            draw(model, build(name))
+
+
+def test_guidance_needs_classes() -> None:
+    for name, process in CASES:
+        with pytest.raises(ValueError, match="needs a generator of several classes, this one has 1"):
+            draw(make_model(PROCESSES[process], classes=1), build(name, guidance_scale=2.0), LABELS[:1])
+
+
+def test_without_a_denoiser() -> None:
+    backbone, _ = make_model(PROCESSES["absorbing"], time="none")
+    for name in SAMPLERS:
+        with pytest.raises(ValueError, match="needs a generator that learned to undo noise"):
+            draw((backbone, None), build(name))
+
+
+@pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian"])
+def test_processes_that_do_more_than_mask(process: str) -> None:
+    for name in MASKS_ALONE:
+        with pytest.raises(ValueError, match=f"the process must be absorbing: {type(PROCESSES[process]).__name__} is"):
+            draw(make_model(PROCESSES[process]), build(name))
+    for sampler in (MaskGITSampler(steps=3), RandomOrderSampler(steps=3)):
+        with pytest.raises(
+            ValueError, match=f"needs a generator of masked tokens, {type(PROCESSES[process]).__name__}"
+        ):
+            draw(make_model(PROCESSES[process]), sampler)
+
+
+@pytest.mark.parametrize("head", ["posterior", "cavity", "score"])
+def test_samplers_of_masked_models_serve_masking_diffusion(head: str) -> None:
+    for time in ("none", "time", "total_noise"):
+        model = make_model(PROCESSES["absorbing"], head, FiniteNoise(), time)
+        tokens = draw(model, MaskGITSampler(steps=3, guidance_scale=2.0)).tokens
+        assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE
+
+
+def test_filters_need_a_clean_distribution() -> None:
+    for setting in ({"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.5}):
+        with pytest.raises(ValueError, match="use guidance_law='clean' with UniformProcess"):
+            draw(make_model(PROCESSES["uniform"]), AncestralSampler(guidance_law="score", **setting))
+
+
+def test_tau_leaping_needs_finite_rates() -> None:
+    with pytest.raises(ValueError, match="cannot begin where rates are infinite: LinearSchedule"):
+        draw(make_model(PROCESSES["gaussian"]), TauLeapingSampler(steps=4))
+    tokens = draw(make_model(PROCESSES["gaussian"], schedule=FiniteNoise()), TauLeapingSampler(steps=4)).tokens
+    assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings", "message"),
+    [
+        (AncestralSampler, {"steps": 0}, "steps must be at least 1, got 0"),
+        (AncestralSampler, {"guidance_law": "x0"}, "guidance_law must be 'clean', 'transition' or 'score', got 'x0'"),
+        (AncestralSampler, {"clean_up": "none"}, "clean_up must be 'sample' or 'argmax', got 'none'"),
+        (TauLeapingSampler, {"guidance_law": "transition"}, "guidance_law must be 'clean' or 'score'"),
+        (PredictorCorrectorSampler, {"corrector": "tau"}, "corrector must be 'forward_backward' or 'gibbs'"),
+        (PredictorCorrectorSampler, {"corrector_steps": -1}, "corrector_steps must be >= 0, got -1"),
+        (PredictorCorrectorSampler, {"corrector_noise": 0.0}, "corrector_noise must be > 0, got 0.0"),
+        (PredictorCorrectorSampler, {"corrector_tokens": 0}, "corrector_tokens must be at least 1, got 0"),
+        (PredictorCorrectorSampler, {"guidance_law": "score"}, "correctors are guided by the clean law"),
+        (RemaskingSampler, {"strategy": "x"}, "strategy must be 'cap', 'rescale', 'conf' or 'loop', got 'x'"),
+        (RemaskingSampler, {"eta": 1.1}, r"eta must lie in \[0, 1\], got 1.1"),
+        (RemaskingSampler, {"loop": (0.5, 0.5)}, r"loop must be \[first, end\] with 0 <= first < end <= 1"),
+        (RemaskingSampler, {"loop_alpha": 1.0}, r"loop_alpha must lie in \(0, 1\), got 1.0"),
+        (RemaskingSampler, {"strategy": "loop", "grid": LinearSchedule()}, "makes its own grid: leave grid out"),
+        (FirstHittingSampler, {"temperature": 0.0}, "temperature must be > 0"),
+    ],
+)
+def test_settings_out_of_range(sampler, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler(**settings)
