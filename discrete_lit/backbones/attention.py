@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.cache import LayerCache
 from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.norms import Norm
 from discrete_lit.backbones.positions import rotate
@@ -93,8 +93,7 @@ class Attention(nn.Module):
         rotary: Tensor | None,
         mask: Tensor | None,
         causal: bool,
-        layer: int,
-        cache: Cache | None,
+        cache: LayerCache | None,
     ) -> Tensor:
         """`(B, n, D)` to the same.
 
@@ -102,7 +101,6 @@ class Attention(nn.Module):
             rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
             mask: `(n, n)` bool, which places see which; ignored where the cache holds earlier ones.
             causal: each place sees those before it and itself.
-            layer: of this attention in the cache.
             cache: keys and values so far.
         """
         projected = self._project(x)
@@ -114,8 +112,8 @@ class Attention(nn.Module):
             query, key = self.norms(query, key)
             if rotary is not None:
                 query, key = rotate(query, rotary), rotate(key, rotary)
-        if cache is not None and cache.holds_keys:
-            key, value = cache.append(layer, key, value)
+        if cache is not None:
+            key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
             if new < seen:
                 one_by_one = causal and new > 1

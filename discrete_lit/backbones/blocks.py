@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones.attention import Attention, AttentionBias, QueryKeyNorm
-from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.cache import LayerCache
 from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.norms import Norm, NormKind
 
@@ -157,19 +157,18 @@ class Block(nn.Module):
         rotary: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        layer: int = 0,
-        cache: Cache | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """`(B, n, D)` to the same; `condition` as for `modulate`, or what it gave; the rest as for `Attention`."""
         if condition is None:
             if not self.norm_first:
-                x = self.attention_norm(x + self._thin(self.attention(x, rotary, mask, causal, layer, cache)))
+                x = self.attention_norm(x + self._thin(self.attention(x, rotary, mask, causal, cache)))
                 return self.mlp_norm(x + self._thin(self.mlp(x)))
-            x = x + self._thin(self.attention(self.attention_norm(x), rotary, mask, causal, layer, cache))
+            x = x + self._thin(self.attention(self.attention_norm(x), rotary, mask, causal, cache))
             return x + self._thin(self.mlp(self.mlp_norm(x)))
         parts = self.modulate(condition) if isinstance(condition, Tensor) else condition
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         hidden = self.attention_norm(x) * (1 + scale1) + shift1
-        x = x + self._thin(gate1 * self.attention(hidden, rotary, mask, causal, layer, cache))
+        x = x + self._thin(gate1 * self.attention(hidden, rotary, mask, causal, cache))
         hidden = self.mlp_norm(x) * (1 + scale2) + shift2
         return x + self._thin(gate2 * self.mlp(hidden))

@@ -1,7 +1,33 @@
 """What a backbone keeps while one batch of sequences is sampled."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one attention: a part of a `Cache`, which moves the fill mark for all of them."""
+
+    keys: Tensor
+    """`(B, heads, length, head_dim)`."""
+    values: Tensor
+    """The same shape."""
+    filled: int
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
+
+        Raises:
+            ValueError: more places than the cache has.
+        """
+        count, length = keys.shape[2], self.keys.shape[2]
+        end = self.filled + count
+        if end > length:
+            raise ValueError(f"the key-value cache holds {length} positions, {end} were asked for")
+        self.keys.narrow(2, self.filled, count).copy_(keys)
+        self.values.narrow(2, self.filled, count).copy_(values)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 class Cache:
@@ -28,21 +54,12 @@ class Cache:
         """Places that there are keys and values for."""
         return 0 if self._buffers is None else self._buffers.shape[4]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
-
-        The fill mark moves by `advance`, once for all layers.
-
-        Raises:
-            ValueError: more places than the cache has.
-        """
-        assert self._buffers is not None
-        end = self.filled + keys.shape[2]
-        if end > self.length:
-            raise ValueError(f"the key-value cache holds {self.length} positions, {end} were asked for")
-        self._buffers[layer, 0, :, :, self.filled : end] = keys
-        self._buffers[layer, 1, :, :, self.filled : end] = values
-        return self._buffers[layer, 0, :, :, :end], self._buffers[layer, 1, :, :, :end]
+    def layer(self, number: int) -> LayerCache | None:
+        """What one attention reads and writes; None where it sees everything at every pass."""
+        if self._buffers is None:
+            return None
+        keys, values = self._buffers[number].unbind(0)
+        return LayerCache(keys, values, self.filled)
 
     def first_rows(self, count: int) -> "Cache":
         """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""

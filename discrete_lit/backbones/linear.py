@@ -63,13 +63,15 @@ def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
 
     On a processor an unpacked weight is laid out anew, and under autocast cast anew, by each product; with few rows
     that takes longer than the product. Nothing is packed on other devices, where it does not pay, for sharded weights,
-    and while gradients are recorded: the packed product has none. The copies take as much memory as the weights.
+    in compiled modules, and while gradients are recorded: the packed product has none. The
+    copies take as much memory as the weights.
 
     Args:
         module: any; weights must not change meanwhile.
         rows: of the inputs to most products.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    compiled = any(inner._compiled_call_impl is not None for inner in module.modules())
+    layers = [] if compiled else [layer for layer in module.modules() if isinstance(layer, Linear)]
     try:
         for layer in layers:
             if not torch.is_grad_enabled() and _pays(layer, rows):

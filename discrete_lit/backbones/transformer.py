@@ -316,8 +316,7 @@ class Transformer(Backbone):
                 rotary,
                 mask,
                 causal,
-                layer,
-                cache,
+                None if cache is None else cache.layer(layer),
             )
             if self.recompute and self.training:
                 hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))

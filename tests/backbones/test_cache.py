@@ -12,11 +12,11 @@ def new_cache(batch: int = 2, length: int = 4) -> Cache:
 
 def test_a_cache_too_short_is_refused() -> None:
     cache, values = new_cache(length=4), torch.randn(2, 1, 3, 3)
-    cache.append(0, values, values)
+    cache.layer(0).append(values, values)
     cache.advance(3)
     with pytest.raises(ValueError, match="the key-value cache holds 4 positions, 6 were asked for"):
-        cache.append(0, values, values)
-    keys, _ = cache.append(0, values[:, :, :1], values[:, :, :1])
+        cache.layer(0).append(values, values)
+    keys, _ = cache.layer(0).append(values[:, :, :1], values[:, :, :1])
     assert keys.shape == (2, 1, 4, 3)
 
 
@@ -31,7 +31,7 @@ def test_every_layer_is_written_behind_the_fill_mark() -> None:
     cache, keys, values = new_cache(), torch.randn(2, 2, 1, 4, 3), torch.randn(2, 2, 1, 4, 3)
     for part in (slice(0, 3), slice(3, 4)):
         for layer in range(2):
-            seen = cache.append(layer, keys[layer, :, :, part], values[layer, :, :, part])
+            seen = cache.layer(layer).append(keys[layer, :, :, part], values[layer, :, :, part])
             torch.testing.assert_close(seen, (keys[layer, :, :, : part.stop], values[layer, :, :, : part.stop]))
         cache.advance(part.stop - part.start)
     assert (cache.filled, cache.length, cache.holds_keys) == (4, 4, True)
@@ -39,8 +39,8 @@ def test_every_layer_is_written_behind_the_fill_mark() -> None:
 
 def test_the_first_rows_go_on_where_the_cache_is() -> None:
     cache, keys = new_cache(batch=3), torch.randn(3, 1, 2, 3)
-    cache.append(1, keys, keys)
+    cache.layer(1).append(keys, keys)
     cache.advance(2)
     rows = cache.first_rows(1)
-    seen, _ = rows.append(1, keys[:1, :, :1], keys[:1, :, :1])
+    seen, _ = rows.layer(1).append(keys[:1, :, :1], keys[:1, :, :1])
     torch.testing.assert_close(seen, torch.cat((keys[:1], keys[:1, :, :1]), dim=2))

@@ -108,7 +108,7 @@ def test_too_many_tokens_are_refused(make_backbone, conditioning) -> None:
 def test_cache_refuses_more_than_it_holds(make_backbone) -> None:
     cache = make_backbone("causal").new_cache(LABELS[:1])
     with pytest.raises(ValueError, match="holds 6 positions, 7 were asked for"):
-        cache.append(0, torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8))
+        cache.layer(0).append(torch.zeros(1, 2, 7, 8), torch.zeros(1, 2, 7, 8))
 
 
 @torch.no_grad()
