@@ -111,10 +111,14 @@ class DiffusionSampler(ParallelSampler):
     def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
         """The same, of log-scores `(B, N, S)`."""
 
+    @property
+    def filters(self) -> bool:
+        """Whether anything acts on the distribution of the clean id."""
+        return self.temperature != 1 or self.top_k is not None or self.top_p not in (None, 1.0)
+
     def check(self, denoiser: Denoiser) -> None:
         """Refuse what this sampler has no step for."""
-        filtered = self.temperature != 1 or self.top_k is not None or self.top_p not in (None, 1.0)
-        if filtered and self.guidance_law != "clean" and not is_absorbing(denoiser.process):
+        if self.filters and self.guidance_law != "clean" and not is_absorbing(denoiser.process):
             raise ValueError(
                 "temperature, top_k and top_p act on the distribution of the clean id, which the steps of "
                 f"guidance_law={self.guidance_law!r} have only where noise masks: use guidance_law='clean' with "
@@ -199,6 +203,8 @@ class DiffusionSampler(ParallelSampler):
 
     def filtered(self, clean: Tensor) -> Tensor:
         """Log-probabilities of clean ids at this sampler's temperature and after its filters."""
+        if not self.filters:
+            return clean
         return filter_logits(clean / self.temperature, self.top_k, self.top_p).log_softmax(dim=-1)
 
     def land(

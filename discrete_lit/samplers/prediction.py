@@ -62,7 +62,8 @@ class Prediction:
 
         Of absorbing processes they have a meaning at masked tokens alone.
         """
-        return self._guided([self._cavity(output) for output in self.outputs]).log_softmax(dim=-1)
+        clean = self._guided([self._cavity(output) for output in self.outputs])
+        return clean if len(self.outputs) == 1 else clean.log_softmax(dim=-1)
 
     def clean_weights(self) -> Tensor:
         """Of an absorbing process `(B, N, K)`: log-scores over those of certainty, guided by the score law.

@@ -49,7 +49,6 @@ class Trajectory:
         if not is_absorbing(process):
             prior = process.draw_prior(drawing.random.uniform(Purpose.ORDER, length))
             self.states = torch.where(self.fixed, self.states, prior)
-            self._given_noise = drawing.random.uniform(Purpose.MASK_ORDER, length)
             self.fix(level)
             drawing.begin(self.states)
 
@@ -63,7 +62,9 @@ class Trajectory:
         if is_absorbing(self.denoiser.process) or not bool(self.fixed.any()):
             return
         given = torch.where(self.fixed, self.drawing.start(), 0)
-        noisy = self.denoiser.process.corrupt(given, level.alpha, self._given_noise)
+        # The same numbers at every level: what is given gets rid of its noise as the rest does.
+        uniforms = self.drawing.random.uniform(Purpose.MASK_ORDER, given.shape[1])
+        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
         self.states = torch.where(self.fixed, noisy, self.states)
 
     def mask(self, forgotten: Tensor) -> None:
