@@ -26,3 +26,19 @@ def llama_shape(attention: str = "causal") -> Transformer:
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """That of Lightning's `precision`: `32-true` or `bf16-mixed`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
+
+
+def var_shape(patches: tuple[int, ...], depth: int) -> Transformer:
+    """VAR's of a depth, which is 16 at the least as published: width and heads grow with it."""
+    scales = tuple(side * side for side in patches)
+    layout = SequenceLayout(4096, (sum(scales),), CLASSES, "block_causal", scales=scales, input_dim=32)
+    return Transformer(
+        layout,
+        64 * depth,
+        depth,
+        depth,
+        mlp="gelu_tanh",
+        conditioning="prefix_adaln",
+        qk_norm="unit",
+        attention_bias="query_value",
+    )
