@@ -53,15 +53,15 @@ class MaskedBitHead(PlaceHead):
         self.masked_bit = 2
         self.unmasked_weight = unmasked_weight
         each = ceil(width / bits)
-        self.norm = Norm(block.width, "rms", epsilon=_EPSILON)
-        self.condition_proj = nn.Linear(block.width, width)
-        self.input_embed = nn.Embedding(3, each)
-        self.input_proj = nn.Linear(bits * each, width)
-        self.ln_pre = Norm(width, "rms", epsilon=_EPSILON)
-        self.t_embedder = RatioEmbedding(width)
-        self.transformer = nn.ModuleList(BitBlock(width) for _ in range(depth))
-        self.adaln_before_head = ModulatedNorm(width)
-        self.output_embed = Head(width, 1, 2 * bits, False, True, False, _EPSILON)
+        self.hidden_norm = Norm(block.width, "rms", epsilon=_EPSILON)
+        self.hidden_projection = nn.Linear(block.width, width)
+        self.bit_embedding = nn.Embedding(3, each)
+        self.input_projection = nn.Linear(bits * each, width)
+        self.input_norm = Norm(width, "rms", epsilon=_EPSILON)
+        self.ratio_embedding = RatioEmbedding(width)
+        self.blocks = nn.ModuleList(BitBlock(width) for _ in range(depth))
+        self.last = ModulatedNorm(width)
+        self.output = Head(width, 1, 2 * bits, False, True, False, _EPSILON)
 
     def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
         """Logits of every bit.
@@ -74,11 +74,11 @@ class MaskedBitHead(PlaceHead):
             `(B, n, b, 2)` float32.
         """
         ratio = (bits == self.masked_bit).float().mean(dim=-1)
-        condition = F.silu(self.t_embedder(ratio) + self.condition_proj(self.norm(hidden)))
-        x = self.ln_pre(self.input_proj(self.input_embed(bits).flatten(-2)))
-        for block in self.transformer:
+        condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
+        x = self.input_norm(self.input_projection(self.bit_embedding(bits).flatten(-2)))
+        for block in self.blocks:
             x = block(x, condition)
-        return self.output_embed(self.adaln_before_head(x, condition)).unflatten(-1, (self.bits, 2))
+        return self.output(self.last(x, condition)).unflatten(-1, (self.bits, 2))
 
     def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         number = known.shape[-1]
@@ -114,13 +114,13 @@ class BitBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.in_ln = Norm(width, "rms", epsilon=_EPSILON)
+        self.norm = Norm(width, "rms", epsilon=_EPSILON)
         self.mlp = MLP(width, 8 * width // 3, "swiglu", True)
-        self.adaLN_modulation = Modulation(width, width, 3)
+        self.modulation = Modulation(width, width, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
-        shift, scale, gate = self.adaLN_modulation(condition)
-        return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
+        shift, scale, gate = self.modulation(condition)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
 
 
 class ModulatedNorm(nn.Module):
@@ -129,10 +129,10 @@ class ModulatedNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = Norm(width, "rms", epsilon=_EPSILON)
-        self.adaLN_modulation = Modulation(width, width, 2)
+        self.modulation = Modulation(width, width, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
-        shift, scale = self.adaLN_modulation(condition)
+        shift, scale = self.modulation(condition)
         return self.norm(x) * (1 + scale) + shift
 
 
@@ -140,14 +140,14 @@ class RatioEmbedding(nn.Module):
     """Sines and cosines of a share in [0, 1] at fixed random frequencies, then two linear layers with SiLU between them
     (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", 2020)."""
 
-    W: Tensor
+    frequencies: Tensor
 
     def __init__(self, width: int, waves: int = 256) -> None:
         super().__init__()
-        self.register_buffer("W", torch.randn(waves))
-        self.mlp = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("frequencies", torch.randn(waves))
+        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, ratio: Tensor) -> Tensor:  # (...) -> (..., width)
-        angles = 2 * pi * ratio[..., None] * self.W
+        angles = 2 * pi * ratio[..., None] * self.frequencies
         waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.mlp(waves.to(self.W.dtype))
+        return self.layers(waves.to(self.frequencies.dtype))
