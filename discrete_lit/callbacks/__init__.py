@@ -1,6 +1,7 @@
 """Callbacks for the trainer: what is watched while training, and how a run survives its job's end."""
 
 from discrete_lit.callbacks.alarm import TrainingAlarm, TrainingStopped
+from discrete_lit.callbacks.compile import Compile
 from discrete_lit.callbacks.gradient_norm import GradientNorm
 from discrete_lit.callbacks.moving_average import ExponentialMovingAverage
 from discrete_lit.callbacks.preemption import Preemption
@@ -10,6 +11,7 @@ from discrete_lit.callbacks.sample_grid import SampleGrid
 from discrete_lit.callbacks.throughput import Throughput
 
 __all__ = [
+    "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",
     "Preemption",
