@@ -42,7 +42,8 @@ class Interval:
     @property
     def seen(self) -> NoiseLevel:
         """`before`, of finite noise, as networks and scores need it."""
-        return replace(self.before, alpha=self.before.alpha.clamp(min=_LEAST_ALPHA))
+        alpha, noise = self.before.alpha.clamp(min=_LEAST_ALPHA), self.before.noise.clamp(max=1 - _LEAST_ALPHA)
+        return replace(self.before, alpha=alpha, noise=noise)
 
     def corrected(self, number: int) -> "Interval":
         """Of no length, at the end of this one, with the random numbers of `number`."""
@@ -152,7 +153,8 @@ class DiffusionSampler(ParallelSampler):
         moments = [time.expand(len(drawing.labels), 1) for time in times]
         levels = [NoiseLevel.at(schedule, moment) for moment in moments]
         # Schedules that keep away from 0 would leave masks at the end.
-        levels[-1] = replace(levels[-1], alpha=torch.ones_like(levels[-1].alpha))
+        clean = torch.ones_like(levels[-1].alpha)
+        levels[-1] = replace(levels[-1], alpha=clean, noise=torch.zeros_like(clean))
         return [
             Interval(number, before, after, schedule.derivative(before.t), number == self.steps - 1)
             for number, (before, after) in enumerate(pairwise(levels))

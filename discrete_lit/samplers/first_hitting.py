@@ -43,7 +43,7 @@ class FirstHittingSampler(Sampler):
         start = NoiseLevel.at(schedule, torch.ones(len(drawing.labels), 1, device=drawing.labels.device))
         trajectory = Trajectory(drawing, denoiser, start)
         lowest = schedule.mask_probability(start.t.new_zeros(()))
-        mask_probability = 1 - start.alpha
+        mask_probability = start.noise
         order = drawing.random.uniform(Purpose.ORDER, length).masked_fill(trajectory.fixed, 2.0)
         rank = order.argsort(dim=1).argsort(dim=1)
         masked = trajectory.masked.sum(dim=1, keepdim=True)

@@ -1,0 +1,323 @@
+"""Single steps of the diffusion samplers: hitting times, tails, remasking, correctors, jumps that add up."""
+
+from math import comb
+
+import pytest
+import torch
+from enumerated_steps import HEADS, PROCESSES, FiniteNoise, OncePerState, draw_numbers
+from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
+from scipy.stats import binom, kstest, poisson
+
+from discrete_lit.backbones import SequenceLayout
+from discrete_lit.processes import CounterRandom, LinearSchedule, Purpose, SquareSchedule
+from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.processes.dense import GaussianProcess
+from discrete_lit.processes.heads import CavityHead
+from discrete_lit.processes.mixture import AbsorbingProcess, UniformProcess
+from discrete_lit.processes.noise_level import NoiseLevel
+from discrete_lit.processes.reverse import jumps_from_clean
+from discrete_lit.samplers import (
+    AncestralSampler,
+    Drawing,
+    FirstHittingSampler,
+    PredictorCorrectorSampler,
+    RemaskingSampler,
+    TauLeapingSampler,
+)
+from discrete_lit.samplers.euler import poisson as draw_poisson
+from discrete_lit.samplers.prediction import Prediction
+from discrete_lit.samplers.trajectory import Trajectory
+
+
+def drawing_of(backbone, rows: int, schedule, seed=0) -> Drawing:
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return Drawing(
+        backbone, labels, CounterRandom(seed, torch.arange(rows)), None, None, backbone.denoiser(schedule), False
+    )
+
+
+class LevelSeen(OncePerState):
+    """Notes the levels that it is asked at."""
+
+    def logits_at(self, tokens, labels, alpha):
+        self.seen.append(1 - alpha[:, 0])
+        return super().logits_at(tokens, labels, alpha)
+
+
+def test_hitting_times() -> None:
+    """With n masked at m the next hit is at `m U^(1 / n)`: mean n / (n + 1) and distribution function m^n of m."""
+    backbone = LevelSeen(PROCESSES["absorbing"], CavityHead())
+    backbone.seen = []
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    random = CounterRandom(1, torch.arange(20_000))
+    output = FirstHittingSampler()(backbone, labels, random, denoiser=backbone.denoiser(SquareSchedule()))
+    assert output.network_calls == LENGTH == len(backbone.seen)
+    before = torch.ones(20_000, dtype=torch.float64)
+    for n, m in zip((3, 2, 1), backbone.seen, strict=True):
+        share = m / before
+        assert float(share.mean()) == pytest.approx(n / (n + 1), abs=0.01)
+        assert kstest(share.numpy(), lambda value, n=n: value**n).pvalue > 1e-4
+        before = m
+
+
+class FlatBackbone(torch.nn.Module):
+    """Equal logits for every id; a stand-in that costs nothing at a large vocabulary."""
+
+    def __init__(self, process, length: int) -> None:
+        super().__init__()
+        self.layout = SequenceLayout(process.vocab_size, (length,), 1, "bidirectional", mask_token=process.masks)
+
+    def forward(self, tokens, labels, cache=None, order=None, time=None):
+        return torch.zeros(1).expand(*tokens.shape, self.layout.outputs)
+
+    def new_cache(self, labels):
+        return None
+
+    def flops(self, *arguments):
+        return 0
+
+    cache_flops = flops
+
+
+def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
+    """Binomial(n, 0.5), at K T = 4,096^2, where races of float32 noise miss a third of the reveals."""
+    process, steps, length = AbsorbingProcess(4096), 4096, 300
+    denoiser = Denoiser(process, LinearSchedule(), CavityHead(), "none")
+    labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
+    drawing = Drawing(FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False)
+    intervals = sampler.intervals(denoiser.schedule, drawing)
+    trajectory = Trajectory(drawing, denoiser, intervals[0].before)
+    for interval in intervals[: steps // 2]:
+        sampler.step(trajectory, interval, 1.0)
+    low, high = binom.ppf([1e-4, 1 - 1e-4], length, 0.5)
+    assert low <= int((~trajectory.masked).sum()) <= high
+    ids = trajectory.states[~trajectory.masked].double() / 4096
+    assert kstest(ids.numpy(), "uniform").pvalue > 1e-4
+
+
+def test_rare_jumps_of_uniform_noise() -> None:
+    """One of a thousand steps at K = 16,384: a token that is right leaves with probability 6e-8 or so, not with 0."""
+    process = UniformProcess(16_384)
+    states = torch.zeros(1, 1, dtype=torch.int64)
+    clean = torch.full((1, 1, 16_384), -25.0)
+    clean[..., 0] = 0.0
+    clean = clean.log_softmax(dim=-1)
+    alpha = torch.tensor([[0.5]], dtype=torch.float64)
+    jumps = jumps_from_clean(clean, states, process, alpha, alpha - 0.001)
+    marginal = process.marginal(clean.double().exp(), alpha)
+    kernel = process.likelihood(states, (alpha - 0.001) / alpha)
+    law = marginal * kernel / (marginal * kernel).sum()
+    assert float(jumps.probability) == pytest.approx(1 - float(law[0, 0, 0]), rel=1e-5) and 0 < float(jumps.probability)
+    torch.testing.assert_close(jumps.distribution(states, 16_384), law, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("strategy", "eta"), [("cap", 0.1), ("cap", 1.0), ("rescale", 0.3), ("rescale", 1.0)])
+def test_remasking_keeps_the_marginals(strategy: str, eta: float) -> None:
+    """`(1 - alpha_t) u + alpha_t (1 - sigma) = alpha_s`, with sigma up to its most."""
+    sampler = RemaskingSampler(strategy=strategy, eta=eta, steps=20)
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead())
+    for interval in sampler.intervals(SquareSchedule(), drawing_of(backbone, 1, SquareSchedule()))[1:-1]:
+        before, after = interval.before.alpha, interval.after.alpha
+        sigma, reveal = sampler.remasking(interval), sampler.reveal(interval, torch.ones(1, 1, dtype=torch.float64))
+        assert 0 < float(sigma) <= min(1, float((1 - after) / before)) and 0 <= float(reveal) <= 1
+        assert float((1 - before) * reveal + before * (1 - sigma)) == pytest.approx(float(after), abs=1e-12)
+
+
+def test_remasked_counts_are_binomial() -> None:
+    """The draws too: at every level as many tokens are masked as its mask probability says."""
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    sampler, schedule, rows = RemaskingSampler(strategy="rescale", eta=0.5, steps=5), LinearSchedule(), 20_000
+    drawing = drawing_of(backbone, rows, schedule)
+    intervals = sampler.intervals(schedule, drawing)
+    trajectory = Trajectory(drawing, drawing.denoiser, intervals[0].before)
+    for interval in intervals[:-1]:
+        sampler.step(trajectory, interval, 1.0)
+        m = 1 - float(interval.after.alpha[0, 0])
+        law = torch.tensor([comb(LENGTH, k) * m**k * (1 - m) ** (LENGTH - k) for k in range(LENGTH + 1)])
+        assert chi_square_p_value(trajectory.masked.sum(dim=1), law) > 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["cap", "rescale", "conf", "loop"])
+def test_without_remasking_it_is_the_ancestral_sampler(strategy: str) -> None:
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    plain = draw_numbers(AncestralSampler(steps=6), backbone, LinearSchedule(), 500)
+    if strategy == "loop":
+        sampler = RemaskingSampler(strategy="loop", eta=0.0, steps=6, loop=(0.5, 1.0))
+        times = sampler.times(LinearSchedule())
+        torch.testing.assert_close(times, torch.tensor([0, 0.1, 0.1, 0.1, 0.4, 0.7, 1.0], dtype=torch.float64))
+    else:
+        other = draw_numbers(RemaskingSampler(strategy=strategy, eta=0.0, steps=6), backbone, LinearSchedule(), 500)
+        assert torch.equal(plain, other)
+
+
+def test_a_loop_masks_at_its_level_alone() -> None:
+    """Half of what is revealed is masked again: as much as can be at a level of 2 / 3."""
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    sampler = RemaskingSampler(strategy="loop", eta=1.0, steps=8, loop=(0.25, 0.75), loop_alpha=2 / 3)
+    intervals = sampler.intervals(LinearSchedule(), drawing_of(backbone, 1, LinearSchedule()))
+    assert [round(float(sampler.remasking(interval)), 6) for interval in intervals] == [0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
+
+
+def test_doubtful_tokens_are_masked_first() -> None:
+    """Three tokens drawn with probabilities 0.9, 0.5 and 0.1: sigma is shared by the softmax of minus these."""
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    sampler = RemaskingSampler(strategy="conf", eta=1.0, steps=10)
+    drawing = drawing_of(backbone, 20_000, LinearSchedule())
+    interval = sampler.intervals(LinearSchedule(), drawing)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
+    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory.states = torch.zeros_like(trajectory.states)
+    trajectory.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
+    coins = drawing.random.uniform(Purpose.CONFIDENCE, LENGTH)
+    share = 0.8 * torch.tensor([-0.9, -0.5, -0.1], dtype=torch.float64).softmax(dim=0)
+    torch.testing.assert_close(
+        sampler.forget(trajectory, interval, coins).double().mean(dim=0), share, atol=0.015, rtol=0
+    )
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_gibbs_keeps_the_noisy_law(process: str) -> None:
+    """One token of three at random, drawn again: from p_s comes p_s. Draws from p_s, corrected four times."""
+    chain, schedule, rows = PROCESSES[process], LinearSchedule(), 40_000
+    backbone = OncePerState(chain, HEADS["cavity"](chain))
+    sampler = PredictorCorrectorSampler(corrector="gibbs", steps=2)
+    drawing = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, drawing)[0]  # ends at alpha = 0.5
+    law = noisy_law(reference_law(), chain, 0.5)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.multinomial(law, rows, replacement=True, generator=generator)
+    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    for number in range(4):
+        sampler.gibbs(trajectory, interval.corrected(10 + number), 1.0)
+    after = sequence_numbers(trajectory.states, chain.states)
+    assert (after != numbers).double().mean() > 0.5
+    assert chi_square_p_value(after, law) > 1e-4
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_gibbs_matrix_keeps_the_noisy_law(process: str) -> None:
+    """The same without draws, from the network's conditionals as the sampler takes them."""
+    chain = PROCESSES[process]
+    backbone, schedule = OncePerState(chain, HEADS["posterior"](chain)), LinearSchedule()
+    alpha = torch.full((1, 1), 0.5, dtype=torch.float64)
+    states = all_sequences(chain.states, LENGTH)
+    law, total = noisy_law(reference_law(), chain, 0.5), torch.zeros(len(states), dtype=torch.float64)
+    level = NoiseLevel.at(schedule, alpha.expand(len(states), 1))
+    labels = torch.zeros(len(states), dtype=torch.int64)
+    for place in range(LENGTH):
+        seen = states.clone()
+        if process == "absorbing":
+            seen[:, place] = VOCAB_SIZE
+        output = backbone.head(backbone.logits_at(seen, labels, level.alpha), seen, level)
+        clean = Prediction(backbone.denoiser(schedule), seen, level, (output,), 1.0).clean()
+        where_to = chain.marginal(clean.exp(), level.alpha)[:, place]  # (S^N, S)
+        others = states.repeat_interleave(chain.states, dim=0)
+        others[:, place] = torch.arange(chain.states).repeat(len(states))
+        reached = sequence_numbers(others, chain.states)
+        total.index_add_(0, reached, (law[:, None] * where_to).flatten() / LENGTH)
+    torch.testing.assert_close(total, law, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_forward_and_reverse_rates_keep_the_noisy_law(process: str) -> None:
+    """What they move in and out of every sequence of states is the same."""
+    chain, noise = PROCESSES[process], 1e-6
+    backbone, schedule = OncePerState(chain, HEADS["cavity"](chain)), LinearSchedule()
+    sampler = PredictorCorrectorSampler(corrector="forward_backward", corrector_noise=noise, steps=2)
+    states = all_sequences(chain.states, LENGTH)
+    law, labels = noisy_law(reference_law(), chain, 0.5), torch.zeros(len(states), dtype=torch.int64)
+    alpha = torch.full((len(states), 1), 0.5, dtype=torch.float64)
+    level = NoiseLevel.at(schedule, alpha)
+    output = backbone.head(backbone.logits_at(states, labels, alpha), states, level)
+    jumps = sampler.rate_jumps(Prediction(backbone.denoiser(schedule), states, level, (output,), 1.0))
+    change = torch.zeros_like(law)
+    for place in range(LENGTH):
+        moved = law[:, None] * jumps.distribution(states, chain.states)[:, place]
+        others = states.repeat_interleave(chain.states, dim=0)
+        others[:, place] = torch.arange(chain.states).repeat(len(states))
+        change.index_add_(0, sequence_numbers(others, chain.states), moved.flatten())
+        change -= law
+    assert float(change.abs().max()) < 1e-4 * noise
+    assert float(jumps.probability.min()) > 0.1 * noise
+
+
+def test_masking_corrector_draws_keep_the_noisy_law() -> None:
+    """The forward-backward step of masks, whose reveals need no rates: 50 short steps from p_s."""
+    chain, schedule, rows = PROCESSES["absorbing"], LinearSchedule(), 20_000
+    backbone = OncePerState(chain, CavityHead(), timed=False)
+    sampler = PredictorCorrectorSampler(corrector_noise=0.02, steps=2)
+    drawing = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, drawing)[0]
+    law = noisy_law(reference_law(), chain, 0.5)
+    numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
+    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    for number in range(50):
+        sampler.forward_backward(trajectory, interval.corrected(number), 1.0)
+    after = sequence_numbers(trajectory.states, chain.states)
+    assert (after != numbers).double().mean() > 0.5
+    assert chi_square_p_value(after, law) > 1e-4
+
+
+def test_correctors_bring_few_steps_nearer_to_the_law() -> None:
+    chain = PROCESSES["absorbing"]
+    backbone, law = OncePerState(chain, CavityHead(), timed=False), reference_law()
+
+    def distance(sampler) -> float:
+        numbers = draw_numbers(sampler, backbone, LinearSchedule(), 20_000)
+        return float((torch.bincount(numbers, minlength=64) / 20_000 - law).abs().sum() / 2)
+
+    plain = distance(AncestralSampler(steps=2))
+    assert distance(PredictorCorrectorSampler(corrector="gibbs", corrector_steps=30, steps=2)) < 0.8 * plain
+
+
+def test_known_tokens_condition_first_hitting_exactly() -> None:
+    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    rows, known = 40_000, torch.tensor([-1, 2, -1])
+    labels = torch.zeros(rows, dtype=torch.int64)
+    tokens = FirstHittingSampler()(
+        backbone,
+        labels,
+        CounterRandom(0, torch.arange(rows)),
+        known=known.expand(rows, -1),
+        denoiser=backbone.denoiser(LinearSchedule()),
+    ).tokens
+    law = reference_law() * (all_sequences(4, 3)[:, 1] == 2)
+    assert chi_square_p_value(sequence_numbers(tokens, 4), law / law.sum()) > 1e-4
+
+
+def test_poisson_counts() -> None:
+    uniforms = CounterRandom(0, torch.arange(1)).uniform(Purpose.TOKEN, 40_000)
+    for mean in (0.0, 1e-9, 0.3, 4.0, 40.0):
+        counts = draw_poisson(torch.full_like(uniforms, mean), uniforms)[0]
+        assert ((counts > 0) == (uniforms[0] < -torch.expm1(torch.tensor(-mean, dtype=torch.float64)))).all()
+        law = torch.tensor(poisson.pmf(range(200), mean))
+        assert mean < 1e-6 or chi_square_p_value(counts, law / law.sum()) > 1e-4
+
+
+def test_jumps_of_an_order_add_up() -> None:
+    """One token: the sum of independent Poisson numbers of jumps to each id, cut to the range of ids."""
+    process, size = GaussianProcess(4, 0.5), 4
+    law = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    backbone = OncePerState(process, CavityHead(), law.expand(2, -1), length=1)
+    sampler, schedule, rows = TauLeapingSampler(steps=3), FiniteNoise(), 40_000
+    drawing = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, drawing)[1]
+    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory.states = torch.ones_like(trajectory.states)
+    sampler.step(trajectory, interval, 1.0)
+    state = torch.tensor([[1]])
+    before, slope = interval.before.alpha[:1], interval.slope[:1]
+    marginal = process.marginal(law.expand(1, 1, 4), before)[0, 0]
+    rates = process.rates_into(state)[0, 0] * marginal / marginal[1] * float(slope / before / 3)
+    expected = torch.zeros(size, dtype=torch.float64)
+    for down in range(12):
+        for up in range(12):
+            for double in range(12):
+                chance = 1.0
+                for count, rate in ((down, rates[0]), (up, rates[2]), (double, rates[3])):
+                    chance *= float(poisson.pmf(count, float(rate)))
+                expected[min(max(1 - down + up + 2 * double, 0), size - 1)] += chance
+    assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
+    assert chi_square_p_value(trajectory.states[:, 0], expected / expected.sum()) > 1e-4
