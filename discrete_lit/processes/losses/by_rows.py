@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Entries of the logits that are worked on at once: 16 MB of float32 and a few times as much for what is made of them.
-_ENTRIES_AT_ONCE = 2**22
+# Entries of the logits that are worked on at once, 4 MB of float32, or more where that would be more parts than this: a
+# GPU waits for the host otherwise. What is made of them on the way is a few times as large.
+_ENTRIES_AT_ONCE = 2**20
+_MOST_PARTS = 16
 
 
 def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, places: Tensor) -> Tensor:
@@ -30,7 +32,8 @@ def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, places:
 class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, places: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        count, size = len(places), max(1, _ENTRIES_AT_ONCE // logits.shape[1])
+        count = len(places)
+        size = max(1, _ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
         everywhere, wanted = count == len(logits), ctx.needs_input_grad[0]
         values = logits.new_zeros(len(logits))
         # Rows that do not count have no gradient.
