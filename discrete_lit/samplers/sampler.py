@@ -141,7 +141,7 @@ class Sampler(ABC):
         """
         logits = log_probabilities / (temperature or self.temperature)
         tokens = draw_categorical(filter_logits(logits, self.top_k, self.top_p), uniforms)
-        return tokens, logits.log_softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+        return tokens, logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
 
     def _check_known(self, known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:
         if tuple(known.shape) != shape or known.is_floating_point():

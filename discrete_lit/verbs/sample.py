@@ -12,6 +12,7 @@ from lightning.fabric import Fabric
 from PIL import Image
 from tqdm import tqdm
 
+from discrete_lit.backbones.compiling import compile_blocks
 from discrete_lit.checkpoints import load
 from discrete_lit.distributed import all_reduce_sum
 from discrete_lit.generators import Generator
@@ -36,6 +37,7 @@ def sample(
     devices: int | str = "auto",
     num_nodes: int = 1,
     precision: str = "32-true",
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
@@ -58,6 +60,7 @@ def sample(
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
         precision: Lightning's, for instance `bf16-mixed`.
+        compile: compile the blocks of the backbone first, which takes a minute: for many samples on a GPU.
 
     Returns:
         What `run.json` holds.
@@ -83,6 +86,8 @@ def sample(
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     generator = generator.to(fabric.device)
+    if compile:
+        compile_blocks(generator.backbone)
     rows_path = folder / "rows.npy.partial"
     count, cost = 0, (0, 0, 0)
     seconds = seconds_undecoded = 0.0
@@ -123,6 +128,7 @@ def sample(
         "batch_size": batch_size,
         "world_size": fabric.world_size,
         "precision": precision,
+        "compile": compile,
         "network_calls": cost[0],
         "sequential_passes": cost[1],
         "flops_per_image": cost[2],

@@ -93,6 +93,21 @@ def test_another_sampler_is_used_and_recorded(generator_checkpoints: dict[str, P
     assert run["sequential_passes"] == 2 and run["network_calls"] == 3
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = generator_checkpoints["Autoregressive"]
+    plain = draw(checkpoint, tmp_path / "plain", "--num_samples", 3)
+    try:
+        compiled = draw(checkpoint, tmp_path / "compiled", "--num_samples", 3, "--compile", "true")
+    finally:
+        torch._dynamo.reset()
+    assert np.array_equal(compiled["arr_0"], plain["arr_0"])
+    assert compiled["run"]["compile"] and not plain["run"]["compile"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
