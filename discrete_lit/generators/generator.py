@@ -196,9 +196,17 @@ class Generator(LightningModule, ABC):
 
         Returns:
             The sampler's output, its tokens `(B, *token_shape)`.
+
+        Raises:
+            ValueError: guidance, and a null label that was not learned; what the sampler refuses.
         """
         kept = None if known is None else self.to_sequence(known)
         draw = sampler or self.sampler
+        if draw.guidance_scale != 1 and self.label_dropout == 0:
+            raise ValueError(
+                f"guidance_scale={draw.guidance_scale} needs a generator that learned the null label; this one was "
+                "trained with label_dropout=0"
+            )
         output = draw(self.sampled_backbone(), labels, random, kept, self.scale_quantizer(), self.denoiser(), trace)
         return replace(output, tokens=self.to_grid(output.tokens))
 
