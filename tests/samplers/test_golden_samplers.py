@@ -132,6 +132,12 @@ class ToyBackbone:
         self.tensors = tensors
         self.inputs: list[Tensor] = []
 
+    def flops(self, batch: int, tokens: int, cache: Cache) -> int:
+        return 0
+
+    def cache_flops(self, batch: int) -> int:
+        return 0
+
     def new_cache(self, labels: Tensor) -> Cache:
         return Cache([], None)
 
