@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from discrete_lit.evaluation.selection import Selection
 from discrete_lit.images import from_uint8
+from discrete_lit.tokenizers import PixelLevels
 
 if TYPE_CHECKING:
     from discrete_lit.generators import Generator
@@ -31,15 +32,24 @@ class LikelihoodFigures:
     """Images."""
     tokens: int
     """L, ids of one image."""
+    dimensions: int | None
+    """Numbers of an image that its ids are, one id each, where a tokenizer of pixels makes them; None for codes, whose
+    likelihood is not that of the pixels."""
     tokenizer_fingerprint: str
 
     @property
     def bits_per_token(self) -> float:
         return self.nats / log(2) / self.tokens
 
+    @property
+    def bits_per_dimension(self) -> float | None:
+        """Of the pixels' channels; None where the ids are codes."""
+        return None if self.dimensions is None else self.nats / log(2) / self.dimensions
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every figure."""
-        return {**asdict(self), "bits_per_token": self.bits_per_token}
+        bits = {"bits_per_token": self.bits_per_token, "bits_per_dimension": self.bits_per_dimension}
+        return {**asdict(self), **bits}
 
 
 def measure_likelihood(
@@ -91,5 +101,6 @@ def measure_likelihood(
         standard_error=float(nats.std() / len(nats) ** 0.5),
         count=len(nats),
         tokens=prod(generator.token_shape),
+        dimensions=prod(generator.token_shape) if isinstance(generator.tokenizer, PixelLevels) else None,
         tokenizer_fingerprint=generator.tokenizer.fingerprint(),
     )

@@ -1,6 +1,7 @@
 """Discrete diffusion: any noise, schedule, head and loss around the one backbone."""
 
 from collections.abc import Callable
+from math import log
 from typing import Literal
 
 import torch
@@ -36,7 +37,8 @@ class DiscreteDiffusion(Generator):
 
     D3PM (Austin et al., 2021), SEDD (Lou et al., 2024), MDLM (Sahoo et al., 2024), MD4 (Shi et al., 2024), UDLM (Schiff
     et al., 2024), GIDD (von Rütte et al., 2025) and discrete flow matching (Gat et al., 2024) are choices of `process`,
-    `schedule`, `head` and `loss`. Losses are nats per token; times are spread evenly over the global batch.
+    `schedule`, `head` and `loss`. Losses are nats per token; times are spread evenly over the global batch. Where the
+    loss is a bound, validation logs it as `validation/bits_per_token` too, which of text is bits per character.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
@@ -139,6 +141,17 @@ class DiscreteDiffusion(Generator):
         logits = self._logits(states, labels, level)
         values = self.objective(logits, parts.head, tokens, states, parts.process, level)
         return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
+
+    def on_validation_epoch_end(self) -> None:
+        total, weight = self.profile.compute()
+        super().on_validation_epoch_end()
+        if self.objective_kind == "bound":
+            # What the loss leaves out, of the id for which it is most.
+            process, end = self._denoiser.process, torch.ones(1, 1, dtype=torch.float64, device=total.device)
+            ids = torch.arange(self.vocab_size, device=total.device)[None]
+            prior = process.prior_divergence(ids, self._denoiser.schedule.alpha(end)).max()
+            bits = (total.sum() / weight.sum() + prior) / log(2)
+            self.log("validation/bits_per_token", bits.float(), sync_dist=True)
 
     @torch.no_grad()
     def log_likelihood(

@@ -59,6 +59,11 @@ def likelihood_bound(
     costs = []
     for evaluation in range(samples):
         share = ((shift + evaluation / samples) % 1).clamp(2.0**-53, 1 - 2.0**-53)
+        weight = torch.ones_like(share)
+        if not (absorbing and variable == "mask_count"):
+            # A change at a small m has the probability m and the cost 1 / m: the variance of a mean over t is infinite,
+            # that of one over the root of t is not.
+            share, weight = share**2, 2 * share
         level = loss.level(schedule, share, tokens.shape[1])
         uniforms = random.uniform(Purpose.LIKELIHOOD, tokens.shape[1], step=evaluation + 1)
         states = loss.corrupt(process, tokens, level, uniforms)
@@ -66,9 +71,10 @@ def likelihood_bound(
         head = denoiser.head
         if not isinstance(loss, ScoreEntropy):
             logits, head = clean_log_probabilities(denoiser, logits, states, level), CavityHead()
-        costs.append(loss(logits, head, tokens, states, process, level).double().sum(dim=1))
-    cost = torch.stack(costs)
-    mean, error = cost.mean(dim=0), cost.std(dim=0) / samples**0.5 if samples > 1 else cost[0] * torch.nan
+        cost = loss(logits, head, tokens, states, process, level).double().sum(dim=1)
+        costs.append(weight[:, 0] * cost)
+    drawn = torch.stack(costs)
+    mean, error = drawn.mean(dim=0), drawn.std(dim=0) / samples**0.5 if samples > 1 else drawn[0] * torch.nan
     if not absorbing:
         mean = mean + _ends(network, denoiser, tokens, random, samples)
     return -mean, error

@@ -11,6 +11,7 @@ from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.evaluation.likelihood import measure_likelihood
 from discrete_lit.evaluation.selection import Selection
 from discrete_lit.images import from_uint8
+from discrete_lit.tokenizers import PixelLevels
 
 
 @pytest.fixture
@@ -63,3 +64,15 @@ def test_a_label_without_a_class_is_refused(generator, tmp_path) -> None:
     path = save_npz(tmp_path / "labels.npz", pixels(6, 2), np.arange(6) % 4)
     with pytest.raises(ValueError, match=r"labels\.npz' has label 3, 'g\.ckpt' has 3 classes"):
         figures(generator("autoregressive"), path)
+
+
+def test_bits_per_dimension_where_ids_are_pixels_alone(generator, make_generator, tmp_path) -> None:
+    path = save_npz(tmp_path / "plain.npz", pixels(4, 2))
+    coded = figures(generator("autoregressive"), path)
+    assert coded.dimensions is None and coded.bits_per_dimension is None
+    assert coded.to_dict()["bits_per_dimension"] is None
+    model = make_generator("masked", 4, (8, 8, 3), 3, spread=0.5, tokenizer=PixelLevels(4), image_size=8)
+    found = figures(model, path)
+    assert found.dimensions == 192
+    assert found.bits_per_dimension == pytest.approx(found.nats / log(2) / 192)
+    assert found.to_dict()["bits_per_dimension"] == found.bits_per_dimension

@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,25 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
 )
 def test_what_a_loss_is_is_said(make_diffusion, name: str, arguments: dict[str, Any], expected: str) -> None:
     assert make_diffusion(name, **arguments).objective_kind == expected
+
+
+@pytest.mark.parametrize(("name", "logged"), [("masks", True), ("UDLM", True), ("SEDD absorb", False)])
+@torch.no_grad()
+def test_validation_logs_bits_of_bounds_with_their_prior(make_diffusion, monkeypatch, name: str, logged: bool) -> None:
+    schedule = LogLinearSchedule(0.3) if name == "UDLM" else PARTS[name][1]
+    generator = make_diffusion(name, spread=0.3, schedule=schedule)
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(generator, "log_dict", lambda values, **_: seen.update(values))
+    monkeypatch.setattr(generator, "log", lambda key, value, **_: seen.update({key: value}))
+    batch = {"tokens": torch.randint(4, (50, 3)), "label": torch.zeros(50, dtype=torch.int64)}
+    generator.validation_step({**batch, "index": torch.arange(50)}, 0)
+    generator.on_validation_epoch_end()
+    assert ("validation/bits_per_token" in seen) == logged
+    if logged:
+        kernel = torch.tensor([0.3 + 0.7 / 4, 0.7 / 4, 0.7 / 4, 0.7 / 4])
+        prior = float((kernel * (kernel * 4).log()).sum()) if name == "UDLM" else 0.0
+        bits = (float(seen["validation/loss"]) + prior) / log(2)
+        assert float(seen["validation/bits_per_token"]) == pytest.approx(bits, rel=1e-5)
 
 
 def test_masked_and_diffusion_share_checkpoints_and_samplers(make_diffusion, make_grid_tokenizer) -> None:
