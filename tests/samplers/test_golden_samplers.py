@@ -141,7 +141,7 @@ class ToyBackbone:
     def new_cache(self, labels: Tensor) -> Cache:
         return Cache([], None)
 
-    def __call__(self, tokens: Tensor, labels: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, tokens: Tensor, labels: Tensor, cache: Cache, order: None, time: None) -> Tensor:
         self.inputs.append(tokens)
         embedded, mixing, out, bias = (self.tensors[f"in.toy_{name}"] for name in "EMOP")
         return (mixing @ embedded[tokens]).tanh() @ out + bias
