@@ -109,7 +109,7 @@ def random_sampler(choose: Random, name: str, process: str):
     }
     if name == "first_hitting":
         return build(name, **settings)
-    settings["steps"] = choose.choice([2, 3, 5, 9])
+    settings["steps"] = choose.choice([2, 3, 6])
     settings["clean_up"] = choose.choice(["sample", "argmax"])
     if name != "loop":
         settings["grid"] = choose.choice([None, CosineSchedule(), SquareSchedule()])
@@ -123,7 +123,7 @@ def random_sampler(choose: Random, name: str, process: str):
 @pytest.mark.parametrize(("name", "process"), CASES)
 def test_never_the_mask_id_and_never_out_of_range(name: str, process: str) -> None:
     choose = Random(name + process)
-    for _ in range(12):
+    for _ in range(6):
         model = make_model(
             PROCESSES[process],
             choose.choice(["posterior", "cavity", "score"]),
@@ -140,7 +140,7 @@ def test_never_the_mask_id_and_never_out_of_range(name: str, process: str) -> No
 @pytest.mark.parametrize(("name", "process"), CASES)
 def test_given_tokens_stay(name: str, process: str) -> None:
     choose = Random(process + name)
-    for _ in range(3):
+    for _ in range(2):
         given = torch.rand(20, LENGTH) < 0.5
         given[0], given[1] = True, False
         known = torch.randint(0, SIZE, (20, LENGTH)).masked_fill(~given, -1)
@@ -156,7 +156,7 @@ def test_a_draw_belongs_to_its_sample(name: str, process: str) -> None:
     model, sampler = make_model(PROCESSES[process], spread=0.2), build(name, steps=4, guidance_scale=2.0)
     indices = torch.arange(20) + 2**35
     whole = draw(model, sampler, LABELS, indices).tokens
-    for rows in (*torch.arange(20).split(7), torch.tensor([19, 2, 9])):
+    for rows in (torch.arange(7, 20), torch.tensor([19, 2, 9])):
         assert torch.equal(draw(model, sampler, LABELS[rows], indices[rows]).tokens, whole[rows])
     nothing = draw(model, sampler, LABELS, indices, known=torch.full((20, LENGTH), -1))
     assert torch.equal(nothing.tokens, whole)
@@ -193,7 +193,7 @@ def test_first_hitting_reveals_one_token_a_pass() -> None:
 
 
 def test_steps_that_reveal_nothing_are_not_computed() -> None:
-    output = draw(make_model(PROCESSES["absorbing"]), AncestralSampler(steps=1000), LABELS[:1])
+    output = draw(make_model(PROCESSES["absorbing"]), AncestralSampler(steps=300), LABELS[:1])
     assert 1 <= output.network_calls <= LENGTH
 
 

@@ -81,8 +81,8 @@ class FlatBackbone(torch.nn.Module):
 
 
 def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
-    """Binomial(n, 0.5), at K T = 4,096^2, where races of float32 noise miss a third of the reveals."""
-    process, steps, length = AbsorbingProcess(4096), 4096, 300
+    """Binomial(n, 0.5), at K T = 8,192 x 2,048, where races of float32 noise miss a third of the reveals."""
+    process, steps, length = AbsorbingProcess(8192), 2048, 256
     denoiser = Denoiser(process, LinearSchedule(), CavityHead(), "none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
     drawing = Drawing(FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False)
@@ -92,7 +92,7 @@ def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
         sampler.step(trajectory, interval, 1.0)
     low, high = binom.ppf([1e-4, 1 - 1e-4], length, 0.5)
     assert low <= int((~trajectory.masked).sum()) <= high
-    ids = trajectory.states[~trajectory.masked].double() / 4096
+    ids = trajectory.states[~trajectory.masked].double() / 8192
     assert kstest(ids.numpy(), "uniform").pvalue > 1e-4
 
 
@@ -243,7 +243,7 @@ def test_forward_and_reverse_rates_keep_the_noisy_law(process: str) -> None:
 
 
 def test_masking_corrector_draws_keep_the_noisy_law() -> None:
-    """The forward-backward step of masks, whose reveals need no rates: 50 short steps from p_s."""
+    """The forward-backward step of masks, whose reveals need no rates: 25 short steps from p_s."""
     chain, schedule, rows = PROCESSES["absorbing"], LinearSchedule(), 20_000
     backbone = OncePerState(chain, CavityHead(), timed=False)
     sampler = PredictorCorrectorSampler(corrector_noise=0.02, steps=2)
@@ -253,10 +253,10 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
     trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
     trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
-    for number in range(50):
+    for number in range(25):
         sampler.forward_backward(trajectory, interval.corrected(number), 1.0)
     after = sequence_numbers(trajectory.states, chain.states)
-    assert (after != numbers).double().mean() > 0.5
+    assert (after != numbers).double().mean() > 0.3
     assert chi_square_p_value(after, law) > 1e-4
 
 
@@ -269,7 +269,7 @@ def test_correctors_bring_few_steps_nearer_to_the_law() -> None:
         return float((torch.bincount(numbers, minlength=64) / 20_000 - law).abs().sum() / 2)
 
     plain = distance(AncestralSampler(steps=2))
-    assert distance(PredictorCorrectorSampler(corrector="gibbs", corrector_steps=30, steps=2)) < 0.8 * plain
+    assert distance(PredictorCorrectorSampler(corrector="gibbs", corrector_steps=15, steps=2)) < 0.8 * plain
 
 
 def test_known_tokens_condition_first_hitting_exactly() -> None:
