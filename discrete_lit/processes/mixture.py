@@ -32,13 +32,15 @@ class MixtureProcess(ForwardProcess):
         return prior
 
     def push(self, distribution: Tensor, alpha: Tensor) -> Tensor:
-        alpha = alpha[..., None].to(distribution.dtype)
-        return alpha * distribution + (1 - alpha) * self._prior_like(distribution) * distribution.sum(-1, keepdim=True)
+        # The difference is taken in float64: next to clean data float32 has no digit of it.
+        kept, replaced = (part[..., None].to(distribution.dtype) for part in (alpha, 1 - alpha.double()))
+        return kept * distribution + replaced * self._prior_like(distribution) * distribution.sum(-1, keepdim=True)
 
     def pull(self, values: Tensor, alpha: Tensor) -> Tensor:
         # exp(-sigma Q) = I / alpha + (1 - 1 / alpha) 1 pi^T, since Q^2 = -Q.
-        inverse = 1 / alpha[..., None].to(values.dtype)
-        return inverse * values + (1 - inverse) * self._prior_like(values) * values.sum(-1, keepdim=True)
+        inverse = 1 / alpha.double()[..., None]
+        kept, removed = inverse.to(values.dtype), (1 - inverse).to(values.dtype)
+        return kept * values + removed * self._prior_like(values) * values.sum(-1, keepdim=True)
 
     def likelihood(self, states: Tensor, alpha: Tensor) -> Tensor:
         alpha = alpha.double()[..., None]
@@ -47,7 +49,8 @@ class MixtureProcess(ForwardProcess):
 
     def prior_at(self, states: Tensor) -> Tensor:
         """pi of each of `states (...)`, float64."""
-        return self.prior().to(states.device)[states]
+        ids = torch.full_like(states, self.id_share, dtype=torch.float64)
+        return ids.masked_fill(states == self.vocab_size, self.mask_share)
 
     def rates_into(self, states: Tensor) -> Tensor:
         others = 1 - torch.nn.functional.one_hot(states, self.states)
@@ -78,7 +81,10 @@ class MixtureProcess(ForwardProcess):
         return torch.where(uniforms < self.mask_share, ids, drawn)
 
     def _prior_like(self, distribution: Tensor) -> Tensor:
-        return self.prior().to(distribution)
+        prior = distribution.new_full((self.states,), self.id_share)
+        if self.masks:
+            prior[-1] = self.mask_share
+        return prior
 
 
 class AbsorbingProcess(MixtureProcess):

@@ -309,6 +309,33 @@ def test_masked_and_diffusion_share_checkpoints_and_samplers(make_diffusion, mak
         assert int(drawn.max()) < 4
 
 
+@pytest.mark.parametrize("name", ["masks, timed", "SEDD absorb"])
+def test_samplers_of_masked_serve_timed_networks_and_scores(make_diffusion, name: str) -> None:
+    """What is told of the time is the one at which so many tokens are masked."""
+    generator, seen = make_diffusion(name, token_shape=(2, 4), spread=0.5), []
+    generator.backbone.register_forward_pre_hook(lambda _, inputs, named: seen.append(inputs[4]), with_kwargs=True)
+    tokens = generator.sample(torch.arange(6) % 3, MaskGITSampler(steps=4))
+    assert tokens.shape == (6, 2, 4) and int(tokens.max()) < 4
+    times = torch.stack(seen)
+    assert times.shape == (4, 6) and times.isfinite().all() and (times.diff(dim=0) < 0).all()
+    uniform = make_diffusion("UDLM", token_shape=(2, 4))
+    with pytest.raises(ValueError, match="MaskGITSampler needs a generator of masked tokens, UniformProcess does more"):
+        uniform.sample(torch.arange(2), MaskGITSampler(steps=4))
+
+
+@each_choice
+def test_logits_that_are_no_numbers_reach_the_loss(make_diffusion, name: str) -> None:
+    """So that the alarm of training sees them; samplers refuse them."""
+    generator = make_diffusion(name).train()
+    with torch.no_grad():
+        for parameter in generator.backbone.head.parameters():
+            parameter.fill_(torch.nan)
+    tokens, labels = torch.zeros(8, 3, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)
+    assert generator.loss(tokens, labels)[0].isnan()
+    with pytest.raises(ValueError, match="the backbone's logits are NaN at t = "):
+        generator.eval().sample(labels)
+
+
 @pytest.mark.parametrize("name", ["masks", "SEDD absorb"])
 @torch.no_grad()
 def test_enumerated_likelihood_is_that_of_random_orders(make_diffusion, name: str) -> None:

@@ -154,6 +154,16 @@ def test_rare_states_keep_their_probability() -> None:
     assert torch.bincount(states[0] - 999_996).tolist() == [500, 500, 500, 500]
 
 
+def test_float32_marginals_next_to_clean_data() -> None:
+    """1 - alpha keeps its digits: noise of 1e-9 puts 1e-9 / K on every other id."""
+    process, nearly = UniformProcess(4), torch.tensor([[1 - 1e-9]], dtype=torch.float64)
+    marginal = process.marginal(torch.tensor([[[1.0, 0.0, 0.0, 0.0]]]), nearly)
+    assert marginal.dtype == torch.float32
+    assert marginal[0, 0, 1:].tolist() == pytest.approx([2.5e-10] * 3, rel=1e-6)
+    scores = torch.tensor([[[1.0, 2.5e-10, 2.5e-10, 2.5e-10]]])
+    assert process.pull(scores, nearly)[0, 0].tolist() == pytest.approx([1, 0, 0, 0], abs=1e-15)
+
+
 def test_reference_values() -> None:
     matrix = gaussian_transition(4, 0.5)
     assert matrix[0].tolist() == pytest.approx([0.7659536969, 0.2186736670, 0.0151942011, 0.0001784351], abs=5e-11)
