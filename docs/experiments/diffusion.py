@@ -160,8 +160,10 @@ def draw_figure(panels: dict[str, dict[str, dict[int, list[float]]]], floors: di
                 label=name,
             )
             colours[variant] = drawn[0].get_color()
-        axis.axhline(floors[label], color="grey", linewidth=0.8)
+        axis.axhline(floors[label], color="grey", linewidth=0.8, label="held-out images")
+        steps = sorted({count for values in found.values() for count in values})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(steps, [str(count) for count in steps])
         axis.set(xlabel="steps", ylabel=label)
     axes[0].legend(fontsize="small")
     pyplot.savefig(path, dpi=100)
