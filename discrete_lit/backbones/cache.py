@@ -58,8 +58,7 @@ class Cache:
         """What one attention reads and writes; None where it sees everything at every pass."""
         if self._buffers is None:
             return None
-        keys, values = self._buffers[number].unbind(0)
-        return LayerCache(keys, values, self.filled)
+        return LayerCache(self._buffers[number, 0], self._buffers[number, 1], self.filled)
 
     def first_rows(self, count: int) -> "Cache":
         """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
