@@ -1,5 +1,6 @@
 """Text as token arrays."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -58,5 +59,9 @@ def test_the_recipe_writes_this_repositorys_prose(tmp_path: Path) -> None:
     assert "discrete image generation" in prose and "lower case letters digits as words" in prose
     tokens = np.load(tmp_path / "prose" / "train" / "tokens.npy")
     assert "".join(" abcdefghijklmnopqrstuvwxyz"[number] for number in tokens[0]) == prose[:64]
-    missing = subprocess.run([*command[:2], "--input", "nowhere", *command[2:]], capture_output=True, text=True)
-    assert missing.returncode == 1 and missing.stderr == "error: --input nowhere is no file\n"
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    recipe = runpy.run_path(str(ROOT / "data" / "text.py"))
+    with pytest.raises(ValueError, match="--input nowhere is no file"):
+        recipe["text"](tmp_path, input=Path("nowhere"))
