@@ -7,7 +7,7 @@ from discrete_lit.processes.forward import ForwardProcess
 
 LARGEST_VOCABULARY = 1024
 # Total noise after which nothing is left of a token.
-_ENDLESS = 1e12
+_ENDLESS = 1e6
 # Kernels of so many entries are formed at once: 32 MB of float64.
 _ENTRIES_AT_ONCE = 2**22
 
@@ -40,6 +40,7 @@ class DenseProcess(ForwardProcess):
         eigenvalues, self.eigenvectors = torch.linalg.eigh(rates)
         # The largest is 0 but for rounding, which endless noise would make infinite.
         self.eigenvalues = eigenvalues.clamp(max=0)
+        self._copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def prior(self) -> Tensor:
         return torch.full((self.states,), 1 / self.states, dtype=torch.float64)
@@ -55,8 +56,7 @@ class DenseProcess(ForwardProcess):
         return self.push(torch.nn.functional.one_hot(states, self.states).double(), alpha)
 
     def rates_into(self, states: Tensor) -> Tensor:
-        rates = (self.rates - self.rates.diagonal().diag()).to(states.device)
-        return rates[states]
+        return self._on(states.device)[0][states]
 
     def rates_from(self, states: Tensor) -> Tensor:
         # Rates are symmetric.
@@ -75,9 +75,17 @@ class DenseProcess(ForwardProcess):
         below = cumulative <= uniforms[..., None] * cumulative[..., -1:]
         return below.sum(dim=-1).clamp(max=self.states - 1)
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Rates without their diagonal, eigenvalues and eigenvectors on a device; they are copied there once."""
+        if device not in self._copies:
+            with torch.inference_mode(False):  # validation may come before training
+                parts = self.rates - self.rates.diagonal().diag(), self.eigenvalues, self.eigenvectors
+                self._copies[device] = parts[0].to(device), parts[1].to(device), parts[2].to(device)
+        return self._copies[device]
+
     def _apply(self, values: Tensor, sigma: Tensor) -> Tensor:
         """`values (..., K) @ exp(sigma Q)`."""
-        vectors, roots = self.eigenvectors.to(values.device), self.eigenvalues.to(values.device)
+        _, roots, vectors = self._on(values.device)
         scaled = (values.double() @ vectors) * torch.exp(sigma.clamp(max=_ENDLESS)[..., None] * roots)
         return (scaled @ vectors.T).to(values.dtype)
 

@@ -145,6 +145,20 @@ def test_draws_of_dense_kernels_do_not_depend_on_how_many_are_formed_at_once(mon
     assert torch.equal(process.corrupt(tokens, levels, uniforms), expected)
 
 
+def test_dense_kernels_are_copied_to_a_device_once() -> None:
+    process, meta = GaussianProcess(9, 0.5), torch.device("meta")
+    law = torch.ones(2, 9, device=meta)
+    with torch.inference_mode():
+        process.push(law, torch.ones(2, device=meta))
+        process.rates_into(torch.zeros(3, dtype=torch.int64))
+    copies = process._on(meta)
+    assert not any(part.is_inference() for part in (*copies, *process._on(torch.device("cpu"))))
+    process.pull(law, torch.ones(2, device=meta))
+    process.rates_into(torch.zeros(3, dtype=torch.int64, device=meta))
+    assert process._on(meta) is copies and process._on(torch.device("cpu"))[2].device.type == "cpu"
+    assert process.matrix(torch.tensor(0.5).double()).isfinite().all()
+
+
 def test_rare_states_keep_their_probability() -> None:
     """1e6 ids: the share of draws above the last of them is that of the kernel, not that of 2^-24 steps."""
     process = UniformProcess(1_000_000)
