@@ -60,14 +60,15 @@ def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     return Prediction(denoiser, states, interval.seen, outputs, scale)
 
 
-def transitions(sampler, backbone, schedule, scale=1.0) -> list[torch.Tensor]:
-    """For each step `(S^N, N, S)`: the law of every token after it, from every sequence of states."""
+def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch.Tensor]:
+    """For each step, or one alone, `(S^N, N, S)`: the law of every token after it, from every sequence of states."""
     process, denoiser = backbone.process, backbone.denoiser(schedule)
     states = all_sequences(process.states, LENGTH)
     labels = torch.zeros(len(states), dtype=torch.int64)
     drawing = Drawing(backbone, labels, CounterRandom(0, torch.arange(len(states))), None, None, denoiser, False)
     steps = []
-    for interval in sampler.intervals(schedule, drawing):
+    intervals = sampler.intervals(schedule, drawing)
+    for interval in intervals if only is None else intervals[only : only + 1]:
         jumps = sampler.jumps(predict(backbone, denoiser, states, interval, scale), interval)
         steps.append(jumps.distribution(states, process.states))
     return steps

@@ -84,3 +84,34 @@ def test_draws_follow_the_enumerated_law(process: str, sampler: type[AncestralSa
 def test_one_token_at_a_time_follows_the_model(sampler) -> None:
     backbone = OncePerState(PROCESSES["absorbing"], ScoreHead(), timed=False)
     assert chi_square_p_value(draw_numbers(sampler, backbone, SquareSchedule()), reference_law()) > 1e-4
+
+
+@pytest.mark.parametrize("head", ["cavity", "score"])
+@pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian"])
+def test_short_steps_are_the_same_for_all(process: str, head: str) -> None:
+    """Euler and tau-leaping differ from the exact step by dt squared: 16 times less at a quarter of the length."""
+    chain, law = PROCESSES[process], "score" if head == "score" else "clean"
+    backbone = OncePerState(chain, HEADS[head](chain))
+
+    def half_way(sampler, steps: int):
+        made = sampler(steps=steps, guidance_law=law)
+        return transitions(made, backbone, FiniteNoise(), only=steps // 2)[0]
+
+    for sampler in (EulerSampler, TauLeapingSampler):
+        coarse, fine = (
+            float((half_way(sampler, steps) - half_way(AncestralSampler, steps)).abs().max()) for steps in (100, 400)
+        )
+        assert 0 < coarse < 0.01
+        assert 10 < coarse / fine < 22
+
+
+def test_euler_by_hand() -> None:
+    """m = 1 - (1 - t)^2 at t = 0.75: m' / m = 0.5 / 0.9375; of m = t, dt m' / m is the exact probability."""
+    for sampler, expected in ((EulerSampler, 0.25 * 0.5 / 0.9375), (TauLeapingSampler, 0.12483)):
+        backbone = OncePerState(PROCESSES["absorbing"], HEADS["cavity"](None))
+        law = transitions(sampler(steps=4), backbone, SquareSchedule(), only=1)[0]
+        assert 1 - float(law[-1, 0, -1]) == pytest.approx(expected, abs=2e-5)  # of the sequence of masks
+        euler = transitions(EulerSampler(steps=4), backbone, LinearSchedule())
+        exact = transitions(AncestralSampler(steps=4), backbone, LinearSchedule())
+        for one, other in zip(euler, exact, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-12, rtol=0)

@@ -144,7 +144,11 @@ def test_given_tokens_stay(name: str, process: str) -> None:
         given = torch.rand(20, LENGTH) < 0.5
         given[0], given[1] = True, False
         known = torch.randint(0, SIZE, (20, LENGTH)).masked_fill(~given, -1)
-        tokens = draw(make_model(PROCESSES[process]), random_sampler(choose, name, process), known=known).tokens
+        sampler = random_sampler(choose, name, process)
+        output = draw(make_model(PROCESSES[process]), sampler, known=known, trace=True)
+        tokens = output.tokens
+        if name == "first_hitting" or sampler.clean_up == "sample":
+            assert all(step.confidence[given].isnan().all() for step in output.trace)
         assert torch.equal(tokens[given], known[given])
         assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE
     output = draw(make_model(PROCESSES[process]), build(name), known=torch.zeros(20, LENGTH, dtype=torch.int64))

@@ -169,7 +169,10 @@ def test_doubtful_tokens_are_masked_first() -> None:
     trajectory.states = torch.zeros_like(trajectory.states)
     trajectory.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
     coins = drawing.random.uniform(Purpose.CONFIDENCE, LENGTH)
+    assert sampler.step(trajectory, interval, 1.0) is None and trajectory.masked.any()
+    assert drawing.output(trajectory.states).network_calls == 0  # nothing was masked that it could reveal
     share = 0.8 * torch.tensor([-0.9, -0.5, -0.1], dtype=torch.float64).softmax(dim=0)
+    trajectory.states = torch.zeros_like(trajectory.states)
     torch.testing.assert_close(
         sampler.forget(trajectory, interval, coins).double().mean(dim=0), share, atol=0.015, rtol=0
     )
