@@ -161,6 +161,7 @@ def pair(folder, tokenizer, token_data, image_data):
     plan = {
         "masked": settings("masked", "Masked"),
         "autoregressive": settings("autoregressive", "Autoregressive"),
+        "discretediffusion": settings("discretediffusion", "DiscreteDiffusion"),
         "preempted": settings("preempted", "Autoregressive", send=preempt),
         "after preemption": settings("preempted", "Autoregressive", resume=True),
         "sharded": settings("sharded", "Autoregressive", "fsdp"),
@@ -184,7 +185,7 @@ def scalars(run_folder, tag):
     return {event.step: event.value for event in accumulator.Scalars(tag)}
 
 
-@pytest.mark.parametrize("family", ["Masked", "Autoregressive"])
+@pytest.mark.parametrize("family", ["Masked", "Autoregressive", "DiscreteDiffusion"])
 def test_two_ranks_train_as_one_with_the_joined_batch(pair, one_process, family, folder):
     ranks, one = pair[family.lower()], one_process(family)
     losses, indices = joined(ranks)
