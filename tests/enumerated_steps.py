@@ -49,6 +49,14 @@ class OncePerState(ExactBackbone):
         return super().logits_at(tokens[first], labels[first], alpha[first])[place]
 
 
+def drawing_of(backbone, rows: int, schedule, seed=0) -> Drawing:
+    """Of rows of class 0, as a sampler gets it."""
+    labels = torch.zeros(rows, dtype=torch.int64)
+    return Drawing(
+        backbone, labels, CounterRandom(seed, torch.arange(rows)), None, None, backbone.denoiser(schedule), False
+    )
+
+
 def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     """As the sampler's, at the exact level, which time in float32 tells a network only nearly."""
     labels = [torch.zeros(len(states), dtype=torch.int64)]
