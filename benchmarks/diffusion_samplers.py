@@ -39,7 +39,7 @@ from discrete_lit.samplers import (
     TauLeapingSampler,
 )
 
-LENGTH, TARGET, STEPS = 256, 0.05, 16
+LENGTH, TARGET, STEPS = 256, 0.05, 8
 MASKS, UNIFORM, HYBRID = AbsorbingProcess, UniformProcess, HybridProcess
 CASES: dict[str, tuple[Sampler, Callable[[int], ForwardProcess], Head]] = {
     "ancestral, masks": (AncestralSampler(steps=STEPS), MASKS, CavityHead()),

@@ -72,10 +72,7 @@ def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch
     """For each step, or one alone, `(S^N, N, S)`: the law of every token after it, from every sequence of states."""
     process, denoiser = backbone.process, backbone.denoiser(schedule)
     states = all_sequences(process.states, LENGTH)
-    labels = torch.zeros(len(states), dtype=torch.int64)
-    drawing = Drawing(backbone, labels, CounterRandom(0, torch.arange(len(states))), None, None, denoiser, False)
-    steps = []
-    intervals = sampler.intervals(schedule, drawing)
+    steps, intervals = [], sampler.intervals(schedule, drawing_of(backbone, len(states), schedule))
     for interval in intervals if only is None else intervals[only : only + 1]:
         jumps = sampler.jumps(predict(backbone, denoiser, states, interval, scale), interval)
         steps.append(jumps.distribution(states, process.states))
