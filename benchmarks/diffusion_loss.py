@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 import torch
 from side_by_side.memory import in_own_process, peak_of
+from side_by_side.published_shapes import sedd_shape
 from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor
 
-from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.processes import (
     AbsorbingProcess,
     CavityHead,
@@ -76,22 +76,7 @@ class LossStep:
 def network_step(vocab_size: int) -> Callable[[], None]:
     """The network's own passes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    layout = SequenceLayout(vocab_size, (16, 16), 1000, "bidirectional", mask_token=True, timed=True)
-    network = Transformer(
-        layout,
-        width=768,
-        depth=24,
-        heads=12,
-        mlp="gelu_tanh",
-        norm_epsilon=1e-5,
-        norm_affine=True,
-        norm_bias=False,
-        positions="rope_1d",
-        conditioning="adaln",
-        condition_width=128,
-        attention_bias="none",
-        out_bias=False,
-    ).to(device)
+    network = sedd_shape(vocab_size).to(device)
     tokens: Tensor = torch.randint(vocab_size, (1, LENGTH), device=device)
     labels, time = torch.zeros(1, dtype=torch.int64, device=device), torch.ones(1, device=device)
     upstream = torch.randn(1, LENGTH, vocab_size, device=device)

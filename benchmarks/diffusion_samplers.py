@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from side_by_side.published_shapes import sedd_shape
 from side_by_side.timing import Seconds, alternate, milliseconds, ratio
 from torch import Tensor
 
-from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import (
     AbsorbingProcess,
     CavityHead,
@@ -79,22 +80,7 @@ class RecordedNetwork(torch.nn.Module):
 
 
 def network_pass(vocab_size: int, batch: int, device: torch.device) -> Callable[[], object]:
-    layout = SequenceLayout(vocab_size, (16, 16), 1000, "bidirectional", mask_token=True, timed=True)
-    network = Transformer(
-        layout,
-        width=768,
-        depth=24,
-        heads=12,
-        mlp="gelu_tanh",
-        norm_epsilon=1e-5,
-        norm_affine=True,
-        norm_bias=False,
-        positions="rope_1d",
-        conditioning="adaln",
-        condition_width=128,
-        attention_bias="none",
-        out_bias=False,
-    ).to(device)
+    network = sedd_shape(vocab_size).to(device)
     tokens = torch.randint(vocab_size, (batch, LENGTH), device=device)
     labels, time = torch.zeros(batch, dtype=torch.int64, device=device), torch.ones(batch, device=device)
     return lambda: network(tokens, labels, time=time)

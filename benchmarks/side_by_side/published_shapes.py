@@ -42,3 +42,23 @@ def var_shape(patches: tuple[int, ...], depth: int) -> Transformer:
         qk_norm="unit",
         attention_bias="query_value",
     )
+
+
+def sedd_shape(vocab_size: int) -> Transformer:
+    """That of "Discrete Diffusion for Image Generation": 24 timed blocks of width 768, 256 tokens."""
+    layout = SequenceLayout(vocab_size, (16, 16), CLASSES, "bidirectional", mask_token=True, timed=True)
+    return Transformer(
+        layout,
+        768,
+        24,
+        12,
+        mlp="gelu_tanh",
+        norm_epsilon=1e-5,
+        norm_affine=True,
+        norm_bias=False,
+        positions="rope_1d",
+        conditioning="adaln",
+        condition_width=128,
+        attention_bias="none",
+        out_bias=False,
+    )

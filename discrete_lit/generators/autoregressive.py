@@ -3,10 +3,9 @@ another one, or in random orders that give way to it (Yu et al., "Randomized Aut
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,10 +36,7 @@ class Autoregressive(Generator):
             `target_positions` tell it which place comes next.
         anneal_steps: optimizer steps until which every order is random and from which none is; the probability falls
             linearly between them. RAR's by default, of 250,000.
-        label_dropout: share of training labels replaced by the null label.
-        optimizer: from parameters to an optimizer; needed to train.
-        scheduler: from an optimizer to a scheduler, stepped after every batch.
-        seed: of orders and label dropout.
+        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
 
     Raises:
         ValueError: an order that is no permutation of the places, or steps that fall.
@@ -58,10 +54,7 @@ class Autoregressive(Generator):
         sampler: Sampler | None = None,
         order: Literal["raster", "random_annealed"] | tuple[int, ...] = "raster",
         anneal_steps: tuple[int, int] = (125_000, 187_500),
-        label_dropout: float = 0.1,
-        optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        **training: Any,
     ) -> None:
         layout = SequenceLayout(
             tokenizer.vocab_size,
@@ -84,10 +77,7 @@ class Autoregressive(Generator):
             layout,
             backbone,
             sampler or RasterSampler(),
-            label_dropout,
-            optimizer,
-            scheduler,
-            seed,
+            **training,
         )
         self.annealed = order == "random_annealed"
         self.anneal_steps = anneal_steps

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from math import log
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, SequenceLayout
@@ -52,11 +51,8 @@ class DiscreteDiffusion(Generator):
         time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
             noise only masks, whose best prediction does not depend on it, and else t.
         sampler: `AncestralSampler()` by default. Those of `Masked` serve too where noise only masks.
-        label_dropout: share of training labels replaced by the null label.
         likelihood_samples: network evaluations for each `log_likelihood`.
-        optimizer: from parameters to an optimizer; needed to train.
-        scheduler: from an optimizer to a scheduler, stepped after every batch.
-        seed: of noise, times, label dropout and the likelihood's noise.
+        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
 
     Raises:
         ValueError: parts that do not fit together, or a setting out of its range.
@@ -76,11 +72,8 @@ class DiscreteDiffusion(Generator):
         loss: DiffusionLoss | None = None,
         time_input: TimeInput | None = None,
         sampler: Sampler | None = None,
-        label_dropout: float = 0.1,
         likelihood_samples: int = 16,
-        optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        **training: Any,
     ) -> None:
         if likelihood_samples < 1:
             raise ValueError(f"likelihood_samples must be at least 1, got {likelihood_samples}")
@@ -115,10 +108,7 @@ class DiscreteDiffusion(Generator):
             layout,
             backbone,
             sampler or AncestralSampler(),
-            label_dropout,
-            optimizer,
-            scheduler,
-            seed,
+            **training,
         )
         self.objective = objective
         self.likelihood_samples = likelihood_samples

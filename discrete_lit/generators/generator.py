@@ -63,7 +63,7 @@ class Generator(LightningModule, ABC):
         label_dropout: share of training labels replaced by the null label, for classifier-free guidance.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
-        seed: of corruption and label dropout.
+        seed: of corruption, orders, label dropout, and what a likelihood draws.
     """
 
     coordinate_name: str
@@ -77,10 +77,10 @@ class Generator(LightningModule, ABC):
         layout: SequenceLayout,
         backbone: Callable[[SequenceLayout], Backbone],
         sampler: Sampler,
-        label_dropout: float,
-        optimizer: OptimizerCallable | None,
-        scheduler: LRSchedulerCallable | None,
-        seed: int,
+        label_dropout: float = 0.1,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if num_classes < 1:

@@ -3,9 +3,9 @@ groups of their bits (Weber et al., "MaskBit: Embedding-free Image Generation vi
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,11 +39,8 @@ class Masked(Generator):
         unmasked_weight: of the tokens that were not masked in the training loss, against 1 of those that were: 0 is
             MaskGIT's, 0.1 TiTok's; 1 averages over all positions, as Halton-MaskGIT and MaskBit do. Validation has 0.
         label_smoothing: of the training loss, in [0, 1); the paper's code uses 0.1.
-        label_dropout: share of training labels replaced by the null label.
         likelihood_samples: network evaluations for each `log_likelihood`.
-        optimizer: from parameters to an optimizer; needed to train.
-        scheduler: from an optimizer to a scheduler, stepped after every batch.
-        seed: of masks, label dropout and the likelihood's masks.
+        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
 
     Raises:
         ValueError: a setting out of its range, or bit groups that the vocabulary does not have.
@@ -62,11 +59,8 @@ class Masked(Generator):
         bit_groups: int | None = None,
         unmasked_weight: float = 0.0,
         label_smoothing: float = 0.1,
-        label_dropout: float = 0.1,
         likelihood_samples: int = 16,
-        optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        **training: Any,
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
@@ -90,10 +84,7 @@ class Masked(Generator):
             layout,
             backbone,
             sampler or MaskGITSampler(),
-            label_dropout,
-            optimizer,
-            scheduler,
-            seed,
+            **training,
         )
         self.bit_groups = groups
         self.unmasked_weight = unmasked_weight

@@ -1,9 +1,9 @@
 """Next-scale prediction (Tian et al., "Visual Autoregressive Modeling", NeurIPS 2024)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,10 +28,7 @@ class NextScale(Generator):
         num_classes: labels lie in [0, num_classes).
         backbone: called with the `SequenceLayout`.
         sampler: `NextScaleSampler()` by default.
-        label_dropout: share of training labels replaced by the null label.
-        optimizer: from parameters to an optimizer; needed to train.
-        scheduler: from an optimizer to a scheduler, stepped after every batch.
-        seed: of label dropout.
+        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
 
     Raises:
         ValueError: a tokenizer without scales, or one whose first scale has several ids.
@@ -46,10 +43,7 @@ class NextScale(Generator):
         num_classes: int,
         backbone: Callable[[SequenceLayout], Backbone],
         sampler: Sampler | None = None,
-        label_dropout: float = 0.1,
-        optimizer: OptimizerCallable | None = None,
-        scheduler: LRSchedulerCallable | None = None,
-        seed: int = 0,
+        **training: Any,
     ) -> None:
         quantizer = _quantizer_of(tokenizer)
         layout = SequenceLayout(
@@ -67,10 +61,7 @@ class NextScale(Generator):
             layout,
             backbone,
             sampler or NextScaleSampler(),
-            label_dropout,
-            optimizer,
-            scheduler,
-            seed,
+            **training,
         )
 
     def scale_quantizer(self) -> MultiScaleResidualQuantizer:
