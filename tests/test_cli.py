@@ -19,12 +19,12 @@ OPTIONS = {
     "test": TRAINING | {"verbose"},
     "predict": TRAINING | {"return_predictions"},
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
-    "tokenize": {"config", "ckpt_path", "data", "output", "split"}
+    "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
     | {"accelerator", "devices", "num_nodes", "precision"},
-    "sample": {"config", "ckpt_path", "output", "num_samples", "labels", "sampler", "seed", "batch_size"}
+    "sample": {"config", "ckpt_path", "output", "num_samples", "labels", "sampler", "seed", "batch_size", "compile"}
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
-    | {"num_reference", "extractor", "classifier", "lpips_weights", "batch_size", "device"},
+    | {"num_reference", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size", "device"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }

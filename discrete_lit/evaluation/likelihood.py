@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from discrete_lit.evaluation.selection import Selection
 from discrete_lit.images import from_uint8
-from discrete_lit.tokenizers import PixelLevels
 
 if TYPE_CHECKING:
     from discrete_lit.generators import Generator
@@ -76,6 +75,9 @@ def measure_likelihood(
     Raises:
         ValueError: a label that the generator has no class for, or what `Selection.batches` raises.
     """
+    # Its import takes seconds, which `discrete-lit evaluate --help` does not have to wait for.
+    from discrete_lit.tokenizers import PixelLevels
+
     values: list[torch.Tensor] = []
     kind, done = "", 0
     with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
