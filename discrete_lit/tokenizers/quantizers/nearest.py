@@ -58,32 +58,51 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
         `(n,)` int64.
     """
     count = len(codes)
+    if len(rows) == 0:
+        return rows.new_empty(0, dtype=torch.int64)
     if offsets is not None:
         # One more column of the product is cheaper than a sum behind it.
         rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
     tiling = _DEVICE if rows.device.type != "cpu" else _WIDE if codes.shape[1] >= _WIDE_FROM else _NARROW
     # The last block is filled up by the last code, which comes behind its first occurrence.
     codes = torch.cat((codes, codes[-1:].expand(-count % tiling.width, -1)))
-    tile_rows = min(tiling.rows, len(rows)) or 1
+    tile_rows = min(tiling.rows, len(rows))
     # Memory that every tile uses again: fresh memory costs as much as a product.
     products = rows.new_empty(min(tiling.codes, len(codes)) * tile_rows)
     maxima = rows.new_empty(len(codes) // tiling.width * tile_rows)
     with _full_precision():
-        ids = [_search(tile, codes, tiling, products, maxima) for tile in rows.split(tile_rows)]
+        tiles = list(rows.split(tile_rows))
+        # The last tile may have fewer rows.
+        memory = {len(tile): _Memory(codes, tiling, len(tile), products, maxima) for tile in (tiles[0], tiles[-1])}
+        ids = [_search(tile, codes, memory[len(tile)]) for tile in tiles]
     return torch.cat(ids).clamp_(max=count - 1)
 
 
-def _search(rows: Tensor, codes: Tensor, tiling: _Tiling, products: Tensor, maxima: Tensor) -> Tensor:
-    """The ids `(r,)` of rows `(r, D)` among codes `(K, D)`, with memory for a tile of products and block maxima."""
-    columns, blocks = len(rows), len(codes) // tiling.width
-    maxima = maxima[: blocks * columns].view(blocks, columns)
-    for part, best in zip(codes.split(tiling.codes), maxima.split(tiling.codes // tiling.width), strict=True):
-        tile = products[: len(part) * columns].view(len(part), columns)
-        torch.mm(part, rows.T, out=tile)
-        torch.amax(tile.view(len(best), tiling.width, columns), dim=1, out=best)
-    block = maxima.max(dim=0).indices
-    inside = torch.bmm(codes.unflatten(0, (-1, tiling.width))[block], rows[:, :, None])[:, :, 0].argmax(dim=1)
-    return block * tiling.width + inside
+class _Memory:
+    """Views of the memory for the products of tiles of some `columns`, and of their maxima."""
+
+    def __init__(self, codes: Tensor, tiling: _Tiling, columns: int, products: Tensor, maxima: Tensor) -> None:
+        self.width = tiling.width
+        self.maxima = maxima[: len(codes) // self.width * columns].view(-1, columns)
+        self.steps = []
+        """Codes, their products, the same in blocks, and the maxima of these."""
+        of_parts = self.maxima.split(tiling.codes // self.width)
+        for part, best in zip(codes.split(tiling.codes), of_parts, strict=True):
+            tile = products[: len(part) * columns].view(len(part), columns)
+            self.steps.append((part, tile, tile.view(len(best), self.width, columns), best))
+
+
+def _search(rows: Tensor, codes: Tensor, memory: _Memory) -> Tensor:
+    """The ids `(r,)` of rows `(r, D)` among codes `(K, D)`."""
+    columns = rows.T
+    for part, products, blocks, best in memory.steps:
+        torch.mm(part, columns, out=products)
+        torch.amax(blocks, dim=1, out=best)
+    block = memory.maxima.max(dim=0).indices
+    # `index_select` gathers several times as fast as indexing does.
+    chosen = codes.unflatten(0, (-1, memory.width)).flatten(1).index_select(0, block)
+    inside = torch.bmm(chosen.unflatten(1, (memory.width, -1)), rows[:, :, None])[:, :, 0].max(dim=1).indices
+    return block * memory.width + inside
 
 
 @contextmanager
