@@ -22,7 +22,7 @@ setup: .venv/installed ## make .venv and install the project with everything for
 	@touch $@
 
 test: .venv/installed ## the fast tests, about 8 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 -m "not slow and not slurm"
 
 test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
 	$(BIN)/pytest -m "slow or slurm"
@@ -103,7 +103,7 @@ FAMILIES := next_scale bar maskbit masked autoregressive rar
 SAMPLERS := halton titok random_order
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-comparison: ## train all families of generators on one backbone and compare them, under 45 minutes on 2 cores
+comparison: ## train all families of generators on one backbone and compare them
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(RUNS)/comparison/report.md
 	@echo
