@@ -16,6 +16,12 @@ outside the measured time, so that the mean length of what attention reads is th
 
 The roofline is the time that the weights and the filled part of the cache take to be read once at the measured memory
 bandwidth, or the products at the measured peak of a large matrix product, where that is longer.
+
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, batch 1 and 8, 2 rounds, in
+float32: 1.37 and 0.99 times the bare products (the first missed), 3.0 and 1.5 times as fast as transformers, 10 and 35
+times as fast as without a cache, 2.55 and 2.39 times the roofline; in bf16: 1.36 and 1.32 times the bare products (both
+missed), 1.31 and 1.43 times as fast as transformers, 6.6 and 25 times as fast as without a cache, 3.25 and 3.40 times
+the roofline.
 """
 
 import argparse

@@ -8,6 +8,9 @@ One arm runs it forward, and backward from a given gradient of its logits. The o
 adds to it: the level of noise, the noisy tokens, the loss of given logits and the gradient of the logits. Memory is
 measured in processes of their own with 8 sequences, in tensors of the size of the logits, the logits themselves not
 counted; for the loss of a chain of T steps also with a thousand times as many steps.
+
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else: at most 0.2% of the network's
+passes at K = 1,024 and 1.7% at K = 16,384; 1.99 to 2.43 tensors, 2.25 with T = 1,000 and 2.37 with T = 1,000,000.
 """
 
 import argparse
