@@ -7,8 +7,8 @@ The network is SEDD's shape: 24 blocks of width 768, 12 heads, a condition of 12
 runs it forward. The other arms draw with a stand-in that gives random logits at no cost, so that what is left is all
 that a sampler does: levels, random numbers, heads, jumps, draws; by the pass, steps that need none included.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, K = 1,024, batch 4: 0.1% to 0.5%
-of the network call, 1.2% to 2.2% for the score, rate and forward-backward steps of the uniform process.
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, K = 1,024, batch 4: 0.1% to
+0.5% of the network call, 1.2% to 2.2% for the score, rate and forward-backward steps of the uniform process.
 """
 
 import argparse
