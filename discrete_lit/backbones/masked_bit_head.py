@@ -13,6 +13,7 @@ from discrete_lit.backbones.id_parts import bits_of_vocabulary
 from discrete_lit.backbones.norms import Norm
 from discrete_lit.backbones.place_head import PlaceHead
 from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.processes.random import random_subset
 
 # The share of masked bits in training is the sigmoid of a normal number of this deviation.
 _RATIO_DEVIATION = 0.8
@@ -106,7 +107,7 @@ class MaskedBitHead(PlaceHead):
         else:
             counts = (self.bits * random.uniform(Purpose.MASK_RATIO, places)).ceil()
         uniforms = random.uniform(Purpose.MASK_ORDER, places * self.bits).unflatten(1, (places, self.bits))
-        return uniforms.argsort(dim=-1).argsort(dim=-1) < counts[..., None]
+        return random_subset(uniforms, counts[..., None])
 
 
 class BitBlock(nn.Module):

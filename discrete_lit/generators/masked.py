@@ -16,6 +16,7 @@ from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule
 from discrete_lit.processes.denoiser import Denoiser
 from discrete_lit.processes.heads import CavityHead
 from discrete_lit.processes.mixture import AbsorbingProcess
+from discrete_lit.processes.random import random_subset
 from discrete_lit.samplers import MaskGITSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ class Masked(Generator):
             share = (shift + evaluation / self.likelihood_samples) % 1
             counts = (share * self.length).floor() + 1  # (B, 1), uniform in 1 ... N
             uniforms = random.uniform(Purpose.LIKELIHOOD, self.length, step=evaluation + 1)
-            masked = self._choose_masked(counts, uniforms)
+            masked = random_subset(uniforms, counts)
             values = self._cross_entropy(sequences, labels, masked, smoothing=0.0)
             total -= self.length * (values * masked).double().sum(dim=1) / counts[:, 0]
         return Likelihood(total / self.likelihood_samples, "bound")
@@ -168,11 +169,7 @@ class Masked(Generator):
             # A sequence without a mask would have no loss, and a batch of them a mean over nothing.
             return uniforms <= torch.maximum(probability, uniforms.min(dim=1, keepdim=True).values)
         counts = (self.length * probability).ceil().clamp(1, self.length)
-        return self._choose_masked(counts, uniforms)
-
-    def _choose_masked(self, counts: Tensor, uniforms: Tensor) -> Tensor:
-        """`(B, N)` bool with `counts (B, 1)` true places in each row, those of the smallest `uniforms (B, N)`."""
-        return uniforms.argsort(dim=1).argsort(dim=1) < counts
+        return random_subset(uniforms, counts)
 
     def _cross_entropy(self, tokens: Tensor, labels: Tensor, masked: Tensor, smoothing: float) -> Tensor:
         """`(B, N)` nats for every token of the sequence with `masked` replaced by the mask id."""

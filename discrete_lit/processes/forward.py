@@ -86,9 +86,9 @@ class ForwardProcess(ABC):
         """q_t of tokens whose clean id follows `clean (..., K)`: `(..., S)`."""
         return self.push(self.widen(clean), alpha)
 
-    def ratios(self, tokens: Tensor, states: Tensor, alpha: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    def ratios(self, tokens: Tensor, states: Tensor, alpha: Tensor) -> Tensor:
         """q_t(y | x_0) / q_t(x | x_0) for all y, `(..., S)`, of clean `tokens (...)` at `states (...)` x."""
-        clean = torch.nn.functional.one_hot(tokens, self.vocab_size).to(dtype)
+        clean = torch.nn.functional.one_hot(tokens, self.vocab_size).double()
         marginal = self.marginal(clean, alpha)
         return marginal / marginal.gather(-1, states[..., None])
 

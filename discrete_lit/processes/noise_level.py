@@ -45,7 +45,3 @@ class NoiseLevel:
     def take(self, rows: Tensor | slice) -> Self:
         """The levels of some of the sequences, in any number and order."""
         return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def first_rows(self, count: int) -> Self:
-        """The levels of the first `count` sequences."""
-        return self.take(slice(count))

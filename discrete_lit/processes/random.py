@@ -104,3 +104,16 @@ class CounterRandom:
     def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """`(B, count)` float64 standard normal draws, Phi^-1(u); arguments as for `uniform`."""
         return torch.special.ndtri(self.uniform(purpose, count, step))
+
+
+def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:
+    """Which entries are among the `counts` smallest of their row: a subset of so many, drawn uniformly.
+
+    Args:
+        uniforms: `(..., n)`, independent of one another.
+        counts: `(..., 1)`, or one for all rows.
+
+    Returns:
+        `(..., n)` bool.
+    """
+    return uniforms.argsort(dim=-1).argsort(dim=-1) < counts

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from discrete_lit.processes import Purpose
 from discrete_lit.processes.heads import score_from_cavity
+from discrete_lit.processes.random import random_subset
 from discrete_lit.processes.reverse import Jumps, is_absorbing, reverse_rates
 from discrete_lit.samplers.ancestral import AncestralSampler
 from discrete_lit.samplers.categorical import draw_categorical
@@ -103,7 +104,7 @@ class PredictorCorrectorSampler(AncestralSampler):
         drawing, denoiser = trajectory.drawing, trajectory.denoiser
         process, length = denoiser.process, trajectory.states.shape[1]
         order = drawing.random.uniform(Purpose.ORDER, length, interval.number).masked_fill(trajectory.fixed, 2.0)
-        chosen = (order.argsort(dim=1).argsort(dim=1) < self.corrector_tokens) & ~trajectory.fixed
+        chosen = random_subset(order, self.corrector_tokens) & ~trajectory.fixed
         coins = drawing.random.uniform(Purpose.CONFIDENCE, length, interval.number)
         uniforms = drawing.random.uniform(Purpose.TOKEN, length, interval.number)
         alpha = interval.before.alpha

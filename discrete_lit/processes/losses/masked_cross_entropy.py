@@ -9,6 +9,7 @@ from discrete_lit.processes.forward import ForwardProcess
 from discrete_lit.processes.heads import Head
 from discrete_lit.processes.losses.diffusion_loss import DiffusionLoss, LossKind
 from discrete_lit.processes.noise_level import NoiseLevel
+from discrete_lit.processes.random import random_subset
 from discrete_lit.processes.reverse import is_absorbing
 from discrete_lit.processes.schedules import MaskSchedule
 
@@ -56,7 +57,7 @@ class MaskedCrossEntropy(DiffusionLoss):
         if self.variable != "mask_count":
             return super().corrupt(process, tokens, level, uniforms)
         assert process.mask_id is not None
-        masked = uniforms.argsort(dim=1).argsort(dim=1) < (level.noise * tokens.shape[1]).round()
+        masked = random_subset(uniforms, (level.noise * tokens.shape[1]).round())
         return tokens.masked_fill(masked, process.mask_id)
 
     def check(self, head: Head, process: ForwardProcess) -> None:
