@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from discrete_lit.backbones.compiling import compile_blocks
@@ -38,6 +39,7 @@ def sample(
     num_nodes: int = 1,
     precision: str = "32-true",
     compile: bool = False,
+    image_size: int | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
@@ -61,18 +63,26 @@ def sample(
         num_nodes: nodes that run this command.
         precision: Lightning's, for instance `bf16-mixed`.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples on a GPU.
+        image_size: H = W of the written images in pixels, as published evaluations shrink samples of 384 to 256; the
+            decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's). The
+            tokenizer's own size by default.
 
     Returns:
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, a label out of range, num_samples below 1.
+        ValueError: not a generator's checkpoint, a label out of range, num_samples or image_size below 1, an image size
+            for text.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None and not generator.tokenizer.makes_images:
+        raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
     cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))
     if len(cycle) == 0 or not (0 <= int(cycle.min()) and int(cycle.max()) <= generator.num_classes):
         raise ValueError(
@@ -101,7 +111,7 @@ def sample(
             drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
-            rows = _rows(generator.tokenizer, drawn.tokens)
+            rows = _rows(generator.tokenizer, drawn.tokens, image_size)
         cost = drawn.network_calls, drawn.sequential_passes, drawn.flops
         seconds += time.perf_counter() - begin
         if writer is None:
@@ -129,6 +139,7 @@ def sample(
         "world_size": fabric.world_size,
         "precision": precision,
         "compile": compile,
+        "image_size": image_size,
         "network_calls": cost[0],
         "sequential_passes": cost[1],
         "flops_per_image": cost[2],
@@ -149,11 +160,14 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(tokenizer: Tokenizer, tokens: torch.Tensor) -> np.ndarray:
+def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: int | None) -> np.ndarray:
     """Images `(B, H, W, 3)` uint8, or where ids stand for none these; the copy waits for the device."""
     if not tokenizer.makes_images:
         return tokens.cpu().numpy()
-    images = to_uint8(tokenizer.decode(tokens))
+    decoded = tokenizer.decode(tokens)
+    if image_size is not None:
+        decoded = F.interpolate(decoded.float(), size=(image_size, image_size), mode="bicubic")
+    images = to_uint8(decoded)
     return images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice
 
 

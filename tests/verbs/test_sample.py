@@ -82,6 +82,27 @@ def test_equals_the_generators_own_sample(generator_checkpoints: dict[str, Path]
     assert np.array_equal(drawn["arr_0"], expected) and drawn["labels"].tolist() == [2, 2, 2]
 
 
+def test_images_are_resized_before_they_are_rounded(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.images import to_uint8
+
+    generator = discrete_lit.load(generator_checkpoints["Masked"])
+    decoded = generator.tokenizer.decode(generator.sample(torch.tensor([1, 1]), seed=4))
+    # Halfway between pixels 2i and 2i + 1 a cubic with a = -0.75 weighs their neighbours by a (-1/8), them by 19/32.
+    weights = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])
+    for dim in (2, 3):
+        ends = (decoded.narrow(dim, 0, 1), decoded.narrow(dim, 7, 1))
+        padded = torch.cat((ends[0], decoded, ends[1]), dim=dim)
+        decoded = padded.unfold(dim, 4, 2) @ weights
+    expected = to_uint8(decoded).movedim(1, -1).numpy()
+    arguments = ("--num_samples", 2, "--labels", "[1]", "--seed", 4, "--image_size", 4)
+    drawn = draw(generator_checkpoints["Masked"], tmp_path, *arguments)
+    assert drawn["arr_0"].shape == (2, 4, 4, 3) and drawn["run"]["image_size"] == 4
+    assert np.abs(drawn["arr_0"].astype(int) - expected).max() <= 1  # summed in another order
+
+
 def test_another_sampler_is_used_and_recorded(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
     sampler = {
         "class_path": "discrete_lit.samplers.MaskGITSampler",
@@ -113,6 +134,7 @@ def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], t
     [
         (["--num_samples", 0], "num_samples and batch_size must be at least 1"),
         (["--num_samples", 2, "--labels", "[0, 4]"], r"labels=\[0, 4\] must lie in \[0, 3\]"),
+        (["--num_samples", 2, "--image_size", 0], "image_size must be at least 1, got 0"),
         (["--num_samples", 2, "--labels", "[]"], r"labels=\[\] must lie in"),
         (["--num_samples", 2, "--sampler", "discrete_lit.samplers.RasterSampler"], "needs a backbone with causal"),
         (["--num_samples", 2, "--sampler", '{"class_path": "discrete_lit.samplers.MaskGITSampler", '
@@ -138,7 +160,7 @@ def test_a_tokenizers_checkpoint_is_refused(
     assert "holds a FSQ, not a Generator" in capfd.readouterr().err
 
 
-def test_text_is_written_as_text(tmp_path: Path) -> None:
+def test_text_is_written_as_text(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     import torch
 
     import discrete_lit
@@ -163,3 +185,6 @@ def test_text_is_written_as_text(tmp_path: Path) -> None:
     written = (tmp_path / "samples" / "samples.txt").read_text()
     assert written == "".join(f"{text}\n" for text in generator.tokenizer.texts(tokens))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["run.json", "samples.npz", "samples.txt"]
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--image_size", 8)
+    assert "image_size=8 is given, but this generator's tokenizer makes no images" in capfd.readouterr().err
