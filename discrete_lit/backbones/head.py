@@ -4,9 +4,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from discrete_lit.backbones.linear import Linear
+from discrete_lit.backbones.linear import Linear, full_precision_linear
 from discrete_lit.backbones.norms import Norm
 
 
@@ -49,6 +48,5 @@ class Head(nn.Module):
             logits = self.project(hidden).float()
         else:
             assert tied is not None
-            with torch.autocast(hidden.device.type, enabled=False):
-                logits = F.linear(hidden.to(tied.dtype), tied).float()
+            logits = full_precision_linear(hidden, tied).float()
         return logits if self.bias is None else logits + self.bias.float()

@@ -1,10 +1,12 @@
-"""A linear layer whose weight can be laid out for a processor's matrix products."""
+"""A linear layer whose weight can be laid out for a processor, or that multiplies in full precision under autocast."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Below, float32 products read the weight once in any layout.
 _FEWEST_FLOAT32_ROWS = 8
@@ -15,7 +17,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias: as of `torch.nn.Linear`.
-        autocast: false multiplies in the weight's own precision, also under autocast.
+        autocast: false multiplies in the weight's own precision, also under autocast; see `full_precision_linear`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, autocast: bool = True) -> None:
@@ -53,8 +55,49 @@ class Linear(nn.Linear):
             return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.packed_bias, "none", [], "")
         if self.autocast:
             return super().forward(input)
-        with torch.autocast(input.device.type, enabled=False):
-            return super().forward(input.to(self.weight.dtype))
+        output = full_precision_linear(input, self.weight)
+        return output if self.bias is None else output + self.bias
+
+
+def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
+    """`F.linear` in the precision of the weight, also under autocast.
+
+    What it gives is not rounded to autocast's precision, and nor are its operands; the gradients are products in that
+    precision, as those of every other layer.
+
+    Args:
+        input: `(..., in_features)`.
+        weight: `(out_features, in_features)`.
+
+    Returns:
+        `(..., out_features)` in the weight's dtype.
+    """
+    device = input.device.type
+    if not torch.is_autocast_enabled(device):
+        return F.linear(input.to(weight.dtype), weight)
+    gradients = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _FullPrecisionLinear.apply(input.to(weight.dtype), weight, gradients)  # type: ignore[return-value]
+
+
+class _FullPrecisionLinear(torch.autograd.Function):
+    """The product in its operands' precision, its gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, gradients: torch.dtype) -> Tensor:
+        ctx.save_for_backward(input.to(gradients), weight)
+        return F.linear(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        input, weight = ctx.saved_tensors
+        of_output = grad_outputs[0].to(input.dtype)
+        of_input = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_input = (of_output @ weight.to(input.dtype)).to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = (of_output.flatten(0, -2).T @ input.flatten(0, -2)).to(weight.dtype)
+        return of_input, of_weight, None
 
 
 @contextmanager
