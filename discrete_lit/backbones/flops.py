@@ -31,12 +31,12 @@ def pass_flops(backbone: Transformer, batch: int, tokens: int, cache: Cache | No
     seen = elements + (filled if cache is not None and cache.holds_keys else 0)
     read = 0 if isinstance(backbone.token_embedding, TokenTable) else tokens // backbone.layout.parts
     predicted = elements - max(backbone.starts - int(backbone.causal) - filled, 0)
+    block = cast(Block, backbone.blocks[0])  # all are alike
     attention = 4 * backbone.depth * elements * seen * backbone.heads * backbone.head_dim
     each = (
         linear_flops(backbone.token_embedding) * read
         + linear_flops(backbone.time_embedding)
-        + sum(linear_flops(cast(Block, block).attention, cast(Block, block).mlp) for block in backbone.blocks)
-        * elements
+        + backbone.depth * linear_flops(block.attention, block.mlp) * elements
         + linear_flops(backbone.skips) * elements
         + attention
         + linear_flops(backbone.head) * predicted
@@ -58,7 +58,7 @@ def cache_flops(backbone: Transformer, batch: int) -> int:
 
 def modulation_flops(backbone: Transformer, elements: int, predicted: int) -> int:
     """Of the modulations of one sequence: of all blocks at `elements` places, of the head at `predicted` ones."""
-    own = sum(linear_flops(cast(Block, block).modulation) for block in backbone.blocks)
+    own = backbone.depth * linear_flops(cast(Block, backbone.blocks[0]).modulation)
     return (own + linear_flops(backbone.shared_modulation)) * elements + linear_flops(
         backbone.final_modulation
     ) * predicted

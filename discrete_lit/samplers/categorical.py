@@ -42,16 +42,34 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         `(...)` int64 in [0, K); never an id of probability zero.
     """
+    return draw_filtered(logits, uniforms)[0]
+
+
+def draw_filtered(
+    logits: Tensor, uniforms: Tensor, top_k: int | None = None, top_p: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`draw_categorical` of what `filter_logits` keeps.
+
+    Returns:
+        Ids `(...)` int64, and the logarithms of their probabilities `(...)` float32 before the filters.
+    """
     rows, targets = logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1, 1)
     size = max(1, _ENTRIES_AT_ONCE // logits.shape[-1])
-    parts = [_invert(row, target) for row, target in zip(rows.split(size), targets.split(size), strict=True)]
-    return torch.cat(parts).reshape(uniforms.shape)
+    ids, log_probabilities = [], []
+    for part, target in zip(rows.split(size), targets.split(size), strict=True):
+        probabilities = part.float().softmax(dim=-1)
+        kept = filter_logits(part, top_k, top_p)
+        allowed = probabilities if kept is part else probabilities.masked_fill(kept == -torch.inf, 0.0)
+        drawn = _invert(allowed, target)
+        ids.append(drawn[:, 0])
+        log_probabilities.append(probabilities.gather(1, drawn)[:, 0].log())
+    return torch.cat(ids).reshape(uniforms.shape), torch.cat(log_probabilities).reshape(uniforms.shape)
 
 
-def _invert(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """`(n, K)` and `(n, 1)` to `(n,)`."""
-    cumulative = logits.float().softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Unnormalised probabilities `(n, K)` and `(n, 1)` to ids `(n, 1)`."""
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     # The product may round up to the total, behind which no id stands.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return torch.searchsorted(cumulative, target, right=True)

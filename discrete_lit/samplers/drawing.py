@@ -171,6 +171,11 @@ class Drawing:
         """
         self._flops += evaluations * flops
 
+    @property
+    def traced(self) -> bool:
+        """Whether a trace was asked for."""
+        return self._trace is not None
+
     def begin(self, tokens: Tensor) -> None:
         """Let the trace begin with `tokens (B, N)`, where it is not with the mask id at all that is to be drawn."""
         self._before = tokens

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from math import cos, pi
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 GuidanceSchedule = Literal["constant", "linear", "scale_linear", "cosine", "power_cosine"]
@@ -36,7 +37,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     Returns:
         `(..., K)`, to be normalised by a softmax.
     """
-    return unconditional + scale * (conditional - unconditional)
+    return torch.lerp(unconditional, conditional, scale)
 
 
 def guided_steps(scales: Sequence[float]) -> int:

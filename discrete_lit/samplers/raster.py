@@ -132,6 +132,8 @@ class RasterSampler(Sampler):
         return int(given.sum(dim=1).min()) if len(given) else 0
 
     def _record(self, drawing: Drawing, tokens: Tensor, order: Tensor | None, place: int, score: Tensor) -> None:
+        if not drawing.traced:
+            return
         confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
         confidence[:, place : place + 1] = score
         drawing.record(_to_raster(tokens, order), _to_raster(confidence, order))

@@ -9,7 +9,7 @@ from discrete_lit.backbones import Backbone
 from discrete_lit.backbones.linear import packed_weights
 from discrete_lit.processes import CounterRandom
 from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.samplers.categorical import draw_categorical, filter_logits
+from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.drawing import Drawing, SamplerOutput, ScaleQuantizer
 from discrete_lit.samplers.guidance import GuidanceSchedule, guidance_scales
 
@@ -139,9 +139,9 @@ class Sampler(ABC):
             Ids `(B, n)` int64, and their log-probabilities `(B, n)` at the temperature before the filters: after them
             all greedily chosen ids would be equally sure.
         """
-        logits = log_probabilities / (temperature or self.temperature)
-        tokens = draw_categorical(filter_logits(logits, self.top_k, self.top_p), uniforms)
-        return tokens, logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+        temperature = temperature or self.temperature
+        logits = log_probabilities if temperature == 1 else log_probabilities / temperature
+        return draw_filtered(logits, uniforms, self.top_k, self.top_p)
 
     def _check_known(self, known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:
         if tuple(known.shape) != shape or known.is_floating_point():

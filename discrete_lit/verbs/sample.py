@@ -106,7 +106,7 @@ def sample(
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
-        with torch.no_grad(), fabric.autocast():
+        with torch.inference_mode(), fabric.autocast():
             random = CounterRandom(seed, indices.to(fabric.device))
             drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
             _wait_for(fabric.device)
