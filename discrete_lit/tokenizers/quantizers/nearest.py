@@ -23,9 +23,9 @@ class _Tiling(NamedTuple):
     """Codes of a block."""
 
 
-# For narrow codes the maximum costs most: 2 MB of float32, which a core's cache holds, in few blocks. For wide ones the
-# products do, which want larger matrices, and second products that are few. On other devices a tile has 64 MB.
-_NARROW = _Tiling(1024, 512, 64)
+# For narrow codes the maximum costs most: 1.5 MB of float32, which a core's cache holds, in few blocks. For wide ones
+# the products do, which want larger matrices, and second products that are few. On other devices a tile has 64 MB.
+_NARROW = _Tiling(1024, 384, 64)
 _WIDE = _Tiling(2048, 1024, 16)
 _DEVICE = _Tiling(16384, 1024, 32)
 _WIDE_FROM = 64
