@@ -178,7 +178,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments/diffusion"), help="folder of the runs")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
-    begun = time.process_time()
     reports: dict[tuple[str, int], dict[str, Any]] = {}
     minutes: dict[tuple[str, int], float] = {}
     for seed in given.seeds:
@@ -203,8 +202,7 @@ def main() -> None:
     lines = [
         "# Absorb, Uniform, Absorb-2D",
         "",
-        f"`{command}`, {date.today().isoformat()}, {machine}; this call took {(time.process_time() - begun) / 60:.0f} "
-        "minutes of processor time beside what was there. Mean ± standard deviation over the seeds.",
+        f"`{command}`, {date.today().isoformat()}, {machine}. Mean ± standard deviation over the seeds.",
         "",
         *likelihoods(reports, minutes),
         "",
