@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=2 python benchmarks/cached_sampling.py
     OMP_NUM_THREADS=2 python benchmarks/cached_sampling.py --precision bf16-mixed --batch 32
+    OMP_NUM_THREADS=2 python benchmarks/cached_sampling.py --precision 32-true --batch 1 --compile --recomputed 0
 
 LlamaGen-B's shape (12 blocks of width 768, 256 tokens of 16,384 ids) with guidance, so with 2 B rows in each pass. The
 arms take turns; all draw the same `--tokens` places in the middle of the sequence, before which the cache is filled
 outside the measured time, so that the mean length of what attention reads is that of the whole sequence:
 
-- ours: `RasterSampler` through its public call, drawing and guidance included;
+- ours: `RasterSampler` through its public call, drawing and guidance included, in inference mode as `discrete-lit
+  sample` runs it, and with `--compile` as its `--compile` does;
 - bare: the linear layers and attention reads alone, of the same shapes and precision (under `bf16-mixed` the logits are
   of float32, as ours), each a plain call of PyTorch;
 - transformers: `LlamaForCausalLM.generate` of the same size with its static cache and as many rows, without guidance,
@@ -17,11 +19,14 @@ outside the measured time, so that the mean length of what attention reads is th
 The roofline is the time that the weights and the filled part of the cache take to be read once at the measured memory
 bandwidth, or the products at the measured peak of a large matrix product, where that is longer.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, batch 1 and 8, 2 rounds, in
-float32: 1.37 and 0.99 times the bare products (the first missed), 3.0 and 1.5 times as fast as transformers, 10 and 35
-times as fast as without a cache, 2.55 and 2.39 times the roofline; in bf16: 1.36 and 1.32 times the bare products (both
-missed), 1.31 and 1.43 times as fast as transformers, 6.6 and 25 times as fast as without a cache, 3.25 and 3.40 times
-the roofline.
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, 2 rounds (12 places at
+batch 32), at batch 1, 8 and 32: in float32 1.41, 1.04 and 0.96 times the bare products (the first missed), 1.23
+(missed), 1.61 and 1.73 times as fast as transformers, 11, 35 and 60 times as fast as without a cache, 1.6, 2.4 and
+2.8 times the roofline; in bf16 1.37 (missed), 1.19 and 1.00 times the bare products, 1.36, 1.75 and 1.80 times as
+fast as transformers, 8, 28 and 53 times as fast as without a cache, 2.8, 2.9 and 3.7 times the roofline. At batch 1
+the bare products are reads of the weights at full bandwidth, and the small operations between them weigh most:
+compiled, float32 takes 1.32 times the bare products (3 rounds). bf16 is not compiled with profit on a CPU: without
+packed weights each product casts its weight, which doubled the time.
 """
 
 import argparse
@@ -39,6 +44,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Transformer
+from discrete_lit.backbones.compiling import compile_blocks
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
@@ -192,7 +198,7 @@ def measure(case: Case, rounds: int, recomputed: int) -> None:
     print(f"  roofline {1e3 * roof:.1f} ms: ours takes {middle / roof:.2f} times that")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="both if left out")
@@ -201,6 +207,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="measured places")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recomputed", type=int, default=2, help="places measured without a cache; 0 for none")
+    parser.add_argument("--compile", action="store_true", help="the blocks of ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.first < 1 or options.tokens < 2 or options.first + options.tokens + 2 > LENGTH:
@@ -208,6 +215,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(options.device)
     backbone = llama_shape().eval().to(device)
+    if options.compile:
+        compile_blocks(backbone)
     for precision in [options.precision] if options.precision else ["32-true", "bf16-mixed"]:
         llama = make_llama(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
         for batch in options.batch:

@@ -72,7 +72,7 @@ def measure(name: str, backbone: Transformer, batch: int, precision: str, rounds
     print(f"  sampler / bare {ratio(taken['sampler'], taken['bare'], 'at most 1.1')}")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="both if left out")
