@@ -41,6 +41,9 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
 
     Returns:
         `(...)` int64 in [0, K); never an id of probability zero.
+
+    Raises:
+        ValueError: logits that are NaN, or a row without a finite one.
     """
     return draw_filtered(logits, uniforms)[0]
 
@@ -70,6 +73,11 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Unnormalised probabilities `(n, K)` and `(n, 1)` to ids `(n, 1)`."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise ValueError(
+            "the logits are NaN, or infinite at every id of a row: the backbone's weights or its precision are broken, "
+            "nothing can be drawn from them"
+        )
     # The product may round up to the total, behind which no id stands.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, target, right=True)

@@ -119,6 +119,14 @@ def test_labels_out_of_range(case, label: int) -> None:
         case.draw(case.build(), torch.tensor([0, label]), torch.arange(2))
 
 
+def test_nan_logits(case) -> None:
+    """Nothing is drawn from a network whose weights are broken."""
+    with torch.no_grad():
+        next(parameter for name, parameter in case.backbone.named_parameters() if "blocks" in name).fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits are NaN"):
+        case.draw(case.build(), torch.tensor([0, 1]), torch.arange(2))
+
+
 def test_streams_for_another_batch(case) -> None:
     with pytest.raises(ValueError, match="random has 3 streams for 2 labels"):
         case.draw(case.build(), torch.tensor([0, 1]), torch.arange(3))
