@@ -21,7 +21,18 @@ OPTIONS = {
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
     "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
     | {"accelerator", "devices", "num_nodes", "precision"},
-    "sample": {"config", "ckpt_path", "output", "num_samples", "labels", "sampler", "seed", "batch_size", "compile"}
+    "sample": {
+        "config",
+        "ckpt_path",
+        "output",
+        "num_samples",
+        "labels",
+        "sampler",
+        "seed",
+        "batch_size",
+        "compile",
+        "image_size",
+    }
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size", "device"},
