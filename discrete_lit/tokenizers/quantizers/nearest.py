@@ -83,6 +83,7 @@ class _Memory:
 
     def __init__(self, codes: Tensor, tiling: _Tiling, columns: int, products: Tensor, maxima: Tensor) -> None:
         self.width = tiling.width
+        self.chosen = codes.new_empty(columns, tiling.width * codes.shape[1])
         self.maxima = maxima[: len(codes) // self.width * columns].view(-1, columns)
         self.steps = []
         """Codes, their products, the same in blocks, and the maxima of these."""
@@ -100,8 +101,9 @@ def _search(rows: Tensor, codes: Tensor, memory: _Memory) -> Tensor:
         torch.amax(blocks, dim=1, out=best)
     block = memory.maxima.max(dim=0).indices
     # `index_select` gathers several times as fast as indexing does.
-    chosen = codes.unflatten(0, (-1, memory.width)).flatten(1).index_select(0, block)
-    inside = torch.bmm(chosen.unflatten(1, (memory.width, -1)), rows[:, :, None])[:, :, 0].max(dim=1).indices
+    torch.index_select(codes.view(-1, memory.width * codes.shape[1]), 0, block, out=memory.chosen)
+    candidates = memory.chosen.view(len(rows), memory.width, -1)
+    inside = torch.bmm(candidates, rows[:, :, None])[:, :, 0].max(dim=1).indices
     return block * memory.width + inside
 
 
