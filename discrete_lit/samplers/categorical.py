@@ -16,14 +16,19 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
         top_p: keep the smallest set of largest probabilities whose mass reaches p, the id that crosses p included
             (nucleus sampling, Holtzman et al., 2020).
     """
-    if top_k is not None and top_k < logits.shape[-1]:
-        smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    candidates = logits.shape[-1]
+    if top_k is not None and top_k < candidates:
+        smallest_kept = logits.topk(top_k, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+        dropped = logits < smallest_kept
+        logits = logits.masked_fill(dropped, -torch.inf)
+        if top_p is not None and top_p < 1 and dropped.numel():
+            candidates -= int(dropped.sum(dim=-1).min())
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
+        # What top-k dropped need not be sorted.
+        ordered, order = logits.topk(candidates, dim=-1)
         probability = ordered.softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= top_p)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, order, before >= top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
     return logits
 
