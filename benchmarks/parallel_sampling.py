@@ -7,6 +7,10 @@ MaskGIT's confidence in 8 steps and the Halton order in 32, over a bidirectional
 tokens of 16,384 ids; and VAR's next-scale sampling over its published 256-pixel scales (680 tokens of 4,096 ids) with a
 network of VAR's kind, 12 blocks of width 768. All with guidance. The bare arm runs the network alone on inputs of the
 same shapes: a forward pass for each step, over 2 B sequences, with the cache that the sampler has. Arms take turns.
+
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, batch 1, 2 to 4 rounds: in
+float32 and bf16 MaskGIT 1.05 and 1.01 times the bare passes, Halton 0.99 and 1.11 (quartiles 1.00 to 1.22), next
+scale 0.92 and 1.11 (0.75 to 1.13).
 """
 
 import argparse
