@@ -6,7 +6,7 @@ VAR's network of depth 16 with its published scales of 256 pixels (680 tokens) a
 (2,240 tokens), random weights, guidance, one image. With the cache each token passes through the network once; without,
 every scale would compute those before it again, as many times as many tokens as are printed.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else (its host did other things),
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon while its host was busy,
 bf16, 2 rounds: 3.29 times the tokens at 512 pixels take 2.6 times the processor time (2.9 times by the clock,
 quartiles 1.7 to 4.2): 6.1 and 5.2 ms a token. The scales are ten in both.
 """

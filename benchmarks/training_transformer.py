@@ -9,7 +9,7 @@ is that of the network's products (three times the forward pass's, and no more w
 the measured speed of a large matrix product in the same precision. Then the peak memory of a step is measured, above
 the weights, in a process of its own for each arm.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else (its host did other things),
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon while its host was busy,
 bf16, batch 8, 3 rounds, twice: 1.110 and 1.095 times the tokens/s of x-transformers (a target of 1.1), 41% and 50% of
 the peak, which itself was measured as 593 and 529 GFLOP/s; 1,941 and 1,951 MB against 2,323 and 1,668 MB. The head
 multiplies in float32, its gradients in bf16; with float32 gradients it was 1.006 times and 39%.

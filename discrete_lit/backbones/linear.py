@@ -77,6 +77,8 @@ def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
         return F.linear(input.to(weight.dtype), weight)
     gradients = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
+        if not torch.is_grad_enabled():
+            return F.linear(input.to(weight.dtype), weight)
         return _FullPrecisionLinear.apply(input.to(weight.dtype), weight, gradients)  # type: ignore[return-value]
 
 

@@ -48,7 +48,7 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
         `(...)` int64 in [0, K); never an id of probability zero.
 
     Raises:
-        ValueError: logits that are NaN, or a row without a finite one.
+        ValueError: logits that are NaN or +inf, or a row without a finite one.
     """
     return draw_filtered(logits, uniforms)[0]
 
@@ -80,8 +80,8 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     if not bool(total.isfinite().all()):
         raise ValueError(
-            "the logits are NaN, or infinite at every id of a row: the backbone's weights or its precision are broken, "
-            "nothing can be drawn from them"
+            "the logits are NaN, +inf, or -inf at every id of a row: the backbone's weights or its precision are "
+            "broken, nothing can be drawn from them"
         )
     # The product may round up to the total, behind which no id stands.
     target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))

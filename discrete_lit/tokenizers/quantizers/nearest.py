@@ -79,7 +79,8 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
 
 
 class _Memory:
-    """Views of the memory for the products of tiles of some `columns`, and of their maxima."""
+    """Views of the memory for the products of tiles of some `columns`, and of their maxima; and that of the chosen
+    blocks of codes."""
 
     def __init__(self, codes: Tensor, tiling: _Tiling, columns: int, products: Tensor, maxima: Tensor) -> None:
         self.width = tiling.width
