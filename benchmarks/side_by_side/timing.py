@@ -28,22 +28,34 @@ def since(start: Seconds, count: int = 1) -> Seconds:
     return Seconds((end.wall - start.wall) / count, (end.processor - start.processor) / count)
 
 
-def timed(run: Callable[[], object]) -> Seconds:
-    """What a call takes."""
-    start = clock()
-    run()
-    return since(start)
+def timed(run: Callable[[], object], at_least: float = 0.0) -> Seconds:
+    """What a call takes: the mean of as many as take `at_least` seconds together, of one otherwise."""
+    start, calls = clock(), 0
+    while not calls or perf_counter() - start.wall < at_least:
+        run()
+        calls += 1
+    return since(start, calls)
 
 
-def alternate(arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[Seconds]]:
-    """What each arm takes in each round; in a round every arm runs once."""
+def alternate(
+    arms: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, at_least: float = 0.0
+) -> dict[str, list[Seconds]]:
+    """What each arm takes in each round, in which all take turns.
+
+    Args:
+        arms: what is measured.
+        rounds: of turns.
+        warmup: calls of each arm before.
+        at_least: seconds of a turn. Arms that take less are called several times, so that what the arm before them left
+            in the caches does not decide the outcome.
+    """
     for _ in range(warmup):
         for run in arms.values():
             run()
     taken: dict[str, list[Seconds]] = {name: [] for name in arms}
     for _ in range(rounds):
         for name, run in arms.items():
-            taken[name].append(timed(run))
+            taken[name].append(timed(run, at_least))
     return taken
 
 

@@ -16,19 +16,23 @@ from torch.nn import functional as F
 
 class _Tiling(NamedTuple):
     codes: int
-    """Of a tile."""
+    """Of a tile; a multiple of `width`."""
     rows: int
-    """Of a tile."""
+    """Of a tile, at most."""
     width: int
     """Codes of a block."""
 
 
-# For narrow codes the maximum costs most: 1.5 MB of float32, which a core's cache holds, in few blocks. For wide ones
+# For narrow codes the maximum costs most: 1.6 MB of float32, which a core's cache holds, in few blocks. For wide ones
 # the products do, which want larger matrices, and second products that are few. On other devices a tile has 64 MB.
-_NARROW = _Tiling(1024, 384, 64)
+_NARROW = _Tiling(1024, 416, 64)
 _WIDE = _Tiling(2048, 1024, 16)
 _DEVICE = _Tiling(16384, 1024, 32)
 _WIDE_FROM = 64
+# Blocks of which one maximum is taken, before the best of these is looked for with its index.
+_BLOCKS = 16
+# Elements that the maxima of blocks, and the codes of the best ones, have at most: 16 MB of float32 each.
+_LARGEST = 2**22
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
@@ -64,48 +68,61 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
         # One more column of the product is cheaper than a sum behind it.
         rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
     tiling = _DEVICE if rows.device.type != "cpu" else _WIDE if codes.shape[1] >= _WIDE_FROM else _NARROW
-    # The last block is filled up by the last code, which comes behind its first occurrence.
-    codes = torch.cat((codes, codes[-1:].expand(-count % tiling.width, -1)))
-    tile_rows = min(tiling.rows, len(rows))
-    # Memory that every tile uses again: fresh memory costs as much as a product.
-    products = rows.new_empty(min(tiling.codes, len(codes)) * tile_rows)
-    maxima = rows.new_empty(len(codes) // tiling.width * tile_rows)
+    # Of equal width, in whole cache lines.
+    columns = -(-len(rows) // -(-len(rows) // tiling.rows))
+    columns += -columns % 16
+    tiles = F.pad(rows, (0, 0, 0, -len(rows) % columns)).view(-1, columns, rows.shape[1])
+    search = _Search(codes, tiling)
     with _full_precision():
-        tiles = list(rows.split(tile_rows))
-        # The last tile may have fewer rows.
-        memory = {len(tile): _Memory(codes, tiling, len(tile), products, maxima) for tile in (tiles[0], tiles[-1])}
-        ids = [_search(tile, codes, memory[len(tile)]) for tile in tiles]
-    return torch.cat(ids).clamp_(max=count - 1)
+        ids = torch.cat([search(part) for part in tiles.split(search.tiles_at_once(columns))])
+    return ids[: len(rows)].clamp_(max=count - 1)
 
 
-class _Memory:
-    """Views of the memory for the products of tiles of some `columns`, and of their maxima; and that of the chosen
-    blocks of codes."""
+class _Search:
+    """The search among codes `(K, D)`, in tiles."""
 
-    def __init__(self, codes: Tensor, tiling: _Tiling, columns: int, products: Tensor, maxima: Tensor) -> None:
-        self.width = tiling.width
-        self.chosen = codes.new_empty(columns, tiling.width * codes.shape[1])
-        self.maxima = maxima[: len(codes) // self.width * columns].view(-1, columns)
-        self.steps = []
-        """Codes, their products, the same in blocks, and the maxima of these."""
-        of_parts = self.maxima.split(tiling.codes // self.width)
-        for part, best in zip(codes.split(tiling.codes), of_parts, strict=True):
-            tile = products[: len(part) * columns].view(len(part), columns)
-            self.steps.append((part, tile, tile.view(len(best), self.width, columns), best))
+    def __init__(self, codes: Tensor, tiling: _Tiling) -> None:
+        self.width = width = tiling.width
+        self.blocks = max(1, min(_BLOCKS, len(codes) // width // _BLOCKS))
+        # The last blocks are filled up by the last code, which comes behind its first occurrence.
+        codes = torch.cat((codes, codes[-1:].expand(-len(codes) % (width * self.blocks), -1)))
+        self.parts = codes.split(tiling.codes)
+        self.count, self.dim = codes.shape
+        # As columns the second products read them faster.
+        self.of_blocks = codes.view(-1, width, self.dim).transpose(1, 2).reshape(-1, self.dim * width)
 
+    def tiles_at_once(self, columns: int) -> int:
+        """How many tiles of `columns` rows the memory is kept for."""
+        return max(1, _LARGEST // (columns * max(self.count // self.width, self.dim * self.width)))
 
-def _search(rows: Tensor, codes: Tensor, memory: _Memory) -> Tensor:
-    """The ids `(r,)` of rows `(r, D)` among codes `(K, D)`."""
-    columns = rows.T
-    for part, products, blocks, best in memory.steps:
-        torch.mm(part, columns, out=products)
-        torch.amax(blocks, dim=1, out=best)
-    block = memory.maxima.max(dim=0).indices
-    # `index_select` gathers several times as fast as indexing does.
-    torch.index_select(codes.view(-1, memory.width * codes.shape[1]), 0, block, out=memory.chosen)
-    candidates = memory.chosen.view(len(rows), memory.width, -1)
-    inside = torch.bmm(candidates, rows[:, :, None])[:, :, 0].max(dim=1).indices
-    return block * memory.width + inside
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Ids `(tiles * columns,)` of rows `(tiles, columns, D)`."""
+        tiles, columns, _ = rows.shape
+        maxima = rows.new_empty(tiles, self.count // self.width, columns)
+        # Memory that every tile uses again: fresh memory costs as much as a product.
+        products = rows.new_empty(len(self.parts[0]), columns)
+        steps = [(part, products[: len(part)]) for part in self.parts]
+        blocks = [tile.view(-1, self.width, columns) for _, tile in steps]
+        for tile, of_tile in zip(rows.transpose(1, 2).unbind(), maxima.unbind(), strict=True):
+            best = of_tile.split(len(blocks[0]))
+            for (part, product), block, maximum in zip(steps, blocks, best, strict=True):
+                torch.mm(part, tile, out=product)
+                torch.amax(block, dim=1, out=maximum)
+        block = self._best_block(maxima).view(-1)
+        rows = rows.reshape(-1, 1, self.dim)
+        # `index_select` gathers several times as fast as indexing does.
+        candidates = torch.index_select(self.of_blocks, 0, block).view(-1, self.dim, self.width)
+        inside = torch.bmm(rows, candidates)[:, 0].max(dim=1).indices
+        return torch.add(inside, block, alpha=self.width)
+
+    def _best_block(self, maxima: Tensor) -> Tensor:
+        """Index `(tiles, columns)` of the first largest among `(tiles, blocks, columns)`."""
+        tiles, _, columns = maxima.shape
+        grouped = maxima.view(tiles, -1, self.blocks, columns)
+        group = grouped.amax(dim=2).max(dim=1).indices
+        tile, column = (torch.arange(size, device=maxima.device) for size in (tiles, columns))
+        inside = grouped[tile[:, None], group, :, column].max(dim=2).indices
+        return torch.add(inside, group, alpha=self.blocks)
 
 
 @contextmanager

@@ -37,10 +37,13 @@ def test_largest_product_is_that_of_float64(rows: int, size: int, dim: int, offs
 
 
 @pytest.mark.parametrize(("tile", "dim"), [("_NARROW", 8), ("_WIDE", 64)])
-def test_the_tile_does_not_matter(monkeypatch: pytest.MonkeyPatch, tile: str, dim: int) -> None:
+@pytest.mark.parametrize("largest", [1, 10_000, 2**22])
+def test_the_tile_does_not_matter(monkeypatch: pytest.MonkeyPatch, tile: str, dim: int, largest: int) -> None:
+    """Nor how many of them the maxima are kept of."""
     latents, codes = torch.randn(300, dim), torch.randn(5000, dim)
     found = nearest_codes(latents, codes)
     monkeypatch.setattr(nearest, tile, nearest._Tiling(codes=64, rows=7, width=4))
+    monkeypatch.setattr(nearest, "_LARGEST", largest)
     assert torch.equal(nearest_codes(latents, codes), found)
 
 
