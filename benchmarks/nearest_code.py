@@ -4,11 +4,11 @@
     OMP_NUM_THREADS=2 python benchmarks/nearest_code.py --size 262144 --dim 8 --rounds 10
 
 8,192 random latents and K random codes of width D. The arms take turns of 0.4 s in every round, so that they meet the
-same state of the machine: `VectorQuantizer.encode`; `VectorQuantize` of vector-quantize-pytorch in eval mode (its whole forward,
-which gives the ids; not at K = 262,144, where its distances take 8 GiB and more); the products of latents and codes
-alone, in chunks of 64 MB written over one another; and the same in tiles that stay in the cache, as the search forms
-them, where nothing is done with them. The ids are compared with a search in float64. Then peak memory is measured: the
-most that the process holds during the search above what it held before it, in a process of its own.
+same state of the machine: `VectorQuantizer.encode`; `VectorQuantize` of vector-quantize-pytorch in eval mode (its whole
+forward, which gives the ids; not at K = 262,144, where its distances take 8 GiB and more); the products of latents and
+codes alone, in chunks of 64 MB written over one another; and the same in tiles that stay in the cache, as the search
+forms them, where nothing is done with them. The ids are compared with a search in float64. Then peak memory is
+measured: the most that the process holds during the search above what it held before it, in a process of its own.
 
 Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, 7 rounds: K = 16,384, D =
 8: 51x faster than vector-quantize-pytorch, 1.47x the bare products (1.39 to 1.44 in three other runs), 27 MB; D = 256:
