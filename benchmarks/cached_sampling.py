@@ -44,7 +44,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Transformer
-from discrete_lit.backbones.compiling import compile_blocks
+from discrete_lit.backbones.compiling import compile_for_sampling
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
@@ -216,7 +216,7 @@ def main() -> None:
     device = torch.device(options.device)
     backbone = llama_shape().eval().to(device)
     if options.compile:
-        compile_blocks(backbone)
+        compile_for_sampling(backbone)
     for precision in [options.precision] if options.precision else ["32-true", "bf16-mixed"]:
         llama = make_llama(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
         for batch in options.batch:

@@ -103,15 +103,11 @@ class Attention(nn.Module):
             causal: each place sees those before it and itself.
             cache: keys and values so far.
         """
-        projected = self._project(x)
-        if self.norms is None:
-            queries_keys, value = projected[:2], projected[2]
-            query, key = (queries_keys if rotary is None else rotate(queries_keys, rotary)).unbind(0)
-        else:
-            query, key, value = projected.unbind(0)
+        query, key, value = self._project(x).unbind()
+        if self.norms is not None:
             query, key = self.norms(query, key)
-            if rotary is not None:
-                query, key = rotate(query, rotary), rotate(key, rotary)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -121,7 +117,8 @@ class Attention(nn.Module):
                 causal = False
         dropout = self.dropout if self.training else 0.0
         causal = causal and mask is None
-        key, value = key.to(query.dtype), value.to(query.dtype)
+        if key.dtype != query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
         if query.requires_grad and query.device.type == "cpu":
             # On a CPU the backward pass of bfloat16 attention is far slower than that of float32 (torch 2.14).
             with torch.autocast("cpu", enabled=False):

@@ -12,6 +12,30 @@ from torch.nn import functional as F
 _FEWEST_FLOAT32_ROWS = 8
 
 
+@torch.library.custom_op("discrete_lit::packed_linear", mutates_args=())
+def packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of a packed weight for compiled modules: the compiler takes packed weights that are constants alone.
+
+    Args:
+        rows: `(..., in_features)` in the weight's dtype.
+        packed: `(out_features, in_features)` in oneDNN's layout.
+        bias: `(out_features,)`.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    return _product(rows, packed, bias)
+
+
+@packed_linear.register_fake
+def _shape_of_packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(*rows.shape[:-1], len(packed))
+
+
+def _product(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
 class Linear(nn.Linear):
     """`torch.nn.Linear`, with the same parameters; it multiplies by the packed weight while `packed_weights` is on.
 
@@ -51,8 +75,9 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.packed is not None:
-            rows = input.to(self.packed.dtype)
-            return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.packed_bias, "none", [], "")
+            rows = input if input.dtype == self.packed.dtype else input.to(self.packed.dtype)
+            product = packed_linear if torch.compiler.is_compiling() else _product
+            return product(rows, self.packed, self.packed_bias)
         if self.autocast:
             return super().forward(input)
         output = full_precision_linear(input, self.weight)
@@ -108,15 +133,13 @@ def packed_weights(module: nn.Module, rows: int) -> Iterator[None]:
 
     On a processor an unpacked weight is laid out anew, and under autocast cast anew, by each product; with few rows
     that takes longer than the product. Nothing is packed on other devices, where it does not pay, for sharded weights,
-    in compiled modules, and while gradients are recorded: the packed product has none. The
-    copies take as much memory as the weights.
+    and while gradients are recorded: the packed product has none. The copies take as much memory as the weights.
 
     Args:
         module: any; weights must not change meanwhile.
         rows: of the inputs to most products.
     """
-    compiled = any(inner._compiled_call_impl is not None for inner in module.modules())
-    layers = [] if compiled else [layer for layer in module.modules() if isinstance(layer, Linear)]
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
     try:
         for layer in layers:
             if not torch.is_grad_enabled() and _pays(layer, rows):

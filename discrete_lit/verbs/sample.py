@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from discrete_lit.backbones.compiling import compile_blocks
+from discrete_lit.backbones.compiling import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.distributed import all_reduce_sum
 from discrete_lit.generators import Generator
@@ -62,7 +62,7 @@ def sample(
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
         precision: Lightning's, for instance `bf16-mixed`.
-        compile: compile the blocks of the backbone first, which takes a minute: for many samples on a GPU.
+        compile: compile the blocks of the backbone first, which takes a minute: for many samples.
         image_size: H = W of the written images in pixels, as published evaluations shrink samples of 384 to 256; the
             decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's). The
             tokenizer's own size by default.
@@ -97,7 +97,7 @@ def sample(
     fabric.launch()
     generator = generator.to(fabric.device)
     if compile:
-        compile_blocks(generator.backbone)
+        compile_for_sampling(generator.backbone)
     rows_path = folder / "rows.npy.partial"
     count, cost = 0, (0, 0, 0)
     seconds = seconds_undecoded = 0.0

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from discrete_lit.backbones.compiling import compile_blocks
-from discrete_lit.backbones.linear import Linear, packed_weights
+from discrete_lit.backbones.linear import Linear, packed_linear, packed_weights
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
@@ -51,12 +51,18 @@ def test_sampling_compiles_few_graphs(make_backbone) -> None:
     assert 1 <= counter.frame_count <= 4
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
-def test_compiled_modules_are_not_packed(make_backbone) -> None:
-    backbone = make_backbone("causal")
-    layers = [layer for layer in backbone.modules() if isinstance(layer, Linear)]
+def test_compiled_blocks_multiply_by_packed_weights(make_backbone, bias: bool) -> None:
+    backbone, tokens = make_backbone("causal", bias=bias), torch.randint(5, (2, 5))
+    plain = backbone(tokens, LABELS)
+    counter = CompileCounterWithBackend("aot_eager")
+    compile_blocks(backbone, backend=counter)
     with packed_weights(backbone, 16):
-        assert all(layer.packed is not None for layer in layers)
-    compile_blocks(backbone, backend="eager")
-    with packed_weights(backbone, 16):
-        assert all(layer.packed is None for layer in layers)
+        assert all(layer.packed is not None for layer in backbone.modules() if isinstance(layer, Linear))
+        torch.testing.assert_close(backbone(tokens, LABELS), plain, rtol=0, atol=1e-5)
+        backbone(tokens, LABELS)
+    of_block = sum(isinstance(layer, Linear) for layer in backbone.blocks[0].modules())
+    targets = [node.target for graph in counter.graphs for node in graph.graph.nodes]
+    assert targets.count(packed_linear._opoverload) == of_block, "one graph for all blocks and packed copies"
+    torch.testing.assert_close(backbone(tokens, LABELS), plain, rtol=0, atol=1e-5)

@@ -1,0 +1,41 @@
+"""LayerNorm and RMSNorm against their formulas in float64, with gradients recorded or not."""
+
+import pytest
+import torch
+
+from discrete_lit.backbones.norms import Norm
+
+WIDTH, EPSILON = 24, 1e-3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize(("affine", "bias"), [(False, None), (True, None), (True, False), (True, True)])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_is_its_formula(kind, affine: bool, bias: bool | None, recorded: bool) -> None:
+    norm = Norm(WIDTH, kind, affine, bias, EPSILON)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 5, WIDTH) * torch.logspace(-4, 2, 5)[:, None] + 0.01
+    kept = x.clone()
+    with torch.set_grad_enabled(recorded):
+        found = norm(x)
+    exact = x.double()
+    if kind == "layer":
+        exact = exact - exact.mean(dim=-1, keepdim=True)
+    exact = exact / (exact.square().mean(dim=-1, keepdim=True) + EPSILON).sqrt()
+    if norm.weight is not None:
+        exact = exact * norm.weight.double()
+    if norm.bias is not None:
+        exact = exact + norm.bias.double()
+    assert (norm.bias is not None) == (affine and (kind == "layer" if bias is None else bias))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_of_rounded_values_is_computed_in_float32(kind, recorded: bool) -> None:
+    norm, x = Norm(WIDTH, kind, epsilon=EPSILON), torch.randn(3, WIDTH).bfloat16()
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(norm(x), norm(x.float()).bfloat16())
+        assert torch.equal(norm.bfloat16()(x), norm.float()(x))
