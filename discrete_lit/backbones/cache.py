@@ -58,7 +58,10 @@ class Cache:
 
     def layer(self, number: int) -> LayerCache | None:
         """What one attention reads and writes; None where it sees everything at every pass."""
-        return LayerCache(*self._layers[number], self.filled) if self._layers else None
+        if not self._layers:
+            return None
+        keys, values = self._layers[number]
+        return LayerCache(keys, values, self.filled)
 
     def first_rows(self, count: int) -> "Cache":
         """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""

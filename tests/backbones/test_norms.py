@@ -15,8 +15,8 @@ def test_norm_is_its_formula(kind, affine: bool, bias: bool | None, recorded: bo
     norm = Norm(WIDTH, kind, affine, bias, EPSILON)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 5, WIDTH) * torch.logspace(-4, 2, 5)[:, None] + 0.01
-    kept = x.clone()
+    x = (torch.randn(2, 5, WIDTH) * torch.logspace(-4, 2, 5)[:, None] + 0.01).requires_grad_()
+    kept = x.detach().clone()
     with torch.set_grad_enabled(recorded):
         found = norm(x)
     exact = x.double()
@@ -30,6 +30,33 @@ def test_norm_is_its_formula(kind, affine: bool, bias: bool | None, recorded: bo
     assert (norm.bias is not None) == (affine and (kind == "layer" if bias is None else bias))
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
     assert torch.equal(x, kept)
+    if recorded:
+        weights = torch.randn_like(x)
+        inputs = (x, *norm.parameters())
+        gradients = torch.autograd.grad((found * weights).sum(), inputs)
+        expected = torch.autograd.grad((exact * weights).sum(), inputs)
+        torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_under_autocast_are_those_of_float32() -> None:
+    norm, x = Norm(WIDTH, "rms", epsilon=EPSILON), torch.randn(3, WIDTH, requires_grad=True)
+    weights, gain = torch.randn(3, WIDTH), norm.weight
+    assert gain is not None
+    expected = torch.autograd.grad((norm(x) * weights).sum(), (x, gain))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad((norm(x) * weights).sum(), (x, gain))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("learned", ["input", "gain"])
+def test_gradient_of_what_is_learned_alone(learned: str) -> None:
+    norm, x = Norm(WIDTH, "rms"), torch.randn(3, WIDTH)
+    gain = norm.weight
+    assert gain is not None
+    x.requires_grad_(learned == "input")
+    gain.requires_grad_(learned == "gain")
+    norm(x).sum().backward()
+    assert (x.grad is not None, gain.grad is not None) == (learned == "input", learned == "gain")
 
 
 @pytest.mark.parametrize("recorded", [False, True])
