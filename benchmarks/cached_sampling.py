@@ -19,14 +19,15 @@ outside the measured time, so that the mean length of what attention reads is th
 The roofline is the time that the weights and the filled part of the cache take to be read once at the measured memory
 bandwidth, or the products at the measured peak of a large matrix product, where that is longer.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, 2 rounds (12 places at
-batch 32), at batch 1, 8 and 32: in float32 1.41, 1.04 and 0.96 times the bare products (the first missed), 1.23
-(missed), 1.61 and 1.73 times as fast as transformers, 11, 35 and 60 times as fast as without a cache, 1.6, 2.4 and
-2.8 times the roofline; in bf16 1.37 (missed), 1.19 and 1.00 times the bare products, 1.36, 1.75 and 1.80 times as
-fast as transformers, 8, 28 and 53 times as fast as without a cache, 2.8, 2.9 and 3.7 times the roofline. At batch 1
-the bare products are reads of the weights at full bandwidth, and the small operations between them weigh most:
-compiled, float32 takes 1.32 times the bare products (3 rounds). bf16 is not compiled with profit on a CPU: without
-packed weights each product casts its weight, which doubled the time.
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, 2 or 3 rounds of 16 or 32
+places, at batch 1, 8 and 32: in float32 1.44 (missed), 0.94 and 0.93 times the bare products, 1.17 (missed), 1.68 and
+1.75 times as fast as transformers, 10, 34 and 61 times as fast as without a cache, 1.5, 2.3 and 3.1 times the roofline;
+in bf16 1.08 (1.25 in another run), 1.16 and 1.11 times the bare products, 1.56, 1.59 and 1.99 times as fast as
+transformers, 11, 26 and 50 times as fast as without a cache, 2.0, 3.2 and 3.6 times the roofline. At batch 1 the bare
+products are reads of the weights at full bandwidth, and the small operations between them weigh most; compilation joins
+these. With `--compile`: in float32 1.20, 0.96 and 1.10 times the bare products, 1.38, 1.52 and 1.46 times as fast as
+transformers; in bf16 1.13, 1.11 and 1.02, and 1.52, 1.74 and 2.07. Freezing the weights (`torch.compile` with
+`freezing`) took 50 s to compile in place of 15, and gave 1.39 and 1.12 at batch 1.
 """
 
 import argparse

@@ -8,9 +8,9 @@ tokens of 16,384 ids; and VAR's next-scale sampling over its published 256-pixel
 network of VAR's kind, 12 blocks of width 768. All with guidance. The bare arm runs the network alone on inputs of the
 same shapes: a forward pass for each step, over 2 B sequences, with the cache that the sampler has. Arms take turns.
 
-Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, batch 1, 2 to 4 rounds: in
-float32 and bf16 MaskGIT 1.05 and 1.01 times the bare passes, Halton 0.99 and 1.11 (quartiles 1.00 to 1.22), next
-scale 0.92 and 1.11 (0.75 to 1.13).
+Measured on 22 November 2026, 2 threads on 2 cores of an Intel Xeon that did nothing else, batch 1, 2 to 9 rounds: in
+float32 MaskGIT 1.05, Halton 0.99 and next scale 0.92 times the bare passes; in bf16 MaskGIT 1.07 (quartiles 1.04 to
+1.14), Halton 1.07 (1.02 to 1.15), next scale 1.04 (1.02 to 1.06).
 """
 
 import argparse
