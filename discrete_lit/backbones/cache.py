@@ -43,8 +43,6 @@ class Cache:
         self.modulations = modulations
         self.filled = 0
         self._buffers = keys_and_values
-        # Views of each layer, made once for all passes.
-        self._layers = [] if keys_and_values is None else [pair.unbind() for pair in keys_and_values.unbind()]
 
     @property
     def holds_keys(self) -> bool:
@@ -58,10 +56,9 @@ class Cache:
 
     def layer(self, number: int) -> LayerCache | None:
         """What one attention reads and writes; None where it sees everything at every pass."""
-        if not self._layers:
+        if self._buffers is None:
             return None
-        keys, values = self._layers[number]
-        return LayerCache(keys, values, self.filled)
+        return LayerCache(self._buffers[number, 0], self._buffers[number, 1], self.filled)
 
     def first_rows(self, count: int) -> "Cache":
         """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
