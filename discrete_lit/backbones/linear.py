@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
     with torch.autocast(device, enabled=False):
         if not torch.is_grad_enabled():
             return F.linear(input.to(weight.dtype), weight)
-        return _FullPrecisionLinear.apply(input.to(weight.dtype), weight, gradients)  # type: ignore[return-value]
+        return cast(Tensor, _FullPrecisionLinear.apply(input.to(weight.dtype), weight, gradients))
 
 
 class _FullPrecisionLinear(torch.autograd.Function):

@@ -51,8 +51,8 @@ class Norm(nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4) for a CPU, where `F.rms_norm` is
-    many operations, and three times as many of their gradients."""
+    """RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4) for a CPU, where `F.rms_norm` and
+    its gradients are many passes over memory (`benchmarks/training_transformer.py` says what that costs)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, epsilon: float) -> Tensor:
@@ -62,6 +62,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # Autograd passes the context and the gradients by position; what `once_differentiable` wraps has no names for them.
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None]:
