@@ -6,7 +6,6 @@ nothing beside the file, and the file is read with `weights_only=True`: it can e
 """
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule
 
 from discrete_lit.config_errors import build
+from discrete_lit.files import atomic_write
 from discrete_lit.generators.generator import Generator
 from discrete_lit.tokenizers.klvae import KLVAE
 from discrete_lit.tokenizers.tokenizer import Tokenizer
@@ -113,10 +113,9 @@ def save(module: LightningModule, path: str | Path) -> None:
     }
     module.on_save_checkpoint(checkpoint)
     module_config(checkpoint, path)
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(checkpoint, partial)
-    os.replace(partial, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
 
 
 def load(path: str | Path) -> Tokenizer | Generator | KLVAE:

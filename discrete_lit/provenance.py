@@ -1,6 +1,5 @@
 """What a result says of where it came from."""
 
-import hashlib
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -11,12 +10,6 @@ from typing import Any
 import torch
 
 import discrete_lit
-
-
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe(setting: Any) -> Any:

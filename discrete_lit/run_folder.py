@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
+from discrete_lit.files import write_text
 from discrete_lit.provenance import environment
 
 _log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class RecordStart(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._free_name().write_text(self.configuration)
+            write_text(self._free_name(), self.configuration)
             self._append_start(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -110,6 +111,4 @@ class RecordStart(Callback):
             "world_size": trainer.world_size,
             **environment(trainer.strategy.root_device),
         }
-        written = file.with_suffix(".json.part")
-        written.write_text(json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
-        written.replace(file)
+        write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """A run that is told to end saves itself, and goes on later from the same batch."""
 
 import os
-import shutil
 import signal
 import subprocess
 from datetime import timedelta
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+
+from discrete_lit.files import publish
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -115,22 +116,11 @@ class Preemption(Callback):
         trainer._logger_connector.on_batch_end()
         trainer._logger_connector.update_train_step_metrics()
         if trainer.is_global_zero:
-            _publish(unfinished, last)
+            publish(unfinished, last)
             for logger in trainer.loggers:
                 logger.save()
         trainer.strategy.barrier()
         rank_zero_info(f"Saved {last} after step {trainer.global_step}.")
-
-
-def _publish(unfinished: Path, last: Path) -> None:
-    """Put a finished checkpoint in the place of the last one."""
-    if unfinished.is_dir():  # sharded: one file for each rank
-        if last.is_dir():
-            shutil.rmtree(last)
-    else:
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(unfinished, last)
 
 
 def _requeue() -> None:

@@ -1,6 +1,5 @@
 """Sets of stored images, read one by one as uint8: shards, folders, and `samples.npz` files."""
 
-import hashlib
 import json
 import tarfile
 import zipfile
@@ -15,7 +14,7 @@ from discrete_lit.data.decoding import IMAGE_EXTENSIONS, decode_image
 from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.data.transforms import center_crop
 from discrete_lit.evaluation.npz import read_npz
-from discrete_lit.provenance import file_sha256
+from discrete_lit.files import content_sha256, file_sha256
 
 Pixels = np.ndarray
 """uint8 `(H, W, 3)`."""
@@ -158,7 +157,7 @@ class ShardImages(ImageSet):
 
     def fingerprint(self) -> str:
         # The manifest holds the SHA-256 of every shard.
-        return hashlib.sha256(self._manifest).hexdigest()
+        return content_sha256(self._manifest)
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for shard in self._shards:
@@ -206,11 +205,8 @@ class FlatFolderImages(ImageSet):
         self.count, self.num_classes = len(self._files), None
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for file in self._files:
-            status = file.stat()
-            digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        states = ((file.name, file.stat()) for file in self._files)
+        return content_sha256(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states)
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for file in self._files:

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor
 
 from discrete_lit.evaluation.features import FeatureExtractor
-from discrete_lit.provenance import file_sha256
+from discrete_lit.files import file_sha256
 
 WEIGHTS_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_URL = (

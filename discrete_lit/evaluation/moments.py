@@ -12,6 +12,7 @@ from torch import Tensor
 from discrete_lit.distributed import all_reduce_sum
 from discrete_lit.evaluation.features import FeatureExtractor
 from discrete_lit.evaluation.npz import read_npz
+from discrete_lit.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class Moments:
         return self.dim if self.count is None else min(self.dim, self.count - 1)
 
     def save(self, path: str | Path) -> None:
-        """Write an npz: `mu` and `sigma`, as ADM names them, and what is known of the other attributes."""
+        """Write an npz, whole or not at all: `mu` and `sigma`, as ADM names them, and what is known of the others."""
         known = {
             key: np.asarray(value)
             for key in ("count", "extractor", "weights_sha256")
             if (value := getattr(self, key)) is not None
         }
-        np.savez(path, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+        with atomic_write(path) as file:
+            np.savez(file, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
 
     @staticmethod
     def load(path: str | Path) -> Moments:

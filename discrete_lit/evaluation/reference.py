@@ -1,6 +1,5 @@
 """What sets of images are measured against."""
 
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from discrete_lit.evaluation.frechet import check_reference
 from discrete_lit.evaluation.measure import measure
 from discrete_lit.evaluation.moments import Moments
 from discrete_lit.evaluation.selection import Selection
-from discrete_lit.provenance import file_sha256
+from discrete_lit.files import atomic_write, content_sha256, file_sha256
 
 MOST_FEATURES = 10_000
 """Of a reference of more images so many features are kept, as many as the reference batches of ADM have."""
@@ -71,7 +70,7 @@ def reference_from_images(
     """
     sha256 = selection.images.fingerprint()
     settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()
+    key = content_sha256(repr(settings))
     kept_moments = folder / f"reference-{key[:16]}.npz"
     kept_features = kept_moments.with_suffix(".features.npy")
     if kept_moments.is_file() and kept_features.is_file():
@@ -91,10 +90,7 @@ def reference_from_images(
     )
     moments, features = measured.moments.compute(), measured.features.compute()
     folder.mkdir(parents=True, exist_ok=True)
-    partial = kept_moments.with_suffix(".partial.npz")
-    moments.save(partial)
-    partial.replace(kept_moments)
-    partial = kept_features.with_suffix(".partial.npy")
-    np.save(partial, features.numpy())
-    partial.replace(kept_features)
+    moments.save(kept_moments)
+    with atomic_write(kept_features) as file:
+        np.save(file, features.numpy())
     return Reference(name, sha256, moments, features)

@@ -11,6 +11,7 @@ from discrete_lit.evaluation.likelihood import LikelihoodFigures
 from discrete_lit.evaluation.precision_recall import Manifold
 from discrete_lit.evaluation.reconstruction import ReconstructionFigures
 from discrete_lit.evaluation.reference import Reference
+from discrete_lit.files import write_text
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,8 @@ class Report:
         """Write `report.json` and `report.md`."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (folder / "report.json").write_text(text, encoding="utf-8")
-        (folder / "report.md").write_text(self.markdown(), encoding="utf-8")
+        write_text(folder / "report.json", text)
+        write_text(folder / "report.md", self.markdown())
 
 
 def _parts(row: Row) -> str:

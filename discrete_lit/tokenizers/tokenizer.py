@@ -1,12 +1,13 @@
 """What a tokenizer is: images to a grid of ids and back."""
 
-import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from discrete_lit.files import content_sha256
 from discrete_lit.tokenizers.quantizers.quantizer import Part
 
 
@@ -82,12 +83,15 @@ class Tokenizer(LightningModule, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 of the class and of what `encode` and `decode` depend on, on any device: equal ones code alike."""
-        digest = hashlib.sha256(type(self).__qualname__.encode())
-        for name, value in sorted(self.coding_state().items()):
-            data = value.detach().cpu().contiguous()
-            digest.update(f"{name} {data.dtype} {tuple(data.shape)}".encode())
-            digest.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+
+        def pieces() -> Iterator[str | bytes]:
+            yield type(self).__qualname__
+            for name, value in sorted(self.coding_state().items()):
+                data = value.detach().cpu().contiguous()
+                yield f"{name} {data.dtype} {tuple(data.shape)}"
+                yield data.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+        return content_sha256(pieces())
 
 
 def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:

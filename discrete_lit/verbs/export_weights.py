@@ -1,12 +1,12 @@
 """`discrete-lit export`: a checkpoint of ours to a published layout."""
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from discrete_lit.checkpoints import load
+from discrete_lit.files import atomic_write
 from discrete_lit.pretrained.exporting import EXPORTS, export_state
 
 
@@ -26,10 +26,9 @@ def export_weights(ckpt_path: str, family: str, output: str) -> None:
     state = export_state(load(ckpt_path), family)
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    if file.suffix == ".safetensors":
-        save_file(state, partial)
-    else:
-        torch.save({EXPORTS[family].wrapper: state}, partial)
-    os.replace(partial, file)
+    with atomic_write(file) as opened:
+        if file.suffix == ".safetensors":
+            opened.write(save(state))
+        else:
+            torch.save({EXPORTS[family].wrapper: state}, opened)
     print(f"{output}: {len(state)} tensors in the layout of {family}")

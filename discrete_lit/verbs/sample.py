@@ -1,7 +1,6 @@
 """`discrete-lit sample`: a generator's checkpoint to images on disk."""
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from tqdm import tqdm
 from discrete_lit.backbones.compiling import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.distributed import all_reduce_sum
+from discrete_lit.files import atomic_write, file_sha256, write_text
 from discrete_lit.generators import Generator
 from discrete_lit.images import to_uint8
 from discrete_lit.processes import CounterRandom
-from discrete_lit.provenance import describe, environment, file_sha256
+from discrete_lit.provenance import describe, environment
 from discrete_lit.samplers import Sampler
 from discrete_lit.tokenizers import Tokenizer
 
@@ -184,19 +184,18 @@ def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None
 
 def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
     """samples.npz, grid.png or samples.txt, and run.json, each complete or absent."""
-    partial = folder / "samples.partial.npz"
-    if tokenizer.makes_images:
-        np.savez(partial, arr_0=rows, labels=labels)
-    else:
-        np.savez(partial, tokens=rows, labels=labels)
-    os.replace(partial, folder / "samples.npz")
+    with atomic_write(folder / "samples.npz") as file:
+        if tokenizer.makes_images:
+            np.savez(file, arr_0=rows, labels=labels)
+        else:
+            np.savez(file, tokens=rows, labels=labels)
     if tokenizer.makes_images:
         _write_grid(folder, rows)
     else:
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
-            (folder / "samples.txt").write_text("".join(f"{text}\n" for text in texts))
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+            write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
+    write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
 
 
 def _write_grid(folder: Path, pixels: np.ndarray) -> None:
@@ -204,4 +203,5 @@ def _write_grid(folder: Path, pixels: np.ndarray) -> None:
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
     rows = tiles.reshape(-1, side, *tiles.shape[1:])  # (rows, side, H, W, 3)
     grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, 3)
-    Image.fromarray(grid).save(folder / "grid.png")
+    with atomic_write(folder / "grid.png") as file:
+        Image.fromarray(grid).save(file, "PNG")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from discrete_lit.evaluation import EfficientNetLite0, FeatureExtractor, InceptionV3
 from discrete_lit.evaluation.efficientnet import weight_file
-from discrete_lit.provenance import file_sha256
+from discrete_lit.files import file_sha256
 
 
 class TinyConvolution(FeatureExtractor):
