@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import DefaultHelpFormatter, auto_cli
 
-from discrete_lit.data.sources.embedded_set import EMBEDDED_SHA256
+from discrete_lit.data.sources.fashion_mnist import EMBEDDED_SHA256
 
 CLASSES = [
     "T-shirt/top",

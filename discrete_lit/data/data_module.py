@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning import LightningDataModule
 
 from discrete_lit import distributed
-from discrete_lit.data.resumable import BatchSource, EvaluationLoader, TrainingLoader
+from discrete_lit.data.loaders import BatchSource, EvaluationLoader, TrainingLoader
 
 Split = Literal["train", "validation"]
 

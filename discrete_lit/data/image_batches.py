@@ -8,7 +8,7 @@ import torch
 
 from discrete_lit.data import keyed_random
 from discrete_lit.data.decoding import decode_image
-from discrete_lit.data.resumable import Batch
+from discrete_lit.data.loaders import Batch
 from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 from discrete_lit.images import from_uint8
 

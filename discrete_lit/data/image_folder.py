@@ -11,8 +11,8 @@ from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.decoding import IMAGE_EXTENSIONS, UndecodableImage
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.loaders import Batch, BatchSource
 from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
-from discrete_lit.data.resumable import Batch, BatchSource
 
 
 class ImageFolder(ResumableDataModule):

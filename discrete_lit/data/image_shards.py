@@ -8,11 +8,11 @@ from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.decoding import UndecodableImage
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.loaders import Batch, BatchSource
 from discrete_lit.data.map_order import complete_batches, rank_range
-from discrete_lit.data.resumable import Batch, BatchSource
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.shard_stream import Line, Piece, piece_of, window_shuffle
-from discrete_lit.data.tar_samples import RawSample
+from discrete_lit.data.tars import RawSample
 
 
 class ImageShards(ResumableDataModule):

@@ -19,7 +19,7 @@ import braceexpand
 import numpy as np
 from webdataset.gopen import gopen
 
-from discrete_lit.data.tar_samples import count_samples
+from discrete_lit.data.tars import count_samples
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ import numpy as np
 
 from discrete_lit.data import keyed_random
 from discrete_lit.data.shard_set import ShardSet
-from discrete_lit.data.tar_samples import RawSample, read_samples
+from discrete_lit.data.tars import RawSample, read_samples
 
 
 @dataclass(frozen=True)

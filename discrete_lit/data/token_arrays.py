@@ -18,8 +18,8 @@ import torch
 from discrete_lit.data import keyed_random
 from discrete_lit.data.bad_samples import BadSample
 from discrete_lit.data.data_module import ResumableDataModule, Split
+from discrete_lit.data.loaders import Batch, BatchSource
 from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
-from discrete_lit.data.resumable import Batch, BatchSource
 from discrete_lit.data.token_writer import FORMAT, MANIFEST, UNFINISHED, row_shape
 
 

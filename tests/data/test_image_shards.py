@@ -22,7 +22,7 @@ from discrete_lit.data import ImageShards
 from discrete_lit.data.bad_samples import TooManyBadSamples
 from discrete_lit.data.shard_set import Shard
 from discrete_lit.data.shard_stream import piece_of, window_shuffle
-from discrete_lit.data.tar_samples import BrokenShard
+from discrete_lit.data.tars import BrokenShard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

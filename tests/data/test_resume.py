@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from discrete_lit.data import ImageFolder, ImageShards, TokenArrays
 from discrete_lit.data.data_module import ResumableDataModule
-from discrete_lit.data.resumable import TrainingLoader
+from discrete_lit.data.loaders import TrainingLoader
 
 pytestmark = pytest.mark.filterwarnings(
     # Advice about the size of the machine that the test runs on.

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from discrete_lit.data.sources import EmbeddedSet
-from discrete_lit.data.sources.embedded_set import EMBEDDED_SHA256
+from discrete_lit.data.sources.fashion_mnist import EMBEDDED_SHA256
 
 FILE = Path(__file__).parents[2] / "data" / "fashion_mnist.npz"
 

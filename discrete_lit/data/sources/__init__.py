@@ -4,9 +4,9 @@ Importing this package imports neither torch nor Lightning.
 """
 
 from discrete_lit.data.sources.class_folders import ClassFolders
-from discrete_lit.data.sources.embedded_set import EmbeddedSet
 from discrete_lit.data.sources.emoji import Emoji
-from discrete_lit.data.sources.imagenet_train import ImageNetTrain
+from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
+from discrete_lit.data.sources.imagenet import ImageNetTrain
 from discrete_lit.data.sources.imagenet_validation import ImageNetValidation
 from discrete_lit.data.sources.source import Entry, Sample, Source
 
