@@ -8,7 +8,6 @@ or https://github.com/zalandoresearch/fashion-mnist. Disk: 12 MB. Time: 3 second
 """
 
 import gzip
-import hashlib
 import io
 import struct
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 from jsonargparse import DefaultHelpFormatter, auto_cli
 
 from discrete_lit.data.sources.fashion_mnist import EMBEDDED_SHA256
+from discrete_lit.files import content_sha256
 
 CLASSES = [
     "T-shirt/top",
@@ -50,7 +50,7 @@ def fashion_mnist(
         ValueError: The files are missing or are not the original ones.
     """
     content = pack(idx)
-    digest = hashlib.sha256(content).hexdigest()
+    digest = content_sha256(content)
     if digest != EMBEDDED_SHA256:
         raise ValueError(
             f"the files of {idx} give SHA-256 {digest}, expected {EMBEDDED_SHA256}: they are not the original "

@@ -3,7 +3,8 @@
 Run it once for training and once for validation, each with its own output folder:
 
   python data/folder.py --root photos/train --output shards/train
-  python data/folder.py --root photos/val --output shards/val --split val --classes_from shards/train/manifest.json
+  python data/folder.py --root photos/val --output shards/val --split validation \\
+      --classes_from shards/train/manifest.json
 
 The image files are copied as they are: the shards need as much disk as the folder, and 2 kB more an image. The time is
 that of copying the folder. Interrupted, run the same command again: it goes on from the last finished shard.
@@ -32,7 +33,7 @@ def folder(
     Args:
         root: The folder; one without classes needs one subfolder that holds everything.
         output: Folder for the shards of this split.
-        split: Name of the split.
+        split: Name of the split: train, validation or test.
         classes_from: manifest.json of the training shards, for validation: its class order is used.
         samples_per_shard: Samples in each shard but the last.
         shuffle_seed: Seed of the one fixed shuffle; null keeps the order of the names.

@@ -44,7 +44,7 @@ def train(
         expected_count: Images that the archive must hold; null accepts any.
         expected_classes: Classes that the archive must hold; null accepts any.
     """
-    source = ImageNetTrain(archive, expected_count, expected_classes)
+    source = ImageNetTrain(archive, expected_count=expected_count, expected_classes=expected_classes)
     write_shards(source, output, split="train", samples_per_shard=samples_per_shard, shuffle_seed=shuffle_seed)
 
 
@@ -70,7 +70,7 @@ def validation(
         expected_count: Images that the archive must hold; null accepts any.
         expected_classes: Classes that the ground truth must have; null accepts any.
     """
-    source = ImageNetValidation(archive, ground_truth, expected_count, expected_classes)
+    source = ImageNetValidation(archive, ground_truth, expected_count=expected_count, expected_classes=expected_classes)
     write_shards(source, output, split="val", samples_per_shard=samples_per_shard, shuffle_seed=shuffle_seed)
 
 

@@ -39,7 +39,7 @@ def text(output: Path, input: Path | None = None, length: int = 256) -> None:
     root = Path(__file__).parents[1]
     content = own_prose(root) if input is None else input.read_text(encoding="utf-8")
     source = "this repository's prose" if input is None else input.name
-    for split, manifest in write_text(to_text8(content), output, length, source).items():
+    for split, manifest in write_text(to_text8(content), output, length=length, source=source).items():
         print(f"{output / split}: {manifest['count']:,} chunks of {length} characters")
 
 

@@ -92,7 +92,7 @@ def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from discrete_lit.data.text import write_text
 
     folder = tmp_path_factory.mktemp("text_tokens")
-    write_text("to be or not to be " * 20, folder, 8, "Hamlet")
+    write_text("to be or not to be " * 20, folder, length=8, source="Hamlet")
     return folder / "train"
 
 
@@ -100,7 +100,7 @@ def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...
     import torch
 
     import discrete_lit
-    from discrete_lit.data.token_writer import TokenWriter
+    from discrete_lit.data.token_arrays import TokenWriter
 
     TokenWriter.create(
         folder,

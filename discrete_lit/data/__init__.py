@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from discrete_lit.data.image_folder import ImageFolder
     from discrete_lit.data.image_shards import ImageShards
-    from discrete_lit.data.token_arrays import TokenArrays
-    from discrete_lit.data.token_writer import TokenWriter
+    from discrete_lit.data.token_arrays import TokenArrays, TokenWriter
 
 __all__ = ["ImageFolder", "ImageShards", "TokenArrays", "TokenWriter"]
 
@@ -19,7 +18,7 @@ _MODULES = {
     "ImageFolder": "image_folder",
     "ImageShards": "image_shards",
     "TokenArrays": "token_arrays",
-    "TokenWriter": "token_writer",
+    "TokenWriter": "token_arrays",
 }
 
 

@@ -1,4 +1,4 @@
-"""What the three DataModules share: loaders for every stage, the place of this rank, and a state that survives."""
+"""A DataModule that resumes exactly: the base of the three, with loaders of its splits and a state that survives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         batch_size: samples of a batch on each rank.
         num_workers: processes that load; 0 loads in the training process.
         seed: decides the order and the augmentation.
-        max_bad_fraction: share of a split's samples that may be unreadable before a run fails.
+        max_bad_fraction: fraction of a split's samples that may be unreadable before a run fails.
         persistent_workers: keep the processes between epochs.
     """
 
@@ -33,6 +33,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         self,
         train: str | list[str] | None,
         validation: str | list[str] | None,
+        *,
         batch_size: int,
         num_workers: int,
         seed: int,
@@ -73,12 +74,12 @@ class ResumableDataModule(LightningDataModule, ABC):
     def training_loader(self, rank: int | None = None, world_size: int | None = None) -> TrainingLoader:
         """The training batches of one rank; of this process by default."""
         self._require("train")
-        source = self.training_source(*self._place(rank, world_size))
+        source = self.training_source(*self._rank(rank, world_size))
         return TrainingLoader(
             source,
             self.num_workers,
-            self.max_bad_fraction,
-            self.persistent_workers,
+            max_bad_fraction=self.max_bad_fraction,
+            persistent_workers=self.persistent_workers,
             start_epoch=self.trainer.current_epoch if self.trainer else 0,
             batches_per_epoch=self._trainer_limit(source.batches),
             repeat_epoch=bool(getattr(self.trainer, "overfit_batches", 0)),
@@ -100,9 +101,9 @@ class ResumableDataModule(LightningDataModule, ABC):
             max_bad_fraction: by default, the DataModule's; 0 where no sample may be missing.
         """
         self._require(split)
-        source = self.evaluation_source(split, *self._place(rank, world_size))
+        source = self.evaluation_source(split, *self._rank(rank, world_size))
         accepted = self.max_bad_fraction if max_bad_fraction is None else max_bad_fraction
-        return EvaluationLoader(source, self.num_workers, accepted)
+        return EvaluationLoader(source, self.num_workers, max_bad_fraction=accepted)
 
     def train_dataloader(self) -> TrainingLoader:
         loader = self.training_loader()
@@ -137,7 +138,7 @@ class ResumableDataModule(LightningDataModule, ABC):
         if not self.has_split(split):
             raise ValueError(f"{type(self).__name__} was given no {split} data: set its `{split}` argument")
 
-    def _place(self, rank: int | None, world_size: int | None) -> tuple[int, int]:
+    def _rank(self, rank: int | None, world_size: int | None) -> tuple[int, int]:
         if rank is not None and world_size is not None:
             return rank, world_size
         # With tensor parallelism several processes share a batch, and only the strategy knows which.

@@ -1,15 +1,14 @@
-"""From image files to the batches that both image DataModules yield."""
+"""Image files to the batches that both image DataModules yield."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
 
 from discrete_lit.data import keyed_random
-from discrete_lit.data.decoding import decode_image
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
+from discrete_lit.data.transforms import center_crop, decode_image, random_crop, ten_crops
 from discrete_lit.images import from_uint8
 
 
@@ -19,6 +18,7 @@ class LabelledImage:
 
     pixels: np.ndarray
     label: int
+    _: KW_ONLY
     key: str
     index: int
 
@@ -29,18 +29,19 @@ class ImagePipeline:
 
     Args:
         image_size: side of the square that comes out, in pixels.
-        seed: of the augmentation.
+        seed: decides the augmentation.
         crop: the training crop, see `transforms`.
         minimum_crop: see `transforms.random_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
-        evaluation_crops: what evaluation reads of an image: `"center"`, ADM's crop; `"flip"`, that and its mirror
-            image; or `"ten"`, see `transforms.ten_crops`.
+        evaluation_crops: the crops of an image that evaluation reads: `"center"`, ADM's crop; `"flip"`, that and its
+            mirror image; or `"ten"`, see `transforms.ten_crops`.
         ten_crop_scales: ten crops for each of them, at least 1.
     """
 
     image_size: int
     seed: int
+    _: KW_ONLY
     crop: str
     minimum_crop: float
     flip: bool
@@ -62,20 +63,20 @@ class ImagePipeline:
 
     @property
     def evaluation_count(self) -> int | None:
-        """V, crops of an image in evaluation; None for the one that has no dimension of its own."""
+        """V, the crops of an image in evaluation; None for a single one, which has no dimension of its own."""
         return {"center": None, "flip": 2, "ten": 10 * len(self.ten_crop_scales)}[self.evaluation_crops]
 
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
-        """An augmented image, uint8 `(image_size, image_size, 3)`; the same for the same (seed, epoch, key)."""
+        """Augment an image: uint8 `(image_size, image_size, 3)`, the same for the same (seed, epoch, key)."""
         image = decode_image(data, self.apply_exif)
         randomness = keyed_random.uniforms(self.seed, epoch, key)
         if self.crop == "random":
-            return random_crop(image, self.image_size, randomness, self.minimum_crop, self.flip)
+            return random_crop(image, self.image_size, randomness, minimum_crop=self.minimum_crop, flip=self.flip)
         pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
     def evaluation(self, data: bytes) -> np.ndarray:
-        """uint8 `(image_size, image_size, 3)`, or `(V, image_size, image_size, 3)` of several crops."""
+        """Crop an image for evaluation: uint8 `(image_size, image_size, 3)`, or `(V, image_size, image_size, 3)`."""
         image = decode_image(data, self.apply_exif)
         if self.evaluation_crops == "ten":
             return np.concatenate([ten_crops(image, self.image_size, scale) for scale in self.ten_crop_scales])
@@ -84,8 +85,10 @@ class ImagePipeline:
 
 
 def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:
-    """`{"image": float32 (B, 3, H, W) in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`; images
-    `(B, V, 3, H, W)` of several crops."""
+    """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
+
+    Images are `(B, 3, H, W)`, or `(B, V, 3, H, W)` of several crops.
+    """
     shape = samples[0].pixels.shape if samples else (image_size, image_size, 3)
     pixels = np.empty((len(samples), *shape), dtype=np.uint8)
     for row, sample in enumerate(samples):

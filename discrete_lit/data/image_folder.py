@@ -1,4 +1,4 @@
-"""Images in a folder with one subfolder per class, read directly."""
+"""The DataModule of images in a folder with one subfolder per class, read directly."""
 
 import os
 from functools import cached_property
@@ -7,21 +7,29 @@ from typing import Literal
 
 import numpy as np
 
-from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.decoding import IMAGE_EXTENSIONS, UndecodableImage
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
-from discrete_lit.data.loaders import Batch, BatchSource
-from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
+from discrete_lit.data.loaders import (
+    BadSample,
+    Batch,
+    BatchSource,
+    EvaluationOrder,
+    OrderedSource,
+    TooManyBadSamples,
+    TrainingOrder,
+)
+from discrete_lit.data.sources.class_folders import class_files, class_names
+from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageFolder(ResumableDataModule):
     """Batches of images from `<folder>/<class>/**/<image>`; see `image_batches.image_batch` for what is in them.
 
-    Classes are the subfolders' names in sorted order, those of `train` where it is given. A sample's key is its path
-    below the folder. Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks
-    and workers as long as `batch_size` times ranks stays. In training `index` is the sample's place in the run,
-    epoch * count + place in the epoch; in evaluation it is the place in the sorted list of files.
+    Images are found as `class_files` says. Classes are the subfolders' names in sorted order, those of `train` where
+    it is given. A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may
+    be resumed with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index`
+    is the sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the
+    list of files, sorted by key.
 
     An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
     evaluation; both are logged and counted.
@@ -32,17 +40,18 @@ class ImageFolder(ResumableDataModule):
         image_size: side of the square images, in pixels.
         batch_size: samples of a batch on each rank.
         num_workers: processes that decode; 0 decodes in the training process.
-        seed: of the order and the augmentation.
+        seed: decides the order and the augmentation.
         crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
-        minimum_crop: smallest part of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM, LlamaGen).
+        minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
+            LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
-        max_bad_fraction: share of an epoch's images that may be unreadable before the run fails.
+        max_bad_fraction: fraction of an epoch's images that may be unreadable before the run fails.
         persistent_workers: keep the processes between epochs.
 
     Raises:
-        ValueError: a setting is out of range. Reading the folders raises it where one is missing or empty, or where
-            `validation` has a class that `train` has not.
+        ValueError: a setting is out of range. Reading the folders raises it where one has another form, see
+            `class_files`, or where `validation` has a class that `train` has not.
     """
 
     def __init__(
@@ -61,9 +70,19 @@ class ImageFolder(ResumableDataModule):
         max_bad_fraction: float = 0.01,
         persistent_workers: bool = False,
     ):
-        super().__init__(train, validation, batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
+        super().__init__(
+            train,
+            validation,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            max_bad_fraction=max_bad_fraction,
+            persistent_workers=persistent_workers,
+        )
         # `discrete-lit tokenize` sets other crops.
-        self.pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
+        self.pipeline = ImagePipeline(
+            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+        )
         self.image_size = image_size
 
     @cached_property
@@ -71,7 +90,7 @@ class ImageFolder(ResumableDataModule):
         """Name of each label."""
         path = self.locations["train"] or self.locations["validation"]
         assert path is not None
-        return class_folders(path)
+        return class_names(path)
 
     @property
     def num_classes(self) -> int:
@@ -84,19 +103,20 @@ class ImageFolder(ResumableDataModule):
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
-        order = TrainingOrder(len(files), self.batch_size, rank, world_size, self.seed)
+        order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return _TrainingImages(files, order, self.pipeline)
 
     def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
         files = self._files[split]
-        return _EvaluationImages(files, EvaluationOrder(len(files), self.batch_size, rank, world_size), self.pipeline)
+        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
+        return _EvaluationImages(files, order, self.pipeline)
 
 
 class ImageFiles:
     """The image files of a folder with one subfolder per class, in sorted order.
 
     Raises:
-        ValueError: the folder is missing or empty, or has a class that is not one of `classes`.
+        ValueError: the folder has another form, see `class_files`, or a class that is not one of `classes`.
     """
 
     def __init__(self, folder: str | os.PathLike[str], classes: list[str]):
@@ -104,57 +124,25 @@ class ImageFiles:
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
         labels: list[int] = []
-        for name in class_folders(folder):
+        for name, files in class_files(folder):
             if name not in label_of:
                 raise ValueError(
                     f"{self.folder} has a class {name!r} that the training folder has not; which has {len(classes)}: "
                     f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
                 )
-            keys = _image_keys(self.folder, name)
-            self.keys += keys
-            labels += [label_of[name]] * len(keys)
-        if not self.keys:
-            raise ValueError(
-                f"no images in {self.folder}: its class folders hold no {', '.join(sorted(IMAGE_EXTENSIONS))}"
-            )
+            self.keys += sorted(files)
+            labels += [label_of[name]] * len(files)
         self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def read(self, sample: int) -> bytes:
-        """The bytes of an image file."""
+        """Read the bytes of an image file."""
         try:
             return (self.folder / self.keys[sample]).read_bytes()
         except OSError as error:
             raise UndecodableImage(f"{type(error).__name__}: {error}") from error
-
-
-def class_folders(folder: str | os.PathLike[str]) -> list[str]:
-    """The names of a folder's subfolders, sorted; hidden ones are left out.
-
-    Raises:
-        ValueError: there are none.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; images are read from <folder>/<class>/<image>")
-    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-    if not names:
-        raise ValueError(f"{path} has no class folders; images are read from <folder>/<class>/<image>")
-    return names
-
-
-def _image_keys(folder: Path, name: str) -> list[str]:
-    keys = []
-    for root, _, files in os.walk(folder / name, followlinks=True):
-        below = Path(root).relative_to(folder).as_posix()
-        keys += [
-            f"{below}/{file}"
-            for file in files
-            if file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not file.startswith(".")
-        ]
-    return sorted(keys)
 
 
 class _TrainingImages(OrderedSource):
@@ -182,7 +170,7 @@ class _TrainingImages(OrderedSource):
                     bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             index = epoch * self.order.count + position
-            return LabelledImage(pixels, int(self.files.labels[sample]), key, index)
+            return LabelledImage(pixels, int(self.files.labels[sample]), key=key, index=index)
         raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
 
 
@@ -202,5 +190,5 @@ class _EvaluationImages(OrderedSource):
             except UndecodableImage as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
-            samples.append(LabelledImage(pixels, int(self.files.labels[sample]), key, int(sample)))
+            samples.append(LabelledImage(pixels, int(self.files.labels[sample]), key=key, index=int(sample)))
         return image_batch(samples, self.pipeline.image_size), bad

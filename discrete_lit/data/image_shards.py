@@ -1,18 +1,26 @@
-"""Images streamed from webdataset shards, on disk or behind a URL."""
+"""The DataModule of images streamed from webdataset shards, on disk or behind a URL.
+
+Which samples a worker reads in an epoch, and in what order: the shards in the order of the epoch form one stream of
+samples. It is cut into equal splits, one for each worker of each rank, wherever that falls inside a shard; so every
+sample is read once in an epoch however uneven the shards are. A worker's split is read in order and mixed within a
+window. Which sample comes when is known before anything is read, so a resume goes straight to the samples that are
+left, and only opens the shards that hold them.
+"""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from discrete_lit.data.bad_samples import BadSample, TooManyBadSamples
+import numpy as np
+
+from discrete_lit.data import keyed_random
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.decoding import UndecodableImage
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
-from discrete_lit.data.loaders import Batch, BatchSource
-from discrete_lit.data.map_order import complete_batches, rank_range
+from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
 from discrete_lit.data.shard_set import ShardSet, find_shards
-from discrete_lit.data.shard_stream import Line, Piece, piece_of, window_shuffle
-from discrete_lit.data.tars import RawSample
+from discrete_lit.data.tars import RawSample, read_samples
+from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageShards(ResumableDataModule):
@@ -24,8 +32,8 @@ class ImageShards(ResumableDataModule):
 
     In an epoch every sample is read once, less the last incomplete global batch. The order depends on seed, epoch,
     batch size, and the numbers of ranks and workers: inside an epoch a run resumes exactly with the same ones, and
-    refuses others. In training `index` is epoch * count + a place in the epoch, unique in the run; in evaluation it
-    is the place in the split (shards in the order of the manifest).
+    refuses others. In training `index` is epoch * count + a position in the epoch, unique in the run; in evaluation
+    it is the position in the split (shards in the order of the manifest).
 
     A sample that cannot be read is replaced in training by the next readable one that its worker would read, and
     left out in evaluation; both are logged and counted. The samples that a truncated shard lacks count as unreadable
@@ -37,14 +45,15 @@ class ImageShards(ResumableDataModule):
         image_size: side of the square images, in pixels.
         batch_size: samples of a batch on each rank.
         num_workers: processes that read and decode; 0 does it in the training process.
-        seed: of the order and the augmentation.
+        seed: decides the order and the augmentation.
         crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
-        minimum_crop: smallest part of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM, LlamaGen).
+        minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
+            LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
         shuffle_window: samples of a worker that are mixed with each other, on top of the random order of the
             shards; each worker holds about that many undecoded images in memory.
-        max_bad_fraction: share of an epoch's samples that may be unreadable before the run fails.
+        max_bad_fraction: fraction of an epoch's samples that may be unreadable before the run fails.
         train_count: for URLs without a manifest, the number of training samples, which the shards must hold in equal
             parts, or a list with the number of each shard.
         validation_count: the same of the validation shards.
@@ -76,13 +85,23 @@ class ImageShards(ResumableDataModule):
         num_classes: int | None = None,
         persistent_workers: bool = False,
     ):
-        super().__init__(train, validation, batch_size, num_workers, seed, max_bad_fraction, persistent_workers)
+        super().__init__(
+            train,
+            validation,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            max_bad_fraction=max_bad_fraction,
+            persistent_workers=persistent_workers,
+        )
         if shuffle_window < 0:
             raise ValueError(f"shuffle_window is {shuffle_window}; it must be at least 0")
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
         # `discrete-lit tokenize` sets other crops.
-        self.pipeline = ImagePipeline(image_size, seed, crop, minimum_crop, flip, apply_exif)
+        self.pipeline = ImagePipeline(
+            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+        )
         self.image_size = image_size
         self.shuffle_window = shuffle_window
 
@@ -90,7 +109,7 @@ class ImageShards(ResumableDataModule):
     def shards(self) -> dict[Split, ShardSet]:
         """The shards that were found, by split."""
         found: dict[Split, ShardSet] = {
-            split: find_shards(location, self._counts[split], self._given_num_classes)
+            split: find_shards(location, self._counts[split], num_classes=self._given_num_classes)
             for split, location in self.locations.items()
             if location is not None
         }
@@ -114,26 +133,146 @@ class ImageShards(ResumableDataModule):
         return _TrainingShards(
             self.shards["train"],
             self.pipeline,
-            self.batch_size,
-            rank,
-            world_size,
-            max(1, self.num_workers),
-            self.shuffle_window,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            workers=max(1, self.num_workers),
+            shuffle_window=self.shuffle_window,
         )
 
     def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
-        shards = self.shards[split]
-        return _EvaluationShards(shards, self.pipeline, self.batch_size, rank, world_size, max(1, self.num_workers))
+        return _EvaluationShards(
+            self.shards[split],
+            self.pipeline,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=world_size,
+            workers=max(1, self.num_workers),
+        )
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """All samples of a split of the data, shard after shard.
+
+    Args:
+        shards: the shards of the data's split.
+        order: int64 `(len(shards.shards),)`, the order of the shards.
+    """
+
+    shards: ShardSet
+    order: np.ndarray
+
+    @classmethod
+    def of_epoch(cls, shards: ShardSet, *, seed: int, epoch: int) -> "SampleStream":
+        """The stream of a training epoch, its shards in an order of (seed, epoch)."""
+        return cls(shards, keyed_random.permutation(seed, epoch, len(shards.shards)))
+
+    @classmethod
+    def in_order(cls, shards: ShardSet) -> "SampleStream":
+        """The stream of an evaluation, its shards in the order that numbers the samples."""
+        return cls(shards, np.arange(len(shards.shards)))
+
+    def read(self, start: int, wanted: np.ndarray) -> Iterator[tuple[int, RawSample]]:
+        """Read the wanted samples among those at `start` and after: position in the stream and sample.
+
+        Args:
+            start: the first position.
+            wanted: bool, for each position from `start` on.
+        """
+        stop = start + len(wanted)
+        end = 0
+        for number in self.order:
+            shard = self.shards.shards[number]
+            begin, end = end, end + shard.count
+            if end <= start or begin >= stop:
+                continue
+            in_shard = np.zeros(shard.count, dtype=bool)
+            low, high = max(begin, start), min(end, stop)
+            in_shard[low - begin : high - begin] = wanted[low - start : high - start]
+            if in_shard.any():
+                for position, sample in read_samples(shard, in_shard):
+                    yield begin + position, sample
+
+
+class WorkerSplit:
+    """One worker's split of the stream, given out sample by sample.
+
+    Args:
+        stream: all samples.
+        start: first position of the split.
+        order: int64, the positions of the split, counted from `start`, in the order in which they are given out.
+        taken: how many of them were given out before.
+    """
+
+    def __init__(self, stream: SampleStream, start: int, *, order: np.ndarray, taken: int):
+        self._order = order + start
+        self._taken = taken
+        self._read_ahead: dict[int, RawSample] = {}
+        wanted = np.zeros(len(order), dtype=bool)
+        wanted[order[taken:]] = True
+        self._reader = stream.read(start, wanted)
+
+    def __len__(self) -> int:
+        """Samples that are left."""
+        return len(self._order) - self._taken
+
+    def peek(self, distance: int) -> RawSample:
+        """The sample that will be given out after `distance` others."""
+        position = int(self._order[self._taken + distance])
+        while position not in self._read_ahead:
+            read, sample = next(self._reader)
+            self._read_ahead[read] = sample
+        return self._read_ahead[position]
+
+    def take(self) -> RawSample:
+        """Give out the next sample."""
+        sample = self.peek(0)
+        del self._read_ahead[int(self._order[self._taken])]
+        self._taken += 1
+        return sample
+
+    def next_position(self) -> int:
+        """Position in the stream of the sample that `take` gives out next."""
+        return int(self._order[self._taken])
+
+
+def worker_range(worker: int, workers: int, *, samples: int, batch_size: int) -> tuple[int, int]:
+    """The samples [start, stop) that one worker reads, of a rank's `samples`.
+
+    Batch b of the rank is made by worker b mod `workers`, so the first workers may have a batch more than the
+    others; only the last batch of the last split may be incomplete.
+    """
+    batches = -(-samples // batch_size)
+    batches_of = [len(range(number, batches, workers)) for number in range(workers)]
+    start = min(sum(batches_of[:worker]) * batch_size, samples)
+    return start, min(start + batches_of[worker] * batch_size, samples)
+
+
+def window_shuffle(count: int, window: int, *words: int) -> np.ndarray:
+    """A permutation of 0..count-1 that moves nothing by more than `window` positions.
+
+    So a reader holds at most about `window` samples at a time. `window` 0 keeps the order.
+
+    Args:
+        count: number of samples.
+        window: positions.
+        words: integers that decide the permutation.
+    """
+    if window == 0:
+        return np.arange(count)
+    shifts = keyed_random.generator(*words).random_sample(count) * window
+    return np.argsort(np.arange(count) + shifts, kind="stable")
 
 
 class _Shards:
-    """What the two sources share: the piece that is being read, kept between the batches of a worker."""
+    """The base of the two sources: the split that a worker reads, kept between its batches."""
 
     batches: int
     samples: int
 
     def __init__(
-        self, shards: ShardSet, pipeline: ImagePipeline, batch_size: int, rank: int, world_size: int, workers: int
+        self, shards: ShardSet, pipeline: ImagePipeline, *, batch_size: int, rank: int, world_size: int, workers: int
     ):
         self.shards = shards
         self.pipeline = pipeline
@@ -142,19 +281,19 @@ class _Shards:
         self.world_size = world_size
         self.workers = workers
         self.samples_per_step = batch_size * world_size
-        self._open: Piece | None = None
+        self._open: WorkerSplit | None = None
         self._next: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": None, "_next": None}
 
-    def piece(self, epoch: int, worker: int, taken: int) -> Piece:
+    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
         raise NotImplementedError
 
-    def _piece_at(self, epoch: int, number: int) -> Piece:
-        """The piece that batch `number` comes from, with the batches before it taken."""
+    def _split_at(self, epoch: int, number: int) -> WorkerSplit:
+        """The split that batch `number` comes from, with the batches before it taken."""
         if self._open is None or self._next != (epoch, number):
-            self._open = self.piece(epoch, number % self.workers, number // self.workers * self.batch_size)
+            self._open = self.worker_split(epoch, number % self.workers, number // self.workers * self.batch_size)
         self._next = (epoch, number + self.workers)
         return self._open
 
@@ -178,58 +317,59 @@ class _TrainingShards(_Shards):
         self,
         shards: ShardSet,
         pipeline: ImagePipeline,
+        *,
         batch_size: int,
         rank: int,
         world_size: int,
         workers: int,
         shuffle_window: int,
     ):
-        super().__init__(shards, pipeline, batch_size, rank, world_size, workers)
+        super().__init__(shards, pipeline, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
         self.shuffle_window = shuffle_window
         self.batches = complete_batches(shards.count, batch_size, world_size)
         self.samples = self.batches * batch_size
 
-    def piece(self, epoch: int, worker: int, taken: int) -> Piece:
-        line = Line.of_epoch(self.shards, self.pipeline.seed, epoch)
-        start, stop = piece_of(worker, self.workers, self.samples, self.batch_size)
+    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
+        stream = SampleStream.of_epoch(self.shards, seed=self.pipeline.seed, epoch=epoch)
+        start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
         words = (self.pipeline.seed, epoch, self.rank, worker)
         order = window_shuffle(stop - start, self.shuffle_window, *words)
-        return Piece(line, self.rank * self.samples + start, order, taken)
+        return WorkerSplit(stream, self.rank * self.samples + start, order=order, taken=taken)
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
-        piece = self._piece_at(epoch, number)
+        split = self._split_at(epoch, number)
         first = epoch * self.shards.count + (number * self.world_size + self.rank) * self.batch_size
         samples, bad = [], []
         for index in range(first, first + self.batch_size):
-            taken = piece.take()
+            taken = split.take()
             try:
                 sample = self._decode(taken, epoch, index)
             except UndecodableImage as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
-                sample = self._stand_in(piece, epoch, number % self.workers, index)
+                sample = self._stand_in(split, epoch, number % self.workers, index)
             samples.append(sample)
         return image_batch(samples, self.pipeline.image_size), bad
 
     def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
         pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
-        return LabelledImage(pixels, self._label(sample), sample.key, index)
+        return LabelledImage(pixels, self._label(sample), key=sample.key, index=index)
 
-    def _stand_in(self, piece: Piece, epoch: int, worker: int, index: int) -> LabelledImage:
-        """The next readable sample of the piece, its first ones after its last.
+    def _stand_in(self, split: WorkerSplit, epoch: int, worker: int, index: int) -> LabelledImage:
+        """The next readable sample of the split, its first ones after its last.
 
         It is looked at and not taken, so that no later batch moves, and the batch stays a function of its number.
         """
-        for sample in self._following(piece, epoch, worker):
+        for sample in self._following(split, epoch, worker):
             try:
                 return self._decode(sample, epoch, index)
             except UndecodableImage:
                 continue
         raise TooManyBadSamples(f"not one sample that worker {worker} of rank {self.rank} reads can be used")
 
-    def _following(self, piece: Piece, epoch: int, worker: int) -> Iterator[RawSample]:
-        for distance in range(len(piece)):
-            yield piece.peek(distance)
-        again = self.piece(epoch, worker, 0)
+    def _following(self, split: WorkerSplit, epoch: int, worker: int) -> Iterator[RawSample]:
+        for distance in range(len(split)):
+            yield split.peek(distance)
+        again = self.worker_split(epoch, worker, 0)
         while len(again):
             yield again.take()
 
@@ -247,30 +387,30 @@ class _TrainingShards(_Shards):
 
 class _EvaluationShards(_Shards):
     def __init__(
-        self, shards: ShardSet, pipeline: ImagePipeline, batch_size: int, rank: int, world_size: int, workers: int
+        self, shards: ShardSet, pipeline: ImagePipeline, *, batch_size: int, rank: int, world_size: int, workers: int
     ):
-        super().__init__(shards, pipeline, batch_size, rank, world_size, workers)
+        super().__init__(shards, pipeline, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
         self.start, stop = rank_range(shards.count, rank, world_size)
         self.samples = stop - self.start
         self.batches = -(-self.samples // batch_size)
 
-    def piece(self, epoch: int, worker: int, taken: int) -> Piece:
-        start, stop = piece_of(worker, self.workers, self.samples, self.batch_size)
+    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
+        start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
         order = window_shuffle(stop - start, 0)
-        return Piece(Line.in_order(self.shards), self.start + start, order, taken)
+        return WorkerSplit(SampleStream.in_order(self.shards), self.start + start, order=order, taken=taken)
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
-        piece = self._piece_at(epoch, number)
+        split = self._split_at(epoch, number)
         samples, bad = [], []
-        for _ in range(min(self.batch_size, len(piece))):
-            index = piece.next_place()
-            taken = piece.take()
+        for _ in range(min(self.batch_size, len(split))):
+            index = split.next_position()
+            taken = split.take()
             try:
                 pixels = self.pipeline.evaluation(self._image(taken))
             except UndecodableImage as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), taken.key, index))
+            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index))
         return image_batch(samples, self.pipeline.image_size), bad
 
     def identity(self) -> Mapping[str, int | str]:

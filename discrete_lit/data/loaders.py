@@ -5,22 +5,48 @@ settings. Then a resume only has to remember two integers, and nothing in the wo
 
 Lightning saves and restores any iterable that has `state_dict` and `load_state_dict`. It writes rank 0's state only,
 so the state here is the same on every rank. It asks for one batch ahead of the state unless the loader has `__len__`.
+
+Which samples a batch holds, where a set can be read in any order (`TrainingOrder`, `EvaluationOrder`):
+
+Training: one permutation of the whole set from (seed, epoch); global batch g is its slice [g * G, (g + 1) * G), and
+rank r of R takes the r-th of R equal parts. So one process with a batch of 2 B sees the same global batches as two
+with B, and the number of workers decides nothing. The last, incomplete global batch of an epoch is dropped.
+
+Evaluation: rank r reads [r * count / R, (r + 1) * count / R) in order; every sample once, nothing padded.
+
+Samples that cannot be read are logged one by one, counted, and fatal past a set fraction.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from discrete_lit.data.bad_samples import BadSample, BadSampleCount
+from discrete_lit.data import keyed_random
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 _FORMAT = "discrete-lit-loader-1"
 
 
+class BadSample(NamedTuple):
+    """A sample that could not be used: its key, the file or shard it is in, and why."""
+
+    key: str
+    source: str
+    reason: str
+
+
+class TooManyBadSamples(ValueError):
+    """More samples were unreadable than the run accepts."""
+
+
 class BatchSource(Protocol):
-    """What a loader draws from. It is copied to the workers, so it must pickle."""
+    """The batches that a loader draws from. It is copied to the workers, so it must pickle."""
 
     batches: int
     """Batches of one epoch on this rank."""
@@ -49,6 +75,7 @@ class _Loader:
         self,
         source: BatchSource,
         num_workers: int = 0,
+        *,
         max_bad_fraction: float = 0.01,
         persistent_workers: bool = False,
     ):
@@ -87,7 +114,7 @@ class TrainingLoader(_Loader):
     Args:
         source: the batches.
         num_workers: processes that compute them; 0 computes them in this one.
-        max_bad_fraction: share of an epoch's samples that may be unreadable before the run fails.
+        max_bad_fraction: fraction of an epoch's samples that may be unreadable before the run fails.
         persistent_workers: keep the processes between epochs.
         start_epoch: epoch of the first iteration.
         batches_per_epoch: batches after which the trainer ends an epoch, where that is before the data's end
@@ -99,13 +126,14 @@ class TrainingLoader(_Loader):
         self,
         source: BatchSource,
         num_workers: int = 0,
+        *,
         max_bad_fraction: float = 0.01,
         persistent_workers: bool = False,
         start_epoch: int = 0,
         batches_per_epoch: int | None = None,
         repeat_epoch: bool = False,
     ):
-        super().__init__(source, num_workers, max_bad_fraction, persistent_workers)
+        super().__init__(source, num_workers, max_bad_fraction=max_bad_fraction, persistent_workers=persistent_workers)
         self.batches_per_epoch = min(len(self), batches_per_epoch or len(self))
         self.repeat_epoch = repeat_epoch
         self.epoch = start_epoch
@@ -167,6 +195,132 @@ class EvaluationLoader(_Loader):
         for batch in self._compute(epoch=0, first=0):
             if len(batch["index"]):
                 yield batch
+
+
+class TrainingOrder:
+    """The order of a training set on one rank.
+
+    Args:
+        count: samples of the set.
+        batch_size: samples of a batch on one rank.
+        rank: this rank.
+        world_size: number of ranks.
+        seed: decides the permutation.
+
+    Raises:
+        ValueError: the set is smaller than one batch over all ranks.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int, seed: int):
+        self.count = count
+        self.batch_size = batch_size
+        self.rank = rank
+        self.seed = seed
+        self.samples_per_step = batch_size * world_size
+        self.batches = complete_batches(count, batch_size, world_size)
+        self.samples = self.batches * batch_size
+        self._epoch = -1
+        self._permutation = np.empty(0, dtype=np.int64)
+
+    def positions(self, number: int) -> np.ndarray:
+        """Positions, in the epoch's order, of this rank's batch `number`: int64 `(batch_size,)`."""
+        start = number * self.samples_per_step + self.rank * self.batch_size
+        return np.arange(start, start + self.batch_size)
+
+    def permutation(self, epoch: int) -> np.ndarray:
+        """The sample at each position of the epoch's order: int64 `(count,)`."""
+        if epoch != self._epoch:
+            self._epoch, self._permutation = epoch, keyed_random.permutation(self.seed, epoch, self.count)
+        return self._permutation
+
+    def identity(self) -> Mapping[str, int | str]:
+        return {"samples_per_step": self.samples_per_step, "count": self.count, "seed": self.seed}
+
+
+class EvaluationOrder:
+    """The order of an evaluated set on one rank."""
+
+    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int):
+        self.start, self.stop = rank_range(count, rank, world_size)
+        self.batch_size = batch_size
+        self.samples = self.stop - self.start
+        self.samples_per_step = batch_size * world_size
+        self.batches = -(-self.samples // batch_size)
+
+    def samples_of(self, number: int) -> np.ndarray:
+        """The samples of batch `number`: int64, at most `batch_size` of them."""
+        start = self.start + number * self.batch_size
+        return np.arange(start, min(start + self.batch_size, self.stop))
+
+    def identity(self) -> Mapping[str, int | str]:
+        return {}
+
+
+class OrderedSource:
+    """A source in one of the two orders: it takes its counts, and what a resume compares, from the order."""
+
+    def __init__(self, order: TrainingOrder | EvaluationOrder):
+        self.batches = order.batches
+        self.samples = order.samples
+        self.samples_per_step = order.samples_per_step
+        self._identity = order.identity()
+
+    def identity(self) -> Mapping[str, int | str]:
+        return self._identity
+
+
+def rank_range(count: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The samples [start, stop) that a rank evaluates."""
+    return rank * count // world_size, (rank + 1) * count // world_size
+
+
+def complete_batches(count: int, batch_size: int, world_size: int) -> int:
+    """Batches of one epoch on every rank.
+
+    Raises:
+        ValueError: there is not one.
+    """
+    batches = count // (batch_size * world_size)
+    if batches == 0:
+        raise ValueError(
+            f"{count} training samples do not fill one batch of {batch_size} on each of {world_size} ranks: "
+            "use a smaller batch_size"
+        )
+    return batches
+
+
+class BadSampleCount:
+    """Counts the bad samples in one epoch of one rank.
+
+    Args:
+        samples: how many samples the epoch has on this rank.
+        maximum_fraction: fraction of them that may be bad before the run fails; 0 fails at the first.
+    """
+
+    def __init__(self, samples: int, maximum_fraction: float):
+        if not 0 <= maximum_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is {maximum_fraction}; it must be between 0 and 1")
+        self.samples = samples
+        self.maximum_fraction = maximum_fraction
+        self.count = 0
+
+    def add(self, bad: Iterable[BadSample]) -> None:
+        """Log and count.
+
+        Raises:
+            TooManyBadSamples: the accepted fraction is passed.
+        """
+        for sample in bad:
+            self.count += 1
+            logger.warning(
+                "skipped bad sample %r of %s: %s (%d of %d in this epoch)", *sample, self.count, self.samples
+            )
+            if self.count > self.maximum_fraction * self.samples:
+                raise TooManyBadSamples(
+                    f"{self.count} of {self.samples} samples are bad, more than max_bad_fraction = "
+                    f"{self.maximum_fraction} accepts; the last is {sample.key!r} of {sample.source}: {sample.reason}. "
+                    "Repair or remove the files, or raise max_bad_fraction."
+                )
 
 
 class _Computed(Dataset):

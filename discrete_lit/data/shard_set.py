@@ -19,10 +19,9 @@ import braceexpand
 import numpy as np
 from webdataset.gopen import gopen
 
+from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import count_samples
 
-FORMAT = "discrete-lit-shards-1"
-MANIFEST = "manifest.json"
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
@@ -55,14 +54,14 @@ class ShardSet:
 
     @property
     def counts(self) -> np.ndarray:
-        """Samples of each shard, int64."""
+        """Samples of each shard: int64 `(len(shards),)`."""
         return np.array([shard.count for shard in self.shards], dtype=np.int64)
 
 
 def find_shards(
-    location: str | Sequence[str], counts: int | Sequence[int] | None = None, num_classes: int | None = None
+    location: str | Sequence[str], counts: int | Sequence[int] | None = None, *, num_classes: int | None = None
 ) -> ShardSet:
-    """Resolve what a user names as a split.
+    """Find the shards that a user names as a split.
 
     Args:
         location: folder, file, brace pattern, URL, or a list of them.
@@ -207,8 +206,8 @@ def _fetch(url: str) -> bytes | None:
     content = io.BytesIO()
     # The commands behind a URL tell by their exit status that there is no such file.
     with suppress(OSError):
-        while part := stream.read(2**20):
-            content.write(part)
+        while block := stream.read(2**20):
+            content.write(block)
         stream.close()
         return content.getvalue()
     return None

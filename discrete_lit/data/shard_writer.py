@@ -1,4 +1,4 @@
-"""Write a source of labelled images as webdataset shards.
+"""Writing a source of labelled images as webdataset shards.
 
 A folder of shards holds one split: `{split}-000000.tar`, `{split}-000001.tar` and so on, and `manifest.json`. A sample
 is two files of a tar: `<key>.<extension>`, the image file untouched, and `<key>.cls`, the label as ASCII digits.
@@ -6,7 +6,6 @@ The same source and settings give the same bytes.
 """
 
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -20,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from discrete_lit.data.sources.source import Sample, Source
+from discrete_lit.files import atomic_write, content_sha256, file_sha256, write_text
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"
@@ -42,7 +42,7 @@ def write_shards(
     Args:
         source: The images.
         output: A folder for this split alone; made if it is not there.
-        split: Name of the split, the first part of the shards' names.
+        split: Name of the split (train, validation or test), with which the names of the shards begin.
         samples_per_shard: Samples in each shard but the last. A shard is held in memory before it is written.
         shuffle_seed: Order of the samples: by SHA-256 of seed and key, so that it depends on no library and not on the
             order of the source. None keeps the order of the source.
@@ -98,9 +98,7 @@ def write_shards(
 def _order(source: Source, seed: int | None) -> list[int]:
     if seed is None:
         return list(range(len(source)))
-    return sorted(
-        range(len(source)), key=lambda index: hashlib.sha256(f"{seed} {source.entries[index].key}".encode()).digest()
-    )
+    return sorted(range(len(source)), key=lambda index: content_sha256(f"{seed} {source.entries[index].key}"))
 
 
 def _read(source: Source, indices: Sequence[int]) -> list[Sample]:
@@ -110,17 +108,11 @@ def _read(source: Source, indices: Sequence[int]) -> list[Sample]:
 
 
 def _write_shard(path: Path, samples: Sequence[Sample]) -> str:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
-            for sample in samples:
-                _add(archive, f"{sample.key}.{sample.extension}", sample.data)
-                _add(archive, f"{sample.key}.cls", str(sample.label).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    sha256 = _sha256(temporary)
-    temporary.replace(path)
-    return sha256
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+        for sample in samples:
+            _add(archive, f"{sample.key}.{sample.extension}", sample.data)
+            _add(archive, f"{sample.key}.cls", str(sample.label).encode())
+    return file_sha256(path)
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -132,7 +124,7 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _finished_shards(output: Path, plan: dict[str, Any]) -> dict[str, str]:
-    """SHA-256 of each shard that an earlier run with the same plan finished."""
+    """The SHA-256 of each shard that an earlier run with the same plan finished."""
     path = next((path for name in (MANIFEST, _UNFINISHED) if (path := output / name).exists()), None)
     if path is None:
         if stranger := next(output.glob("*.tar"), None):
@@ -166,7 +158,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _sole_writer(output: Path) -> Iterator[None]:
-    """Holds a lock on the folder that ends with the process, however it ends."""
+    """Hold a lock on the folder that ends with the process, however it ends."""
     descriptor = os.open(output, os.O_RDONLY)
     try:
         try:
@@ -182,18 +174,8 @@ def _sole_writer(output: Path) -> Iterator[None]:
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:
-    return path.is_file() and _sha256(path) == sha256
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return path.is_file() and file_sha256(path) == sha256
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1))

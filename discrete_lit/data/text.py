@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from discrete_lit.data.token_writer import TokenWriter
+from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.tokenizers.characters import TEXT8, Characters
 
-# Of text8: Mahoney's script writes digits as words.
+# Mahoney's script, which made text8, writes digits as words.
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SPELLED = str.maketrans({str(digit): f" {word} " for digit, word in enumerate(_DIGITS)})
 # text8's 100 million characters are split into 90, 5 and 5.
@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 8192
 
 
 def to_text8(text: str) -> str:
-    """A text in the symbols of text8: lower-case letters, digits as words, everything else as single spaces.
+    """Bring a text to the symbols of text8: lower-case letters, digits as words, everything else as single spaces.
 
     A text that has this form already stays as it is.
     """
@@ -28,7 +28,7 @@ def to_text8(text: str) -> str:
 
 
 def own_prose(root: Path) -> str:
-    """The pages and the docstrings of a checkout of this repository, in the order of their paths."""
+    """Gather the pages and the docstrings of a checkout of this repository, in the order of their paths."""
     pages = [root / "README.md", *(page for folder in _PAGES for page in sorted((root / folder).rglob("*.md")))]
     docstrings = [
         docstring
@@ -39,12 +39,12 @@ def own_prose(root: Path) -> str:
     return "\n".join([*(page.read_text(encoding="utf-8") for page in pages), *docstrings])
 
 
-def write_text(text: str, output: Path, length: int, source: str, symbols: str = TEXT8) -> dict[str, dict[str, Any]]:
+def write_text(text: str, output: Path, *, length: int, source: str, symbols: str = TEXT8) -> dict[str, dict[str, Any]]:
     """Write a text's chunks into `output/train`, `validation` and `test`: 90%, 5% and 5% of it in its order.
 
     Args:
-        text: of nothing but the symbols.
-        output: folder of the three.
+        text: a text of nothing but the symbols.
+        output: folder of the three splits.
         length: characters of a chunk; chunks do not overlap, and what is left at the end of a split is left out.
         source: where the text comes from, for the manifests.
         symbols: the vocabulary of `Characters`.
@@ -64,8 +64,8 @@ def write_text(text: str, output: Path, length: int, source: str, symbols: str =
     tokenizer = Characters(symbols)
     manifests: dict[str, dict[str, Any]] = {}
     for split, (first, last) in _SPLITS.items():
-        part = text[round(first * len(text)) : round(last * len(text))]
-        count = len(part) // length
+        portion = text[round(first * len(text)) : round(last * len(text))]
+        count = len(portion) // length
         TokenWriter.create(
             output / split,
             count=count,
@@ -80,7 +80,7 @@ def write_text(text: str, output: Path, length: int, source: str, symbols: str =
         writer = TokenWriter(output / split)
         for row in range(0, count, _ROWS_AT_ONCE):
             rows = min(_ROWS_AT_ONCE, count - row)
-            ids = tokenizer.ids(part[row * length : (row + rows) * length]).reshape(rows, length)
+            ids = tokenizer.ids(portion[row * length : (row + rows) * length]).reshape(rows, length)
             writer.write(torch.arange(row, row + rows), ids, torch.zeros(rows, dtype=torch.int64))
         writer.close()
         manifests[split] = TokenWriter.finalise(output / split)

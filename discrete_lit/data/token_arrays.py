@@ -2,7 +2,11 @@
 
 A folder holds one split: `tokens.npy` (uint16 or uint32, `(count, *token_shape)`, or `(count, variants, *token_shape)`
 of several crops of each image), `labels.npy` (int64, `(count,)`), and `manifest.json`. Row i is sample i of the image
-set that was encoded. `TokenWriter` makes such a folder.
+set that was encoded.
+
+`TokenWriter` makes such a folder, from several processes, each sample in its own row. Rows are written with `pwrite`
+and not through a shared memory map: two machines that map one file of a network file system overwrite each other's
+rows where they lie in one page. `TokenFolder` reads it, and `TokenArrays` is its DataModule.
 """
 
 import json
@@ -16,11 +20,163 @@ import numpy as np
 import torch
 
 from discrete_lit.data import keyed_random
-from discrete_lit.data.bad_samples import BadSample
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.loaders import Batch, BatchSource
-from discrete_lit.data.map_order import EvaluationOrder, OrderedSource, TrainingOrder
-from discrete_lit.data.token_writer import FORMAT, MANIFEST, UNFINISHED, row_shape
+from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
+from discrete_lit.files import publish, write_text
+
+FORMAT = "discrete-lit-tokens-1"
+MANIFEST = "manifest.json"
+_UNFINISHED = "manifest.unfinished.json"
+_WRITTEN = "written.npy"
+
+
+class TokenWriter:
+    """Writes one folder of tokens. One process calls `create`; then every process, that one too, makes a `TokenWriter`.
+
+    Example, with a barrier of the caller's where it says so:
+
+        if rank == 0:
+            TokenWriter.create(folder, count=..., token_shape=..., ...)
+        barrier()
+        writer = TokenWriter(folder)
+        for batch in loader:
+            writer.write(batch["index"], tokens, batch["label"])
+        writer.close()
+        barrier()
+        if rank == 0:
+            TokenWriter.finalise(folder)
+
+    The folder has no `manifest.json`, and is refused by readers, until `finalise` has seen every row written once.
+
+    Raises:
+        ValueError: `create` was not called for this folder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder)
+        self.manifest = _unfinished_manifest(self.folder)
+        self._tokens = _RowFile(self.folder / "tokens.npy")
+        self._labels = _RowFile(self.folder / "labels.npy")
+        self._written = _RowFile(self.folder / _WRITTEN)
+
+    @staticmethod
+    def create(
+        folder: str | os.PathLike[str],
+        *,
+        count: int,
+        token_shape: tuple[int, ...],
+        vocab_size: int,
+        image_size: int,
+        num_classes: int,
+        classes: list[str],
+        tokenizer: str,
+        source: str,
+        variants: int | None = None,
+    ) -> None:
+        """Lay out an empty array, in place of an unfinished one.
+
+        Args:
+            folder: made where it is not there.
+            count: rows.
+            token_shape: shape of one image's tokens.
+            vocab_size: tokens are in 0..vocab_size-1; up to 65,536 they take two bytes.
+            image_size: side in pixels of the images that are encoded.
+            num_classes: labels are in 0..num_classes-1.
+            classes: name of each label.
+            tokenizer: content hash of the tokenizer (`Tokenizer.fingerprint()`).
+            source: where the images come from.
+            variants: crops of each image, the second dimension of the tokens; by default one, without a dimension.
+
+        Raises:
+            ValueError: the folder holds a finished array, or there is nothing to write.
+        """
+        path = Path(folder)
+        if (path / MANIFEST).exists():
+            raise ValueError(f"{path} already holds a finished token array: choose another folder, or delete it")
+        if count < 1:
+            raise ValueError(f"count is {count}; a token array has at least one row")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / _UNFINISHED).unlink(missing_ok=True)
+        manifest = {
+            "format": FORMAT,
+            "count": count,
+            "token_shape": list(token_shape),
+            "vocab_size": vocab_size,
+            "image_size": image_size,
+            "num_classes": num_classes,
+            "classes": list(classes),
+            "tokenizer": tokenizer,
+            "source": source,
+            **({} if variants is None else {"variants": variants}),
+        }
+        token_type = np.uint16 if vocab_size <= 2**16 else np.uint32
+        _zeros(path / "tokens.npy", token_type, (count, *_row_shape(manifest)))
+        _zeros(path / "labels.npy", np.int64, (count,))
+        _zeros(path / _WRITTEN, np.uint8, (count,))
+        write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
+
+    def write(self, index: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+        """Write some rows.
+
+        Args:
+            index: int64 `(B,)`, the rows.
+            tokens: integers `(B, *token_shape)` in [0, vocab_size); `(B, variants, *token_shape)` of several crops.
+            labels: integers `(B,)` in [0, num_classes).
+
+        Raises:
+            ValueError: a shape, row, token or label does not fit, or a row was written before.
+        """
+        rows = index.cpu().numpy()
+        count, vocab_size, num_classes = (self.manifest[name] for name in ("count", "vocab_size", "num_classes"))
+        expected = (len(rows), *_row_shape(self.manifest))
+        if tuple(tokens.shape) != expected or tuple(labels.shape) != (len(rows),):
+            raise ValueError(
+                f"got tokens {tuple(tokens.shape)} and labels {tuple(labels.shape)} for rows of {expected}"
+            )
+        if len(rows) == 0:
+            return
+        token_values, label_values = tokens.cpu().numpy(), labels.cpu().numpy()
+        for name, values, size in (("row", rows, count), ("token", token_values, vocab_size)):
+            if values.min() < 0 or values.max() >= size:
+                raise ValueError(f"{name}s {values.min()}..{values.max()} are outside 0..{size - 1}")
+        if label_values.min() < 0 or label_values.max() >= num_classes:
+            raise ValueError(f"labels {label_values.min()}..{label_values.max()} are outside 0..{num_classes - 1}")
+        again = rows[self._written.read(rows) > 0]
+        if len(again) or len(np.unique(rows)) < len(rows):
+            raise ValueError(
+                f"rows were written twice in {self.folder}: {(again if len(again) else rows)[:5].tolist()}"
+            )
+        self._tokens.write(rows, token_values)
+        self._labels.write(rows, label_values)
+        self._written.write(rows, np.ones(len(rows)))
+
+    def close(self) -> None:
+        """Bring everything that was written to the disk."""
+        for file in (self._tokens, self._labels, self._written):
+            file.close()
+
+    @staticmethod
+    def finalise(folder: str | os.PathLike[str]) -> dict[str, Any]:
+        """Check that every row was written and make the array readable; called by one process after all have closed.
+
+        Returns:
+            The manifest.
+
+        Raises:
+            ValueError: rows are missing; the message counts them and names the first.
+        """
+        path = Path(folder)
+        manifest = _unfinished_manifest(path)
+        missing = np.flatnonzero(np.load(path / _WRITTEN) == 0)
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {manifest['count']} rows of {path} were never written, the first are "
+                f"{missing[:5].tolist()}: images that could not be read, or a process that ended early. "
+                "The array stays unfinished."
+            )
+        publish(path / _UNFINISHED, path / MANIFEST)
+        (path / _WRITTEN).unlink()
+        return manifest
 
 
 class TokenFolder:
@@ -30,14 +186,14 @@ class TokenFolder:
         folder: as the `tokenize` command writes it.
 
     Raises:
-        ValueError: there is no finished token array, or its parts do not fit each other.
+        ValueError: there is no finished token array, or its files do not fit each other.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
-        expected = (self.count, *row_shape(self.manifest))
+        expected = (self.count, *_row_shape(self.manifest))
         if self.tokens.shape != expected or self.tokens.dtype not in (np.uint16, np.uint32):
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds {self.tokens.dtype} {self.tokens.shape}; its manifest "
@@ -75,11 +231,11 @@ class TokenFolder:
         return {**self.__dict__, "_tokens": None}
 
     def rows(self, samples: np.ndarray, variants: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens `(B, *token_shape)` of the crops `variants (B,)`, by default the first, and labels `(B,)`; int64."""
-        place = samples
+        """Read tokens `(B, *token_shape)` of the crops `variants (B,)`, or of the first, and labels `(B,)`; int64."""
+        index = samples
         if "variants" in self.manifest:
-            place = (samples, np.zeros_like(samples) if variants is None else variants)
-        tokens = self.tokens[place].astype(np.int64)
+            index = (samples, np.zeros_like(samples) if variants is None else variants)
+        tokens = self.tokens[index].astype(np.int64)
         if tokens.size and tokens.max() >= self.vocab_size:
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds token {tokens.max()} in one of the rows {samples.tolist()}; its "
@@ -93,15 +249,15 @@ class TokenArrays(ResumableDataModule):
 
     Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
     long as `batch_size` times ranks stays. Of several crops of an image training draws one in each epoch, a function of
-    (seed, epoch, row) alone; evaluation takes the first. In training `index` is the sample's place in the run,
-    epoch * count + place in the epoch; in evaluation it is the row.
+    (seed, epoch, row) alone; evaluation takes the first. In training `index` is the sample's position in the run,
+    epoch * count + position in the epoch; in evaluation it is the row.
 
     Args:
         train: folder of the training tokens; None where only the other split is used.
         validation: folder of the validation tokens, made by the same tokenizer.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load. Reading rows costs little: 0 is usually fastest.
-        seed: of the order.
+        seed: decides the order and the crop.
         persistent_workers: keep the processes between epochs.
 
     Raises:
@@ -122,9 +278,9 @@ class TokenArrays(ResumableDataModule):
         super().__init__(
             train,
             validation,
-            batch_size,
-            num_workers,
-            seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
             max_bad_fraction=0.0,
             persistent_workers=persistent_workers,
         )
@@ -191,12 +347,13 @@ class TokenArrays(ResumableDataModule):
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         folder = self.folders["train"]
-        order = TrainingOrder(folder.count, self.batch_size, rank, world_size, self.seed)
+        order = TrainingOrder(folder.count, self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return _TrainingTokens(folder, order)
 
     def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
         folder = self.folders[split]
-        return _EvaluationTokens(folder, EvaluationOrder(folder.count, self.batch_size, rank, world_size))
+        order = EvaluationOrder(folder.count, self.batch_size, rank=rank, world_size=world_size)
+        return _EvaluationTokens(folder, order)
 
 
 class _TrainingTokens(OrderedSource):
@@ -242,7 +399,7 @@ def _batch(tokens: torch.Tensor, labels: torch.Tensor, index: np.ndarray) -> Bat
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        if (folder / UNFINISHED).is_file():
+        if (folder / _UNFINISHED).is_file():
             raise ValueError(
                 f"the token array in {folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
             )
@@ -254,3 +411,63 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}; a token array has {FORMAT!r}")
     return manifest
+
+
+def _row_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
+    """The shape of one row of the tokens: one image's, or its crops'."""
+    variants = (manifest["variants"],) if "variants" in manifest else ()
+    return *variants, *manifest["token_shape"]
+
+
+class _RowFile:
+    """An existing .npy file whose rows are read and written in place."""
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+            self.offset = file.tell()
+        self.row_shape = shape[1:]
+        self.row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+        self.descriptor = os.open(path, os.O_RDWR)
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        # Rows of an evaluation batch are neighbours: one call writes them all.
+        for run in _runs(rows):
+            data = np.ascontiguousarray(values[run], dtype=self.dtype).tobytes()
+            written = os.pwrite(self.descriptor, data, self._offset(rows[run][0]))
+            if written != len(data):
+                raise OSError(f"wrote {written} of {len(data)} bytes: the disk is full")
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        runs = [
+            np.frombuffer(
+                os.pread(self.descriptor, len(rows[run]) * self.row_bytes, self._offset(rows[run][0])), self.dtype
+            )
+            for run in _runs(rows)
+        ]
+        return np.concatenate(runs).reshape(len(rows), *self.row_shape)
+
+    def close(self) -> None:
+        os.fsync(self.descriptor)
+        os.close(self.descriptor)
+
+    def _offset(self, row: int) -> int:
+        return self.offset + int(row) * self.row_bytes
+
+
+def _runs(rows: np.ndarray) -> list[slice]:
+    """Slices of `rows` in which each entry is the one before plus one."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [slice(start, stop) for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
+
+
+def _zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape, version=(1, 0)).flush()
+
+
+def _unfinished_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / _UNFINISHED
+    if not path.is_file():
+        raise ValueError(f"{folder} has no token array in the making: call TokenWriter.create first")
+    return json.loads(path.read_text())

@@ -1,18 +1,70 @@
-"""Crops: one for training, keyed to the sample, the one that published figures are evaluated on, and ten of one image.
+"""An image file to a square of 8-bit RGB: decoding, and the crops of training and of evaluation.
 
-All shrink an image with ADM's filter, so that a tokenizer is trained on the pixels that it is measured on.
+Decoding follows the rules that published figures were made with, unless one would destroy the picture:
+
+- EXIF orientation is ignored, as every published ImageNet pipeline does; `apply_exif` honours it.
+- Grey is repeated over the three channels. CMYK is converted by Pillow, which knows Adobe's inverted files.
+- Transparency is dropped, not composited: that is what `convert("RGB")` does in the published pipelines, and
+  there is no background colour that is right for every set.
+- 16-bit grey is scaled to 8 bits by 255/65535; Pillow's own conversion would clip it to white. 16-bit colour is
+  reduced by Pillow itself, which keeps the high byte.
+- Of an animation the first frame is taken.
+
+There are three crops: a random one for training, drawn for the sample; the centre, on which published figures are
+evaluated; and ten of one image. All shrink an image with ADM's filter, so that a tokenizer is trained on the pixels
+that it is measured on.
 """
 
+import io
 import math
+import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
+# Named, because Pillow also opens formats by starting another program (EPS).
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+
+IMAGE_EXTENSIONS = frozenset(
+    ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "tga"]
+)
+
+
+class UndecodableImage(ValueError):
+    """The bytes are not an image that can be read completely."""
+
+
+def decode_image(data: bytes, apply_exif: bool = False) -> Image.Image:
+    """Decode an image file.
+
+    Args:
+        data: the file's bytes.
+        apply_exif: turn the picture as its EXIF orientation says.
+
+    Returns:
+        A Pillow image of mode RGB.
+
+    Raises:
+        UndecodableImage: the bytes are no image, are cut short, or hold values without a defined range.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of odd metadata in files that it reads correctly; a truncated picture raises.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                image.load()
+                if apply_exif:
+                    image = ImageOps.exif_transpose(image)
+                return _to_rgb(image)
+    # Broken files raise almost anything: OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, ...
+    except Exception as error:
+        raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's evaluation crop (`center_crop_arr` of Dhariwal and Nichol, "Diffusion Models Beat GANs", 2021).
+    """Cut out ADM's evaluation crop (`center_crop_arr` of Dhariwal and Nichol, "Diffusion Models Beat GANs", 2021).
 
     Halve with a box filter while the shorter side is at least twice `size`, resize the shorter side to `size` with a
     bicubic filter, cut out the centre.
@@ -27,7 +79,7 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def ten_crops(image: Image.Image, size: int, scale: float) -> np.ndarray:
-    """The centre and the four corners of an image, then of its mirror image, as LlamaGen and RAR cache tokens of.
+    """Cut out the centre and the four corners of an image and of its mirror image, as LlamaGen and RAR do for tokens.
 
     The image is first cut to the square `center_crop` of side `int(size * scale)`.
 
@@ -51,17 +103,18 @@ def random_crop(
     image: Image.Image,
     size: int,
     randomness: tuple[float, float, float, float],
+    *,
     minimum_crop: float = 1.0,
     flip: bool = True,
 ) -> np.ndarray:
-    """The training crop: resize, cut out a random square, mirror half of the images.
+    """Cut out the training crop: resize, take a random square, mirror half of the images.
 
     Args:
         image: mode RGB.
         size: side of the result in pixels.
         randomness: numbers in [0, 1) that decide, in order, the scale, the row, the column and the mirroring.
-        minimum_crop: the smallest part of the shorter side that the square may cover. 1.0 resizes the shorter side to
-            `size` (VQGAN, MaskGIT); 0.8 resizes it to between `size` and `size / 0.8` (`random_crop_arr` of ADM, as
+        minimum_crop: the smallest fraction of the shorter side that the square may cover. 1.0 resizes the shorter side
+            to `size` (VQGAN, MaskGIT); 0.8 resizes it to between `size` and `size / 0.8` (`random_crop_arr` of ADM, as
             used by LlamaGen).
         flip: mirror the image left to right with probability 1/2.
 
@@ -74,8 +127,25 @@ def random_crop(
     image = _halved(image, shorter_side)
     width, height = _scaled_size(image, shorter_side)
     top, left = int(row * (height - size + 1)), int(column * (width - size + 1))
-    pixels = np.asarray(_resized_part(image, width, height, left, top, size))
+    pixels = np.asarray(_resized_square(image, width, height, left, top, size))
     return pixels[:, ::-1] if flip and mirror < 0.5 else pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        return _grey_16_to_rgb(image)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _grey_16_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{image.mode} pixels outside 0..65535")
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
 
 
 def _halved(image: Image.Image, size: int) -> Image.Image:
@@ -89,8 +159,8 @@ def _scaled_size(image: Image.Image, size: int) -> tuple[int, int]:
     return round(image.width * scale), round(image.height * scale)
 
 
-def _resized_part(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
-    """A square of `image` resized to `(width, height)`, without computing the rest."""
+def _resized_square(image: Image.Image, width: int, height: int, left: int, top: int, size: int) -> Image.Image:
+    """Cut a square out of `image` resized to `(width, height)`, without computing the rest."""
     if (width, height) == image.size:
         return image.crop((left, top, left + size, top + size))
     across, down = image.width / width, image.height / height

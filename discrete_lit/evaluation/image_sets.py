@@ -1,7 +1,6 @@
 """Sets of stored images, read one by one as uint8: shards, folders, and `samples.npz` files."""
 
 import json
-import tarfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -10,9 +9,10 @@ from typing import IO
 
 import numpy as np
 
-from discrete_lit.data.decoding import IMAGE_EXTENSIONS, decode_image
-from discrete_lit.data.sources.class_folders import ClassFolders
-from discrete_lit.data.transforms import center_crop
+from discrete_lit.data.shard_writer import FORMAT, MANIFEST
+from discrete_lit.data.sources.class_folders import ClassFolders, is_image_file
+from discrete_lit.data.tars import RawSample, all_samples
+from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
 from discrete_lit.evaluation.npz import read_npz
 from discrete_lit.files import content_sha256, file_sha256
 
@@ -61,7 +61,7 @@ def open_image_set(path: str | Path, image_size: int) -> ImageSet:
         return NpzImages(path, image_size)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return ShardImages(path, image_size)
     if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
         return ClassFolderImages(path, image_size)
@@ -145,9 +145,9 @@ class ShardImages(ImageSet):
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
-        self._manifest = (path / "manifest.json").read_bytes()
+        self._manifest = (path / MANIFEST).read_bytes()
         manifest = json.loads(self._manifest)
-        if manifest.get("format") != "discrete-lit-shards-1":
+        if manifest.get("format") != FORMAT:
             raise ValueError(f"{str(path)!r} holds {manifest.get('format')!r}, which are not images: {_ACCEPTED}")
         self.count, self.num_classes = manifest["count"], manifest["num_classes"]
         self._shards = [path / shard["name"] for shard in manifest["shards"]]
@@ -161,17 +161,14 @@ class ShardImages(ImageSet):
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for shard in self._shards:
-            with tarfile.open(shard, "r:") as archive:
-                sample: dict[str, bytes] = {}
-                for member in archive:
-                    key, _, extension = member.name.rpartition(".")
-                    file = archive.extractfile(member)
-                    if file is None or extension not in IMAGE_EXTENSIONS | {"cls"}:
-                        continue
-                    sample[f"{key}.{'cls' if extension == 'cls' else 'image'}"] = file.read()
-                    if f"{key}.cls" in sample and f"{key}.image" in sample:
-                        data, label = sample.pop(f"{key}.image"), int(sample.pop(f"{key}.cls"))
-                        yield label, lambda data=data: center_crop(decode_image(data), self.image_size)
+            for sample in all_samples(shard):
+                label = int(sample.label) if sample.label else None
+                yield label, lambda sample=sample: self._decode(sample)
+
+    def _decode(self, sample: RawSample) -> Pixels:
+        if sample.problem is not None:
+            raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {sample.problem}")
+        return center_crop(decode_image(sample.image), self.image_size)
 
 
 class ClassFolderImages(ImageSet):
@@ -199,7 +196,7 @@ class FlatFolderImages(ImageSet):
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
-        self._files = sorted(file for file in path.iterdir() if file.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        self._files = sorted(file for file in path.iterdir() if file.is_file() and is_image_file(file.name))
         if not self._files:
             raise ValueError(f"{str(path)!r} holds no images: {_ACCEPTED}")
         self.count, self.num_classes = len(self._files), None

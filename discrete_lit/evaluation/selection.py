@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discrete_lit.data.decoding import UndecodableImage
+from discrete_lit.data.transforms import UndecodableImage
 from discrete_lit.evaluation.image_sets import ImageSet
 
 MAX_BROKEN_SHARE = 0.01

@@ -14,7 +14,7 @@ def shards(
     Args:
         source: Where the images come from, for example `class_path: discrete_lit.data.sources.ClassFolders`.
         output: Folder for the shards of this split.
-        split: Name of the split, such as train.
+        split: Name of the split: train, validation or test.
         samples_per_shard: Samples in each shard but the last.
         shuffle_seed: Seed of the one fixed shuffle; null keeps the order of the source.
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from discrete_lit.checkpoints import load
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
-from discrete_lit.data.token_writer import TokenWriter
+from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.tokenizers import Tokenizer, freeze
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discrete_lit.data.decoding import UndecodableImage, decode_image
+from discrete_lit.data.transforms import UndecodableImage, decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from discrete_lit.data import ImageFolder
-from discrete_lit.data.bad_samples import TooManyBadSamples
+from discrete_lit.data.loaders import TooManyBadSamples
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 
 from discrete_lit.data import ImageShards
-from discrete_lit.data.bad_samples import TooManyBadSamples
+from discrete_lit.data.image_shards import window_shuffle, worker_range
+from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.shard_set import Shard
-from discrete_lit.data.shard_stream import piece_of, window_shuffle
 from discrete_lit.data.tars import BrokenShard
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -117,7 +117,7 @@ def test_a_set_smaller_than_one_batch_is_refused(folder: Path) -> None:
 def test_pieces_fit_together_and_have_the_batches_of_their_worker() -> None:
     for samples in (0, 1, 7, 8, 40, 41):
         for workers in (1, 2, 5):
-            pieces = [piece_of(worker, workers, samples, 4) for worker in range(workers)]
+            pieces = [worker_range(worker, workers, samples=samples, batch_size=4) for worker in range(workers)]
             assert pieces[0][0] == 0 and pieces[-1][1] == samples
             assert all(before[1] == after[0] for before, after in pairwise(pieces))
             batches = [-(-(stop - start) // 4) for start, stop in pieces]

@@ -3,7 +3,7 @@
 import pytest
 
 from discrete_lit.data.sources import Entry, Source
-from discrete_lit.data.sources.keys import key_from_path, path_from_key
+from discrete_lit.data.sources.source import key_from_path, path_from_key
 
 
 class Table(Source):

@@ -7,7 +7,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources import ClassFolders
-from discrete_lit.data.sources.keys import path_from_key
+from discrete_lit.data.sources.source import path_from_key
 
 
 def touch(root: Path, *names: str) -> Path:

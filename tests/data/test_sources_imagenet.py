@@ -169,7 +169,7 @@ def test_shuffle_mixes_the_classes_and_does_not_depend_on_the_archive_order(
     tmp_path: Path, train_archive: Path
 ) -> None:
     def keys(path: Path, output: str) -> list[str]:
-        write_shards(ImageNetTrain(path, 12, 4), tmp_path / output, split="train")
+        write_shards(ImageNetTrain(path, expected_count=12, expected_classes=4), tmp_path / output, split="train")
         return list(read_shards(tmp_path / output))
 
     reordered = tmp_path / "reordered.tar"
@@ -192,7 +192,7 @@ def test_shuffle_mixes_the_classes_and_does_not_depend_on_the_archive_order(
 )
 def test_ground_truth_by_wordnet_id(val_archive: Path, tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    source = ImageNetValidation(val_archive, tmp_path / name, 8, 4)
+    source = ImageNetValidation(val_archive, tmp_path / name, expected_count=8, expected_classes=4)
     assert source.classes == SORTED
     assert {s.key: (s.data, s.label) for s in map(source.__getitem__, range(8))} == EXPECTED_VALIDATION
 
@@ -219,7 +219,7 @@ def test_ground_truth_that_could_give_wrong_labels_is_refused(
 ) -> None:
     (tmp_path / "truth.txt").write_text(text)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        ImageNetValidation(val_archive, tmp_path / "truth.txt", 8, 4)
+        ImageNetValidation(val_archive, tmp_path / "truth.txt", expected_count=8, expected_classes=4)
 
 
 @pytest.mark.parametrize(
@@ -234,22 +234,22 @@ def test_ground_truth_that_could_give_wrong_labels_is_refused(
 )
 def test_damaged_development_kit(val_archive: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ImageNetValidation(val_archive, kit(tmp_path / "kit.tar.gz", **changes), 8, 4)
+        ImageNetValidation(val_archive, kit(tmp_path / "kit.tar.gz", **changes), expected_count=8, expected_classes=4)
 
 
 def test_cut_off_development_kit_and_missing_ground_truth(val_archive: Path, tmp_path: Path) -> None:
     path = kit(tmp_path / "kit.tar.gz")
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="kit"):
-        ImageNetValidation(val_archive, path, 8, 4)
+        ImageNetValidation(val_archive, path, expected_count=8, expected_classes=4)
     with pytest.raises(ValueError, match="there is no ground truth"):
-        ImageNetValidation(val_archive, tmp_path / "missing.txt", 8, 4)
+        ImageNetValidation(val_archive, tmp_path / "missing.txt", expected_count=8, expected_classes=4)
 
 
 def test_development_kit_without_scipy(val_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy.io", None)
     with pytest.raises(ValueError, match="pip install scipy"):
-        ImageNetValidation(val_archive, kit(tmp_path / "kit.tar.gz"), 8, 4)
+        ImageNetValidation(val_archive, kit(tmp_path / "kit.tar.gz"), expected_count=8, expected_classes=4)
 
 
 def test_archives_given_for_one_another(train_archive: Path, val_archive: Path, tmp_path: Path) -> None:
@@ -289,18 +289,18 @@ def test_training_archive_with_strange_members(tmp_path: Path, files: dict[str, 
     path = tmp_path / "strange.tar"
     path.write_bytes(tar(files))
     with pytest.raises(ValueError, match=message):
-        ImageNetTrain(path, None, None)
+        ImageNetTrain(path, expected_count=None, expected_classes=None)
 
 
 def test_cut_off_archives(train_archive: Path, val_archive: Path, tmp_path: Path) -> None:
     os.truncate(train_archive, train_archive.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"is not a readable tar .* cut off"):
-        ImageNetTrain(train_archive, 12, 4)
+        ImageNetTrain(train_archive, expected_count=12, expected_classes=4)
     truth = kit(tmp_path / "kit.tar.gz")
-    source = ImageNetValidation(val_archive, truth, 8, 4)
+    source = ImageNetValidation(val_archive, truth, expected_count=8, expected_classes=4)
     os.truncate(val_archive, 5000)
     with pytest.raises(ValueError, match="cut off"):
-        ImageNetValidation(val_archive, truth, 8, 4)
+        ImageNetValidation(val_archive, truth, expected_count=8, expected_classes=4)
     with pytest.raises(ValueError, match="ends inside ILSVRC2012_val_"):
         source[7]
 
@@ -308,4 +308,4 @@ def test_cut_off_archives(train_archive: Path, val_archive: Path, tmp_path: Path
 def test_counts_that_differ_can_be_accepted(train_archive: Path) -> None:
     with pytest.raises(ValueError, match=r"holds 12 images, expected 1,281,167"):
         ImageNetTrain(train_archive, expected_classes=4)
-    assert len(ImageNetTrain(train_archive, None, None)) == 12
+    assert len(ImageNetTrain(train_archive, expected_count=None, expected_classes=None)) == 12

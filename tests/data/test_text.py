@@ -27,7 +27,7 @@ def test_the_form_of_text8() -> None:
 
 def test_the_splits_are_the_text_in_its_order(tmp_path: Path) -> None:
     text = "".join(chr(ord("a") + place % 26) if place % 7 else " " for place in range(2000))
-    manifests = write_text(text, tmp_path, 16, "letters")
+    manifests = write_text(text, tmp_path, length=16, source="letters")
     assert {split: manifest["count"] for split, manifest in manifests.items()} == {
         "train": 112,
         "validation": 6,
@@ -44,11 +44,11 @@ def test_the_splits_are_the_text_in_its_order(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"100 characters: a twentieth of it must fill a chunk of length=16"):
-        write_text("a" * 100, tmp_path, 16, "letters")
+        write_text("a" * 100, tmp_path, length=16, source="letters")
     with pytest.raises(ValueError, match="length must be at least 1"):
-        write_text("a" * 100, tmp_path, 0, "letters")
+        write_text("a" * 100, tmp_path, length=0, source="letters")
     with pytest.raises(ValueError, match=r"characters \['A'\] that are not among the symbols"):
-        write_text("A" * 1000, tmp_path, 16, "letters")
+        write_text("A" * 1000, tmp_path, length=16, source="letters")
 
 
 def test_the_recipe_writes_this_repositorys_prose(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from discrete_lit.data.text import write_text
 
 def test_a_model_of_characters_learns_its_letters(tmp_path: Path) -> None:
     """Three letters in turn: a chunk of eight has log2(3) bits, and each letter as many if their order is not seen."""
-    write_text("abc" * 2000, tmp_path / "tokens", 8, "letters")
+    write_text("abc" * 2000, tmp_path / "tokens", length=8, source="letters")
     settings = {
         "model": {
             "class_path": "discrete_lit.generators.DiscreteDiffusion",

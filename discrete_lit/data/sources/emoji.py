@@ -1,6 +1,5 @@
 """The Noto colour emoji of the npm package emoji-datasource-google."""
 
-import hashlib
 import io
 import json
 import os
@@ -10,8 +9,9 @@ from typing import Literal
 from PIL import Image
 
 from discrete_lit.data.sources.source import Entry, Source
+from discrete_lit.files import content_sha256
 
-_TEST_SHARE = 0.1
+_TEST_FRACTION = 0.1
 
 
 class Emoji(Source):
@@ -25,7 +25,7 @@ class Emoji(Source):
 
     Args:
         package: the package's folder, which holds `emoji.json` and `img/google/64`.
-        split: which images.
+        split: `train` or `test`.
 
     Raises:
         ValueError: the folder is not that of the package.
@@ -61,11 +61,11 @@ class Emoji(Source):
 def is_test(key: str) -> bool:
     """Whether an emoji, given by its code points in hexadecimal and hyphens, belongs to the test set."""
     first = key.split("-")[0]
-    return int.from_bytes(hashlib.sha256(first.encode()).digest()[:4], "big") < _TEST_SHARE * 2**32
+    return int(content_sha256(first)[:8], 16) < _TEST_FRACTION * 2**32
 
 
 def _categories(table: list[dict]) -> dict[str, str]:
-    """Code points to category, of every emoji with a picture and of its variations in skin tone."""
+    """The category of each emoji with a picture and of its variations in skin tone, by code points."""
     found: dict[str, str] = {}
     for emoji in table:
         for form in (emoji, *emoji.get("skin_variations", {}).values()):

@@ -1,6 +1,5 @@
-"""The part of Fashion-MNIST that comes with the project."""
+"""The 30,000 images of Fashion-MNIST that come with the project."""
 
-import hashlib
 import io
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from discrete_lit.data.sources.source import Entry, Source
+from discrete_lit.files import content_sha256
 
 EMBEDDED_SHA256 = "fb45dadc5cae695accb1481b9c5fe4cbef586532655446b55765488783755f2f"
 PADDING = 2
@@ -24,7 +24,7 @@ class EmbeddedSet(Source):
 
     Args:
         file: Path of `fashion_mnist.npz`.
-        split: Which images.
+        split: `train` or `test`.
 
     Raises:
         ValueError: `file` is missing or is not, byte for byte, the file that comes with the project.
@@ -37,7 +37,7 @@ class EmbeddedSet(Source):
                 f"there is no file {path}; give the path of data/fashion_mnist.npz in the project's checkout"
             )
         content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
+        digest = content_sha256(content)
         if digest != EMBEDDED_SHA256:
             raise ValueError(
                 f"{path} has SHA-256 {digest}, expected {EMBEDDED_SHA256}: restore it with `git checkout` or make it "
@@ -58,4 +58,4 @@ class EmbeddedSet(Source):
 
     def fingerprint(self) -> str:
         # All images have one size, so the entries alone would not tell one file from another.
-        return hashlib.sha256((EMBEDDED_SHA256 + super().fingerprint()).encode()).hexdigest()
+        return content_sha256(EMBEDDED_SHA256 + super().fingerprint())

@@ -1,13 +1,17 @@
-"""What a source of labelled images is: a table of entries, and a way to read the bytes of each."""
+"""What a source of labelled images is: a table of entries, and a way to read the bytes of each.
 
-import hashlib
+An entry's key is made from a file name by `key_from_path`, and `path_from_key` gives the name back.
+"""
+
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
+from urllib.parse import unquote
 
-from discrete_lit.data.decoding import IMAGE_EXTENSIONS
+from discrete_lit.data.transforms import IMAGE_EXTENSIONS
+from discrete_lit.files import content_sha256
 
 # webdataset groups the files of a sample by the path up to the first dot of its last part, and skips every path that
 # begins with a `__name__` part.
@@ -15,12 +19,12 @@ _KEY = re.compile(r"(?!__[^/]*__(?:/|$))(?:[^/.]+/)*[^/.]+")
 
 
 class Entry(NamedTuple):
-    """What is known of a sample without reading it."""
+    """Describes a sample without reading it."""
 
     key: str
     """Unique name in the source, without dots; `/` separates folders."""
     extension: str
-    """One of `discrete_lit.data.decoding.IMAGE_EXTENSIONS`: lower case, without the dot."""
+    """One of `discrete_lit.data.transforms.IMAGE_EXTENSIONS`: lower case, without the dot."""
     label: int
     """Class index in `[0, len(classes))`."""
     size: int
@@ -28,7 +32,7 @@ class Entry(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An entry with its file content."""
+    """Holds an entry with the content of its file."""
 
     key: str
     extension: str
@@ -64,7 +68,7 @@ class Source(ABC):
             if not _KEY.fullmatch(key):
                 raise ValueError(
                     f"key {key!r} of {description} cannot be read back from a shard: a key has no empty part, no dot "
-                    "and no leading __name__ folder; build keys with discrete_lit.data.sources.keys.key_from_path"
+                    "and no leading __name__ folder; build keys with discrete_lit.data.sources.source.key_from_path"
                 )
             if extension not in IMAGE_EXTENSIONS:
                 raise ValueError(
@@ -87,19 +91,46 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image file of sample `index`, untouched.
+        """Read the encoded image file of sample `index`, untouched.
 
         Raises:
             ValueError: The file changed since the source was opened.
         """
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of the classes and of every entry.
+        """Hash the classes and every entry with SHA-256 (hexadecimal).
 
         It is the same wherever the data is stored, and changes when an image is added, removed, renamed, moved to
         another class or changes its size. It does not read the images.
         """
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        for entry in self.entries:
-            digest.update(json.dumps(entry).encode())
-        return digest.hexdigest()
+        return content_sha256(json.dumps(item) for item in (self.classes, *self.entries))
+
+
+def key_from_path(parts: Sequence[str]) -> str:
+    """Join the parts of a path (the last without its extension) to a key that survives in a shard.
+
+    Dots, percent signs and unprintable characters are percent-encoded, for webdataset ends a key at the first dot;
+    so is the first character of a leading `__name__`, which webdataset takes for a comment. Distinct paths give
+    distinct keys.
+
+    >>> key_from_path(["tabby cat", "img.v2_001"])
+    'tabby cat/img%2Ev2_001'
+    """
+    key = "/".join("".join(map(_encode, part)) for part in parts)
+    return f"%5F{key[1:]}" if re.match(r"__[^/]*__(/|$)", key) else key
+
+
+def path_from_key(key: str) -> str:
+    """Give back the path, without its extension, that `key_from_path` made this key from.
+
+    >>> path_from_key('tabby cat/img%2Ev2_001')
+    'tabby cat/img.v2_001'
+    """
+    return unquote(key, errors="surrogateescape")
+
+
+def _encode(character: str) -> str:
+    if character.isprintable() and character not in ".%":
+        return character
+    # Bytes of a file name that are not UTF-8 reach Python as lone surrogates.
+    return "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogateescape"))
