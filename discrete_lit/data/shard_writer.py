@@ -40,11 +40,11 @@ def write_shards(
     a half-written one, which has a temporary name, is written again. `manifest.json` is written last.
 
     Args:
-        source: The images.
-        output: A folder for this split alone; made if it is not there.
-        split: Name of the split (train, validation or test), with which the names of the shards begin.
-        samples_per_shard: Samples in each shard but the last. A shard is held in memory before it is written.
-        shuffle_seed: Order of the samples: by SHA-256 of seed and key, so that it depends on no library and not on the
+        source: the images.
+        output: a folder for this split alone; made if it is not there.
+        split: name of the split (train, validation or test), with which the names of the shards begin.
+        samples_per_shard: samples in each shard but the last. A shard is held in memory before it is written.
+        shuffle_seed: order of the samples: by SHA-256 of seed and key, so that it depends on no library and not on the
             order of the source. None keeps the order of the source.
 
     Returns:
@@ -52,7 +52,7 @@ def write_shards(
         `source_sha256` (`Source.fingerprint`), `samples_per_shard`, and `shards`, a list of `name`, `count`, `sha256`.
 
     Raises:
-        ValueError: An argument is out of range, `output` holds shards of another source or other settings (the message
+        ValueError: an argument is out of range, `output` holds shards of another source or other settings (the message
             says what differs), or another process is writing there.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):

@@ -9,6 +9,8 @@ from PIL import Image
 
 from discrete_lit.data import ImageFolder
 from discrete_lit.data.loaders import TooManyBadSamples
+from discrete_lit.data.sources import ClassFolders
+from discrete_lit.evaluation.image_sets import open_image_set
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -81,6 +83,31 @@ def test_images_are_found_at_any_depth_and_other_files_are_not(folder: Path) -> 
     data = make_data(str(folder))
     read = keys(data.evaluation_loader("train", 0, 1))
     assert "ant/more/DEEP.PNG" in read and len(read) == 15
+
+
+def test_the_module_the_source_and_the_evaluation_find_the_same_images(folder: Path) -> None:
+    picture = next(folder.glob("ant/*.png")).read_bytes()
+    found = ["ant/a-b/1.png", "ant/a/2.png"]
+    left_out = ["bee/.thumbnails/0.png", "cat/.hidden.png", "cat/png", "bee/readme.md"]
+    for name in found + left_out:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(picture)
+    module = keys(make_data(str(folder)).evaluation_loader("train", 0, 1))
+    source = [entry.key for entry in ClassFolders(folder).entries]
+    assert len(module) == 17 and sorted(module) == sorted(f"{key}.png" for key in source)
+    assert open_image_set(folder, 8).count == 17
+    # Each in its own order, on which permutations and fingerprints rest.
+    assert module[4:6] == ["ant/a-b/1.png", "ant/a/2.png"]
+    assert source[4:6] == ["ant/a/2", "ant/a-b/1"]
+
+
+def test_a_folder_of_another_form_is_refused(folder: Path) -> None:
+    (folder / "dog").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*dog holds no image"):
+        make_data(str(folder)).training_loader(0, 1)
+    (folder / "stray.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 images lie directly in .* stray\.png"):
+        make_data(str(folder)).training_loader(0, 1)
 
 
 def test_validation_takes_its_labels_from_the_training_classes(

@@ -185,6 +185,28 @@ def test_pickles_in_a_shard_are_not_opened(tmp_path, shards):
     assert len(everything(open_image_set(shards, 8))) == 24
 
 
+def test_a_sample_without_its_label_is_broken(tmp_path, shards):
+    first = Path(shards) / "test-000000.tar"
+    (tmp_path / "image.png").write_bytes(b"whatever it is")
+    with tarfile.open(first, "a") as archive:
+        archive.add(tmp_path / "image.png", "class0/unlabelled.png")
+    with pytest.raises(ValueError, match="1 of 25 images are broken"):
+        select(open_image_set(shards, 8), None)
+
+
+def test_a_shard_that_ends_early_is_refused(shards):
+    last = Path(shards) / "test-000004.tar"
+    last.write_bytes(last.read_bytes()[:700])
+    with pytest.raises(ValueError, match=r"cannot read .*test-000004\.tar"):
+        everything(open_image_set(shards, 8))
+
+
+def test_hidden_files_of_a_flat_folder_are_left_out(tmp_path):
+    for name in ("0.png", ".1.png"):
+        Image.fromarray(pixels(1, 0)[0]).save(tmp_path / name)
+    assert open_image_set(tmp_path, 8).count == 1
+
+
 def test_uint8_conversion_rounds_and_clamps():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(from_uint8(levels)), levels)

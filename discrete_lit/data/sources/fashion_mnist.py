@@ -23,7 +23,7 @@ class EmbeddedSet(Source):
     Source: Xiao, Rasul and Vollgraf, 2017, https://arxiv.org/abs/1708.07747; MIT licence.
 
     Args:
-        file: Path of `fashion_mnist.npz`.
+        file: path of `fashion_mnist.npz`.
         split: `train` or `test`.
 
     Raises:

@@ -36,12 +36,12 @@ class ImageNetTrain(Source):
     One image is a PNG by content and some are CMYK: that is for the reader of the shards.
 
     Args:
-        archive: The tar file.
-        expected_count: Number of images that the archive must hold; null accepts any.
-        expected_classes: Number of classes that the archive must hold; null accepts any.
+        archive: the tar file.
+        expected_count: number of images that the archive must hold; null accepts any.
+        expected_classes: number of classes that the archive must hold; null accepts any.
 
     Raises:
-        ValueError: It is another archive, is damaged, or the counts differ.
+        ValueError: it is another archive, is damaged, or the counts differ.
     """
 
     def __init__(
@@ -104,17 +104,17 @@ class ImageNetValidation(Source):
     """`ILSVRC2012_img_val.tar`: a flat tar of `ILSVRC2012_val_00000001.JPEG` and so on, without labels.
 
     Args:
-        archive: The tar file.
-        ground_truth: File with the class of each image, in one of the forms that name classes by WordNet id: the
+        archive: the tar file.
+        ground_truth: file with the class of each image, in one of the forms that name classes by WordNet id: the
             development kit `ILSVRC2012_devkit_t12.tar.gz`; Kaggle's `LOC_val_solution.csv`; lines of
             `ILSVRC2012_val_00000001.JPEG n01751748`; or one WordNet id a line, in the order of the image numbers. A
             text file of integers is refused: see `read_ground_truth`.
-        expected_count: Number of images that the archive must hold; null accepts any.
-        expected_classes: Number of classes that the ground truth must have; null accepts any. If both numbers are
+        expected_count: number of images that the archive must hold; null accepts any.
+        expected_classes: number of classes that the ground truth must have; null accepts any. If both numbers are
             given, every class must have the same number of images.
 
     Raises:
-        ValueError: It is another archive, is damaged, the counts differ, or the ground truth cannot be read or does not
+        ValueError: it is another archive, is damaged, the counts differ, or the ground truth cannot be read or does not
             belong to these images.
     """
 
@@ -195,7 +195,7 @@ def read_ground_truth(path: str | os.PathLike[str]) -> GroundTruth:
     and the table that they belong to, so it is read as a whole.
 
     Raises:
-        ValueError: The file is missing, has another form, is inconsistent, or SciPy (for `meta.mat`) is missing.
+        ValueError: the file is missing, has another form, is inconsistent, or SciPy (for `meta.mat`) is missing.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a source of labelled images is: a table of entries, and a way to read the bytes of each.
+"""Sources of labelled images: a table of entries, and a way to read the bytes of each.
 
 An entry's key is made from a file name by `key_from_path`, and `path_from_key` gives the name back.
 """
@@ -47,13 +47,13 @@ class Source(ABC):
     A source of your own calls this constructor with its table of entries and defines `read`.
 
     Args:
-        description: One line for people, written into the manifest.
-        classes: Class names; the position is the label.
-        entries: One entry a sample, best in the order in which they lie on the disk: a shard's samples are read in
+        description: one line for people, written into the manifest.
+        classes: class names; the position is the label.
+        entries: one entry a sample, best in the order in which they lie on the disk: a shard's samples are read in
             this order, whatever the shuffle.
 
     Raises:
-        ValueError: There is no entry, two entries have the same key, a label is out of range, or a key or an
+        ValueError: there is no entry, two entries have the same key, a label is out of range, or a key or an
             extension would not be read back from a shard.
     """
 
