@@ -19,7 +19,7 @@ import numpy as np
 from jsonargparse import DefaultHelpFormatter, auto_cli
 
 from discrete_lit.data.sources.fashion_mnist import EMBEDDED_SHA256
-from discrete_lit.files import content_sha256
+from discrete_lit.files import atomic_write, content_sha256
 
 CLASSES = [
     "T-shirt/top",
@@ -56,7 +56,8 @@ def fashion_mnist(
             f"the files of {idx} give SHA-256 {digest}, expected {EMBEDDED_SHA256}: they are not the original "
             "Fashion-MNIST"
         )
-    output.write_bytes(content)
+    with atomic_write(output) as file:
+        file.write(content)
     print(f"{output}: {len(content):,} bytes, SHA-256 {digest}")
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
-from discrete_lit.files import write_text
+from discrete_lit.files import atomic_write_text
 from discrete_lit.provenance import environment
 
 _log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class RecordStart(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self._free_name(), self.configuration)
+            atomic_write_text(self._free_name(), self.configuration)
             self._append_start(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -111,4 +111,4 @@ class RecordStart(Callback):
             "world_size": trainer.world_size,
             **environment(trainer.strategy.root_device),
         }
-        write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+        atomic_write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from discrete_lit.files import atomic_write, content_sha256, file_sha256, publish, write_text
+from discrete_lit.files import atomic_write, atomic_write_text, content_sha256, file_sha256, publish
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -16,7 +16,7 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
         assert not path.exists()
         file.write(b"34")
     assert path.read_bytes() == b"1234"
-    write_text(path, "Käse\n")
+    atomic_write_text(path, "Käse\n")
     assert path.read_bytes() == "Käse\n".encode()
     assert os.listdir(tmp_path) == ["numbers.bin"]
 
@@ -42,7 +42,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        write_text(path, "after")
+        atomic_write_text(path, "after")
     assert path.read_bytes() == b"before"
     assert os.listdir(tmp_path) == ["numbers.bin"]
 

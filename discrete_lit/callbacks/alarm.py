@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from discrete_lit.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.evaluation.codebook_usage import MOST_COUNTED, usage_and_perplexity
-from discrete_lit.files import write_text
+from discrete_lit.files import atomic_write_text
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class TrainingAlarm(Callback):
         file = Path(trainer.default_root_dir) / "alarms" / f"loss-{trainer.fit_loop.total_batch_idx:08d}.json"
         if trainer.is_global_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(report, indent=2) + "\n")
+            atomic_write_text(file, json.dumps(report, indent=2) + "\n")
         broken = [name for found in everyone for name in found["not_finite"]]
         cause = (
             f"images with pixels that are not finite numbers: {', '.join(map(str, broken))}"

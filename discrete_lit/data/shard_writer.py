@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from discrete_lit.data.sources.source import Sample, Source
-from discrete_lit.files import atomic_write, content_sha256, file_sha256, write_text
+from discrete_lit.files import atomic_write, atomic_write_text, content_sha256, file_sha256
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"
@@ -178,4 +178,4 @@ def _has_sha256(path: Path, sha256: str) -> bool:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    atomic_write_text(path, json.dumps(content, indent=1))

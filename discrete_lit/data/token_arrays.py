@@ -22,7 +22,7 @@ import torch
 from discrete_lit.data import keyed_random
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
-from discrete_lit.files import publish, write_text
+from discrete_lit.files import atomic_write_text, publish
 
 FORMAT = "discrete-lit-tokens-1"
 MANIFEST = "manifest.json"
@@ -113,7 +113,7 @@ class TokenWriter:
         _zeros(path / "tokens.npy", token_type, (count, *_row_shape(manifest)))
         _zeros(path / "labels.npy", np.int64, (count,))
         _zeros(path / _WRITTEN, np.uint8, (count,))
-        write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
+        atomic_write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
 
     def write(self, index: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> None:
         """Write some rows.

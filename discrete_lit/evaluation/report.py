@@ -11,7 +11,7 @@ from discrete_lit.evaluation.likelihood import LikelihoodFigures
 from discrete_lit.evaluation.precision_recall import Manifold
 from discrete_lit.evaluation.reconstruction import ReconstructionFigures
 from discrete_lit.evaluation.reference import Reference
-from discrete_lit.files import write_text
+from discrete_lit.files import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -238,8 +238,8 @@ class Report:
         """Write `report.json` and `report.md`."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        write_text(folder / "report.json", text)
-        write_text(folder / "report.md", self.markdown())
+        atomic_write_text(folder / "report.json", text)
+        atomic_write_text(folder / "report.md", self.markdown())
 
 
 def _parts(row: Row) -> str:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from discrete_lit.backbones.compiling import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.distributed import all_reduce_sum
-from discrete_lit.files import atomic_write, file_sha256, write_text
+from discrete_lit.files import atomic_write, atomic_write_text, file_sha256
 from discrete_lit.generators import Generator
 from discrete_lit.images import to_uint8
 from discrete_lit.processes import CounterRandom
@@ -194,8 +194,8 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
     else:
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
-            write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
-    write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+            atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
+    atomic_write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
 
 
 def _write_grid(folder: Path, pixels: np.ndarray) -> None:

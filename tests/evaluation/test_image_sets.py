@@ -187,7 +187,7 @@ def test_pickles_in_a_shard_are_not_opened(tmp_path, shards):
 
 def test_a_sample_without_its_label_is_broken(tmp_path, shards):
     first = Path(shards) / "test-000000.tar"
-    (tmp_path / "image.png").write_bytes(b"whatever it is")
+    Image.fromarray(pixels(1, 0)[0]).save(tmp_path / "image.png")
     with tarfile.open(first, "a") as archive:
         archive.add(tmp_path / "image.png", "class0/unlabelled.png")
     with pytest.raises(ValueError, match="1 of 25 images are broken"):
