@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 from torch import nn
 
 torch.set_num_threads(1)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TOKENIZER, generator_settings, run, write_settings
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 import discrete_lit
 from discrete_lit.checkpoints import instantiate, load, read_checkpoint, save

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_runs import TOKENIZER, generator_settings, run, write_settings
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit import __version__, cli
 
@@ -138,7 +138,7 @@ def test_other_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.M
     def fail(*arguments: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr("synthetic_data.IndexedImages.__getitem__", fail)
+    monkeypatch.setattr("helpers.synthetic_data.IndexedImages.__getitem__", fail)
     file = write_settings(tmp_path / "settings.yaml", TOKENIZER)
     with pytest.raises(RuntimeError, match="a defect"):
         run("fit", "--config", file, "--run_dir", tmp_path / "run")

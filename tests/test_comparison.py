@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipe_files import ROOT, read
+from helpers.recipe_files import ROOT, read
 
 FOLDER = "lightning_configs/quickstart"
 COMPARISON = read(f"{FOLDER}/comparison.yaml")

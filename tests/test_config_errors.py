@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import TOKENIZER, generator_settings, run, write_settings
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 GENERATOR = generator_settings(Path("tokenizer.ckpt"))
 

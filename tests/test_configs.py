@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from helpers.recipe_files import ROOT, configs_of, header_command, layered, read
 from PIL import Image
-from recipe_files import ROOT, configs_of, header_command, layered, read
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_configs").rglob("*.yaml"))
 PARTS = ("lightning_configs/data/", "lightning_configs/trainer/")

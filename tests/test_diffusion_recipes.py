@@ -1,7 +1,7 @@
 """The recipes of discrete diffusion build the networks that their headers name."""
 
 import pytest
-from recipe_files import ROOT, layered
+from helpers.recipe_files import ROOT, layered
 
 # The paper's shape has 186,216,577 parameters with a mask id in and out; without it there are 769 + 768 fewer.
 COUNTS = {

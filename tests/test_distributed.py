@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distributed_run import CLASSES, IMAGE_SIZE, generator_config, run, tokenizer_config, vqvae_config
+from helpers.distributed_run import CLASSES, IMAGE_SIZE, generator_config, run, tokenizer_config, vqvae_config
 from PIL import Image
 
 from discrete_lit import load
@@ -35,7 +35,7 @@ def on_two_ranks(folder, *settings, expect_kill=False):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).with_name("distributed_run.py")), str(out), str(file)]
+    command = [sys.executable, str(Path(__file__).with_name("helpers") / "distributed_run.py"), str(out), str(file)]
     logs = [folder / f"rank-{rank}.log" for rank in range(2)]
     processes = []
     for rank, log in enumerate(logs):

@@ -35,7 +35,7 @@ def fit(model: dict, folder: Path) -> Path:
     settings = {
         "run_dir": str(folder),
         "model": model,
-        "data": {"class_path": "synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}},
+        "data": {"class_path": "helpers.synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}},
         "trainer": {
             "accelerator": "cpu",
             "enable_progress_bar": False,

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
-from tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit.resuming import differences
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.tiny_runs import QUIET, TOKENIZER, run, write_settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import QUIET, TOKENIZER, run, write_settings
 
 from discrete_lit.run_folder import RunFolder
 

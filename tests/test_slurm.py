@@ -42,7 +42,7 @@ def cluster():
 @pytest.fixture
 def configuration(tmp_path):
     """A generator of a few thousand parameters with its token arrays, as a YAML file."""
-    from distributed_run import CLASSES, IMAGE_SIZE, generator_config, tokenizer_config
+    from helpers.distributed_run import CLASSES, IMAGE_SIZE, generator_config, tokenizer_config
 
     from discrete_lit.checkpoints import instantiate
     from discrete_lit.data import TokenWriter

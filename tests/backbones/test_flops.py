@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

@@ -5,8 +5,8 @@ from itertools import permutations
 
 import pytest
 import torch
-from random_weights import randomise
-from recipe_files import layered
+from helpers.random_weights import randomise
+from helpers.recipe_files import layered
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 from torch import nn
 
 from discrete_lit.backbones.blocks import Block, BlockSettings

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from stored_images import pixels, save_folder
+from helpers.stored_images import pixels, save_folder
 
 from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources.class_folders import ClassFolders

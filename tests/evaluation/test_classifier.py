@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stored_images import save_npz
+from helpers.stored_images import save_npz
 
 from discrete_lit.checkpoints import instantiate, record_config
 from discrete_lit.evaluation.classifier import ImageClassifier, load_classifier

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stored_images import pixels, save_folder, save_npz
+from helpers.stored_images import pixels, save_folder, save_npz
 from torch import Tensor
 
 from discrete_lit.evaluation import FeatureExtractor, Moments, reference

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.stored_images import pixels, save_folder, save_npz
 from PIL import Image
-from stored_images import pixels, save_folder, save_npz
 
 from discrete_lit.data.transforms import center_crop
 from discrete_lit.evaluation.image_sets import open_image_set

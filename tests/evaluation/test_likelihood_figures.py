@@ -5,7 +5,7 @@ from math import log
 import numpy as np
 import pytest
 import torch
-from stored_images import pixels, save_folder, save_npz
+from helpers.stored_images import pixels, save_folder, save_npz
 
 from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.evaluation.likelihood import measure_likelihood

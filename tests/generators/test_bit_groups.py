@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact_laws import all_sequences, order_log_laws
+from helpers.exact_laws import all_sequences, order_log_laws
 
 from discrete_lit.generators.bit_groups import BitGroups
 from discrete_lit.processes import CounterRandom, LinearSchedule, Purpose

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from exact_laws import all_sequences, order_log_laws
-from random_weights import randomise
-from tiny_runs import generator_settings, run, write_settings
+from helpers.exact_laws import all_sequences, order_log_laws
+from helpers.random_weights import randomise
+from helpers.tiny_runs import generator_settings, run, write_settings
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.checkpoints import instantiate, load, save

@@ -4,7 +4,7 @@ from itertools import combinations, permutations
 
 import pytest
 import torch
-from exact_laws import all_sequences, order_log_laws, raster_log_law
+from helpers.exact_laws import all_sequences, order_log_laws, raster_log_law
 
 
 def test_autoregressive_is_exact(make_generator) -> None:

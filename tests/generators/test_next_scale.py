@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
 from discrete_lit.generators import NextScale
 from discrete_lit.processes import CounterRandom

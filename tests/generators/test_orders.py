@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import RasterSampler

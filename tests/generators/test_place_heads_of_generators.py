@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead
 from discrete_lit.processes import CounterRandom

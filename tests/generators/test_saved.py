@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 
 from discrete_lit.checkpoints import instantiate, load, save
 

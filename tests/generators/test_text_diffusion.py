@@ -4,7 +4,7 @@ from math import log, log2
 from pathlib import Path
 
 import torch
-from tiny_runs import run, write_settings
+from helpers.tiny_runs import run, write_settings
 
 import discrete_lit
 from discrete_lit.data.text import write_text

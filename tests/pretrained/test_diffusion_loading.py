@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from published_generators import linear
+from helpers.published_generators import linear
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout, Transformer

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import published_generators as published
 import pytest
 import torch
+from helpers import published_generators as published
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.pretrained.accounting import convert

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import published_generators as published
 import pytest
 import torch
+from helpers import published_generators as published
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -6,10 +6,10 @@ from functools import cache
 from inspect import signature
 from typing import Any
 
-import published_generators as published
 import pytest
 import torch
-from recipe_files import ROOT, header_command, layered
+from helpers import published_generators as published
+from helpers.recipe_files import ROOT, header_command, layered
 from test_generator_layouts import PUBLISHED, backbone
 
 from discrete_lit.backbones import SequenceLayout, Transformer

@@ -10,12 +10,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import golden_diffusion
-import golden_generators
-import golden_outputs
-import golden_samples
 import pytest
 import torch
+from helpers import golden_diffusion, golden_generators, golden_outputs, golden_samples
 from safetensors.torch import load_file, save_file
 
 import discrete_lit

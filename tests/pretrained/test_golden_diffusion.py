@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import golden_diffusion as golden
 import pytest
 import torch
+from helpers import golden_diffusion as golden
 from safetensors.torch import load_file, save_file
 from test_golden import cases, check, under
 

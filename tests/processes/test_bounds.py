@@ -10,8 +10,8 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from exact_laws import all_sequences
-from exact_oracle import ENTROPY, ExactBackbone, noisy_law, reference_law
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import ENTROPY, ExactBackbone, noisy_law, reference_law
 from torch import Tensor
 
 from discrete_lit.processes import (

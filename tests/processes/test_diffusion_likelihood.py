@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from exact_laws import all_sequences
-from exact_oracle import ExactBackbone, noisy_law, reference_law
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import ExactBackbone, noisy_law, reference_law
 
 from discrete_lit.processes import (
     AbsorbingProcess,

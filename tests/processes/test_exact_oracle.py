@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from exact_laws import all_sequences
-from exact_oracle import (
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import (
     ENTROPY,
     MARGINAL_ENTROPIES,
     ExactBackbone,

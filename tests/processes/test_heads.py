@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exact_laws import all_sequences
-from exact_oracle import exact_cavity, exact_posterior, exact_score, reference_law
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import exact_cavity, exact_posterior, exact_score, reference_law
 
 from discrete_lit.processes import (
     AbsorbingProcess,

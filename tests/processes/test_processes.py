@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from exact_laws import chi_square_p_value
+from helpers.exact_laws import chi_square_p_value
 from torch import Tensor
 
 from discrete_lit.processes import (

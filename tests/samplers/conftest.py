@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
 from discrete_lit.processes import ArccosSchedule, CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule

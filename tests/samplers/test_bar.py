@@ -4,7 +4,7 @@ from math import prod
 
 import pytest
 import torch
-from exact_laws import chi_square_p_value
+from helpers.exact_laws import chi_square_p_value
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import CounterRandom

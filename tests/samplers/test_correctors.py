@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from enumerated_steps import HEADS, PROCESSES, OncePerState, draw_numbers, drawing_of
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
-from exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
+from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, draw_numbers, drawing_of
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
 from discrete_lit.processes import LinearSchedule
 from discrete_lit.processes.heads import CavityHead

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from enumerated_steps import HEADS, PROCESSES, OncePerState, enumerated_law, predict, transitions
-from exact_laws import all_sequences
-from exact_oracle import random_law, reference_law
+from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, enumerated_law, predict, transitions
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import random_law, reference_law
 
 from discrete_lit.processes import CounterRandom, LinearSchedule
 from discrete_lit.processes.heads import CavityHead, ScoreHead

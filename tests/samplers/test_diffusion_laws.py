@@ -4,9 +4,17 @@ from itertools import product
 
 import pytest
 import torch
-from enumerated_steps import HEADS, PROCESSES, FiniteNoise, OncePerState, draw_numbers, enumerated_law, transitions
-from exact_laws import chi_square_p_value
-from exact_oracle import reference_law
+from helpers.enumerated_steps import (
+    HEADS,
+    PROCESSES,
+    FiniteNoise,
+    OncePerState,
+    draw_numbers,
+    enumerated_law,
+    transitions,
+)
+from helpers.exact_laws import chi_square_p_value
+from helpers.exact_oracle import reference_law
 
 from discrete_lit.processes import LinearSchedule, SquareSchedule
 from discrete_lit.processes.heads import CavityHead, ScoreHead

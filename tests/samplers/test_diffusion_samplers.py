@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule

@@ -4,9 +4,9 @@ from math import comb
 
 import pytest
 import torch
-from enumerated_steps import PROCESSES, FiniteNoise, OncePerState, draw_numbers, drawing_of
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
-from exact_oracle import LENGTH, reference_law
+from helpers.enumerated_steps import PROCESSES, FiniteNoise, OncePerState, draw_numbers, drawing_of
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_oracle import LENGTH, reference_law
 from scipy.stats import binom, kstest, poisson
 
 from discrete_lit.backbones import SequenceLayout

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact_laws import chi_square_p_value, order_log_laws, sequence_numbers
+from helpers.exact_laws import chi_square_p_value, order_log_laws, sequence_numbers
 from torch import Tensor
 
 from discrete_lit.processes import (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, sequence_numbers
-from random_weights import randomise
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.random_weights import randomise
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import CounterRandom

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, order_log_laws, sequence_numbers
+from helpers.exact_laws import all_sequences, chi_square_p_value, order_log_laws, sequence_numbers
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import CounterRandom, LinearSchedule

@@ -4,7 +4,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from exact_laws import all_sequences, chi_square_p_value, raster_log_law, sequence_numbers
+from helpers.exact_laws import all_sequences, chi_square_p_value, raster_log_law, sequence_numbers
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.processes import CounterRandom, Purpose

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact_laws import chi_square_p_value
+from helpers.exact_laws import chi_square_p_value
 
 from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.samplers import ConfidenceSampler, MaskBitSampler, MaskGITSampler, TiTokSampler

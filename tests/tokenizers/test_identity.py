@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_runs import QUIET, run, write_settings
+from helpers.tiny_runs import QUIET, run, write_settings
 
 import discrete_lit
 from discrete_lit.checkpoints import instantiate, save

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_weights import randomise
-from tiny_runs import QUIET, run, write_settings
+from helpers.random_weights import randomise
+from helpers.tiny_runs import QUIET, run, write_settings
 from torch.nn import functional as F
 
 import discrete_lit
@@ -65,7 +65,7 @@ def titok(network: dict[str, Any], **arguments: Any) -> dict[str, Any]:
 
 
 def fit(model: dict[str, Any], folder: Path, *arguments: Any, max_steps: int = 2) -> Path:
-    data = {"class_path": "synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}}
+    data = {"class_path": "helpers.synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}}
     trainer = {**QUIET, "max_steps": max_steps, "val_check_interval": 1}
     folder.mkdir(exist_ok=True)
     file = write_settings(folder / "settings.yaml", {"model": model, "data": data, "trainer": trainer})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from random_weights import randomise
+from helpers.random_weights import randomise
 from torch import nn
 
 from discrete_lit.tokenizers.networks.transformer_blocks import TransformerBlocks, TransformerSize, initialise

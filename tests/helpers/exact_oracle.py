@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from math import exp, log
 
 import torch
-from exact_laws import all_sequences
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
@@ -17,6 +16,7 @@ from discrete_lit.processes.forward import ForwardProcess
 from discrete_lit.processes.heads import Head
 from discrete_lit.processes.noise_level import NoiseLevel
 from discrete_lit.processes.schedules import MaskSchedule
+from helpers.exact_laws import all_sequences
 
 VOCAB_SIZE, LENGTH = 4, 3
 ENTROPY = 4.0274103200

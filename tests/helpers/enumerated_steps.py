@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from exact_laws import all_sequences, sequence_numbers
-from exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
 
 from discrete_lit.processes import CounterRandom, LinearSchedule
 from discrete_lit.processes.dense import GaussianProcess
@@ -11,6 +9,8 @@ from discrete_lit.processes.heads import CavityHead, PosteriorHead, ScoreHead
 from discrete_lit.processes.mixture import AbsorbingProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import Drawing
 from discrete_lit.samplers.prediction import Prediction
+from helpers.exact_laws import all_sequences, sequence_numbers
+from helpers.exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
 
 PROCESSES = {
     "absorbing": AbsorbingProcess(VOCAB_SIZE),

@@ -5,10 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from golden_titok import titok, titok_vae
 from torch import Tensor
 
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
+from helpers.golden_titok import titok, titok_vae
 
 Tensors = dict[str, Tensor]
 Load = Callable[..., Any]

@@ -34,7 +34,7 @@ TOKENIZER: dict[str, Any] = {
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         },
     },
-    "data": {"class_path": "synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}},
+    "data": {"class_path": "helpers.synthetic_data.SyntheticImages", "init_args": {"count": 8, "batch_size": 4}},
     "trainer": {**QUIET, "max_steps": 2},
 }
 
