@@ -1,6 +1,7 @@
-"""What our generators make of the golden files' noisy text, by the names of the reference's outputs."""
+"""What our generators make of the golden cases' noisy text, by the names of the reference's outputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,42 +17,52 @@ from discrete_lit.processes.reverse import (
     jumps_from_clean,
     reverse_rates,
 )
+from helpers.golden import Case, Compared, Load, Tensors
 
-Tensors = dict[str, Tensor]
-Inputs = Mapping[str, Tensor]
-# From the reference's own arguments, if any, to the generator that they give.
-Load = Callable[..., Any]
-
-NO_PLACE: dict[str, dict[str, str]] = {
+TOLERANCE = 1e-5
+NO_PLACE = {
     "mdlm": {
         "d3pm": "it gives the mask id, which no clean token is, a probability",
-        "d3pm_loss_T10": "of that parametrisation",
+        r"d3pm_loss_T\d+": "of that parametrisation",
     },
 }
-# What of an output is compared. The logit of the mask id, to which MDLM gives no probability, is left out of ours.
-_IDS = (..., slice(-1))
-COMPARED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "mdlm": {name: _IDS for name in ("backbone_logits", "backbone_logits_sigma", "sedd")}
-}
 
 
-def masked(inputs: Inputs) -> Tensor:
+def without_mask(case: Case, values: Tensor) -> Tensor:
+    """The logit of the mask id, to which MDLM gives no probability, is left out of ours."""
+    return values[..., torch.arange(values.shape[-1]) != case.constructor["mask_index"]]
+
+
+def with_mask(case: Case, values: Tensor, fill: float) -> Tensor:
+    """With a column of `fill` for the mask id."""
+    before, after = values.tensor_split([case.constructor["mask_index"]], dim=-1)
+    return torch.cat([before, torch.full_like(values[..., :1], fill), after], dim=-1)
+
+
+def masked(case: Case, values: Tensor) -> Tensor:
     """The reference copies known tokens over what it computed there."""
-    return inputs["xt"] == 32
+    return values[case.inputs["xt"] == case.constructor["mask_index"]]
 
 
-def noisy(inputs: Inputs) -> Tensor:
-    """At a total noise of 2e-4 the reference's float32 ratio 1 - K / (exp(sigma) - 1 + K) is 0.6% off."""
-    return inputs["t"] > 0.1
+def noisy(case: Case, values: Tensor) -> Tensor:
+    """Its float32 ratio 1 - K / (exp(sigma) - 1 + K) is wrong in the third digit where sigma is below K / 10^5."""
+    return values[case.expected["sigma"] > 5e-4 * case.constructor["tokens"]]
 
 
-# Where outputs are compared.
-WHERE: dict[str, dict[str, Callable[[Inputs], Tensor]]] = {
-    "mdlm": {"ddpm_weights": masked, "ddpm_cache_weights": masked},
+def probabilities(case: Case, values: Tensor) -> Tensor:
+    """Finite logarithms of the reference stand for -inf."""
+    return values.exp()
+
+
+# What both sides are made into.
+BOTH: Compared = {
+    "mdlm": {"ddpm_weights": masked, "ddpm_cache_weights": masked, "subs": probabilities},
     "sedd_uniform": {"score_entropy": noisy, "loss": noisy},
 }
-# Finite logarithms there stand for -inf.
-AS_PROBABILITIES: dict[str, tuple[str, ...]] = {"mdlm": ("subs",)}
+COMPARED: Compared = {
+    **BOTH,
+    "mdlm": {**BOTH["mdlm"], **{name: without_mask for name in ("backbone_logits", "backbone_logits_sigma", "sedd")}},
+}
 
 
 def logits(generator: Any, states: Tensor, level: NoiseLevel) -> Tensor:
@@ -80,8 +91,8 @@ def uniforms_of(process: ForwardProcess, alpha: Tensor, uniforms: Tensor, jumps:
     return torch.where(uniforms < 1 - alpha, where_to, 0.0)
 
 
-def sedd(load: Load, inputs: Inputs) -> Tensors:
-    generator = load()
+def sedd(load: Load, case: Case) -> Tensors:
+    generator, inputs = load(), case.inputs
     parts = generator.denoiser()
     process = parts.process
     level = NoiseLevel.at(parts.schedule, inputs["t"][:, None])
@@ -113,8 +124,8 @@ def sedd(load: Load, inputs: Inputs) -> Tensors:
     return made
 
 
-def mdlm(load: Load, inputs: Inputs) -> Tensors:
-    generator, timed = load(), load(time_conditioning=True)
+def mdlm(load: Load, case: Case) -> Tensors:
+    generator, timed, inputs = load(), load(time_conditioning=True), case.inputs
     parts = generator.denoiser()
     process, schedule = parts.process, parts.schedule
     level = NoiseLevel.at(schedule, inputs["t"][:, None])
@@ -124,9 +135,10 @@ def mdlm(load: Load, inputs: Inputs) -> Tensors:
     cavity = parts.head(network, states, level)
     clean = posterior_from_cavity(cavity, states, process, level)
     score = score_from_cavity(clean, states, process, level).exp()
-    # The reference cuts 1e-3 off the times.
+    # The reference cuts this off the times; and it stratifies them.
+    first = case.default("sampling_eps")
     places = torch.arange(len(tokens))
-    times = 1e-3 + (1 - 1e-3) * ((places + inputs["u_t"]) / len(tokens))
+    times = first + (1 - first) * ((places + inputs["u_t"]) / len(tokens) % 1)
     drawn = NoiseLevel.at(schedule, times[:, None])
     corrupted = process.corrupt(tokens, drawn.alpha, uniforms_of(process, drawn.alpha, inputs["u_mask"], None))
 
@@ -143,8 +155,8 @@ def mdlm(load: Load, inputs: Inputs) -> Tensors:
         **noise(schedule, inputs["t"]),
         "backbone_logits": network,
         "backbone_logits_sigma": logits(timed, states, level),
-        "sedd": ScoreHead()(F.pad(network, (0, 1)), states, level)[..., :-1],
-        "subs": F.pad(clean, (0, 1), value=-torch.inf),
+        "sedd": without_mask(case, ScoreHead()(with_mask(case, network, 0.0), states, level)),
+        "subs": with_mask(case, clean, -torch.inf),
         "score": score,
         "loss": loss(states, level),
         "sampled_t": times,
@@ -152,28 +164,50 @@ def mdlm(load: Load, inputs: Inputs) -> Tensors:
         "ddpm_weights": weights(schedule),
         "ddpm_cache_weights": weights(LinearSchedule()),
         "analytic_weights": analytic_weights(score, states, process, level.alpha / earlier.alpha),
-        "samples": raced_samples(generator, inputs["sample_u"]),
+        "samples": raced_samples(generator, case),
         "draws_used": torch.tensor([len(inputs["sample_u"])]),
     }
 
 
-def raced_samples(generator: Any, uniforms: Tensor) -> Tensor:
-    """Ours steps by the linear schedule, drawn by the reference's race of exponentials; `uniforms (T, B, N, S)`."""
-    parts, schedule = generator.denoiser(), LinearSchedule()
-    process, last = parts.process, 1e-5
+def raced_samples(generator: Any, case: Case) -> Tensor:
+    """Ancestral steps, drawn by the reference's race of exponentials; the uniforms are `(T, B, N, S)`.
+
+    Its caching update takes t itself as the probability of a mask, whatever the schedule.
+    """
+    parts, uniforms, sampling = generator.denoiser(), case.inputs["sample_u"], case.constructor["config"]["sampling"]
+    predictor, steps, offset = sampling["predictor"], len(uniforms), case.default("gumbel_offset")
+    schedule = {"ddpm_cache": LinearSchedule(), "ddpm": parts.schedule}[predictor]
+    process, last = parts.process, case.default("last_time")
+    assert sampling["steps"] == steps and sampling["noise_removal"], f"{case}: {sampling} is not what is drawn here"
     states = torch.full(uniforms.shape[1:3], process.mask_id)
 
     def cavity(states: Tensor, t: Tensor) -> Tensor:
-        level = NoiseLevel.at(schedule, t.expand(len(states), 1))
+        level = NoiseLevel.at(parts.schedule, t.expand(len(states), 1))
         return parts.head(logits(generator, states, level), states, level)
 
-    for step, t in enumerate(torch.linspace(1, last, len(uniforms) + 1, dtype=torch.float64)[:-1]):
-        alphas = [schedule.alpha(time.expand(len(states), 1)) for time in (t - (1 - last) / len(uniforms), t)]
+    for step, t in enumerate(torch.linspace(1, last, steps + 1, dtype=torch.float64)[:-1]):
+        alphas = [schedule.alpha(time.expand(len(states), 1)) for time in (t - (1 - last) / steps, t)]
         law = jumps_from_clean(cavity(states, t), states, process, *alphas).distribution(states, process.states)
-        arrivals = 1e-10 - (uniforms[step] + 1e-10).log()
+        arrivals = offset - (uniforms[step] + offset).log()
         states = torch.where(states == process.mask_id, (law / arrivals).argmax(dim=-1), states)
     best = cavity(states, torch.tensor(last)).argmax(dim=-1)
     return torch.where(states == process.mask_id, best, states)
 
 
-OUTPUTS: dict[str, Callable[[Load, Inputs], Tensors]] = {"mdlm": mdlm, "sedd_absorb": sedd, "sedd_uniform": sedd}
+def compared(outputs: Callable[[Load, Case], Tensors], load: Load, case: Case) -> Tensors:
+    """Outputs as they are compared."""
+    parts = BOTH.get(case.family, {})
+    return {name: parts[name](case, value) if name in parts else value for name, value in outputs(load, case).items()}
+
+
+def again(generator: Any, case: Case) -> Tensors:
+    """What a module that was saved and loaded again must give bit for bit."""
+    level = NoiseLevel.at(generator.denoiser().schedule, case.inputs["t"][:, None])
+    return {"logits": logits(generator, case.inputs["xt"], level)}
+
+
+OUTPUTS = {
+    "mdlm": partial(compared, mdlm),
+    "sedd_absorb": partial(compared, sedd),
+    "sedd_uniform": partial(compared, sedd),
+}

@@ -1,69 +1,60 @@
-"""Published layouts give what the reference repositories' own code computes.
+"""Published models give what the reference repositories' own code computes; `helpers.golden` says how a case looks."""
 
-`DISCRETE_LIT_GOLDEN` names a folder with one folder a family; each case is a safetensors file of `state.<published
-key>`, `in.<name>` and `out.<name>`, and a JSON file beside it that says what each is.
-"""
-
-import json
-import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import golden_diffusion, golden_generators, golden_outputs, golden_samples
-from safetensors.torch import load_file, save_file
+from helpers import golden_decoding, golden_diffusion, golden_generators, golden_tokenizers
+from helpers.golden import Case, cases, cases_of, compare, published
 
 import discrete_lit
 from discrete_lit.checkpoints import save
-from discrete_lit.pretrained import FAMILIES, load_pretrained
+from discrete_lit.pretrained import FAMILIES
+from discrete_lit.processes import CounterRandom
+from discrete_lit.samplers import FirstHittingSampler, RemaskingSampler
 
-GOLDEN = os.environ.get("DISCRETE_LIT_GOLDEN")
-NOT_YET = {
-    "maskgit_jax_decode": "MaskGIT's own decoding, which is no checkpoint",
-}
-NO_PLACE = {
-    ("maskgit_vqgan", "soft_code"): "a softmax over codes that no training of ours distils",
-}
-
-
-def cases(families: Collection[str]) -> list[Any]:
-    if GOLDEN is None:
-        reason = "DISCRETE_LIT_GOLDEN, the folder of the reference outputs, is not set"
-        return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
-    files = [file for file in sorted(Path(GOLDEN).glob("*/*.safetensors")) if file.parent.name in families]
-    return [pytest.param(file, id=f"{file.parent.name}-{file.stem}") for file in files]
+KINDS = (golden_tokenizers, golden_generators, golden_diffusion)
+NOT_YET = (
+    *("bar", "bar_fsq", "bitdance", "bitdance_ae", "bitdance_parallel", "chameleon", "dalle_dvae", "dit", "emu3"),
+    *("encodec", "gidd", "hart", "hart_tokenizer", "ibq_ar", "infinity", "janus", "ldm", "llamagen_t2i"),
+    *("magvit2_video", "mar", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
+    *("rq_transformer", "rq_vae", "showo", "sit", "tokenbridge", "transfusion_mask", "va_vae", "vq_diffusion", "xar"),
+)
 
 
-@pytest.mark.skipif(GOLDEN is None, reason="DISCRETE_LIT_GOLDEN is not set")
-def test_every_family_is_loaded_or_named_as_not_yet() -> None:
-    found = {file.parent.name for file in Path(str(GOLDEN)).glob("*/*.safetensors")}
-    assert found == FAMILIES.keys() | NOT_YET.keys() and not FAMILIES.keys() & NOT_YET.keys()
-    tested = golden_outputs.OUTPUTS.keys() | golden_generators.OUTPUTS.keys() | golden_diffusion.OUTPUTS.keys()
-    assert tested == FAMILIES.keys()
+def kind_of(family: str) -> Any:
+    return next((kind for kind in KINDS if family in kind.OUTPUTS), None)
 
 
-@pytest.mark.parametrize("file", cases(golden_outputs.OUTPUTS))
-def test_outputs_of_the_reference(file: Path, tmp_path: Path) -> None:
-    family = file.parent.name
-    tensors = load_file(file)
-    published = json.loads(file.with_suffix(".json").read_text())["constructor"]
-    weights = tmp_path / "published.safetensors"
-    save_file(under("state.", tensors), weights)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_that_is_loaded_is_compared(family: str) -> None:
+    assert family not in NOT_YET and kind_of(family) is not None
 
-    first = load_pretrained(weights, family, published)
+
+@pytest.mark.parametrize("case", cases())
+@torch.no_grad()
+def test_outputs_of_the_reference(case: Case, tmp_path: Path) -> None:
+    family = case.family
+    if family in golden_decoding.OUTPUTS:
+        # No checkpoint: a published sampler on a toy network.
+        assert family not in FAMILIES and family not in NOT_YET
+        compare(
+            case, golden_decoding.OUTPUTS[family](case), golden_decoding.NO_PLACE[family], {}, golden_decoding.TOLERANCE
+        )
+        return
+    assert (family in FAMILIES) != (family in NOT_YET), f"{family} must be loaded, or be named as not yet"
+    if family in NOT_YET:
+        pytest.skip(f"{family}: not loaded yet")
+    kind, load = kind_of(family), published(case, tmp_path)
+    first = load()
     assert not first.training
 
-    def load(**reference: Any) -> Any:
-        return load_pretrained(weights, family, {**published, **reference}) if reference else first
+    def load_once(**reference: Any) -> Any:
+        return load(**reference) if reference else first
 
-    inputs, expected = under("in.", tensors), under("out.", tensors)
-    found = golden_outputs.OUTPUTS[family](load, inputs, published)
-    without_place = {name for other, name in NO_PLACE if other == family}
-    assert without_place <= expected.keys() and not without_place & found.keys()
-    for name in expected.keys() - without_place:
-        check(name, found[name].detach(), expected[name])
+    found = kind.OUTPUTS[family](load_once, case)
+    compare(case, found, kind.NO_PLACE.get(family, {}), kind.COMPARED, kind.TOLERANCE)
 
     save(first, tmp_path / "ours.ckpt")
     second = discrete_lit.load(tmp_path / "ours.ckpt")
@@ -71,54 +62,26 @@ def test_outputs_of_the_reference(file: Path, tmp_path: Path) -> None:
     state = second.state_dict()
     assert state.keys() == first.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
-    images = inputs["x"] * 2 - 1
-    with torch.no_grad():
-        tokens = first.encode(images)
-        assert torch.equal(second.encode(images), tokens)
-        assert torch.equal(second.decode(tokens), first.decode(tokens))
+    outputs = kind.again(second, case)
+    assert outputs and all(torch.equal(value, outputs[name]) for name, value in kind.again(first, case).items())
 
 
-@pytest.mark.parametrize("file", cases(golden_generators.OUTPUTS))
+@pytest.mark.parametrize("case", cases_of(["titok_imagebert", "titok_uvitbert", "halton_maskgit"]))
 @torch.no_grad()
-def test_outputs_of_the_reference_generators(file: Path, tmp_path: Path) -> None:
-    family = file.parent.name
-    tensors = load_file(file)
-    published = json.loads(file.with_suffix(".json").read_text())["constructor"]
-    state, tokenizer = under("state.", tensors), None
-    if family == "var_transformer":
-        # Two published files.
-        save_file(under("vae.", state), tmp_path / "tokenizer.safetensors")
-        tokenizer = load_pretrained(tmp_path / "tokenizer.safetensors", "var_vqvae", published["vae"])
-        state = under("var.", state)
-    save_file(state, tmp_path / "published.safetensors")
-    first = load_pretrained(tmp_path / "published.safetensors", family, published, tokenizer)
-    assert not first.training and not first.tokenizer.training
+def test_published_masked_generators_are_sampled_as_diffusion(case: Case, tmp_path: Path) -> None:
+    """First hitting draws from the law that reveals along its order; remasking changes what it had drawn."""
+    generator = published(case, tmp_path)()
+    length, label = generator.length, case.inputs["y"][:1]
+    random = CounterRandom(0, torch.arange(1))
+    drawn = generator.draw(label, random, FirstHittingSampler(), trace=True)
+    assert drawn.sequential_passes == len(drawn.trace) == length
+    order = torch.stack([step.changed[0].int().argmax() for step in drawn.trace])
+    assert sorted(order.tolist()) == list(range(length))
+    drawn_with = sum(step.confidence[0, place] for step, place in zip(drawn.trace, order, strict=True))
+    along = generator.log_likelihood(drawn.tokens, label, order=order)
+    assert along.kind == "exact" and torch.allclose(along.nats, drawn_with, rtol=1e-5)
 
-    inputs, expected = under("in.", tensors), under("out.", tensors)
-    logits = golden_generators.OUTPUTS[family]
-    found = logits(first, inputs)
-    found |= golden_samples.SAMPLES[family](first, inputs)
-    without_place = golden_generators.NO_PLACE.get(family, {}).keys()
-    assert without_place <= expected.keys() and found.keys() == expected.keys() - without_place
-    for name, value in found.items():
-        part = golden_generators.COMPARED.get(family, {}).get(name, ())
-        check(name, value, expected[name][part])
-
-    save(first, tmp_path / "ours.ckpt")
-    second = discrete_lit.load(tmp_path / "ours.ckpt")
-    assert type(second) is type(first) and second.hparams == first.hparams
-    assert all(torch.equal(value, found[name]) for name, value in logits(second, inputs).items())
-
-
-def under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
-    """Integers exactly, numbers within a share of the largest of the reference."""
-    found = found.reshape(expected.shape) if found.dim() == 0 else found
-    assert found.shape == expected.shape, name
-    if expected.dtype == torch.int64:
-        assert torch.equal(found, expected), name
-    else:
-        assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()), name
+    for strategy in ("cap", "rescale", "conf", "loop"):
+        remasked = generator.draw(label, random, RemaskingSampler(strategy, eta=0.5, steps=3 * length), trace=True)
+        assert 0 <= int(remasked.tokens.min()) and int(remasked.tokens.max()) < generator.vocab_size
+        assert sum(int(step.changed.sum()) for step in remasked.trace) > length

@@ -1,0 +1,186 @@
+"""Golden cases: what the published repositories' own code computed from tiny random weights, and with which settings.
+
+`DISCRETE_LIT_GOLDEN` names a folder with one folder a family. A case is `<family>/<name>.safetensors`, with
+`state.<published key>`, `in.<name>` and `out.<name>`, and `<name>.json` beside it, which gives the arguments of the
+reference's class (`constructor`) and says in a sentence what each tensor is, the arguments of its sampler included.
+Every setting is read there or from the tensors' shapes; what neither says stands in `DEFAULTS`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from discrete_lit.pretrained import load_pretrained
+
+Tensors = dict[str, Tensor]
+# `load(**reference)`: the module of a case, with some of the reference's arguments in place of the case's own.
+Load = Callable[..., Any]
+
+UNSET = "DISCRETE_LIT_GOLDEN, the folder of the reference outputs, is not set"
+_NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+
+DEFAULTS: dict[tuple[str, str], Any] = {
+    # Arguments that the reference's code has as defaults or constants, where no case says them.
+    ("halton_maskgit", "sched_mode"): "arccos",  # ConfidenceSampler(sched_mode="arccos")
+    ("mdlm", "sampling_eps"): 1e-3,  # training.sampling_eps of configs/config.yaml
+    ("mdlm", "last_time"): 1e-5,  # Diffusion._sample(num_steps=None, eps=1e-5)
+    ("mdlm", "gumbel_offset"): 1e-10,  # _sample_categorical: 1e-10 - (rand + 1e-10).log()
+    ("mar_kl_vae", "scale_factor"): 0.2325,  # mul_(0.2325) in MAR's training loop
+    ("taming_vqgan", "beta"): 0.25,  # VQModel builds its quantizer with beta=0.25
+    ("rar", "guidance_scale_pow"): 1.0,  # RAR.generate(guidance_scale_pow=1.0)
+}
+
+
+class Case:
+    """One case: `state`, `inputs` and `expected` by the names of the reference, without their prefixes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.family = file, file.parent.name
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.file.stem}"
+
+    @cached_property
+    def _tensors(self) -> Tensors:
+        return load_file(self.file)
+
+    @cached_property
+    def _described(self) -> dict[str, Any]:
+        return json.loads(self.file.with_suffix(".json").read_text())
+
+    def _under(self, prefix: str) -> Tensors:
+        return {name.removeprefix(prefix): value for name, value in self._tensors.items() if name.startswith(prefix)}
+
+    @cached_property
+    def state(self) -> Tensors:
+        return self._under("state.")
+
+    @cached_property
+    def inputs(self) -> Tensors:
+        return self._under("in.")
+
+    @cached_property
+    def expected(self) -> Tensors:
+        return self._under("out.")
+
+    @property
+    def constructor(self) -> dict[str, Any]:
+        return self._described["constructor"]
+
+    def expects(self, name: str) -> bool:
+        """Whether there is an output of this name, or of this name and `_` and what tells it from others."""
+        return any(other == name or other.startswith(f"{name}_") for other in self.expected)
+
+    def matching(self, pattern: str) -> dict[str, re.Match[str]]:
+        """The outputs whose whole names match."""
+        found = {name: re.fullmatch(pattern, name) for name in self.expected}
+        return {name: match for name, match in found.items() if match}
+
+    def says(self, output: str) -> str:
+        """What the case says of an output."""
+        return self._described["outputs"][f"out.{output}"]["what"]
+
+    def read(self, output: str, pattern: str) -> re.Match[str]:
+        """The place of an output's sentence that matches."""
+        found = re.search(pattern, self.says(output))
+        assert found, f"{self}: out.{output} does not say {pattern!r}: {self.says(output)!r}"
+        return found
+
+    def number(self, output: str, argument: str, default: float | None = None) -> float:
+        """The number that an output's sentence gives as `argument=…` or `argument …`."""
+        pattern = rf"\b{argument}(?:=| )({_NUMBER})"
+        if default is not None and not re.search(pattern, self.says(output)):
+            return default
+        return float(self.read(output, pattern)[1])
+
+    def default(self, argument: str) -> Any:
+        """The constructor's argument, or the reference's own default."""
+        return self.constructor.get(argument, DEFAULTS[self.family, argument])
+
+
+def cases() -> list[Any]:
+    """Every case of the folder, as parameters of a test; one that is skipped where no folder is named."""
+    folder = os.environ.get("DISCRETE_LIT_GOLDEN")
+    if not folder:
+        return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
+    found = [Case(file) for file in sorted(Path(folder).glob("*/*.safetensors"))]
+    assert found, f"DISCRETE_LIT_GOLDEN={folder!r} has no case <family>/<name>.safetensors"
+    return [pytest.param(case, id=str(case)) for case in found]
+
+
+def cases_of(families: Collection[str]) -> list[Any]:
+    """The cases of some families, as parameters of a test."""
+    return [case for case in cases() if case.values[0] is None or case.values[0].family in families]
+
+
+def published(case: Case, folder: Path) -> Load:
+    """Write a case's weights into `folder` as they are published; how they are loaded."""
+    state, tokenizer = case.state, None
+    if case.family == "var_transformer":
+        # Two published files.
+        parts = {
+            part: {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
+            for part in ("vae.", "var.")
+        }
+        save_file(parts["vae."], folder / "tokenizer.safetensors")
+        tokenizer = load_pretrained(folder / "tokenizer.safetensors", "var_vqvae", case.constructor["vae"])
+        state = parts["var."]
+    save_file(state, folder / "published.safetensors")
+
+    def load(**reference: Any) -> Any:
+        arguments = {**case.constructor, **reference}
+        return load_pretrained(folder / "published.safetensors", case.family, arguments, tokenizer)
+
+    return load
+
+
+# What of the reference's output is compared, by family and output.
+Compared = Mapping[str, Mapping[str, Callable[[Case, Tensor], Tensor]]]
+
+
+def compare(
+    case: Case,
+    found: Mapping[str, Tensor],
+    without_place: Mapping[str, str],
+    compared: Compared,
+    tolerance: float = 1e-4,
+) -> None:
+    """Compare every output of a case, integers exactly, numbers within a share of the largest of the reference.
+
+    Args:
+        case: the case.
+        found: our outputs; those that the case does not have are left aside.
+        without_place: patterns of outputs that ours cannot have, with the reasons.
+        compared: what is made of an output before it is compared; both sides where `found` has its shape too.
+        tolerance: the share.
+    """
+    assert case.expected, f"{case} has no outputs"
+    excused = {name for name in case.expected for pattern in without_place if re.fullmatch(pattern, name)}
+    assert not excused & found.keys(), f"{case}: compared, though said to have no place: {excused & found.keys()}"
+    missing = sorted(case.expected.keys() - found.keys() - excused)
+    assert not missing, f"{case}: outputs that are not compared: {', '.join(f'out.{name}' for name in missing)}"
+    for name in sorted(case.expected.keys() - excused):
+        part = compared.get(case.family, {}).get(name)
+        expected = case.expected[name]
+        check(f"{case}: out.{name}", found[name].detach(), part(case, expected) if part else expected, tolerance)
+
+
+def check(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Compare one output; fails with its name."""
+    found = found.reshape(expected.shape) if found.dim() == 0 else found
+    assert found.shape == expected.shape, f"{name}: {tuple(found.shape)} is not {tuple(expected.shape)}"
+    if not expected.is_floating_point():
+        assert not found.is_floating_point(), name
+        assert torch.equal(found.long(), expected.long()), name
+        return
+    error, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    assert error <= tolerance * largest, f"{name}: {error} off, where the largest is {largest}"

@@ -1,0 +1,140 @@
+"""MaskGIT's own decoding on the toy network of its golden cases, which have no checkpoint, only noise."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones import Cache, SequenceLayout
+from discrete_lit.processes import CosineSchedule, CounterRandom, Purpose
+from discrete_lit.samplers import MaskGITSampler
+from helpers.golden import Case, Tensors
+from helpers.golden_generators import SCHEDULES
+
+TOLERANCE = 2e-6
+NO_PLACE = {
+    "maskgit_jax_decode": {
+        "schedule_(pow2_5|log|exp)": "schedules that no published model has, and that ours do not offer"
+    }
+}
+
+
+class ToyBackbone:
+    """The net of the golden decoding: tanh(M E[ids]) O + P."""
+
+    def __init__(self, inputs: Tensors) -> None:
+        embedded, self.mixing, self.out, self.bias = (inputs[f"toy_{name}"] for name in "EMOP")
+        self.embedded = embedded
+        self.layout = SequenceLayout(len(embedded) - 1, (len(self.mixing),), 1, "bidirectional", mask_token=True)
+        self.inputs: list[Tensor] = []
+
+    def flops(self, batch: int, tokens: int, cache: Cache) -> int:
+        return 0
+
+    def cache_flops(self, batch: int) -> int:
+        return 0
+
+    def new_cache(self, labels: Tensor) -> Cache:
+        return Cache([], None)
+
+    def __call__(self, tokens: Tensor, labels: Tensor, cache: Cache, order: None, time: None) -> Tensor:
+        self.inputs.append(tokens)
+        return (self.mixing @ self.embedded[tokens]).tanh() @ self.out + self.bias
+
+
+class GivenNoise(CounterRandom):
+    """Gumbel noise of a case `(T, B, N)` in place of the confidence noise."""
+
+    def __init__(self, noise: Tensor) -> None:
+        super().__init__(0, torch.arange(noise.shape[1]))
+        self.noise = noise
+
+    def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        assert purpose == Purpose.CONFIDENCE and count == self.noise.shape[2]
+        return self.noise[step].double()
+
+
+class GivenDraws(MaskGITSampler):
+    """Draws by the case's Gumbel noise: argmax(logits + noise), at the masked positions of each step in turn."""
+
+    def __init__(self, noise: Tensor, backbone: ToyBackbone, **settings) -> None:
+        super().__init__(**settings)
+        self.noise, self.backbone = noise, backbone
+        self.drawn: list[Tensor] = []
+
+    def choose(self, log_probabilities: Tensor, uniforms: Tensor, temperature: float | None = None):
+        masked = self.backbone.inputs[-1] == self.backbone.layout.mask_id
+        places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : log_probabilities.shape[1]]
+        noise = self.noise[len(self.drawn)].gather(1, places[..., None].expand(-1, -1, self.noise.shape[-1]))
+        ids = (log_probabilities + noise).argmax(dim=-1)
+        drawn = torch.where(masked, self.backbone.inputs[-1].scatter(1, places, ids), self.backbone.inputs[-1])
+        self.drawn.append(drawn)
+        return ids, log_probabilities.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
+
+
+class GivenConfidence(MaskGITSampler):
+    """One step whose drawn ids have the probabilities of a case, with noise of one temperature."""
+
+    def __init__(self, probabilities: Tensor, temperature: float) -> None:
+        super().__init__()
+        self.probabilities, self.temperature_of_noise = probabilities, temperature
+
+    def choose_with_score(self, logits: Tensor, uniforms: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(self.probabilities, dtype=torch.int64), self.probabilities.double().log()
+
+    def noise_scale(self, step: int) -> float:
+        return self.temperature_of_noise
+
+
+class Float32Cosine(CosineSchedule):
+    """As the released code computes it: 16 cos(pi / 3) falls below 8 in float32."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return torch.cos((1 - t).float() * (torch.pi / 2)).double()
+
+
+def masked_by_confidence(case: Case) -> Tensor:
+    """What one step masks again, all tokens being drawn."""
+    probabilities, count = case.inputs["topk_probs"], case.inputs["topk_mask_len"][:, 0].tolist()
+    rows, length = probabilities.shape
+    sampler = GivenConfidence(probabilities, float(case.inputs["topk_temperature"]))
+    layout = SequenceLayout(1, (length,), 1, "bidirectional", mask_token=True)
+    random = GivenNoise(case.inputs["topk_gumbel"][None])
+    drawing = SimpleNamespace(layout=layout, random=random, record=lambda tokens, confidence: None)
+    tokens = torch.full((rows, length), layout.mask_id)
+    tokens = sampler.fill(drawing, tokens, torch.zeros(rows, length, 1), 0, length, count)  # type: ignore[arg-type]
+    return (tokens == layout.mask_id).to(torch.uint8)
+
+
+def maskgit_jax_decode(case: Case) -> Tensors:
+    constructor, inputs = case.constructor, case.inputs
+    schedules = {**SCHEDULES, "cosine": Float32Cosine()}
+    backbone = ToyBackbone(inputs)
+    mask_id = backbone.layout.mask_id
+    sampler = GivenDraws(
+        inputs["sample_gumbel"],
+        backbone,
+        steps=constructor["num_iter"],
+        choice_temperature=constructor["temp"],
+        mask_schedule=schedules[constructor["method"]],
+    )
+    start = inputs["init_ids"]
+    labels, known = torch.zeros(len(start), dtype=torch.int64), torch.where(start == mask_id, -1, start)
+    output = sampler(backbone, labels, GivenNoise(inputs["mask_gumbel"]), known=known)  # type: ignore[arg-type]
+    fed = torch.stack(backbone.inputs)
+    decoded = torch.stack(sampler.drawn, dim=1)
+    assert torch.equal(output.tokens, decoded[:, -1])
+    made = {
+        "inputs_per_step": fed,
+        "decoded_per_step": decoded,
+        "masked_per_step": (fed == mask_id).sum(dim=2),
+        "topk_mask": masked_by_confidence(case),
+    }
+    for name, found in case.matching("schedule_(.*)").items():
+        if found[1] in SCHEDULES:
+            ratios = SCHEDULES[found[1]].mask_probability(1 - inputs["ratio"].double())
+            made[name] = ratios.clamp(1e-6, 1).float()
+    return made
+
+
+OUTPUTS = {"maskgit_jax_decode": maskgit_jax_decode}

@@ -1,0 +1,286 @@
+"""What our tokenizers give for the inputs of the golden cases, by the names of the reference's outputs."""
+
+import re
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.tokenizers.quantizers import DiagonalGaussian, VectorQuantizer
+from helpers.golden import Case, Compared, Load, Tensors
+
+Outputs = Callable[[Load, Case], Tensors]
+
+NO_PLACE = {"maskgit_vqgan": {"soft_code": "a softmax over codes that no training of ours distils"}}
+COMPARED: Compared = {}
+TOLERANCE = 1e-4
+
+
+def channels_first(vectors: Tensor) -> Tensor:
+    return vectors.movedim(-1, 1)
+
+
+def quantize(module: Any, prequant: Tensor) -> Any:
+    return module.quantizer(prequant.movedim(1, -1))
+
+
+def decode(module: Any, codes: Tensor) -> Tensor:
+    """Without the clamp of `decode`, in the pixels of the network."""
+    outputs = module.network.decode(codes)
+    return (outputs + 1) / 2 if module.network.pixels == "unit" else outputs
+
+
+def common(module: Any, case: Case) -> tuple[Tensors, Any]:
+    """Latents, ids, codes and reconstructions, and what the quantizer gave.
+
+    Images in [0, 1] are rounded on their way through [-1, 1]; entropies at a temperature of 0.01 magnify that, so the
+    quantizer is given the latents of the images as they were.
+    """
+    images = case.inputs["x"] * 2 - 1 if module.network.pixels == "unit" else case.inputs["x"]
+    prequant = module.network.encode(images)
+    quantized = quantize(module, module.network.encoder(case.inputs["x"]))
+    indices = module.encode(images)
+    assert torch.equal(indices, quantized.tokens)
+    codes = case.inputs["codes"].reshape(-1, *indices.shape[1:])
+    made = {
+        "prequant": prequant,
+        "indices": indices,
+        "quant": channels_first(quantized.codes),
+        "quant_from_indices": module.embed(indices),
+        "xrec": decode(module, module.embed(indices)),
+        "decoded_codes": decode(module, module.embed(codes)),
+    }
+    return made, quantized
+
+
+def taming_vqgan(load: Load, case: Case) -> Tensors:
+    module = load()
+    made, quantized = common(module, case)
+    made["emb_loss"] = sum(quantized.losses.values())
+    legacy = module.quantizer
+    beta = case.number("emb_loss", "beta", case.default("beta"))
+    fixed = VectorQuantizer(legacy.vocab_size, legacy.dim, "gradient", codebook_init="uniform", commitment_weight=beta)
+    fixed.load_state_dict(legacy.state_dict())
+    for name, quantizer in {"legacy": legacy, "fixed": fixed}.items():
+        with torch.enable_grad():
+            latents = made["prequant"].detach().requires_grad_()
+            loss = torch.stack(list(quantizer(latents.movedim(1, -1)).losses.values())).sum()
+            of_latents, of_codes = torch.autograd.grad(loss, (latents, quantizer.codebook.codes))
+        made |= {f"grad_prequant_{name}": of_latents, f"grad_codebook_{name}": of_codes}
+    return made
+
+
+def taming_gumbelvq(load: Load, case: Case) -> Tensors:
+    module = load(kl_weight=case.number("kl_diff", "kl_weight set to"))
+    prequant = module.network.encode(case.inputs["x"])
+    indices = module.encode(case.inputs["x"])
+    latents, noise = prequant.movedim(1, -1), case.inputs["gumbel_noise"].movedim(1, -1)
+
+    def sampled(temperature: float) -> Any:
+        module.quantizer.temperature = temperature
+        return module.quantizer(latents, noise=noise)
+
+    first = sampled(case.number("indices_gumbel", "temp"))
+    codes = channels_first(first.codes)
+    other = {name: sampled(case.number(name, "temperature")) for name in case.matching("indices_gumbel_temp_.*")}
+    return {
+        "prequant": prequant,
+        "logits": channels_first(module.quantizer.to_logits(latents)),
+        "indices_argmax": indices,
+        "quant_argmax": module.embed(indices),
+        "xrec_argmax": decode(module, module.embed(indices)),
+        "indices_gumbel": first.tokens,
+        "quant_gumbel": codes,
+        "xrec_gumbel": decode(module, codes),
+        "kl_diff": first.losses["kl"],
+        **{name: quantized.tokens for name, quantized in other.items()},
+    }
+
+
+def llamagen_vq(load: Load, case: Case) -> Tensors:
+    made, quantized = common(load(), case)
+    losses = quantized.losses
+    # The published weight of the entropy term is 0, which leaves it out.
+    entropy = sum((value for name, value in losses.items() if "entropy" in name), start=torch.zeros(()))
+    vector_losses = {"train_vq_loss": losses["codebook"], "train_commit_loss": losses["commitment"]}
+    return made | vector_losses | {"train_entropy_loss": entropy}
+
+
+def var_vqvae(load: Load, case: Case) -> Tensors:
+    module = load()
+    f = module.network.encode(case.inputs["x"])
+    indices = module.encode(case.inputs["x"])
+    cumulative = module.quantizer.cumulative(indices)
+    codes = module.embed(case.inputs["codes"])
+    return {
+        "f": f,
+        "indices": indices,
+        "fhat_per_scale": cumulative,
+        "images_per_scale": torch.stack([decode(module, f_hat).clamp(-1, 1) for f_hat in cumulative]),
+        "image": module.decode(indices),
+        "reconstruction": module.reconstruct(case.inputs["x"]).outputs.clamp(-1, 1),
+        "var_input": module.quantizer.teacher_forcing(indices),
+        "decoded_codes": module.decode(case.inputs["codes"]),
+        "fhat_codes": codes,
+    }
+
+
+def raw_and_ema(family: Outputs, load: Load, case: Case) -> Tensors:
+    made: Tensors = {}
+    for suffix, loads in {"raw": partial(load, use_ema=False), "ema": load}.items():
+        if case.matching(f".*_{suffix}"):
+            made |= {f"{name}_{suffix}": value for name, value in family(loads, case).items()}
+    return made
+
+
+def magvit2_lfq(load: Load, case: Case) -> Tensors:
+    module = load()
+    made, quantized = common(module, case)
+    if case.expects("indices_pre"):
+        bits = [part.ids for part in module.quantizer.parts(made["indices"]).values()]
+        first, second = case.constructor["factorized_bits used for indices_pre/post"]
+        halves = {"indices_pre": bits[:first], "indices_post": bits[first:]}
+        assert len(halves["indices_post"]) == second
+        made |= {name: sum(bit << place for place, bit in enumerate(half)) for name, half in halves.items()}
+    sample, batch = entropies(module, quantized)
+    of_sample = case.constructor.get("sample_minimization_weight", 1.0)
+    of_batch = case.constructor.get("batch_maximization_weight", 1.0)
+    made |= {"train_sample_entropy": sample, "train_codebook_entropy": batch}
+    made |= {"train_entropy_loss": of_sample * sample - of_batch * batch}
+    return made | {"train_commit": quantized.losses["commitment"] / module.quantizer.commitment_weight}
+
+
+def entropies(module: Any, quantized: Any) -> tuple[Tensor, Tensor]:
+    """The entropy of a place and that of the batch, without their weight."""
+    losses, weight = quantized.losses, module.quantizer.entropy_weight
+    return losses["sample_entropy"] / weight, -losses["batch_entropy"] / weight
+
+
+def ibq(load: Load, case: Case) -> Tensors:
+    module = load()
+    made, quantized = common(module, case)
+    losses = quantized.losses
+    if case.expects("sample_entropy"):
+        sample, batch = entropies(module, quantized)
+        of_sample = case.constructor.get("sample_minimization_weight", 1.0)
+        of_batch = case.constructor.get("batch_maximization_weight", 1.0)
+        made |= {"sample_entropy": sample, "avg_entropy": batch, "entropy_loss": of_sample * sample - of_batch * batch}
+    return made | {"quant_loss": losses["quantization"] + losses["commitment"] + losses["codebook"]}
+
+
+def maskgit_vqgan(load: Load, case: Case) -> Tensors:
+    made, quantized = common(load(), case)
+    made["indices"] = made["indices"].flatten(1)
+    made |= {"rec_unclamped": made["xrec"], "rec": made["xrec"].clamp(0, 1)}
+    return made | {
+        "decoded_codes": made["decoded_codes"].clamp(0, 1),
+        "codebook_loss": sum(quantized.losses.values()),
+    }
+
+
+def vqgan_plus(load: Load, case: Case) -> Tensors:
+    made, quantized = common(load(), case)
+    return made | {"commitment_loss": quantized.losses["commitment"]}
+
+
+def maskbit_tokenizer(load: Load, case: Case) -> Tensors:
+    module = load()
+    made, quantized = common(module, case)
+    sample, batch = entropies(module, quantized)
+    losses = quantized.losses
+    return made | {
+        "commitment_loss": losses["commitment"],
+        "train_entropy_loss": losses["sample_entropy"] + losses["batch_entropy"],
+        "train_per_sample_entropy": sample,
+        "train_avg_entropy": batch,
+    }
+
+
+def mar_kl_vae(load: Load, case: Case) -> Tensors:
+    module = load()
+    posterior = module.posterior(case.inputs["x"])
+    mean = channels_first(posterior.mean)
+    torch.testing.assert_close(module.encode(case.inputs["x"]), mean * case.default("scale_factor"))
+    return {
+        "mean": mean,
+        "logvar": channels_first(posterior.logvar),
+        "std": channels_first((posterior.logvar / 2).exp()),
+        "kl": posterior.kl(),
+        "rec_from_mean": decode(module, mean),
+        "decoded_z": decode(module, case.inputs["z"]),
+    }
+
+
+def load_with_heads(load: Load, case: Case) -> Any:
+    """TiTok's networks have another number of heads in the case than the published sizes, of which it says so."""
+    config = deepcopy(case.constructor["config"])
+    sizes = config["model"]["vq_model"]
+    for half in ("enc", "dec"):
+        said = case.constructor["changed constants"][sizes[f"vit_{half}_model_size"]]
+        sizes[f"vit_{half}_num_heads"] = int(re.search(r"(\d+) heads", said)[1])
+    return load(config=config)
+
+
+def titok(load: Load, case: Case) -> Tensors:
+    module = load_with_heads(load, case)
+    images = case.inputs["x"] * 2 - 1
+    z = module.network.encode(images)
+    quantized = module.quantizer(z.movedim(1, -1))
+    codes = quantized.codes.movedim(-1, 1)
+    indices = module.encode(images)
+    made = {
+        "z": z[:, :, None],
+        "z_quantized": codes[:, :, None],
+        "indices": indices[:, None],
+        "rec_from_indices": unit(module.network.decode(module.embed(indices))),
+        "rec_forward": unit(module.reconstruct(images).outputs),
+        "decoded_codes": unit(module.network.decode(module.embed(case.inputs["codes"]))),
+    }
+    if case.expects("proxy_logits"):
+        made["proxy_logits"] = module.network.proxy_logits(codes)
+    return made
+
+
+def titok_vae(load: Load, case: Case) -> Tensors:
+    module = load_with_heads(load, case)
+    moments = module.network.encode(case.inputs["x"] * 2 - 1)
+    posterior = module.bottleneck.posterior(moments.movedim(1, -1))
+    mean, logvar = (values.movedim(-1, 1)[:, :, None] for values in (posterior.mean, posterior.logvar))
+    tokens = zip(posterior.mean.unbind(1), posterior.logvar.unbind(1), strict=True)
+    return {
+        "moments": moments[:, :, None],
+        "mean": mean,
+        "logvar": logvar,
+        "kl": torch.stack([DiagonalGaussian(*token).kl() for token in tokens], dim=1),
+        "rec_from_mean": unit(module.network.decode(mean[:, :, 0])),
+        "decoded_z": unit(module.network.decode(case.inputs["z"][:, :, 0])),
+    }
+
+
+def unit(outputs: Tensor) -> Tensor:
+    """From [-1, 1] to the reference's [0, 1], not clamped."""
+    return (outputs + 1) / 2
+
+
+def again(module: Any, case: Case) -> Tensors:
+    """What a module that was saved and loaded again must give bit for bit."""
+    return {"encoded": module.encode(case.inputs["x"] * 2 - 1)}
+
+
+OUTPUTS: dict[str, Outputs] = {
+    "taming_vqgan": taming_vqgan,
+    "taming_gumbelvq": taming_gumbelvq,
+    "llamagen_vq": llamagen_vq,
+    "var_vqvae": var_vqvae,
+    "magvit2_lfq": partial(raw_and_ema, magvit2_lfq),
+    "ibq": partial(raw_and_ema, ibq),
+    "maskgit_vqgan": maskgit_vqgan,
+    "vqgan_plus": vqgan_plus,
+    "maskbit_tokenizer": maskbit_tokenizer,
+    "mar_kl_vae": mar_kl_vae,
+    "titok": titok,
+    "titok_vae": titok_vae,
+}
