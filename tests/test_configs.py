@@ -4,7 +4,6 @@ The files of lightning_configs/data are tested with the DataModules.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -290,12 +289,25 @@ def test_the_command_of_the_comment_parses_at_full_size(
 
 
 def check_said(said: dict[str, Any], settings: dict[str, Any], place: str = "") -> None:
-    """What the files say, one laid over the other, is what the command understands."""
+    """What the files say, one laid over the other, is what the command understands, which may fill in more."""
     for key, value in said.items():
-        if isinstance(value, dict):
-            check_said(value, settings[key], f"{place}{key}.")
-        elif not isinstance(value, list):
-            assert settings[key] == value, f"{place}{key}"
+        if key.endswith("+"):
+            # Added to the list that is there.
+            check_value(value, settings[key.removesuffix("+")][-len(value) :], f"{place}{key}")
+        else:
+            check_value(value, settings[key], f"{place}{key}")
+
+
+def check_value(said: Any, value: Any, place: str) -> None:
+    if isinstance(said, dict):
+        assert isinstance(value, dict), place
+        check_said(said, value, f"{place}.")
+    elif isinstance(said, list):
+        assert isinstance(value, list) and len(value) == len(said), place
+        for number, (one, other) in enumerate(zip(said, value, strict=True)):
+            check_value(one, other, f"{place}[{number}]")
+    else:
+        assert value == said, place
 
 
 @pytest.mark.parametrize("config", [config for config in CONFIGS if config.startswith(PARTS[1])])
@@ -305,9 +317,7 @@ def test_trainers_parse_with_a_model(
     monkeypatch.chdir(ROOT)
     base = "lightning_configs/quickstart/masked.yaml"
     settings = printed(["fit", "--config", base, "--config", config], capsys)
-    for key, value in read(config)["trainer"].items():
-        if not isinstance(value, dict | list):
-            assert settings["trainer"][key] == value
+    check_said(read(config), settings)
 
 
 @pytest.mark.parametrize("config", VERBS)
@@ -316,5 +326,4 @@ def test_verbs_parse(config: str, capsys: pytest.CaptureFixture, monkeypatch: py
     command = header_command(config)
     assert configs_of(command) == [config]
     settings = printed(command, capsys)
-    for key, value in read(config).items():
-        assert json.dumps(value) == json.dumps(settings[key]) or isinstance(value, dict)
+    check_said(read(config), settings)

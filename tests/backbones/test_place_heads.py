@@ -167,9 +167,10 @@ def test_training_loss_of_bits_weighs_those_that_were_not_masked() -> None:
 def test_untrained_bits_know_only_the_masked_share_and_the_place() -> None:
     """adaLN begins at zero: the head is then a function of its input bits alone."""
     head = MaskedBitHead(BLOCK, 16, width=12, depth=2)
-    for module in head.modules():
-        if module.__class__.__name__ == "Modulation":
-            assert not module.project.weight.any() and not module.project.bias.any()
+    modulations = [module for module in head.modules() if type(module).__name__ == "Modulation"]
+    assert len(modulations) >= 2
+    for module in modulations:
+        assert not module.project.weight.any() and not module.project.bias.any()
 
 
 @pytest.mark.parametrize("make", ["two parts", "three parts", "gated RMS blocks", "bits"])

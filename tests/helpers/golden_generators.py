@@ -5,7 +5,7 @@ Guidance scales of the references become ours by the table of `discrete_lit.samp
 
 import ast
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -230,7 +230,8 @@ def halton_maskgit_samples(generator: Any, case: Case) -> Tensors:
     labels, shape = case.inputs["y"], generator.token_shape
     mask_id = generator.backbone.layout.mask_id
     made: Tensors = {}
-    for variant, suffix in (("newer", ""), ("older", "_older_sampler")):
+    variants: dict[Literal["newer", "older"], str] = {"newer": "", "older": "_older_sampler"}
+    for variant, suffix in variants.items():
         name = f"halton_greedy{suffix}"
         steps, scale = int(case.number(name, "step")), 1 + case.number(name, "w")
         sampler = HaltonSampler(steps=steps, variant=variant, guidance_scale=scale, top_k=1)

@@ -59,7 +59,7 @@ def common(module: Any, case: Case) -> tuple[Tensors, Any]:
 def taming_vqgan(load: Load, case: Case) -> Tensors:
     module = load()
     made, quantized = common(module, case)
-    made["emb_loss"] = sum(quantized.losses.values())
+    made["emb_loss"] = sum(quantized.losses.values(), start=torch.zeros(()))
     legacy = module.quantizer
     beta = case.number("emb_loss", "beta", case.default("beta"))
     fixed = VectorQuantizer(legacy.vocab_size, legacy.dim, "gradient", codebook_init="uniform", commitment_weight=beta)
@@ -177,7 +177,7 @@ def maskgit_vqgan(load: Load, case: Case) -> Tensors:
     made |= {"rec_unclamped": made["xrec"], "rec": made["xrec"].clamp(0, 1)}
     return made | {
         "decoded_codes": made["decoded_codes"].clamp(0, 1),
-        "codebook_loss": sum(quantized.losses.values()),
+        "codebook_loss": sum(quantized.losses.values(), start=torch.zeros(())),
     }
 
 
@@ -220,7 +220,9 @@ def load_with_heads(load: Load, case: Case) -> Any:
     sizes = config["model"]["vq_model"]
     for half in ("enc", "dec"):
         said = case.constructor["changed constants"][sizes[f"vit_{half}_model_size"]]
-        sizes[f"vit_{half}_num_heads"] = int(re.search(r"(\d+) heads", said)[1])
+        heads = re.search(r"(\d+) heads", said)
+        assert heads, f"{case}: the constructor does not say how many heads there are: {said!r}"
+        sizes[f"vit_{half}_num_heads"] = int(heads[1])
     return load(config=config)
 
 

@@ -82,7 +82,11 @@ def test_prefixes_of_training_are_taken_off(load: Callable[..., Any]) -> None:
 
 
 def test_old_files_hold_the_numbers_of_positions(load: Callable[..., Any]) -> None:
-    load("titok_imagebert", lambda state: state.update({"model.embeddings.position_ids": torch.arange(512)[None]}))
+    plain = load("titok_imagebert")
+    numbers = {"model.embeddings.position_ids": torch.arange(512)[None]}
+    old = load("titok_imagebert", lambda state: state.update(numbers))
+    assert old.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, old.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
 @pytest.fixture

@@ -47,7 +47,20 @@ def test_weights_in_half_precision_become_float32(load: Callable[..., Any]) -> N
 
 
 def test_what_only_training_used_is_dropped(load: Callable[..., Any]) -> None:
-    load(lambda state: state.update({"loss.discriminator.main.0.weight": torch.zeros(1), "colorize": torch.zeros(1)}))
+    training = {"loss.discriminator.main.0.weight": torch.zeros(1), "colorize": torch.zeros(1)}
+    kept: State = {}
+
+    def add(state: State) -> None:
+        kept.update(state)
+        state.update(training)
+
+    def keep(state: State) -> None:
+        state.clear()
+        state.update(kept)
+
+    with_training, without = load(add).state_dict(), load(keep).state_dict()
+    assert with_training.keys() == without.keys()
+    assert all(torch.equal(value, with_training[name]) for name, value in without.items())
 
 
 def test_a_network_without_attention(load: Callable[..., Any]) -> None:

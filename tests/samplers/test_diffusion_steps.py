@@ -128,17 +128,17 @@ def test_remasked_counts_are_binomial() -> None:
         assert chi_square_p_value(trajectory.masked.sum(dim=1), law) > 1e-4
 
 
-@pytest.mark.parametrize("strategy", ["cap", "rescale", "conf", "loop"])
+@pytest.mark.parametrize("strategy", ["cap", "rescale", "conf"])
 def test_without_remasking_it_is_the_ancestral_sampler(strategy: str) -> None:
     backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
     plain = draw_numbers(AncestralSampler(steps=6), backbone, LinearSchedule(), 500)
-    if strategy == "loop":
-        sampler = RemaskingSampler(strategy="loop", eta=0.0, steps=6, loop=(0.5, 1.0))
-        times = sampler.times(LinearSchedule())
-        torch.testing.assert_close(times, torch.tensor([0, 0.1, 0.1, 0.1, 0.4, 0.7, 1.0], dtype=torch.float64))
-    else:
-        other = draw_numbers(RemaskingSampler(strategy=strategy, eta=0.0, steps=6), backbone, LinearSchedule(), 500)
-        assert torch.equal(plain, other)
+    other = draw_numbers(RemaskingSampler(strategy=strategy, eta=0.0, steps=6), backbone, LinearSchedule(), 500)
+    assert torch.equal(plain, other)
+
+
+def test_a_loop_has_times_of_its_own() -> None:
+    times = RemaskingSampler(strategy="loop", eta=0.0, steps=6, loop=(0.5, 1.0)).times(LinearSchedule())
+    torch.testing.assert_close(times, torch.tensor([0, 0.1, 0.1, 0.1, 0.4, 0.7, 1.0], dtype=torch.float64))
 
 
 def test_a_loop_masks_at_its_level_alone() -> None:
@@ -188,8 +188,11 @@ def test_poisson_counts() -> None:
     for mean in (0.0, 1e-9, 0.3, 4.0, 40.0):
         counts = draw_poisson(torch.full_like(uniforms, mean), uniforms)[0]
         assert ((counts > 0) == (uniforms[0] < -torch.expm1(torch.tensor(-mean, dtype=torch.float64)))).all()
-        law = torch.tensor(poisson.pmf(range(200), mean))
-        assert mean < 1e-6 or chi_square_p_value(counts, law / law.sum()) > 1e-4
+        if mean < 1e-6:
+            assert not counts.any()
+        else:
+            law = torch.tensor(poisson.pmf(range(200), mean))
+            assert chi_square_p_value(counts, law / law.sum()) > 1e-4
 
 
 def test_jumps_of_an_order_add_up() -> None:

@@ -4,6 +4,7 @@ from random import Random
 
 import pytest
 import torch
+from helpers.sampler_cases import CASES
 
 from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
@@ -40,9 +41,9 @@ def test_given_tokens_stay(case) -> None:
         assert 0 <= int(tokens.min()) and int(tokens.max()) < size, vars(sampler)
 
 
+# The sampler of scales computes all of them, whatever is given.
+@pytest.mark.parametrize("case", [name for name in CASES if name != "next_scale"], indirect=True)
 def test_nothing_is_computed_where_everything_is_given(case) -> None:
-    if case.name == "next_scale":
-        return  # it computes all scales
     known = torch.randint(0, case.backbone.layout.vocab_size, (3, case.length))
     output = case.draw(case.build(), torch.zeros(3, dtype=torch.int64), torch.arange(3), known=known)
     assert torch.equal(output.tokens, known)
@@ -152,9 +153,10 @@ def test_guidance_longer_than_the_sampling(case) -> None:
         case.draw(sampler, torch.zeros(1, dtype=torch.int64), torch.arange(1))
 
 
+@pytest.mark.parametrize(
+    "case", [name for name, (_, _, settings) in CASES.items() if "steps" in settings], indirect=True
+)
 def test_steps_out_of_range(case) -> None:
-    if "steps" not in case.settings:
-        return
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         case.build(steps=0)
     with pytest.raises(ValueError, match="steps=7 exceeds the 6 tokens"):
