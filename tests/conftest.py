@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.random_weights import randomise
 from torch import nn
 
 torch.set_num_threads(1)
+# Before anything imports them: a failing assertion of theirs shows its values too.
+pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,8 @@ def make_backbone() -> Callable[..., Any]:
         spread: float | None = 0.3,
         **switches: Any,
     ) -> Any:
+        from helpers.random_weights import randomise
+
         from discrete_lit.backbones import SequenceLayout, Transformer
 
         mask_token = attention == "bidirectional"
@@ -115,6 +118,8 @@ def make_generator(make_grid_tokenizer: Callable[..., Any]) -> Callable[..., Any
         backbone: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> Any:
+        from helpers.random_weights import randomise
+
         from discrete_lit.backbones import SequenceLayout, Transformer
         from discrete_lit.generators import Autoregressive, Masked
 

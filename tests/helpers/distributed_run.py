@@ -6,6 +6,9 @@ SETTINGS is a list of keyword dictionaries for `run`, which run one after anothe
 
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -201,6 +204,55 @@ def main() -> None:
     for keywords in json.loads(Path(settings).read_text()):
         results.append(run(**keywords))
         torch.save(results, f"{out}.{os.environ['LOCAL_RANK']}")
+
+
+def on_two_ranks(folder, *settings, expect_kill=False):
+    """Run settings on two processes; each rank's results, in order."""
+    folder.mkdir(exist_ok=True)
+    file, out = folder / "settings.json", folder / "results"
+    file.write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(out), str(file)]
+    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
+    processes = []
+    for rank, log in enumerate(logs):
+        with log.open("w") as stream:
+            environment = {**os.environ, **shared, "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    text = "\n".join(log.read_text()[-5000:] for log in logs)
+    assert codes == ([-signal.SIGKILL] * 2 if expect_kill else [0, 0]), text
+    return [torch.load(f"{out}.{rank}") if Path(f"{out}.{rank}").exists() else None for rank in range(2)]
+
+
+def joined(results):
+    """Losses and indices of the global batches: `({batch: loss}, {batch: indices})`."""
+    first, second = (result["batches"] for result in results)
+    assert first.keys() == second.keys()
+    for batch in first:
+        assert first[batch][0] == second[batch][0], "the logged loss is the mean over ranks on both"
+    losses = {batch: loss for batch, (loss, _) in first.items()}
+    return losses, {batch: first[batch][1] + second[batch][1] for batch in first}
+
+
+def alone(result):
+    losses = {batch: loss for batch, (loss, _) in result["batches"].items()}
+    return losses, {batch: indices for batch, (_, indices) in result["batches"].items()}
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 if __name__ == "__main__":

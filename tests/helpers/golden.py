@@ -124,7 +124,8 @@ def cases_of(families: Collection[str]) -> list[Any]:
 
 def published(case: Case, folder: Path) -> Load:
     """Write a case's weights into `folder` as they are published; how they are loaded."""
-    state, tokenizer = case.state, None
+    state: Tensors = case.state
+    tokenizer: Any = None
     if case.family == "var_transformer":
         # Two published files.
         parts = {

@@ -144,7 +144,8 @@ def magvit2_lfq(load: Load, case: Case) -> Tensors:
         first, second = case.constructor["factorized_bits used for indices_pre/post"]
         halves = {"indices_pre": bits[:first], "indices_post": bits[first:]}
         assert len(halves["indices_post"]) == second
-        made |= {name: sum(bit << place for place, bit in enumerate(half)) for name, half in halves.items()}
+        for name, half in halves.items():
+            made[name] = torch.stack([bit << place for place, bit in enumerate(half)]).sum(dim=0)
     sample, batch = entropies(module, quantized)
     of_sample = case.constructor.get("sample_minimization_weight", 1.0)
     of_batch = case.constructor.get("batch_maximization_weight", 1.0)

@@ -77,7 +77,7 @@ def test_published_masked_generators_are_sampled_as_diffusion(case: Case, tmp_pa
     assert drawn.sequential_passes == len(drawn.trace) == length
     order = torch.stack([step.changed[0].int().argmax() for step in drawn.trace])
     assert sorted(order.tolist()) == list(range(length))
-    drawn_with = sum(step.confidence[0, place] for step, place in zip(drawn.trace, order, strict=True))
+    drawn_with = torch.stack([step.confidence[0, place] for step, place in zip(drawn.trace, order, strict=True)]).sum()
     along = generator.log_likelihood(drawn.tokens, label, order=order)
     assert along.kind == "exact" and torch.allclose(along.nats, drawn_with, rtol=1e-5)
 

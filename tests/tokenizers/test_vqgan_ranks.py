@@ -6,9 +6,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers.distributed_run import CLASSES, IMAGE_SIZE, run, vqgan_config
+from helpers.distributed_run import CLASSES, IMAGE_SIZE, alone, assert_close, joined, on_two_ranks, run, vqgan_config
 from PIL import Image
-from test_distributed import alone, assert_close, joined, on_two_ranks
 
 from discrete_lit import load
 
