@@ -12,16 +12,17 @@ from typing import Any
 import lightning
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningModule
 
-from discrete_lit.config_errors import build
 from discrete_lit.files import atomic_write
 from discrete_lit.generators.generator import Generator
 from discrete_lit.tokenizers.klvae import KLVAE
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _MOST_SHOWN = 3
+# How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
+_UNION = "Does not validate against any of the Union subtypes"
 
 
 def record_config(module: LightningModule, config: dict[str, Any]) -> None:
@@ -53,6 +54,20 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
     module = build(parser, parsed)["model"]
     record_config(module, yaml.safe_load(parser.dump(parsed, skip_unset=False))["model"])
     return module
+
+
+def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised."""
+    try:
+        return parser.instantiate(settings)
+    except ValueError as error:
+        original: BaseException = error
+        # The parser tries every member of a union and reports that none of them could be built.
+        while str(original).startswith(_UNION) and original.__cause__ is not None:
+            original = original.__cause__
+        if original is error:
+            raise
+        raise original from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -106,13 +106,13 @@ def run_verb(name: str, arguments: list[str]) -> None:
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)
-    from discrete_lit.config_errors import build, explain
-    from discrete_lit.given_settings import read_given
+    from discrete_lit.checkpoints import build
+    from discrete_lit.config_errors import explain
 
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(explain(parser, read_given(arguments), error)) from error
+        raise ValueError(explain(parser, arguments, error)) from error
     settings = build(parser, parsed)
     settings.pop("config")
     function(**settings)

@@ -25,9 +25,8 @@ from discrete_lit.callbacks import (
     TrainingAlarm,
     TrainingStopped,
 )
-from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
-from discrete_lit.config_errors import build, explain
-from discrete_lit.given_settings import GivenSettings, read_given
+from discrete_lit.checkpoints import build, check_weights, load_weights, module_config, read_checkpoint, record_config
+from discrete_lit.config_errors import GivenSettings, explain, read_given
 from discrete_lit.resuming import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.run_folder import RecordStart, RunFolder
 
@@ -102,7 +101,7 @@ class TrainingCLI(LightningCLI):
         try:
             self.config = parser.parse_args(arguments)
         except argparse.ArgumentError as error:
-            raise ValueError(explain(parser, read_given(arguments), error)) from error
+            raise ValueError(explain(parser, arguments, error)) from error
         self.folder = RunFolder(self.config.run_dir) if self.config.run_dir else None
         if self.command == "fit" and self.folder and self.folder.checkpoints() and not given.values.get("ckpt_path"):
             raise ValueError(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from discrete_lit.given_settings import COMMAND_LINE, INHERITED, read_given
+from discrete_lit.config_errors import COMMAND_LINE, INHERITED, read_given
 
 
 def test_later_files_and_the_command_line_win_and_are_named(tmp_path: Path) -> None:
