@@ -65,7 +65,7 @@ class GivenSettings:
                 inside, where = over.setdefault("init_args", {}), _join(path, "init_args")
             before, where = inside.get(name), _join(where, name)
             items = before if isinstance(before, list) else []
-            if isinstance(value, str) and isinstance(before, dict) and "class_path" in before:
+            if name == first and isinstance(value, str) and isinstance(before, dict) and "class_path" in before:
                 value = {"class_path": value}
             if first.endswith("+"):
                 value = [*items, *(value if isinstance(value, list) else [value])]

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from discrete_lit.generators.generator import Generator
+from discrete_lit.lightning_internals import begin_next_epoch, count_log_steps_from
 
 _log = logging.getLogger(__name__)
 _ABSENT = object()
@@ -73,18 +74,14 @@ class ContinueExactly(Callback):
         self.first = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        fit_loop = trainer.fit_loop
-        if fit_loop.restarted_on_epoch_end:
+        if trainer.fit_loop.restarted_on_epoch_end:
             # The epoch is over, its validation too: what follows is the beginning of the next one.
-            fit_loop.epoch_progress.increment_completed()
-            fit_loop.reset_restart_stage()
-            fit_loop._restarting = False
-            fit_loop.epoch_loop.restarting = False
+            begin_next_epoch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Several optimizers in manual optimization count several global steps for a batch.
         if self.first and len(trainer.optimizers) == 1:
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            count_log_steps_from(trainer, trainer.global_step)
         self.first = False
 
 

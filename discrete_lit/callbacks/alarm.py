@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from discrete_lit.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.evaluation.codebook_usage import MOST_COUNTED, usage_and_perplexity
 from discrete_lit.files import atomic_write_text
+from discrete_lit.lightning_internals import logs_this_step
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ class TrainingAlarm(Callback):
         tokens = getattr(pl_module, "training_tokens", None)
         if isinstance(pl_module, Tokenizer) and tokens is not None and pl_module.vocab_size <= MOST_COUNTED:
             self._count(trainer, pl_module.vocab_size, tokens)
-        if self._figures and trainer._logger_connector.should_update_logs:
+        if self._figures and logs_this_step(trainer):
             pl_module.log_dict(self._figures)
 
     def _count(self, trainer: Trainer, vocab_size: int, tokens: Tensor) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from discrete_lit.lightning_internals import logs_this_step
+
 
 class GradientNorm(Callback):
     """Logs Euclidean norms of the gradient on the logger's schedule; other steps cost nothing.
@@ -17,7 +19,7 @@ class GradientNorm(Callback):
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not trainer._logger_connector.should_update_logs:
+        if not logs_this_step(trainer):
             return
         norms = {name: _norm(gradients) for name, gradients in _by_submodule(pl_module).items()}
         if not norms:

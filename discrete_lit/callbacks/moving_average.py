@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim.swa_utils import PARAM_LIST, get_ema_multi_avg_fn
 
+from discrete_lit.lightning_internals import averaged_model, exchange_with_average
+
 
 class ExponentialMovingAverage(WeightAveraging):
     """Keeps an exponential moving average of all weights and floating-point buffers, an EMA codebook's too.
@@ -50,19 +52,30 @@ class ExponentialMovingAverage(WeightAveraging):
         trainer.callbacks = [self, *(callback for callback in trainer.callbacks if callback is not self)]  # type: ignore[attr-defined]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._average_model is not None
+        average = averaged_model(self)
+        assert average is not None
         # It was copied before the module moved to its device.
-        self._average_model.to(pl_module.device)
+        average.to(pl_module.device)
         # On the host: it is asked at every step.
-        self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+        average.n_averaged = average.n_averaged.cpu()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._average_is_in_use ^= averaged_model(self) is not None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._average_is_in_use ^= averaged_model(self) is not None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Exchanged rather than copied: a checkpoint may still be written.
-        self._swap_models(pl_module)
+        exchange_with_average(self, pl_module)
+        self._average_is_in_use = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._average_is_in_use:
-            self._swap_models(pl_module)
+            exchange_with_average(self, pl_module)
+            self._average_is_in_use = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         exchanged = self._average_is_in_use
@@ -71,17 +84,14 @@ class ExponentialMovingAverage(WeightAveraging):
             raw, average = checkpoint["state_dict"], checkpoint["current_model_state"]
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
 
-    def _swap_models(self, pl_module: LightningModule) -> None:
-        super()._swap_models(pl_module)
-        self._average_is_in_use = not self._average_is_in_use
-
     def _move(self, averages: PARAM_LIST, weights: PARAM_LIST, steps: Tensor | int) -> None:
         """Move averages of one device and dtype, in place."""
         if not averages[0].is_floating_point():
             for average, weight in zip(averages, weights, strict=True):
                 average.copy_(weight)
             return
-        assert self._average_model is not None
-        count = int(self._average_model.n_averaged)  # `steps` is a copy on the device: reading it would wait for it
+        model = averaged_model(self)
+        assert model is not None
+        count = int(model.n_averaged)  # `steps` is a copy on the device: reading it would wait for it
         decay = min(self.decay, (1 + count) / (10 + count)) if self.warmup else self.decay
         get_ema_multi_avg_fn(decay)(averages, weights, count)

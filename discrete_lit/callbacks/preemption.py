@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from discrete_lit.files import publish
+from discrete_lit.lightning_internals import accumulates_gradients, log_batch_now
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -68,7 +69,7 @@ class Preemption(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         received = self._agree()
-        if not received or trainer.fit_loop._should_accumulate():
+        if not received or accumulates_gradients(trainer):
             return
         self._save(trainer)
         status = 128 + received
@@ -113,8 +114,7 @@ class Preemption(Callback):
         trainer.save_checkpoint(unfinished, weights_only=False)
         trainer.strategy.barrier()
         # Lightning would log this batch after the callbacks; the resumed run starts behind it.
-        trainer._logger_connector.on_batch_end()
-        trainer._logger_connector.update_train_step_metrics()
+        log_batch_now(trainer)
         if trainer.is_global_zero:
             publish(unfinished, last)
             for logger in trainer.loggers:

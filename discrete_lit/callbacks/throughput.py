@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from discrete_lit.distributed import all_reduce_sum, world_size
 from discrete_lit.generators import Generator
+from discrete_lit.lightning_internals import accumulates_gradients, logs_this_step
 from discrete_lit.tokenizers import Tokenizer
 
 
@@ -43,7 +44,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        logs_now = trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate()
+        logs_now = logs_this_step(trainer) and not accumulates_gradients(trainer)
         if logs_now and pl_module.device.type == "cuda":
             # Kernels run behind the host's clock; the logger is about to wait for them in any case.
             torch.cuda.synchronize(pl_module.device)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from discrete_lit import load
 from discrete_lit.callbacks import ExponentialMovingAverage
 from discrete_lit.checkpoints import instantiate
+from discrete_lit.lightning_internals import averaged_model
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
@@ -161,7 +162,8 @@ def test_frozen_networks_are_not_copied(make_loader, make_trainer):
     module = VQVAE(network, 16, 4, perceptual_loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1))
     average = ExponentialMovingAverage(0.6)
     make_trainer(max_steps=1, limit_val_batches=0, callbacks=[average]).fit(module, make_loader(1))
-    assert average._average_model.module.objective.perceptual.network is loss.network
+    copied = averaged_model(average)
+    assert copied is not None and copied.module.objective.perceptual.network is loss.network
 
 
 def test_wrong_decay():

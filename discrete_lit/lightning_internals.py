@@ -1,0 +1,70 @@
+"""What this package needs of Lightning 2.6 that has no public name, in one place.
+
+No other file uses a private name of Lightning; `tests/test_lightning_internals.py` shows what each function relies on
+and says what to do when a new Lightning breaks it.
+"""
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import AveragedModel
+
+
+def logs_this_step(trainer: Trainer) -> bool:
+    """Tell whether the trainer logs at this step, by `log_every_n_steps` or because it is about to stop.
+
+    There is no public way: `trainer.global_step` counts the steps of all optimizers, the log the batches that stepped.
+    """
+    return trainer._logger_connector.should_update_logs
+
+
+def accumulates_gradients(trainer: Trainer) -> bool:
+    """Tell whether this batch only adds to the gradients, so that no optimizer step ends with it.
+
+    There is no public way: the last batch of an epoch steps too, however many it is.
+    """
+    return trainer.fit_loop._should_accumulate()
+
+
+def log_batch_now(trainer: Trainer) -> None:
+    """Send the metrics of the batch that just ended to the loggers, in a callback's `on_train_batch_end`.
+
+    There is no public way: Lightning does so after all callbacks, too late for one that ends the run.
+    """
+    trainer._logger_connector.on_batch_end()
+    trainer._logger_connector.update_train_step_metrics()
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Leave the epoch that a checkpoint was written at the end of, in `on_train_start` after a resume.
+
+    There is no public way: under `max_steps` the setter of `fit_loop.restarting` makes True of False.
+    """
+    fit_loop = trainer.fit_loop
+    fit_loop.epoch_progress.increment_completed()
+    fit_loop.reset_restart_stage()
+    fit_loop._restarting = False
+    fit_loop.epoch_loop.restarting = False
+
+
+def count_log_steps_from(trainer: Trainer, step: int) -> None:
+    """Set the step that the next training metrics are logged at.
+
+    There is no public way: Lightning counts it apart from `global_step` and restores it from a checkpoint.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def averaged_model(averaging: WeightAveraging) -> AveragedModel | None:
+    """Get the averaged weights that Lightning's callback keeps, None outside of training.
+
+    There is no public way: the callback only takes a rule for how they move.
+    """
+    return averaging._average_model
+
+
+def exchange_with_average(averaging: WeightAveraging, module: LightningModule) -> None:
+    """Exchange the weights of a module with the averaged ones, as the callback does around validation.
+
+    There is no public way: at the end of training the callback copies instead, and the raw weights are lost.
+    """
+    averaging._swap_models(module)
