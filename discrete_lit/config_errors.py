@@ -164,7 +164,7 @@ def _check_value(value: Any, kind: Any, path: str) -> Problems:
         if len(kinds) == len(value):
             items = enumerate(zip(value, kinds, strict=True))
             return [problem for place, item in items for problem in _check_value(*item, f"{path}[{place}]")]
-    base, skip = (parts[-1], len(parts[0])) if origin is Callable and isinstance(parts[0], list) else (kind, 0)
+    base, skip = (parts[-1], 0 if parts[0] is ... else len(parts[0])) if origin is Callable and parts else (kind, 0)
     if _is_class(base):
         inside = _opened(value)
         if is_dataclass(base) and isinstance(inside, Mapping) and "class_path" not in inside:
@@ -231,7 +231,7 @@ def _describe(kind: Any) -> str:
         return " or ".join(dict.fromkeys(words or map(repr, parts)))
     if words:
         return words[-1] if origin is Callable else f"{name} of {', '.join(words)}"
-    return f"a class_path of {name}" if _is_class(kind) else name
+    return f"{'the settings' if is_dataclass(kind) else 'a class_path'} of {name}" if _is_class(kind) else name
 
 
 def _is_class(kind: Any) -> TypeGuard[type]:
