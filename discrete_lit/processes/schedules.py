@@ -58,16 +58,19 @@ class CosineSchedule(MaskSchedule):
 
 
 class ArccosSchedule(MaskSchedule):
-    """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi."""
+    """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi.
+
+    Processors differ in the last bit of asin(sqrt(1 / 2)) and of sin(pi / 4): m(1) and the inverse of 1 are set to 1.
+    """
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return torch.asin(torch.sqrt(t.double() / 2)) * 4 / pi
+        return torch.where(t == 1, 1, (torch.asin(torch.sqrt(t.double() / 2)) * 4 / pi).clamp(max=1))
 
     def derivative(self, t: Tensor) -> Tensor:
         return 2 / pi / torch.sqrt(t.double() * (2 - t.double()))
 
     def inverse(self, m: Tensor) -> Tensor:
-        return 2 * torch.sin(m.double() * pi / 4) ** 2
+        return torch.where(m == 1, 1, (2 * torch.sin(m.double() * pi / 4) ** 2).clamp(max=1))
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.asin(1 - t.double()) * 2 / pi
