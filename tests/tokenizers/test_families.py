@@ -80,7 +80,8 @@ def test_ids_and_back(family: str) -> None:
 def test_it_learns(family: str) -> None:
     arguments, _, _ = FAMILIES[family]
     tokenizer, images = make(family, **arguments), four_images()
-    train(tokenizer, 50)
+    # Of LFQ 50 steps end anywhere between 0.01 and 0.8, by the seed and the processor's rounding; 150 are enough.
+    train(tokenizer, 150)
     with torch.no_grad():
         tokens = tokenizer.encode(images)
         assert F.mse_loss(tokenizer.decode(tokens), images) < 0.2
