@@ -54,7 +54,9 @@ def test_an_old_checkpoint_gives_its_old_outputs(checkpoint: Path) -> None:
         if value.is_floating_point():
             # What is small beside the largest of its tensor has the rounding of sums of large terms.
             scale = float(value.abs().max())
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-5, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+            )
         else:
             assert torch.equal(found[name], value), name
 

@@ -79,9 +79,13 @@ def test_ids_and_back(family: str) -> None:
 @each_family
 def test_it_learns(family: str) -> None:
     arguments, _, _ = FAMILIES[family]
+    # At a learning rate of 0.01, or after 50 steps, the error is 0.01 or 0.8 by the processor's rounding alone. LFQ's own
+    # temperature of 0.01 leaves the entropies no gradient but next to 0, so that bits which begin equal stay equal.
+    arguments = {**arguments, "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.003}}}
+    if family == "LFQ":
+        arguments["entropy_temperature"] = 1.0
     tokenizer, images = make(family, **arguments), four_images()
-    # Of LFQ 50 steps end anywhere between 0.01 and 0.8, by the seed and the processor's rounding; 150 are enough.
-    train(tokenizer, 150)
+    train(tokenizer, 250)
     with torch.no_grad():
         tokens = tokenizer.encode(images)
         assert F.mse_loss(tokenizer.decode(tokens), images) < 0.2
