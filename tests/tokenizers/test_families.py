@@ -79,7 +79,7 @@ def test_ids_and_back(family: str) -> None:
 @each_family
 def test_it_learns(family: str) -> None:
     arguments, _, _ = FAMILIES[family]
-    # At a learning rate of 0.01, or after 50 steps, the error is 0.01 or 0.8 by the processor's rounding alone. LFQ's own
+    # At a rate of 0.01, or after 50 steps, the error is 0.01 or 0.8 by the processor's rounding alone. LFQ's own
     # temperature of 0.01 leaves the entropies no gradient but next to 0, so that bits which begin equal stay equal.
     arguments = {**arguments, "optimizer": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.003}}}
     if family == "LFQ":
