@@ -1,15 +1,24 @@
 """What a generator asks of its backbone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Literal
+from typing import Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.linear import Linear
 from discrete_lit.backbones.place_head import PlaceHead
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -129,16 +138,130 @@ class Backbone(nn.Module, ABC):
     def new_cache(self, labels: Tensor) -> Cache:
         """What can be computed once for labels `(B,)`, and room for the keys and values of B sequences of N tokens."""
 
-    @abstractmethod
-    def flops(self, batch: int, tokens: int, cache: Cache | None = None) -> int:
-        """Floating-point operations of the matrix products of a forward pass, as torch's `FlopCounterMode` counts them.
+    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
+        """Count the floating-point operations of a forward pass by `count_flops`, once for each shape.
+
+        A causal pass must cost an amount that is linear in what its cache holds: two such passes are measured, the
+        others lie on the line through them.
 
         Args:
             batch: sequences B.
             tokens: input ids, or vectors, of each.
-            cache: as it is before the pass.
+            filled: elements that the cache holds before the pass; None for a pass without a cache.
         """
+        counted = _counted.setdefault(self, {})
+        key = batch, tokens, filled
+        if key not in counted:
+            line: list[tuple[Any, ...]] = []
+            if filled and self.layout.attention == "causal":
+                line = [other for other in counted if other[:2] == key[:2] and other[2]]
+            if filled and len(line) >= 2:
+                (_, _, first), (_, _, second) = line[:2]
+                slope = (counted[line[1]] - counted[line[0]]) // (second - first)
+                counted[key] = counted[line[0]] + (filled - first) * slope
+            else:
+                counted[key] = count_flops(self, lambda network: network.eval()._pass(batch, tokens, filled))
+        return counted[key]
 
-    @abstractmethod
     def cache_flops(self, batch: int) -> int:
-        """Those of `new_cache` for B labels."""
+        """Count the floating-point operations of `new_cache` for B labels, as `flops` does."""
+        counted = _counted.setdefault(self, {})
+        if (batch,) not in counted:
+            counted[batch,] = count_flops(self, lambda network: partial(network.new_cache, network._labels(batch)))
+        return counted[batch,]
+
+    def head_flops(self, batch: int, known: int) -> int:
+        """Count those of `place_head.part_logits` at one place of B sequences, given the first `known` parts."""
+        assert self.place_head is not None
+        counted = _counted.setdefault(self.place_head, {})
+        if (batch, known) not in counted:
+
+            def prepare(head: PlaceHead) -> Callable[[], object]:
+                device = next(head.parameters()).device
+                hidden = torch.zeros(batch, 1, head.width, device=device)
+                return partial(head.part_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device))
+
+            counted[batch, known] = count_flops(self.place_head, prepare)
+        return counted[batch, known]
+
+    def _labels(self, batch: int) -> Tensor:
+        return torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device)
+
+    def _pass(self, batch: int, tokens: int, filled: int | None) -> Callable[[], Tensor]:
+        """A forward pass of these shapes, not yet made."""
+        labels, vectors = self._labels(batch), self.layout.input_dim
+        inputs = labels[:, None].expand(batch, tokens)
+        if vectors is not None:
+            inputs = torch.zeros(batch, tokens, vectors, device=labels.device)
+        time = labels.float() if self.layout.timed else None
+        cache = None
+        if filled is not None:
+            cache = self.new_cache(labels)
+            cache.advance(filled)
+        return partial(self, inputs, labels, cache, None, time)
+
+
+# What `Backbone` has measured, by module and shape; it goes with the module, and into no copy or checkpoint of it.
+_counted: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
+
+
+def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], object]], gradients: bool = False) -> int:
+    """Count the floating-point operations of a computation by torch's `FlopCounterMode`, on tensors without data.
+
+    Two for each multiplication and addition of matrix products, convolutions and attention, which is counted in full,
+    also where a mask hides half of it; elementwise work is left out. Nothing is computed, no random number is drawn,
+    and the module stays as it is.
+
+    Args:
+        module: any.
+        prepare: called with an `outline` of the module, in its mode; makes the inputs, and gives back what is to be
+            counted. Tensors that it makes have no data either.
+        gradients: record gradients, so that a backward pass can be made.
+    """
+    # Of attention, the counter knows the products that stand for it on every device, but not every fused kernel.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(gradients):
+        copy = outline(module)
+        run = prepare(copy if gradients else copy.requires_grad_(False))
+        with FlopCounterMode(display=False) as counter:
+            run()
+    return counter.get_total_flops()
+
+
+def outline(module: _Module) -> _Module:
+    """Copy a module with parameters and buffers in float32 that are made anew: without data in a `FakeTensorMode`.
+
+    Hooks, compiled code, wrapped methods and packed weights are left out; other attributes are shared, not copied.
+    """
+    return _outline(module, {})
+
+
+def _outline(module: Any, known: dict[int, Any]) -> Any:
+    if id(module) in known:
+        return known[id(module)]
+    # Sharded modules (FSDP2) have a class that cannot be copied.
+    copy = known[id(module)] = object.__new__(type(module))
+    vars(copy).update(vars(module) | vars(nn.Module()), training=module.training)
+    for name in vars(module):
+        # Compiled code, and methods that were wrapped, belong to the module itself.
+        if name == "_compiled_call_impl" or callable(getattr(type(module), name, None)):
+            del vars(copy)[name]
+
+    def tensor(value: Tensor | None) -> Any:
+        if value is None:
+            return None
+        if id(value) not in known:
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            empty = torch.empty(value.shape, dtype=dtype, device=value.device)
+            parameter = isinstance(value, nn.Parameter)
+            known[id(value)] = nn.Parameter(empty, value.requires_grad) if parameter else empty
+        return known[id(value)]
+
+    for name, parameter in module._parameters.items():
+        copy.register_parameter(name, tensor(parameter))
+    for name, buffer in module._buffers.items():
+        copy.register_buffer(name, tensor(buffer))
+    for name, child in module._modules.items():
+        copy.add_module(name, None if child is None else _outline(child, known))
+    if isinstance(copy, Linear):
+        copy.unpack()
+    return copy

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,7 +36,8 @@ class BlockSettings:
         bias: of the MLP.
         condition_width: of the condition that a modulation of the block's own reads.
         dropout: on the attention weights and both residual branches.
-        drop_path: share of the training samples for which a residual branch is left out.
+        drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
+            scaled up (stochastic depth, Huang et al., 2016).
     """
 
     width: int
@@ -92,20 +94,6 @@ class Modulation(nn.Module):
         self, condition: Tensor
     ) -> tuple[Tensor, ...]:  # (B, 1 or n, condition_width) -> parts of (B, 1 or n, D)
         return self.project(F.silu(condition)).chunk(self.parts, dim=-1)
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): zero for a share of the samples, the others scaled up, in training."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        if not self.training or self.share == 0:
-            return x
-        kept = torch.rand(len(x), 1, 1, device=x.device) >= self.share
-        return x * (kept.to(x.dtype) / (1 - self.share))
 
 
 class Block(nn.Module):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones.blocks import Block, BlockSettings
-from discrete_lit.backbones.flops import linear_flops
 from discrete_lit.backbones.head import Head
 from discrete_lit.backbones.norms import Norm
 from discrete_lit.backbones.place_head import PlaceHead
@@ -36,7 +35,7 @@ class FactorisedHead(PlaceHead):
     """
 
     def __init__(self, block: BlockSettings, vocab_size: int, sizes: Sequence[int], depth: int = 2) -> None:
-        super().__init__(sizes, vocab_size)
+        super().__init__(sizes, vocab_size, block.width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         width, epsilon = block.width, block.norm_epsilon
@@ -65,11 +64,6 @@ class FactorisedHead(PlaceHead):
             nats = F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none")
             total = total - nats.view_as(total)
         return total
-
-    def flops(self, known: int) -> int:
-        elements = known + 1
-        attention = 4 * len(self.blocks) * elements**2 * self.block.heads * self.block.head_dim
-        return linear_flops(self.blocks) * elements + attention + linear_flops(self.heads[known])
 
     def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
         """`(B, n, D)` and the first p parts `(B, n, p)` to `(B, n, p + 1, D)`: what predicts parts 0 to p."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones.blocks import MLP, BlockSettings, Modulation
-from discrete_lit.backbones.flops import linear_flops
 from discrete_lit.backbones.head import Head
 from discrete_lit.backbones.id_parts import bits_of_vocabulary
 from discrete_lit.backbones.norms import Norm
@@ -45,7 +44,7 @@ class MaskedBitHead(PlaceHead):
         self, block: BlockSettings, vocab_size: int, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
     ) -> None:
         bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
-        super().__init__((2,) * bits, vocab_size)
+        super().__init__((2,) * bits, vocab_size, block.width)
         if depth < 1 or width < 1:
             raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= unmasked_weight <= 1:
@@ -95,9 +94,6 @@ class MaskedBitHead(PlaceHead):
         total = weights.sum(dim=-1)
         values = self.bits * (nats * weights).sum(dim=-1) / total
         return values, total / self.bits if self.training else torch.ones_like(total)
-
-    def flops(self, known: int) -> int:
-        return linear_flops(self)
 
     def _masks(self, places: int, random: CounterRandom) -> Tensor:
         """`(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""

@@ -20,13 +20,15 @@ class PlaceHead(nn.Module, ABC):
     Args:
         sizes: of the parts P of an id, least significant first; their product is K.
         vocab_size: K.
+        width: D, of the hidden states.
 
     Raises:
         ValueError: parts that do not make up the vocabulary.
     """
 
-    def __init__(self, sizes: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, sizes: Sequence[int], vocab_size: int, width: int) -> None:
         super().__init__()
+        self.width = width
         self.parts = IdParts(sizes, vocab_size)
 
     @abstractmethod
@@ -53,10 +55,6 @@ class PlaceHead(nn.Module, ABC):
         Returns:
             Nats of each id and the weights of their mean, both `(B, n)` float32.
         """
-
-    @abstractmethod
-    def flops(self, known: int) -> int:
-        """Those of `part_logits` for one place with p = `known`, as `Backbone.flops` counts them."""
 
     def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
         """log p of each id in nats, exact: the sum over parts in turn.

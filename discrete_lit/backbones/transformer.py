@@ -14,7 +14,6 @@ from discrete_lit.backbones.backbone import Backbone, SequenceLayout
 from discrete_lit.backbones.blocks import Block, BlockSettings, Condition, MLPKind, Modulation
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.embedding import InputKind, TimeEmbedding, TokenTable, embed_tokens
-from discrete_lit.backbones.flops import cache_flops, pass_flops
 from discrete_lit.backbones.head import Head
 from discrete_lit.backbones.norms import Norm, NormKind
 from discrete_lit.backbones.place_head import PlaceHead
@@ -334,12 +333,6 @@ class Transformer(Backbone):
 
     def shards(self) -> Iterable[nn.Module]:
         return self.blocks
-
-    def flops(self, batch: int, tokens: int, cache: Cache | None = None) -> int:
-        return pass_flops(self, batch, tokens, cache)
-
-    def cache_flops(self, batch: int) -> int:
-        return cache_flops(self, batch)
 
     def new_cache(self, labels: Tensor) -> Cache:
         modulations: list[tuple[Tensor, ...]] = []

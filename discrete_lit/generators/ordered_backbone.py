@@ -39,8 +39,8 @@ class OrderedBackbone(Backbone):
     def new_cache(self, labels: Tensor) -> Cache:
         return self.backbone.new_cache(labels)
 
-    def flops(self, batch: int, tokens: int, cache: Cache | None = None) -> int:
-        return self.backbone.flops(batch, tokens, cache)
+    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
+        return self.backbone.flops(batch, tokens, filled)
 
     def cache_flops(self, batch: int) -> int:
         return self.backbone.cache_flops(batch)

@@ -64,7 +64,7 @@ class BARSampler(RasterSampler):
         total = uniforms.new_zeros((len(uniforms), 1))
         hidden_bits = head.bits
         for step, count in enumerate(self.bit_counts):
-            decoder.drawing.count_head(1 + decoder.doubled, head.flops(0))
+            decoder.drawing.count_head(1 + decoder.doubled, 0)
             logits = decoder.guide(head.bit_logits(hidden, decoder.rows(bits)), scales[0]) / self.temperature
             tau = self.choice_temperature * (1 - step / steps)
             drawn = self._draw_bits(logits, noise[:, :, step, 0], tau)

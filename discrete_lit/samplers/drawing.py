@@ -1,6 +1,9 @@
 """One draw of a sampler: what it reads, what it costs, and its trace."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -35,11 +38,19 @@ class SamplerOutput:
     """Network evaluations for each image; the conditional and the null one of a guided step count as two."""
     sequential_passes: int
     """Passes that follow one another; the two evaluations of a guided step are one pass."""
-    flops: int
-    """Floating-point operations of the network's matrix products for each image, null evaluations included; those of a
-    place head too, whose passes over one place are not counted otherwise."""
+    count_flops: Callable[[], int]
+    """Measures `flops`."""
     trace: tuple[TraceStep, ...] | None = None
     """One entry for each pass, where it was asked for."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the network for each image, as `Backbone.flops` counts them.
+
+        Null evaluations are included, and those of a place head, whose passes over one place are not counted
+        otherwise. Measured when it is asked for.
+        """
+        return self.count_flops()
 
 
 class ScaleQuantizer(Protocol):
@@ -85,7 +96,8 @@ class Drawing:
         self.denoiser = denoiser
         self._calls = 0
         self._passes = 0
-        self._flops = 0
+        # What was computed how often, by what counts its operations and the shapes that this takes.
+        self._made: Counter[tuple[Callable[..., int], tuple[int | None, ...]]] = Counter()
         self._trace: list[TraceStep] | None = [] if trace else None
         self._before = self.start()
         self._prepared: dict[bool, tuple[Tensor, Cache]] = {}
@@ -147,10 +159,10 @@ class Drawing:
             null = torch.full_like(self.labels, self.layout.null_label)
             labels = torch.cat((self.labels, null)) if guided else self.labels
             self._prepared[guided] = labels, self.backbone.new_cache(labels)
-            self._flops += self.backbone.cache_flops(1 + guided)
+            self._made[self.backbone.cache_flops, (1 + guided,)] += 1
         return self._prepared[guided]
 
-    def count(self, evaluations: int, tokens: int, cache: Cache) -> None:
+    def count(self, evaluations: int, tokens: int, cache: Cache | None) -> None:
         """Note one pass before it is made.
 
         Args:
@@ -160,16 +172,16 @@ class Drawing:
         """
         self._calls += evaluations
         self._passes += 1
-        self._flops += self.backbone.flops(evaluations, tokens, cache)
+        self._made[self.backbone.flops, (evaluations, tokens, None if cache is None else cache.filled)] += 1
 
-    def count_head(self, evaluations: int, flops: int) -> None:
-        """Note a pass of a place head over one place.
+    def count_head(self, evaluations: int, known: int) -> None:
+        """Note a pass of the place head over one place.
 
         Args:
             evaluations: of the head for each image.
-            flops: of each.
+            known: parts of the id that it is given.
         """
-        self._flops += evaluations * flops
+        self._made[self.backbone.head_flops, (evaluations, known)] += 1
 
     @property
     def traced(self) -> bool:
@@ -196,4 +208,8 @@ class Drawing:
     def output(self, tokens: Tensor) -> SamplerOutput:
         """The result."""
         trace = None if self._trace is None else tuple(self._trace)
-        return SamplerOutput(tokens, self._calls, self._passes, self._flops, trace)
+        return SamplerOutput(tokens, self._calls, self._passes, partial(_total_flops, self._made), trace)
+
+
+def _total_flops(made: Counter[tuple[Callable[..., int], tuple[int | None, ...]]]) -> int:
+    return sum(times * count(*shape) for (count, shape), times in made.items())

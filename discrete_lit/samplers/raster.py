@@ -96,7 +96,7 @@ class RasterSampler(Sampler):
         known = uniforms.new_zeros((len(uniforms), 1, 0), dtype=torch.int64)
         total = uniforms.new_zeros((len(uniforms), 1))
         for number, scale in enumerate(scales):
-            decoder.drawing.count_head(1 + decoder.doubled, head.flops(number))
+            decoder.drawing.count_head(1 + decoder.doubled, number)
             logits = decoder.guide(head.part_logits(hidden, decoder.rows(known)), scale)
             part, log_probability = self.part_sampler(number).choose(logits, uniforms[..., number])
             known, total = torch.cat((known, part[..., None]), dim=-1), total + log_probability

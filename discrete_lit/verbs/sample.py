@@ -99,7 +99,7 @@ def sample(
     if compile:
         compile_for_sampling(generator.backbone)
     rows_path = folder / "rows.npy.partial"
-    count, cost = 0, (0, 0, 0)
+    count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
     writer: np.memmap | None = None
     own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
@@ -112,7 +112,6 @@ def sample(
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             rows = _rows(generator.tokenizer, drawn.tokens, image_size)
-        cost = drawn.network_calls, drawn.sequential_passes, drawn.flops
         seconds += time.perf_counter() - begin
         if writer is None:
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
@@ -140,9 +139,9 @@ def sample(
         "precision": precision,
         "compile": compile,
         "image_size": image_size,
-        "network_calls": cost[0],
-        "sequential_passes": cost[1],
-        "flops_per_image": cost[2],
+        "network_calls": drawn.network_calls if drawn else 0,
+        "sequential_passes": drawn.sequential_passes if drawn else 0,
+        "flops_per_image": drawn.flops if drawn else 0,
         "images_per_second": rate,
         "images_per_second_without_decoding": rate_undecoded,
         **environment(fabric.device),

@@ -179,10 +179,13 @@ def test_flops_of_a_place(make: str) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     head = HEADS[make]().requires_grad_(False)
+    backbone = Transformer(SequenceLayout(5, (2, 3), 2, "causal"), 8, 1, 2)
+    backbone.place_head = head
     for known in range(len(head.parts)):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             head.part_logits(torch.randn(1, 1, 8), torch.zeros(1, 1, known, dtype=torch.int64))
-        assert head.flops(known) == counter.get_total_flops()
+        assert backbone.head_flops(1, known) == counter.get_total_flops() > 0
+        assert backbone.head_flops(2, known) == 2 * counter.get_total_flops()
 
 
 @torch.no_grad()

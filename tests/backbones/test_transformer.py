@@ -191,3 +191,17 @@ def test_widths_that_do_not_divide(make_backbone) -> None:
         Transformer(layout, width=16, depth=1, heads=3)
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         Transformer(layout, width=12, depth=1, heads=2, positions="rope_2d")
+
+
+def test_drop_path_leaves_out_whole_branches_in_training_alone() -> None:
+    """Every sample's branch is left out with the probability of its block, which grows from 0 to `drop_path`."""
+    layout = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True)
+    backbone = Transformer(layout, 16, 3, 2, drop_path=0.5)
+    assert [block.dropout[1].drop_prob for block in backbone.blocks] == [0, 0.25, 0.5]
+    torch.manual_seed(0)
+    branches = backbone.blocks[1].train()._thin(torch.ones(20_000, 2, 3)).flatten(1)
+    assert torch.equal(branches, branches[:, :1].expand_as(branches))
+    left_out = branches[:, 0] == 0
+    torch.testing.assert_close(branches[~left_out], torch.full_like(branches[~left_out], 1 / 0.75))
+    assert abs(left_out.float().mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
+    assert torch.equal(backbone.blocks[1].eval()._thin(branches), branches)

@@ -154,7 +154,7 @@ class ExactBackbone(Backbone):
     def new_cache(self, labels: Tensor) -> Cache:
         return Cache([], None)
 
-    def flops(self, batch: int, tokens: int, cache: Cache | None = None) -> int:
+    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
         return 0
 
     def cache_flops(self, batch: int) -> int:
