@@ -4,19 +4,39 @@ Lightning starts the process group after the modules are constructed, so anythin
 whether it must synchronise is silently local.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_is_alone = ContextVar("_is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process be the only rank meanwhile: for what it computes without the others."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
 
 def world_size() -> int:
     """Number of ranks; 1 outside a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _has_ranks() else 1
 
 
 def rank() -> int:
     """This process's rank; 0 outside a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return dist.get_rank() if _has_ranks() else 0
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and not _is_alone.get()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

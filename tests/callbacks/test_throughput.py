@@ -1,8 +1,17 @@
+import logging
+import resource
+from copy import deepcopy
+
 import pytest
+import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.callbacks import Throughput
+from discrete_lit.callbacks import throughput as throughput_file
+from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
 
 BATCH = 6
 
@@ -94,3 +103,108 @@ def test_real_time(generator, make_loader, make_trainer, read_scalars):
     make_trainer(max_steps=2, log_every_n_steps=2, callbacks=[Throughput()]).fit(generator, make_loader(2))
     (share,) = read_scalars("throughput/data_wait").values()
     assert 0 < share < 1
+
+
+def counted(module, batch):
+    """What torch counts of a real step."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        module.training_step(batch, 0).backward()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(params=["generator", "tokenizer"])
+def module(request):
+    return request.getfixturevalue(request.param).train()
+
+
+def test_a_step_without_data_counts_as_much_as_a_real_one(module, make_loader):
+    module.log_dict = lambda *_, **__: None
+    (batch,) = make_loader(1)
+    before, random = deepcopy(module.state_dict()), torch.get_rng_state()
+    measured = count_step(module, batch)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert measured == counted(module, batch) > 0
+
+
+def test_utilisation(module, make_loader, make_trainer, read_scalars):
+    """A batch takes 3 seconds and its loader 1: operations in 4 seconds, as a share of the peak."""
+    clock = Clock()
+    callbacks = [Work(clock, step=3.0), Throughput(clock, peak_flops=1e9)]
+    make_trainer(max_steps=4, log_every_n_steps=2, callbacks=callbacks).fit(
+        module, Slow(make_loader(4), clock, seconds=1.0)
+    )
+    (batch,) = make_loader(1)
+    each = count_step(module, batch)
+    assert read_scalars("throughput/mfu") == pytest.approx({1: 2 * each / 7 / 1e9, 3: each / 4 / 1e9})
+    teraflops = read_scalars("throughput/teraflops_per_device")
+    assert teraflops == pytest.approx({1: 2 * each / 7 / 1e12, 3: each / 4 / 1e12})
+
+
+def test_each_kind_of_step_is_counted_once(module, make_loader, make_trainer, monkeypatch):
+    made = []
+
+    def counting(*arguments):
+        made.append(arguments)
+        return count_step(*arguments)
+
+    monkeypatch.setattr(throughput_file, "count_step", counting)
+    make_trainer(max_steps=4, log_every_n_steps=2, callbacks=[Throughput()]).fit(module, make_loader(4))
+    assert len(made) == 1
+
+
+def test_an_unknown_peak_leaves_utilisation_out(generator, make_loader, make_trainer, read_scalars):
+    make_trainer(max_steps=2, log_every_n_steps=2, callbacks=[Throughput()]).fit(generator, make_loader(2))
+    assert read_scalars("throughput/teraflops_per_device")[1] > 0
+    with pytest.raises(KeyError):
+        read_scalars("throughput/mfu")
+
+
+def test_a_step_that_needs_data_is_not_counted(tokenizer, make_loader, make_trainer, read_scalars, caplog):
+    class NeedsData(type(tokenizer)):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss.item() > 0 else loss * 2
+
+    tokenizer.__class__ = NeedsData
+    with caplog.at_level(logging.INFO):
+        callbacks = [Throughput(peak_flops=1e9)]
+        make_trainer(max_steps=4, log_every_n_steps=2, callbacks=callbacks).fit(tokenizer, make_loader(4))
+    said = [record for record in caplog.records if "cannot be counted" in record.message]
+    assert len(said) == 1 and "NeedsData" in said[0].message
+    assert read_scalars("throughput/images_per_second")[3] > 0
+    for missing in ("mfu", "teraflops_per_device"):
+        with pytest.raises(KeyError):
+            read_scalars(f"throughput/{missing}")
+
+
+def test_activation_checkpointing_is_no_work_of_the_model(generator, make_loader):
+    (batch,) = make_loader(1)
+    before = count_step(generator.train(), batch)
+    generator.backbone.recompute = True
+    assert count_step(generator, batch) == before
+    assert generator.backbone.recompute
+
+
+def test_peak_memory(generator, make_loader, make_trainer, read_scalars):
+    make_trainer(max_steps=2, log_every_n_steps=2, callbacks=[Throughput()]).fit(generator, make_loader(2))
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_memory(torch.device("cpu")) >= held * 1024
+    assert read_scalars("throughput/peak_memory_gib")[1] == pytest.approx(held / 2**20, rel=0.1)
+
+
+def test_peaks_of_known_devices(monkeypatch):
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert peak_of("NVIDIA H100 80GB HBM3", "bf16-mixed") == 989.5e12
+    assert peak_of("NVIDIA H100 PCIe", "16-mixed") == 756e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "32-true") == 19.5e12
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_of("NVIDIA A100-SXM4-80GB", "32-true") == 156e12
+    assert peak_of("NVIDIA A10G", "bf16-true") is None
+    assert peak_of("NVIDIA H200", "64-true") is None
+
+
+def test_a_peak_is_positive():
+    with pytest.raises(ValueError, match="peak_flops must be positive"):
+        Throughput(peak_flops=0)
