@@ -230,7 +230,8 @@ def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], objec
 def outline(module: _Module) -> _Module:
     """Copy a module with parameters and buffers in float32 that are made anew: without data in a `FakeTensorMode`.
 
-    Hooks, compiled code, wrapped methods and packed weights are left out; other attributes are shared, not copied.
+    Hooks, compiled code, wrapped methods and packed weights are left out; containers of other
+    attributes are copied, what else there is, is shared.
     """
     return _outline(module, {})
 
@@ -245,6 +246,10 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         # Compiled code, and methods that were wrapped, belong to the module itself.
         if name == "_compiled_call_impl" or callable(getattr(type(module), name, None)):
             del vars(copy)[name]
+    for name, value in vars(module).items():
+        # What the copy remembers must not be found in the module.
+        if isinstance(value, (dict, list, set)) and vars(copy).get(name) is value:
+            setattr(copy, name, value.copy())
 
     def tensor(value: Tensor | None) -> Any:
         if value is None:

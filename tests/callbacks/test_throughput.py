@@ -1,6 +1,7 @@
 import logging
 import resource
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import Throughput
 from discrete_lit.callbacks import throughput as throughput_file
 from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
+from discrete_lit.generators import Autoregressive, Masked
 
 BATCH = 6
 
@@ -112,9 +115,13 @@ def counted(module, batch):
     return counter.get_total_flops()
 
 
-@pytest.fixture(params=["generator", "tokenizer"])
-def module(request):
-    return request.getfixturevalue(request.param).train()
+@pytest.fixture(params=["masked", "autoregressive", "tokenizer"])
+def module(request, tokenizer):
+    if request.param == "tokenizer":
+        return tokenizer.train()
+    backbone = partial(Transformer, width=16, depth=2, heads=2)
+    kind = Masked if request.param == "masked" else Autoregressive
+    return kind(tokenizer, 8, 4, backbone, optimizer=partial(torch.optim.SGD, lr=0.1)).train()
 
 
 def test_a_step_without_data_counts_as_much_as_a_real_one(module, make_loader):
