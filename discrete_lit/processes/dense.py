@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from discrete_lit.processes.forward import ForwardProcess
 
@@ -80,7 +81,10 @@ class DenseProcess(ForwardProcess):
         if device not in self._copies:
             with torch.inference_mode(False):  # validation may come before training
                 parts = self.rates - self.rates.diagonal().diag(), self.eigenvalues, self.eigenvectors
-                self._copies[device] = parts[0].to(device), parts[1].to(device), parts[2].to(device)
+                copies = parts[0].to(device), parts[1].to(device), parts[2].to(device)
+            if isinstance(copies[0], FakeTensor):
+                return copies  # without data, while operations are counted: not to be kept
+            self._copies[device] = copies
         return self._copies[device]
 
     def _apply(self, values: Tensor, sigma: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64))
         bases = torch.tensor([1, *levels[:-1]], dtype=torch.int64).cumprod(0)
         self.register_buffer("basis", bases, persistent=False)
+        self._first_id = int((self.levels // 2 * self.basis).sum())
         self._made: dict[tuple[torch.device, int], _Constants] = {}
 
     def forward(self, latents: Tensor) -> Quantized:
@@ -127,8 +128,7 @@ class FiniteScalarQuantizer(Quantizer):
                 )
                 # Sums of products of integers, exact in this precision.
                 basis = self.basis.to(device, torch.float32 if self.vocab_size <= 2**24 else torch.float64)
-                first_id = int((self.levels // 2 * self.basis).sum())
-                self._made[device, together] = _Constants(shift, half, offset, half_width, slope, basis, first_id)
+                self._made[device, together] = _Constants(shift, half, offset, half_width, slope, basis, self._first_id)
         return self._made[device, together]
 
 
