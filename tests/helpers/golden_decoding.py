@@ -28,7 +28,7 @@ class ToyBackbone:
         self.layout = SequenceLayout(len(embedded) - 1, (len(self.mixing),), 1, "bidirectional", mask_token=True)
         self.inputs: list[Tensor] = []
 
-    def flops(self, batch: int, tokens: int, cache: Cache) -> int:
+    def flops(self, batch: int, tokens: int, filled: int | None) -> int:
         return 0
 
     def cache_flops(self, batch: int) -> int:
