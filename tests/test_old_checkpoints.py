@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning  # noqa: F401 (its log handler must not hold the captured stream of the first test)
 import pytest
 import torch
-from old_checkpoint_outputs import outputs_of, read_outputs
+from helpers.old_checkpoint_outputs import outputs_of, read_outputs
 
 import discrete_lit
 from discrete_lit.cli import main

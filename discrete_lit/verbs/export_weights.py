@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save as to_safetensors
 
 from discrete_lit.checkpoints import load
 from discrete_lit.files import atomic_write
@@ -28,7 +28,7 @@ def export_weights(ckpt_path: str, family: str, output: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as opened:
         if file.suffix == ".safetensors":
-            opened.write(save(state))
+            opened.write(to_safetensors(state))
         else:
             torch.save({EXPORTS[family].wrapper: state}, opened)
     print(f"{output}: {len(state)} tensors in the layout of {family}")

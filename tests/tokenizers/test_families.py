@@ -90,7 +90,7 @@ def test_it_learns(family: str) -> None:
     if family == "LFQ":
         arguments["entropy_temperature"] = 1.0
     tokenizer, images = make(family, **arguments), four_images()
-    train(tokenizer, 250, falling=True)
+    train(tokenizer, 400, falling=True)
     with torch.no_grad():
         tokens = tokenizer.encode(images)
         assert F.mse_loss(tokenizer.decode(tokens), images) < 0.2

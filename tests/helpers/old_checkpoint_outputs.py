@@ -1,6 +1,6 @@
 """Outputs of a module from fixed inputs, by which `test_old_checkpoints.py` knows it again.
 
-    python tests/old_checkpoint_outputs.py tests/old_checkpoints/NAME.ckpt [SAMPLERS]
+    PYTHONPATH=tests python tests/helpers/old_checkpoint_outputs.py tests/old_checkpoints/NAME.ckpt [SAMPLERS]
 
 adds a checkpoint to the tested ones: it writes the outputs of the code at hand to `NAME.safetensors`. SAMPLERS is JSON,
 `[{"name": "HaltonSampler", "arguments": {"steps": 2}}]`, of `discrete_lit.samplers`.
