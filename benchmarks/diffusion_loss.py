@@ -22,7 +22,7 @@ from side_by_side.published_shapes import sedd_shape
 from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor
 
-from discrete_lit.processes import (
+from discrete_lit.diffusion import (
     AbsorbingProcess,
     CavityHead,
     ForwardProcess,
@@ -32,7 +32,7 @@ from discrete_lit.processes import (
     ScoreHead,
     UniformProcess,
 )
-from discrete_lit.processes.losses import (
+from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
     DiscreteTimeBound,

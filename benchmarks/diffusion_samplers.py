@@ -21,10 +21,10 @@ from side_by_side.timing import Seconds, alternate, milliseconds, ratio
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import (
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import (
     AbsorbingProcess,
     CavityHead,
-    CounterRandom,
     ForwardProcess,
     Head,
     HybridProcess,
@@ -32,7 +32,7 @@ from discrete_lit.processes import (
     ScoreHead,
     UniformProcess,
 )
-from discrete_lit.processes.denoiser import Denoiser
+from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,

@@ -19,7 +19,7 @@ import torch
 from side_by_side.published_shapes import autocast, var_shape
 from side_by_side.timing import alternate, milliseconds, ratio
 
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import NextScaleSampler, SamplerOutput
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 

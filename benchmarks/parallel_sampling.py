@@ -22,7 +22,7 @@ from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor
 
 from discrete_lit.backbones import Transformer
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import HaltonSampler, MaskGITSampler, NextScaleSampler, Sampler
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 

@@ -28,10 +28,10 @@ from side_by_side.between_steps import BetweenSteps
 from discrete_lit import generators
 from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import GradientNorm, ReconstructionGrid, SampleGrid, Throughput
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.data import TokenArrays, TokenWriter
 from discrete_lit.generators import Generator
 from discrete_lit.optimization import WarmupCosine
-from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.tokenizers import FSQ
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 

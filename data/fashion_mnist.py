@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import DefaultHelpFormatter, auto_cli
 
+from discrete_lit.core.files import atomic_write, content_sha256
 from discrete_lit.data.sources.fashion_mnist import EMBEDDED_SHA256
-from discrete_lit.files import atomic_write, content_sha256
 
 CLASSES = [
     "T-shirt/top",

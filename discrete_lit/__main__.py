@@ -1,5 +1,5 @@
 """`python -m discrete_lit` is `discrete-lit`."""
 
-from discrete_lit.cli import main
+from discrete_lit.cli.commands import main
 
 main()

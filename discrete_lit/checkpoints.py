@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import LightningModule
 
-from discrete_lit.files import atomic_write
+from discrete_lit.core.files import atomic_write
 from discrete_lit.generators.generator import Generator
 from discrete_lit.tokenizers.klvae import KLVAE
 from discrete_lit.tokenizers.tokenizer import Tokenizer

@@ -227,7 +227,7 @@ def test_models_fit_reload_and_sample(
     import torch
 
     import discrete_lit
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
     from discrete_lit.evaluation.classifier import load_classifier
     from discrete_lit.tokenizers import KLVAE
 
@@ -265,7 +265,7 @@ def test_models_fit_reload_and_sample(
 
 def printed(arguments: list[str], capsys: pytest.CaptureFixture) -> dict[str, Any]:
     """What the command prints with --print_config."""
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
 
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

@@ -30,7 +30,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mod
 
 def fit(model: dict, folder: Path) -> Path:
     """Two batches by the command; the checkpoint."""
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
 
     settings = {
         "run_dir": str(folder),
@@ -60,7 +60,7 @@ def test_both_train_reload_and_sample_by_the_command(examples: dict[str, ModuleT
     import torch
 
     import discrete_lit
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
 
     optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
     network = {
@@ -104,7 +104,7 @@ def test_the_generators_likelihood_is_a_distribution_and_its_sampler_draws_from_
 ) -> None:
     import torch
 
-    from discrete_lit.processes import CounterRandom
+    from discrete_lit.core.random import CounterRandom
 
     generator = examples["my_generator"].Checkerboard(
         make_grid_tokenizer(3, (2, 2)),

@@ -1,7 +1,14 @@
-"""What a generator asks of its backbone."""
+"""An id as several parts, so that a large vocabulary is predicted by a few small softmaxes.
+
+What predicts the id of a place in parts, from the hidden state that a causal transformer has of it.
+
+What a generator asks of its backbone.
+
+Compilation in place: the blocks of a backbone keep their names, so checkpoints do not change.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -15,8 +22,125 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.cache import Cache
-from discrete_lit.backbones.linear import Linear
-from discrete_lit.backbones.place_head import PlaceHead
+from discrete_lit.backbones.layers import Linear
+from discrete_lit.core.random import CounterRandom
+
+
+class IdParts(nn.Module):
+    """Ids in [0, K) as digits of unequal bases, the least significant first.
+
+    With sizes 2^6 and 2^12 the first part of an 18-bit id is its low 6 bits (Luo et al., "Open-MAGVIT2", 2024).
+
+    Args:
+        sizes: of the parts; their product is K.
+        vocab_size: K.
+
+    Raises:
+        ValueError: parts of fewer than two values, or whose product is not K.
+    """
+
+    moduli: Tensor
+    units: Tensor
+
+    def __init__(self, sizes: Sequence[int], vocab_size: int) -> None:
+        super().__init__()
+        if not sizes or min(sizes) < 2 or prod(sizes) != vocab_size:
+            raise ValueError(
+                f"the parts of an id must have 2 or more values each, and {vocab_size} together, the tokenizer's "
+                f"vocabulary; got sizes={list(sizes)}, which multiply to {prod(sizes)}"
+            )
+        self.sizes = tuple(sizes)
+        units = [prod(sizes[:part]) for part in range(len(sizes))]
+        self.register_buffer("moduli", torch.tensor(sizes), persistent=False)
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def split(self, ids: Tensor) -> Tensor:
+        """`(...)` int64 in [0, K) to `(..., P)`, part p in [0, size of p)."""
+        return ids[..., None] // self.units % self.moduli
+
+    def join(self, parts: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        return (parts * self.units).sum(dim=-1)
+
+
+def bits_of_vocabulary(vocab_size: int, what_needs_them: str) -> int:
+    """b of a vocabulary of 2^b ids.
+
+    Raises:
+        ValueError: a vocabulary that is no power of two, or of one id; it names `what_needs_them`.
+    """
+    bits = vocab_size.bit_length() - 1
+    if vocab_size != 2**bits or bits == 0:
+        raise ValueError(f"{what_needs_them} needs a vocabulary that is a power of 2, the tokenizer's is {vocab_size}")
+    return bits
+
+
+class PlaceHead(nn.Module, ABC):
+    """p(id | what comes before its place) as the product over parts of p(part | parts before it, hidden state).
+
+    It takes the place of the softmax over all K ids, which a vocabulary of 2^18 is too large for. The transformer makes
+    it by calling `place_head(settings of its blocks, K)`, ends without a norm, and gives hidden states instead of
+    logits.
+
+    Args:
+        sizes: of the parts P of an id, least significant first; their product is K.
+        vocab_size: K.
+        width: D, of the hidden states.
+
+    Raises:
+        ValueError: parts that do not make up the vocabulary.
+    """
+
+    def __init__(self, sizes: Sequence[int], vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.parts = IdParts(sizes, vocab_size)
+
+    @abstractmethod
+    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+        """Logits of the next part.
+
+        Args:
+            hidden: `(B, n, D)`.
+            known: `(B, n, p)` int64, the first p < P parts of each id.
+
+        Returns:
+            `(B, n, size of part p)` float32.
+        """
+
+    @abstractmethod
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """What training minimises in training mode, and in eval mode -log p of each id, or an estimate of its bound.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+            random: one stream for each of the B sequences.
+
+        Returns:
+            Nats of each id and the weights of their mean, both `(B, n)` float32.
+        """
+
+    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """log p of each id in nats, exact: the sum over parts in turn.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+
+        Returns:
+            `(B, n)` float32.
+        """
+        parts = self.parts.split(ids)
+        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        for number in range(len(self.parts)):
+            logits = self.part_logits(hidden, parts[..., :number])
+            total = total + logits.log_softmax(dim=-1).gather(-1, parts[..., number, None])[..., 0]
+        return total
+
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -270,3 +394,26 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
     if isinstance(copy, Linear):
         copy.unpack()
     return copy
+
+
+def compile_blocks(backbone: Backbone, **options: Any) -> None:
+    """Compile each block of a backbone on its own, by `torch.nn.Module.compile`.
+
+    The blocks are alike, so the compiler works through one of them, not through all; what it makes serves the others.
+
+    Args:
+        backbone: changed in place; its parameters and their names stay.
+        options: of `torch.compile`.
+    """
+    for block in backbone.shards():
+        block.compile(**options)
+
+
+def compile_for_sampling(backbone: Backbone) -> None:
+    """`compile_blocks` with the least work between two blocks, for passes over few rows.
+
+    Args:
+        backbone: changed in place, on the device that it samples on.
+    """
+    on_processor = next(backbone.parameters()).device.type == "cpu"
+    compile_blocks(backbone, options={"cpp_wrapper": on_processor})

@@ -1,4 +1,7 @@
-"""The transformer that every generator shares."""
+"""Which switches of the transformer go together.
+
+The transformer that every generator shares.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,16 +12,80 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.attention import AttentionBias, QueryKeyNorm
-from discrete_lit.backbones.backbone import Backbone, SequenceLayout
-from discrete_lit.backbones.blocks import Block, BlockSettings, Condition, MLPKind, Modulation
+from discrete_lit.backbones.backbone import Backbone, PlaceHead, SequenceLayout
+from discrete_lit.backbones.blocks import (
+    AttentionBias,
+    Block,
+    BlockSettings,
+    Condition,
+    MLPKind,
+    Modulation,
+    QueryKeyNorm,
+)
 from discrete_lit.backbones.cache import Cache, new_buffers
-from discrete_lit.backbones.embedding import InputKind, TimeEmbedding, TokenTable, embed_tokens
-from discrete_lit.backbones.head import Head
-from discrete_lit.backbones.norms import Norm, NormKind
-from discrete_lit.backbones.place_head import PlaceHead
-from discrete_lit.backbones.positions import PositionKind, Positions
-from discrete_lit.backbones.switches import check_layout, check_place_head, check_switches
+from discrete_lit.backbones.embeddings import (
+    InputKind,
+    PositionKind,
+    Positions,
+    TimeEmbedding,
+    TokenTable,
+    embed_tokens,
+)
+from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
+
+
+def check_switches(
+    layout: SequenceLayout,
+    width: int,
+    depth: int,
+    heads: int,
+    head_dim: int | None,
+    norm_first: bool,
+    modulated: bool,
+    condition_positions: bool,
+    shared_modulation: bool,
+    condition_width: int | None,
+    prefix: bool,
+) -> None:
+    if head_dim is None and width % heads:
+        raise ValueError(f"width={width} is not a multiple of heads={heads}")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}")
+    if modulated and not norm_first:
+        raise ValueError("norm_first=false has no modulation: conditioning must be 'prefix'")
+    if (condition_positions or shared_modulation) and not modulated:
+        raise ValueError("condition_positions and shared_modulation need conditioning='adaln' or 'prefix_adaln'")
+    if condition_width is not None and (prefix or condition_positions or shared_modulation):
+        raise ValueError("condition_width is of conditioning='adaln' with neither offsets nor a shared modulation")
+    if layout.timed and not modulated:
+        raise ValueError("a generator that tells the time needs conditioning='adaln' or 'prefix_adaln'")
+    if (layout.attention == "block_causal") != bool(layout.scales):
+        raise ValueError(f"{layout.attention} attention does not go with scales={layout.scales}")
+    if layout.scales and (layout.scales[0] != 1 or sum(layout.scales) != layout.places):
+        raise ValueError(f"scales={layout.scales} must begin with 1 and add up to the {layout.places} places")
+
+
+def check_layout(
+    layout: SequenceLayout, depth: int, target_positions: bool, embedding: InputKind, tied: bool, long_skips: bool
+) -> None:
+    if target_positions and layout.attention != "causal":
+        raise ValueError(f"target_positions belong to a causal sequence, this one is {layout.attention}")
+    if tied and (layout.input_dim is not None or embedding != "table"):
+        raise ValueError("tied=true needs a table of token embeddings")
+    if long_skips and depth % 2 == 0:
+        raise ValueError(f"long_skips join the two halves around a middle block: depth must be odd, got {depth}")
+    if layout.parts > 1 and layout.attention != "bidirectional":
+        raise ValueError(
+            f"several ids at a place need bidirectional attention, this sequence is {layout.attention}: a place_head "
+            "predicts the parts of an id"
+        )
+
+
+def check_place_head(layout: SequenceLayout, head_transform: bool, head_bias: bool | str | None) -> None:
+    if layout.attention != "causal":
+        raise ValueError(f"a place_head predicts the next id of a causal sequence, this one is {layout.attention}")
+    if head_transform or head_bias is not None:
+        raise ValueError("head_transform and head_bias belong to logits of all ids: a place_head has its own")
 
 
 class Transformer(Backbone):
@@ -55,7 +122,7 @@ class Transformer(Backbone):
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
         registers: learned elements before everything else.
         attention_bias: of queries, keys and values; as `bias` by default.
-        qk_norm: of queries and keys, see `discrete_lit.backbones.attention.QueryKeyNorms`.
+        qk_norm: of queries and keys, see `discrete_lit.backbones.blocks.QueryKeyNorms`.
         out_bias: of the attention's last projection; as `bias` by default.
         bias: of the other linear layers.
         head_bias: of the logits; as `bias` by default; `"place"` has one of each place.
@@ -194,7 +261,7 @@ class Transformer(Backbone):
             self.final_modulation = Modulation(condition_width, width, 2) if modulated else None
             head_offset = bias if head_bias is None else head_bias
             outputs = layout.parts * layout.outputs
-            self.head = Head(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
+            self.head = LogitHead(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
         self.tied = tied
         self.recompute = recompute
         self.register_buffer("mask", _scale_mask(layout), persistent=False)

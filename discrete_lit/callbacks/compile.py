@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from discrete_lit.backbones.compiling import compile_blocks
+from discrete_lit.backbones.backbone import compile_blocks
 from discrete_lit.generators import Generator
 
 

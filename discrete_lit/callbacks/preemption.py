@@ -14,8 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from discrete_lit.files import publish
-from discrete_lit.lightning_internals import accumulates_gradients, log_batch_now
+from discrete_lit.core.files import publish
+from discrete_lit.core.lightning_internals import accumulates_gradients, log_batch_now
 
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 

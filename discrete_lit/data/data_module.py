@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lightning import LightningDataModule
 
-from discrete_lit import distributed
+from discrete_lit.core import distributed
 from discrete_lit.data.loaders import BatchSource, EvaluationLoader, TrainingLoader
 
 Split = Literal["train", "validation"]

@@ -6,10 +6,10 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 import torch
 
-from discrete_lit.data import keyed_random
+from discrete_lit.core import random as keyed_random
+from discrete_lit.core.images import from_uint8
 from discrete_lit.data.loaders import Batch
 from discrete_lit.data.transforms import center_crop, decode_image, random_crop, ten_crops
-from discrete_lit.images import from_uint8
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from discrete_lit.data import keyed_random
+from discrete_lit.core import random as keyed_random
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from discrete_lit.data import keyed_random
+from discrete_lit.core import random as keyed_random
 
 logger = logging.getLogger(__name__)
 

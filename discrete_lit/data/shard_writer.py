@@ -18,8 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256, file_sha256
 from discrete_lit.data.sources.source import Sample, Source
-from discrete_lit.files import atomic_write, atomic_write_text, content_sha256, file_sha256
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"

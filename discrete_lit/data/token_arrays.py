@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from discrete_lit.data import keyed_random
+from discrete_lit.core import random as keyed_random
+from discrete_lit.core.files import atomic_write_text, publish
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
-from discrete_lit.files import atomic_write_text, publish
 
 FORMAT = "discrete-lit-tokens-1"
 MANIFEST = "manifest.json"

@@ -1,18 +1,5 @@
-"""Measuring samples: features, Fréchet distances, a judge of the intended class, reports."""
+"""Evaluation of samples and checkpoints: sets of images, their statistics, likelihoods, reports."""
 
-from discrete_lit.evaluation.efficientnet import EfficientNetLite0
-from discrete_lit.evaluation.features import FeatureExtractor
-from discrete_lit.evaluation.frechet import FrechetResult, compare, frechet_distance
-from discrete_lit.evaluation.inception import InceptionV3
-from discrete_lit.evaluation.moments import FeatureMoments, Moments
+from discrete_lit.metrics import EfficientNetLite0, InceptionV3
 
-__all__ = [
-    "EfficientNetLite0",
-    "FeatureExtractor",
-    "FeatureMoments",
-    "FrechetResult",
-    "InceptionV3",
-    "Moments",
-    "compare",
-    "frechet_distance",
-]
+__all__ = ["EfficientNetLite0", "InceptionV3"]

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from discrete_lit.evaluation.frechet import FrechetResult
-from discrete_lit.evaluation.likelihood import LikelihoodFigures
-from discrete_lit.evaluation.precision_recall import Manifold
-from discrete_lit.evaluation.reconstruction import ReconstructionFigures
-from discrete_lit.evaluation.reference import Reference
-from discrete_lit.files import atomic_write_text
+from discrete_lit.core.files import atomic_write_text
+from discrete_lit.evaluation.feature_statistics import Reference
+from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
+from discrete_lit.metrics.frechet import FrechetResult
+from discrete_lit.metrics.precision_recall import Manifold
+from discrete_lit.metrics.reconstruction import ReconstructionFigures
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Row:
     """Share of images whose predicted class is the intended one, in [0, 1]."""
     label_accuracy_by_class: list[float | None] | None = None
     within_class_diversity: float | None = None
-    """Mean over classes of `discrete_lit.evaluation.diversity.within_class_diversity`."""
+    """Mean over classes of `discrete_lit.metrics.precision_recall.within_class_diversity`."""
     within_class_diversity_by_class: list[float | None] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     """The run.json beside the samples."""

@@ -1,20 +1,60 @@
-"""Next-token prediction in raster order (Esser et al., "Taming Transformers", 2021; Sun et al., "LlamaGen", 2024), in
+"""A backbone along one order of the places.
+
+Next-token prediction in raster order (Esser et al., "Taming Transformers", 2021; Sun et al., "LlamaGen", 2024), in
 another one, or in random orders that give way to it (Yu et al., "Randomized Autoregressive Visual Generation", 2024).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.backbones import Backbone, Cache, SequenceLayout
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
-from discrete_lit.generators.ordered_backbone import OrderedBackbone
-from discrete_lit.processes import CounterRandom, Purpose
 from discrete_lit.samplers import RasterSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+
+class OrderedBackbone(Backbone):
+    """An any-order backbone whose sequences come in one fixed order, so that a sampler needs to know of none.
+
+    Args:
+        backbone: of an any-order layout; shared, not copied.
+        order: `(N,)` int64, the place of the grid that each token in turn stands at.
+    """
+
+    def __init__(self, backbone: Backbone, order: Tensor) -> None:
+        super().__init__(replace(backbone.layout, any_order=False))
+        self.backbone = backbone
+        self.place_head = backbone.place_head
+        self.order = order
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cache: Cache | None = None,
+        order: Tensor | None = None,
+        time: Tensor | None = None,
+    ) -> Tensor:
+        assert order is None, "the order is fixed"
+        return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
+
+    def shards(self) -> Iterable[nn.Module]:
+        return self.backbone.shards()
+
+    def new_cache(self, labels: Tensor) -> Cache:
+        return self.backbone.new_cache(labels)
+
+    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
+        return self.backbone.flops(batch, tokens, filled)
+
+    def cache_flops(self, batch: int) -> int:
+        return self.backbone.cache_flops(batch)
 
 
 class Autoregressive(Generator):

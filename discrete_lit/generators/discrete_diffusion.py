@@ -8,25 +8,23 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, SequenceLayout
-from discrete_lit.distributed import world_size
-from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
-from discrete_lit.processes import (
+from discrete_lit.core.distributed import world_size
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import (
     AbsorbingProcess,
     CavityHead,
-    CounterRandom,
     Denoiser,
     ForwardProcess,
     Head,
     LinearSchedule,
     MaskSchedule,
-    Purpose,
 )
-from discrete_lit.processes.denoiser import TimeInput
-from discrete_lit.processes.likelihood import enumerated_log_likelihood, likelihood_bound
-from discrete_lit.processes.losses import DiffusionLoss, LossKind, MaskedCrossEntropy
-from discrete_lit.processes.noise_level import NoiseLevel
-from discrete_lit.processes.reverse import is_absorbing
-from discrete_lit.processes.stratified import spread_times, stratified_times
+from discrete_lit.diffusion.likelihood import enumerated_log_likelihood, likelihood_bound
+from discrete_lit.diffusion.losses import DiffusionLoss, LossKind, MaskedCrossEntropy
+from discrete_lit.diffusion.parameterization import TimeInput
+from discrete_lit.diffusion.processes import is_absorbing
+from discrete_lit.diffusion.schedules import NoiseLevel, spread_times, stratified_times
+from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.samplers import AncestralSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 

@@ -12,13 +12,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, SequenceLayout
-from discrete_lit.distributed import all_gather_rows, all_reduce_sum, rank, world_size
-from discrete_lit.evaluation.binned_mean import BinnedMean
+from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, rank, world_size
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion.parameterization import Denoiser
+from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
-from discrete_lit.processes import CounterRandom, Purpose
-from discrete_lit.processes.denoiser import Denoiser
 from discrete_lit.samplers import Sampler
-from discrete_lit.samplers.drawing import SamplerOutput, ScaleQuantizer
+from discrete_lit.samplers.sampler import SamplerOutput, ScaleQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
 
 _PROFILE_BINS = 4

@@ -1,4 +1,6 @@
-"""Masked token prediction (Chang et al., "MaskGIT: Masked Generative Image Transformer", CVPR 2022), of ids or of
+"""Ids of a vocabulary 2^b as g groups of b / g bits (Weber et al., "MaskBit", 2024).
+
+Masked token prediction (Chang et al., "MaskGIT: Masked Generative Image Transformer", CVPR 2022), of ids or of
 groups of their bits (Weber et al., "MaskBit: Embedding-free Image Generation via Bit Tokens", 2024).
 """
 
@@ -10,15 +12,50 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Backbone, SequenceLayout
-from discrete_lit.generators.bit_groups import BitGroups
+from discrete_lit.backbones.backbone import bits_of_vocabulary
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, Denoiser
+from discrete_lit.diffusion.processes import AbsorbingProcess
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
-from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, MaskSchedule, Purpose
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.heads import CavityHead
-from discrete_lit.processes.mixture import AbsorbingProcess
-from discrete_lit.processes.random import random_subset
 from discrete_lit.samplers import MaskGITSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+
+class BitGroups:
+    """Splits ids into units of b / g bits each and joins them; group 0 has the least significant bits.
+
+    Args:
+        vocab_size: 2^b.
+        groups: g, a divisor of b.
+
+    Raises:
+        ValueError: a vocabulary that is no power of two, or groups that do not divide its bits.
+    """
+
+    def __init__(self, vocab_size: int, groups: int) -> None:
+        bits = bits_of_vocabulary(vocab_size, f"bit_groups={groups}")
+        if groups < 1 or bits % groups:
+            raise ValueError(f"bit_groups must divide the {bits} bits of an id, got {groups}")
+        self.groups = groups
+        self.bits = bits // groups
+        self.unit_size = 2**self.bits
+
+    def split(self, ids: Tensor) -> Tensor:
+        """`(B, n)` in [0, 2^b) to units `(B, n g)` in [0, 2^(b / g)); those of an id stand next to one another.
+
+        An id of -1, which stands for none, becomes g of them.
+        """
+        units = (ids[..., None] >> self._shifts(ids)) & (self.unit_size - 1)
+        return units.masked_fill(ids[..., None] < 0, -1).flatten(1)
+
+    def join(self, units: Tensor) -> Tensor:
+        """The inverse of `split`."""
+        grouped = units.unflatten(1, (-1, self.groups))
+        return (grouped << self._shifts(units)).sum(dim=-1)
+
+    def _shifts(self, ids: Tensor) -> Tensor:
+        return torch.arange(self.groups, device=ids.device) * self.bits
 
 
 class Masked(Generator):

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
-from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import NextScaleSampler, Sampler
 from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.pretrained import llamagen, taming
-from discrete_lit.pretrained.convolutional import ConvLayout
+from discrete_lit.pretrained.layouts import ConvLayout
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 from discrete_lit.tokenizers.quantizers import VectorQuantizer

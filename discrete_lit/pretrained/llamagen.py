@@ -1,11 +1,9 @@
 """FoundationVision/LlamaGen: its tokenizers and its class-conditional generators."""
 
-from discrete_lit.pretrained.convolutional import ConvLayout
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, Tokens, register
+from discrete_lit.pretrained.conversion import Conversion, Tokens, register
+from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
-from discrete_lit.pretrained.transformers import class_count, generator, in_blocks, sampled_by, square
 
 LAYOUT = ConvLayout(
     encoder_level="encoder.conv_blocks.{level}",

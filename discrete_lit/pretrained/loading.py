@@ -5,11 +5,9 @@ from typing import Any
 
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.generators.generator import Generator
-from discrete_lit.pretrained.accounting import convert
-from discrete_lit.pretrained.reading import read_state
-from discrete_lit.pretrained.reference import Reference, read_reference
-from discrete_lit.pretrained.registry import Conversion, Tokens, check_family, find_family
-from discrete_lit.tokenizers.image_autoencoder import ImageAutoencoder
+from discrete_lit.pretrained.conversion import Conversion, Tokens, check_family, convert, find_family
+from discrete_lit.pretrained.reading import Reference, read_reference, read_state
+from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _LARGEST_IMAGE = 2048

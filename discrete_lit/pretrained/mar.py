@@ -1,8 +1,7 @@
 """LTH14/mar: KL-16, the continuous autoencoder of latent diffusion."""
 
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+from discrete_lit.pretrained.conversion import Conversion, register
+from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import DROPPED, LAYOUT, MARKS
 
 # In MAR's training code, not in its file.

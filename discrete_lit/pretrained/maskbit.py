@@ -1,14 +1,16 @@
-"""markweberdev/maskbit: VQGAN+ and the bit tokenizers."""
+"""markweberdev/maskbit: VQGAN+ and the bit tokenizers.
+
+markweberdev/maskbit: the generators of bits and of VQGAN+'s ids.
+"""
 
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from discrete_lit.pretrained.convolutional import ConvLayout
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
+from discrete_lit.pretrained.layouts import ConvLayout, Rules, class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
 LAYOUT = ConvLayout(
@@ -18,6 +20,8 @@ LAYOUT = ConvLayout(
     downsample="down_conv",
     upsample="upsample_conv",
 )
+
+
 _BLOCKS = "encoder.down.0.res_blocks.0.conv1.weight"
 
 
@@ -72,3 +76,111 @@ def _layout(state: State) -> ConvLayout:
 def _network(state: State, layout: ConvLayout) -> dict[str, Any]:
     downsampling = "right" if "encoder.down.0.down_conv.weight" in state else "average"
     return layout.network(state, downsampling=downsampling, shortcut="output", pixels="unit")
+
+
+# Of the published evaluation with the fewest; its other settings are the sampler's own.
+_STEPS = 64
+
+
+_BLOCK = [
+    ("attention.query_key_value.{rest}", "0.mha.in_proj_{rest}"),
+    ("attention.out.{rest}", "0.mha.out_proj.{rest}"),
+    ("attention_norm.{rest}", "0.norm.{rest}"),
+    ("mlp.expand.{rest}", "1.net.0.{rest}"),
+    ("mlp.contract.{rest}", "1.net.2.{rest}"),
+    ("mlp_norm.{rest}", "1.norm.{rest}"),
+]
+
+
+_SHARED = [
+    ("class_embedding.weight", "class_emb.weight"),
+    ("positions.embedding", "pos_emb"),
+    ("embedding_norm.{rest}", "first_layer.0.{rest}"),
+    *in_blocks("transformer.layers.{block}", _BLOCK),
+    ("head.transform.{layer}.{rest}", "last_layer.{layer}.{rest}"),
+]
+
+
+# The class comes first in ours, last in theirs.
+_CLASS_FIRST = Arrangement(["pos_emb"], ["pos_emb"], lambda table: [torch.cat([table[:, -1:], table[:, :-1]], dim=1)])
+
+
+_MARKS = ("class_emb.weight", "pos_emb", "first_layer.0.weight", "last_layer.0.weight")
+
+
+@register("maskbit_bert", marks=(*_MARKS, "tok_emb_list.0.weight"), section="mlm_model")
+def maskbit_bert(state: State, reference: Reference) -> Conversion:
+    """Generators of VQGAN+'s ids, one id at a place."""
+    vocab_size = len(state["tok_emb_list.0.weight"]) - 1
+    agree(reference, {"codebook_size": vocab_size})
+    agree(reference, {"codebook_splits": 1}, "a table of embeddings has")
+    rules = [
+        ("token_embedding.table.weight", "tok_emb_list.0.weight"),
+        ("head.bias", "bias.0"),
+    ]
+    return _masked(state, reference, vocab_size, rules, {"tied": True, "head_bias": "place"})
+
+
+@register("maskbit_lfqbert", marks=(*_MARKS, "input_proj.weight", "bits_to_indices"), section="mlm_model")
+def maskbit_lfqbert(state: State, reference: Reference) -> Conversion:
+    """`maskbit_generator_{10,12,14,16,18}bit.bin`."""
+    bits, group = state["input_proj.weight"].shape[1], len(state["bits_to_indices"])
+    if bits % group:
+        raise ValueError(f"{state.source!r} has {bits} bits in groups of {group}")
+    agree(reference, {"codebook_size": 2**bits, "codebook_splits": bits // group})
+    if state["bits_to_indices"].tolist() != [2**bit for bit in range(group)]:
+        raise ValueError(f"{state.source!r} has a 'bits_to_indices' in which bit k does not count 2^k")
+    rules = [
+        ("token_embedding.project.{rest}", "input_proj.{rest}"),
+        ("head.project.weight", "prediction_layer.weight"),
+        ("head.bias", "prediction_layer.bias"),
+    ]
+    return _masked(
+        state,
+        reference,
+        2**bits,
+        rules,
+        {"token_embedding": "bits"},
+        dropped=("bits_to_indices",),
+        bit_groups=bits // group,
+    )
+
+
+def _masked(
+    state: State,
+    reference: Reference,
+    vocab_size: int,
+    rules: Rules,
+    switches: dict[str, Any],
+    dropped: tuple[str, ...] = (),
+    **options: Any,
+) -> Conversion:
+    width, depth = state["class_emb.weight"].shape[1], state.count("transformer.layers.{}")
+    num_classes = class_count(state, state["class_emb.weight"])
+    hidden = len(state["transformer.layers.0.1.net.0.bias"])
+    agree(reference, {"hidden_dim": width, "depth": depth, "mlp_dim": hidden, "nclass": num_classes})
+    agree(reference, {"use_prenorm": False}, "every published model has")
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": reference.get("heads", 16),
+        "mlp_hidden": hidden,
+        "norm_epsilon": 1e-12,
+        "norm_first": False,
+        "embedding_norm": True,
+        "head_transform": True,
+        **switches,
+    }
+    places = state["pos_emb"].shape[1] - 1
+    return generator(
+        "Masked",
+        state,
+        Tokens(vocab_size, square(state, places)),
+        num_classes,
+        backbone,
+        [*_SHARED, *rules],
+        [_CLASS_FIRST],
+        dropped,
+        sampler=sampled_by("MaskBitSampler", steps=min(_STEPS, places)),
+        **options,
+    )

@@ -9,10 +9,9 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from discrete_lit.pretrained import taming
-from discrete_lit.pretrained.convolutional import ConvLayout
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+from discrete_lit.pretrained.conversion import Conversion, register
+from discrete_lit.pretrained.layouts import ConvLayout
+from discrete_lit.pretrained.reading import Reference, State, agree
 
 _MEAN = "model_ema."
 DROPPED = (*taming.DROPPED, "model_ema.decay", "model_ema.num_updates", "model_ema.loss*")

@@ -1,17 +1,30 @@
-"""CompVis/taming-transformers and CompVis/latent-diffusion: the VQGANs."""
+"""CompVis/taming-transformers and CompVis/latent-diffusion: the VQGANs.
+
+CompVis/taming-transformers: the class-conditional GPT, and the VQGAN in the same file.
+"""
 
 from typing import Any
 
-from discrete_lit.pretrained.convolutional import ConvLayout
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
+from discrete_lit.pretrained.layouts import ConvLayout, generator, in_blocks, square
+from discrete_lit.pretrained.reading import Reference, State, agree, read_reference
 
 LAYOUT = ConvLayout()
+
+
 CODES = ("quantizer.codebook.codes", "quantize.embedding.weight")
+
+
 # The losses with their networks; the random projection that shows segmentations as colours.
 DROPPED = ("loss.*", "colorize")
+
+
 WRAPPERS = ("state_dict",)
+
+
 MARKS = ("encoder.down.0.block.0.conv1.weight", "quant_conv.weight")
 
 
@@ -83,3 +96,72 @@ def vector_quantizer(codebook_size: int, code_dim: int, **settings: Any) -> dict
         "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
         "init_args": {"codebook_size": codebook_size, "dim": code_dim, **trained, **settings},
     }
+
+
+_FIRST_STAGE = "first_stage_model."
+
+
+_BLOCK = [
+    ("attention.query_key_value.{rest}", "attn.{query|key|value}.{rest}"),
+    ("attention.out.{rest}", "attn.proj.{rest}"),
+    ("attention_norm.{rest}", "ln1.{rest}"),
+    ("mlp_norm.{rest}", "ln2.{rest}"),
+    ("mlp.expand.{rest}", "mlp.0.{rest}"),
+    ("mlp.contract.{rest}", "mlp.2.{rest}"),
+]
+
+
+_RULES = [
+    ("token_embedding.table.weight", "transformer.tok_emb.weight"),
+    ("class_embedding.weight", "transformer.tok_emb.classes"),
+    ("positions.embedding", "transformer.pos_emb"),
+    *in_blocks("transformer.blocks.{block}", _BLOCK),
+    ("final_norm.{rest}", "transformer.ln_f.{rest}"),
+    ("head.project.weight", "transformer.head.weight"),
+]
+
+
+@register(
+    "taming_net2net",
+    marks=("transformer.tok_emb.weight", "transformer.pos_emb", f"{_FIRST_STAGE}quantize.embedding.weight"),
+    wrappers=WRAPPERS,
+)
+def taming_net2net(state: State, reference: Reference) -> Conversion:
+    """`cin_transformer`'s `last.ckpt`. A class has the embedding of the id of its number; no class has zeros, as the
+    published model never saw it."""
+    vocab_size, width = state["transformer.tok_emb.weight"].shape
+    places, depth = state["transformer.pos_emb"].shape[1], state.count("transformer.blocks.{}")
+    arguments = read_reference(reference.get("transformer_config"))
+    agree(arguments, {"vocab_size": vocab_size, "block_size": places, "n_layer": depth, "n_embd": width})
+    agree(arguments, {"n_unmasked": 0}, "a causal sequence has")
+    if reference.get("permuter_config") is not None or any(name.startswith("permuter.") for name in state):
+        raise ValueError(f"{state.source!r} has a permuter: only models of the raster order are loaded")
+    num_classes = read_reference(reference.get("cond_stage_config")).get("n_classes", 1000)
+    if not 0 < num_classes <= vocab_size:
+        raise ValueError(f"n_classes={num_classes} in reference_config must lie in [1, {vocab_size}]: classes are ids")
+    backbone: dict[str, Any] = {
+        "width": width,
+        "depth": depth,
+        "heads": arguments.get("n_head", max(1, width // 64)),
+        "mlp_hidden": len(state["transformer.blocks.0.mlp.0.bias"]),
+        "norm_epsilon": 1e-5,
+        "head_bias": False,
+    }
+
+    def with_classes(table: Tensor) -> list[Tensor]:
+        return [table, torch.cat([table[:num_classes], torch.zeros_like(table[:1])])]
+
+    embedding = "transformer.tok_emb.weight"
+    own = {name: value for name, value in state.items() if not name.startswith(_FIRST_STAGE)}
+    first = {name.removeprefix(_FIRST_STAGE): state[name] for name in state if name not in own}
+    return generator(
+        "Autoregressive",
+        State(own, state.source),
+        Tokens(vocab_size, square(state, places)),
+        num_classes,
+        backbone,
+        _RULES,
+        [Arrangement([embedding], [embedding, "transformer.tok_emb.classes"], with_classes)],
+        dropped=("transformer.blocks.*.attn.mask",),
+        tokenizer=taming_vqgan(State(first, state.source), read_reference(reference.get("first_stage_config"))),
+    )

@@ -1,14 +1,23 @@
-"""FoundationVision/VAR: its multi-scale tokenizer."""
+"""FoundationVision/VAR: its multi-scale tokenizer.
 
-from discrete_lit.pretrained.convolutional import ConvLayout
-from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.reference import Reference, agree
-from discrete_lit.pretrained.registry import Conversion, register
+FoundationVision/VAR: its generators.
+"""
+
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, must_be_zero, register, reorder_chunks
+from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator, in_blocks, sampled_by
+from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, MARKS
 
 LAYOUT = ConvLayout(query_key_value="qkv")
+
+
 # At 256 pixels. The file knows their number alone: at 512 pixels it is used with 1, 2, 3, 4, 6, 9, 13, 18, 24, 32.
-_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_TOKENIZER_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+
+
 # A running mean of how often each scale takes each id.
 DROPPED = ("quantize.ema_vocab_hit_SV",)
 
@@ -21,7 +30,7 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
     sizes = {"vocab_size": codebook_size, "z_channels": code_dim, "ch": network["init_args"]["channels"]}
     agree(reference, sizes)
     scales = reference.get("v_patch_nums")
-    if scales is None and len(state["quantize.ema_vocab_hit_SV"]) != len(_SCALES):
+    if scales is None and len(state["quantize.ema_vocab_hit_SV"]) != len(_TOKENIZER_SCALES):
         raise ValueError(
             f"{state.source!r} has {len(state['quantize.ema_vocab_hit_SV'])} scales: give their sides as v_patch_nums "
             "in reference_config"
@@ -32,7 +41,7 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
             "network": network,
             "codebook_size": codebook_size,
             "code_dim": code_dim,
-            "scales": list(_SCALES if scales is None else scales),
+            "scales": list(_TOKENIZER_SCALES if scales is None else scales),
             "phi_kernels": state.count("quantize.quant_resi.qresi_ls.{}"),
             "phi_ratio": reference.get("quant_resi", 0.5),
             "commitment_weight": reference.get("beta", 0.25),
@@ -41,3 +50,112 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
     }
     rules = [CODES, ("quantizer.phi.{kernel}.{rest}", "quantize.quant_resi.qresi_ls.{kernel}.{rest}")]
     return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state), rules), DROPPED)
+
+
+# Sides of the scales, by the number of tokens: at 256 and at 512 pixels.
+_GENERATOR_SCALES = {680: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 2240: [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]}
+
+
+# Published: both gates, both scales, both shifts. Ours: shift, scale and gate of the attention, then of the MLP.
+_MODULATION = (4, 2, 0, 5, 3, 1)
+
+
+_BLOCK = [
+    ("attention.query_key_value.weight", "attn.mat_qkv.weight"),
+    ("attention.query_value_bias", "attn.query_value_bias"),
+    ("attention.norms.log_sharpness", "attn.scale_mul_1H11"),
+    ("attention.out.{rest}", "attn.proj.{rest}"),
+    ("mlp.expand.{rest}", "ffn.fc1.{rest}"),
+    ("mlp.contract.{rest}", "ffn.fc2.{rest}"),
+    ("modulation.project.{rest}", "ada_lin.1.{rest}"),
+    ("modulation_offset", "ada_gss"),
+]
+
+
+_RULES = [
+    ("token_embedding.project.{rest}", "word_embed.{rest}"),
+    ("class_embedding.weight", "class_emb.weight"),
+    ("positions.embedding", "pos_1LC"),
+    ("shared_modulation.project.{rest}", "shared_ada_lin.1.{rest}"),
+    *in_blocks("blocks.{block}", _BLOCK),
+    ("final_modulation.project.{rest}", "head_nm.ada_lin.1.{rest}"),
+    ("head.project.weight", "head.weight"),
+    ("head.bias", "head.bias"),
+]
+
+
+def _add_levels(positions: Tensor, levels: Tensor, level: Tensor, start: Tensor) -> list[Tensor]:
+    """Everything that is added at a place: its position, its scale, and at the first what begins the sequence."""
+    added = positions + levels[level[0].long()]
+    return [torch.cat([added[:, :1] + start, added[:, 1:]], dim=1)]
+
+
+_ARRANGEMENTS = [
+    Arrangement(["pos_1LC", "lvl_embed.weight", "lvl_1L", "pos_start"], ["pos_1LC"], _add_levels),
+    Arrangement(
+        ["blocks.{block}.attn.q_bias", "blocks.{block}.attn.v_bias"],
+        ["blocks.{block}.attn.query_value_bias"],
+        lambda query, value: [torch.stack([query, value])],
+    ),
+    Arrangement(
+        ["blocks.{block}.attn.scale_mul_1H11"], ["blocks.{block}.attn.scale_mul_1H11"], lambda sharpness: [sharpness[0]]
+    ),
+    must_be_zero("blocks.{block}.attn.zero_k_bias"),
+    reorder_chunks("blocks.{block}.ada_lin.1.{rest}", _MODULATION),
+    reorder_chunks("shared_ada_lin.1.{rest}", _MODULATION),
+    Arrangement(
+        ["blocks.{block}.ada_gss"], ["blocks.{block}.ada_gss"], lambda chunks: [chunks[0, 0, list(_MODULATION)]]
+    ),
+    # Scale, shift.
+    reorder_chunks("head_nm.ada_lin.1.{rest}", (1, 0)),
+]
+
+
+@register(
+    "var_transformer",
+    marks=("word_embed.weight", "lvl_embed.weight", "pos_1LC", "pos_start"),
+    wrappers=("trainer.var_wo_ddp",),
+)
+def var_transformer(state: State, reference: Reference) -> Conversion:
+    """`var_d{16,20,24,30}.pth` at 256 pixels, `var_d36.pth` at 512; trainer files too.
+
+    Its input at a scale is made of the codes of the scales before, so it needs its tokenizer. Other scales than theirs
+    need `patch_nums` in the reference configuration.
+    """
+    width = len(state["word_embed.weight"])
+    places, scales = state["pos_1LC"].shape[1], len(state["lvl_embed.weight"])
+    vocab_size, depth = len(state["head.weight"]), state.count("blocks.{}")
+    num_classes = class_count(state, state["class_emb.weight"])
+    shared = "shared_ada_lin.1.weight" in state
+    agree(reference, {"depth": depth, "embed_dim": width, "num_classes": num_classes, "shared_aln": shared})
+    heads = state["blocks.0.attn.scale_mul_1H11"].shape[1]
+    agree(reference, {"num_heads": heads, "attn_l2_norm": True})
+    sides = list(reference.get("patch_nums", _GENERATOR_SCALES.get(places, [])))
+    if sum(side**2 for side in sides) != places or len(sides) != scales:
+        raise ValueError(
+            f"{state.source!r} has {scales} scales with {places} tokens: give their sides as patch_nums in "
+            f"reference_config, got {sides}"
+        )
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "mlp_hidden": len(state["blocks.0.ffn.fc1.bias"]),
+        "mlp": "gelu_tanh",
+        "norm_epsilon": reference.get("norm_eps", 1e-6),
+        "conditioning": "prefix_adaln",
+        "shared_modulation": shared,
+        "qk_norm": "unit",
+        "attention_bias": "query_value",
+    }
+    return generator(
+        "NextScale",
+        state,
+        Tokens(vocab_size, (places,), needs_tokenizer=True),
+        num_classes,
+        backbone,
+        _RULES,
+        _ARRANGEMENTS,
+        dropped=("attn_bias_for_masking",),
+        sampler=sampled_by("NextScaleSampler", guidance_scale=2.5, top_k=min(900, vocab_size), top_p=0.96),
+    )

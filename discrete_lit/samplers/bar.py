@@ -8,9 +8,9 @@ from torch import Tensor
 
 from discrete_lit.backbones import MaskedBitHead, PlaceHead
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
-from discrete_lit.samplers.decoder import GuidedDecoder
 from discrete_lit.samplers.guidance import GuidanceSchedule
 from discrete_lit.samplers.raster import RasterSampler
+from discrete_lit.samplers.sampler import GuidedDecoder
 
 
 class BARSampler(RasterSampler):

@@ -1,4 +1,14 @@
-"""What samplers that undo noise step by step share."""
+"""The noisy sequences of a draw on their way to images.
+
+What samplers that undo noise step by step share.
+
+The exact reverse step of every token: D3PM's and MDLM's ancestral sampler, SEDD's analytic one (Tweedie).
+
+Steps along the reverse rates at their start: Euler and tau-leaping.
+
+The exact sampler of absorbing processes (Zheng et al., "Masked Diffusion Models are Secretly Time-Agnostic Masked
+Models and Exploit Inaccurate Categorical Sampling", ICLR 2025).
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
@@ -8,17 +18,102 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.processes import MaskSchedule, Purpose
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.noise_level import NoiseLevel
-from discrete_lit.processes.reverse import Jumps, is_absorbing
+from discrete_lit.core.random import Purpose
+from discrete_lit.diffusion import MaskSchedule
+from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_cavity
+from discrete_lit.diffusion.processes import DenseProcess, is_absorbing
+from discrete_lit.diffusion.reverse import (
+    Jumps,
+    analytic_weights,
+    denoise_weights,
+    euler_weights,
+    jumps_from_clean,
+    jumps_from_weights,
+    reverse_rates,
+    unmask_probability,
+)
+from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
-from discrete_lit.samplers.drawing import Drawing
-from discrete_lit.samplers.parallel import ParallelSampler
-from discrete_lit.samplers.prediction import Prediction, guide_jumps
-from discrete_lit.samplers.trajectory import Trajectory, denoiser_of
+from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
+from discrete_lit.samplers.sampler import Drawing, ParallelSampler, Sampler
+
+
+def denoiser_of(drawing: Drawing, sampler: Sampler) -> Denoiser:
+    """What a sampler of diffusion needs of the generator.
+
+    Raises:
+        ValueError: the generator did not learn to undo noise, or guidance has nothing to tell apart.
+    """
+    name = type(sampler).__name__
+    if drawing.denoiser is None:
+        raise ValueError(f"{name} needs a generator that learned to undo noise, as Masked and DiscreteDiffusion do")
+    if sampler.guidance_scale != 1 and drawing.layout.num_classes < 2:
+        raise ValueError(
+            f"guidance_scale={sampler.guidance_scale} needs a generator of several classes, this one has "
+            f"{drawing.layout.num_classes}: leave it at 1"
+        )
+    return drawing.denoiser
+
+
+class Trajectory:
+    """States of all tokens, those that are given kept in their place.
+
+    Attributes:
+        drawing: passes and random numbers.
+        denoiser: process, schedule and head.
+        states: `(B, N)` int64, x_t.
+        fixed: `(B, N)` bool, tokens that are given.
+        log_probability: `(B, N)` float64, that of each id when it was drawn; 0 where none was.
+    """
+
+    def __init__(self, drawing: Drawing, denoiser: Denoiser, level: NoiseLevel) -> None:
+        self.drawing = drawing
+        self.denoiser = denoiser
+        self.fixed = ~drawing.unknown()
+        self.log_probability = torch.zeros(self.fixed.shape, dtype=torch.float64, device=self.fixed.device)
+        process, length = denoiser.process, drawing.layout.length
+        self.states = drawing.start()
+        if not is_absorbing(process):
+            prior = process.draw_prior(drawing.random.uniform(Purpose.ORDER, length))
+            self.states = torch.where(self.fixed, self.states, prior)
+            self.fix(level)
+            drawing.begin(self.states)
+
+    @property
+    def masked(self) -> Tensor:
+        """`(B, N)` bool, where the mask stands."""
+        return self.states == self.drawing.layout.mask_id
+
+    def fix(self, level: NoiseLevel) -> None:
+        """Put the tokens that are given to their places, with the noise of a level where noise is not masks alone."""
+        if is_absorbing(self.denoiser.process) or not bool(self.fixed.any()):
+            return
+        given = torch.where(self.fixed, self.drawing.start(), 0)
+        # The same numbers at every level: what is given gets rid of its noise as the rest does.
+        uniforms = self.drawing.random.uniform(Purpose.MASK_ORDER, given.shape[1])
+        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
+        self.states = torch.where(self.fixed, noisy, self.states)
+
+    def mask(self, forgotten: Tensor) -> None:
+        """Mask tokens again, `(B, N)` bool."""
+        self.states = self.states.masked_fill(forgotten, self.drawing.layout.mask_id)
+
+    def move(self, moved: Tensor, states: Tensor, log_probability: Tensor) -> None:
+        """Note what a pass did.
+
+        Args:
+            moved: `(B, N)` bool, tokens that were drawn.
+            states: `(B, N)` after it.
+            log_probability: `(B, N)` of what was drawn.
+        """
+        self.states = torch.where(moved, states, self.states)
+        self.log_probability = torch.where(moved, log_probability.double(), self.log_probability)
+        self.drawing.record(self.states, log_probability.double().masked_fill(~moved, torch.nan))
+
 
 GuidanceLaw = Literal["clean", "transition", "score"]
+
+
 # Less of a token than this is not left at the start: scores and the total noise stay finite where a schedule ends in
 # pure noise. It changes a law by as much.
 _LEAST_ALPHA = 1e-8
@@ -245,3 +340,191 @@ class DiffusionSampler(ParallelSampler):
             weight = weights.double().logsumexp(dim=-1).exp()
         masked = states == denoiser.process.mask_id
         return Jumps(torch.where(masked, self.reveal(interval, weight), 0.0), weights)
+
+
+class AncestralSampler(DiffusionSampler):
+    """Draws each token from its exact law one level cleaner, given all others as they are.
+
+    `sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t)` (Austin et al., D3PM, 2021, eq. 4; Sahoo et al., MDLM, 2024, eq. 6;
+    Schiff et al., UDLM, 2024), which in terms of scores is SEDD's analytic step (Lou et al., 2024, eq. 19). What it
+    misses is that tokens of one step are drawn apart: the law approaches the model's with the number of steps.
+
+    Args:
+        settings: of `DiffusionSampler` and `Sampler`.
+    """
+
+    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
+        if interval.last:
+            return torch.ones_like(weight)
+        return (unmask_probability(interval.after.alpha, interval.before.alpha) * weight).clamp(max=1)
+
+    def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+        return jumps_from_clean(clean, states, denoiser.process, interval.after.alpha, interval.before.alpha)
+
+    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+        process, ratio = denoiser.process, interval.seen.alpha / interval.after.alpha
+        # What multiplies all weights of a token does not matter, but infinite ones do.
+        score = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        if not interval.last:
+            return jumps_from_weights(analytic_weights(score, states, process, ratio), states)
+        ids = positive_weights(denoise_weights(score, states, process, ratio), scores)
+        return jumps_from_weights(process.widen(ids), states)
+
+
+class EulerSampler(AncestralSampler):
+    """Jumps with the probability dt times the reverse rate at the step's start, at most 1 (Lou et al., SEDD, 2024).
+
+    A masked token is revealed with probability `dt m'(t) / m(t)`. The last step is the ancestral one.
+
+    Args:
+        settings: of `DiffusionSampler` and `Sampler`.
+    """
+
+    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
+        if interval.last:
+            return super().reveal(interval, weight)
+        return (self._hazard(interval) * weight).clamp(max=1)
+
+    def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+        if interval.last:
+            return super().jumps_from_clean(clean, states, denoiser, interval)
+        scores = score_from_cavity(clean.double(), states, denoiser.process, interval.seen)
+        return self.jumps_from_scores(scores, states, denoiser, interval)
+
+    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+        if interval.last:
+            return super().jumps_from_scores(scores, states, denoiser, interval)
+        weights = euler_weights(scores.exp(), states, denoiser.process, self._noise(interval))
+        return jumps_from_weights(weights, states)
+
+    def _hazard(self, interval: Interval) -> Tensor:
+        """`dt m' / m`, `(B, 1)`."""
+        return (interval.before.t - interval.after.t) * interval.slope / (1 - interval.before.alpha)
+
+    def _noise(self, interval: Interval) -> Tensor:
+        """`dt d sigma / dt`, `(B, 1)`."""
+        return (interval.before.t - interval.after.t) * interval.slope / interval.seen.alpha
+
+
+class TauLeapingSampler(EulerSampler):
+    """A Poisson number of jumps of every token, at the reverse rates of the step's start (Campbell et al., 2022).
+
+    Of ids in an order (the dense processes: grey levels) all jumps of a step add up, and what leaves the range is put
+    to its end. Ids that have none cannot be added: there the last of the jumps counts, so that a token moves with
+    probability `1 - exp(-dt rate)`. The last step is the ancestral one.
+
+    Args:
+        settings: of `DiffusionSampler` and `Sampler`.
+
+    Raises:
+        ValueError: in use, an order of ids with a schedule that ends in pure noise, where rates are infinite.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        if self.guidance_law == "transition":
+            raise ValueError("TauLeapingSampler steps along rates, not laws: guidance_law must be 'clean' or 'score'")
+
+    def check(self, denoiser: Denoiser) -> None:
+        super().check(denoiser)
+        ends = denoiser.schedule.mask_probability(torch.ones(1))
+        if isinstance(denoiser.process, DenseProcess) and float(ends) == 1:
+            raise ValueError(
+                f"TauLeapingSampler cannot begin where rates are infinite: {type(denoiser.schedule).__name__} leaves "
+                f"nothing of a token at t = 1; train with a schedule of finite noise, or use AncestralSampler"
+            )
+
+    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
+        if interval.last:
+            return super().reveal(interval, weight)
+        return -torch.expm1(-self._hazard(interval) * weight)
+
+    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+        if interval.last:
+            return super().jumps_from_scores(scores, states, denoiser, interval)
+        rates = reverse_rates(scores.exp(), states, denoiser.process).scatter(-1, states[..., None], 0.0)
+        return Jumps(-torch.expm1(-self._noise(interval) * rates.sum(dim=-1)), rates.log())
+
+    def land(
+        self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval
+    ) -> tuple[Tensor, Tensor]:
+        if interval.last or not isinstance(trajectory.denoiser.process, DenseProcess):
+            return super().land(trajectory, jumps, jumping, uniforms, interval)
+        states, length = trajectory.states, trajectory.states.shape[1]
+        random, number = trajectory.drawing.random, interval.number
+        coins = random.uniform(Purpose.CONFIDENCE, length, number)
+        counts = poisson(-torch.log1p(-jumps.probability), coins) * jumping
+        moved, total = states.clone(), torch.zeros_like(coins)
+        for jump in range(int(counts.max()) if counts.numel() else 0):
+            if jump > 0:
+                uniforms = random.uniform(Purpose.TOKEN, length, number + jump * self.steps)
+            here = counts > jump
+            ids, log_probability = super().land(trajectory, jumps, here, uniforms, interval)
+            moved = torch.where(here, moved + ids - states, moved)
+            total = total + log_probability
+        return moved.clamp(0, trajectory.denoiser.process.vocab_size - 1), total
+
+
+def poisson(mean: Tensor, uniforms: Tensor) -> Tensor:
+    """Poisson counts, int64, by inversion: 0 where the uniform number is at least 1 - exp(-mean).
+
+    Args:
+        mean: float64 >= 0, finite.
+        uniforms: float64 in (0, 1).
+    """
+    term = torch.exp(-mean)
+    above, count = 1 - term, torch.zeros_like(mean, dtype=torch.int64)
+    while True:
+        more = uniforms < above
+        if not bool(more.any()):
+            return count
+        count = count + more
+        term = term * mean / count.clamp(min=1)
+        above = torch.where(more, above - term, 0.0)
+
+
+class FirstHittingSampler(Sampler):
+    """Goes from one reveal to the next: one token, and one network evaluation, at a time.
+
+    With n tokens masked at the mask probability m the next is revealed at `m U^(1 / n)`, U uniform, and is equally
+    likely to be any of them. Nothing is left to discretise: where the network's conditionals are those of one law, the
+    samples follow it. The guidance is that of the clean law; r of its schedules is n / N at reveal n from 0.
+
+    Args:
+        settings: of `Sampler`.
+
+    Raises:
+        ValueError: in use, a generator whose noise does more than mask, guidance on a model without classes, or logits
+            that are no numbers.
+    """
+
+    attention = "bidirectional"
+
+    def draw(self, drawing: Drawing) -> Tensor:
+        denoiser = denoiser_of(drawing, self)
+        if not is_absorbing(denoiser.process):
+            raise ValueError(
+                "FirstHittingSampler reveals masked tokens, the process must be absorbing: "
+                f"{type(denoiser.process).__name__} is not"
+            )
+        schedule, length = denoiser.schedule, drawing.layout.length
+        scales = self.scales(length)
+        start = NoiseLevel.at(schedule, torch.ones(len(drawing.labels), 1, device=drawing.labels.device))
+        trajectory = Trajectory(drawing, denoiser, start)
+        lowest = schedule.mask_probability(start.t.new_zeros(()))
+        mask_probability = start.noise
+        order = drawing.random.uniform(Purpose.ORDER, length).masked_fill(trajectory.fixed, 2.0)
+        rank = order.argsort(dim=1).argsort(dim=1)
+        masked = trajectory.masked.sum(dim=1, keepdim=True)
+        hits = drawing.random.uniform(Purpose.CONFIDENCE, length)
+        uniforms = drawing.random.uniform(Purpose.TOKEN, length)
+        for number in range(int(masked.max()) if masked.numel() else 0):
+            left = (masked - number).clamp(min=1)
+            mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / left)
+            level = NoiseLevel.at(schedule, schedule.inverse(mask_probability.clamp(min=lowest)))
+            prediction = Prediction.of(drawing, denoiser, trajectory.states, level, scales[number])
+            here = trajectory.masked & (rank == number)
+            ids, log_probability = self.choose(prediction.clean()[here], uniforms[here])
+            values = torch.zeros_like(uniforms).masked_scatter(here, log_probability.double())
+            trajectory.move(here, trajectory.states.masked_scatter(here, ids), values)
+        return trajectory.states

@@ -5,15 +5,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.processes import Purpose
-from discrete_lit.processes.heads import score_from_cavity
-from discrete_lit.processes.random import random_subset
-from discrete_lit.processes.reverse import Jumps, is_absorbing, reverse_rates
-from discrete_lit.samplers.ancestral import AncestralSampler
+from discrete_lit.core.random import Purpose, random_subset
+from discrete_lit.diffusion.parameterization import score_from_cavity
+from discrete_lit.diffusion.processes import is_absorbing
+from discrete_lit.diffusion.reverse import Jumps, reverse_rates
 from discrete_lit.samplers.categorical import draw_categorical
-from discrete_lit.samplers.diffusion import Interval
-from discrete_lit.samplers.prediction import Prediction
-from discrete_lit.samplers.trajectory import Trajectory
+from discrete_lit.samplers.diffusion import AncestralSampler, Interval, Trajectory
+from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
 class PredictorCorrectorSampler(AncestralSampler):

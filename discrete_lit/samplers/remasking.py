@@ -7,12 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.processes import MaskSchedule
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.reverse import is_absorbing
-from discrete_lit.samplers.ancestral import AncestralSampler
-from discrete_lit.samplers.diffusion import Interval
-from discrete_lit.samplers.trajectory import Trajectory
+from discrete_lit.diffusion import MaskSchedule
+from discrete_lit.diffusion.parameterization import Denoiser
+from discrete_lit.diffusion.processes import is_absorbing
+from discrete_lit.samplers.diffusion import AncestralSampler, Interval, Trajectory
 
 RemaskingStrategy = Literal["cap", "rescale", "conf", "loop"]
 

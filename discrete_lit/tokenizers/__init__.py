@@ -2,17 +2,11 @@
 
 from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dvae import DVAE
-from discrete_lit.tokenizers.fsq import FSQ
-from discrete_lit.tokenizers.identity import ColourPalette, PixelLevels
-from discrete_lit.tokenizers.klvae import KLVAE
-from discrete_lit.tokenizers.lfq import LFQ
-from discrete_lit.tokenizers.multi_scale_vq import MultiScaleVQ
-from discrete_lit.tokenizers.rqvae import RQVAE
-from discrete_lit.tokenizers.titok import TiTok
-from discrete_lit.tokenizers.token_grid import TokenGrid
-from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze, from_checkpoint
-from discrete_lit.tokenizers.vqgan import VQGAN
-from discrete_lit.tokenizers.vqvae import VQVAE
+from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
+from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
+from discrete_lit.tokenizers.titok import ProxyDecoder, TiTok, TiTokAutoencoder
+from discrete_lit.tokenizers.tokenizer import TokenGrid, Tokenizer, freeze, from_checkpoint
+from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
     "DVAE",
@@ -24,9 +18,13 @@ __all__ = [
     "VQVAE",
     "Characters",
     "ColourPalette",
+    "DiagonalGaussian",
+    "GaussianBottleneck",
     "MultiScaleVQ",
     "PixelLevels",
+    "ProxyDecoder",
     "TiTok",
+    "TiTokAutoencoder",
     "TokenGrid",
     "Tokenizer",
     "freeze",

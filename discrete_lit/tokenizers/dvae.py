@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
-from discrete_lit.tokenizers.image_autoencoder import Reconstruction
+from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses import PixelLoss
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import GumbelQuantizer

@@ -1,18 +1,265 @@
-"""TiTok (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", NeurIPS 2024)."""
+"""TiTok's autoencoder (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", 2024).
+
+TiTok (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", NeurIPS 2024).
+"""
 
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
-from discrete_lit.tokenizers.image_autoencoder import Reconstruction
-from discrete_lit.tokenizers.losses.frozen import FrozenNetwork
-from discrete_lit.tokenizers.networks import ConvAutoencoder, TiTokAutoencoder
+from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
+from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork
+from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
+from discrete_lit.tokenizers.networks.network import Autoencoder
+from discrete_lit.tokenizers.networks.vit import TransformerBlocks, TransformerSize, initialise, layer_norm, tanh_head
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.tokenizer import from_checkpoint
+
+
+class JointSequence(nn.Module):
+    """A class token, the patches of the image and the latent tokens, in this order, through one transformer.
+
+    Args:
+        patches: how many.
+        latent_tokens: how many.
+        size: of the transformer.
+    """
+
+    def __init__(self, patches: int, latent_tokens: int, size: TransformerSize) -> None:
+        super().__init__()
+        self.patches = patches
+        scale = size.width**-0.5
+        self.class_token = nn.Parameter(scale * torch.randn(1, size.width))
+        self.patch_positions = nn.Parameter(scale * torch.randn(1 + patches, size.width))  # with the class token's
+        self.latent_positions = nn.Parameter(scale * torch.randn(latent_tokens, size.width))
+        self.first_norm = layer_norm(size.width)
+        self.blocks = TransformerBlocks(size)
+        self.final_norm = layer_norm(size.width)
+
+    def forward(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches `(B, P, D)` and latent tokens `(B, N, D)`, and what becomes of them, in the same shapes."""
+        start = self.class_token.expand(len(patches), 1, -1).to(patches.dtype)
+        patches = torch.cat((start, patches), dim=1) + self.patch_positions
+        sequence = self.first_norm(torch.cat((patches, latents + self.latent_positions), dim=1))
+        _, patches, latents = self.final_norm(self.blocks(sequence)).split((1, self.patches, latents.shape[1]), dim=1)
+        return patches, latents
+
+
+class LatentTokenEncoder(nn.Module):
+    """Images in [0, 1] to the latents of learned tokens that read the patches.
+
+    Args:
+        grid: patches along a side.
+        patch_size: side of a patch in pixels.
+        latent_tokens: N.
+        latent_dim: width of a latent.
+        size: of the transformer.
+        in_channels: C of the images.
+        legacy_reshape: as `TiTokAutoencoder`.
+    """
+
+    def __init__(
+        self,
+        grid: int,
+        patch_size: int,
+        latent_tokens: int,
+        latent_dim: int,
+        size: TransformerSize,
+        in_channels: int,
+        legacy_reshape: bool,
+    ) -> None:
+        super().__init__()
+        self.legacy_reshape = legacy_reshape
+        self.patch_embedding = nn.Conv2d(in_channels, size.width, patch_size, stride=patch_size)
+        self.latent_tokens = nn.Parameter(size.width**-0.5 * torch.randn(latent_tokens, size.width))
+        self.sequence = JointSequence(grid**2, latent_tokens, size)
+        self.project = nn.Linear(size.width, latent_dim)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, latent_dim, N)
+        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, P, D)
+        _, latents = self.sequence(patches, self.latent_tokens.expand(len(images), -1, -1))  # (B, N, D)
+        if self.legacy_reshape:
+            batch, count, width = latents.shape
+            latents = latents.reshape(batch, width, count).transpose(1, 2)
+        return self.project(latents).transpose(1, 2)
+
+
+class LatentTokenDecoder(nn.Module):
+    """Codes of the latent tokens to one vector for each patch: a mask token stands for every patch.
+
+    Args:
+        grid: patches along a side.
+        latent_tokens: N.
+        code_dim: width of a code.
+        size: of the transformer.
+    """
+
+    def __init__(self, grid: int, latent_tokens: int, code_dim: int, size: TransformerSize) -> None:
+        super().__init__()
+        self.code_embedding = nn.Linear(code_dim, size.width)
+        self.mask_token = nn.Parameter(size.width**-0.5 * torch.randn(1, 1, size.width))
+        self.sequence = JointSequence(grid**2, latent_tokens, size)
+
+    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, N) -> (B, P, D)
+        latents = self.code_embedding(codes.transpose(1, 2))
+        masks = self.mask_token.expand(len(codes), self.sequence.patches, -1).to(latents.dtype)
+        return self.sequence(masks, latents)[0]
+
+
+class PatchPixels(nn.Module):
+    """The pixels of each patch by a linear layer, smoothed by a 3x3 convolution.
+
+    Args:
+        width: D of a patch's vector.
+        grid: patches along a side.
+        patch_size: side of a patch in pixels.
+        channels: of the image.
+    """
+
+    def __init__(self, width: int, grid: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.grid, self.patch_size, self.channels = grid, patch_size, channels
+        self.pixels = nn.Linear(width, patch_size**2 * channels)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, patches: Tensor) -> Tensor:  # (B, P, D) -> (B, C, S, S)
+        side = self.patch_size
+        pixels = self.pixels(patches).unflatten(2, (side, side, self.channels))
+        pixels = pixels.unflatten(1, (self.grid, self.grid))  # (B, rows, columns, y, x, C)
+        return self.smooth(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
+
+
+class ProxyDecoder(nn.Module):
+    """The second half of another tokenizer, entered by logits over its codes: that of TiTok's two-stage training.
+
+    The codes are mixed by the softmax of the logits, without a choice, so that gradients pass.
+
+    Args:
+        codebook_size: K' of the other tokenizer.
+        code_dim: D' of its codes.
+        network: its network, called with `code_dim` twice; the encoder is not kept.
+    """
+
+    def __init__(self, codebook_size: int, code_dim: int, network: Callable[[int, int], ConvAutoencoder]) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
+        self.network = network(code_dim, code_dim)
+        del self.network.encoder
+
+    @torch.no_grad()
+    def copy_from(self, codebook: Tensor, network: ConvAutoencoder) -> None:
+        """Take the codes `(K', D')` and the decoder of the other tokenizer.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(
+                f"the proxy tokenizer has a codebook of shape {tuple(codebook.shape)}, this network's proxy one of "
+                f"{tuple(self.codebook.shape)}: set proxy.init_args.codebook_size and code_dim"
+            )
+        self.codebook.copy_(codebook)
+        try:
+            self.network.decoder.load_state_dict(network.decoder.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the proxy tokenizer's decoder is another than proxy.init_args.network describes: {error}"
+            ) from error
+
+    def forward(self, logits: Tensor) -> Tensor:  # (B, K', h, w) -> (B, C, H, W) in [-1, 1]
+        with torch.autocast(logits.device.type, enabled=False):
+            codes = torch.einsum("bkhw,kd->bdhw", logits.float().softmax(dim=1), self.codebook)
+        return self.network.decode(codes)
+
+
+class TiTokAutoencoder(Autoencoder):
+    """A row of N latent tokens for a whole image, in no spatial order.
+
+    The latents' places are learned, and so are the patches': one network fits one image size.
+
+    Args:
+        code_dim: D of the codes that the decoder takes; a tokenizer gives it.
+        latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
+        image_size: side of the images in pixels.
+        latent_tokens: N.
+        patch_size: side of a patch in pixels.
+        encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1024 wide sequences with 8, 12 and
+            24 blocks and 8, 12 and 16 heads.
+        in_channels: C of the images.
+        proxy: the decoder predicts another tokenizer's ids, and that tokenizer's decoder makes the pixels (the paper's
+            two stages). By default it makes them itself.
+        legacy_reshape: read the N x D outputs of the encoder as D x N, without transposing them, before they are
+            projected to latents, as the networks behind the checkpoints L-32, B-64 and S-128 do by mistake. Every
+            latent then mixes several tokens.
+
+    Raises:
+        ValueError: an image size that the patches do not divide, a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        code_dim: int,
+        latent_dim: int | None = None,
+        *,
+        image_size: int,
+        latent_tokens: int,
+        encoder: TransformerSize,
+        decoder: TransformerSize,
+        patch_size: int = 16,
+        in_channels: int = 3,
+        proxy: ProxyDecoder | None = None,
+        legacy_reshape: bool = False,
+    ) -> None:
+        super().__init__()
+        if image_size < 1 or image_size % patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        if latent_tokens < 1:
+            raise ValueError(f"latent_tokens must be positive, got {latent_tokens}")
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.latent_tokens = latent_tokens
+        self.patch_grid = image_size // patch_size
+        latent_dim = code_dim if latent_dim is None else latent_dim
+        self.encoder = LatentTokenEncoder(
+            self.patch_grid, patch_size, latent_tokens, latent_dim, encoder, in_channels, legacy_reshape
+        )
+        self.decoder = LatentTokenDecoder(self.patch_grid, latent_tokens, code_dim, decoder)
+        if proxy is None:
+            self.pixels = PatchPixels(decoder.width, self.patch_grid, patch_size, in_channels)
+        else:
+            self.proxy_head = tanh_head(decoder.width, 2 * decoder.width, len(proxy.codebook))
+        initialise(self)
+        self.proxy = proxy  # with its own initialisation
+
+    @property
+    def last_layer(self) -> Tensor:
+        return self.pixels.smooth.weight if self.proxy is None else self.proxy.network.last_layer
+
+    def grid(self, image_size: int) -> tuple[int]:
+        if image_size != self.image_size:
+            raise ValueError(
+                f"image_size={image_size}: the learned positions of this network are those of {self.image_size} pixels"
+            )
+        return (self.latent_tokens,)
+
+    def encode(self, images: Tensor) -> Tensor:
+        for side in images.shape[2:]:
+            self.grid(side)
+        return self.encoder((images + 1) / 2)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.proxy is not None:
+            return self.proxy(self.proxy_logits(latents))
+        return self.pixels(self.decoder(latents)) * 2 - 1
+
+    def proxy_logits(self, latents: Tensor) -> Tensor:
+        """Codes `(B, code_dim, N)` to logits `(B, K', h, w)` over the other tokenizer's ids, one for each patch."""
+        assert self.proxy is not None
+        logits = self.proxy_head(self.decoder(latents))  # (B, P, K')
+        return logits.transpose(1, 2).unflatten(2, (self.patch_grid, self.patch_grid))
 
 
 class TiTok(AutoencoderTokenizer):

@@ -1,11 +1,29 @@
-"""VQ-VAE (van den Oord et al., "Neural Discrete Representation Learning", 2017)."""
+"""VQ-VAE (van den Oord et al., "Neural Discrete Representation Learning", 2017).
+
+VQGAN (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021).
+
+RQ-VAE (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+
+The tokenizer of VAR (Tian et al., "Visual Autoregressive Modeling", NeurIPS 2024).
+
+LFQ (Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", ICLR 2024).
+
+FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024).
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.networks import Autoencoder
-from discrete_lit.tokenizers.quantizers import VectorQuantizer
+from discrete_lit.tokenizers.quantizers import (
+    FiniteScalarQuantizer,
+    LookupFreeQuantizer,
+    MultiScaleResidualQuantizer,
+    Quantizer,
+    ResidualQuantizer,
+    VectorQuantizer,
+)
 
 
 class VQVAE(AutoencoderTokenizer):
@@ -53,3 +71,179 @@ class VQVAE(AutoencoderTokenizer):
             revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
+
+
+class VQGAN(AutoencoderTokenizer):
+    """An autoencoder around any quantizer, trained with perceptual and adversarial losses.
+
+    Args:
+        network: called with the quantizer's `dim` and `latent_dim`.
+        quantizer: the paper's is a `VectorQuantizer`.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    """
+
+    def __init__(self, network: Callable[[int, int], Autoencoder], quantizer: Quantizer, **training: Any) -> None:
+        super().__init__(network, quantizer, **training)
+
+
+class RQVAE(AutoencoderTokenizer):
+    """Several codes for each place, each of what those before left; the ids have their depth as last dimension.
+
+    Args:
+        network: called with `code_dim`, twice.
+        codebook_size: K.
+        code_dim: D, the width of a code.
+        depth: codes for each place; 4 in the paper.
+        shared_codebook: one codebook for all depths, or one each.
+        codebook_update: move codes by a running mean (`"ema"`) or train them (`"gradient"`).
+        commitment_weight: beta.
+        decay: of the running mean.
+        codebook_init: first codes from the first training batch, some of its latents (`"data"`) or the centres of
+            their clusters (`"kmeans"`), or random: uniform in [-1 / K, 1 / K], normal of deviation D^-1/2.
+        revive_below: codes with fewer latents a batch than this, in the running mean, are replaced by latents; None
+            keeps dead codes.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[int, int], Autoencoder],
+        codebook_size: int,
+        code_dim: int,
+        depth: int = 4,
+        shared_codebook: bool = True,
+        codebook_update: Literal["ema", "gradient"] = "ema",
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "data",
+        revive_below: float | None = 1.0,
+        **training: Any,
+    ) -> None:
+        quantizer = ResidualQuantizer(
+            codebook_size,
+            code_dim,
+            depth,
+            shared_codebook,
+            codebook_update,
+            commitment_weight,
+            decay,
+            codebook_init,
+            revive_below,
+        )
+        super().__init__(network, quantizer, **training)
+
+
+class MultiScaleVQ(AutoencoderTokenizer):
+    """An image as one code, then 2 x 2, up to the latent grid: each scale codes what those before left.
+
+    Args:
+        network: called with `code_dim`, twice.
+        codebook_size: K; 4096 in VAR.
+        code_dim: D, the width of a code; 32 in VAR.
+        scales: sides of the scales in growing order, the last that of the latent grid; those of VAR at 256 pixels by
+            default.
+        phi_kernels: convolutions behind the interpolation, shared by neighbouring scales.
+        phi_ratio: share of the convolution in its output.
+        codebook_update: train codes (`"gradient"`) or move them by a running mean (`"ema"`).
+        commitment_weight: beta.
+        decay: of the running mean.
+        codebook_init: first codes at random, normal of deviation D^-1/2 or uniform in [-1 / K, 1 / K], or from the
+            first training batch, some of its latents (`"data"`) or the centres of their clusters (`"kmeans"`).
+        revive_below: codes with fewer latents a batch than this, in the running mean, are replaced by latents; None
+            keeps dead codes.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    """
+
+    quantizer: MultiScaleResidualQuantizer
+
+    def __init__(
+        self,
+        network: Callable[[int, int], Autoencoder],
+        codebook_size: int = 4096,
+        code_dim: int = 32,
+        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        phi_kernels: int = 4,
+        phi_ratio: float = 0.5,
+        codebook_update: Literal["ema", "gradient"] = "gradient",
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "normal",
+        revive_below: float | None = None,
+        **training: Any,
+    ) -> None:
+        quantizer = MultiScaleResidualQuantizer(
+            codebook_size,
+            code_dim,
+            scales,
+            phi_kernels,
+            phi_ratio,
+            codebook_update,
+            commitment_weight,
+            decay,
+            codebook_init,
+            revive_below,
+        )
+        super().__init__(network, quantizer, **training)
+
+
+class LFQ(AutoencoderTokenizer):
+    """Signs instead of a codebook: K = 2^bits ids, kept in use by entropy terms.
+
+    Args:
+        network: called with `bits`, twice.
+        bits: channels of the latents; 10 to 18 in MaskBit, 18 in Open-MAGVIT2.
+        commitment_weight: of the commitment term.
+        entropy_weight: of the entropy terms.
+        entropy_temperature: of the affinities to codes.
+        batch_entropy_weight: of the batch entropy against the per-sample one.
+        entropy_groups: parts of the bits for the batch entropy; 1 is exact.
+        bit_order: what the first channel is in the id.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[int, int], Autoencoder],
+        bits: int,
+        commitment_weight: float = 0.25,
+        entropy_weight: float = 0.1,
+        entropy_temperature: float = 0.01,
+        batch_entropy_weight: float = 1.0,
+        entropy_groups: int = 1,
+        bit_order: Literal["first_least_significant", "first_most_significant"] = "first_least_significant",
+        **training: Any,
+    ) -> None:
+        quantizer = LookupFreeQuantizer(
+            bits,
+            commitment_weight,
+            entropy_weight,
+            entropy_temperature,
+            batch_entropy_weight,
+            entropy_groups,
+            bit_order=bit_order,
+        )
+        super().__init__(network, quantizer, **training)
+
+
+class FSQ(AutoencoderTokenizer):
+    """Rounding instead of a codebook: no codebook loss, no collapse.
+
+    Args:
+        network: called with the number of channels, the width of a code, twice.
+        levels: levels of each channel; K is their product. The paper's table 1 recommends `[8, 6, 5]` for K near 2^8,
+            `[8, 5, 5, 5]` for 2^10, `[7, 5, 5, 5, 5]` for 2^12, `[8, 8, 8, 6, 5]` for 2^14,
+            `[8, 8, 8, 5, 5, 5]` for 2^16.
+        formula: the paper's, or that of vector-quantize-pytorch and Cosmos (`"atanh"`).
+        codebook_size: K, to be checked against the levels.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[int, int], Autoencoder],
+        levels: list[int],
+        formula: Literal["paper", "atanh"] = "paper",
+        codebook_size: int | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(network, FiniteScalarQuantizer(levels, formula, codebook_size), **training)

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from discrete_lit.cli import main as discrete_lit
-from discrete_lit.verbs.evaluate import evaluate
+from discrete_lit.cli.commands import main as discrete_lit
+from discrete_lit.cli.evaluate import evaluate
 
 CONFIGS = Path("lightning_configs/experiments")
 QUANTIZERS = "discrete_lit.tokenizers.quantizers."

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from discrete_lit.cli import main as discrete_lit
+from discrete_lit.cli.commands import main as discrete_lit
+from discrete_lit.cli.evaluate import evaluate
+from discrete_lit.cli.sample import sample
 from discrete_lit.samplers import AncestralSampler, MaskGITSampler, Sampler
-from discrete_lit.verbs.evaluate import evaluate
-from discrete_lit.verbs.sample import sample
 
 CONFIGS = Path("lightning_configs/experiments")
 QUICKSTART = Path("runs/quickstart")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from discrete_lit.backbones.compiling import compile_blocks
-from discrete_lit.backbones.linear import Linear, packed_linear, packed_weights
-from discrete_lit.processes import CounterRandom
+from discrete_lit.backbones.backbone import compile_blocks
+from discrete_lit.backbones.cpu_kernels import packed_linear
+from discrete_lit.backbones.layers import Linear, packed_weights
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
 # Torch's tracer looks at the gradients of what a compiled function is given.

@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.backbones import backbone as backbone_file
-from discrete_lit.backbones.backbone import count_flops
-from discrete_lit.backbones.compiling import compile_blocks
-from discrete_lit.backbones.linear import packed_weights
-from discrete_lit.generators.ordered_backbone import OrderedBackbone
+from discrete_lit.backbones.backbone import compile_blocks, count_flops
+from discrete_lit.backbones.layers import packed_weights
+from discrete_lit.generators.autoregressive import OrderedBackbone
 
 LABELS = torch.tensor([0, 2, 1])
 CAUSAL = SequenceLayout(5, (2, 3), 2, "causal")

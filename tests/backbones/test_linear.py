@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from discrete_lit.backbones.linear import Linear, packed_weights
+from discrete_lit.backbones.layers import Linear, packed_weights
 
 ROWS = 16
 

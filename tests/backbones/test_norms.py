@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.backbones.norms import Norm
+from discrete_lit.backbones.layers import Norm
 
 WIDTH, EPSILON = 24, 1e-3
 

@@ -11,16 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit import backbones
-from discrete_lit.backbones import (
-    BlockSettings,
-    FactorisedHead,
-    MaskedBitHead,
-    PlaceHead,
-    SequenceLayout,
-    Transformer,
-)
-from discrete_lit.backbones.id_parts import IdParts
-from discrete_lit.processes import CounterRandom
+from discrete_lit.backbones import BlockSettings, FactorisedHead, MaskedBitHead, PlaceHead, SequenceLayout, Transformer
+from discrete_lit.backbones.backbone import IdParts
+from discrete_lit.core.random import CounterRandom
 
 BLOCK = BlockSettings(8, 2, 4, 16)
 
@@ -101,7 +94,7 @@ def test_places_do_not_mix(head: PlaceHead) -> None:
 def test_more_places_than_an_attention_kernel_takes_at_once(monkeypatch) -> None:
     head, hidden, ids = factorised(24, (4, 6)), torch.randn(3, 5, 8), torch.randint(24, (3, 5))
     whole, lengths = head.log_likelihood(hidden, ids), []
-    monkeypatch.setattr("discrete_lit.backbones.factorised_head._MOST_SEQUENCES", 4)
+    monkeypatch.setattr("discrete_lit.backbones.sub_token_heads._MOST_SEQUENCES", 4)
     head.blocks[0].register_forward_pre_hook(lambda module, inputs: lengths.append(len(inputs[0])))
     torch.testing.assert_close(head.log_likelihood(hidden, ids), whole)
     assert lengths == [4, 4, 4, 3]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.backbones.positions import grid_coordinates, rotary_table, rotate, sine_cosine_table
+from discrete_lit.backbones.embeddings import grid_coordinates, rotary_table, rotate, sine_cosine_table
 
 
 def test_grid_is_raster_ordered() -> None:

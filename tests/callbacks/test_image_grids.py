@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.utils import make_grid
 
 from discrete_lit.callbacks import ReconstructionGrid, SampleGrid
-from discrete_lit.images import to_uint8
+from discrete_lit.core.images import to_uint8
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from discrete_lit import load
 from discrete_lit.callbacks import ExponentialMovingAverage
 from discrete_lit.checkpoints import instantiate
-from discrete_lit.lightning_internals import averaged_model
+from discrete_lit.core.lightning_internals import averaged_model
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 

@@ -3,10 +3,9 @@
 import torch
 
 from discrete_lit.callbacks import ReconstructionFrechet
-from discrete_lit.evaluation.features import FeatureExtractor
-from discrete_lit.evaluation.frechet import frechet_distance
-from discrete_lit.evaluation.moments import FeatureMoments
-from discrete_lit.images import to_uint8
+from discrete_lit.core.images import to_uint8
+from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.frechet import FeatureMoments, frechet_distance
 
 
 class Corners(FeatureExtractor):

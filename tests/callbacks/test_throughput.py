@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import Throughput
-from discrete_lit.callbacks import throughput as throughput_file
-from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
+from discrete_lit.callbacks import monitors as throughput_file
+from discrete_lit.callbacks.monitors import count_step, peak_memory, peak_of
 from discrete_lit.generators import Autoregressive, Masked
 
 BATCH = 6

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discrete_lit.data import keyed_random
+from discrete_lit.core import random as keyed_random
 from discrete_lit.data.image_batches import ImagePipeline
 from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 

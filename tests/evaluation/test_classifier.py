@@ -9,8 +9,8 @@ import torch
 from helpers.stored_images import save_npz
 
 from discrete_lit.checkpoints import instantiate, record_config
+from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.evaluation.classifier import ImageClassifier, load_classifier
-from discrete_lit.verbs.evaluate import evaluate
 
 CONFIG = {
     "class_path": "discrete_lit.evaluation.classifier.ImageClassifier",

@@ -9,11 +9,13 @@ import torch
 from helpers.stored_images import pixels, save_folder, save_npz
 from torch import Tensor
 
-from discrete_lit.evaluation import FeatureExtractor, Moments, reference
+from discrete_lit.cli.commands import evaluate as verb
+from discrete_lit.cli.evaluate import evaluate
+from discrete_lit.evaluation import feature_statistics as reference
 from discrete_lit.evaluation.image_sets import open_image_set
+from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.frechet import Moments
 from discrete_lit.tokenizers.quantizers.quantizer import Part
-from discrete_lit.verbs import evaluate as verb
-from discrete_lit.verbs.evaluate import evaluate
 
 
 class Means(FeatureExtractor):
@@ -279,7 +281,7 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
 
 
 def test_from_the_command_line_with_a_yaml(sets, tmp_path, monkeypatch, capsys):
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
 
     monkeypatch.setitem(__import__("sys").modules, "tiny_extractors", __import__(__name__))
     config = {key: value for key, value in sets.items() if key != "extractor"}

@@ -11,10 +11,9 @@ import torch
 from helpers.stored_images import pixels, save_folder, save_npz
 from PIL import Image
 
+from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.data.transforms import center_crop
-from discrete_lit.evaluation.image_sets import open_image_set
-from discrete_lit.evaluation.selection import Selection
-from discrete_lit.images import from_uint8, to_uint8
+from discrete_lit.evaluation.image_sets import Selection, open_image_set
 
 
 def everything(images) -> list[tuple[int | None, bytes]]:

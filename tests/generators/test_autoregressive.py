@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 
 
 def test_every_token_from_those_before_it(make_generator) -> None:

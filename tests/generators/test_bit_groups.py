@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers.exact_laws import all_sequences, order_log_laws
 
-from discrete_lit.generators.bit_groups import BitGroups
-from discrete_lit.processes import CounterRandom, LinearSchedule, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.generators.masked import BitGroups
 
 BITS = {"token_embedding": "bits"}
 

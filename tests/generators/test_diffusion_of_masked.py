@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.processes import CosineSchedule
+from discrete_lit.diffusion import CosineSchedule
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,

@@ -14,13 +14,11 @@ from helpers.tiny_runs import generator_settings, run, write_settings
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.checkpoints import instantiate, load, save
-from discrete_lit.generators import DiscreteDiffusion, Masked
-from discrete_lit.generators import discrete_diffusion as module
-from discrete_lit.processes import (
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import (
     AbsorbingProcess,
     CavityHead,
     CosineSchedule,
-    CounterRandom,
     GaussianProcess,
     GeometricSchedule,
     Head,
@@ -30,12 +28,11 @@ from discrete_lit.processes import (
     LogSinSchedule,
     MaskSchedule,
     PosteriorHead,
-    Purpose,
     ScoreHead,
     TruncatedSchedule,
     UniformProcess,
 )
-from discrete_lit.processes.losses import (
+from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
     DiscreteTimeBound,
@@ -44,7 +41,9 @@ from discrete_lit.processes.losses import (
     MaskedCrossEntropy,
     ScoreEntropy,
 )
-from discrete_lit.processes.stratified import stratified_times
+from discrete_lit.diffusion.schedules import stratified_times
+from discrete_lit.generators import DiscreteDiffusion, Masked
+from discrete_lit.generators import discrete_diffusion as module
 from discrete_lit.samplers import AncestralSampler, HaltonSampler, MaskGITSampler
 
 # process, schedule, head, loss, time input
@@ -208,13 +207,13 @@ def test_fit_and_a_resume_that_changes_nothing(tmp_path: Path) -> None:
     model["class_path"] = "discrete_lit.generators.DiscreteDiffusion"
     model["init_args"]["backbone"]["init_args"]["conditioning"] = "adaln"
     model["init_args"] |= {
-        "process": {"class_path": "discrete_lit.processes.UniformProcess"},
-        "schedule": {"class_path": "discrete_lit.processes.LogLinearSchedule"},
+        "process": {"class_path": "discrete_lit.diffusion.UniformProcess"},
+        "schedule": {"class_path": "discrete_lit.diffusion.LogLinearSchedule"},
         "head": {
-            "class_path": "discrete_lit.processes.ScoreHead",
+            "class_path": "discrete_lit.diffusion.ScoreHead",
             "init_args": {"scale_by_noise": False, "mask_output": False},
         },
-        "loss": {"class_path": "discrete_lit.processes.losses.ScoreEntropy"},
+        "loss": {"class_path": "discrete_lit.diffusion.losses.ScoreEntropy"},
     }
 
     def fit(folder: str, steps: int) -> dict[str, Any]:
@@ -244,7 +243,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     whole = seen.pop()
     assert sorted((whole * 12).long().tolist()) == list(range(12))
     monkeypatch.setattr(module, "world_size", lambda: 2)
-    monkeypatch.setattr("discrete_lit.generators.generator.world_size", lambda: 2)
+    monkeypatch.setattr("discrete_lit.core.distributed.world_size", lambda: 2)
     monkeypatch.setattr(generator, "log_dict", lambda *_, **__: None)
     for rank in range(2):
         rows = slice(6 * rank, 6 * rank + 6)
@@ -253,7 +252,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     assert torch.equal(torch.cat(seen), whole)
     seen.clear()
     for rank in range(2):
-        monkeypatch.setattr("discrete_lit.generators.generator.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("discrete_lit.core.distributed.rank", lambda rank=rank: rank)
         generator.training_step({"tokens": tokens[:6], "label": labels[:6]}, 3)
     assert sorted((torch.cat(seen) * 12).long().tolist()) == list(range(12))
 

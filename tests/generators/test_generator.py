@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
 
 each_family = pytest.mark.parametrize("family", ["masked", "autoregressive"])

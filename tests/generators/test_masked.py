@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.processes import (
-    ArccosSchedule,
-    CosineSchedule,
-    CounterRandom,
-    MaskSchedule,
-    Purpose,
-    TruncatedNormalSchedule,
-)
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, MaskSchedule, TruncatedNormalSchedule
 
 
 def losses_of(generator, indices: torch.Tensor, tokens: torch.Tensor | None = None):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import NextScale
-from discrete_lit.processes import CounterRandom
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
 RAR = {"target_positions": True, "conditioning": "prefix_adaln", "condition_positions": True, "registers": 1}

@@ -8,7 +8,7 @@ import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import BARSampler, RasterSampler
 
 

@@ -33,7 +33,7 @@ TOKENIZERS = {
             {
                 "bit_groups": 2,
                 "unmasked_weight": 1.0,
-                "mask_schedule": {"class_path": "discrete_lit.processes.TruncatedNormalSchedule"},
+                "mask_schedule": {"class_path": "discrete_lit.diffusion.TruncatedNormalSchedule"},
                 "sampler": {"class_path": "discrete_lit.samplers.MaskBitSampler", "init_args": {"steps": 3}},
             },
             {"token_embedding": "bits"},

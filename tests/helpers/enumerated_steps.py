@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from discrete_lit.processes import CounterRandom, LinearSchedule
-from discrete_lit.processes.dense import GaussianProcess
-from discrete_lit.processes.heads import CavityHead, PosteriorHead, ScoreHead
-from discrete_lit.processes.mixture import AbsorbingProcess, HybridProcess, UniformProcess
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import Drawing
-from discrete_lit.samplers.prediction import Prediction
+from discrete_lit.samplers.diffusion_guidance import Prediction
 from helpers.exact_laws import all_sequences, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
 

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.forward import ForwardProcess
-from discrete_lit.processes.heads import Head
-from discrete_lit.processes.noise_level import NoiseLevel
-from discrete_lit.processes.schedules import MaskSchedule
+from discrete_lit.diffusion.parameterization import Denoiser, Head
+from discrete_lit.diffusion.processes import ForwardProcess
+from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 from helpers.exact_laws import all_sequences
 
 VOCAB_SIZE, LENGTH = 4, 3

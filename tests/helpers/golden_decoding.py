@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Cache, SequenceLayout
-from discrete_lit.processes import CosineSchedule, CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import CosineSchedule
 from discrete_lit.samplers import MaskGITSampler
 from helpers.golden import Case, Tensors
 from helpers.golden_generators import SCHEDULES

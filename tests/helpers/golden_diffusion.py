@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from discrete_lit.processes import ForwardProcess, LinearSchedule, MaskSchedule, NoiseLevel, ScoreHead
-from discrete_lit.processes.heads import posterior_from_cavity, score_from_cavity
-from discrete_lit.processes.reverse import (
+from discrete_lit.diffusion import ForwardProcess, LinearSchedule, MaskSchedule, NoiseLevel, ScoreHead
+from discrete_lit.diffusion.parameterization import posterior_from_cavity, score_from_cavity
+from discrete_lit.diffusion.reverse import (
     analytic_weights,
     denoise_weights,
     euler_weights,

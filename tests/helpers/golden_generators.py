@@ -10,14 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.processes import (
-    ArccosSchedule,
-    CosineSchedule,
-    CounterRandom,
-    LinearSchedule,
-    MaskSchedule,
-    SquareSchedule,
-)
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, LinearSchedule, MaskSchedule, SquareSchedule
 from discrete_lit.samplers import (
     HaltonConfidenceSampler,
     HaltonSampler,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.tokenizers.quantizers import DiagonalGaussian, VectorQuantizer
+from discrete_lit.tokenizers.klvae import DiagonalGaussian
+from discrete_lit.tokenizers.quantizers import VectorQuantizer
 from helpers.golden import Case, Compared, Load, Tensors
 
 Outputs = Callable[[Load, Case], Tensors]

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
-from discrete_lit.processes import ArccosSchedule, CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, LinearSchedule, SquareSchedule
 from discrete_lit.samplers import (
     BARSampler,
     HaltonConfidenceSampler,

@@ -7,7 +7,7 @@ from typing import Any
 import lightning  # noqa: F401 (its log handler must not hold the captured stream of the first test)
 import yaml
 
-from discrete_lit.cli import main
+from discrete_lit.cli.commands import main
 
 QUIET = {
     "accelerator": "cpu",

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.pretrained import load_pretrained
-from discrete_lit.pretrained.accounting import convert
+from discrete_lit.pretrained.conversion import FAMILIES, convert
 from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.registry import FAMILIES
 
 FAMILY_NAMES = ("sedd_absorb", "sedd_uniform", "mdlm")
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "condition_width": 8, "rows": 9}

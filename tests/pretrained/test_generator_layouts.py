@@ -7,9 +7,8 @@ import torch
 from helpers import published_generators as published
 
 from discrete_lit.backbones import SequenceLayout, Transformer
-from discrete_lit.pretrained.accounting import convert
+from discrete_lit.pretrained.conversion import FAMILIES, Conversion, convert
 from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.registry import FAMILIES, Conversion
 
 IMAGENET = {"ids": 1024, "classes": 1000, "places": 256}
 LLAMAGEN = {"ids": 16384, "classes": 1000}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from discrete_lit.pretrained import load_pretrained
-from discrete_lit.pretrained.arranging import Arrangement, arrange, must_be_zero, reorder_chunks
+from discrete_lit.pretrained.conversion import Arrangement, arrange, must_be_zero, reorder_chunks
 from discrete_lit.pretrained.reading import State
 from discrete_lit.tokenizers import TokenGrid
 
@@ -101,7 +101,7 @@ def test_the_given_tokenizer_is_in_the_generator_and_in_its_file(
 ) -> None:
     import discrete_lit
     from discrete_lit.checkpoints import save
-    from discrete_lit.cli import main
+    from discrete_lit.cli.commands import main
 
     generator = load("rar", tokenizer=tokenizer)
     assert generator.image_size == 16 and generator.tokenizer.fingerprint() == tokenizer.fingerprint()

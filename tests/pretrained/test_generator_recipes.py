@@ -13,8 +13,8 @@ from helpers.recipe_files import ROOT, header_command, layered
 from test_generator_layouts import PUBLISHED, backbone
 
 from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.pretrained.conversion import FAMILIES, Conversion
 from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.registry import FAMILIES, Conversion
 
 RECIPES = {
     "llamagen_b": ("llamagen_gpt_c2i", "B"),
@@ -160,7 +160,7 @@ def after(flag: str, command: list[str]) -> str:
 @pytest.mark.parametrize("recipe", [*RECIPES, *OTHERS])
 def test_the_other_commands_of_the_comment(recipe: str) -> None:
     """50,000 samples of the run's checkpoint; and of a whole recipe its tokenizer, and the crops of its tokens."""
-    from discrete_lit.verbs.sample import sample
+    from discrete_lit.cli.sample import sample
 
     lines = (ROOT / config_of(recipe)).read_text().splitlines()
     comment = " ".join(line.removeprefix("#").strip(" \\") for line in lines if line.startswith("#"))

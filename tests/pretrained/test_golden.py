@@ -10,8 +10,8 @@ from helpers.golden import Case, cases, cases_of, compare, published
 
 import discrete_lit
 from discrete_lit.checkpoints import save
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.pretrained import FAMILIES
-from discrete_lit.processes import CounterRandom
 from discrete_lit.samplers import FirstHittingSampler, RemaskingSampler
 
 KINDS = (golden_tokenizers, golden_generators, golden_diffusion)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from discrete_lit.pretrained import llamagen, maskbit, maskgit, seed_voken, taming, var
-from discrete_lit.pretrained.convolutional import ConvLayout
+from discrete_lit.pretrained import llamagen, maskbit, seed_voken, taming, var
+from discrete_lit.pretrained import titok_rar as maskgit
+from discrete_lit.pretrained.conversion import Renaming
+from discrete_lit.pretrained.layouts import ConvLayout
 from discrete_lit.pretrained.reading import State
-from discrete_lit.pretrained.renaming import Renaming
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 BARE: dict[str, Any] = {"attention": False, "bias": False, "encoder_out_kernel": 1, "latent_kernel": None}

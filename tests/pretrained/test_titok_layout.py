@@ -29,7 +29,7 @@ CONVOLUTIONS = {
     },
 }
 PROXY = {
-    "class_path": "discrete_lit.tokenizers.networks.ProxyDecoder",
+    "class_path": "discrete_lit.tokenizers.titok.ProxyDecoder",
     "init_args": {"codebook_size": 9, "code_dim": 4, "network": CONVOLUTIONS},
 }
 QUANTIZER = {
@@ -51,7 +51,7 @@ def ours(kind: str) -> Any:
     arguments: dict[str, Any] = {"image_size": 8, "patch_size": 2, "latent_tokens": 3, "encoder": SIZE, "decoder": SIZE}
     if kind == "two_stages":
         arguments |= {"proxy": PROXY, "legacy_reshape": True}
-    network = {"class_path": "discrete_lit.tokenizers.networks.TiTokAutoencoder", "init_args": arguments}
+    network = {"class_path": "discrete_lit.tokenizers.titok.TiTokAutoencoder", "init_args": arguments}
     config = {"class_path": "discrete_lit.tokenizers.TiTok", "init_args": {"network": network, "quantizer": QUANTIZER}}
     if kind == "vae":
         settings = {"network": network, "latent_channels": 3, "kl_weight": 1e-6}
@@ -64,8 +64,8 @@ def publish(tmp_path: Path) -> Callable[..., Path]:
     """`publish(module, change)`: a file of the module's weights under their published names."""
 
     def write(module: Any, change: Callable[[dict[str, torch.Tensor]], Any] | None = None) -> Path:
-        from discrete_lit.pretrained.renaming import Renaming
-        from discrete_lit.pretrained.titok import RULES
+        from discrete_lit.pretrained.conversion import Renaming
+        from discrete_lit.pretrained.titok_rar import RULES
 
         levels = len(CONVOLUTIONS["init_args"]["multipliers"])
         state = {}

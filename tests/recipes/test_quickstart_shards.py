@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
+from discrete_lit.cli.shards import shards
 from discrete_lit.data.sources import EmbeddedSet
-from discrete_lit.verbs.shards import shards
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,6 +48,6 @@ def test_verb_writes_shards_and_says_what_it_wrote(tmp_path: Path, capsys: pytes
 
 def test_preparing_data_is_quick_to_start() -> None:
     modules = "'torch', 'lightning', 'webdataset', 'scipy'"
-    script = f"import sys, discrete_lit.verbs.shards; sys.exit(str([m for m in ({modules}) if m in sys.modules]))"
+    script = f"import sys, discrete_lit.cli.shards; sys.exit(str([m for m in ({modules}) if m in sys.modules]))"
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ended.stderr.strip() == "[]"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import CosineSchedule, LinearSchedule
 from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.samplers.categorical import draw_categorical
 

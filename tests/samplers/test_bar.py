@@ -7,7 +7,7 @@ import torch
 from helpers.exact_laws import chi_square_p_value
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, PartSettings, RasterSampler
 
 ONE_CODE = SequenceLayout(4, (1,), 2, "causal")

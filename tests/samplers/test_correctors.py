@@ -6,12 +6,12 @@ from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, draw_number
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
-from discrete_lit.processes import LinearSchedule
-from discrete_lit.processes.heads import CavityHead
-from discrete_lit.processes.noise_level import NoiseLevel
+from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion.parameterization import CavityHead
+from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, PredictorCorrectorSampler
-from discrete_lit.samplers.prediction import Prediction
-from discrete_lit.samplers.trajectory import Trajectory
+from discrete_lit.samplers.diffusion import Trajectory
+from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
 @pytest.mark.parametrize("process", PROCESSES)

@@ -6,9 +6,10 @@ from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, enumerated_
 from helpers.exact_laws import all_sequences
 from helpers.exact_oracle import random_law, reference_law
 
-from discrete_lit.processes import CounterRandom, LinearSchedule
-from discrete_lit.processes.heads import CavityHead, ScoreHead
-from discrete_lit.processes.mixture import AbsorbingProcess
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, ScoreHead
+from discrete_lit.diffusion.processes import AbsorbingProcess
 from discrete_lit.samplers import AncestralSampler, Drawing, EulerSampler, RemaskingSampler, TauLeapingSampler
 
 WITH_LABEL = torch.tensor([0.7, 0.1, 0.1, 0.1], dtype=torch.float64)

@@ -16,8 +16,8 @@ from helpers.enumerated_steps import (
 from helpers.exact_laws import chi_square_p_value
 from helpers.exact_oracle import reference_law
 
-from discrete_lit.processes import LinearSchedule, SquareSchedule
-from discrete_lit.processes.heads import CavityHead, ScoreHead
+from discrete_lit.diffusion import LinearSchedule, SquareSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, ScoreHead
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,

@@ -8,11 +8,10 @@ import torch
 from helpers.random_weights import randomise
 
 from discrete_lit.backbones import SequenceLayout, Transformer
-from discrete_lit.processes import CosineSchedule, CounterRandom, LinearSchedule, SquareSchedule
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.dense import GaussianProcess
-from discrete_lit.processes.heads import CavityHead, PosteriorHead, ScoreHead
-from discrete_lit.processes.mixture import AbsorbingProcess, HybridProcess, UniformProcess
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import CosineSchedule, LinearSchedule, SquareSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, Denoiser, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,

@@ -10,21 +10,14 @@ from helpers.exact_oracle import LENGTH, reference_law
 from scipy.stats import binom, kstest, poisson
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CounterRandom, LinearSchedule, Purpose, SquareSchedule
-from discrete_lit.processes.denoiser import Denoiser
-from discrete_lit.processes.dense import GaussianProcess
-from discrete_lit.processes.heads import CavityHead
-from discrete_lit.processes.mixture import AbsorbingProcess, UniformProcess
-from discrete_lit.processes.reverse import jumps_from_clean
-from discrete_lit.samplers import (
-    AncestralSampler,
-    Drawing,
-    FirstHittingSampler,
-    RemaskingSampler,
-    TauLeapingSampler,
-)
-from discrete_lit.samplers.euler import poisson as draw_poisson
-from discrete_lit.samplers.trajectory import Trajectory
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import LinearSchedule, SquareSchedule
+from discrete_lit.diffusion.parameterization import CavityHead, Denoiser
+from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, UniformProcess
+from discrete_lit.diffusion.reverse import jumps_from_clean
+from discrete_lit.samplers import AncestralSampler, Drawing, FirstHittingSampler, RemaskingSampler, TauLeapingSampler
+from discrete_lit.samplers.diffusion import Trajectory
+from discrete_lit.samplers.diffusion import poisson as draw_poisson
 
 
 class LevelSeen(OncePerState):

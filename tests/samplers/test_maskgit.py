@@ -7,15 +7,8 @@ import torch
 from helpers.exact_laws import chi_square_p_value, order_log_laws, sequence_numbers
 from torch import Tensor
 
-from discrete_lit.processes import (
-    ArccosSchedule,
-    CosineSchedule,
-    CounterRandom,
-    LinearSchedule,
-    MaskSchedule,
-    Purpose,
-    SquareSchedule,
-)
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, LinearSchedule, MaskSchedule, SquareSchedule
 from discrete_lit.samplers import MaskGITSampler
 
 

@@ -6,7 +6,7 @@ from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbe
 from helpers.random_weights import randomise
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import NextScaleSampler
 from discrete_lit.samplers.categorical import filter_logits
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer

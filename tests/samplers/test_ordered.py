@@ -7,7 +7,8 @@ import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, order_log_laws, sequence_numbers
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CounterRandom, LinearSchedule
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import LinearSchedule
 from discrete_lit.samplers import HaltonSampler, RandomOrderSampler
 from discrete_lit.samplers.halton import halton_order, radical_inverse
 

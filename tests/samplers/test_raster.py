@@ -7,7 +7,7 @@ import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, raster_log_law, sequence_numbers
 
 from discrete_lit.backbones import SequenceLayout
-from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.samplers import RasterSampler
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.sampler_cases import CASES
 
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
 
 

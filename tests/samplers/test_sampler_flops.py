@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 
 
 @pytest.mark.parametrize("conditioning", ["prefix", "prefix_adaln"])

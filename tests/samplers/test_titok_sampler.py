@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.exact_laws import chi_square_p_value
 
-from discrete_lit.processes import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.samplers import ConfidenceSampler, MaskBitSampler, MaskGITSampler, TiTokSampler
 
 

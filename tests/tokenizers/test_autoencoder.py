@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.images import to_uint8
+from discrete_lit.core.images import to_uint8
 
 each_kind = pytest.mark.parametrize("kind", ["fsq", "vqvae"])
 

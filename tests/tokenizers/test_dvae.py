@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from discrete_lit.tokenizers import DVAE
-from discrete_lit.tokenizers.losses.pixels import logit_laplace_loss
+from discrete_lit.tokenizers.losses.objective import logit_laplace_loss
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 

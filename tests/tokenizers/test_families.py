@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from discrete_lit import load
 from discrete_lit.checkpoints import instantiate, save
-from discrete_lit.processes import CounterRandom
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.tokenizers import KLVAE, Tokenizer, from_checkpoint
 
 NETWORK = {

@@ -9,9 +9,9 @@ from helpers.tiny_runs import QUIET, run, write_settings
 
 import discrete_lit
 from discrete_lit.checkpoints import instantiate, save
-from discrete_lit.images import from_uint8, to_uint8
+from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.tokenizers import ColourPalette, PixelLevels
-from discrete_lit.tokenizers.identity import colour_clusters
+from discrete_lit.tokenizers.pixels import colour_clusters
 
 PRIMARIES = [[1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0], [0.0, 0.0, 0.0]]
 

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import discrete_lit
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.tokenizers import TiTok, from_checkpoint
-from discrete_lit.tokenizers.networks import ConvAutoencoder, ProxyDecoder, TiTokAutoencoder, TransformerSize
+from discrete_lit.tokenizers.networks import ConvAutoencoder, TransformerSize
 from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer, VectorQuantizer
+from discrete_lit.tokenizers.titok import ProxyDecoder, TiTokAutoencoder
 
 CONVOLUTIONS = {
     "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
@@ -33,7 +34,7 @@ PROXY = {
     "init_args": {"codebook_size": 9, "code_dim": 4, "network": CONVOLUTIONS},
 }
 NETWORK = {
-    "class_path": "discrete_lit.tokenizers.networks.TiTokAutoencoder",
+    "class_path": "discrete_lit.tokenizers.titok.TiTokAutoencoder",
     "init_args": {
         "image_size": 8,
         "patch_size": 4,
@@ -47,7 +48,7 @@ WITH_PROXY = {
     "init_args": {
         **NETWORK["init_args"],
         "proxy": {
-            "class_path": "discrete_lit.tokenizers.networks.ProxyDecoder",
+            "class_path": "discrete_lit.tokenizers.titok.ProxyDecoder",
             "init_args": {"codebook_size": 9, "code_dim": 4, "network": CONVOLUTIONS},
         },
     },

@@ -8,8 +8,8 @@ from typing import Literal
 
 from PIL import Image
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.data.sources.source import Entry, Source
-from discrete_lit.files import content_sha256
 
 _TEST_FRACTION = 0.1
 

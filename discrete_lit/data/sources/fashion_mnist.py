@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.data.sources.source import Entry, Source
-from discrete_lit.files import content_sha256
 
 EMBEDDED_SHA256 = "fb45dadc5cae695accb1481b9c5fe4cbef586532655446b55765488783755f2f"
 PADDING = 2

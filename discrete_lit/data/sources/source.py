@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.data.transforms import IMAGE_EXTENSIONS
-from discrete_lit.files import content_sha256
 
 # webdataset groups the files of a sample by the path up to the first dot of its last part, and skips every path that
 # begins with a `__name__` part.

@@ -1,8 +1,7 @@
 """What an autoencoder is trained for: pixels, perception, and a discriminator's judgement. Plain PyTorch."""
 
 from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss
-from discrete_lit.tokenizers.losses.objective import Objective
+from discrete_lit.tokenizers.losses.objective import Objective, PixelLoss
 from discrete_lit.tokenizers.losses.perceptual import LPIPS, PerceptualLoss, TimmFeatures
-from discrete_lit.tokenizers.losses.pixels import PixelLoss
 
 __all__ = ["LPIPS", "AdversarialLoss", "Objective", "PerceptualLoss", "PixelLoss", "TimmFeatures"]

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from discrete_lit.tokenizers.losses.frozen import RANDOM_WEIGHTS, FrozenNetwork, load_weights, read_weights
-from discrete_lit.tokenizers.losses.timm_networks import make_timm, pixels_for, with_pixel_statistics
+from discrete_lit.tokenizers.losses.frozen_networks import (
+    RANDOM_WEIGHTS,
+    FrozenNetwork,
+    load_weights,
+    make_timm,
+    pixels_for,
+    read_weights,
+    with_pixel_statistics,
+)
 
 
 class PerceptualLoss(nn.Module, ABC):
@@ -178,7 +185,7 @@ class TimmFeatures(PerceptualLoss):
     def _make(self) -> nn.Module:
         if self.weights_path is None:
             # Imported late: what measures is not needed to train by another network.
-            from discrete_lit.evaluation.efficientnet import load_network, weight_file
+            from discrete_lit.metrics.extractors import load_network, weight_file
 
             return with_pixel_statistics(load_network(weight_file()))
         return make_timm(self.model_name, self.weights_path, "perceptual_loss", has_layers=self.layers is not None)

@@ -1,9 +1,7 @@
 """Autoencoder networks around the quantizers. Plain PyTorch."""
 
-from discrete_lit.tokenizers.networks.autoencoder import Autoencoder
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
-from discrete_lit.tokenizers.networks.titok import ProxyDecoder, TiTokAutoencoder
-from discrete_lit.tokenizers.networks.transformer_blocks import TransformerSize
-from discrete_lit.tokenizers.networks.vit import ViTAutoencoder
+from discrete_lit.tokenizers.networks.network import Autoencoder
+from discrete_lit.tokenizers.networks.vit import TransformerSize, ViTAutoencoder
 
-__all__ = ["Autoencoder", "ConvAutoencoder", "ProxyDecoder", "TiTokAutoencoder", "TransformerSize", "ViTAutoencoder"]
+__all__ = ["Autoencoder", "ConvAutoencoder", "TransformerSize", "ViTAutoencoder"]

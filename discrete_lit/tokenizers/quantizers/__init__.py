@@ -1,24 +1,19 @@
 """Quantizers: latents `(B, ..., D)` of any grid to ids and back. Plain PyTorch."""
 
-from discrete_lit.tokenizers.quantizers.binary_spherical import BinarySphericalQuantizer
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
 from discrete_lit.tokenizers.quantizers.finite_scalar import FiniteScalarQuantizer
-from discrete_lit.tokenizers.quantizers.gaussian import DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.quantizers.gumbel import GumbelQuantizer
 from discrete_lit.tokenizers.quantizers.index_backpropagation import IndexBackpropagationQuantizer
-from discrete_lit.tokenizers.quantizers.lookup_free import LookupFreeQuantizer
+from discrete_lit.tokenizers.quantizers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 from discrete_lit.tokenizers.quantizers.residual import ResidualQuantizer
-from discrete_lit.tokenizers.quantizers.sim_vector import SimVectorQuantizer
-from discrete_lit.tokenizers.quantizers.vector import VectorQuantizer
+from discrete_lit.tokenizers.quantizers.vector import SimVectorQuantizer, VectorQuantizer
 
 __all__ = [
     "BinarySphericalQuantizer",
     "Codebook",
-    "DiagonalGaussian",
     "FiniteScalarQuantizer",
-    "GaussianBottleneck",
     "GumbelQuantizer",
     "IndexBackpropagationQuantizer",
     "LookupFreeQuantizer",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.distributed import all_reduce_sum, world_size
+from discrete_lit.core.distributed import all_reduce_sum, world_size
 
 
 def softmax_entropies(logits: Tensor, log_offset: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.distributed import rank
-from discrete_lit.processes.random import CounterRandom, Purpose
-from discrete_lit.tokenizers.quantizers.gradients import through_probabilities
+from discrete_lit.core.distributed import rank
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 # Noise is drawn for this many logits at once: the draw's 64-bit words take some 100 bytes each.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
-from discrete_lit.tokenizers.quantizers.gradients import through_probabilities
+from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.nearest import largest_product
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
-from discrete_lit.tokenizers.quantizers.gradients import straight_through
+from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
 from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
 
 

@@ -5,9 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from discrete_lit.tokenizers.losses.discriminators import DINODiscriminator, PatchGAN, StyleGANDiscriminator
-from discrete_lit.tokenizers.losses.discriminators.stylegan import _group_deviation
-from discrete_lit.tokenizers.losses.logits import discriminator_loss, gradient_penalty, twice_differentiable
+from discrete_lit.tokenizers.losses.adversarial import discriminator_loss, gradient_penalty, twice_differentiable
+from discrete_lit.tokenizers.losses.discriminators import (
+    DINODiscriminator,
+    PatchGAN,
+    StyleGANDiscriminator,
+    _group_deviation,
+)
 
 
 def dino(**arguments):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from discrete_lit.tokenizers.losses.logits import LeCam, discriminator_loss, generator_loss, gradient_penalty
+from discrete_lit.tokenizers.losses.adversarial import LeCam, discriminator_loss, generator_loss, gradient_penalty
 
 REAL, FAKE = torch.tensor([[2.0, 0.5], [-1.0, 0.0]]), torch.tensor([[-2.0, 0.25], [0.5, -0.5]])
 

@@ -8,9 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, TimmFeatures
-from discrete_lit.tokenizers.losses.adversarial import adaptive_weight
+from discrete_lit.tokenizers.losses.adversarial import (
+    LeCam,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+)
 from discrete_lit.tokenizers.losses.discriminators import DINODiscriminator, PatchGAN
-from discrete_lit.tokenizers.losses.logits import LeCam, discriminator_loss, generator_loss, gradient_penalty
 
 
 class Decoder(nn.Module):

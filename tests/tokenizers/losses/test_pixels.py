@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.tokenizers.losses.objective import Objective
-from discrete_lit.tokenizers.losses.pixels import logit_laplace_images, logit_laplace_loss
+from discrete_lit.tokenizers.losses.objective import Objective, logit_laplace_images, logit_laplace_loss
 
 
 def test_logit_laplace_is_a_density_of_the_pixel():

@@ -8,7 +8,8 @@ from helpers.random_weights import randomise
 from torch import nn
 from torch.nn import functional as F
 
-from discrete_lit.tokenizers.networks import ConvAutoencoder, ProxyDecoder, TiTokAutoencoder, TransformerSize
+from discrete_lit.tokenizers.networks import ConvAutoencoder, TransformerSize
+from discrete_lit.tokenizers.titok import ProxyDecoder, TiTokAutoencoder
 
 
 def tiny(**arguments) -> TiTokAutoencoder:

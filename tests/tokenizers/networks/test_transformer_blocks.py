@@ -5,7 +5,7 @@ import torch
 from helpers.random_weights import randomise
 from torch import nn
 
-from discrete_lit.tokenizers.networks.transformer_blocks import TransformerBlocks, TransformerSize, initialise
+from discrete_lit.tokenizers.networks.vit import TransformerBlocks, TransformerSize, initialise
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@ import torch
 from scipy.stats import kstest
 from torch.distributions import Normal, kl_divergence
 
-from discrete_lit.processes import CounterRandom
-from discrete_lit.tokenizers.quantizers import GaussianBottleneck
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.tokenizers.klvae import GaussianBottleneck
 
 
 @pytest.mark.parametrize("grid", [(), (5,), (3, 4), (2, 3, 4)])

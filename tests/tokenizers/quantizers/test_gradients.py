@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from discrete_lit.tokenizers.quantizers.gradients import rotation_trick, straight_through, through_probabilities
+from discrete_lit.tokenizers.quantizers.gradient_estimators import (
+    rotation_trick,
+    straight_through,
+    through_probabilities,
+)
 
 
 def test_straight_through_is_the_identity_backwards() -> None:

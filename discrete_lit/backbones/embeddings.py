@@ -1,0 +1,246 @@
+"""What stands at each place of the input.
+
+Positions along the sequence or along each axis of the grid.
+
+Rotary ones (Su et al., "RoFormer", 2021), and fixed sines and cosines (Vaswani et al., "Attention Is All You Need",
+2017).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from discrete_lit.backbones.backbone import IdParts, SequenceLayout, bits_of_vocabulary
+
+InputKind = Literal["table", "bits", "parts"]
+
+
+class TokenTable(nn.Module):
+    """A learned vector for each id, the mask id among them."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(layout.vocab_size + int(layout.mask_token), width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
+        return self.table(tokens)
+
+
+class BitProjection(nn.Module):
+    """A linear map of the bits of a place's ids as -1 and 1, least significant first; 0 for those of a masked id.
+
+    (Weber et al., "MaskBit: Embedding-free Image Generation via Bit Tokens", 2024.)
+    """
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bits'")
+        self.project = nn.Linear(layout.parts * self.bits, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * parts) -> (B, n, D)
+        shifts = torch.arange(self.bits, device=tokens.device)
+        signs = ((tokens[..., None] >> shifts) & 1) * 2 - 1
+        signs = signs.masked_fill((tokens == self.layout.mask_id)[..., None], 0)
+        return self.project(signs.unflatten(1, (-1, self.layout.parts)).flatten(2).to(self.project.weight.dtype))
+
+
+class PartTables(nn.Module):
+    """The sum of a learned vector for each part of an id (Luo et al., "Open-MAGVIT2", 2024)."""
+
+    def __init__(self, parts: IdParts, width: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in parts.sizes)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
+        parts = self.parts.split(tokens).unbind(dim=-1)
+        vectors = [table(part) for table, part in zip(self.tables, parts, strict=True)]
+        return torch.stack(vectors).sum(dim=0)
+
+
+class VectorProjection(nn.Module):
+    """A linear map of the vectors that stand for ids."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        assert layout.input_dim is not None
+        self.project = nn.Linear(layout.input_dim, width)
+
+    def forward(self, vectors: Tensor) -> Tensor:  # (B, n, input_dim) -> (B, n, D)
+        return self.project(vectors)
+
+
+class TimeEmbedding(nn.Module):
+    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023)."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, waves: int = 128) -> None:
+        super().__init__()
+        frequencies = 10000.0 ** -(torch.arange(waves, dtype=torch.float64) / waves)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, time: Tensor) -> Tensor:  # (B,) -> (B, D)
+        angles = time.float()[:, None] * self.frequencies
+        return self.layers(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+
+def embed_tokens(
+    layout: SequenceLayout, width: int, kind: InputKind, parts: IdParts | None
+) -> TokenTable | BitProjection | PartTables | VectorProjection:
+    """The embedding that a layout needs.
+
+    Args:
+        layout: the sequence.
+        width: D.
+        kind: of ids.
+        parts: that a place head predicts an id in; None without one.
+
+    Raises:
+        ValueError: bits of a vocabulary that is no power of two, parts without a place head, a table for several ids at
+            a place, or one of all ids beside a place head.
+    """
+    if layout.input_dim is not None:
+        return VectorProjection(layout, width)
+    if kind == "bits":
+        return BitProjection(layout, width)
+    if kind == "parts":
+        if parts is None:
+            raise ValueError("token_embedding='parts' embeds the parts that a place_head predicts: give one")
+        return PartTables(IdParts(parts.sizes, layout.vocab_size), width)
+    if parts is not None:
+        raise ValueError(
+            f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
+            "to avoid: use 'bits' or 'parts'"
+        )
+    if layout.parts > 1:
+        raise ValueError(f"token_embedding='table' has one id at a place, this sequence has {layout.parts}: use 'bits'")
+    return TokenTable(layout, width)
+
+
+def rotary_table(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Angles for positions with one or more coordinates; each coordinate turns an equal share of the pairs.
+
+    Args:
+        coordinates: `(n, axes)`, integer places.
+        head_dim: a multiple of 2 x axes.
+        base: the wavelengths are 2 pi base^(2i / d).
+
+    Returns:
+        `(n, head_dim / 2, 2)` float32: cosine and sine of every pair.
+
+    Raises:
+        ValueError: a head width that does not divide.
+    """
+    axes = coordinates.shape[1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"rotary positions over {axes} axes need a head width divisible by {2 * axes}, got {head_dim}")
+    pairs = head_dim // (2 * axes)
+    frequencies = base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = (coordinates.double()[..., None] * frequencies).flatten(1)  # (n, axes * pairs)
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Turn neighbouring channel pairs of `x (..., heads, n, head_dim)` by `table`.
+
+    Args:
+        table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+    """
+    pairs, angles = x.float().unflatten(-1, (-1, 2)), table.float()
+    if torch.compiler.is_compiling():
+        # A compiler joins these; it has no code for complex numbers.
+        (even, odd), (cosine, sine) = pairs.unbind(-1), angles.unbind(-1)
+        turned = torch.stack((even * cosine - odd * sine, even * sine + odd * cosine), dim=-1)
+    else:
+        # One pass over memory in place of seven.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(angles))
+    return turned.flatten(-2).to(x.dtype)
+
+
+def grid_coordinates(grid: tuple[int, ...]) -> Tensor:
+    """`(N, axes)` int64: the place of every token of a raster-ordered grid."""
+    return torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, len(grid))
+
+
+def sine_cosine_table(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
+    """Fixed embeddings of positions with one or more coordinates; each coordinate fills an equal share of the width.
+
+    Args:
+        coordinates: `(n, axes)`, integer places.
+        width: D; a multiple of 2 x axes.
+        base: the wavelengths are 2 pi base^(2i / d).
+
+    Returns:
+        `(n, D)` float32: for each axis the sines of all wavelengths, then the cosines.
+
+    Raises:
+        ValueError: a width that does not divide.
+    """
+    axes = coordinates.shape[1]
+    if width % (2 * axes):
+        raise ValueError(f"sine-cosine positions over {axes} axes need a width divisible by {2 * axes}, got {width}")
+    waves = width // (2 * axes)
+    frequencies = base ** -(torch.arange(waves, dtype=torch.float64) / waves)
+    angles = coordinates.double()[..., None] * frequencies  # (n, axes, waves)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+
+
+PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+
+
+class Positions(nn.Module):
+    """Positions of a sequence: learned vectors added to it, or rotations of queries and keys.
+
+    Args:
+        layout: the sequence.
+        kind: `"learned"`, or rotary along the sequence or along each axis of the grid.
+        starts: elements before the first place.
+        width: D.
+        head_dim: width of a head.
+        zero_starts: on a grid, the elements before the first place are turned to 0 instead of being left alone.
+    """
+
+    table: Tensor | None
+
+    def __init__(
+        self, layout: SequenceLayout, kind: PositionKind, starts: int, width: int, head_dim: int, zero_starts: bool
+    ) -> None:
+        super().__init__()
+        self.starts = starts
+        # An order of its own may put any place into the input.
+        read = layout.places - int(layout.attention != "bidirectional" and not layout.any_order)
+        self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
+        table = None
+        if kind == "rope_1d":
+            table = rotary_table(torch.arange(starts + read)[:, None], head_dim)
+        elif kind == "rope_2d":
+            still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
+            table = torch.cat((still, rotary_table(grid_coordinates(layout.grid)[:read], head_dim)))
+        self.register_buffer("table", table, persistent=False)
+
+    def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
+        """Learned positions added to `(B, n, D)`, elements that follow `filled` others."""
+        if self.embedding is None:
+            return embedded
+        count = embedded.shape[1]
+        if order is None:
+            return embedded + self.embedding[:, filled : filled + count]
+        return embedded + self.embedding[0][self._places(filled, count, order)]
+
+    def rotary(self, filled: int, count: int, order: Tensor | None) -> Tensor | None:
+        """Rotations of `count` elements that follow `filled` others: `(count, head_dim / 2, 2)`, or with an order
+        `(B, 1, count, head_dim / 2, 2)`."""
+        if self.table is None:
+            return None
+        if order is None:
+            return self.table[filled : filled + count]
+        return self.table[self._places(filled, count, order)][:, None]
+
+    def _places(self, filled: int, count: int, order: Tensor) -> Tensor:
+        """`(B, count)`: rows of the tables."""
+        starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
+        return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]

@@ -1,0 +1,221 @@
+"""Next sub-token prediction (Luo et al., "Open-MAGVIT2: An Open-Source Project Toward Democratizing Auto-Regressive
+Visual Generation", 2024, section 3.2).
+
+Masked bit modelling of an id (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling" (BAR), 2026).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil, pi
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.backbones.backbone import PlaceHead, bits_of_vocabulary
+from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
+from discrete_lit.backbones.layers import LogitHead, Norm
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+
+# CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).
+_MOST_SEQUENCES = 2**16 - 1
+
+
+class FactorisedHead(PlaceHead):
+    """A small causal transformer over the parts of one id, of unequal sizes or equal ones.
+
+    It reads the place's hidden state and an embedding of each part so far; element p predicts part p. Parts of b / g
+    bits each make it an exact autoregressive head over g groups of bits.
+
+    Args:
+        block: settings of the trunk's blocks, which its own have too, without modulation.
+        vocab_size: K.
+        sizes: of the parts, least significant first; (2^6, 2^12) in Open-MAGVIT2.
+        depth: blocks, at least 1.
+
+    Raises:
+        ValueError: parts that do not make up the vocabulary, or a depth below 1.
+    """
+
+    def __init__(self, block: BlockSettings, vocab_size: int, sizes: Sequence[int], depth: int = 2) -> None:
+        super().__init__(sizes, vocab_size, block.width)
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
+        width, epsilon = block.width, block.norm_epsilon
+        own = replace(block, norm_affine=True, modulation=None, condition_width=None, drop_path=0.0)
+        self.block = own
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        self.blocks = nn.ModuleList(Block(own) for _ in range(depth))
+        offset = block.norm_bias and block.norm == "layer"
+        self.norm = Norm(width, block.norm, bias=offset, epsilon=epsilon)
+        self.heads = nn.ModuleList(LogitHead(width, 1, size, False, block.bias, False, epsilon) for size in sizes)
+
+    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+        read = self._read(hidden, known)
+        return self.heads[known.shape[-1]](read[:, :, -1])
+
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        values = -self.log_likelihood(hidden, ids)
+        return values, torch.ones_like(values)
+
+    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        parts = self.parts.split(ids)
+        read = self._read(hidden, parts[..., :-1])  # (B, n, P, D)
+        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        for number, head in enumerate(self.heads):
+            logits, part = head(read[:, :, number]), parts[..., number]
+            nats = F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none")
+            total = total - nats.view_as(total)
+        return total
+
+    def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
+        """`(B, n, D)` and the first p parts `(B, n, p)` to `(B, n, p + 1, D)`: what predicts parts 0 to p."""
+        embedded = (
+            table(part).to(hidden.dtype) for table, part in zip(self.tables, known.unbind(dim=-1), strict=False)
+        )
+        elements = torch.stack((hidden, *embedded), dim=2).flatten(0, 1)  # (B n, p + 1, D)
+        read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
+        return torch.cat(read).unflatten(0, hidden.shape[:2])
+
+    def _run_blocks(self, elements: Tensor) -> Tensor:
+        for block in self.blocks:
+            elements = block(elements, causal=True)
+        return self.norm(elements)
+
+
+# The share of masked bits in training is the sigmoid of a normal number of this deviation.
+_RATIO_DEVIATION = 0.8
+
+
+_EPSILON = 1e-6
+
+
+class MaskedBitHead(PlaceHead):
+    """An MLP that predicts the masked bits of an id from the others, for 2^b ids.
+
+    Its input is an embedding of each bit (0, 1 or masked), its condition the place's hidden state and the share of
+    masked bits. In training the share is the sigmoid of a normal number of deviation 0.8, and the loss the mean
+    cross-entropy of a bit, times b, in which a bit that was not masked counts `unmasked_weight`. In eval mode the
+    number of masked bits k is uniform in 1 ... b and the loss `b / k` times the sum of their cross-entropies: an
+    unbiased estimate of the bound that is the mean over all orders of revealing the bits one by one. `log_likelihood`
+    is exact for the model that reveals them in turn, the least significant first.
+
+    Args:
+        block: settings of the trunk's blocks; their width is D.
+        vocab_size: K = 2^b.
+        width: of the MLP; 2048 in BAR.
+        depth: its blocks, at least 1; 3 in BAR.
+        unmasked_weight: in [0, 1]; 0.1 in BAR's code.
+
+    Raises:
+        ValueError: a vocabulary that is no power of two, or a setting out of its range.
+    """
+
+    def __init__(
+        self, block: BlockSettings, vocab_size: int, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
+    ) -> None:
+        bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
+        super().__init__((2,) * bits, vocab_size, block.width)
+        if depth < 1 or width < 1:
+            raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
+        if not 0 <= unmasked_weight <= 1:
+            raise ValueError(f"unmasked_weight must lie in [0, 1], got {unmasked_weight}")
+        self.bits = bits
+        self.masked_bit = 2
+        self.unmasked_weight = unmasked_weight
+        each = ceil(width / bits)
+        self.hidden_norm = Norm(block.width, "rms", epsilon=_EPSILON)
+        self.hidden_projection = nn.Linear(block.width, width)
+        self.bit_embedding = nn.Embedding(3, each)
+        self.input_projection = nn.Linear(bits * each, width)
+        self.input_norm = Norm(width, "rms", epsilon=_EPSILON)
+        self.ratio_embedding = RatioEmbedding(width)
+        self.blocks = nn.ModuleList(BitBlock(width) for _ in range(depth))
+        self.last = ModulatedNorm(width)
+        self.output = LogitHead(width, 1, 2 * bits, False, True, False, _EPSILON)
+
+    def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
+        """Logits of every bit.
+
+        Args:
+            hidden: `(B, n, D)`.
+            bits: `(B, n, b)` int64, the least significant first: 0, 1, or `masked_bit`.
+
+        Returns:
+            `(B, n, b, 2)` float32.
+        """
+        ratio = (bits == self.masked_bit).float().mean(dim=-1)
+        condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
+        x = self.input_norm(self.input_projection(self.bit_embedding(bits).flatten(-2)))
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.output(self.last(x, condition)).unflatten(-1, (self.bits, 2))
+
+    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+        number = known.shape[-1]
+        bits = F.pad(known, (0, self.bits - number), value=self.masked_bit)
+        return self.bit_logits(hidden, bits)[:, :, number]
+
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        bits = self.parts.split(ids)
+        masked = self._masks(ids.shape[1], random)
+        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
+        nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
+        weights = masked.float().clamp(min=self.unmasked_weight if self.training else 0.0)
+        total = weights.sum(dim=-1)
+        values = self.bits * (nats * weights).sum(dim=-1) / total
+        return values, total / self.bits if self.training else torch.ones_like(total)
+
+    def _masks(self, places: int, random: CounterRandom) -> Tensor:
+        """`(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
+        if self.training:
+            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, places))
+            counts = (self.bits * ratio).round().clamp(min=1)
+        else:
+            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, places)).ceil()
+        uniforms = random.uniform(Purpose.MASK_ORDER, places * self.bits).unflatten(1, (places, self.bits))
+        return random_subset(uniforms, counts[..., None])
+
+
+class BitBlock(nn.Module):
+    """A gated MLP, modulated and residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width, "rms", epsilon=_EPSILON)
+        self.mlp = MLP(width, 8 * width // 3, "swiglu", True)
+        self.modulation = Modulation(width, width, 3)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
+        shift, scale, gate = self.modulation(condition)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class ModulatedNorm(nn.Module):
+    """RMSNorm with a shift and a scale from the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = Norm(width, "rms", epsilon=_EPSILON)
+        self.modulation = Modulation(width, width, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
+        shift, scale = self.modulation(condition)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class RatioEmbedding(nn.Module):
+    """Sines and cosines of a share in [0, 1] at fixed random frequencies, then two linear layers with SiLU between them
+    (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", 2020)."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, waves: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(waves))
+        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, ratio: Tensor) -> Tensor:  # (...) -> (..., width)
+        angles = 2 * pi * ratio[..., None] * self.frequencies
+        waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return self.layers(waves.to(self.frequencies.dtype))

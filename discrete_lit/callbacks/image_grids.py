@@ -1,0 +1,177 @@
+"""What the grids of images have in common.
+
+What an autoencoder makes of the same images as it trains.
+
+What a generator draws from the same seed as it trains.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from discrete_lit.core.images import to_uint8
+from discrete_lit.generators import Generator
+from discrete_lit.samplers import Sampler
+from discrete_lit.tokenizers import KLVAE, Tokenizer
+
+
+class ImageGrid(Callback, ABC):
+    """At each validation, one grid of images to TensorBoard and, if asked for, to a PNG in the run's folder.
+
+    The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
+    states are afterwards as they were. Only rank 0 makes them, except where the parameters are sharded and every rank
+    must take part.
+
+    Args:
+        count: images at most.
+        columns: images in a row of the grid.
+        save_png: also write `<default_root_dir>/images/<name>-<step>.png`.
+    """
+
+    name: str
+    """Tag in TensorBoard (behind `images/`), and the stem of the file."""
+
+    def __init__(self, count: int, columns: int, save_png: bool) -> None:
+        if count < 1 or columns < 1:
+            raise ValueError(f"count and columns must be at least 1, got count={count} and columns={columns}")
+        self.count = count
+        self.columns = columns
+        self.save_png = save_png
+
+    @abstractmethod
+    def applies_to(self, module: LightningModule) -> bool:
+        """Whether there is anything to show of this kind of module."""
+
+    @abstractmethod
+    def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
+        """Images `(n, C, H, W)` in [-1, 1], row after row of the grid."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Inside the validation loop, not around it: there averaged weights are in place if the run keeps any.
+        if batch_idx or dataloader_idx or trainer.sanity_checking or not self.applies_to(pl_module):
+            return
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        if not (trainer.is_global_zero or sharded):
+            return
+        with _undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+            pixels = to_uint8(self.make_images(pl_module, batch)).cpu()
+        if trainer.is_global_zero:
+            self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
+
+    def _write(self, trainer: Trainer, grid: Tensor) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(f"images/{self.name}", grid, trainer.global_step)
+        if self.save_png:
+            folder = Path(trainer.default_root_dir) / "images"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = grid.permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / f"{self.name}-{trainer.global_step:08d}.png")
+
+
+@contextmanager
+def _undisturbed(module: LightningModule) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule's mode and the random states of host and device as before."""
+    training = {part: part.training for part in module.modules()}
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in training.items():
+                part.training = mode
+
+
+class ReconstructionGrid(ImageGrid):
+    """Rows of original images, each above the row of its reconstructions; nothing for other modules.
+
+    The images are the first ones of the first validation batch. Written as in `ImageGrid`, tag
+    `images/reconstructions`.
+
+    Args:
+        count: originals at most.
+        columns: images in a row.
+        save_png: also write a PNG into the run's folder.
+    """
+
+    name = "reconstructions"
+
+    def __init__(self, count: int = 16, columns: int = 8, save_png: bool = False) -> None:
+        super().__init__(count, columns, save_png)
+
+    def applies_to(self, module: LightningModule) -> bool:
+        return isinstance(module, Tokenizer | KLVAE)
+
+    def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
+        assert isinstance(module, Tokenizer | KLVAE)
+        originals = batch["image"][: self.count]
+        reconstructions = module.decode(module.encode(originals))
+        rows = zip(originals.split(self.columns), reconstructions.split(self.columns), strict=True)
+        # A short row is filled up, or its reconstructions would move beside it.
+        return torch.cat([self._fill(part) for row in rows for part in row])
+
+    def _fill(self, images: Tensor) -> Tensor:
+        missing = self.columns - len(images)
+        return torch.cat((images.float(), images.new_ones((missing, *images.shape[1:]), dtype=torch.float32)))
+
+
+class SampleGrid(ImageGrid):
+    """Samples of a fixed seed, decoded by the generator's tokenizer; nothing for other modules, nor for text.
+
+    The labels are spread evenly over the classes and repeat in the same order, so that with as many columns as classes
+    each column is a class. Written as in `ImageGrid`, tag `images/samples`.
+
+    Args:
+        count: samples.
+        columns: images in a row.
+        seed: of the draw.
+        sampler: the generator's own by default.
+        save_png: also write a PNG into the run's folder.
+    """
+
+    name = "samples"
+
+    def __init__(
+        self,
+        count: int = 40,
+        columns: int = 10,
+        seed: int = 0,
+        sampler: Sampler | None = None,
+        save_png: bool = False,
+    ) -> None:
+        super().__init__(count, columns, save_png)
+        self.seed = seed
+        self.sampler = sampler
+
+    def applies_to(self, module: LightningModule) -> bool:
+        return isinstance(module, Generator) and module.tokenizer.makes_images
+
+    def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
+        assert isinstance(module, Generator)
+        labels = self.labels(module.num_classes).to(module.device)
+        return module.tokenizer.decode(module.sample(labels, self.sampler, self.seed))
+
+    def labels(self, num_classes: int) -> Tensor:
+        """`(count,)` int64: as many classes as there are images for, evenly spaced, over and over."""
+        shown = min(self.count, num_classes)
+        classes = torch.arange(shown) * num_classes // shown
+        return classes[torch.arange(self.count) % shown]

@@ -1,0 +1,245 @@
+"""An alarm for the two ways in which training fails silently: a collapsed codebook, and a loss that is no number."""
+
+import json
+import logging
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.optim import Optimizer
+
+from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
+from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.lightning_internals import logs_this_step
+from discrete_lit.metrics.codebook_usage import MOST_COUNTED, usage_and_perplexity
+from discrete_lit.tokenizers import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+# Ids drawn evenly K times 4 show 98% of K.
+_DRAWS_FOR_EACH_ID = 4
+
+
+class TrainingStopped(RuntimeError):
+    """An alarm ended the run."""
+
+
+class TrainingAlarm(Callback):
+    """Watches the codebook's usage and the loss; ranks act together.
+
+    Of a tokenizer it logs `train/codebook_usage` (share of the K ids that occur) and `train/perplexity` (exp of the
+    entropy in nats) of the training batches of all ranks, over windows of at least `window` batches and 4 K ids; above
+    K = 2^24 it counts nothing. A usage below `min_codebook_usage` is a warning in the log and, as text, in TensorBoard,
+    or ends the run.
+
+    Where a batch's loss is not finite on any rank, its step, terms, keys and indices go to
+    `<default_root_dir>/alarms/`, with the images in it that are not finite, and into the log and TensorBoard. Then the
+    run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they were before
+    it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the same step
+    are lost too. The check waits for the device once a batch.
+
+    Args:
+        min_codebook_usage: in [0, 1]; 0 never warns.
+        window: batches at least.
+        on_collapse: what a low usage does.
+        on_nonfinite: what a loss does that is not finite.
+        most_skipped: so many bad batches in a row end the run: the weights themselves must be broken.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        min_codebook_usage: float = 0.1,
+        window: int = 100,
+        on_collapse: Literal["warn", "stop"] = "warn",
+        on_nonfinite: Literal["stop", "skip"] = "stop",
+        most_skipped: int = 10,
+    ) -> None:
+        if not 0 <= min_codebook_usage <= 1:
+            raise ValueError(f"min_codebook_usage of TrainingAlarm must lie in [0, 1], got {min_codebook_usage}")
+        if window < 1 or most_skipped < 1:
+            raise ValueError(
+                f"window and most_skipped of TrainingAlarm must be at least 1, got {window} and {most_skipped}"
+            )
+        self.min_codebook_usage = min_codebook_usage
+        self.window = window
+        self.on_collapse = on_collapse
+        self.on_nonfinite = on_nonfinite
+        self.most_skipped = most_skipped
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._usage: _UsageWindow | None = None
+        self._figures: dict[str, Tensor] = {}
+        self._skips_step = False
+        self._skipped_in_a_row = 0
+        self._bad = torch.zeros((), device=pl_module.device)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
+        self._before = _Statistics(pl_module) if self.on_nonfinite == "skip" else None
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._loss = loss.detach()
+        self._bad = all_reduce_sum((~loss.detach().isfinite()).float())
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Asked behind the backward pass, so that the device has it to do while the host waits.
+        if not self._bad:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped_in_a_row += 1
+        message = self._report(trainer, float(self._loss))
+        if self.on_nonfinite == "stop":
+            raise TrainingStopped(message)
+        if self._skipped_in_a_row >= self.most_skipped:
+            raise TrainingStopped(f"{message} These were {self._skipped_in_a_row} bad batches in a row.")
+        assert self._before is not None
+        self._before.restore()
+        self._skips_step = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._skips_step:
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+            self._skips_step = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        tokens = getattr(pl_module, "training_tokens", None)
+        if isinstance(pl_module, Tokenizer) and tokens is not None and pl_module.vocab_size <= MOST_COUNTED:
+            self._count(trainer, pl_module.vocab_size, tokens)
+        if self._figures and logs_this_step(trainer):
+            pl_module.log_dict(self._figures)
+
+    def _count(self, trainer: Trainer, vocab_size: int, tokens: Tensor) -> None:
+        if self._usage is None:
+            self._usage = _UsageWindow(vocab_size, tokens, self.window)
+        if not self._bad:
+            self._usage.add(tokens)
+        if not self._usage.is_full:
+            return
+        usage, perplexity = self._usage.measure()
+        self._usage = None
+        self._figures = {"train/codebook_usage": usage, "train/perplexity": perplexity}
+        if self.min_codebook_usage and float(usage) < self.min_codebook_usage:
+            message = (
+                f"the codebook collapses: of its {vocab_size} ids {float(usage):.1%} were used in the training batches "
+                f"up to step {trainer.global_step}, less than min_codebook_usage={self.min_codebook_usage:.1%} "
+                f"(perplexity {float(perplexity):.1f})"
+            )
+            _announce(trainer, message)
+            if self.on_collapse == "stop":
+                raise TrainingStopped(message)
+
+    def _report(self, trainer: Trainer, loss: float) -> str:
+        """Write down what is known of the batches of all ranks; the alarm's message."""
+        mine = {"rank": rank(), "loss": _plain(loss), **_describe(self._batch)}
+        everyone: list[Any] = [None] * world_size()
+        if world_size() > 1:
+            dist.all_gather_object(everyone, mine)
+        else:
+            everyone = [mine]
+        terms = {name: _plain(float(value)) for name, value in trainer.callback_metrics.items() if "train/" in name}
+        step = trainer.global_step
+        report = {"step": step, "epoch": trainer.current_epoch, "terms": terms, "ranks": everyone}
+        file = Path(trainer.default_root_dir) / "alarms" / f"loss-{trainer.fit_loop.total_batch_idx:08d}.json"
+        if trainer.is_global_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(file, json.dumps(report, indent=2) + "\n")
+        broken = [name for found in everyone for name in found["not_finite"]]
+        cause = (
+            f"images with pixels that are not finite numbers: {', '.join(map(str, broken))}"
+            if broken
+            else ("its images are finite numbers")
+        )
+        message = f"the loss of a batch is not finite at step {step}; {cause}. Its keys and terms are in {file}."
+        _announce(trainer, message)
+        return message
+
+
+class _UsageWindow:
+    """Counts of ids over batches of all ranks.
+
+    Args:
+        vocab_size: K.
+        tokens: of the first batch; they say how many batches give enough.
+        batches: at least.
+    """
+
+    def __init__(self, vocab_size: int, tokens: Tensor, batches: int) -> None:
+        of_a_batch = int(all_reduce_sum(torch.tensor(tokens.numel(), device=tokens.device)))
+        self.left = max(batches, ceil(_DRAWS_FOR_EACH_ID * vocab_size / max(of_a_batch, 1)))
+        self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
+
+    @property
+    def is_full(self) -> bool:
+        return self.left <= 0
+
+    def add(self, tokens: Tensor) -> None:
+        ids = tokens.reshape(-1)
+        self.counts.index_add_(0, ids, torch.ones_like(ids))
+        self.left -= 1
+
+    def measure(self) -> tuple[Tensor, Tensor]:
+        """Usage and perplexity, float32 scalars."""
+        return usage_and_perplexity(all_reduce_sum(self.counts))
+
+
+class _Statistics:
+    """What a batch may change of a module beside its weights: the buffers of what trains, and the plain attributes of
+    the submodules that have some, as a flag that the codes have been started."""
+
+    def __init__(self, module: LightningModule) -> None:
+        owners = [part for part in module.modules() if part.training and any(True for _ in part.buffers(recurse=False))]
+        self.buffers = [(buffer, buffer.clone()) for part in owners for buffer in part.buffers(recurse=False)]
+        self.attributes = [
+            (part, {name: value for name, value in vars(part).items() if isinstance(value, bool | int | float)})
+            for part in owners
+        ]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
+        for part, values in self.attributes:
+            vars(part).update(values)
+
+
+def _describe(batch: Any) -> dict[str, Any]:
+    """Keys and indices of a batch, and the names of its images that are not finite."""
+    batch = batch if isinstance(batch, dict) else {}
+    found = {name: _listed(batch[name]) for name in ("key", "index") if name in batch}
+    images = batch.get("image")
+    broken: list[Any] = []
+    if isinstance(images, Tensor) and images.is_floating_point():
+        places = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        names = found.get("key") or found.get("index") or list(range(len(images)))
+        broken = [names[place] for place in places]
+    return {**found, "not_finite": broken}
+
+
+def _listed(values: Any) -> list[Any]:
+    return values.tolist() if isinstance(values, Tensor) else list(values)
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no word for what is not finite."""
+    return value if isfinite(value) else str(value)
+
+
+@rank_zero_only
+def _announce(trainer: Trainer, message: str) -> None:
+    _log.warning(message)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text("alarm", message, trainer.global_step)

@@ -1,0 +1,126 @@
+"""The `discrete-lit` command: what it is asked to do, and who does it.
+
+Only the asked command is imported, so that the list of commands, `--help` and `--version` answer at once.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from discrete_lit import __version__
+
+TRAINING_COMMANDS = {
+    "fit": "train a tokenizer, a generator or a classifier",
+    "validate": "compute the validation metrics of a model",
+    "test": "compute the test metrics of a model",
+    "predict": "run a model's predict step over a data set",
+}
+
+
+VERBS = {
+    "shards": "write a data set as webdataset shards",
+    "tokenize": "encode the images of a data set as token arrays",
+    "sample": "draw images from a generator's checkpoint",
+    "evaluate": "compare samples with a reference set",
+    "import": "read a published checkpoint",
+    "export": "write a tokenizer in a published layout",
+}
+
+
+# Where a command's name is no name of a Python module, or says too little as one.
+VERB_FUNCTIONS = {"import": "import_weights", "export": "export_weights"}
+
+
+COMMANDS = {**TRAINING_COMMANDS, **VERBS}
+
+
+TRACEBACK_VARIABLE = "DISCRETE_LIT_TRACEBACK"
+
+
+def usage() -> str:
+    """The text of `discrete-lit --help`."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
+    return (
+        "usage: discrete-lit COMMAND [--config FILE.yaml ...] [--key value ...]\n\n"
+        "Discrete image generation in PyTorch Lightning.\n\n"
+        f"commands:\n{commands}\n\n"
+        "options:\n"
+        "  -h, --help  this text; `discrete-lit COMMAND --help` lists the settings of a command\n"
+        "  --version   the version\n\n"
+        "Every command reads its settings from one or more --config files, later ones over earlier ones, and from the\n"
+        "command line, which wins; --print_config prints the settings that result.\n"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run `discrete-lit` with the given arguments, those of the process by default.
+
+    A `ValueError`, a user's mistake, is printed as one message; the environment variable `DISCRETE_LIT_TRACEBACK=1`
+    shows where it was raised.
+
+    Raises:
+        SystemExit: with code 2 after a user's mistake, with code 0 after `--help` and the like.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(), end="")
+        return
+    if arguments[0] == "--version":
+        print(f"discrete-lit {__version__}")
+        return
+    command = arguments[0]
+    if command not in COMMANDS:
+        from difflib import get_close_matches
+
+        nearest = get_close_matches(command, COMMANDS, n=1)
+        guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        fail(f"{command!r} is not a command{guess} The commands are {', '.join(COMMANDS)}")
+    try:
+        _run(command, arguments[1:])
+    except ValueError as error:
+        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Print a user's mistake and exit with code 2."""
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(2)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command in TRAINING_COMMANDS:
+        from discrete_lit.cli.train import run_training
+
+        run_training(command, arguments)
+    else:
+        run_verb(command, arguments)
+
+
+def run_verb(name: str, arguments: list[str]) -> None:
+    """Call a command's function in `discrete_lit.cli` with the settings of the command line."""
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    own_name = VERB_FUNCTIONS.get(name, name)
+    function = getattr(importlib.import_module(f"discrete_lit.cli.{own_name}"), own_name)
+    description = (function.__doc__ or "").partition("\n\n")[0]
+    parser = ArgumentParser(
+        prog=f"discrete-lit {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
+    parser.add_function_arguments(function, sub_configs=True)
+    from discrete_lit.checkpoints import build
+    from discrete_lit.cli.config import explain
+
+    try:
+        parsed = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(explain(parser, arguments, error)) from error
+    settings = build(parser, parsed)
+    settings.pop("config")
+    function(**settings)

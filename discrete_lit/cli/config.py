@@ -1,0 +1,253 @@
+"""Explain why a configuration was refused: the full path of each wrong setting, what is accepted there, who gave it.
+
+A parser stops at the first mistake and reports it from the outside in. So the settings are read once more, as they were
+given, and followed down along the arguments of each class: jsonargparse says what these are and which values fit.
+"""
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, is_dataclass
+from difflib import get_close_matches
+from functools import reduce
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
+
+COMMAND_LINE = "the command line"
+
+
+# Under this key a class that replaces another keeps the other's arguments: those that it accepts stay in force.
+INHERITED = "\0inherited"
+
+
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+_MOST_SHOWN, _MOST_LISTED = 5, 12
+
+
+Settings = Mapping[str, Any]
+
+
+Problems = list[tuple[str, str]]  # dotted paths of wrong settings, each with what is wrong in words that follow it
+
+
+def explain(parser: ArgumentParser, arguments: Sequence[str], error: Exception) -> str:
+    """Say in a few lines why a parser refused a command line, one for each wrong setting."""
+    given = read_given(arguments)
+    problems = _check_settings(_arguments(parser), given.values, "", "this command", {})
+    sources = [f" (from {source})" if (source := given.source(path)) else "" for path, _ in problems]
+    lines = [f"{path} {what}{source}" for (path, what), source in zip(problems, sources, strict=True)]
+    lines = lines or str(error).splitlines()
+    more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
+    return "\n       ".join(lines[:_MOST_SHOWN] + more)
+
+
+@dataclass
+class GivenSettings:
+    """Nested settings as plain data, before any of them is checked; strings of the command line are not parsed."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    # From a dotted path to the file, or to `COMMAND_LINE`, that gave it last.
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def source(self, path: str) -> str | None:
+        """Find where the setting at a dotted path, or the nearest of its parents that has a source, was given."""
+        while path and path not in self.sources:
+            path = path[: max(path.rfind("."), path.rfind("["), 0)]
+        return self.sources.get(path)
+
+    def lay(self, new: Settings, source: str, over: dict[str, Any], path: str = "") -> None:
+        """Lay settings, which may be in jsonargparse's shorthand, over those given before at a dotted path."""
+        literal = any(name in _CLASS_KEYS for name in new)
+        # A class goes first, wherever it stands in the file: it sets the arguments of the class before it aside.
+        for key in sorted(new, key=lambda key: key != "class_path"):
+            first, _, rest = str(key).partition(".")
+            value, name, inside, where = {rest: new[key]} if rest else new[key], first.rstrip("+"), over, path
+            if "class_path" in over and not literal and name not in _CLASS_KEYS:
+                inside, where = over.setdefault("init_args", {}), _join(path, "init_args")
+            before, where = inside.get(name), _join(where, name)
+            items = before if isinstance(before, list) else []
+            if name == first and isinstance(value, str) and isinstance(before, dict) and "class_path" in before:
+                value = {"class_path": value}
+            if first.endswith("+"):
+                value = [*items, *(value if isinstance(value, list) else [value])]
+            elif isinstance(value, dict) and value:
+                child = items[-1] if items else before
+                child = {"class_path": child} if isinstance(child, str) else child if isinstance(child, dict) else {}
+                inside[name] = [*items[:-1], child] if items else child
+                self.lay(value, source, child, f"{where}[{len(items) - 1}]" if items else where)
+                continue
+            elif name == "class_path" and before not in (None, value):
+                inside[INHERITED] = {**inside.get(INHERITED, {}), **inside.pop("init_args", {})}
+            inside[name] = value
+            self.sources[where] = source
+
+
+def read_given(arguments: Sequence[str]) -> GivenSettings:
+    """Collect the settings of a command line, later ones over earlier ones; ValueError for a broken `--config`."""
+    given, waiting = GivenSettings(), list(arguments)
+    while waiting:
+        option, equals, text = waiting.pop(0).partition("=")
+        name = option.lstrip("-")
+        value = text if equals else waiting.pop(0) if waiting and not waiting[0].startswith("--") else None
+        if option.startswith("-") and value is not None and name not in ("h", "help", "print_config"):
+            given.lay(*(_read(value) if name in ("c", "config") else ({name: value}, COMMAND_LINE)), given.values)
+    return given
+
+
+def _read(config: str) -> tuple[dict[str, Any], str]:
+    """Read a configuration file, or a configuration in place of its name, and say what to call it."""
+    inline = config.lstrip().startswith("{")
+    # A checkpoint's model is given as JSON.
+    source = config if not inline else "the checkpoint" if config.startswith('{"') else COMMAND_LINE
+    try:
+        values = yaml.safe_load(config if inline else Path(config).read_text())
+    except OSError as error:
+        raise ValueError(f"--config {config}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise ValueError(f"{source} must hold `key: value` lines, it holds a {type(values).__name__}")
+    return values or {}, source
+
+
+def _opened(value: Any) -> Any:
+    """Read the settings of a file whose name stands in place of them."""
+    is_file = isinstance(value, str) and value.endswith((".yaml", ".yml")) and Path(value).is_file()
+    return _read(value)[0] if is_file else value
+
+
+def _arguments(called: Any, skip: int = 0) -> dict[str, Any]:
+    """List the arguments of a class, function or parser by name, groups nested: type, and whether it is required."""
+    parser = called if isinstance(called, ArgumentParser) else ArgumentParser(exit_on_error=False)
+    if not isinstance(called, ArgumentParser):
+        add = parser.add_class_arguments if inspect.isclass(called) else parser.add_function_arguments
+        add(called, skip={skip} if skip else set(), fail_untyped=False, sub_configs=True)
+    found: dict[str, Any] = {}
+    # There is no public list of a parser's arguments (`_actions`), nor a public name for their types (`_typehint`).
+    for action in parser._actions:
+        if action.default is not SUPPRESS and action.dest != "config":
+            *groups, name = action.dest.split(".")
+            kind = getattr(action, "_typehint", None) or action.type or Any
+            reduce(lambda inside, group: inside.setdefault(group, {}), groups, found)[name] = (kind, action.required)
+    return found
+
+
+def _check_settings(accepted: Settings, values: Settings, path: str, owner: str, inherited: Settings) -> Problems:
+    """Compare the settings at a dotted path with the arguments of `owner`; required ones may be inherited."""
+    problems: Problems = []
+    for name in dict.fromkeys((*values, *accepted)):
+        full, argument = _join(path, name), accepted.get(name)
+        if argument is None:
+            problems.append((full, f"is not a setting of {owner}{_suggest(name, accepted, path)}"))
+        elif isinstance(argument, dict):
+            inside, before = _opened(values.get(name, {})), _opened(inherited.get(name, {}))
+            if isinstance(inside, Mapping) and isinstance(before, Mapping):
+                problems += _check_settings(argument, inside, full, owner, before)
+        elif name in values:
+            problems += _check_value(values[name], argument[0], full)
+        elif argument[1] and (name not in inherited or _check_value(inherited[name], argument[0], full)):
+            problems.append((full, f"is required by {owner}: {_describe(argument[0])}"))
+    return problems
+
+
+def _check_value(value: Any, kind: Any, path: str) -> Problems:
+    """Compare one value with the type that its setting is annotated with."""
+    origin, parts = get_origin(kind), get_args(kind)
+    wrong = [(path, f"is {value!r}, accepted: {_describe(kind)}")]
+    if origin in (Union, types.UnionType):
+        tried = [_check_value(value, part, path) for part in parts]
+        # The member that got furthest was meant; but a word is more likely a number gone wrong than a class.
+        deepest = max(tried, key=lambda problems: len(problems[0][0]) if problems else 0)
+        word = isinstance(value, str) and {bool, int, float}.intersection(parts)
+        return [] if not all(tried) else wrong if word or deepest[0][0] == path else deepest
+    if isinstance(value, list) and inspect.isclass(origin) and issubclass(origin, Sequence | set):
+        kinds = parts if origin is tuple and parts[-1] is not Ellipsis else [parts[0]] * len(value)
+        if len(kinds) == len(value):
+            items = enumerate(zip(value, kinds, strict=True))
+            return [problem for place, item in items for problem in _check_value(*item, f"{path}[{place}]")]
+    base, skip = (parts[-1], 0 if parts[0] is ... else len(parts[0])) if origin is Callable and parts else (kind, 0)
+    if _is_class(base):
+        inside = _opened(value)
+        if is_dataclass(base) and isinstance(inside, Mapping) and "class_path" not in inside:
+            return _check_settings(_arguments(base), inside, path, base.__name__, {})
+        if isinstance(inside, Mapping | str):
+            return _check_class({"class_path": inside} if isinstance(inside, str) else inside, base, path, skip)
+    with suppress(ArgumentError, ValueError):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--value", type=kind)
+        parser.parse_object({"value": value})
+        return []
+    return wrong
+
+
+def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
+    """Compare `{class_path, init_args}` with a base class; its first `skip` arguments are given by whoever calls it."""
+    known, keys = _known_classes(base), (*_CLASS_KEYS, INHERITED)
+    for name in given:
+        if name not in keys and ("class_path" in given or get_close_matches(name, _CLASS_KEYS, n=1)):
+            return [(_join(path, name), f"is not accepted{_suggest(name, _CLASS_KEYS, path)}")]
+    if "class_path" not in given:
+        return [(path, f"needs a class_path{_suggest('', known)}")]
+    name, arguments = str(given["class_path"]), given.get("init_args") or {}
+    # Of a class that was imported, the bare name is enough.
+    module, _, last = next((item for item in known if item.rpartition(".")[2] == name), name).rpartition(".")
+    found: Any = None
+    with suppress(ImportError, ValueError):
+        found = getattr(import_module(module), last, None)
+    made = inspect.signature(found).return_annotation if inspect.isroutine(found) else found
+    fits = isinstance(made, str) or (inspect.isclass(made) and issubclass(made, base))
+    if not fits or inspect.isabstract(found):
+        why = "not there" if found is None else "abstract" if fits else f"no {base.__name__}"
+        beside = getattr(sys.modules.get(module), "__all__", ()) if found is None else ()
+        choices = _known_classes(found) if fits else [*known, *(f"{module}.{other}" for other in beside)]
+        return [(_join(path, "class_path"), f"is {name!r}, which is {why}{_suggest(name, choices)}")]
+    if not isinstance(arguments, Mapping):
+        return [(_join(path, "init_args"), f"is {arguments!r}, accepted: the arguments of {name}")]
+    return _check_settings(_arguments(found, skip), arguments, _join(path, "init_args"), name, given.get(INHERITED, {}))
+
+
+def _known_classes(base: Any) -> list[str]:
+    """List the class paths that jsonargparse's help knows for a base class: those that were imported."""
+    parser = ArgumentParser()
+    parser.add_argument("--value", type=base)
+    listed = "".join(parser.format_help().split()).partition("knownsubclasses:")[2]
+    return listed.partition(")")[0].split(",") if listed else []
+
+
+def _suggest(given: str, choices: Iterable[str], path: str = "") -> str:
+    """Name the choice that is nearest to what was given, else all of them; of a class path, the last part counts."""
+    by_name = {choice.rpartition(".")[2].casefold(): choice for choice in sorted(choices)}
+    for nearest in get_close_matches(given.rpartition(".")[2].casefold(), by_name, n=1, cutoff=0.5):
+        return f"; did you mean {_join(path, by_name[nearest])}?"
+    more = f" and {len(by_name) - _MOST_LISTED} more" if len(by_name) > _MOST_LISTED else ""
+    return f"; accepted: {', '.join(sorted(choices)[:_MOST_LISTED])}{more}"
+
+
+def _describe(kind: Any) -> str:
+    """Say a type in the words of a YAML file."""
+    origin, parts = get_origin(kind), get_args(kind)
+    name = "null" if kind in (None, types.NoneType) else getattr(origin or kind, "__name__", str(kind))
+    words = [_describe(part) for part in parts if part is not Ellipsis and origin is not Literal]
+    if origin in (Union, types.UnionType, Literal):
+        return " or ".join(dict.fromkeys(words or map(repr, parts)))
+    if words:
+        return words[-1] if origin is Callable else f"{name} of {', '.join(words)}"
+    return f"{'the settings' if is_dataclass(kind) else 'a class_path'} of {name}" if _is_class(kind) else name
+
+
+def _is_class(kind: Any) -> TypeGuard[type]:
+    """Tell whether values of this type are given as `{class_path, init_args}`."""
+    simple = ("builtins", "datetime", "pathlib", "os", "jsonargparse.typing")
+    return inspect.isclass(kind) and get_origin(kind) is None and kind.__module__ not in simple
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)

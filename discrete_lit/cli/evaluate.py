@@ -1,0 +1,333 @@
+"""The networks that an evaluation is asked for, from their checkpoints.
+
+`discrete-lit evaluate`: sets of images against a reference, to a report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.provenance import environment
+from discrete_lit.evaluation.feature_statistics import (
+    Measurement,
+    Reference,
+    measure,
+    reference_from_images,
+    reference_from_moments,
+)
+from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures, measure_likelihood
+from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, open_image_set
+from discrete_lit.evaluation.report import Report, Row
+from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
+from discrete_lit.metrics.frechet import compare, holds_moments
+from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall, within_class_diversity
+from discrete_lit.metrics.reconstruction import ReconstructionMeter
+
+if TYPE_CHECKING:
+    from discrete_lit.generators import Generator
+
+
+def load_meters(
+    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
+) -> dict[str, ReconstructionMeter]:
+    """A meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read or holds a generator; weights that are not LPIPS's.
+    """
+    from discrete_lit import checkpoints as files
+    from discrete_lit.generators import Generator
+    from discrete_lit.tokenizers.losses.perceptual import LPIPS
+
+    lpips = None
+    if lpips_weights is not None and checkpoints:
+        lpips = LPIPS(lpips_weights).to(device)
+        lpips.prepare()
+    meters = {}
+    for name, path in checkpoints.items():
+        autoencoder = files.load(path)
+        if isinstance(autoencoder, Generator):
+            raise ValueError(
+                f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
+                "checkpoint of a tokenizer or of a continuous autoencoder"
+            )
+        meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
+    return meters
+
+
+def load_judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A classifier on `device`, from images in [-1, 1] to logits.
+
+    Raises:
+        ValueError: a checkpoint that holds no classifier, or one of other classes.
+    """
+    from discrete_lit.evaluation.classifier import load_classifier
+
+    classifier = load_classifier(checkpoint)
+    if num_classes is not None and classifier.num_classes != num_classes:
+        raise ValueError(
+            f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"
+        )
+    return classifier.to(device)
+
+
+def load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, Generator]:
+    """Each checkpoint of a dictionary from names to checkpoints, and its generator on the CPU.
+
+    Raises:
+        ValueError: a checkpoint that holds no generator, or one of another image size.
+    """
+    from discrete_lit import checkpoints as files
+    from discrete_lit.generators import Generator
+
+    generators: dict[str, Generator] = {}
+    for name, path in likelihoods.items():
+        if path in generators:
+            continue
+        module = files.load(path)
+        if not isinstance(module, Generator):
+            raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
+        if module.image_size != image_size:
+            raise ValueError(
+                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
+            )
+        generators[path] = module
+    return generators
+
+
+NEIGHBOURS = 3
+"""k of precision and recall, as in ADM's evaluator."""
+
+
+def evaluate(
+    reference: str,
+    output: str,
+    image_size: int,
+    num_images: int | None = None,
+    samples: dict[str, str] | None = None,
+    reconstructions: dict[str, str] | None = None,
+    likelihoods: dict[str, str] | None = None,
+    held_out: str | None = None,
+    num_reference: int | None = None,
+    extractor: FeatureExtractor | None = None,
+    classifier: str | None = None,
+    lpips_weights: str | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure sets of images at one count against one reference, and report them in one table.
+
+    Each set is a row with a Fréchet distance, and with precision and recall where the reference is images; with a
+    classifier, the share of images that show the intended class; with held-out images, how much the images of a class
+    differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
+    reconstructions, PSNR, SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside
+    the samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class,
+    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to
+    `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
+
+    Writes `report.json` and `report.md` into `output`, prints the table, and keeps the reference's moments and up to
+    10,000 of its features there, so that the next evaluation need not compute them again.
+
+    Args:
+        reference: images to measure against, or their moments: an .npz with `mu` and `sigma`, such as ADM's.
+        output: folder of the report.
+        image_size: side of the images in pixels.
+        num_images: images of each row; a set with fewer is refused. By default as many as there are held-out images,
+            which are then all taken, whatever their classes.
+        samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
+        reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images.
+        likelihoods: name of samples to the checkpoint of their generator, to measure its log-likelihood of the held-out
+            images; a checkpoint that is named several times is measured once.
+        held_out: real images that are not in the reference; their own row is the floor of the distance.
+        num_reference: images of the reference; all by default.
+        extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
+        classifier: checkpoint of an ImageClassifier.
+        lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
+        batch_size: images at a time.
+        device: for instance `cpu` or `cuda:1`; `auto` takes a GPU where there is one.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        ValueError: no row, a set that is missing, too small or of another image size, samples without labels for the
+            classifier, a reference of another extractor, or a checkpoint of the wrong kind.
+    """
+    samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
+    _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+    # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
+    reference_images = None if holds_moments(reference) else open_image_set(reference, image_size)
+    real = None if held_out is None else open_image_set(held_out, image_size)
+    generated = {name: open_image_set(path, image_size) for name, path in samples.items()}
+    num_classes = _num_classes([real, reference_images, *generated.values()])
+    if classifier is not None:
+        _check_labels(generated)
+    real_selection = None if real is None else Selection(real, num_images, num_classes)
+    count = num_images if real is None else (num_images or real.count)
+    selections = {name: Selection(images, count, num_classes) for name, images in generated.items()}
+    reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
+    meters = load_meters(reconstructions, lpips_weights, place)
+    generators = load_generators(likelihoods, image_size)
+    judge = None if classifier is None else load_judge(classifier, num_classes, place)
+    extractor = (extractor or EfficientNetLite0()).to(place)
+
+    def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
+        return measure(
+            selection,
+            extractor,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            device=place,
+            transform=transform,
+            classifier=judge,
+            description=name,
+        )
+
+    if reference_selection is None:
+        measured_against = reference_from_moments(reference, extractor)
+    else:
+        folder = Path(output)
+        measured_against = reference_from_images(
+            reference, reference_selection, extractor, image_size, batch_size, place, folder
+        )
+    manifold = _manifold(measured_against, count, place)
+    rows: list[Row] = []
+    floor: Measurement | None = None
+
+    def add(name: str, kind: Any, source: str, measured: Measurement, **figures: Any) -> None:
+        found = compare(extractor, measured.moments.compute(), measured_against.moments, reference)
+        if manifold is not None:
+            precision, recall = precision_and_recall(measured.features.compute(), manifold)
+            figures |= {"precision": precision, "recall": recall}
+        rows.append(_row(name, kind, source, found, measured, floor, figures))
+
+    likelihood: dict[str, LikelihoodFigures] = {}
+    if real_selection is not None:
+        assert held_out is not None
+        floor = run(real_selection, "held-out real images")
+        add("held-out real images", "real", held_out, floor)
+        for name, meter in meters.items():
+            measured = run(real_selection, name, meter)
+            add(name, "reconstructions", reconstructions[name], measured, reconstruction=meter.figures())
+        for path, generator in generators.items():
+            likelihood[path] = measure_likelihood(
+                generator.to(place),
+                real_selection,
+                checkpoint=path,
+                batch_size=batch_size,
+                device=place,
+                description=path,
+            )
+    for name, selection in selections.items():
+        add(name, "samples", samples[name], run(selection, name), likelihood=likelihood.get(likelihoods.get(name, "")))
+
+    report = Report(rows, measured_against, manifold, image_size, classifier, environment(place))
+    report.write(Path(output))
+    print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")
+    return report.to_dict()
+
+
+def _check_arguments(
+    samples: dict[str, str],
+    reconstructions: dict[str, str],
+    likelihoods: dict[str, str],
+    held_out: str | None,
+    num_images: int | None,
+    num_reference: int | None,
+    batch_size: int,
+) -> None:
+    if not samples and held_out is None:
+        raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
+    if reconstructions and held_out is None:
+        raise ValueError("reconstructions are made of the held-out images: give held_out")
+    if likelihoods and held_out is None:
+        raise ValueError("likelihoods are of the held-out images: give held_out")
+    if unknown := sorted(set(likelihoods) - set(samples)):
+        raise ValueError(f"likelihoods.{unknown[0]} is of no row: its name must be one of samples, {sorted(samples)}")
+    if num_images is None and held_out is None:
+        raise ValueError("num_images is as many as there are held-out images by default: give num_images or held_out")
+    if (
+        (num_images is not None and num_images < 2)
+        or batch_size < 1
+        or (num_reference is not None and num_reference < 2)
+    ):
+        raise ValueError(
+            f"num_images and num_reference must be at least 2 and batch_size at least 1, got "
+            f"num_images={num_images}, num_reference={num_reference}, batch_size={batch_size}"
+        )
+    names = [*reconstructions, *samples]
+    if len(set(names)) < len(names):
+        raise ValueError(f"a name stands for one row, got {names}")
+
+
+def _num_classes(sets: list[ImageSet | None]) -> int | None:
+    """Of the first set that states its classes; of samples alone, the largest count that their labels need."""
+    labelled = [images for images in sets if images is not None and images.num_classes is not None]
+    stated = [images for images in labelled if not isinstance(images, NpzImages)]
+    counts = [images.num_classes or 0 for images in stated[:1] or labelled]
+    return max(counts, default=None)
+
+
+def _check_labels(generated: dict[str, ImageSet]) -> None:
+    for name, images in generated.items():
+        if images.num_classes is None:
+            raise ValueError(
+                f"samples.{name}={str(images.path)!r} has no labels, which the classifier needs: "
+                "an .npz with `labels`, shards, or one subfolder per class"
+            )
+
+
+def _manifold(reference: Reference, count: int | None, device: torch.device) -> Manifold | None:
+    """None where the reference's features are not known, or too few on either side for the k-th neighbour."""
+    if reference.features is None or count is None or min(count, len(reference.features)) <= NEIGHBOURS:
+        return None
+    return Manifold(reference.features, NEIGHBOURS, device)
+
+
+def _row(
+    name: str,
+    kind: Any,
+    source: str,
+    frechet: Any,
+    measured: Measurement,
+    floor: Measurement | None,
+    figures: dict[str, Any],
+) -> Row:
+    accuracy = by_class = diversity = diversity_by_class = None
+    if measured.correct is not None and measured.spread is not None:
+        counts = measured.spread.count
+        accuracy = float(measured.correct.sum() / counts.sum())
+        by_class = _finite(measured.correct / counts)
+    if measured.spread is not None and floor is not None and floor.spread is not None:
+        ratios = within_class_diversity(measured.spread, floor.spread)
+        diversity_by_class = _finite(ratios)
+        diversity = float(ratios.nanmean()) if bool(ratios.isfinite().any()) else None
+    folder = Path(source).parent
+    run, picture = folder / "run.json", folder / "grid.png"
+    beside = kind == "samples" and source.endswith(".npz")
+    return Row(
+        name=name,
+        kind=kind,
+        source=source,
+        frechet=frechet,
+        label_accuracy=accuracy,
+        label_accuracy_by_class=by_class,
+        within_class_diversity=diversity,
+        within_class_diversity_by_class=diversity_by_class,
+        sampling=json.loads(run.read_text(encoding="utf-8")) if beside and run.is_file() else {},
+        picture=str(picture) if beside and picture.is_file() else None,
+        **figures,
+    )
+
+
+def _finite(values: Tensor) -> list[float | None]:
+    """Plain numbers for JSON, which has no NaN."""
+    return [float(value) if value.isfinite() else None for value in values]

@@ -1,0 +1,206 @@
+"""`discrete-lit sample`: a generator's checkpoint to images on disk."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from discrete_lit.backbones.backbone import compile_for_sampling
+from discrete_lit.checkpoints import load
+from discrete_lit.core.distributed import all_reduce_sum
+from discrete_lit.core.files import atomic_write, atomic_write_text, file_sha256
+from discrete_lit.core.images import to_uint8
+from discrete_lit.core.provenance import describe, environment
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators import Generator
+from discrete_lit.samplers import Sampler
+from discrete_lit.tokenizers import Tokenizer
+
+_GRID_SIDE = 10
+
+
+def sample(
+    ckpt_path: str,
+    output: str,
+    num_samples: int,
+    labels: list[int] | None = None,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    precision: str = "32-true",
+    compile: bool = False,
+    image_size: int | None = None,
+) -> dict[str, Any]:
+    """Sample images, or text, from a generator's checkpoint, which alone is enough.
+
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, 3), int64 `labels`), `grid.png` and `run.json` with every
+    setting, the network calls and operations, and the speed with and without decoding. Of text, and of
+    a generator that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself
+    goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
+    devices do not change it (to the rounding of the network's arithmetic).
+
+    Args:
+        ckpt_path: checkpoint of a Generator; it carries its tokenizer.
+        output: folder to write; its earlier samples are replaced.
+        num_samples: N.
+        labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
+            each prefix is balanced. `num_classes` stands for no class.
+        sampler: how to draw; the generator's own by default.
+        seed: of the draw.
+        batch_size: images at a time on each device.
+        accelerator: Lightning's; `auto` takes a GPU where there is one.
+        devices: on each node; more than one starts a process for each.
+        num_nodes: nodes that run this command.
+        precision: Lightning's, for instance `bf16-mixed`.
+        compile: compile the blocks of the backbone first, which takes a minute: for many samples.
+        image_size: H = W of the written images in pixels, as published evaluations shrink samples of 384 to 256; the
+            decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's). The
+            tokenizer's own size by default.
+
+    Returns:
+        What `run.json` holds.
+
+    Raises:
+        ValueError: not a generator's checkpoint, a label out of range, num_samples or image_size below 1, an image size
+            for text.
+    """
+    generator = load(ckpt_path)
+    if not isinstance(generator, Generator):
+        raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None and not generator.tokenizer.makes_images:
+        raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
+    cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))
+    if len(cycle) == 0 or not (0 <= int(cycle.min()) and int(cycle.max()) <= generator.num_classes):
+        raise ValueError(
+            f"labels={labels} must lie in [0, {generator.num_classes}]; {generator.num_classes} stands for no class"
+        )
+    sampler = sampler or generator.sampler
+    all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
+    generator = generator.to(fabric.device)
+    if compile:
+        compile_for_sampling(generator.backbone)
+    rows_path = folder / "rows.npy.partial"
+    count, drawn = 0, None
+    seconds = seconds_undecoded = 0.0
+    writer: np.memmap | None = None
+    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
+    for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
+        indices = torch.arange(start, min(start + batch_size, num_samples))
+        begin = time.perf_counter()
+        with torch.inference_mode(), fabric.autocast():
+            random = CounterRandom(seed, indices.to(fabric.device))
+            drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
+            _wait_for(fabric.device)
+            seconds_undecoded += time.perf_counter() - begin
+            rows = _rows(generator.tokenizer, drawn.tokens, image_size)
+        seconds += time.perf_counter() - begin
+        if writer is None:
+            writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
+        writer[indices.numpy()] = rows
+        count += len(indices)
+    if writer is None:
+        writer = _open_rows(rows_path, None, None, fabric)
+    writer.flush()
+    fabric.barrier()
+
+    rates = torch.tensor((count / seconds, count / seconds_undecoded) if count else (0.0, 0.0), device=fabric.device)
+    rate, rate_undecoded = all_reduce_sum(rates).tolist()
+    run = {
+        "checkpoint": str(ckpt_path),
+        "checkpoint_sha256": file_sha256(ckpt_path),
+        "generator": type(generator).__name__,
+        "tokenizer_fingerprint": generator.tokenizer.fingerprint(),
+        "sampler": describe(sampler),
+        "num_samples": num_samples,
+        "labels": labels,
+        "num_classes": generator.num_classes,
+        "seed": seed,
+        "batch_size": batch_size,
+        "world_size": fabric.world_size,
+        "precision": precision,
+        "compile": compile,
+        "image_size": image_size,
+        "network_calls": drawn.network_calls if drawn else 0,
+        "sequential_passes": drawn.sequential_passes if drawn else 0,
+        "flops_per_image": drawn.flops if drawn else 0,
+        "images_per_second": rate,
+        "images_per_second_without_decoding": rate_undecoded,
+        **environment(fabric.device),
+    }
+    if fabric.global_rank == 0:
+        _write(folder, generator.tokenizer, writer, all_labels.numpy(), run)
+        rows_path.unlink()
+    fabric.barrier()
+    return run
+
+
+def _wait_for(device: torch.device) -> None:
+    """Until the device has done what it was given, so that its time is not counted to what follows."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: int | None) -> np.ndarray:
+    """Images `(B, H, W, 3)` uint8, or where ids stand for none these; the copy waits for the device."""
+    if not tokenizer.makes_images:
+        return tokens.cpu().numpy()
+    decoded = tokenizer.decode(tokens)
+    if image_size is not None:
+        decoded = F.interpolate(decoded.float(), size=(image_size, image_size), mode="bicubic")
+    images = to_uint8(decoded)
+    return images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice
+
+
+def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> np.memmap:
+    """The array that all ranks write their rows into; rank 0, which always has rows, makes it."""
+    if fabric.global_rank == 0:
+        assert shape is not None and dtype is not None
+        writer = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        fabric.barrier("made")
+        return writer
+    fabric.barrier("made")
+    return np.lib.format.open_memmap(path, mode="r+")
+
+
+def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
+    """samples.npz, grid.png or samples.txt, and run.json, each complete or absent."""
+    with atomic_write(folder / "samples.npz") as file:
+        if tokenizer.makes_images:
+            np.savez(file, arr_0=rows, labels=labels)
+        else:
+            np.savez(file, tokens=rows, labels=labels)
+    if tokenizer.makes_images:
+        _write_grid(folder, rows)
+    else:
+        texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
+        if texts is not None:
+            atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
+    atomic_write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def _write_grid(folder: Path, pixels: np.ndarray) -> None:
+    side = min(_GRID_SIDE, len(pixels))
+    tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
+    rows = tiles.reshape(-1, side, *tiles.shape[1:])  # (rows, side, H, W, 3)
+    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, 3)
+    with atomic_write(folder / "grid.png") as file:
+        Image.fromarray(grid).save(file, "PNG")

@@ -1,0 +1,81 @@
+"""`discrete-lit import`: a published checkpoint to one of ours.
+
+`discrete-lit export`: a checkpoint of ours to a published layout.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from discrete_lit.checkpoints import load, save
+from discrete_lit.core.files import atomic_write
+from discrete_lit.generators import Generator
+from discrete_lit.pretrained import load_pretrained
+from discrete_lit.pretrained.exporting import EXPORTS, export_state
+from discrete_lit.tokenizers import Tokenizer
+from discrete_lit.tokenizers.tokenizer import from_checkpoint
+
+
+def import_weights(
+    weights: str,
+    family: str,
+    output: str,
+    reference_config: str | dict[str, Any] | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Read a published checkpoint and write it as a checkpoint of discrete-lit.
+
+    The file that is written loads by `discrete_lit.load` and by `ckpt_path` of every command. No code in the published
+    file is executed.
+
+    Args:
+        weights: The published file, as `torch.save` wrote it or safetensors.
+        family: Its layout, such as taming_vqgan; a wrong name prints all of them.
+        output: File to write.
+        reference_config: What the weights do not say, in the reference's own argument names, or the published YAML or
+            JSON file that says it.
+        tokenizer: Checkpoint of discrete-lit with the tokenizer that a generator was trained on; the generator's
+            checkpoint holds it too. Without one a generator makes ids, but no images.
+
+    Raises:
+        ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit, a
+            tokenizer of other ids.
+    """
+    module = load_pretrained(
+        weights, family, reference_config, None if tokenizer is None else from_checkpoint(tokenizer)
+    )
+    save(module, output)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    what = f"{type(module).__name__}, {count:,} parameters"
+    if isinstance(module, Generator):
+        shape = " x ".join(map(str, module.token_shape))
+        what += f", {shape} tokens of {module.vocab_size:,} ids from a {type(module.tokenizer).__name__}"
+    elif isinstance(module, Tokenizer):
+        what += f", {module.vocab_size:,} ids, fingerprint {module.fingerprint()}"
+    print(f"{output}: {what}")
+
+
+def export_weights(ckpt_path: str, family: str, output: str) -> None:
+    """Write a tokenizer's checkpoint in a published layout, for code that reads that layout.
+
+    `discrete-lit import` of the result gives the same weights to the bit; what only training uses is left out.
+
+    Args:
+        ckpt_path: Checkpoint of a tokenizer with a ConvAutoencoder and a VectorQuantizer.
+        family: taming_vqgan or llamagen_vq.
+        output: File to write; safetensors by its suffix, else as `torch.save` does.
+
+    Raises:
+        ValueError: Not such a tokenizer, or a setting that the layout cannot express.
+    """
+    state = export_state(load(ckpt_path), family)
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as opened:
+        if file.suffix == ".safetensors":
+            opened.write(to_safetensors(state))
+        else:
+            torch.save({EXPORTS[family].wrapper: state}, opened)
+    print(f"{output}: {len(state)} tensors in the layout of {family}")

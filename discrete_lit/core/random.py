@@ -1,0 +1,152 @@
+"""Random numbers that belong to a sample, not to a process.
+
+What is drawn for a sample is a pure function of (seed, sample index, what it is drawn for), so the batch size, the
+number of ranks, the device and a resume cannot change it. The function is Philox4x32-10 (Salmon et al., "Parallel
+Random Numbers: As Easy as 1, 2, 3", SC 2011), written with int64 tensors so that every device gives the same bits.
+
+Random numbers that are a function of what they are for, not of when or where they are drawn.
+
+A data order depends on (seed, epoch) and an augmentation on (seed, epoch, sample key), so a resume, another number of
+workers, or another number of ranks draws the same numbers.
+"""
+
+import hashlib
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+
+
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32: four 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors that broadcast together, words in [0, 2^32).
+        key: two words in [0, 2^32).
+        rounds: 10 is the published generator.
+
+    Returns:
+        Four int64 tensors with words in [0, 2^32).
+    """
+    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64, which keeps every bit; masking makes the arithmetic shift a logical one.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, low0 = (product0 >> 32) & _WORD, product0 & _WORD
+        high1, low1 = (product1 >> 32) & _WORD, product1 & _WORD
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+class Purpose(IntEnum):
+    """What random numbers are drawn for; two purposes never share numbers."""
+
+    LABEL_DROPOUT = 0
+    MASK_RATIO = 1
+    MASK_ORDER = 2
+    TOKEN = 3
+    CONFIDENCE = 4
+    LIKELIHOOD = 5
+    CODE_START = 6
+    CODE_REVIVAL = 7
+    CODE_NOISE = 8
+    LATENT_NOISE = 9
+    ORDER = 10
+
+
+class CounterRandom:
+    """Independent random streams, one for each sample of a batch.
+
+    Args:
+        seed: any integer; its low 64 bits are the key.
+        indices: `(B,)` int64 >= 0, what identifies each sample: its index among all that are generated, or its
+            position in the whole training run.
+
+    A draw is named by `purpose` and `step`: the same name gives the same numbers, another name independent ones.
+    """
+
+    def __init__(self, seed: int, indices: Tensor) -> None:
+        if indices.dtype != torch.int64 or indices.ndim != 1:
+            raise ValueError(f"indices must be a 1-D int64 tensor, got {indices.dtype} {tuple(indices.shape)}")
+        self.seed = seed
+        self.indices = indices
+        self.key = (seed & _WORD, (seed >> 32) & _WORD)
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        """Uniform draws in the open interval (0, 1) with 52 random bits: the midpoints of 2^52 equal cells.
+
+        Args:
+            purpose: what the numbers are for.
+            count: numbers for each sample, at most 2^32.
+            step: in [0, 2^24), the sampling step.
+
+        Returns:
+            `(B, count)` float64 on the device of the indices.
+        """
+        assert 0 <= step < 2**24, step
+        device = self.indices.device
+        pairs = torch.arange((count + 1) // 2, device=device)[None]
+        index = self.indices[:, None]
+        stream = torch.tensor(int(purpose) << 24 | step, device=device)
+        words = philox4x32((pairs, stream, index & _WORD, (index >> 32) & _WORD), self.key)
+        first = (words[0] << 20) | (words[1] >> 12)  # 32 + 20 bits
+        second = (words[2] << 20) | (words[3] >> 12)
+        bits = torch.stack((first, second), dim=-1).flatten(1)[:, :count]
+        # A 53rd bit would round the last midpoint up to 1.
+        return (bits.double() + 0.5) * 2.0**-52
+
+    def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        """`(B, count)` float64 standard Gumbel draws, -log(-log u); arguments as for `uniform`."""
+        return -torch.log(-torch.log(self.uniform(purpose, count, step)))
+
+    def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        """`(B, count)` float64 standard normal draws, Phi^-1(u); arguments as for `uniform`."""
+        return torch.special.ndtri(self.uniform(purpose, count, step))
+
+
+def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:
+    """Which entries are among the `counts` smallest of their row: a subset of so many, drawn uniformly.
+
+    Args:
+        uniforms: `(..., n)`, independent of one another.
+        counts: `(..., 1)`, or one for all rows.
+
+    Returns:
+        `(..., n)` bool.
+    """
+    return uniforms.argsort(dim=-1).argsort(dim=-1) < counts
+
+
+def generator(*words: int) -> np.random.RandomState:
+    """A generator for non-negative integers such as (seed, epoch).
+
+    `RandomState`, because numpy promises never to change its streams: a run can be resumed after an upgrade.
+    """
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(words)))  # type: ignore[arg-type]
+
+
+def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of `count` samples in one epoch: int64 `(count,)`."""
+    return generator(seed, epoch).permutation(count).astype(np.int64, copy=False)
+
+
+def uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
+    """Four independent numbers in [0, 1) for the sample `key` in `epoch`."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+    first, second, third, fourth = (
+        int.from_bytes(digest[start : start + 4], "little") / 2**32 for start in (0, 4, 8, 12)
+    )
+    return first, second, third, fourth

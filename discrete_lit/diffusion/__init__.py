@@ -1,0 +1,57 @@
+"""Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
+
+from discrete_lit.diffusion.parameterization import CavityHead, Denoiser, Head, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.processes import (
+    AbsorbingProcess,
+    DenseProcess,
+    ForwardProcess,
+    GaussianProcess,
+    HybridProcess,
+    MixtureProcess,
+    UniformProcess,
+)
+from discrete_lit.diffusion.schedules import (
+    ArccosSchedule,
+    CosineSchedule,
+    CosineSquaredSchedule,
+    D3PMCosineSchedule,
+    GeometricSchedule,
+    LinearSchedule,
+    LogLinearSchedule,
+    LogSinSchedule,
+    MaskSchedule,
+    MDLMCosineSchedule,
+    NoiseLevel,
+    SquareSchedule,
+    TruncatedNormalSchedule,
+    TruncatedSchedule,
+)
+
+__all__ = [
+    "AbsorbingProcess",
+    "ArccosSchedule",
+    "CavityHead",
+    "CosineSchedule",
+    "CosineSquaredSchedule",
+    "D3PMCosineSchedule",
+    "Denoiser",
+    "DenseProcess",
+    "ForwardProcess",
+    "GaussianProcess",
+    "GeometricSchedule",
+    "Head",
+    "HybridProcess",
+    "LinearSchedule",
+    "LogLinearSchedule",
+    "LogSinSchedule",
+    "MDLMCosineSchedule",
+    "MaskSchedule",
+    "MixtureProcess",
+    "NoiseLevel",
+    "PosteriorHead",
+    "ScoreHead",
+    "SquareSchedule",
+    "TruncatedNormalSchedule",
+    "TruncatedSchedule",
+    "UniformProcess",
+]

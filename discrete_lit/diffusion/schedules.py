@@ -1,0 +1,449 @@
+"""Mask schedules: the probability m(t) that a token is masked at time t, from m(0) = 0 (clean) to m(1) = 1.
+
+Published forms use MaskGIT's decoding ratio r = 1 - t: its mask ratio gamma(r) is m(1 - r) here (Chang et al.,
+"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64, in forms that do not cancel near t = 0, nor alpha = 1 - m
+near t = 1.
+
+Schedules of discrete diffusion, by their names in the literature; some leave m short of 0 or 1.
+
+Two curves are called "cosine": sin(pi t / 2) is `CosineSchedule`, MaskGIT's and MD4's, and its mirror image
+1 - cos(pi t / 2) is `MDLMCosineSchedule`.
+
+How noisy a batch is.
+
+Times of diffusion's losses, spread evenly over a batch: the mean over t is then estimated with less noise.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from math import log, pi, sin
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.random import CounterRandom, Purpose
+
+
+class MaskSchedule(ABC):
+    """m(t) with its derivative and inverse; arguments are tensors in [0, 1] of any shape, results float64."""
+
+    @abstractmethod
+    def mask_probability(self, t: Tensor) -> Tensor:
+        """m(t), rising to 1, from 0 unless the schedule says otherwise."""
+
+    @abstractmethod
+    def derivative(self, t: Tensor) -> Tensor:
+        """m'(t)."""
+
+    @abstractmethod
+    def inverse(self, m: Tensor) -> Tensor:
+        """The t with m(t) = m."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """1 - m(t), the probability that noise has left a token alone."""
+        return 1 - self.mask_probability(t)
+
+    def rate(self, t: Tensor) -> Tensor:
+        """d sigma / dt = m'(t) / alpha(t), the speed of the total noise sigma = -log alpha; infinite where m is 1."""
+        return self.derivative(t) / self.alpha(t)
+
+    def ends(self) -> tuple[float, float]:
+        """m(0) and m(1); where they are not 0 and 1, what a loss averages over t may be no bound."""
+        ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+        return float(self.mask_probability(ends)[0]), 1 - float(self.alpha(ends)[1])
+
+
+class CosineSchedule(MaskSchedule):
+    """m = sin(pi t / 2), which is MaskGIT's gamma(r) = cos(pi r / 2) and MD4's cosine (Shi et al., 2024)."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return torch.sin(t.double() * pi / 2)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return torch.cos(t.double() * pi / 2) * pi / 2
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return torch.asin(m.double()) * 2 / pi
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 2 * torch.sin((1 - t.double()) * pi / 4) ** 2
+
+
+class ArccosSchedule(MaskSchedule):
+    """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi.
+
+    Processors differ in the last bit of asin(sqrt(1 / 2)) and of sin(pi / 4): m(1) and the inverse of 1 are set to 1.
+    """
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return torch.where(t == 1, 1, (torch.asin(torch.sqrt(t.double() / 2)) * 4 / pi).clamp(max=1))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return 2 / pi / torch.sqrt(t.double() * (2 - t.double()))
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return torch.where(m == 1, 1, (2 * torch.sin(m.double() * pi / 4) ** 2).clamp(max=1))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.asin(1 - t.double()) * 2 / pi
+
+
+class LinearSchedule(MaskSchedule):
+    """m = t, gamma(r) = 1 - r; of absorbing D3PM the schedule that it calls mutual information, or "jsd": beta_t = 1 /
+    (T - t + 1) (Austin et al., 2021)."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return t.double()
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return m.double()
+
+
+class SquareSchedule(MaskSchedule):
+    """gamma(r) = 1 - r^2, so m = 1 - (1 - t)^2."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return t.double() * (2 - t.double())
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return 2 * (1 - t.double())
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return m.double() / (1 + torch.sqrt(1 - m.double()))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (1 - t.double()) ** 2
+
+
+class TruncatedNormalSchedule(MaskSchedule):
+    """Quantiles of a normal distribution cut to [lowest, 1]: mask ratios to train with, whose m(0) is `lowest`.
+
+    MAR's by default (Li et al., "Autoregressive Image Generation without Vector Quantization", 2024).
+
+    Args:
+        mean: of the normal distribution before the cut.
+        deviation: its standard deviation, > 0.
+        lowest: in [0, 1).
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(self, mean: float = 1.0, deviation: float = 0.25, lowest: float = 0.7) -> None:
+        if deviation <= 0:
+            raise ValueError(f"deviation must be > 0, got {deviation}")
+        if not 0 <= lowest < 1:
+            raise ValueError(f"lowest must lie in [0, 1), got {lowest}")
+        self.mean = mean
+        self.deviation = deviation
+        self.lowest = lowest
+        ends = torch.tensor([lowest, 1.0], dtype=torch.float64)
+        below, above = torch.special.ndtr((ends - mean) / deviation).tolist()
+        if above <= below:
+            raise ValueError(f"mean={mean} lies too many deviations of {deviation} from [{lowest}, 1]")
+        self._below, self._mass = below, above - below
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        score = torch.special.ndtri(self._below + self._mass * t.double())
+        return (self.mean + self.deviation * score).clamp(self.lowest, 1)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        score = (self.mask_probability(t) - self.mean) / self.deviation
+        density = torch.exp(-(score**2) / 2) / (2 * pi) ** 0.5
+        return self.deviation * self._mass / density
+
+    def inverse(self, m: Tensor) -> Tensor:
+        score = (m.double() - self.mean) / self.deviation
+        return (torch.special.ndtr(score) - self._below) / self._mass
+
+
+class ShortSchedule(MaskSchedule):
+    """m = (1 - epsilon) f(t) with f from 0 to 1, so that the total noise -log(1 - m) stays finite.
+
+    Args:
+        epsilon: what is left of the data at t = 1, in [0, 1).
+
+    Raises:
+        ValueError: an epsilon out of its range.
+    """
+
+    def __init__(self, epsilon: float = 1e-3) -> None:
+        if not 0 <= epsilon < 1:
+            raise ValueError(f"epsilon of {type(self).__name__} must lie in [0, 1), got {epsilon}")
+        self.epsilon = epsilon
+
+    @abstractmethod
+    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """f(t), 1 - f(t) and f'(t)."""
+
+    @abstractmethod
+    def _shape_inverse(self, value: Tensor) -> Tensor:
+        """The t with f(t) = value."""
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * self._shape(t.double())[0]
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.epsilon + (1 - self.epsilon) * self._shape(t.double())[1]
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return (1 - self.epsilon) * self._shape(t.double())[2]
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return self._shape_inverse((m.double() / (1 - self.epsilon)).clamp(max=1))
+
+
+class LogLinearSchedule(ShortSchedule):
+    """sigma = -log(1 - (1 - epsilon) t), so m = (1 - epsilon) t (Lou et al., "SEDD", 2024).
+
+    Args:
+        epsilon: what is left of the data at t = 1, in [0, 1).
+    """
+
+    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return t, 1 - t, torch.ones_like(t)
+
+    def _shape_inverse(self, value: Tensor) -> Tensor:
+        return value
+
+
+class LogSinSchedule(ShortSchedule):
+    """sigma = -log(1 - (1 - epsilon) sin(pi t / 2)), so m = (1 - epsilon) sin(pi t / 2).
+
+    "Discrete Diffusion for Image Generation" trains with a "log-sin" schedule that it does not define, and SEDD's code
+    has none. This is our reading, by analogy with SEDD's log-linear one, whose t becomes a sine; but for epsilon it is
+    `CosineSchedule`, MaskGIT's. Cross-entropies have the weight m' / m = (pi / 2) cot(pi t / 2), free of epsilon.
+
+    Args:
+        epsilon: what is left of the data at t = 1, in [0, 1).
+    """
+
+    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angle = t * pi / 2
+        return torch.sin(angle), 2 * torch.sin((1 - t) * pi / 4) ** 2, torch.cos(angle) * pi / 2
+
+    def _shape_inverse(self, value: Tensor) -> Tensor:
+        return torch.asin(value) * 2 / pi
+
+
+class CosineSquaredSchedule(ShortSchedule):
+    """alpha = cos(pi t / 2)^2 but for epsilon, so m = (1 - epsilon) sin(pi t / 2)^2 (Nichol & Dhariwal, 2021; MDLM).
+
+    Args:
+        epsilon: what is left of the data at t = 1, in [0, 1).
+    """
+
+    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angle = t * pi / 2
+        return torch.sin(angle) ** 2, torch.sin((1 - t) * pi / 2) ** 2, torch.sin(t * pi) * pi / 2
+
+    def _shape_inverse(self, value: Tensor) -> Tensor:
+        return torch.asin(torch.sqrt(value)) * 2 / pi
+
+
+class MDLMCosineSchedule(ShortSchedule):
+    """What MDLM calls cosine: alpha = cos(pi t / 2) but for epsilon, so m = (1 - epsilon) (1 - cos(pi t / 2)).
+
+    (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", 2024.)
+
+    Args:
+        epsilon: what is left of the data at t = 1, in [0, 1).
+    """
+
+    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angle = t * pi / 2
+        return 2 * torch.sin(angle / 2) ** 2, torch.sin((1 - t) * pi / 2), torch.sin(angle) * pi / 2
+
+    def _shape_inverse(self, value: Tensor) -> Tensor:
+        return torch.asin(torch.sqrt(value / 2)) * 4 / pi
+
+
+class GeometricSchedule(MaskSchedule):
+    """sigma = sigma_min^(1 - t) sigma_max^t (Lou et al., "SEDD", 2024, whose numbers are the defaults).
+
+    m(0) is not 0 but 1 - exp(-sigma_min).
+
+    Args:
+        sigma_min: total noise at t = 0, > 0.
+        sigma_max: at t = 1, above `sigma_min` and at most 700: beyond that no float64 tells exp(-sigma) from 0.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(self, sigma_min: float = 1e-5, sigma_max: float = 20.0) -> None:
+        if not 0 < sigma_min < sigma_max <= 700:
+            raise ValueError(f"0 < sigma_min < sigma_max <= 700 must hold, got {sigma_min} and {sigma_max}")
+        self.sigma_min = sigma_min
+        self.sigma_max = sigma_max
+        self._growth = log(sigma_max / sigma_min)
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return -torch.expm1(-self._total_noise(t))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-self._total_noise(t))
+
+    def rate(self, t: Tensor) -> Tensor:
+        return self._growth * self._total_noise(t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return self.rate(t) * self.alpha(t)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        # Of an m that float64 does not tell from 1, the end.
+        return (torch.log(-torch.log1p(-m.double()) / self.sigma_min) / self._growth).clamp(0, 1)
+
+    def _total_noise(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(self._growth * t.double())
+
+
+class D3PMCosineSchedule(MaskSchedule):
+    """D3PM's cosine: alpha = f(t) / f(0) with f = cos((t + s) / (1 + s) pi / 2), not squared (Austin et al., 2021).
+
+    Their beta_t = 1 - f(t) / f(t - 1/T) multiply up to this quotient.
+
+    Args:
+        offset: s, > 0.
+
+    Raises:
+        ValueError: an offset that is not positive.
+    """
+
+    def __init__(self, offset: float = 0.008) -> None:
+        if offset <= 0:
+            raise ValueError(f"offset of D3PMCosineSchedule must be > 0, got {offset}")
+        self.offset = offset
+        self._speed = pi / 2 / (1 + offset)
+        self._first = sin(self._speed)  # f(0), as cos(offset * speed) = sin(pi / 2 - offset * speed)
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        # cos a - cos b = 2 sin((b + a) / 2) sin((b - a) / 2).
+        middle, half = self._speed * (self.offset + t.double() / 2), self._speed * t.double() / 2
+        return 2 * torch.sin(middle) * torch.sin(half) / self._first
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(self._speed * (1 - t.double())) / self._first
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return self._speed * torch.sin(self._speed * (t.double() + self.offset)) / self._first
+
+    def inverse(self, m: Tensor) -> Tensor:
+        # The angle from a = f^-1(f(0)) to b, cos b = cos a - d, by differences that do not cancel where d is small.
+        drop = self._first * m.double()
+        cos_a, sin_a = self._first, sin(self._speed * self.offset)
+        cos_b = cos_a - drop
+        sin_b = torch.sqrt(1 - cos_b**2)
+        rise = drop * (cos_a + cos_b) / (sin_a + sin_b)  # sin b - sin a
+        return torch.atan2(rise * cos_a + drop * sin_a, cos_a * cos_b + sin_a * sin_b) / self._speed
+
+
+class TruncatedSchedule(MaskSchedule):
+    """Another schedule squeezed into [lowest, highest], as MD4 squeezes its own by 1e-4 at both ends.
+
+    What is left out of [0, 1] makes averages over t smaller than the bound that they stand for: with 1,024 tokens and
+    `lowest = 1e-3`, 64% of what single masked tokens contribute.
+
+    Args:
+        schedule: from 0 to 1.
+        lowest: m(0).
+        highest: m(1).
+
+    Raises:
+        ValueError: ends out of [0, 1] or in the wrong order.
+    """
+
+    def __init__(self, schedule: MaskSchedule, lowest: float = 1e-4, highest: float = 1 - 1e-4) -> None:
+        if not 0 <= lowest < highest <= 1:
+            raise ValueError(f"0 <= lowest < highest <= 1 must hold, got {lowest} and {highest}")
+        self.schedule = schedule
+        self.lowest = lowest
+        self.highest = highest
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return self.lowest + (self.highest - self.lowest) * self.schedule.mask_probability(t)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - self.highest + (self.highest - self.lowest) * self.schedule.alpha(t)
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return (self.highest - self.lowest) * self.schedule.derivative(t)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return self.schedule.inverse(((m.double() - self.lowest) / (self.highest - self.lowest)).clamp(0, 1))
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A time for each sequence and what a schedule makes of it; tensors `(B, 1)` float64."""
+
+    t: Tensor
+    """In [0, 1]."""
+    alpha: Tensor
+    """The probability that noise has left a token alone, exp(-sigma)."""
+    noise: Tensor
+    """1 - alpha, m(t), as exact where it is small as alpha is where that is."""
+    rate: Tensor
+    """d sigma / dt = m'(t) / alpha, t being what a loss averages over."""
+
+    @classmethod
+    def at(cls, schedule: MaskSchedule, t: Tensor) -> "NoiseLevel":
+        """The level of a schedule at times `t (B, 1)`."""
+        return NoiseLevel(t.double(), schedule.alpha(t), schedule.mask_probability(t), schedule.rate(t))
+
+    @property
+    def sigma(self) -> Tensor:
+        """The total noise, -log alpha."""
+        return torch.where(self.noise < 0.5, -torch.log1p(-self.noise), -torch.log(self.alpha))
+
+    @property
+    def odds(self) -> Tensor:
+        """1 / (exp(sigma) - 1) = alpha / (1 - alpha)."""
+        return self.alpha / self.noise
+
+    @property
+    def mask_weight(self) -> Tensor:
+        """m'(t) / m(t), the weight of a masked token's cross-entropy."""
+        return self.rate * self.odds
+
+    def take(self, rows: Tensor | slice) -> Self:
+        """The levels of some of the sequences, in any number and order."""
+        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+# 2^64 over the golden ratio, odd, as a signed number: multiples of it fill the circle evenly (Weyl).
+_GOLDEN = -7046029254386353131
+
+
+def stratified_times(random: CounterRandom, strata: int) -> Tensor:
+    """One time in each of `strata` equal parts of (0, 1) for that many samples in a row.
+
+    A sample's place in the run, modulo `strata`, is its part, so a batch of samples that follow one another has one
+    time in each, however it is split over ranks and after a resume (Kingma et al., "Variational Diffusion Models",
+    2021, appendix I.1; MDLM draws within the parts as here).
+
+    Args:
+        random: one stream for each sample.
+        strata: samples of the batch over all ranks.
+
+    Returns:
+        `(B, 1)` float64 in (0, 1).
+    """
+    part = (random.indices % strata)[:, None].double()
+    times = (part + random.uniform(Purpose.MASK_RATIO, 1)) / strata
+    return times.clamp(max=1 - 2.0**-53)  # the sum may round up
+
+
+def spread_times(random: CounterRandom) -> Tensor:
+    """Times `(B, 1)` that are evenly spread over every run of samples, whatever the batches: for validation.
+
+    Each is uniform over seeds, and a function of seed and index alone.
+    """
+    shift = CounterRandom(random.seed, random.indices.new_zeros(1)).uniform(Purpose.MASK_RATIO, 1)
+    turn = ((random.indices * _GOLDEN) >> 11) & (2**53 - 1)  # the upper bits of a product modulo 2^64
+    times = (turn.double()[:, None] * 2.0**-53 + shift) % 1
+    return times.clamp(2.0**-53, 1 - 2.0**-53)

@@ -1,0 +1,201 @@
+"""One pass over a selection of images: features, their moments, the spread of each class, the judged labels.
+
+Some rows of a stream, evenly spaced over it.
+
+What sets of images are measured against.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
+from discrete_lit.core.images import from_uint8
+from discrete_lit.evaluation.image_sets import Selection
+from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
+from discrete_lit.metrics.precision_recall import ClassSpread
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Statistics of a set of images; the last two are None for a set without labels."""
+
+    moments: FeatureMoments
+    features: EvenSample
+    """Of all images, or of as many as were asked for."""
+    spread: ClassSpread | None
+    correct: Tensor | None
+    """`(K,)`: how many of each class's images the classifier gave their class; None without a classifier."""
+
+
+def measure(
+    selection: Selection,
+    extractor: FeatureExtractor,
+    *,
+    num_classes: int | None,
+    batch_size: int,
+    device: torch.device | str,
+    most_features: int | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    classifier: Callable[[Tensor], Tensor] | None = None,
+    description: str = "",
+) -> Measurement:
+    """Run the extractor, and the classifier where labels are known, over a selection.
+
+    Args:
+        selection: which images.
+        extractor: on `device`.
+        num_classes: K; needed for labelled sets.
+        batch_size: images at once.
+        device: where networks run.
+        most_features: how many features are kept; all by default.
+        transform: from uint8 images `(B, 3, H, W)` to the uint8 images that are measured, such as a reconstruction.
+        classifier: from images in [-1, 1] to logits `(B, K)`.
+        description: of the progress bar.
+
+    Raises:
+        ValueError: a label outside [0, K), or what `Selection.batches` raises.
+    """
+    moments = FeatureMoments(extractor)
+    kept = EvenSample(most_features, selection.count)
+    spread: ClassSpread | None = None
+    correct = torch.zeros(num_classes or 0, dtype=torch.float64)
+    with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
+        for images, labels in selection.batches(batch_size):
+            images = images.to(device)
+            if transform is not None:
+                images = transform(images)
+            features = extractor(images)
+            moments.update(features)
+            kept.update(features)
+            if labels is not None and num_classes is not None:
+                if int(labels.max()) >= num_classes:
+                    raise ValueError(
+                        f"{str(selection.images.path)!r} has label {int(labels.max())}, there are {num_classes} classes"
+                    )
+                spread = spread or ClassSpread(num_classes, extractor.dim)
+                spread.update(features, labels)
+                if classifier is not None:
+                    hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
+                    correct.index_add_(0, labels, hits.double())
+            progress.update(len(images))
+    judged = spread is not None and classifier is not None
+    return Measurement(moments, kept, spread, correct if judged else None)
+
+
+class EvenSample:
+    """Keeps up to `limit` rows of a stream of known length, so that of sorted classes each is among them.
+
+    Args:
+        limit: the most rows to keep; all by default.
+        total: rows of the stream.
+    """
+
+    def __init__(self, limit: int | None, total: int) -> None:
+        self.limit = total if limit is None else min(limit, total)
+        self.total = total
+        self._seen = 0
+        self._kept: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """The next rows `(B, D)` of the stream."""
+        place = torch.arange(self._seen, self._seen + len(rows))
+        # The first of every total / limit rows: there the whole part of place * limit / total goes up.
+        chosen = (place * self.limit) // self.total != ((place - 1) * self.limit) // self.total
+        self._seen += len(rows)
+        self._kept.append(rows.detach().cpu()[chosen])
+
+    def compute(self) -> Tensor:
+        """The rows so far, `(n, D)` on the CPU; after the whole stream n is the limit."""
+        return torch.cat(self._kept)
+
+
+MOST_FEATURES = 10_000
+"""Of a reference of more images so many features are kept, as many as the reference batches of ADM have."""
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The moments of a reference's features, and features of it."""
+
+    name: str
+    """Path of the images or of their moments."""
+    sha256: str
+    """A hash that changes when they do."""
+    moments: Moments
+    features: Tensor | None
+    """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""
+
+
+def reference_from_moments(path: str, extractor: FeatureExtractor) -> Reference:
+    """A moments file, such as ADM's.
+
+    Raises:
+        ValueError: an unreadable file, or moments of another extractor.
+    """
+    moments = Moments.load(path)
+    check_reference(extractor, moments, path)
+    return Reference(path, file_sha256(path), moments, None)
+
+
+def reference_from_images(
+    name: str,
+    selection: Selection,
+    extractor: FeatureExtractor,
+    image_size: int,
+    batch_size: int,
+    device: torch.device,
+    folder: Path,
+) -> Reference:
+    """Measured images, from an earlier evaluation into `folder`, or measured now and kept there for the next one.
+
+    Args:
+        name: path of the images.
+        selection: which of them.
+        extractor: on `device`.
+        image_size: side of the images in pixels.
+        batch_size: images at once.
+        device: where the extractor runs.
+        folder: of the files that are kept.
+
+    Raises:
+        ValueError: images that cannot be read.
+    """
+    sha256 = selection.images.fingerprint()
+    settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
+    key = content_sha256(repr(settings))
+    kept_moments = folder / f"reference-{key[:16]}.npz"
+    kept_features = kept_moments.with_suffix(".features.npy")
+    if kept_moments.is_file() and kept_features.is_file():
+        try:
+            features = torch.from_numpy(np.load(kept_features, allow_pickle=False))
+            return Reference(name, sha256, Moments.load(kept_moments), features)
+        except (ValueError, EOFError) as error:
+            _log.warning("computing the reference again: %s", error)
+    measured = measure(
+        selection,
+        extractor,
+        num_classes=None,
+        batch_size=batch_size,
+        device=device,
+        most_features=MOST_FEATURES,
+        description="reference",
+    )
+    moments, features = measured.moments.compute(), measured.features.compute()
+    folder.mkdir(parents=True, exist_ok=True)
+    moments.save(kept_moments)
+    with atomic_write(kept_features) as file:
+        np.save(file, features.numpy())
+    return Reference(name, sha256, moments, features)

@@ -1,0 +1,257 @@
+"""Mean and covariance of features, gathered batch by batch in float64.
+
+The Fréchet distance between two sets of features, and what a reported one has to say about itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discrete_lit.core.distributed import all_reduce_sum
+from discrete_lit.core.files import atomic_write, read_npz
+from discrete_lit.metrics.extractors import FeatureExtractor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a set's features, and what they are of.
+
+    `count`, `extractor` and `weights_sha256` are None where a file does not say, as in ADM's reference files.
+    """
+
+    mean: Tensor
+    """`(D,)` float64."""
+    covariance: Tensor
+    """`(D, D)` float64, unbiased (divided by count - 1)."""
+    count: int | None = None
+    extractor: str | None = None
+    weights_sha256: str | None = None
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that the covariance can have: n samples span at most n - 1 directions."""
+        return self.dim if self.count is None else min(self.dim, self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write an npz, whole or not at all: `mu` and `sigma`, as ADM names them, and what is known of the others."""
+        known = {
+            key: np.asarray(value)
+            for key in ("count", "extractor", "weights_sha256")
+            if (value := getattr(self, key)) is not None
+        }
+        with atomic_write(path) as file:
+            np.savez(file, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+
+    @staticmethod
+    def load(path: str | Path) -> Moments:
+        """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
+
+        Raises:
+            ValueError: a file that cannot be read, holds no moments, or holds moments of inconsistent shapes.
+        """
+        names, arrays = read_npz(path, ("mu", "sigma", "count", "extractor", "weights_sha256"))
+        if "mu" not in arrays or "sigma" not in arrays:
+            raise ValueError(f"{str(path)!r} holds {sorted(names)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)")
+        mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"{str(path)!r}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are not (D,) and (D, D)")
+        return Moments(
+            torch.from_numpy(mean),
+            torch.from_numpy(covariance),
+            int(arrays["count"]) if "count" in arrays else None,
+            str(arrays["extractor"]) if "extractor" in arrays else None,
+            str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
+        )
+
+
+def holds_moments(path: str | Path) -> bool:
+    """Whether a path is an npz file of moments, as opposed to images.
+
+    Raises:
+        ValueError: an npz file that cannot be read.
+    """
+    return Path(path).suffix == ".npz" and Path(path).is_file() and "mu" in read_npz(path, ())[0]
+
+
+class FeatureMoments:
+    """Running sums of features: any split into batches or ranks gives the same moments, to float64 rounding.
+
+    A plain object, so that a module that holds one does not write it into its checkpoints.
+
+    Args:
+        extractor: where the features come from: gives the width, and the name in what is saved.
+        device: of the sums; CPU for accelerators without float64.
+
+    Example:
+        moments = FeatureMoments(extractor)
+        for images in batches:
+            moments.update(extractor(to_uint8(images)))
+        reference = moments.over_ranks().compute()
+    """
+
+    def __init__(self, extractor: FeatureExtractor, device: torch.device | str = "cpu") -> None:
+        self.extractor = extractor
+        self.count = 0
+        self.total = torch.zeros(extractor.dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Add features `(B, D)`."""
+        features = features.detach().to(self.total.device).double()
+        self.count += len(features)
+        self.total += features.sum(0)
+        self.outer.addmm_(features.T, features)
+
+    def merge(self, other: FeatureMoments) -> FeatureMoments:
+        """The sums over both sets of features, as a new object."""
+        assert self.extractor.weights_sha256 == other.extractor.weights_sha256
+        merged = FeatureMoments(self.extractor, self.total.device)
+        merged.count = self.count + other.count
+        merged.total = self.total + other.total
+        merged.outer = self.outer + other.outer
+        return merged
+
+    def over_ranks(self) -> FeatureMoments:
+        """The sums over all ranks, as a new object. Every rank has to call it; without ranks it changes nothing."""
+        merged = FeatureMoments(self.extractor, self.total.device)
+        merged.count = int(all_reduce_sum(torch.tensor(self.count, device=self.total.device)))
+        merged.total = all_reduce_sum(self.total)
+        merged.outer = all_reduce_sum(self.outer)
+        return merged
+
+    def compute(self) -> Moments:
+        """The moments so far, on the CPU.
+
+        Raises:
+            ValueError: fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        return Moments(
+            mean.cpu(),
+            covariance.cpu(),
+            self.count,
+            self.extractor.name,
+            self.extractor.weights_sha256,
+        )
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """The squared Fréchet distance between two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6), in float64.
+
+        |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2
+
+    The symmetric form needs only eigenvalues of symmetric matrices: real, and three times as fast as the general root.
+    Eigenvalues that the sample counts rule out (`Moments.rank`) are rounding noise, whose roots would add up, and are
+    left out.
+
+    Raises:
+        ValueError: moments of different widths.
+    """
+    if first.dim != second.dim:
+        raise ValueError(f"moments of width {first.dim} and {second.dim}: they come from different extractors")
+    if torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance):
+        return 0.0
+    root = _square_root(first.covariance, first.rank)
+    # S1^1/2 S2 S1^1/2 is symmetric but for rounding; eigvalsh reads one triangle.
+    spectrum = torch.linalg.eigvalsh(root @ second.covariance @ root)
+    cross = _largest(spectrum, min(first.rank, second.rank)).sqrt().sum()
+    difference = first.mean - second.mean
+    distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
+    return max(0.0, float(distance))
+
+
+def _square_root(matrix: Tensor, rank: int) -> Tensor:
+    """The root of a positive semi-definite `(D, D)` matrix of at most the given rank."""
+    values, vectors = torch.linalg.eigh(matrix)
+    vectors = vectors[:, len(values) - rank :]
+    return vectors * _largest(values, rank).sqrt() @ vectors.T
+
+
+def _largest(ascending: Tensor, count: int) -> Tensor:
+    """The largest eigenvalues of a positive semi-definite matrix, from all of them in ascending order."""
+    return ascending[len(ascending) - count :].clamp(min=0)
+
+
+def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
+    """Refuse a reference whose features are not the extractor's.
+
+    Raises:
+        ValueError: moments of another width, or of other weights.
+    """
+    if reference.dim != extractor.dim:
+        raise ValueError(
+            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
+        )
+    if reference.weights_sha256 not in (None, extractor.weights_sha256):
+        raise ValueError(
+            f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
+            f"this is {extractor.name} with weights {extractor.weights_sha256}"
+        )
+
+
+@dataclass(frozen=True)
+class FrechetResult:
+    """A Fréchet distance and all that is needed to compare it with another."""
+
+    metric: str
+    """`FID` for the original Inception weights alone, else `FD-<extractor>`."""
+    value: float
+    count: int
+    """Samples measured."""
+    reference: str
+    reference_count: int | None
+    """None where the reference file does not say."""
+    extractor: str
+    weights_sha256: str
+    protocol: str
+    """How pixels became the extractor's input."""
+    notes: tuple[str, ...]
+    """What limits the number, in words."""
+
+
+def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, reference_name: str) -> FrechetResult:
+    """The Fréchet distance of samples to a reference, with what it says about itself.
+
+    Args:
+        extractor: whose features both moments hold.
+        samples: moments with a known count.
+        reference: moments; those from a file without `weights_sha256` are taken to be of this extractor.
+        reference_name: what the reference is, for the report.
+
+    Raises:
+        ValueError: a reference made by another extractor.
+    """
+    assert samples.count is not None and samples.weights_sha256 == extractor.weights_sha256
+    check_reference(extractor, reference, reference_name)
+    notes = []
+    for what, moments in (("samples", samples), ("reference", reference)):
+        if moments.rank < moments.dim:
+            notes.append(
+                f"{what}: {moments.count:,} images for {moments.dim:,} features, so the covariance is rank-deficient "
+                "and the distance biased upwards: compare it at equal counts only"
+            )
+    if reference.weights_sha256 is None:
+        notes.append(f"the reference file does not say which extractor made it; {extractor.name} is assumed")
+    return FrechetResult(
+        metric=extractor.metric_name,
+        value=frechet_distance(samples, reference),
+        count=samples.count,
+        reference=reference_name,
+        reference_count=reference.count,
+        extractor=extractor.name,
+        weights_sha256=extractor.weights_sha256,
+        protocol=extractor.protocol,
+        notes=tuple(notes),
+    )

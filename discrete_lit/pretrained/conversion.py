@@ -1,0 +1,267 @@
+"""Names of weights in a published layout, and ours.
+
+Published tensors that are cut, joined or put in another order before they are named.
+
+The published families that can be loaded.
+
+Every published tensor becomes one of ours or is dropped by a named rule, and ours are all met.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained.reading import Averages, Reference, State
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """From our names to published ones, by pairs of templates of which the first that fits holds.
+
+    `{rest}` stands for any text, other names for a number. On the published side `{mirror}` is `levels - 1 - level`,
+    for layouts that count a decoder's levels from the other end, and `{q|k|v}` are three tensors that ours joins along
+    the first axis.
+    """
+
+    rules: Sequence[tuple[str, str]]
+    levels: int = 0
+
+    def published(self, own: str) -> tuple[str, ...]:
+        """The published names of one of our weights; none without a rule."""
+        for ours, theirs in self.rules:
+            fields = match(ours, own)
+            if fields is not None:
+                values = {name: int(text) if name != "rest" else text for name, text in fields.items()}
+                if "level" in fields:
+                    values["mirror"] = self.levels - 1 - int(fields["level"])
+                joined = re.search(r"\{(\w+(?:\|\w+)+)\}", theirs)
+                variants = joined[1].split("|") if joined else [""]
+                names = [theirs.replace(joined[0], variant) if joined else theirs for variant in variants]
+                return tuple(name.format(**values) for name in names)
+        return ()
+
+
+def match(template: str, name: str) -> dict[str, str] | None:
+    """What a name has in the places of a template's fields; None where it does not fit."""
+    pattern = re.escape(template).replace(r"\{rest\}", r"(?P<rest>.+)")
+    found = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", pattern), name)
+    return None if found is None else found.groupdict()
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Some published tensors become others, as often as their names occur; `{rest}` and numbers as in `Renaming`.
+
+    What it takes is used up: each published tensor still has one use.
+
+    Attributes:
+        takes: templates of the published names; the first one decides how often.
+        gives: templates of the names of what is made of them; none where they are only looked at.
+        make: from the tensors that are taken to those that are given, in order; a `ValueError` refuses them.
+    """
+
+    takes: Sequence[str]
+    gives: Sequence[str]
+    make: Callable[..., Sequence[Tensor]]
+
+
+def arrange(state: State, arrangements: Iterable[Arrangement]) -> State:
+    """The published tensors after all arrangements in turn.
+
+    Raises:
+        ValueError: a tensor that an arrangement takes is missing, or one that it refuses.
+    """
+    arranged = State(state, state.source)
+    for arrangement in arrangements:
+        for name in list(arranged):
+            fields = match(arrangement.takes[0], name)
+            if fields is None:
+                continue
+            taken = [template.format(**fields) for template in arrangement.takes]
+            try:
+                made = arrangement.make(*(arranged[key] for key in taken))
+            except (RuntimeError, IndexError) as error:
+                raise ValueError(f"the weights of {state.source!r} do not fit: {' + '.join(taken)}: {error}") from error
+            for key in taken:
+                del arranged[key]
+            names = [template.format(**fields) for template in arrangement.gives]
+            arranged.update(zip(names, made, strict=True))
+    return arranged
+
+
+def cut_rows(name: str, parts: dict[str, tuple[int, int]]) -> Arrangement:
+    """Rows `[first, last)` of a tensor under names of their own; the others have no use."""
+    return Arrangement([name], list(parts), lambda table: [table[first:last] for first, last in parts.values()])
+
+
+def reorder_chunks(name: str, order: Sequence[int]) -> Arrangement:
+    """Equal parts along the first axis in another order: part `order[i]` becomes part i."""
+
+    def make(value: Tensor) -> list[Tensor]:
+        chunks = value.chunk(len(order))
+        return [torch.cat([chunks[place] for place in order])]
+
+    return Arrangement([name], [name], make)
+
+
+def must_be_zero(name: str) -> Arrangement:
+    """A tensor that the published code never changes from zero."""
+
+    def check(value: Tensor) -> list[Any]:
+        if value.any():
+            raise ValueError(f"{name} holds other numbers than 0, which our module has no place for")
+        return []
+
+    return Arrangement([name], [], check)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How a published checkpoint becomes one of our modules."""
+
+    config: dict[str, Any]
+    """`{"class_path", "init_args"}` of our module; of a generator without its tokenizer and image size."""
+    tensors: Mapping[str, Tensor]
+    """Published tensors, of which each is used once or dropped."""
+    renaming: Renaming
+    dropped: Sequence[str] = ()
+    """Patterns of published names that our module has no place for."""
+    kept: Sequence[str] = ()
+    """Patterns of our names whose values follow from the configuration, or only count in training."""
+    tokens: "Tokens | None" = None
+    """Of a generator, whose names are then those of its backbone."""
+    tokenizer: "Conversion | None" = None
+    """Of the tokenizer that lies in a generator's file."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a generator models; its tokenizer must give this."""
+
+    vocab_size: int
+    shape: tuple[int, ...]
+    needs_tokenizer: bool = False
+    """Whether ids alone are not enough to run it."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published layout."""
+
+    name: str
+    convert: Callable[[State, Reference], Conversion]
+    marks: Sequence[str]
+    """Names that tell this layout from others; with `!` before it, a name that it does not have."""
+    wrappers: Sequence[str]
+    """Names under which its files may keep the weights, the one to prefer first; a dot leads into the next mapping."""
+    section: str | None
+    """Where a published configuration of all parts of a model keeps this one's arguments; None where they are all."""
+    prefixes: Sequence[str]
+    """What training may have put before every name."""
+    averages: Averages | None
+    """The list of averaged weights that its files may hold beside the named ones, and which is preferred."""
+
+    def lacks(self, names: State) -> list[str]:
+        """The marks that do not hold."""
+        return [mark for mark in self.marks if (mark.lstrip("!") in names) == mark.startswith("!")]
+
+
+FAMILIES: dict[str, Family] = {}
+"""By name; `load_pretrained` and `discrete-lit import` accept these."""
+
+
+def register(
+    name: str,
+    marks: Sequence[str],
+    wrappers: Sequence[str] = (),
+    section: str | None = "vq_model",
+    prefixes: Sequence[str] = (),
+    averages: Averages | None = None,
+) -> Callable[[Callable[[State, Reference], Conversion]], Callable[[State, Reference], Conversion]]:
+    """Add a family: a function from its tensors and its reference arguments to a `Conversion`."""
+
+    def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
+        assert name not in FAMILIES
+        FAMILIES[name] = Family(name, convert, marks, wrappers, section, prefixes, averages)
+        return convert
+
+    return add
+
+
+def find_family(name: str) -> Family:
+    """The family of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FAMILIES:
+        nearest = get_close_matches(name, FAMILIES, n=1)
+        guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"family={name!r} is not known{guess} The families are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def check_family(family: Family, state: State) -> None:
+    """Refuse a checkpoint of another family.
+
+    Raises:
+        ValueError: it has not the names that tell the family; it says which family it looks like.
+    """
+    lacks = family.lacks(state)
+    if not lacks:
+        return
+    alike = [other.name for other in FAMILIES.values() if not other.lacks(state)]
+    guess = f"it looks like {' or '.join(alike)}" if alike else "it looks like none of the known families"
+    what = "; ".join(f"has {mark[1:]!r}" if mark.startswith("!") else f"has no {mark!r}" for mark in lacks[:3])
+    raise ValueError(f"{state.source!r} is no {family.name} checkpoint (it {what}): {guess}")
+
+
+_MOST_SHOWN = 5
+
+
+def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> dict[str, Tensor]:
+    """The published weights under our names, in the precision of ours.
+
+    Args:
+        own: the state dict of our module, whose names and shapes must all be met.
+        conversion: the published tensors and the rules for them.
+        source: of the weights, for messages.
+
+    Raises:
+        ValueError: a missing, unexpected or misshapen tensor; it names them.
+    """
+    published, made, used, wrong = conversion.tensors, dict[str, Tensor](), set[str](), list[str]()
+    for name, value in own.items():
+        if _fits(name, conversion.kept):
+            made[name] = value
+            continue
+        names = conversion.renaming.published(name)
+        assert names, f"no rule for {name}"
+        assert not used.intersection(names), f"{names} used twice"
+        used.update(names)
+        missing = [key for key in names if key not in published]
+        wrong += [f"{key!r} is missing" for key in missing]
+        if not missing:
+            given = published[names[0]] if len(names) == 1 else torch.cat([published[key] for key in names])
+            # A 1x1 convolution is a linear layer.
+            if given.dim() > value.dim() and given.shape == (*value.shape, *(1,) * (given.dim() - value.dim())):
+                given = given.reshape(value.shape)
+            if given.shape != value.shape:
+                keys = " + ".join(map(repr, names))
+                wrong.append(f"{keys} has shape {tuple(given.shape)} instead of {tuple(value.shape)}")
+            made[name] = given.to(value.dtype)
+    wrong += [f"{key!r} is unexpected" for key in published if key not in used and not _fits(key, conversion.dropped)]
+    if wrong:
+        more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
+        raise ValueError(f"the weights of {source!r} do not fit: {'; '.join(wrong[:_MOST_SHOWN])}{more}")
+    return made
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,107 @@
+"""valeoai/Halton-MaskGIT (once valeoai/Maskgit-pytorch)."""
+
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
+from discrete_lit.pretrained.layouts import class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.reading import Reference, State, agree
+
+# By width; the heads of 512 have 85 channels.
+_HEADS = {384: 6, 512: 6, 768: 12, 1024: 16}
+
+
+# Of the published evaluation; its guidance differs from model to model.
+_STEPS = 32
+
+
+_BLOCK = [
+    ("attention.query_key_value.weight", "attn.{wq|wk|wv}.weight"),
+    ("attention.out.weight", "attn.wo.weight"),
+    ("attention_norm.weight", "ln1.weight"),
+    ("mlp_norm.weight", "ln2.weight"),
+    ("mlp.expand.weight", "ff.{w1|w3}.weight"),
+    ("mlp.contract.weight", "ff.w2.weight"),
+    ("modulation.project.{rest}", "mlp.1.{rest}"),
+]
+
+
+_RULES = [
+    ("token_embedding.table.weight", "tok_emb.weight"),
+    ("class_embedding.weight", "cls_emb.weight"),
+    ("start", "reg_tokens.weight"),
+    ("positions.embedding", "pos_emb.weight"),
+    *in_blocks("transformer.layers.{block}", _BLOCK),
+    ("final_norm.{rest}", "last_norm.norm_final.{rest}"),
+    ("final_modulation.project.{rest}", "last_norm.mlp.1.{rest}"),
+    ("head.bias", "head.bias"),
+]
+
+
+@register(
+    "halton_maskgit",
+    marks=("tok_emb.weight", "cls_emb.weight", "reg_tokens.weight", "last_norm.norm_final.weight"),
+    wrappers=("model_state_dict",),
+    prefixes=("module.", "_orig_mod."),
+)
+def halton_maskgit(state: State, reference: Reference) -> Conversion:
+    """`ImageNet_256_{tiny,small,base,large}.pth`, `ImageNet_384_{small,base,large}.pth`.
+
+    The reference also gives the mask id a logit, which no sampled image keeps: ours does not have it.
+    """
+    rows, width = state["tok_emb.weight"].shape
+    vocab_size, places = rows - 1, len(state["pos_emb.weight"])
+    grid, registers = square(state, places), len(state["reg_tokens.weight"])
+    num_classes, depth = class_count(state, state["cls_emb.weight"]), state.count("transformer.layers.{}")
+    found = {
+        "input_size": grid[0],
+        "hidden_dim": width,
+        "codebook_size": vocab_size,
+        "depth": depth,
+        "nclass": num_classes,
+        "register": registers,
+    }
+    agree(reference, found)
+    agree(reference, {"proj": 1}, "every published model has")
+    heads = reference.get("heads", _HEADS.get(width, max(1, width // 64)))
+    inner = len(state["transformer.layers.0.attn.wq.weight"])
+    if inner % heads:
+        raise ValueError(f"{state.source!r} has queries of {inner} channels, which heads={heads} does not divide")
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "head_dim": inner // heads,
+        "mlp_hidden": len(state["transformer.layers.0.ff.w1.weight"]),
+        "mlp": "swiglu",
+        "norm": "rms",
+        "norm_epsilon": 1e-5,
+        "norm_affine": True,
+        "final_norm_bias": True,
+        "conditioning": "adaln",
+        "registers": registers,
+        "qk_norm": "full_rms",
+        "bias": False,
+        "head_bias": True,
+        "tied": True,
+    }
+
+    def tied(embedding: Tensor, head: Tensor) -> list[Tensor]:
+        if not torch.equal(embedding, head):
+            raise ValueError(f"{state.source!r} has 'head.weight' other than 'tok_emb.weight', to which it is tied")
+        return [embedding]
+
+    def after_registers(table: Tensor) -> list[Tensor]:
+        """Registers come first in ours, last in theirs; they have no position."""
+        return [torch.cat([table.new_zeros(registers, width), table])[None]]
+
+    arrangements = [
+        Arrangement(["tok_emb.weight", "head.weight"], ["tok_emb.weight"], tied),
+        Arrangement(["head.bias"], ["head.bias"], lambda bias: [bias[:vocab_size]]),
+        Arrangement(["pos_emb.weight"], ["pos_emb.weight"], after_registers),
+        Arrangement(["reg_tokens.weight"], ["reg_tokens.weight"], lambda table: [table[None]]),
+    ]
+    sampler = sampled_by("HaltonSampler", steps=min(_STEPS, places))
+    return generator(
+        "Masked", state, Tokens(vocab_size, grid), num_classes, backbone, _RULES, arrangements, sampler=sampler
+    )

@@ -1,0 +1,223 @@
+"""Layouts of convolutional autoencoders: their names for our `ConvAutoencoder`'s weights, and its sizes from theirs.
+
+Published generators: their configuration around the shared transformer, and names that several layouts share.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming, Tokens, arrange
+from discrete_lit.pretrained.reading import State
+
+_MIDDLE = "encoder.mid"
+
+
+_BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
+
+
+@dataclass(frozen=True)
+class ConvLayout:
+    """Where a layout keeps the parts of encoder and decoder. The defaults are taming's.
+
+    `{level}` counts the encoder's levels from the full resolution and the decoder's from the lowest one, `{mirror}`
+    the decoder's from the full one.
+    """
+
+    encoder_level: str = "encoder.down.{level}"
+    decoder_level: str = "decoder.up.{mirror}"
+    block: str = "block.{block}"
+    attention: str = "attn.{block}"
+    query_key_value: str = "{q|k|v}"
+    downsample: str = "downsample.conv"
+    upsample: str = "upsample.conv"
+    middle: str | None = None
+    """With `{place}`; taming's `mid.block_1`, `mid.attn_1`, `mid.block_2` where not given."""
+    adaptive_norm: str = "decoder.adaptive.{mirror}"
+
+    def network(self, state: State, **options: Any) -> dict[str, Any]:
+        """The configuration of our network, of sizes that shapes tell and options that the family has."""
+        return {
+            "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+            "init_args": self.sizes(state) | options,
+        }
+
+    def levels(self, state: State) -> int:
+        return state.count(self.encoder_level.replace("{level}", "{}"))
+
+    def renaming(self, levels: int, extra: Sequence[tuple[str, str]] = ()) -> Renaming:
+        """From the names of a tokenizer of ours to those of a checkpoint in this layout; `extra` rules go first."""
+        attention = [
+            ("query_key_value.{rest}", f"{self.query_key_value}.{{rest}}"),
+            ("out.{rest}", "proj_out.{rest}"),
+            ("norm.{rest}", "norm.{rest}"),
+        ]
+        rules = list(extra)
+        for half, level, resample in (
+            ("encoder", self.encoder_level, self.downsample),
+            ("decoder", self.decoder_level, self.upsample),
+        ):
+            ours = f"network.{half}"
+            containers = [
+                (f"{ours}.levels.{{level}}.blocks.{{block}}", f"{level}.{self.block}", _BLOCK),
+                (f"{ours}.levels.{{level}}.attention.{{block}}", f"{level}.{self.attention}", attention),
+            ]
+            if self.middle is not None:
+                theirs = f"{half}.{self.middle}"
+                containers += [(f"{ours}.middle.{{place}}", theirs, tails) for tails in (attention, _BLOCK)]
+            else:
+                # The second of ours is attention, or a block where there is none.
+                named = [
+                    (0, "block_1", _BLOCK),
+                    (1, "attn_1", attention),
+                    (1, "block_2", _BLOCK),
+                    (2, "block_2", _BLOCK),
+                ]
+                containers += [(f"{ours}.middle.{place}", f"{half}.mid.{name}", tails) for place, name, tails in named]
+            rules += [
+                (f"{own}.{own_tail}", f"{theirs}.{their_tail}")
+                for own, theirs, tails in containers
+                for own_tail, their_tail in tails
+            ]
+            rules.append((f"{ours}.levels.{{level}}.resample.conv.{{rest}}", f"{level}.{resample}.{{rest}}"))
+            names = ("conv_in", "norm_out", "conv_out")
+            rules += [(f"{ours}.{name}.{{rest}}", f"{half}.{name}.{{rest}}") for name in names]
+        rules += [
+            ("network.encoder.to_latents.{rest}", "quant_conv.{rest}"),
+            ("network.decoder.from_codes.{rest}", "post_quant_conv.{rest}"),
+            ("network.decoder.adaptive_norms.{level}.gain.{rest}", f"{self.adaptive_norm}.gamma.{{rest}}"),
+            ("network.decoder.adaptive_norms.{level}.offset.{rest}", f"{self.adaptive_norm}.beta.{{rest}}"),
+        ]
+        return Renaming(rules, levels)
+
+    def sizes(self, state: State) -> dict[str, Any]:
+        """The arguments of `ConvAutoencoder` that shapes tell.
+
+        Raises:
+            ValueError: a key that every such network has is missing.
+        """
+        levels = self.levels(state)
+        conv_in = state["encoder.conv_in.weight"]
+        channels = conv_in.shape[0]
+        encoder = [self.encoder_level.format(level=level) for level in range(levels)]
+        # From the full resolution down, as the encoder's.
+        decoder = [self.decoder_level.format(level=levels - 1 - level, mirror=level) for level in range(levels)]
+        widths, decoder_widths = (
+            [state[f"{level}.{self.block.format(block=0)}.conv1.weight"].shape[0] for level in half]
+            for half in (encoder, decoder)
+        )
+        uneven = [width for width in widths + decoder_widths if width % channels]
+        if uneven:
+            raise ValueError(f"{state.source!r} has widths {uneven} that are no multiples of its first one, {channels}")
+        block = self.block.replace("{block}", "{}")
+        sizes: dict[str, Any] = {
+            "in_channels": conv_in.shape[1],
+            "out_channels": state["decoder.conv_out.weight"].shape[0],
+            "channels": channels,
+            "multipliers": [width // channels for width in widths],
+            "decoder_multipliers": [width // channels for width in decoder_widths],
+            "blocks": state.count(f"{encoder[0]}.{block}"),
+            "decoder_blocks": state.count(f"{decoder[0]}.{block}"),
+            "middle_blocks": sum(name.startswith(_MIDDLE) and name.endswith(".conv1.weight") for name in state),
+            "attention": self._attention(state, "encoder", encoder),
+            "decoder_attention": self._attention(state, "decoder", decoder),
+            "bias": "encoder.conv_in.bias" in state,
+            "encoder_out_kernel": state["encoder.conv_out.weight"].shape[-1],
+            "latent_kernel": None,
+        }
+        if "quant_conv.weight" in state:
+            sizes["latent_kernel"] = state["quant_conv.weight"].shape[-1]
+            sizes["z_channels"] = state["decoder.conv_in.weight"].shape[1]
+        return sizes
+
+    def _attention(self, state: State, half: str, levels: Sequence[str]) -> bool | list[int]:
+        name = self.attention.format(block=0)
+        found = [place for place, level in enumerate(levels) if f"{level}.{name}.norm.weight" in state]
+        in_middle = any(name.startswith(f"{half}.mid") and name.endswith(".proj_out.weight") for name in state)
+        return found if found or in_middle else False
+
+
+Rules = Sequence[tuple[str, str]]
+
+
+# timm's names of a block.
+TIMM_BLOCK: Rules = (
+    ("attention.query_key_value.{rest}", "attn.qkv.{rest}"),
+    ("attention.out.{rest}", "attn.proj.{rest}"),
+    ("attention_norm.{rest}", "norm1.{rest}"),
+    ("mlp_norm.{rest}", "norm2.{rest}"),
+    ("mlp.expand.{rest}", "mlp.fc1.{rest}"),
+    ("mlp.contract.{rest}", "mlp.fc2.{rest}"),
+)
+
+
+def in_blocks(theirs: str, rules: Rules, ours: str = "blocks.{block}") -> list[tuple[str, str]]:
+    """The rules of every block, of which `theirs` is the published name."""
+    return [(f"{ours}.{own}", f"{theirs}.{published}") for own, published in rules]
+
+
+def sampled_by(kind: str, **settings: Any) -> dict[str, Any]:
+    """The configuration of a sampler: the published evaluation's, where it is known."""
+    return {"class_path": f"discrete_lit.samplers.{kind}", "init_args": settings}
+
+
+def generator(
+    kind: str,
+    state: State,
+    tokens: Tokens,
+    num_classes: int,
+    backbone: dict[str, Any],
+    rules: Rules,
+    arrangements: Sequence[Arrangement] = (),
+    dropped: Sequence[str] = (),
+    kept: Sequence[str] = (),
+    tokenizer: Conversion | None = None,
+    **options: Any,
+) -> Conversion:
+    """The conversion of a generator.
+
+    Args:
+        kind: our class.
+        state: published tensors.
+        tokens: of its tokenizer.
+        num_classes: labels that it knows.
+        backbone: switches of the `Transformer`.
+        rules: from names of the backbone to published ones, after the arrangements.
+        arrangements: of the published tensors.
+        dropped, kept, tokenizer: as in `Conversion`.
+        options: other arguments of our class.
+    """
+    transformer = {"class_path": "discrete_lit.backbones.Transformer", "init_args": backbone}
+    config = {
+        "class_path": f"discrete_lit.generators.{kind}",
+        "init_args": {"num_classes": num_classes, "backbone": transformer, **options},
+    }
+    arranged = arrange(state, arrangements)
+    return Conversion(config, arranged, Renaming(rules), dropped, kept, tokens, tokenizer)
+
+
+def class_count(state: State, embedding: Tensor, before: int = 0) -> int:
+    """Classes of an embedding with rows for `before` other ids, the classes, and no class.
+
+    Raises:
+        ValueError: no class at all.
+    """
+    count = len(embedding) - before - 1
+    if count < 1:
+        raise ValueError(f"{state.source!r} has {len(embedding)} embeddings for {before} ids: no class is among them")
+    return count
+
+
+def square(state: State, places: int) -> tuple[int, int]:
+    """The token grid of a square image.
+
+    Raises:
+        ValueError: a number of tokens that is no square.
+    """
+    side = isqrt(places)
+    if side**2 != places:
+        raise ValueError(f"{state.source!r} has {places} tokens, which is no square grid")
+    return side, side

@@ -1,0 +1,473 @@
+"""bytedance/1d-tokenizer: TiTok's tokenizers.
+
+The reference's networks have attention heads of 64 channels, whatever their size, and so have ours, unless
+`reference_config` says otherwise by `vit_enc_num_heads` and `vit_dec_num_heads`.
+
+bytedance/1d-tokenizer: the masked generators of TiTok's tokens, a BERT and a U-ViT.
+
+bytedance/1d-tokenizer: RAR.
+
+bytedance/1d-tokenizer: the PyTorch port of MaskGIT's VQGAN (google-research/maskgit).
+"""
+
+from math import isqrt
+from typing import Any
+
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import (
+    Arrangement,
+    Conversion,
+    Renaming,
+    Tokens,
+    cut_rows,
+    register,
+    reorder_chunks,
+)
+from discrete_lit.pretrained.layouts import (
+    TIMM_BLOCK,
+    ConvLayout,
+    Rules,
+    class_count,
+    generator,
+    in_blocks,
+    sampled_by,
+    square,
+)
+from discrete_lit.pretrained.reading import Reference, State, agree
+from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
+
+_HEAD_WIDTH = 64
+
+
+_PIXELS = "network.proxy.network.decoder"
+
+
+_TRANSFORMER = [
+    ("class_token", "class_embedding"),
+    ("patch_positions", "positional_embedding"),
+    ("latent_positions", "latent_token_positional_embedding"),
+    ("first_norm.{rest}", "ln_pre.{rest}"),
+    ("final_norm.{rest}", "ln_post.{rest}"),
+    ("blocks.blocks.{block}.attention_norm.{rest}", "transformer.{block}.ln_1.{rest}"),
+    ("blocks.blocks.{block}.attention.query_key_value.{rest}", "transformer.{block}.attn.in_proj_{rest}"),
+    ("blocks.blocks.{block}.attention.out.{rest}", "transformer.{block}.attn.out_proj.{rest}"),
+    ("blocks.blocks.{block}.mlp_norm.{rest}", "transformer.{block}.ln_2.{rest}"),
+    ("blocks.blocks.{block}.mlp.expand.{rest}", "transformer.{block}.mlp.c_fc.{rest}"),
+    ("blocks.blocks.{block}.mlp.contract.{rest}", "transformer.{block}.mlp.c_proj.{rest}"),
+]
+
+
+RULES = [
+    CODES,
+    ("network.encoder.latent_tokens", "latent_tokens"),
+    ("network.encoder.patch_embedding.{rest}", "encoder.patch_embed.{rest}"),
+    ("network.encoder.project.{rest}", "encoder.conv_out.{rest}"),
+    ("network.decoder.code_embedding.{rest}", "decoder.decoder_embed.{rest}"),
+    ("network.decoder.mask_token", "decoder.mask_token"),
+    *(
+        (f"network.{half}.sequence.{own}", f"{half}.{theirs}")
+        for half in ("encoder", "decoder")
+        for own, theirs in _TRANSFORMER
+    ),
+    # With a proxy, its logits and its second half; otherwise the pixels.
+    ("network.proxy_head.{layer}.{rest}", "decoder.ffn.{layer}.{rest}"),
+    ("network.proxy.codebook", "pixel_quantize.embedding.weight"),
+    (
+        f"{_PIXELS}.levels.{{level}}.blocks.{{block}}.shortcut.{{rest}}",
+        "pixel_decoder.up.{mirror}.block.{block}.nin_shortcut.{rest}",
+    ),
+    (f"{_PIXELS}.levels.{{level}}.blocks.{{block}}.{{rest}}", "pixel_decoder.up.{mirror}.block.{block}.{rest}"),
+    (f"{_PIXELS}.levels.{{level}}.resample.conv.{{rest}}", "pixel_decoder.up.{mirror}.upsample_conv.{rest}"),
+    (f"{_PIXELS}.middle.{{block}}.{{rest}}", "pixel_decoder.mid.{block}.{rest}"),
+    (f"{_PIXELS}.{{rest}}", "pixel_decoder.{rest}"),
+    ("network.pixels.pixels.{rest}", "decoder.ffn.0.{rest}"),
+    ("network.pixels.smooth.{rest}", "decoder.conv_out.{rest}"),
+]
+
+
+_MARKS = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token")
+
+
+@register("titok", marks=(*_MARKS, "quantize.embedding.weight"))
+def titok(state: State, reference: Reference) -> Conversion:
+    """`tokenizer_titok_{l32,b64,s128}`, of two stages, and `tokenizer_titok_{bl64,bl128,sl256}_vq8k`, of one."""
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    agree(reference, {"codebook_size": codebook_size, "token_size": code_dim, "quantize_mode": "vq"})
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commitment_cost", 0.25),
+        normalize=reference.get("use_l2_norm", True),
+    )
+    config = {
+        "class_path": "discrete_lit.tokenizers.TiTok",
+        "init_args": {"network": _network(state, reference), "quantizer": quantizer},
+    }
+    return Conversion(config, state, _renaming(state))
+
+
+@register("titok_vae", marks=(*_MARKS, "!quantize.embedding.weight"))
+def titok_vae(state: State, reference: Reference) -> Conversion:
+    """`tokenizer_titok_{bl64,bl128,sl256,ll32}_vae_c16`, with continuous latents."""
+    latent_channels = state["encoder.conv_out.weight"].shape[0] // 2
+    agree(reference, {"token_size": latent_channels, "quantize_mode": "vae"})
+    config = {
+        "class_path": "discrete_lit.tokenizers.KLVAE",
+        "init_args": {
+            "network": _network(state, reference),
+            "latent_channels": latent_channels,
+            "kl_weight": reference.get("kl_weight", 1e-6),
+        },
+    }
+    return Conversion(config, state, _renaming(state))
+
+
+def _renaming(state: State) -> Renaming:
+    return Renaming(RULES, levels=state.count("pixel_decoder.up.{}"))
+
+
+def _network(state: State, reference: Reference) -> dict[str, Any]:
+    """The configuration of the `TiTokAutoencoder` of published tensors.
+
+    Raises:
+        ValueError: a missing key, a reference configuration that contradicts the tensors, patches of two sizes.
+    """
+    patch_embedding = state["encoder.patch_embed.weight"]
+    patch_size = patch_embedding.shape[-1]
+    grid = isqrt(len(state["encoder.positional_embedding"]) - 1)
+    # The reference decides by one flag: networks that predict a proxy's ids reshape, those that give pixels do not.
+    legacy = "decoder.ffn.2.weight" in state
+    found = {
+        "num_latent_tokens": len(state["latent_tokens"]),
+        "vit_enc_patch_size": patch_size,
+        "vit_dec_patch_size": patch_size,
+        "is_legacy": legacy,
+    }
+    agree(reference, found)
+    if len(state["decoder.positional_embedding"]) != grid**2 + 1:
+        raise ValueError(f"{state.source!r} has patches of another size in the decoder, which no published TiTok has")
+    arguments: dict[str, Any] = {
+        "image_size": grid * patch_size,
+        "patch_size": patch_size,
+        "latent_tokens": found["num_latent_tokens"],
+        "encoder": _size(state, "encoder", reference.get("vit_enc_num_heads")),
+        "decoder": _size(state, "decoder", reference.get("vit_dec_num_heads")),
+        "in_channels": patch_embedding.shape[1],
+        "legacy_reshape": legacy,
+    }
+    if legacy:
+        arguments["proxy"] = _proxy(state)
+    return {"class_path": "discrete_lit.tokenizers.titok.TiTokAutoencoder", "init_args": arguments}
+
+
+def _size(state: State, half: str, heads: int | None) -> dict[str, int]:
+    width = len(state[f"{half}.ln_pre.weight"])
+    return {
+        "width": width,
+        "depth": state.count(f"{half}.transformer.{{}}"),
+        "heads": max(1, width // _HEAD_WIDTH) if heads is None else heads,
+        "mlp_hidden": len(state[f"{half}.transformer.0.mlp.c_fc.bias"]),
+    }
+
+
+def _proxy(state: State) -> dict[str, Any]:
+    """The configuration of MaskGIT's codebook and decoder.
+
+    Raises:
+        ValueError: a missing key, as in files of the first stage.
+    """
+    if "pixel_quantize.embedding.weight" not in state:
+        raise ValueError(
+            f"{state.source!r} has no key 'pixel_quantize.embedding.weight': files of the first "
+            "stage of training, which make no pixels, are not loaded"
+        )
+    codebook_size, code_dim = state["pixel_quantize.embedding.weight"].shape
+    levels = state.count("pixel_decoder.up.{}")
+    widths = [len(state[f"pixel_decoder.up.{level}.block.0.conv1.weight"]) for level in range(levels)]
+    # The encoder, which is not kept, has the first width of its own; a width that divides the others will do.
+    channels = min(widths)
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+        "init_args": {
+            "channels": channels,
+            "multipliers": [width // channels for width in widths],
+            "blocks": 1,
+            "decoder_blocks": state.count("pixel_decoder.up.0.block.{}"),
+            "middle_blocks": state.count("pixel_decoder.mid.{}"),
+            "attention": False,
+            "bias": False,
+            "shortcut": "output",
+            "latent_kernel": None,
+            "pixels": "unit",
+        },
+    }
+    return {
+        "class_path": "discrete_lit.tokenizers.titok.ProxyDecoder",
+        "init_args": {"codebook_size": codebook_size, "code_dim": code_dim, "network": network},
+    }
+
+
+# Of the published evaluation, by the number of tokens.
+_TITOK_SAMPLING: dict[int, dict[str, Any]] = {
+    32: {"steps": 8, "choice_temperature": 9.5, "guidance_scale": 5.5, "guidance_schedule": "linear"},
+    64: {"steps": 8, "choice_temperature": 11.0, "guidance_scale": 4.0, "guidance_schedule": "linear"},
+    128: {
+        "steps": 64,
+        "choice_temperature": 2.8,
+        "guidance_scale": 6.9,
+        "guidance_schedule": "power_cosine",
+        "guidance_power": 3.0,
+    },
+}
+
+
+_EMBEDDINGS = [
+    ("token_embedding.table.weight", "embeddings.tokens"),
+    ("class_embedding.weight", "embeddings.classes"),
+]
+
+
+_BERT_BLOCK = [
+    ("attention.query_key_value.{rest}", "attention.self.{query|key|value}.{rest}"),
+    ("attention.out.{rest}", "attention.output.dense.{rest}"),
+    ("attention_norm.{rest}", "attention.output.LayerNorm.{rest}"),
+    ("mlp.expand.{rest}", "intermediate.dense.{rest}"),
+    ("mlp.contract.{rest}", "output.dense.{rest}"),
+    ("mlp_norm.{rest}", "output.LayerNorm.{rest}"),
+]
+
+
+_BERT = [
+    *_EMBEDDINGS,
+    ("positions.embedding", "positions"),
+    ("embedding_norm.{rest}", "model.embeddings.LayerNorm.{rest}"),
+    *in_blocks("model.encoder.layer.{block}", _BERT_BLOCK),
+    ("head.project.weight", "model.lm_head.weight"),
+    ("head.bias", "model.lm_head.bias"),
+]
+
+
+@register(
+    "titok_imagebert",
+    marks=("model.embeddings.word_embeddings.weight", "model.lm_head.weight"),
+    section="generator",
+)
+def titok_imagebert(state: State, reference: Reference) -> Conversion:
+    """`generator_titok_{l32,b64}.bin`."""
+    embedding, positions = "model.embeddings.word_embeddings.weight", "model.embeddings.position_embeddings.weight"
+    layer = "model.encoder.layer"
+    hidden = len(state[f"{layer}.0.intermediate.dense.bias"])
+    backbone = {"norm_epsilon": 1e-12, "norm_first": False, "embedding_norm": True}
+    return _masked(
+        state,
+        reference,
+        (embedding, "model.lm_head.weight"),
+        len(state[positions]) - 1,
+        state.count(f"{layer}.{{}}"),
+        hidden,
+        backbone,
+        _BERT,
+        # Every element has the first of two types.
+        [
+            Arrangement(
+                [positions, "model.embeddings.token_type_embeddings.weight"],
+                ["positions"],
+                lambda table, types: [(table + types[0])[None]],
+            )
+        ],
+        dropped=("model.embeddings.position_ids",),
+    )
+
+
+@register(
+    "titok_uvitbert", marks=("embeddings.weight", "mid_block.norm1.weight", "lm_head.weight"), section="generator"
+)
+def titok_uvitbert(state: State, reference: Reference) -> Conversion:
+    """`generator_titok_s128.bin`."""
+    half = state.count("in_blocks.{}")
+    rules = [
+        *_EMBEDDINGS,
+        ("positions.embedding", "pos_embed"),
+        *(rule for block in range(half) for rule in in_blocks(f"in_blocks.{block}", TIMM_BLOCK, f"blocks.{block}")),
+        *in_blocks("mid_block", TIMM_BLOCK, f"blocks.{half}"),
+        *(
+            rule
+            for block in range(half)
+            for rule in in_blocks(f"out_blocks.{block}", TIMM_BLOCK, f"blocks.{half + 1 + block}")
+        ),
+        ("skips.{block}.{rest}", "out_blocks.{block}.skip_linear.{rest}"),
+        ("final_norm.{rest}", "norm.{rest}"),
+        ("head.project.weight", "lm_head.weight"),
+        ("head.bias", "lm_head.bias"),
+    ]
+    return _masked(
+        state,
+        reference,
+        ("embeddings.weight", "lm_head.weight"),
+        state["pos_embed"].shape[1] - 1,
+        2 * half + 1,
+        len(state["mid_block.mlp.fc1.bias"]),
+        {"norm_epsilon": 1e-5, "attention_bias": "none", "long_skips": True},
+        rules,
+    )
+
+
+def _masked(
+    state: State,
+    reference: Reference,
+    names: tuple[str, str],
+    places: int,
+    depth: int,
+    hidden: int,
+    switches: dict[str, Any],
+    rules: Rules,
+    arrangements: list[Arrangement] | None = None,
+    dropped: tuple[str, ...] = (),
+) -> Conversion:
+    """Of `names` of the embeddings of ids, mask and classes, and of the logits."""
+    table: Tensor = state[names[0]]
+    vocab_size, width = state[names[1]].shape
+    ids = vocab_size + 1
+    num_classes = class_count(state, table, ids)
+    found = {
+        "hidden_size": width,
+        "intermediate_size": hidden,
+        "image_seq_len": places,
+        "condition_num_classes": num_classes,
+    }
+    # The reference's even number leaves out the middle block of a U-ViT.
+    layers = reference.get("num_hidden_layers", depth)
+    agree(reference, found)
+    if layers not in (depth, depth - int("long_skips" in switches)):
+        raise ValueError(f"reference_config has num_hidden_layers={layers}, but the tensors have {depth}")
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": reference.get("num_attention_heads", 16),
+        "mlp_hidden": hidden,
+        **switches,
+    }
+    rows = cut_rows(names[0], {"embeddings.tokens": (0, ids), "embeddings.classes": (ids, ids + num_classes + 1)})
+    return generator(
+        "Masked",
+        state,
+        Tokens(vocab_size, (places,)),
+        num_classes,
+        backbone,
+        rules,
+        [rows, *(arrangements or [])],
+        dropped,
+        sampler=sampled_by(
+            "TiTokSampler", **_TITOK_SAMPLING.get(places, {"steps": min(8, places)}), temperature_annealing=True
+        ),
+    )
+
+
+# Rows of the position tables that no sequence reaches.
+_SPARE_POSITIONS = 1024
+
+
+# Guidance, its exponent and the temperature of the published evaluation, by width.
+_RAR_SAMPLING = {768: (16.0, 2.75, 1.0), 1024: (15.5, 2.5, 1.02), 1280: (6.9, 1.5, 1.02), 1408: (8.0, 1.2, 1.02)}
+
+
+_RULES = [
+    ("token_embedding.table.weight", "embeddings.tokens"),
+    ("class_embedding.weight", "embeddings.classes"),
+    ("start", "cls_token"),
+    ("positions.embedding", "pos_embed"),
+    ("target_embedding", "target_aware_pos_embed"),
+    ("condition_positions", "timesteps_embeddings"),
+    ("head.project.weight", "lm_head.weight"),
+    ("head.bias", "lm_head.bias"),
+    ("final_modulation.project.{rest}", "adaln_before_head.adaLN_modulation.1.{rest}"),
+    ("blocks.{block}.attention.norms.query.{rest}", "blocks.{block}.attn.q_norm.{rest}"),
+    ("blocks.{block}.attention.norms.key.{rest}", "blocks.{block}.attn.k_norm.{rest}"),
+    ("blocks.{block}.modulation.project.{rest}", "blocks.{block}.adaLN_modulation.1.{rest}"),
+    *in_blocks("blocks.{block}", TIMM_BLOCK),
+]
+
+
+@register("rar", marks=("target_aware_pos_embed", "timesteps_embeddings", "lm_head.weight"), section="generator")
+def rar(state: State, reference: Reference) -> Conversion:
+    """`rar_{b,l,xl,xxl}.bin`."""
+    vocab_size, width = state["lm_head.weight"].shape
+    ids = vocab_size + 1
+    num_classes = class_count(state, state["embeddings.weight"], ids)
+    places = state["pos_embed"].shape[1] - _SPARE_POSITIONS
+    depth, hidden = state.count("blocks.{}"), len(state["blocks.0.mlp.fc1.bias"])
+    found = {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "intermediate_size": hidden,
+        "image_seq_len": places,
+        "condition_num_classes": num_classes,
+    }
+    agree(reference, found)
+    backbone = {
+        "width": width,
+        "depth": depth,
+        "heads": reference.get("num_attention_heads", 16),
+        "mlp_hidden": hidden,
+        "norm_affine": True,
+        "conditioning": "prefix_adaln",
+        "condition_positions": True,
+        "target_positions": True,
+        "registers": 1,
+        "qk_norm": "layer",
+    }
+    guidance_scale, guidance_power, temperature = _RAR_SAMPLING.get(width, (1.0, 1.0, 1.0))
+    sampler = sampled_by(
+        "RasterSampler",
+        temperature=temperature,
+        guidance_scale=guidance_scale,
+        guidance_schedule="power_cosine",
+        guidance_power=guidance_power,
+    )
+    arrangements = [
+        # The mask id between them is never read.
+        cut_rows(
+            "embeddings.weight",
+            {"embeddings.tokens": (0, vocab_size), "embeddings.classes": (ids, ids + num_classes + 1)},
+        ),
+        Arrangement(["pos_embed"], ["pos_embed"], lambda table: [table[:, : places + 2]]),
+        Arrangement(["target_aware_pos_embed"], ["target_aware_pos_embed"], lambda table: [table[0, 2 : places + 2]]),
+        Arrangement(["timesteps_embeddings"], ["timesteps_embeddings"], lambda table: [table[0, : places + 1]]),
+        # Scale, shift.
+        reorder_chunks("adaln_before_head.adaLN_modulation.1.{rest}", (1, 0)),
+    ]
+    # The norm before the head has no gain of its own: ones and zeros.
+    return generator(
+        "Autoregressive",
+        state,
+        Tokens(vocab_size, square(state, places)),
+        num_classes,
+        backbone,
+        _RULES,
+        arrangements,
+        kept=("final_norm.*",),
+        order="random_annealed",
+        sampler=sampler,
+    )
+
+
+LAYOUT = ConvLayout(middle="mid.{place}", upsample="upsample_conv")
+
+
+@register(
+    "maskgit_vqgan",
+    marks=("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight", "quantize.embedding.weight"),
+)
+def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
+    """`maskgit-vqgan-imagenet-f16-256.bin`."""
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    agree(reference, {"num_embeddings": codebook_size, "embedding_dim": code_dim})
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commitment_cost", 0.25),
+        weighted_term="codebook",
+    )
+    network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
+    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]))

@@ -1,0 +1,73 @@
+"""Scale after scale (Tian et al., "Visual Autoregressive Modeling", 2024)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.random import Purpose
+from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
+from discrete_lit.samplers.sampler import Drawing, GuidedDecoder, Sampler, ScaleQuantizer
+
+
+class NextScaleSampler(Sampler):
+    """Draws all tokens of a scale at once given the scales before: one pass for each scale, with a key-value cache.
+
+    The next scale's input is f_hat, the sum of what the scales before contribute, averaged down to it. Known tokens may
+    stand anywhere: they take the place of what is drawn at their scale. Where they are whole first scales, the rest
+    follows its exact conditional law; elsewhere this is VAR's zero-shot in-painting, in which a drawn token does not
+    see those given at its own or later scales.
+
+    Args:
+        guidance_scale: at the last scale; 1 plus VAR's `cfg`.
+        guidance_schedule: over the scales; by default 1 + cfg i / (S - 1) at scale i of S, from 0.
+        settings: of `Sampler`; VAR is published with `top_k=900`, then `top_p=0.96`, and `guidance_scale=2.5`.
+
+    Raises:
+        ValueError: a setting out of its range; in use, no quantizer, or one of other scales.
+    """
+
+    attention = "block_causal"
+
+    def __init__(
+        self, guidance_scale: float = 1.0, guidance_schedule: GuidanceSchedule = "scale_linear", **settings: Any
+    ) -> None:
+        super().__init__(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, **settings)
+
+    def draw(self, drawing: Drawing) -> Tensor:
+        layout, lengths, quantizer = drawing.layout, drawing.layout.scales, self._quantizer(drawing)
+        scales = self.scales(len(lengths))
+        decoder = GuidedDecoder(drawing, guided_steps(scales))
+        uniforms = drawing.random.uniform(Purpose.TOKEN, layout.length)
+        tokens = drawing.start()
+        inputs, f_hat, start = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0, 0
+        for number, count in enumerate(lengths):
+            here = slice(start, start + count)
+            logits = decoder.guide(decoder(inputs, number), scales[number])  # (B, s^2, K)
+            drawn, log_probability = self.choose(logits, uniforms[:, here])
+            given = tokens[:, here] != layout.mask_id
+            tokens[:, here] = torch.where(given, tokens[:, here], drawn)
+            confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
+            confidence[:, here] = log_probability.double().masked_fill(given, torch.nan)
+            drawing.record(tokens, confidence)
+            start += count
+            if number + 1 < len(lengths):
+                with torch.autocast(tokens.device.type, enabled=False):
+                    f_hat = f_hat + quantizer.contribution(number, tokens[:, here])
+                    inputs = quantizer.at_scale(number + 1, f_hat)
+        return tokens
+
+    def _quantizer(self, drawing: Drawing) -> ScaleQuantizer:
+        layout, quantizer = drawing.layout, drawing.quantizer
+        if quantizer is None:
+            raise ValueError(
+                "NextScaleSampler makes the next scale's input with the tokenizer's quantizer: give quantizer"
+            )
+        theirs = (tuple(quantizer.lengths), quantizer.dim, quantizer.vocab_size)
+        ours = (tuple(layout.scales), layout.input_dim, layout.vocab_size)
+        if theirs != ours:
+            raise ValueError(
+                "the quantizer is of another tokenizer: its tokens of each scale, width and ids are "
+                f"{theirs}, the generator's {ours}"
+            )
+        return quantizer

@@ -1,0 +1,315 @@
+"""What a discriminator is.
+
+Batch normalisation over the batches of all ranks.
+
+The discriminator of patches (Isola et al., "Image-to-Image Translation", CVPR 2017, section 3.2.2).
+
+The discriminator of StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality", CVPR 2020).
+
+A discriminator that looks through a frozen ViT (Sauer et al., "StyleGAN-T", ICML 2023, section 3.1).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
+from math import gcd, sqrt
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+from discrete_lit.core.distributed import world_size
+from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
+
+
+class Discriminator(nn.Module, ABC):
+    """Tells images from reconstructions."""
+
+    def prepare(self) -> None:
+        """Read the weights of what is frozen, if anything is.
+
+        Raises:
+            ValueError: there are none where they should be, or they are another network's.
+        """
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)`, about [-1, 1], to logits `(B, ...)`, one or several of each: high for real ones."""
+
+
+class SynchronizedBatchNorm(nn.BatchNorm2d):
+    """A BatchNorm2d whose statistics in training are those of the joined batch of all ranks.
+
+    Whether there are other ranks is asked at every call. Unlike `torch.nn.SyncBatchNorm` it runs on every device and
+    can be differentiated twice, as a gradient penalty asks.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        with torch.autocast(input.device.type, enabled=False):
+            # Sums around the running mean, the same on every rank: those around 0 would cancel.
+            center = self.running_mean.clone()
+            values = input.float() - center[:, None, None]
+            count = values.new_tensor([values.numel() / values.shape[1]])
+            sums = torch.cat((values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3)), count))
+            sums = all_reduce(sums)
+            total = sums[-1]
+            mean, square = (sums[:-1] / total).chunk(2)
+            variance = (square - mean.square()).clamp(min=0)
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean + center, momentum)
+                self.running_var.lerp_(variance * total / (total - 1), momentum)
+            normed = (values - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]
+            return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+
+
+_NORM_GROUPS = 32
+
+
+class PatchGAN(Discriminator):
+    """4x4 convolutions that judge every patch; with three layers a patch is 70x70 pixels.
+
+    Convolutions, their order and their initialisation are those of taming's `NLayerDiscriminator`, and with
+    `norm="sync"` the names of the weights too.
+
+    Args:
+        in_channels: C of the images.
+        width: channels of the first layer; they double up to eight times that.
+        layers: convolutions of stride 2.
+        norm: `"group"` treats every image alone; `"sync"` is batch normalisation over all ranks, the paper's, with
+            which reals and reconstructions are normalised apart.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
+    ) -> None:
+        super().__init__()
+        if width < 1 or layers < 1:
+            raise ValueError(f"width and layers of PatchGAN must be at least 1, got width={width}, layers={layers}")
+        if norm not in ("group", "sync"):
+            raise ValueError(f"norm of PatchGAN must be 'group' or 'sync', got {norm!r}")
+        self.smallest = 3 * 2**layers
+        widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
+        made: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for layer in range(1, layers + 1):
+            stride = 2 if layer < layers else 1
+            # The norm brings a bias of its own.
+            made.append(nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False))
+            made += [_norm(norm, widths[layer]), nn.LeakyReLU(0.2)]
+        made.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.main = nn.Sequential(*made)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, h, w)
+        if min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"this PatchGAN judges images of at least {self.smallest}x{self.smallest} pixels, got "
+                f"{tuple(images.shape[-2:])}; give it fewer layers"
+            )
+        return self.main(images)
+
+
+def _norm(kind: str, width: int) -> nn.Module:
+    return SynchronizedBatchNorm(width) if kind == "sync" else nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, SynchronizedBatchNorm | nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
+_LEAST_SIZE = 4
+
+
+class StyleGANDiscriminator(Discriminator):
+    """Residual blocks that halve the image behind a blur down to 4x4, and one logit for an image.
+
+    As in MaskGIT's port of it, layers are ordinary ones instead of equalised.
+
+    Args:
+        image_size: of the square images: 4 times a power of 2.
+        in_channels: C of the images.
+        width: channels at full resolution; they double with every halving.
+        max_width: channels at most.
+        group_size: images whose deviation is shown to the last layers (minibatch deviation: Karras et al.,
+            "Progressive Growing of GANs", ICLR 2018, section 3), at most; 1 leaves it out. Groups are neighbours in
+            the batch, so it must divide the batch of a rank for several ranks to be as one.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self, image_size: int, in_channels: int = 3, width: int = 64, max_width: int = 512, group_size: int = 4
+    ) -> None:
+        super().__init__()
+        halvings = max(image_size // _LEAST_SIZE, 1).bit_length() - 1
+        if image_size != _LEAST_SIZE * 2**halvings:
+            raise ValueError(f"image_size of StyleGANDiscriminator must be 4 times a power of 2, got {image_size}")
+        if min(width, max_width, group_size) < 1:
+            raise ValueError(
+                "width, max_width and group_size of StyleGANDiscriminator must be at least 1, got "
+                f"{width}, {max_width} and {group_size}"
+            )
+        widths = [min(width * 2**level, max_width) for level in range(halvings + 1)]
+        self.image_size = image_size
+        self.group_size = group_size
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.blocks = nn.Sequential(*(_Block(*pair) for pair in pairwise(widths)))
+        self.last = nn.Conv2d(widths[-1] + (group_size > 1), widths[-1], 3, padding=1)
+        self.hidden = nn.Linear(widths[-1] * _LEAST_SIZE**2, widths[-1])
+        self.logit = nn.Linear(widths[-1], 1)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1)
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"this StyleGANDiscriminator was made for image_size={self.image_size}, got images of "
+                f"{tuple(images.shape[-2:])}"
+            )
+        hidden = self.blocks(_activate(self.stem(images)))
+        if self.group_size > 1:
+            hidden = torch.cat((hidden, _group_deviation(hidden, self.group_size)), dim=1)
+        hidden = _activate(self.last(hidden)).flatten(1)
+        return self.logit(_activate(self.hidden(hidden)))
+
+
+class _Block(nn.Module):
+    blur: Tensor
+
+    def __init__(self, in_width: int, out_width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_width, in_width, 3, padding=1)
+        self.second = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_width, out_width, 1, bias=False)
+        binomial = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("blur", torch.outer(binomial, binomial) / 64, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, h, w) -> (B, out, h/2, w/2)
+        hidden = _activate(self.second(self._halve(_activate(self.first(x)))))
+        return (self.shortcut(self._halve(x)) + hidden) / sqrt(2)
+
+    def _halve(self, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        kernel = cast(Tensor, self.blur).to(x.dtype).expand(width, 1, 4, 4)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=width)
+
+
+def _activate(x: Tensor) -> Tensor:
+    """Leaky ReLU that keeps the variance, as StyleGAN's."""
+    return F.leaky_relu(x, 0.2) * sqrt(2)
+
+
+def _group_deviation(hidden: Tensor, group_size: int) -> Tensor:
+    """`(B, C, h, w)` to `(B, 1, h, w)`: the mean deviation over the images of each group, float32."""
+    batch, _, height, width = hidden.shape
+    group = next(size for size in range(min(group_size, batch), 0, -1) if batch % size == 0)
+    groups = hidden.float().reshape(batch // group, group, -1)
+    deviation = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=1)  # (groups,)
+    spread = deviation.repeat_interleave(group)[:, None, None, None]
+    return spread.expand(-1, 1, height, width).to(hidden.dtype)
+
+
+_NORM_GROUPS = 32
+
+
+class DINODiscriminator(Discriminator):
+    """Small heads on the patch tokens of several layers of a frozen ViT; each gives a logit for a patch.
+
+    A head is two convolutions over the sequence of patches, the second wide and residual, and one to a logit, under
+    spectral normalisation. StyleGAN-T's own heads also read the class embedding of a text, and normalise over the
+    batch instead of groups of channels.
+
+    Args:
+        model_name: timm's name of the ViT, for instance `vit_small_patch16_224.dino` or
+            `vit_small_patch14_dinov2.lvd142m`.
+        weights_path: its weights in timm's layout; `"random"` takes random ones, for tests.
+        layers: blocks whose tokens are judged, from 0.
+        image_size: images are resized to it: a multiple of the ViT's patch.
+        kernel_size: of the wide convolution; odd.
+
+    Raises:
+        ValueError: a setting out of its range; no such network.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        weights_path: str,
+        layers: Sequence[int] = (2, 5, 8, 11),
+        image_size: int = 224,
+        kernel_size: int = 9,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size of DINODiscriminator must be odd, got {kernel_size}")
+        with torch.device("meta"):
+            shape = make_timm(model_name, "random", "discriminator", has_layers=True, num_classes=0)
+        depth, patch = len(getattr(shape, "blocks", ())), getattr(shape, "patch_embed", None)
+        if patch is None or not layers or not all(0 <= layer < depth for layer in layers):
+            raise ValueError(
+                f"layers of DINODiscriminator must be blocks of a ViT: {model_name!r} has {depth}, got {list(layers)}"
+            )
+        if image_size < 1 or image_size % patch.patch_size[0]:
+            raise ValueError(
+                f"image_size of DINODiscriminator must be a multiple of the patch of {model_name!r}, "
+                f"{patch.patch_size[0]}, got {image_size}"
+            )
+        self.model_name = model_name
+        self.weights_path = weights_path
+        self.layers = list(layers)
+        self.image_size = image_size
+        self.frozen = FrozenNetwork(self._make)
+        self.heads = nn.ModuleList(_Head(int(shape.embed_dim), kernel_size) for _ in layers)  # type: ignore[arg-type]
+
+    def prepare(self) -> None:
+        self.frozen.prepare()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The tokens `(B, D, patches)` of each layer, of images `(B, 3, H, W)`."""
+        network = self.frozen.on(images.device)
+        pixels = pixels_for(network, images, self.image_size)
+        tokens = network.forward_intermediates(pixels, indices=self.layers, output_fmt="NLC", intermediates_only=True)
+        return [layer.transpose(1, 2) for layer in tokens]
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, layers, patches)
+        return torch.cat([head(layer) for head, layer in zip(self.heads, self.features(images), strict=True)], dim=1)
+
+    def _make(self) -> nn.Module:
+        return make_timm(
+            self.model_name,
+            self.weights_path,
+            "discriminator",
+            has_layers=True,
+            num_classes=0,
+            img_size=self.image_size,
+        )
+
+
+class _Head(nn.Module):
+    def __init__(self, width: int, kernel_size: int) -> None:
+        super().__init__()
+        self.enter = _layer(width, 1)
+        self.mix = _layer(width, kernel_size)
+        self.logit = spectral_norm(nn.Conv1d(width, 1, 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, D, patches) -> (B, 1, patches)
+        hidden = self.enter(tokens.float())
+        return self.logit((hidden + self.mix(hidden)) * 0.5**0.5)
+
+
+def _layer(width: int, kernel_size: int) -> nn.Module:
+    convolution = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular")
+    return nn.Sequential(spectral_norm(convolution), nn.GroupNorm(gcd(width, _NORM_GROUPS), width), nn.LeakyReLU(0.2))

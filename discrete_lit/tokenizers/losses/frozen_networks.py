@@ -1,0 +1,130 @@
+"""Networks that a loss looks through: never trained, never saved.
+
+Frozen networks of timm, and images as they want them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RANDOM_WEIGHTS = "random"
+"""As a path of weights: the network's own random initialisation, for tests."""
+
+
+class FrozenNetwork:
+    """A network in eval mode without gradients to its weights, made when it is first needed.
+
+    It is no module, so that a module that holds one neither saves its weights nor needs them to be loaded again. Copies
+    share it. It follows the device of what it is asked for.
+
+    Args:
+        make: builds the network with its weights; may raise a ValueError.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        self._make = make
+        self._network: nn.Module | None = None
+        self._device = torch.device("cpu")
+
+    def prepare(self) -> nn.Module:
+        """The network, made now if it was not; what `make` raises tells the user about his weights."""
+        if self._network is None:
+            self._network = self._make().eval().requires_grad_(False)
+        return self._network
+
+    def on(self, device: torch.device) -> Any:
+        """The network, on a device."""
+        network = self.prepare()
+        if device != self._device:
+            network.to(device)
+            self._device = device
+        return network
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenNetwork":
+        return self
+
+
+def read_weights(path: str, setting: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a PyTorch file read without executing code.
+
+    Args:
+        path: of the file.
+        setting: where the user gave the path, for the message.
+
+    Raises:
+        ValueError: no such file, or no state dict in it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{setting}={path!r}: there is no such file, and nothing is downloaded while training")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights: Any = load_file(file)
+        else:
+            weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{setting}={path!r} is not a readable file of weights: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{setting}={path!r} does not hold a flat state dict of tensors")
+    return weights
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], setting: str) -> nn.Module:
+    """Put weights into a network, all of them and nothing else.
+
+    Raises:
+        ValueError: a missing or unexpected name, or another shape.
+    """
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{setting} holds the weights of another network: {error}") from error
+    return network
+
+
+def make_timm(model_name: str, weights_path: str, setting: str, has_layers: bool, **arguments: Any) -> nn.Module:
+    """A network of timm with weights from a file.
+
+    Args:
+        model_name: timm's.
+        weights_path: in timm's layout, or `"random"`.
+        setting: what the user configured, for messages.
+        has_layers: whether the features of its layers are needed.
+        arguments: of the network.
+
+    Raises:
+        ValueError: no such network; one that does not give the features of its layers; no such weights.
+    """
+    from timm.models import create_model, is_model
+
+    if not is_model(model_name.partition(".")[0]):
+        raise ValueError(f"{setting}.model_name={model_name!r} is not a network of timm")
+    network = create_model(model_name, **arguments)
+    if has_layers and not hasattr(network, "forward_intermediates"):
+        raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
+    if weights_path != RANDOM_WEIGHTS:
+        load_weights(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
+    return with_pixel_statistics(network)
+
+
+def with_pixel_statistics(network: Any) -> nn.Module:
+    """The network, with the mean and deviation of its training's pixels where `pixels_for` finds them."""
+    for name in ("mean", "std"):
+        values = torch.tensor(network.pretrained_cfg[name])[:, None, None]
+        network.register_buffer(f"pixel_{name}", values, persistent=False)
+    return network
+
+
+def pixels_for(network: Any, images: Tensor, image_size: int | None) -> Tensor:
+    """Images `(B, 3, H, W)` in [-1, 1], resized (antialiased bilinear) and normalised as the network was trained."""
+    pixels = (images.float() + 1) / 2
+    if image_size is not None and pixels.shape[-2:] != (image_size, image_size):
+        size = (image_size, image_size)
+        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return (pixels - network.pixel_mean) / network.pixel_std

@@ -1,0 +1,522 @@
+"""What the encoder and the decoder are made of: convolution, normalisation, residual block, attention.
+
+Halving and doubling the grid.
+
+Where time is causal, 1 + 2t frames become 1 + t and 1 + t become 1 + 2t: the first frame stays alone.
+
+Images to latents.
+
+Codes to images.
+
+The convolutional autoencoder of VQGAN (Esser et al., "Taming Transformers", 2021, table 7) and of those after it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from discrete_lit.tokenizers.networks.network import Autoencoder
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How every layer of a network is made."""
+
+    dims: int
+    """Axes of the grid: 1, 2 or 3. Of three, the first is time."""
+    causal: bool
+    """No frame sees a later one."""
+    norm_groups: int
+    bias: bool
+    """Of the convolutions inside residual blocks."""
+    shortcut: Literal["input", "output"]
+
+    def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
+        """Of stride 1, to a grid of the same size."""
+        kind = CausalConvolution if self.causal else CONVOLUTIONS[self.dims]
+        return kind(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+
+    def norm(self, channels: int, affine: bool = True) -> nn.Module:
+        kind = FrameGroupNorm if self.causal else nn.GroupNorm
+        return kind(self.norm_groups, channels, eps=1e-6, affine=affine)
+
+
+def frames_as_batch(x: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B T, C, H, W)
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def batch_as_frames(x: Tensor, batch: int) -> Tensor:  # (B T, C, H, W) -> (B, C, T, H, W)
+    return x.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def repeat_first_frame(x: Tensor, count: int) -> Tensor:
+    """Put `count` copies of the first frame before a clip `(B, C, T, H, W)`.
+
+    A clip starts as if it had stood still before, so that a first frame is encoded as an image of its own.
+    """
+    return F.pad(x, (0, 0, 0, 0, count, 0), mode="replicate") if count else x
+
+
+class CausalConvolution(nn.Conv3d):
+    """A 3-D convolution that looks back in time only (Yu et al., "Language Model Beats Diffusion", 2024, sec. 3.2)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, padding: int = 0, **options: bool | int
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=(0, padding, padding), **options)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T, H, W)
+        return super().forward(repeat_first_frame(input, self.kernel_size[0] - 1))
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """GroupNorm of every frame by itself: statistics over a clip would tell the first frames of the last."""
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B, C, T, H, W)
+        return batch_as_frames(super().forward(frames_as_batch(input)), len(input))
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, swish, 3-wide convolution, twice; a 1-wide shortcut where the channels change.
+
+    `shortcut="output"` is MaskGIT's: where the channels change, the shortcut reads what the two convolutions gave, and
+    the block's input is not added.
+    """
+
+    def __init__(self, layers: Layers, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = layers.norm(in_channels)
+        self.conv1 = layers.convolution(in_channels, out_channels, 3, layers.bias)
+        self.norm2 = layers.norm(out_channels)
+        self.conv2 = layers.convolution(out_channels, out_channels, 3, layers.bias)
+        self.shortcut = nn.Identity()
+        self.shortcut_of_output = in_channels != out_channels and layers.shortcut == "output"
+        if in_channels != out_channels:
+            shortcut_channels = out_channels if self.shortcut_of_output else in_channels
+            self.shortcut = layers.convolution(shortcut_channels, out_channels, 1, layers.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, *grid) -> (B, out, *grid)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return self.shortcut(hidden if self.shortcut_of_output else x) + hidden
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions, of each frame where time is causal, with 1-wide projections."""
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.frames_apart = layers.causal
+        self.norm = layers.norm(channels)
+        self.query_key_value = layers.convolution(channels, 3 * channels, 1)
+        self.out = layers.convolution(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid)
+        projected = self.query_key_value(self.norm(x))
+        projected = frames_as_batch(projected) if self.frames_apart else projected
+        query, key, value = projected.flatten(2).unflatten(1, (3, 1, -1)).transpose(3, 4).unbind(1)  # (B, 1, N, c)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(2, 3).flatten(1, 2)  # (B, c, N)
+        if self.frames_apart:
+            return x + self.out(batch_as_frames(mixed.unflatten(2, x.shape[3:]), len(x)))
+        return x + self.out(mixed.reshape(x.shape))
+
+
+class AdaptiveNorm(nn.Module):
+    """GroupNorm whose gain and offset are read off the codes (Yu et al., 2024, sec. 3.2).
+
+    The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes; the offset
+    from their mean.
+    """
+
+    def __init__(self, layers: Layers, channels: int, code_dim: int) -> None:
+        super().__init__()
+        self.norm = layers.norm(channels, affine=False)
+        self.gain = nn.Linear(code_dim, channels)
+        self.offset = nn.Linear(code_dim, channels)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
+        positions = codes.flatten(2)
+        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt())
+        offset = self.offset(positions.mean(dim=2))
+        shape = (*gain.shape, *(1,) * (x.dim() - 2))
+        return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
+
+
+Downsampling = Literal["right", "symmetric", "average"]
+
+
+Upsampling = Literal["nearest", "depth_to_space"]
+
+
+class Downsample(nn.Module):
+    """A 3-wide convolution of stride 2 on a grid padded by one.
+
+    `"right"` pads the end of each axis, as taming and TensorFlow's "same" padding do; `"symmetric"` both ends, of which
+    an even size uses the first.
+    """
+
+    def __init__(self, layers: Layers, channels: int, padding: Literal["right", "symmetric"]) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        axis = (0, 1) if padding == "right" else (1, 1)
+        self.padding = axis * (layers.dims - layers.causal)
+        self.conv = CONVOLUTIONS[layers.dims](channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
+        return self.conv(F.pad(repeat_first_frame(x, 2) if self.causal else x, self.padding))
+
+
+class AveragePool(nn.Module):
+    """The mean of each two, four or eight neighbours."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[layers.dims]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
+        return self.pool(repeat_first_frame(x, 1) if self.causal else x, 2)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour to twice the size, then a 3-wide convolution."""
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.conv = layers.convolution(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
+        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(larger[:, :, 1:] if self.causal else larger)
+
+
+class DepthToSpace(nn.Module):
+    """A 3-wide convolution to 2^dims as many channels, which become the neighbours of a grid of twice the size.
+
+    The channels are ordered (place in the block, channel): depth-column-row, unlike `PixelShuffle`.
+    """
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.dims = layers.dims
+        self.conv = layers.convolution(channels, channels * 2**layers.dims, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
+        deep = self.conv(x)
+        grid, axes = deep.shape[2:], range(self.dims)
+        blocks = deep.reshape(len(deep), *(2,) * self.dims, -1, *grid)  # (B, 2, ..., c, *grid)
+        place = [axis + side for axis in axes for side in (2 + self.dims, 1)]  # grid axis, then its two neighbours
+        larger = blocks.permute(0, 1 + self.dims, *place).reshape(len(deep), -1, *(2 * side for side in grid))
+        return larger[:, :, 1:] if self.causal else larger
+
+
+def downsample(kind: Downsampling, layers: Layers, channels: int) -> nn.Module:
+    return AveragePool(layers) if kind == "average" else Downsample(layers, channels, kind)
+
+
+def upsample(kind: Upsampling, layers: Layers, channels: int) -> nn.Module:
+    return {"nearest": Upsample, "depth_to_space": DepthToSpace}[kind](layers, channels)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each with attention after it or none, then a change of resolution or none."""
+
+    def __init__(
+        self, layers: Layers, in_channels: int, channels: int, blocks: int, attention: bool, resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[channels] * blocks]
+        self.blocks = nn.ModuleList(ResidualBlock(layers, widths[i], widths[i + 1]) for i in range(blocks))
+        self.attention = nn.ModuleList(SpatialAttention(layers, channels) for _ in range(blocks if attention else 0))
+        self.resample = nn.Identity() if resample is None else resample
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, *grid) -> (B, channels, *resampled)
+        for place, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attention:
+                x = self.attention[place](x)
+        return self.resample(x)
+
+
+def middle(layers: Layers, channels: int, blocks: int, attention: bool) -> nn.Sequential:
+    """Residual blocks at the lowest resolution, with attention after the first."""
+    made: list[nn.Module] = [ResidualBlock(layers, channels, channels) for _ in range(blocks)]
+    if attention:
+        made.insert(1, SpatialAttention(layers, channels))
+    return nn.Sequential(*made)
+
+
+class Encoder(nn.Module):
+    """Residual blocks at each resolution, one halving between two resolutions."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        in_channels: int,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention_levels: Collection[int],
+        middle_blocks: int,
+        middle_attention: bool,
+        downsampling: Downsampling,
+        z_channels: int,
+        out_kernel: int,
+        latent_dim: int,
+        latent_kernel: int | None,
+    ) -> None:
+        super().__init__()
+        self.conv_in = layers.convolution(in_channels, channels, 3, layers.bias)
+        self.levels = nn.ModuleList()
+        current = channels
+        for level, width in enumerate(widths):
+            halve = downsample(downsampling, layers, width) if level < len(widths) - 1 else None
+            self.levels.append(Level(layers, current, width, blocks, level in attention_levels, halve))
+            current = width
+        self.middle = middle(layers, current, middle_blocks, middle_attention)
+        self.norm_out = layers.norm(current)
+        self.conv_out = layers.convolution(current, z_channels, out_kernel)
+        self.to_latents = nn.Identity()
+        if latent_kernel is not None:
+            self.to_latents = layers.convolution(z_channels, latent_dim, latent_kernel)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, *size) -> (B, latent_dim, *grid)
+        x = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        x = self.middle(x)
+        return self.to_latents(self.conv_out(F.silu(self.norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Residual blocks at each resolution, one doubling between two resolutions; `levels` runs from the lowest up."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        code_dim: int,
+        code_kernel: int | None,
+        z_channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention_levels: Collection[int],
+        middle_blocks: int,
+        middle_attention: bool,
+        upsampling: Upsampling,
+        adaptive_norm: bool,
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.from_codes = nn.Identity()
+        if code_kernel is not None:
+            self.from_codes = layers.convolution(code_dim, z_channels, code_kernel)
+        current = widths[-1]
+        self.conv_in = layers.convolution(z_channels, current, 3)
+        self.middle = middle(layers, current, middle_blocks, middle_attention)
+        self.levels = nn.ModuleList()
+        self.adaptive_norms = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            if adaptive_norm:
+                self.adaptive_norms.append(AdaptiveNorm(layers, current, z_channels))
+            double = upsample(upsampling, layers, widths[level]) if level > 0 else None
+            self.levels.append(Level(layers, current, widths[level], blocks, level in attention_levels, double))
+            current = widths[level]
+        self.norm_out = layers.norm(current)
+        self.conv_out = layers.convolution(current, out_channels, 3)
+
+    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, *grid) -> (B, out_channels, *size)
+        z = self.from_codes(codes)
+        x = self.middle(self.conv_in(z))
+        for place, level in enumerate(self.levels):
+            if self.adaptive_norms:
+                x = self.adaptive_norms[place](x, z)
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class ConvAutoencoder(Autoencoder):
+    """Residual blocks at each resolution, one halving between two resolutions.
+
+    The defaults are VQGAN's. LlamaGen's has `z_channels: 256`; VAR's `channels: 160` and `latent_kernel: 3`;
+    Open-MAGVIT2's `blocks: 4`, `decoder_blocks: 4`, `middle_blocks: 4`, `attention: false`, `bias: false`,
+    `encoder_out_kernel: 1`, `latent_kernel: null`, `downsampling: symmetric`, `upsampling: depth_to_space` and
+    `adaptive_norm: true`; IBQ's `blocks: 4`; MaskGIT's `decoder_blocks: 2`, `attention: false`, `bias: false`,
+    `shortcut: output`, `encoder_out_kernel: 1`, `latent_kernel: null`, `downsampling: average` and `pixels: unit`;
+    MaskBit's the same with `downsampling: right`; KL-16's `decoder_attention: []`.
+
+    Args:
+        code_dim: D of the codes that the decoder takes; a tokenizer gives it.
+        latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
+        in_channels: C of the images.
+        out_channels: of the decoder's outputs, where a loss takes more than the pixels themselves; C by default.
+        channels: width of the first convolution.
+        multipliers: width of each resolution as a multiple of `channels`; n of them make a 2^(n-1)x down-sampling.
+        decoder_multipliers: the decoder's, as many; `multipliers` by default.
+        blocks: residual blocks at each resolution of the encoder.
+        decoder_blocks: at each resolution of the decoder; one more than in the encoder by default, as in the paper.
+        middle_blocks: residual blocks at the lowest resolution, after the encoder's and before the decoder's levels.
+        attention: self-attention after each block of these resolutions, counted from the full one, 0, and in the
+            middle; true is the lowest resolution, `[]` the middle alone, false none at all.
+        decoder_attention: the decoder's; `attention` by default.
+        norm_groups: groups of every GroupNorm; must divide every width.
+        bias: of the convolutions inside residual blocks and of the encoder's first one. The others always have it.
+        shortcut: where a block's channels change, its shortcut reads the block's input, or its output (MaskGIT's).
+        z_channels: width between the encoder's last convolution and the one to the latents, and between the one from
+            the codes and the decoder's first; `latent_dim` and `code_dim` by default.
+        encoder_out_kernel: of the encoder's last convolution.
+        latent_kernel: of the convolutions to the latents and from the codes; null for none.
+        downsampling: a convolution of stride 2 padded at the right and bottom alone or on all sides, or an average.
+        upsampling: nearest neighbour and a convolution, or a convolution whose channels become neighbours.
+        adaptive_norm: before each resolution of the decoder, GroupNorm with gain and offset read off the codes.
+        pixels: what encoder and decoder work on, `"signed"` for [-1, 1] or `"unit"` for [0, 1]; images at this class's
+            boundary are in [-1, 1] always.
+        dims: axes of the images: 1 for signals (B, C, L), 2, or 3 for volumes and clips (B, C, T, H, W).
+        causal: with three axes, no frame sees a later one: convolutions look back only, norms and attention see one
+            frame. The first frame is alone, so 1 + t frames become 1 + t / 2^(n-1).
+        frames: with three axes, T, for `grid`; as many as the side by default. Causal networks need it there.
+
+    Raises:
+        ValueError: settings that do not fit together.
+    """
+
+    def __init__(
+        self,
+        code_dim: int,
+        latent_dim: int | None = None,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        channels: int = 128,
+        multipliers: Sequence[int] = (1, 1, 2, 2, 4),
+        decoder_multipliers: Sequence[int] | None = None,
+        blocks: int = 2,
+        decoder_blocks: int | None = None,
+        middle_blocks: int = 2,
+        attention: bool | Sequence[int] = True,
+        decoder_attention: bool | Sequence[int] | None = None,
+        norm_groups: int = 32,
+        bias: bool = True,
+        shortcut: Literal["input", "output"] = "input",
+        z_channels: int | None = None,
+        encoder_out_kernel: Literal[1, 3] = 3,
+        latent_kernel: Literal[1, 3] | None = 1,
+        downsampling: Downsampling = "right",
+        upsampling: Upsampling = "nearest",
+        adaptive_norm: bool = False,
+        pixels: Literal["signed", "unit"] = "signed",
+        dims: Literal[1, 2, 3] = 2,
+        causal: bool = False,
+        frames: int | None = None,
+    ) -> None:
+        super().__init__()
+        latent_dim = code_dim if latent_dim is None else latent_dim
+        decoder_multipliers = multipliers if decoder_multipliers is None else decoder_multipliers
+        decoder_attention = attention if decoder_attention is None else decoder_attention
+        widths = [channels * multiplier for multiplier in multipliers]
+        decoder_widths = [channels * multiplier for multiplier in decoder_multipliers]
+        if not widths or any(width % norm_groups for width in [channels, *widths, *decoder_widths]):
+            raise ValueError(f"norm_groups={norm_groups} must divide every width of the network, got {widths}")
+        if len(widths) != len(decoder_widths):
+            raise ValueError(
+                f"decoder_multipliers={list(decoder_multipliers)} must be as many as multipliers={list(multipliers)}"
+            )
+        if latent_kernel is None and z_channels is not None:
+            raise ValueError(f"z_channels={z_channels} needs a latent_kernel: without one the latents are z")
+        if (causal or frames is not None) and dims != 3:
+            raise ValueError(f"causal and frames need dims=3, got dims={dims}")
+        if causal and adaptive_norm:
+            raise ValueError("adaptive_norm reads all frames of the codes, which a causal network must not")
+        if not min(blocks, middle_blocks, 1 if decoder_blocks is None else decoder_blocks) >= 1:
+            raise ValueError(f"there must be at least one block: {blocks=}, {decoder_blocks=}, {middle_blocks=}")
+        self.in_channels = in_channels
+        self.dims = dims
+        self.causal = causal
+        self.frames = frames
+        self.pixels = pixels
+        self.downsampling = 2 ** (len(widths) - 1)
+        layers = Layers(dims, causal, norm_groups, bias, shortcut)
+        self.encoder = Encoder(
+            layers,
+            in_channels=in_channels,
+            channels=channels,
+            widths=widths,
+            blocks=blocks,
+            attention_levels=_levels("attention", attention, len(widths)),
+            middle_blocks=middle_blocks,
+            middle_attention=attention is not False,
+            downsampling=downsampling,
+            z_channels=z_channels or latent_dim,
+            out_kernel=encoder_out_kernel,
+            latent_dim=latent_dim,
+            latent_kernel=latent_kernel,
+        )
+        self.decoder = Decoder(
+            layers,
+            code_dim=code_dim,
+            code_kernel=latent_kernel,
+            z_channels=z_channels or code_dim,
+            widths=decoder_widths,
+            blocks=blocks + 1 if decoder_blocks is None else decoder_blocks,
+            attention_levels=_levels("decoder_attention", decoder_attention, len(widths)),
+            middle_blocks=middle_blocks,
+            middle_attention=decoder_attention is not False,
+            upsampling=upsampling,
+            adaptive_norm=adaptive_norm,
+            out_channels=in_channels if out_channels is None else out_channels,
+        )
+
+    @property
+    def last_layer(self) -> Tensor:
+        return cast(nn.Conv2d, self.decoder.conv_out).weight
+
+    def grid(self, image_size: int) -> tuple[int, ...]:
+        side = self._latent_side(image_size)
+        if self.dims < 3:
+            return (side,) * self.dims
+        if self.frames is None and self.causal:
+            raise ValueError("the grid of a causal network depends on the length of its clips: set frames")
+        return (self._latent_frames(self.frames or image_size), side, side)
+
+    def _latent_side(self, size: int) -> int:
+        if size < 1 or size % self.downsampling:
+            raise ValueError(f"image_size={size} is not a multiple of the down-sampling {self.downsampling}")
+        return size // self.downsampling
+
+    def _latent_frames(self, frames: int) -> int:
+        rest = frames - self.causal
+        if frames < 1 or rest % self.downsampling:
+            accepted = f"{'1 + ' if self.causal else ''}a multiple of the down-sampling {self.downsampling}"
+            raise ValueError(f"a clip of {frames} frames does not fit this network: its length must be {accepted}")
+        return self.causal + rest // self.downsampling
+
+    def encode(self, images: Tensor) -> Tensor:
+        if self.dims == 3:
+            self._latent_frames(images.shape[2])
+        for side in images.shape[2 + (self.dims == 3) :]:
+            self._latent_side(side)
+        if self.pixels == "unit":
+            images = (images + 1) / 2
+        return self.encoder(self._layout(images))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        outputs = self.decoder(self._layout(latents))
+        return outputs * 2 - 1 if self.pixels == "unit" else outputs
+
+    def _layout(self, x: Tensor) -> Tensor:
+        # The memory layout that oneDNN's and cuDNN's bf16 convolutions want.
+        return x.contiguous(memory_format=torch.channels_last) if self.dims == 2 else x
+
+
+def _levels(name: str, attention: bool | Sequence[int], count: int) -> set[int]:
+    """The resolutions with attention, 0 the full one."""
+    levels = ({count - 1} if attention else set()) if isinstance(attention, bool) else set(attention)
+    if not levels <= set(range(count)):
+        raise ValueError(f"{name}={sorted(levels)} must be levels between 0, the full resolution, and {count - 1}")
+    return levels

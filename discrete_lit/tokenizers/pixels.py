@@ -1,0 +1,171 @@
+"""Tokenizers without a network: an id is a pixel's level, or its colour among a few.
+
+For generators on pixels: the levels of the Image Transformer (Parmar et al., 2018) and of D3PM (Austin et al., 2021),
+the colour clusters of ImageGPT (Chen et al., "Generative Pretraining from Pixels", 2020). There is nothing to train: a
+generator names one as its `tokenizer`, and for `discrete-lit tokenize` a checkpoint is written by
+
+    save(instantiate({"class_path": "discrete_lit.tokenizers.PixelLevels", "init_args": {"grey": True}}), "grey.ckpt")
+
+of `discrete_lit.checkpoints`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from discrete_lit.core.images import from_uint8
+from discrete_lit.tokenizers.quantizers.codebook import gather_finite, kmeans_codes
+from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
+from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+# Weights of red, green and blue in ITU-R BT.601's luma, by which Pillow makes grey images too.
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have the shape (B, 3, H, W), got {tuple(images.shape)}")
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < 1:
+        raise ValueError(f"image_size must be positive, got {image_size}")
+
+
+class PixelLevels(Tokenizer):
+    """Each channel of each pixel is a token, its value rounded to one of L levels; with 256, uint8 images come back.
+
+    Args:
+        levels: L, at least 2; level l stands for the value 2 l / (L - 1) - 1.
+        grey: one token a pixel, the level of its luma (0.299 R + 0.587 G + 0.114 B), which decodes to three equal
+            channels; otherwise the three of a pixel stand next to one another.
+
+    Raises:
+        ValueError: fewer than two levels.
+    """
+
+    ordered_ids = True
+    level_values: Tensor
+    luma: Tensor
+
+    def __init__(self, levels: int = 256, grey: bool = False) -> None:
+        super().__init__()
+        if levels < 2:
+            raise ValueError(f"levels must be at least 2, got {levels}")
+        self.vocab_size = levels
+        self.grey = grey
+        # In the state, so that the fingerprint tells two of these tokenizers apart.
+        self.register_buffer("level_values", torch.arange(levels) / ((levels - 1) / 2) - 1)
+        self.register_buffer("luma", torch.tensor(_LUMA if grey else ()))
+
+    def token_shape(self, image_size: int) -> tuple[int, ...]:
+        _check_size(image_size)
+        return (image_size, image_size) if self.grey else (image_size, image_size, 3)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1] to `(B, H, W, 3)`, or `(B, H, W)` of grey.
+
+        Raises:
+            ValueError: another shape, or pixels that are not finite numbers.
+        """
+        _check_shape(images)
+        self.check_images(images)
+        values = images.float().movedim(1, -1)  # (B, H, W, 3)
+        if self.grey:
+            values = (values * self.luma).sum(dim=-1)
+        return values.add(1).mul((self.vocab_size - 1) / 2).round().clamp(0, self.vocab_size - 1).long()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`(B, *token_shape)` to the values `(B, 1, *token_shape)` of the levels."""
+        self.check_tokens(tokens)
+        return self.level_values[tokens][:, None]
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        values = self.embed(tokens)  # (B, 1, H, W) or (B, 1, H, W, 3)
+        return values.expand(-1, 3, -1, -1) if self.grey else values[:, 0].movedim(-1, 1)
+
+
+class ColourPalette(Tokenizer):
+    """Each pixel is a token: the nearest (Euclidean in RGB) of K colours.
+
+    A checkpoint of this tokenizer carries its colours, not the name of their file.
+
+    Args:
+        palette: the colours `(K, 3)`, or a `.npy` file of them: floats in [-1, 1] (ImageGPT's file is one), or uint8.
+            `colour_clusters` finds those of a data set.
+
+    Raises:
+        ValueError: no such file, or an array of another shape or range.
+    """
+
+    palette: Tensor
+
+    def __init__(self, palette: str | Sequence[Sequence[float]]) -> None:
+        super().__init__()
+        colours = _read_palette(palette) if isinstance(palette, str) else np.asarray(palette, dtype=np.float32)
+        given = repr(palette) if isinstance(palette, str) else "the given list"
+        if colours.ndim != 2 or colours.shape[1] != 3 or not len(colours):
+            raise ValueError(f"palette: {given} holds an array of shape {colours.shape}; (K, 3) is needed")
+        if not (np.abs(colours) <= 1).all():
+            raise ValueError(f"palette: {given} holds colours outside [-1, 1], and is not of type uint8")
+        self.register_buffer("palette", torch.from_numpy(colours.astype(np.float32)))
+        self.vocab_size = len(colours)
+        described = {"class_path": "discrete_lit.tokenizers.ColourPalette", "init_args": {"palette": colours.tolist()}}
+        self.save_hyperparameters(described, logger=False)
+
+    def token_shape(self, image_size: int) -> tuple[int, ...]:
+        _check_size(image_size)
+        return (image_size, image_size)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` in [-1, 1] to `(B, H, W)`.
+
+        Raises:
+            ValueError: another shape, or pixels that are not finite numbers.
+        """
+        _check_shape(images)
+        self.check_images(images)
+        pixels = images.float().movedim(1, -1)  # (B, H, W, 3)
+        return nearest_codes(pixels.reshape(-1, 3), self.palette).reshape(pixels.shape[:-1])
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """`(B, H, W)` to the colours `(B, 3, H, W)`."""
+        self.check_tokens(tokens)
+        return self.palette[tokens].movedim(-1, 1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.embed(tokens)
+
+
+def _read_palette(path: str) -> np.ndarray:
+    """The `(K, 3)` float32 colours of a `.npy` file, uint8 ones brought to [-1, 1]."""
+    if not Path(path).is_file():
+        raise ValueError(f"palette: no file {path!r}")
+    try:
+        colours = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"palette: {path!r} is not an array of numbers written by numpy.save: {error}") from error
+    if colours.dtype == np.uint8:
+        return from_uint8(torch.from_numpy(colours)).numpy()
+    return colours.astype(np.float32)
+
+
+def colour_clusters(images: Tensor, colours: int, seed: int = 0) -> Tensor:
+    """The palette `(K, 3)` in [-1, 1] that k-means finds in images; `numpy.save` writes it for `ColourPalette`.
+
+    Args:
+        images: `(B, 3, H, W)` in [-1, 1]; a few hundred are enough. Pixels that are not finite numbers are left out.
+        colours: K; no more than there are pixels.
+        seed: of the first centres.
+
+    Raises:
+        ValueError: images of another shape, or fewer pixels than colours.
+    """
+    _check_shape(images)
+    pixels, everyone = gather_finite(images.float().movedim(1, -1).reshape(-1, 3))
+    if not 1 <= colours <= len(everyone):
+        raise ValueError(f"colours must lie in [1, {len(everyone)}], the number of pixels, got {colours}")
+    return kmeans_codes(pixels, everyone, colours, normalize=False, seed=seed)

@@ -1,0 +1,190 @@
+"""`discrete-lit sample`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FAMILIES = ("Masked", "Autoregressive")
+
+
+def draw(checkpoint: Path, output: Path, *arguments: object) -> dict:
+    """The command in this process; its npz, and its run.json under "run"."""
+    from discrete_lit.cli.commands import main
+
+    main(
+        [
+            "sample",
+            "--ckpt_path",
+            str(checkpoint),
+            "--output",
+            str(output),
+            "--accelerator",
+            "cpu",
+            *map(str, arguments),
+        ]
+    )
+    with np.load(output / "samples.npz") as file:
+        return {**file, "run": json.loads((output / "run.json").read_text())}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writes_images_labels_grid_and_settings(
+    family: str, generator_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.random import CounterRandom
+
+    found = draw(generator_checkpoints[family], tmp_path, "--num_samples", 7, "--batch_size", 4, "--seed", 5)
+    assert found["arr_0"].shape == (7, 8, 8, 3) and found["arr_0"].dtype == np.uint8
+    assert found["labels"].dtype == np.int64 and found["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (7 * 8, 8)
+        assert np.array_equal(np.asarray(grid)[:, 8:16], found["arr_0"][1])
+    run = found["run"]
+    assert run["generator"] == family and run["seed"] == 5 and run["num_samples"] == 7
+    assert run["network_calls"] == run["sequential_passes"] == {"Masked": 8, "Autoregressive": 16}[family]
+    expected = discrete_lit.load(generator_checkpoints[family]).draw(
+        torch.tensor([0]), CounterRandom(0, torch.tensor([0]))
+    )
+    assert run["flops_per_image"] == expected.flops > 0
+    assert run["images_per_second_without_decoding"] > run["images_per_second"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "run.json", "samples.npz"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_seed_decides_whatever_the_batch_size(
+    family: str, generator_checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = generator_checkpoints[family]
+    images = [
+        draw(checkpoint, tmp_path / str(size), "--num_samples", 7, "--batch_size", size)["arr_0"] for size in (1, 3, 7)
+    ]
+    assert np.array_equal(images[0], images[1]) and np.array_equal(images[0], images[2])
+    other = draw(checkpoint, tmp_path / "other", "--num_samples", 7, "--seed", 1)["arr_0"]
+    assert not np.array_equal(images[0], other)
+
+
+def test_equals_the_generators_own_sample(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.images import to_uint8
+
+    generator = discrete_lit.load(generator_checkpoints["Masked"])
+    tokens = generator.sample(torch.tensor([2, 2, 2]), seed=9)
+    expected = to_uint8(generator.tokenizer.decode(tokens)).movedim(1, -1).numpy()
+    drawn = draw(generator_checkpoints["Masked"], tmp_path, "--num_samples", 3, "--labels", "[2]", "--seed", 9)
+    assert np.array_equal(drawn["arr_0"], expected) and drawn["labels"].tolist() == [2, 2, 2]
+
+
+def test_images_are_resized_before_they_are_rounded(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.images import to_uint8
+
+    generator = discrete_lit.load(generator_checkpoints["Masked"])
+    decoded = generator.tokenizer.decode(generator.sample(torch.tensor([1, 1]), seed=4))
+    # Halfway between pixels 2i and 2i + 1 a cubic with a = -0.75 weighs their neighbours by a (-1/8), them by 19/32.
+    weights = torch.tensor([-0.09375, 0.59375, 0.59375, -0.09375])
+    for dim in (2, 3):
+        ends = (decoded.narrow(dim, 0, 1), decoded.narrow(dim, 7, 1))
+        padded = torch.cat((ends[0], decoded, ends[1]), dim=dim)
+        decoded = padded.unfold(dim, 4, 2) @ weights
+    expected = to_uint8(decoded).movedim(1, -1).numpy()
+    arguments = ("--num_samples", 2, "--labels", "[1]", "--seed", 4, "--image_size", 4)
+    drawn = draw(generator_checkpoints["Masked"], tmp_path, *arguments)
+    assert drawn["arr_0"].shape == (2, 4, 4, 3) and drawn["run"]["image_size"] == 4
+    assert np.abs(drawn["arr_0"].astype(int) - expected).max() <= 1  # summed in another order
+
+
+def test_another_sampler_is_used_and_recorded(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    sampler = {
+        "class_path": "discrete_lit.samplers.MaskGITSampler",
+        "init_args": {"steps": 2, "guidance_scale": 3.0, "guidance_schedule": "linear"},
+    }
+    run = draw(generator_checkpoints["Masked"], tmp_path, "--num_samples", 2, "--sampler", json.dumps(sampler))["run"]
+    assert run["sampler"]["steps"] == 2 and run["sampler"]["guidance_scale"] == 3.0
+    # The first step of a linear schedule has scale 1 and needs no null pass.
+    assert run["sequential_passes"] == 2 and run["network_calls"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    import torch
+
+    checkpoint = generator_checkpoints["Autoregressive"]
+    plain = draw(checkpoint, tmp_path / "plain", "--num_samples", 3)
+    try:
+        compiled = draw(checkpoint, tmp_path / "compiled", "--num_samples", 3, "--compile", "true")
+    finally:
+        torch._dynamo.reset()
+    assert np.array_equal(compiled["arr_0"], plain["arr_0"])
+    assert compiled["run"]["compile"] and not plain["run"]["compile"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_samples", 0], "num_samples and batch_size must be at least 1"),
+        (["--num_samples", 2, "--labels", "[0, 4]"], r"labels=\[0, 4\] must lie in \[0, 3\]"),
+        (["--num_samples", 2, "--image_size", 0], "image_size must be at least 1, got 0"),
+        (["--num_samples", 2, "--labels", "[]"], r"labels=\[\] must lie in"),
+        (["--num_samples", 2, "--sampler", "discrete_lit.samplers.RasterSampler"], "needs a backbone with causal"),
+        (["--num_samples", 2, "--sampler", '{"class_path": "discrete_lit.samplers.MaskGITSampler", '
+          '"init_args": {"steps": 17}}'], "steps=17"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused(
+    arguments: list, message: str, generator_checkpoints: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        draw(generator_checkpoints["Masked"], tmp_path, *arguments)
+    assert stopped.value.code == 2
+    import re
+
+    assert re.search(message, capfd.readouterr().err)
+
+
+def test_a_tokenizers_checkpoint_is_refused(
+    tokenizer_checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        draw(tokenizer_checkpoint, tmp_path, "--num_samples", 1)
+    assert "holds a FSQ, not a Generator" in capfd.readouterr().err
+
+
+def test_text_is_written_as_text(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.checkpoints import instantiate, save
+
+    backbone = {"class_path": "discrete_lit.backbones.Transformer", "init_args": {"width": 8, "depth": 1, "heads": 1}}
+    config = {
+        "class_path": "discrete_lit.generators.Masked",
+        "init_args": {
+            "tokenizer": {"class_path": "discrete_lit.tokenizers.Characters"},
+            "image_size": 12,
+            "num_classes": 1,
+            "backbone": backbone,
+        },
+    }
+    save(instantiate(config), tmp_path / "text.ckpt")
+    drawn = draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--batch_size", 3)
+    assert drawn["tokens"].shape == (5, 12) and "arr_0" not in drawn
+    generator = discrete_lit.load(tmp_path / "text.ckpt")
+    tokens = generator.sample(torch.zeros(5, dtype=torch.int64))
+    assert torch.equal(torch.from_numpy(drawn["tokens"]), tokens)
+    written = (tmp_path / "samples" / "samples.txt").read_text()
+    assert written == "".join(f"{text}\n" for text in generator.tokenizer.texts(tokens))
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["run.json", "samples.npz", "samples.txt"]
+    with pytest.raises(SystemExit):
+        draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--image_size", 8)
+    assert "image_size=8 is given, but this generator's tokenizer makes no images" in capfd.readouterr().err

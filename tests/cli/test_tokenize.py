@@ -1,0 +1,149 @@
+"""`discrete-lit tokenize`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes of noise images, 8x8, in folders: 3, 4 and 5 of them."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for label in range(3):
+        (root / f"class{label}").mkdir()
+        for number in range(3 + label):
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{number}.png")
+    return root
+
+
+def tokenize(checkpoint: Path, images: Path, output: Path, *arguments: object) -> None:
+    from discrete_lit.cli.commands import main
+
+    data = {
+        "class_path": "discrete_lit.data.ImageFolder",
+        "init_args": {"train": str(images), "image_size": 8, "batch_size": 5, "num_workers": 0},
+    }
+    where = ["--ckpt_path", str(checkpoint), "--data", json.dumps(data), "--output", str(output)]
+    main(["tokenize", *where, "--accelerator", "cpu", *map(str, arguments)])
+
+
+def test_every_row_is_the_encoding_of_its_image(tokenizer_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.images import from_uint8
+
+    tokenize(tokenizer_checkpoint, images, tmp_path / "tokens")
+    tokens = np.load(tmp_path / "tokens" / "tokens.npy")
+    labels = np.load(tmp_path / "tokens" / "labels.npy")
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    tokenizer = discrete_lit.load(tokenizer_checkpoint)
+    files = sorted(images.rglob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).movedim(-1, 1)
+    with torch.no_grad():
+        expected = tokenizer.encode(from_uint8(pixels)).numpy()
+    assert tokens.dtype == np.uint16 and np.array_equal(tokens, expected)
+    assert labels.tolist() == [0] * 3 + [1] * 4 + [2] * 5
+    assert manifest["tokenizer"] == tokenizer.fingerprint()
+    assert manifest["token_shape"] == [4, 4] and manifest["vocab_size"] == 12 and manifest["num_classes"] == 3
+
+
+def test_every_crop_is_encoded(tokenizer_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.images import from_uint8
+    from discrete_lit.data.transforms import ten_crops
+
+    tokenize(tokenizer_checkpoint, images, tmp_path / "tokens", "--crops", "ten", "--ten_crop_scales", "[1.5,1.25]")
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    tokens = np.load(tmp_path / "tokens" / "tokens.npy")
+    assert manifest["variants"] == 20 and manifest["token_shape"] == [4, 4] and tokens.shape == (12, 20, 4, 4)
+    tokenizer = discrete_lit.load(tokenizer_checkpoint)
+    for row, file in enumerate(sorted(images.rglob("*.png"))):
+        with Image.open(file) as image:
+            crops = np.concatenate([ten_crops(image, 8, scale) for scale in (1.5, 1.25)])
+        with torch.no_grad():
+            expected = tokenizer.encode(from_uint8(torch.from_numpy(crops).movedim(-1, 1).contiguous()))
+        np.testing.assert_array_equal(tokens[row], expected.numpy())
+    assert np.unique(tokens[0].reshape(20, -1), axis=0).shape[0] > 5
+
+
+def test_the_crop_of_evaluation_and_its_mirror_image(tokenizer_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    tokenize(tokenizer_checkpoint, images, tmp_path / "flip", "--crops", "flip")
+    tokenize(tokenizer_checkpoint, images, tmp_path / "center")
+    flip, center = (np.load(tmp_path / name / "tokens.npy") for name in ("flip", "center"))
+    assert flip.shape == (12, 2, 4, 4) and np.array_equal(flip[:, 0], center) and not np.array_equal(flip[:, 1], center)
+
+
+def test_a_generator_of_another_tokenizer_refuses_the_arrays(
+    tokenizer_checkpoint: Path, generator_checkpoints: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    import torch
+    from lightning import Trainer
+
+    import discrete_lit
+    from discrete_lit.data import TokenArrays
+
+    tokenize(tokenizer_checkpoint, images, tmp_path / "tokens")
+    generator = discrete_lit.load(generator_checkpoints["Masked"])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+    def validate() -> None:
+        data = TokenArrays(None, str(tmp_path / "tokens"), batch_size=6, num_workers=0)
+        trainer.validate(generator, data, verbose=False)
+
+    validate()
+    with torch.no_grad():
+        next(generator.tokenizer.parameters()).add_(1)
+    with pytest.raises(ValueError, match="make the tokens anew with `discrete-lit tokenize`"):
+        validate()
+
+
+def test_an_unreadable_image_leaves_no_array_that_passes_for_complete(
+    tokenizer_checkpoint: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    victim = broken / "class1" / "2.png"
+    victim.write_bytes(victim.read_bytes()[:60])
+    with pytest.raises(SystemExit):
+        tokenize(tokenizer_checkpoint, broken, tmp_path / "tokens")
+    assert "class1/2" in capfd.readouterr().err
+    assert not (tmp_path / "tokens" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--split", "validation"], "no validation split"),
+        (["--crops", "ten", "--ten_crop_scales", "[0.5]"], "ten_crop_scales is [0.5]; each must be at least 1"),
+        (["--split", "val"], "split must be 'train' or 'validation', got 'val'"),
+    ],
+)
+def test_mistakes_are_refused(
+    arguments: list,
+    message: str,
+    tokenizer_checkpoint: Path,
+    images: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit):
+        tokenize(tokenizer_checkpoint, images, tmp_path / "tokens", *arguments)
+    assert message in capfd.readouterr().err
+
+
+def test_a_generators_checkpoint_is_refused(
+    generator_checkpoints: dict[str, Path], images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        tokenize(generator_checkpoints["Masked"], images, tmp_path / "tokens")
+    assert "holds a Masked, not a Tokenizer" in capfd.readouterr().err

@@ -1,0 +1,426 @@
+"""The losses against the exact law: with true conditionals a bound costs -log p, sequence by sequence.
+
+Every mean over time, noise and clean sequences is worked out in full: noisy sequences are enumerated, time is
+integrated by quadrature. So the values are exact to rounding, and what is wrong in the tenth digit fails.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+import torch
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import ENTROPY, ExactBackbone, noisy_law, reference_law
+from torch import Tensor
+
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import (
+    AbsorbingProcess,
+    ArccosSchedule,
+    CavityHead,
+    CosineSchedule,
+    CosineSquaredSchedule,
+    D3PMCosineSchedule,
+    ForwardProcess,
+    GaussianProcess,
+    GeometricSchedule,
+    Head,
+    HybridProcess,
+    LinearSchedule,
+    LogLinearSchedule,
+    LogSinSchedule,
+    MaskSchedule,
+    MDLMCosineSchedule,
+    NoiseLevel,
+    PosteriorHead,
+    ScoreHead,
+    SquareSchedule,
+    TruncatedSchedule,
+    UniformProcess,
+)
+from discrete_lit.diffusion.losses import (
+    ContinuousBound,
+    DiffusionLoss,
+    DiscreteTimeBound,
+    FlowMatching,
+    HybridBound,
+    MaskedCrossEntropy,
+    ScoreEntropy,
+)
+
+WHOLE: dict[str, MaskSchedule] = {
+    "linear": LinearSchedule(),
+    "cosine": CosineSchedule(),
+    "arccos": ArccosSchedule(),
+    "square": SquareSchedule(),
+    "log-sin": LogSinSchedule(0.0),
+    "cosine squared": CosineSquaredSchedule(0.0),
+    "MDLM cosine": MDLMCosineSchedule(0.0),
+    "D3PM cosine": D3PMCosineSchedule(),
+}
+CUT: dict[str, MaskSchedule] = {
+    "log-linear": LogLinearSchedule(),
+    "log-sin": LogSinSchedule(),
+    "geometric": GeometricSchedule(),
+    "cosine squared": CosineSquaredSchedule(),
+    "MDLM cosine": MDLMCosineSchedule(),
+    "truncated": TruncatedSchedule(LinearSchedule(), 1e-3, 0.999),
+}
+PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
+    "absorbing": lambda: AbsorbingProcess(4),
+    "uniform": lambda: UniformProcess(4),
+    "hybrid": lambda: HybridProcess(4, 0.6),
+    "gaussian": lambda: GaussianProcess(4, 0.5),
+}
+# Losses in continuous time with the heads that each is trained with.
+ABSORBING_LOSSES: dict[str, tuple[DiffusionLoss, Callable[[], Head]]] = {
+    "score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=False)),
+    "scaled score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=True)),
+    "cross-entropy of the cavity": (MaskedCrossEntropy(), CavityHead),
+    "cross-entropy of the posterior": (MaskedCrossEntropy(), PosteriorHead),
+    "continuous bound": (ContinuousBound(), CavityHead),
+    "flow matching": (FlowMatching(), PosteriorHead),
+}
+CLEAN = all_sequences(4, 3)
+
+
+def surprise() -> Tensor:
+    """-log p of the 64 sequences."""
+    return -reference_law().log()
+
+
+def costs(loss: DiffusionLoss, backbone: ExactBackbone, level: NoiseLevel) -> Tensor:
+    """`(L, 64)`: the loss of every clean sequence at `level (L, 1)`, averaged over all that noise makes of it."""
+    process, levels = backbone.process, len(level.t)
+    noisy = all_sequences(process.states, 3)
+    kernel = process.matrix(level.alpha[:, 0])[:, :4]  # (L, K, S)
+    chances = torch.stack([kernel[:, CLEAN[:, n]][:, :, noisy[:, n]] for n in range(3)]).prod(dim=0)  # (L, 64, S^3)
+    states = noisy.repeat(levels, 1)
+    labels = torch.zeros(len(states), dtype=torch.int64)
+    logits = backbone.logits_at(states, labels, level.alpha.repeat_interleave(len(noisy), dim=0))
+    logits = logits.reshape(levels, 1, len(noisy), 3, -1).expand(-1, 64, -1, -1, -1).flatten(0, 2)
+    rows = torch.arange(levels).repeat_interleave(64 * len(noisy))
+    tokens = CLEAN[None, :, None].expand(levels, -1, len(noisy), -1).reshape(-1, 3)
+    states = noisy.expand(levels, 64, -1, -1).reshape(-1, 3)
+    possible = chances.flatten() > 0
+    values = torch.zeros(len(rows), dtype=torch.float64)
+    arguments = backbone.head, tokens[possible], states[possible], process, level.take(rows[possible])
+    values[possible] = loss(logits[possible].nan_to_num(neginf=-1e4), *arguments).sum(dim=1)
+    return (values.view_as(chances) * chances).sum(dim=2)
+
+
+def over_masks(loss: DiffusionLoss, backbone: ExactBackbone, schedule: MaskSchedule, low: float, high: float) -> Tensor:
+    """`(64,)`: the integral over the times at which m is between `low` and `high`; polynomials in m are exact."""
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(8))
+    m = (low + (high - low) * (nodes + 1) / 2)[:, None]
+    t = schedule.inverse(m)
+    level = NoiseLevel.at(schedule, t)
+    per_mask = costs(loss, backbone, level) / schedule.derivative(t)
+    return (weights[:, None] * per_mask).sum(dim=0) * (high - low) / 2
+
+
+def over_noise(loss: DiffusionLoss, backbone: ExactBackbone, schedule: MaskSchedule, sigma: float) -> Tensor:
+    """`(64,)`: the integral over the times at which the total noise is below `sigma`."""
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(48))
+    share = (nodes + 1) / 2
+    # The fifth power smooths the logarithms that the integrand has at 0.
+    noise = (sigma * share**5)[:, None]
+    measure = weights / 2 * sigma * 5 * share**4
+    level = NoiseLevel.at(schedule, schedule.inverse(-torch.expm1(-noise)))
+    exact = NoiseLevel(level.t, torch.exp(-noise), -torch.expm1(-noise), level.rate)
+    return (measure[:, None] * costs(loss, backbone, exact) / exact.rate).sum(dim=0)
+
+
+def prior_gap(process: ForwardProcess, sigma: float) -> Tensor:
+    """`(64,)`: the sum of q(x_T | x_0) log(p_T / pi): how far the bound is from -log p where noise stops at sigma."""
+    alpha = float(np.exp(-sigma))
+    noisy = all_sequences(process.states, 3)
+    kernel = process.matrix(torch.tensor(alpha, dtype=torch.float64))[:4]
+    chances = torch.stack([kernel[CLEAN[:, n]][:, noisy[:, n]] for n in range(3)]).prod(dim=0)
+    ratio = noisy_law(reference_law(), process, alpha).log() - process.prior()[noisy].log().sum(dim=1)
+    return chances @ ratio
+
+
+def prior_term(process: ForwardProcess, sigma: float) -> Tensor:
+    return process.prior_divergence(CLEAN, torch.full((64, 1), float(np.exp(-sigma)), dtype=torch.float64)).sum(dim=1)
+
+
+@pytest.mark.parametrize("schedule", WHOLE)
+@pytest.mark.parametrize("name", ABSORBING_LOSSES)
+def test_absorbing_bounds_are_exact_sequence_by_sequence(name: str, schedule: str) -> None:
+    loss, head = ABSORBING_LOSSES[name]
+    backbone = ExactBackbone(AbsorbingProcess(4), head())
+    found = over_masks(loss, backbone, WHOLE[schedule], 0.0, 1.0)
+    torch.testing.assert_close(found, surprise(), rtol=0, atol=1e-10)
+    assert loss.label(backbone.process, WHOLE[schedule]) == "bound"
+
+
+@pytest.mark.parametrize("schedule", CUT)
+@pytest.mark.parametrize("name", ABSORBING_LOSSES)
+def test_what_a_cut_schedule_leaves_out_is_what_the_bound_lacks(name: str, schedule: str) -> None:
+    loss, head = ABSORBING_LOSSES[name]
+    backbone = ExactBackbone(AbsorbingProcess(4), head())
+    low, high = CUT[schedule].ends()
+    found = over_masks(loss, backbone, CUT[schedule], low, high)
+    ends = [over_masks(loss, backbone, LinearSchedule(), *part) for part in ((0.0, low), (high, 1.0))]
+    torch.testing.assert_close(found + sum(ends), surprise(), rtol=0, atol=1e-10)
+    assert float(reference_law() @ (surprise() - found)) > 1e-9
+    assert loss.label(backbone.process, CUT[schedule]) == "not a bound"
+    if schedule == "truncated":
+        assert float(reference_law() @ found) == pytest.approx(4.0194288292, abs=5e-11)
+
+
+@pytest.mark.parametrize("head", [CavityHead(), PosteriorHead()], ids=["cavity", "posterior"])
+@pytest.mark.parametrize("variable", ["mask_ratio", "mask_count"])
+def test_means_over_masks_are_bounds_with_every_schedule(variable, head: Head) -> None:
+    backbone = ExactBackbone(AbsorbingProcess(4), head)
+    for schedule in (LogLinearSchedule(0.1), TruncatedSchedule(CosineSchedule(), 0.2, 0.9)):
+        loss = MaskedCrossEntropy(variable)
+        assert loss.label(backbone.process, schedule) == "bound"
+        if variable == "mask_ratio":
+            nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(8))
+            level = loss.level(schedule, ((nodes + 1) / 2)[:, None], 3)
+            found = (weights[:, None] / 2 * costs(loss, backbone, level)).sum(dim=0)
+        else:
+            found = torch.zeros(64, dtype=torch.float64)
+            masks = torch.tensor(list(product((False, True), repeat=3)))
+            for uniform, k in ((1e-9, 1), (0.4, 2), (0.99, 3)):
+                level = loss.level(schedule, torch.full((64, 1), uniform, dtype=torch.float64), 3)
+                assert level.noise.unique().tolist() == pytest.approx([k / 3])
+                chosen = masks[masks.sum(dim=1) == k]
+                for mask in chosen:
+                    states = CLEAN.masked_fill(mask, 4)
+                    logits = backbone.logits_at(states, torch.zeros(64, dtype=torch.int64), level.alpha)
+                    cost = loss(logits, head, CLEAN, states, backbone.process, level).sum(dim=1)
+                    found += cost / len(chosen) / 3
+        torch.testing.assert_close(found, surprise(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "expected"),
+    [
+        (LinearSchedule(), 1, 4.1485289543),
+        (LinearSchedule(), 2, 4.0971634295),
+        (LinearSchedule(), 4, 4.0645853229),
+        (LinearSchedule(), 8, 4.0465724335),
+        (LogSinSchedule(0.0), 2, 4.1154407927),
+        (LogSinSchedule(0.0), 4, 4.0768480490),
+    ],
+)
+def test_finite_steps_of_masks(schedule: MaskSchedule, steps: int, expected: float) -> None:
+    loss, backbone = DiscreteTimeBound(steps), ExactBackbone(AbsorbingProcess(4), CavityHead())
+    found = costs(loss, backbone, each_step(loss, schedule)).mean(dim=0)
+    assert float(reference_law() @ found) == pytest.approx(expected, abs=6e-11)
+    assert loss.label(backbone.process, schedule) == "bound"
+    assert loss.label(backbone.process, LogLinearSchedule()) == "not a bound"
+
+
+def each_step(loss: DiscreteTimeBound, schedule: MaskSchedule) -> NoiseLevel:
+    middles = (torch.arange(loss.steps, dtype=torch.float64)[:, None] + 0.5) / loss.steps
+    return loss.level(schedule, middles, 3)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian"])
+def test_finite_steps_by_the_divergence_of_enumerated_chains(process: str, steps: int) -> None:
+    """sum of T KL = the KL between the joint laws of noising and of denoising, step by step from the kernels."""
+    noise = PROCESSES[process]()
+    schedule, loss = LogLinearSchedule(0.2), DiscreteTimeBound(steps)
+    backbone = ExactBackbone(noise, CavityHead())
+    found = costs(loss, backbone, each_step(loss, schedule)).mean(dim=0)
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    alphas = schedule.alpha(times)
+    noisy = all_sequences(noise.states, 3)
+    expected = torch.zeros(64, dtype=torch.float64)
+    for s, t in pairwise(alphas):
+        before, step, after = (noise.matrix(level) for level in (s, t / s, t))
+        cavity = backbone.logits_at(noisy, torch.zeros(len(noisy), dtype=torch.int64), t.expand(len(noisy), 1)).exp()
+        for n in range(3):
+            column = step[:, noisy[:, n]].T  # (S^3, S): q(x_t | x_s)
+            model = (cavity[:, n] @ before[:4]) * column
+            model = model / model.sum(dim=1, keepdim=True)
+            true = before[CLEAN[:, n]][:, None] * column  # (64, S^3, S)
+            true = true / true.sum(dim=2, keepdim=True)
+            divergence = torch.xlogy(true, true / model.clamp(min=1e-300)).sum(dim=2)
+            chance = torch.stack([after[CLEAN[:, i]][:, noisy[:, i]] for i in range(3)]).prod(dim=0)
+            expected += (chance * divergence.nan_to_num(0.0)).sum(dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", [LogLinearSchedule(1e-4), GeometricSchedule(1e-6, 8.0)], ids=["line", "geometric"])
+@pytest.mark.parametrize(
+    ("process", "kind"), [(p, k) for p in ("uniform", "hybrid", "gaussian") for k in ("cavity", "score")]
+)
+def test_bounds_with_their_prior_term_sequence_by_sequence(process: str, kind: str, schedule: MaskSchedule) -> None:
+    noise = PROCESSES[process]()
+    head = CavityHead() if kind == "cavity" else ScoreHead(scale_by_noise=False, mask_output=noise.masks)
+    loss = ContinuousBound() if kind == "cavity" else ScoreEntropy()
+    sigma = 1.5
+    found = over_noise(loss, ExactBackbone(noise, head), schedule, sigma) + prior_term(noise, sigma)
+    torch.testing.assert_close(found, surprise() + prior_gap(noise, sigma), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("sigma", "expected", "term"), [(1.0, 4.0298716076, 0.5209465034), (3.0, 4.0274368217, 0.0108139115)]
+)
+def test_uniform_reference_values(sigma: float, expected: float, term: float) -> None:
+    process = UniformProcess(4)
+    prior = prior_term(process, sigma)
+    assert float(reference_law() @ prior) == pytest.approx(term, abs=6e-11)
+    found = over_noise(ContinuousBound(), ExactBackbone(process, CavityHead()), LogLinearSchedule(1e-4), sigma) + prior
+    assert float(reference_law() @ found) == pytest.approx(expected, abs=6e-11)
+    assert float(reference_law() @ found) > ENTROPY
+
+
+def test_a_posterior_in_the_place_of_a_cavity_costs_far_more() -> None:
+    """What the networks of papers disagree about: 5.98 nats instead of 4.03."""
+    process, sigma = UniformProcess(4), 6.0
+    honest = ExactBackbone(process, CavityHead())
+
+    class Posterior(ExactBackbone):
+        def logits_at(self, tokens: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
+            other = ExactBackbone(process, PosteriorHead())
+            return other.logits_at(tokens, labels, alpha)
+
+    schedule = LogLinearSchedule(1e-4)
+    right, wrong = (
+        float(reference_law() @ (over_noise(ContinuousBound(), network, schedule, sigma) + prior_term(process, sigma)))
+        for network in (honest, Posterior(process, CavityHead()))
+    )
+    assert right == pytest.approx(ENTROPY, abs=1e-4)
+    assert wrong == pytest.approx(5.98, abs=5e-3)
+
+
+@pytest.mark.parametrize("process", ["uniform", "hybrid"])
+def test_flow_matching_bounds_from_above(process: str) -> None:
+    """Of another chain with the same marginals: at least -log p, and not equal to it."""
+    noise, sigma = PROCESSES[process](), 2.0
+    loss, backbone = FlowMatching(), ExactBackbone(noise, PosteriorHead())
+    gap = over_noise(loss, backbone, LogLinearSchedule(1e-4), sigma) + prior_term(noise, sigma)
+    gap = reference_law() @ (gap - surprise() - prior_gap(noise, sigma))
+    assert 1e-3 < float(gap) < 1
+
+
+def test_hybrid_adds_its_share_of_cross_entropy_on_the_scale_of_the_bound() -> None:
+    process, schedule = UniformProcess(4), LogLinearSchedule(0.2)
+    backbone = ExactBackbone(process, CavityHead())
+    plain, hybrid = DiscreteTimeBound(5), HybridBound(5, 0.01)
+    level = each_step(plain, schedule)
+    difference = costs(hybrid, backbone, level) - costs(plain, backbone, level)
+    noisy = all_sequences(4, 3)
+    for row in range(5):
+        cavity = backbone.logits_at(noisy, torch.zeros(64, dtype=torch.int64), level.alpha[row].expand(64, 1))
+        kernel = process.matrix(level.alpha[row, 0])
+        chances = torch.stack([kernel[CLEAN[:, n]][:, noisy[:, n]] for n in range(3)]).prod(dim=0)
+        entropy = -sum(cavity[:, n][:, CLEAN[:, n]].T for n in range(3))
+        torch.testing.assert_close(difference[row], 5 * 0.01 * (chances * entropy).sum(dim=1), rtol=1e-9, atol=1e-12)
+    assert hybrid.label(process, schedule) == "not a bound" and plain.label(process, schedule) == "bound"
+
+
+def test_normalised_scores_cost_their_cross_entropy() -> None:
+    process, states = AbsorbingProcess(7), torch.full((6, 3), 7)
+    tokens = torch.randint(7, (6, 3))
+    log_p = torch.randn(6, 3, 7, dtype=torch.float64).log_softmax(dim=-1)
+    level = NoiseLevel.at(LogSinSchedule(), torch.rand(6, 1, dtype=torch.float64))
+    scores = torch.cat((log_p + level.odds.log()[..., None], torch.zeros(6, 3, 1)), dim=-1)
+    found = ScoreEntropy()(scores, ScoreHead(scale_by_noise=False), tokens, states, process, level)
+    expected = MaskedCrossEntropy()(log_p, CavityHead(), tokens, states, process, level)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_expected_score_entropy_is_least_at_the_true_ratios(process: str) -> None:
+    """Its gradient in every log-score of every noisy sequence vanishes there, and is s - r of one clean sequence."""
+    noise = PROCESSES[process]()
+    head = ScoreHead(scale_by_noise=False, mask_output=noise.masks)
+    backbone, alpha = ExactBackbone(noise, head), torch.tensor([[0.6]], dtype=torch.float64)
+    noisy = all_sequences(noise.states, 3)
+    level = NoiseLevel(alpha, alpha, 1 - alpha, torch.ones_like(alpha)).take(
+        torch.zeros(64 * len(noisy), dtype=torch.int64)
+    )
+    kernel = noise.matrix(alpha[0, 0])
+    chances = torch.stack([kernel[CLEAN[:, n]][:, noisy[:, n]] for n in range(3)]).prod(dim=0)
+    weights = (reference_law()[:, None] * chances).flatten()
+    scores = backbone.logits_at(noisy, torch.zeros(len(noisy), dtype=torch.int64), alpha.expand(len(noisy), 1))
+    scores = scores.clone().requires_grad_()
+    tokens, states = CLEAN.repeat_interleave(len(noisy), dim=0), noisy.repeat(64, 1)
+    possible = weights > 0
+    values = ScoreEntropy()(
+        scores.repeat(64, 1, 1)[possible], head, tokens[possible], states[possible], noise, level.take(possible)
+    )
+    (gradient,) = torch.autograd.grad((values.sum(dim=1) * weights[possible]).sum(), scores, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+    (single,) = torch.autograd.grad(values[0].sum(), scores)
+    ratios = noise.ratios(tokens[possible][:1], states[possible][:1], alpha)
+    rates = noise.rates_into(states[possible][:1])
+    row = int((noisy == states[possible][0]).all(dim=1).nonzero())
+    # Where noise only masks nothing jumps into an id.
+    torch.testing.assert_close(single[row], (rates * (scores.detach()[row].exp() - ratios))[0], rtol=1e-9, atol=1e-12)
+    at_ratios = ratios.log().clamp(min=-700)
+    nothing = ScoreEntropy()(at_ratios, head, tokens[possible][:1], states[possible][:1], noise, level.take(slice(1)))
+    torch.testing.assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-12)
+
+
+def test_heads_and_processes_that_do_not_fit() -> None:
+    logits, tokens = torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.int64)
+    level = NoiseLevel.at(LinearSchedule(), torch.tensor([[0.5]]))
+    for loss, head, process, message in [
+        (
+            ContinuousBound(),
+            PosteriorHead(),
+            UniformProcess(4),
+            "ContinuousBound needs a head of kind cavity, Posterior",
+        ),
+        (
+            ScoreEntropy(),
+            CavityHead(),
+            UniformProcess(4),
+            "ScoreEntropy needs a head of kind score, CavityHead is of ki",
+        ),
+        (
+            MaskedCrossEntropy(),
+            ScoreHead(),
+            AbsorbingProcess(4),
+            "head of kind cavity or posterior, ScoreHead is of ki",
+        ),
+        (DiscreteTimeBound(4), PosteriorHead(), UniformProcess(4), "DiscreteTimeBound needs a head of kind cavity"),
+        (FlowMatching(), CavityHead(), UniformProcess(4), "FlowMatching needs a head of kind posterior"),
+        (
+            MaskedCrossEntropy(),
+            CavityHead(),
+            UniformProcess(4),
+            "is for AbsorbingProcess, got UniformProcess: use Cont",
+        ),
+        (FlowMatching(), PosteriorHead(), GaussianProcess(4), "FlowMatching is for paths .* got GaussianProcess"),
+        (ScoreEntropy(), ScoreHead(), UniformProcess(4), "mask_output of ScoreHead must be False for UniformProcess"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            loss(logits, head, tokens, tokens, process, level)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DiscreteTimeBound(0), "steps of DiscreteTimeBound must be at least 1, got 0"),
+        (lambda: HybridBound(0), "steps of HybridBound must be at least 1, got 0"),
+        (lambda: HybridBound(3, -0.1), "cross_entropy_weight must be >= 0, got -0.1"),
+        (lambda: MaskedCrossEntropy("tokens"), "variable must be 'time', 'mask_ratio' or 'mask_count', got 'tokens'"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_out_of_range(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_counts_of_masks_are_exact_and_every_subset_equally_likely() -> None:
+    loss, indices = MaskedCrossEntropy("mask_count"), torch.arange(6000)
+    uniforms = CounterRandom(0, indices).uniform(Purpose.MASK_ORDER, 4)
+    level = loss.level(LinearSchedule(), (indices[:, None].double() + 0.5) / 6000, 4)
+    states = loss.corrupt(AbsorbingProcess(9), torch.zeros(6000, 4, dtype=torch.int64), level, uniforms)
+    counts = (states == 9).sum(dim=1)
+    assert torch.equal(counts.double(), (level.noise[:, 0] * 4).round())
+    assert torch.bincount(counts).tolist() == [0, 1500, 1500, 1500, 1500]
+    subsets = ((states == 9) * 2 ** torch.arange(4)).sum(dim=1)[counts == 2]
+    assert torch.bincount(subsets).nonzero().flatten().tolist() == [3, 5, 6, 9, 10, 12]
+    assert (torch.bincount(subsets)[[3, 5, 6, 9, 10, 12]] - 250).abs().max() < 5 * 250**0.5

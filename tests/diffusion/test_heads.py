@@ -1,0 +1,90 @@
+"""Heads and their conversions: from any true prediction to any other, for every noisy sequence."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.exact_laws import all_sequences
+from helpers.exact_oracle import exact_cavity, exact_posterior, exact_score, reference_law
+
+from discrete_lit.diffusion import (
+    AbsorbingProcess,
+    CavityHead,
+    ForwardProcess,
+    GaussianProcess,
+    HybridProcess,
+    NoiseLevel,
+    PosteriorHead,
+    ScoreHead,
+    UniformProcess,
+)
+from discrete_lit.diffusion.parameterization import (
+    cavity_from_posterior,
+    cavity_from_score,
+    posterior_from_cavity,
+    score_from_cavity,
+)
+
+PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
+    "absorbing": lambda: AbsorbingProcess(4),
+    "uniform": lambda: UniformProcess(4),
+    "hybrid": lambda: HybridProcess(4, 0.6),
+    "gaussian": lambda: GaussianProcess(4, 0.5),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.6, 0.97])
+@pytest.mark.parametrize("name", PROCESSES)
+def test_every_meaning_from_every_other(name: str, alpha: float) -> None:
+    process = PROCESSES[name]()
+    states = all_sequences(process.states, 3)
+    alphas = torch.full((len(states), 1), alpha, dtype=torch.float64)
+    level = NoiseLevel(alphas, alphas, 1 - alphas, alphas)
+    posterior, cavity, score = (
+        find(reference_law(), states, process, alphas) for find in (exact_posterior, exact_cavity, exact_score)
+    )
+    # A token that masks alone have left says nothing of what its neighbours make of it.
+    told = (states == 4) if name == "absorbing" else torch.ones_like(states, dtype=torch.bool)
+    close = {"rtol": 1e-9, "atol": 1e-12}
+    found = posterior_from_cavity(cavity.log(), states, process, level).exp()
+    torch.testing.assert_close(found, posterior, **close)
+    found = cavity_from_posterior(posterior.log(), states, process, level).exp()
+    torch.testing.assert_close(found[told], cavity[told], **close)
+    found = score_from_cavity(cavity.log(), states, process, level).exp()
+    torch.testing.assert_close(found, score, **close)
+    found = cavity_from_score(score.log(), states, process, level).exp()
+    torch.testing.assert_close(found[told], cavity[told], rtol=1e-7, atol=1e-9)
+
+
+def test_posterior_and_cavity_agree_where_a_token_is_masked_alone() -> None:
+    process = HybridProcess(4, 0.6)
+    states = all_sequences(5, 3)
+    alpha = torch.full((125, 1), 0.6, dtype=torch.float64)
+    posterior, cavity = (find(reference_law(), states, process, alpha) for find in (exact_posterior, exact_cavity))
+    masked = states == 4
+    torch.testing.assert_close(posterior[masked], cavity[masked])
+    assert ((posterior[~masked] - cavity[~masked]).abs().sum(dim=-1) > 1e-2).all()
+
+
+def test_heads_normalise_half_precision_in_float32() -> None:
+    level = NoiseLevel(*(torch.full((2, 1), 0.5, dtype=torch.float64),) * 4)
+    logits, states = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 4]])
+    for head in (PosteriorHead(), CavityHead()):
+        found = head(logits.bfloat16(), states, level)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, logits.bfloat16().float().log_softmax(dim=-1))
+    scores = ScoreHead()(logits.bfloat16(), states, level)
+    assert scores.dtype == torch.float32 and ScoreHead()(logits.double(), states, level).dtype == torch.float64
+    assert (scores.gather(-1, states[..., None]) == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 0.3, 1 - 1e-9])
+def test_scores_are_scaled_by_the_odds(alpha: float) -> None:
+    """SEDD's `log(exp(sigma) - 1) + log K` comes off; no digit is lost at either end of time."""
+    alphas = torch.tensor([[alpha]], dtype=torch.float64)
+    level = NoiseLevel(alphas, alphas, 1 - alphas, alphas)
+    logits = torch.randn(1, 2, 6, dtype=torch.float64)
+    states = torch.full((1, 2), 5)
+    plain, scaled = (ScoreHead(scale)(logits, states, level)[..., :5] for scale in (False, True))
+    expected = torch.log(torch.expm1(-alphas.log())) + torch.log(torch.tensor(5.0))
+    torch.testing.assert_close(plain - scaled, expected.expand(1, 2)[..., None].expand(-1, -1, 5), rtol=1e-6, atol=1e-6)

@@ -1,0 +1,177 @@
+"""The Fréchet distance against independent formulas, and streaming moments against NumPy."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.frechet import FeatureMoments, Moments, compare, frechet_distance
+
+
+class Flatten(FeatureExtractor):
+    """Pixels as features."""
+
+    name = "Pixels"
+    protocol = "none"
+    weights_sha256 = "0" * 64
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def extract(self, images: Tensor) -> Tensor:
+        return images.flatten(1).float()
+
+
+def random_features(count: int, dim: int, seed: int) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return random.normal(size=(count, dim)) @ random.normal(size=(dim, dim)) + random.normal(size=dim)
+
+
+def moments_of(features: np.ndarray) -> Moments:
+    streaming = FeatureMoments(Flatten(features.shape[1]))
+    streaming.update(torch.from_numpy(features))
+    return streaming.compute()
+
+
+@pytest.mark.parametrize("dim", [1, 3, 40])
+def test_matches_scipy_sqrtm(dim):
+    first, second = random_features(500, dim, 0), random_features(300, dim, 1)
+    covariances = np.cov(first.T).reshape(dim, dim), np.cov(second.T).reshape(dim, dim)
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    expected = np.sum((first.mean(0) - second.mean(0)) ** 2) + np.trace(covariances[0] + covariances[1] - 2 * root.real)
+    assert frechet_distance(moments_of(first), moments_of(second)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_diagonal_gaussians_have_a_closed_form():
+    means = torch.tensor([[0.0, 1.0, -2.0], [3.0, 1.0, 0.5]], dtype=torch.float64)
+    deviations = torch.tensor([[1.0, 2.0, 0.0], [0.5, 2.0, 3.0]], dtype=torch.float64)
+    first, second = (Moments(means[i], torch.diag(deviations[i] ** 2)) for i in (0, 1))
+    expected = float((means[0] - means[1]).square().sum() + (deviations[0] - deviations[1]).square().sum())
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-12)
+
+
+def test_identical_moments_are_at_distance_zero_exactly():
+    moments = moments_of(random_features(50, 12, 0))
+    copy = Moments(moments.mean.clone(), moments.covariance.clone(), moments.count)
+    assert frechet_distance(moments, copy) == 0.0
+
+
+def test_never_negative_and_symmetric():
+    first, second = moments_of(random_features(60, 20, 0)), moments_of(random_features(60, 20, 0) * (1 + 1e-9))
+    assert 0 <= frechet_distance(first, second) < 1e-6
+    third = moments_of(random_features(60, 20, 3))
+    assert frechet_distance(first, third) == pytest.approx(frechet_distance(third, first), rel=1e-10)
+
+
+@pytest.mark.parametrize("counts", [(30, 25), (30, 500), (500, 30), (2, 3)])
+def test_fewer_samples_than_features(counts):
+    """tr (S1 S2)^1/2 is the nuclear norm of the product of the centred, scaled data: no root of a singular matrix."""
+    dim = 64
+    data = [random_features(count, dim, seed) for seed, count in enumerate(counts)]
+    scaled = [(x - x.mean(0)) / np.sqrt(len(x) - 1) for x in data]
+    cross = np.linalg.svd(scaled[0] @ scaled[1].T, compute_uv=False).sum()
+    expected = np.sum((data[0].mean(0) - data[1].mean(0)) ** 2) + sum(np.sum(x**2) for x in scaled) - 2 * cross
+    # Without the rank that the counts imply, the rounding noise of the null space alone is 1e-8 of the distance.
+    assert frechet_distance(moments_of(data[0]), moments_of(data[1])) == pytest.approx(expected, rel=1e-10)
+
+
+def test_different_widths_are_refused():
+    with pytest.raises(ValueError, match="width 3 and 4"):
+        frechet_distance(moments_of(random_features(9, 3, 0)), moments_of(random_features(9, 4, 0)))
+
+
+def test_streaming_is_float64_mean_and_covariance():
+    features = random_features(101, 5, 0).astype(np.float32) + 1000  # float32 sums would lose the covariance
+    streaming = FeatureMoments(Flatten(5))
+    for batch in np.array_split(features, 7):
+        streaming.update(torch.from_numpy(batch))
+    moments = streaming.compute()
+    np.testing.assert_allclose(moments.mean.numpy(), features.astype(np.float64).mean(0), rtol=1e-14)
+    np.testing.assert_allclose(moments.covariance.numpy(), np.cov(features.astype(np.float64).T), rtol=1e-8)
+    assert moments.count == 101 and moments.mean.dtype == moments.covariance.dtype == torch.float64
+
+
+def test_two_halves_merge_to_the_whole():
+    features = torch.from_numpy(random_features(40, 6, 0))
+    extractor = Flatten(6)
+    halves = [FeatureMoments(extractor) for _ in range(2)]
+    whole = FeatureMoments(extractor)
+    whole.update(features)
+    halves[0].update(features[:13])
+    halves[1].update(features[13:])
+    merged, expected = halves[0].merge(halves[1]).compute(), whole.compute()
+    torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-13, atol=0)
+    torch.testing.assert_close(merged.covariance, expected.covariance, rtol=1e-11, atol=1e-13)
+    assert merged.count == 40
+
+
+def test_one_sample_has_no_covariance():
+    streaming = FeatureMoments(Flatten(3))
+    streaming.update(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        streaming.compute()
+
+
+def test_saved_moments_come_back(tmp_path):
+    moments = moments_of(random_features(9, 4, 0))
+    moments.save(tmp_path / "moments.npz")
+    loaded = Moments.load(tmp_path / "moments.npz")
+    assert torch.equal(loaded.mean, moments.mean) and torch.equal(loaded.covariance, moments.covariance)
+    assert (loaded.count, loaded.extractor, loaded.weights_sha256) == (9, "Pixels", "0" * 64)
+
+
+def test_adm_reference_is_readable(tmp_path):
+    """ADM's files hold mu and sigma, of sFID too, and images."""
+    features = random_features(9, 4, 0)
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=np.zeros((2, 4, 4, 3), np.uint8),
+        mu=features.mean(0),
+        sigma=np.cov(features.T),
+        mu_s=np.zeros(2),
+        sigma_s=np.eye(2),
+    )
+    loaded = Moments.load(tmp_path / "adm.npz")
+    assert frechet_distance(loaded, moments_of(features)) == pytest.approx(0, abs=1e-8)
+    assert (loaded.count, loaded.extractor, loaded.weights_sha256) == (None, None, None)
+
+
+def test_a_file_without_moments_is_refused(tmp_path):
+    np.savez(tmp_path / "samples.npz", arr_0=np.zeros(3))
+    with pytest.raises(ValueError, match=r"arr_0.*'mu'"):
+        Moments.load(tmp_path / "samples.npz")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(3), sigma=np.eye(2))
+    with pytest.raises(ValueError, match=r"\(3,\) and 'sigma' \(2, 2\)"):
+        Moments.load(tmp_path / "odd.npz")
+
+
+def test_a_pickle_in_a_moments_file_is_not_opened(tmp_path):
+    np.savez(tmp_path / "moments.npz", mu=np.array([object()], dtype=object), sigma=np.eye(1))
+    with pytest.raises(ValueError, match="allow_pickle"):
+        Moments.load(tmp_path / "moments.npz")
+
+
+def test_result_says_what_it_is():
+    extractor = Flatten(8)
+    few, many = moments_of(random_features(5, 8, 0)), moments_of(random_features(90, 8, 1))
+    result = compare(extractor, few, many, "shards/test")
+    assert result.metric == "FD-Pixels"
+    assert (result.count, result.reference, result.reference_count) == (5, "shards/test", 90)
+    assert (result.extractor, result.weights_sha256, result.protocol) == ("Pixels", "0" * 64, "none")
+    assert result.value == frechet_distance(few, many)
+    assert len(result.notes) == 1 and result.notes[0].startswith("samples: 5 images for 8 features")
+    assert compare(extractor, many, many, "itself").notes == ()
+
+
+def test_reference_of_another_extractor_is_refused():
+    samples = moments_of(random_features(9, 4, 0))
+    other = Moments(samples.mean, samples.covariance, 9, "Other", "f" * 64)
+    with pytest.raises(ValueError, match=r"made by Other .*this is Pixels"):
+        compare(Flatten(4), samples, other, "reference.npz")
+    with pytest.raises(ValueError, match=r"has 3 features, Pixels gives 4"):
+        compare(Flatten(4), samples, moments_of(random_features(9, 3, 0)), "reference.npz")
+    unsaid = Moments(samples.mean, samples.covariance)
+    assert "does not say which extractor" in compare(Flatten(4), samples, unsaid, "reference.npz").notes[0]

@@ -1,0 +1,101 @@
+"""Manifolds of features: counted by hand, by brute force, and by torch-fidelity."""
+
+import pytest
+import torch
+
+from discrete_lit.evaluation.feature_statistics import EvenSample
+from discrete_lit.metrics import precision_recall
+from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
+
+
+def column(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)[:, None]
+
+
+def test_balls_on_a_line() -> None:
+    """Second neighbours: of 0, 1, 3, 10 the radii are 3, 2, 3, 9."""
+    manifold = Manifold(column(0, 1, 3, 10), neighbours=2)
+    assert manifold.radii.tolist() == [3, 2, 3, 9]
+    # The border belongs to a ball; 19 is at distance 9 of 10, -3 at distance 3 of 0.
+    covered = {-3.0: 1, -3.1: 0, 0.5: 1, 19.0: 1, 19.1: 0}
+    for value, expected in covered.items():
+        assert manifold.share_covered(column(value)) == expected, value
+    assert manifold.share_covered(column(*covered)) == 3 / 5
+
+
+def test_precision_and_recall_are_not_swapped() -> None:
+    """All samples at one mode of two: each lies among the reference's, which they cover half of."""
+    reference = column(0, 1, 2, 3, 100, 101, 102, 103)
+    assert precision_and_recall(column(0.5, 1.5, 2.5, 1.0), Manifold(reference, 2)) == (1.0, 0.5)
+    # Half of the samples are far from all reference features, and the other half covers them.
+    samples = column(0, 1, 2, 3, 1e4, 1e4 + 1, 1e4 + 2, 1e4 + 3)
+    assert precision_and_recall(samples, Manifold(column(0.1, 1.1, 2.1, 3.1), 2)) == (0.5, 1.0)
+
+
+def brute_force(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[float, float]:
+    def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
+        hits = 0
+        for point in points:
+            for place, centre in enumerate(centres):
+                others = [float((centre - other).norm()) for at, other in enumerate(centres) if at != place]
+                hits += float((point - centre).norm()) <= sorted(others)[k - 1]
+                if float((point - centre).norm()) <= sorted(others)[k - 1]:
+                    break
+        return hits / len(points)
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("distances_at_once", [1, 50, 2**25])
+def test_against_brute_force_in_blocks_of_any_size(
+    k: int, distances_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision_recall, "_DISTANCES_AT_ONCE", distances_at_once)
+    random = torch.Generator().manual_seed(k)
+    reference = torch.randn(17, 4, generator=random, dtype=torch.float64)
+    samples = torch.randn(12, 4, generator=random, dtype=torch.float64) * 0.8 + 0.5
+    found = precision_and_recall(samples, Manifold(reference, k))
+    assert found == pytest.approx(brute_force(samples, reference, k))
+    assert 0 < found[1] < found[0] < 1
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (100.0, 0.01)])
+def test_against_torch_fidelity(mean: float, spread: float) -> None:
+    """Also where distances are small beside the features themselves: there float32 products lose them."""
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
+    random = torch.Generator().manual_seed(0)
+    reference = torch.randn(300, 16, generator=random) * spread + mean
+    samples = torch.randn(200, 16, generator=random) * 0.8 * spread + mean
+    expected = calculate_precision_recall_full(samples.double(), reference.double(), neighborhood=3)
+    assert precision_and_recall(samples, Manifold(reference)) == pytest.approx(expected)
+    assert 0 < expected[1] < expected[0] < 1
+
+
+def test_a_collapsed_set_covers_only_itself() -> None:
+    """Twenty times one image: balls without a radius, which hold their own centre."""
+    random = torch.Generator().manual_seed(0)
+    reference = torch.randn(20, 512, generator=random) + 100
+    repeated = reference[:1].repeat(20, 1)
+    assert precision_and_recall(repeated, Manifold(reference)) == (1.0, 1 / 20)
+
+
+@pytest.mark.parametrize(("count", "neighbours"), [(3, 3), (5, 0)])
+def test_mistakes_are_refused(count: int, neighbours: int) -> None:
+    with pytest.raises(ValueError, match=f"got {neighbours} and {count}"):
+        Manifold(torch.zeros(count, 2), neighbours)
+
+
+@pytest.mark.parametrize(("limit", "total"), [(None, 10), (4, 10), (10, 10), (99, 10), (3, 7), (1, 5)])
+@pytest.mark.parametrize("batch", [1, 3, 10])
+def test_an_even_sample_has_its_size_whatever_the_batches(limit: int | None, total: int, batch: int) -> None:
+    sample = EvenSample(limit, total)
+    for rows in torch.arange(total)[:, None].split(batch):
+        sample.update(rows)
+    kept = sample.compute()[:, 0].tolist()
+    wanted = total if limit is None else min(limit, total)
+    assert len(kept) == wanted and kept[0] == 0
+    # A k-th of the rows lies in each k-th of the stream.
+    assert kept == [-(-place * total // wanted) for place in range(wanted)]
