@@ -24,9 +24,9 @@ from torch import Tensor
 
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
     ForwardProcess,
     Head,
+    LeaveOneOutHead,
     LogLinearSchedule,
     PosteriorHead,
     ScoreHead,
@@ -35,22 +35,22 @@ from discrete_lit.diffusion import (
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
+    DiscreteFlowMatching,
     DiscreteTimeBound,
-    FlowMatching,
     MaskedCrossEntropy,
     ScoreEntropy,
 )
 
 LENGTH, TARGETS, MEMORY_TARGET, MEMORY_BATCH = 256, {1024: 0.10, 16_384: 0.20}, 3, 8
 CASES: dict[str, tuple[DiffusionLoss, Head, Callable[[int], ForwardProcess]]] = {
-    "masked cross-entropy": (MaskedCrossEntropy(), CavityHead(), AbsorbingProcess),
+    "masked cross-entropy": (MaskedCrossEntropy(), LeaveOneOutHead(), AbsorbingProcess),
     "score entropy, masks": (ScoreEntropy(), ScoreHead(), AbsorbingProcess),
     "score entropy, uniform": (ScoreEntropy(), ScoreHead(False, False), UniformProcess),
-    "continuous bound, uniform": (ContinuousBound(), CavityHead(), UniformProcess),
-    "bound of 1,000 steps, uniform": (DiscreteTimeBound(1000), CavityHead(), UniformProcess),
-    "flow matching, uniform": (FlowMatching(), PosteriorHead(), UniformProcess),
+    "continuous bound, uniform": (ContinuousBound(), LeaveOneOutHead(), UniformProcess),
+    "bound of 1,000 steps, uniform": (DiscreteTimeBound(1000), LeaveOneOutHead(), UniformProcess),
+    "flow matching, uniform": (DiscreteFlowMatching(), PosteriorHead(), UniformProcess),
 }
-MANY_STEPS = (DiscreteTimeBound(1_000_000), CavityHead(), UniformProcess)
+MANY_STEPS = (DiscreteTimeBound(1_000_000), LeaveOneOutHead(), UniformProcess)
 
 
 class LossStep:

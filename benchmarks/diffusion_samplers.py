@@ -24,10 +24,10 @@ from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
     ForwardProcess,
     Head,
     HybridProcess,
+    LeaveOneOutHead,
     LogLinearSchedule,
     ScoreHead,
     UniformProcess,
@@ -46,19 +46,19 @@ from discrete_lit.samplers import (
 LENGTH, TARGET, STEPS = 256, 0.05, 8
 MASKS, UNIFORM, HYBRID = AbsorbingProcess, UniformProcess, HybridProcess
 CASES: dict[str, tuple[Sampler, Callable[[int], ForwardProcess], Head]] = {
-    "ancestral, masks": (AncestralSampler(steps=STEPS), MASKS, CavityHead()),
-    "ancestral, masks, top-p 0.9": (AncestralSampler(steps=STEPS, top_p=0.9), MASKS, CavityHead()),
+    "ancestral, masks": (AncestralSampler(steps=STEPS), MASKS, LeaveOneOutHead()),
+    "ancestral, masks, top-p 0.9": (AncestralSampler(steps=STEPS, top_p=0.9), MASKS, LeaveOneOutHead()),
     "ancestral, masks, scores": (AncestralSampler(steps=STEPS, guidance_law="score"), MASKS, ScoreHead()),
-    "ancestral, uniform": (AncestralSampler(steps=STEPS), UNIFORM, CavityHead()),
-    "ancestral, hybrid": (AncestralSampler(steps=STEPS), HYBRID, CavityHead()),
+    "ancestral, uniform": (AncestralSampler(steps=STEPS), UNIFORM, LeaveOneOutHead()),
+    "ancestral, hybrid": (AncestralSampler(steps=STEPS), HYBRID, LeaveOneOutHead()),
     "analytic, uniform": (AncestralSampler(steps=STEPS, guidance_law="score"), UNIFORM, ScoreHead(False, False)),
-    "Euler, masks": (EulerSampler(steps=STEPS), MASKS, CavityHead()),
+    "Euler, masks": (EulerSampler(steps=STEPS), MASKS, LeaveOneOutHead()),
     "Euler, uniform": (EulerSampler(steps=STEPS, guidance_law="score"), UNIFORM, ScoreHead(False, False)),
-    "tau-leaping, uniform": (TauLeapingSampler(steps=STEPS), UNIFORM, CavityHead()),
-    "first-hitting, masks": (FirstHittingSampler(), MASKS, CavityHead()),
-    "remasking, masks": (RemaskingSampler(steps=STEPS), MASKS, CavityHead()),
-    "Gibbs, uniform": (PredictorCorrectorSampler("gibbs", steps=STEPS), UNIFORM, CavityHead()),
-    "forward-backward, uniform": (PredictorCorrectorSampler(steps=STEPS), UNIFORM, CavityHead()),
+    "tau-leaping, uniform": (TauLeapingSampler(steps=STEPS), UNIFORM, LeaveOneOutHead()),
+    "first-hitting, masks": (FirstHittingSampler(), MASKS, LeaveOneOutHead()),
+    "remasking, masks": (RemaskingSampler(steps=STEPS), MASKS, LeaveOneOutHead()),
+    "Gibbs, uniform": (PredictorCorrectorSampler("gibbs", steps=STEPS), UNIFORM, LeaveOneOutHead()),
+    "forward-backward, uniform": (PredictorCorrectorSampler(steps=STEPS), UNIFORM, LeaveOneOutHead()),
 }
 
 

@@ -32,7 +32,7 @@ from side_by_side.between_steps import BetweenSteps
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from discrete_lit.callbacks import GradientNorm, Throughput, TrainingAlarm
+from discrete_lit.callbacks import GradientNorm, Throughput, TrainingGuard
 from discrete_lit.tokenizers import VQGAN
 from discrete_lit.tokenizers.losses import LPIPS, AdversarialLoss
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> BetweenSteps:
         limit_val_batches=0,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="tensorboard", version=""),
-        callbacks=[between, GradientNorm(), Throughput(), TrainingAlarm(min_codebook_usage=0.0)],
+        callbacks=[between, GradientNorm(), Throughput(), TrainingGuard(min_codebook_usage=0.0)],
         enable_checkpointing=False,
         enable_progress_bar=False,
     )

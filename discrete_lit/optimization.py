@@ -68,14 +68,14 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
-class WarmupAndFall(LambdaLR, ABC):
+class WarmupDecay(LambdaLR, ABC):
     """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a fall to a share of it.
 
     Args:
         optimizer: given by the configuration.
         warmup_steps: batches until the full rate.
         total_steps: batches until the final rate, which stays from there on.
-        final_share: the final rate as a share of the full one, in [0, 1].
+        min_lr_factor: the final rate as a share of the full one, in [0, 1].
         hold_steps: batches of the full rate behind the warm-up, before the fall.
 
     Raises:
@@ -87,7 +87,7 @@ class WarmupAndFall(LambdaLR, ABC):
         optimizer: Optimizer,
         warmup_steps: int,
         total_steps: int,
-        final_share: float = 0.0,
+        min_lr_factor: float = 0.0,
         hold_steps: int = 0,
     ) -> None:
         if not 0 <= warmup_steps < total_steps:
@@ -97,15 +97,15 @@ class WarmupAndFall(LambdaLR, ABC):
                 f"hold_steps must lie in [0, total_steps - warmup_steps), got {hold_steps} of "
                 f"{total_steps - warmup_steps}"
             )
-        if not 0 <= final_share <= 1:
-            raise ValueError(f"final_share must lie in [0, 1], got {final_share}")
+        if not 0 <= min_lr_factor <= 1:
+            raise ValueError(f"min_lr_factor must lie in [0, 1], got {min_lr_factor}")
         first = warmup_steps + hold_steps
 
         def share(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
             progress = min(1.0, max(step - first, 0) / (total_steps - first))
-            return final_share + (1 - final_share) * self.fall(progress)
+            return min_lr_factor + (1 - min_lr_factor) * self.fall(progress)
 
         super().__init__(optimizer, share)
 
@@ -114,14 +114,14 @@ class WarmupAndFall(LambdaLR, ABC):
         """From 1 at the beginning of the fall, `progress` 0, to 0 at its end, `progress` 1."""
 
 
-class WarmupCosine(WarmupAndFall):
+class WarmupCosine(WarmupDecay):
     """Linear warm-up to the optimizer's learning rate, the full rate for a while, then half a cosine to a share."""
 
     def fall(self, progress: float) -> float:
         return (1 + cos(pi * progress)) / 2
 
 
-class WarmupLinear(WarmupAndFall):
+class WarmupLinear(WarmupDecay):
     """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a line to a share (VAR)."""
 
     def fall(self, progress: float) -> float:

@@ -86,7 +86,7 @@ def rates(steps: int, schedule: type = WarmupCosine, **arguments) -> list[float]
 
 
 def test_warmup_and_cosine() -> None:
-    seen = rates(12, warmup_steps=4, total_steps=10, final_share=0.1)
+    seen = rates(12, warmup_steps=4, total_steps=10, min_lr_factor=0.1)
     assert seen[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     expected = [2 * (0.1 + 0.9 * (1 + cos(pi * step / 6)) / 2) for step in range(7)]
     assert seen[4:11] == pytest.approx(expected)
@@ -100,7 +100,7 @@ def test_without_warmup() -> None:
 def test_vars_line() -> None:
     """Of VAR: warm-up, full rate for 5% of what is left, then linear; written out from its definition."""
     total, warmup, final = 220, 20, 0.1
-    seen = rates(total + 5, WarmupLinear, warmup_steps=warmup, total_steps=total, hold_steps=10, final_share=final)
+    seen = rates(total + 5, WarmupLinear, warmup_steps=warmup, total_steps=total, hold_steps=10, min_lr_factor=final)
     for step in range(warmup, total):
         rest = 1 - (step - warmup) / (total - warmup)
         expected = 1.0 if rest > 0.95 else final + (1 - final) * rest / 0.95
@@ -122,7 +122,7 @@ def test_cosine_over_the_last_tenth() -> None:
         ({"warmup_steps": 1, "total_steps": 5, "hold_steps": -1}, "hold_steps must lie in .*, got -1 of 4"),
         ({"warmup_steps": 5, "total_steps": 5}, "got 5 of 5"),
         ({"warmup_steps": -1, "total_steps": 5}, "got -1 of 5"),
-        ({"warmup_steps": 1, "total_steps": 5, "final_share": 1.1}, r"final_share must lie in \[0, 1\]"),
+        ({"warmup_steps": 1, "total_steps": 5, "min_lr_factor": 1.1}, r"min_lr_factor must lie in \[0, 1\]"),
     ],
 )
 def test_settings_out_of_range(arguments, message: str) -> None:

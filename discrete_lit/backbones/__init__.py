@@ -1,6 +1,6 @@
 """The shared transformer, and heads that predict an id in parts. Plain PyTorch."""
 
-from discrete_lit.backbones.backbone import Backbone, PlaceHead, SequenceLayout
+from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
@@ -12,7 +12,7 @@ __all__ = [
     "Cache",
     "FactorisedHead",
     "MaskedBitHead",
-    "PlaceHead",
     "SequenceLayout",
+    "SubTokenHead",
     "Transformer",
 ]

@@ -26,7 +26,7 @@ from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.random import CounterRandom
 
 
-class IdParts(nn.Module):
+class SubTokens(nn.Module):
     """Ids in [0, K) as digits of unequal bases, the least significant first.
 
     With sizes 2^6 and 2^12 the first part of an 18-bit id is its low 6 bits (Luo et al., "Open-MAGVIT2", 2024).
@@ -78,7 +78,7 @@ def bits_of_vocabulary(vocab_size: int, what_needs_them: str) -> int:
     return bits
 
 
-class PlaceHead(nn.Module, ABC):
+class SubTokenHead(nn.Module, ABC):
     """p(id | what comes before its place) as the product over parts of p(part | parts before it, hidden state).
 
     It takes the place of the softmax over all K ids, which a vocabulary of 2^18 is too large for. The transformer makes
@@ -97,10 +97,10 @@ class PlaceHead(nn.Module, ABC):
     def __init__(self, sizes: Sequence[int], vocab_size: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.parts = IdParts(sizes, vocab_size)
+        self.parts = SubTokens(sizes, vocab_size)
 
     @abstractmethod
-    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+    def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         """Logits of the next part.
 
         Args:
@@ -137,7 +137,7 @@ class PlaceHead(nn.Module, ABC):
         parts = self.parts.split(ids)
         total = hidden.new_zeros(ids.shape, dtype=torch.float32)
         for number in range(len(self.parts)):
-            logits = self.part_logits(hidden, parts[..., :number])
+            logits = self.sub_token_logits(hidden, parts[..., :number])
             total = total + logits.log_softmax(dim=-1).gather(-1, parts[..., number, None])[..., 0]
         return total
 
@@ -212,7 +212,7 @@ class Backbone(nn.Module, ABC):
             `forward` then gives in the place of logits.
     """
 
-    place_head: PlaceHead | None
+    place_head: SubTokenHead | None
 
     def __init__(self, layout: SequenceLayout) -> None:
         super().__init__()
@@ -295,15 +295,17 @@ class Backbone(nn.Module, ABC):
         return counted[batch,]
 
     def head_flops(self, batch: int, known: int) -> int:
-        """Count those of `place_head.part_logits` at one place of B sequences, given the first `known` parts."""
+        """Count those of `place_head.sub_token_logits` at one place of B sequences, given the first `known` parts."""
         assert self.place_head is not None
         counted = _counted.setdefault(self.place_head, {})
         if (batch, known) not in counted:
 
-            def prepare(head: PlaceHead) -> Callable[[], object]:
+            def prepare(head: SubTokenHead) -> Callable[[], object]:
                 device = next(head.parameters()).device
                 hidden = torch.zeros(batch, 1, head.width, device=device)
-                return partial(head.part_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device))
+                return partial(
+                    head.sub_token_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device)
+                )
 
             counted[batch, known] = count_flops(self.place_head, prepare)
         return counted[batch, known]

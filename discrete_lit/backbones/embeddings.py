@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from discrete_lit.backbones.backbone import IdParts, SequenceLayout, bits_of_vocabulary
+from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 
 InputKind = Literal["table", "bits", "parts"]
 
@@ -46,10 +46,10 @@ class BitProjection(nn.Module):
         return self.project(signs.unflatten(1, (-1, self.layout.parts)).flatten(2).to(self.project.weight.dtype))
 
 
-class PartTables(nn.Module):
+class SubTokenTables(nn.Module):
     """The sum of a learned vector for each part of an id (Luo et al., "Open-MAGVIT2", 2024)."""
 
-    def __init__(self, parts: IdParts, width: int) -> None:
+    def __init__(self, parts: SubTokens, width: int) -> None:
         super().__init__()
         self.parts = parts
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in parts.sizes)
@@ -89,8 +89,8 @@ class TimeEmbedding(nn.Module):
 
 
 def embed_tokens(
-    layout: SequenceLayout, width: int, kind: InputKind, parts: IdParts | None
-) -> TokenTable | BitProjection | PartTables | VectorProjection:
+    layout: SequenceLayout, width: int, kind: InputKind, parts: SubTokens | None
+) -> TokenTable | BitProjection | SubTokenTables | VectorProjection:
     """The embedding that a layout needs.
 
     Args:
@@ -110,7 +110,7 @@ def embed_tokens(
     if kind == "parts":
         if parts is None:
             raise ValueError("token_embedding='parts' embeds the parts that a place_head predicts: give one")
-        return PartTables(IdParts(parts.sizes, layout.vocab_size), width)
+        return SubTokenTables(SubTokens(parts.sizes, layout.vocab_size), width)
     if parts is not None:
         raise ValueError(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.backbone import PlaceHead, bits_of_vocabulary
+from discrete_lit.backbones.backbone import SubTokenHead, bits_of_vocabulary
 from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
 from discrete_lit.backbones.layers import LogitHead, Norm
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -21,7 +21,7 @@ from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 _MOST_SEQUENCES = 2**16 - 1
 
 
-class FactorisedHead(PlaceHead):
+class FactorisedHead(SubTokenHead):
     """A small causal transformer over the parts of one id, of unequal sizes or equal ones.
 
     It reads the place's hidden state and an embedding of each part so far; element p predicts part p. Parts of b / g
@@ -50,7 +50,7 @@ class FactorisedHead(PlaceHead):
         self.norm = Norm(width, block.norm, bias=offset, epsilon=epsilon)
         self.heads = nn.ModuleList(LogitHead(width, 1, size, False, block.bias, False, epsilon) for size in sizes)
 
-    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+    def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         read = self._read(hidden, known)
         return self.heads[known.shape[-1]](read[:, :, -1])
 
@@ -90,7 +90,7 @@ _RATIO_DEVIATION = 0.8
 _EPSILON = 1e-6
 
 
-class MaskedBitHead(PlaceHead):
+class MaskedBitHead(SubTokenHead):
     """An MLP that predicts the masked bits of an id from the others, for 2^b ids.
 
     Its input is an embedding of each bit (0, 1 or masked), its condition the place's hidden state and the share of
@@ -151,7 +151,7 @@ class MaskedBitHead(PlaceHead):
             x = block(x, condition)
         return self.output(self.last(x, condition)).unflatten(-1, (self.bits, 2))
 
-    def part_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+    def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         number = known.shape[-1]
         bits = F.pad(known, (0, self.bits - number), value=self.masked_bit)
         return self.bit_logits(hidden, bits)[:, :, number]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import Backbone, PlaceHead, SequenceLayout
+from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import (
     AttentionBias,
     Block,
@@ -81,7 +81,7 @@ def check_layout(
         )
 
 
-def check_place_head(layout: SequenceLayout, head_transform: bool, head_bias: bool | str | None) -> None:
+def check_sub_token_head(layout: SequenceLayout, head_transform: bool, head_bias: bool | str | None) -> None:
     if layout.attention != "causal":
         raise ValueError(f"a place_head predicts the next id of a causal sequence, this one is {layout.attention}")
     if head_transform or head_bias is not None:
@@ -133,7 +133,7 @@ class Transformer(Backbone):
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
         dropout: on embeddings, attention weights and residual branches, in [0, 1).
         drop_path: stochastic depth of the last block, growing linearly from the first.
-        recompute: keep no activations of the blocks for the backward pass, but compute them again.
+        activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -173,11 +173,11 @@ class Transformer(Backbone):
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool = False,
         tied: bool = False,
-        place_head: Callable[[BlockSettings, int], PlaceHead] | None = None,
+        place_head: Callable[[BlockSettings, int], SubTokenHead] | None = None,
         long_skips: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
-        recompute: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(layout)
         self.modulated = modulated = conditioning != "prefix"
@@ -198,7 +198,7 @@ class Transformer(Backbone):
         )
         check_layout(layout, depth, target_positions, token_embedding, tied, long_skips)
         if place_head is not None:
-            check_place_head(layout, head_transform, head_bias)
+            check_sub_token_head(layout, head_transform, head_bias)
         if mlp_hidden is None:
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
@@ -263,7 +263,7 @@ class Transformer(Backbone):
             outputs = layout.parts * layout.outputs
             self.head = LogitHead(width, layout.places, outputs, head_transform, head_offset, tied, norm_epsilon)
         self.tied = tied
-        self.recompute = recompute
+        self.activation_checkpointing = activation_checkpointing
         self.register_buffer("mask", _scale_mask(layout), persistent=False)
         self._initialise()
 
@@ -384,7 +384,7 @@ class Transformer(Backbone):
                 causal,
                 None if cache is None else cache.layer(layer),
             )
-            if self.recompute and self.training:
+            if self.activation_checkpointing and self.training:
                 hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
             else:
                 hidden = block(*arguments)

@@ -5,7 +5,7 @@ from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
 from discrete_lit.callbacks.monitors import GradientNorm, ReconstructionFrechet, Throughput
 from discrete_lit.callbacks.preemption import Preemption
-from discrete_lit.callbacks.training_guard import TrainingAlarm, TrainingStopped
+from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
     "Compile",
@@ -16,6 +16,6 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",
-    "TrainingAlarm",
+    "TrainingGuard",
     "TrainingStopped",
 ]

@@ -235,7 +235,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
             if isinstance(part, Codebook):
                 part.prepare = part.observe = _nothing
             if isinstance(part, Transformer):
-                part.recompute = False
+                part.activation_checkpointing = False
         inputs = {name: _without_data(value) for name, value in batch.items()}
 
         def step() -> None:

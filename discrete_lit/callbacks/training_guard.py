@@ -31,7 +31,7 @@ class TrainingStopped(RuntimeError):
     """An alarm ended the run."""
 
 
-class TrainingAlarm(Callback):
+class TrainingGuard(Callback):
     """Watches the codebook's usage and the loss; ranks act together.
 
     Of a tokenizer it logs `train/codebook_usage` (share of the K ids that occur) and `train/perplexity` (exp of the
@@ -65,10 +65,10 @@ class TrainingAlarm(Callback):
         most_skipped: int = 10,
     ) -> None:
         if not 0 <= min_codebook_usage <= 1:
-            raise ValueError(f"min_codebook_usage of TrainingAlarm must lie in [0, 1], got {min_codebook_usage}")
+            raise ValueError(f"min_codebook_usage of TrainingGuard must lie in [0, 1], got {min_codebook_usage}")
         if window < 1 or most_skipped < 1:
             raise ValueError(
-                f"window and most_skipped of TrainingAlarm must be at least 1, got {window} and {most_skipped}"
+                f"window and most_skipped of TrainingGuard must be at least 1, got {window} and {most_skipped}"
             )
         self.min_codebook_usage = min_codebook_usage
         self.window = window

@@ -61,7 +61,7 @@ def load_meters(
     return meters
 
 
-def load_judge(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """A classifier on `device`, from images in [-1, 1] to logits.
 
     Raises:
@@ -176,7 +176,7 @@ def evaluate(
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
     meters = load_meters(reconstructions, lpips_weights, place)
     generators = load_generators(likelihoods, image_size)
-    judge = None if classifier is None else load_judge(classifier, num_classes, place)
+    judge = None if classifier is None else load_classifier(classifier, num_classes, place)
     extractor = (extractor or EfficientNetLite0()).to(place)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:

@@ -32,7 +32,7 @@ from discrete_lit.callbacks import (
     ReconstructionGrid,
     SampleGrid,
     Throughput,
-    TrainingAlarm,
+    TrainingGuard,
     TrainingStopped,
 )
 from discrete_lit.checkpoints import build, check_weights, load_weights, module_config, read_checkpoint, record_config
@@ -314,7 +314,7 @@ class TrainingCLI(LightningCLI):
         if settings["enable_progress_bar"] is not False:
             always.append(TQDMProgressBar())
         if self.command == "fit":
-            always.append(TrainingAlarm())
+            always.append(TrainingGuard())
         if logged:
             always += [ReconstructionGrid(), SampleGrid()]
             if self.command == "fit":

@@ -1,11 +1,11 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
-from discrete_lit.diffusion.parameterization import CavityHead, Denoiser, Head, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
     DenseProcess,
+    DiscretizedGaussianProcess,
     ForwardProcess,
-    GaussianProcess,
     HybridProcess,
     MixtureProcess,
     UniformProcess,
@@ -30,17 +30,17 @@ from discrete_lit.diffusion.schedules import (
 __all__ = [
     "AbsorbingProcess",
     "ArccosSchedule",
-    "CavityHead",
     "CosineSchedule",
     "CosineSquaredSchedule",
     "D3PMCosineSchedule",
     "Denoiser",
     "DenseProcess",
+    "DiscretizedGaussianProcess",
     "ForwardProcess",
-    "GaussianProcess",
     "GeometricSchedule",
     "Head",
     "HybridProcess",
+    "LeaveOneOutHead",
     "LinearSchedule",
     "LogLinearSchedule",
     "LogSinSchedule",

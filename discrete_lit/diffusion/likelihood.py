@@ -14,11 +14,11 @@ from torch import Tensor
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.losses import ContinuousBound, DiffusionLoss, MaskedCrossEntropy, ScoreEntropy
 from discrete_lit.diffusion.parameterization import (
-    CavityHead,
     Denoiser,
-    cavity_from_posterior,
-    cavity_from_score,
-    posterior_from_cavity,
+    LeaveOneOutHead,
+    leave_one_out_from_posterior,
+    leave_one_out_from_score,
+    posterior_from_leave_one_out,
 )
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.schedules import NoiseLevel
@@ -76,7 +76,7 @@ def likelihood_bound(
         logits = network(states, level)
         head = denoiser.head
         if not isinstance(loss, ScoreEntropy):
-            logits, head = clean_log_probabilities(denoiser, logits, states, level), CavityHead()
+            logits, head = clean_log_probabilities(denoiser, logits, states, level), LeaveOneOutHead()
         cost = loss(logits, head, tokens, states, process, level).double().sum(dim=1)
         costs.append(weight[:, 0] * cost)
     drawn = torch.stack(costs)
@@ -90,11 +90,11 @@ def clean_log_probabilities(denoiser: Denoiser, logits: Tensor, states: Tensor, 
     """The cavity `(B, N, K)` of a network's output; of no meaning for tokens that an absorbing process has left."""
     head, process = denoiser.head, denoiser.process
     if is_absorbing(process):
-        return CavityHead()(logits[..., : process.vocab_size], states, level)
+        return LeaveOneOutHead()(logits[..., : process.vocab_size], states, level)
     prediction = head(logits, states, level)
     if head.kind == "score":
-        return cavity_from_score(prediction, states, process, level)
-    return cavity_from_posterior(prediction, states, process, level) if head.kind == "posterior" else prediction
+        return leave_one_out_from_score(prediction, states, process, level)
+    return leave_one_out_from_posterior(prediction, states, process, level) if head.kind == "posterior" else prediction
 
 
 def enumerated_log_likelihood(network: Network, denoiser: Denoiser, tokens: Tensor) -> Tensor:
@@ -147,5 +147,5 @@ def _ends(network: Network, denoiser: Denoiser, tokens: Tensor, random: CounterR
     uniforms = random.uniform(Purpose.LIKELIHOOD, tokens.shape[1], step=samples + 1)
     states = process.corrupt(tokens, level.alpha, uniforms)
     cavity = clean_log_probabilities(denoiser, network(states, level), states, level)
-    posterior = posterior_from_cavity(cavity, states, process, level)
+    posterior = posterior_from_leave_one_out(cavity, states, process, level)
     return cost - posterior.gather(-1, tokens[..., None])[..., 0].double().sum(dim=1)

@@ -244,7 +244,7 @@ def mixture_at_states(
     log_predicted = floor.log() + F.softplus(at_state + alpha.log() - floor.log(), threshold=_LINEAR)
     # The mask's share does not depend on p.
     log_ratio = torch.where(is_mask, 0.0, of_state.log() - log_predicted)
-    return torch.where(is_mask, noise * process.mask_share, of_state), log_ratio
+    return torch.where(is_mask, noise * process.mask_fraction, of_state), log_ratio
 
 
 def _floor(process: MixtureProcess, noise: Tensor) -> Tensor:
@@ -362,7 +362,7 @@ class ScoreEntropy(DiffusionLoss):
         result = total + torch.where(is_clean, 0.0, cost(of_clean, at_clean))
         if process.masks:
             at_mask = scores[..., process.vocab_size].double()
-            result = result + torch.where(is_mask, 0.0, cost(level.noise * process.mask_share, at_mask))
+            result = result + torch.where(is_mask, 0.0, cost(level.noise * process.mask_fraction, at_mask))
         if share > 0:
             # Its own score is 0, so of the ids only x_0's has to be taken out.
             others = scores[..., : process.vocab_size].sum(dim=-1).double() - at_clean
@@ -502,7 +502,7 @@ class HybridBound(DiscreteTimeBound):
         return self.steps * (divergence - self.cross_entropy_weight * gather(cavity, tokens).double())
 
 
-class FlowMatching(DiffusionLoss):
+class DiscreteFlowMatching(DiffusionLoss):
     """The generalised KL of mixture paths: `m' / m [x_t != x_0](-log p(x_0)) + m' / m ([x_t = x_0] - p(x_t))`.
 
     p is the posterior, with which tokens jump at rate `m' / m p(y)` (Shaul et al., eq. 36): it bounds -log p of that
@@ -516,8 +516,8 @@ class FlowMatching(DiffusionLoss):
         super().check(head, process)
         if not isinstance(process, MixtureProcess):
             raise ValueError(
-                "FlowMatching is for paths that mix data with one distribution (AbsorbingProcess, UniformProcess, "
-                f"HybridProcess), got {type(process).__name__}"
+                "DiscreteFlowMatching is for paths that mix data with one distribution (AbsorbingProcess, "
+                f"UniformProcess, HybridProcess), got {type(process).__name__}"
             )
 
     def integrand(

@@ -58,7 +58,7 @@ class PosteriorHead(Head):
         return at_least_float32(logits).log_softmax(dim=-1)
 
 
-class CavityHead(Head):
+class LeaveOneOutHead(Head):
     """Log-probabilities of the clean id given the other tokens of x_t."""
 
     kind = "cavity"
@@ -91,26 +91,28 @@ class ScoreHead(Head):
         return scores.scatter(-1, states[..., None], 0.0)
 
 
-def posterior_from_cavity(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
+def posterior_from_leave_one_out(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
     """log p(x_0 | x_t) of the log-probabilities given the other tokens: times q(x_t | x_0), normalised."""
     likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
     return (cavity + likelihood.log().to(cavity.dtype)).log_softmax(dim=-1)
 
 
-def cavity_from_posterior(posterior: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
+def leave_one_out_from_posterior(
+    posterior: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+) -> Tensor:
     """The inverse; at a token that cannot have come from elsewhere the cavity is not known, and the posterior given."""
     likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
     divided = posterior - torch.where(likelihood > 0, likelihood.log(), 0.0).to(posterior.dtype)
     return divided.log_softmax(dim=-1)
 
 
-def score_from_cavity(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
+def score_from_leave_one_out(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
     """Log-scores: q_t(y | x_0) averaged over the cavity, over that of the token itself."""
     marginal = process.marginal(cavity.exp(), level.alpha).log()
     return marginal - marginal.gather(-1, states[..., None])
 
 
-def cavity_from_score(score: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
+def leave_one_out_from_score(score: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
     """The distribution over ids whose noisy marginal has these scores; what a score that none has makes negative is 0.
 
     At a token that cannot have come from elsewhere, an unmasked one of an absorbing process, scores say nothing. Where

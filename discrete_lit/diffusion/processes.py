@@ -113,23 +113,23 @@ class MixtureProcess(ForwardProcess):
 
     Args:
         vocab_size: K.
-        mask_share: of the mask in pi; the ids share the rest equally.
+        mask_fraction: of the mask in pi; the ids share the rest equally.
 
     Raises:
         ValueError: a share out of [0, 1].
     """
 
-    def __init__(self, vocab_size: int, mask_share: float) -> None:
-        if not 0 <= mask_share <= 1:
-            raise ValueError(f"mask_share must lie in [0, 1], got {mask_share}")
-        super().__init__(vocab_size, masks=mask_share > 0)
-        self.mask_share = mask_share
-        self.id_share = (1 - mask_share) / vocab_size
+    def __init__(self, vocab_size: int, mask_fraction: float) -> None:
+        if not 0 <= mask_fraction <= 1:
+            raise ValueError(f"mask_fraction must lie in [0, 1], got {mask_fraction}")
+        super().__init__(vocab_size, masks=mask_fraction > 0)
+        self.mask_fraction = mask_fraction
+        self.id_share = (1 - mask_fraction) / vocab_size
 
     def prior(self) -> Tensor:
         prior = torch.full((self.states,), self.id_share, dtype=torch.float64)
         if self.masks:
-            prior[-1] = self.mask_share
+            prior[-1] = self.mask_fraction
         return prior
 
     def push(self, distribution: Tensor, alpha: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class MixtureProcess(ForwardProcess):
     def prior_at(self, states: Tensor) -> Tensor:
         """pi of each of `states (...)`, float64."""
         ids = torch.full_like(states, self.id_share, dtype=torch.float64)
-        return ids.masked_fill(states == self.vocab_size, self.mask_share)
+        return ids.masked_fill(states == self.vocab_size, self.mask_fraction)
 
     def rates_into(self, states: Tensor) -> Tensor:
         others = 1 - torch.nn.functional.one_hot(states, self.states)
@@ -175,16 +175,16 @@ class MixtureProcess(ForwardProcess):
 
     def draw_prior(self, uniforms: Tensor) -> Tensor:
         ids = torch.full_like(uniforms, self.vocab_size, dtype=torch.int64)
-        if self.mask_share == 1:
+        if self.mask_fraction == 1:
             return ids
-        rest = (uniforms - self.mask_share) / (1 - self.mask_share)
+        rest = (uniforms - self.mask_fraction) / (1 - self.mask_fraction)
         drawn = (rest * self.vocab_size).long().clamp(0, self.vocab_size - 1)
-        return torch.where(uniforms < self.mask_share, ids, drawn)
+        return torch.where(uniforms < self.mask_fraction, ids, drawn)
 
     def _prior_like(self, distribution: Tensor) -> Tensor:
         prior = distribution.new_full((self.states,), self.id_share)
         if self.masks:
-            prior[-1] = self.mask_share
+            prior[-1] = self.mask_fraction
         return prior
 
 
@@ -196,7 +196,7 @@ class AbsorbingProcess(MixtureProcess):
     """
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__(vocab_size, mask_share=1.0)
+        super().__init__(vocab_size, mask_fraction=1.0)
 
 
 class UniformProcess(MixtureProcess):
@@ -207,7 +207,7 @@ class UniformProcess(MixtureProcess):
     """
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__(vocab_size, mask_share=0.0)
+        super().__init__(vocab_size, mask_fraction=0.0)
 
 
 class HybridProcess(MixtureProcess):
@@ -215,18 +215,18 @@ class HybridProcess(MixtureProcess):
 
     Args:
         vocab_size: K.
-        mask_share: of the mask, in (0, 1).
+        mask_fraction: of the mask, in (0, 1).
 
     Raises:
         ValueError: a share that leaves one of the two out.
     """
 
-    def __init__(self, vocab_size: int, mask_share: float = 0.8) -> None:
-        if not 0 < mask_share < 1:
+    def __init__(self, vocab_size: int, mask_fraction: float = 0.8) -> None:
+        if not 0 < mask_fraction < 1:
             raise ValueError(
-                f"mask_share must lie in (0, 1), got {mask_share}; 1 is AbsorbingProcess, 0 UniformProcess"
+                f"mask_fraction must lie in (0, 1), got {mask_fraction}; 1 is AbsorbingProcess, 0 UniformProcess"
             )
-        super().__init__(vocab_size, mask_share)
+        super().__init__(vocab_size, mask_fraction)
 
 
 LARGEST_VOCABULARY = 1024
@@ -321,7 +321,7 @@ class DenseProcess(ForwardProcess):
         return (scaled @ vectors.T).to(values.dtype)
 
 
-class GaussianProcess(DenseProcess):
+class DiscretizedGaussianProcess(DenseProcess):
     """D3PM's discretised Gaussian over ids in their order, grey levels for instance (Austin et al., 2021, eq. 8).
 
     Jumps come at rate 1 and follow the paper's matrix, off its diagonal
@@ -343,8 +343,8 @@ class GaussianProcess(DenseProcess):
             raise ValueError(f"beta must be > 0, got {beta}")
         if vocab_size > LARGEST_VOCABULARY:
             raise ValueError(
-                f"GaussianProcess is for at most {LARGEST_VOCABULARY} ids in an order that means something (grey "
-                f"levels), got {vocab_size}"
+                f"DiscretizedGaussianProcess is for at most {LARGEST_VOCABULARY} ids in an order that means something "
+                f"(grey levels), got {vocab_size}"
             )
         self.transition = gaussian_transition(vocab_size, beta)
         super().__init__(self.transition - torch.eye(vocab_size, dtype=torch.float64))
@@ -362,4 +362,4 @@ def gaussian_transition(size: int, beta: float) -> Tensor:
 
 def is_absorbing(process: ForwardProcess) -> bool:
     """Whether noise only masks."""
-    return isinstance(process, MixtureProcess) and process.mask_share == 1
+    return isinstance(process, MixtureProcess) and process.mask_fraction == 1

@@ -161,7 +161,7 @@ class TruncatedNormalSchedule(MaskSchedule):
         return (torch.special.ndtr(score) - self._below) / self._mass
 
 
-class ShortSchedule(MaskSchedule):
+class ClippedSchedule(MaskSchedule):
     """m = (1 - epsilon) f(t) with f from 0 to 1, so that the total noise -log(1 - m) stays finite.
 
     Args:
@@ -197,7 +197,7 @@ class ShortSchedule(MaskSchedule):
         return self._shape_inverse((m.double() / (1 - self.epsilon)).clamp(max=1))
 
 
-class LogLinearSchedule(ShortSchedule):
+class LogLinearSchedule(ClippedSchedule):
     """sigma = -log(1 - (1 - epsilon) t), so m = (1 - epsilon) t (Lou et al., "SEDD", 2024).
 
     Args:
@@ -211,7 +211,7 @@ class LogLinearSchedule(ShortSchedule):
         return value
 
 
-class LogSinSchedule(ShortSchedule):
+class LogSinSchedule(ClippedSchedule):
     """sigma = -log(1 - (1 - epsilon) sin(pi t / 2)), so m = (1 - epsilon) sin(pi t / 2).
 
     "Discrete Diffusion for Image Generation" trains with a "log-sin" schedule that it does not define, and SEDD's code
@@ -230,7 +230,7 @@ class LogSinSchedule(ShortSchedule):
         return torch.asin(value) * 2 / pi
 
 
-class CosineSquaredSchedule(ShortSchedule):
+class CosineSquaredSchedule(ClippedSchedule):
     """alpha = cos(pi t / 2)^2 but for epsilon, so m = (1 - epsilon) sin(pi t / 2)^2 (Nichol & Dhariwal, 2021; MDLM).
 
     Args:
@@ -245,7 +245,7 @@ class CosineSquaredSchedule(ShortSchedule):
         return torch.asin(torch.sqrt(value)) * 2 / pi
 
 
-class MDLMCosineSchedule(ShortSchedule):
+class MDLMCosineSchedule(ClippedSchedule):
     """What MDLM calls cosine: alpha = cos(pi t / 2) but for epsilon, so m = (1 - epsilon) (1 - cos(pi t / 2)).
 
     (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", 2024.)

@@ -174,7 +174,7 @@ class Autoregressive(Generator):
     def sampled_backbone(self) -> Backbone:
         return self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
 
-    def random_order_share(self) -> float:
+    def random_order_probability(self) -> float:
         """The probability of a random order at this step of training."""
         start, end = self.anneal_steps
         if self.global_step < start:
@@ -185,7 +185,7 @@ class Autoregressive(Generator):
         """`(B, N)`, a function of the sample and the step alone."""
         uniforms = random.uniform(Purpose.ORDER, self.length + 1)
         raster = torch.arange(self.length, device=uniforms.device)
-        return torch.where(uniforms[:, :1] < self.random_order_share(), uniforms[:, 1:].argsort(dim=1), raster)
+        return torch.where(uniforms[:, :1] < self.random_order_probability(), uniforms[:, 1:].argsort(dim=1), raster)
 
     def _given_order(self, count: int) -> Tensor | None:
         return None if self.fixed_order is None else self.fixed_order.expand(count, -1)

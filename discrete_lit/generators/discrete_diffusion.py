@@ -12,10 +12,10 @@ from discrete_lit.core.distributed import world_size
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
     Denoiser,
     ForwardProcess,
     Head,
+    LeaveOneOutHead,
     LinearSchedule,
     MaskSchedule,
 )
@@ -44,7 +44,7 @@ class DiscreteDiffusion(Generator):
         backbone: called with the `SequenceLayout`.
         process: called with the vocabulary K; masks by default.
         schedule: of training; `LinearSchedule()` by default. Samplers have their grids.
-        head: what the backbone predicts; `CavityHead()` by default.
+        head: what the backbone predicts; `LeaveOneOutHead()` by default.
         loss: `MaskedCrossEntropy()` by default; see `objective_kind`.
         time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
             noise only masks, whose best prediction does not depend on it, and else t.
@@ -81,7 +81,11 @@ class DiscreteDiffusion(Generator):
                 f"{type(noise).__name__} moves ids to their neighbours, and those of {type(tokenizer).__name__} have "
                 "no order: it is for grey levels (PixelLevels)"
             )
-        schedule, head, objective = schedule or LinearSchedule(), head or CavityHead(), loss or MaskedCrossEntropy()
+        schedule, head, objective = (
+            schedule or LinearSchedule(),
+            head or LeaveOneOutHead(),
+            loss or MaskedCrossEntropy(),
+        )
         objective.check(head, noise)
         if time_input is None:
             time_input = "none" if is_absorbing(noise) else "time"

@@ -15,7 +15,7 @@ from discrete_lit.backbones import Backbone, SequenceLayout
 from discrete_lit.backbones.backbone import bits_of_vocabulary
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
-from discrete_lit.diffusion.parameterization import CavityHead, Denoiser
+from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
 from discrete_lit.diffusion.processes import AbsorbingProcess
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.samplers import MaskGITSampler, Sampler
@@ -140,7 +140,7 @@ class Masked(Generator):
     def denoiser(self) -> Denoiser:
         """Of the absorbing process: where a token is masked, what is predicted is cavity and posterior alike."""
         layout = self.backbone.layout
-        return Denoiser(AbsorbingProcess(layout.vocab_size), LinearSchedule(), CavityHead(), "none")
+        return Denoiser(AbsorbingProcess(layout.vocab_size), LinearSchedule(), LeaveOneOutHead(), "none")
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         masked = self._training_masks(random)

@@ -254,7 +254,7 @@ def mdlm(state: State, reference: Reference) -> Conversion:
         dropped=sedd_mdlm.BUFFERS,
         process={"class_path": "discrete_lit.diffusion.AbsorbingProcess"},
         schedule=sedd_mdlm.schedule(config.get("noise", {}), "loglinear", ("loglinear", "geometric")),
-        head={"class_path": "discrete_lit.diffusion.CavityHead"},
+        head={"class_path": "discrete_lit.diffusion.LeaveOneOutHead"},
         loss={"class_path": "discrete_lit.diffusion.losses.MaskedCrossEntropy"},
         time_input="total_noise" if timed else "none",
         label_dropout=0.0,

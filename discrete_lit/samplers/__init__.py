@@ -17,9 +17,9 @@ from discrete_lit.samplers.maskgit import (
     TiTokSampler,
 )
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
-from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, PartSettings, RasterSampler
+from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
-from discrete_lit.samplers.sampler import Drawing, ParallelSampler, Sampler, SamplerOutput, TraceStep
+from discrete_lit.samplers.sampler import ParallelSampler, Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import NextScaleSampler
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "BARSampler",
     "ConfidenceSampler",
     "DiffusionSampler",
-    "Drawing",
     "EulerSampler",
     "FirstHittingSampler",
     "HaltonConfidenceSampler",
@@ -37,13 +36,14 @@ __all__ = [
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "ParallelSampler",
-    "PartSettings",
     "PredictorCorrectorSampler",
     "RandomOrderSampler",
     "RasterSampler",
     "RemaskingSampler",
     "Sampler",
     "SamplerOutput",
+    "SamplingContext",
+    "SubTokenSettings",
     "TauLeapingSampler",
     "TiTokSampler",
     "TraceStep",

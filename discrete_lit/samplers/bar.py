@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones import MaskedBitHead, PlaceHead
+from discrete_lit.backbones import MaskedBitHead, SubTokenHead
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.guidance import GuidanceSchedule
 from discrete_lit.samplers.raster import RasterSampler
-from discrete_lit.samplers.sampler import GuidedDecoder
+from discrete_lit.samplers.sampler import CachedDecoder
 
 
 class BARSampler(RasterSampler):
@@ -49,14 +49,14 @@ class BARSampler(RasterSampler):
         self.bit_counts = tuple(bit_counts)
         self.choice_temperature = choice_temperature
 
-    def draws(self, head: PlaceHead | None) -> int:
+    def draws(self, head: SubTokenHead | None) -> int:
         return 2 * len(self.bit_counts) * len(self._checked(head).parts)
 
-    def part_scales(self, steps: int, head: PlaceHead | None) -> list[list[float]]:
+    def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         return [self.scales(steps)]
 
     def draw_id(
-        self, head: PlaceHead, decoder: GuidedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
+        self, head: SubTokenHead, decoder: CachedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
         head, steps = self._checked(head), len(self.bit_counts)
         noise = uniforms.unflatten(-1, (steps, 2, head.bits))
@@ -64,7 +64,7 @@ class BARSampler(RasterSampler):
         total = uniforms.new_zeros((len(uniforms), 1))
         hidden_bits = head.bits
         for step, count in enumerate(self.bit_counts):
-            decoder.drawing.count_head(1 + decoder.doubled, 0)
+            decoder.context.count_head(1 + decoder.doubled, 0)
             logits = decoder.guide(head.bit_logits(hidden, decoder.rows(bits)), scales[0]) / self.temperature
             tau = self.choice_temperature * (1 - step / steps)
             drawn = self._draw_bits(logits, noise[:, :, step, 0], tau)
@@ -83,7 +83,7 @@ class BARSampler(RasterSampler):
             return logits.argmax(dim=-1)
         return draw_categorical(filter_logits(logits, self.top_k, self.top_p) / tau, uniforms)
 
-    def _checked(self, head: PlaceHead | None) -> MaskedBitHead:
+    def _checked(self, head: SubTokenHead | None) -> MaskedBitHead:
         if not isinstance(head, MaskedBitHead):
             raise ValueError(
                 f"BARSampler draws the bits of a generator with a MaskedBitHead, this one has "

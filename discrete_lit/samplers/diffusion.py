@@ -20,7 +20,7 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.diffusion import MaskSchedule
-from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_cavity
+from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_leave_one_out
 from discrete_lit.diffusion.processes import DenseProcess, is_absorbing
 from discrete_lit.diffusion.reverse import (
     Jumps,
@@ -35,24 +35,24 @@ from discrete_lit.diffusion.reverse import (
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
-from discrete_lit.samplers.sampler import Drawing, ParallelSampler, Sampler
+from discrete_lit.samplers.sampler import ParallelSampler, Sampler, SamplingContext
 
 
-def denoiser_of(drawing: Drawing, sampler: Sampler) -> Denoiser:
+def denoiser_of(context: SamplingContext, sampler: Sampler) -> Denoiser:
     """What a sampler of diffusion needs of the generator.
 
     Raises:
         ValueError: the generator did not learn to undo noise, or guidance has nothing to tell apart.
     """
     name = type(sampler).__name__
-    if drawing.denoiser is None:
+    if context.denoiser is None:
         raise ValueError(f"{name} needs a generator that learned to undo noise, as Masked and DiscreteDiffusion do")
-    if sampler.guidance_scale != 1 and drawing.layout.num_classes < 2:
+    if sampler.guidance_scale != 1 and context.layout.num_classes < 2:
         raise ValueError(
             f"guidance_scale={sampler.guidance_scale} needs a generator of several classes, this one has "
-            f"{drawing.layout.num_classes}: leave it at 1"
+            f"{context.layout.num_classes}: leave it at 1"
         )
-    return drawing.denoiser
+    return context.denoiser
 
 
 class Trajectory:
@@ -66,37 +66,37 @@ class Trajectory:
         log_probability: `(B, N)` float64, that of each id when it was drawn; 0 where none was.
     """
 
-    def __init__(self, drawing: Drawing, denoiser: Denoiser, level: NoiseLevel) -> None:
-        self.drawing = drawing
+    def __init__(self, context: SamplingContext, denoiser: Denoiser, level: NoiseLevel) -> None:
+        self.context = context
         self.denoiser = denoiser
-        self.fixed = ~drawing.unknown()
+        self.fixed = ~context.unknown()
         self.log_probability = torch.zeros(self.fixed.shape, dtype=torch.float64, device=self.fixed.device)
-        process, length = denoiser.process, drawing.layout.length
-        self.states = drawing.start()
+        process, length = denoiser.process, context.layout.length
+        self.states = context.start()
         if not is_absorbing(process):
-            prior = process.draw_prior(drawing.random.uniform(Purpose.ORDER, length))
+            prior = process.draw_prior(context.random.uniform(Purpose.ORDER, length))
             self.states = torch.where(self.fixed, self.states, prior)
             self.fix(level)
-            drawing.begin(self.states)
+            context.begin(self.states)
 
     @property
     def masked(self) -> Tensor:
         """`(B, N)` bool, where the mask stands."""
-        return self.states == self.drawing.layout.mask_id
+        return self.states == self.context.layout.mask_id
 
     def fix(self, level: NoiseLevel) -> None:
         """Put the tokens that are given to their places, with the noise of a level where noise is not masks alone."""
         if is_absorbing(self.denoiser.process) or not bool(self.fixed.any()):
             return
-        given = torch.where(self.fixed, self.drawing.start(), 0)
+        given = torch.where(self.fixed, self.context.start(), 0)
         # The same numbers at every level: what is given gets rid of its noise as the rest does.
-        uniforms = self.drawing.random.uniform(Purpose.MASK_ORDER, given.shape[1])
+        uniforms = self.context.random.uniform(Purpose.MASK_ORDER, given.shape[1])
         noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
         self.states = torch.where(self.fixed, noisy, self.states)
 
     def mask(self, forgotten: Tensor) -> None:
         """Mask tokens again, `(B, N)` bool."""
-        self.states = self.states.masked_fill(forgotten, self.drawing.layout.mask_id)
+        self.states = self.states.masked_fill(forgotten, self.context.layout.mask_id)
 
     def move(self, moved: Tensor, states: Tensor, log_probability: Tensor) -> None:
         """Note what a pass did.
@@ -108,7 +108,7 @@ class Trajectory:
         """
         self.states = torch.where(moved, states, self.states)
         self.log_probability = torch.where(moved, log_probability.double(), self.log_probability)
-        self.drawing.record(self.states, log_probability.double().masked_fill(~moved, torch.nan))
+        self.context.record(self.states, log_probability.double().masked_fill(~moved, torch.nan))
 
 
 GuidanceLaw = Literal["clean", "transition", "score"]
@@ -221,13 +221,13 @@ class DiffusionSampler(ParallelSampler):
                 f"{type(denoiser.process).__name__}"
             )
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        denoiser = denoiser_of(drawing, self)
+    def draw(self, context: SamplingContext) -> Tensor:
+        denoiser = denoiser_of(context, self)
         self.check(denoiser)
-        intervals, scales = self.intervals(denoiser.schedule, drawing), self.scales(self.steps)
-        trajectory = Trajectory(drawing, denoiser, intervals[0].before)
+        intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
+        trajectory = Trajectory(context, denoiser, intervals[0].before)
         if bool(trajectory.fixed.all()):
-            return drawing.start()
+            return context.start()
         for interval, scale in zip(intervals, scales, strict=True):
             self.step(trajectory, interval, scale)
             trajectory.fix(interval.after)
@@ -242,10 +242,10 @@ class DiffusionSampler(ParallelSampler):
         times[1:-1] = schedule.inverse(self.grid.mask_probability(times[1:-1]).clamp(ends[0], ends[1]))
         return times
 
-    def intervals(self, schedule: MaskSchedule, drawing: Drawing) -> list[Interval]:
+    def intervals(self, schedule: MaskSchedule, context: SamplingContext) -> list[Interval]:
         """The steps in turn, the noisiest first."""
-        times = self.times(schedule).flip(0).to(drawing.labels.device)
-        moments = [time.expand(len(drawing.labels), 1) for time in times]
+        times = self.times(schedule).flip(0).to(context.labels.device)
+        moments = [time.expand(len(context.labels), 1) for time in times]
         levels = [NoiseLevel.at(schedule, moment) for moment in moments]
         # Schedules that keep away from 0 would leave masks at the end.
         clean = torch.ones_like(levels[-1].alpha)
@@ -257,8 +257,8 @@ class DiffusionSampler(ParallelSampler):
 
     def step(self, trajectory: Trajectory, interval: Interval, scale: float) -> None:
         """Move the trajectory to the end of an interval."""
-        drawing, denoiser, states = trajectory.drawing, trajectory.denoiser, trajectory.states
-        coins = drawing.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
+        context, denoiser, states = trajectory.context, trajectory.denoiser, trajectory.states
+        coins = context.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
         forgotten = self.forget(trajectory, interval, coins)
         if is_absorbing(denoiser.process) and self.guidance_law == "clean":
             # The network has no say in which tokens are revealed.
@@ -266,9 +266,9 @@ class DiffusionSampler(ParallelSampler):
             if not bool((trajectory.masked & (coins < certain)).any()):
                 trajectory.mask(forgotten)
                 return
-        prediction = Prediction.of(drawing, denoiser, states, interval.seen, scale)
+        prediction = Prediction.of(context, denoiser, states, interval.seen, scale)
         jumps = self.jumps(prediction, interval)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
+        uniforms = context.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
         if interval.last and self.clean_up == "argmax":
             ids = jumps.most_probable(states)
             jumping, log_probability = ids != states, jumps.log_probability(ids)
@@ -388,7 +388,7 @@ class EulerSampler(AncestralSampler):
     def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
         if interval.last:
             return super().jumps_from_clean(clean, states, denoiser, interval)
-        scores = score_from_cavity(clean.double(), states, denoiser.process, interval.seen)
+        scores = score_from_leave_one_out(clean.double(), states, denoiser.process, interval.seen)
         return self.jumps_from_scores(scores, states, denoiser, interval)
 
     def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
@@ -451,7 +451,7 @@ class TauLeapingSampler(EulerSampler):
         if interval.last or not isinstance(trajectory.denoiser.process, DenseProcess):
             return super().land(trajectory, jumps, jumping, uniforms, interval)
         states, length = trajectory.states, trajectory.states.shape[1]
-        random, number = trajectory.drawing.random, interval.number
+        random, number = trajectory.context.random, interval.number
         coins = random.uniform(Purpose.CONFIDENCE, length, number)
         counts = poisson(-torch.log1p(-jumps.probability), coins) * jumping
         moved, total = states.clone(), torch.zeros_like(coins)
@@ -500,29 +500,29 @@ class FirstHittingSampler(Sampler):
 
     attention = "bidirectional"
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        denoiser = denoiser_of(drawing, self)
+    def draw(self, context: SamplingContext) -> Tensor:
+        denoiser = denoiser_of(context, self)
         if not is_absorbing(denoiser.process):
             raise ValueError(
                 "FirstHittingSampler reveals masked tokens, the process must be absorbing: "
                 f"{type(denoiser.process).__name__} is not"
             )
-        schedule, length = denoiser.schedule, drawing.layout.length
+        schedule, length = denoiser.schedule, context.layout.length
         scales = self.scales(length)
-        start = NoiseLevel.at(schedule, torch.ones(len(drawing.labels), 1, device=drawing.labels.device))
-        trajectory = Trajectory(drawing, denoiser, start)
+        start = NoiseLevel.at(schedule, torch.ones(len(context.labels), 1, device=context.labels.device))
+        trajectory = Trajectory(context, denoiser, start)
         lowest = schedule.mask_probability(start.t.new_zeros(()))
         mask_probability = start.noise
-        order = drawing.random.uniform(Purpose.ORDER, length).masked_fill(trajectory.fixed, 2.0)
+        order = context.random.uniform(Purpose.ORDER, length).masked_fill(trajectory.fixed, 2.0)
         rank = order.argsort(dim=1).argsort(dim=1)
         masked = trajectory.masked.sum(dim=1, keepdim=True)
-        hits = drawing.random.uniform(Purpose.CONFIDENCE, length)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, length)
+        hits = context.random.uniform(Purpose.CONFIDENCE, length)
+        uniforms = context.random.uniform(Purpose.TOKEN, length)
         for number in range(int(masked.max()) if masked.numel() else 0):
             left = (masked - number).clamp(min=1)
             mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / left)
             level = NoiseLevel.at(schedule, schedule.inverse(mask_probability.clamp(min=lowest)))
-            prediction = Prediction.of(drawing, denoiser, trajectory.states, level, scales[number])
+            prediction = Prediction.of(context, denoiser, trajectory.states, level, scales[number])
             here = trajectory.masked & (rank == number)
             ids, log_probability = self.choose(prediction.clean()[here], uniforms[here])
             values = torch.zeros_like(uniforms).masked_scatter(here, log_probability.double())

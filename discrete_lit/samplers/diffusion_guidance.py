@@ -7,15 +7,15 @@ from torch import Tensor
 
 from discrete_lit.diffusion.parameterization import (
     Denoiser,
-    cavity_from_posterior,
-    cavity_from_score,
-    score_from_cavity,
+    leave_one_out_from_posterior,
+    leave_one_out_from_score,
+    score_from_leave_one_out,
 )
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import Jumps
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.guidance import guide
-from discrete_lit.samplers.sampler import Drawing
+from discrete_lit.samplers.sampler import SamplingContext
 
 # Sums of their exponentials are finite in float64.
 _LARGEST_LOG_SCORE = 500.0
@@ -42,13 +42,15 @@ class Prediction:
     scale: float
 
     @classmethod
-    def of(cls, drawing: Drawing, denoiser: Denoiser, states: Tensor, level: NoiseLevel, scale: float) -> "Prediction":
-        """One pass of the drawing's backbone, two evaluations where the scale is not 1.
+    def of(
+        cls, context: SamplingContext, denoiser: Denoiser, states: Tensor, level: NoiseLevel, scale: float
+    ) -> "Prediction":
+        """One pass of the the context's backbone, two evaluations where the scale is not 1.
 
         Raises:
             ValueError: logits that are no numbers.
         """
-        conditional, unconditional = drawing.evaluate(states, scale != 1, level)
+        conditional, unconditional = context.evaluate(states, scale != 1, level)
         logits = [conditional] if unconditional is None else [conditional, unconditional]
         for values in logits:
             if bool(values.sum(dim=-1).isnan().any()):
@@ -90,9 +92,9 @@ class Prediction:
         if kind == "score":
             if is_absorbing(process):
                 return output[..., : process.vocab_size].log_softmax(dim=-1)
-            return cavity_from_score(output, self.states, process, self.level)
+            return leave_one_out_from_score(output, self.states, process, self.level)
         if kind == "posterior" and not is_absorbing(process):
-            return cavity_from_posterior(output, self.states, process, self.level)
+            return leave_one_out_from_posterior(output, self.states, process, self.level)
         return output
 
     def _weights(self, output: Tensor) -> Tensor:
@@ -104,7 +106,7 @@ class Prediction:
     def _score(self, output: Tensor) -> Tensor:
         if self.denoiser.head.kind == "score":
             return output
-        return score_from_cavity(self._cavity(output), self.states, self.denoiser.process, self.level)
+        return score_from_leave_one_out(self._cavity(output), self.states, self.denoiser.process, self.level)
 
 
 def guide_where_possible(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
-from discrete_lit.samplers.sampler import Drawing, ParallelSampler, column, masked_counts
+from discrete_lit.samplers.sampler import ParallelSampler, SamplingContext, column, masked_counts
 
 
 class OrderedSampler(ParallelSampler):
@@ -24,24 +24,24 @@ class OrderedSampler(ParallelSampler):
     """
 
     @abstractmethod
-    def order(self, drawing: Drawing) -> Tensor:
+    def order(self, context: SamplingContext) -> Tensor:
         """`(B or 1, N)` int64: the places in turn."""
 
     @abstractmethod
-    def revealed_counts(self, unknown: int) -> list[int]:
+    def unmasked_counts(self, unknown: int) -> list[int]:
         """Tokens that are known after each of the T steps, of `unknown` to be drawn."""
 
     def rewrites(self) -> bool:
         """Whether a step draws the places of the steps before again."""
         return False
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        self.check_steps(drawing)
-        scales, tokens, to_draw = self.scales(self.steps), drawing.start(), drawing.unknown()
-        length = drawing.layout.length
-        rank = self._rank(self.order(drawing), to_draw)
+    def draw(self, context: SamplingContext) -> Tensor:
+        self.check_steps(context)
+        scales, tokens, to_draw = self.scales(self.steps), context.start(), context.unknown()
+        length = context.layout.length
+        rank = self._rank(self.order(context), to_draw)
         unknown: list[int] = to_draw.sum(dim=1).tolist()
-        schedules = {count: self.revealed_counts(count) for count in set(unknown)}
+        schedules = {count: self.unmasked_counts(count) for count in set(unknown)}
         before = [0] * len(unknown)
         for step in range(self.steps):
             after = [schedules[count][step] for count in unknown]
@@ -51,11 +51,11 @@ class OrderedSampler(ParallelSampler):
             if width == 0:
                 continue
             where = (rank >= column(first, tokens)) & (rank < column(after, tokens))
-            logits = drawing.predict(tokens, scales[step])  # (B, N, K)
-            uniforms = drawing.random.uniform(Purpose.TOKEN, length, step)
+            logits = context.predict(tokens, scales[step])  # (B, N, K)
+            uniforms = context.random.uniform(Purpose.TOKEN, length, step)
             drawn, score = self.choose_at(logits, where, width, uniforms, (step + 1) / self.steps)
             tokens = torch.where(where, drawn, tokens)
-            drawing.record(tokens, score.masked_fill(~where, torch.nan))
+            context.record(tokens, score.masked_fill(~where, torch.nan))
         return tokens
 
     def _rank(self, order: Tensor, to_draw: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class RandomOrderSampler(OrderedSampler):
         super().__init__(steps, **settings)
         self.mask_schedule = mask_schedule or CosineSchedule()
 
-    def order(self, drawing: Drawing) -> Tensor:
-        return drawing.random.uniform(Purpose.CONFIDENCE, drawing.layout.length).argsort(dim=1)
+    def order(self, context: SamplingContext) -> Tensor:
+        return context.random.uniform(Purpose.CONFIDENCE, context.layout.length).argsort(dim=1)
 
-    def revealed_counts(self, unknown: int) -> list[int]:
+    def unmasked_counts(self, unknown: int) -> list[int]:
         return [unknown - masked for masked in masked_counts(self.mask_schedule, self.steps, unknown)]
 
 
@@ -123,22 +123,22 @@ class HaltonSampler(OrderedSampler):
     def rewrites(self) -> bool:
         return self.variant == "older"
 
-    def order(self, drawing: Drawing) -> Tensor:
-        layout = drawing.layout
+    def order(self, context: SamplingContext) -> Tensor:
+        layout = context.layout
         if len(layout.grid) != 2 or layout.parts != 1:
             raise ValueError(
                 f"HaltonSampler needs a grid of rows and columns with one id at a place, "
                 f"this generator has the grid {tuple(layout.grid)} and {layout.parts} ids at a place"
             )
-        order = halton_order(*layout.grid).to(drawing.labels.device)[None]
+        order = halton_order(*layout.grid).to(context.labels.device)[None]
         if not self.roll:
             return order
         length = layout.length
-        shift = (drawing.random.uniform(Purpose.CONFIDENCE, 1) * length).long()
+        shift = (context.random.uniform(Purpose.CONFIDENCE, 1) * length).long()
         places = torch.arange(length, device=order.device)
         return order.expand(len(shift), -1).gather(1, (places - shift) % length)
 
-    def revealed_counts(self, unknown: int) -> list[int]:
+    def unmasked_counts(self, unknown: int) -> list[int]:
         shares = (1 - acos((step + 1) / self.steps) * 2 / pi for step in range(self.steps))
         # Rounding must not decide a count.
         return [min(unknown, max(step + 1, int(unknown * share + 1e-9))) for step, share in enumerate(shares)]

@@ -19,7 +19,7 @@ from discrete_lit.core.random import Purpose
 from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, MaskSchedule
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.guidance import GuidanceSchedule
-from discrete_lit.samplers.sampler import Drawing, ParallelSampler, column, masked_counts
+from discrete_lit.samplers.sampler import ParallelSampler, SamplingContext, column, masked_counts
 
 
 class ConfidenceSampler(ParallelSampler):
@@ -70,26 +70,26 @@ class ConfidenceSampler(ParallelSampler):
     def choose_with_score(self, logits: Tensor, uniforms: Tensor, progress: float) -> tuple[Tensor, Tensor]:
         return self.choose(logits, uniforms, self.temperature_at(progress))
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        self.check_steps(drawing)
-        scales, tokens = self.scales(self.steps), drawing.start()
-        unknown: list[int] = drawing.unknown().sum(dim=1).tolist()
+    def draw(self, context: SamplingContext) -> Tensor:
+        self.check_steps(context)
+        scales, tokens = self.scales(self.steps), context.start()
+        unknown: list[int] = context.unknown().sum(dim=1).tolist()
         schedules = {count: self.masked_counts(count) for count in set(unknown)}
         before = unknown
         for step in range(self.steps):
             after = [schedules[count][step] for count in unknown]
             if after == before:
                 continue
-            logits = drawing.predict(tokens, scales[step])  # (B, N, K)
-            tokens = self.fill(drawing, tokens, logits, step, max(before), after)
+            logits = context.predict(tokens, scales[step])  # (B, N, K)
+            tokens = self.fill(context, tokens, logits, step, max(before), after)
             before = after
         return tokens
 
     def fill(
-        self, drawing: Drawing, tokens: Tensor, logits: Tensor, step: int, most_masked: int, after: list[int]
+        self, context: SamplingContext, tokens: Tensor, logits: Tensor, step: int, most_masked: int, after: list[int]
     ) -> Tensor:
         """One step: draw the masked tokens `(B, N)`, then mask the `after` least confident of each row again."""
-        length, mask_id, random = drawing.layout.length, drawing.layout.mask_id, drawing.random
+        length, mask_id, random = context.layout.length, context.layout.mask_id, context.random
         masked = tokens == mask_id
         uniforms = random.uniform(Purpose.TOKEN, length, step)
         drawn, score = self.choose_at(logits, masked, most_masked, uniforms, (step + 1) / self.steps)
@@ -97,7 +97,7 @@ class ConfidenceSampler(ParallelSampler):
         confidence = confidence.masked_fill(~masked, torch.inf)
         rank = confidence.argsort(dim=1).argsort(dim=1)
         tokens = torch.where(masked, drawn, tokens).masked_fill(rank < column(after, tokens), mask_id)
-        drawing.record(tokens, confidence)
+        context.record(tokens, confidence)
         return tokens
 
 

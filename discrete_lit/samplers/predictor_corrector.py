@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose, random_subset
-from discrete_lit.diffusion.parameterization import score_from_cavity
+from discrete_lit.diffusion.parameterization import score_from_leave_one_out
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import Jumps, reverse_rates
 from discrete_lit.samplers.categorical import draw_categorical
@@ -70,9 +70,9 @@ class PredictorCorrectorSampler(AncestralSampler):
 
     def forward_backward(self, trajectory: Trajectory, interval: Interval, scale: float) -> None:
         """One step at the level of `interval`, with its random numbers."""
-        drawing, denoiser, states = trajectory.drawing, trajectory.denoiser, trajectory.states
-        coins = drawing.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
+        context, denoiser, states = trajectory.context, trajectory.denoiser, trajectory.states
+        coins = context.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
+        uniforms = context.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
         level = interval.seen
         if is_absorbing(denoiser.process):
             forgotten = ~trajectory.masked & ~trajectory.fixed & (coins < -torch.expm1(-self._noise(coins)))
@@ -80,9 +80,9 @@ class PredictorCorrectorSampler(AncestralSampler):
             if not bool(jumping.any()):
                 trajectory.mask(forgotten)
                 return
-            jumps = Jumps(jumping.double(), Prediction.of(drawing, denoiser, states, level, scale).clean())
+            jumps = Jumps(jumping.double(), Prediction.of(context, denoiser, states, level, scale).clean())
         else:
-            jumps = self.rate_jumps(Prediction.of(drawing, denoiser, states, level, scale))
+            jumps = self.rate_jumps(Prediction.of(context, denoiser, states, level, scale))
             forgotten = torch.zeros_like(trajectory.fixed)
             jumping = (coins < jumps.probability) & ~trajectory.fixed
         ids, log_probability = self.land(trajectory, jumps, jumping, uniforms, interval)
@@ -93,18 +93,18 @@ class PredictorCorrectorSampler(AncestralSampler):
         """Forward and reverse jumps of a process that does more than mask."""
         states, process = prediction.states, prediction.denoiser.process
         clean = self.filtered(prediction.clean()).double()
-        score = score_from_cavity(clean, states, process, prediction.level).exp()
+        score = score_from_leave_one_out(clean, states, process, prediction.level).exp()
         rates = (reverse_rates(score, states, process) + process.rates_from(states)).scatter(-1, states[..., None], 0.0)
         return Jumps(-torch.expm1(-self.corrector_noise * rates.sum(dim=-1)), rates.log())
 
     def gibbs(self, trajectory: Trajectory, interval: Interval, scale: float) -> None:
         """Draw `corrector_tokens` tokens of each sequence again at the level of `interval`."""
-        drawing, denoiser = trajectory.drawing, trajectory.denoiser
+        context, denoiser = trajectory.context, trajectory.denoiser
         process, length = denoiser.process, trajectory.states.shape[1]
-        order = drawing.random.uniform(Purpose.ORDER, length, interval.number).masked_fill(trajectory.fixed, 2.0)
+        order = context.random.uniform(Purpose.ORDER, length, interval.number).masked_fill(trajectory.fixed, 2.0)
         chosen = random_subset(order, self.corrector_tokens) & ~trajectory.fixed
-        coins = drawing.random.uniform(Purpose.CONFIDENCE, length, interval.number)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, length, interval.number)
+        coins = context.random.uniform(Purpose.CONFIDENCE, length, interval.number)
+        uniforms = context.random.uniform(Purpose.TOKEN, length, interval.number)
         alpha = interval.before.alpha
         if is_absorbing(process):
             # What a network says of a token that it sees is of no use: it must not.
@@ -112,10 +112,10 @@ class PredictorCorrectorSampler(AncestralSampler):
             chosen = chosen & (coins < alpha)
             if not bool(chosen.any()):
                 return
-            clean = Prediction.of(drawing, denoiser, trajectory.states, interval.seen, scale).clean()
+            clean = Prediction.of(context, denoiser, trajectory.states, interval.seen, scale).clean()
             ids, log_probability = self.choose(clean[chosen], uniforms[chosen])
         else:
-            prediction = Prediction.of(drawing, denoiser, trajectory.states, interval.seen, scale)
+            prediction = Prediction.of(context, denoiser, trajectory.states, interval.seen, scale)
             marginal = process.marginal(self.filtered(prediction.clean()).exp(), alpha)[chosen].log()
             ids = draw_categorical(marginal, uniforms[chosen])
             log_probability = marginal.gather(-1, ids[:, None])[:, 0]

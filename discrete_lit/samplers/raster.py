@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones import PlaceHead
+from discrete_lit.backbones import SubTokenHead
 from discrete_lit.core.random import Purpose
 from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
-from discrete_lit.samplers.sampler import Drawing, GuidedDecoder, Sampler
+from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplingContext
 
 
 class RasterSampler(Sampler):
@@ -45,15 +45,15 @@ class RasterSampler(Sampler):
             raise ValueError(f"order must hold each place from 0 on once, got {list(order)}")
         self.order = order
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        order = self._order(drawing)
-        length, head = drawing.layout.length, drawing.backbone.place_head
-        scales = self.part_scales(length, head)
-        tokens = drawing.start() if order is None else drawing.start().gather(1, order)
-        given = tokens != drawing.layout.mask_id
+    def draw(self, context: SamplingContext) -> Tensor:
+        order = self._order(context)
+        length, head = context.layout.length, context.backbone.place_head
+        scales = self.sub_token_scales(length, head)
+        tokens = context.start() if order is None else context.start().gather(1, order)
+        given = tokens != context.layout.mask_id
         first = self._common_prefix(given)
-        decoder = GuidedDecoder(drawing, max(guided_steps(part) for part in scales), order)
-        uniforms = drawing.random.uniform(Purpose.TOKEN, length * self.draws(head)).unflatten(1, (length, -1))
+        decoder = CachedDecoder(context, max(guided_steps(part) for part in scales), order)
+        uniforms = context.random.uniform(Purpose.TOKEN, length * self.draws(head)).unflatten(1, (length, -1))
         unread = 0
         for place in range(first, length):
             output = decoder(tokens[:, unread:place], place)[:, -1:]  # (B, 1, K), or (B, 1, D) for a head
@@ -65,23 +65,23 @@ class RasterSampler(Sampler):
             else:
                 drawn, log_probability = self.draw_id(head, decoder, output, at_place, uniforms[:, here])
             tokens[:, here] = torch.where(given[:, here], tokens[:, here], drawn)
-            self._record(drawing, tokens, order, place, log_probability.masked_fill(given[:, here], torch.nan))
+            self._record(context, tokens, order, place, log_probability.masked_fill(given[:, here], torch.nan))
         return _to_raster(tokens, order)
 
-    def draws(self, head: PlaceHead | None) -> int:
+    def draws(self, head: SubTokenHead | None) -> int:
         """Uniform numbers for each id."""
         return 1 if head is None else len(head.parts)
 
-    def part_scales(self, steps: int, head: PlaceHead | None) -> list[list[float]]:
+    def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         """The guidance scale of each part of an id at each of the `steps` places."""
         return [self.scales(steps)] * (1 if head is None else len(head.parts))
 
-    def part_sampler(self, number: int) -> Sampler:
+    def sub_token_sampler(self, number: int) -> Sampler:
         """Whose temperature and filters a part of an id is drawn with."""
         return self
 
     def draw_id(
-        self, head: PlaceHead, decoder: GuidedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
+        self, head: SubTokenHead, decoder: CachedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Draw the parts of one id.
 
@@ -98,15 +98,15 @@ class RasterSampler(Sampler):
         known = uniforms.new_zeros((len(uniforms), 1, 0), dtype=torch.int64)
         total = uniforms.new_zeros((len(uniforms), 1))
         for number, scale in enumerate(scales):
-            decoder.drawing.count_head(1 + decoder.doubled, number)
-            logits = decoder.guide(head.part_logits(hidden, decoder.rows(known)), scale)
-            part, log_probability = self.part_sampler(number).choose(logits, uniforms[..., number])
+            decoder.context.count_head(1 + decoder.doubled, number)
+            logits = decoder.guide(head.sub_token_logits(hidden, decoder.rows(known)), scale)
+            part, log_probability = self.sub_token_sampler(number).choose(logits, uniforms[..., number])
             known, total = torch.cat((known, part[..., None]), dim=-1), total + log_probability
         return head.parts.join(known), total
 
-    def _order(self, drawing: Drawing) -> Tensor | None:
+    def _order(self, context: SamplingContext) -> Tensor | None:
         """`(B, N)`, or None for the raster order."""
-        layout, labels = drawing.layout, drawing.labels
+        layout, labels = context.layout, context.labels
         if isinstance(self.order, str) and self.order == "raster":
             return None
         if not layout.any_order:
@@ -115,7 +115,7 @@ class RasterSampler(Sampler):
             )
         if isinstance(self.order, str):
             # Drawn places come in random order, after those that are given.
-            return (drawing.random.uniform(Purpose.CONFIDENCE, layout.length) + drawing.unknown()).argsort(dim=1)
+            return (context.random.uniform(Purpose.CONFIDENCE, layout.length) + context.unknown()).argsort(dim=1)
         if len(self.order) != layout.length:
             raise ValueError(f"order has {len(self.order)} places, this generator's sequences have {layout.length}")
         return torch.tensor(self.order, device=labels.device).expand(len(labels), -1)
@@ -133,12 +133,14 @@ class RasterSampler(Sampler):
             )
         return int(given.sum(dim=1).min()) if len(given) else 0
 
-    def _record(self, drawing: Drawing, tokens: Tensor, order: Tensor | None, place: int, score: Tensor) -> None:
-        if not drawing.traced:
+    def _record(
+        self, context: SamplingContext, tokens: Tensor, order: Tensor | None, place: int, score: Tensor
+    ) -> None:
+        if not context.traced:
             return
         confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
         confidence[:, place : place + 1] = score
-        drawing.record(_to_raster(tokens, order), _to_raster(confidence, order))
+        context.record(_to_raster(tokens, order), _to_raster(confidence, order))
 
 
 def _to_raster(values: Tensor, order: Tensor | None) -> Tensor:
@@ -147,7 +149,7 @@ def _to_raster(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PartSettings:
+class SubTokenSettings:
     """How one part of an id is drawn; the settings are those of `Sampler`."""
 
     temperature: float = 1.0
@@ -172,7 +174,7 @@ class OpenMAGVIT2Sampler(RasterSampler):
 
     def __init__(
         self,
-        parts: Sequence[PartSettings],
+        parts: Sequence[SubTokenSettings],
         order: Literal["raster", "random"] | Sequence[int] = "raster",
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
@@ -186,7 +188,7 @@ class OpenMAGVIT2Sampler(RasterSampler):
             "guidance_interval": guidance_interval,
         }
         super().__init__(order, **over_places)
-        self.part_samplers = [
+        self.sub_token_samplers = [
             RasterSampler(
                 temperature=part.temperature,
                 top_k=part.top_k,
@@ -197,13 +199,13 @@ class OpenMAGVIT2Sampler(RasterSampler):
             for part in parts
         ]
 
-    def part_scales(self, steps: int, head: PlaceHead | None) -> list[list[float]]:
+    def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         found = 1 if head is None else len(head.parts)
-        if found != len(self.part_samplers):
+        if found != len(self.sub_token_samplers):
             raise ValueError(
-                f"parts has settings for {len(self.part_samplers)} parts of an id, this generator predicts {found}"
+                f"parts has settings for {len(self.sub_token_samplers)} parts of an id, this generator predicts {found}"
             )
-        return [sampler.scales(steps) for sampler in self.part_samplers]
+        return [sampler.scales(steps) for sampler in self.sub_token_samplers]
 
-    def part_sampler(self, number: int) -> Sampler:
-        return self.part_samplers[number]
+    def sub_token_sampler(self, number: int) -> Sampler:
+        return self.sub_token_samplers[number]

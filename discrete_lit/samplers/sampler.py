@@ -75,7 +75,7 @@ class ScaleQuantizer(Protocol):
     def at_scale(self, number: int, f_hat: Tensor) -> Tensor: ...
 
 
-class Drawing:
+class SamplingContext:
     """What a sampler works with while it draws one batch; it counts the passes that are made through it.
 
     Attributes:
@@ -316,16 +316,16 @@ class Sampler(ABC):
             )
         if known is not None:
             self._check_known(known, (len(labels), layout.length), layout.vocab_size)
-        drawing = Drawing(backbone, labels, random, known, quantizer, denoiser, trace)
+        context = SamplingContext(backbone, labels, random, known, quantizer, denoiser, trace)
         if self.attention != "causal":
-            return drawing.output(self.draw(drawing))
+            return context.output(self.draw(context))
         # A pass over one place has few rows for each weight, and there is one for each token.
         with packed_weights(backbone, rows=2 * len(labels)):
-            return drawing.output(self.draw(drawing))
+            return context.output(self.draw(context))
 
     @abstractmethod
-    def draw(self, drawing: Drawing) -> Tensor:
-        """The tokens `(B, N)`, with `drawing`'s labels and random numbers; the known ones among them."""
+    def draw(self, context: SamplingContext) -> Tensor:
+        """The tokens `(B, N)`, with `context`'s labels and random numbers; the known ones among them."""
 
     def scales(self, steps: int) -> list[float]:
         """The guidance scale of each of the `steps` steps.
@@ -365,7 +365,7 @@ class Sampler(ABC):
             )
 
 
-class GuidedDecoder:
+class CachedDecoder:
     """What follows the tokens so far, step by step, given the labels and, behind them in the batch, the null label.
 
     The null rows' keys and values must be there from the first step on, also where the scale is still 1; after the last
@@ -377,11 +377,11 @@ class GuidedDecoder:
         order: `(B, N)` of an any-order backbone.
     """
 
-    def __init__(self, drawing: Drawing, guided_steps: int, order: Tensor | None = None) -> None:
-        self.drawing = drawing
+    def __init__(self, context: SamplingContext, guided_steps: int, order: Tensor | None = None) -> None:
+        self.context = context
         self.guided_steps = guided_steps
         self.doubled = guided_steps > 0
-        self.labels, self.cache = drawing.prepare(self.doubled)
+        self.labels, self.cache = context.prepare(self.doubled)
         self.order = None if order is None else order.repeat(1 + self.doubled, 1)
 
     def __call__(self, tokens: Tensor, step: int) -> Tensor:
@@ -394,8 +394,8 @@ class GuidedDecoder:
             batch = len(tokens)
             self.doubled, self.labels, self.cache = False, self.labels[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
-        self.drawing.count(1 + self.doubled, tokens.shape[1], self.cache)
-        return self.drawing.backbone(self.rows(tokens), self.labels, self.cache, self.order)
+        self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
+        return self.context.backbone(self.rows(tokens), self.labels, self.cache, self.order)
 
     def rows(self, values: Tensor) -> Tensor:
         """`(B, ...)` for each row of this step, those of the null label included."""
@@ -428,16 +428,16 @@ class ParallelSampler(Sampler):
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.steps = steps
 
-    def check_steps(self, drawing: Drawing) -> None:
+    def check_steps(self, context: SamplingContext) -> None:
         """Raises ValueError where there are more steps than tokens, or noise that does more than mask."""
-        if drawing.denoiser is not None and not is_absorbing(drawing.denoiser.process):
+        if context.denoiser is not None and not is_absorbing(context.denoiser.process):
             raise ValueError(
-                f"{type(self).__name__} needs a generator of masked tokens, {type(drawing.denoiser.process).__name__} "
+                f"{type(self).__name__} needs a generator of masked tokens, {type(context.denoiser.process).__name__} "
                 "does more than mask: use AncestralSampler"
             )
-        if self.steps > drawing.layout.length:
+        if self.steps > context.layout.length:
             raise ValueError(
-                f"steps={self.steps} exceeds the {drawing.layout.length} tokens of a sequence: "
+                f"steps={self.steps} exceeds the {context.layout.length} tokens of a sequence: "
                 "each step reveals at least one"
             )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
-from discrete_lit.samplers.sampler import Drawing, GuidedDecoder, Sampler, ScaleQuantizer
+from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplingContext, ScaleQuantizer
 
 
 class NextScaleSampler(Sampler):
@@ -34,12 +34,12 @@ class NextScaleSampler(Sampler):
     ) -> None:
         super().__init__(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, **settings)
 
-    def draw(self, drawing: Drawing) -> Tensor:
-        layout, lengths, quantizer = drawing.layout, drawing.layout.scales, self._quantizer(drawing)
+    def draw(self, context: SamplingContext) -> Tensor:
+        layout, lengths, quantizer = context.layout, context.layout.scales, self._quantizer(context)
         scales = self.scales(len(lengths))
-        decoder = GuidedDecoder(drawing, guided_steps(scales))
-        uniforms = drawing.random.uniform(Purpose.TOKEN, layout.length)
-        tokens = drawing.start()
+        decoder = CachedDecoder(context, guided_steps(scales))
+        uniforms = context.random.uniform(Purpose.TOKEN, layout.length)
+        tokens = context.start()
         inputs, f_hat, start = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0, 0
         for number, count in enumerate(lengths):
             here = slice(start, start + count)
@@ -49,7 +49,7 @@ class NextScaleSampler(Sampler):
             tokens[:, here] = torch.where(given, tokens[:, here], drawn)
             confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
             confidence[:, here] = log_probability.double().masked_fill(given, torch.nan)
-            drawing.record(tokens, confidence)
+            context.record(tokens, confidence)
             start += count
             if number + 1 < len(lengths):
                 with torch.autocast(tokens.device.type, enabled=False):
@@ -57,8 +57,8 @@ class NextScaleSampler(Sampler):
                     inputs = quantizer.at_scale(number + 1, f_hat)
         return tokens
 
-    def _quantizer(self, drawing: Drawing) -> ScaleQuantizer:
-        layout, quantizer = drawing.layout, drawing.quantizer
+    def _quantizer(self, context: SamplingContext) -> ScaleQuantizer:
+        layout, quantizer = context.layout, context.quantizer
         if quantizer is None:
             raise ValueError(
                 "NextScaleSampler makes the next scale's input with the tokenizer's quantizer: give quantizer"

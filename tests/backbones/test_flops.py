@@ -151,7 +151,7 @@ def test_a_tied_head_while_its_weights_train() -> None:
 
 @pytest.mark.parametrize("change", ["half", "training", "hooks", "compiled", "packed"])
 def test_what_does_not_change_the_count(change: str) -> None:
-    backbone = plain(CAUSAL, dropout=0.1, recompute=True).eval().requires_grad_(False)
+    backbone = plain(CAUSAL, dropout=0.1, activation_checkpointing=True).eval().requires_grad_(False)
     expected, called = by_hand(elements=6, seen=6, predicted=6), []
     if change == "half":
         assert backbone.bfloat16().flops(BATCH, 5) == expected

@@ -11,8 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit import backbones
-from discrete_lit.backbones import BlockSettings, FactorisedHead, MaskedBitHead, PlaceHead, SequenceLayout, Transformer
-from discrete_lit.backbones.backbone import IdParts
+from discrete_lit.backbones import (
+    BlockSettings,
+    FactorisedHead,
+    MaskedBitHead,
+    SequenceLayout,
+    SubTokenHead,
+    Transformer,
+)
+from discrete_lit.backbones.backbone import SubTokens
 from discrete_lit.core.random import CounterRandom
 
 BLOCK = BlockSettings(8, 2, 4, 16)
@@ -39,11 +46,11 @@ HEADS = {
 
 
 @pytest.fixture(params=HEADS)
-def head(request: pytest.FixtureRequest) -> PlaceHead:
+def head(request: pytest.FixtureRequest) -> SubTokenHead:
     return HEADS[request.param]()
 
 
-def size_of(head: PlaceHead) -> int:
+def size_of(head: SubTokenHead) -> int:
     return int(torch.tensor(head.parts.sizes).prod())
 
 
@@ -52,7 +59,7 @@ def test_parts_there_and_back(sizes: tuple[int, ...]) -> None:
     total = 1
     for size in sizes:
         total *= size
-    split = IdParts(sizes, total)
+    split = SubTokens(sizes, total)
     ids = torch.cat((torch.randint(total, (4, 50)), torch.tensor([[0, total - 1]] * 4)), dim=1)
     parts = split.split(ids)
     assert parts.shape == (4, 52, len(sizes))
@@ -61,11 +68,11 @@ def test_parts_there_and_back(sizes: tuple[int, ...]) -> None:
 
 
 def test_the_first_part_is_the_least_significant() -> None:
-    assert IdParts((64, 4096), 2**18).split(torch.tensor([0b000000000101_000011])).tolist() == [[3, 5]]
+    assert SubTokens((64, 4096), 2**18).split(torch.tensor([0b000000000101_000011])).tolist() == [[3, 5]]
 
 
 @torch.no_grad()
-def test_law_of_an_id_sums_to_one(head: PlaceHead) -> None:
+def test_law_of_an_id_sums_to_one(head: SubTokenHead) -> None:
     """Each factor from its own pass over the parts before it; `log_likelihood` is their sum."""
     # Ids share their first parts, whose factors must not differ by the rounding of another row of the same product.
     head, size = head.double(), size_of(head)
@@ -76,7 +83,7 @@ def test_law_of_an_id_sums_to_one(head: PlaceHead) -> None:
         for number in (0, size // 2, size - 1):
             total, parts = 0.0, head.parts.split(torch.tensor([[number]]))
             for part in range(len(head.parts)):
-                logits = head.part_logits(hidden[row : row + 1], parts[..., :part])
+                logits = head.sub_token_logits(hidden[row : row + 1], parts[..., :part])
                 assert logits.shape == (1, 1, head.parts.sizes[part]) and logits.dtype == torch.float32
                 total += float(logits.log_softmax(dim=-1)[0, 0, parts[0, 0, part]])
             assert float(values[row, number]) == pytest.approx(total, abs=1e-4)
@@ -84,7 +91,7 @@ def test_law_of_an_id_sums_to_one(head: PlaceHead) -> None:
 
 
 @torch.no_grad()
-def test_places_do_not_mix(head: PlaceHead) -> None:
+def test_places_do_not_mix(head: SubTokenHead) -> None:
     hidden, ids = torch.randn(2, 5, 8), torch.randint(size_of(head), (2, 5))
     whole = head.log_likelihood(hidden, ids)
     torch.testing.assert_close(head.log_likelihood(hidden[1:, 3:4], ids[1:, 3:4]), whole[1:, 3:4])
@@ -176,16 +183,16 @@ def test_flops_of_a_place(make: str) -> None:
     backbone.place_head = head
     for known in range(len(head.parts)):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            head.part_logits(torch.randn(1, 1, 8), torch.zeros(1, 1, known, dtype=torch.int64))
+            head.sub_token_logits(torch.randn(1, 1, 8), torch.zeros(1, 1, known, dtype=torch.int64))
         assert backbone.head_flops(1, known) == counter.get_total_flops() > 0
         assert backbone.head_flops(2, known) == 2 * counter.get_total_flops()
 
 
 @torch.no_grad()
-def test_logits_are_float32_under_autocast(head: PlaceHead) -> None:
+def test_logits_are_float32_under_autocast(head: SubTokenHead) -> None:
     hidden, known = torch.randn(2, 3, 8), torch.zeros(2, 3, len(head.parts) - 1, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert head.part_logits(hidden.bfloat16(), known).dtype == torch.float32
+        assert head.sub_token_logits(hidden.bfloat16(), known).dtype == torch.float32
         assert head.log_likelihood(hidden.bfloat16(), torch.zeros(2, 3, dtype=torch.int64)).dtype == torch.float32
 
 

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback
 from torch.utils.data import DataLoader
 
-from discrete_lit.callbacks import TrainingAlarm, TrainingStopped
+from discrete_lit.callbacks import TrainingGuard, TrainingStopped
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.losses import AdversarialLoss
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
@@ -55,9 +55,9 @@ def fit(make_trainer, made, alarm, module=None, **settings):
 @pytest.mark.parametrize("broken", [0, 2])
 def test_a_skipped_batch_leaves_no_trace(make_trainer, broken, tmp_path):
     made = batches(5, broken=[broken])
-    module, trainer = fit(make_trainer, made, TrainingAlarm(on_nonfinite="skip"))
+    module, trainer = fit(make_trainer, made, TrainingGuard(on_nonfinite="skip"))
     del made[broken]
-    expected, other = fit(make_trainer, made, TrainingAlarm(on_nonfinite="skip"))
+    expected, other = fit(make_trainer, made, TrainingGuard(on_nonfinite="skip"))
     for name, value in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name
     assert module.state_dict().keys() == expected.state_dict().keys()
@@ -70,7 +70,7 @@ def test_the_offending_batch_is_written_down(make_trainer, tmp_path, caplog):
     with pytest.raises(
         TrainingStopped, match=r"not finite at step 2; images with pixels .*: key-10. Its keys"
     ) as error:
-        fit(make_trainer, batches(4, broken=[2]), TrainingAlarm())
+        fit(make_trainer, batches(4, broken=[2]), TrainingGuard())
     (file,) = (tmp_path / "alarms").iterdir()
     report = json.loads(file.read_text())
     (of_rank,) = report["ranks"]
@@ -99,7 +99,7 @@ def test_stopping_is_before_the_step(make_trainer):
 
     before = Before()
     with pytest.raises(TrainingStopped):
-        fit(make_trainer, batches(4, broken=[2]), TrainingAlarm(), module, callbacks=[before])
+        fit(make_trainer, batches(4, broken=[2]), TrainingGuard(), module, callbacks=[before])
     torch.testing.assert_close(dict(module.named_parameters()), before.weights, rtol=0, atol=0)
 
 
@@ -108,12 +108,12 @@ def test_finite_images_and_a_loss_that_is_not(make_trainer):
     loss = module.loss
     module.loss = lambda images: (loss(images)[0] + float("inf"), *loss(images)[1:])
     with pytest.raises(TrainingStopped, match="its images are finite numbers"):
-        fit(make_trainer, batches(2), TrainingAlarm(), module)
+        fit(make_trainer, batches(2), TrainingGuard(), module)
 
 
 def test_accumulated_batches_of_a_bad_step_are_skipped_together(make_trainer):
     module, trainer = fit(
-        make_trainer, batches(6, broken=[2]), TrainingAlarm(on_nonfinite="skip"), accumulate_grad_batches=2
+        make_trainer, batches(6, broken=[2]), TrainingGuard(on_nonfinite="skip"), accumulate_grad_batches=2
     )
     assert all(value.isfinite().all() for value in module.state_dict().values())
     steps = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
@@ -121,10 +121,10 @@ def test_accumulated_batches_of_a_bad_step_are_skipped_together(make_trainer):
 
 
 def test_many_bad_batches_in_a_row_end_the_run(make_trainer):
-    alarm = TrainingAlarm(on_nonfinite="skip", most_skipped=3)
+    alarm = TrainingGuard(on_nonfinite="skip", most_skipped=3)
     with pytest.raises(TrainingStopped, match="3 bad batches in a row"):
         fit(make_trainer, batches(6, broken=[0, 2, 3, 4]), alarm)
-    _, trainer = fit(make_trainer, batches(6, broken=[0, 2, 3, 5]), TrainingAlarm(on_nonfinite="skip", most_skipped=3))
+    _, trainer = fit(make_trainer, batches(6, broken=[0, 2, 3, 5]), TrainingGuard(on_nonfinite="skip", most_skipped=3))
     assert trainer.global_step == 6
 
 
@@ -139,7 +139,7 @@ class Tokens(Callback):
 def test_live_usage_and_perplexity(make_trainer, read_scalars):
     """Of windows of 2 batches, 128 ids of 16; logged from the end of a window on, on the logger's schedule."""
     tokens = Tokens()
-    fit(make_trainer, batches(5), TrainingAlarm(0.0, window=2), callbacks=[tokens], log_every_n_steps=1)
+    fit(make_trainer, batches(5), TrainingGuard(0.0, window=2), callbacks=[tokens], log_every_n_steps=1)
     usage, perplexity = read_scalars("train/codebook_usage"), read_scalars("train/perplexity")
     assert list(usage) == list(perplexity) == [1, 2, 3, 4]
     for step, first in ((1, 0), (2, 0), (3, 2), (4, 2)):
@@ -159,26 +159,26 @@ def collapsed():
 
 def test_collapse(make_trainer, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "discrete_lit")
-    fit(make_trainer, batches(3), TrainingAlarm(0.2, window=2), collapsed())
+    fit(make_trainer, batches(3), TrainingGuard(0.2, window=2), collapsed())
     assert len(texts(tmp_path)) == 1
     assert "of its 16 ids 6.2% were used in the training batches up to step 2, less than" in texts(tmp_path)[0]
     assert texts(tmp_path)[0] in caplog.text
     with pytest.raises(TrainingStopped, match="the codebook collapses"):
-        fit(make_trainer, batches(3), TrainingAlarm(0.2, window=2, on_collapse="stop"), collapsed())
+        fit(make_trainer, batches(3), TrainingGuard(0.2, window=2, on_collapse="stop"), collapsed())
 
 
 def test_a_window_waits_for_enough_ids(make_trainer, read_scalars):
     """Of 64 ids a batch, one batch cannot show a codebook of 256: a window is 16 batches."""
     network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
     module = VQVAE(network, 256, 4, optimizer=partial(torch.optim.SGD, lr=0.0))
-    alarm = TrainingAlarm(1.0, window=1, on_collapse="stop")
+    alarm = TrainingGuard(1.0, window=1, on_collapse="stop")
     fit(make_trainer, batches(15), alarm, module)
     with pytest.raises(TrainingStopped, match="up to step 16"):
         fit(make_trainer, batches(17), alarm, module)
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match=r"min_codebook_usage of TrainingAlarm must lie in \[0, 1\], got 2"):
-        TrainingAlarm(min_codebook_usage=2)
+    with pytest.raises(ValueError, match=r"min_codebook_usage of TrainingGuard must lie in \[0, 1\], got 2"):
+        TrainingGuard(min_codebook_usage=2)
     with pytest.raises(ValueError, match="window and most_skipped"):
-        TrainingAlarm(window=0)
+        TrainingGuard(window=0)

@@ -189,9 +189,9 @@ def test_a_step_that_needs_data_is_not_counted(tokenizer, make_loader, make_trai
 def test_activation_checkpointing_is_no_work_of_the_model(generator, make_loader):
     (batch,) = make_loader(1)
     before = count_step(generator.train(), batch)
-    generator.backbone.recompute = True
+    generator.backbone.activation_checkpointing = True
     assert count_step(generator, batch) == before
-    assert generator.backbone.recompute
+    assert generator.backbone.activation_checkpointing
 
 
 def test_peak_memory(generator, make_loader, make_trainer, read_scalars):

@@ -18,15 +18,15 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
     ArccosSchedule,
-    CavityHead,
     CosineSchedule,
     CosineSquaredSchedule,
     D3PMCosineSchedule,
+    DiscretizedGaussianProcess,
     ForwardProcess,
-    GaussianProcess,
     GeometricSchedule,
     Head,
     HybridProcess,
+    LeaveOneOutHead,
     LinearSchedule,
     LogLinearSchedule,
     LogSinSchedule,
@@ -42,8 +42,8 @@ from discrete_lit.diffusion import (
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
+    DiscreteFlowMatching,
     DiscreteTimeBound,
-    FlowMatching,
     HybridBound,
     MaskedCrossEntropy,
     ScoreEntropy,
@@ -71,16 +71,16 @@ PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
     "absorbing": lambda: AbsorbingProcess(4),
     "uniform": lambda: UniformProcess(4),
     "hybrid": lambda: HybridProcess(4, 0.6),
-    "gaussian": lambda: GaussianProcess(4, 0.5),
+    "gaussian": lambda: DiscretizedGaussianProcess(4, 0.5),
 }
 # Losses in continuous time with the heads that each is trained with.
 ABSORBING_LOSSES: dict[str, tuple[DiffusionLoss, Callable[[], Head]]] = {
     "score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=False)),
     "scaled score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=True)),
-    "cross-entropy of the cavity": (MaskedCrossEntropy(), CavityHead),
+    "cross-entropy of the cavity": (MaskedCrossEntropy(), LeaveOneOutHead),
     "cross-entropy of the posterior": (MaskedCrossEntropy(), PosteriorHead),
-    "continuous bound": (ContinuousBound(), CavityHead),
-    "flow matching": (FlowMatching(), PosteriorHead),
+    "continuous bound": (ContinuousBound(), LeaveOneOutHead),
+    "flow matching": (DiscreteFlowMatching(), PosteriorHead),
 }
 CLEAN = all_sequences(4, 3)
 
@@ -171,7 +171,7 @@ def test_what_a_cut_schedule_leaves_out_is_what_the_bound_lacks(name: str, sched
         assert float(reference_law() @ found) == pytest.approx(4.0194288292, abs=5e-11)
 
 
-@pytest.mark.parametrize("head", [CavityHead(), PosteriorHead()], ids=["cavity", "posterior"])
+@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead()], ids=["cavity", "posterior"])
 @pytest.mark.parametrize("variable", ["mask_ratio", "mask_count"])
 def test_means_over_masks_are_bounds_with_every_schedule(variable, head: Head) -> None:
     backbone = ExactBackbone(AbsorbingProcess(4), head)
@@ -209,7 +209,7 @@ def test_means_over_masks_are_bounds_with_every_schedule(variable, head: Head) -
     ],
 )
 def test_finite_steps_of_masks(schedule: MaskSchedule, steps: int, expected: float) -> None:
-    loss, backbone = DiscreteTimeBound(steps), ExactBackbone(AbsorbingProcess(4), CavityHead())
+    loss, backbone = DiscreteTimeBound(steps), ExactBackbone(AbsorbingProcess(4), LeaveOneOutHead())
     found = costs(loss, backbone, each_step(loss, schedule)).mean(dim=0)
     assert float(reference_law() @ found) == pytest.approx(expected, abs=6e-11)
     assert loss.label(backbone.process, schedule) == "bound"
@@ -227,7 +227,7 @@ def test_finite_steps_by_the_divergence_of_enumerated_chains(process: str, steps
     """sum of T KL = the KL between the joint laws of noising and of denoising, step by step from the kernels."""
     noise = PROCESSES[process]()
     schedule, loss = LogLinearSchedule(0.2), DiscreteTimeBound(steps)
-    backbone = ExactBackbone(noise, CavityHead())
+    backbone = ExactBackbone(noise, LeaveOneOutHead())
     found = costs(loss, backbone, each_step(loss, schedule)).mean(dim=0)
     times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     alphas = schedule.alpha(times)
@@ -254,7 +254,7 @@ def test_finite_steps_by_the_divergence_of_enumerated_chains(process: str, steps
 )
 def test_bounds_with_their_prior_term_sequence_by_sequence(process: str, kind: str, schedule: MaskSchedule) -> None:
     noise = PROCESSES[process]()
-    head = CavityHead() if kind == "cavity" else ScoreHead(scale_by_noise=False, mask_output=noise.masks)
+    head = LeaveOneOutHead() if kind == "cavity" else ScoreHead(scale_by_noise=False, mask_output=noise.masks)
     loss = ContinuousBound() if kind == "cavity" else ScoreEntropy()
     sigma = 1.5
     found = over_noise(loss, ExactBackbone(noise, head), schedule, sigma) + prior_term(noise, sigma)
@@ -268,7 +268,9 @@ def test_uniform_reference_values(sigma: float, expected: float, term: float) ->
     process = UniformProcess(4)
     prior = prior_term(process, sigma)
     assert float(reference_law() @ prior) == pytest.approx(term, abs=6e-11)
-    found = over_noise(ContinuousBound(), ExactBackbone(process, CavityHead()), LogLinearSchedule(1e-4), sigma) + prior
+    found = (
+        over_noise(ContinuousBound(), ExactBackbone(process, LeaveOneOutHead()), LogLinearSchedule(1e-4), sigma) + prior
+    )
     assert float(reference_law() @ found) == pytest.approx(expected, abs=6e-11)
     assert float(reference_law() @ found) > ENTROPY
 
@@ -276,7 +278,7 @@ def test_uniform_reference_values(sigma: float, expected: float, term: float) ->
 def test_a_posterior_in_the_place_of_a_cavity_costs_far_more() -> None:
     """What the networks of papers disagree about: 5.98 nats instead of 4.03."""
     process, sigma = UniformProcess(4), 6.0
-    honest = ExactBackbone(process, CavityHead())
+    honest = ExactBackbone(process, LeaveOneOutHead())
 
     class Posterior(ExactBackbone):
         def logits_at(self, tokens: Tensor, labels: Tensor, alpha: Tensor) -> Tensor:
@@ -286,7 +288,7 @@ def test_a_posterior_in_the_place_of_a_cavity_costs_far_more() -> None:
     schedule = LogLinearSchedule(1e-4)
     right, wrong = (
         float(reference_law() @ (over_noise(ContinuousBound(), network, schedule, sigma) + prior_term(process, sigma)))
-        for network in (honest, Posterior(process, CavityHead()))
+        for network in (honest, Posterior(process, LeaveOneOutHead()))
     )
     assert right == pytest.approx(ENTROPY, abs=1e-4)
     assert wrong == pytest.approx(5.98, abs=5e-3)
@@ -296,7 +298,7 @@ def test_a_posterior_in_the_place_of_a_cavity_costs_far_more() -> None:
 def test_flow_matching_bounds_from_above(process: str) -> None:
     """Of another chain with the same marginals: at least -log p, and not equal to it."""
     noise, sigma = PROCESSES[process](), 2.0
-    loss, backbone = FlowMatching(), ExactBackbone(noise, PosteriorHead())
+    loss, backbone = DiscreteFlowMatching(), ExactBackbone(noise, PosteriorHead())
     gap = over_noise(loss, backbone, LogLinearSchedule(1e-4), sigma) + prior_term(noise, sigma)
     gap = reference_law() @ (gap - surprise() - prior_gap(noise, sigma))
     assert 1e-3 < float(gap) < 1
@@ -304,7 +306,7 @@ def test_flow_matching_bounds_from_above(process: str) -> None:
 
 def test_hybrid_adds_its_share_of_cross_entropy_on_the_scale_of_the_bound() -> None:
     process, schedule = UniformProcess(4), LogLinearSchedule(0.2)
-    backbone = ExactBackbone(process, CavityHead())
+    backbone = ExactBackbone(process, LeaveOneOutHead())
     plain, hybrid = DiscreteTimeBound(5), HybridBound(5, 0.01)
     level = each_step(plain, schedule)
     difference = costs(hybrid, backbone, level) - costs(plain, backbone, level)
@@ -325,7 +327,7 @@ def test_normalised_scores_cost_their_cross_entropy() -> None:
     level = NoiseLevel.at(LogSinSchedule(), torch.rand(6, 1, dtype=torch.float64))
     scores = torch.cat((log_p + level.odds.log()[..., None], torch.zeros(6, 3, 1)), dim=-1)
     found = ScoreEntropy()(scores, ScoreHead(scale_by_noise=False), tokens, states, process, level)
-    expected = MaskedCrossEntropy()(log_p, CavityHead(), tokens, states, process, level)
+    expected = MaskedCrossEntropy()(log_p, LeaveOneOutHead(), tokens, states, process, level)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -374,9 +376,9 @@ def test_heads_and_processes_that_do_not_fit() -> None:
         ),
         (
             ScoreEntropy(),
-            CavityHead(),
+            LeaveOneOutHead(),
             UniformProcess(4),
-            "ScoreEntropy needs a head of kind score, CavityHead is of ki",
+            "ScoreEntropy needs a head of kind score, LeaveOneOutHead is of ki",
         ),
         (
             MaskedCrossEntropy(),
@@ -385,14 +387,24 @@ def test_heads_and_processes_that_do_not_fit() -> None:
             "head of kind cavity or posterior, ScoreHead is of ki",
         ),
         (DiscreteTimeBound(4), PosteriorHead(), UniformProcess(4), "DiscreteTimeBound needs a head of kind cavity"),
-        (FlowMatching(), CavityHead(), UniformProcess(4), "FlowMatching needs a head of kind posterior"),
+        (
+            DiscreteFlowMatching(),
+            LeaveOneOutHead(),
+            UniformProcess(4),
+            "DiscreteFlowMatching needs a head of kind posterior",
+        ),
         (
             MaskedCrossEntropy(),
-            CavityHead(),
+            LeaveOneOutHead(),
             UniformProcess(4),
             "is for AbsorbingProcess, got UniformProcess: use Cont",
         ),
-        (FlowMatching(), PosteriorHead(), GaussianProcess(4), "FlowMatching is for paths .* got GaussianProcess"),
+        (
+            DiscreteFlowMatching(),
+            PosteriorHead(),
+            DiscretizedGaussianProcess(4),
+            "DiscreteFlowMatching is for paths .* got DiscretizedGaussianProcess",
+        ),
         (ScoreEntropy(), ScoreHead(), UniformProcess(4), "mask_output of ScoreHead must be False for UniformProcess"),
     ]:
         with pytest.raises(ValueError, match=message):

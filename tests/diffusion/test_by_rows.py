@@ -5,10 +5,10 @@ import torch
 
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
-    GaussianProcess,
+    DiscretizedGaussianProcess,
     Head,
     HybridProcess,
+    LeaveOneOutHead,
     LogLinearSchedule,
     NoiseLevel,
     PosteriorHead,
@@ -19,8 +19,8 @@ from discrete_lit.diffusion import losses as by_rows_module
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
+    DiscreteFlowMatching,
     DiscreteTimeBound,
-    FlowMatching,
     HybridBound,
     MaskedCrossEntropy,
     ScoreEntropy,
@@ -30,15 +30,15 @@ CASES = {
     "score entropy, masks": (ScoreEntropy(), ScoreHead(), AbsorbingProcess(6)),
     "score entropy, uniform": (ScoreEntropy(), ScoreHead(False, False), UniformProcess(6)),
     "score entropy, hybrid": (ScoreEntropy(), ScoreHead(False), HybridProcess(6)),
-    "score entropy, gaussian": (ScoreEntropy(), ScoreHead(False, False), GaussianProcess(6, 0.5)),
-    "cross-entropy": (MaskedCrossEntropy(), CavityHead(), AbsorbingProcess(6)),
-    "continuous, uniform": (ContinuousBound(), CavityHead(), UniformProcess(6)),
-    "continuous, hybrid": (ContinuousBound(), CavityHead(), HybridProcess(6)),
-    "continuous, gaussian": (ContinuousBound(), CavityHead(), GaussianProcess(6, 0.5)),
-    "steps, masks": (DiscreteTimeBound(4), CavityHead(), AbsorbingProcess(6)),
-    "steps, hybrid": (DiscreteTimeBound(4), CavityHead(), HybridProcess(6)),
-    "steps and cross-entropy": (HybridBound(4, 0.1), CavityHead(), UniformProcess(6)),
-    "flow matching": (FlowMatching(), PosteriorHead(), HybridProcess(6)),
+    "score entropy, gaussian": (ScoreEntropy(), ScoreHead(False, False), DiscretizedGaussianProcess(6, 0.5)),
+    "cross-entropy": (MaskedCrossEntropy(), LeaveOneOutHead(), AbsorbingProcess(6)),
+    "continuous, uniform": (ContinuousBound(), LeaveOneOutHead(), UniformProcess(6)),
+    "continuous, hybrid": (ContinuousBound(), LeaveOneOutHead(), HybridProcess(6)),
+    "continuous, gaussian": (ContinuousBound(), LeaveOneOutHead(), DiscretizedGaussianProcess(6, 0.5)),
+    "steps, masks": (DiscreteTimeBound(4), LeaveOneOutHead(), AbsorbingProcess(6)),
+    "steps, hybrid": (DiscreteTimeBound(4), LeaveOneOutHead(), HybridProcess(6)),
+    "steps and cross-entropy": (HybridBound(4, 0.1), LeaveOneOutHead(), UniformProcess(6)),
+    "flow matching": (DiscreteFlowMatching(), PosteriorHead(), HybridProcess(6)),
 }
 
 

@@ -10,10 +10,10 @@ from helpers.exact_oracle import ExactBackbone, noisy_law, reference_law
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
-    GaussianProcess,
+    DiscretizedGaussianProcess,
     GeometricSchedule,
     HybridProcess,
+    LeaveOneOutHead,
     LogLinearSchedule,
     LogSinSchedule,
     MaskSchedule,
@@ -49,7 +49,7 @@ def estimates(backbone: ExactBackbone, schedule: MaskSchedule, draws: int = 100,
 
 
 @pytest.mark.parametrize("variable", ["mask_count", "mask_ratio"])
-@pytest.mark.parametrize("head", [CavityHead(), PosteriorHead(), ScoreHead(False), ScoreHead(True)], ids=range(4))
+@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead(), ScoreHead(False), ScoreHead(True)], ids=range(4))
 def test_masks_need_no_cut_off(head, variable) -> None:
     """Also with a schedule that stops at 0.9 the estimate is of -log p itself."""
     backbone = ExactBackbone(AbsorbingProcess(4), head)
@@ -64,7 +64,7 @@ def test_masks_need_no_cut_off(head, variable) -> None:
     [
         (UniformProcess(4), LogLinearSchedule(0.2)),
         (HybridProcess(4, 0.6), LogLinearSchedule(0.2)),
-        (GaussianProcess(4, 0.5), GeometricSchedule(0.05, 3.0)),
+        (DiscretizedGaussianProcess(4, 0.5), GeometricSchedule(0.05, 3.0)),
         (UniformProcess(4), GeometricSchedule(0.3, 2.0)),
     ],
     ids=["uniform", "hybrid", "gaussian", "cut"],
@@ -76,7 +76,7 @@ def test_other_noise_pays_for_both_ends(process, schedule: MaskSchedule, kind: s
     Where it starts above 0 the tokens are reconstructed apart from one another, which costs a little more: the mean
     lies above by what the others know of each.
     """
-    head = {"cavity": CavityHead(), "posterior": PosteriorHead(), "score": ScoreHead(False, process.masks)}[kind]
+    head = {"cavity": LeaveOneOutHead(), "posterior": PosteriorHead(), "score": ScoreHead(False, process.masks)}[kind]
     mean, error, claimed = estimates(ExactBackbone(process, head), schedule)
     alpha = float(schedule.alpha(torch.tensor(1.0)))
     noisy = all_sequences(process.states, 3)
@@ -94,7 +94,7 @@ def test_other_noise_pays_for_both_ends(process, schedule: MaskSchedule, kind: s
     assert 0.3 < float((error / claimed).median()) < 1.5
 
 
-@pytest.mark.parametrize("head", [CavityHead(), PosteriorHead(), ScoreHead(True)], ids=range(3))
+@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead(), ScoreHead(True)], ids=range(3))
 def test_enumeration_is_exact(head) -> None:
     backbone = ExactBackbone(AbsorbingProcess(4), head)
     found = enumerated_log_likelihood(network_of(backbone), backbone.denoiser(LogSinSchedule()), CLEAN)
@@ -102,7 +102,7 @@ def test_enumeration_is_exact(head) -> None:
 
 
 def test_the_estimate_of_a_sequence_does_not_depend_on_its_batch() -> None:
-    backbone = ExactBackbone(UniformProcess(4), CavityHead())
+    backbone = ExactBackbone(UniformProcess(4), LeaveOneOutHead())
     network, denoiser = network_of(backbone), backbone.denoiser(LogLinearSchedule())
     whole, _ = likelihood_bound(network, denoiser, CLEAN, CounterRandom(5, torch.arange(64)), 3)
     part, error = likelihood_bound(network, denoiser, CLEAN[7:9], CounterRandom(5, torch.arange(7, 9)), 3)
@@ -113,7 +113,7 @@ def test_the_estimate_of_a_sequence_does_not_depend_on_its_batch() -> None:
 def test_levels_are_spread_over_the_samples(monkeypatch) -> None:
     """One level in each n-th part for each sequence, and over sequences every level."""
     seen = []
-    backbone = ExactBackbone(UniformProcess(4), CavityHead())
+    backbone = ExactBackbone(UniformProcess(4), LeaveOneOutHead())
     network = network_of(backbone)
     monkeypatch.setattr(module, "_ends", lambda *_: torch.zeros(64))
 

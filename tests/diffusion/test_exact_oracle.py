@@ -15,17 +15,17 @@ from helpers.exact_oracle import (
     reference_law,
 )
 
-from discrete_lit.diffusion.parameterization import CavityHead, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
+    DiscretizedGaussianProcess,
     ForwardProcess,
-    GaussianProcess,
     HybridProcess,
     UniformProcess,
 )
 from discrete_lit.diffusion.schedules import NoiseLevel
 
-PROCESSES = [AbsorbingProcess(4), UniformProcess(4), HybridProcess(4, 0.6), GaussianProcess(4, 0.5)]
+PROCESSES = [AbsorbingProcess(4), UniformProcess(4), HybridProcess(4, 0.6), DiscretizedGaussianProcess(4, 0.5)]
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)
 
 
@@ -68,7 +68,7 @@ def test_conditionals_by_brute_force(process: ForwardProcess) -> None:
 def test_logits_are_made_for_the_head(process: ForwardProcess, name: str) -> None:
     head = {
         "posterior": PosteriorHead(),
-        "cavity": CavityHead(),
+        "cavity": LeaveOneOutHead(),
         "score": ScoreHead(scale_by_noise=False, mask_output=process.masks),
         "scaled score": ScoreHead(scale_by_noise=True, mask_output=process.masks),
     }[name]

@@ -9,27 +9,27 @@ from helpers.exact_oracle import exact_cavity, exact_posterior, exact_score, ref
 
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
+    DiscretizedGaussianProcess,
     ForwardProcess,
-    GaussianProcess,
     HybridProcess,
+    LeaveOneOutHead,
     NoiseLevel,
     PosteriorHead,
     ScoreHead,
     UniformProcess,
 )
 from discrete_lit.diffusion.parameterization import (
-    cavity_from_posterior,
-    cavity_from_score,
-    posterior_from_cavity,
-    score_from_cavity,
+    leave_one_out_from_posterior,
+    leave_one_out_from_score,
+    posterior_from_leave_one_out,
+    score_from_leave_one_out,
 )
 
 PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
     "absorbing": lambda: AbsorbingProcess(4),
     "uniform": lambda: UniformProcess(4),
     "hybrid": lambda: HybridProcess(4, 0.6),
-    "gaussian": lambda: GaussianProcess(4, 0.5),
+    "gaussian": lambda: DiscretizedGaussianProcess(4, 0.5),
 }
 
 
@@ -46,13 +46,13 @@ def test_every_meaning_from_every_other(name: str, alpha: float) -> None:
     # A token that masks alone have left says nothing of what its neighbours make of it.
     told = (states == 4) if name == "absorbing" else torch.ones_like(states, dtype=torch.bool)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    found = posterior_from_cavity(cavity.log(), states, process, level).exp()
+    found = posterior_from_leave_one_out(cavity.log(), states, process, level).exp()
     torch.testing.assert_close(found, posterior, **close)
-    found = cavity_from_posterior(posterior.log(), states, process, level).exp()
+    found = leave_one_out_from_posterior(posterior.log(), states, process, level).exp()
     torch.testing.assert_close(found[told], cavity[told], **close)
-    found = score_from_cavity(cavity.log(), states, process, level).exp()
+    found = score_from_leave_one_out(cavity.log(), states, process, level).exp()
     torch.testing.assert_close(found, score, **close)
-    found = cavity_from_score(score.log(), states, process, level).exp()
+    found = leave_one_out_from_score(score.log(), states, process, level).exp()
     torch.testing.assert_close(found[told], cavity[told], rtol=1e-7, atol=1e-9)
 
 
@@ -69,7 +69,7 @@ def test_posterior_and_cavity_agree_where_a_token_is_masked_alone() -> None:
 def test_heads_normalise_half_precision_in_float32() -> None:
     level = NoiseLevel(*(torch.full((2, 1), 0.5, dtype=torch.float64),) * 4)
     logits, states = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 4]])
-    for head in (PosteriorHead(), CavityHead()):
+    for head in (PosteriorHead(), LeaveOneOutHead()):
         found = head(logits.bfloat16(), states, level)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, logits.bfloat16().float().log_softmax(dim=-1))

@@ -11,8 +11,8 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
     DenseProcess,
+    DiscretizedGaussianProcess,
     ForwardProcess,
-    GaussianProcess,
     HybridProcess,
     MixtureProcess,
     UniformProcess,
@@ -34,7 +34,7 @@ PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
     "absorbing": lambda: AbsorbingProcess(SIZE),
     "uniform": lambda: UniformProcess(SIZE),
     "hybrid": lambda: HybridProcess(SIZE, 0.6),
-    "gaussian": lambda: GaussianProcess(SIZE, 0.5),
+    "gaussian": lambda: DiscretizedGaussianProcess(SIZE, 0.5),
     "band": band,
 }
 each_process = pytest.mark.parametrize("name", PROCESSES)
@@ -137,7 +137,7 @@ def test_draws_have_the_law_of_the_kernel(name: str) -> None:
 
 
 def test_draws_of_dense_kernels_do_not_depend_on_how_many_are_formed_at_once(monkeypatch) -> None:
-    process, tokens = GaussianProcess(9, 0.5), torch.randint(9, (5, 7))
+    process, tokens = DiscretizedGaussianProcess(9, 0.5), torch.randint(9, (5, 7))
     levels, uniforms = torch.rand(5, 1, dtype=torch.float64), torch.rand(5, 7, dtype=torch.float64)
     expected = process.corrupt(tokens, levels, uniforms)
     monkeypatch.setattr(dense_module, "_ENTRIES_AT_ONCE", 130)
@@ -145,7 +145,7 @@ def test_draws_of_dense_kernels_do_not_depend_on_how_many_are_formed_at_once(mon
 
 
 def test_dense_kernels_are_copied_to_a_device_once() -> None:
-    process, meta = GaussianProcess(9, 0.5), torch.device("meta")
+    process, meta = DiscretizedGaussianProcess(9, 0.5), torch.device("meta")
     law = torch.ones(2, 9, device=meta)
     with torch.inference_mode():
         process.push(law, torch.ones(2, device=meta))
@@ -193,10 +193,10 @@ def test_reference_values() -> None:
     ("build", "message"),
     [
         (lambda: UniformProcess(1), "a process needs a vocabulary of at least 2 ids, got 1"),
-        (lambda: MixtureProcess(4, 1.5), r"mask_share must lie in \[0, 1\], got 1.5"),
-        (lambda: HybridProcess(4, 1.0), r"mask_share must lie in \(0, 1\), got 1.0; 1 is AbsorbingProcess"),
-        (lambda: GaussianProcess(4, 0.0), "beta must be > 0, got 0.0"),
-        (lambda: GaussianProcess(1025), r"GaussianProcess is for at most 1024 ids .* got 1025"),
+        (lambda: MixtureProcess(4, 1.5), r"mask_fraction must lie in \[0, 1\], got 1.5"),
+        (lambda: HybridProcess(4, 1.0), r"mask_fraction must lie in \(0, 1\), got 1.0; 1 is AbsorbingProcess"),
+        (lambda: DiscretizedGaussianProcess(4, 0.0), "beta must be > 0, got 0.0"),
+        (lambda: DiscretizedGaussianProcess(1025), r"DiscretizedGaussianProcess is for at most 1024 ids .* got 1025"),
         (lambda: DenseProcess(torch.zeros(1025, 1025)), "for at most 1024 ids, got 1025: use AbsorbingProcess or Unif"),
         (lambda: DenseProcess(torch.tensor([[-1.0, 1.0], [2.0, -2.0]])), "rates must be a symmetric matrix"),
         (

@@ -17,12 +17,12 @@ from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
-    CavityHead,
     CosineSchedule,
-    GaussianProcess,
+    DiscretizedGaussianProcess,
     GeometricSchedule,
     Head,
     HybridProcess,
+    LeaveOneOutHead,
     LinearSchedule,
     LogLinearSchedule,
     LogSinSchedule,
@@ -35,8 +35,8 @@ from discrete_lit.diffusion import (
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
+    DiscreteFlowMatching,
     DiscreteTimeBound,
-    FlowMatching,
     HybridBound,
     MaskedCrossEntropy,
     ScoreEntropy,
@@ -55,25 +55,25 @@ PARTS: dict[str, tuple[Any, MaskSchedule | None, Head | None, DiffusionLoss | No
     "SEDD absorb": (AbsorbingProcess, LogSinSchedule(), ScoreHead(), ScoreEntropy(), "total_noise"),
     "SEDD uniform": (UniformProcess, GeometricSchedule(), ScoreHead(False, False), ScoreEntropy(), "total_noise"),
     "SEDD hybrid": (HybridProcess, LogLinearSchedule(), ScoreHead(False), ScoreEntropy(), "time"),
-    "UDLM": (UniformProcess, LogLinearSchedule(), CavityHead(), ContinuousBound(), None),
-    "GIDD": (HybridProcess, None, CavityHead(), ContinuousBound(), None),
-    "D3PM uniform": (UniformProcess, None, CavityHead(), HybridBound(20), None),
+    "UDLM": (UniformProcess, LogLinearSchedule(), LeaveOneOutHead(), ContinuousBound(), None),
+    "GIDD": (HybridProcess, None, LeaveOneOutHead(), ContinuousBound(), None),
+    "D3PM uniform": (UniformProcess, None, LeaveOneOutHead(), HybridBound(20), None),
     "D3PM gaussian": (
-        partial(GaussianProcess, beta=0.5),
+        partial(DiscretizedGaussianProcess, beta=0.5),
         GeometricSchedule(1e-3, 30.0),
-        CavityHead(),
+        LeaveOneOutHead(),
         HybridBound(20),
         None,
     ),
     "Gaussian": (
-        partial(GaussianProcess, beta=0.5),
+        partial(DiscretizedGaussianProcess, beta=0.5),
         GeometricSchedule(1e-3, 30.0),
-        CavityHead(),
+        LeaveOneOutHead(),
         ContinuousBound(),
         "time",
     ),
-    "MD4 of steps": (AbsorbingProcess, None, CavityHead(), DiscreteTimeBound(10), None),
-    "flow matching": (UniformProcess, LinearSchedule(), PosteriorHead(), FlowMatching(), None),
+    "MD4 of steps": (AbsorbingProcess, None, LeaveOneOutHead(), DiscreteTimeBound(10), None),
+    "flow matching": (UniformProcess, LinearSchedule(), PosteriorHead(), DiscreteFlowMatching(), None),
 }
 each_choice = pytest.mark.parametrize("name", PARTS)
 
@@ -151,7 +151,7 @@ def settings_of(name: str) -> dict[str, Any]:
     def named(path: str, **arguments: Any) -> dict[str, Any]:
         return {"class_path": f"discrete_lit.{path}", "init_args": arguments}
 
-    gaussian = named("processes.GaussianProcess", beta=0.5)
+    gaussian = named("processes.DiscretizedGaussianProcess", beta=0.5)
     return {
         "masks": {},
         "SEDD absorb": {
@@ -375,7 +375,7 @@ def test_likelihood_by_counts_and_by_ratios_is_masked_s(make_diffusion, make_gri
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": ScoreEntropy()}, "ScoreEntropy needs a head of kind score, CavityHead is of kind cavity"),
+        ({"loss": ScoreEntropy()}, "ScoreEntropy needs a head of kind score, LeaveOneOutHead is of kind cavity"),
         ({"head": ScoreHead()}, "MaskedCrossEntropy needs a head of kind cavity or posterior, ScoreHead is of kind sc"),
         (
             {"process": UniformProcess},
@@ -387,7 +387,10 @@ def test_likelihood_by_counts_and_by_ratios_is_masked_s(make_diffusion, make_gri
         ),
         ({"time_input": "total_noise"}, "time_input='total_noise' needs a schedule whose total noise is finite"),
         ({"likelihood_samples": 0}, "likelihood_samples must be at least 1, got 0"),
-        ({"vocab_size": 1025, "process": GaussianProcess}, r"GaussianProcess is for at most 1024 ids .*, got 1025"),
+        (
+            {"vocab_size": 1025, "process": DiscretizedGaussianProcess},
+            r"DiscretizedGaussianProcess is for at most 1024 ids .*, got 1025",
+        ),
     ],
 )
 def test_parts_that_do_not_fit(make_diffusion, arguments: dict[str, Any], message: str) -> None:
@@ -398,9 +401,9 @@ def test_parts_that_do_not_fit(make_diffusion, arguments: dict[str, Any], messag
 def test_gaussian_noise_needs_ids_in_order(make_tokenizer) -> None:
     build = partial(Transformer, width=16, depth=2, heads=2)
     with pytest.raises(
-        ValueError, match="GaussianProcess moves ids to their neighbours, and those of FSQ have no order"
+        ValueError, match="DiscretizedGaussianProcess moves ids to their neighbours, and those of FSQ have no order"
     ):
-        DiscreteDiffusion(make_tokenizer(), 16, 2, build, process=GaussianProcess, loss=ContinuousBound())
+        DiscreteDiffusion(make_tokenizer(), 16, 2, build, process=DiscretizedGaussianProcess, loss=ContinuousBound())
 
 
 def test_enumerations_that_cannot_be(make_diffusion) -> None:

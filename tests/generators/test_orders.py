@@ -94,11 +94,11 @@ def test_share_of_random_orders(make_generator, monkeypatch) -> None:
     generator = make_generator("autoregressive", order="random_annealed", anneal_steps=(10, 30))
     for step, share in ((0, 1.0), (9, 1.0), (10, 1.0), (15, 0.75), (25, 0.25), (30, 0.0), (99, 0.0)):
         monkeypatch.setattr(type(generator), "global_step", step)
-        assert generator.random_order_share() == pytest.approx(share)
+        assert generator.random_order_probability() == pytest.approx(share)
     at_once = make_generator("autoregressive", order="random_annealed", anneal_steps=(5, 5))
     for step, share in ((4, 1.0), (5, 0.0)):
         monkeypatch.setattr(type(generator), "global_step", step)
-        assert at_once.random_order_share() == share
+        assert at_once.random_order_probability() == share
 
 
 def orders_seen(generator, indices: torch.Tensor) -> torch.Tensor | None:

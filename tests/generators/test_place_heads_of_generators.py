@@ -40,7 +40,7 @@ def law_along(generator: Any, order: tuple[int, ...], label: int) -> torch.Tenso
         hidden = backbone(sequences[:, list(order[:place])], labels, order=orders)[:, -1:]
         split = head.parts.split(sequences[:, order[place], None])  # (K^N, 1, P)
         for part in range(len(head.parts)):
-            logits = head.part_logits(hidden, split[..., :part])[:, 0].double()
+            logits = head.sub_token_logits(hidden, split[..., :part])[:, 0].double()
             total += logits.log_softmax(dim=-1).gather(1, split[:, :, part])[:, 0]
     return total
 

@@ -27,7 +27,7 @@ from discrete_lit.callbacks import (
     Preemption,
     SampleGrid,
     Throughput,
-    TrainingAlarm,
+    TrainingGuard,
 )
 from discrete_lit.checkpoints import instantiate
 
@@ -163,7 +163,7 @@ def run(
     keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
     callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
     callbacks += [Signal(**send)] if send else []
-    callbacks += [Spoil(**spoil), TrainingAlarm(on_nonfinite="skip")] if spoil else []
+    callbacks += [Spoil(**spoil), TrainingGuard(on_nonfinite="skip")] if spoil else []
     callbacks += [ExponentialMovingAverage(0.5)] if average else []
     trainer = Trainer(
         **{"max_epochs": 2, "log_every_n_steps": 1, **settings},

@@ -5,9 +5,9 @@ import torch
 
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import LinearSchedule
-from discrete_lit.diffusion.parameterization import CavityHead, PosteriorHead, ScoreHead
-from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, HybridProcess, UniformProcess
-from discrete_lit.samplers import Drawing
+from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
+from discrete_lit.samplers import SamplingContext
 from discrete_lit.samplers.diffusion_guidance import Prediction
 from helpers.exact_laws import all_sequences, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
@@ -16,11 +16,11 @@ PROCESSES = {
     "absorbing": AbsorbingProcess(VOCAB_SIZE),
     "uniform": UniformProcess(VOCAB_SIZE),
     "hybrid": HybridProcess(VOCAB_SIZE, 0.6),
-    "gaussian": GaussianProcess(VOCAB_SIZE, 0.5),
+    "gaussian": DiscretizedGaussianProcess(VOCAB_SIZE, 0.5),
 }
 HEADS = {
     "posterior": lambda process: PosteriorHead(),
-    "cavity": lambda process: CavityHead(),
+    "cavity": lambda process: LeaveOneOutHead(),
     "score": lambda process: ScoreHead(scale_by_noise=process.masks, mask_output=process.masks),
 }
 
@@ -49,10 +49,10 @@ class OncePerState(ExactBackbone):
         return super().logits_at(tokens[first], labels[first], alpha[first])[place]
 
 
-def drawing_of(backbone, rows: int, schedule, seed=0) -> Drawing:
+def drawing_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
     """Of rows of class 0, as a sampler gets it."""
     labels = torch.zeros(rows, dtype=torch.int64)
-    return Drawing(
+    return SamplingContext(
         backbone, labels, CounterRandom(seed, torch.arange(rows)), None, None, backbone.denoiser(schedule), False
     )
 

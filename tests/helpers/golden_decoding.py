@@ -101,9 +101,9 @@ def masked_by_confidence(case: Case) -> Tensor:
     sampler = GivenConfidence(probabilities, float(case.inputs["topk_temperature"]))
     layout = SequenceLayout(1, (length,), 1, "bidirectional", mask_token=True)
     random = GivenNoise(case.inputs["topk_gumbel"][None])
-    drawing = SimpleNamespace(layout=layout, random=random, record=lambda tokens, confidence: None)
+    context = SimpleNamespace(layout=layout, random=random, record=lambda tokens, confidence: None)
     tokens = torch.full((rows, length), layout.mask_id)
-    tokens = sampler.fill(drawing, tokens, torch.zeros(rows, length, 1), 0, length, count)  # type: ignore[arg-type]
+    tokens = sampler.fill(context, tokens, torch.zeros(rows, length, 1), 0, length, count)  # type: ignore[arg-type]
     return (tokens == layout.mask_id).to(torch.uint8)
 
 

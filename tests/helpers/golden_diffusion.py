@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.diffusion import ForwardProcess, LinearSchedule, MaskSchedule, NoiseLevel, ScoreHead
-from discrete_lit.diffusion.parameterization import posterior_from_cavity, score_from_cavity
+from discrete_lit.diffusion.parameterization import posterior_from_leave_one_out, score_from_leave_one_out
 from discrete_lit.diffusion.reverse import (
     analytic_weights,
     denoise_weights,
@@ -133,8 +133,8 @@ def mdlm(load: Load, case: Case) -> Tensors:
     tokens, states = inputs["x0"], inputs["xt"]
     network = logits(generator, states, level)
     cavity = parts.head(network, states, level)
-    clean = posterior_from_cavity(cavity, states, process, level)
-    score = score_from_cavity(clean, states, process, level).exp()
+    clean = posterior_from_leave_one_out(cavity, states, process, level)
+    score = score_from_leave_one_out(clean, states, process, level).exp()
     # The reference cuts this off the times; and it stratifies them.
     first = case.default("sampling_eps")
     places = torch.arange(len(tokens))

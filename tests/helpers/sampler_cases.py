@@ -16,11 +16,11 @@ from discrete_lit.samplers import (
     MaskGITSampler,
     NextScaleSampler,
     OpenMAGVIT2Sampler,
-    PartSettings,
     RandomOrderSampler,
     RasterSampler,
     Sampler,
     SamplerOutput,
+    SubTokenSettings,
     TiTokSampler,
 )
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
@@ -50,7 +50,7 @@ CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
     "next_scale": (NextScaleSampler, SCALES, {}),
     "parts": (RasterSampler, PARTS, {}),
     "bits": (RasterSampler, CODES, {}),
-    "open_magvit2": (OpenMAGVIT2Sampler, ANY_ORDER_PARTS, {"order": "random", "parts": [PartSettings()] * 2}),
+    "open_magvit2": (OpenMAGVIT2Sampler, ANY_ORDER_PARTS, {"order": "random", "parts": [SubTokenSettings()] * 2}),
     "bar": (BARSampler, CODES, {"bit_counts": (1, 2)}),
 }
 # What the backbone of a case has that is not in its layout.
@@ -85,8 +85,11 @@ class Case(NamedTuple):
 
     def build(self, **settings: Any) -> Sampler:
         if self.sampler is OpenMAGVIT2Sampler:
-            own = {name: settings.pop(name) for name in PartSettings.__dataclass_fields__ if name in settings}
-            settings["parts"] = [PartSettings(**own), PartSettings(guidance_scale=own.get("guidance_scale", 1.0))]
+            own = {name: settings.pop(name) for name in SubTokenSettings.__dataclass_fields__ if name in settings}
+            settings["parts"] = [
+                SubTokenSettings(**own),
+                SubTokenSettings(guidance_scale=own.get("guidance_scale", 1.0)),
+            ]
         return self.sampler(**{**self.settings, **settings})
 
     def random_sampler(self, choose: Random, **fixed: Any) -> Sampler:

@@ -37,7 +37,7 @@ RECIPES = {
 # Those that no published weights are loaded for, by their number of parameters alone.
 OTHERS = ["taming_gpt", "maskgit", "ibq_ar_b"]
 # What trains a network and is in no published file of weights.
-TRAINING = {"dropout", "drop_path", "recompute"}
+TRAINING = {"dropout", "drop_path", "activation_checkpointing"}
 
 
 def config_of(recipe: str) -> str:

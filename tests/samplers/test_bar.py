@@ -8,7 +8,7 @@ from helpers.exact_laws import chi_square_p_value
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, PartSettings, RasterSampler
+from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 
 ONE_CODE = SequenceLayout(4, (1,), 2, "causal")
 ONE_PAIR = SequenceLayout(6, (1,), 2, "causal")
@@ -110,7 +110,7 @@ def test_each_part_has_its_own_settings(make_case, make_layout_backbone) -> None
 
         def guided(known: list[int], scale: float) -> torch.Tensor:
             given = torch.tensor([[known]], dtype=torch.int64)
-            cond, null = (head.part_logits(state, given)[0, 0].double() for state in hidden)
+            cond, null = (head.sub_token_logits(state, given)[0, 0].double() for state in hidden)
             return null + scale * (cond - null)
 
         first = (guided([], 2.0) / 1.3).softmax(dim=-1)
@@ -120,8 +120,8 @@ def test_each_part_has_its_own_settings(make_case, make_layout_backbone) -> None
             for high, probability in enumerate(logits.softmax(dim=-1)):
                 law[low + 2 * high] = first[low] * probability
     parts = [
-        PartSettings(temperature=1.3, guidance_scale=2.0),
-        PartSettings(temperature=0.7, top_k=2, guidance_scale=0.5),
+        SubTokenSettings(temperature=1.3, guidance_scale=2.0),
+        SubTokenSettings(temperature=0.7, top_k=2, guidance_scale=0.5),
     ]
     numbers = draw(backbone, OpenMAGVIT2Sampler(parts))
     assert chi_square_p_value(numbers, law) > 1e-3
@@ -129,8 +129,8 @@ def test_each_part_has_its_own_settings(make_case, make_layout_backbone) -> None
 
 def test_a_part_alone_may_be_guided(make_case) -> None:
     case = make_case("parts")
-    parts = [PartSettings(), PartSettings(guidance_scale=2.0)]
-    for settings, calls in ((parts, 12), ([PartSettings()] * 2, 6)):
+    parts = [SubTokenSettings(), SubTokenSettings(guidance_scale=2.0)]
+    for settings, calls in ((parts, 12), ([SubTokenSettings()] * 2, 6)):
         output = case.draw(OpenMAGVIT2Sampler(settings), torch.zeros(2, dtype=torch.int64), torch.arange(2))
         assert output.network_calls == calls and output.sequential_passes == 6
 
@@ -142,8 +142,8 @@ def test_a_part_alone_may_be_guided(make_case) -> None:
         (lambda: BARSampler(bit_counts=(2, 0)), r"of at least 1 bit each, got \[2, 0\]"),
         (lambda: BARSampler(choice_temperature=-1.0), "choice_temperature must be >= 0, got -1.0"),
         (lambda: OpenMAGVIT2Sampler(parts=[]), "parts must have settings for each part of an id, got none"),
-        (lambda: OpenMAGVIT2Sampler([PartSettings(temperature=0.0)]), "temperature must be > 0, got 0.0"),
-        (lambda: OpenMAGVIT2Sampler([PartSettings(top_p=0.0)]), "top_p must lie in"),
+        (lambda: OpenMAGVIT2Sampler([SubTokenSettings(temperature=0.0)]), "temperature must be > 0, got 0.0"),
+        (lambda: OpenMAGVIT2Sampler([SubTokenSettings(top_p=0.0)]), "top_p must lie in"),
     ],
 )
 def test_settings_out_of_range(make, message: str) -> None:
@@ -157,10 +157,10 @@ def test_settings_out_of_range(make, message: str) -> None:
         ("bar", BARSampler((2, 2, 5, 7)), r"bit_counts=\[2, 2, 5, 7\] reveal 16 bits, an id of this generator has 3"),
         ("raster", BARSampler((1, 2)), "with a MaskedBitHead, this one has no place_head"),
         ("parts", BARSampler((1, 2)), "with a MaskedBitHead, this one has a FactorisedHead"),
-        ("parts", OpenMAGVIT2Sampler([PartSettings()]), "settings for 1 parts of an id, this generator predicts 2"),
+        ("parts", OpenMAGVIT2Sampler([SubTokenSettings()]), "settings for 1 parts of an id, this generator predicts 2"),
         (
             "raster",
-            OpenMAGVIT2Sampler([PartSettings()] * 2),
+            OpenMAGVIT2Sampler([SubTokenSettings()] * 2),
             "settings for 2 parts of an id, this generator predicts 1",
         ),
     ],

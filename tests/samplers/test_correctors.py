@@ -7,7 +7,7 @@ from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbe
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
 from discrete_lit.diffusion import LinearSchedule
-from discrete_lit.diffusion.parameterization import CavityHead
+from discrete_lit.diffusion.parameterization import LeaveOneOutHead
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, PredictorCorrectorSampler
 from discrete_lit.samplers.diffusion import Trajectory
@@ -20,12 +20,12 @@ def test_gibbs_keeps_the_noisy_law(process: str) -> None:
     chain, schedule, rows = PROCESSES[process], LinearSchedule(), 40_000
     backbone = OncePerState(chain, HEADS["cavity"](chain))
     sampler = PredictorCorrectorSampler(corrector="gibbs", steps=2)
-    drawing = drawing_of(backbone, rows, schedule)
-    interval = sampler.intervals(schedule, drawing)[0]  # ends at alpha = 0.5
+    context = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, context)[0]  # ends at alpha = 0.5
     law = noisy_law(reference_law(), chain, 0.5)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.multinomial(law, rows, replacement=True, generator=generator)
-    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory = Trajectory(context, context.denoiser, interval.before)
     trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(4):
         sampler.gibbs(trajectory, interval.corrected(10 + number), 1.0)
@@ -84,13 +84,13 @@ def test_forward_and_reverse_rates_keep_the_noisy_law(process: str) -> None:
 def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     """The forward-backward step of masks, whose reveals need no rates: 25 short steps from p_s."""
     chain, schedule, rows = PROCESSES["absorbing"], LinearSchedule(), 20_000
-    backbone = OncePerState(chain, CavityHead(), timed=False)
+    backbone = OncePerState(chain, LeaveOneOutHead(), timed=False)
     sampler = PredictorCorrectorSampler(corrector_noise=0.02, steps=2)
-    drawing = drawing_of(backbone, rows, schedule)
-    interval = sampler.intervals(schedule, drawing)[0]
+    context = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, context)[0]
     law = noisy_law(reference_law(), chain, 0.5)
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
-    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    trajectory = Trajectory(context, context.denoiser, interval.before)
     trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(25):
         sampler.forward_backward(trajectory, interval.corrected(number), 1.0)
@@ -101,7 +101,7 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
 
 def test_correctors_bring_few_steps_nearer_to_the_law() -> None:
     chain = PROCESSES["absorbing"]
-    backbone, law = OncePerState(chain, CavityHead(), timed=False), reference_law()
+    backbone, law = OncePerState(chain, LeaveOneOutHead(), timed=False), reference_law()
 
     def distance(sampler) -> float:
         numbers = draw_numbers(sampler, backbone, LinearSchedule(), 20_000)

@@ -17,7 +17,7 @@ from helpers.exact_laws import chi_square_p_value
 from helpers.exact_oracle import reference_law
 
 from discrete_lit.diffusion import LinearSchedule, SquareSchedule
-from discrete_lit.diffusion.parameterization import CavityHead, ScoreHead
+from discrete_lit.diffusion.parameterization import LeaveOneOutHead, ScoreHead
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,
@@ -47,7 +47,7 @@ def test_divergence_of_the_ancestral_law(process: str, head: str, divergences: l
 
 
 def test_distance_of_the_ancestral_law() -> None:
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead())
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead())
     for steps, expected in zip((1, 2, 4, 8), (0.1984933943, 0.1095566801, 0.0574585563, 0.0294592445), strict=True):
         drawn = enumerated_law(AncestralSampler(steps=steps), backbone, LinearSchedule())
         assert float((drawn - reference_law()).abs().sum() / 2) == pytest.approx(expected, abs=2e-10)
@@ -57,7 +57,7 @@ def test_distance_of_the_ancestral_law() -> None:
 def test_analytic_and_ancestral_transitions_are_the_same(process: str) -> None:
     """Steps made of scores and steps made of clean ids, for every head."""
     chain, schedule = PROCESSES[process], FiniteNoise()
-    reference = transitions(AncestralSampler(steps=4), OncePerState(chain, CavityHead()), schedule)
+    reference = transitions(AncestralSampler(steps=4), OncePerState(chain, LeaveOneOutHead()), schedule)
     for head, law in product(HEADS.values(), ("clean", "score", "transition")):
         other = transitions(AncestralSampler(steps=4, guidance_law=law), OncePerState(chain, head(chain)), schedule)
         for number, (one, two) in enumerate(zip(reference, other, strict=True)):

@@ -10,8 +10,8 @@ from helpers.random_weights import randomise
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, SquareSchedule
-from discrete_lit.diffusion.parameterization import CavityHead, Denoiser, PosteriorHead, ScoreHead
-from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, HybridProcess, UniformProcess
+from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead, PosteriorHead, ScoreHead
+from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,
@@ -28,7 +28,7 @@ PROCESSES = {
     "absorbing": AbsorbingProcess(SIZE),
     "uniform": UniformProcess(SIZE),
     "hybrid": HybridProcess(SIZE, 0.5),
-    "gaussian": GaussianProcess(SIZE, 0.3),
+    "gaussian": DiscretizedGaussianProcess(SIZE, 0.3),
 }
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ancestral": (AncestralSampler, {}),
@@ -66,7 +66,7 @@ class FiniteNoise(LinearSchedule):
 
 
 def make_head(name: str, process):
-    heads = {"posterior": PosteriorHead, "cavity": CavityHead}
+    heads = {"posterior": PosteriorHead, "cavity": LeaveOneOutHead}
     return heads[name]() if name in heads else ScoreHead(process.masks, process.masks)
 
 

@@ -12,10 +12,16 @@ from scipy.stats import binom, kstest, poisson
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import LinearSchedule, SquareSchedule
-from discrete_lit.diffusion.parameterization import CavityHead, Denoiser
-from discrete_lit.diffusion.processes import AbsorbingProcess, GaussianProcess, UniformProcess
+from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
+from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, UniformProcess
 from discrete_lit.diffusion.reverse import jumps_from_clean
-from discrete_lit.samplers import AncestralSampler, Drawing, FirstHittingSampler, RemaskingSampler, TauLeapingSampler
+from discrete_lit.samplers import (
+    AncestralSampler,
+    FirstHittingSampler,
+    RemaskingSampler,
+    SamplingContext,
+    TauLeapingSampler,
+)
 from discrete_lit.samplers.diffusion import Trajectory
 from discrete_lit.samplers.diffusion import poisson as draw_poisson
 
@@ -30,7 +36,7 @@ class LevelSeen(OncePerState):
 
 def test_hitting_times() -> None:
     """With n masked at m the next hit is at `m U^(1 / n)`: mean n / (n + 1) and distribution function m^n of m."""
-    backbone = LevelSeen(PROCESSES["absorbing"], CavityHead())
+    backbone = LevelSeen(PROCESSES["absorbing"], LeaveOneOutHead())
     backbone.seen = []
     labels = torch.zeros(20_000, dtype=torch.int64)
     random = CounterRandom(1, torch.arange(20_000))
@@ -66,11 +72,13 @@ class FlatBackbone(torch.nn.Module):
 def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
     """Binomial(n, 0.5), at K T = 8,192 x 2,048, where races of float32 noise miss a third of the reveals."""
     process, steps, length = AbsorbingProcess(8192), 2048, 256
-    denoiser = Denoiser(process, LinearSchedule(), CavityHead(), "none")
+    denoiser = Denoiser(process, LinearSchedule(), LeaveOneOutHead(), "none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
-    drawing = Drawing(FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False)
-    intervals = sampler.intervals(denoiser.schedule, drawing)
-    trajectory = Trajectory(drawing, denoiser, intervals[0].before)
+    context = SamplingContext(
+        FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False
+    )
+    intervals = sampler.intervals(denoiser.schedule, context)
+    trajectory = Trajectory(context, denoiser, intervals[0].before)
     for interval in intervals[: steps // 2]:
         sampler.step(trajectory, interval, 1.0)
     low, high = binom.ppf([1e-4, 1 - 1e-4], length, 0.5)
@@ -99,7 +107,7 @@ def test_rare_jumps_of_uniform_noise() -> None:
 def test_remasking_keeps_the_marginals(strategy: str, eta: float) -> None:
     """`(1 - alpha_t) u + alpha_t (1 - sigma) = alpha_s`, with sigma up to its most."""
     sampler = RemaskingSampler(strategy=strategy, eta=eta, steps=20)
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead())
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead())
     for interval in sampler.intervals(SquareSchedule(), drawing_of(backbone, 1, SquareSchedule()))[1:-1]:
         before, after = interval.before.alpha, interval.after.alpha
         sigma, reveal = sampler.remasking(interval), sampler.reveal(interval, torch.ones(1, 1, dtype=torch.float64))
@@ -109,11 +117,11 @@ def test_remasking_keeps_the_marginals(strategy: str, eta: float) -> None:
 
 def test_remasked_counts_are_binomial() -> None:
     """The draws too: at every level as many tokens are masked as its mask probability says."""
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler, schedule, rows = RemaskingSampler(strategy="rescale", eta=0.5, steps=5), LinearSchedule(), 20_000
-    drawing = drawing_of(backbone, rows, schedule)
-    intervals = sampler.intervals(schedule, drawing)
-    trajectory = Trajectory(drawing, drawing.denoiser, intervals[0].before)
+    context = drawing_of(backbone, rows, schedule)
+    intervals = sampler.intervals(schedule, context)
+    trajectory = Trajectory(context, context.denoiser, intervals[0].before)
     for interval in intervals[:-1]:
         sampler.step(trajectory, interval, 1.0)
         m = 1 - float(interval.after.alpha[0, 0])
@@ -123,7 +131,7 @@ def test_remasked_counts_are_binomial() -> None:
 
 @pytest.mark.parametrize("strategy", ["cap", "rescale", "conf"])
 def test_without_remasking_it_is_the_ancestral_sampler(strategy: str) -> None:
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     plain = draw_numbers(AncestralSampler(steps=6), backbone, LinearSchedule(), 500)
     other = draw_numbers(RemaskingSampler(strategy=strategy, eta=0.0, steps=6), backbone, LinearSchedule(), 500)
     assert torch.equal(plain, other)
@@ -136,7 +144,7 @@ def test_a_loop_has_times_of_its_own() -> None:
 
 def test_a_loop_masks_at_its_level_alone() -> None:
     """Half of what is revealed is masked again: as much as can be at a level of 2 / 3."""
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="loop", eta=1.0, steps=8, loop=(0.25, 0.75), loop_alpha=2 / 3)
     intervals = sampler.intervals(LinearSchedule(), drawing_of(backbone, 1, LinearSchedule()))
     assert [round(float(sampler.remasking(interval)), 6) for interval in intervals] == [0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
@@ -144,16 +152,16 @@ def test_a_loop_masks_at_its_level_alone() -> None:
 
 def test_doubtful_tokens_are_masked_first() -> None:
     """Three tokens drawn with probabilities 0.9, 0.5 and 0.1: sigma is shared by the softmax of minus these."""
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="conf", eta=1.0, steps=10)
-    drawing = drawing_of(backbone, 20_000, LinearSchedule())
-    interval = sampler.intervals(LinearSchedule(), drawing)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
-    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    context = drawing_of(backbone, 20_000, LinearSchedule())
+    interval = sampler.intervals(LinearSchedule(), context)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
+    trajectory = Trajectory(context, context.denoiser, interval.before)
     trajectory.states = torch.zeros_like(trajectory.states)
     trajectory.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
-    coins = drawing.random.uniform(Purpose.CONFIDENCE, LENGTH)
+    coins = context.random.uniform(Purpose.CONFIDENCE, LENGTH)
     assert sampler.step(trajectory, interval, 1.0) is None and trajectory.masked.any()
-    assert drawing.output(trajectory.states).network_calls == 0  # nothing was masked that it could reveal
+    assert context.output(trajectory.states).network_calls == 0  # nothing was masked that it could reveal
     share = 0.8 * torch.tensor([-0.9, -0.5, -0.1], dtype=torch.float64).softmax(dim=0)
     trajectory.states = torch.zeros_like(trajectory.states)
     torch.testing.assert_close(
@@ -162,7 +170,7 @@ def test_doubtful_tokens_are_masked_first() -> None:
 
 
 def test_known_tokens_condition_first_hitting_exactly() -> None:
-    backbone = OncePerState(PROCESSES["absorbing"], CavityHead(), timed=False)
+    backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     rows, known = 40_000, torch.tensor([-1, 2, -1])
     labels = torch.zeros(rows, dtype=torch.int64)
     tokens = FirstHittingSampler()(
@@ -190,13 +198,13 @@ def test_poisson_counts() -> None:
 
 def test_jumps_of_an_order_add_up() -> None:
     """One token: the sum of independent Poisson numbers of jumps to each id, cut to the range of ids."""
-    process, size = GaussianProcess(4, 0.5), 4
+    process, size = DiscretizedGaussianProcess(4, 0.5), 4
     law = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
-    backbone = OncePerState(process, CavityHead(), law.expand(2, -1), length=1)
+    backbone = OncePerState(process, LeaveOneOutHead(), law.expand(2, -1), length=1)
     sampler, schedule, rows = TauLeapingSampler(steps=3), FiniteNoise(), 40_000
-    drawing = drawing_of(backbone, rows, schedule)
-    interval = sampler.intervals(schedule, drawing)[1]
-    trajectory = Trajectory(drawing, drawing.denoiser, interval.before)
+    context = drawing_of(backbone, rows, schedule)
+    interval = sampler.intervals(schedule, context)[1]
+    trajectory = Trajectory(context, context.denoiser, interval.before)
     trajectory.states = torch.ones_like(trajectory.states)
     sampler.step(trajectory, interval, 1.0)
     state = torch.tensor([[1]])

@@ -57,7 +57,7 @@ def test_random_orders_differ_and_counts_are_the_schedules(make_backbone) -> Non
 def test_halton_fills_its_order(make_backbone) -> None:
     sampler, order = HaltonSampler(steps=4), halton_order(4, 4)
     backbone = make_backbone("bidirectional", grid=(4, 4))
-    known = [0, *sampler.revealed_counts(16)]
+    known = [0, *sampler.unmasked_counts(16)]
     assert known == [0, 2, 5, 8, 16]
     trace = draw(backbone, sampler, 0, 5, trace=True).trace
     for (begin, end), step in zip(pairwise(known), trace, strict=True):
@@ -84,7 +84,7 @@ def test_the_older_variant_draws_again_what_it_drew(make_backbone) -> None:
     order, labels = halton_order(4, 4), torch.zeros(1, dtype=torch.int64)
     older = draw(backbone, HaltonSampler(steps=4, variant="older", top_k=1), 0, 1, trace=True).trace
     before, rewritten = torch.full((1, 16), 5), 0
-    for known, step in zip(HaltonSampler(steps=4).revealed_counts(16), older, strict=True):
+    for known, step in zip(HaltonSampler(steps=4).unmasked_counts(16), older, strict=True):
         with torch.no_grad():
             best = backbone(before, labels).argmax(dim=-1)
         expected = before.clone()

@@ -30,7 +30,7 @@ def test_flops_are_those_of_the_network(case, make_layout_backbone, conditioning
     for name in ("forward", "new_cache"):
         monkeypatch.setattr(backbone, name, counting(getattr(backbone, name)))
     if backbone.place_head is not None:
-        name = "bit_logits" if case.name == "bar" else "part_logits"
+        name = "bit_logits" if case.name == "bar" else "sub_token_logits"
         monkeypatch.setattr(backbone.place_head, name, counting(getattr(backbone.place_head, name)))
     choose, labels = Random(5), torch.zeros(3, dtype=torch.int64)
     for _ in range(4):
