@@ -27,9 +27,10 @@ test: .venv/installed ## the fast tests, about 8 minutes on 2 cores
 test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
 	$(BIN)/pytest -m "slow or slurm"
 
-lint: .venv/installed ## check format and style
+lint: .venv/installed ## check format, style, and which module may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/installed ## format the code
 	$(BIN)/ruff format .

@@ -7,22 +7,26 @@ nothing beside the file, and the file is read with `weights_only=True`: it can e
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 from lightning import LightningModule
 
+from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.files import atomic_write
-from discrete_lit.generators.generator import Generator
-from discrete_lit.tokenizers.klvae import KLVAE
-from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _MOST_SHOWN = 3
-# How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
-_UNION = "Does not validate against any of the Union subtypes"
+_LOADABLE: list[type[LightningModule]] = []
+_Kind = TypeVar("_Kind", bound=type[LightningModule])
+
+
+def loadable(kind: _Kind) -> _Kind:
+    """Mark a class, by decorating it, as one that `load` gives back: itself and its subclasses."""
+    _LOADABLE.append(kind)
+    return kind
 
 
 def record_config(module: LightningModule, config: dict[str, Any]) -> None:
@@ -56,20 +60,6 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
     return module
 
 
-def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
-    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised."""
-    try:
-        return parser.instantiate(settings)
-    except ValueError as error:
-        original: BaseException = error
-        # The parser tries every member of a union and reports that none of them could be built.
-        while str(original).startswith(_UNION) and original.__cause__ is not None:
-            original = original.__cause__
-        if original is error:
-            raise
-        raise original from None
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing code.
 
@@ -96,7 +86,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def module_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """The configuration of the module in a checkpoint, self-contained: a frozen tokenizer is described by itself.
+    """Return the configuration of the module in a checkpoint, in today's names and self-contained.
+
+    A frozen tokenizer is described by its own configuration, not by the file that it came from.
 
     Raises:
         ValueError: the module was not built from a configuration.
@@ -110,7 +102,7 @@ def module_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any
     init_args = dict(config["init_args"])
     if "tokenizer_config" in checkpoint:
         init_args["tokenizer"] = checkpoint["tokenizer_config"]
-    return {"class_path": config["class_path"], "init_args": init_args}
+    return current_names({"class_path": config["class_path"], "init_args": init_args})
 
 
 def save(module: LightningModule, path: str | Path) -> None:
@@ -133,8 +125,8 @@ def save(module: LightningModule, path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path) -> Tokenizer | Generator | KLVAE:
-    """The Tokenizer, Generator or KLVAE of a checkpoint, on the CPU, in eval mode.
+def load(path: str | Path) -> Any:
+    """Load the Tokenizer, Generator or KLVAE of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a file written by `discrete-lit fit`.
@@ -144,10 +136,11 @@ def load(path: str | Path) -> Tokenizer | Generator | KLVAE:
     """
     checkpoint = read_checkpoint(path)
     config = module_config(checkpoint, path)
+    # By name, since these packages stand on this file: they mark what is loadable.
     for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
         importlib.import_module(package)
     module = instantiate(config)
-    if not isinstance(module, Tokenizer | Generator | KLVAE):
+    if not isinstance(module, tuple(_LOADABLE)):
         raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer, a Generator or a KLVAE")
     load_weights(module, checkpoint, path)
     return module.eval()

@@ -15,6 +15,7 @@ from helpers.old_checkpoint_outputs import outputs_of, read_outputs
 
 import discrete_lit
 from discrete_lit.cli import main
+from discrete_lit.core.configuration import current_class_path
 
 FOLDER = Path(__file__).parent / "old_checkpoints"
 CHECKPOINTS = sorted(FOLDER.glob("*.ckpt"))
@@ -27,8 +28,8 @@ def name_of(file: Path) -> str:
 
 
 def resolve(class_path: str) -> object:
-    """What a class path of a configuration names. POINT THIS AT THE TABLE OF RENAMED PATHS once there is one."""
-    module, _, name = class_path.rpartition(".")
+    """What a class path of a configuration names today."""
+    module, _, name = current_class_path(class_path).rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 

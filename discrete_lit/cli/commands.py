@@ -18,7 +18,8 @@ TRAINING_COMMANDS = {
 }
 
 
-VERBS = {
+# Commands that are a function of this package each; those above are one `TrainingCLI`.
+FUNCTION_COMMANDS = {
     "shards": "write a data set as webdataset shards",
     "tokenize": "encode the images of a data set as token arrays",
     "sample": "draw images from a generator's checkpoint",
@@ -28,13 +29,9 @@ VERBS = {
 }
 
 
-# Where a command's name is no name of a Python module, or says too little as one.
-VERB_FUNCTIONS = {"import": "import_weights", "export": "export_weights"}
-
-
-COMMANDS = {**TRAINING_COMMANDS, **VERBS}
-
-
+# Module and function, where they do not have the command's name: `import` cannot be one.
+_FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
+COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}
 TRACEBACK_VARIABLE = "DISCRETE_LIT_TRACEBACK"
 
 
@@ -78,7 +75,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
         fail(f"{command!r} is not a command{guess} The commands are {', '.join(COMMANDS)}")
     try:
-        _run(command, arguments[1:])
+        from discrete_lit.cli.config import use_current_names
+
+        _run(command, use_current_names(arguments[1:]))
     except ValueError as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
@@ -97,26 +96,26 @@ def _run(command: str, arguments: list[str]) -> None:
 
         run_training(command, arguments)
     else:
-        run_verb(command, arguments)
+        run_function(command, arguments)
 
 
-def run_verb(name: str, arguments: list[str]) -> None:
+def run_function(name: str, arguments: list[str]) -> None:
     """Call a command's function in `discrete_lit.cli` with the settings of the command line."""
     from argparse import ArgumentError
 
     from jsonargparse import ArgumentParser
 
-    own_name = VERB_FUNCTIONS.get(name, name)
-    function = getattr(importlib.import_module(f"discrete_lit.cli.{own_name}"), own_name)
+    from discrete_lit.cli.config import explain
+    from discrete_lit.core.configuration import build
+
+    module, function_name = _FUNCTIONS.get(name, (name, name))
+    function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]
     parser = ArgumentParser(
         prog=f"discrete-lit {name}", description=description, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)
-    from discrete_lit.checkpoints import build
-    from discrete_lit.cli.config import explain
-
     try:
         parsed = parser.parse_args(arguments)
     except ArgumentError as error:

@@ -1,6 +1,5 @@
 """`discrete-lit tokenize`: a data set's images to token arrays."""
 
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -8,8 +7,10 @@ from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
+from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
+from discrete_lit.data.loaders import EvaluationLoader
 from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.tokenizers import Tokenizer, freeze
 
@@ -60,8 +61,7 @@ def tokenize(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):
         raise ValueError(f"data has no {split} split: set data.init_args.{split}")
-    data.pipeline = replace(data.pipeline, evaluation_crops=crops, ten_crop_scales=tuple(ten_crop_scales))
-    variants = data.pipeline.evaluation_count
+    cut = EvaluationCrops(crops, tuple(ten_crop_scales))
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     if fabric.global_rank == 0:
@@ -75,17 +75,18 @@ def tokenize(
             classes=data.classes,
             tokenizer=tokenizer.fingerprint(),
             source=f"{type(data).__name__} {data.locations[split]}",
-            variants=variants,
+            variants=cut.count,
         )
     fabric.barrier()
     tokenizer = freeze(tokenizer).to(fabric.device)
     writer = TokenWriter(output)
+    source = data.evaluation_source(split, fabric.global_rank, fabric.world_size, crops=cut)
     # An image that cannot be read would leave its row empty.
-    loader = data.evaluation_loader(split, fabric.global_rank, fabric.world_size, max_bad_fraction=0)
+    loader = EvaluationLoader(source, data.num_workers, max_bad_fraction=0)
     for batch in tqdm(loader, desc="tokenize", unit="batch", disable=fabric.global_rank > 0):
         with torch.no_grad(), fabric.autocast():
             images = batch["image"].to(fabric.device)
-            if variants is None:
+            if cut.count is None:
                 tokens = tokenizer.encode(images)
             else:  # one crop of all images after the other, so that the batch is what its size says
                 tokens = torch.stack([tokenizer.encode(crop) for crop in images.unbind(1)], dim=1)

@@ -1,11 +1,10 @@
-"""A run folder: one place for everything that a run writes, through all its interruptions.
+"""`discrete-lit fit`, `validate`, `test` and `predict`: one LightningCLI, and the run folder that it writes into.
 
-checkpoints/    the newest checkpoints
-tensorboard/    one log, continued by every resume
-config.yaml     the settings of the first start; config-resumed-1.yaml, … those of the next ones
-run.json        of every start: time, command line, git commit, versions, checkpoint
-
-`fit`, `validate`, `test` and `predict`: a LightningCLI of one command.
+run_dir/
+    checkpoints/    the newest checkpoints
+    tensorboard/    one log, continued by every resume
+    config.yaml     the settings of the first start; config-resumed-1.yaml, ... those of the next ones
+    run.json        time, command line, git commit, versions and checkpoint of every start
 """
 
 import argparse
@@ -35,110 +34,16 @@ from discrete_lit.callbacks import (
     TrainingGuard,
     TrainingStopped,
 )
-from discrete_lit.checkpoints import build, check_weights, load_weights, module_config, read_checkpoint, record_config
+from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
 from discrete_lit.cli.config import GivenSettings, explain, read_given
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_tokenizer, differences
+from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.provenance import environment
 
 _log = logging.getLogger(__name__)
-
-
-class RunFolder:
-    """The layout of a run folder; nothing is written before a run starts.
-
-    Args:
-        path: the folder, made when it is needed.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def checkpoints(self) -> list[Path]:
-        """Every checkpoint of the run, newest first."""
-        found = [(file.stat().st_mtime_ns, str(file)) for file in (self.path / "checkpoints").rglob("*.ckpt")]
-        return [Path(name) for _, name in sorted(found, reverse=True)]
-
-    def newest_intact(self) -> tuple[str, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, with its contents; each one that cannot is logged and passed over."""
-        for file in self.checkpoints():
-            try:
-                return str(file), read_checkpoint(file)
-            except ValueError as error:
-                rank_zero_only(_log.warning)("skipped a broken checkpoint: %s", error)
-        return None
-
-    def logger(self, first_step: int | None) -> TensorBoardLogger:
-        """The one TensorBoard log of the run; a resume passes its first step, from which older events are hidden."""
-        return TensorBoardLogger(self.path, name="tensorboard", version="", purge_step=first_step)
-
-    def place_checkpoints(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        """Send checkpoints of the user's own ModelCheckpoints here; if there are none, the ModelCheckpoint to add.
-
-        It writes at the end of every epoch and of the run; the newest, and `last.ckpt` beside it, are kept.
-        """
-        own = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-        folder = str(self.path / "checkpoints")
-        for callback in own:
-            callback.dirpath = callback.dirpath or folder
-        return [] if own else [ModelCheckpoint(folder, save_last=True, enable_version_counter=False)]
-
-
-class RecordStart(Callback):
-    """Writes the settings of every start into a folder and, as text, into TensorBoard.
-
-    Args:
-        folder: where `config.yaml` and `run.json` go; None writes to TensorBoard alone.
-        command: the command and its arguments, for `run.json`.
-        configuration: the resolved settings, as YAML.
-        checkpoint: what the run goes on from.
-    """
-
-    def __init__(self, folder: Path | None, command: Sequence[str], configuration: str, checkpoint: str | None) -> None:
-        self.folder, self.command, self.configuration, self.checkpoint = folder, command, configuration, checkpoint
-
-    @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self._free_name(), self.configuration)
-            self._append_start(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                text = "\n".join(f"    {line}" for line in self.configuration.splitlines())
-                logger.experiment.add_text("config", text, trainer.global_step)
-
-    def _free_name(self) -> Path:
-        """`config.yaml`, then `config-resumed-1.yaml` and so on; other commands than `fit` bear their names."""
-        assert self.folder is not None
-        name = "resumed" if self.command[0] == "fit" else self.command[0]
-        count = 0
-        file = self.folder / "config.yaml"
-        while file.exists() or (count == 0 and name != "resumed"):
-            count += 1
-            file = self.folder / f"config-{name}-{count}.yaml"
-        return file
-
-    def _append_start(self, trainer: Trainer) -> None:
-        assert self.folder is not None
-        file = self.folder / "run.json"
-        starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        start = {
-            "command": ["discrete-lit", *self.command],
-            "checkpoint": self.checkpoint,
-            "host": platform.node(),
-            "world_size": trainer.world_size,
-            **environment(trainer.strategy.root_device),
-        }
-        atomic_write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
-
-
-_log = logging.getLogger(__name__)
-
-
 # Classes of these packages may be named without their package in a configuration.
 _PACKAGES = ("tokenizers", "generators", "backbones", "samplers", "data", "callbacks", "evaluation.classifier")
-
 
 # What Lightning says about itself, or about what this command does on purpose.
 _UNASKED_ADVICE = (
@@ -153,8 +58,38 @@ _UNASKED_ADVICE = (
 )
 
 
+def run_training(command: str, arguments: list[str]) -> None:
+    """Run one of the four commands with the settings of the command line.
+
+    Raises:
+        ValueError: a user's mistake.
+        SystemExit: with code 1 where the training guard ended the run.
+    """
+    for package in _PACKAGES:
+        importlib.import_module(f"discrete_lit.{package}")
+    log = logging.getLogger("discrete_lit")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    with warnings.catch_warnings():
+        for message in _UNASKED_ADVICE:
+            warnings.filterwarnings("ignore", message)
+        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+        try:
+            TrainingCLI(command, arguments).run()
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except TrainingStopped as stopped:
+            sys.stderr.write(f"stopped: {stopped}\n")
+            raise SystemExit(1) from stopped
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
 class TrainingCLI(LightningCLI):
-    """Parses the settings of one command, builds model, data and trainer, and runs the command.
+    """Parse the settings of one command, build model, data and trainer, and run the command.
 
     Args:
         command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
@@ -216,7 +151,7 @@ class TrainingCLI(LightningCLI):
             )
 
     def _resolve(self, path: str | None, folder: str | None) -> tuple[str, dict[str, Any]] | None:
-        """The checkpoint that `--ckpt_path` means, and its contents.
+        """Find the checkpoint that `--ckpt_path` means, and read it.
 
         Raises:
             ValueError: there is none, or it is broken.
@@ -235,7 +170,7 @@ class TrainingCLI(LightningCLI):
         return newest
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:
-        """The arguments with `--ckpt_path` resolved and, if no model is named, that of the checkpoint before them."""
+        """Resolve `--ckpt_path` in the arguments; where they name no model, put the checkpoint's before them."""
         asked = given.values.get("ckpt_path")
         found = self._resolve(asked, given.values.get("run_dir"))
         if found is None:
@@ -250,14 +185,14 @@ class TrainingCLI(LightningCLI):
         return arguments
 
     def _parse_ckpt_path(self) -> None:
-        """What was given wins over the checkpoint; each difference is reported."""
+        """Report each setting in which the given configuration, which wins, differs from the checkpoint's."""
         if self.checkpoint is None or self.checkpoint_path is None:
             return
         self._dump_config()
         if self.model_from_checkpoint:
             saved = module_config(self.checkpoint, self.checkpoint_path)
         else:
-            saved = self.checkpoint.get("hyper_parameters")
+            saved = current_names(self.checkpoint.get("hyper_parameters"))
         if saved and "class_path" in saved:
             lines = list(differences(self.config_dump["model"], saved, "model"))
             for line in lines:
@@ -295,7 +230,7 @@ class TrainingCLI(LightningCLI):
                 resumed = self.command == "fit" and self.checkpoint is not None
                 logger = folder.logger(self.checkpoint["global_step"] if resumed and self.checkpoint else None)
             if settings["enable_checkpointing"] is not False:
-                callbacks += folder.place_checkpoints(callbacks)
+                callbacks += folder.direct_checkpoints(callbacks)
         elif logger in (None, True):
             logger = TensorBoardLogger(settings["default_root_dir"] or ".", name="lightning_logs")
         callbacks += self._always_on(callbacks, bool(logger))
@@ -308,7 +243,7 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
 
     def _always_on(self, callbacks: list[Callback], logged: bool) -> list[Callback]:
-        """The callbacks that every run has, but for those of which the user gave his own."""
+        """List the callbacks that every run has, without those that the user configured."""
         settings = self.config_init["trainer"]
         always: list[Callback] = []
         if settings["enable_progress_bar"] is not False:
@@ -322,7 +257,7 @@ class TrainingCLI(LightningCLI):
         given = tuple(ProgressBar if isinstance(callback, ProgressBar) else type(callback) for callback in callbacks)
         return [callback for callback in always if not isinstance(callback, given)]
 
-    def _record_start(self, logger: Any) -> RecordStart:
+    def _record_start(self, logger: Any) -> "RecordStart":
         folder = self.folder.path if self.folder is not None else None
         if folder is None and isinstance(logger, TensorBoardLogger):
             folder = Path(logger.log_dir)
@@ -336,31 +271,90 @@ class TrainingCLI(LightningCLI):
         )
 
 
-def run_training(command: str, arguments: list[str]) -> None:
-    """Run one of the four commands with the settings of the command line.
+class RunFolder:
+    """Know the layout of a run folder; nothing is written before a run starts.
 
-    Raises:
-        ValueError: a user's mistake.
-        SystemExit: with code 1 after an alarm that ended the run.
+    Args:
+        path: the folder, made when it is needed.
     """
-    for package in _PACKAGES:
-        importlib.import_module(f"discrete_lit.{package}")
-    log = logging.getLogger("discrete_lit")
-    log.setLevel(logging.INFO)
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-    with warnings.catch_warnings():
-        for message in _UNASKED_ADVICE:
-            warnings.filterwarnings("ignore", message)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
-        try:
-            TrainingCLI(command, arguments).run()
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
-        except TrainingStopped as alarm:
-            sys.stderr.write(f"stopped: {alarm}\n")
-            raise SystemExit(1) from alarm
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def checkpoints(self) -> list[Path]:
+        """List every checkpoint of the run, newest first."""
+        found = [(file.stat().st_mtime_ns, str(file)) for file in (self.path / "checkpoints").rglob("*.ckpt")]
+        return [Path(name) for _, name in sorted(found, reverse=True)]
+
+    def newest_intact(self) -> tuple[str, dict[str, Any]] | None:
+        """Find the newest checkpoint that can be read, and read it; log and skip each one that cannot."""
+        for file in self.checkpoints():
+            try:
+                return str(file), read_checkpoint(file)
+            except ValueError as error:
+                rank_zero_only(_log.warning)("skipped a broken checkpoint: %s", error)
+        return None
+
+    def logger(self, first_step: int | None) -> TensorBoardLogger:
+        """Open the one TensorBoard log of the run; from the first step of a resume on, older events are hidden."""
+        return TensorBoardLogger(self.path, name="tensorboard", version="", purge_step=first_step)
+
+    def direct_checkpoints(self, callbacks: Sequence[Callback]) -> list[Callback]:
+        """Send checkpoints of the user's own ModelCheckpoints here; if there are none, the ModelCheckpoint to add.
+
+        It writes at the end of every epoch and of the run; the newest, and `last.ckpt` beside it, are kept.
+        """
+        own = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+        folder = str(self.path / "checkpoints")
+        for callback in own:
+            callback.dirpath = callback.dirpath or folder
+        return [] if own else [ModelCheckpoint(folder, save_last=True, enable_version_counter=False)]
 
 
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
+class RecordStart(Callback):
+    """Write the settings of every start into a folder and, as text, into TensorBoard.
+
+    Args:
+        folder: where `config.yaml` and `run.json` go; None writes to TensorBoard alone.
+        command: the command and its arguments, for `run.json`.
+        configuration: the resolved settings, as YAML.
+        checkpoint: what the run goes on from.
+    """
+
+    def __init__(self, folder: Path | None, command: Sequence[str], configuration: str, checkpoint: str | None) -> None:
+        self.folder, self.command, self.configuration, self.checkpoint = folder, command, configuration, checkpoint
+
+    @rank_zero_only
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self._free_name(), self.configuration)
+            self._append_start(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                text = "\n".join(f"    {line}" for line in self.configuration.splitlines())
+                logger.experiment.add_text("config", text, trainer.global_step)
+
+    def _free_name(self) -> Path:
+        """Choose `config.yaml`, then `config-resumed-1.yaml` and so on; commands other than `fit` put their name in."""
+        assert self.folder is not None
+        name = "resumed" if self.command[0] == "fit" else self.command[0]
+        count = 0
+        file = self.folder / "config.yaml"
+        while file.exists() or (count == 0 and name != "resumed"):
+            count += 1
+            file = self.folder / f"config-{name}-{count}.yaml"
+        return file
+
+    def _append_start(self, trainer: Trainer) -> None:
+        assert self.folder is not None
+        file = self.folder / "run.json"
+        starts = json.loads(file.read_text())["starts"] if file.exists() else []
+        start = {
+            "command": ["discrete-lit", *self.command],
+            "checkpoint": self.checkpoint,
+            "host": platform.node(),
+            "world_size": trainer.world_size,
+            **environment(trainer.strategy.root_device),
+        }
+        atomic_write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")

@@ -1,7 +1,4 @@
-"""`discrete-lit import`: a published checkpoint to one of ours.
-
-`discrete-lit export`: a checkpoint of ours to a published layout.
-"""
+"""`discrete-lit import` and `export`: published checkpoints to ours, and ours to published layouts."""
 
 from pathlib import Path
 from typing import Any

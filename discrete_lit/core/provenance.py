@@ -2,14 +2,13 @@
 
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-import discrete_lit
 
 
 def describe(setting: Any) -> Any:
@@ -19,7 +18,17 @@ def describe(setting: Any) -> Any:
     if isinstance(setting, list | tuple):
         return [describe(entry) for entry in setting]
     public = {name: describe(value) for name, value in vars(setting).items() if not name.startswith("_")}
-    return {"class_path": f"{type(setting).__module__}.{type(setting).__qualname__}", **public}
+    return {"class_path": class_path(type(setting)), **public}
+
+
+def class_path(kind: type) -> str:
+    """Return the shortest path that a class is imported by, which stays when its file moves inside a package."""
+    packages = kind.__module__.split(".")
+    for length in range(1, len(packages)):
+        package = ".".join(packages[:length])
+        if getattr(sys.modules.get(package), kind.__qualname__, None) is kind:
+            return f"{package}.{kind.__qualname__}"
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def git_commit() -> str | None:
@@ -28,7 +37,7 @@ def git_commit() -> str | None:
         command = [
             "git",
             "-C",
-            str(Path(discrete_lit.__file__).parent),
+            str(Path(__file__).parent),
             "describe",
             "--always",
             "--dirty",

@@ -5,6 +5,7 @@ from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from discrete_lit.core import random as keyed_random
 from discrete_lit.core.images import from_uint8
@@ -24,6 +25,44 @@ class LabelledImage:
 
 
 @dataclass(frozen=True)
+class EvaluationCrops:
+    """The crops of an image that evaluation, or an array of tokens, is made of.
+
+    Args:
+        kind: `"center"`, ADM's crop; `"flip"`, that and its mirror image; or `"ten"`, the centre and the corners, each
+            with its mirror image, see `transforms.ten_crops`.
+        ten_crop_scales: each at least 1; ten crops for each of them.
+
+    Raises:
+        ValueError: another kind, or a scale below 1.
+    """
+
+    kind: str = "center"
+    ten_crop_scales: tuple[float, ...] = (1.1,)
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("center", "flip", "ten"):
+            raise ValueError(f"crops is {self.kind!r}; it must be 'center', 'flip' or 'ten'")
+        if not self.ten_crop_scales or min(self.ten_crop_scales) < 1:
+            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be at least 1")
+
+    @property
+    def count(self) -> int | None:
+        """V, the crops of an image; None for a single one, which has no dimension of its own."""
+        return {"center": None, "flip": 2, "ten": 10 * len(self.ten_crop_scales)}[self.kind]
+
+    def cut(self, image: Image, size: int) -> np.ndarray:
+        """Cut an image: uint8 `(size, size, 3)`, or `(V, size, size, 3)` of several crops."""
+        if self.kind == "ten":
+            return np.concatenate([ten_crops(image, size, scale) for scale in self.ten_crop_scales])
+        pixels = center_crop(image, size)
+        return np.stack((pixels, pixels[:, ::-1])) if self.kind == "flip" else pixels
+
+
+CENTER_CROP = EvaluationCrops()
+
+
+@dataclass(frozen=True)
 class ImagePipeline:
     """Decoding and cropping, the same in every DataModule of images.
 
@@ -34,9 +73,6 @@ class ImagePipeline:
         minimum_crop: see `transforms.random_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
-        evaluation_crops: the crops of an image that evaluation reads: `"center"`, ADM's crop; `"flip"`, that and its
-            mirror image; or `"ten"`, see `transforms.ten_crops`.
-        ten_crop_scales: ten crops for each of them, at least 1.
     """
 
     image_size: int
@@ -46,8 +82,6 @@ class ImagePipeline:
     minimum_crop: float
     flip: bool
     apply_exif: bool
-    evaluation_crops: str = "center"
-    ten_crop_scales: tuple[float, ...] = (1.1,)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -56,15 +90,6 @@ class ImagePipeline:
             raise ValueError(f"crop {self.crop!r} is not known; it is 'random' or 'center'")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
-        if self.evaluation_crops not in ("center", "flip", "ten"):
-            raise ValueError(f"crops is {self.evaluation_crops!r}; it must be 'center', 'flip' or 'ten'")
-        if not self.ten_crop_scales or min(self.ten_crop_scales) < 1:
-            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be at least 1")
-
-    @property
-    def evaluation_count(self) -> int | None:
-        """V, the crops of an image in evaluation; None for a single one, which has no dimension of its own."""
-        return {"center": None, "flip": 2, "ten": 10 * len(self.ten_crop_scales)}[self.evaluation_crops]
 
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
         """Augment an image: uint8 `(image_size, image_size, 3)`, the same for the same (seed, epoch, key)."""
@@ -75,13 +100,9 @@ class ImagePipeline:
         pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
-    def evaluation(self, data: bytes) -> np.ndarray:
+    def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Crop an image for evaluation: uint8 `(image_size, image_size, 3)`, or `(V, image_size, image_size, 3)`."""
-        image = decode_image(data, self.apply_exif)
-        if self.evaluation_crops == "ten":
-            return np.concatenate([ten_crops(image, self.image_size, scale) for scale in self.ten_crop_scales])
-        pixels = center_crop(image, self.image_size)
-        return np.stack((pixels, pixels[:, ::-1])) if self.evaluation_crops == "flip" else pixels
+        return crops.cut(decode_image(data, self.apply_exif), self.image_size)
 
 
 def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:

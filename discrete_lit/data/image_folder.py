@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import (
     BadSample,
     Batch,
@@ -79,7 +79,6 @@ class ImageFolder(ResumableDataModule):
             max_bad_fraction=max_bad_fraction,
             persistent_workers=persistent_workers,
         )
-        # `discrete-lit tokenize` sets other crops.
         self.pipeline = ImagePipeline(
             image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
         )
@@ -106,10 +105,12 @@ class ImageFolder(ResumableDataModule):
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return _TrainingImages(files, order, self.pipeline)
 
-    def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
+    def evaluation_source(
+        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+    ) -> BatchSource:
         files = self._files[split]
         order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
-        return _EvaluationImages(files, order, self.pipeline)
+        return _EvaluationImages(files, order, self.pipeline, crops)
 
 
 class ImageFiles:
@@ -175,18 +176,19 @@ class _TrainingImages(OrderedSource):
 
 
 class _EvaluationImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: EvaluationOrder, pipeline: ImagePipeline):
+    def __init__(self, files: ImageFiles, order: EvaluationOrder, pipeline: ImagePipeline, crops: EvaluationCrops):
         super().__init__(order)
         self.files = files
         self.order = order
         self.pipeline = pipeline
+        self.crops = crops
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         samples, bad = [], []
         for sample in self.order.samples_of(number):
             key = self.files.keys[sample]
             try:
-                pixels = self.pipeline.evaluation(self.files.read(sample))
+                pixels = self.pipeline.evaluation(self.files.read(sample), self.crops)
             except UndecodableImage as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue

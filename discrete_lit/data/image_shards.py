@@ -16,7 +16,7 @@ import numpy as np
 
 from discrete_lit.core import random as keyed_random
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.image_batches import ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, read_samples
@@ -98,7 +98,6 @@ class ImageShards(ResumableDataModule):
             raise ValueError(f"shuffle_window is {shuffle_window}; it must be at least 0")
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
-        # `discrete-lit tokenize` sets other crops.
         self.pipeline = ImagePipeline(
             image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
         )
@@ -140,7 +139,9 @@ class ImageShards(ResumableDataModule):
             shuffle_window=self.shuffle_window,
         )
 
-    def evaluation_source(self, split: Split, rank: int, world_size: int) -> BatchSource:
+    def evaluation_source(
+        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+    ) -> BatchSource:
         return _EvaluationShards(
             self.shards[split],
             self.pipeline,
@@ -148,6 +149,7 @@ class ImageShards(ResumableDataModule):
             rank=rank,
             world_size=world_size,
             workers=max(1, self.num_workers),
+            crops=crops,
         )
 
 
@@ -387,9 +389,18 @@ class _TrainingShards(_Shards):
 
 class _EvaluationShards(_Shards):
     def __init__(
-        self, shards: ShardSet, pipeline: ImagePipeline, *, batch_size: int, rank: int, world_size: int, workers: int
+        self,
+        shards: ShardSet,
+        pipeline: ImagePipeline,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        crops: EvaluationCrops,
     ):
         super().__init__(shards, pipeline, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
+        self.crops = crops
         self.start, stop = rank_range(shards.count, rank, world_size)
         self.samples = stop - self.start
         self.batches = -(-self.samples // batch_size)
@@ -406,7 +417,7 @@ class _EvaluationShards(_Shards):
             index = split.next_position()
             taken = split.take()
             try:
-                pixels = self.pipeline.evaluation(self._image(taken))
+                pixels = self.pipeline.evaluation(self._image(taken), self.crops)
             except UndecodableImage as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue

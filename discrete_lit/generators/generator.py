@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.checkpoints import loadable
 from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, rank, world_size
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.parameterization import Denoiser
@@ -45,6 +46,7 @@ class Likelihood(NamedTuple):
     """Of an estimate by drawing, `(B,)` float64; None where it is not known."""
 
 
+@loadable
 class Generator(LightningModule, ABC):
     """Models the tokens of a frozen tokenizer, given a class.
 

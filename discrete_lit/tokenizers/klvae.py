@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from discrete_lit.checkpoints import loadable
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -84,6 +85,7 @@ class GaussianBottleneck(nn.Module):
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))
 
 
+@loadable
 class KLVAE(ImageAutoencoder):
     """An autoencoder whose latents are normal, near the standard normal: what models of continuous latents work on.
 

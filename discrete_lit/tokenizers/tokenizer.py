@@ -11,10 +11,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.files import content_sha256
 from discrete_lit.tokenizers.quantizers.quantizer import Part
 
 
+@loadable
 class Tokenizer(LightningModule, ABC):
     """Maps images to a grid of token ids in [0, K) and back.
 
@@ -108,8 +110,6 @@ def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:
     Raises:
         ValueError: the file is missing, broken, holds no Tokenizer, or has another fingerprint.
     """
-    from discrete_lit.checkpoints import load
-
     tokenizer = load(checkpoint)
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(

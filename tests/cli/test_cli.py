@@ -10,7 +10,7 @@ import yaml
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit import __version__
-from discrete_lit.cli.commands import commands as cli
+from discrete_lit.cli import commands as cli
 
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit.cli.config import COMMAND_LINE, INHERITED, read_given
@@ -243,3 +244,20 @@ def test_lists_are_replaced_or_extended(name: str, tmp_path: Path) -> None:
     second.write_text(f"trainer: {{{name}: [2]}}\n")
     callbacks = read_given(["--config", str(first), "--config", str(second)]).values["trainer"]["callbacks"]
     assert callbacks == ([1, 2] if name.endswith("+") else [2])
+
+
+def test_names_of_earlier_versions_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = generator_settings(tmp_path)
+    backbone = settings["model"]["init_args"]["backbone"]
+    backbone["init_args"]["recompute"] = True
+    settings["model"]["init_args"]["mask_schedule"] = "discrete_lit.processes.schedules.ArccosSchedule"
+    file = write_settings(tmp_path / "old.yaml", settings)
+    with pytest.raises(SystemExit):
+        run("fit", "--config", file, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert printed["mask_schedule"]["class_path"].rpartition(".")[2] == "ArccosSchedule"
+    assert printed["mask_schedule"]["class_path"].startswith("discrete_lit.diffusion")
+    assert printed["backbone"]["init_args"]["activation_checkpointing"] is True
+    assert "recompute is now activation_checkpointing" in caplog.text

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from discrete_lit.core import random as keyed_random
-from discrete_lit.data.image_batches import ImagePipeline
+from discrete_lit.data.image_batches import EvaluationCrops, ImagePipeline
 from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 
 UNIFORMS = (0.6748005871, 0.3730969408, 0.2938008257, 0.1761927519)
@@ -127,12 +127,13 @@ def test_ten_crops_of_scale_one_are_the_centre_and_its_mirror_image() -> None:
 
 def test_the_crops_of_evaluation(image_bytes) -> None:
     data = image_bytes(0, (30, 20))
-    centre = pipeline().evaluation(data)
-    flips, tens = pipeline(evaluation_crops="flip"), pipeline(evaluation_crops="ten", ten_crop_scales=(1.5, 1.0))
-    np.testing.assert_array_equal(flips.evaluation(data), np.stack([centre, centre[:, ::-1]]))
-    assert tens.evaluation(data).shape == (20, 8, 8, 3)
-    np.testing.assert_array_equal(tens.evaluation(data)[10], centre)
-    assert (pipeline().evaluation_count, flips.evaluation_count, tens.evaluation_count) == (None, 2, 20)
+    center, flips, tens = EvaluationCrops(), EvaluationCrops("flip"), EvaluationCrops("ten", (1.5, 1.0))
+    pixels = pipeline().evaluation(data, center)
+    np.testing.assert_array_equal(pipeline().evaluation(data, flips), np.stack([pixels, pixels[:, ::-1]]))
+    cut = pipeline().evaluation(data, tens)
+    assert cut.shape == (20, 8, 8, 3)
+    np.testing.assert_array_equal(cut[10], pixels)
+    assert (center.count, flips.count, tens.count) == (None, 2, 20)
 
 
 def pipeline(**changes: object) -> ImagePipeline:
@@ -168,7 +169,7 @@ def test_the_numbers_for_keys_are_uniform_and_independent() -> None:
 def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None:
     data = image_bytes(0, (30, 20))
     plain = pipeline(crop="center", flip=False).training(data, 0, "a")
-    np.testing.assert_array_equal(plain, pipeline().evaluation(data))
+    np.testing.assert_array_equal(plain, pipeline().evaluation(data, EvaluationCrops()))
     crops = [pipeline(crop="center").training(data, 0, str(key)) for key in range(20)]
     mirrored = [np.array_equal(crop, plain[:, ::-1]) for crop in crops]
     assert 0 < sum(mirrored) < 20
@@ -181,11 +182,21 @@ def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None
         ({"crop": "middle"}, "crop 'middle'"),
         ({"minimum_crop": 0.0}, "minimum_crop"),
         ({"image_size": 0}, "image_size"),
-        ({"evaluation_crops": "five"}, "crops is 'five'; it must be 'center', 'flip' or 'ten'"),
-        ({"ten_crop_scales": (1.1, 0.9)}, r"ten_crop_scales is \[1.1, 0.9\]; each must be at least 1"),
-        ({"ten_crop_scales": ()}, "ten_crop_scales is"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline(**changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scales", "message"),
+    [
+        ("five", (1.1,), "crops is 'five'; it must be 'center', 'flip' or 'ten'"),
+        ("ten", (1.1, 0.9), r"ten_crop_scales is \[1.1, 0.9\]; each must be at least 1"),
+        ("ten", (), "ten_crop_scales is"),
+    ],
+)
+def test_crops_that_are_none_are_refused(kind: str, scales: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationCrops(kind, scales)

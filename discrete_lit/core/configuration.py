@@ -1,0 +1,127 @@
+"""Configurations as plain data: the names that earlier versions used, and building what a configuration describes.
+
+A class path that was ever written into a checkpoint or stood in a shipped recipe goes on loading: it is put into
+today's names before anything is built. Every rename is added to the tables here, and nowhere else.
+"""
+
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+# Packages that moved. Inside a package a class is found by its own name: the module between them may go.
+_PACKAGES = {
+    "discrete_lit.processes.losses": "discrete_lit.diffusion.losses",
+    "discrete_lit.processes": "discrete_lit.diffusion",
+    "discrete_lit.verbs": "discrete_lit.cli",
+    "discrete_lit.resuming": "discrete_lit.cli.resume",
+    "discrete_lit.run_folder": "discrete_lit.cli.train",
+}
+# Classes that left their package or have another name, by their old names, which no other class has.
+_CLASSES = {
+    "CavityHead": "discrete_lit.diffusion.LeaveOneOutHead",
+    "ConfidenceSampler": "discrete_lit.samplers.MaskGITSampler",
+    "DiagonalGaussian": "discrete_lit.tokenizers.DiagonalGaussian",
+    "Drawing": "discrete_lit.samplers.SamplingContext",
+    "EfficientNetLite0": "discrete_lit.metrics.EfficientNetLite0",
+    "FeatureExtractor": "discrete_lit.metrics.FeatureExtractor",
+    "FlowMatching": "discrete_lit.diffusion.losses.DiscreteFlowMatching",
+    "GaussianBottleneck": "discrete_lit.tokenizers.GaussianBottleneck",
+    "GaussianProcess": "discrete_lit.diffusion.DiscretizedGaussianProcess",
+    "InceptionV3": "discrete_lit.metrics.InceptionV3",
+    "PartSettings": "discrete_lit.samplers.SubTokenSettings",
+    "PlaceHead": "discrete_lit.backbones.SubTokenHead",
+    "ProxyDecoder": "discrete_lit.tokenizers.ProxyDecoder",
+    "ShortSchedule": "discrete_lit.diffusion.schedules.ClippedSchedule",
+    "TiTokAutoencoder": "discrete_lit.tokenizers.TiTokAutoencoder",
+    "TrainingAlarm": "discrete_lit.callbacks.TrainingGuard",
+    "WarmupAndFall": "discrete_lit.optimization.WarmupDecay",
+}
+# Arguments that have another name, by the class that takes them.
+_ARGUMENTS = {
+    "HybridProcess": {"mask_share": "mask_fraction"},
+    "MixtureProcess": {"mask_share": "mask_fraction"},
+    "Transformer": {"recompute": "activation_checkpointing"},
+    "WarmupCosine": {"final_share": "min_lr_factor"},
+    "WarmupLinear": {"final_share": "min_lr_factor"},
+}
+# How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
+_UNION = "Does not validate against any of the Union subtypes"
+_CLASS_PATH = re.compile(r"discrete_lit(\.[a-z_]\w*)+\.[A-Z]\w*")
+
+
+def current_class_path(path: str) -> str:
+    """Return today's class path of a class of this package: `path` itself where it still leads to one.
+
+    Args:
+        path: a full class path, such as `discrete_lit.processes.AbsorbingProcess`; paths of other packages, names
+            without a package and paths that never led anywhere are returned as they are.
+    """
+    if not _CLASS_PATH.fullmatch(path) or _leads_somewhere(path):
+        return path
+    package, _, name = path.rpartition(".")
+    if name in _CLASSES:
+        return _CLASSES[name]
+    for old in sorted(_PACKAGES, key=len, reverse=True):
+        if package == old or package.startswith(f"{old}."):
+            package = _PACKAGES[old] + package[len(old) :]
+    while package.count(".") > 0:
+        if _leads_somewhere(f"{package}.{name}"):
+            return f"{package}.{name}"
+        package = package.rpartition(".")[0]
+    return path
+
+
+def current_names(config: Any) -> Any:
+    """Return a configuration, plain data of any depth, with today's class paths and argument names."""
+    if isinstance(config, str):
+        return current_class_path(config)
+    if isinstance(config, list | tuple):
+        return type(config)(current_names(entry) for entry in config)
+    if not isinstance(config, dict):
+        return config
+    renamed = {key: current_names(value) for key, value in config.items()}
+    class_path, init_args = renamed.get("class_path"), renamed.get("init_args")
+    if isinstance(class_path, str) and isinstance(init_args, dict):
+        arguments = _ARGUMENTS.get(class_path.rpartition(".")[2], {})
+        renamed["init_args"] = {arguments.get(name, name): value for name, value in init_args.items()}
+    return renamed
+
+
+def renames(old: Any, new: Any) -> Iterator[str]:
+    """Yield one line for each name that `current_names` changed on the way from `old` to `new`."""
+    if isinstance(old, str) and old != new:
+        yield f"{old} is now {new}"
+    elif isinstance(old, list | tuple):
+        for before, after in zip(old, new, strict=True):
+            yield from renames(before, after)
+    elif isinstance(old, dict):
+        for (key, before), (new_key, after) in zip(old.items(), new.items(), strict=True):
+            if key != new_key:
+                yield f"{key} is now {new_key}"
+            yield from renames(before, after)
+
+
+def _leads_somewhere(path: str) -> bool:
+    package, _, name = path.rpartition(".")
+    try:
+        return find_spec(package) is not None and hasattr(import_module(package), name)
+    except ModuleNotFoundError:
+        return False
+
+
+def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised."""
+    try:
+        return parser.instantiate(settings)
+    except ValueError as error:
+        original: BaseException = error
+        # The parser tries every member of a union and reports that none of them could be built.
+        while str(original).startswith(_UNION) and original.__cause__ is not None:
+            original = original.__cause__
+        if original is error:
+            raise
+        raise original from None
