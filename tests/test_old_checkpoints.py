@@ -91,3 +91,17 @@ def test_the_list_has_every_class_path_of_a_checkpoint(checkpoint: Path) -> None
     contents = torch.load(checkpoint, weights_only=True)
     written = class_paths_in(contents["hyper_parameters"]) | class_paths_in(contents.get("tokenizer_config", {}))
     assert written <= set(CLASS_PATHS)
+
+
+def test_modules_of_earlier_versions_say_their_new_names() -> None:
+    from discrete_lit.core.random import CounterRandom
+    from discrete_lit.diffusion.losses import ScoreEntropy
+
+    with pytest.warns(FutureWarning, match="discrete_lit.processes is now discrete_lit.diffusion and"):
+        processes = importlib.reload(importlib.import_module("discrete_lit.processes"))
+    assert processes.CounterRandom is CounterRandom
+    with pytest.warns(FutureWarning, match="discrete_lit.processes.losses is now discrete_lit.diffusion.losses"):
+        losses = importlib.import_module("discrete_lit.processes.losses")
+    assert losses.ScoreEntropy is ScoreEntropy
+    with pytest.raises(ImportError, match="Nothing"):
+        from discrete_lit.processes import Nothing  # noqa: F401  # pyright: ignore

@@ -269,7 +269,7 @@ def _check_arguments(
 
 
 def _num_classes(sets: list[ImageSet | None]) -> int | None:
-    """Of the first set that states its classes; of samples alone, the largest count that their labels need."""
+    """Count the classes: those of the first set that states them; of samples alone, the most that a label needs."""
     labelled = [images for images in sets if images is not None and images.num_classes is not None]
     stated = [images for images in labelled if not isinstance(images, NpzImages)]
     counts = [images.num_classes or 0 for images in stated[:1] or labelled]
@@ -286,7 +286,7 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
 
 
 def _manifold(reference: Reference, count: int | None, device: torch.device) -> Manifold | None:
-    """None where the reference's features are not known, or too few on either side for the k-th neighbour."""
+    """Span the reference's manifold; None where its features are unknown or too few for the k-th neighbour."""
     if reference.features is None or count is None or min(count, len(reference.features)) <= NEIGHBOURS:
         return None
     return Manifold(reference.features, NEIGHBOURS, device)

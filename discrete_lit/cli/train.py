@@ -261,7 +261,12 @@ class TrainingCLI(LightningCLI):
         folder = self.folder.path if self.folder is not None else None
         if folder is None and isinstance(logger, TensorBoardLogger):
             folder = Path(logger.log_dir)
-        return RecordStart(folder, [self.command, *self.arguments], self.config_text, self.checkpoint_path)
+        return RecordStart(
+            folder,
+            command=[self.command, *self.arguments],
+            configuration=self.config_text,
+            checkpoint=self.checkpoint_path,
+        )
 
     def run(self) -> Any:
         """Run the command on what was built."""
@@ -321,7 +326,9 @@ class RecordStart(Callback):
         checkpoint: what the run goes on from.
     """
 
-    def __init__(self, folder: Path | None, command: Sequence[str], configuration: str, checkpoint: str | None) -> None:
+    def __init__(
+        self, folder: Path | None, *, command: Sequence[str], configuration: str, checkpoint: str | None
+    ) -> None:
         self.folder, self.command, self.configuration, self.checkpoint = folder, command, configuration, checkpoint
 
     @rank_zero_only

@@ -12,8 +12,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-# Packages that moved. Inside a package a class is found by its own name: the module between them may go.
+# Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
+    "discrete_lit.backbones.positions": "discrete_lit.backbones.embeddings",
     "discrete_lit.processes.losses": "discrete_lit.diffusion.losses",
     "discrete_lit.processes": "discrete_lit.diffusion",
     "discrete_lit.verbs": "discrete_lit.cli",
@@ -60,14 +61,18 @@ def current_class_path(path: str) -> str:
         path: a full class path, such as `discrete_lit.processes.AbsorbingProcess`; paths of other packages, names
             without a package and paths that never led anywhere are returned as they are.
     """
-    if not _CLASS_PATH.fullmatch(path) or _leads_somewhere(path):
+    if not _CLASS_PATH.fullmatch(path):
         return path
     package, _, name = path.rpartition(".")
+    for old, new in _PACKAGES.items():
+        if package == old or package.startswith(f"{old}."):
+            package = new + package[len(old) :]
+            break
+    else:
+        if _leads_somewhere(path):
+            return path
     if name in _CLASSES:
         return _CLASSES[name]
-    for old in sorted(_PACKAGES, key=len, reverse=True):
-        if package == old or package.startswith(f"{old}."):
-            package = _PACKAGES[old] + package[len(old) :]
     while package.count(".") > 0:
         if _leads_somewhere(f"{package}.{name}"):
             return f"{package}.{name}"

@@ -1,4 +1,4 @@
-"""Reductions over ranks that are no-ops in a single process, decided when called, not when built.
+"""Collectives over ranks that are no-ops in a single process, decided when called, not when built.
 
 Lightning starts the process group after the modules are constructed, so anything that looks at construction time
 whether it must synchronise is silently local.
@@ -26,12 +26,12 @@ def alone() -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 outside a process group."""
+    """Return the number of ranks; 1 outside a process group."""
     return dist.get_world_size() if _has_ranks() else 1
 
 
 def rank() -> int:
-    """This process's rank; 0 outside a process group."""
+    """Return this process's rank; 0 outside a process group."""
     return dist.get_rank() if _has_ranks() else 0
 
 
@@ -40,7 +40,7 @@ def _has_ranks() -> bool:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of `value` over ranks, as a new tensor without gradient."""
+    """Sum `value` over ranks, as a new tensor without gradient."""
     total = value.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -48,7 +48,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows `(n_r, ...)` of every rank, concatenated in rank order; `n_r` may differ between ranks."""
+    """Concatenate the rows `(n_r, ...)` of every rank, in rank order; `n_r` may differ between ranks."""
     if world_size() == 1:
         return rows
     counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]

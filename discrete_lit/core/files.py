@@ -3,7 +3,7 @@
 A reader must never meet half a file, whenever the writer was killed and however full the disk was. So a file is
 written under a temporary name in the folder where it belongs, brought to the disk, and only then given its name.
 
-npz files from anywhere: no pickles, and one kind of error for all the ways in which a file can be broken.
+npz files may come from anywhere: they are read without pickles, and every way in which one can be broken is one error.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 def read_npz(path: str | Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """The names of all arrays in an npz file, and those of the asked arrays that it has; others are not read.
+    """Read some arrays of an npz file: the names of all its arrays, and those of the asked ones that it has.
 
     Raises:
         ValueError: no npz file, a truncated one, or an asked array of pickled objects.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] of any shape to uint8 in 0..255: clamp, then round to the nearest.
+    """Convert float images in [-1, 1] of any shape to uint8 in 0..255: clamp, then round to the nearest.
 
     Used before every metric, so that two numbers never differ by how pixels were quantised.
     """
@@ -13,5 +13,5 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
+    """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
     return images.float().div(127.5).sub(1)

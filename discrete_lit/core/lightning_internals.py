@@ -1,7 +1,7 @@
-"""What this package needs of Lightning 2.6 that has no public name, in one place.
+"""Everything that this package needs of Lightning 2.6 and that has no public name.
 
-No other file uses a private name of Lightning; `tests/test_lightning_internals.py` shows what each function relies on
-and says what to do when a new Lightning breaks it.
+No other file uses a private name of Lightning; `tests/core/test_lightning_internals.py` shows what each function relies
+on and says what to do when a new Lightning breaks it.
 """
 
 from lightning import LightningModule, Trainer

@@ -1,4 +1,4 @@
-"""What a result says of where it came from."""
+"""Provenance of a result: its settings as plain data, the commit, versions, device and date."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ import torch
 
 
 def describe(setting: Any) -> Any:
-    """A settings object as plain data: its class path and its public attributes, nested ones likewise."""
+    """Turn a settings object into plain data: its class path and its public attributes, nested ones likewise."""
     if setting is None or isinstance(setting, bool | int | float | str):
         return setting
     if isinstance(setting, list | tuple):
@@ -32,7 +32,7 @@ def class_path(kind: type) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the source tree that this package runs from, with `-dirty` if it was changed; None if installed."""
+    """Find the commit of the source tree that this package runs from, `-dirty` if it was changed; None if installed."""
     try:
         command = [
             "git",
@@ -49,7 +49,7 @@ def git_commit() -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, device and date."""
+    """Describe where a result is computed: versions, commit, device and date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": f"{device.type}: {name}",

@@ -1,13 +1,12 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Counter-based random numbers: a pure function of what they are for, not of when or where they are drawn.
 
-What is drawn for a sample is a pure function of (seed, sample index, what it is drawn for), so the batch size, the
-number of ranks, the device and a resume cannot change it. The function is Philox4x32-10 (Salmon et al., "Parallel
-Random Numbers: As Easy as 1, 2, 3", SC 2011), written with int64 tensors so that every device gives the same bits.
+- Corruption, label dropout and sampling draw from `CounterRandom`, by (seed, sample index, purpose, step): this is
+  Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) in int64 tensors, with the same
+  bits on every device.
+- The order of an epoch depends on (seed, epoch) and an augmentation on (seed, epoch, sample key): `sample_order` and
+  `augmentation_uniforms`, in numpy.
 
-Random numbers that are a function of what they are for, not of when or where they are drawn.
-
-A data order depends on (seed, epoch) and an augmentation on (seed, epoch, sample key), so a resume, another number of
-workers, or another number of ranks draws the same numbers.
+So neither the batch size, nor the number of ranks or workers, nor a resume changes what is drawn.
 """
 
 import hashlib
@@ -18,18 +17,14 @@ import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
-
-
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-
-
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32: four 32-bit words for each counter.
+    """Compute Philox4x32: four 32-bit words for each counter.
 
     Args:
         counter: four int64 tensors that broadcast together, words in [0, 2^32).
@@ -52,7 +47,7 @@ def philox4x32(
 
 
 class Purpose(IntEnum):
-    """What random numbers are drawn for; two purposes never share numbers."""
+    """Names what random numbers are drawn for; two purposes never share numbers."""
 
     LABEL_DROPOUT = 0
     MASK_RATIO = 1
@@ -68,7 +63,7 @@ class Purpose(IntEnum):
 
 
 class CounterRandom:
-    """Independent random streams, one for each sample of a batch.
+    """Holds independent random streams, one for each sample of a batch.
 
     Args:
         seed: any integer; its low 64 bits are the key.
@@ -86,7 +81,7 @@ class CounterRandom:
         self.key = (seed & _WORD, (seed >> 32) & _WORD)
 
     def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
-        """Uniform draws in the open interval (0, 1) with 52 random bits: the midpoints of 2^52 equal cells.
+        """Draw uniform numbers in the open interval (0, 1) with 52 random bits: the midpoints of 2^52 equal cells.
 
         Args:
             purpose: what the numbers are for.
@@ -109,16 +104,16 @@ class CounterRandom:
         return (bits.double() + 0.5) * 2.0**-52
 
     def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
-        """`(B, count)` float64 standard Gumbel draws, -log(-log u); arguments as for `uniform`."""
+        """Draw standard Gumbel numbers -log(-log u), `(B, count)` float64; arguments as for `uniform`."""
         return -torch.log(-torch.log(self.uniform(purpose, count, step)))
 
     def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
-        """`(B, count)` float64 standard normal draws, Phi^-1(u); arguments as for `uniform`."""
+        """Draw standard normal numbers Phi^-1(u), `(B, count)` float64; arguments as for `uniform`."""
         return torch.special.ndtri(self.uniform(purpose, count, step))
 
 
 def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:
-    """Which entries are among the `counts` smallest of their row: a subset of so many, drawn uniformly.
+    """Draw a uniformly random subset of each row: its entries are the `counts` smallest of the row.
 
     Args:
         uniforms: `(..., n)`, independent of one another.
@@ -130,21 +125,21 @@ def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:
     return uniforms.argsort(dim=-1).argsort(dim=-1) < counts
 
 
-def generator(*words: int) -> np.random.RandomState:
-    """A generator for non-negative integers such as (seed, epoch).
+def numpy_stream(*words: int) -> np.random.RandomState:
+    """Open numpy's random stream that belongs to non-negative integers such as (seed, epoch).
 
     `RandomState`, because numpy promises never to change its streams: a run can be resumed after an upgrade.
     """
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(words)))  # type: ignore[arg-type]
 
 
-def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The order of `count` samples in one epoch: int64 `(count,)`."""
-    return generator(seed, epoch).permutation(count).astype(np.int64, copy=False)
+def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """Draw the order of `count` samples in one epoch: int64 `(count,)`."""
+    return numpy_stream(seed, epoch).permutation(count).astype(np.int64, copy=False)
 
 
-def uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
-    """Four independent numbers in [0, 1) for the sample `key` in `epoch`."""
+def augmentation_uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
+    """Draw four independent uniform numbers in [0, 1) for the sample `key` in `epoch`."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
     first, second, third, fourth = (
         int.from_bytes(digest[start : start + 4], "little") / 2**32 for start in (0, 4, 8, 12)

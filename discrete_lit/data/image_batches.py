@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from discrete_lit.core import random as keyed_random
 from discrete_lit.core.images import from_uint8
+from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.loaders import Batch
 from discrete_lit.data.transforms import center_crop, decode_image, random_crop, ten_crops
 
@@ -94,7 +94,7 @@ class ImagePipeline:
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
         """Augment an image: uint8 `(image_size, image_size, 3)`, the same for the same (seed, epoch, key)."""
         image = decode_image(data, self.apply_exif)
-        randomness = keyed_random.uniforms(self.seed, epoch, key)
+        randomness = augmentation_uniforms(self.seed, epoch, key)
         if self.crop == "random":
             return random_crop(image, self.image_size, randomness, minimum_crop=self.minimum_crop, flip=self.flip)
         pixels = center_crop(image, self.image_size)

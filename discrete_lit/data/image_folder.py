@@ -103,14 +103,14 @@ class ImageFolder(ResumableDataModule):
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
-        return _TrainingImages(files, order, self.pipeline)
+        return _TrainingImages(files, order, pipeline=self.pipeline)
 
     def evaluation_source(
         self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
     ) -> BatchSource:
         files = self._files[split]
         order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
-        return _EvaluationImages(files, order, self.pipeline, crops)
+        return _EvaluationImages(files, order, pipeline=self.pipeline, crops=crops)
 
 
 class ImageFiles:
@@ -147,7 +147,7 @@ class ImageFiles:
 
 
 class _TrainingImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: TrainingOrder, pipeline: ImagePipeline):
+    def __init__(self, files: ImageFiles, order: TrainingOrder, *, pipeline: ImagePipeline):
         super().__init__(order)
         self.files = files
         self.order = order
@@ -176,7 +176,7 @@ class _TrainingImages(OrderedSource):
 
 
 class _EvaluationImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: EvaluationOrder, pipeline: ImagePipeline, crops: EvaluationCrops):
+    def __init__(self, files: ImageFiles, order: EvaluationOrder, *, pipeline: ImagePipeline, crops: EvaluationCrops):
         super().__init__(order)
         self.files = files
         self.order = order

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from discrete_lit.core import random as keyed_random
+from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
@@ -168,7 +168,7 @@ class SampleStream:
     @classmethod
     def of_epoch(cls, shards: ShardSet, *, seed: int, epoch: int) -> "SampleStream":
         """The stream of a training epoch, its shards in an order of (seed, epoch)."""
-        return cls(shards, keyed_random.permutation(seed, epoch, len(shards.shards)))
+        return cls(shards, sample_order(seed, epoch, len(shards.shards)))
 
     @classmethod
     def in_order(cls, shards: ShardSet) -> "SampleStream":
@@ -263,7 +263,7 @@ def window_shuffle(count: int, window: int, *words: int) -> np.ndarray:
     """
     if window == 0:
         return np.arange(count)
-    shifts = keyed_random.generator(*words).random_sample(count) * window
+    shifts = numpy_stream(*words).random_sample(count) * window
     return np.argsort(np.arange(count) + shifts, kind="stable")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from discrete_lit.core import random as keyed_random
+from discrete_lit.core.random import sample_order
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class TrainingLoader(_Loader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run is, in terms that are the same on every rank."""
+        """Describe the position of the run in its data, in terms that are the same on every rank."""
         return {
             "format": _FORMAT,
             "epoch": self.epoch,
@@ -230,7 +230,7 @@ class TrainingOrder:
     def permutation(self, epoch: int) -> np.ndarray:
         """The sample at each position of the epoch's order: int64 `(count,)`."""
         if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, keyed_random.permutation(self.seed, epoch, self.count)
+            self._epoch, self._permutation = epoch, sample_order(self.seed, epoch, self.count)
         return self._permutation
 
     def identity(self) -> Mapping[str, int | str]:

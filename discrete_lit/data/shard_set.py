@@ -1,4 +1,4 @@
-"""Where the shards of a split are, and how many samples each holds.
+"""The shards of a split: their locations, and how many samples each holds.
 
 A split is named by a folder, a file, a brace pattern (`train-{000000..000099}.tar`), a URL of any of these, or a
 list of them. Counts and class names come from the `manifest.json` beside the shards. Where a local folder has none,

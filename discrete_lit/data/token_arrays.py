@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from discrete_lit.core import random as keyed_random
 from discrete_lit.core.files import atomic_write_text, publish
+from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
 
@@ -373,7 +373,7 @@ class _TrainingTokens(OrderedSource):
         count = self.folder.variants
         if count == 1:
             return None
-        draws = (keyed_random.uniforms(self.order.seed, epoch, f"crop of {sample}")[0] for sample in samples)
+        draws = (augmentation_uniforms(self.order.seed, epoch, f"crop of {sample}")[0] for sample in samples)
         return np.array([int(draw * count) for draw in draws])
 
     def identity(self) -> Mapping[str, int | str]:

@@ -23,7 +23,7 @@ class Made(Source):
         self.reads = 0
         names = [f"class {label}" for label in range(classes)]
         entries = [Entry(f"image-{index:03d}", "png", index % classes, 100 + index) for index in range(count)]
-        super().__init__("made", names, entries)
+        super().__init__("made", classes=names, entries=entries)
 
     def read(self, index: int) -> bytes:
         if self.reads == self.fail_at:

@@ -8,7 +8,7 @@ from discrete_lit.data.sources.source import key_from_path, path_from_key
 
 class Table(Source):
     def __init__(self, *entries: Entry, classes: tuple[str, ...] = ("a", "b")) -> None:
-        super().__init__("table", classes, entries)
+        super().__init__("table", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
         return b"content"

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from discrete_lit.core import random as keyed_random
+from discrete_lit.core.random import augmentation_uniforms, sample_order
 from discrete_lit.data.image_batches import EvaluationCrops, ImagePipeline
 from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
 
@@ -21,7 +21,7 @@ def ramp(width: int, height: int) -> Image.Image:
 
 
 def draws(count: int) -> list[tuple[float, float, float, float]]:
-    return [keyed_random.uniforms(0, 0, f"sample-{number}") for number in range(count)]
+    return [augmentation_uniforms(0, 0, f"sample-{number}") for number in range(count)]
 
 
 def test_the_centre_crop_of_an_image_of_the_right_size_is_the_image() -> None:
@@ -155,8 +155,8 @@ def test_augmentation_is_decided_by_seed_epoch_and_key(image_bytes) -> None:
 
 def test_the_numbers_for_a_key_never_change() -> None:
     # A changed number would change the data of a run that is resumed after an update.
-    assert keyed_random.uniforms(1, 2, "n01440764_10026") == pytest.approx(UNIFORMS, abs=1e-9)
-    assert keyed_random.permutation(1, 2, 8).tolist() == PERMUTATION
+    assert augmentation_uniforms(1, 2, "n01440764_10026") == pytest.approx(UNIFORMS, abs=1e-9)
+    assert sample_order(1, 2, 8).tolist() == PERMUTATION
 
 
 def test_the_numbers_for_keys_are_uniform_and_independent() -> None:

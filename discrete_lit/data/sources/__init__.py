@@ -1,4 +1,4 @@
-"""Where the images of a data set come from, before they become shards.
+"""Sources of images: data sets as they are published, before they become shards.
 
 Importing this package imports neither torch nor Lightning.
 """

@@ -43,7 +43,7 @@ class ClassFolders(Source):
                 path = self.root / file
                 entries.append(Entry(key, _extension(file), label, path.stat().st_size))
                 self._paths.append(path)
-        super().__init__(f"class folders {self.root.resolve().name}", classes, entries)
+        super().__init__(f"class folders {self.root.resolve().name}", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
         data = self._paths[index].read_bytes()

@@ -48,7 +48,7 @@ class Emoji(Source):
             for path in paths
             if is_test(path.stem) == (split == "test")
         ]
-        super().__init__(f"emoji-datasource-google {version} {split}", classes, entries)
+        super().__init__(f"emoji-datasource-google {version} {split}", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
         picture = Image.open(self._images / f"{self.entries[index].key}.png").convert("RGBA")

@@ -49,7 +49,7 @@ class EmbeddedSet(Source):
             classes = arrays["classes"].tolist()
         size = self._images[0].nbytes
         entries = [Entry(f"{split}-{row:05d}", "png", label, size) for row, label in enumerate(labels)]
-        super().__init__(f"Fashion-MNIST {split}, {path.name} sha256:{digest}", classes, entries)
+        super().__init__(f"Fashion-MNIST {split}, {path.name} sha256:{digest}", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
         buffer = io.BytesIO()

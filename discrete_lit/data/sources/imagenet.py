@@ -94,7 +94,7 @@ class ImageNetTrain(Source):
                 f"{path} holds {len(entries):,} images, expected {expected_count:,}: it is cut off or is not the "
                 "released archive. Download it again, or set expected_count to null to go on with what there is"
             )
-        super().__init__(f"ImageNet training archive {path.name}", names, entries)
+        super().__init__(f"ImageNet training archive {path.name}", classes=names, entries=entries)
 
     def read(self, index: int) -> bytes:
         return self._index.read(self._extents[index])
@@ -171,7 +171,7 @@ class ImageNetValidation(Source):
             Entry(file.name.removesuffix(".JPEG"), "jpeg", label_of[truth.class_of[number]], file.size)
             for number, file in numbered.items()
         ]
-        super().__init__(f"ImageNet validation archive {path.name}", truth.classes, entries)
+        super().__init__(f"ImageNet validation archive {path.name}", classes=truth.classes, entries=entries)
 
     def read(self, index: int) -> bytes:
         return self._index.read(self._extents[index])

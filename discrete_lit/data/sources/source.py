@@ -57,7 +57,7 @@ class Source(ABC):
             extension would not be read back from a shard.
     """
 
-    def __init__(self, description: str, classes: Sequence[str], entries: Sequence[Entry]) -> None:
+    def __init__(self, description: str, *, classes: Sequence[str], entries: Sequence[Entry]) -> None:
         if not entries:
             raise ValueError(f"{description} holds no image")
         self.description = description
