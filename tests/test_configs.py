@@ -22,7 +22,7 @@ MODELS = [config for config in CONFIGS if "model" in read(config)]
 WHOLE = [config for config in MODELS if "class_path" in read(config)["model"]]
 WITHOUT_MODEL = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
 LAYERS = [config for config in WITHOUT_MODEL if header_command(config)[0] == "fit"]
-VERBS = [config for config in WITHOUT_MODEL if config not in LAYERS]
+FUNCTION_COMMANDS = [config for config in WITHOUT_MODEL if config not in LAYERS]
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +320,8 @@ def test_trainers_parse_with_a_model(
     check_said(read(config), settings)
 
 
-@pytest.mark.parametrize("config", VERBS)
-def test_verbs_parse(config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("config", FUNCTION_COMMANDS)
+def test_commands_parse(config: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     command = header_command(config)
     assert configs_of(command) == [config]

@@ -160,7 +160,7 @@ def shard_settings(folder: Path, output: Path) -> dict[str, Any]:
     return {"source": source, "output": str(output), "split": "train"}
 
 
-def test_a_verb_runs_from_a_file(class_folder: Path, tmp_path: Path) -> None:
+def test_a_command_runs_from_a_file(class_folder: Path, tmp_path: Path) -> None:
     file = write_settings(tmp_path / "shards.yaml", shard_settings(class_folder, tmp_path / "ignored"))
     run("shards", "--config", file, "--output", tmp_path / "shards", "--samples_per_shard", 1)
     assert len(list((tmp_path / "shards").glob("train-*.tar"))) == 2
@@ -168,7 +168,7 @@ def test_a_verb_runs_from_a_file(class_folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("given", "meant"), [("outptu", "output"), ("source.init_args.rot", "source.init_args.root")])
-def test_a_verb_names_the_wrong_setting(
+def test_a_command_names_the_wrong_setting(
     given: str, meant: str, class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_settings(tmp_path / "shards.yaml", shard_settings(class_folder, tmp_path / "shards"))
@@ -178,7 +178,7 @@ def test_a_verb_names_the_wrong_setting(
     assert f"did you mean {meant}?" in message
 
 
-def test_a_verb_prints_its_configuration(
+def test_a_command_prints_its_configuration(
     class_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_settings(tmp_path / "shards.yaml", shard_settings(class_folder, tmp_path / "shards"))

@@ -113,9 +113,9 @@ def test_ten_crops_are_torchvisions_of_adms_square(width: int, height: int, scal
     crops = ten_crops(image, 32, scale)
     square = Image.fromarray(center_crop(image, int(32 * scale)))
     expected = [np.asarray(crop) for crop in ten_crop(square, 32)]  # the corners, then the centre
-    for part in (0, 5):
-        corners, centre = expected[part : part + 4], expected[part + 4]
-        np.testing.assert_array_equal(crops[part : part + 5], np.stack([centre, *corners]))
+    for first in (0, 5):
+        corners, centre = expected[first : first + 4], expected[first + 4]
+        np.testing.assert_array_equal(crops[first : first + 5], np.stack([centre, *corners]))
 
 
 def test_ten_crops_of_scale_one_are_the_centre_and_its_mirror_image() -> None:

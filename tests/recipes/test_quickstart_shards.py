@@ -31,7 +31,7 @@ def test_yaml_names_the_embedded_set(monkeypatch: pytest.MonkeyPatch, name: str,
     assert source.entries[0].key.startswith(split)
 
 
-def test_verb_writes_shards_and_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_shards_and_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.png").write_bytes(b"content")
     arguments = [
