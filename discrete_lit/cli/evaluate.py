@@ -14,23 +14,18 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.provenance import environment
-from discrete_lit.evaluation.feature_statistics import (
-    Measurement,
-    Reference,
-    measure,
-    reference_from_images,
-    reference_from_moments,
-)
-from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures, measure_likelihood
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, open_image_set
-from discrete_lit.evaluation.report import Report, Row
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
-from discrete_lit.metrics.frechet import compare, holds_moments
-from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall, within_class_diversity
-from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
+# The other imports stand in the functions: torchmetrics and Lightning take seconds, which
+# `discrete-lit evaluate --help` does not wait for.
 if TYPE_CHECKING:
+    from discrete_lit.evaluation.feature_statistics import Measurement, Reference
+    from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
+    from discrete_lit.evaluation.report import Row
     from discrete_lit.generators import Generator
+    from discrete_lit.metrics.precision_recall import Manifold
+    from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
 
 def load_meters(
@@ -43,6 +38,7 @@ def load_meters(
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
+    from discrete_lit.metrics.reconstruction import ReconstructionMeter
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
     lpips = None
@@ -159,6 +155,12 @@ def evaluate(
         ValueError: no row, a set that is missing, too small or of another image size, samples without labels for the
             classifier, a reference of another extractor, or a checkpoint of the wrong kind.
     """
+    from discrete_lit.evaluation.feature_statistics import measure, reference_from_images, reference_from_moments
+    from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
+    from discrete_lit.evaluation.report import Report
+    from discrete_lit.metrics.frechet import compare, holds_moments
+    from discrete_lit.metrics.precision_recall import precision_and_recall
+
     samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
     _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -176,7 +178,7 @@ def evaluate(
     reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
     meters = load_meters(reconstructions, lpips_weights, place)
     generators = load_generators(likelihoods, image_size)
-    judge = None if classifier is None else load_classifier(classifier, num_classes, place)
+    predict = None if classifier is None else load_classifier(classifier, num_classes, place)
     extractor = (extractor or EfficientNetLite0()).to(place)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
@@ -187,7 +189,7 @@ def evaluate(
             batch_size=batch_size,
             device=place,
             transform=transform,
-            classifier=judge,
+            classifier=predict,
             description=name,
         )
 
@@ -196,7 +198,13 @@ def evaluate(
     else:
         folder = Path(output)
         measured_against = reference_from_images(
-            reference, reference_selection, extractor, image_size, batch_size, place, folder
+            reference,
+            reference_selection,
+            extractor=extractor,
+            image_size=image_size,
+            batch_size=batch_size,
+            device=place,
+            folder=folder,
         )
     manifold = _manifold(measured_against, count, place)
     rows: list[Row] = []
@@ -229,7 +237,14 @@ def evaluate(
     for name, selection in selections.items():
         add(name, "samples", samples[name], run(selection, name), likelihood=likelihood.get(likelihoods.get(name, "")))
 
-    report = Report(rows, measured_against, manifold, image_size, classifier, environment(place))
+    report = Report(
+        rows,
+        measured_against,
+        manifold=manifold,
+        image_size=image_size,
+        classifier=classifier,
+        environment=environment(place),
+    )
     report.write(Path(output))
     print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")
     return report.to_dict()
@@ -287,9 +302,11 @@ def _check_labels(generated: dict[str, ImageSet]) -> None:
 
 def _manifold(reference: Reference, count: int | None, device: torch.device) -> Manifold | None:
     """Span the reference's manifold; None where its features are unknown or too few for the k-th neighbour."""
+    from discrete_lit.metrics.precision_recall import Manifold
+
     if reference.features is None or count is None or min(count, len(reference.features)) <= NEIGHBOURS:
         return None
-    return Manifold(reference.features, NEIGHBOURS, device)
+    return Manifold(reference.features, NEIGHBOURS, device=device)
 
 
 def _row(
@@ -301,6 +318,9 @@ def _row(
     floor: Measurement | None,
     figures: dict[str, Any],
 ) -> Row:
+    from discrete_lit.evaluation.report import Row
+    from discrete_lit.metrics.precision_recall import within_class_diversity
+
     accuracy = by_class = diversity = diversity_by_class = None
     if measured.correct is not None and measured.spread is not None:
         counts = measured.spread.count

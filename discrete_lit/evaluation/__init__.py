@@ -1,4 +1,7 @@
-"""Evaluation of samples and checkpoints: sets of images, their statistics, likelihoods, reports."""
+"""Evaluation of samples and checkpoints: sets of images, their features, likelihoods, reports.
+
+The two extractors can be named here in a configuration; what they are stands in `discrete_lit.metrics.extractors`.
+"""
 
 from discrete_lit.metrics import EfficientNetLite0, InceptionV3
 

@@ -1,4 +1,4 @@
-"""A small image classifier that judges whether a sample shows the class that was asked for."""
+"""A small image classifier, for the label accuracy of samples: the fraction that show the class that was asked for."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,14 +14,15 @@ from discrete_lit.optimization import configure_optimizers
 
 
 class ImageClassifier(LightningModule):
-    """Convolutions with batch norm, one per entry of `channels`, each halving the image; a mean; a linear layer.
+    """Classify images by convolutions with batch norm, a mean over positions, and a linear layer.
 
-    Logs `train/loss` (cross-entropy in nats), `validation/loss` and `validation/accuracy` (share in [0, 1]).
+    There is one convolution for each entry of `channels`, and each halves the image. Logs `train/loss` (cross-entropy
+    in nats), `validation/loss` and `validation/accuracy` (fraction in [0, 1]).
 
     Args:
         num_classes: K.
         channels: width of each stage; n stages need images of at least 2^n pixels.
-        dropout: share of pooled features that is dropped in training.
+        dropout: probability that a pooled feature is dropped in training.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
     """
@@ -30,6 +31,7 @@ class ImageClassifier(LightningModule):
         self,
         num_classes: int,
         channels: tuple[int, ...] = (16, 32, 64, 128),
+        *,
         dropout: float = 0.1,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -51,7 +53,7 @@ class ImageClassifier(LightningModule):
         ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` float in [-1, 1] to logits `(B, num_classes)` float32."""
+        """Compute float32 logits `(B, num_classes)` of images `(B, 3, H, W)` in [-1, 1]."""
         return self.network(images.contiguous(memory_format=torch.channels_last)).float()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -74,7 +76,7 @@ def _normalized(width: int) -> list[nn.Module]:
 
 
 def load_classifier(path: str | Path) -> ImageClassifier:
-    """The classifier of a checkpoint of `discrete-lit fit`, on the CPU, in eval mode; the file alone is enough.
+    """Load the classifier of a checkpoint of `discrete-lit fit`, on the CPU, in eval mode; the file alone is enough.
 
     Raises:
         ValueError: no such file, a truncated one, or one that holds no ImageClassifier.

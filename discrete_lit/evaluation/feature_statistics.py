@@ -1,8 +1,7 @@
-"""One pass over a selection of images: features, their moments, the spread of each class, the judged labels.
+"""Statistics of a set of images in one pass: moments of the features, the features, spread and accuracy of each class.
 
-Some rows of a stream, evenly spaced over it.
-
-What sets of images are measured against.
+`measure` makes the pass. A `Reference` is what other sets are compared with: moments from a file, as ADM publishes
+them, or images that were measured once and whose statistics are kept.
 """
 
 from __future__ import annotations
@@ -24,6 +23,11 @@ from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
 from discrete_lit.metrics.precision_recall import ClassSpread
 
+_log = logging.getLogger(__name__)
+
+MOST_FEATURES = 10_000
+"""The most features of a reference that are kept: as many as the reference batches of ADM have images."""
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -31,10 +35,10 @@ class Measurement:
 
     moments: FeatureMoments
     features: EvenSample
-    """Of all images, or of as many as were asked for."""
+    """Features of all images, or of as many as were asked for."""
     spread: ClassSpread | None
     correct: Tensor | None
-    """`(K,)`: how many of each class's images the classifier gave their class; None without a classifier."""
+    """`(K,)`: the images of each class that the classifier recognised; None without a classifier."""
 
 
 def measure(
@@ -82,48 +86,15 @@ def measure(
                     raise ValueError(
                         f"{str(selection.images.path)!r} has label {int(labels.max())}, there are {num_classes} classes"
                     )
-                spread = spread or ClassSpread(num_classes, extractor.dim)
+                if spread is None:
+                    spread = ClassSpread(num_classes, extractor.dim)
                 spread.update(features, labels)
                 if classifier is not None:
                     hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
                     correct.index_add_(0, labels, hits.double())
             progress.update(len(images))
-    judged = spread is not None and classifier is not None
-    return Measurement(moments, kept, spread, correct if judged else None)
-
-
-class EvenSample:
-    """Keeps up to `limit` rows of a stream of known length, so that of sorted classes each is among them.
-
-    Args:
-        limit: the most rows to keep; all by default.
-        total: rows of the stream.
-    """
-
-    def __init__(self, limit: int | None, total: int) -> None:
-        self.limit = total if limit is None else min(limit, total)
-        self.total = total
-        self._seen = 0
-        self._kept: list[Tensor] = []
-
-    def update(self, rows: Tensor) -> None:
-        """The next rows `(B, D)` of the stream."""
-        place = torch.arange(self._seen, self._seen + len(rows))
-        # The first of every total / limit rows: there the whole part of place * limit / total goes up.
-        chosen = (place * self.limit) // self.total != ((place - 1) * self.limit) // self.total
-        self._seen += len(rows)
-        self._kept.append(rows.detach().cpu()[chosen])
-
-    def compute(self) -> Tensor:
-        """The rows so far, `(n, D)` on the CPU; after the whole stream n is the limit."""
-        return torch.cat(self._kept)
-
-
-MOST_FEATURES = 10_000
-"""Of a reference of more images so many features are kept, as many as the reference batches of ADM have."""
-
-
-_log = logging.getLogger(__name__)
+    classified = spread is not None and classifier is not None
+    return Measurement(moments, kept, spread, correct if classified else None)
 
 
 @dataclass(frozen=True)
@@ -140,7 +111,7 @@ class Reference:
 
 
 def reference_from_moments(path: str, extractor: FeatureExtractor) -> Reference:
-    """A moments file, such as ADM's.
+    """Read a reference from a moments file, such as ADM's.
 
     Raises:
         ValueError: an unreadable file, or moments of another extractor.
@@ -153,13 +124,14 @@ def reference_from_moments(path: str, extractor: FeatureExtractor) -> Reference:
 def reference_from_images(
     name: str,
     selection: Selection,
+    *,
     extractor: FeatureExtractor,
     image_size: int,
     batch_size: int,
     device: torch.device,
     folder: Path,
 ) -> Reference:
-    """Measured images, from an earlier evaluation into `folder`, or measured now and kept there for the next one.
+    """Measure reference images, or take what an earlier evaluation kept of the same ones in `folder`.
 
     Args:
         name: path of the images.
@@ -168,7 +140,7 @@ def reference_from_images(
         image_size: side of the images in pixels.
         batch_size: images at once.
         device: where the extractor runs.
-        folder: of the files that are kept.
+        folder: where the statistics are kept for the next evaluation.
 
     Raises:
         ValueError: images that cannot be read.
@@ -199,3 +171,30 @@ def reference_from_images(
     with atomic_write(kept_features) as file:
         np.save(file, features.numpy())
     return Reference(name, sha256, moments, features)
+
+
+class EvenSample:
+    """Keep up to `limit` rows of a stream of known length, evenly spaced, so that of sorted classes each is among them.
+
+    Args:
+        limit: the most rows to keep; all by default.
+        total: rows of the stream.
+    """
+
+    def __init__(self, limit: int | None, total: int) -> None:
+        self.limit = total if limit is None else min(limit, total)
+        self.total = total
+        self._seen = 0
+        self._kept: list[Tensor] = []
+
+    def update(self, rows: Tensor) -> None:
+        """Take the next rows `(B, D)` of the stream."""
+        index = torch.arange(self._seen, self._seen + len(rows))
+        # The first of every total / limit rows: there the whole part of index * limit / total goes up.
+        chosen = (index * self.limit) // self.total != ((index - 1) * self.limit) // self.total
+        self._seen += len(rows)
+        self._kept.append(rows.detach().cpu()[chosen])
+
+    def compute(self) -> Tensor:
+        """Give the rows so far, `(n, D)` on the CPU; after the whole stream n is the limit."""
+        return torch.cat(self._kept)

@@ -1,4 +1,4 @@
-"""How likely held-out images are under a generator."""
+"""Likelihood of held-out images under a generator, in nats, bits per token and bits per dimension."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LikelihoodFigures:
-    """-log p(tokens | label) of images: of their tokens, so comparable between generators of one tokenizer alone."""
+    """Negative log-likelihood -log p(tokens | label) of images.
+
+    It is that of their tokens, so it is comparable between generators of one tokenizer alone.
+    """
 
     checkpoint: str
     kind: str
     """`exact`, `bound` (the value is at least that of the model) or `estimate`."""
     nats: float
-    """Mean over the images."""
+    """-log p, mean over the images."""
     standard_error: float
-    """Of that mean."""
+    """Standard error of that mean."""
     count: int
     """Images."""
     tokens: int
     """L, ids of one image."""
     dimensions: int | None
-    """Numbers of an image that its ids are, one id each, where a tokenizer of pixels makes them; None for codes, whose
+    """H·W·C of the images where each id is one colour value of a pixel; None for the codes of other tokenizers, whose
     likelihood is not that of the pixels."""
     tokenizer_fingerprint: str
 
@@ -42,11 +45,11 @@ class LikelihoodFigures:
 
     @property
     def bits_per_dimension(self) -> float | None:
-        """Of the pixels' channels; None where the ids are codes."""
+        """Bits for each colour value of a pixel; None where the ids are codes."""
         return None if self.dimensions is None else self.nats / log(2) / self.dimensions
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with every figure."""
+        """Give every figure as plain data."""
         bits = {"bits_per_token": self.bits_per_token, "bits_per_dimension": self.bits_per_dimension}
         return {**asdict(self), **bits}
 

@@ -1,6 +1,7 @@
-"""Sets of stored images, read one by one as uint8: shards, folders, and `samples.npz` files.
+"""Sets of stored images, read one by one as uint8, and the protocol by which images are selected from them.
 
-Which images of a set are measured: the same count for every set, and the same count of every class.
+`ImageSet` is the contract, `open_image_set` finds the kind of a path: shards, folders, and `samples.npz` files.
+`Selection` takes the same count of images from every set that is compared, and the same count of each class.
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.files import content_sha256, file_sha256, read_npz
@@ -22,9 +24,13 @@ from discrete_lit.data.sources.class_folders import ClassFolders, is_image_file
 from discrete_lit.data.tars import RawSample, all_samples
 from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
 
+_log = logging.getLogger(__name__)
+
 Pixels = np.ndarray
 """uint8 `(H, W, 3)`."""
 
+MAX_BROKEN_FRACTION = 0.01
+"""The largest fraction of a selection's images that may be unreadable."""
 
 _ACCEPTED = (
     "accepted are a folder of shards (with manifest.json), a folder of images (one subfolder per class, or images "
@@ -47,18 +53,18 @@ class ImageSet(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the images do."""
+        """Compute a hash that changes when the images do."""
 
     @abstractmethod
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        """Every image in order: its label, and a function that decodes it.
+        """Give every image in order: its label, and a function that decodes it.
 
         That function raises `UndecodableImage` for a broken file.
         """
 
 
 def open_image_set(path: str | Path, image_size: int) -> ImageSet:
-    """The image set that a path names.
+    """Open the image set that a path names.
 
     Raises:
         ValueError: nothing there, or nothing that holds images of `image_size`.
@@ -76,9 +82,10 @@ def open_image_set(path: str | Path, image_size: int) -> ImageSet:
 
 
 class NpzImages(ImageSet):
-    """`arr_0` uint8 `(N, H, W, 3)`, with `labels` (or ADM's `arr_1`) int64 `(N,)` where the samples have classes.
+    """Images of an npz file: `arr_0` uint8 `(N, H, W, 3)`.
 
-    The pixels are read as a stream: 50,000 images of 256x256 would be 10 GB in memory.
+    Where the samples have classes the file also holds `labels` (or ADM's `arr_1`), int64 `(N,)`. The pixels are read as
+    a stream: 50,000 images of 256x256 would be 10 GB in memory.
     """
 
     def __init__(self, path: Path, image_size: int) -> None:
@@ -127,7 +134,7 @@ class NpzImages(ImageSet):
 
 
 class _NpyStream:
-    """An array of an npz file as (shape, dtype, file of its bytes), without loading it."""
+    """Open an array of an npz file as (shape, dtype, file of its bytes), without loading it."""
 
     def __init__(self, path: Path, member: str) -> None:
         self.path, self.member = path, member
@@ -148,7 +155,7 @@ class _NpyStream:
 
 
 class ShardImages(ImageSet):
-    """A folder of webdataset shards with the manifest of `discrete-lit shards`."""
+    """Images of a folder of webdataset shards with the manifest of `discrete-lit shards`."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
@@ -179,7 +186,7 @@ class ShardImages(ImageSet):
 
 
 class ClassFolderImages(ImageSet):
-    """A folder with one subfolder per class; classes and images in sorted order."""
+    """Images of a folder with one subfolder per class; classes and images in sorted order."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
@@ -217,17 +224,11 @@ class FlatFolderImages(ImageSet):
             yield None, lambda file=file: center_crop(decode_image(file.read_bytes()), self.image_size)
 
 
-MAX_BROKEN_SHARE = 0.01
-
-
-_log = logging.getLogger(__name__)
-
-
 class Selection:
-    """The first `num_images` of a set; of a labelled set, the first `num_images / num_classes` of each class, in order.
+    """Take the first `num_images` of a set, in order; from a labelled set, equally many of each class.
 
-    Where the division leaves a remainder r, the first r classes give one image more. A broken image is left out,
-    counted and logged, and the next of its class takes its place.
+    Where `num_images / num_classes` leaves a remainder r, the first r classes give one image more. A broken image is
+    left out, counted and logged, and the next of its class is taken instead.
 
     Args:
         images: the set.
@@ -250,8 +251,8 @@ class Selection:
         self._quota: Counter[int] | None = None
         if num_images is not None and images.num_classes is not None:
             assert num_classes is not None
-            share, rest = divmod(num_images, num_classes)
-            self._quota = Counter({label: share + (label < rest) for label in range(num_classes)})
+            each, rest = divmod(num_images, num_classes)
+            self._quota = Counter({label: each + (label < rest) for label in range(num_classes)})
             if images.labels is not None:
                 self._check_classes(Counter(images.labels.tolist()))
 
@@ -269,7 +270,7 @@ class Selection:
                 )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """uint8 `(B, 3, H, W)` and int64 `(B,)`, None for a set without labels.
+        """Give images, uint8 `(B, 3, H, W)`, and labels, int64 `(B,)` or None for a set without.
 
         Raises:
             ValueError: too few readable images, or more than 1% broken ones.
@@ -301,7 +302,7 @@ class Selection:
                 break
         if pixels:
             yield _tensors(pixels, labels)
-        if broken > MAX_BROKEN_SHARE * (total + broken):
+        if broken > MAX_BROKEN_FRACTION * (total + broken):
             raise ValueError(f"{str(self.images.path)!r}: {broken} of {total + broken} images are broken")
         if total < self.count and not self._whole:
             if self._quota is not None:
@@ -310,5 +311,5 @@ class Selection:
 
 
 def _tensors(pixels: list[np.ndarray], labels: list[int]) -> tuple[Tensor, Tensor | None]:
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(labels) if labels else None
+    images = rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w")
+    return images.contiguous(), torch.tensor(labels) if labels else None

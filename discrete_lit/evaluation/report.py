@@ -1,4 +1,4 @@
-"""Rows of an evaluation as a JSON file and as a table."""
+"""The report of an evaluation: its rows as a table in Markdown and, with all that they say of themselves, as JSON."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from discrete_lit.metrics.reconstruction import ReconstructionFigures
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one set of images; None where it does not apply."""
+    """The figures of one set of images; None where one does not apply."""
 
     name: str
     kind: Literal["real", "reconstructions", "samples"]
@@ -24,11 +24,11 @@ class Row:
     """Path of the images, or of the tokenizer's checkpoint."""
     frechet: FrechetResult
     precision: float | None = None
-    """Share of the images that the reference's manifold covers, in [0, 1]."""
+    """Fraction of the images that the reference's manifold covers, in [0, 1]."""
     recall: float | None = None
-    """Share of the reference's images that the manifold of these covers, in [0, 1]."""
+    """Fraction of the reference's images that the manifold of these covers, in [0, 1]."""
     label_accuracy: float | None = None
-    """Share of images whose predicted class is the intended one, in [0, 1]."""
+    """Fraction of images whose predicted class is the intended one, in [0, 1]."""
     label_accuracy_by_class: list[float | None] | None = None
     within_class_diversity: float | None = None
     """Mean over classes of `discrete_lit.metrics.precision_recall.within_class_diversity`."""
@@ -37,19 +37,19 @@ class Row:
     """The run.json beside the samples."""
     picture: str | None = None
     reconstruction: ReconstructionFigures | None = None
-    """Of a row of reconstructions."""
+    """Figures of a row of reconstructions."""
     likelihood: LikelihoodFigures | None = None
-    """Of held-out images under the generator of a row of samples."""
+    """Likelihood of held-out images under the generator of a row of samples."""
 
     @property
     def least_diversity(self) -> float | None:
-        """Of the class whose samples differ least."""
+        """The diversity of the class whose samples differ least."""
         classes = self.within_class_diversity_by_class or []
         return min((value for value in classes if value is not None), default=None)
 
 
 Columns = dict[str, Callable[[Row], str]]
-"""Header to cell; what is None is an empty cell."""
+"""The cell of a row under each header; empty where there is nothing to say."""
 
 
 def _columns(metric: str) -> Columns:
@@ -97,18 +97,18 @@ _COSTS = {
     "images_per_second": "images/s: with decoding to pixels",
     "images_per_second_without_decoding": "images/s of tokens: the draw without decoding",
 }
-"""What `run.json` says of the cost of samples."""
+"""The keys of `run.json` that tell the cost of samples, and their meaning in words."""
 
 
 class Report:
-    """Rows measured at one count against one reference.
+    """Report rows that were measured at one count against one reference.
 
     Args:
         rows: in the order of the table; at least one.
         reference: what they were measured against.
-        manifold: of its features, where they are known.
+        manifold: the manifold of its features, where they are known.
         image_size: side of the measured images in pixels.
-        classifier: checkpoint that judged the labels.
+        classifier: checkpoint of the classifier that label accuracy is by.
         environment: versions, commit, device and date.
     """
 
@@ -116,6 +116,7 @@ class Report:
         self,
         rows: list[Row],
         reference: Reference,
+        *,
         manifold: Manifold | None,
         image_size: int,
         classifier: str | None,
@@ -129,7 +130,7 @@ class Report:
         self.environment = environment
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with every figure and what it is of."""
+        """Give every figure, and what it is of, as plain data."""
         first = self.rows[0].frechet
         return {
             "metric": first.metric,
@@ -174,11 +175,11 @@ class Report:
         }
 
     def notes(self) -> list[str]:
-        """What limits the figures, each said once."""
+        """List what limits the figures, each said once."""
         return list(dict.fromkeys(note for row in self.rows for note in row.frechet.notes))
 
     def table(self) -> str:
-        """The rows as aligned Markdown, without columns that are empty in every row.
+        """Write the rows as aligned Markdown, without columns that are empty in every row.
 
         The figures of reconstructions stand in a table of their own where there are samples too.
         """
@@ -191,7 +192,7 @@ class Report:
         return "\n\n".join(tables)
 
     def markdown(self) -> str:
-        """The table and what its figures are."""
+        """Write the table and what its figures are."""
         first = self.rows[0].frechet
         size = "an unrecorded number of" if first.reference_count is None else f"{first.reference_count:,}"
         facts = [
@@ -205,10 +206,10 @@ class Report:
                 f"the features of {len(self.manifold.features):,} images of the reference and of all images of a row"
             )
         if self.classifier is not None:
-            facts.append(f"label accuracy: share whose class, as judged by {self.classifier}, is the intended one")
+            facts.append(f"label accuracy: fraction whose class, according to {self.classifier}, is the intended one")
         if any(row.within_class_diversity is not None for row in self.rows):
             facts.append(
-                "within-class diversity: mean squared feature distance between two images of a class, as a share of "
+                "within-class diversity: mean squared feature distance between two images of a class, as a ratio to "
                 "that of the held-out real images (1 as varied, 0 the same image)"
             )
         if any(row.reconstruction is not None for row in self.rows):
@@ -226,7 +227,9 @@ class Report:
         costs = [text for key, text in _COSTS.items() if any(key in row.sampling for row in self.rows)]
         if costs:
             facts.append("; ".join(costs))
-        facts += [f"{row.name}, of each part of its ids: {_parts(row)}" for row in self.rows if _parts(row)]
+        facts += [
+            f"{row.name}, of each component of its ids: {_components(row)}" for row in self.rows if _components(row)
+        ]
         pictures = [f"{row.name}: {row.picture}" for row in self.rows if row.picture]
         lines = [*facts, *(f"note: {note}" for note in self.notes())]
         text = self.table() + "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
@@ -242,11 +245,11 @@ class Report:
         atomic_write_text(folder / "report.md", self.markdown())
 
 
-def _parts(row: Row) -> str:
+def _components(row: Row) -> str:
     """Usage and perplexity of each codebook, scale or bit, in words."""
-    parts = {} if row.reconstruction is None else row.reconstruction.parts
+    components = {} if row.reconstruction is None else row.reconstruction.parts
     return "; ".join(
-        f"{name} {ids.usage:.1%} of {ids.size:,}, perplexity {ids.perplexity:,.1f}" for name, ids in parts.items()
+        f"{name} {ids.usage:.1%} of {ids.size:,}, perplexity {ids.perplexity:,.1f}" for name, ids in components.items()
     )
 
 
@@ -259,7 +262,7 @@ def _giga(value: float | None) -> float | None:
 
 
 def _nats(likelihood: LikelihoodFigures | None) -> str:
-    """-log p is at most what a bound on log p gives."""
+    """Write -log p with its kind: a bound on log p makes it an upper bound."""
     if likelihood is None:
         return ""
     sign = {"exact": "", "bound": "≤ ", "estimate": "≈ "}[likelihood.kind]

@@ -1,4 +1,4 @@
-"""A mean in bins of a coordinate: a loss by mask ratio, by position, by time."""
+"""Means in bins of a coordinate, such as the loss by mask ratio, by position or by time."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torchmetrics import Metric
 
 
 class BinnedMean(Metric):
-    """Weighted means in equal bins of a coordinate in [0, 1], over all batches and ranks.
+    """Average values in equal bins of a coordinate in [0, 1], with weights, over all batches and ranks.
 
     Args:
         bins: their number.
@@ -27,10 +27,10 @@ class BinnedMean(Metric):
 
     def update(self, values: Tensor, coordinate: Tensor, weights: Tensor) -> None:
         """Add values with their coordinates and weights, three tensors of one shape."""
-        place = (coordinate * self.bins).long().clamp(0, self.bins - 1).reshape(-1)
+        index = (coordinate * self.bins).long().clamp(0, self.bins - 1).reshape(-1)
         weights = weights.double().reshape(-1)
-        self.total.index_add_(0, place, values.double().reshape(-1) * weights)
-        self.weight.index_add_(0, place, weights)
+        self.total.index_add_(0, index, values.double().reshape(-1) * weights)
+        self.weight.index_add_(0, index, weights)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         return self.total, self.weight

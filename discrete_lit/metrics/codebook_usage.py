@@ -1,21 +1,21 @@
-"""How much of a codebook is in use."""
+"""Codebook usage and perplexity: how many of the K ids occur, and how evenly."""
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 MOST_COUNTED = 2**24
-"""The largest vocabulary whose ids are counted one by one: the counts take 128 MB. Above it, only parts are."""
+"""The largest vocabulary whose ids are counted one by one: the counts take 128 MB. Above it, only components are."""
 
 
 class CodebookUsage(Metric):
-    """Usage and perplexity of token ids, over all batches and ranks.
+    """Measure usage and perplexity of token ids, over all batches and ranks.
 
     Args:
         vocab_size: K.
 
-    `update` takes int64 ids of any shape in [0, K); `compute` gives the share of ids that occur, in [0, 1], and
-    exp(entropy in nats), in [1, K].
+    `update` takes int64 ids of any shape in [0, K). `compute` gives two float32 scalars: the fraction of the K ids that
+    occur, in [0, 1], and the perplexity exp(entropy in nats), in [1, K].
     """
 
     full_state_update = False
@@ -27,14 +27,11 @@ class CodebookUsage(Metric):
         self.add_state("counts", torch.zeros(vocab_size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor) -> None:
-        self.counts += torch.bincount(tokens.reshape(-1), minlength=self.vocab_size)
+        # Unlike `bincount` this does not make the host wait for a GPU: it runs at every step of training.
+        ids = tokens.reshape(-1)
+        self.counts.index_add_(0, ids, torch.ones_like(ids))
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        return usage_and_perplexity(self.counts)
-
-
-def usage_and_perplexity(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of ids that occur, and exp of the entropy in nats, float32 scalars, of int64 counts `(K,)`."""
-    share = counts.double() / counts.sum()
-    entropy = torch.special.entr(share).sum()
-    return (counts > 0).double().mean().float(), entropy.exp().float()
+        frequency = self.counts.double() / self.counts.sum()
+        entropy = torch.special.entr(frequency).sum()
+        return (self.counts > 0).double().mean().float(), entropy.exp().float()

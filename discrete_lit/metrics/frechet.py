@@ -1,36 +1,58 @@
-"""Mean and covariance of features, gathered batch by batch in float64.
+"""The Fréchet distance between two sets of features: FID with Inception-v3, FD with any other extractor.
 
-The Fréchet distance between two sets of features, and what a reported one has to say about itself.
+Both sets are taken for Gaussians (Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash
+Equilibrium", NeurIPS 2017, eq. 6). `FeatureMoments` gathers mean and covariance batch by batch, `frechet_distance`
+compares two of them, and `compare` gives the distance together with all that a reported one has to say about itself:
+
+    moments = FeatureMoments(extractor)
+    for images in batches:
+        moments.update(extractor(to_uint8(images)))
+    result = compare(extractor, moments.compute(), Moments.load("reference.npz"), "reference.npz")
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import atomic_write, read_npz
 from discrete_lit.metrics.extractors import FeatureExtractor
 
 
-@dataclass(frozen=True)
 class Moments:
     """Mean and covariance of a set's features, and what they are of.
 
-    `count`, `extractor` and `weights_sha256` are None where a file does not say, as in ADM's reference files.
+    A plain class: torchmetrics takes a dataclass that a metric computes apart.
+
+    Args:
+        mean: `(D,)` float64.
+        covariance: `(D, D)` float64, unbiased (divided by count - 1).
+        count: of the set; None where a file does not say, as in ADM's reference files, like the next two.
+        extractor: name of the network.
+        weights_sha256: hash of its weights.
     """
 
-    mean: Tensor
-    """`(D,)` float64."""
-    covariance: Tensor
-    """`(D, D)` float64, unbiased (divided by count - 1)."""
-    count: int | None = None
-    extractor: str | None = None
-    weights_sha256: str | None = None
+    def __init__(
+        self,
+        mean: Tensor,
+        covariance: Tensor,
+        *,
+        count: int | None = None,
+        extractor: str | None = None,
+        weights_sha256: str | None = None,
+    ) -> None:
+        self.mean = mean
+        self.covariance = covariance
+        self.count = count
+        self.extractor = extractor
+        self.weights_sha256 = weights_sha256
 
     @property
     def dim(self) -> int:
@@ -67,14 +89,14 @@ class Moments:
         return Moments(
             torch.from_numpy(mean),
             torch.from_numpy(covariance),
-            int(arrays["count"]) if "count" in arrays else None,
-            str(arrays["extractor"]) if "extractor" in arrays else None,
-            str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
+            count=int(arrays["count"]) if "count" in arrays else None,
+            extractor=str(arrays["extractor"]) if "extractor" in arrays else None,
+            weights_sha256=str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
         )
 
 
 def holds_moments(path: str | Path) -> bool:
-    """Whether a path is an npz file of moments, as opposed to images.
+    """Tell whether a path is an npz file of moments, as opposed to images.
 
     Raises:
         ValueError: an npz file that cannot be read.
@@ -82,27 +104,29 @@ def holds_moments(path: str | Path) -> bool:
     return Path(path).suffix == ".npz" and Path(path).is_file() and "mu" in read_npz(path, ())[0]
 
 
-class FeatureMoments:
-    """Running sums of features: any split into batches or ranks gives the same moments, to float64 rounding.
+class FeatureMoments(Metric):
+    """Sum features up to their `Moments`, over all batches and ranks, in float64.
 
-    A plain object, so that a module that holds one does not write it into its checkpoints.
+    Any split into batches or ranks gives the same moments, to the rounding of float64. The sums lie on the CPU until
+    `.to(device)`; devices without float64 leave them there.
 
     Args:
-        extractor: where the features come from: gives the width, and the name in what is saved.
-        device: of the sums; CPU for accelerators without float64.
-
-    Example:
-        moments = FeatureMoments(extractor)
-        for images in batches:
-            moments.update(extractor(to_uint8(images)))
-        reference = moments.over_ranks().compute()
+        extractor: where the features come from: gives their width D, and the name in what is saved.
     """
 
-    def __init__(self, extractor: FeatureExtractor, device: torch.device | str = "cpu") -> None:
-        self.extractor = extractor
-        self.count = 0
-        self.total = torch.zeros(extractor.dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64, device=device)
+    full_state_update = False
+    count: Tensor
+    total: Tensor
+    outer: Tensor
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        # Summed on the way: gathered, the outer products would take 8 D² bytes of each rank, 32 MB with Inception.
+        super().__init__(dist_sync_fn=_summed)
+        self.extractor_name = extractor.name
+        self.weights_sha256 = extractor.weights_sha256
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(extractor.dim, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("outer", torch.zeros(extractor.dim, extractor.dim, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, features: Tensor) -> None:
         """Add features `(B, D)`."""
@@ -111,44 +135,33 @@ class FeatureMoments:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def merge(self, other: FeatureMoments) -> FeatureMoments:
-        """The sums over both sets of features, as a new object."""
-        assert self.extractor.weights_sha256 == other.extractor.weights_sha256
-        merged = FeatureMoments(self.extractor, self.total.device)
-        merged.count = self.count + other.count
-        merged.total = self.total + other.total
-        merged.outer = self.outer + other.outer
-        return merged
-
-    def over_ranks(self) -> FeatureMoments:
-        """The sums over all ranks, as a new object. Every rank has to call it; without ranks it changes nothing."""
-        merged = FeatureMoments(self.extractor, self.total.device)
-        merged.count = int(all_reduce_sum(torch.tensor(self.count, device=self.total.device)))
-        merged.total = all_reduce_sum(self.total)
-        merged.outer = all_reduce_sum(self.outer)
-        return merged
-
     def compute(self) -> Moments:
-        """The moments so far, on the CPU.
+        """The moments so far, of all ranks, on the CPU.
 
         Raises:
             ValueError: fewer than two samples.
         """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-        mean = self.total / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        count = int(self.count)
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+        mean = self.total / count
+        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
         return Moments(
             mean.cpu(),
             covariance.cpu(),
-            self.count,
-            self.extractor.name,
-            self.extractor.weights_sha256,
+            count=count,
+            extractor=self.extractor_name,
+            weights_sha256=self.weights_sha256,
         )
 
 
+def _summed(state: Tensor, group: Any = None) -> list[Tensor]:
+    """The sum of a state over ranks, as torchmetrics takes what is gathered: here of one rank that has it all."""
+    return [all_reduce_sum(state)]
+
+
 def frechet_distance(first: Moments, second: Moments) -> float:
-    """The squared Fréchet distance between two Gaussians (Dowson & Landau 1982; Heusel et al. 2017, eq. 6), in float64.
+    """Compute the squared Fréchet distance between two Gaussians (Dowson & Landau 1982), in float64.
 
         |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2
 
@@ -184,23 +197,6 @@ def _largest(ascending: Tensor, count: int) -> Tensor:
     return ascending[len(ascending) - count :].clamp(min=0)
 
 
-def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
-    """Refuse a reference whose features are not the extractor's.
-
-    Raises:
-        ValueError: moments of another width, or of other weights.
-    """
-    if reference.dim != extractor.dim:
-        raise ValueError(
-            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
-        )
-    if reference.weights_sha256 not in (None, extractor.weights_sha256):
-        raise ValueError(
-            f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
-            f"this is {extractor.name} with weights {extractor.weights_sha256}"
-        )
-
-
 @dataclass(frozen=True)
 class FrechetResult:
     """A Fréchet distance and all that is needed to compare it with another."""
@@ -218,14 +214,14 @@ class FrechetResult:
     protocol: str
     """How pixels became the extractor's input."""
     notes: tuple[str, ...]
-    """What limits the number, in words."""
+    """Limits of the number, in words."""
 
 
 def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, reference_name: str) -> FrechetResult:
-    """The Fréchet distance of samples to a reference, with what it says about itself.
+    """Compute the Fréchet distance of samples to a reference, with what it says about itself.
 
     Args:
-        extractor: whose features both moments hold.
+        extractor: the network whose features both moments are of.
         samples: moments with a known count.
         reference: moments; those from a file without `weights_sha256` are taken to be of this extractor.
         reference_name: what the reference is, for the report.
@@ -255,3 +251,20 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
         protocol=extractor.protocol,
         notes=tuple(notes),
     )
+
+
+def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
+    """Refuse a reference whose features are not the extractor's.
+
+    Raises:
+        ValueError: moments of another width, or of other weights.
+    """
+    if reference.dim != extractor.dim:
+        raise ValueError(
+            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
+        )
+    if reference.weights_sha256 not in (None, extractor.weights_sha256):
+        raise ValueError(
+            f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
+            f"this is {extractor.name} with weights {extractor.weights_sha256}"
+        )

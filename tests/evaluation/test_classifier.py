@@ -1,4 +1,4 @@
-"""The judge of the intended class: it learns, and its checkpoint alone brings it back."""
+"""The classifier of samples: it learns, and its checkpoint alone brings it back."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_label_accuracy_counts_the_intended_class(checkpoint, tmp_path):
     shown[labels == 2] = 0  # the generator never draws class 2
     reference = save_npz(tmp_path / "reference.npz", colours(labels, 3), labels)
     samples = save_npz(tmp_path / "samples.npz", colours(shown, 4), labels)
-    from test_evaluate_verb import Means
+    from test_evaluate import Means
 
     arguments = {"reference": reference, "output": str(tmp_path / "report"), "image_size": 8, "extractor": Means()}
     report = evaluate(**arguments, num_images=30, samples={"mine": samples}, held_out=reference, classifier=checkpoint)

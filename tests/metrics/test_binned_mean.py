@@ -16,11 +16,11 @@ def test_by_hand_over_two_batches() -> None:
     assert weight.tolist() == [1 + 1 + 2, 0, 1, 1]
 
 
-@pytest.mark.parametrize(("coordinate", "place"), [(0.0, 0), (0.25, 1), (0.499, 1), (0.5, 2), (0.75, 3), (1.0, 3)])
-def test_bins_hold_their_lower_edge_and_the_last_both(coordinate: float, place: int) -> None:
+@pytest.mark.parametrize(("coordinate", "index"), [(0.0, 0), (0.25, 1), (0.499, 1), (0.5, 2), (0.75, 3), (1.0, 3)])
+def test_bins_hold_their_lower_edge_and_the_last_both(coordinate: float, index: int) -> None:
     metric = BinnedMean(4)
     metric.update(torch.ones(1), torch.tensor([coordinate]), torch.ones(1))
-    assert metric.compute()[1].nonzero().flatten().tolist() == [place]
+    assert metric.compute()[1].nonzero().flatten().tolist() == [index]
 
 
 def test_sums_are_float64() -> None:

@@ -42,6 +42,7 @@ def test_reset_forgets_and_nothing_enters_a_checkpoint() -> None:
     assert float(metric.compute()[0]) == 0.25
 
 
-def test_ids_outside_the_vocabulary_do_not_pass() -> None:
-    with pytest.raises(RuntimeError):
-        CodebookUsage(4).update(torch.tensor([4]))
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_ids_outside_the_vocabulary_do_not_pass(wrong: int) -> None:
+    with pytest.raises(IndexError):
+        CodebookUsage(4).update(torch.tensor([wrong]))

@@ -55,7 +55,7 @@ def test_diagonal_gaussians_have_a_closed_form():
 
 def test_identical_moments_are_at_distance_zero_exactly():
     moments = moments_of(random_features(50, 12, 0))
-    copy = Moments(moments.mean.clone(), moments.covariance.clone(), moments.count)
+    copy = Moments(moments.mean.clone(), moments.covariance.clone(), count=moments.count)
     assert frechet_distance(moments, copy) == 0.0
 
 
@@ -102,7 +102,8 @@ def test_two_halves_merge_to_the_whole():
     whole.update(features)
     halves[0].update(features[:13])
     halves[1].update(features[13:])
-    merged, expected = halves[0].merge(halves[1]).compute(), whole.compute()
+    halves[0].merge_state(halves[1])
+    merged, expected = halves[0].compute(), whole.compute()
     torch.testing.assert_close(merged.mean, expected.mean, rtol=1e-13, atol=0)
     torch.testing.assert_close(merged.covariance, expected.covariance, rtol=1e-11, atol=1e-13)
     assert merged.count == 40
@@ -168,7 +169,7 @@ def test_result_says_what_it_is():
 
 def test_reference_of_another_extractor_is_refused():
     samples = moments_of(random_features(9, 4, 0))
-    other = Moments(samples.mean, samples.covariance, 9, "Other", "f" * 64)
+    other = Moments(samples.mean, samples.covariance, count=9, extractor="Other", weights_sha256="f" * 64)
     with pytest.raises(ValueError, match=r"made by Other .*this is Pixels"):
         compare(Flatten(4), samples, other, "reference.npz")
     with pytest.raises(ValueError, match=r"has 3 features, Pixels gives 4"):

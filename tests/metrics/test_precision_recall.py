@@ -1,11 +1,13 @@
-"""Manifolds of features: counted by hand, by brute force, and by torch-fidelity."""
+"""Manifolds of features, counted by hand, by brute force, and by torch-fidelity; and the spread of classes by pairs."""
+
+import itertools
 
 import pytest
 import torch
 
 from discrete_lit.evaluation.feature_statistics import EvenSample
 from discrete_lit.metrics import precision_recall
-from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
+from discrete_lit.metrics.precision_recall import ClassSpread, Manifold, precision_and_recall, within_class_diversity
 
 
 def column(*values: float) -> torch.Tensor:
@@ -19,8 +21,8 @@ def test_balls_on_a_line() -> None:
     # The border belongs to a ball; 19 is at distance 9 of 10, -3 at distance 3 of 0.
     covered = {-3.0: 1, -3.1: 0, 0.5: 1, 19.0: 1, 19.1: 0}
     for value, expected in covered.items():
-        assert manifold.share_covered(column(value)) == expected, value
-    assert manifold.share_covered(column(*covered)) == 3 / 5
+        assert manifold.fraction_covered(column(value)) == expected, value
+    assert manifold.fraction_covered(column(*covered)) == 3 / 5
 
 
 def test_precision_and_recall_are_not_swapped() -> None:
@@ -36,8 +38,8 @@ def brute_force(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple
     def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
         hits = 0
         for point in points:
-            for place, centre in enumerate(centres):
-                others = [float((centre - other).norm()) for at, other in enumerate(centres) if at != place]
+            for index, centre in enumerate(centres):
+                others = [float((centre - other).norm()) for at, other in enumerate(centres) if at != index]
                 hits += float((point - centre).norm()) <= sorted(others)[k - 1]
                 if float((point - centre).norm()) <= sorted(others)[k - 1]:
                     break
@@ -98,4 +100,44 @@ def test_an_even_sample_has_its_size_whatever_the_batches(limit: int | None, tot
     wanted = total if limit is None else min(limit, total)
     assert len(kept) == wanted and kept[0] == 0
     # A k-th of the rows lies in each k-th of the stream.
-    assert kept == [-(-place * total // wanted) for place in range(wanted)]
+    assert kept == [-(-index * total // wanted) for index in range(wanted)]
+
+
+def spread(features: torch.Tensor, labels: torch.Tensor, num_classes: int = 3) -> ClassSpread:
+    gathered = ClassSpread(num_classes, features.shape[1])
+    for start in range(0, len(features), 4):
+        gathered.update(features[start : start + 4], labels[start : start + 4])
+    return gathered
+
+
+def test_equals_the_mean_over_pairs():
+    features = torch.randn(15, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3
+    labels = torch.arange(15) % 3
+    found = spread(features, labels).compute()
+    for label in range(3):
+        pairs = itertools.combinations(features[labels == label], 2)
+        distances = [float((first - second).square().sum()) for first, second in pairs]
+        assert float(found[label]) == pytest.approx(sum(distances) / len(distances), rel=1e-12)
+
+
+def test_one_image_repeated_has_no_diversity_and_real_ones_have_one():
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 3
+    real = spread(features, labels)
+    assert within_class_diversity(real, real).tolist() == [1, 1, 1]
+    collapsed = within_class_diversity(spread(features[labels], labels), real)
+    assert collapsed.abs().max() < 1e-12
+    twice = within_class_diversity(spread(features * 2, labels), real)
+    torch.testing.assert_close(twice, torch.full((3,), 4.0, dtype=torch.float64))
+
+
+def test_a_class_with_one_image_has_none():
+    found = spread(torch.randn(3, 2), torch.tensor([0, 0, 2])).compute()
+    assert found[0] > 0 and found[1:].isnan().all()
+
+
+def test_a_single_class_is_a_row_of_one():
+    features = torch.randn(6, 2)
+    assert within_class_diversity(*(spread(features, torch.zeros(6, dtype=torch.long), 1) for _ in "ab")).tolist() == [
+        1
+    ]

@@ -148,7 +148,8 @@ def test_inception_equals_torch_fidelity_and_is_not_called_fid_with_other_weight
     assert torch.equal(extractor(pixels), expected) and expected.shape == (2, 2048) and expected.std() > 0
 
 
-def test_importing_the_package_imports_neither_lightning_nor_timm():
-    code = "import sys, discrete_lit.cli.evaluate as _; print({'lightning', 'timm'} & set(sys.modules))"
+def test_help_on_evaluation_loads_nothing_slow():
+    slow = {"lightning", "timm", "torchmetrics", "torch_fidelity"}
+    code = f"import sys, discrete_lit.cli.evaluate, discrete_lit.evaluation; print({slow} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
