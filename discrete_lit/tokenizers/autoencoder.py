@@ -75,7 +75,6 @@ class ImageAutoencoder(LightningModule):
         self.objective = Objective(reconstruction_loss, perceptual_loss, adversarial_loss)
         self.optimizer = optimizer
         self.scheduler = scheduler
-        self.training_tokens: Tensor | None = None  # of the newest batch, for callbacks
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
@@ -101,11 +100,11 @@ class ImageAutoencoder(LightningModule):
         if stage in ("fit", "validate"):
             self.objective.prepare()
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
         loss, terms, made = self.loss(batch["image"])
-        self.training_tokens = made.tokens
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
-        return loss
+        return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""

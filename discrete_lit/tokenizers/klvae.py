@@ -158,7 +158,7 @@ class KLVAE(ImageAutoencoder):
         latents, losses = self.bottleneck(self.network.encode(images).movedim(1, -1), self._random)
         return Reconstruction(self.network.decode(latents.movedim(-1, 1)).float(), losses)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         self._random = CounterRandom(self.seed, batch["index"]) if "index" in batch else None
         try:
             return super().training_step(batch, batch_idx)

@@ -133,7 +133,7 @@ def test_usage_and_perplexity_over_an_epoch(make_tokenizer, monkeypatch: pytest.
 def test_training_logs_every_term(make_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer("vqvae", codebook_update="gradient").train()
     logged = logged_by(tokenizer, monkeypatch)
-    loss = tokenizer.training_step({"image": torch.rand(2, 3, 8, 8)}, 0)
+    loss = tokenizer.training_step({"image": torch.rand(2, 3, 8, 8)}, 0)["loss"]
     assert set(logged) == {f"train/{name}" for name in ("loss", "reconstruction", "commitment", "codebook")}
     assert logged["train/loss"] is loss and loss.requires_grad
 

@@ -47,7 +47,7 @@ def train(module: Any, steps: int, falling: bool = False) -> None:
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps) if falling else rate
-        loss = module.training_step({"image": images, "index": torch.arange(4) + 4 * step}, step)
+        loss = module.training_step({"image": images, "index": torch.arange(4) + 4 * step}, step)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
