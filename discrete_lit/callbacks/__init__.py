@@ -1,10 +1,13 @@
 """Callbacks for the trainer: what is watched while training, and how a run survives its job's end."""
 
-from discrete_lit.callbacks.compile import Compile
+import warnings
+from typing import Any
+
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
-from discrete_lit.callbacks.monitors import GradientNorm, ReconstructionFrechet, Throughput
+from discrete_lit.callbacks.monitors import GradientNorm, ReconstructionFrechet
 from discrete_lit.callbacks.preemption import Preemption
+from discrete_lit.callbacks.throughput import Compile, Throughput
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
@@ -19,3 +22,12 @@ __all__ = [
     "TrainingGuard",
     "TrainingStopped",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrainingAlarm":
+        warnings.warn(
+            "discrete_lit.callbacks.TrainingAlarm is now called TrainingGuard", DeprecationWarning, stacklevel=2
+        )
+        return TrainingGuard
+    raise AttributeError(f"module 'discrete_lit.callbacks' has no attribute {name!r}")

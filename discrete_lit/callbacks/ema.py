@@ -1,4 +1,4 @@
-"""Averaged weights: what is validated, published and measured, while the raw ones are trained."""
+"""EMA of the weights: the average is validated, published and measured, while the raw weights are trained."""
 
 import warnings
 from typing import Any

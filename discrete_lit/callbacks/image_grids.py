@@ -1,8 +1,6 @@
-"""What the grids of images have in common.
+"""Grids of images at each validation: reconstructions of the same images, and samples of the same seed.
 
-What an autoencoder makes of the same images as it trains.
-
-What a generator draws from the same seed as it trains.
+`ImageGrid` says when a grid is made and where it goes, `ReconstructionGrid` and `SampleGrid` what it shows.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
@@ -26,7 +25,7 @@ from discrete_lit.tokenizers import KLVAE, Tokenizer
 
 
 class ImageGrid(Callback, ABC):
-    """At each validation, one grid of images to TensorBoard and, if asked for, to a PNG in the run's folder.
+    """Write one grid of images at each validation, to TensorBoard and, if asked for, to a PNG in the run's folder.
 
     The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
     states are afterwards as they were. Only rank 0 makes them, except where the parameters are sharded and every rank
@@ -41,7 +40,7 @@ class ImageGrid(Callback, ABC):
     name: str
     """Tag in TensorBoard (behind `images/`), and the stem of the file."""
 
-    def __init__(self, count: int, columns: int, save_png: bool) -> None:
+    def __init__(self, count: int, columns: int, *, save_png: bool) -> None:
         if count < 1 or columns < 1:
             raise ValueError(f"count and columns must be at least 1, got count={count} and columns={columns}")
         self.count = count
@@ -50,11 +49,11 @@ class ImageGrid(Callback, ABC):
 
     @abstractmethod
     def applies_to(self, module: LightningModule) -> bool:
-        """Whether there is anything to show of this kind of module."""
+        """Tell whether there is anything to show of this kind of module."""
 
     @abstractmethod
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        """Images `(n, C, H, W)` in [-1, 1], row after row of the grid."""
+        """Make the images `(n, C, H, W)` in [-1, 1], row after row of the grid."""
 
     def on_validation_batch_end(
         self,
@@ -83,26 +82,12 @@ class ImageGrid(Callback, ABC):
         if self.save_png:
             folder = Path(trainer.default_root_dir) / "images"
             folder.mkdir(parents=True, exist_ok=True)
-            pixels = grid.permute(1, 2, 0).numpy()
+            pixels = rearrange(grid, "c h w -> h w c").numpy()
             Image.fromarray(pixels).save(folder / f"{self.name}-{trainer.global_step:08d}.png")
 
 
-@contextmanager
-def _undisturbed(module: LightningModule) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule's mode and the random states of host and device as before."""
-    training = {part: part.training for part in module.modules()}
-    devices = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        module.eval()
-        try:
-            yield
-        finally:
-            for part, mode in training.items():
-                part.training = mode
-
-
 class ReconstructionGrid(ImageGrid):
-    """Rows of original images, each above the row of its reconstructions; nothing for other modules.
+    """Show rows of original images, each above the row of its reconstructions; for autoencoders alone.
 
     The images are the first ones of the first validation batch. Written as in `ImageGrid`, tag
     `images/reconstructions`.
@@ -115,8 +100,8 @@ class ReconstructionGrid(ImageGrid):
 
     name = "reconstructions"
 
-    def __init__(self, count: int = 16, columns: int = 8, save_png: bool = False) -> None:
-        super().__init__(count, columns, save_png)
+    def __init__(self, count: int = 16, columns: int = 8, *, save_png: bool = False) -> None:
+        super().__init__(count, columns, save_png=save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
         return isinstance(module, Tokenizer | KLVAE)
@@ -125,17 +110,17 @@ class ReconstructionGrid(ImageGrid):
         assert isinstance(module, Tokenizer | KLVAE)
         originals = batch["image"][: self.count]
         reconstructions = module.decode(module.encode(originals))
-        rows = zip(originals.split(self.columns), reconstructions.split(self.columns), strict=True)
-        # A short row is filled up, or its reconstructions would move beside it.
-        return torch.cat([self._fill(part) for row in rows for part in row])
+        both = torch.stack((self._whole_rows(originals), self._whole_rows(reconstructions)))
+        return rearrange(both, "kind (row column) c h w -> (row kind column) c h w", column=self.columns)
 
-    def _fill(self, images: Tensor) -> Tensor:
-        missing = self.columns - len(images)
+    def _whole_rows(self, images: Tensor) -> Tensor:
+        """Fill the last row with white, or its reconstructions would move beside it."""
+        missing = -len(images) % self.columns
         return torch.cat((images.float(), images.new_ones((missing, *images.shape[1:]), dtype=torch.float32)))
 
 
 class SampleGrid(ImageGrid):
-    """Samples of a fixed seed, decoded by the generator's tokenizer; nothing for other modules, nor for text.
+    """Show samples of a fixed seed, decoded by the generator's tokenizer; for generators of images alone.
 
     The labels are spread evenly over the classes and repeat in the same order, so that with as many columns as classes
     each column is a class. Written as in `ImageGrid`, tag `images/samples`.
@@ -154,11 +139,12 @@ class SampleGrid(ImageGrid):
         self,
         count: int = 40,
         columns: int = 10,
+        *,
         seed: int = 0,
         sampler: Sampler | None = None,
         save_png: bool = False,
     ) -> None:
-        super().__init__(count, columns, save_png)
+        super().__init__(count, columns, save_png=save_png)
         self.seed = seed
         self.sampler = sampler
 
@@ -171,7 +157,21 @@ class SampleGrid(ImageGrid):
         return module.tokenizer.decode(module.sample(labels, self.sampler, self.seed))
 
     def labels(self, num_classes: int) -> Tensor:
-        """`(count,)` int64: as many classes as there are images for, evenly spaced, over and over."""
+        """Spread labels evenly over the classes, as many as there are images for, over and over: `(count,)` int64."""
         shown = min(self.count, num_classes)
         classes = torch.arange(shown) * num_classes // shown
         return classes[torch.arange(self.count) % shown]
+
+
+@contextmanager
+def _undisturbed(module: LightningModule) -> Iterator[None]:
+    """Eval mode inside; afterwards every submodule's mode and the random states of host and device as before."""
+    training = {part: part.training for part in module.modules()}
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in training.items():
+                part.training = mode

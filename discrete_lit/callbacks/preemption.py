@@ -1,4 +1,4 @@
-"""A run that is told to end saves itself, and goes on later from the same batch."""
+"""Preemption: a run that is told to end saves itself, and goes on later from the same batch."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preemption(Callback):
-    """On SIGUSR1 or SIGTERM: finish the batch, save, and end the process; `--ckpt_path last` goes on from there.
+    """Finish the batch on SIGUSR1 or SIGTERM, save, and end the process; `--ckpt_path last` goes on from there.
 
     The handler only sets a flag. After each batch the ranks agree whether any of them has it, so that all stop at the
     same batch. The checkpoint is written beside the others as `last.ckpt`, whole or not at all. Then the process ends

@@ -1,4 +1,4 @@
-"""An alarm for the two ways in which training fails silently: a collapsed codebook, and a loss that is no number."""
+"""A guard against the two silent failures of training: codebook collapse, and a loss that is not finite (NaN)."""
 
 import json
 import logging
@@ -17,27 +17,26 @@ from torch.optim import Optimizer
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.lightning_internals import logs_this_step
-from discrete_lit.metrics.codebook_usage import MOST_COUNTED, usage_and_perplexity
+from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-
-# Ids drawn evenly K times 4 show 98% of K.
+# 4 K ids that are drawn evenly show 98% of the K.
 _DRAWS_FOR_EACH_ID = 4
 
 
 class TrainingStopped(RuntimeError):
-    """An alarm ended the run."""
+    """The training guard ended the run."""
 
 
 class TrainingGuard(Callback):
-    """Watches the codebook's usage and the loss; ranks act together.
+    """Watches the codebook's usage and the loss, and warns, skips a batch or ends the run; ranks act together.
 
-    Of a tokenizer it logs `train/codebook_usage` (share of the K ids that occur) and `train/perplexity` (exp of the
-    entropy in nats) of the training batches of all ranks, over windows of at least `window` batches and 4 K ids; above
-    K = 2^24 it counts nothing. A usage below `min_codebook_usage` is a warning in the log and, as text, in TensorBoard,
-    or ends the run.
+    For a tokenizer, whose training step gives `{"loss": ..., "tokens": ...}`, it logs `train/codebook_usage` (fraction
+    of the K ids that occur) and `train/perplexity` (exp of the entropy in nats) of the training batches of all ranks,
+    over windows of at least `window` batches and 4 K ids; above K = 2^24 it counts nothing. A usage below
+    `min_codebook_usage` is a warning in the log and, as text, in TensorBoard, or ends the run.
 
     Where a batch's loss is not finite on any rank, its step, terms, keys and indices go to
     `<default_root_dir>/alarms/`, with the images in it that are not finite, and into the log and TensorBoard. Then the
@@ -47,10 +46,10 @@ class TrainingGuard(Callback):
 
     Args:
         min_codebook_usage: in [0, 1]; 0 never warns.
-        window: batches at least.
-        on_collapse: what a low usage does.
-        on_nonfinite: what a loss does that is not finite.
-        most_skipped: so many bad batches in a row end the run: the weights themselves must be broken.
+        window: the fewest batches that usage is measured over.
+        on_collapse: what happens at a low usage.
+        on_nonfinite: what happens at a loss that is not finite.
+        most_skipped: bad batches in a row that end the run: the weights themselves must be broken.
 
     Raises:
         ValueError: a setting out of its range.
@@ -60,6 +59,7 @@ class TrainingGuard(Callback):
         self,
         min_codebook_usage: float = 0.1,
         window: int = 100,
+        *,
         on_collapse: Literal["warn", "stop"] = "warn",
         on_nonfinite: Literal["stop", "skip"] = "stop",
         most_skipped: int = 10,
@@ -77,7 +77,8 @@ class TrainingGuard(Callback):
         self.most_skipped = most_skipped
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._usage: _UsageWindow | None = None
+        self._usage: CodebookUsage | None = None
+        self._batches_left = 0
         self._figures: dict[str, Tensor] = {}
         self._skips_step = False
         self._skipped_in_a_row = 0
@@ -85,7 +86,7 @@ class TrainingGuard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
-        self._before = _Statistics(pl_module) if self.on_nonfinite == "skip" else None
+        self._before = _BeforeBatch(pl_module) if self.on_nonfinite == "skip" else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
@@ -115,21 +116,27 @@ class TrainingGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        tokens = getattr(pl_module, "training_tokens", None)
+        tokens = outputs.get("tokens") if isinstance(outputs, dict) else None
         if isinstance(pl_module, Tokenizer) and tokens is not None and pl_module.vocab_size <= MOST_COUNTED:
             self._count(trainer, pl_module.vocab_size, tokens)
         if self._figures and logs_this_step(trainer):
             pl_module.log_dict(self._figures)
 
     def _count(self, trainer: Trainer, vocab_size: int, tokens: Tensor) -> None:
+        """Count the ids of a batch, and look at the usage where the window ends with it."""
         if self._usage is None:
-            self._usage = _UsageWindow(vocab_size, tokens, self.window)
-        if not self._bad:
-            self._usage.add(tokens)
-        if not self._usage.is_full:
+            self._usage = CodebookUsage(vocab_size).to(tokens.device)
+        if self._batches_left == 0:
+            of_a_batch = int(all_reduce_sum(torch.tensor(tokens.numel(), device=tokens.device)))
+            self._batches_left = max(self.window, ceil(_DRAWS_FOR_EACH_ID * vocab_size / max(of_a_batch, 1)))
+        if self._bad:
             return
-        usage, perplexity = self._usage.measure()
-        self._usage = None
+        self._usage.update(tokens)
+        self._batches_left -= 1
+        if self._batches_left:
+            return
+        usage, perplexity = self._usage.compute()
+        self._usage.reset()
         self._figures = {"train/codebook_usage": usage, "train/perplexity": perplexity}
         if self.min_codebook_usage and float(usage) < self.min_codebook_usage:
             message = (
@@ -142,7 +149,7 @@ class TrainingGuard(Callback):
                 raise TrainingStopped(message)
 
     def _report(self, trainer: Trainer, loss: float) -> str:
-        """Write down what is known of the batches of all ranks; the alarm's message."""
+        """Write down what is known of the batches of all ranks, and say so in a message."""
         mine = {"rank": rank(), "loss": _plain(loss), **_describe(self._batch)}
         everyone: list[Any] = [None] * world_size()
         if world_size() > 1:
@@ -167,37 +174,12 @@ class TrainingGuard(Callback):
         return message
 
 
-class _UsageWindow:
-    """Counts of ids over batches of all ranks.
+class _BeforeBatch:
+    """Keeps what a batch may change of a module beside its weights, to restore it.
 
-    Args:
-        vocab_size: K.
-        tokens: of the first batch; they say how many batches give enough.
-        batches: at least.
+    That is the buffers of the submodules that train, and the plain attributes of these, such as a flag that the codes
+    have been started.
     """
-
-    def __init__(self, vocab_size: int, tokens: Tensor, batches: int) -> None:
-        of_a_batch = int(all_reduce_sum(torch.tensor(tokens.numel(), device=tokens.device)))
-        self.left = max(batches, ceil(_DRAWS_FOR_EACH_ID * vocab_size / max(of_a_batch, 1)))
-        self.counts = torch.zeros(vocab_size, dtype=torch.int64, device=tokens.device)
-
-    @property
-    def is_full(self) -> bool:
-        return self.left <= 0
-
-    def add(self, tokens: Tensor) -> None:
-        ids = tokens.reshape(-1)
-        self.counts.index_add_(0, ids, torch.ones_like(ids))
-        self.left -= 1
-
-    def measure(self) -> tuple[Tensor, Tensor]:
-        """Usage and perplexity, float32 scalars."""
-        return usage_and_perplexity(all_reduce_sum(self.counts))
-
-
-class _Statistics:
-    """What a batch may change of a module beside its weights: the buffers of what trains, and the plain attributes of
-    the submodules that have some, as a flag that the codes have been started."""
 
     def __init__(self, module: LightningModule) -> None:
         owners = [part for part in module.modules() if part.training and any(True for _ in part.buffers(recurse=False))]
@@ -222,9 +204,9 @@ def _describe(batch: Any) -> dict[str, Any]:
     images = batch.get("image")
     broken: list[Any] = []
     if isinstance(images, Tensor) and images.is_floating_point():
-        places = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        indices = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         names = found.get("key") or found.get("index") or list(range(len(images)))
-        broken = [names[place] for place in places]
+        broken = [names[index] for index in indices]
     return {**found, "not_finite": broken}
 
 
@@ -233,7 +215,7 @@ def _listed(values: Any) -> list[Any]:
 
 
 def _plain(value: float) -> float | str:
-    """JSON has no word for what is not finite."""
+    """The value as JSON can hold it, which has no word for what is not finite."""
     return value if isfinite(value) else str(value)
 
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import Throughput
-from discrete_lit.callbacks import monitors as throughput_file
-from discrete_lit.callbacks.monitors import count_step, peak_memory, peak_of
+from discrete_lit.callbacks import throughput as throughput_file
+from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
 from discrete_lit.generators import Autoregressive, Masked
 
 BATCH = 6
@@ -104,14 +104,15 @@ def test_validation_and_checkpoints_do_not_count(tokenizer, make_loader, make_tr
 
 def test_real_time(generator, make_loader, make_trainer, read_scalars):
     make_trainer(max_steps=2, log_every_n_steps=2, callbacks=[Throughput()]).fit(generator, make_loader(2))
-    (share,) = read_scalars("throughput/data_wait").values()
-    assert 0 < share < 1
+    (fraction,) = read_scalars("throughput/data_wait").values()
+    assert 0 < fraction < 1
 
 
 def counted(module, batch):
     """What torch counts of a real step."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        module.training_step(batch, 0).backward()
+        outputs = module.training_step(batch, 0)
+        (outputs["loss"] if isinstance(outputs, dict) else outputs).backward()
     return counter.get_total_flops()
 
 
@@ -136,7 +137,7 @@ def test_a_step_without_data_counts_as_much_as_a_real_one(module, make_loader):
 
 
 def test_utilisation(module, make_loader, make_trainer, read_scalars):
-    """A batch takes 3 seconds and its loader 1: operations in 4 seconds, as a share of the peak."""
+    """A batch takes 3 seconds and its loader 1: operations in 4 seconds, as a fraction of the peak."""
     clock = Clock()
     callbacks = [Work(clock, step=3.0), Throughput(clock, peak_flops=1e9)]
     make_trainer(max_steps=4, log_every_n_steps=2, callbacks=callbacks).fit(
@@ -171,8 +172,8 @@ def test_an_unknown_peak_leaves_utilisation_out(generator, make_loader, make_tra
 def test_a_step_that_needs_data_is_not_counted(tokenizer, make_loader, make_trainer, read_scalars, caplog):
     class NeedsData(type(tokenizer)):
         def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss if loss.item() > 0 else loss * 2
+            outputs = super().training_step(batch, batch_idx)
+            return outputs if outputs["loss"].item() > 0 else {"loss": outputs["loss"] * 2}
 
     tokenizer.__class__ = NeedsData
     with caplog.at_level(logging.INFO):

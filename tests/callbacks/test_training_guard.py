@@ -1,4 +1,4 @@
-"""The alarm: what it measures, what it writes down, and that a skipped batch leaves no trace."""
+"""The training guard: what it measures, what it writes down, and that a skipped batch leaves no trace."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ import torch
 from lightning import Callback
 from torch.utils.data import DataLoader
 
+from discrete_lit import callbacks
 from discrete_lit.callbacks import TrainingGuard, TrainingStopped
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.losses import AdversarialLoss
@@ -22,11 +23,11 @@ def batches(count, broken=(), size=8):
     """Batches of four images; one image of each broken one is not a number."""
     random = torch.Generator().manual_seed(0)
     made = []
-    for place in range(count):
+    for number in range(count):
         images = torch.rand(4, 3, size, size, generator=random) * 2 - 1
-        if place in broken:
+        if number in broken:
             images[2, 0, 3, 3] = float("nan")
-        index = torch.arange(4) + 4 * place
+        index = torch.arange(4) + 4 * number
         made.append({"image": images, "label": index % 3, "index": index, "key": [f"key-{i}" for i in index.tolist()]})
     return made
 
@@ -44,9 +45,9 @@ def make_module():
     return VQVAE(network, 16, 4, adversarial_loss=adversarial, optimizer=optimizer)
 
 
-def fit(make_trainer, made, alarm, module=None, **settings):
+def fit(make_trainer, made, guard, module=None, **settings):
     module = module or make_module()
-    callbacks = [alarm, *settings.pop("callbacks", [])]
+    callbacks = [guard, *settings.pop("callbacks", [])]
     trainer = make_trainer(max_epochs=1, limit_val_batches=0, callbacks=callbacks, **settings)
     trainer.fit(module, loader(made))
     return module, trainer
@@ -121,9 +122,9 @@ def test_accumulated_batches_of_a_bad_step_are_skipped_together(make_trainer):
 
 
 def test_many_bad_batches_in_a_row_end_the_run(make_trainer):
-    alarm = TrainingGuard(on_nonfinite="skip", most_skipped=3)
+    guard = TrainingGuard(on_nonfinite="skip", most_skipped=3)
     with pytest.raises(TrainingStopped, match="3 bad batches in a row"):
-        fit(make_trainer, batches(6, broken=[0, 2, 3, 4]), alarm)
+        fit(make_trainer, batches(6, broken=[0, 2, 3, 4]), guard)
     _, trainer = fit(make_trainer, batches(6, broken=[0, 2, 3, 5]), TrainingGuard(on_nonfinite="skip", most_skipped=3))
     assert trainer.global_step == 6
 
@@ -133,7 +134,7 @@ class Tokens(Callback):
         self.seen = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(pl_module.training_tokens.flatten())
+        self.seen.append(outputs["tokens"].flatten())
 
 
 def test_live_usage_and_perplexity(make_trainer, read_scalars):
@@ -144,9 +145,9 @@ def test_live_usage_and_perplexity(make_trainer, read_scalars):
     assert list(usage) == list(perplexity) == [1, 2, 3, 4]
     for step, first in ((1, 0), (2, 0), (3, 2), (4, 2)):
         ids = torch.cat(tokens.seen[first : first + 2]).tolist()
-        shares = [ids.count(token) / len(ids) for token in set(ids)]
-        assert usage[step] == pytest.approx(len(shares) / 16)
-        assert perplexity[step] == pytest.approx(exp(-sum(share * log(share) for share in shares)), rel=1e-5)
+        fractions = [ids.count(token) / len(ids) for token in set(ids)]
+        assert usage[step] == pytest.approx(len(fractions) / 16)
+        assert perplexity[step] == pytest.approx(exp(-sum(p * log(p) for p in fractions)), rel=1e-5)
 
 
 def collapsed():
@@ -171,10 +172,10 @@ def test_a_window_waits_for_enough_ids(make_trainer, read_scalars):
     """Of 64 ids a batch, one batch cannot show a codebook of 256: a window is 16 batches."""
     network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
     module = VQVAE(network, 256, 4, optimizer=partial(torch.optim.SGD, lr=0.0))
-    alarm = TrainingGuard(1.0, window=1, on_collapse="stop")
-    fit(make_trainer, batches(15), alarm, module)
+    guard = TrainingGuard(1.0, window=1, on_collapse="stop")
+    fit(make_trainer, batches(15), guard, module)
     with pytest.raises(TrainingStopped, match="up to step 16"):
-        fit(make_trainer, batches(17), alarm, module)
+        fit(make_trainer, batches(17), guard, module)
 
 
 def test_wrong_settings():
@@ -182,3 +183,19 @@ def test_wrong_settings():
         TrainingGuard(min_codebook_usage=2)
     with pytest.raises(ValueError, match="window and most_skipped"):
         TrainingGuard(window=0)
+
+
+def test_the_old_name_says_the_new_one():
+    with pytest.warns(DeprecationWarning, match="TrainingAlarm is now called TrainingGuard"):
+        old = callbacks.TrainingAlarm
+    assert old is TrainingGuard
+    with pytest.raises(AttributeError, match="no attribute 'TrainingGard'"):
+        callbacks.TrainingGard  # noqa: B018 - asked for to fail
+
+
+def test_a_step_that_gives_no_tokens_is_not_counted(make_trainer, read_scalars):
+    module = make_module()
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: step(batch, batch_idx)["loss"]
+    _, trainer = fit(make_trainer, batches(3), TrainingGuard(1.0, window=1, on_collapse="stop"), module)
+    assert trainer.global_step == 3 and "train/codebook_usage" not in trainer.callback_metrics
