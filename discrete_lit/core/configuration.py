@@ -5,6 +5,7 @@ today's names before anything is built. Every rename is added to the tables here
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
@@ -113,9 +114,15 @@ def renames(old: Any, new: Any) -> Iterator[str]:
 def _leads_somewhere(path: str) -> bool:
     package, _, name = path.rpartition(".")
     try:
-        return find_spec(package) is not None and hasattr(import_module(package), name)
+        if find_spec(package) is None:
+            return False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            found = getattr(import_module(package), name, None)
     except ModuleNotFoundError:
         return False
+    # An old name that still leads to a class is not that class's own name.
+    return found is not None and getattr(found, "__name__", name) == name
 
 
 def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
