@@ -42,8 +42,22 @@ from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.provenance import environment
 
 _log = logging.getLogger(__name__)
-# Classes of these packages may be named without their package in a configuration.
-_PACKAGES = ("tokenizers", "generators", "backbones", "samplers", "data", "callbacks", "evaluation.classifier")
+# A configuration may name a class without its package once its module is imported: here are the modules of every class
+# that a configuration can hold.
+_PACKAGES = (
+    "backbones",
+    "callbacks",
+    "data.image_folder",
+    "data.image_shards",
+    "data.token_arrays",
+    "diffusion.losses",
+    "evaluation.classifier",
+    "generators",
+    "optimization",
+    "samplers",
+    "tokenizers",
+    "tokenizers.losses.discriminators",
+)
 
 # What Lightning says about itself, or about what this command does on purpose.
 _UNASKED_ADVICE = (
