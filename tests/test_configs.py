@@ -4,6 +4,8 @@ The files of lightning_configs/data are tested with the DataModules.
 """
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +308,9 @@ def check_value(said: Any, value: Any, place: str) -> None:
         assert isinstance(value, list) and len(value) == len(said), place
         for number, (one, other) in enumerate(zip(said, value, strict=True)):
             check_value(one, other, f"{place}[{number}]")
+    elif place.endswith("class_path"):
+        # Recipes give short names, the command their full paths.
+        assert value.rpartition(".")[2] == said.rpartition(".")[2], place
     else:
         assert value == said, place
 
@@ -327,3 +332,38 @@ def test_commands_parse(config: str, capsys: pytest.CaptureFixture, monkeypatch:
     assert configs_of(command) == [config]
     settings = printed(command, capsys)
     check_said(read(config), settings)
+
+
+def class_paths(settings: Any) -> set[str]:
+    """Every class path in nested settings."""
+    if isinstance(settings, list):
+        return set().union(*map(class_paths, settings))
+    if not isinstance(settings, dict):
+        return set()
+    own = {settings["class_path"]} if "class_path" in settings else set()
+    return own.union(*map(class_paths, settings.values()))
+
+
+def test_recipes_name_classes_by_their_short_names() -> None:
+    """Functions have no short name."""
+    named = set().union(*(class_paths(read(config)) for config in CONFIGS))
+    assert {path for path in named if "." in path} == {"discrete_lit.tokenizers.from_checkpoint"}
+
+
+def test_a_fresh_fit_knows_every_short_name() -> None:
+    """In a process of its own, where no test has imported anything: a name is known once its module is imported."""
+    recipes = [config for config in CONFIGS if config in MODELS + LAYERS or config.startswith(PARTS)]
+    named = set().union(*(class_paths(read(config)) for config in recipes))
+    script = (
+        "import discrete_lit.cli.train as train, sys\n"
+        "try: train.run_training('fit', ['--print_config'])\n"
+        "except (SystemExit, ValueError): pass\n"
+        "known, left = set(), [object]\n"
+        "while left:\n"
+        "    found = set(type.__subclasses__(left.pop())) - known\n"
+        "    known |= found; left += found\n"
+        "print(*sorted({kind.__name__ for kind in known}), file=sys.__stderr__)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    known = set(process.stderr.splitlines()[-1].split())
+    assert {name for name in named if "." not in name} - known == set()

@@ -32,9 +32,9 @@ def test_the_file_builds_a_data_module_that_reads(
     content = yaml.safe_load(path.read_text())
     arguments = content["data"]["init_args"]
     make = {
-        "discrete_lit.data.ImageShards": lambda folder: make_shards(folder, [9]),
-        "discrete_lit.data.ImageFolder": lambda folder: make_class_folder(folder, {"ant": 4, "bee": 5}),
-        "discrete_lit.data.TokenArrays": lambda folder: make_token_folder(folder, count=9),
+        "ImageShards": lambda folder: make_shards(folder, [9]),
+        "ImageFolder": lambda folder: make_class_folder(folder, {"ant": 4, "bee": 5}),
+        "TokenArrays": lambda folder: make_token_folder(folder, count=9),
     }[content["data"]["class_path"]]
     tiny = {"batch_size": 4, "num_workers": 0}
     tiny |= {split: str(make(tmp_path / split)) for split in ("train", "validation")}
