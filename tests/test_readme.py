@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
@@ -48,6 +49,42 @@ def fit(model: dict, folder: Path) -> Path:
     file.write_text(yaml.safe_dump(settings))
     main(["fit", "--config", str(file)])
     return folder / "checkpoints" / "last.ckpt"
+
+
+def test_the_example_from_python_runs(tmp_path: Path) -> None:
+    """On an untrained generator of the quickstart's shapes in the place of its checkpoint."""
+    import torch
+
+    from discrete_lit.checkpoints import instantiate, save
+
+    network = {"channels": 4, "multipliers": [1, 1, 1], "blocks": 1, "attention": False, "norm_groups": 2}
+    tokenizer = {
+        "class_path": "FSQ",
+        "init_args": {"levels": [8, 6, 5], "network": {"class_path": "ConvAutoencoder", "init_args": network}},
+    }
+    save(instantiate(tokenizer), tmp_path / "tokenizer.ckpt")
+    backbone = {"class_path": "Transformer", "init_args": {"width": 8, "depth": 1, "heads": 2}}
+    generator = {
+        "tokenizer": {
+            "class_path": "discrete_lit.tokenizers.from_checkpoint",
+            "init_args": {"checkpoint": str(tmp_path / "tokenizer.ckpt")},
+        },
+        "image_size": 32,
+        "num_classes": 10,
+        "backbone": backbone,
+    }
+    save(instantiate({"class_path": "Masked", "init_args": generator}), tmp_path / "generator.ckpt")
+
+    example = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
+    checkpoint = "runs/quickstart/masked/checkpoints/last.ckpt"
+    assert checkpoint in example
+    values: dict[str, Any] = {}
+    exec(example.replace(checkpoint, str(tmp_path / "generator.ckpt")), values)
+    assert values["tokens"].shape == (3, 8, 8)
+    assert values["images"].shape == (3, 3, 32, 32)
+    assert values["likelihood"].nats.shape == (3,) and values["likelihood"].kind == "bound"
+    again = values["generator"].sample(values["labels"], sampler=values["HaltonSampler"](steps=8, guidance_scale=2.5))
+    assert torch.equal(again, values["tokens"])
 
 
 def test_the_two_examples_are_about_sixty_lines(examples: dict[str, ModuleType]) -> None:
