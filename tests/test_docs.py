@@ -158,3 +158,15 @@ def test_paths_of_the_project_exist(page: Path) -> None:
     """Every path under a folder of the project, in the text and in the commands."""
     for path in PATH.findall(LINK.sub("", page.read_text())):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_dotted_names_exist(page: Path) -> None:
+    for name in sorted(set(re.findall(r"\bdiscrete_lit(?:\.\w+)+", page.read_text()))):
+        found: Any = import_module("discrete_lit")
+        path = "discrete_lit"
+        for part in name.split(".")[1:]:
+            path = f"{path}.{part}"
+            if not hasattr(found, part):
+                import_module(path)
+            found = getattr(found, part)

@@ -4,9 +4,9 @@
   python docs/experiments/compare_tokenizers.py compression fashion_mnist
 
 `collapse`: one network with quantizers of about 16,000 ids: how many ids are still in use? `compression`: FSQ at three
-down-samplings and three vocabularies: what do the bits buy? Each run is the recipe
+downsampling factors and three vocabularies: what do the bits buy? Each run is the recipe
 `lightning_configs/experiments/autoencoder.yaml` with the settings in `variants` below, on the shards that
-`lightning_configs/experiments/<data>.yaml` names. Runs that are done are kept: the command goes on where it stopped.
+`lightning_configs/experiments/<data>.yaml` names. Finished runs are kept: the command goes on where it stopped.
 Time on one core: under 30 minutes a comparison. Needs matplotlib.
 """
 
@@ -23,7 +23,6 @@ from discrete_lit.cli.commands import main as discrete_lit
 from discrete_lit.cli.evaluate import evaluate
 
 CONFIGS = Path("lightning_configs/experiments")
-QUANTIZERS = "discrete_lit.tokenizers.quantizers."
 VECTOR = {"codebook_size": 16384, "dim": 8, "codebook_update": "gradient", "codebook_init": "uniform"}
 LEVELS = {"64": [8, 8], "1k": [8, 5, 5, 5], "16k": [8, 8, 8, 6, 5]}
 # Batches of training, which keep every comparison under 30 minutes of processor time.
@@ -35,7 +34,7 @@ def variants(experiment: str) -> dict[str, tuple[dict[str, Any], list[int]]]:
     """Name of each run to its quantizer and its network's multipliers."""
 
     def quantizer(name: str, **settings: Any) -> dict[str, Any]:
-        return {"class_path": QUANTIZERS + name, "init_args": settings}
+        return {"class_path": name, "init_args": settings}
 
     if experiment == "compression":
         return {

@@ -4,9 +4,9 @@
 
 The three variants of "Discrete Diffusion for Image Generation", `lightning_configs/experiments/sedd_*.yaml`, on the
 quickstart's tokens (`make quickstart` makes them, and the classifier), with several seeds each: a bound of the
-likelihood of held-out images, the Fréchet distance and the share of samples that show their class, against the steps of
+likelihood of held-out images, the Fréchet distance and the label accuracy of samples, against the number of steps of
 the ancestral (SEDD's analytic) sampler; and MaskGIT's confidence sampling of the same checkpoints, where noise masks.
-Nothing is guided. Runs and samples that are there are kept: the command goes on where it stopped. Time on two cores:
+Without guidance. Finished runs and samples are kept: the command goes on where it stopped. Time on two cores:
 under 60 minutes. Needs matplotlib.
 """
 
@@ -112,9 +112,9 @@ def likelihoods(reports: dict[tuple[str, int], dict[str, Any]], minutes: dict[tu
         rows = [report["rows"] for (name, _), report in reports.items() if name == variant]
         found = [next(row["likelihood"] for row in of_run if row.get("likelihood")) for of_run in rows]
         bits = spread([one["bits_per_token"] for one in found], ".3f")
-        share = [one["standard_error"] / one["nats"] * one["bits_per_token"] for one in found]
+        errors = [one["standard_error"] / one["nats"] * one["bits_per_token"] for one in found]
         times = mean(value for (name, _), value in minutes.items() if name == variant)
-        lines.append(f"| {variant} | {bits} | {mean(share):.3f} | {times:.1f} |")
+        lines.append(f"| {variant} | {bits} | {mean(errors):.3f} | {times:.1f} |")
     return lines
 
 
@@ -189,11 +189,11 @@ def main() -> None:
     first = next(iter(reports.values()))
     metric, real = first["metric"], first["rows"][0]
     distances, accuracies = (by_steps(reports, given.steps, name) for name in (metric, "label_accuracy"))
-    shares = {
+    accuracies = {
         name: {count: [100 * value for value in of_seeds] for count, of_seeds in values.items()}
         for name, values in accuracies.items()
     }
-    panels = {metric: distances, "label accuracy (%)": shares}
+    panels = {metric: distances, "label accuracy (%)": accuracies}
     floors = {metric: real[metric], "label accuracy (%)": 100 * real["label_accuracy"]}
     draw_figure(panels, floors, given.page.with_suffix(".png"))
     options = f"--seeds {' '.join(map(str, given.seeds))} --steps {' '.join(map(str, given.steps))}"
@@ -212,7 +212,7 @@ def main() -> None:
         "",
         f"Label accuracy in per cent; {100 * real['label_accuracy']:.1f} of held-out images:",
         "",
-        *table(shares, given.steps, ".1f"),
+        *table(accuracies, given.steps, ".1f"),
         "",
         f"![]({given.page.with_suffix('.png').name})",
         "",
