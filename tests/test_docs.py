@@ -67,8 +67,7 @@ def families() -> list[tuple[list[str], list[Path]]]:
 
 def definitions(file: Path) -> set[str]:
     """The classes and functions that a file defines."""
-    kinds = ast.ClassDef | ast.FunctionDef
-    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, kinds)}
+    return {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
 def module_of(file: Path) -> str:
