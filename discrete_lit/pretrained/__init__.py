@@ -1,5 +1,17 @@
-"""Published checkpoints: one file for each repository that publishes them and kind of model."""
+"""Published checkpoints: one file for each repository that publishes them."""
 
+# Importing a repository's file registers its families.
+from discrete_lit.pretrained import (  # noqa: F401
+    halton_maskgit,
+    llamagen,
+    mar,
+    maskbit,
+    sedd_mdlm,
+    seed_voken,
+    taming,
+    titok_rar,
+    var,
+)
 from discrete_lit.pretrained.conversion import FAMILIES
 from discrete_lit.pretrained.loading import load_pretrained
 
