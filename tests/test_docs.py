@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
-from recipe_files import ROOT, header_command, layered, read
+from helpers.recipe_files import ROOT, header_command, layered, read
 
 METHODS = ROOT / "docs" / "methods.md"
 PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
