@@ -1,14 +1,21 @@
-"""VQ-VAE (van den Oord et al., "Neural Discrete Representation Learning", 2017).
+"""Image tokenizers that are an autoencoder around one quantizer: the six that papers know by a name.
 
-VQGAN (Esser et al., "Taming Transformers for High-Resolution Image Synthesis", CVPR 2021).
+    VQVAE         a learned codebook                van den Oord et al., "Neural Discrete Representation Learning", 2017
+    VQGAN         the same with adversarial losses  Esser et al., "Taming Transformers", CVPR 2021
+    RQVAE         several codes for each position   Lee et al., "Autoregressive Image Generation using Residual
+                                                    Quantization", CVPR 2022
+    MultiScaleVQ  one grid of codes for each scale  Tian et al., "Visual Autoregressive Modeling" (VAR), NeurIPS 2024
+    LFQ           the signs of the latents          Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to
+                                                    Visual Generation" (MAGVIT-v2), ICLR 2024
+    FSQ           the latents, rounded              Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple",
+                                                    ICLR 2024
 
-RQ-VAE (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+Each class names the settings of its quantizer, so that a configuration lists and checks them. How ids are found stands
+in the quantizer's file (`discrete_lit.tokenizers.quantizers`), encoding, decoding and training in `autoencoder.py`.
 
-The tokenizer of VAR (Tian et al., "Visual Autoregressive Modeling", NeurIPS 2024).
-
-LFQ (Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", ICLR 2024).
-
-FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024).
+All of them take a `network` factory, which is called with two widths, that of a code and that of a latent (the same
+number here, except in a `VQGAN` whose quantizer distinguishes them), and beside the arguments that are listed here
+those of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
 """
 
 from collections.abc import Callable
@@ -20,14 +27,13 @@ from discrete_lit.tokenizers.quantizers import (
     FiniteScalarQuantizer,
     LookupFreeQuantizer,
     MultiScaleResidualQuantizer,
-    Quantizer,
     ResidualQuantizer,
     VectorQuantizer,
 )
 
 
 class VQVAE(AutoencoderTokenizer):
-    """A learned codebook inside an autoencoder.
+    """Tokenize images by the nearest codes of a learned codebook.
 
     Args:
         network: called with `code_dim`, twice.
@@ -42,13 +48,13 @@ class VQVAE(AutoencoderTokenizer):
         gradient: what the encoder receives: straight through, or the rotation trick.
         revive_below: codes with fewer latents a batch than this, in the running mean, are replaced by latents; None
             keeps dead codes.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
     """
 
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
         codebook_size: int,
+        *,
         code_dim: int,
         codebook_update: Literal["ema", "gradient"] = "ema",
         commitment_weight: float = 0.25,
@@ -62,11 +68,11 @@ class VQVAE(AutoencoderTokenizer):
         quantizer = VectorQuantizer(
             codebook_size,
             code_dim,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            normalize,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            normalize=normalize,
             gradient=gradient,
             revive_below=revive_below,
         )
@@ -74,41 +80,36 @@ class VQVAE(AutoencoderTokenizer):
 
 
 class VQGAN(AutoencoderTokenizer):
-    """An autoencoder around any quantizer, trained with perceptual and adversarial losses.
+    """Tokenize images by any quantizer (the paper's: a `VectorQuantizer`); perceptual and adversarial losses train it.
 
-    Args:
-        network: called with the quantizer's `dim` and `latent_dim`.
-        quantizer: the paper's is a `VectorQuantizer`.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+    The paper's losses are `LPIPS` and an `AdversarialLoss` with a `PatchGAN`, named as `perceptual_loss` and
+    `adversarial_loss`.
     """
-
-    def __init__(self, network: Callable[[int, int], Autoencoder], quantizer: Quantizer, **training: Any) -> None:
-        super().__init__(network, quantizer, **training)
 
 
 class RQVAE(AutoencoderTokenizer):
-    """Several codes for each place, each of what those before left; the ids have their depth as last dimension.
+    """Tokenize images by several codes for each position, each of what those before left.
+
+    The ids have their depth as last dimension.
 
     Args:
         network: called with `code_dim`, twice.
         codebook_size: K.
         code_dim: D, the width of a code.
-        depth: codes for each place; 4 in the paper.
+        depth: codes for each position; 4 in the paper.
         shared_codebook: one codebook for all depths, or one each.
-        codebook_update: move codes by a running mean (`"ema"`) or train them (`"gradient"`).
-        commitment_weight: beta.
-        decay: of the running mean.
-        codebook_init: first codes from the first training batch, some of its latents (`"data"`) or the centres of
-            their clusters (`"kmeans"`), or random: uniform in [-1 / K, 1 / K], normal of deviation D^-1/2.
-        revive_below: codes with fewer latents a batch than this, in the running mean, are replaced by latents; None
-            keeps dead codes.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+        codebook_update: as for `VQVAE`.
+        commitment_weight: as for `VQVAE`.
+        decay: as for `VQVAE`.
+        codebook_init: as for `VQVAE`.
+        revive_below: as for `VQVAE`.
     """
 
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
         codebook_size: int,
+        *,
         code_dim: int,
         depth: int = 4,
         shared_codebook: bool = True,
@@ -122,19 +123,19 @@ class RQVAE(AutoencoderTokenizer):
         quantizer = ResidualQuantizer(
             codebook_size,
             code_dim,
-            depth,
-            shared_codebook,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            revive_below,
+            depth=depth,
+            shared_codebook=shared_codebook,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
 
 
 class MultiScaleVQ(AutoencoderTokenizer):
-    """An image as one code, then 2 x 2, up to the latent grid: each scale codes what those before left.
+    """Tokenize images scale by scale, from one code over 2 x 2 to the latent grid: each codes what those before left.
 
     Args:
         network: called with `code_dim`, twice.
@@ -143,15 +144,12 @@ class MultiScaleVQ(AutoencoderTokenizer):
         scales: sides of the scales in growing order, the last that of the latent grid; those of VAR at 256 pixels by
             default.
         phi_kernels: convolutions behind the interpolation, shared by neighbouring scales.
-        phi_ratio: share of the convolution in its output.
-        codebook_update: train codes (`"gradient"`) or move them by a running mean (`"ema"`).
-        commitment_weight: beta.
-        decay: of the running mean.
-        codebook_init: first codes at random, normal of deviation D^-1/2 or uniform in [-1 / K, 1 / K], or from the
-            first training batch, some of its latents (`"data"`) or the centres of their clusters (`"kmeans"`).
-        revive_below: codes with fewer latents a batch than this, in the running mean, are replaced by latents; None
-            keeps dead codes.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+        phi_ratio: weight of the convolution in its output, against the identity's.
+        codebook_update: as for `VQVAE`.
+        commitment_weight: as for `VQVAE`.
+        decay: as for `VQVAE`.
+        codebook_init: as for `VQVAE`.
+        revive_below: as for `VQVAE`.
     """
 
     quantizer: MultiScaleResidualQuantizer
@@ -160,6 +158,7 @@ class MultiScaleVQ(AutoencoderTokenizer):
         self,
         network: Callable[[int, int], Autoencoder],
         codebook_size: int = 4096,
+        *,
         code_dim: int = 32,
         scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         phi_kernels: int = 4,
@@ -174,20 +173,20 @@ class MultiScaleVQ(AutoencoderTokenizer):
         quantizer = MultiScaleResidualQuantizer(
             codebook_size,
             code_dim,
-            scales,
-            phi_kernels,
-            phi_ratio,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            revive_below,
+            scales=scales,
+            phi_kernels=phi_kernels,
+            phi_ratio=phi_ratio,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
 
 
 class LFQ(AutoencoderTokenizer):
-    """Signs instead of a codebook: K = 2^bits ids, kept in use by entropy terms.
+    """Tokenize images by signs instead of a codebook: K = 2^bits ids, kept in use by entropy terms.
 
     Args:
         network: called with `bits`, twice.
@@ -196,15 +195,15 @@ class LFQ(AutoencoderTokenizer):
         entropy_weight: of the entropy terms.
         entropy_temperature: of the affinities to codes.
         batch_entropy_weight: of the batch entropy against the per-sample one.
-        entropy_groups: parts of the bits for the batch entropy; 1 is exact.
-        bit_order: what the first channel is in the id.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+        entropy_groups: groups of equally many bits for the batch entropy; 1 is exact.
+        bit_order: whether the first channel is the least or the most significant bit of the id.
     """
 
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
         bits: int,
+        *,
         commitment_weight: float = 0.25,
         entropy_weight: float = 0.1,
         entropy_temperature: float = 0.01,
@@ -215,18 +214,18 @@ class LFQ(AutoencoderTokenizer):
     ) -> None:
         quantizer = LookupFreeQuantizer(
             bits,
-            commitment_weight,
-            entropy_weight,
-            entropy_temperature,
-            batch_entropy_weight,
-            entropy_groups,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            batch_entropy_weight=batch_entropy_weight,
+            entropy_groups=entropy_groups,
             bit_order=bit_order,
         )
         super().__init__(network, quantizer, **training)
 
 
 class FSQ(AutoencoderTokenizer):
-    """Rounding instead of a codebook: no codebook loss, no collapse.
+    """Tokenize images by rounding instead of a codebook: no codebook loss, no collapse.
 
     Args:
         network: called with the number of channels, the width of a code, twice.
@@ -235,13 +234,13 @@ class FSQ(AutoencoderTokenizer):
             `[8, 8, 8, 5, 5, 5]` for 2^16.
         formula: the paper's, or that of vector-quantize-pytorch and Cosmos (`"atanh"`).
         codebook_size: K, to be checked against the levels.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
     """
 
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
         levels: list[int],
+        *,
         formula: Literal["paper", "atanh"] = "paper",
         codebook_size: int | None = None,
         **training: Any,

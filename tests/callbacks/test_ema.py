@@ -159,7 +159,7 @@ def test_frozen_networks_are_not_copied(make_loader, make_trainer):
     loss = TimmFeatures("resnet18", "random", layers=[0], image_size=None)
     loss.prepare()
     network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
-    module = VQVAE(network, 16, 4, perceptual_loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1))
+    module = VQVAE(network, 16, code_dim=4, perceptual_loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1))
     average = ExponentialMovingAverage(0.6)
     make_trainer(max_steps=1, limit_val_batches=0, callbacks=[average]).fit(module, make_loader(1))
     copied = averaged_model(average)

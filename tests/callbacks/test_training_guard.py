@@ -42,7 +42,7 @@ def make_module():
     network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
     adversarial = AdversarialLoss(PatchGAN(width=4, layers=1, norm="sync"), lecam_weight=0.1)
     optimizer = partial(torch.optim.Adam, lr=1e-2)
-    return VQVAE(network, 16, 4, adversarial_loss=adversarial, optimizer=optimizer)
+    return VQVAE(network, 16, code_dim=4, adversarial_loss=adversarial, optimizer=optimizer)
 
 
 def fit(make_trainer, made, guard, module=None, **settings):
@@ -171,7 +171,7 @@ def test_collapse(make_trainer, tmp_path, caplog):
 def test_a_window_waits_for_enough_ids(make_trainer, read_scalars):
     """Of 64 ids a batch, one batch cannot show a codebook of 256: a window is 16 batches."""
     network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
-    module = VQVAE(network, 256, 4, optimizer=partial(torch.optim.SGD, lr=0.0))
+    module = VQVAE(network, 256, code_dim=4, optimizer=partial(torch.optim.SGD, lr=0.0))
     guard = TrainingGuard(1.0, window=1, on_collapse="stop")
     fit(make_trainer, batches(15), guard, module)
     with pytest.raises(TrainingStopped, match="up to step 16"):
