@@ -1,6 +1,11 @@
-"""The training and validation that every image autoencoder shares, whatever its bottleneck.
+"""An image autoencoder and its training, whatever its bottleneck; and the tokenizer whose bottleneck is a quantizer.
 
-The tokenizer that is an autoencoder around a quantizer.
+    images -> network.encode -> latents -> bottleneck -> codes -> network.decode -> outputs -> to_images -> images
+
+`ImageAutoencoder` says what an autoencoder is (`reconstruct`, `loss`, `to_images`) and, apart from that, how Lightning
+trains it: one loss, one optimizer, one backward pass, also with a discriminator (`losses/adversarial.py`).
+`AutoencoderTokenizer` puts a `Quantizer` in the middle. `VQVAE` and its kin, `DVAE` and `TiTok` are tokenizers of this
+kind; `KLVAE` has a bottleneck of its own.
 """
 
 from abc import abstractmethod
@@ -9,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
@@ -20,6 +26,7 @@ from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import configure_optimizers
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
+from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Part
@@ -28,10 +35,10 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 @dataclass
 class Reconstruction:
-    """What an autoencoder made of a batch of images."""
+    """A batch of images after its way through an autoencoder, and the bottleneck's losses on it."""
 
     outputs: Tensor
-    """`(B, C', H, W)` float32, as the decoder gives them."""
+    """`(B, C', H, W)` float32, as the decoder gives them; `to_images` makes images of them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The bottleneck's own scalar terms, weighted."""
     tokens: Tensor | None = None
@@ -41,7 +48,7 @@ class Reconstruction:
 
 
 class ImageAutoencoder(LightningModule):
-    """Trains a network to give its images back.
+    """Train a network to give its images back.
 
     Autoencoder and discriminator are trained by one loss and one optimizer, so a batch is one step, and accumulation,
     schedulers and precision are the Trainer's. Gradient clipping by norm acts on each of the two alone. Frozen networks
@@ -64,6 +71,7 @@ class ImageAutoencoder(LightningModule):
     def __init__(
         self,
         network: Autoencoder,
+        *,
         reconstruction_loss: PixelLoss | dict[PixelLoss, float] = "l2",
         perceptual_loss: PerceptualLoss | None = None,
         adversarial_loss: AdversarialLoss | None = None,
@@ -72,29 +80,60 @@ class ImageAutoencoder(LightningModule):
     ) -> None:
         super().__init__()
         self.network = network
-        self.objective = Objective(reconstruction_loss, perceptual_loss, adversarial_loss)
+        self.objective = Objective(
+            reconstruction_loss, perceptual_loss=perceptual_loss, adversarial_loss=adversarial_loss
+        )
+        losses = reconstruction_loss if isinstance(reconstruction_loss, dict) else (reconstruction_loss,)
+        self.outputs_are_logit_laplace = "logit_laplace" in losses
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
+    # What an autoencoder is.
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to the encoder's latents, channels last: `(B, *grid, latent_dim)`."""
+        return rearrange(self.network.encode(images), "b d ... -> b ... d")
+
+    def outputs(self, codes: Tensor) -> Tensor:
+        """Codes `(B, *grid, D)` to the decoder's outputs `(B, C', H, W)`, float32; `to_images` makes images of them."""
+        return self.network.decode(rearrange(codes, "b ... d -> b d ...")).float()
+
+    def to_images(self, outputs: Tensor) -> Tensor:
+        """The images `(B, C, H, W)` in [-1, 1] that a decoder's outputs `(B, C', H, W)` stand for.
+
+        Outputs are pixels, to be clamped, unless the network learned to give the parameters of a distribution.
+        """
+        return logit_laplace_images(outputs) if self.outputs_are_logit_laplace else outputs.clamp(-1, 1)
+
     @abstractmethod
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        """Images `(B, C, H, W)` in [-1, 1] through the bottleneck and back, with its losses."""
+    def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        """Pass images through the bottleneck and back, with the bottleneck's losses.
 
-    def loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
-        """Of images `(B, C, H, W)`: the loss, its named terms, and what the autoencoder made of them."""
-        made = self.reconstruct(images)
-        judged = self.objective(made.outputs, images, *self._for_discriminator())
-        made.figures |= judged.figures
-        terms = {**judged.terms, **made.losses}
-        return torch.stack([judged.loss, *made.losses.values()]).sum(), terms, made
+        Args:
+            images: `(B, C, H, W)` in [-1, 1].
+            step: of the optimizer, in training: what is annealed follows it. None: as at the end of training.
+            index: `(B,)` int64, each image's number in the run, to which its noise belongs. None: nobody knows.
+        """
 
-    def _for_discriminator(self) -> tuple[Tensor | None, int | None]:
-        """The last layer and the step, where there is a discriminator to train."""
-        if self.objective.adversarial is None or not (self.training and torch.is_grad_enabled()):
-            return None, None
-        return self.network.last_layer, self.global_step
+    def loss(
+        self, images: Tensor, *, step: int | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
+        """The loss of images, its named terms, each with its weight, and their reconstruction.
+
+        Args:
+            images: `(B, C, H, W)` in [-1, 1].
+            step: of the optimizer, in training; without it there are no adversarial terms.
+            index: `(B,)` int64, each image's number in the run, as for `reconstruct`.
+        """
+        made = self.reconstruct(images, step=step, index=index)
+        compared = self.objective(made.outputs, images, last_layer=self.network.last_layer, step=step)
+        made.figures |= compared.figures
+        terms = {**compared.terms, **made.losses}
+        return torch.stack([compared.loss, *made.losses.values()]).sum(), terms, made
+
+    # Its training by Lightning.
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate"):
@@ -102,7 +141,7 @@ class ImageAutoencoder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
-        loss, terms, made = self.loss(batch["image"])
+        loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
 
@@ -111,16 +150,16 @@ class ImageAutoencoder(LightningModule):
         images = batch["image"]
         loss, terms, made = self.loss(images)
         self._log_terms("validation", loss, terms, len(images))
-        reconstructions = self.objective.images(made.outputs)
+        reconstructions = self.to_images(made.outputs)
         psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
         self.psnr.update(psnr)
         self.ssim.update(ssim)
         self.log_dict({"validation/psnr": self.psnr, "validation/ssim": self.ssim})
-        self.validate(made)
+        self.measure(made)
         return reconstructions
 
-    def validate(self, made: Reconstruction) -> None:
-        """What a kind of bottleneck measures of a validation batch beside its reconstruction."""
+    def measure(self, made: Reconstruction) -> None:
+        """Measure of a validation batch what a kind of bottleneck adds to its reconstruction: nothing by default."""
 
     def _log_terms(self, stage: str, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
         named = {f"{stage}/loss": loss, **{f"{stage}/{name}": term for name, term in terms.items()}}
@@ -155,16 +194,27 @@ class ImageAutoencoder(LightningModule):
             torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
 
+def logit_laplace_images(outputs: Tensor) -> Tensor:
+    """The images `(B, C, H, W)` in [-1, 1] that outputs `(B, 2C, H, W)` stand for: `phi^-1(sigmoid(mu))`, clamped.
+
+    phi keeps pixels away from 0 and 1 in `logit_laplace_loss`, by which such outputs are trained.
+    """
+    mean, _ = mean_and_log_scale(outputs)
+    pixels = (torch.sigmoid(mean) - LOGIT_LAPLACE_MARGIN) / (1 - 2 * LOGIT_LAPLACE_MARGIN)
+    return pixels.clamp(0, 1) * 2 - 1
+
+
 # The name of all ids together among those of their parts.
 _WHOLE = "all"
 
 
 class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
-    """Trained by the objective of an image autoencoder and the quantizer's terms.
+    """Tokenize images by an autoencoder around a quantizer, trained by its objective and the quantizer's terms.
 
-    In validation it also logs `validation/codebook_usage` (share of the K ids that occur) and `validation/perplexity`
-    (exp of the entropy of the ids in nats, between 1 and K), and both again, as `validation/codebook_usage/<part>`, of
-    each part that the quantizer names: a codebook of several, a scale, a bit. Above K = 2^24 the parts alone.
+    In validation it also logs `validation/codebook_usage` (fraction of the K ids that occur) and
+    `validation/perplexity` (exp of the entropy of the ids in nats, between 1 and K), and both again, as
+    `validation/codebook_usage/<part>`, of each part that the quantizer names: a codebook of several, a scale, a
+    bit. Above K = 2^24 the parts alone.
 
     Args:
         network: called with the quantizer's `dim` and `latent_dim`.
@@ -178,32 +228,38 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
         self.vocab_size = quantizer.vocab_size
         self.usage = nn.ModuleDict()
 
+    # What a tokenizer is.
+
     def token_shape(self, image_size: int) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
 
-    def coding_state(self) -> dict[str, Tensor]:
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("objective.")}
-
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
-        return self.quantizer.encode(self.network.encode(images).movedim(1, -1))
+        return self.quantizer.encode(self.latents(images))
 
     def embed(self, tokens: Tensor) -> Tensor:
         self.check_tokens(tokens)
-        return self.quantizer.lookup(tokens).movedim(-1, 1)
+        return rearrange(self.quantizer.lookup(tokens), "b ... d -> b d ...")
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.objective.images(self.network.decode(self.embed(tokens)).float())
+        return self.to_images(self.network.decode(self.embed(tokens)).float())
 
     def parts(self, tokens: Tensor) -> dict[str, Part]:
         return self.quantizer.parts(tokens)
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
-        outputs = self.network.decode(quantized.codes.movedim(-1, 1)).float()
-        return Reconstruction(outputs, quantized.losses, quantized.tokens)
+    def coding_state(self) -> dict[str, Tensor]:
+        """The weights and buffers of network and quantizer: all but those of the losses."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("objective.")}
 
-    def validate(self, made: Reconstruction) -> None:
+    # What an autoencoder is.
+
+    def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        quantized = self.quantizer(self.latents(images))
+        return Reconstruction(self.outputs(quantized.codes), quantized.losses, quantized.tokens)
+
+    # Its validation and prediction by Lightning.
+
+    def measure(self, made: Reconstruction) -> None:
         assert made.tokens is not None
         counted = self.parts(made.tokens)
         if self.vocab_size <= MOST_COUNTED:

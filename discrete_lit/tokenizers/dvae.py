@@ -1,4 +1,9 @@
-"""DALL-E's dVAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021)."""
+"""DALL-E's dVAE, the discrete VAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", ICML 2021).
+
+A classifier gives each position its id; training passes through a relaxed sample of it (`GumbelQuantizer`), whose
+temperature falls while the weight of the KL divergence grows (appendix A.2). Pixels have a logit-Laplace distribution
+(appendix A.3, `logit_laplace_loss`).
+"""
 
 from collections.abc import Callable
 from math import cos, pi
@@ -13,9 +18,9 @@ from discrete_lit.tokenizers.quantizers import GumbelQuantizer
 
 
 class DVAE(AutoencoderTokenizer):
-    """Ids by a classifier, trained through a relaxed sample of them that hardens; appendix A of the paper.
+    """Tokenize images by a classifier, trained through a relaxed sample of the ids that hardens; appendix A.
 
-    In training also logs `train/temperature` and `train/kl_weight`.
+    In training also logs `train/temperature` and `train/kl_weight`. In validation the divergence has its full weight.
 
     Args:
         network: called with `code_dim` and `latent_dim`; for the logit-Laplace loss with `out_channels` twice the
@@ -42,6 +47,7 @@ class DVAE(AutoencoderTokenizer):
         self,
         network: Callable[[int, int], Autoencoder],
         codebook_size: int,
+        *,
         code_dim: int,
         latent_dim: int | None = None,
         kl_weight: float = 6.6 / 192,
@@ -56,22 +62,35 @@ class DVAE(AutoencoderTokenizer):
             raise ValueError(
                 f"kl_warmup_steps and temperature_steps must be >= 0, got {kl_warmup_steps} and {temperature_steps}"
             )
-        quantizer = GumbelQuantizer(codebook_size, code_dim, latent_dim, kl_weight, final_temperature, hard)
+        quantizer = GumbelQuantizer(
+            codebook_size,
+            code_dim,
+            latent_dim=latent_dim,
+            kl_weight=kl_weight,
+            temperature=final_temperature,
+            hard=hard,
+        )
         super().__init__(network, quantizer, reconstruction_loss=reconstruction_loss, **training)
         self.kl_weight = kl_weight
         self.kl_warmup_steps = kl_warmup_steps
         self.final_temperature = final_temperature
         self.temperature_steps = temperature_steps
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.quantizer.temperature = _half_cosine(1.0, self.final_temperature, self.global_step, self.temperature_steps)
-        self.quantizer.kl_weight = _half_cosine(0.0, self.kl_weight, self.global_step, self.kl_warmup_steps)
+    def annealed(self, step: int | None) -> dict[str, float]:
+        """The `temperature` and the `kl_weight` of an optimizer step; None: those at the end of training."""
+        if step is None:
+            return {"temperature": self.final_temperature, "kl_weight": self.kl_weight}
+        return {
+            "temperature": _half_cosine(1.0, self.final_temperature, step, self.temperature_steps),
+            "kl_weight": _half_cosine(0.0, self.kl_weight, step, self.kl_warmup_steps),
+        }
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        made = super().reconstruct(images)
-        for name in ("temperature", "kl_weight"):
-            made.figures[name] = made.outputs.new_tensor(getattr(self.quantizer, name))
-        return made
+    def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        annealed = self.annealed(step)
+        quantized = self.quantizer(self.latents(images), **annealed)
+        outputs = self.outputs(quantized.codes)
+        figures = {name: outputs.new_tensor(value) for name, value in annealed.items()}
+        return Reconstruction(outputs, quantized.losses, quantized.tokens, figures)
 
 
 def _half_cosine(start: float, end: float, step: int, steps: int) -> float:

@@ -1,6 +1,8 @@
-"""The KL bottleneck of continuous latents (Kingma and Welling, "Auto-Encoding Variational Bayes", 2014).
+"""The KL-VAE of latent diffusion (Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models").
 
-KL-VAE of Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", CVPR 2022.
+A variational autoencoder (Kingma and Welling, "Auto-Encoding Variational Bayes", 2014): the encoder gives each latent a
+mean and a variance, training decodes a sample of that normal law and keeps it near the standard normal by a small KL
+term. Generators of continuous latents work on its latents.
 """
 
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from discrete_lit.checkpoints import loadable
@@ -16,9 +19,84 @@ from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
 
 
+@loadable
+class KLVAE(ImageAutoencoder):
+    """Encode images as normal latents near the standard normal, for generators of continuous latents.
+
+    Not a `Tokenizer`: it has no ids. Training samples latents; validation takes their means.
+
+    Args:
+        network: called with `latent_channels` and twice that, for the means and the variances.
+        latent_channels: D.
+        kl_weight: of the divergence from the standard normal, in nats per image. The reconstruction loss is a mean
+            over pixels: LDM, which sums them, has its 1e-6 as 1e-6 / (C H W) here, 5e-12 at 256 pixels.
+        scale_factor: what `encode` multiplies latents by and `decode` divides them by, so that those that a generator
+            sees have a deviation near 1: 0.2325 for the KL-16 of MAR, 0.18215 for the KL-8 of Stable Diffusion.
+        seed: of the latents' noise in training, which belongs to (seed, sample) where batches give the sample's number
+            in the run as `"index"`; without it, torch's generator draws.
+        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[int, int], Autoencoder],
+        *,
+        latent_channels: int,
+        kl_weight: float,
+        scale_factor: float = 1.0,
+        seed: int = 0,
+        **training: Any,
+    ) -> None:
+        if not scale_factor > 0:
+            raise ValueError(f"scale_factor must be above 0, got {scale_factor}")
+        bottleneck = GaussianBottleneck(latent_channels, kl_weight)
+        super().__init__(network(bottleneck.dim, bottleneck.latent_dim), **training)
+        self.bottleneck = bottleneck
+        self.scale_factor = scale_factor
+        self.seed = seed
+
+    def latent_shape(self, image_size: int) -> tuple[int, ...]:
+        """`(D, *grid)` of a square image.
+
+        Raises:
+            ValueError: a size that the network cannot divide.
+        """
+        return (self.bottleneck.dim, *self.network.grid(image_size))
+
+    def posterior(self, images: Tensor) -> "DiagonalGaussian":
+        """The law of the unscaled latents, `(B, *grid, D)`, of images `(B, C, H, W)` in [-1, 1]."""
+        return self.bottleneck.posterior(self.latents(images))
+
+    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
+        """Images `(B, C, H, W)` in [-1, 1] to scaled latents `(B, D, *grid)` float32.
+
+        Args:
+            images: of a size that the network can divide.
+            random: the noise of each image's latents; None takes the means.
+
+        Raises:
+            ValueError: a side that the network cannot divide.
+        """
+        posterior = self.posterior(images)
+        latents = posterior.mode() if random is None else posterior.sample(random)
+        return rearrange(latents, "b ... d -> b d ...") * self.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents `(B, D, *grid)` to images `(B, C, H, W)` in [-1, 1]."""
+        return self.to_images(self.network.decode(latents / self.scale_factor).float())
+
+    def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        random = None if index is None else CounterRandom(self.seed, index)
+        latents, losses = self.bottleneck(self.latents(images), random)
+        return Reconstruction(self.outputs(latents), losses)
+
+
 @dataclass
 class DiagonalGaussian:
-    """Independent normal latents, `(B, *grid, D)` float32."""
+    """The law of independent normal latents, `(B, *grid, D)` float32."""
 
     mean: Tensor
     logvar: Tensor
@@ -29,7 +107,7 @@ class DiagonalGaussian:
         return self.mean
 
     def sample(self, random: CounterRandom | None = None) -> Tensor:
-        """Latents `(B, *grid, D)` with the gradient of the mean and the variance.
+        """Draw latents `(B, *grid, D)` with the gradient of the mean and the variance.
 
         Args:
             random: the noise of each sample of the batch; None draws it from torch's generator, which depends on the
@@ -48,7 +126,7 @@ class DiagonalGaussian:
 
 
 class GaussianBottleneck(nn.Module):
-    """From moments `(B, *grid, 2 D)`, means and then logarithms of variances, to latents `(B, *grid, D)`.
+    """Make latents `(B, *grid, D)` of moments `(B, *grid, 2 D)`: means, then logarithms of variances.
 
     In training latents are sampled; in evaluation they are the means. The loss is `kl`, the batch mean of nats per
     image, times `kl_weight`.
@@ -83,84 +161,3 @@ class GaussianBottleneck(nn.Module):
         """The law of the latents, in float32, of moments `(B, *grid, 2 D)`."""
         mean, logvar = moments.float().chunk(2, dim=-1)
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))
-
-
-@loadable
-class KLVAE(ImageAutoencoder):
-    """An autoencoder whose latents are normal, near the standard normal: what models of continuous latents work on.
-
-    Not a `Tokenizer`: it has no ids. Training samples latents; validation takes their means.
-
-    Args:
-        network: called with `latent_channels` and twice that, for the means and the variances.
-        latent_channels: D.
-        kl_weight: of the divergence from the standard normal, in nats per image. The reconstruction loss is a mean
-            over pixels: LDM, which sums them, has its 1e-6 as 1e-6 / (C H W) here, 5e-12 at 256 pixels.
-        scale_factor: what `encode` multiplies latents by and `decode` divides them by, so that those that a generator
-            sees have a deviation near 1: 0.2325 for the KL-16 of MAR, 0.18215 for the KL-8 of Stable Diffusion.
-        seed: of the latents' noise in training, which belongs to (seed, sample) where batches give the sample's place
-            in the run as `"index"`; without it, torch's generator draws.
-        training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    def __init__(
-        self,
-        network: Callable[[int, int], Autoencoder],
-        latent_channels: int,
-        kl_weight: float,
-        scale_factor: float = 1.0,
-        seed: int = 0,
-        **training: Any,
-    ) -> None:
-        if not scale_factor > 0:
-            raise ValueError(f"scale_factor must be above 0, got {scale_factor}")
-        bottleneck = GaussianBottleneck(latent_channels, kl_weight)
-        super().__init__(network(bottleneck.dim, bottleneck.latent_dim), **training)
-        self.bottleneck = bottleneck
-        self.scale_factor = scale_factor
-        self.seed = seed
-        self._random: CounterRandom | None = None
-
-    def latent_shape(self, image_size: int) -> tuple[int, ...]:
-        """`(D, *grid)` of a square image.
-
-        Raises:
-            ValueError: a size that the network cannot divide.
-        """
-        return (self.bottleneck.dim, *self.network.grid(image_size))
-
-    def posterior(self, images: Tensor) -> DiagonalGaussian:
-        """The law of the unscaled latents, `(B, *grid, D)`, of images `(B, C, H, W)` in [-1, 1]."""
-        return self.bottleneck.posterior(self.network.encode(images).movedim(1, -1))
-
-    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to scaled latents `(B, D, *grid)` float32.
-
-        Args:
-            images: of a size that the network can divide.
-            random: the noise of each image's latents; None takes the means.
-
-        Raises:
-            ValueError: a side that the network cannot divide.
-        """
-        posterior = self.posterior(images)
-        latents = posterior.mode() if random is None else posterior.sample(random)
-        return latents.movedim(-1, 1) * self.scale_factor
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents `(B, D, *grid)` to images `(B, C, H, W)` in [-1, 1]."""
-        return self.objective.images(self.network.decode(latents / self.scale_factor).float())
-
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        latents, losses = self.bottleneck(self.network.encode(images).movedim(1, -1), self._random)
-        return Reconstruction(self.network.decode(latents.movedim(-1, 1)).float(), losses)
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        self._random = CounterRandom(self.seed, batch["index"]) if "index" in batch else None
-        try:
-            return super().training_step(batch, batch_idx)
-        finally:
-            self._random = None

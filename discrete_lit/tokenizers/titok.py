@@ -360,12 +360,14 @@ class TiTok(AutoencoderTokenizer):
             self.quantizer.eval()
         return self
 
-    def loss(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
+    def loss(
+        self, images: Tensor, *, step: int | None = None, index: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Reconstruction]:
         if self.proxy_tokenizer is None:
-            return super().loss(images)
+            return super().loss(images, step=step, index=index)
         with torch.no_grad():
             ids = self.proxy_tokenizer.on(images.device).encode(images)  # (B, h, w)
-        quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
+        quantized = self.quantizer(self.latents(images))
         logits = self.network.proxy_logits(quantized.codes.movedim(-1, 1)).float()  # (B, K', h, w)
         terms = {"proxy": F.cross_entropy(logits, ids), **quantized.losses}
         # Pixels are for validation alone.
@@ -374,8 +376,8 @@ class TiTok(AutoencoderTokenizer):
         made = Reconstruction(outputs, quantized.losses, quantized.tokens)
         return torch.stack(list(terms.values())).sum(), terms, made
 
-    def reconstruct(self, images: Tensor) -> Reconstruction:
-        made = super().reconstruct(images)
+    def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
+        made = super().reconstruct(images, step=step, index=index)
         if self.first_stage is not None:
             made.losses = {}  # of what does not learn
         return made

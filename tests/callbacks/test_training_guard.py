@@ -107,7 +107,7 @@ def test_stopping_is_before_the_step(make_trainer):
 def test_finite_images_and_a_loss_that_is_not(make_trainer):
     module = make_module()
     loss = module.loss
-    module.loss = lambda images: (loss(images)[0] + float("inf"), *loss(images)[1:])
+    module.loss = lambda images, **known: (loss(images, **known)[0] + float("inf"), *loss(images, **known)[1:])
     with pytest.raises(TrainingStopped, match="its images are finite numbers"):
         fit(make_trainer, batches(2), TrainingGuard(), module)
 

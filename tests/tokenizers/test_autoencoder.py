@@ -133,9 +133,13 @@ def test_usage_and_perplexity_over_an_epoch(make_tokenizer, monkeypatch: pytest.
 def test_training_logs_every_term(make_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = make_tokenizer("vqvae", codebook_update="gradient").train()
     logged = logged_by(tokenizer, monkeypatch)
-    loss = tokenizer.training_step({"image": torch.rand(2, 3, 8, 8)}, 0)["loss"]
+    batch = {"image": torch.rand(2, 3, 8, 8)}
+    ids = tokenizer.eval().encode(batch["image"])
+    made = tokenizer.train().training_step(batch, 0)
+    loss = made["loss"]
     assert set(logged) == {f"train/{name}" for name in ("loss", "reconstruction", "commitment", "codebook")}
     assert logged["train/loss"] is loss and loss.requires_grad
+    assert made["tokens"].shape == ids.shape and made["tokens"].dtype == torch.int64
 
 
 @each_kind

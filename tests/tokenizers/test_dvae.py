@@ -21,7 +21,7 @@ def images():
     return torch.rand(2, 3, 8, 8) * 2 - 1
 
 
-def test_schedules_of_the_paper(monkeypatch):
+def test_schedules_of_the_paper():
     module = make()
     expected = {
         0: (1.0, 0.0),
@@ -32,14 +32,25 @@ def test_schedules_of_the_paper(monkeypatch):
         900_000: (1 / 16, 6.6 / 192),
     }
     for step, (temperature, weight) in expected.items():
-        monkeypatch.setattr(DVAE, "global_step", step)
-        module.on_train_batch_start(None, 0)
+        annealed = module.annealed(step)
         if temperature is not None:
-            assert module.quantizer.temperature == pytest.approx(temperature)
-        assert module.quantizer.kl_weight == pytest.approx(weight)
-    monkeypatch.setattr(DVAE, "global_step", 30_000)
-    module.on_train_batch_start(None, 0)
-    assert module.quantizer.temperature == pytest.approx(1 / 16 + 15 / 16 * (1 + cos(pi / 5)) / 2)
+            assert annealed["temperature"] == pytest.approx(temperature)
+        assert annealed["kl_weight"] == pytest.approx(weight)
+    assert module.annealed(30_000)["temperature"] == pytest.approx(1 / 16 + 15 / 16 * (1 + cos(pi / 5)) / 2)
+    assert module.annealed(None) == module.annealed(900_000)
+
+
+def test_a_training_step_is_annealed(monkeypatch):
+    """The optimizer's step sets temperature and weight of the training loss; validation weighs fully."""
+    module, batch, logged = make(kl_warmup_steps=4, temperature_steps=8).train(), images(), {}
+    monkeypatch.setattr(DVAE, "global_step", 2)
+    monkeypatch.setattr(module, "log_dict", lambda values, **_: logged.update(values))
+    with torch.no_grad():
+        module.training_step({"image": batch}, 0)
+        module.eval().validation_step({"image": batch}, 0)
+    assert float(logged["train/kl_weight"]) == pytest.approx(6.6 / 192 / 2)
+    assert float(logged["train/temperature"]) == pytest.approx(1 / 16 + 15 / 16 * (1 + cos(pi / 4)) / 2)
+    assert float(logged["validation/kl"]) == pytest.approx(2 * float(logged["train/kl"]), rel=1e-4)
 
 
 def test_loss_and_images():
@@ -63,11 +74,10 @@ def test_loss_and_images():
 
 
 def test_it_learns():
-    module = make(kl_weight=0.0, reconstruction_loss="logit_laplace").train()
+    module = make(kl_weight=0.0, final_temperature=0.5, reconstruction_loss="logit_laplace").train()
     batch = torch.full((4, 3, 8, 8), -0.9)
     batch[0, :, :4], batch[1, :, 4:], batch[2, :, :, :4], batch[3, :, :, 4:] = 0.9, 0.9, 0.9, 0.9
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
-    module.quantizer.temperature = 0.5
     for _ in range(60):
         loss = module.loss(batch)[0]
         optimizer.zero_grad()

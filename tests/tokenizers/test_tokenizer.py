@@ -57,7 +57,7 @@ def test_fingerprint_stays_where_the_function_does(make_tokenizer, kind: str) ->
     assert tokenizer.train().fingerprint() == before
     tokenizer.eval()
     tokenizer.decode(tokenizer.encode(torch.rand(2, 3, 16, 16)))
-    tokenizer.validate(tokenizer.reconstruct(torch.rand(2, 3, 16, 16)))
+    tokenizer.measure(tokenizer.reconstruct(torch.rand(2, 3, 16, 16)))
     tokenizer.to(memory_format=torch.channels_last)
     assert tokenizer.fingerprint() == before
 

@@ -1,8 +1,23 @@
-"""What discriminator and generator lose on logits: high for real images.
+"""Adversarial training of an autoencoder (VQGAN: Esser et al., "Taming Transformers", CVPR 2021, section 3.1).
 
-Gradients that are taken in the forward pass, and a loss that hands them on.
+Two players share every batch. The *discriminator* D tells images x from reconstructions y; the *generator*, which is
+the autoencoder, is pushed towards reconstructions that D takes for images:
 
-A discriminator beside an autoencoder: when it trains, what it loses, and what it tells the decoder.
+    L_D = loss(D(x), D(y))  [+ LeCam] [+ R1]               trains D: y is a constant
+    L   = L_rec + w(step) lambda L_G,  L_G = loss(D(y))    trains the autoencoder: D is a constant
+    lambda = |grad L_rec| / (|grad L_G| + 1e-4)            eq. 7, gradients at the decoder's last layer
+
+`AdversarialLoss` says when each player trains, and computes both losses; below it stand the losses on logits, the
+adaptive weight lambda, LeCam, R1, and how gradients are taken and handed on. `Objective` adds up L.
+
+**One backward pass serves both players.** Written naively, a batch passes the reconstructions through D twice (for the
+generator with D frozen, for D with the reconstructions detached), and needs two backward passes and two optimizers;
+accumulation, clipping, precision and schedules then have to be redone by hand. Here D sees the reconstructions once, in
+the forward pass, and both gradients are taken from those logits at once: that of L_G at the decoder's outputs y, that of
+L_D at D's weights. `with_known_gradients` makes a scalar whose backward pass hands these gradients on: y's go through
+the decoder as usual, D's arrive at its weights. So each network is passed backward once for each gradient that is
+needed, neither player's gradient reaches the other, D's activations are freed before the decoder's backward pass, and
+the step is an ordinary one of the Trainer. The result is that of two optimizers that step on the same batch.
 """
 
 from collections.abc import Sequence
@@ -23,147 +38,37 @@ LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
 generator the logistic `"non_saturating"`, or the mean logit itself under the two other names."""
 
 
-def discriminator_loss(kind: LogitLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """Half the sum of the losses on logits `(B, ...)` of real images and of reconstructions; scalar, float32.
-
-    `"hinge"`: `(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2` (Lim & Ye 2017, as in taming);
-    `"non_saturating"` and `"vanilla"`: `(mean -log sigmoid(real) + mean -log sigmoid(-fake)) / 2` (Goodfellow et al.
-    2014, eq. 1).
-    """
-    real, fake = real.float(), fake.float()
-    if kind == "hinge":
-        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
-
-
-def generator_loss(kind: LogitLoss, fake: Tensor) -> Tensor:
-    """On logits `(B, ...)` of reconstructions; scalar, float32.
-
-    `"non_saturating"`: `mean -log sigmoid(fake)` (Goodfellow et al. 2014, section 3); `"hinge"` and `"vanilla"`:
-    `-mean fake`, in taming for both.
-    """
-    fake = fake.float()
-    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
-
-
-class LeCam(nn.Module):
-    """LeCam regularisation (Tseng et al., "Regularizing GANs Under Limited Data", CVPR 2021, eq. 4 and 5).
-
-    Keeps the logits of either kind near the running mean of the other kind's. As in the authors' code, only where they
-    lie outside: `mean max(0, real - m_fake)^2 + mean max(0, m_real - fake)^2`. The means are over the logits of all
-    ranks; they begin at 0 and are part of a checkpoint.
-
-    Args:
-        decay: of the running means.
-    """
-
-    real_mean: Tensor
-    fake_mean: Tensor
-
-    def __init__(self, decay: float) -> None:
-        super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"lecam_decay must lie in [0, 1), got {decay}")
-        self.decay = decay
-        self.register_buffer("real_mean", torch.zeros(()))
-        self.register_buffer("fake_mean", torch.zeros(()))
-
-    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Move the means by logits `(B, ...)`, then give the scalar penalty."""
-        real, fake = real.float(), fake.float()
-        means = all_reduce_sum(torch.stack((real.mean(), fake.mean()))) / world_size()
-        self.real_mean.lerp_(means[0], 1 - self.decay)
-        self.fake_mean.lerp_(means[1], 1 - self.decay)
-        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
-
-
-def twice_differentiable() -> AbstractContextManager[object]:
-    """A context for the forward pass behind a gradient penalty: fused attention kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
-    """R1 of Mescheder et al., "Which Training Methods for GANs do actually Converge?" (ICML 2018), eq. 9.
-
-    Without its factor gamma / 2: the mean over images of `|grad D(x)|^2`, where `D(x)` is the mean of an image's
-    logits. Differentiable.
-
-    Args:
-        logits: `(B, ...)` made of the images under `twice_differentiable`.
-        images: `(B, C, H, W)` requiring a gradient.
-    """
-    of_each = logits.float().flatten(1).mean(dim=1).sum()
-    (gradient,) = take_gradients(of_each, [images], create_graph=True)
-    return gradient.float().square().flatten(1).sum(dim=1).mean()
-
-
-def take_gradients(
-    value: Tensor | Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    grad_outputs: Sequence[Tensor] | None = None,
-    **options: bool,
-) -> tuple[Tensor, ...]:
-    """`torch.autograd.grad` inside a forward pass: autocast, which would reach the backward pass too, is off."""
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return torch.autograd.grad(value, inputs, grad_outputs, **options)  # type: ignore[arg-type]
-
-
-def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """A scalar equal to `value` whose gradient with respect to each input is the given one.
-
-    The gradients are not differentiated further.
-
-    Args:
-        value: scalar.
-        inputs: tensors of any shape that require a gradient.
-        gradients: one of each input's shape.
-    """
-    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)  # type: ignore[no-any-return]
-
-
-class _KnownGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (scale,) = grad_outputs
-        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)
-
-
-_LARGEST_WEIGHT = 1e4
-
-
-_LEAST_GRADIENT = 1e-4
-
-
 @dataclass
-class Match:
-    """What one batch gave; every gradient is there, so nothing holds the discriminator's activations any more."""
+class AdversarialTerms:
+    """The losses of both players on one batch, and their gradients: the discriminator's graph is gone.
+
+    `terms` holds the discriminator's alone; the generator's waits for its weight.
+    """
 
     generator: Tensor | None
-    """Scalar of the generator, without weight; None while it does not meet the discriminator yet."""
+    """L_G, a scalar without weight; None while the generator does not meet the discriminator yet."""
     generator_gradient: Tensor | None
-    """`(B, C, H, W)`, of the former with respect to the outputs."""
+    """`(B, C, H, W)`, of L_G with respect to the outputs."""
     terms: dict[str, Tensor]
-    """Scalars of the discriminator, each already multiplied by its weight."""
+    """Scalars whose sum is L_D, each already multiplied by its weight."""
     gradients: list[Tensor]
-    """Of the sum of the terms with respect to each parameter of the discriminator."""
+    """Of L_D with respect to each of `parameters_to_train()`."""
     figures: dict[str, Tensor]
-    """What is worth a curve beside the losses."""
+    """Scalars that are worth a curve beside the losses: the mean logits of images and of reconstructions."""
 
 
 class AdversarialLoss(nn.Module):
-    """Trains a discriminator and asks it for a gradient on the decoder's outputs (Esser et al. 2021, section 3.1).
+    """Train a discriminator, and take from it a gradient on the decoder's outputs (Esser et al. 2021, section 3.1).
 
     The discriminator's optimizer is the autoencoder's, in parameter groups of its own; it sees the reconstructions that
-    the autoencoder made before the step. Steps are those of the optimizer. Until `start_step - lead_steps` the
-    discriminator is not computed, and its weights get no update of any kind.
+    the autoencoder made before the step. Steps are those of the optimizer:
+
+        step   0 ... start_step - lead_steps ... start_step ... start_step + warmup_steps ...
+        D        not computed, no update         trains         trains
+        L_G      left out                        left out       weight grows to its full value
 
     Args:
-        discriminator: judges images and reconstructions.
+        discriminator: gives logits of images and of reconstructions.
         weight: of the generator's term; the paper's 0.8 goes with `adaptive`.
         adaptive: multiply the weight by eq. 7, `|grad L_rec| / (|grad L_G| + 1e-4)`, at most 1e4, with gradients of
             the joint batch of all ranks at the decoder's last layer.
@@ -188,6 +93,7 @@ class AdversarialLoss(nn.Module):
         self,
         discriminator: Discriminator,
         weight: float = 0.8,
+        *,
         adaptive: bool = True,
         start_step: int = 0,
         warmup_steps: int = 0,
@@ -231,34 +137,35 @@ class AdversarialLoss(nn.Module):
         """Whether the discriminator is computed and trained at an optimizer step."""
         return step >= self.start_step - self.lead_steps
 
-    def share(self, step: int) -> float:
-        """How much of its weight the generator's term has at an optimizer step, in [0, 1]."""
+    def warmup(self, step: int) -> float:
+        """The fraction of its weight that the generator's term has at an optimizer step, w(step) in [0, 1]."""
         if step < self.start_step:
             return 0.0
         return min(1.0, (step - self.start_step + 1) / (self.warmup_steps + 1))
 
     def parameters_to_train(self) -> list[nn.Parameter]:
-        """Those of the discriminator, in the order of `Match.gradients`."""
+        """The discriminator's trained parameters, in the order of `AdversarialTerms.gradients`."""
         return [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
 
-    def forward(self, outputs: Tensor, images: Tensor, step: int) -> Match:
-        """Let the discriminator judge outputs and images `(B, C, H, W)`.
-
-        The reconstructions pass through it once: both players take their gradient from the same logits.
+    def forward(self, outputs: Tensor, images: Tensor, step: int) -> AdversarialTerms:
+        """Compute both players' losses and gradients on outputs and images `(B, C, H, W)`.
 
         Args:
             outputs: of the decoder, cut from its graph, requiring a gradient.
             images: real ones.
             step: of the optimizer; `trains(step)`.
         """
-        meets = self.share(step) > 0
+        meets = self.warmup(step) > 0
         penalised = self.r1_weight > 0 and step % self.r1_every == 0
+
+        # The generator: its gradient at the outputs. The logits `fake` serve the discriminator too.
         fake = self.discriminator(outputs if meets else outputs.detach())
         generator = generator_gradient = None
         if meets:
             generator = generator_loss(self.generator_loss, fake)
             (generator_gradient,) = take_gradients(generator, [outputs], retain_graph=True)
 
+        # The discriminator.
         images = images.detach().requires_grad_(penalised)
         with twice_differentiable() if penalised else nullcontext():
             real = self.discriminator(images)
@@ -274,7 +181,7 @@ class AdversarialLoss(nn.Module):
             "discriminator_real": real.detach().float().mean(),
             "discriminator_fake": fake.detach().float().mean(),
         }
-        return Match(
+        return AdversarialTerms(
             None if generator is None else generator.detach(),
             generator_gradient,
             {name: term.detach() for name, term in terms.items()},
@@ -283,21 +190,143 @@ class AdversarialLoss(nn.Module):
         )
 
 
-def adaptive_weight(outputs: Tensor, last_layer: Tensor, reconstruction: Tensor, generator: Tensor) -> Tensor:
-    """The weight of eq. 7, the same scalar on every rank.
+def discriminator_loss(kind: LogitLoss, real: Tensor, fake: Tensor) -> Tensor:
+    """Half the sum of the losses on logits `(B, ...)` of real images and of reconstructions; scalar, float32.
+
+    `"hinge"`: `(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2` (Lim & Ye 2017, as in taming);
+    `"non_saturating"` and `"vanilla"`: `(mean -log sigmoid(real) + mean -log sigmoid(-fake)) / 2` (Goodfellow et al.
+    2014, eq. 1).
+    """
+    real, fake = real.float(), fake.float()
+    if kind == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def generator_loss(kind: LogitLoss, fake: Tensor) -> Tensor:
+    """The generator's loss on logits `(B, ...)` of reconstructions; scalar, float32.
+
+    `"non_saturating"`: `mean -log sigmoid(fake)` (Goodfellow et al. 2014, section 3); `"hinge"` and `"vanilla"`:
+    `-mean fake`, in taming for both.
+    """
+    fake = fake.float()
+    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
+
+
+# Constants of eq. 7 and of taming's code: delta, and the largest adaptive weight.
+_LEAST_GRADIENT = 1e-4
+_LARGEST_WEIGHT = 1e4
+
+
+def adaptive_weight(
+    outputs: Tensor, last_layer: Tensor, *, reconstruction_gradient: Tensor, generator_gradient: Tensor
+) -> Tensor:
+    """The adaptive weight lambda of eq. 7, the same scalar on every rank.
+
+    Both gradients are known at the outputs; from there they go back through the decoder's last layer alone.
 
     Args:
         outputs: `(B, C, H, W)` of the decoder, with their graph.
         last_layer: the weight that the gradients are compared at.
-        reconstruction: `(B, C, H, W)`, gradient of the reconstruction's terms with respect to the outputs.
-        generator: the same of the generator's term.
+        reconstruction_gradient: `(B, C, H, W)`, of the reconstruction's terms with respect to the outputs.
+        generator_gradient: the same of the generator's term.
     """
     at_last_layer = []
-    for gradient in (reconstruction, generator):
+    for gradient in (reconstruction_gradient, generator_gradient):
         # At unit length nothing underflows on its way through a half-precision layer.
         length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
         (found,) = take_gradients([outputs], [last_layer], [gradient / length], retain_graph=True)
         at_last_layer.append(found.float() * length)
     joint = all_reduce_sum(torch.stack(at_last_layer)) / world_size()
-    wanted, offered = joint.flatten(1).norm(dim=1)
-    return (wanted / (offered + _LEAST_GRADIENT)).clamp(max=_LARGEST_WEIGHT)
+    reconstruction, generator = joint.flatten(1).norm(dim=1)
+    return (reconstruction / (generator + _LEAST_GRADIENT)).clamp(max=_LARGEST_WEIGHT)
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation (Tseng et al., "Regularizing GANs Under Limited Data", CVPR 2021, eq. 4 and 5).
+
+    Keeps the logits of either kind near the running mean of the other kind's. As in the authors' code, only where they
+    lie outside: `mean max(0, real - m_fake)^2 + mean max(0, m_real - fake)^2`. The means are over the logits of all
+    ranks; they begin at 0 and are part of a checkpoint.
+
+    Args:
+        decay: of the running means, in [0, 1).
+
+    Raises:
+        ValueError: a decay out of its range.
+    """
+
+    real_mean: Tensor
+    fake_mean: Tensor
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"lecam_decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.register_buffer("real_mean", torch.zeros(()))
+        self.register_buffer("fake_mean", torch.zeros(()))
+
+    def forward(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Move the means by logits `(B, ...)`, then give the scalar penalty."""
+        real, fake = real.float(), fake.float()
+        means = all_reduce_sum(torch.stack((real.mean(), fake.mean()))) / world_size()
+        self.real_mean.lerp_(means[0], 1 - self.decay)
+        self.fake_mean.lerp_(means[1], 1 - self.decay)
+        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+
+
+def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """R1 of Mescheder et al., "Which Training Methods for GANs do actually Converge?" (ICML 2018), eq. 9.
+
+    Without its factor gamma / 2: the mean over images of `|grad D(x)|^2`, where `D(x)` is the mean of an image's
+    logits. Differentiable.
+
+    Args:
+        logits: `(B, ...)` made of the images under `twice_differentiable`.
+        images: `(B, C, H, W)` requiring a gradient.
+    """
+    of_each = logits.float().flatten(1).mean(dim=1).sum()
+    (gradient,) = take_gradients(of_each, [images], create_graph=True)
+    return gradient.float().square().flatten(1).sum(dim=1).mean()
+
+
+def twice_differentiable() -> AbstractContextManager[object]:
+    """A context for the forward pass behind a gradient penalty: fused attention kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def take_gradients(
+    value: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor] | None = None,
+    **options: bool,
+) -> tuple[Tensor, ...]:
+    """`torch.autograd.grad` inside a forward pass: autocast, which would reach the backward pass too, is off."""
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return torch.autograd.grad(value, inputs, grad_outputs, **options)  # type: ignore[arg-type]
+
+
+def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar equal to `value` whose gradient with respect to each input is the given one.
+
+    The gradients are not differentiated further.
+
+    Args:
+        value: scalar.
+        inputs: tensors of any shape that require a gradient.
+        gradients: one of each input's shape.
+    """
+    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)  # type: ignore[no-any-return]
+
+
+class _KnownGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (scale,) = grad_outputs
+        return None, None, *(scale * gradient for gradient in ctx.saved_tensors)

@@ -33,7 +33,7 @@ class GumbelQuantizer(Quantizer):
         latent_dim: width of the latents; D if None.
         kl_weight: of the divergence. DALL-E's is 6.6 / 192 beside a reconstruction term that is a mean over
             pixels and channels; taming's 1e-8.
-        temperature: of the relaxation; an attribute, to be annealed from outside. DALL-E goes from 1 to 1/16.
+        temperature: of the relaxation, unless a call gives another. DALL-E goes from 1 to 1/16.
         hard: the forward pass sees one code, not a mixture.
         seed: of the noise.
 
@@ -76,8 +76,24 @@ class GumbelQuantizer(Quantizer):
     def latent_dim(self) -> int:
         return self.to_logits.in_features
 
-    def forward(self, latents: Tensor, noise: Tensor | None = None) -> Quantized:
-        """As of every quantizer; `noise` `(B, *grid, K)` standard Gumbel takes the place of drawn noise, or of none."""
+    def forward(
+        self,
+        latents: Tensor,
+        *,
+        noise: Tensor | None = None,
+        temperature: float | None = None,
+        kl_weight: float | None = None,
+    ) -> Quantized:
+        """Quantise latents `(B, *grid, latent_dim)`, in training by a relaxed sample.
+
+        Args:
+            latents: of any grid.
+            noise: `(B, *grid, K)` standard Gumbel, in place of what training draws, or of none in evaluation.
+            temperature: of the relaxation at this step; None takes the constructor's.
+            kl_weight: of the divergence at this step; None takes the constructor's.
+        """
+        temperature = self.temperature if temperature is None else temperature
+        kl_weight = self.kl_weight if kl_weight is None else kl_weight
         with torch.autocast(latents.device.type, enabled=False):
             logits = self.to_logits(latents.float().reshape(-1, self.latent_dim))  # (n, K)
             log_probabilities = logits.log_softmax(dim=1)
@@ -95,13 +111,13 @@ class GumbelQuantizer(Quantizer):
                 ids = logits.argmax(dim=1)
                 codes = self.lookup(ids)
             else:
-                relaxed = ((logits + noise) / self.temperature).softmax(dim=1)
+                relaxed = ((logits + noise) / temperature).softmax(dim=1)
                 ids = (logits.detach() + noise).argmax(dim=1)
                 codes = (
                     through_probabilities(self.lookup(ids), relaxed, self.codes) if self.hard else relaxed @ self.codes
                 )
             shape = latents.shape[:-1]
-            return Quantized(codes.reshape(*shape, self.dim), ids.reshape(shape), {"kl": self.kl_weight * divergence})
+            return Quantized(codes.reshape(*shape, self.dim), ids.reshape(shape), {"kl": kl_weight * divergence})
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

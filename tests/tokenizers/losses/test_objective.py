@@ -44,7 +44,7 @@ def dino():
 
 def objective(discriminator=None, perceptual=None, **adversarial):
     loss = AdversarialLoss(discriminator or patch(), **adversarial)
-    return Objective({"l1": 1.0}, perceptual, loss)
+    return Objective({"l1": 1.0}, perceptual_loss=perceptual, adversarial_loss=loss)
 
 
 def gradients(module):
@@ -91,11 +91,11 @@ def test_gradients_are_those_of_two_passes(make, kind, adaptive):
     features = TimmFeatures("resnet18", "random", layers=[1], image_size=None, weight=0.5)
     whole = objective(make(), features, weight=0.3, adaptive=adaptive, loss="hinge", generator_loss=kind).train()
     weight, generator, of_decoder, of_discriminator = of_the_definition(decoder, whole)
-    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
-    judged.loss.backward()
-    torch.testing.assert_close(judged.figures["generator_weight"], torch.as_tensor(weight), rtol=1e-4, atol=0)
-    torch.testing.assert_close(judged.terms["generator"], weight * generator, rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(judged.loss.detach(), sum(judged.terms.values()))
+    compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0)
+    compared.loss.backward()
+    torch.testing.assert_close(compared.figures["generator_weight"], torch.as_tensor(weight), rtol=1e-4, atol=0)
+    torch.testing.assert_close(compared.terms["generator"], weight * generator, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(compared.loss.detach(), sum(compared.terms.values()))
     torch.testing.assert_close(gradients(decoder), of_decoder, rtol=1e-3, atol=1e-6)
     found = gradients(whole.adversarial.discriminator)
     # Spectral norms have taken another power iteration; with the definition's the gradients are the same.
@@ -115,7 +115,7 @@ def test_a_step_of_sgd_is_tamings_two():
             parameter.grad = expected[name]
         optimizer.step()
     both = torch.optim.SGD([*decoder.parameters(), *whole.parameters()], lr=0.1)
-    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0).loss.backward()
     both.step()
     torch.testing.assert_close(decoder.state_dict(), twins[0].state_dict())
     torch.testing.assert_close(whole.adversarial.discriminator.state_dict(), twins[1].state_dict())
@@ -127,9 +127,9 @@ def test_regularisers_join_the_discriminators_loss():
     decoder = Decoder()
     outputs = decoder(images()).detach()
     for step in (6, 7):
-        judged = whole(decoder(images()), images(), decoder.last.weight, step)
+        compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=step)
         whole.zero_grad()
-        judged.loss.backward()
+        compared.loss.backward()
         real_images = images().requires_grad_()
         real, fake = twin(real_images), twin(outputs)
         expected = {"discriminator": discriminator_loss("hinge", real, fake), "lecam": 0.1 * lecam(real, fake)}
@@ -137,7 +137,9 @@ def test_regularisers_join_the_discriminators_loss():
             expected["r1"] = 2.0 * 3 * gradient_penalty(real, real_images)
         twin.zero_grad()
         sum(expected.values()).backward()
-        found = {name: judged.terms[name] for name in judged.terms if name not in ("reconstruction_l1", "generator")}
+        found = {
+            name: compared.terms[name] for name in compared.terms if name not in ("reconstruction_l1", "generator")
+        }
         torch.testing.assert_close(found, {name: term.detach() for name, term in expected.items()})
         torch.testing.assert_close(gradients(whole.adversarial.discriminator), gradients(twin), rtol=1e-3, atol=1e-6)
 
@@ -148,13 +150,13 @@ def test_the_schedule():
     shares, trained = [], []
     for step in range(16):
         whole.zero_grad()
-        judged = whole(decoder(images()), images(), decoder.last.weight, step)
-        judged.loss.backward()
-        shares.append(float(judged.figures.get("generator_weight", torch.zeros(()))) / 0.5)
+        compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=step)
+        compared.loss.backward()
+        shares.append(float(compared.figures.get("generator_weight", torch.zeros(()))) / 0.5)
         found = gradients(whole.adversarial.discriminator).values()
         assert all(gradient is not None for gradient in found)
         trained.append(any(gradient.abs().max() > 0 for gradient in found))
-        assert ("discriminator" in judged.terms) == trained[-1] and ("generator" in judged.terms) == (step >= 10)
+        assert ("discriminator" in compared.terms) == trained[-1] and ("generator" in compared.terms) == (step >= 10)
     assert shares == pytest.approx([0.0] * 10 + [0.25, 0.5, 0.75, 1.0, 1.0, 1.0])
     assert trained == [False] * 6 + [True] * 10
 
@@ -166,7 +168,7 @@ def test_before_the_start_nothing_is_computed():
 
     decoder, whole = Decoder(), objective(Untouched(width=4), start_step=1)
     plain = deepcopy(decoder)
-    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0).loss.backward()
     F.l1_loss(plain(images()), images()).backward()
     torch.testing.assert_close(gradients(decoder), gradients(plain))
 
@@ -175,16 +177,16 @@ def test_validation_has_no_adversarial_terms():
     whole = objective(lecam_weight=1.0)
     before = deepcopy(whole.state_dict())
     with torch.no_grad():
-        judged = whole(Decoder()(images()), images())
-    assert set(judged.terms) == {"reconstruction_l1"} and not judged.figures
+        compared = whole(Decoder()(images()), images())
+    assert set(compared.terms) == {"reconstruction_l1"} and not compared.figures
     torch.testing.assert_close(whole.state_dict(), before, rtol=0, atol=0)
 
 
 def test_the_discriminators_activations_are_gone_before_the_backward_pass():
     """Its graph ends with the forward pass: the loss holds gradients, not activations."""
     decoder, whole = Decoder(), objective()
-    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
-    behind = {type(node).__name__ for node, _ in judged.loss.grad_fn.next_functions if node is not None}
+    compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0)
+    behind = {type(node).__name__ for node, _ in compared.loss.grad_fn.next_functions if node is not None}
     assert behind == {"ConvolutionBackward0", "AccumulateGrad"}
 
 
@@ -194,7 +196,7 @@ def test_a_frozen_part_is_passed_backward_once():
     passes = []
     block = whole.adversarial.discriminator.frozen.prepare().blocks[1]
     block.register_full_backward_hook(lambda *arguments: passes.append(1))
-    whole(decoder(images()), images(), decoder.last.weight, step=0).loss.backward()
+    whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0).loss.backward()
     assert len(passes) == 1
 
 
@@ -202,26 +204,27 @@ def test_a_frozen_part_is_passed_backward_once():
 def test_autocast(dtype):
     """In float16 the losses stay in float32, and gradients far below its range arrive at the decoder."""
     decoder, whole = Decoder(), objective(weight=0.5)
-    judged = whole(decoder(images()), images(), decoder.last.weight, step=0)
-    expected = judged.figures["generator_weight"]
+    compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0)
+    expected = compared.figures["generator_weight"]
     seen = []
     whole.adversarial.discriminator.main[0].register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
     with torch.autocast("cpu", dtype):
         outputs = decoder(images()).float()
-        judged = whole(outputs, images(), decoder.last.weight, step=0)
+        compared = whole(outputs, images(), last_layer=decoder.last.weight, step=0)
     assert set(seen) == {torch.bfloat16 if dtype == torch.bfloat16 else torch.float32}
-    (judged.loss * 2.0**10).backward()
+    (compared.loss * 2.0**10).backward()
     assert all(gradient.isfinite().all() for gradient in gradients(decoder).values())
-    torch.testing.assert_close(judged.figures["generator_weight"], expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(compared.figures["generator_weight"], expected, rtol=0.1, atol=0)
 
 
 def test_an_adaptive_weight_survives_half_precision():
     """Gradients of 1e-9 at the pixels vanish in float16; what they are at the last layer must not."""
     decoder = Decoder()
     pushes = [torch.randn(4, 3, 16, 16) * size for size in (3e-9, 1e-9)]
-    expected = adaptive_weight(decoder(images()), decoder.last.weight, *pushes)
+    gradients = {"reconstruction_gradient": pushes[0], "generator_gradient": pushes[1]}
+    expected = adaptive_weight(decoder(images()), decoder.last.weight, **gradients)
     with torch.autocast("cpu", torch.float16):
-        found = adaptive_weight(decoder(images()).float(), decoder.last.weight, *pushes)
+        found = adaptive_weight(decoder(images()).float(), decoder.last.weight, **gradients)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
