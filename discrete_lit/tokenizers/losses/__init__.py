@@ -1,4 +1,4 @@
-"""What an autoencoder is trained for: pixels, perception, and a discriminator's judgement. Plain PyTorch."""
+"""Losses that train an image autoencoder: of pixels, of perception, and against a discriminator. Plain PyTorch."""
 
 from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss
 from discrete_lit.tokenizers.losses.objective import Objective, PixelLoss

@@ -13,11 +13,11 @@ adaptive weight lambda, LeCam, R1, and how gradients are taken and handed on. `O
 **One backward pass serves both players.** Written naively, a batch passes the reconstructions through D twice (for the
 generator with D frozen, for D with the reconstructions detached), and needs two backward passes and two optimizers;
 accumulation, clipping, precision and schedules then have to be redone by hand. Here D sees the reconstructions once, in
-the forward pass, and both gradients are taken from those logits at once: that of L_G at the decoder's outputs y, that of
-L_D at D's weights. `with_known_gradients` makes a scalar whose backward pass hands these gradients on: y's go through
-the decoder as usual, D's arrive at its weights. So each network is passed backward once for each gradient that is
-needed, neither player's gradient reaches the other, D's activations are freed before the decoder's backward pass, and
-the step is an ordinary one of the Trainer. The result is that of two optimizers that step on the same batch.
+the forward pass, and both gradients are taken from those logits at once: that of L_G at the decoder's outputs y, that
+of L_D at D's weights. `with_known_gradients` makes a scalar whose backward pass hands these gradients on: y's go
+through the decoder as usual, D's arrive at its weights. So each network is passed backward once for each gradient that
+is needed, neither player's gradient reaches the other, D's activations are freed before the decoder's backward pass,
+and the step is an ordinary one of the Trainer. The result is that of two optimizers that step on the same batch.
 """
 
 from collections.abc import Sequence

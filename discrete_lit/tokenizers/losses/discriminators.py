@@ -1,12 +1,13 @@
-"""What a discriminator is.
+"""Discriminators: what tells images from reconstructions, for `AdversarialLoss`.
 
-Batch normalisation over the batches of all ranks.
+    PatchGAN               a logit for every patch  Isola et al., "Image-to-Image Translation", CVPR 2017, section
+                                                    3.2.2; the discriminator of taming's VQGAN
+    StyleGANDiscriminator  a logit for an image     Karras et al., "Analyzing and Improving the Image Quality of
+                                                    StyleGAN" (StyleGAN2), CVPR 2020
+    DINODiscriminator      a logit for every patch  Sauer et al., "StyleGAN-T", ICML 2023, section 3.1
+                           and layer of a frozen ViT
 
-The discriminator of patches (Isola et al., "Image-to-Image Translation", CVPR 2017, section 3.2.2).
-
-The discriminator of StyleGAN2 (Karras et al., "Analyzing and Improving the Image Quality", CVPR 2020).
-
-A discriminator that looks through a frozen ViT (Sauer et al., "StyleGAN-T", ICML 2023, section 3.1).
+Each stands with its own layers below it.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +17,7 @@ from math import gcd, sqrt
 from typing import Literal, cast
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
@@ -24,9 +26,12 @@ from torch.nn.utils.parametrizations import spectral_norm
 from discrete_lit.core.distributed import world_size
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
 
+# Groups of channels of a group normalisation, at most.
+_NORM_GROUPS = 32
+
 
 class Discriminator(nn.Module, ABC):
-    """Tells images from reconstructions."""
+    """Tell images from reconstructions by logits, which are high for images."""
 
     def prepare(self) -> None:
         """Read the weights of what is frozen, if anything is.
@@ -40,8 +45,66 @@ class Discriminator(nn.Module, ABC):
         """Images `(B, C, H, W)`, about [-1, 1], to logits `(B, ...)`, one or several of each: high for real ones."""
 
 
+class PatchGAN(Discriminator):
+    """Give a logit to every patch of an image by 4x4 convolutions; with three layers a patch is 70x70 pixels.
+
+    Convolutions, their order and their initialisation are those of taming's `NLayerDiscriminator`, and with
+    `norm="sync"` the names of the weights too.
+
+    Args:
+        in_channels: C of the images.
+        width: channels of the first layer; they double up to eight times that.
+        layers: convolutions of stride 2.
+        norm: `"group"` normalises every image alone; `"sync"` is batch normalisation over all ranks, the paper's, with
+            which images and reconstructions are normalised apart.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self, *, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
+    ) -> None:
+        super().__init__()
+        if width < 1 or layers < 1:
+            raise ValueError(f"width and layers of PatchGAN must be at least 1, got width={width}, layers={layers}")
+        if norm not in ("group", "sync"):
+            raise ValueError(f"norm of PatchGAN must be 'group' or 'sync', got {norm!r}")
+        self.smallest = 3 * 2**layers
+        widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
+        made: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for layer in range(1, layers + 1):
+            stride = 2 if layer < layers else 1
+            # The norm brings a bias of its own.
+            made.append(nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False))
+            made += [_norm(norm, widths[layer]), nn.LeakyReLU(0.2)]
+        made.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.main = nn.Sequential(*made)
+        self.apply(_initialise)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, h, w)
+        if min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"this PatchGAN takes images of at least {self.smallest}x{self.smallest} pixels, got "
+                f"{tuple(images.shape[-2:])}; give it fewer layers"
+            )
+        return self.main(images)
+
+
+def _norm(kind: str, width: int) -> nn.Module:
+    return SynchronizedBatchNorm(width) if kind == "sync" else nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, SynchronizedBatchNorm | nn.GroupNorm):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
 class SynchronizedBatchNorm(nn.BatchNorm2d):
-    """A BatchNorm2d whose statistics in training are those of the joined batch of all ranks.
+    """Normalise, in training, by the statistics of the joined batch of all ranks.
 
     Whether there are other ranks is asked at every call. Unlike `torch.nn.SyncBatchNorm` it runs on every device and
     can be differentiated twice, as a gradient penalty asks.
@@ -70,72 +133,12 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
             return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-_NORM_GROUPS = 32
-
-
-class PatchGAN(Discriminator):
-    """4x4 convolutions that judge every patch; with three layers a patch is 70x70 pixels.
-
-    Convolutions, their order and their initialisation are those of taming's `NLayerDiscriminator`, and with
-    `norm="sync"` the names of the weights too.
-
-    Args:
-        in_channels: C of the images.
-        width: channels of the first layer; they double up to eight times that.
-        layers: convolutions of stride 2.
-        norm: `"group"` treats every image alone; `"sync"` is batch normalisation over all ranks, the paper's, with
-            which reals and reconstructions are normalised apart.
-
-    Raises:
-        ValueError: a setting out of its range.
-    """
-
-    def __init__(
-        self, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
-    ) -> None:
-        super().__init__()
-        if width < 1 or layers < 1:
-            raise ValueError(f"width and layers of PatchGAN must be at least 1, got width={width}, layers={layers}")
-        if norm not in ("group", "sync"):
-            raise ValueError(f"norm of PatchGAN must be 'group' or 'sync', got {norm!r}")
-        self.smallest = 3 * 2**layers
-        widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
-        made: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        for layer in range(1, layers + 1):
-            stride = 2 if layer < layers else 1
-            # The norm brings a bias of its own.
-            made.append(nn.Conv2d(widths[layer - 1], widths[layer], 4, stride=stride, padding=1, bias=False))
-            made += [_norm(norm, widths[layer]), nn.LeakyReLU(0.2)]
-        made.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
-        self.main = nn.Sequential(*made)
-        self.apply(_initialise)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, h, w)
-        if min(images.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"this PatchGAN judges images of at least {self.smallest}x{self.smallest} pixels, got "
-                f"{tuple(images.shape[-2:])}; give it fewer layers"
-            )
-        return self.main(images)
-
-
-def _norm(kind: str, width: int) -> nn.Module:
-    return SynchronizedBatchNorm(width) if kind == "sync" else nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, SynchronizedBatchNorm | nn.GroupNorm):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-        nn.init.zeros_(module.bias)
-
-
+# Side of the image behind the last block of StyleGAN's discriminator.
 _LEAST_SIZE = 4
 
 
 class StyleGANDiscriminator(Discriminator):
-    """Residual blocks that halve the image behind a blur down to 4x4, and one logit for an image.
+    """Give one logit to an image by residual blocks that halve it behind a blur, down to 4x4.
 
     As in MaskGIT's port of it, layers are ordinary ones instead of equalised.
 
@@ -144,16 +147,16 @@ class StyleGANDiscriminator(Discriminator):
         in_channels: C of the images.
         width: channels at full resolution; they double with every halving.
         max_width: channels at most.
-        group_size: images whose deviation is shown to the last layers (minibatch deviation: Karras et al.,
-            "Progressive Growing of GANs", ICLR 2018, section 3), at most; 1 leaves it out. Groups are neighbours in
-            the batch, so it must divide the batch of a rank for several ranks to be as one.
+        group_size: images, at most, whose deviation from one another is shown to the last layers (minibatch standard
+            deviation: Karras et al., "Progressive Growing of GANs", ICLR 2018, section 3); 1 leaves it out. Groups are
+            neighbours in the batch, so it must divide the batch of a rank for several ranks to be as one.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
     def __init__(
-        self, image_size: int, in_channels: int = 3, width: int = 64, max_width: int = 512, group_size: int = 4
+        self, image_size: int, *, in_channels: int = 3, width: int = 64, max_width: int = 512, group_size: int = 4
     ) -> None:
         super().__init__()
         halvings = max(image_size // _LEAST_SIZE, 1).bit_length() - 1
@@ -213,20 +216,16 @@ def _activate(x: Tensor) -> Tensor:
 
 
 def _group_deviation(hidden: Tensor, group_size: int) -> Tensor:
-    """`(B, C, h, w)` to `(B, 1, h, w)`: the mean deviation over the images of each group, float32."""
+    """`(B, C, h, w)` to `(B, 1, h, w)`: the mean deviation over the images of each group, computed in float32."""
     batch, _, height, width = hidden.shape
     group = next(size for size in range(min(group_size, batch), 0, -1) if batch % size == 0)
-    groups = hidden.float().reshape(batch // group, group, -1)
+    groups = rearrange(hidden.float(), "(groups group) c h w -> groups group (c h w)", group=group)
     deviation = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=1)  # (groups,)
-    spread = deviation.repeat_interleave(group)[:, None, None, None]
-    return spread.expand(-1, 1, height, width).to(hidden.dtype)
-
-
-_NORM_GROUPS = 32
+    return repeat(deviation, "groups -> (groups group) 1 h w", group=group, h=height, w=width).to(hidden.dtype)
 
 
 class DINODiscriminator(Discriminator):
-    """Small heads on the patch tokens of several layers of a frozen ViT; each gives a logit for a patch.
+    """Give a logit to every patch and layer of a frozen ViT, whose patch tokens small heads read.
 
     A head is two convolutions over the sequence of patches, the second wide and residual, and one to a logit, under
     spectral normalisation. StyleGAN-T's own heads also read the class embedding of a text, and normalise over the
@@ -236,7 +235,7 @@ class DINODiscriminator(Discriminator):
         model_name: timm's name of the ViT, for instance `vit_small_patch16_224.dino` or
             `vit_small_patch14_dinov2.lvd142m`.
         weights_path: its weights in timm's layout; `"random"` takes random ones, for tests.
-        layers: blocks whose tokens are judged, from 0.
+        layers: blocks whose tokens are read, from 0.
         image_size: images are resized to it: a multiple of the ViT's patch.
         kernel_size: of the wide convolution; odd.
 
@@ -248,6 +247,7 @@ class DINODiscriminator(Discriminator):
         self,
         model_name: str,
         weights_path: str,
+        *,
         layers: Sequence[int] = (2, 5, 8, 11),
         image_size: int = 224,
         kernel_size: int = 9,

@@ -1,6 +1,6 @@
-"""Networks that a loss looks through: never trained, never saved.
+"""Frozen networks that a loss looks through: never trained, never saved, read from files when training starts.
 
-Frozen networks of timm, and images as they want them.
+`FrozenNetwork` holds one; below it stand the reading of weights, networks of timm, and images as those expect them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ RANDOM_WEIGHTS = "random"
 
 
 class FrozenNetwork:
-    """A network in eval mode without gradients to its weights, made when it is first needed.
+    """Hold a network in eval mode, without gradients to its weights, made when it is first needed.
 
     It is no module, so that a module that holds one neither saves its weights nor needs them to be loaded again. Copies
     share it. It follows the device of what it is asked for.
@@ -75,8 +75,13 @@ def read_weights(path: str, setting: str) -> dict[str, Tensor]:
     return weights
 
 
-def load_weights(network: nn.Module, weights: dict[str, Tensor], setting: str) -> nn.Module:
+def load_frozen(network: nn.Module, weights: dict[str, Tensor], setting: str) -> nn.Module:
     """Put weights into a network, all of them and nothing else.
+
+    Args:
+        network: to be filled.
+        weights: by name.
+        setting: where the user gave their path, for the message.
 
     Raises:
         ValueError: a missing or unexpected name, or another shape.
@@ -88,7 +93,7 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], setting: str) -
     return network
 
 
-def make_timm(model_name: str, weights_path: str, setting: str, has_layers: bool, **arguments: Any) -> nn.Module:
+def make_timm(model_name: str, weights_path: str, setting: str, *, has_layers: bool, **arguments: Any) -> nn.Module:
     """A network of timm with weights from a file.
 
     Args:
@@ -109,7 +114,7 @@ def make_timm(model_name: str, weights_path: str, setting: str, has_layers: bool
     if has_layers and not hasattr(network, "forward_intermediates"):
         raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
     if weights_path != RANDOM_WEIGHTS:
-        load_weights(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
+        load_frozen(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
     return with_pixel_statistics(network)
 
 

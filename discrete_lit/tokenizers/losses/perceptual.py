@@ -1,4 +1,8 @@
-"""Losses between what frozen networks see in two images."""
+"""Perceptual losses: distances between what a frozen network sees in two images.
+
+`LPIPS` (Zhang et al., 2018) weighs the features of VGG-16 by learned heads; `TimmFeatures` compares the features or the
+logits of any network of timm, as TiTok and MaskBit do.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,7 +16,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from discrete_lit.tokenizers.losses.frozen_networks import (
     RANDOM_WEIGHTS,
     FrozenNetwork,
-    load_weights,
+    load_frozen,
     make_timm,
     pixels_for,
     read_weights,
@@ -21,7 +25,7 @@ from discrete_lit.tokenizers.losses.frozen_networks import (
 
 
 class PerceptualLoss(nn.Module, ABC):
-    """Compares outputs with images by a frozen network, whose weights are read when training starts.
+    """Compare outputs with images by a frozen network, whose weights are read when training starts.
 
     Args:
         weight: the loss is multiplied by it.
@@ -48,13 +52,14 @@ class PerceptualLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
-        """Of outputs and images `(B, 3, H, W)`, about [-1, 1]: the scalar mean over images, without the weight."""
+        """The mean distance of outputs from images `(B, 3, H, W)`, about [-1, 1]: a scalar, without the weight."""
 
 
 class LPIPS(PerceptualLoss):
-    """Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (CVPR 2018), on VGG-16.
+    """Compare images by VGG-16's features and learned weights of them (LPIPS).
 
-    Features of five layers, divided by their length at each position; their squared differences are weighted by the
+    Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018. The
+    features of five layers are divided by their length at each position; their squared differences are weighted by the
     learned heads of version 0.1 (part of torchmetrics), summed over channels and layers, and averaged over positions
     (eq. 1). As in torchmetrics, a small number under the root of the length keeps its gradient finite where all
     features are zero.
@@ -66,7 +71,7 @@ class LPIPS(PerceptualLoss):
     """
 
     layers = (3, 8, 15, 22, 29)
-    """Places in torchvision's `vgg16().features` behind whose ReLU the features are taken."""
+    """Indices in torchvision's `vgg16().features` of the ReLUs behind which the features are taken."""
     shift: Tensor
     scale: Tensor
 
@@ -91,9 +96,9 @@ class LPIPS(PerceptualLoss):
     def _features(self, images: Tensor) -> list[Tensor]:
         hidden = (images - self.shift) / self.scale
         features = []
-        for place, layer in enumerate(self.network.on(images.device)["trunk"]):
+        for number, layer in enumerate(self.network.on(images.device)["trunk"]):
             hidden = layer(hidden)
-            if place in self.layers:
+            if number in self.layers:
                 features.append(hidden)
         return features
 
@@ -103,7 +108,7 @@ class LPIPS(PerceptualLoss):
             setting = "perceptual_loss.weights_path"
             weights = read_weights(self.weights_path, setting)
             features = {name.removeprefix("features."): value for name, value in weights.items() if "features" in name}
-            load_weights(trunk, {name: features[name] for name in trunk.state_dict() if name in features}, setting)
+            load_frozen(trunk, {name: features[name] for name in trunk.state_dict() if name in features}, setting)
         return nn.ModuleDict({"trunk": trunk, "heads": nn.ParameterList(_learned_heads())})
 
 
@@ -121,7 +126,7 @@ def _unit(features: Tensor) -> Tensor:
 
 
 class TimmFeatures(PerceptualLoss):
-    """Mean squared difference of what any network of timm sees.
+    """Compare images by the mean squared difference of what any network of timm sees.
 
     With `layers`, feature maps are divided by their length at each position, as in LPIPS without its learned heads, and
     the squared lengths of their differences are averaged over positions and layers. Without, the logits are compared,
@@ -145,6 +150,7 @@ class TimmFeatures(PerceptualLoss):
         self,
         model_name: str,
         weights_path: str | None = None,
+        *,
         layers: Sequence[int] | None = None,
         weight: float = 1.0,
         image_size: int | None = 224,
