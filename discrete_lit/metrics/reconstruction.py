@@ -168,7 +168,7 @@ class ReconstructionMeter:
             self.usage = CodebookUsage(self.autoencoder.vocab_size).to(tokens.device)
         if self.usage is not None:
             self.usage.update(tokens)
-        for name, component in self.autoencoder.parts(tokens).items():
+        for name, component in self.autoencoder.components(tokens).items():
             if name not in self.components:
                 self.components[name] = CodebookUsage(component.size).to(tokens.device)
             self.components[name].update(component.ids)

@@ -29,7 +29,7 @@ from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, Perceptua
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
@@ -204,7 +204,7 @@ def logit_laplace_images(outputs: Tensor) -> Tensor:
     return pixels.clamp(0, 1) * 2 - 1
 
 
-# The name of all ids together among those of their parts.
+# The name of all ids together among those of their components.
 _WHOLE = "all"
 
 
@@ -213,8 +213,8 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     In validation it also logs `validation/codebook_usage` (fraction of the K ids that occur) and
     `validation/perplexity` (exp of the entropy of the ids in nats, between 1 and K), and both again, as
-    `validation/codebook_usage/<part>`, of each part that the quantizer names: a codebook of several, a scale, a
-    bit. Above K = 2^24 the parts alone.
+    `validation/codebook_usage/<component>`, of each component of the ids that the quantizer names: a codebook of
+    several, a scale, a bit. Above K = 2^24 the components alone.
 
     Args:
         network: called with the quantizer's `dim` and `latent_dim`.
@@ -244,8 +244,8 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         return self.to_images(self.network.decode(self.embed(tokens)).float())
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
-        return self.quantizer.parts(tokens)
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        return self.quantizer.components(tokens)
 
     def coding_state(self) -> dict[str, Tensor]:
         """The weights and buffers of network and quantizer: all but those of the losses."""
@@ -261,13 +261,13 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def measure(self, made: Reconstruction) -> None:
         assert made.tokens is not None
-        counted = self.parts(made.tokens)
+        counted = self.components(made.tokens)
         if self.vocab_size <= MOST_COUNTED:
-            counted[_WHOLE] = Part(made.tokens, self.vocab_size)
-        for name, part in counted.items():
+            counted[_WHOLE] = Component(made.tokens, self.vocab_size)
+        for name, component in counted.items():
             if name not in self.usage:
-                self.usage[name] = CodebookUsage(part.size).to(self.device)
-            cast(CodebookUsage, self.usage[name]).update(part.ids)
+                self.usage[name] = CodebookUsage(component.size).to(self.device)
+            cast(CodebookUsage, self.usage[name]).update(component.ids)
 
     def on_validation_epoch_end(self) -> None:
         for name, measured in self.usage.items():

@@ -1,6 +1,7 @@
-"""What a tokenizer is: images to a grid of ids and back.
+"""Tokenizers: images to a grid of ids and back; what one is, and how a generator takes one from a checkpoint.
 
-The shape of a tokenizer without the tokenizer: for generators whose files hold no other.
+`Tokenizer` is the contract. `from_checkpoint` gives a generator the frozen tokenizer of a checkpoint. `TokenGrid`
+stands where a generator's tokenizer is missing: it knows the shape of the ids, and codes nothing.
 """
 
 from abc import ABC, abstractmethod
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.files import content_sha256
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
 @loadable
 class Tokenizer(LightningModule, ABC):
-    """Maps images to a grid of token ids in [0, K) and back.
+    """Map images to a grid of token ids in [0, K), and back.
 
     Subclasses set `vocab_size` and implement the four methods below; a generator needs nothing else of a tokenizer.
     """
@@ -40,15 +41,15 @@ class Tokenizer(LightningModule, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` float in [-1, 1] to `(B, *token_shape)` int64 in [0, K).
+        """Turn images `(B, C, H, W)`, float in [-1, 1], into ids `(B, *token_shape)`, int64 in [0, K).
 
         Raises:
-            ValueError: a size that the down-sampling does not divide.
+            ValueError: a size that the down-sampling does not divide; pixels that are not finite numbers.
         """
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """`(B, *token_shape)` int64 in [0, K) to `(B, C, H, W)` float in [-1, 1].
+        """Turn ids `(B, *token_shape)`, int64 in [0, K), into images `(B, C, H, W)`, float in [-1, 1].
 
         Raises:
             ValueError: an id outside [0, K).
@@ -56,15 +57,27 @@ class Tokenizer(LightningModule, ABC):
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """`(B, *token_shape)` to the code vectors `(B, D, *grid)`."""
+        """Look up the code vectors `(B, D, *grid)` of ids `(B, *token_shape)`.
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
-        """Named parts of ids `(B, *token_shape)` whose usage is reported beside the whole: none by default."""
+        Raises:
+            ValueError: an id outside [0, K).
+        """
+
+    # What a tokenizer may add to that.
+
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        """Name the components of ids `(B, *token_shape)` whose usage is reported beside the whole; none by default."""
         return {}
 
     def texts(self, tokens: Tensor) -> list[str] | None:
         """The texts of ids `(B, *token_shape)`; None where they stand for no text."""
         return None
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The weights and buffers, by name, that `encode` and `decode` depend on: all unless a subclass says less."""
+        return self.state_dict()
+
+    # What every tokenizer has.
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise a ValueError unless every id is in [0, K)."""
@@ -79,16 +92,12 @@ class Tokenizer(LightningModule, ABC):
         broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if broken:
             raise ValueError(
-                f"{len(broken)} of {len(images)} images have pixels that are not finite numbers; their places in the "
-                f"batch: {', '.join(map(str, broken[:10]))}{', ...' if len(broken) > 10 else ''}"
+                f"{len(broken)} of {len(images)} images have pixels that are not finite numbers; their positions in "
+                f"the batch: {', '.join(map(str, broken[:10]))}{', ...' if len(broken) > 10 else ''}"
             )
 
-    def coding_state(self) -> dict[str, Tensor]:
-        """The weights and buffers, by name, that `encode` and `decode` depend on: all unless said otherwise."""
-        return self.state_dict()
-
     def fingerprint(self) -> str:
-        """SHA-256 of the class and of what `encode` and `decode` depend on, on any device: equal ones code alike."""
+        """SHA-256 of the class's name and of `coding_state`, the same on any device: equal ones code alike."""
 
         def pieces() -> Iterator[str | bytes]:
             yield type(self).__qualname__
@@ -101,7 +110,7 @@ class Tokenizer(LightningModule, ABC):
 
 
 def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:
-    """The frozen tokenizer of a checkpoint, for a generator's `tokenizer` argument.
+    """Load the frozen tokenizer of a checkpoint, for a generator's `tokenizer` argument.
 
     Args:
         checkpoint: a file written by `discrete-lit fit` on a Tokenizer.
@@ -123,12 +132,12 @@ def from_checkpoint(checkpoint: str, sha256: str | None = None) -> Tokenizer:
 
 
 def freeze(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer in eval mode, without gradients."""
+    """Put a tokenizer into eval mode, without gradients, and return it."""
     return tokenizer.eval().requires_grad_(False)
 
 
 class TokenGrid(Tokenizer):
-    """Knows how many ids there are and on what grid; codes nothing.
+    """Say how many ids there are and on what grid, in place of a tokenizer that is not there.
 
     A generator around it models and samples ids; images need the tokenizer that its tokens are of.
 
@@ -162,7 +171,7 @@ class TokenGrid(Tokenizer):
         self._refuse()
 
     def coding_state(self) -> dict[str, Tensor]:
-        """What little tells one from another."""
+        """K and the grid: all that tells two of them apart."""
         return {"grid": torch.tensor((self.vocab_size, *self.grid))}
 
     def _refuse(self) -> NoReturn:

@@ -141,7 +141,7 @@ def magvit2_lfq(load: Load, case: Case) -> Tensors:
     module = load()
     made, quantized = common(module, case)
     if case.expects("indices_pre"):
-        bits = [part.ids for part in module.quantizer.parts(made["indices"]).values()]
+        bits = [part.ids for part in module.quantizer.components(made["indices"]).values()]
         first, second = case.constructor["factorized_bits used for indices_pre/post"]
         halves = {"indices_pre": bits[:first], "indices_post": bits[first:]}
         assert len(halves["indices_post"]) == second

@@ -109,7 +109,7 @@ def test_bad_input(tokenizer) -> None:
     broken = torch.zeros(2, 3, 4, 4)
     broken[1, 0, 2, 3] = float("nan")
     with pytest.raises(
-        ValueError, match="1 of 2 images have pixels that are not finite numbers; their places in the batch: 1"
+        ValueError, match="1 of 2 images have pixels that are not finite numbers; their positions in the batch: 1"
     ):
         tokenizer.encode(broken)
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 4\)"):

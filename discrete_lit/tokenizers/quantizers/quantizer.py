@@ -19,8 +19,8 @@ class Quantized:
     """Scalar terms by their paper's name, each already multiplied by its weight; their sum joins the loss."""
 
 
-class Part(NamedTuple):
-    """A part of the ids with a vocabulary of its own: a codebook of several, a scale, a bit."""
+class Component(NamedTuple):
+    """A component of composite ids, with a vocabulary of its own: a codebook of several, a scale, a bit."""
 
     ids: Tensor
     """int64 of any shape, in [0, size)."""
@@ -59,6 +59,6 @@ class Quantizer(nn.Module, ABC):
     def lookup(self, tokens: Tensor) -> Tensor:
         """Ids `(B, *token_shape(grid))` to float32 code vectors `(B, *grid, D)`, the values that `forward` gives."""
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
-        """Named parts of ids `(B, *token_shape(grid))` whose usage is reported beside the whole: none by default."""
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        """Name the components of ids `(B, *token_shape(grid))` whose usage is reported beside the whole; none by default."""
         return {}

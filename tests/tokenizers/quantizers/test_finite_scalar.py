@@ -144,9 +144,13 @@ def test_large_vocabularies_are_exact(levels: list[int]) -> None:
 def test_parts_are_the_channels_levels() -> None:
     quantizer = FiniteScalarQuantizer([8, 6, 5])
     tokens = torch.tensor([[0, 7, 8], [48, 239, 100]])
-    parts = quantizer.parts(tokens)
-    assert [(name, part.size) for name, part in parts.items()] == [("channel_0", 8), ("channel_1", 6), ("channel_2", 5)]
-    assert [part.ids.tolist() for part in parts.values()] == [
+    components = quantizer.components(tokens)
+    assert [(name, part.size) for name, part in components.items()] == [
+        ("channel_0", 8),
+        ("channel_1", 6),
+        ("channel_2", 5),
+    ]
+    assert [part.ids.tolist() for part in components.values()] == [
         [[0, 7, 0], [0, 7, 4]],
         [[0, 0, 1], [0, 5, 0]],
         [[0, 0, 0], [1, 4, 2]],

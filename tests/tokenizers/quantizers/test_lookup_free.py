@@ -60,9 +60,9 @@ def test_many_bits(bits: int) -> None:
 def test_parts_are_the_channels_bits(kind) -> None:
     quantizer = kind(5)
     latents = torch.randn(2, 3, 5)
-    parts = quantizer.parts(quantizer.encode(latents))
-    assert list(parts) == [f"bit_{channel}" for channel in range(5)]
-    for channel, part in enumerate(parts.values()):
+    components = quantizer.components(quantizer.encode(latents))
+    assert list(components) == [f"bit_{channel}" for channel in range(5)]
+    for channel, part in enumerate(components.values()):
         assert part.size == 2 and torch.equal(part.ids, (latents[..., channel] > 0).long())
 
 

@@ -160,9 +160,11 @@ def test_training_lowers_its_losses() -> None:
 def test_parts_are_the_scales() -> None:
     quantizer = make()
     tokens = torch.arange(21).repeat(2, 1) % 16
-    parts = quantizer.parts(tokens)
-    assert list(parts) == ["scale_1", "scale_2", "scale_4"] and all(part.size == 16 for part in parts.values())
-    assert [part.ids.tolist()[0] for part in parts.values()] == [[0], [1, 2, 3, 4], [n % 16 for n in range(5, 21)]]
+    components = quantizer.components(tokens)
+    assert list(components) == ["scale_1", "scale_2", "scale_4"] and all(
+        part.size == 16 for part in components.values()
+    )
+    assert [part.ids.tolist()[0] for part in components.values()] == [[0], [1, 2, 3, 4], [n % 16 for n in range(5, 21)]]
 
 
 def test_autocast_changes_nothing() -> None:

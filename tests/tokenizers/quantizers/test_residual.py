@@ -99,9 +99,9 @@ def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
 
 def test_parts_are_the_depths() -> None:
     tokens = torch.randint(16, (2, 4, 4, 3))
-    parts = make().parts(tokens)
-    assert list(parts) == ["depth_0", "depth_1", "depth_2"]
-    for number, part in enumerate(parts.values()):
+    components = make().components(tokens)
+    assert list(components) == ["depth_0", "depth_1", "depth_2"]
+    for number, part in enumerate(components.values()):
         assert part.size == 16 and torch.equal(part.ids, tokens[..., number])
 
 
