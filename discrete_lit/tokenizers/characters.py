@@ -1,9 +1,14 @@
-"""Text: an id is a character."""
+"""Characters: the tokenizer of text whose ids are its characters, as in text8 (Mahoney, 2006).
+
+It has no images; `data/text.py` makes token arrays of texts by it, and samples are turned back by `texts`.
+"""
 
 from typing import NoReturn
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -12,12 +17,12 @@ TEXT8 = " abcdefghijklmnopqrstuvwxyz"
 
 
 class Characters(Tokenizer):
-    """Texts of a fixed number of characters, of which each is a token; there are no images.
+    """Make a token of each character of a text of fixed length.
 
-    `image_size` of a generator around it is the number of characters. `data/text.py` makes the token arrays.
+    `image_size` of a generator around it is the number of characters.
 
     Args:
-        symbols: the characters, each once; id i stands for the i-th. text8's by default.
+        symbols: the characters, each once; id i stands for the i-th, counted from 0. text8's by default.
 
     Raises:
         ValueError: a symbol twice, or fewer than two; in use, whenever images are asked for.
@@ -38,18 +43,23 @@ class Characters(Tokenizer):
         return (image_size,)
 
     def ids(self, text: str) -> Tensor:
-        """`(n,)` int64 of a text.
+        """Turn a text of n characters into ids `(n,)`, int64.
 
         Raises:
             ValueError: a character that is no symbol.
         """
-        place = {symbol: number for number, symbol in enumerate(self.symbols)}
-        unknown = sorted(set(text) - place.keys())
+        number_of = {symbol: number for number, symbol in enumerate(self.symbols)}
+        unknown = sorted(set(text) - number_of.keys())
         if unknown:
             raise ValueError(f"the text has characters {unknown[:5]} that are not among the symbols {self.symbols!r}")
-        return torch.tensor([place[character] for character in text], dtype=torch.int64)
+        return torch.tensor([number_of[character] for character in text], dtype=torch.int64)
 
     def texts(self, tokens: Tensor) -> list[str]:
+        """Turn ids `(B, N)` into B texts.
+
+        Raises:
+            ValueError: an id outside [0, K).
+        """
         self.check_tokens(tokens)
         return ["".join(self.symbols[number] for number in row) for row in tokens.tolist()]
 
@@ -60,9 +70,9 @@ class Characters(Tokenizer):
         self._refuse()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """One-hot vectors `(B, K, N)`."""
+        """Make one-hot vectors `(B, K, N)` of ids `(B, N)`."""
         self.check_tokens(tokens)
-        return torch.nn.functional.one_hot(tokens, self.vocab_size).movedim(-1, 1).float()
+        return rearrange(F.one_hot(tokens, self.vocab_size), "b n k -> b k n").float()
 
     def coding_state(self) -> dict[str, Tensor]:
         return {"symbols": torch.tensor([ord(symbol) for symbol in self.symbols])}

@@ -1,8 +1,9 @@
-"""Tokenizers without a network: an id is a pixel's level, or its colour among a few.
+"""Tokenizers without a network, for generators on pixels: an id is a pixel's level, or its colour among a few.
 
-For generators on pixels: the levels of the Image Transformer (Parmar et al., 2018) and of D3PM (Austin et al., 2021),
-the colour clusters of ImageGPT (Chen et al., "Generative Pretraining from Pixels", 2020). There is nothing to train: a
-generator names one as its `tokenizer`, and for `discrete-lit tokenize` a checkpoint is written by
+`PixelLevels` are the levels of the Image Transformer (Parmar et al., 2018) and of D3PM (Austin et al., 2021),
+`ColourPalette` the colour clusters of ImageGPT (Chen et al., "Generative Pretraining from Pixels", 2020), which
+`colour_clusters` finds. There is nothing to train: a generator names one as its `tokenizer`, and for
+`discrete-lit tokenize` a checkpoint is written by
 
     save(instantiate({"class_path": "discrete_lit.tokenizers.PixelLevels", "init_args": {"grey": True}}), "grey.ckpt")
 
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.images import from_uint8
@@ -25,18 +27,10 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 _LUMA = (0.299, 0.587, 0.114)
 
 
-def _check_shape(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must have the shape (B, 3, H, W), got {tuple(images.shape)}")
-
-
-def _check_size(image_size: int) -> None:
-    if image_size < 1:
-        raise ValueError(f"image_size must be positive, got {image_size}")
-
-
 class PixelLevels(Tokenizer):
-    """Each channel of each pixel is a token, its value rounded to one of L levels; with 256, uint8 images come back.
+    """Make a token of each channel of each pixel, its value rounded to one of L levels.
+
+    With 256 levels uint8 images come back as they were.
 
     Args:
         levels: L, at least 2; level l stands for the value 2 l / (L - 1) - 1.
@@ -51,7 +45,7 @@ class PixelLevels(Tokenizer):
     level_values: Tensor
     luma: Tensor
 
-    def __init__(self, levels: int = 256, grey: bool = False) -> None:
+    def __init__(self, levels: int = 256, *, grey: bool = False) -> None:
         super().__init__()
         if levels < 2:
             raise ValueError(f"levels must be at least 2, got {levels}")
@@ -66,30 +60,30 @@ class PixelLevels(Tokenizer):
         return (image_size, image_size) if self.grey else (image_size, image_size, 3)
 
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` in [-1, 1] to `(B, H, W, 3)`, or `(B, H, W)` of grey.
+        """Turn images `(B, 3, H, W)` in [-1, 1] into ids `(B, H, W, 3)`, or `(B, H, W)` with `grey`.
 
         Raises:
             ValueError: another shape, or pixels that are not finite numbers.
         """
         _check_shape(images)
         self.check_images(images)
-        values = images.float().movedim(1, -1)  # (B, H, W, 3)
+        values = rearrange(images.float(), "b c h w -> b h w c")
         if self.grey:
             values = (values * self.luma).sum(dim=-1)
         return values.add(1).mul((self.vocab_size - 1) / 2).round().clamp(0, self.vocab_size - 1).long()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """`(B, *token_shape)` to the values `(B, 1, *token_shape)` of the levels."""
+        """Look up the values of the levels, `(B, 1, *token_shape)`, of ids `(B, *token_shape)`."""
         self.check_tokens(tokens)
         return self.level_values[tokens][:, None]
 
     def decode(self, tokens: Tensor) -> Tensor:
         values = self.embed(tokens)  # (B, 1, H, W) or (B, 1, H, W, 3)
-        return values.expand(-1, 3, -1, -1) if self.grey else values[:, 0].movedim(-1, 1)
+        return values.expand(-1, 3, -1, -1) if self.grey else rearrange(values, "b 1 h w c -> b c h w")
 
 
 class ColourPalette(Tokenizer):
-    """Each pixel is a token: the nearest (Euclidean in RGB) of K colours.
+    """Make a token of each pixel: the nearest (Euclidean in RGB) of K colours.
 
     A checkpoint of this tokenizer carries its colours, not the name of their file.
 
@@ -121,27 +115,28 @@ class ColourPalette(Tokenizer):
         return (image_size, image_size)
 
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` in [-1, 1] to `(B, H, W)`.
+        """Turn images `(B, 3, H, W)` in [-1, 1] into ids `(B, H, W)`.
 
         Raises:
             ValueError: another shape, or pixels that are not finite numbers.
         """
         _check_shape(images)
         self.check_images(images)
-        pixels = images.float().movedim(1, -1)  # (B, H, W, 3)
-        return nearest_codes(pixels.reshape(-1, 3), self.palette).reshape(pixels.shape[:-1])
+        batch, _, height, width = images.shape
+        pixels = rearrange(images.float(), "b c h w -> (b h w) c")
+        return nearest_codes(pixels, self.palette).reshape(batch, height, width)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """`(B, H, W)` to the colours `(B, 3, H, W)`."""
+        """Look up the colours `(B, 3, H, W)` of ids `(B, H, W)`."""
         self.check_tokens(tokens)
-        return self.palette[tokens].movedim(-1, 1)
+        return rearrange(self.palette[tokens], "b h w c -> b c h w")
 
     def decode(self, tokens: Tensor) -> Tensor:
         return self.embed(tokens)
 
 
 def _read_palette(path: str) -> np.ndarray:
-    """The `(K, 3)` float32 colours of a `.npy` file, uint8 ones brought to [-1, 1]."""
+    """Read the `(K, 3)` float32 colours of a `.npy` file, uint8 ones brought to [-1, 1]."""
     if not Path(path).is_file():
         raise ValueError(f"palette: no file {path!r}")
     try:
@@ -154,7 +149,7 @@ def _read_palette(path: str) -> np.ndarray:
 
 
 def colour_clusters(images: Tensor, colours: int, seed: int = 0) -> Tensor:
-    """The palette `(K, 3)` in [-1, 1] that k-means finds in images; `numpy.save` writes it for `ColourPalette`.
+    """Find the palette `(K, 3)` in [-1, 1] of images by k-means; `numpy.save` writes it for `ColourPalette`.
 
     Args:
         images: `(B, 3, H, W)` in [-1, 1]; a few hundred are enough. Pixels that are not finite numbers are left out.
@@ -165,7 +160,17 @@ def colour_clusters(images: Tensor, colours: int, seed: int = 0) -> Tensor:
         ValueError: images of another shape, or fewer pixels than colours.
     """
     _check_shape(images)
-    pixels, everyone = gather_finite(images.float().movedim(1, -1).reshape(-1, 3))
+    pixels, everyone = gather_finite(rearrange(images.float(), "b c h w -> (b h w) c"))
     if not 1 <= colours <= len(everyone):
         raise ValueError(f"colours must lie in [1, {len(everyone)}], the number of pixels, got {colours}")
     return kmeans_codes(pixels, everyone, colours, normalize=False, seed=seed)
+
+
+def _check_shape(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must have the shape (B, 3, H, W), got {tuple(images.shape)}")
+
+
+def _check_size(image_size: int) -> None:
+    if image_size < 1:
+        raise ValueError(f"image_size must be positive, got {image_size}")

@@ -1,12 +1,17 @@
-"""TiTok's autoencoder (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", 2024).
+"""TiTok: an image as a row of a few tokens, in no spatial order.
 
-TiTok (Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", NeurIPS 2024).
+Yu et al., "An Image is Worth 32 Tokens for Reconstruction and Generation", NeurIPS 2024. A ViT reads the patches of the
+image beside N learned latent tokens, and only these are quantised (`LatentTokenEncoder`); a second one reads their
+codes beside a mask token for every patch, and gives the patches back (`LatentTokenDecoder`). `TiTokAutoencoder` is the
+network, `TiTok` the tokenizer, which can be trained in the paper's two stages: first to predict the ids of another
+tokenizer, a *proxy*, whose decoder makes the pixels (`ProxyDecoder`), then on the pixels.
 """
 
 from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,166 +24,10 @@ from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
 
-class JointSequence(nn.Module):
-    """A class token, the patches of the image and the latent tokens, in this order, through one transformer.
-
-    Args:
-        patches: how many.
-        latent_tokens: how many.
-        size: of the transformer.
-    """
-
-    def __init__(self, patches: int, latent_tokens: int, size: TransformerSize) -> None:
-        super().__init__()
-        self.patches = patches
-        scale = size.width**-0.5
-        self.class_token = nn.Parameter(scale * torch.randn(1, size.width))
-        self.patch_positions = nn.Parameter(scale * torch.randn(1 + patches, size.width))  # with the class token's
-        self.latent_positions = nn.Parameter(scale * torch.randn(latent_tokens, size.width))
-        self.first_norm = layer_norm(size.width)
-        self.blocks = TransformerBlocks(size)
-        self.final_norm = layer_norm(size.width)
-
-    def forward(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches `(B, P, D)` and latent tokens `(B, N, D)`, and what becomes of them, in the same shapes."""
-        start = self.class_token.expand(len(patches), 1, -1).to(patches.dtype)
-        patches = torch.cat((start, patches), dim=1) + self.patch_positions
-        sequence = self.first_norm(torch.cat((patches, latents + self.latent_positions), dim=1))
-        _, patches, latents = self.final_norm(self.blocks(sequence)).split((1, self.patches, latents.shape[1]), dim=1)
-        return patches, latents
-
-
-class LatentTokenEncoder(nn.Module):
-    """Images in [0, 1] to the latents of learned tokens that read the patches.
-
-    Args:
-        grid: patches along a side.
-        patch_size: side of a patch in pixels.
-        latent_tokens: N.
-        latent_dim: width of a latent.
-        size: of the transformer.
-        in_channels: C of the images.
-        legacy_reshape: as `TiTokAutoencoder`.
-    """
-
-    def __init__(
-        self,
-        grid: int,
-        patch_size: int,
-        latent_tokens: int,
-        latent_dim: int,
-        size: TransformerSize,
-        in_channels: int,
-        legacy_reshape: bool,
-    ) -> None:
-        super().__init__()
-        self.legacy_reshape = legacy_reshape
-        self.patch_embedding = nn.Conv2d(in_channels, size.width, patch_size, stride=patch_size)
-        self.latent_tokens = nn.Parameter(size.width**-0.5 * torch.randn(latent_tokens, size.width))
-        self.sequence = JointSequence(grid**2, latent_tokens, size)
-        self.project = nn.Linear(size.width, latent_dim)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, latent_dim, N)
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, P, D)
-        _, latents = self.sequence(patches, self.latent_tokens.expand(len(images), -1, -1))  # (B, N, D)
-        if self.legacy_reshape:
-            batch, count, width = latents.shape
-            latents = latents.reshape(batch, width, count).transpose(1, 2)
-        return self.project(latents).transpose(1, 2)
-
-
-class LatentTokenDecoder(nn.Module):
-    """Codes of the latent tokens to one vector for each patch: a mask token stands for every patch.
-
-    Args:
-        grid: patches along a side.
-        latent_tokens: N.
-        code_dim: width of a code.
-        size: of the transformer.
-    """
-
-    def __init__(self, grid: int, latent_tokens: int, code_dim: int, size: TransformerSize) -> None:
-        super().__init__()
-        self.code_embedding = nn.Linear(code_dim, size.width)
-        self.mask_token = nn.Parameter(size.width**-0.5 * torch.randn(1, 1, size.width))
-        self.sequence = JointSequence(grid**2, latent_tokens, size)
-
-    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, N) -> (B, P, D)
-        latents = self.code_embedding(codes.transpose(1, 2))
-        masks = self.mask_token.expand(len(codes), self.sequence.patches, -1).to(latents.dtype)
-        return self.sequence(masks, latents)[0]
-
-
-class PatchPixels(nn.Module):
-    """The pixels of each patch by a linear layer, smoothed by a 3x3 convolution.
-
-    Args:
-        width: D of a patch's vector.
-        grid: patches along a side.
-        patch_size: side of a patch in pixels.
-        channels: of the image.
-    """
-
-    def __init__(self, width: int, grid: int, patch_size: int, channels: int) -> None:
-        super().__init__()
-        self.grid, self.patch_size, self.channels = grid, patch_size, channels
-        self.pixels = nn.Linear(width, patch_size**2 * channels)
-        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, patches: Tensor) -> Tensor:  # (B, P, D) -> (B, C, S, S)
-        side = self.patch_size
-        pixels = self.pixels(patches).unflatten(2, (side, side, self.channels))
-        pixels = pixels.unflatten(1, (self.grid, self.grid))  # (B, rows, columns, y, x, C)
-        return self.smooth(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3))
-
-
-class ProxyDecoder(nn.Module):
-    """The second half of another tokenizer, entered by logits over its codes: that of TiTok's two-stage training.
-
-    The codes are mixed by the softmax of the logits, without a choice, so that gradients pass.
-
-    Args:
-        codebook_size: K' of the other tokenizer.
-        code_dim: D' of its codes.
-        network: its network, called with `code_dim` twice; the encoder is not kept.
-    """
-
-    def __init__(self, codebook_size: int, code_dim: int, network: Callable[[int, int], ConvAutoencoder]) -> None:
-        super().__init__()
-        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
-        self.network = network(code_dim, code_dim)
-        del self.network.encoder
-
-    @torch.no_grad()
-    def copy_from(self, codebook: Tensor, network: ConvAutoencoder) -> None:
-        """Take the codes `(K', D')` and the decoder of the other tokenizer.
-
-        Raises:
-            ValueError: they have other shapes.
-        """
-        if codebook.shape != self.codebook.shape:
-            raise ValueError(
-                f"the proxy tokenizer has a codebook of shape {tuple(codebook.shape)}, this network's proxy one of "
-                f"{tuple(self.codebook.shape)}: set proxy.init_args.codebook_size and code_dim"
-            )
-        self.codebook.copy_(codebook)
-        try:
-            self.network.decoder.load_state_dict(network.decoder.state_dict(), strict=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the proxy tokenizer's decoder is another than proxy.init_args.network describes: {error}"
-            ) from error
-
-    def forward(self, logits: Tensor) -> Tensor:  # (B, K', h, w) -> (B, C, H, W) in [-1, 1]
-        with torch.autocast(logits.device.type, enabled=False):
-            codes = torch.einsum("bkhw,kd->bdhw", logits.float().softmax(dim=1), self.codebook)
-        return self.network.decode(codes)
-
-
 class TiTokAutoencoder(Autoencoder):
-    """A row of N latent tokens for a whole image, in no spatial order.
+    """Encode an image as a row of N latents, in no spatial order, and decode them.
 
-    The latents' places are learned, and so are the patches': one network fits one image size.
+    The positions of latents and patches are learned, so that one network fits one image size.
 
     Args:
         code_dim: D of the codes that the decoder takes; a tokenizer gives it.
@@ -210,7 +59,7 @@ class TiTokAutoencoder(Autoencoder):
         decoder: TransformerSize,
         patch_size: int = 16,
         in_channels: int = 3,
-        proxy: ProxyDecoder | None = None,
+        proxy: "ProxyDecoder | None" = None,
         legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
@@ -224,11 +73,17 @@ class TiTokAutoencoder(Autoencoder):
         self.patch_grid = image_size // patch_size
         latent_dim = code_dim if latent_dim is None else latent_dim
         self.encoder = LatentTokenEncoder(
-            self.patch_grid, patch_size, latent_tokens, latent_dim, encoder, in_channels, legacy_reshape
+            encoder,
+            grid=self.patch_grid,
+            patch_size=patch_size,
+            latent_tokens=latent_tokens,
+            latent_dim=latent_dim,
+            in_channels=in_channels,
+            legacy_reshape=legacy_reshape,
         )
-        self.decoder = LatentTokenDecoder(self.patch_grid, latent_tokens, code_dim, decoder)
+        self.decoder = LatentTokenDecoder(decoder, grid=self.patch_grid, latent_tokens=latent_tokens, code_dim=code_dim)
         if proxy is None:
-            self.pixels = PatchPixels(decoder.width, self.patch_grid, patch_size, in_channels)
+            self.pixels = PatchPixels(decoder.width, grid=self.patch_grid, patch_size=patch_size, channels=in_channels)
         else:
             self.proxy_head = tanh_head(decoder.width, 2 * decoder.width, len(proxy.codebook))
         initialise(self)
@@ -256,14 +111,175 @@ class TiTokAutoencoder(Autoencoder):
         return self.pixels(self.decoder(latents)) * 2 - 1
 
     def proxy_logits(self, latents: Tensor) -> Tensor:
-        """Codes `(B, code_dim, N)` to logits `(B, K', h, w)` over the other tokenizer's ids, one for each patch."""
+        """Turn codes `(B, code_dim, N)` into logits `(B, K', h, w)` over the other tokenizer's ids, for each patch."""
         assert self.proxy is not None
         logits = self.proxy_head(self.decoder(latents))  # (B, P, K')
-        return logits.transpose(1, 2).unflatten(2, (self.patch_grid, self.patch_grid))
+        return rearrange(logits, "b (h w) k -> b k h w", h=self.patch_grid)
+
+
+class LatentTokenEncoder(nn.Module):
+    """Encode images in [0, 1] as the latents of learned tokens that read the patches.
+
+    Args:
+        size: of the transformer.
+        grid: patches along a side.
+        patch_size: side of a patch in pixels.
+        latent_tokens: N.
+        latent_dim: width of a latent.
+        in_channels: C of the images.
+        legacy_reshape: as for `TiTokAutoencoder`.
+    """
+
+    def __init__(
+        self,
+        size: TransformerSize,
+        *,
+        grid: int,
+        patch_size: int,
+        latent_tokens: int,
+        latent_dim: int,
+        in_channels: int,
+        legacy_reshape: bool,
+    ) -> None:
+        super().__init__()
+        self.legacy_reshape = legacy_reshape
+        self.patch_embedding = nn.Conv2d(in_channels, size.width, patch_size, stride=patch_size)
+        self.latent_tokens = nn.Parameter(size.width**-0.5 * torch.randn(latent_tokens, size.width))
+        self.sequence = JointSequence(size, patches=grid**2, latent_tokens=latent_tokens)
+        self.project = nn.Linear(size.width, latent_dim)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, latent_dim, N)
+        patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
+        _, latents = self.sequence(patches, self.latent_tokens.expand(len(images), -1, -1))  # (B, N, D)
+        if self.legacy_reshape:
+            batch, count, width = latents.shape
+            latents = latents.reshape(batch, width, count).transpose(1, 2)  # the mistake: D x N, where N x D was meant
+        return rearrange(self.project(latents), "b n d -> b d n")
+
+
+class LatentTokenDecoder(nn.Module):
+    """Decode the codes of the latent tokens to a vector for each patch, for which a mask token stands.
+
+    Args:
+        size: of the transformer.
+        grid: patches along a side.
+        latent_tokens: N.
+        code_dim: width of a code.
+    """
+
+    def __init__(self, size: TransformerSize, *, grid: int, latent_tokens: int, code_dim: int) -> None:
+        super().__init__()
+        self.code_embedding = nn.Linear(code_dim, size.width)
+        self.mask_token = nn.Parameter(size.width**-0.5 * torch.randn(1, 1, size.width))
+        self.sequence = JointSequence(size, patches=grid**2, latent_tokens=latent_tokens)
+
+    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, N) -> (B, P, D)
+        latents = self.code_embedding(rearrange(codes, "b d n -> b n d"))
+        masks = self.mask_token.expand(len(codes), self.sequence.patches, -1).to(latents.dtype)
+        return self.sequence(masks, latents)[0]
+
+
+class JointSequence(nn.Module):
+    """Pass a class token, the patches of the image and the latent tokens, in this order, through one transformer.
+
+    Args:
+        size: of the transformer.
+        patches: how many there are.
+        latent_tokens: how many there are, N.
+    """
+
+    def __init__(self, size: TransformerSize, *, patches: int, latent_tokens: int) -> None:
+        super().__init__()
+        self.patches = patches
+        scale = size.width**-0.5
+        self.class_token = nn.Parameter(scale * torch.randn(1, size.width))
+        self.patch_positions = nn.Parameter(scale * torch.randn(1 + patches, size.width))  # with the class token's
+        self.latent_positions = nn.Parameter(scale * torch.randn(latent_tokens, size.width))
+        self.first_norm = layer_norm(size.width)
+        self.blocks = TransformerBlocks(size)
+        self.final_norm = layer_norm(size.width)
+
+    def forward(self, patches: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Pass patches `(B, P, D)` and latent tokens `(B, N, D)` through it; returns both, in the same shapes."""
+        start = self.class_token.expand(len(patches), 1, -1).to(patches.dtype)
+        patches = torch.cat((start, patches), dim=1) + self.patch_positions
+        sequence = self.first_norm(torch.cat((patches, latents + self.latent_positions), dim=1))
+        _, patches, latents = self.final_norm(self.blocks(sequence)).split((1, self.patches, latents.shape[1]), dim=1)
+        return patches, latents
+
+
+class PatchPixels(nn.Module):
+    """Make the pixels of each patch by a linear layer, and smooth the image by a 3x3 convolution.
+
+    Args:
+        width: D of a patch's vector.
+        grid: patches along a side.
+        patch_size: side of a patch in pixels.
+        channels: of the image.
+    """
+
+    def __init__(self, width: int, *, grid: int, patch_size: int, channels: int) -> None:
+        super().__init__()
+        self.grid, self.patch_size = grid, patch_size
+        self.pixels = nn.Linear(width, patch_size**2 * channels)
+        self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, patches: Tensor) -> Tensor:  # (B, P, D) -> (B, C, S, S)
+        pixels = rearrange(
+            self.pixels(patches),
+            "b (rows columns) (y x c) -> b c (rows y) (columns x)",
+            rows=self.grid,
+            y=self.patch_size,
+            x=self.patch_size,
+        )
+        return self.smooth(pixels)
+
+
+class ProxyDecoder(nn.Module):
+    """Decode logits over another tokenizer's codes by its decoder, for TiTok's two-stage training.
+
+    The codes are mixed by the softmax of the logits, without a choice, so that gradients pass.
+
+    Args:
+        codebook_size: K' of the other tokenizer.
+        code_dim: D' of its codes.
+        network: its network, called with `code_dim` twice; the encoder is not kept.
+    """
+
+    def __init__(self, codebook_size: int, code_dim: int, *, network: Callable[[int, int], ConvAutoencoder]) -> None:
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
+        self.network = network(code_dim, code_dim)
+        del self.network.encoder
+
+    @torch.no_grad()
+    def copy_from(self, codebook: Tensor, network: ConvAutoencoder) -> None:
+        """Take the codes `(K', D')` and the decoder of the other tokenizer.
+
+        Raises:
+            ValueError: they have other shapes.
+        """
+        if codebook.shape != self.codebook.shape:
+            raise ValueError(
+                f"the proxy tokenizer has a codebook of shape {tuple(codebook.shape)}, this network's proxy one of "
+                f"{tuple(self.codebook.shape)}: set proxy.init_args.codebook_size and code_dim"
+            )
+        self.codebook.copy_(codebook)
+        try:
+            self.network.decoder.load_state_dict(network.decoder.state_dict(), strict=True)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the proxy tokenizer's decoder is another than proxy.init_args.network describes: {error}"
+            ) from error
+
+    def forward(self, logits: Tensor) -> Tensor:  # (B, K', h, w) -> (B, C, H, W) in [-1, 1]
+        with torch.autocast(logits.device.type, enabled=False):
+            codes = torch.einsum("bkhw,kd->bdhw", logits.float().softmax(dim=1), self.codebook)
+        return self.network.decode(codes)
 
 
 class TiTok(AutoencoderTokenizer):
-    """A row of a few tokens for a whole image.
+    """Tokenize a whole image as a row of a few tokens.
 
     Trained in one stage like any autoencoder, or in the paper's two, whose network has a `proxy`:
 
@@ -290,6 +306,7 @@ class TiTok(AutoencoderTokenizer):
         self,
         network: Callable[[int, int], TiTokAutoencoder],
         quantizer: Quantizer,
+        *,
         proxy_tokenizer: str | None = None,
         first_stage: str | None = None,
         **training: Any,
@@ -368,7 +385,7 @@ class TiTok(AutoencoderTokenizer):
         with torch.no_grad():
             ids = self.proxy_tokenizer.on(images.device).encode(images)  # (B, h, w)
         quantized = self.quantizer(self.latents(images))
-        logits = self.network.proxy_logits(quantized.codes.movedim(-1, 1)).float()  # (B, K', h, w)
+        logits = self.network.proxy_logits(rearrange(quantized.codes, "b n d -> b d n")).float()  # (B, K', h, w)
         terms = {"proxy": F.cross_entropy(logits, ids), **quantized.losses}
         # Pixels are for validation alone.
         assert self.network.proxy is not None
@@ -379,7 +396,7 @@ class TiTok(AutoencoderTokenizer):
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         made = super().reconstruct(images, step=step, index=index)
         if self.first_stage is not None:
-            made.losses = {}  # of what does not learn
+            made.losses = {}  # encoder and quantizer do not learn
         return made
 
 

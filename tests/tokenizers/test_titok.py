@@ -199,7 +199,7 @@ def test_the_quantizer_of_stage_2_does_not_move() -> None:
 def direct(codebook_size: int = 9, patch_size: int = 4, channels: int = 4, proxy: bool = True, **arguments) -> TiTok:
     """A TiTok of the configuration above with some sizes changed, without the parsing."""
     convolutions = {**CONVOLUTIONS["init_args"], "channels": channels}
-    decoder = ProxyDecoder(codebook_size, 4, partial(ConvAutoencoder, **convolutions)) if proxy else None
+    decoder = ProxyDecoder(codebook_size, 4, network=partial(ConvAutoencoder, **convolutions)) if proxy else None
     size = TransformerSize(16, 1, 2)
     shape = {"image_size": 8, "patch_size": patch_size, "latent_tokens": 3}
     network = partial(TiTokAutoencoder, encoder=size, decoder=size, proxy=decoder, **shape)

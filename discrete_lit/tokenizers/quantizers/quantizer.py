@@ -60,5 +60,5 @@ class Quantizer(nn.Module, ABC):
         """Ids `(B, *token_shape(grid))` to float32 code vectors `(B, *grid, D)`, the values that `forward` gives."""
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """Name the components of ids `(B, *token_shape(grid))` whose usage is reported beside the whole; none by default."""
+        """Name the components of ids `(B, *token_shape(grid))`, whose usage is reported too; none by default."""
         return {}

@@ -20,7 +20,7 @@ def tiny(**arguments) -> TiTokAutoencoder:
 
 def proxy() -> ProxyDecoder:
     network = partial(ConvAutoencoder, channels=8, multipliers=(1, 2, 1), blocks=1, norm_groups=4, latent_kernel=None)
-    return ProxyDecoder(11, 8, network)
+    return ProxyDecoder(11, 8, network=network)
 
 
 @torch.no_grad()
