@@ -1,4 +1,4 @@
-"""The KL bottleneck: its samples, its divergence, its gradients."""
+"""KLVAE's bottleneck: its samples, its divergence, its gradients."""
 
 import pytest
 import torch
