@@ -47,6 +47,16 @@ def test_decode_is_what_training_reconstructs(make_tokenizer, kind: str) -> None
 
 
 @each_kind
+@torch.no_grad()
+def test_decoding_needs_no_loss(make_tokenizer, kind: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    tokens = tokenizer.encode(torch.rand(2, 3, 16, 16) * 2 - 1)
+    expected = tokenizer.decode(tokens)
+    del tokenizer.objective
+    assert torch.equal(tokenizer.decode(tokens), expected)
+
+
+@each_kind
 def test_sizes_that_the_downsampling_does_not_divide(make_tokenizer, kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     for call in (lambda: tokenizer.token_shape(18), lambda: tokenizer.encode(torch.rand(1, 3, 18, 18))):

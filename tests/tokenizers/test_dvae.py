@@ -71,6 +71,8 @@ def test_loss_and_images():
     assert torch.equal(tokens, made.tokens) and decoded.shape == batch.shape
     expected = ((made.outputs[:, :3].sigmoid() - 0.1) / 0.8).clamp(0, 1) * 2 - 1
     torch.testing.assert_close(decoded, expected)
+    del module.objective  # how outputs become images is no matter of the loss
+    assert torch.equal(module.decode(tokens), decoded)
 
 
 def test_it_learns():
