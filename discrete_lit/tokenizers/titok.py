@@ -370,7 +370,7 @@ class TiTok(AutoencoderTokenizer):
             raise ValueError(f"first_stage={checkpoint!r} is a TiTok of other sizes: {error}") from error
 
     def train(self, mode: bool = True) -> Self:
-        """As in PyTorch, but in stage 2 encoder and quantizer stay in eval mode: no code may move."""
+        """Set the mode as PyTorch does, but keep encoder and quantizer in eval mode in stage 2: no code may move."""
         super().train(mode)
         if self.first_stage is not None:
             self.network.encoder.eval()

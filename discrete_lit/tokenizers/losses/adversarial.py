@@ -48,11 +48,11 @@ class AdversarialTerms:
     generator: Tensor | None
     """L_G, a scalar without weight; None while the generator does not meet the discriminator yet."""
     generator_gradient: Tensor | None
-    """`(B, C, H, W)`, of L_G with respect to the outputs."""
+    """`(B, C, H, W)`, the gradient of L_G with respect to the outputs."""
     terms: dict[str, Tensor]
     """Scalars whose sum is L_D, each already multiplied by its weight."""
     gradients: list[Tensor]
-    """Of L_D with respect to each of `parameters_to_train()`."""
+    """The gradient of L_D with respect to each of `parameters_to_train()`."""
     figures: dict[str, Tensor]
     """Scalars that are worth a curve beside the losses: the mean logits of images and of reconstructions."""
 

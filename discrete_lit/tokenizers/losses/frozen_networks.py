@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RANDOM_WEIGHTS = "random"
-"""As a path of weights: the network's own random initialisation, for tests."""
+"""The path of weights that stands for the network's own random initialisation, for tests."""
 
 
 class FrozenNetwork:
