@@ -290,7 +290,7 @@ def _kind_of_step(module: LightningModule, batch: dict[str, Any]) -> Any:
         return shapes
     step = module.global_step
     penalised = adversarial.r1_weight > 0 and step % adversarial.r1_every == 0
-    return shapes, adversarial.trains(step), adversarial.share(step) > 0, penalised
+    return shapes, adversarial.trains(step), adversarial.warmup(step) > 0, penalised
 
 
 def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
