@@ -45,7 +45,7 @@ LENGTH, TARGETS, MEMORY_TARGET, MEMORY_BATCH = 256, {1024: 0.10, 16_384: 0.20}, 
 CASES: dict[str, tuple[DiffusionLoss, Head, Callable[[int], ForwardProcess]]] = {
     "masked cross-entropy": (MaskedCrossEntropy(), LeaveOneOutHead(), AbsorbingProcess),
     "score entropy, masks": (ScoreEntropy(), ScoreHead(), AbsorbingProcess),
-    "score entropy, uniform": (ScoreEntropy(), ScoreHead(False, False), UniformProcess),
+    "score entropy, uniform": (ScoreEntropy(), ScoreHead(scale_by_noise=False, mask_output=False), UniformProcess),
     "continuous bound, uniform": (ContinuousBound(), LeaveOneOutHead(), UniformProcess),
     "bound of 1,000 steps, uniform": (DiscreteTimeBound(1000), LeaveOneOutHead(), UniformProcess),
     "flow matching, uniform": (DiscreteFlowMatching(), PosteriorHead(), UniformProcess),
@@ -72,7 +72,7 @@ class LossStep:
     def __call__(self) -> None:
         level = self.loss.level(LogLinearSchedule(), self.times, LENGTH)
         states = self.loss.corrupt(self.process, self.tokens, level, self.uniforms)
-        values = self.loss(self.logits, self.head, self.tokens, states, self.process, level)
+        values = self.loss(self.logits, self.tokens, head=self.head, states=states, process=self.process, level=level)
         torch.autograd.grad(values.mean(), self.logits)
 
 

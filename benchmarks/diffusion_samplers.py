@@ -51,9 +51,17 @@ CASES: dict[str, tuple[Sampler, Callable[[int], ForwardProcess], Head]] = {
     "ancestral, masks, scores": (AncestralSampler(steps=STEPS, guidance_law="score"), MASKS, ScoreHead()),
     "ancestral, uniform": (AncestralSampler(steps=STEPS), UNIFORM, LeaveOneOutHead()),
     "ancestral, hybrid": (AncestralSampler(steps=STEPS), HYBRID, LeaveOneOutHead()),
-    "analytic, uniform": (AncestralSampler(steps=STEPS, guidance_law="score"), UNIFORM, ScoreHead(False, False)),
+    "analytic, uniform": (
+        AncestralSampler(steps=STEPS, guidance_law="score"),
+        UNIFORM,
+        ScoreHead(scale_by_noise=False, mask_output=False),
+    ),
     "Euler, masks": (EulerSampler(steps=STEPS), MASKS, LeaveOneOutHead()),
-    "Euler, uniform": (EulerSampler(steps=STEPS, guidance_law="score"), UNIFORM, ScoreHead(False, False)),
+    "Euler, uniform": (
+        EulerSampler(steps=STEPS, guidance_law="score"),
+        UNIFORM,
+        ScoreHead(scale_by_noise=False, mask_output=False),
+    ),
     "tau-leaping, uniform": (TauLeapingSampler(steps=STEPS), UNIFORM, LeaveOneOutHead()),
     "first-hitting, masks": (FirstHittingSampler(), MASKS, LeaveOneOutHead()),
     "remasking, masks": (RemaskingSampler(steps=STEPS), MASKS, LeaveOneOutHead()),
@@ -99,7 +107,7 @@ class Draw:
             vocab_size, (16, 16), 1000, "bidirectional", process.masks, timed=True, mask_output=head.mask_output
         )
         self.network = RecordedNetwork(layout, batch, device)
-        self.denoiser = Denoiser(process, LogLinearSchedule(), head, "total_noise")
+        self.denoiser = Denoiser(process=process, schedule=LogLinearSchedule(), head=head, time_input="total_noise")
         self.labels = torch.zeros(batch, dtype=torch.int64, device=device)
         self.random = CounterRandom(0, torch.arange(batch, device=device))
         self.passes = 1

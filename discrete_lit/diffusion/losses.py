@@ -1,19 +1,22 @@
-"""What a loss of discrete diffusion is.
+"""Losses of discrete diffusion: each costs a prediction in nats, and most bound -log p of the clean sequence.
 
-A function of each row of wide logits, a few rows at a time.
+- `MaskedCrossEntropy`: MDLM (Sahoo et al., 2024), MD4 (Shi et al., 2024), RADD (Ou et al., 2024).
+- `ScoreEntropy`: SEDD's denoising score entropy (Lou et al., 2024).
+- `ContinuousBound`: the bound in continuous time, T = infinity; UDLM (Schiff et al., 2024) and Duo for the uniform
+  process, GIDD (von Rütte et al., 2025) for `HybridProcess`, tauLDR (Campbell et al., 2022) for every process.
+- `DiscreteTimeBound`: the bound of T steps, D3PM's L_vb (Austin et al., 2021).
+- `HybridBound`: D3PM's training loss L_lambda, this bound with a cross-entropy added (GIDD's hybrid *noise* is another
+  thing, see `ContinuousBound`).
+- `DiscreteFlowMatching`: the loss of discrete flow matching (Gat et al., 2024; Shaul et al., 2024).
 
-How far a predicted noisy marginal is from the true one: what every bound of a cavity head is made of.
+One training step draws the level of noise, then the noisy tokens x_t, and takes the loss of what the network makes of
+them:
 
-Cross-entropy of masked tokens (Sahoo et al., "MDLM", 2024; Shi et al., "MD4", 2024; Ou et al., "RADD", 2024).
+    level = loss.level(schedule, uniforms, length)
+    states = loss.corrupt(process, tokens, level, uniforms_of_tokens)
+    nats = loss(network(states), tokens, head=head, states=states, process=process, level=level)  # (B, N)
 
-Denoising score entropy (Lou, Meng & Ermon, "Discrete Diffusion Modeling by Estimating the Ratios of the Data
-Distribution", 2024).
-
-The bound in continuous time, for every process.
-
-The bound of a chain of T steps, and D3PM's training loss.
-
-Discrete flow matching's loss (Gat et al., 2024; Shaul et al., "Flow Matching with General Discrete Paths", 2024).
+Below the losses stand the closed forms that they share, and `by_rows`, which keeps the memory of wide logits small.
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,36 +38,94 @@ LossKind = Literal["bound", "not a bound"]
 
 
 class DiffusionLoss(ABC):
-    """Draws a level of noise and the noisy tokens, and says what their prediction costs in nats.
+    """Draws a level of noise and the noisy tokens, and costs a prediction of the clean ones in nats.
 
-    Summed over a sequence and averaged over the level and the noise, a `"bound"` is at least -log p of the clean
-    sequence less the prior's term, `ForwardProcess.prior_divergence` at t = 1, which nothing learned changes.
+    Take the sum over a sequence and the mean over the level and the noise. Of a `"bound"` it is at least -log p of the
+    clean sequence minus the prior term, `ForwardProcess.prior_divergence` at t = 1, which no training changes.
+
+    A loss of one's own defines `heads`, `kind` and `integrand`.
     """
 
     heads: frozenset[HeadKind]
-    """The kinds of head that it can take."""
+    """The kinds of head that the loss accepts."""
     kind: LossKind
-    """Whether it is a bound where noise goes all the way; `label` also looks at the schedule."""
+    """Whether the loss is a bound if noise goes all the way; `label` looks at the schedule too."""
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
-        """The level of each sequence.
+        """Draw the noise level of each sequence.
 
         Args:
-            schedule: of training.
-            uniforms: `(B, 1)` float64 in (0, 1).
+            schedule: the schedule of training.
+            uniforms: `(B, 1)` float64 in (0, 1), which decide the draw; here they are the times t.
             length: N.
         """
         return NoiseLevel.at(schedule, uniforms)
 
     def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, uniforms: Tensor) -> Tensor:
-        """x_t `(B, N)` of clean `tokens (B, N)`; `uniforms (B, N)` float64 in (0, 1) decide it."""
+        """Draw x_t `(B, N)` given clean `tokens (B, N)`; `uniforms (B, N)`, float64 in (0, 1), decide the draw."""
         return process.corrupt(tokens, level.alpha, uniforms)
 
-    def check(self, head: Head, process: ForwardProcess) -> None:
-        """Whether it can be used with them.
+    def __call__(
+        self,
+        logits: Tensor,
+        tokens: Tensor,
+        *,
+        head: Head,
+        states: Tensor,
+        process: ForwardProcess,
+        level: NoiseLevel,
+    ) -> Tensor:
+        """Return the cost of each token; the loss is the mean over the level of its sum over N.
+
+        Args:
+            logits: the network's output, `(B, N, K)`, or `(B, N, S)` of heads with an output for the mask; float32 or
+                float64.
+            tokens: x_0, `(B, N)` int64.
+            head: the meaning of the logits.
+            states: x_t, `(B, N)` int64.
+            process: the noise that made the states.
+            level: the level of the states, as `level` drew it.
+
+        Returns:
+            `(B, N)` nats in the precision of the logits.
 
         Raises:
-            ValueError: it cannot.
+            ValueError: the loss is not for this head or process.
+        """
+        self.check(head, process)
+        length = tokens.shape[1]
+        # Where noise only masks, a token that it left is known, and costs nothing.
+        counted = states == process.mask_id if is_absorbing(process) else torch.ones_like(states, dtype=torch.bool)
+        positions = counted.flatten().nonzero()[:, 0]
+        clean, noisy = (rearrange(ids, "b n -> (b n) 1")[positions] for ids in (tokens, states))
+        levels = level.take(positions // length)
+
+        def cost(rows: Tensor, chunk: slice) -> Tensor:
+            rows, at = rearrange(rows, "r k -> r 1 k"), levels.take(chunk)
+            prediction = head(rows, noisy[chunk], at)
+            return self.integrand(prediction, clean[chunk], states=noisy[chunk], process=process, level=at)[:, 0]
+
+        return by_rows(cost, rearrange(logits, "b n k -> (b n) k"), positions).view_as(tokens)
+
+    @abstractmethod
+    def integrand(
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        """Return the formula of the loss: the cost of each token at its level, `(B, N)` float64.
+
+        Args:
+            prediction: the head's, log-probabilities `(B, N, K)` or log-scores `(B, N, S)`.
+            tokens: x_0, `(B, N)`.
+            states: x_t, `(B, N)`; where noise only masks, masks alone.
+            process: the noise.
+            level: `(B, 1)`.
+        """
+
+    def check(self, head: Head, process: ForwardProcess) -> None:
+        """Refuse a head or process that the loss is not for.
+
+        Raises:
+            ValueError: the loss cannot be used with them.
         """
         if head.kind not in self.heads:
             raise ValueError(
@@ -77,203 +139,39 @@ class DiffusionLoss(ABC):
             )
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
-        """Whether it bounds -log p with this schedule.
+        """Tell whether the loss bounds -log p with this process and schedule.
 
-        A schedule whose m starts above 0 leaves out what the last tokens cost; where noise only masks, one that ends
-        below 1 leaves out a prior's term that is infinite.
+        A schedule whose m starts above 0 leaves out the cost of the last tokens. Where noise only masks, one whose m
+        ends below 1 leaves out a prior term that is infinite.
         """
         first, last = schedule.ends()
         cut = first > 0 or (last < 1 and is_absorbing(process))
         return "not a bound" if cut else self.kind
-
-    def __call__(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        """The integrand at the level.
-
-        Args:
-            logits: `(B, N, K)`, or `(B, N, S)` of heads with the mask's output, float32 or float64.
-            head: what the logits mean.
-            tokens: clean, `(B, N)` int64.
-            states: x_t, `(B, N)` int64.
-            process: that made the states.
-            level: of the states, as `level` drew it.
-
-        Returns:
-            `(B, N)` nats of the logits' precision, whose mean over the level of the sum over N is the loss.
-
-        Raises:
-            ValueError: a head or process that this loss is not for.
-        """
-        self.check(head, process)
-        length = tokens.shape[1]
-        # Where noise only masks, a token that it left is known.
-        counted = states == process.mask_id if is_absorbing(process) else torch.ones_like(states, dtype=torch.bool)
-        places = counted.flatten().nonzero()[:, 0]
-        clean, noisy = tokens.flatten()[places, None], states.flatten()[places, None]
-        levels = level.take(places // length)
-
-        def of_rows(rows: Tensor, part: slice) -> Tensor:
-            arguments = clean[part], noisy[part], process, levels.take(part)
-            return self.integrand(rows[:, None], head, *arguments)[:, 0]
-
-        return by_rows(of_rows, logits.flatten(0, 1), places).view_as(tokens)
-
-    @abstractmethod
-    def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        """As `__call__`, of all tokens it is given, in float64."""
-
-
-def gather(values: Tensor, ids: Tensor) -> Tensor:
-    """`values (..., S)` at `ids (...)`."""
-    return values.gather(-1, ids[..., None])[..., 0]
-
-
-# Entries of the logits that are worked on at once, 4 MB of float32, or more where that would be more parts than this: a
-# GPU waits for the host otherwise. What is made of them on the way is a few times as large.
-_ENTRIES_AT_ONCE = 2**20
-
-
-_MOST_PARTS = 16
-
-
-def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, places: Tensor) -> Tensor:
-    """`function` of some rows, 0 for the others.
-
-    Its gradient is worked out beside its value, so that of all that the function makes of the logits nothing is kept
-    but their gradient. What else the function reads gets none.
-
-    Args:
-        function: of rows `(r, S)` of the logits and where they stand in `places`; gives `(r,)`.
-        logits: `(R, S)`.
-        places: `(n,)` int64, rows of the logits without repetition.
-
-    Returns:
-        `(R,)`.
-    """
-    return _ByRows.apply(logits, places, function)  # pyright: ignore[reportReturnType]
-
-
-class _ByRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, places: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        count = len(places)
-        size = max(1, _ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
-        everywhere, wanted = count == len(logits), ctx.needs_input_grad[0]
-        values = logits.new_zeros(len(logits))
-        # Rows that do not count have no gradient.
-        gradient = (torch.empty_like if everywhere else torch.zeros_like)(logits) if wanted else None
-        for start in range(0, count, size):
-            standing = slice(start, min(start + size, count))
-            part = places[standing]
-            rows = logits[standing].detach() if everywhere else logits[part]
-            if gradient is None:
-                values[part] = function(rows, standing).to(values.dtype)
-                continue
-            with torch.enable_grad():
-                value = function(rows.requires_grad_(), standing)
-                gradient[part] = torch.autograd.grad(value.sum(), rows)[0]
-            values[part] = value.detach().to(values.dtype)
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return values
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None], None, None
-
-
-# In place of a probability of 0, whose logarithm would be none: far below what float64 adds up.
-_TINY = 1e-30
-
-
-# From here on log(1 + exp(x)) is x, in float64 too.
-_LINEAR = 40
-
-
-# What the eigenvectors of a dense chain cannot tell from 0.
-_DENSE_ROUNDING = 1e-18
-
-
-def marginals(cavity: Tensor, tokens: Tensor, process: ForwardProcess, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """a = q(. | x_0) and b, its mean over the cavity, `(..., S)` float64, for processes without a closed form."""
-    clean = F.one_hot(tokens, process.vocab_size).double()
-    true, predicted = (process.marginal(of, alpha).clamp(min=_DENSE_ROUNDING) for of in (clean, cavity.double().exp()))
-    return true, predicted
-
-
-def mixture_divergence(cavity: Tensor, tokens: Tensor, process: MixtureProcess, alpha: Tensor, noise: Tensor) -> Tensor:
-    """KL(a | b) with a = q(. | x_0) and b its mean over the cavity, in float64; one pass over the ids.
-
-    With c what noise alone gives each id, `b_y = c + alpha p_y`: those that are not x_0 share
-    `-c sum_y log(1 + alpha p_y / c)`, and the mask's part does not depend on p.
-
-    Args:
-        cavity: `(..., K)` log-probabilities.
-        tokens: x_0 `(...)`.
-        process: the noise.
-        alpha: broadcasts against the tokens, float64.
-        noise: 1 - alpha.
-    """
-    at_clean = gather(cavity, tokens).double()
-    if process.id_share == 0:
-        return -alpha * at_clean
-    floor = _floor(process, noise)
-    offset = alpha.log() - floor.log()
-    risen = F.softplus(cavity + offset[..., None].to(cavity.dtype), threshold=_LINEAR)
-    at_clean_risen = F.softplus(at_clean + offset, threshold=_LINEAR)
-    of_clean = alpha + floor
-    others = risen.sum(dim=-1).double() - at_clean_risen
-    return of_clean * (of_clean.log() - floor.log() - at_clean_risen) - floor * others
-
-
-def mixture_at_states(
-    cavity: Tensor, tokens: Tensor, states: Tensor, process: MixtureProcess, alpha: Tensor, noise: Tensor
-) -> tuple[Tensor, Tensor]:
-    """a and log(a / b) at `states (...)`, float64; the rest as for `mixture_divergence`."""
-    is_clean, is_mask = states == tokens, states == process.vocab_size
-    if process.id_share == 0:
-        at_clean = gather(cavity, tokens).double()
-        return torch.where(is_clean, alpha, noise), torch.where(is_clean, -at_clean, 0.0)
-    floor = _floor(process, noise)
-    of_state = torch.where(is_clean, alpha + floor, floor)
-    at_state = gather(cavity, states.masked_fill(is_mask, 0)).double()
-    log_predicted = floor.log() + F.softplus(at_state + alpha.log() - floor.log(), threshold=_LINEAR)
-    # The mask's share does not depend on p.
-    log_ratio = torch.where(is_mask, 0.0, of_state.log() - log_predicted)
-    return torch.where(is_mask, noise * process.mask_fraction, of_state), log_ratio
-
-
-def _floor(process: MixtureProcess, noise: Tensor) -> Tensor:
-    return (noise * process.id_share).clamp(min=_TINY)
 
 
 Variable = Literal["time", "mask_ratio", "mask_count"]
 
 
 class MaskedCrossEntropy(DiffusionLoss):
-    """-log p of the masked tokens, weighted so that its mean is the bound of the absorbing process.
+    """The weighted cross-entropy of masked tokens, the bound of the absorbing process: MDLM, MD4, RADD.
 
-    The mean is over one of three variables, which give the same bound (RADD, theorem 3):
+    The mean may be taken over one of three variables, which give the same bound (RADD, theorem 3):
 
-    - `"time"`: t uniform, weight m'(t) / m(t) (t-DCE; MDLM eq. 10, MD4 eq. 6);
-    - `"mask_ratio"`: m itself uniform in (0, 1), weight 1 / m, whatever the schedule (lambda-DCE);
-    - `"mask_count"`: k of N tokens masked, k uniform in 1 ... N, weight N / k (k-DCE).
+    - `"time"`: t uniform, weight m'(t) / m(t) (MDLM eq. 10, MD4 eq. 6; RADD's t-DCE);
+    - `"mask_ratio"`: m itself uniform in (0, 1), weight 1 / m, whatever the schedule (RADD's lambda-DCE);
+    - `"mask_count"`: k of N tokens masked, k uniform in 1 ... N, weight N / k (RADD's k-DCE).
 
-    The last two go all the way to m = 1, so they are bounds with every schedule, which only tells a timed network the
-    time at which m is so large.
+    The last two go all the way to m = 1 and are bounds with every schedule. The schedule then only gives the time that
+    a timed network is told for this m.
 
     Args:
-        variable: what the mean is over.
+        variable: the variable that the mean is over.
 
     Raises:
-        ValueError: an unknown variable.
+        ValueError: the variable is unknown.
     """
 
-    heads = frozenset({"posterior", "cavity"})
+    heads = frozenset({"posterior", "leave_one_out"})
     kind = "bound"
 
     def __init__(self, variable: Variable = "time") -> None:
@@ -284,12 +182,12 @@ class MaskedCrossEntropy(DiffusionLoss):
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
         if self.variable == "time":
             return super().level(schedule, uniforms, length)
-        share = uniforms.double()
+        m = uniforms.double()
         if self.variable == "mask_count":
-            share = ((share * length).floor() + 1).clamp(max=length) / length
-        t = schedule.inverse(share.clamp(*schedule.ends()))
-        # The slope of m against itself is 1.
-        return NoiseLevel(t, 1 - share, share, 1 / (1 - share))
+            m = ((m * length).floor() + 1).clamp(max=length) / length
+        t = schedule.inverse(m.clamp(*schedule.ends()))
+        # The slope of m in the variable m is 1.
+        return NoiseLevel(t=t, alpha=1 - m, noise=m, rate=1 / (1 - m))
 
     def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, uniforms: Tensor) -> Tensor:
         if self.variable != "mask_count":
@@ -297,6 +195,13 @@ class MaskedCrossEntropy(DiffusionLoss):
         assert process.mask_id is not None
         masked = random_subset(uniforms, (level.noise * tokens.shape[1]).round())
         return tokens.masked_fill(masked, process.mask_id)
+
+    def integrand(
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        cost = F.nll_loss(rearrange(prediction, "b n k -> (b n) k"), tokens.flatten(), reduction="none")
+        weight = level.mask_weight if self.variable == "time" else 1 / level.noise
+        return weight * cost.view_as(tokens).double()
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         super().check(head, process)
@@ -308,32 +213,25 @@ class MaskedCrossEntropy(DiffusionLoss):
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         return super().label(process, schedule) if self.variable == "time" else self.kind
 
-    def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        log_probabilities = head(logits, states, level)
-        cost = F.nll_loss(log_probabilities.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-        weight = level.mask_weight if self.variable == "time" else 1 / level.noise
-        return weight * cost.double()
-
 
 class ScoreEntropy(DiffusionLoss):
-    """`sigma' sum_{y != x} Q(y, x) [s_y - r_y log s_y + r_y (log r_y - 1)]` with `r_y = q(y | x_0) / q(x | x_0)`.
+    """SEDD's denoising score entropy, `sigma' sum_{y != x} Q(y, x) [s_y - r_y log s_y + r_y (log r_y - 1)]`.
 
-    (Eq. 9 with the constant K(r) of eq. 5, so that it is 0 where s = r; its minimiser is p_t(y) / p_t(x).) Scores need
-    not be those of a law: whatever they are, it bounds -log p of the chain with the rates that they give.
+    r_y = q(y | x_0) / q(x | x_0) is the ratio of the clean sequence, s_y the predicted score (Lou, Meng & Ermon,
+    "Discrete Diffusion Modeling by Estimating the Ratios of the Data Distribution", 2024, eq. 9, with the constant K(r)
+    of eq. 5, so that it is 0 where s = r). Its minimiser is p_t(y) / p_t(x). Scores need not be those of a
+    distribution: whatever they are, it bounds -log p of the chain with the rates that they give.
     """
 
     heads = frozenset({"score"})
     kind = "bound"
 
     def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
-        scores = head(logits, states, level)
         if isinstance(process, MixtureProcess):
-            return level.rate * self._of_mixture(scores, tokens, states, process, level)
-        scores = scores.double()
+            return level.rate * self._of_mixture(prediction, tokens, states, process, level)
+        scores = prediction.double()
         ratios = process.ratios(tokens, states, level.alpha).clamp(min=0)
         terms = scores.exp() - ratios * (scores + 1) + torch.xlogy(ratios, ratios)
         return level.rate * (process.rates_into(states) * terms).sum(dim=-1)
@@ -341,21 +239,23 @@ class ScoreEntropy(DiffusionLoss):
     def _of_mixture(
         self, scores: Tensor, tokens: Tensor, states: Tensor, process: MixtureProcess, level: NoiseLevel
     ) -> Tensor:
-        """`pi_x / a_x sum_{y != x} [e_y - a_y log e_y + a_y (log a_y - 1)]` with a = q(. | x_0) and e_y = a_x s_y.
+        """Return the sum in closed form, `pi_x / a_x sum_{y != x} [e_y - a_y log e_y + a_y (log a_y - 1)]`.
 
-        But for x_0 the ids have one a_y, so a sum of scores and one of their logarithms are all that is as wide as K.
+        Here a = q(. | x_0) and e_y = a_x s_y. All ids but x_0 have the same a_y, so that only a sum of scores and a sum
+        of log-scores run over all K ids.
         """
-        prior, share = process.prior_at(states), process.id_share
+        prior, id_probability = process.prior_at(states), process.id_probability
         is_clean, is_mask = states == tokens, states == process.vocab_size
         at_state = level.noise * prior + torch.where(is_clean, level.alpha, 0.0)  # a_x
-        of_clean = level.alpha + level.noise * share  # a of x_0
-        # Less than the log-odds, scores are of the size of 1: exp(sigma) - 1 never leaves the logarithm.
+        of_clean = level.alpha + level.noise * id_probability  # a of x_0
+        # Scores are of the size of 1 / (exp(sigma) - 1), so large near t = 0 that only their logarithms are used. e_y
+        # is of the size of 1.
         scaled = scores + at_state.log()[..., None].to(scores.dtype)
         total = scaled.scatter(-1, states[..., None], -torch.inf).exp().sum(dim=-1).double()
         log_at_state = at_state.log()
 
         def cost(weight: Tensor, log_score: Tensor, count: Tensor | int = 1) -> Tensor:
-            """-a (log e - log a + 1) of `count` states with one a, whose log-scores sum to `log_score`."""
+            """Return -a (log e - log a + 1) of `count` states with one a, whose log-scores sum to `log_score`."""
             return torch.xlogy(weight, weight) * count - weight * (log_score + count * (log_at_state + 1))
 
         at_clean = gather(scores, tokens).double()
@@ -363,69 +263,74 @@ class ScoreEntropy(DiffusionLoss):
         if process.masks:
             at_mask = scores[..., process.vocab_size].double()
             result = result + torch.where(is_mask, 0.0, cost(level.noise * process.mask_fraction, at_mask))
-        if share > 0:
-            # Its own score is 0, so of the ids only x_0's has to be taken out.
+        if id_probability > 0:
+            # The token's own log-score is 0, so of the sum over ids only that of x_0 has to be taken out.
             others = scores[..., : process.vocab_size].sum(dim=-1).double() - at_clean
             count = process.vocab_size - 1 - (~is_clean & ~is_mask).double()
-            result = result + cost(level.noise * share, others, count)
+            result = result + cost(level.noise * id_probability, others, count)
         return prior / at_state * result
 
 
 class ContinuousBound(DiffusionLoss):
-    """`sigma' sum_y Q(y, x) [s^_y - s_y + s_y log(s_y / s^_y)]`, scores made of the cavity.
+    """The bound in continuous time, `sigma' sum_y Q(y, x) [s^_y - s_y + s_y log(s_y / s^_y)]`: UDLM, Duo, GIDD, tauLDR.
 
-    With a = q(. | x_0) and b its mean over the cavity, s_y = a_y / a_x and s^_y = b_y / b_x (Campbell et al., 2022,
-    proposition 2, for the reverse rates of the x_0-parametrisation). For mixtures with prior pi it is
-    `sigma' pi_x / a_x [KL(a | b) + a_x / b_x - log(a_x / b_x) - 1]`: UDLM's (Schiff et al., 2024, eq. 16) and Duo's for
-    the uniform process, GIDD's for a mix (von Rütte et al., 2025, theorem 3.7), `m' / m` times the cross-entropy of
-    masked tokens for masks.
+    With a = q(. | x_0), and b its mean over the predicted leave-one-out posterior of x_0, the true and the predicted
+    scores are s_y = a_y / a_x and s^_y = b_y / b_x (Campbell et al., 2022, proposition 2, for the reverse rates of the
+    x_0-parameterization). For mixtures with prior pi it is
+
+        sigma' pi_x / a_x [KL(a | b) + a_x / b_x - log(a_x / b_x) - 1],
+
+    which is the loss of UDLM (Schiff et al., 2024, eq. 16) and Duo for the uniform process, of GIDD for the hybrid one
+    (von Rütte et al., 2025, theorem 3.7), and `m' / m` times the cross-entropy of masked tokens for the absorbing one.
     """
 
-    heads = frozenset({"cavity"})
+    heads = frozenset({"leave_one_out"})
     kind = "bound"
 
     def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
-        cavity = head(logits, states, level)
         if isinstance(process, MixtureProcess):
-            at_state, log_ratio = mixture_at_states(cavity, tokens, states, process, level.alpha, level.noise)
-            divergence = mixture_divergence(cavity, tokens, process, level.alpha, level.noise)
+            alpha, noise = level.alpha, level.noise
+            at_state, log_ratio = mixture_at_states(
+                prediction, tokens, states=states, process=process, alpha=alpha, noise=noise
+            )
+            divergence = mixture_divergence(prediction, tokens, process=process, alpha=alpha, noise=noise)
             weight = level.rate * process.prior_at(states) / at_state
             return weight * (divergence + torch.expm1(log_ratio) - log_ratio)
-        true, predicted = marginals(cavity, tokens, process, level.alpha)
+        true, predicted = marginals(prediction, tokens, process=process, alpha=level.alpha)
         true = true / gather(true, states)[..., None]
         predicted = predicted / gather(predicted, states)[..., None]
         gap = predicted - true + true * (true.log() - predicted.log())
         return level.rate * (process.rates_into(states) * gap).sum(dim=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepLevel(NoiseLevel):
-    """The level at the noisy end of a step."""
+    """The noise at both ends of a step from s to t; the fields of `NoiseLevel` are those of t, the noisy end."""
 
     alpha_before: Tensor
-    """alpha_s at its clean end."""
+    """alpha_s, at the clean end."""
     noise_before: Tensor
     """1 - alpha_s."""
 
 
 class DiscreteTimeBound(DiffusionLoss):
-    """`T KL(q(x_s | x_t, x_0) | p(x_s | x_t))` for s = t - 1/T and t uniform in 1/T, ..., 1.
+    """The bound of T steps, D3PM's L_vb: `T KL(q(x_s | x_t, x_0) || p(x_s | x_t))`, s = t - 1/T, t among 1/T, ..., 1.
 
-    p(x_s | x_t) is the x_0-parametrisation, proportional to q(x_t | x_s) times the mean of q(x_s | x_0) over the cavity
-    (Austin et al., "D3PM", 2021, eq. 4). The step from 1/T goes to the data, whatever the schedule's m(0): it is the
-    paper's reconstruction term. For masks it is MD4's `T (alpha_s - alpha_t) / (1 - alpha_t)` cross-entropy (Shi et
-    al., 2024, eq. 4).
+    p(x_s | x_t) is that of the x_0-parameterization: proportional to q(x_t | x_s) times the mean of q(x_s | x_0) over
+    the leave-one-out posterior (Austin et al., "D3PM", 2021, eq. 4). The first step, t = 1/T, goes back to the data
+    whatever the schedule's m(0): it is the paper's reconstruction term. For masks the loss is
+    `T (alpha_s - alpha_t) / (1 - alpha_t)` times the cross-entropy (MD4; Shi et al., 2024, eq. 4).
 
     Args:
         steps: T >= 1.
 
     Raises:
-        ValueError: fewer than one step.
+        ValueError: there is less than one step.
     """
 
-    heads = frozenset({"cavity"})
+    heads = frozenset({"leave_one_out"})
     kind: LossKind = "bound"
 
     def __init__(self, steps: int) -> None:
@@ -438,49 +343,57 @@ class DiscreteTimeBound(DiffusionLoss):
         end, start = NoiseLevel.at(schedule, (step + 1) / self.steps), step / self.steps
         alpha = torch.where(step == 0, 1.0, schedule.alpha(start))
         noise = torch.where(step == 0, 0.0, schedule.mask_probability(start))
-        return StepLevel(end.t, end.alpha, end.noise, end.rate, alpha, noise)
+        return StepLevel(**vars(end), alpha_before=alpha, noise_before=noise)
+
+    def integrand(
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        return self.steps * self._divergence(prediction, tokens, states, process, level)
+
+    def _divergence(
+        self, prediction: Tensor, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        """Return the KL of one step: the mean of log(a_s / b_s) under q(x_s | x_t, x_0), less log(a_t / b_t) at x_t.
+
+        a = q(. | x_0) is the marginal of the data, and b its mean over the predicted leave-one-out posterior.
+        """
+        assert isinstance(level, StepLevel), "the level was drawn by this loss"
+        before, ratio = level.alpha_before, level.alpha / level.alpha_before
+        if isinstance(process, MixtureProcess):
+            noise_before = level.noise_before
+            a_s, log_ratio_s = mixture_at_states(
+                prediction, tokens, states=states, process=process, alpha=before, noise=noise_before
+            )
+            a_t, log_ratio_t = mixture_at_states(
+                prediction, tokens, states=states, process=process, alpha=level.alpha, noise=level.noise
+            )
+            divergence = mixture_divergence(prediction, tokens, process=process, alpha=before, noise=noise_before)
+            jump = (level.noise - noise_before) / before * process.prior_at(states)
+            return (ratio * a_s * log_ratio_s + jump * divergence) / a_t - log_ratio_t
+        true, predicted = marginals(prediction, tokens, process=process, alpha=before)
+        weights = true * process.likelihood(states, ratio)
+        posterior = weights / weights.sum(dim=-1, keepdim=True)  # q(x_s | x_t, x_0)
+        a_t, b_t = (gather(process.push(law, ratio), states) for law in (true, predicted))
+        return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_t / b_t).log()
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         return "not a bound" if is_absorbing(process) and schedule.ends()[1] < 1 else self.kind
 
-    def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        return self.steps * self._divergence(head(logits, states, level), tokens, states, process, level)
-
-    def _divergence(
-        self, cavity: Tensor, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        """With marginals a of the data and b of the cavity: the mean of log(a_s / b_s) under q(x_s | x_t, x_0), less
-        log(a_t / b_t) of x_t."""
-        assert isinstance(level, StepLevel), "a level of this loss"
-        before, ratio = level.alpha_before, level.alpha / level.alpha_before
-        if isinstance(process, MixtureProcess):
-            a_before, log_before = mixture_at_states(cavity, tokens, states, process, before, level.noise_before)
-            a_state, log_ratio = mixture_at_states(cavity, tokens, states, process, level.alpha, level.noise)
-            divergence = mixture_divergence(cavity, tokens, process, before, level.noise_before)
-            jump = (level.noise - level.noise_before) / before * process.prior_at(states)
-            return (ratio * a_before * log_before + jump * divergence) / a_state - log_ratio
-        true, predicted = marginals(cavity, tokens, process, before)
-        weights = true * process.likelihood(states, ratio)
-        posterior = weights / weights.sum(dim=-1, keepdim=True)
-        a_state, b_state = (gather(process.push(of, ratio), states) for of in (true, predicted))
-        return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_state / b_state).log()
-
 
 class HybridBound(DiscreteTimeBound):
-    """D3PM's training loss: the bound, and a share of the cross-entropy of x_0 given x_t (Austin et al., 2021, eq. 5).
+    """D3PM's training loss L_lambda: the bound of T steps, with a part of the cross-entropy of x_0 given x_t added.
 
-    The value is T (KL + lambda CE): the paper's lambda weighs the cross-entropy against one step's KL, as their code
-    does, and both stand here on the scale of the bound, the sum of T steps. The cross-entropy is of all tokens (of the
-    masked ones where noise only masks); it pulls the head from the cavity towards the posterior.
+    (Austin et al., 2021, eq. 5.) The value is T (KL + lambda CE). The paper's lambda weighs the cross-entropy against
+    the KL of one step, as its code does; here both are on the scale of the bound, the sum over T steps. The
+    cross-entropy is that of all tokens, or of the masked ones where noise only masks. It pulls the head from the
+    leave-one-out posterior towards the posterior.
 
     Args:
         steps: T >= 1.
-        cross_entropy_weight: lambda >= 0; the paper's 0.001 of images, 0.01 of text8.
+        cross_entropy_weight: lambda >= 0; the paper's is 0.001 for images, 0.01 for text8.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     kind = "not a bound"
@@ -491,26 +404,35 @@ class HybridBound(DiscreteTimeBound):
             raise ValueError(f"cross_entropy_weight must be >= 0, got {cross_entropy_weight}")
         self.cross_entropy_weight = cross_entropy_weight
 
+    def integrand(
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        divergence = self._divergence(prediction, tokens, states, process, level)
+        return self.steps * (divergence - self.cross_entropy_weight * gather(prediction, tokens).double())
+
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         return self.kind
-
-    def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        cavity = head(logits, states, level)
-        divergence = self._divergence(cavity, tokens, states, process, level)
-        return self.steps * (divergence - self.cross_entropy_weight * gather(cavity, tokens).double())
 
 
 class DiscreteFlowMatching(DiffusionLoss):
     """The generalised KL of mixture paths: `m' / m [x_t != x_0](-log p(x_0)) + m' / m ([x_t = x_0] - p(x_t))`.
 
-    p is the posterior, with which tokens jump at rate `m' / m p(y)` (Shaul et al., eq. 36): it bounds -log p of that
-    chain, which for masks is the reverse of the noise, and else another chain with the same marginals.
+    p is the posterior. Tokens jump to y at the rate `m' / m p(y)` (Shaul et al., "Flow Matching with General Discrete
+    Paths", 2024, eq. 36; Gat et al., "Discrete Flow Matching", 2024), and the loss bounds -log p of that chain. For
+    masks the chain is the reverse of the noise; for other noise it is another chain with the same marginals.
     """
 
     heads = frozenset({"posterior"})
     kind = "bound"
+
+    def integrand(
+        self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
+    ) -> Tensor:
+        is_mask = states == process.vocab_size
+        at_clean = gather(prediction, tokens).double()
+        at_state = gather(prediction, states.masked_fill(is_mask, 0)).double().exp()
+        moved = -at_clean - torch.where(is_mask, 0.0, at_state)
+        return level.mask_weight * torch.where(states == tokens, 1 - at_state, moved)
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         super().check(head, process)
@@ -520,12 +442,141 @@ class DiscreteFlowMatching(DiffusionLoss):
                 f"UniformProcess, HybridProcess), got {type(process).__name__}"
             )
 
-    def integrand(
-        self, logits: Tensor, head: Head, tokens: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-    ) -> Tensor:
-        posterior = head(logits, states, level)
-        is_mask = states == process.vocab_size
-        at_clean = gather(posterior, tokens).double()
-        at_state = gather(posterior, states.masked_fill(is_mask, 0)).double().exp()
-        moved = -at_clean - torch.where(is_mask, 0.0, at_state)
-        return level.mask_weight * torch.where(states == tokens, 1 - at_state, moved)
+
+# Closed forms that the bounds of a leave-one-out head share: the true noisy marginal a = q(. | x_0) against the
+# predicted one b, its mean over the leave-one-out posterior p of x_0.
+
+
+# Stands for a probability of 0, whose logarithm would be infinite: far below what float64 adds up.
+_TINY = 1e-30
+
+
+# From here on log(1 + exp(x)) equals x, in float64 too.
+_LINEAR = 40
+
+
+# The eigenvectors of a dense chain cannot tell probabilities below this from 0.
+_DENSE_ROUNDING = 1e-18
+
+
+def mixture_divergence(
+    leave_one_out: Tensor, tokens: Tensor, *, process: MixtureProcess, alpha: Tensor, noise: Tensor
+) -> Tensor:
+    """Return KL(a | b) of a mixture, float64, by one pass over the ids.
+
+    Let c be the probability that noise alone gives each id. Then `b_y = c + alpha p_y`, the ids that are not x_0
+    contribute `-c sum_y log(1 + alpha p_y / c)`, and the mask's term does not depend on p.
+
+    Args:
+        leave_one_out: log p, `(..., K)`.
+        tokens: x_0, `(...)`.
+        process: the noise.
+        alpha: float64, broadcasts against the tokens.
+        noise: 1 - alpha.
+    """
+    at_clean = gather(leave_one_out, tokens).double()
+    if process.id_probability == 0:
+        return -alpha * at_clean
+    floor = _floor(process, noise)
+    offset = alpha.log() - floor.log()
+    risen = F.softplus(leave_one_out + offset[..., None].to(leave_one_out.dtype), threshold=_LINEAR)
+    at_clean_risen = F.softplus(at_clean + offset, threshold=_LINEAR)
+    of_clean = alpha + floor
+    others = risen.sum(dim=-1).double() - at_clean_risen
+    return of_clean * (of_clean.log() - floor.log() - at_clean_risen) - floor * others
+
+
+def mixture_at_states(
+    leave_one_out: Tensor, tokens: Tensor, *, states: Tensor, process: MixtureProcess, alpha: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a and log(a / b) of a mixture at `states (...)`, float64; the arguments are `mixture_divergence`'s."""
+    is_clean, is_mask = states == tokens, states == process.vocab_size
+    if process.id_probability == 0:
+        at_clean = gather(leave_one_out, tokens).double()
+        return torch.where(is_clean, alpha, noise), torch.where(is_clean, -at_clean, 0.0)
+    floor = _floor(process, noise)
+    of_state = torch.where(is_clean, alpha + floor, floor)
+    at_state = gather(leave_one_out, states.masked_fill(is_mask, 0)).double()
+    log_predicted = floor.log() + F.softplus(at_state + alpha.log() - floor.log(), threshold=_LINEAR)
+    # The mask's probability does not depend on p.
+    log_ratio = torch.where(is_mask, 0.0, of_state.log() - log_predicted)
+    return torch.where(is_mask, noise * process.mask_fraction, of_state), log_ratio
+
+
+def _floor(process: MixtureProcess, noise: Tensor) -> Tensor:
+    """Return c, the probability that noise alone gives each id."""
+    return (noise * process.id_probability).clamp(min=_TINY)
+
+
+def marginals(
+    leave_one_out: Tensor, tokens: Tensor, *, process: ForwardProcess, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return a and b over all states, `(..., S)` float64, for processes without a closed form."""
+    clean = F.one_hot(tokens, process.vocab_size).double()
+    true, predicted = (
+        process.marginal(law, alpha).clamp(min=_DENSE_ROUNDING) for law in (clean, leave_one_out.double().exp())
+    )
+    return true, predicted
+
+
+def gather(values: Tensor, ids: Tensor) -> Tensor:
+    """Return `values (..., S)` at `ids (...)`."""
+    return values.gather(-1, ids[..., None])[..., 0]
+
+
+# The evaluation of a loss on wide logits, a few rows at a time.
+
+
+# The logits' entries in one chunk, 4 MB of float32; chunks are larger where there would be more than `_MOST_PARTS`, for
+# which a GPU would wait for the host. The tensors made of a chunk on the way are a few times as large.
+_ENTRIES_AT_ONCE = 2**20
+
+
+_MOST_PARTS = 16
+
+
+def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, positions: Tensor) -> Tensor:
+    """Apply `function` to some rows of the logits, in chunks; the other rows get 0.
+
+    The gradient of each chunk is computed together with its value. So of all that the function makes of the logits,
+    only their gradient is kept for the backward pass. Other tensors that the function reads get no gradient.
+
+    Args:
+        function: takes rows `(r, S)` of the logits and their slice of `positions`, and returns `(r,)`.
+        logits: `(R, S)`.
+        positions: `(n,)` int64, the rows to work on, without repetition.
+
+    Returns:
+        `(R,)`.
+    """
+    return _ByRows.apply(logits, positions, function)  # pyright: ignore[reportReturnType]
+
+
+class _ByRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, positions: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        count = len(positions)
+        size = max(1, _ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
+        everywhere, wanted = count == len(logits), ctx.needs_input_grad[0]
+        values = logits.new_zeros(len(logits))
+        # Rows that do not count have the gradient 0.
+        gradient = (torch.empty_like if everywhere else torch.zeros_like)(logits) if wanted else None
+        for start in range(0, count, size):
+            chunk = slice(start, min(start + size, count))
+            here = positions[chunk]
+            rows = logits[chunk].detach() if everywhere else logits[here]
+            if gradient is None:
+                values[here] = function(rows, chunk).to(values.dtype)
+                continue
+            with torch.enable_grad():
+                value = function(rows.requires_grad_(), chunk)
+                gradient[here] = torch.autograd.grad(value.sum(), rows)[0]
+            values[here] = value.detach().to(values.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0][:, None], None, None

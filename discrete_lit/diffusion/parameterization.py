@@ -1,15 +1,18 @@
-"""What a network's output means, and how one meaning becomes another.
+"""Parameterizations: the meaning of a network's output, and how one meaning is converted into another.
 
-Three distributions over K ids, or ratios of such, are called "the prediction" in the literature:
+The literature calls three things "the prediction" of a network that sees x_t. Here each is a *kind* of head:
 
-- `posterior`, p(x_0 | x_t) of a token, which plain cross-entropy learns (discrete flow matching, tauLDR);
-- `cavity`, p(x_0 | the other tokens of x_t): what D3PM's and MDLM's parametrisations plug into the forward process. The
-  posterior is proportional to the cavity times q(x_t | x_0), so both agree where the token is masked;
-- `score`, p_t(y) / p_t(x) for each state y of the token (SEDD).
+- `posterior`: `p(x_0 | x_t)` of a token given all of x_t. Plain cross-entropy learns it: discrete flow matching (Gat et
+  al., 2024), tauLDR (Campbell et al., 2022).
+- `leave_one_out`: `p(x_0 | the other tokens of x_t)`, the leave-one-out posterior. It is the x_0-parameterization of
+  D3PM (Austin et al., 2021), and MDLM's SUBS (Sahoo et al., 2024), MD4 and UDLM use it too: all put it in the place of
+  x_0 in `q(x_s | x_t, x_0)`. The posterior is proportional to it times `q(x_t | x_0)`, so the two agree where the token
+  is masked.
+- `score`: the concrete score `p_t(y) / p_t(x)` for each state y of the token, by SEDD (Lou et al., 2024).
 
-Log-probabilities are `(B, N, K)`, log-scores `(B, N, S)` over all states, 0 at the token's own.
+Log-probabilities are `(B, N, K)`. Log-scores are `(B, N, S)`, over all S states, and 0 at the token's own state x.
 
-What there is to know of a network that was trained to undo noise, beside the network itself.
+`Denoiser` puts a head together with the process and the schedule that the network was trained for.
 """
 
 import math
@@ -23,34 +26,29 @@ from torch import Tensor
 from discrete_lit.diffusion.processes import ForwardProcess
 from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 
-HeadKind = Literal["posterior", "cavity", "score"]
+HeadKind = Literal["posterior", "leave_one_out", "score"]
 
 
 class Head(ABC):
-    """Makes a prediction of a backbone's logits."""
+    """Turns a backbone's logits into a prediction of one kind."""
 
     kind: HeadKind
     mask_output: bool = False
-    """Whether the backbone has a logit of the mask id too."""
+    """Whether the backbone has a logit for the mask id too."""
 
     @abstractmethod
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
-        """Log-probabilities `(B, N, K)` or log-scores `(B, N, S)`, float32 or, of float64 logits, float64.
+        """Return log-probabilities `(B, N, K)` or log-scores `(B, N, S)`, in float32, or float64 if the logits are.
 
         Args:
-            logits: `(B, N, K)`, or `(B, N, K + 1)` with the mask's.
-            states: `(B, N)`, x_t.
-            level: of x_t.
+            logits: `(B, N, K)`, or `(B, N, K + 1)` with that of the mask.
+            states: x_t, `(B, N)` int64.
+            level: the noise in x_t.
         """
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """What normalises in half precision loses the rare ids."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 class PosteriorHead(Head):
-    """Log-probabilities of the clean id given all of x_t."""
+    """Predicts log-probabilities of the clean id given all of x_t: discrete flow matching, tauLDR."""
 
     kind = "posterior"
 
@@ -59,26 +57,26 @@ class PosteriorHead(Head):
 
 
 class LeaveOneOutHead(Head):
-    """Log-probabilities of the clean id given the other tokens of x_t."""
+    """Predicts log-probabilities of the clean id given the other tokens of x_t: D3PM, MDLM (SUBS), MD4, UDLM, GIDD."""
 
-    kind = "cavity"
+    kind = "leave_one_out"
 
     def __call__(self, logits: Tensor, states: Tensor, level: NoiseLevel) -> Tensor:
         return at_least_float32(logits).log_softmax(dim=-1)
 
 
 class ScoreHead(Head):
-    """Log-scores (Lou et al., "SEDD", 2024), the one of the token itself set to 0.
+    """Predicts log-scores, log p_t(y) / p_t(x), and sets the one of the token's own state to 0: SEDD.
 
     Args:
-        scale_by_noise: subtract log(exp(sigma) - 1) + log K from the logits, which then vary less (SEDD's
-            `scale_by_sigma`, of absorbing processes).
-        mask_output: whether the logits have the mask's, which a process with a mask needs.
+        scale_by_noise: subtract log(exp(sigma) - 1) + log K from the logits, which then vary less from level to level
+            (SEDD's `scale_by_sigma` for absorbing processes).
+        mask_output: whether the logits have one of the mask, which a process with a mask needs.
     """
 
     kind = "score"
 
-    def __init__(self, scale_by_noise: bool = True, mask_output: bool = True) -> None:
+    def __init__(self, *, scale_by_noise: bool = True, mask_output: bool = True) -> None:
         self.scale_by_noise = scale_by_noise
         self.mask_output = mask_output
 
@@ -91,43 +89,9 @@ class ScoreHead(Head):
         return scores.scatter(-1, states[..., None], 0.0)
 
 
-def posterior_from_leave_one_out(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
-    """log p(x_0 | x_t) of the log-probabilities given the other tokens: times q(x_t | x_0), normalised."""
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
-    return (cavity + likelihood.log().to(cavity.dtype)).log_softmax(dim=-1)
-
-
-def leave_one_out_from_posterior(
-    posterior: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
-) -> Tensor:
-    """The inverse; at a token that cannot have come from elsewhere the cavity is not known, and the posterior given."""
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
-    divided = posterior - torch.where(likelihood > 0, likelihood.log(), 0.0).to(posterior.dtype)
-    return divided.log_softmax(dim=-1)
-
-
-def score_from_leave_one_out(cavity: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
-    """Log-scores: q_t(y | x_0) averaged over the cavity, over that of the token itself."""
-    marginal = process.marginal(cavity.exp(), level.alpha).log()
-    return marginal - marginal.gather(-1, states[..., None])
-
-
-def leave_one_out_from_score(score: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
-    """The distribution over ids whose noisy marginal has these scores; what a score that none has makes negative is 0.
-
-    At a token that cannot have come from elsewhere, an unmasked one of an absorbing process, scores say nothing. Where
-    they leave no id anything, that of the ids' own scores is given.
-    """
-    noisy = score.double().softmax(dim=-1)
-    clean = positive_weights(process.pull(noisy, level.alpha)[..., : process.vocab_size], score)
-    return (clean / clean.sum(dim=-1, keepdim=True)).log().to(score.dtype)
-
-
-def positive_weights(weights: Tensor, score: Tensor) -> Tensor:
-    """Weights `(..., K)` without negative ones; where nothing is left of them, the law of the log-scores `(..., S)`."""
-    weights = weights.clamp(min=0)
-    lost = weights.sum(dim=-1, keepdim=True) == 0
-    return torch.where(lost, score[..., : weights.shape[-1]].softmax(dim=-1).to(weights.dtype), weights)
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Widen half-precision logits to float32, in which a softmax keeps the rare ids."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 TimeInput = Literal["none", "time", "total_noise"]
@@ -137,19 +101,21 @@ TimeInput = Literal["none", "time", "total_noise"]
 _TIME_SCALE = 1000.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Denoiser:
-    """Process, schedule and head of a generator's backbone."""
+    """All there is to know of a network that undoes noise, beside the network itself."""
 
     process: ForwardProcess
+    """The noise that it undoes."""
     schedule: MaskSchedule
-    """Of training; samplers go through its times."""
+    """The schedule of its training, whose times samplers step through."""
     head: Head
+    """The meaning of its output."""
     time_input: TimeInput
-    """What the backbone is told: nothing, 1000 t, or sigma (SEDD, whose schedules keep it finite)."""
+    """The time that it is told: none, 1000 t, or sigma (SEDD, whose schedules keep sigma finite)."""
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
-        """`(B,)`, the backbone's `time`; never more noise than the schedule ends with."""
+        """Return the backbone's `time (B,)`, float32, or None; sigma never exceeds that of the schedule's end."""
         if self.time_input == "none":
             return None
         if self.time_input == "time":
@@ -158,7 +124,57 @@ class Denoiser:
         return torch.minimum(level.sigma, most)[:, 0].float()
 
     def level_of_masks(self, masked: Tensor) -> NoiseLevel:
-        """The level at which so many tokens are masked on average; `masked (B, N)` bool."""
-        share = masked.double().mean(dim=1, keepdim=True)
-        ends = self.schedule.mask_probability(share.new_tensor([0.0, 1.0]))
-        return NoiseLevel.at(self.schedule, self.schedule.inverse(share.clamp(ends[0], ends[1])))
+        """Return the level at which the expected fraction of masked tokens is that of `masked (B, N)`, bool."""
+        fraction = masked.double().mean(dim=1, keepdim=True)
+        ends = self.schedule.mask_probability(fraction.new_tensor([0.0, 1.0]))
+        return NoiseLevel.at(self.schedule, self.schedule.inverse(fraction.clamp(ends[0], ends[1])))
+
+
+# Conversions. Each takes the prediction, x_t `(B, N)`, the process, and the level of x_t.
+
+
+def posterior_from_leave_one_out(
+    leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+) -> Tensor:
+    """Return log p(x_0 | x_t) by Bayes' rule: the leave-one-out posterior times q(x_t | x_0), normalised."""
+    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    return (leave_one_out + likelihood.log().to(leave_one_out.dtype)).log_softmax(dim=-1)
+
+
+def leave_one_out_from_posterior(
+    posterior: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+) -> Tensor:
+    """Return log p(x_0 | the other tokens of x_t): the posterior divided by q(x_t | x_0), normalised.
+
+    At a token that cannot have come from another id, such as an unmasked token of an absorbing process, the posterior
+    does not determine it, and is returned as it is.
+    """
+    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    divided = posterior - torch.where(likelihood > 0, likelihood.log(), 0.0).to(posterior.dtype)
+    return divided.log_softmax(dim=-1)
+
+
+def score_from_leave_one_out(
+    leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
+) -> Tensor:
+    """Return log-scores log b_y / b_x, where b is q(x_t | x_0) averaged over the leave-one-out posterior of x_0."""
+    marginal = process.marginal(leave_one_out.exp(), level.alpha).log()
+    return marginal - marginal.gather(-1, states[..., None])
+
+
+def leave_one_out_from_score(score: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel) -> Tensor:
+    """Return the log-probabilities of clean ids whose noisy marginal has these log-scores.
+
+    Scores that no distribution has can give an id a negative probability: it becomes 0. Where no id is left, the ids'
+    own scores are normalised instead. At an unmasked token of an absorbing process the scores say nothing.
+    """
+    noisy = score.double().softmax(dim=-1)
+    clean = positive_weights(process.pull(noisy, level.alpha)[..., : process.vocab_size], score)
+    return (clean / clean.sum(dim=-1, keepdim=True)).log().to(score.dtype)
+
+
+def positive_weights(weights: Tensor, score: Tensor) -> Tensor:
+    """Set negative weights `(..., K)` to 0; where none is left, return the softmax of the log-scores `(..., S)`."""
+    weights = weights.clamp(min=0)
+    lost = weights.sum(dim=-1, keepdim=True) == 0
+    return torch.where(lost, score[..., : weights.shape[-1]].softmax(dim=-1).to(weights.dtype), weights)

@@ -1,17 +1,20 @@
-"""Mask schedules: the probability m(t) that a token is masked at time t, from m(0) = 0 (clean) to m(1) = 1.
+"""Noise schedules m(t): the probability that noise has replaced a token by time t, rising from 0 to 1.
 
-Published forms use MaskGIT's decoding ratio r = 1 - t: its mask ratio gamma(r) is m(1 - r) here (Chang et al.,
-"MaskGIT", CVPR 2022, section 3.3). All arithmetic is float64, in forms that do not cancel near t = 0, nor alpha = 1 - m
-near t = 1.
+With alpha = 1 - m, noise gives `q(x_t | x_0) = alpha x_0 + (1 - alpha) noise` (`processes.py`): where noise masks,
+m(t) is the mask ratio. Losses draw their times from a schedule (`losses.py`), samplers step along one. By paper:
 
-Schedules of discrete diffusion, by their names in the literature; some leave m short of 0 or 1.
+- MaskGIT (Chang et al., 2022): `CosineSchedule`, `LinearSchedule`, `SquareSchedule`; `ArccosSchedule` is that of
+  MaskBit, TiTok and Halton-MaskGIT. MaskGIT writes them with the decoding ratio r = 1 - t: its gamma(r) is m(1 - r).
+- MAR (Li et al., 2024): `TruncatedNormalSchedule`.
+- D3PM (Austin et al., 2021): `LinearSchedule` of absorbing D3PM, `D3PMCosineSchedule` of uniform D3PM.
+- SEDD (Lou et al., 2024): `LogLinearSchedule`, `GeometricSchedule`.
+- MDLM (Sahoo et al., 2024): `LogLinearSchedule`, `MDLMCosineSchedule`, `CosineSquaredSchedule`.
+- MD4 (Shi et al., 2024): `LinearSchedule` and `CosineSchedule`, which its code squeezes by `TruncatedSchedule`.
 
-Two curves are called "cosine": sin(pi t / 2) is `CosineSchedule`, MaskGIT's and MD4's, and its mirror image
-1 - cos(pi t / 2) is `MDLMCosineSchedule`.
+Two curves are called "cosine": MaskGIT's and MD4's sin(pi t / 2), and MDLM's 1 - cos(pi t / 2), its mirror image.
 
-How noisy a batch is.
-
-Times of diffusion's losses, spread evenly over a batch: the mean over t is then estimated with less noise.
+All arithmetic is float64, in forms that do not cancel near t = 0, nor alpha near t = 1. At the end of the file stand
+`NoiseLevel`, the times of a batch with what a schedule makes of them, and the two ways to draw these times.
 """
 
 from abc import ABC, abstractmethod
@@ -26,36 +29,40 @@ from discrete_lit.core.random import CounterRandom, Purpose
 
 
 class MaskSchedule(ABC):
-    """m(t) with its derivative and inverse; arguments are tensors in [0, 1] of any shape, results float64."""
+    """A schedule m(t) with its derivative and inverse.
+
+    All methods take a tensor in [0, 1] of any shape and return float64 of this shape. A schedule of one's own defines
+    the three abstract methods, and `alpha` and `rate` too if 1 - m would lose digits where m is next to 1.
+    """
 
     @abstractmethod
     def mask_probability(self, t: Tensor) -> Tensor:
-        """m(t), rising to 1, from 0 unless the schedule says otherwise."""
+        """Return m(t); it rises from 0 to 1 unless the schedule says otherwise."""
 
     @abstractmethod
     def derivative(self, t: Tensor) -> Tensor:
-        """m'(t)."""
+        """Return m'(t)."""
 
     @abstractmethod
     def inverse(self, m: Tensor) -> Tensor:
-        """The t with m(t) = m."""
+        """Return the t with m(t) = m."""
 
     def alpha(self, t: Tensor) -> Tensor:
-        """1 - m(t), the probability that noise has left a token alone."""
+        """Return alpha(t) = 1 - m(t), the probability that noise has left a token alone."""
         return 1 - self.mask_probability(t)
 
     def rate(self, t: Tensor) -> Tensor:
-        """d sigma / dt = m'(t) / alpha(t), the speed of the total noise sigma = -log alpha; infinite where m is 1."""
+        """Return sigma'(t) = m'(t) / alpha(t), of the total noise sigma = -log alpha; infinite where m is 1."""
         return self.derivative(t) / self.alpha(t)
 
     def ends(self) -> tuple[float, float]:
-        """m(0) and m(1); where they are not 0 and 1, what a loss averages over t may be no bound."""
+        """Return m(0) and m(1); where they are not 0 and 1, the mean of a loss over t may be no bound."""
         ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
         return float(self.mask_probability(ends)[0]), 1 - float(self.alpha(ends)[1])
 
 
 class CosineSchedule(MaskSchedule):
-    """m = sin(pi t / 2), which is MaskGIT's gamma(r) = cos(pi r / 2) and MD4's cosine (Shi et al., 2024)."""
+    """The cosine of MaskGIT, gamma(r) = cos(pi r / 2), and of MD4 (Shi et al., 2024): m = sin(pi t / 2)."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return torch.sin(t.double() * pi / 2)
@@ -71,7 +78,7 @@ class CosineSchedule(MaskSchedule):
 
 
 class ArccosSchedule(MaskSchedule):
-    """m = arccos(1 - t) * 2 / pi, gamma(r) = arccos(r) * 2 / pi.
+    """The arccos of MaskBit, TiTok and Halton-MaskGIT, gamma(r) = arccos(r) 2 / pi: m = arccos(1 - t) 2 / pi.
 
     Processors differ in the last bit of asin(sqrt(1 / 2)) and of sin(pi / 4): m(1) and the inverse of 1 are set to 1.
     """
@@ -90,8 +97,11 @@ class ArccosSchedule(MaskSchedule):
 
 
 class LinearSchedule(MaskSchedule):
-    """m = t, gamma(r) = 1 - r; of absorbing D3PM the schedule that it calls mutual information, or "jsd": beta_t = 1 /
-    (T - t + 1) (Austin et al., 2021)."""
+    """The linear schedule m = t, gamma(r) = 1 - r.
+
+    Absorbing D3PM reaches it by beta_t = 1 / (T - t + 1), and calls it mutual information, or "jsd" (Austin et al.,
+    2021).
+    """
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return t.double()
@@ -104,7 +114,7 @@ class LinearSchedule(MaskSchedule):
 
 
 class SquareSchedule(MaskSchedule):
-    """gamma(r) = 1 - r^2, so m = 1 - (1 - t)^2."""
+    """The square schedule of MaskGIT, gamma(r) = 1 - r^2: m = 1 - (1 - t)^2."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
         return t.double() * (2 - t.double())
@@ -120,20 +130,20 @@ class SquareSchedule(MaskSchedule):
 
 
 class TruncatedNormalSchedule(MaskSchedule):
-    """Quantiles of a normal distribution cut to [lowest, 1]: mask ratios to train with, whose m(0) is `lowest`.
+    """The training mask ratios of MAR: m(t) is the t-quantile of a normal distribution cut to [lowest, 1].
 
-    MAR's by default (Li et al., "Autoregressive Image Generation without Vector Quantization", 2024).
+    The defaults are MAR's (Li et al., "Autoregressive Image Generation without Vector Quantization", 2024).
 
     Args:
-        mean: of the normal distribution before the cut.
+        mean: mean of the normal distribution before the cut.
         deviation: its standard deviation, > 0.
-        lowest: in [0, 1).
+        lowest: m(0), in [0, 1).
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
-    def __init__(self, mean: float = 1.0, deviation: float = 0.25, lowest: float = 0.7) -> None:
+    def __init__(self, *, mean: float = 1.0, deviation: float = 0.25, lowest: float = 0.7) -> None:
         if deviation <= 0:
             raise ValueError(f"deviation must be > 0, got {deviation}")
         if not 0 <= lowest < 1:
@@ -162,13 +172,15 @@ class TruncatedNormalSchedule(MaskSchedule):
 
 
 class ClippedSchedule(MaskSchedule):
-    """m = (1 - epsilon) f(t) with f from 0 to 1, so that the total noise -log(1 - m) stays finite.
+    """A curve f(t) from 0 to 1, clipped so that the total noise stays finite: m = (1 - epsilon) f(t).
+
+    The code of SEDD and of MDLM calls epsilon `eps`.
 
     Args:
-        epsilon: what is left of the data at t = 1, in [0, 1).
+        epsilon: alpha(1), the probability that a token outlasts all noise, in [0, 1); 0 clips nothing.
 
     Raises:
-        ValueError: an epsilon out of its range.
+        ValueError: epsilon is out of its range.
     """
 
     def __init__(self, epsilon: float = 1e-3) -> None:
@@ -177,102 +189,104 @@ class ClippedSchedule(MaskSchedule):
         self.epsilon = epsilon
 
     @abstractmethod
-    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f(t), 1 - f(t) and f'(t)."""
+    def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return f(t), 1 - f(t) and f'(t)."""
 
     @abstractmethod
-    def _shape_inverse(self, value: Tensor) -> Tensor:
-        """The t with f(t) = value."""
+    def _curve_inverse(self, value: Tensor) -> Tensor:
+        """Return the t with f(t) = value."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return (1 - self.epsilon) * self._shape(t.double())[0]
+        return (1 - self.epsilon) * self._curve(t.double())[0]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self.epsilon + (1 - self.epsilon) * self._shape(t.double())[1]
+        return self.epsilon + (1 - self.epsilon) * self._curve(t.double())[1]
 
     def derivative(self, t: Tensor) -> Tensor:
-        return (1 - self.epsilon) * self._shape(t.double())[2]
+        return (1 - self.epsilon) * self._curve(t.double())[2]
 
     def inverse(self, m: Tensor) -> Tensor:
-        return self._shape_inverse((m.double() / (1 - self.epsilon)).clamp(max=1))
+        return self._curve_inverse((m.double() / (1 - self.epsilon)).clamp(max=1))
 
 
 class LogLinearSchedule(ClippedSchedule):
-    """sigma = -log(1 - (1 - epsilon) t), so m = (1 - epsilon) t (Lou et al., "SEDD", 2024).
+    """The log-linear schedule of SEDD and MDLM, sigma = -log(1 - (1 - epsilon) t): m = (1 - epsilon) t.
 
     Args:
-        epsilon: what is left of the data at t = 1, in [0, 1).
+        epsilon: alpha(1), the probability that a token outlasts all noise, in [0, 1).
     """
 
-    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return t, 1 - t, torch.ones_like(t)
 
-    def _shape_inverse(self, value: Tensor) -> Tensor:
+    def _curve_inverse(self, value: Tensor) -> Tensor:
         return value
 
 
 class LogSinSchedule(ClippedSchedule):
-    """sigma = -log(1 - (1 - epsilon) sin(pi t / 2)), so m = (1 - epsilon) sin(pi t / 2).
+    """The "log-sin" schedule, sigma = -log(1 - (1 - epsilon) sin(pi t / 2)): m = (1 - epsilon) sin(pi t / 2).
 
     "Discrete Diffusion for Image Generation" trains with a "log-sin" schedule that it does not define, and SEDD's code
-    has none. This is our reading, by analogy with SEDD's log-linear one, whose t becomes a sine; but for epsilon it is
-    `CosineSchedule`, MaskGIT's. Cross-entropies have the weight m' / m = (pi / 2) cot(pi t / 2), free of epsilon.
+    has none. This is our reading: SEDD's log-linear schedule with a sine in the place of t. But for epsilon it is
+    MaskGIT's `CosineSchedule`. The weight of a cross-entropy, m' / m = (pi / 2) cot(pi t / 2), is free of epsilon.
 
     Args:
-        epsilon: what is left of the data at t = 1, in [0, 1).
+        epsilon: alpha(1), the probability that a token outlasts all noise, in [0, 1).
     """
 
-    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = t * pi / 2
         return torch.sin(angle), 2 * torch.sin((1 - t) * pi / 4) ** 2, torch.cos(angle) * pi / 2
 
-    def _shape_inverse(self, value: Tensor) -> Tensor:
+    def _curve_inverse(self, value: Tensor) -> Tensor:
         return torch.asin(value) * 2 / pi
 
 
 class CosineSquaredSchedule(ClippedSchedule):
-    """alpha = cos(pi t / 2)^2 but for epsilon, so m = (1 - epsilon) sin(pi t / 2)^2 (Nichol & Dhariwal, 2021; MDLM).
+    """The cosine of Nichol & Dhariwal (2021), MDLM's "cosine squared": m = (1 - epsilon) sin(pi t / 2)^2.
+
+    With epsilon = 0, alpha is cos(pi t / 2)^2.
 
     Args:
-        epsilon: what is left of the data at t = 1, in [0, 1).
+        epsilon: alpha(1), the probability that a token outlasts all noise, in [0, 1).
     """
 
-    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = t * pi / 2
         return torch.sin(angle) ** 2, torch.sin((1 - t) * pi / 2) ** 2, torch.sin(t * pi) * pi / 2
 
-    def _shape_inverse(self, value: Tensor) -> Tensor:
+    def _curve_inverse(self, value: Tensor) -> Tensor:
         return torch.asin(torch.sqrt(value)) * 2 / pi
 
 
 class MDLMCosineSchedule(ClippedSchedule):
-    """What MDLM calls cosine: alpha = cos(pi t / 2) but for epsilon, so m = (1 - epsilon) (1 - cos(pi t / 2)).
+    """The "cosine" of MDLM: m = (1 - epsilon) (1 - cos(pi t / 2)); with epsilon = 0, alpha is cos(pi t / 2).
 
-    (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", 2024.)
+    (Sahoo et al., "Simple and Effective Masked Diffusion Language Models", 2024.) MaskGIT's is `CosineSchedule`.
 
     Args:
-        epsilon: what is left of the data at t = 1, in [0, 1).
+        epsilon: alpha(1), the probability that a token outlasts all noise, in [0, 1).
     """
 
-    def _shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = t * pi / 2
         return 2 * torch.sin(angle / 2) ** 2, torch.sin((1 - t) * pi / 2), torch.sin(angle) * pi / 2
 
-    def _shape_inverse(self, value: Tensor) -> Tensor:
+    def _curve_inverse(self, value: Tensor) -> Tensor:
         return torch.asin(torch.sqrt(value / 2)) * 4 / pi
 
 
 class GeometricSchedule(MaskSchedule):
-    """sigma = sigma_min^(1 - t) sigma_max^t (Lou et al., "SEDD", 2024, whose numbers are the defaults).
+    """The geometric schedule of SEDD, sigma = sigma_min^(1 - t) sigma_max^t: m = 1 - exp(-sigma).
 
-    m(0) is not 0 but 1 - exp(-sigma_min).
+    The defaults are SEDD's (Lou et al., 2024). m(0) is not 0 but 1 - exp(-sigma_min).
 
     Args:
         sigma_min: total noise at t = 0, > 0.
-        sigma_max: at t = 1, above `sigma_min` and at most 700: beyond that no float64 tells exp(-sigma) from 0.
+        sigma_max: total noise at t = 1, above `sigma_min`, at most 700: beyond, float64 cannot tell alpha from 0.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     def __init__(self, sigma_min: float = 1e-5, sigma_max: float = 20.0) -> None:
@@ -295,7 +309,7 @@ class GeometricSchedule(MaskSchedule):
         return self.rate(t) * self.alpha(t)
 
     def inverse(self, m: Tensor) -> Tensor:
-        # Of an m that float64 does not tell from 1, the end.
+        # An m that float64 cannot tell from 1 belongs to t = 1.
         return (torch.log(-torch.log1p(-m.double()) / self.sigma_min) / self._growth).clamp(0, 1)
 
     def _total_noise(self, t: Tensor) -> Tensor:
@@ -303,15 +317,15 @@ class GeometricSchedule(MaskSchedule):
 
 
 class D3PMCosineSchedule(MaskSchedule):
-    """D3PM's cosine: alpha = f(t) / f(0) with f = cos((t + s) / (1 + s) pi / 2), not squared (Austin et al., 2021).
+    """The cosine of D3PM, not squared: alpha = f(t) / f(0) with f = cos((t + s) / (1 + s) pi / 2).
 
-    Their beta_t = 1 - f(t) / f(t - 1/T) multiply up to this quotient.
+    (Austin et al., 2021.) D3PM's steps beta_t = 1 - f(t) / f(t - 1/T) multiply up to this quotient.
 
     Args:
         offset: s, > 0.
 
     Raises:
-        ValueError: an offset that is not positive.
+        ValueError: the offset is not positive.
     """
 
     def __init__(self, offset: float = 0.008) -> None:
@@ -343,21 +357,21 @@ class D3PMCosineSchedule(MaskSchedule):
 
 
 class TruncatedSchedule(MaskSchedule):
-    """Another schedule squeezed into [lowest, highest], as MD4 squeezes its own by 1e-4 at both ends.
+    """Another schedule squeezed into [lowest, highest], as MD4's code squeezes its own by 1e-4 at both ends.
 
-    What is left out of [0, 1] makes averages over t smaller than the bound that they stand for: with 1,024 tokens and
-    `lowest = 1e-3`, 64% of what single masked tokens contribute.
+    The mean of a loss over t then misses what the cut ends of [0, 1] contribute, and is smaller than the bound: with
+    1,024 tokens and `lowest = 1e-3` it misses 64% of what single masked tokens contribute.
 
     Args:
-        schedule: from 0 to 1.
+        schedule: the schedule to squeeze, from 0 to 1.
         lowest: m(0).
         highest: m(1).
 
     Raises:
-        ValueError: ends out of [0, 1] or in the wrong order.
+        ValueError: the ends are out of [0, 1] or in the wrong order.
     """
 
-    def __init__(self, schedule: MaskSchedule, lowest: float = 1e-4, highest: float = 1 - 1e-4) -> None:
+    def __init__(self, schedule: MaskSchedule, *, lowest: float = 1e-4, highest: float = 1 - 1e-4) -> None:
         if not 0 <= lowest < highest <= 1:
             raise ValueError(f"0 <= lowest < highest <= 1 must hold, got {lowest} and {highest}")
         self.schedule = schedule
@@ -377,58 +391,57 @@ class TruncatedSchedule(MaskSchedule):
         return self.schedule.inverse(((m.double() - self.lowest) / (self.highest - self.lowest)).clamp(0, 1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NoiseLevel:
-    """A time for each sequence and what a schedule makes of it; tensors `(B, 1)` float64."""
+    """The noise of each sequence of a batch: a time and what a schedule makes of it; tensors `(B, 1)` float64."""
 
     t: Tensor
-    """In [0, 1]."""
+    """The time, in [0, 1]."""
     alpha: Tensor
-    """The probability that noise has left a token alone, exp(-sigma)."""
+    """exp(-sigma), the probability that noise has left a token alone."""
     noise: Tensor
-    """1 - alpha, m(t), as exact where it is small as alpha is where that is."""
+    """m = 1 - alpha, with all its digits where it is small, where `1 - alpha` would lose them."""
     rate: Tensor
-    """d sigma / dt = m'(t) / alpha, t being what a loss averages over."""
+    """sigma' = m'(t) / alpha, the slope in the variable that the loss averages over."""
 
     @classmethod
     def at(cls, schedule: MaskSchedule, t: Tensor) -> "NoiseLevel":
-        """The level of a schedule at times `t (B, 1)`."""
-        return NoiseLevel(t.double(), schedule.alpha(t), schedule.mask_probability(t), schedule.rate(t))
+        """Return the level of a schedule at times `t (B, 1)`."""
+        return NoiseLevel(
+            t=t.double(), alpha=schedule.alpha(t), noise=schedule.mask_probability(t), rate=schedule.rate(t)
+        )
 
     @property
     def sigma(self) -> Tensor:
-        """The total noise, -log alpha."""
+        """The total noise sigma = -log alpha."""
         return torch.where(self.noise < 0.5, -torch.log1p(-self.noise), -torch.log(self.alpha))
 
     @property
     def odds(self) -> Tensor:
-        """1 / (exp(sigma) - 1) = alpha / (1 - alpha)."""
+        """The odds that a token was left alone, alpha / (1 - alpha) = 1 / (exp(sigma) - 1)."""
         return self.alpha / self.noise
 
     @property
     def mask_weight(self) -> Tensor:
-        """m'(t) / m(t), the weight of a masked token's cross-entropy."""
+        """The weight of a masked token's cross-entropy, m'(t) / m(t)."""
         return self.rate * self.odds
 
     def take(self, rows: Tensor | slice) -> Self:
-        """The levels of some of the sequences, in any number and order."""
-        return type(self)(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-# 2^64 over the golden ratio, odd, as a signed number: multiples of it fill the circle evenly (Weyl).
-_GOLDEN = -7046029254386353131
+        """Select the levels of some of the sequences, in any number and order."""
+        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def stratified_times(random: CounterRandom, strata: int) -> Tensor:
-    """One time in each of `strata` equal parts of (0, 1) for that many samples in a row.
+    """Draw training times spread evenly over a batch: one in each of `strata` equal parts of (0, 1).
 
-    A sample's place in the run, modulo `strata`, is its part, so a batch of samples that follow one another has one
-    time in each, however it is split over ranks and after a resume (Kingma et al., "Variational Diffusion Models",
-    2021, appendix I.1; MDLM draws within the parts as here).
+    The mean of a loss over t is then estimated with less noise than from independent times (Kingma et al.,
+    "Variational Diffusion Models", 2021, appendix I.1; MDLM draws within the parts as here). A sample's number in the
+    run, modulo `strata`, is its part. So a batch of samples that follow one another has one time in each part, however
+    it is split over ranks, and after a resume.
 
     Args:
         random: one stream for each sample.
-        strata: samples of the batch over all ranks.
+        strata: the number of samples in the batch over all ranks.
 
     Returns:
         `(B, 1)` float64 in (0, 1).
@@ -438,10 +451,14 @@ def stratified_times(random: CounterRandom, strata: int) -> Tensor:
     return times.clamp(max=1 - 2.0**-53)  # the sum may round up
 
 
-def spread_times(random: CounterRandom) -> Tensor:
-    """Times `(B, 1)` that are evenly spread over every run of samples, whatever the batches: for validation.
+# 2^64 over the golden ratio, odd, as a signed number: its multiples fill the circle evenly (Weyl).
+_GOLDEN = -7046029254386353131
 
-    Each is uniform over seeds, and a function of seed and index alone.
+
+def spread_times(random: CounterRandom) -> Tensor:
+    """Draw validation times `(B, 1)` in (0, 1) that are spread evenly over any samples in a row, whatever the batches.
+
+    Each time is a function of seed and index alone, and uniform over seeds.
     """
     shift = CounterRandom(random.seed, random.indices.new_zeros(1)).uniform(Purpose.MASK_RATIO, 1)
     turn = ((random.indices * _GOLDEN) >> 11) & (2**53 - 1)  # the upper bits of a product modulo 2^64

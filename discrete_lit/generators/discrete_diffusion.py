@@ -114,7 +114,7 @@ class DiscreteDiffusion(Generator):
         )
         self.objective = objective
         self.likelihood_samples = likelihood_samples
-        self._denoiser = Denoiser(noise, schedule, head, time_input)
+        self._denoiser = Denoiser(process=noise, schedule=schedule, head=head, time_input=time_input)
 
     @property
     def objective_kind(self) -> LossKind:
@@ -131,7 +131,7 @@ class DiscreteDiffusion(Generator):
         uniforms = random.uniform(Purpose.MASK_ORDER, self.length)
         states = self.objective.corrupt(parts.process, tokens, level, uniforms)
         logits = self._logits(states, labels, level)
-        values = self.objective(logits, parts.head, tokens, states, parts.process, level)
+        values = self.objective(logits, tokens, head=parts.head, states=states, process=parts.process, level=level)
         return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
 
     def on_validation_epoch_end(self) -> None:

@@ -138,9 +138,14 @@ class Masked(Generator):
         return super().to_grid(sequences if self.bit_groups is None else self.bit_groups.join(sequences))
 
     def denoiser(self) -> Denoiser:
-        """Of the absorbing process: where a token is masked, what is predicted is cavity and posterior alike."""
+        """Return that of the absorbing process: at a masked token, the leave-one-out posterior is the posterior."""
         layout = self.backbone.layout
-        return Denoiser(AbsorbingProcess(layout.vocab_size), LinearSchedule(), LeaveOneOutHead(), "none")
+        return Denoiser(
+            process=AbsorbingProcess(layout.vocab_size),
+            schedule=LinearSchedule(),
+            head=LeaveOneOutHead(),
+            time_input="none",
+        )
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         masked = self._training_masks(random)

@@ -49,7 +49,11 @@ def estimates(backbone: ExactBackbone, schedule: MaskSchedule, draws: int = 100,
 
 
 @pytest.mark.parametrize("variable", ["mask_count", "mask_ratio"])
-@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead(), ScoreHead(False), ScoreHead(True)], ids=range(4))
+@pytest.mark.parametrize(
+    "head",
+    [LeaveOneOutHead(), PosteriorHead(), ScoreHead(scale_by_noise=False), ScoreHead(scale_by_noise=True)],
+    ids=range(4),
+)
 def test_masks_need_no_cut_off(head, variable) -> None:
     """Also with a schedule that stops at 0.9 the estimate is of -log p itself."""
     backbone = ExactBackbone(AbsorbingProcess(4), head)
@@ -69,14 +73,18 @@ def test_masks_need_no_cut_off(head, variable) -> None:
     ],
     ids=["uniform", "hybrid", "gaussian", "cut"],
 )
-@pytest.mark.parametrize("kind", ["cavity", "posterior", "score"])
+@pytest.mark.parametrize("kind", ["leave_one_out", "posterior", "score"])
 def test_other_noise_pays_for_both_ends(process, schedule: MaskSchedule, kind: str) -> None:
     """The mean is -log p and sum of q(x_T | x_0) log(p_T / pi), wherever the schedule starts and ends.
 
     Where it starts above 0 the tokens are reconstructed apart from one another, which costs a little more: the mean
     lies above by what the others know of each.
     """
-    head = {"cavity": LeaveOneOutHead(), "posterior": PosteriorHead(), "score": ScoreHead(False, process.masks)}[kind]
+    head = {
+        "leave_one_out": LeaveOneOutHead(),
+        "posterior": PosteriorHead(),
+        "score": ScoreHead(scale_by_noise=False, mask_output=process.masks),
+    }[kind]
     mean, error, claimed = estimates(ExactBackbone(process, head), schedule)
     alpha = float(schedule.alpha(torch.tensor(1.0)))
     noisy = all_sequences(process.states, 3)
@@ -94,7 +102,7 @@ def test_other_noise_pays_for_both_ends(process, schedule: MaskSchedule, kind: s
     assert 0.3 < float((error / claimed).median()) < 1.5
 
 
-@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead(), ScoreHead(True)], ids=range(3))
+@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead(), ScoreHead(scale_by_noise=True)], ids=range(3))
 def test_enumeration_is_exact(head) -> None:
     backbone = ExactBackbone(AbsorbingProcess(4), head)
     found = enumerated_log_likelihood(network_of(backbone), backbone.denoiser(LogSinSchedule()), CLEAN)

@@ -7,7 +7,7 @@ from helpers.exact_oracle import (
     ENTROPY,
     MARGINAL_ENTROPIES,
     ExactBackbone,
-    exact_cavity,
+    exact_leave_one_out,
     exact_posterior,
     exact_score,
     masked_entropies,
@@ -48,7 +48,7 @@ def test_conditionals_by_brute_force(process: ForwardProcess) -> None:
     pairs = law[:, None] * torch.stack([kernel[clean[:, n]][:, states[:, n]] for n in range(3)]).prod(dim=0)
     torch.testing.assert_close(pairs.sum(dim=0), noisy_law(law, process, alpha))
     levels = torch.full((len(states), 1), alpha, dtype=torch.float64)
-    posterior, cavity = (find(law, states, process, levels) for find in (exact_posterior, exact_cavity))
+    posterior, leave_one_out = (find(law, states, process, levels) for find in (exact_posterior, exact_leave_one_out))
     scores = exact_score(law, states, process, levels)
     noisy = pairs.sum(dim=0).reshape([process.states] * 3)
     for n in range(3):
@@ -57,18 +57,18 @@ def test_conditionals_by_brute_force(process: ForwardProcess) -> None:
         # Summed over what this token became, the table is of the others alone.
         others = of_id.T.reshape(4, *[process.states] * 3).sum(dim=1 + n, keepdim=True)
         others = others.expand(4, *[process.states] * 3).reshape(4, -1).T
-        torch.testing.assert_close(cavity[:, n], others / others.sum(dim=1, keepdim=True))
+        torch.testing.assert_close(leave_one_out[:, n], others / others.sum(dim=1, keepdim=True))
         moved = noisy.movedim(n, 2)
         rows = [moved[tuple(states[i, m] for m in range(3) if m != n)] for i in range(len(states))]
         torch.testing.assert_close(scores[:, n], torch.stack(rows) / noisy.reshape(-1)[:, None])
 
 
 @each_process
-@pytest.mark.parametrize("name", ["posterior", "cavity", "score", "scaled score"])
+@pytest.mark.parametrize("name", ["posterior", "leave_one_out", "score", "scaled score"])
 def test_logits_are_made_for_the_head(process: ForwardProcess, name: str) -> None:
     head = {
         "posterior": PosteriorHead(),
-        "cavity": LeaveOneOutHead(),
+        "leave_one_out": LeaveOneOutHead(),
         "score": ScoreHead(scale_by_noise=False, mask_output=process.masks),
         "scaled score": ScoreHead(scale_by_noise=True, mask_output=process.masks),
     }[name]
@@ -76,10 +76,10 @@ def test_logits_are_made_for_the_head(process: ForwardProcess, name: str) -> Non
     states = all_sequences(process.states, 3)
     labels = torch.zeros(len(states), dtype=torch.int64)
     alpha = torch.full((len(states), 1), 0.6, dtype=torch.float64)
-    level = NoiseLevel(torch.zeros_like(alpha), alpha, 1 - alpha, torch.zeros_like(alpha))
+    level = NoiseLevel(t=torch.zeros_like(alpha), alpha=alpha, noise=1 - alpha, rate=torch.zeros_like(alpha))
     logits = backbone(states, labels, time=-alpha[:, 0].log().float())
     torch.testing.assert_close(logits, backbone.logits_at(states, labels, alpha), rtol=1e-5, atol=1e-5)
-    find = {"posterior": exact_posterior, "cavity": exact_cavity, "score": exact_score}[head.kind]
+    find = {"posterior": exact_posterior, "leave_one_out": exact_leave_one_out, "score": exact_score}[head.kind]
     expected = find(reference_law(), states, process, alpha)
     prediction = head(backbone.logits_at(states, labels, alpha), states, level).exp().double()
     torch.testing.assert_close(prediction, expected, rtol=1e-10, atol=1e-10)

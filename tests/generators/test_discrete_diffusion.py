@@ -53,8 +53,14 @@ PARTS: dict[str, tuple[Any, MaskSchedule | None, Head | None, DiffusionLoss | No
     "mask ratio": (AbsorbingProcess, LogLinearSchedule(), None, MaskedCrossEntropy("mask_ratio"), None),
     "mask count": (AbsorbingProcess, None, None, MaskedCrossEntropy("mask_count"), None),
     "SEDD absorb": (AbsorbingProcess, LogSinSchedule(), ScoreHead(), ScoreEntropy(), "total_noise"),
-    "SEDD uniform": (UniformProcess, GeometricSchedule(), ScoreHead(False, False), ScoreEntropy(), "total_noise"),
-    "SEDD hybrid": (HybridProcess, LogLinearSchedule(), ScoreHead(False), ScoreEntropy(), "time"),
+    "SEDD uniform": (
+        UniformProcess,
+        GeometricSchedule(),
+        ScoreHead(scale_by_noise=False, mask_output=False),
+        ScoreEntropy(),
+        "total_noise",
+    ),
+    "SEDD hybrid": (HybridProcess, LogLinearSchedule(), ScoreHead(scale_by_noise=False), ScoreEntropy(), "time"),
     "UDLM": (UniformProcess, LogLinearSchedule(), LeaveOneOutHead(), ContinuousBound(), None),
     "GIDD": (HybridProcess, None, LeaveOneOutHead(), ContinuousBound(), None),
     "D3PM uniform": (UniformProcess, None, LeaveOneOutHead(), HybridBound(20), None),
@@ -139,7 +145,7 @@ def test_loss_is_the_mean_of_the_objective_over_tokens(make_diffusion, name: str
     level = objective.level(parts.schedule, stratified_times(random, 6), 3)
     states = objective.corrupt(parts.process, tokens, level, random.uniform(Purpose.MASK_ORDER, 3))
     logits = generator.backbone(states, labels, time=parts.network_time(level))
-    expected = objective(logits, parts.head, tokens, states, parts.process, level)
+    expected = objective(logits, tokens, head=parts.head, states=states, process=parts.process, level=level)
     torch.testing.assert_close(generator.loss(tokens, labels, random)[0], expected.mean())
     losses = generator.token_losses(tokens, labels, random)
     assert torch.equal(losses.coordinate[:, :1], level.t) and losses.coordinate.shape == (6, 3)
@@ -264,7 +270,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
         ("SEDD absorb", {}, "not a bound"),
         ("SEDD absorb", {"schedule": LogLinearSchedule(1e-9)}, "not a bound"),
         ("mask ratio", {}, "bound"),
-        ("masks", {"schedule": TruncatedSchedule(LinearSchedule(), 1e-3, 1.0)}, "not a bound"),
+        ("masks", {"schedule": TruncatedSchedule(LinearSchedule(), lowest=1e-3, highest=1.0)}, "not a bound"),
         ("UDLM", {}, "bound"),
         ("SEDD uniform", {}, "not a bound"),
         ("D3PM uniform", {}, "not a bound"),
@@ -375,8 +381,11 @@ def test_likelihood_by_counts_and_by_ratios_is_masked_s(make_diffusion, make_gri
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss": ScoreEntropy()}, "ScoreEntropy needs a head of kind score, LeaveOneOutHead is of kind cavity"),
-        ({"head": ScoreHead()}, "MaskedCrossEntropy needs a head of kind cavity or posterior, ScoreHead is of kind sc"),
+        ({"loss": ScoreEntropy()}, "ScoreEntropy needs a head of kind score, LeaveOneOutHead is of kind leave_one_out"),
+        (
+            {"head": ScoreHead()},
+            "MaskedCrossEntropy needs a head of kind leave_one_out or posterior, ScoreHead is of kind sc",
+        ),
         (
             {"process": UniformProcess},
             "MaskedCrossEntropy is for AbsorbingProcess, got UniformProcess: use ContinuousB",

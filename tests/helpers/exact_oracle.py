@@ -35,7 +35,7 @@ def random_law(vocab_size: int = VOCAB_SIZE, length: int = LENGTH, seed: int = 0
 
 
 def noisy_evidence(law: Tensor, states: Tensor, process: ForwardProcess, alpha: Tensor) -> Tensor:
-    """`(B, N, K)`: p(the other tokens of x_t, x_0 of this one is k): the cavity, not normalised.
+    """`(B, N, K)`: p(the other tokens of x_t, x_0 of this one is k): the leave-one-out posterior, not normalised.
 
     Args:
         law: `(K^N,)`, or `(B, K^N)` of each row's own.
@@ -54,7 +54,7 @@ def noisy_evidence(law: Tensor, states: Tensor, process: ForwardProcess, alpha: 
     return torch.einsum("bsn,snk->bnk", others * law.expand(len(states), -1)[..., None], is_id)
 
 
-def exact_cavity(law: Tensor, states: Tensor, process: ForwardProcess, alpha: Tensor) -> Tensor:
+def exact_leave_one_out(law: Tensor, states: Tensor, process: ForwardProcess, alpha: Tensor) -> Tensor:
     """`(B, N, K)`: p(x_0 of a token | the other tokens of x_t)."""
     evidence = noisy_evidence(law, states, process, alpha)
     return evidence / evidence.sum(dim=-1, keepdim=True)
@@ -120,7 +120,12 @@ class ExactBackbone(Backbone):
         self.process, self.head, self.laws, self.blind_sigma = process, head, laws, -log(blind_alpha)
 
     def denoiser(self, schedule: MaskSchedule) -> Denoiser:
-        return Denoiser(self.process, schedule, self.head, "total_noise" if self.layout.timed else "none")
+        return Denoiser(
+            process=self.process,
+            schedule=schedule,
+            head=self.head,
+            time_input="total_noise" if self.layout.timed else "none",
+        )
 
     def forward(
         self,
@@ -138,12 +143,12 @@ class ExactBackbone(Backbone):
         laws = self.laws[labels]
         if self.head.kind == "score":
             scores = exact_score(laws, tokens, self.process, alpha).log()
-            level = NoiseLevel(torch.zeros_like(alpha), alpha, 1 - alpha, torch.zeros_like(alpha))
+            level = NoiseLevel(t=torch.zeros_like(alpha), alpha=alpha, noise=1 - alpha, rate=torch.zeros_like(alpha))
             # What the head adds to every logit is taken off before.
             nothing = torch.zeros_like(scores[..., : self.layout.outputs])
             added = self.head(nothing, torch.full_like(tokens, self.layout.outputs - 1), level)[..., :1]
             return scores[..., : self.layout.outputs] - added
-        predict = exact_cavity if self.head.kind == "cavity" else exact_posterior
+        predict = exact_leave_one_out if self.head.kind == "leave_one_out" else exact_posterior
         return predict(laws, tokens, self.process, alpha).log()
 
     def shards(self) -> Iterable[nn.Module]:

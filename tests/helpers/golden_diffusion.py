@@ -101,7 +101,7 @@ def sedd(load: Load, case: Case) -> Tensors:
     earlier = NoiseLevel.at(parts.schedule, level.t - inputs["step"])
     log_score = parts.head(network, states, level)
     score, ratio = log_score.exp(), torch.exp(-inputs["delta_sigma"].double())[:, None]
-    loss = generator.objective(network, parts.head, tokens, states, process, level)
+    loss = generator.objective(network, tokens, head=parts.head, states=states, process=process, level=level)
     made = {
         **noise(parts.schedule, inputs["t"]),
         "log_score": log_score,
@@ -132,8 +132,8 @@ def mdlm(load: Load, case: Case) -> Tensors:
     earlier = NoiseLevel.at(schedule, inputs["t"][:, None] - inputs["dt"])
     tokens, states = inputs["x0"], inputs["xt"]
     network = logits(generator, states, level)
-    cavity = parts.head(network, states, level)
-    clean = posterior_from_leave_one_out(cavity, states, process, level)
+    leave_one_out = parts.head(network, states, level)
+    clean = posterior_from_leave_one_out(leave_one_out, states, process, level)
     score = score_from_leave_one_out(clean, states, process, level).exp()
     # The reference cuts this off the times; and it stratifies them.
     first = case.default("sampling_eps")
@@ -143,12 +143,16 @@ def mdlm(load: Load, case: Case) -> Tensors:
     corrupted = process.corrupt(tokens, drawn.alpha, uniforms_of(process, drawn.alpha, inputs["u_mask"], None))
 
     def loss(states: Tensor, level: NoiseLevel) -> Tensor:
-        return generator.objective(logits(generator, states, level), parts.head, tokens, states, process, level)
+        return generator.objective(
+            logits(generator, states, level), tokens, head=parts.head, states=states, process=process, level=level
+        )
 
     def weights(schedule: MaskSchedule) -> Tensor:
         """The law of the ancestral step, in the reference's unit."""
         now, then = (NoiseLevel.at(schedule, moment.t) for moment in (level, earlier))
-        law = jumps_from_clean(cavity, states, process, then.alpha, now.alpha).distribution(states, process.states)
+        law = jumps_from_clean(leave_one_out, states, process, then.alpha, now.alpha).distribution(
+            states, process.states
+        )
         return law * now.noise[..., None]
 
     return {
@@ -181,16 +185,16 @@ def raced_samples(generator: Any, case: Case) -> Tensor:
     assert sampling["steps"] == steps and sampling["noise_removal"], f"{case}: {sampling} is not what is drawn here"
     states = torch.full(uniforms.shape[1:3], process.mask_id)
 
-    def cavity(states: Tensor, t: Tensor) -> Tensor:
+    def leave_one_out(states: Tensor, t: Tensor) -> Tensor:
         level = NoiseLevel.at(parts.schedule, t.expand(len(states), 1))
         return parts.head(logits(generator, states, level), states, level)
 
     for step, t in enumerate(torch.linspace(1, last, steps + 1, dtype=torch.float64)[:-1]):
         alphas = [schedule.alpha(time.expand(len(states), 1)) for time in (t - (1 - last) / steps, t)]
-        law = jumps_from_clean(cavity(states, t), states, process, *alphas).distribution(states, process.states)
+        law = jumps_from_clean(leave_one_out(states, t), states, process, *alphas).distribution(states, process.states)
         arrivals = offset - (uniforms[step] + offset).log()
         states = torch.where(states == process.mask_id, (law / arrivals).argmax(dim=-1), states)
-    best = cavity(states, torch.tensor(last)).argmax(dim=-1)
+    best = leave_one_out(states, torch.tensor(last)).argmax(dim=-1)
     return torch.where(states == process.mask_id, best, states)
 
 

@@ -67,7 +67,7 @@ class FiniteNoise(LinearSchedule):
 
 def make_head(name: str, process):
     heads = {"posterior": PosteriorHead, "cavity": LeaveOneOutHead}
-    return heads[name]() if name in heads else ScoreHead(process.masks, process.masks)
+    return heads[name]() if name in heads else ScoreHead(scale_by_noise=process.masks, mask_output=process.masks)
 
 
 def make_model(process, head="cavity", schedule=None, time="time", spread=0.6, classes=CLASSES, sure=1.0):
@@ -80,7 +80,7 @@ def make_model(process, head="cavity", schedule=None, time="time", spread=0.6, c
     backbone = randomise(Transformer(layout, width=16, depth=1, heads=2, conditioning="adaln"), spread).eval()
     if sure != 1:
         backbone.register_forward_hook(lambda module, inputs, output: output * sure)
-    return backbone, Denoiser(process, schedule or LinearSchedule(), head, time)
+    return backbone, Denoiser(process=process, schedule=schedule or LinearSchedule(), head=head, time_input=time)
 
 
 @torch.no_grad()

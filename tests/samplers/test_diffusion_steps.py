@@ -72,7 +72,7 @@ class FlatBackbone(torch.nn.Module):
 def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
     """Binomial(n, 0.5), at K T = 8,192 x 2,048, where races of float32 noise miss a third of the reveals."""
     process, steps, length = AbsorbingProcess(8192), 2048, 256
-    denoiser = Denoiser(process, LinearSchedule(), LeaveOneOutHead(), "none")
+    denoiser = Denoiser(process=process, schedule=LinearSchedule(), head=LeaveOneOutHead(), time_input="none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
     context = SamplingContext(
         FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False

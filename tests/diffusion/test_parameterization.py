@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.exact_laws import all_sequences
-from helpers.exact_oracle import exact_cavity, exact_posterior, exact_score, reference_law
+from helpers.exact_oracle import exact_leave_one_out, exact_posterior, exact_score, reference_law
 
 from discrete_lit.diffusion import (
     AbsorbingProcess,
@@ -39,35 +39,38 @@ def test_every_meaning_from_every_other(name: str, alpha: float) -> None:
     process = PROCESSES[name]()
     states = all_sequences(process.states, 3)
     alphas = torch.full((len(states), 1), alpha, dtype=torch.float64)
-    level = NoiseLevel(alphas, alphas, 1 - alphas, alphas)
-    posterior, cavity, score = (
-        find(reference_law(), states, process, alphas) for find in (exact_posterior, exact_cavity, exact_score)
+    level = NoiseLevel(t=alphas, alpha=alphas, noise=1 - alphas, rate=alphas)
+    posterior, leave_one_out, score = (
+        find(reference_law(), states, process, alphas) for find in (exact_posterior, exact_leave_one_out, exact_score)
     )
     # A token that masks alone have left says nothing of what its neighbours make of it.
     told = (states == 4) if name == "absorbing" else torch.ones_like(states, dtype=torch.bool)
     close = {"rtol": 1e-9, "atol": 1e-12}
-    found = posterior_from_leave_one_out(cavity.log(), states, process, level).exp()
+    found = posterior_from_leave_one_out(leave_one_out.log(), states, process, level).exp()
     torch.testing.assert_close(found, posterior, **close)
     found = leave_one_out_from_posterior(posterior.log(), states, process, level).exp()
-    torch.testing.assert_close(found[told], cavity[told], **close)
-    found = score_from_leave_one_out(cavity.log(), states, process, level).exp()
+    torch.testing.assert_close(found[told], leave_one_out[told], **close)
+    found = score_from_leave_one_out(leave_one_out.log(), states, process, level).exp()
     torch.testing.assert_close(found, score, **close)
     found = leave_one_out_from_score(score.log(), states, process, level).exp()
-    torch.testing.assert_close(found[told], cavity[told], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found[told], leave_one_out[told], rtol=1e-7, atol=1e-9)
 
 
-def test_posterior_and_cavity_agree_where_a_token_is_masked_alone() -> None:
+def test_posterior_and_leave_one_out_agree_where_a_token_is_masked_alone() -> None:
     process = HybridProcess(4, 0.6)
     states = all_sequences(5, 3)
     alpha = torch.full((125, 1), 0.6, dtype=torch.float64)
-    posterior, cavity = (find(reference_law(), states, process, alpha) for find in (exact_posterior, exact_cavity))
+    posterior, leave_one_out = (
+        find(reference_law(), states, process, alpha) for find in (exact_posterior, exact_leave_one_out)
+    )
     masked = states == 4
-    torch.testing.assert_close(posterior[masked], cavity[masked])
-    assert ((posterior[~masked] - cavity[~masked]).abs().sum(dim=-1) > 1e-2).all()
+    torch.testing.assert_close(posterior[masked], leave_one_out[masked])
+    assert ((posterior[~masked] - leave_one_out[~masked]).abs().sum(dim=-1) > 1e-2).all()
 
 
 def test_heads_normalise_half_precision_in_float32() -> None:
-    level = NoiseLevel(*(torch.full((2, 1), 0.5, dtype=torch.float64),) * 4)
+    half = torch.full((2, 1), 0.5, dtype=torch.float64)
+    level = NoiseLevel(t=half, alpha=half, noise=half, rate=half)
     logits, states = torch.randn(2, 3, 5), torch.tensor([[0, 1, 2], [3, 4, 4]])
     for head in (PosteriorHead(), LeaveOneOutHead()):
         found = head(logits.bfloat16(), states, level)
@@ -82,9 +85,9 @@ def test_heads_normalise_half_precision_in_float32() -> None:
 def test_scores_are_scaled_by_the_odds(alpha: float) -> None:
     """SEDD's `log(exp(sigma) - 1) + log K` comes off; no digit is lost at either end of time."""
     alphas = torch.tensor([[alpha]], dtype=torch.float64)
-    level = NoiseLevel(alphas, alphas, 1 - alphas, alphas)
+    level = NoiseLevel(t=alphas, alpha=alphas, noise=1 - alphas, rate=alphas)
     logits = torch.randn(1, 2, 6, dtype=torch.float64)
     states = torch.full((1, 2), 5)
-    plain, scaled = (ScoreHead(scale)(logits, states, level)[..., :5] for scale in (False, True))
+    plain, scaled = (ScoreHead(scale_by_noise=scale)(logits, states, level)[..., :5] for scale in (False, True))
     expected = torch.log(torch.expm1(-alphas.log())) + torch.log(torch.tensor(5.0))
     torch.testing.assert_close(plain - scaled, expected.expand(1, 2)[..., None].expand(-1, -1, 5), rtol=1e-6, atol=1e-6)

@@ -1,10 +1,11 @@
-"""The losses against the exact law: with true conditionals a bound costs -log p, sequence by sequence.
+"""Losses against the exact law, where a bound with true conditionals costs -log p; their gradients and memory.
 
 Every mean over time, noise and clean sequences is worked out in full: noisy sequences are enumerated, time is
 integrated by quadrature. So the values are exact to rounding, and what is wrong in the tenth digit fails.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -39,6 +40,7 @@ from discrete_lit.diffusion import (
     TruncatedSchedule,
     UniformProcess,
 )
+from discrete_lit.diffusion import losses as losses_module
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
@@ -65,7 +67,7 @@ CUT: dict[str, MaskSchedule] = {
     "geometric": GeometricSchedule(),
     "cosine squared": CosineSquaredSchedule(),
     "MDLM cosine": MDLMCosineSchedule(),
-    "truncated": TruncatedSchedule(LinearSchedule(), 1e-3, 0.999),
+    "truncated": TruncatedSchedule(LinearSchedule(), lowest=1e-3, highest=0.999),
 }
 PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
     "absorbing": lambda: AbsorbingProcess(4),
@@ -77,7 +79,7 @@ PROCESSES: dict[str, Callable[[], ForwardProcess]] = {
 ABSORBING_LOSSES: dict[str, tuple[DiffusionLoss, Callable[[], Head]]] = {
     "score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=False)),
     "scaled score entropy": (ScoreEntropy(), lambda: ScoreHead(scale_by_noise=True)),
-    "cross-entropy of the cavity": (MaskedCrossEntropy(), LeaveOneOutHead),
+    "cross-entropy of the leave-one-out posterior": (MaskedCrossEntropy(), LeaveOneOutHead),
     "cross-entropy of the posterior": (MaskedCrossEntropy(), PosteriorHead),
     "continuous bound": (ContinuousBound(), LeaveOneOutHead),
     "flow matching": (DiscreteFlowMatching(), PosteriorHead),
@@ -105,8 +107,14 @@ def costs(loss: DiffusionLoss, backbone: ExactBackbone, level: NoiseLevel) -> Te
     states = noisy.expand(levels, 64, -1, -1).reshape(-1, 3)
     possible = chances.flatten() > 0
     values = torch.zeros(len(rows), dtype=torch.float64)
-    arguments = backbone.head, tokens[possible], states[possible], process, level.take(rows[possible])
-    values[possible] = loss(logits[possible].nan_to_num(neginf=-1e4), *arguments).sum(dim=1)
+    values[possible] = loss(
+        logits[possible].nan_to_num(neginf=-1e4),
+        tokens[possible],
+        head=backbone.head,
+        states=states[possible],
+        process=process,
+        level=level.take(rows[possible]),
+    ).sum(dim=1)
     return (values.view_as(chances) * chances).sum(dim=2)
 
 
@@ -123,12 +131,12 @@ def over_masks(loss: DiffusionLoss, backbone: ExactBackbone, schedule: MaskSched
 def over_noise(loss: DiffusionLoss, backbone: ExactBackbone, schedule: MaskSchedule, sigma: float) -> Tensor:
     """`(64,)`: the integral over the times at which the total noise is below `sigma`."""
     nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(48))
-    share = (nodes + 1) / 2
+    fraction = (nodes + 1) / 2
     # The fifth power smooths the logarithms that the integrand has at 0.
-    noise = (sigma * share**5)[:, None]
-    measure = weights / 2 * sigma * 5 * share**4
+    noise = (sigma * fraction**5)[:, None]
+    measure = weights / 2 * sigma * 5 * fraction**4
     level = NoiseLevel.at(schedule, schedule.inverse(-torch.expm1(-noise)))
-    exact = NoiseLevel(level.t, torch.exp(-noise), -torch.expm1(-noise), level.rate)
+    exact = replace(level, alpha=torch.exp(-noise), noise=-torch.expm1(-noise))
     return (measure[:, None] * costs(loss, backbone, exact) / exact.rate).sum(dim=0)
 
 
@@ -171,11 +179,11 @@ def test_what_a_cut_schedule_leaves_out_is_what_the_bound_lacks(name: str, sched
         assert float(reference_law() @ found) == pytest.approx(4.0194288292, abs=5e-11)
 
 
-@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead()], ids=["cavity", "posterior"])
+@pytest.mark.parametrize("head", [LeaveOneOutHead(), PosteriorHead()], ids=["leave-one-out", "posterior"])
 @pytest.mark.parametrize("variable", ["mask_ratio", "mask_count"])
 def test_means_over_masks_are_bounds_with_every_schedule(variable, head: Head) -> None:
     backbone = ExactBackbone(AbsorbingProcess(4), head)
-    for schedule in (LogLinearSchedule(0.1), TruncatedSchedule(CosineSchedule(), 0.2, 0.9)):
+    for schedule in (LogLinearSchedule(0.1), TruncatedSchedule(CosineSchedule(), lowest=0.2, highest=0.9)):
         loss = MaskedCrossEntropy(variable)
         assert loss.label(backbone.process, schedule) == "bound"
         if variable == "mask_ratio":
@@ -192,7 +200,8 @@ def test_means_over_masks_are_bounds_with_every_schedule(variable, head: Head) -
                 for mask in chosen:
                     states = CLEAN.masked_fill(mask, 4)
                     logits = backbone.logits_at(states, torch.zeros(64, dtype=torch.int64), level.alpha)
-                    cost = loss(logits, head, CLEAN, states, backbone.process, level).sum(dim=1)
+                    arguments = {"head": head, "states": states, "process": backbone.process, "level": level}
+                    cost = loss(logits, CLEAN, **arguments).sum(dim=1)
                     found += cost / len(chosen) / 3
         torch.testing.assert_close(found, surprise(), rtol=0, atol=1e-10)
 
@@ -235,10 +244,12 @@ def test_finite_steps_by_the_divergence_of_enumerated_chains(process: str, steps
     expected = torch.zeros(64, dtype=torch.float64)
     for s, t in pairwise(alphas):
         before, step, after = (noise.matrix(level) for level in (s, t / s, t))
-        cavity = backbone.logits_at(noisy, torch.zeros(len(noisy), dtype=torch.int64), t.expand(len(noisy), 1)).exp()
+        leave_one_out = backbone.logits_at(
+            noisy, torch.zeros(len(noisy), dtype=torch.int64), t.expand(len(noisy), 1)
+        ).exp()
         for n in range(3):
             column = step[:, noisy[:, n]].T  # (S^3, S): q(x_t | x_s)
-            model = (cavity[:, n] @ before[:4]) * column
+            model = (leave_one_out[:, n] @ before[:4]) * column
             model = model / model.sum(dim=1, keepdim=True)
             true = before[CLEAN[:, n]][:, None] * column  # (64, S^3, S)
             true = true / true.sum(dim=2, keepdim=True)
@@ -250,12 +261,12 @@ def test_finite_steps_by_the_divergence_of_enumerated_chains(process: str, steps
 
 @pytest.mark.parametrize("schedule", [LogLinearSchedule(1e-4), GeometricSchedule(1e-6, 8.0)], ids=["line", "geometric"])
 @pytest.mark.parametrize(
-    ("process", "kind"), [(p, k) for p in ("uniform", "hybrid", "gaussian") for k in ("cavity", "score")]
+    ("process", "kind"), [(p, k) for p in ("uniform", "hybrid", "gaussian") for k in ("leave_one_out", "score")]
 )
 def test_bounds_with_their_prior_term_sequence_by_sequence(process: str, kind: str, schedule: MaskSchedule) -> None:
     noise = PROCESSES[process]()
-    head = LeaveOneOutHead() if kind == "cavity" else ScoreHead(scale_by_noise=False, mask_output=noise.masks)
-    loss = ContinuousBound() if kind == "cavity" else ScoreEntropy()
+    head = LeaveOneOutHead() if kind == "leave_one_out" else ScoreHead(scale_by_noise=False, mask_output=noise.masks)
+    loss = ContinuousBound() if kind == "leave_one_out" else ScoreEntropy()
     sigma = 1.5
     found = over_noise(loss, ExactBackbone(noise, head), schedule, sigma) + prior_term(noise, sigma)
     torch.testing.assert_close(found, surprise() + prior_gap(noise, sigma), rtol=0, atol=1e-9)
@@ -275,7 +286,7 @@ def test_uniform_reference_values(sigma: float, expected: float, term: float) ->
     assert float(reference_law() @ found) > ENTROPY
 
 
-def test_a_posterior_in_the_place_of_a_cavity_costs_far_more() -> None:
+def test_a_posterior_in_the_place_of_a_leave_one_out_posterior_costs_far_more() -> None:
     """What the networks of papers disagree about: 5.98 nats instead of 4.03."""
     process, sigma = UniformProcess(4), 6.0
     honest = ExactBackbone(process, LeaveOneOutHead())
@@ -304,7 +315,7 @@ def test_flow_matching_bounds_from_above(process: str) -> None:
     assert 1e-3 < float(gap) < 1
 
 
-def test_hybrid_adds_its_share_of_cross_entropy_on_the_scale_of_the_bound() -> None:
+def test_hybrid_adds_its_part_of_cross_entropy_on_the_scale_of_the_bound() -> None:
     process, schedule = UniformProcess(4), LogLinearSchedule(0.2)
     backbone = ExactBackbone(process, LeaveOneOutHead())
     plain, hybrid = DiscreteTimeBound(5), HybridBound(5, 0.01)
@@ -312,10 +323,10 @@ def test_hybrid_adds_its_share_of_cross_entropy_on_the_scale_of_the_bound() -> N
     difference = costs(hybrid, backbone, level) - costs(plain, backbone, level)
     noisy = all_sequences(4, 3)
     for row in range(5):
-        cavity = backbone.logits_at(noisy, torch.zeros(64, dtype=torch.int64), level.alpha[row].expand(64, 1))
+        leave_one_out = backbone.logits_at(noisy, torch.zeros(64, dtype=torch.int64), level.alpha[row].expand(64, 1))
         kernel = process.matrix(level.alpha[row, 0])
         chances = torch.stack([kernel[CLEAN[:, n]][:, noisy[:, n]] for n in range(3)]).prod(dim=0)
-        entropy = -sum(cavity[:, n][:, CLEAN[:, n]].T for n in range(3))
+        entropy = -sum(leave_one_out[:, n][:, CLEAN[:, n]].T for n in range(3))
         torch.testing.assert_close(difference[row], 5 * 0.01 * (chances * entropy).sum(dim=1), rtol=1e-9, atol=1e-12)
     assert hybrid.label(process, schedule) == "not a bound" and plain.label(process, schedule) == "bound"
 
@@ -326,8 +337,9 @@ def test_normalised_scores_cost_their_cross_entropy() -> None:
     log_p = torch.randn(6, 3, 7, dtype=torch.float64).log_softmax(dim=-1)
     level = NoiseLevel.at(LogSinSchedule(), torch.rand(6, 1, dtype=torch.float64))
     scores = torch.cat((log_p + level.odds.log()[..., None], torch.zeros(6, 3, 1)), dim=-1)
-    found = ScoreEntropy()(scores, ScoreHead(scale_by_noise=False), tokens, states, process, level)
-    expected = MaskedCrossEntropy()(log_p, LeaveOneOutHead(), tokens, states, process, level)
+    given = {"states": states, "process": process, "level": level}
+    found = ScoreEntropy()(scores, tokens, head=ScoreHead(scale_by_noise=False), **given)
+    expected = MaskedCrossEntropy()(log_p, tokens, head=LeaveOneOutHead(), **given)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -338,7 +350,7 @@ def test_the_expected_score_entropy_is_least_at_the_true_ratios(process: str) ->
     head = ScoreHead(scale_by_noise=False, mask_output=noise.masks)
     backbone, alpha = ExactBackbone(noise, head), torch.tensor([[0.6]], dtype=torch.float64)
     noisy = all_sequences(noise.states, 3)
-    level = NoiseLevel(alpha, alpha, 1 - alpha, torch.ones_like(alpha)).take(
+    level = NoiseLevel(t=alpha, alpha=alpha, noise=1 - alpha, rate=torch.ones_like(alpha)).take(
         torch.zeros(64 * len(noisy), dtype=torch.int64)
     )
     kernel = noise.matrix(alpha[0, 0])
@@ -349,7 +361,12 @@ def test_the_expected_score_entropy_is_least_at_the_true_ratios(process: str) ->
     tokens, states = CLEAN.repeat_interleave(len(noisy), dim=0), noisy.repeat(64, 1)
     possible = weights > 0
     values = ScoreEntropy()(
-        scores.repeat(64, 1, 1)[possible], head, tokens[possible], states[possible], noise, level.take(possible)
+        scores.repeat(64, 1, 1)[possible],
+        tokens[possible],
+        head=head,
+        states=states[possible],
+        process=noise,
+        level=level.take(possible),
     )
     (gradient,) = torch.autograd.grad((values.sum(dim=1) * weights[possible]).sum(), scores, retain_graph=True)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
@@ -360,7 +377,8 @@ def test_the_expected_score_entropy_is_least_at_the_true_ratios(process: str) ->
     # Where noise only masks nothing jumps into an id.
     torch.testing.assert_close(single[row], (rates * (scores.detach()[row].exp() - ratios))[0], rtol=1e-9, atol=1e-12)
     at_ratios = ratios.log().clamp(min=-700)
-    nothing = ScoreEntropy()(at_ratios, head, tokens[possible][:1], states[possible][:1], noise, level.take(slice(1)))
+    first = {"head": head, "states": states[possible][:1], "process": noise, "level": level.take(slice(1))}
+    nothing = ScoreEntropy()(at_ratios, tokens[possible][:1], **first)
     torch.testing.assert_close(nothing, torch.zeros_like(nothing), rtol=0, atol=1e-12)
 
 
@@ -372,7 +390,7 @@ def test_heads_and_processes_that_do_not_fit() -> None:
             ContinuousBound(),
             PosteriorHead(),
             UniformProcess(4),
-            "ContinuousBound needs a head of kind cavity, Posterior",
+            "ContinuousBound needs a head of kind leave_one_out, Posterior",
         ),
         (
             ScoreEntropy(),
@@ -384,9 +402,14 @@ def test_heads_and_processes_that_do_not_fit() -> None:
             MaskedCrossEntropy(),
             ScoreHead(),
             AbsorbingProcess(4),
-            "head of kind cavity or posterior, ScoreHead is of ki",
+            "head of kind leave_one_out or posterior, ScoreHead is of ki",
         ),
-        (DiscreteTimeBound(4), PosteriorHead(), UniformProcess(4), "DiscreteTimeBound needs a head of kind cavity"),
+        (
+            DiscreteTimeBound(4),
+            PosteriorHead(),
+            UniformProcess(4),
+            "DiscreteTimeBound needs a head of kind leave_one_out",
+        ),
         (
             DiscreteFlowMatching(),
             LeaveOneOutHead(),
@@ -408,7 +431,7 @@ def test_heads_and_processes_that_do_not_fit() -> None:
         (ScoreEntropy(), ScoreHead(), UniformProcess(4), "mask_output of ScoreHead must be False for UniformProcess"),
     ]:
         with pytest.raises(ValueError, match=message):
-            loss(logits, head, tokens, tokens, process, level)
+            loss(logits, tokens, head=head, states=tokens, process=process, level=level)
 
 
 @pytest.mark.parametrize(
@@ -436,3 +459,104 @@ def test_counts_of_masks_are_exact_and_every_subset_equally_likely() -> None:
     subsets = ((states == 9) * 2 ** torch.arange(4)).sum(dim=1)[counts == 2]
     assert torch.bincount(subsets).nonzero().flatten().tolist() == [3, 5, 6, 9, 10, 12]
     assert (torch.bincount(subsets)[[3, 5, 6, 9, 10, 12]] - 250).abs().max() < 5 * 250**0.5
+
+
+# Values, gradients and memory on wide logits, a few rows at a time.
+
+CASES = {
+    "score entropy, masks": (ScoreEntropy(), ScoreHead(), AbsorbingProcess(6)),
+    "score entropy, uniform": (ScoreEntropy(), ScoreHead(scale_by_noise=False, mask_output=False), UniformProcess(6)),
+    "score entropy, hybrid": (ScoreEntropy(), ScoreHead(scale_by_noise=False), HybridProcess(6)),
+    "score entropy, gaussian": (
+        ScoreEntropy(),
+        ScoreHead(scale_by_noise=False, mask_output=False),
+        DiscretizedGaussianProcess(6, 0.5),
+    ),
+    "cross-entropy": (MaskedCrossEntropy(), LeaveOneOutHead(), AbsorbingProcess(6)),
+    "continuous, uniform": (ContinuousBound(), LeaveOneOutHead(), UniformProcess(6)),
+    "continuous, hybrid": (ContinuousBound(), LeaveOneOutHead(), HybridProcess(6)),
+    "continuous, gaussian": (ContinuousBound(), LeaveOneOutHead(), DiscretizedGaussianProcess(6, 0.5)),
+    "steps, masks": (DiscreteTimeBound(4), LeaveOneOutHead(), AbsorbingProcess(6)),
+    "steps, hybrid": (DiscreteTimeBound(4), LeaveOneOutHead(), HybridProcess(6)),
+    "steps and cross-entropy": (HybridBound(4, 0.1), LeaveOneOutHead(), UniformProcess(6)),
+    "flow matching": (DiscreteFlowMatching(), PosteriorHead(), HybridProcess(6)),
+}
+
+
+def batch_of(loss: DiffusionLoss, head: Head, process):
+    outputs = 6 + int(head.mask_output)
+    logits = torch.randn(3, 5, outputs, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(6, (3, 5))
+    level = loss.level(LogLinearSchedule(), torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64), 5)
+    states = loss.corrupt(process, tokens, level, torch.rand(3, 5, dtype=torch.float64))
+    return logits, tokens, states, level
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_by_differences_and_by_autograd_whatever_the_chunks(name: str, monkeypatch) -> None:
+    loss, head, process = CASES[name]
+    logits, tokens, states, level = batch_of(loss, head, process)
+    arguments = {"head": head, "states": states, "process": process, "level": level}
+    assert torch.autograd.gradcheck(lambda given: loss(given, tokens, **arguments), logits, rtol=1e-5)
+    whole = loss(logits, tokens, **arguments)
+    assert (whole > -1e-9).all()
+    weights = torch.rand_like(whole)
+    (gradient,) = torch.autograd.grad((whole * weights).sum(), logits)
+    monkeypatch.setattr(losses_module, "_ENTRIES_AT_ONCE", 12)
+    monkeypatch.setattr(losses_module, "_MOST_PARTS", 100)
+    parts = loss(logits, tokens, **arguments)
+    torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
+    (in_parts,) = torch.autograd.grad((parts * weights).sum(), logits)
+    torch.testing.assert_close(in_parts, gradient, rtol=1e-13, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(loss(logits, tokens, **arguments), whole.detach(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_as_good_as_its_digits(name: str) -> None:
+    loss, head, process = CASES[name]
+    logits, tokens, states, level = batch_of(loss, head, process)
+    logits = logits.detach().float()
+    found = loss(logits, tokens, head=head, states=states, process=process, level=level)
+    expected = loss(logits.double(), tokens, head=head, states=states, process=process, level=level)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "steps" not in name])
+@pytest.mark.parametrize("t", [1e-7, 1 - 1e-7])
+def test_finite_at_both_ends_of_time(name: str, t: float) -> None:
+    """No 0 log 0 and no infinite odds reach a value or a gradient in float32, however wrong the network."""
+    loss, head, process = CASES[name]
+    outputs = 6 + int(head.mask_output)
+    logits = (torch.randn(2, 5, outputs) * 30).requires_grad_()
+    tokens = torch.randint(6, (2, 5))
+    level = NoiseLevel.at(LogLinearSchedule(1e-5), torch.full((2, 1), t, dtype=torch.float64))
+    for states in (tokens, process.corrupt(tokens, level.alpha * 0, torch.rand(2, 5, dtype=torch.float64))):
+        if name == "score entropy, gaussian" and t < 0.5 and not torch.equal(states, tokens):
+            continue  # a jump across the range at no noise has odds of 1e30 against it
+        scaled = logits if head.kind != "score" else logits / 30
+        value = loss(scaled, tokens, head=head, states=states, process=process, level=level)
+        (gradient,) = torch.autograd.grad(value.sum(), logits)
+        assert value.isfinite().all() and gradient.isfinite().all()
+
+
+def test_of_the_logits_only_their_gradient_is_kept() -> None:
+    """What lives from the forward to the backward pass is one tensor of their size, for the widest of the losses."""
+    loss, head, process = CASES["continuous, uniform"]
+    logits, tokens, states, level = batch_of(loss, head, process)
+    step = loss(logits, tokens, head=head, states=states, process=process, level=level).grad_fn
+    kept = []
+    while step is not None:
+        kept += [tensor.numel() for tensor in getattr(step, "saved_tensors", ())]
+        step = step.next_functions[0][0] if step.next_functions else None
+    assert kept == [logits.numel()]
+
+
+def test_tokens_that_are_not_masked_cost_nothing_and_teach_nothing() -> None:
+    loss, head, process = CASES["cross-entropy"]
+    logits, tokens, _, level = batch_of(loss, head, process)
+    value = loss(logits, tokens, head=head, states=tokens, process=process, level=level)
+    assert torch.equal(value, torch.zeros_like(value))
+    (gradient,) = torch.autograd.grad(value.sum(), logits)
+    assert torch.equal(gradient, torch.zeros_like(logits))
