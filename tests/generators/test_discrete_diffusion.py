@@ -157,25 +157,25 @@ def settings_of(name: str) -> dict[str, Any]:
     def named(path: str, **arguments: Any) -> dict[str, Any]:
         return {"class_path": f"discrete_lit.{path}", "init_args": arguments}
 
-    gaussian = named("processes.DiscretizedGaussianProcess", beta=0.5)
+    gaussian = named("diffusion.DiscretizedGaussianProcess", beta=0.5)
     return {
         "masks": {},
         "SEDD absorb": {
-            "schedule": named("processes.LogSinSchedule", epsilon=1e-3),
-            "head": named("processes.ScoreHead"),
-            "loss": named("processes.losses.ScoreEntropy"),
+            "schedule": named("diffusion.LogSinSchedule", epsilon=1e-3),
+            "head": named("diffusion.ScoreHead"),
+            "loss": named("diffusion.losses.ScoreEntropy"),
             "time_input": "total_noise",
         },
         "D3PM gaussian": {
             "process": gaussian,
-            "schedule": named("processes.GeometricSchedule", sigma_min=1e-3, sigma_max=30.0),
-            "loss": named("processes.losses.HybridBound", steps=20, cross_entropy_weight=0.01),
+            "schedule": named("diffusion.GeometricSchedule", sigma_min=1e-3, sigma_max=30.0),
+            "loss": named("diffusion.losses.HybridBound", steps=20, cross_entropy_weight=0.01),
             "sampler": named("samplers.AncestralSampler", steps=5),
         },
         "UDLM": {
-            "process": named("processes.UniformProcess"),
-            "schedule": named("processes.TruncatedSchedule", schedule=named("processes.CosineSchedule"), lowest=1e-4),
-            "loss": named("processes.losses.ContinuousBound"),
+            "process": named("diffusion.UniformProcess"),
+            "schedule": named("diffusion.TruncatedSchedule", schedule=named("diffusion.CosineSchedule"), lowest=1e-4),
+            "loss": named("diffusion.losses.ContinuousBound"),
         },
     }[name]
 
@@ -249,7 +249,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     whole = seen.pop()
     assert sorted((whole * 12).long().tolist()) == list(range(12))
     monkeypatch.setattr(module, "world_size", lambda: 2)
-    monkeypatch.setattr("discrete_lit.core.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("discrete_lit.generators.generator.world_size", lambda: 2)
     monkeypatch.setattr(generator, "log_dict", lambda *_, **__: None)
     for rank in range(2):
         rows = slice(6 * rank, 6 * rank + 6)
@@ -258,7 +258,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     assert torch.equal(torch.cat(seen), whole)
     seen.clear()
     for rank in range(2):
-        monkeypatch.setattr("discrete_lit.core.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("discrete_lit.generators.generator.rank", lambda rank=rank: rank)
         generator.training_step({"tokens": tokens[:6], "label": labels[:6]}, 3)
     assert sorted((torch.cat(seen) * 12).long().tolist()) == list(range(12))
 
