@@ -1,10 +1,8 @@
-"""Names of weights in a published layout, and ours.
+"""From published tensors to ours: every published tensor becomes one of ours or is dropped by a named rule.
 
-Published tensors that are cut, joined or put in another order before they are named.
-
-The published families that can be loaded.
-
-Every published tensor becomes one of ours or is dropped by a named rule, and ours are all met.
+- `Renaming` maps our names to published ones; `Arrangement` cuts, joins or reorders published tensors before that.
+- `Conversion` is a model's configuration with both, and what a family's function returns.
+- `register` adds a `Family` to `FAMILIES`; `convert` carries a conversion out, and meets every weight of ours.
 """
 
 import re
@@ -22,7 +20,7 @@ from discrete_lit.pretrained.reading import Averages, Reference, State
 
 @dataclass(frozen=True)
 class Renaming:
-    """From our names to published ones, by pairs of templates of which the first that fits holds.
+    """Maps our names to published ones, by pairs of templates; the first pair that fits holds.
 
     `{rest}` stands for any text, other names for a number. On the published side `{mirror}` is `levels - 1 - level`,
     for layouts that count a decoder's levels from the other end, and `{q|k|v}` are three tensors that ours joins along
@@ -33,7 +31,7 @@ class Renaming:
     levels: int = 0
 
     def published(self, own: str) -> tuple[str, ...]:
-        """The published names of one of our weights; none without a rule."""
+        """Return the published names of one of our weights; none if no rule fits."""
         for ours, theirs in self.rules:
             fields = match(ours, own)
             if fields is not None:
@@ -48,7 +46,7 @@ class Renaming:
 
 
 def match(template: str, name: str) -> dict[str, str] | None:
-    """What a name has in the places of a template's fields; None where it does not fit."""
+    """Return the values that a template's fields have in a name; None if the name does not fit."""
     pattern = re.escape(template).replace(r"\{rest\}", r"(?P<rest>.+)")
     found = re.fullmatch(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", pattern), name)
     return None if found is None else found.groupdict()
@@ -56,14 +54,14 @@ def match(template: str, name: str) -> dict[str, str] | None:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Some published tensors become others, as often as their names occur; `{rest}` and numbers as in `Renaming`.
+    """Turns some published tensors into others, wherever their names occur; fields are as in `Renaming`.
 
-    What it takes is used up: each published tensor still has one use.
+    The tensors that it takes are used up, so that each published tensor still has one use.
 
     Attributes:
-        takes: templates of the published names; the first one decides how often.
-        gives: templates of the names of what is made of them; none where they are only looked at.
-        make: from the tensors that are taken to those that are given, in order; a `ValueError` refuses them.
+        takes: templates of the published names; the matches of the first one decide how often it is applied.
+        gives: templates of the names of the new tensors; none if the taken ones are only checked.
+        make: function from the tensors taken to those given, in order; it refuses them by a `ValueError`.
     """
 
     takes: Sequence[str]
@@ -72,10 +70,10 @@ class Arrangement:
 
 
 def arrange(state: State, arrangements: Iterable[Arrangement]) -> State:
-    """The published tensors after all arrangements in turn.
+    """Apply all arrangements in turn to the published tensors.
 
     Raises:
-        ValueError: a tensor that an arrangement takes is missing, or one that it refuses.
+        ValueError: a tensor that an arrangement takes is missing or refused.
     """
     arranged = State(state, state.source)
     for arrangement in arrangements:
@@ -96,22 +94,22 @@ def arrange(state: State, arrangements: Iterable[Arrangement]) -> State:
 
 
 def cut_rows(name: str, parts: dict[str, tuple[int, int]]) -> Arrangement:
-    """Rows `[first, last)` of a tensor under names of their own; the others have no use."""
+    """Give rows `[first, last)` of a tensor names of their own, and drop the other rows."""
     return Arrangement([name], list(parts), lambda table: [table[first:last] for first, last in parts.values()])
 
 
 def reorder_chunks(name: str, order: Sequence[int]) -> Arrangement:
-    """Equal parts along the first axis in another order: part `order[i]` becomes part i."""
+    """Reorder equal chunks along the first axis: chunk `order[i]` becomes chunk i."""
 
     def make(value: Tensor) -> list[Tensor]:
         chunks = value.chunk(len(order))
-        return [torch.cat([chunks[place] for place in order])]
+        return [torch.cat([chunks[number] for number in order])]
 
     return Arrangement([name], [name], make)
 
 
 def must_be_zero(name: str) -> Arrangement:
-    """A tensor that the published code never changes from zero."""
+    """Drop a tensor that the published code never changes from zero, after a check that it is zero."""
 
     def check(value: Tensor) -> list[Any]:
         if value.any():
@@ -126,54 +124,54 @@ class Conversion:
     """How a published checkpoint becomes one of our modules."""
 
     config: dict[str, Any]
-    """`{"class_path", "init_args"}` of our module; of a generator without its tokenizer and image size."""
+    """`{"class_path", "init_args"}` of our module; a generator's lacks its tokenizer and image size."""
     tensors: Mapping[str, Tensor]
-    """Published tensors, of which each is used once or dropped."""
+    """The published tensors; each is used once or dropped."""
     renaming: Renaming
     dropped: Sequence[str] = ()
     """Patterns of published names that our module has no place for."""
     kept: Sequence[str] = ()
     """Patterns of our names whose values follow from the configuration, or only count in training."""
     tokens: "Tokens | None" = None
-    """Of a generator, whose names are then those of its backbone."""
+    """The tokens that a generator models; the names are then those of its backbone. None for a tokenizer."""
     tokenizer: "Conversion | None" = None
-    """Of the tokenizer that lies in a generator's file."""
+    """The conversion of the tokenizer in a generator's file, if there is one."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a generator models; its tokenizer must give this."""
+    """The tokens that a generator models; its tokenizer must make the same."""
 
     vocab_size: int
     shape: tuple[int, ...]
     needs_tokenizer: bool = False
-    """Whether ids alone are not enough to run it."""
+    """Whether the generator cannot run on ids alone."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A published layout."""
+    """A published layout, with the function that converts it."""
 
     name: str
     convert: Callable[[State, Reference], Conversion]
     marks: Sequence[str]
-    """Names that tell this layout from others; with `!` before it, a name that it does not have."""
+    """Names that tell this layout from others; `!` stands before a name that it does not have."""
     wrappers: Sequence[str]
     """Names under which its files may keep the weights, the one to prefer first; a dot leads into the next mapping."""
     section: str | None
-    """Where a published configuration of all parts of a model keeps this one's arguments; None where they are all."""
+    """The part of a published configuration with this model's arguments; None if all of it is about this model."""
     prefixes: Sequence[str]
-    """What training may have put before every name."""
+    """Prefixes that training may have put before every name."""
     averages: Averages | None
-    """The list of averaged weights that its files may hold beside the named ones, and which is preferred."""
+    """The list of EMA weights that its files may hold beside the named ones; it is preferred."""
 
     def lacks(self, names: State) -> list[str]:
-        """The marks that do not hold."""
+        """Return the marks that do not hold."""
         return [mark for mark in self.marks if (mark.lstrip("!") in names) == mark.startswith("!")]
 
 
 FAMILIES: dict[str, Family] = {}
-"""By name; `load_pretrained` and `discrete-lit import` accept these."""
+"""The families by name, as `load_pretrained` and `discrete-lit import` accept them."""
 
 
 def register(
@@ -184,7 +182,7 @@ def register(
     prefixes: Sequence[str] = (),
     averages: Averages | None = None,
 ) -> Callable[[Callable[[State, Reference], Conversion]], Callable[[State, Reference], Conversion]]:
-    """Add a family: a function from its tensors and its reference arguments to a `Conversion`."""
+    """Register a family: decorate its function from tensors and reference arguments to a `Conversion`."""
 
     def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
         assert name not in FAMILIES
@@ -195,10 +193,10 @@ def register(
 
 
 def find_family(name: str) -> Family:
-    """The family of a name.
+    """Return the family of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none; the message says which is nearest.
     """
     if name not in FAMILIES:
         nearest = get_close_matches(name, FAMILIES, n=1)
@@ -211,7 +209,7 @@ def check_family(family: Family, state: State) -> None:
     """Refuse a checkpoint of another family.
 
     Raises:
-        ValueError: it has not the names that tell the family; it says which family it looks like.
+        ValueError: the marks of the family do not hold; the message says which family the file looks like.
     """
     lacks = family.lacks(state)
     if not lacks:
@@ -226,15 +224,15 @@ _MOST_SHOWN = 5
 
 
 def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> dict[str, Tensor]:
-    """The published weights under our names, in the precision of ours.
+    """Return the published weights under our names, in the precision of ours.
 
     Args:
         own: the state dict of our module, whose names and shapes must all be met.
         conversion: the published tensors and the rules for them.
-        source: of the weights, for messages.
+        source: the file's name, for messages.
 
     Raises:
-        ValueError: a missing, unexpected or misshapen tensor; it names them.
+        ValueError: tensors are missing, unexpected or misshapen; the message names them.
     """
     published, made, used, wrong = conversion.tensors, dict[str, Tensor](), set[str](), list[str]()
     for name, value in own.items():

@@ -1,4 +1,4 @@
-"""Our tokenizers in published layouts, for code that reads those."""
+"""Write our tokenizers in published layouts, for code that reads those."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ from discrete_lit.tokenizers.quantizers import VectorQuantizer
 
 @dataclass(frozen=True)
 class ExportLayout:
-    """A published layout that is written, and what the code that reads it has built in."""
+    """A published layout that can be written, with the settings that are built into the code that reads it."""
 
     layout: ConvLayout
     wrapper: str
-    """Name under which its files keep the weights."""
+    """The key under which its files keep the weights."""
     normalize: bool
-    """Codes on the unit sphere."""
+    """Whether codes lie on the unit sphere."""
     attention_anywhere: bool
-    """Else at the lowest resolution and in the middle."""
+    """Whether attention may stand at any resolution; else it is at the lowest one and in the middle."""
     same_widths: bool
-    """Of the encoder and the decoder."""
+    """Whether encoder and decoder have the same widths."""
     extra: Mapping[str, tuple[int, ...]]
-    """Tensors that its code wants and that say nothing: their shapes."""
+    """Shapes of tensors that the code demands but never uses."""
 
 
 EXPORTS = {
@@ -37,7 +37,7 @@ EXPORTS = {
     "llamagen_vq": ExportLayout(llamagen.LAYOUT, "model", True, False, False, {"quantize.codebook_used": (65536,)}),
 }
 
-# What both have built in.
+# Settings that both have built in.
 _BUILT_IN = {
     "middle_blocks": 2,
     "norm_groups": 32,
@@ -55,17 +55,17 @@ _BUILT_IN = {
 
 
 def export_state(tokenizer: Any, family: str) -> dict[str, Tensor]:
-    """The weights of a tokenizer under the names of a published layout.
+    """Return the weights of a tokenizer under the names of a published layout.
 
-    What decides the ids and the images is kept to the bit; what only training uses, such as running means of the
-    codebook and a discriminator, is left out.
+    The weights that decide the ids and the images are kept to the bit. Those that only training uses, such as running
+    means of the codebook and a discriminator, are left out.
 
     Args:
-        tokenizer: one with a `ConvAutoencoder` and a `VectorQuantizer` that was built from a configuration.
+        tokenizer: a tokenizer with a `ConvAutoencoder` and a `VectorQuantizer`, built from a configuration.
         family: a name in `EXPORTS`.
 
     Raises:
-        ValueError: an unknown family, or a tokenizer that the layout cannot express; it says which setting.
+        ValueError: the family is unknown, or the layout cannot express the tokenizer; the message says which setting.
     """
     if family not in EXPORTS:
         raise ValueError(f"family={family!r} is not written; the layouts are {', '.join(EXPORTS)}")
@@ -101,7 +101,7 @@ def _check_parts(tokenizer: Any, family: str) -> None:
 
 
 def _network_settings(tokenizer: AutoencoderTokenizer) -> dict[str, Any]:
-    """Every argument of the network, with what stands for a default put in."""
+    """Return every argument of the network, with defaults resolved."""
     defaults = inspect.signature(ConvAutoencoder).parameters
     settings = {
         name: parameter.default for name, parameter in defaults.items() if name not in ("code_dim", "latent_dim")

@@ -1,17 +1,17 @@
-"""valeoai/Halton-MaskGIT (once valeoai/Maskgit-pytorch)."""
+"""Halton-MaskGIT, of valeoai/Halton-MaskGIT (once valeoai/Maskgit-pytorch): class-conditional masked generators."""
 
 import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.layouts import class_count, generator_conversion, in_blocks, sampled_by, square
 from discrete_lit.pretrained.reading import Reference, State, agree
 
-# By width; the heads of 512 have 85 channels.
+# The number of heads, by width; those of width 512 have 85 channels.
 _HEADS = {384: 6, 512: 6, 768: 12, 1024: 16}
 
 
-# Of the published evaluation; its guidance differs from model to model.
+# Steps of the published evaluation; its guidance differs from model to model.
 _STEPS = 32
 
 
@@ -45,13 +45,13 @@ _RULES = [
     prefixes=("module.", "_orig_mod."),
 )
 def halton_maskgit(state: State, reference: Reference) -> Conversion:
-    """`ImageNet_256_{tiny,small,base,large}.pth`, `ImageNet_384_{small,base,large}.pth`.
+    """Convert `ImageNet_256_{tiny,small,base,large}.pth`, or `ImageNet_384_{small,base,large}.pth`.
 
-    The reference also gives the mask id a logit, which no sampled image keeps: ours does not have it.
+    The reference has a logit for the mask id too, which no sampled image keeps: ours does not have it.
     """
     rows, width = state["tok_emb.weight"].shape
-    vocab_size, places = rows - 1, len(state["pos_emb.weight"])
-    grid, registers = square(state, places), len(state["reg_tokens.weight"])
+    vocab_size, length = rows - 1, len(state["pos_emb.weight"])
+    grid, registers = square(state, length), len(state["reg_tokens.weight"])
     num_classes, depth = class_count(state, state["cls_emb.weight"]), state.count("transformer.layers.{}")
     found = {
         "input_size": grid[0],
@@ -92,7 +92,7 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         return [embedding]
 
     def after_registers(table: Tensor) -> list[Tensor]:
-        """Registers come first in ours, last in theirs; they have no position."""
+        """Put the registers first: in the published model they come last, without a position."""
         return [torch.cat([table.new_zeros(registers, width), table])[None]]
 
     arrangements = [
@@ -101,7 +101,14 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         Arrangement(["pos_emb.weight"], ["pos_emb.weight"], after_registers),
         Arrangement(["reg_tokens.weight"], ["reg_tokens.weight"], lambda table: [table[None]]),
     ]
-    sampler = sampled_by("HaltonSampler", steps=min(_STEPS, places))
-    return generator(
-        "Masked", state, Tokens(vocab_size, grid), num_classes, backbone, _RULES, arrangements, sampler=sampler
+    sampler = sampled_by("HaltonSampler", steps=min(_STEPS, length))
+    return generator_conversion(
+        "Masked",
+        state,
+        tokens=Tokens(vocab_size, grid),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=_RULES,
+        arrangements=arrangements,
+        sampler=sampler,
     )

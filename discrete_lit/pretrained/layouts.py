@@ -1,6 +1,9 @@
-"""Layouts of convolutional autoencoders: their names for our `ConvAutoencoder`'s weights, and its sizes from theirs.
+"""Building blocks of published layouts: convolutional autoencoders, and generators around a transformer.
 
-Published generators: their configuration around the shared transformer, and names that several layouts share.
+- `ConvLayout` reads the sizes of a published autoencoder from its tensors, and maps the names of our `ConvAutoencoder`
+  to the published ones. The descendants of taming's VQGAN differ in a few of these names only.
+- `generator_conversion` puts a generator's parts together; `TIMM_BLOCK`, `in_blocks`, `class_count` and `square` serve
+  several of them.
 """
 
 from collections.abc import Sequence
@@ -14,14 +17,12 @@ from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming
 from discrete_lit.pretrained.reading import State
 
 _MIDDLE = "encoder.mid"
-
-
 _BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
 
 
 @dataclass(frozen=True)
 class ConvLayout:
-    """Where a layout keeps the parts of encoder and decoder. The defaults are taming's.
+    """The names under which a layout keeps the parts of encoder and decoder; the defaults are taming's.
 
     `{level}` counts the encoder's levels from the full resolution and the decoder's from the lowest one, `{mirror}`
     the decoder's from the full one.
@@ -35,21 +36,22 @@ class ConvLayout:
     downsample: str = "downsample.conv"
     upsample: str = "upsample.conv"
     middle: str | None = None
-    """With `{place}`; taming's `mid.block_1`, `mid.attn_1`, `mid.block_2` where not given."""
+    """With `{index}`; if None, taming's `mid.block_1`, `mid.attn_1`, `mid.block_2`."""
     adaptive_norm: str = "decoder.adaptive.{mirror}"
 
     def network(self, state: State, **options: Any) -> dict[str, Any]:
-        """The configuration of our network, of sizes that shapes tell and options that the family has."""
+        """Return the configuration of our network: the sizes that shapes tell, and the family's options."""
         return {
             "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
             "init_args": self.sizes(state) | options,
         }
 
     def levels(self, state: State) -> int:
+        """Return the number of resolutions."""
         return state.count(self.encoder_level.replace("{level}", "{}"))
 
     def renaming(self, levels: int, extra: Sequence[tuple[str, str]] = ()) -> Renaming:
-        """From the names of a tokenizer of ours to those of a checkpoint in this layout; `extra` rules go first."""
+        """Return the renaming from a tokenizer of ours to a checkpoint in this layout; `extra` rules go first."""
         attention = [
             ("query_key_value.{rest}", f"{self.query_key_value}.{{rest}}"),
             ("out.{rest}", "proj_out.{rest}"),
@@ -67,7 +69,7 @@ class ConvLayout:
             ]
             if self.middle is not None:
                 theirs = f"{half}.{self.middle}"
-                containers += [(f"{ours}.middle.{{place}}", theirs, tails) for tails in (attention, _BLOCK)]
+                containers += [(f"{ours}.middle.{{index}}", theirs, tails) for tails in (attention, _BLOCK)]
             else:
                 # The second of ours is attention, or a block where there is none.
                 named = [
@@ -76,7 +78,7 @@ class ConvLayout:
                     (1, "block_2", _BLOCK),
                     (2, "block_2", _BLOCK),
                 ]
-                containers += [(f"{ours}.middle.{place}", f"{half}.mid.{name}", tails) for place, name, tails in named]
+                containers += [(f"{ours}.middle.{index}", f"{half}.mid.{name}", tails) for index, name, tails in named]
             rules += [
                 (f"{own}.{own_tail}", f"{theirs}.{their_tail}")
                 for own, theirs, tails in containers
@@ -94,16 +96,16 @@ class ConvLayout:
         return Renaming(rules, levels)
 
     def sizes(self, state: State) -> dict[str, Any]:
-        """The arguments of `ConvAutoencoder` that shapes tell.
+        """Return the arguments of `ConvAutoencoder` that shapes tell.
 
         Raises:
-            ValueError: a key that every such network has is missing.
+            ValueError: a key that every such network has is missing, or its widths are no multiples of the first.
         """
         levels = self.levels(state)
         conv_in = state["encoder.conv_in.weight"]
         channels = conv_in.shape[0]
         encoder = [self.encoder_level.format(level=level) for level in range(levels)]
-        # From the full resolution down, as the encoder's.
+        # Like the encoder's, these go from the full resolution down.
         decoder = [self.decoder_level.format(level=levels - 1 - level, mirror=level) for level in range(levels)]
         widths, decoder_widths = (
             [state[f"{level}.{self.block.format(block=0)}.conv1.weight"].shape[0] for level in half]
@@ -135,15 +137,15 @@ class ConvLayout:
 
     def _attention(self, state: State, half: str, levels: Sequence[str]) -> bool | list[int]:
         name = self.attention.format(block=0)
-        found = [place for place, level in enumerate(levels) if f"{level}.{name}.norm.weight" in state]
+        found = [number for number, level in enumerate(levels) if f"{level}.{name}.norm.weight" in state]
         in_middle = any(name.startswith(f"{half}.mid") and name.endswith(".proj_out.weight") for name in state)
         return found if found or in_middle else False
 
 
 Rules = Sequence[tuple[str, str]]
+"""Pairs of templates of one of our names and of the published one."""
 
-
-# timm's names of a block.
+# timm's names of the parts of a transformer block.
 TIMM_BLOCK: Rules = (
     ("attention.query_key_value.{rest}", "attn.qkv.{rest}"),
     ("attention.out.{rest}", "attn.proj.{rest}"),
@@ -155,18 +157,19 @@ TIMM_BLOCK: Rules = (
 
 
 def in_blocks(theirs: str, rules: Rules, ours: str = "blocks.{block}") -> list[tuple[str, str]]:
-    """The rules of every block, of which `theirs` is the published name."""
+    """Repeat the rules of a block for all blocks, whose published names are `theirs`."""
     return [(f"{ours}.{own}", f"{theirs}.{published}") for own, published in rules]
 
 
 def sampled_by(kind: str, **settings: Any) -> dict[str, Any]:
-    """The configuration of a sampler: the published evaluation's, where it is known."""
+    """Return the configuration of a sampler, with the settings of the published evaluation where they are known."""
     return {"class_path": f"discrete_lit.samplers.{kind}", "init_args": settings}
 
 
-def generator(
+def generator_conversion(
     kind: str,
     state: State,
+    *,
     tokens: Tokens,
     num_classes: int,
     backbone: dict[str, Any],
@@ -177,16 +180,16 @@ def generator(
     tokenizer: Conversion | None = None,
     **options: Any,
 ) -> Conversion:
-    """The conversion of a generator.
+    """Return the conversion of a generator around the `Transformer`.
 
     Args:
-        kind: our class.
-        state: published tensors.
-        tokens: of its tokenizer.
-        num_classes: labels that it knows.
+        kind: name of our class.
+        state: the published tensors.
+        tokens: the tokens that it models.
+        num_classes: the number of labels that it knows.
         backbone: switches of the `Transformer`.
-        rules: from names of the backbone to published ones, after the arrangements.
-        arrangements: of the published tensors.
+        rules: from names of the backbone to published ones, as these are after the arrangements.
+        arrangements: changes of the published tensors, in this order.
         dropped, kept, tokenizer: as in `Conversion`.
         options: other arguments of our class.
     """
@@ -200,10 +203,10 @@ def generator(
 
 
 def class_count(state: State, embedding: Tensor, before: int = 0) -> int:
-    """Classes of an embedding with rows for `before` other ids, the classes, and no class.
+    """Return the number of classes of an embedding with rows for `before` other ids, the classes, and no class.
 
     Raises:
-        ValueError: no class at all.
+        ValueError: there is no class at all.
     """
     count = len(embedding) - before - 1
     if count < 1:
@@ -211,13 +214,13 @@ def class_count(state: State, embedding: Tensor, before: int = 0) -> int:
     return count
 
 
-def square(state: State, places: int) -> tuple[int, int]:
-    """The token grid of a square image.
+def square(state: State, length: int) -> tuple[int, int]:
+    """Return the token grid of a square image of `length` tokens.
 
     Raises:
-        ValueError: a number of tokens that is no square.
+        ValueError: the number of tokens is no square.
     """
-    side = isqrt(places)
-    if side**2 != places:
-        raise ValueError(f"{state.source!r} has {places} tokens, which is no square grid")
+    side = isqrt(length)
+    if side**2 != length:
+        raise ValueError(f"{state.source!r} has {length} tokens, which is no square grid")
     return side, side

@@ -1,7 +1,7 @@
 """FoundationVision/LlamaGen: its tokenizers and its class-conditional generators."""
 
 from discrete_lit.pretrained.conversion import Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator_conversion, in_blocks, sampled_by, square
 from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
@@ -9,9 +9,9 @@ LAYOUT = ConvLayout(
     encoder_level="encoder.conv_blocks.{level}",
     decoder_level="decoder.conv_blocks.{level}",
     block="res.{block}",
-    middle="mid.{place}",
+    middle="mid.{index}",
 )
-# A window of the ids that were last used.
+# The window of the ids used last, which only training reads.
 DROPPED = ("quantize.codebook_used",)
 
 
@@ -21,7 +21,7 @@ DROPPED = ("quantize.codebook_used",)
     wrappers=("ema", "model", "state_dict"),
 )
 def llamagen_vq(state: State, reference: Reference) -> Conversion:
-    """`vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`, `vq_ds16_t2i.pt`; the EMA weights where a file has them."""
+    """Convert `vq_ds16_c2i.pt`, `vq_ds8_c2i.pt`, or `vq_ds16_t2i.pt`; the EMA weights where a file has them."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     network = LAYOUT.network(state)
     sizes = network["init_args"]
@@ -43,9 +43,9 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
     return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED)
 
 
-# Where width / 64 is not the number of heads.
+# The number of heads, where it is not width / 64.
 _HEADS = {3200: 32}
-# Of the published evaluation, by width.
+# Guidance scale of the published evaluation, by width.
 _GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}
 _BLOCK = [
     ("attention.query_key_value.weight", "attention.wqkv.weight"),
@@ -70,14 +70,17 @@ _RULES = [
     wrappers=("model", "module", "state_dict"),
 )
 def llamagen_gpt_c2i(state: State, reference: Reference) -> Conversion:
-    """`c2i_{B,L}_{256,384}.pt`, `c2i_{XL,XXL,3B}_384.pt`; those of 384 pixels with `block_size: 576` in the reference
-    configuration, as the weights do not tell the number of tokens."""
+    """Convert `c2i_{B,L}_{256,384}.pt`, or `c2i_{XL,XXL,3B}_384.pt`.
+
+    The weights do not tell the number of tokens: those of 384 pixels need `block_size: 576` in the reference
+    configuration.
+    """
     vocab_size, width = state["tok_embeddings.weight"].shape
     num_classes = class_count(state, state["cls_embedding.embedding_table.weight"])
     depth, hidden = state.count("layers.{}"), len(state["layers.0.feed_forward.w1.weight"])
     agree(reference, {"vocab_size": vocab_size, "dim": width, "n_layer": depth, "num_classes": num_classes})
     agree(reference, {"cls_token_num": 1, "model_type": "c2i"}, "the published class-conditional models have")
-    places = reference.get("block_size", 256)
+    length = reference.get("block_size", 256)
     backbone = {
         "width": width,
         "depth": depth,
@@ -91,5 +94,13 @@ def llamagen_gpt_c2i(state: State, reference: Reference) -> Conversion:
         "bias": False,
     }
     sampler = sampled_by("RasterSampler", guidance_scale=_GUIDANCE.get(width, 1.0))
-    tokens = Tokens(vocab_size, square(state, places))
-    return generator("Autoregressive", state, tokens, num_classes, backbone, _RULES, sampler=sampler)
+    tokens = Tokens(vocab_size, square(state, length))
+    return generator_conversion(
+        "Autoregressive",
+        state,
+        tokens=tokens,
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=_RULES,
+        sampler=sampler,
+    )

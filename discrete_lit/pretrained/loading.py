@@ -1,4 +1,4 @@
-"""From a published checkpoint to one of our modules."""
+"""Load a published checkpoint as one of our tokenizers or generators."""
 
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,25 @@ def load_pretrained(
     reference_config: Reference | str | Path | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> ImageAutoencoder | Generator:
-    """The model of a published checkpoint, in eval mode, with the outputs of the code that published it.
+    """Load a published checkpoint: our model, in eval mode, with the outputs of the code that published it.
 
-    It carries its configuration, so a checkpoint of it is read by `discrete_lit.load`.
+    The model carries its configuration, so `discrete_lit.load` reads a checkpoint of it.
 
     Args:
         weights: the published file, `torch.save`'s or safetensors. No code in it is executed.
         family: a name in `discrete_lit.pretrained.FAMILIES`.
-        reference_config: what shapes cannot tell, in the reference's own argument names: the arguments, or the path of
-            the published YAML or JSON. Without it the published models' values are taken.
-        tokenizer: of a generator, as this function or `discrete_lit.load` gave it; it is copied. Without one the
+        reference_config: the settings that shapes cannot tell, in the reference's own argument names: the arguments,
+            or the path of the published YAML or JSON. Without it the published models' values are taken.
+        tokenizer: a generator's tokenizer, from this function or `discrete_lit.load`; it is copied. Without one the
             generator has a `TokenGrid`: it models and samples tokens, but makes no images.
 
+    Returns:
+        The tokenizer or generator.
+
     Raises:
-        ValueError: an unknown family; no such file, a truncated one, one with pickled code; a checkpoint of another
-            family; a missing, unexpected or misshapen tensor; a configuration that contradicts the tensors; a tokenizer
-            of other tokens.
+        ValueError: the family is unknown; the file is missing, truncated, has pickled code, or is of another family;
+            tensors are missing, unexpected or misshapen; the configuration contradicts the tensors; or the tokenizer
+            makes other tokens.
     """
     known = find_family(family)
     state = read_state(weights, known.wrappers, known.prefixes, known.averages)
@@ -86,7 +89,7 @@ def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _image_size(tokenizer: Tokenizer, tokens: Tokens) -> int:
-    """The side of the images whose tokens a generator models."""
+    """Return the side in pixels of the images whose tokens a generator models."""
     if tokenizer.vocab_size != tokens.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the generator was trained on {tokens.vocab_size}"

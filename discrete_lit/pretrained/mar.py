@@ -1,12 +1,12 @@
-"""LTH14/mar: KL-16, the continuous autoencoder of latent diffusion."""
+"""MAR's tokenizer, of LTH14/mar: KL-16, the continuous autoencoder of latent diffusion."""
 
 from discrete_lit.pretrained.conversion import Conversion, register
 from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import DROPPED, LAYOUT, MARKS
 
-# In MAR's training code, not in its file.
+# It stands in MAR's training code, not in its file.
 _SCALE_FACTOR = 0.2325
-# LDM's, of a sum over the 3 x 256 x 256 numbers of an image.
+# LDM's weight is 1e-6 of a sum over the 3 x 256 x 256 numbers of an image.
 _KL_WEIGHT = 1e-6 / (3 * 256 * 256)
 
 
@@ -16,7 +16,7 @@ _KL_WEIGHT = 1e-6 / (3 * 256 * 256)
     wrappers=("model", "state_dict"),
 )
 def mar_kl_vae(state: State, reference: Reference) -> Conversion:
-    """`kl16.ckpt`; LDM's other KL autoencoders with their `scale_factor` in the reference configuration."""
+    """Convert `kl16.ckpt`, or another KL autoencoder of LDM with its `scale_factor` in the reference configuration."""
     moments, dim = state["quant_conv.weight"].shape[0], state["post_quant_conv.weight"].shape[1]
     if moments != 2 * dim:
         raise ValueError(f"{state.source!r} has {moments} moments for {dim} latent channels, not twice as many")
@@ -24,7 +24,7 @@ def mar_kl_vae(state: State, reference: Reference) -> Conversion:
     sizes = network["init_args"]
     agree(reference, {"embed_dim": dim, "ch_mult": sizes["multipliers"]})
     if sizes["z_channels"] == dim:
-        # The width before the moments is then twice the one behind the latents.
+        # The convolution before the moments is then twice as wide as the one behind the latents.
         del sizes["z_channels"]
     config = {
         "class_path": "discrete_lit.tokenizers.KLVAE",

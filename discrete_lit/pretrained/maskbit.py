@@ -1,6 +1,7 @@
-"""markweberdev/maskbit: VQGAN+ and the bit tokenizers.
+"""MaskBit, of markweberdev/maskbit.
 
-markweberdev/maskbit: the generators of bits and of VQGAN+'s ids.
+- tokenizers: `vqgan_plus`, and `maskbit_tokenizer`, whose ids are the signs of bits (lookup-free quantization);
+- masked generators: `maskbit_bert` of VQGAN+'s ids, and `maskbit_lfqbert` of groups of bits.
 """
 
 from dataclasses import replace
@@ -9,14 +10,22 @@ from typing import Any
 import torch
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import ConvLayout, Rules, class_count, generator, in_blocks, sampled_by, square
+from discrete_lit.pretrained.layouts import (
+    ConvLayout,
+    Rules,
+    class_count,
+    generator_conversion,
+    in_blocks,
+    sampled_by,
+    square,
+)
 from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
 LAYOUT = ConvLayout(
     decoder_level="decoder.up.{level}",
     block="res_blocks.{block}",
-    middle="mid.res_blocks.{place}",
+    middle="mid.res_blocks.{index}",
     downsample="down_conv",
     upsample="upsample_conv",
 )
@@ -27,7 +36,7 @@ _BLOCKS = "encoder.down.0.res_blocks.0.conv1.weight"
 
 @register("vqgan_plus", marks=(_BLOCKS, "quantize.embedding.weight"))
 def vqgan_plus(state: State, reference: Reference) -> Conversion:
-    """`vqgan_plus_{10,12}bit.bin`, `vqgan_plus_paper.bin`, and `maskgit_tokenizer.bin` with its older decoder."""
+    """Convert `vqgan_plus_{10,12}bit.bin`, `vqgan_plus_paper.bin`, or `maskgit_tokenizer.bin`, an older decoder."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"codebook_size": codebook_size, "token_size": code_dim})
     quantizer = vector_quantizer(
@@ -41,12 +50,12 @@ def vqgan_plus(state: State, reference: Reference) -> Conversion:
 
 @register("maskbit_tokenizer", marks=(_BLOCKS, "quantize.codebook"))
 def maskbit_tokenizer(state: State, reference: Reference) -> Conversion:
-    """`maskbit_tokenizer_{10,12,14,16,18}bit.bin`."""
+    """Convert `maskbit_tokenizer_{10,12,14,16,18}bit.bin`."""
     bits = state["encoder.conv_out.weight"].shape[0]
     agree(reference, {"codebook_size": 2**bits, "token_size": bits})
-    places = state["quantize.bits_to_indices"].tolist()
-    if places != [2**bit for bit in range(bits)]:
-        raise ValueError(f"{state.source!r} has 'quantize.bits_to_indices' {places}: bit k must count 2^k")
+    weights = state["quantize.bits_to_indices"].tolist()
+    if weights != [2**bit for bit in range(bits)]:
+        raise ValueError(f"{state.source!r} has 'quantize.bits_to_indices' {weights}: bit k must count 2^k")
     codes = torch.arange(2**bits)[:, None] >> torch.arange(bits) & 1
     if not torch.equal(state["quantize.codebook"], (codes * 2 - 1).to(state["quantize.codebook"].dtype)):
         raise ValueError(f"{state.source!r} has a 'quantize.codebook' other than the signs of the bits")
@@ -68,7 +77,10 @@ def maskbit_tokenizer(state: State, reference: Reference) -> Conversion:
 
 
 def _layout(state: State) -> ConvLayout:
-    """The decoder's levels from the lowest; from the full resolution, which is not upsampled, in the older decoder."""
+    """Return the layout, whose decoder counts levels from the lowest, or in older files from the full resolution.
+
+    The level of the full resolution is not upsampled, which tells the two apart.
+    """
     older = "decoder.up.0.upsample_conv.weight" not in state
     return replace(LAYOUT, decoder_level="decoder.up.{mirror}") if older else LAYOUT
 
@@ -78,7 +90,7 @@ def _network(state: State, layout: ConvLayout) -> dict[str, Any]:
     return layout.network(state, downsampling=downsampling, shortcut="output", pixels="unit")
 
 
-# Of the published evaluation with the fewest; its other settings are the sampler's own.
+# Steps of the published evaluation that has the fewest; its other settings are the sampler's defaults.
 _STEPS = 64
 
 
@@ -101,7 +113,7 @@ _SHARED = [
 ]
 
 
-# The class comes first in ours, last in theirs.
+# The class comes first in our sequence, last in theirs.
 _CLASS_FIRST = Arrangement(["pos_emb"], ["pos_emb"], lambda table: [torch.cat([table[:, -1:], table[:, :-1]], dim=1)])
 
 
@@ -110,7 +122,7 @@ _MARKS = ("class_emb.weight", "pos_emb", "first_layer.0.weight", "last_layer.0.w
 
 @register("maskbit_bert", marks=(*_MARKS, "tok_emb_list.0.weight"), section="mlm_model")
 def maskbit_bert(state: State, reference: Reference) -> Conversion:
-    """Generators of VQGAN+'s ids, one id at a place."""
+    """Convert a generator of VQGAN+'s ids."""
     vocab_size = len(state["tok_emb_list.0.weight"]) - 1
     agree(reference, {"codebook_size": vocab_size})
     agree(reference, {"codebook_splits": 1}, "a table of embeddings has")
@@ -123,7 +135,7 @@ def maskbit_bert(state: State, reference: Reference) -> Conversion:
 
 @register("maskbit_lfqbert", marks=(*_MARKS, "input_proj.weight", "bits_to_indices"), section="mlm_model")
 def maskbit_lfqbert(state: State, reference: Reference) -> Conversion:
-    """`maskbit_generator_{10,12,14,16,18}bit.bin`."""
+    """Convert `maskbit_generator_{10,12,14,16,18}bit.bin`, a generator of groups of bits."""
     bits, group = state["input_proj.weight"].shape[1], len(state["bits_to_indices"])
     if bits % group:
         raise ValueError(f"{state.source!r} has {bits} bits in groups of {group}")
@@ -171,16 +183,16 @@ def _masked(
         "head_transform": True,
         **switches,
     }
-    places = state["pos_emb"].shape[1] - 1
-    return generator(
+    length = state["pos_emb"].shape[1] - 1
+    return generator_conversion(
         "Masked",
         state,
-        Tokens(vocab_size, square(state, places)),
-        num_classes,
-        backbone,
-        [*_SHARED, *rules],
-        [_CLASS_FIRST],
-        dropped,
-        sampler=sampled_by("MaskBitSampler", steps=min(_STEPS, places)),
+        tokens=Tokens(vocab_size, square(state, length)),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=[*_SHARED, *rules],
+        arrangements=[_CLASS_FIRST],
+        dropped=dropped,
+        sampler=sampled_by("MaskBitSampler", steps=min(_STEPS, length)),
         **options,
     )

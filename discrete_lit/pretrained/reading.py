@@ -1,9 +1,9 @@
-"""From a published file to its tensors, without executing code of the file.
+"""Read published files: their tensors, without executing code in them, and their configurations.
 
 Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and NumPy beside the weights. They are read
 as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
 
-What a published configuration says beside the weights, in the reference's own argument names.
+A published configuration is kept in the reference's own argument names; `agree` refuses what contradicts the tensors.
 """
 
 import json
@@ -59,7 +59,7 @@ class State(dict[str, Tensor]):
         raise ValueError(f"{self.source!r} has no key {key!r}")
 
     def count(self, template: str) -> int:
-        """How many numbers 0, 1, ... at `{}` of a template begin a name."""
+        """Count the numbers 0, 1, ... that begin a name in the place of `{}` in a template."""
         number = 0
         while any(name.startswith(f"{template.format(number)}.") for name in self):
             number += 1
@@ -84,7 +84,7 @@ def _empty_dict(*arguments: Any) -> dict[Any, Any]:
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
-    """A placeholder of a class of its own, as classes are keys of Lightning's callback states."""
+    """Return a placeholder class for this name alone: Lightning's callback states have classes as keys."""
     if name == "collections.defaultdict":
         return _empty_dict
     if name.endswith(".AttributeDict"):
@@ -96,10 +96,10 @@ def _stand_in(name: str) -> Callable[..., Any]:
 class Averages:
     """Averaged weights that a file holds as a list without names, in the order of the model's parameters."""
 
-    place: str
-    """Of the list in the file; a dot leads into a mapping."""
+    key: str
+    """The key of the list in the file; a dot leads into a mapping."""
     buffers: Sequence[str]
-    """Patterns of the names that are no parameters, and so have none in the list."""
+    """Patterns of the names that are no parameters, and so are not in the list."""
 
 
 def read_state(
@@ -108,24 +108,24 @@ def read_state(
     prefixes: Sequence[str] = (),
     averages: Averages | None = None,
 ) -> State:
-    """The tensors of a published file.
+    """Read the tensors of a published file.
 
     Args:
         path: a safetensors file, or one written by `torch.save`.
-        wrappers: names under which the file may keep its weights, the one to prefer first; a file that has none of
-            them holds its tensors directly. `outer.inner` is a mapping within a mapping.
-        prefixes: what training may have put before every name, which is taken off.
-        averages: where the file may hold averaged weights, which then stand for the others.
+        wrappers: keys under which the file may keep its weights, the preferred one first; a file that has none of them
+            holds its tensors directly. `outer.inner` is a mapping within a mapping.
+        prefixes: prefixes that training may have put before every name; they are taken off.
+        averages: where the file may hold EMA weights, which then replace the others.
 
     Raises:
-        ValueError: no such file, a truncated one, one with pickled code, one without tensors, or averages that are not
-            of its parameters.
+        ValueError: there is no such file; it is truncated, has pickled code or no tensors; or its EMA weights do not
+            fit its parameters.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    averaged = None if averages is None else _inside(content, averages.place)
+    averaged = None if averages is None else _inside(content, averages.key)
     for wrapper in wrappers:
         inner = _inside(content, wrapper)
         if isinstance(inner, Mapping):
@@ -146,15 +146,15 @@ def read_state(
     return State(tensors, str(path))
 
 
-def _inside(content: Any, place: str) -> Any:
-    """What stands at a place of nested mappings; None where there is no such place."""
-    for name in place.split("."):
+def _inside(content: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested mappings; None if there is no such key."""
+    for name in key.split("."):
         content = content.get(name) if isinstance(content, Mapping) else None
     return content
 
 
 def _named(averaged: Any, averages: Averages, tensors: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Averaged weights by the names of the parameters, in whose order they stand."""
+    """Give EMA weights, which stand in the order of the parameters, the parameters' names."""
     parameters = {
         name: value
         for name, value in tensors.items()
@@ -166,7 +166,7 @@ def _named(averaged: Any, averages: Averages, tensors: Mapping[str, Tensor], sou
         pairs = zip(parameters, own, found, strict=False)
         where = next((f"; the first that differs is at {name!r}" for name, mine, other in pairs if mine != other), "")
         raise ValueError(
-            f"{source!r} holds {len(found)} averaged weights at {averages.place} for {len(own)} parameters{where}"
+            f"{source!r} holds {len(found)} averaged weights at {averages.key} for {len(own)} parameters{where}"
         )
     return dict(zip(parameters, averaged, strict=True))
 
@@ -210,15 +210,15 @@ _AROUND = ("config", "model", "params", "init_args")
 
 
 def read_reference(config: Reference | str | Path | None, section: str | None = "vq_model") -> dict[str, Any]:
-    """The arguments of a reference model's constructor.
+    """Read the arguments of a reference model's constructor.
 
     Args:
-        config: the arguments, or a published configuration around them, or the path of its YAML or JSON file.
-        section: the part that is asked for, where the configuration has several, as those of 1d-tokenizer and MaskBit;
-            None for all of it.
+        config: the arguments, a published configuration around them, or the path of its YAML or JSON file.
+        section: the part to take of a configuration with several, like those of 1d-tokenizer and MaskBit; None takes
+            all of it.
 
     Raises:
-        ValueError: no such file, or one that holds no mapping.
+        ValueError: there is no such file, or it holds no mapping.
     """
     if config is None:
         return {}
@@ -241,15 +241,15 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def agree(reference: Reference, found: Mapping[str, Any], who: str = "the tensors have") -> None:
-    """Refuse a configuration that contradicts the tensors, or what every model of ours in that layout is.
+    """Refuse a configuration that contradicts the tensors, or what all models of the family have in common.
 
     Args:
-        reference: the given arguments.
-        found: the same arguments as the shapes of the tensors have them.
-        who: has them so, for the message.
+        reference: the arguments given by the user.
+        found: the values that some of these arguments must have.
+        who: what demands these values, for the message: "the tensors have".
 
     Raises:
-        ValueError: an argument that is given with another value.
+        ValueError: an argument is given with another value.
     """
     for name, value in found.items():
         given = reference.get(name, value)

@@ -1,34 +1,32 @@
-"""The transformer that SEDD and MDLM publish under one layout, "DDiT": what its tensors say, and its names.
+"""SEDD (louaaron/Score-Entropy-Discrete-Diffusion) and MDLM (kuleshov-group/mdlm): text diffusion models.
 
-louaaron/Score-Entropy-Discrete-Diffusion.
-
-kuleshov-group/mdlm.
+Both publish the same transformer, "DDiT", under one layout of names. First stands what they share, its switches, its
+names and its tensors that are rearranged; then the families `sedd_absorb` and `sedd_uniform`; then `mdlm`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from discrete_lit.pretrained import sedd_mdlm
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import Rules, generator, in_blocks, sampled_by
+from discrete_lit.pretrained.layouts import Rules, generator_conversion, in_blocks, sampled_by
 from discrete_lit.pretrained.reading import Averages, Reference, State, agree
 
+# Tokens of a sequence in every published model; rotary positions do not tell it.
 LENGTH = 1024
-"""Tokens of a sequence in every published model, which rotary positions do not tell."""
-
 
 GPT2_VOCABULARY = 50257
 
-
+# Names of tensors that are no parameters.
 BUFFERS = ("*rotary_emb.inv_freq",)
 
-
+# The name given to the embedding of classes, which the published files do not have.
 _CLASSES = "classes"
 
-
+# Channels of an attention head.
 _HEAD_WIDTH = 64
 
 
@@ -44,7 +42,7 @@ _BLOCK: Rules = (
 
 
 def rules(prefix: str) -> list[tuple[str, str]]:
-    """From the names of a `Transformer` to published ones, which begin with `prefix`."""
+    """Return rules from the names of our `Transformer` to published ones, which begin with `prefix`."""
     return [
         ("token_embedding.table.weight", f"{prefix}vocab_embed.embedding"),
         ("class_embedding.weight", _CLASSES),
@@ -58,15 +56,15 @@ def rules(prefix: str) -> list[tuple[str, str]]:
 
 
 def switches(state: State, model: Reference, prefix: str) -> dict[str, Any]:
-    """The switches of our `Transformer`.
+    """Return the switches of our `Transformer`.
 
     Args:
-        state: published tensors.
-        model: the part of the reference's configuration about the network.
-        prefix: of the names.
+        state: the published tensors.
+        model: the part of the reference's configuration that describes the network.
+        prefix: beginning of every published name.
 
     Raises:
-        ValueError: a key that every such network has is missing, or a configuration that contradicts the tensors.
+        ValueError: a key that every such network has is missing, or the configuration contradicts the tensors.
     """
     width = state[f"{prefix}vocab_embed.embedding"].shape[1]
     condition_width = len(state[f"{prefix}sigma_map.mlp.2.bias"])
@@ -91,25 +89,24 @@ def switches(state: State, model: Reference, prefix: str) -> dict[str, Any]:
 
 
 def neighbouring_pairs(prefix: str, heads: int) -> Arrangement:
-    """Rotary positions turn channels i and i + d / 2 of a head there, neighbouring ones here."""
+    """Reorder queries and keys: rotary positions turn channels i and i + d / 2 of a head there, neighbours here."""
 
     def make(weight: Tensor) -> list[Tensor]:
-        rows = weight.unflatten(0, (3, heads, 2, -1))  # (3, heads, 2, d / 2, D)
-        queries_keys = rows[:2].transpose(2, 3)
-        return [torch.cat((queries_keys.flatten(0, 3), rows[2].flatten(0, 2)))]
+        queries_keys, values = weight.tensor_split([2 * len(weight) // 3])
+        return [torch.cat((rearrange(queries_keys, "(qk h two c) d -> (qk h c two) d", qk=2, h=heads, two=2), values))]
 
     name = f"{prefix}blocks.{{block}}.attn_qkv.weight"
     return Arrangement([name], [name], make)
 
 
 def without_classes(prefix: str) -> Arrangement:
-    """One class and no class have an embedding of zeros: there are none, and the time alone modulates."""
+    """Give one class and no class embeddings of zeros: the model has no classes, and the time alone modulates."""
     name = f"{prefix}sigma_map.mlp.2.bias"
     return Arrangement([name], [name, _CLASSES], lambda bias: [bias, bias.new_zeros(2, len(bias))])
 
 
 def without_time(prefix: str) -> Arrangement:
-    """The embedding of sigma = 0, which such a model was always told, as that of one class and of no class."""
+    """Give one class and no class the embedding of sigma = 0, which such a model was told at all times."""
 
     def make(inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> list[Tensor]:
         waves = inner.shape[1] // 2
@@ -122,10 +119,10 @@ def without_time(prefix: str) -> Arrangement:
 
 
 def schedule(noise: Reference, default: str, known: Sequence[str]) -> dict[str, Any]:
-    """The configuration of the schedule that the reference calls `noise`.
+    """Return the configuration of the schedule that the reference calls `noise`.
 
     Raises:
-        ValueError: one that the published models do not have.
+        ValueError: the published models do not have this schedule.
     """
     kind = noise.get("type", default)
     if kind not in known:
@@ -144,21 +141,21 @@ _MARKS = ("vocab_embed.embedding", "sigma_map.mlp.0.weight", "output_layer.norm_
 _WRAPPERS = ("model",)
 
 
-_AVERAGES = Averages("ema.shadow_params", sedd_mdlm.BUFFERS)
+_AVERAGES = Averages("ema.shadow_params", BUFFERS)
 
 
 @register("sedd_absorb", marks=_MARKS, wrappers=_WRAPPERS, section=None, averages=_AVERAGES)
 def sedd_absorb(state: State, reference: Reference) -> Conversion:
-    """`louaaron/sedd-{small,medium}`, and `checkpoint.pth` of a run with the graph `absorb`, whose averages are read.
+    """Convert `louaaron/sedd-{small,medium}`, or the averages in `checkpoint.pth` of a run with the graph `absorb`.
 
-    Text: ids of GPT-2's vocabulary, and the mask.
+    The ids are those of GPT-2's vocabulary, and the mask.
     """
     return _sedd(state, reference, "absorb")
 
 
 @register("sedd_uniform", marks=_MARKS, wrappers=_WRAPPERS, section=None, averages=_AVERAGES)
 def sedd_uniform(state: State, reference: Reference) -> Conversion:
-    """`checkpoint.pth` of a run with the graph `uniform`, whose averages are read."""
+    """Convert the averages in `checkpoint.pth` of a run with the graph `uniform`."""
     return _sedd(state, reference, "uniform")
 
 
@@ -167,9 +164,7 @@ def _sedd(state: State, reference: Reference, graph: str) -> Conversion:
     model = reference.get("model", {})
     agree(reference.get("graph", {}), {"type": graph}, f"family='sedd_{graph}' has")
     rows = len(state["vocab_embed.embedding"])
-    vocab_size = reference.get(
-        "tokens", sedd_mdlm.GPT2_VOCABULARY if rows == sedd_mdlm.GPT2_VOCABULARY else rows - absorbing
-    )
+    vocab_size = reference.get("tokens", GPT2_VOCABULARY if rows == GPT2_VOCABULARY else rows - absorbing)
     if rows != vocab_size + absorbing:
         other = "uniform" if absorbing else "absorb"
         raise ValueError(
@@ -179,20 +174,18 @@ def _sedd(state: State, reference: Reference, graph: str) -> Conversion:
     scaled = model.get("scale_by_sigma", absorbing)
     if scaled and not absorbing:
         raise ValueError("reference_config has model.scale_by_sigma=true, which the reference refuses with 'uniform'")
-    backbone = sedd_mdlm.switches(state, model, "")
-    noise = sedd_mdlm.schedule(
-        reference.get("noise", {}), "loglinear" if absorbing else "geometric", ("loglinear", "geometric")
-    )
+    backbone = switches(state, model, "")
+    noise = schedule(reference.get("noise", {}), "loglinear" if absorbing else "geometric", ("loglinear", "geometric"))
     head: dict[str, Any] = {"scale_by_noise": scaled, "mask_output": absorbing}
-    return generator(
+    return generator_conversion(
         "DiscreteDiffusion",
         state,
-        Tokens(vocab_size, (model.get("length", sedd_mdlm.LENGTH),)),
-        1,
-        backbone,
-        sedd_mdlm.rules(""),
-        [sedd_mdlm.neighbouring_pairs("", backbone["heads"]), sedd_mdlm.without_classes("")],
-        dropped=sedd_mdlm.BUFFERS,
+        tokens=Tokens(vocab_size, (model.get("length", LENGTH),)),
+        num_classes=1,
+        backbone=backbone,
+        rules=rules(""),
+        arrangements=[neighbouring_pairs("", backbone["heads"]), without_classes("")],
+        dropped=BUFFERS,
         process={"class_path": f"discrete_lit.diffusion.{'Absorbing' if absorbing else 'Uniform'}Process"},
         schedule=noise,
         head={"class_path": "discrete_lit.diffusion.ScoreHead", "init_args": head},
@@ -215,14 +208,14 @@ _OUTPUT = f"{_PREFIX}output_layer.linear"
     marks=(f"{_PREFIX}vocab_embed.embedding", f"{_PREFIX}sigma_map.mlp.0.weight", f"{_OUTPUT}.weight"),
     wrappers=("state_dict",),
     section=None,
-    averages=Averages("ema.shadow_params", sedd_mdlm.BUFFERS),
+    averages=Averages("ema.shadow_params", BUFFERS),
 )
 def mdlm(state: State, reference: Reference) -> Conversion:
-    """`mdlm.ckpt`, whose averages are read, and `kuleshov-group/mdlm-owt`: text, ids of GPT-2's vocabulary.
+    """Convert the averages in `mdlm.ckpt`, or `kuleshov-group/mdlm-owt`; the ids are those of GPT-2's vocabulary.
 
-    The published models were told sigma = 0 at all times (`time_conditioning: false`): ours are not told the time, and
-    what that did to the norms is the embedding of their class. The reference's logit of the mask id, to which it gives
-    no probability, is left out.
+    The published models were told sigma = 0 at all times (`time_conditioning: false`). Ours are not told the time: the
+    embedding of sigma = 0 becomes that of their class. The reference's logit of the mask id, which it gives no
+    probability, is left out.
     """
     config: dict[str, Any] = {**reference.get("config", {}), **reference}
     model = config.get("model", {})
@@ -233,27 +226,27 @@ def mdlm(state: State, reference: Reference) -> Conversion:
     agree(config, {"parameterization": "subs", "backbone": "dit"}, every)
     agree(model, {"tie_word_embeddings": False}, every)
     timed = config.get("time_conditioning", False)
-    backbone = sedd_mdlm.switches(state, model, _PREFIX)
+    backbone = switches(state, model, _PREFIX)
 
     def without_mask(weight: Tensor, bias: Tensor) -> list[Tensor]:
         return [weight[:vocab_size], bias[:vocab_size]]
 
     names = [f"{_OUTPUT}.weight", f"{_OUTPUT}.bias"]
-    return generator(
+    return generator_conversion(
         "DiscreteDiffusion",
         state,
-        Tokens(vocab_size, (model.get("length", sedd_mdlm.LENGTH),)),
-        1,
-        backbone,
-        sedd_mdlm.rules(_PREFIX),
-        [
-            sedd_mdlm.neighbouring_pairs(_PREFIX, backbone["heads"]),
-            (sedd_mdlm.without_classes if timed else sedd_mdlm.without_time)(_PREFIX),
+        tokens=Tokens(vocab_size, (model.get("length", LENGTH),)),
+        num_classes=1,
+        backbone=backbone,
+        rules=rules(_PREFIX),
+        arrangements=[
+            neighbouring_pairs(_PREFIX, backbone["heads"]),
+            (without_classes if timed else without_time)(_PREFIX),
             Arrangement(names, names, without_mask),
         ],
-        dropped=sedd_mdlm.BUFFERS,
+        dropped=BUFFERS,
         process={"class_path": "discrete_lit.diffusion.AbsorbingProcess"},
-        schedule=sedd_mdlm.schedule(config.get("noise", {}), "loglinear", ("loglinear", "geometric")),
+        schedule=schedule(config.get("noise", {}), "loglinear", ("loglinear", "geometric")),
         head={"class_path": "discrete_lit.diffusion.LeaveOneOutHead"},
         loss={"class_path": "discrete_lit.diffusion.losses.MaskedCrossEntropy"},
         time_input="total_noise" if timed else "none",

@@ -1,7 +1,7 @@
 """TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers and IBQ.
 
-Their files hold the trained weights and a running mean of them, under `model_ema.` and the name without its dots. The
-published numbers are those of the mean; `use_ema: false` in the reference configuration takes the trained weights.
+Their files hold the trained weights and their EMA, under `model_ema.` and the name without its dots. The published
+numbers are those of the EMA; `use_ema: false` in the reference configuration takes the trained weights.
 """
 
 from fnmatch import fnmatchcase
@@ -15,7 +15,7 @@ from discrete_lit.pretrained.reading import Reference, State, agree
 
 _MEAN = "model_ema."
 DROPPED = (*taming.DROPPED, "model_ema.decay", "model_ema.num_updates", "model_ema.loss*")
-MAGVIT2 = ConvLayout(middle="mid_block.{place}", downsample="downsample", upsample="upsample.conv1")
+MAGVIT2 = ConvLayout(middle="mid_block.{index}", downsample="downsample", upsample="upsample.conv1")
 
 
 @register(
@@ -24,7 +24,7 @@ MAGVIT2 = ConvLayout(middle="mid_block.{place}", downsample="downsample", upsamp
     wrappers=taming.WRAPPERS,
 )
 def magvit2_lfq(state: State, reference: Reference) -> Conversion:
-    """`imagenet_256_L.ckpt`, `imagenet_128_L.ckpt` and the pretrained tokenizers."""
+    """Convert `imagenet_256_L.ckpt`, `imagenet_128_L.ckpt`, or one of the pretrained tokenizers."""
     bits = state["encoder.conv_out.weight"].shape[0]
     agree(reference, {"n_embed": 2**bits, "embed_dim": bits})
     network = MAGVIT2.network(state, downsampling="symmetric", upsampling="depth_to_space", adaptive_norm=True)
@@ -50,7 +50,7 @@ def magvit2_lfq(state: State, reference: Reference) -> Conversion:
     wrappers=taming.WRAPPERS,
 )
 def ibq(state: State, reference: Reference) -> Conversion:
-    """`imagenet256_{1024,8192,16384,262144}.ckpt` and the pretrained tokenizers."""
+    """Convert `imagenet256_{1024,8192,16384,262144}.ckpt`, or one of the pretrained tokenizers."""
     if reference.get("l2_normalize", False):
         raise ValueError("reference_config has l2_normalize=True, which no published IBQ was trained with")
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
@@ -73,12 +73,12 @@ def ibq(state: State, reference: Reference) -> Conversion:
 
 
 def chosen_weights(state: State, reference: Reference) -> dict[str, Tensor]:
-    """The running mean under the names of the trained weights, or these themselves, as `use_ema` says.
+    """Return the EMA weights under the names of the trained ones, or the trained weights if `use_ema` is false.
 
-    A file without a running mean has the trained weights alone.
+    A file without EMA weights gives the trained ones.
 
     Raises:
-        ValueError: a weight without its running mean.
+        ValueError: a weight has no EMA.
     """
     trained = {name: value for name, value in state.items() if not name.startswith(_MEAN)}
     if len(trained) == len(state) or not reference.get("use_ema", True):

@@ -1,6 +1,9 @@
-"""CompVis/taming-transformers and CompVis/latent-diffusion: the VQGANs.
+"""VQGAN and its class-conditional GPT, of CompVis/taming-transformers, and the VQGANs of CompVis/latent-diffusion.
 
-CompVis/taming-transformers: the class-conditional GPT, and the VQGAN in the same file.
+- tokenizers: `taming_vqgan`, and `taming_gumbelvq` (DALL-E's relaxation);
+- `taming_net2net`: the GPT, with its VQGAN in the same file.
+
+Many later repositories began with taming's code: `LAYOUT`, `vqgan`, `vector_quantizer` and the names here serve them.
 """
 
 from typing import Any
@@ -9,22 +12,15 @@ import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import ConvLayout, generator, in_blocks, square
+from discrete_lit.pretrained.layouts import ConvLayout, generator_conversion, in_blocks, square
 from discrete_lit.pretrained.reading import Reference, State, agree, read_reference
 
 LAYOUT = ConvLayout()
-
-
+# Our name of the codebook, and the published one.
 CODES = ("quantizer.codebook.codes", "quantize.embedding.weight")
-
-
 # The losses with their networks; the random projection that shows segmentations as colours.
 DROPPED = ("loss.*", "colorize")
-
-
 WRAPPERS = ("state_dict",)
-
-
 MARKS = ("encoder.down.0.block.0.conv1.weight", "quant_conv.weight")
 
 
@@ -34,13 +30,13 @@ MARKS = ("encoder.down.0.block.0.conv1.weight", "quant_conv.weight")
     wrappers=WRAPPERS,
 )
 def taming_vqgan(state: State, reference: Reference) -> Conversion:
-    """`last.ckpt` of taming's VQGANs, `model.ckpt` of LDM's first stages."""
+    """Convert `last.ckpt` of taming's VQGANs, or `model.ckpt` of LDM's first stages."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"n_embed": codebook_size, "embed_dim": code_dim})
     quantizer = vector_quantizer(
         codebook_size,
         code_dim,
-        # The published models were trained with beta on the codebook term.
+        # The published models were trained with beta on the codebook term, not on the commitment.
         weighted_term="codebook",
     )
     return Conversion(
@@ -54,7 +50,7 @@ def taming_vqgan(state: State, reference: Reference) -> Conversion:
     wrappers=WRAPPERS,
 )
 def taming_gumbelvq(state: State, reference: Reference) -> Conversion:
-    """`last.ckpt` of `vqgan_gumbel_f8`."""
+    """Convert `last.ckpt` of `vqgan_gumbel_f8`."""
     codebook_size, code_dim = state["quantize.embed.weight"].shape
     agree(reference, {"n_embed": codebook_size, "embed_dim": code_dim})
     quantizer = {
@@ -76,7 +72,7 @@ def taming_gumbelvq(state: State, reference: Reference) -> Conversion:
 
 
 def network(state: State, reference: Reference) -> dict[str, Any]:
-    """The configuration of the network of tensors in taming's layout."""
+    """Return the configuration of the network whose tensors have taming's layout."""
     config = LAYOUT.network(state)
     sizes = config["init_args"]
     found = {"ch": "channels", "ch_mult": "multipliers", "num_res_blocks": "blocks", "z_channels": "z_channels"}
@@ -85,12 +81,12 @@ def network(state: State, reference: Reference) -> dict[str, Any]:
 
 
 def vqgan(network: dict[str, Any], quantizer: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of a `VQGAN`."""
+    """Return the configuration of a `VQGAN`."""
     return {"class_path": "discrete_lit.tokenizers.VQGAN", "init_args": {"network": network, "quantizer": quantizer}}
 
 
 def vector_quantizer(codebook_size: int, code_dim: int, **settings: Any) -> dict[str, Any]:
-    """The configuration of a `VectorQuantizer` whose codes were trained by gradient, as those at `CODES` were."""
+    """Return the configuration of a `VectorQuantizer` whose codes were trained by gradient, as taming's are."""
     trained = {"codebook_update": "gradient", "codebook_init": "uniform"}
     return {
         "class_path": "discrete_lit.tokenizers.quantizers.VectorQuantizer",
@@ -127,12 +123,14 @@ _RULES = [
     wrappers=WRAPPERS,
 )
 def taming_net2net(state: State, reference: Reference) -> Conversion:
-    """`cin_transformer`'s `last.ckpt`. A class has the embedding of the id of its number; no class has zeros, as the
-    published model never saw it."""
+    """Convert `last.ckpt` of `cin_transformer`.
+
+    Class k has the embedding of id k. The null label has zeros, as the published model never saw it.
+    """
     vocab_size, width = state["transformer.tok_emb.weight"].shape
-    places, depth = state["transformer.pos_emb"].shape[1], state.count("transformer.blocks.{}")
+    length, depth = state["transformer.pos_emb"].shape[1], state.count("transformer.blocks.{}")
     arguments = read_reference(reference.get("transformer_config"))
-    agree(arguments, {"vocab_size": vocab_size, "block_size": places, "n_layer": depth, "n_embd": width})
+    agree(arguments, {"vocab_size": vocab_size, "block_size": length, "n_layer": depth, "n_embd": width})
     agree(arguments, {"n_unmasked": 0}, "a causal sequence has")
     if reference.get("permuter_config") is not None or any(name.startswith("permuter.") for name in state):
         raise ValueError(f"{state.source!r} has a permuter: only models of the raster order are loaded")
@@ -154,14 +152,14 @@ def taming_net2net(state: State, reference: Reference) -> Conversion:
     embedding = "transformer.tok_emb.weight"
     own = {name: value for name, value in state.items() if not name.startswith(_FIRST_STAGE)}
     first = {name.removeprefix(_FIRST_STAGE): state[name] for name in state if name not in own}
-    return generator(
+    return generator_conversion(
         "Autoregressive",
         State(own, state.source),
-        Tokens(vocab_size, square(state, places)),
-        num_classes,
-        backbone,
-        _RULES,
-        [Arrangement([embedding], [embedding, "transformer.tok_emb.classes"], with_classes)],
+        tokens=Tokens(vocab_size, square(state, length)),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=_RULES,
+        arrangements=[Arrangement([embedding], [embedding, "transformer.tok_emb.classes"], with_classes)],
         dropped=("transformer.blocks.*.attn.mask",),
         tokenizer=taming_vqgan(State(first, state.source), read_reference(reference.get("first_stage_config"))),
     )

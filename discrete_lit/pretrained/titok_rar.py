@@ -1,13 +1,11 @@
-"""bytedance/1d-tokenizer: TiTok's tokenizers.
+"""TiTok and RAR, of bytedance/1d-tokenizer.
 
-The reference's networks have attention heads of 64 channels, whatever their size, and so have ours, unless
-`reference_config` says otherwise by `vit_enc_num_heads` and `vit_dec_num_heads`.
+- tokenizers: `titok`, `titok_vae`, and `maskgit_vqgan`, the PyTorch port of MaskGIT's VQGAN (google-research/maskgit);
+- masked generators of TiTok's tokens: `titok_imagebert`, a BERT, and `titok_uvitbert`, a U-ViT;
+- `rar`, the generator in random orders, of the tokens of MaskGIT's VQGAN.
 
-bytedance/1d-tokenizer: the masked generators of TiTok's tokens, a BERT and a U-ViT.
-
-bytedance/1d-tokenizer: RAR.
-
-bytedance/1d-tokenizer: the PyTorch port of MaskGIT's VQGAN (google-research/maskgit).
+TiTok's networks have attention heads of 64 channels, whatever their size, and so have ours, unless `reference_config`
+says otherwise by `vit_enc_num_heads` and `vit_dec_num_heads`.
 """
 
 from math import isqrt
@@ -29,7 +27,7 @@ from discrete_lit.pretrained.layouts import (
     ConvLayout,
     Rules,
     class_count,
-    generator,
+    generator_conversion,
     in_blocks,
     sampled_by,
     square,
@@ -37,9 +35,9 @@ from discrete_lit.pretrained.layouts import (
 from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
+# Channels of an attention head.
 _HEAD_WIDTH = 64
-
-
+# The second half of a proxy among our names.
 _PIXELS = "network.proxy.network.decoder"
 
 
@@ -70,7 +68,7 @@ RULES = [
         for half in ("encoder", "decoder")
         for own, theirs in _TRANSFORMER
     ),
-    # With a proxy, its logits and its second half; otherwise the pixels.
+    # A two-stage TiTok has a proxy, of which these are the logits, the codebook and the decoder.
     ("network.proxy_head.{layer}.{rest}", "decoder.ffn.{layer}.{rest}"),
     ("network.proxy.codebook", "pixel_quantize.embedding.weight"),
     (
@@ -81,6 +79,7 @@ RULES = [
     (f"{_PIXELS}.levels.{{level}}.resample.conv.{{rest}}", "pixel_decoder.up.{mirror}.upsample_conv.{rest}"),
     (f"{_PIXELS}.middle.{{block}}.{{rest}}", "pixel_decoder.mid.{block}.{rest}"),
     (f"{_PIXELS}.{{rest}}", "pixel_decoder.{rest}"),
+    # A one-stage TiTok makes pixels.
     ("network.pixels.pixels.{rest}", "decoder.ffn.0.{rest}"),
     ("network.pixels.smooth.{rest}", "decoder.conv_out.{rest}"),
 ]
@@ -91,7 +90,7 @@ _MARKS = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token")
 
 @register("titok", marks=(*_MARKS, "quantize.embedding.weight"))
 def titok(state: State, reference: Reference) -> Conversion:
-    """`tokenizer_titok_{l32,b64,s128}`, of two stages, and `tokenizer_titok_{bl64,bl128,sl256}_vq8k`, of one."""
+    """Convert `tokenizer_titok_{l32,b64,s128}`, of two stages, or `tokenizer_titok_{bl64,bl128,sl256}_vq8k`, of one."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     agree(reference, {"codebook_size": codebook_size, "token_size": code_dim, "quantize_mode": "vq"})
     quantizer = vector_quantizer(
@@ -109,7 +108,7 @@ def titok(state: State, reference: Reference) -> Conversion:
 
 @register("titok_vae", marks=(*_MARKS, "!quantize.embedding.weight"))
 def titok_vae(state: State, reference: Reference) -> Conversion:
-    """`tokenizer_titok_{bl64,bl128,sl256,ll32}_vae_c16`, with continuous latents."""
+    """Convert `tokenizer_titok_{bl64,bl128,sl256,ll32}_vae_c16`, with continuous latents."""
     latent_channels = state["encoder.conv_out.weight"].shape[0] // 2
     agree(reference, {"token_size": latent_channels, "quantize_mode": "vae"})
     config = {
@@ -128,10 +127,10 @@ def _renaming(state: State) -> Renaming:
 
 
 def _network(state: State, reference: Reference) -> dict[str, Any]:
-    """The configuration of the `TiTokAutoencoder` of published tensors.
+    """Return the configuration of the `TiTokAutoencoder` that fits the tensors.
 
     Raises:
-        ValueError: a missing key, a reference configuration that contradicts the tensors, patches of two sizes.
+        ValueError: a key is missing, the reference configuration contradicts the tensors, or patches have two sizes.
     """
     patch_embedding = state["encoder.patch_embed.weight"]
     patch_size = patch_embedding.shape[-1]
@@ -172,10 +171,10 @@ def _size(state: State, half: str, heads: int | None) -> dict[str, int]:
 
 
 def _proxy(state: State) -> dict[str, Any]:
-    """The configuration of MaskGIT's codebook and decoder.
+    """Return the configuration of MaskGIT's codebook and decoder.
 
     Raises:
-        ValueError: a missing key, as in files of the first stage.
+        ValueError: a key is missing, as in files of the first stage.
     """
     if "pixel_quantize.embedding.weight" not in state:
         raise ValueError(
@@ -208,7 +207,28 @@ def _proxy(state: State) -> dict[str, Any]:
     }
 
 
-# Of the published evaluation, by the number of tokens.
+LAYOUT = ConvLayout(middle="mid.{index}", upsample="upsample_conv")
+
+
+@register(
+    "maskgit_vqgan",
+    marks=("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight", "quantize.embedding.weight"),
+)
+def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
+    """Convert `maskgit-vqgan-imagenet-f16-256.bin`."""
+    codebook_size, code_dim = state["quantize.embedding.weight"].shape
+    agree(reference, {"num_embeddings": codebook_size, "embedding_dim": code_dim})
+    quantizer = vector_quantizer(
+        codebook_size,
+        code_dim,
+        commitment_weight=reference.get("commitment_cost", 0.25),
+        weighted_term="codebook",
+    )
+    network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
+    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]))
+
+
+# Settings of the published evaluation, by the number of tokens.
 _TITOK_SAMPLING: dict[int, dict[str, Any]] = {
     32: {"steps": 8, "choice_temperature": 9.5, "guidance_scale": 5.5, "guidance_schedule": "linear"},
     64: {"steps": 8, "choice_temperature": 11.0, "guidance_scale": 4.0, "guidance_schedule": "linear"},
@@ -254,7 +274,7 @@ _BERT = [
     section="generator",
 )
 def titok_imagebert(state: State, reference: Reference) -> Conversion:
-    """`generator_titok_{l32,b64}.bin`."""
+    """Convert `generator_titok_{l32,b64}.bin`."""
     embedding, positions = "model.embeddings.word_embeddings.weight", "model.embeddings.position_embeddings.weight"
     layer = "model.encoder.layer"
     hidden = len(state[f"{layer}.0.intermediate.dense.bias"])
@@ -262,14 +282,14 @@ def titok_imagebert(state: State, reference: Reference) -> Conversion:
     return _masked(
         state,
         reference,
-        (embedding, "model.lm_head.weight"),
-        len(state[positions]) - 1,
-        state.count(f"{layer}.{{}}"),
-        hidden,
-        backbone,
-        _BERT,
+        names=(embedding, "model.lm_head.weight"),
+        length=len(state[positions]) - 1,
+        depth=state.count(f"{layer}.{{}}"),
+        hidden=hidden,
+        switches=backbone,
+        rules=_BERT,
         # Every element has the first of two types.
-        [
+        arrangements=[
             Arrangement(
                 [positions, "model.embeddings.token_type_embeddings.weight"],
                 ["positions"],
@@ -284,7 +304,7 @@ def titok_imagebert(state: State, reference: Reference) -> Conversion:
     "titok_uvitbert", marks=("embeddings.weight", "mid_block.norm1.weight", "lm_head.weight"), section="generator"
 )
 def titok_uvitbert(state: State, reference: Reference) -> Conversion:
-    """`generator_titok_s128.bin`."""
+    """Convert `generator_titok_s128.bin`."""
     half = state.count("in_blocks.{}")
     rules = [
         *_EMBEDDINGS,
@@ -304,20 +324,21 @@ def titok_uvitbert(state: State, reference: Reference) -> Conversion:
     return _masked(
         state,
         reference,
-        ("embeddings.weight", "lm_head.weight"),
-        state["pos_embed"].shape[1] - 1,
-        2 * half + 1,
-        len(state["mid_block.mlp.fc1.bias"]),
-        {"norm_epsilon": 1e-5, "attention_bias": "none", "long_skips": True},
-        rules,
+        names=("embeddings.weight", "lm_head.weight"),
+        length=state["pos_embed"].shape[1] - 1,
+        depth=2 * half + 1,
+        hidden=len(state["mid_block.mlp.fc1.bias"]),
+        switches={"norm_epsilon": 1e-5, "attention_bias": "none", "long_skips": True},
+        rules=rules,
     )
 
 
 def _masked(
     state: State,
     reference: Reference,
+    *,
     names: tuple[str, str],
-    places: int,
+    length: int,
     depth: int,
     hidden: int,
     switches: dict[str, Any],
@@ -325,7 +346,10 @@ def _masked(
     arrangements: list[Arrangement] | None = None,
     dropped: tuple[str, ...] = (),
 ) -> Conversion:
-    """Of `names` of the embeddings of ids, mask and classes, and of the logits."""
+    """Return the conversion of a masked generator of `length` tokens.
+
+    `names` are those of the table of embeddings, with the ids, the mask and the classes, and of the logits.
+    """
     table: Tensor = state[names[0]]
     vocab_size, width = state[names[1]].shape
     ids = vocab_size + 1
@@ -333,10 +357,10 @@ def _masked(
     found = {
         "hidden_size": width,
         "intermediate_size": hidden,
-        "image_seq_len": places,
+        "image_seq_len": length,
         "condition_num_classes": num_classes,
     }
-    # The reference's even number leaves out the middle block of a U-ViT.
+    # The reference's number is even: it leaves out the middle block of a U-ViT.
     layers = reference.get("num_hidden_layers", depth)
     agree(reference, found)
     if layers not in (depth, depth - int("long_skips" in switches)):
@@ -349,17 +373,17 @@ def _masked(
         **switches,
     }
     rows = cut_rows(names[0], {"embeddings.tokens": (0, ids), "embeddings.classes": (ids, ids + num_classes + 1)})
-    return generator(
+    return generator_conversion(
         "Masked",
         state,
-        Tokens(vocab_size, (places,)),
-        num_classes,
-        backbone,
-        rules,
-        [rows, *(arrangements or [])],
-        dropped,
+        tokens=Tokens(vocab_size, (length,)),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=rules,
+        arrangements=[rows, *(arrangements or [])],
+        dropped=dropped,
         sampler=sampled_by(
-            "TiTokSampler", **_TITOK_SAMPLING.get(places, {"steps": min(8, places)}), temperature_annealing=True
+            "TiTokSampler", **_TITOK_SAMPLING.get(length, {"steps": min(8, length)}), temperature_annealing=True
         ),
     )
 
@@ -368,7 +392,7 @@ def _masked(
 _SPARE_POSITIONS = 1024
 
 
-# Guidance, its exponent and the temperature of the published evaluation, by width.
+# Guidance scale, its exponent and the temperature of the published evaluation, by width.
 _RAR_SAMPLING = {768: (16.0, 2.75, 1.0), 1024: (15.5, 2.5, 1.02), 1280: (6.9, 1.5, 1.02), 1408: (8.0, 1.2, 1.02)}
 
 
@@ -391,17 +415,17 @@ _RULES = [
 
 @register("rar", marks=("target_aware_pos_embed", "timesteps_embeddings", "lm_head.weight"), section="generator")
 def rar(state: State, reference: Reference) -> Conversion:
-    """`rar_{b,l,xl,xxl}.bin`."""
+    """Convert `rar_{b,l,xl,xxl}.bin`."""
     vocab_size, width = state["lm_head.weight"].shape
     ids = vocab_size + 1
     num_classes = class_count(state, state["embeddings.weight"], ids)
-    places = state["pos_embed"].shape[1] - _SPARE_POSITIONS
+    length = state["pos_embed"].shape[1] - _SPARE_POSITIONS
     depth, hidden = state.count("blocks.{}"), len(state["blocks.0.mlp.fc1.bias"])
     found = {
         "hidden_size": width,
         "num_hidden_layers": depth,
         "intermediate_size": hidden,
-        "image_seq_len": places,
+        "image_seq_len": length,
         "condition_num_classes": num_classes,
     }
     agree(reference, found)
@@ -426,48 +450,27 @@ def rar(state: State, reference: Reference) -> Conversion:
         guidance_power=guidance_power,
     )
     arrangements = [
-        # The mask id between them is never read.
+        # The mask id between the two is never read.
         cut_rows(
             "embeddings.weight",
             {"embeddings.tokens": (0, vocab_size), "embeddings.classes": (ids, ids + num_classes + 1)},
         ),
-        Arrangement(["pos_embed"], ["pos_embed"], lambda table: [table[:, : places + 2]]),
-        Arrangement(["target_aware_pos_embed"], ["target_aware_pos_embed"], lambda table: [table[0, 2 : places + 2]]),
-        Arrangement(["timesteps_embeddings"], ["timesteps_embeddings"], lambda table: [table[0, : places + 1]]),
-        # Scale, shift.
+        Arrangement(["pos_embed"], ["pos_embed"], lambda table: [table[:, : length + 2]]),
+        Arrangement(["target_aware_pos_embed"], ["target_aware_pos_embed"], lambda table: [table[0, 2 : length + 2]]),
+        Arrangement(["timesteps_embeddings"], ["timesteps_embeddings"], lambda table: [table[0, : length + 1]]),
+        # Published: scale, shift. Ours: shift, scale.
         reorder_chunks("adaln_before_head.adaLN_modulation.1.{rest}", (1, 0)),
     ]
     # The norm before the head has no gain of its own: ones and zeros.
-    return generator(
+    return generator_conversion(
         "Autoregressive",
         state,
-        Tokens(vocab_size, square(state, places)),
-        num_classes,
-        backbone,
-        _RULES,
-        arrangements,
+        tokens=Tokens(vocab_size, square(state, length)),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=_RULES,
+        arrangements=arrangements,
         kept=("final_norm.*",),
         order="random_annealed",
         sampler=sampler,
     )
-
-
-LAYOUT = ConvLayout(middle="mid.{place}", upsample="upsample_conv")
-
-
-@register(
-    "maskgit_vqgan",
-    marks=("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight", "quantize.embedding.weight"),
-)
-def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
-    """`maskgit-vqgan-imagenet-f16-256.bin`."""
-    codebook_size, code_dim = state["quantize.embedding.weight"].shape
-    agree(reference, {"num_embeddings": codebook_size, "embedding_dim": code_dim})
-    quantizer = vector_quantizer(
-        codebook_size,
-        code_dim,
-        commitment_weight=reference.get("commitment_cost", 0.25),
-        weighted_term="codebook",
-    )
-    network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]))

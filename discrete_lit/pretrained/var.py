@@ -1,30 +1,28 @@
-"""FoundationVision/VAR: its multi-scale tokenizer.
-
-FoundationVision/VAR: its generators.
-"""
+"""VAR, of FoundationVision/VAR: the multi-scale tokenizer `var_vqvae`, and the generators `var_transformer`."""
 
 import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, must_be_zero, register, reorder_chunks
-from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator, in_blocks, sampled_by
+from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator_conversion, in_blocks, sampled_by
 from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, MARKS
 
 LAYOUT = ConvLayout(query_key_value="qkv")
 
 
-# At 256 pixels. The file knows their number alone: at 512 pixels it is used with 1, 2, 3, 4, 6, 9, 13, 18, 24, 32.
+# Sides of the scales at 256 pixels. The file has only their number: the same file serves 512 pixels, with the sides 1,
+# 2, 3, 4, 6, 9, 13, 18, 24, 32.
 _TOKENIZER_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
-# A running mean of how often each scale takes each id.
+# Running means of how often each scale takes each id.
 DROPPED = ("quantize.ema_vocab_hit_SV",)
 
 
 @register("var_vqvae", marks=(*MARKS, "quantize.embedding.weight", "quantize.ema_vocab_hit_SV"))
 def var_vqvae(state: State, reference: Reference) -> Conversion:
-    """`vae_ch160v4096z32.pth`; `v_patch_nums` of the reference configuration chooses another image size."""
+    """Convert `vae_ch160v4096z32.pth`; `v_patch_nums` in the reference configuration chooses another image size."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     network = LAYOUT.network(state)
     sizes = {"vocab_size": codebook_size, "z_channels": code_dim, "ch": network["init_args"]["channels"]}
@@ -85,7 +83,7 @@ _RULES = [
 
 
 def _add_levels(positions: Tensor, levels: Tensor, level: Tensor, start: Tensor) -> list[Tensor]:
-    """Everything that is added at a place: its position, its scale, and at the first what begins the sequence."""
+    """Sum all that is added to a position: its own embedding, that of its scale, and at the first the start's."""
     added = positions + levels[level[0].long()]
     return [torch.cat([added[:, :1] + start, added[:, 1:]], dim=1)]
 
@@ -106,7 +104,7 @@ _ARRANGEMENTS = [
     Arrangement(
         ["blocks.{block}.ada_gss"], ["blocks.{block}.ada_gss"], lambda chunks: [chunks[0, 0, list(_MODULATION)]]
     ),
-    # Scale, shift.
+    # Published: scale, shift. Ours: shift, scale.
     reorder_chunks("head_nm.ada_lin.1.{rest}", (1, 0)),
 ]
 
@@ -117,23 +115,23 @@ _ARRANGEMENTS = [
     wrappers=("trainer.var_wo_ddp",),
 )
 def var_transformer(state: State, reference: Reference) -> Conversion:
-    """`var_d{16,20,24,30}.pth` at 256 pixels, `var_d36.pth` at 512; trainer files too.
+    """Convert `var_d{16,20,24,30}.pth` at 256 pixels, `var_d36.pth` at 512, or a trainer's file.
 
-    Its input at a scale is made of the codes of the scales before, so it needs its tokenizer. Other scales than theirs
-    need `patch_nums` in the reference configuration.
+    Its input at a scale is made of the codes of the scales before, so it needs its tokenizer. Scales other than the
+    published ones need `patch_nums` in the reference configuration.
     """
     width = len(state["word_embed.weight"])
-    places, scales = state["pos_1LC"].shape[1], len(state["lvl_embed.weight"])
+    length, scales = state["pos_1LC"].shape[1], len(state["lvl_embed.weight"])
     vocab_size, depth = len(state["head.weight"]), state.count("blocks.{}")
     num_classes = class_count(state, state["class_emb.weight"])
     shared = "shared_ada_lin.1.weight" in state
     agree(reference, {"depth": depth, "embed_dim": width, "num_classes": num_classes, "shared_aln": shared})
     heads = state["blocks.0.attn.scale_mul_1H11"].shape[1]
     agree(reference, {"num_heads": heads, "attn_l2_norm": True})
-    sides = list(reference.get("patch_nums", _GENERATOR_SCALES.get(places, [])))
-    if sum(side**2 for side in sides) != places or len(sides) != scales:
+    sides = list(reference.get("patch_nums", _GENERATOR_SCALES.get(length, [])))
+    if sum(side**2 for side in sides) != length or len(sides) != scales:
         raise ValueError(
-            f"{state.source!r} has {scales} scales with {places} tokens: give their sides as patch_nums in "
+            f"{state.source!r} has {scales} scales with {length} tokens: give their sides as patch_nums in "
             f"reference_config, got {sides}"
         )
     backbone = {
@@ -148,14 +146,14 @@ def var_transformer(state: State, reference: Reference) -> Conversion:
         "qk_norm": "unit",
         "attention_bias": "query_value",
     }
-    return generator(
+    return generator_conversion(
         "NextScale",
         state,
-        Tokens(vocab_size, (places,), needs_tokenizer=True),
-        num_classes,
-        backbone,
-        _RULES,
-        _ARRANGEMENTS,
+        tokens=Tokens(vocab_size, (length,), needs_tokenizer=True),
+        num_classes=num_classes,
+        backbone=backbone,
+        rules=_RULES,
+        arrangements=_ARRANGEMENTS,
         dropped=("attn_bias_for_masking",),
         sampler=sampled_by("NextScaleSampler", guidance_scale=2.5, top_k=min(900, vocab_size), top_p=0.96),
     )
