@@ -154,7 +154,7 @@ class SampleGrid(ImageGrid):
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         assert isinstance(module, Generator)
         labels = self.labels(module.num_classes).to(module.device)
-        return module.tokenizer.decode(module.sample(labels, self.sampler, self.seed))
+        return module.tokenizer.decode(module.sample(labels, self.sampler, seed=self.seed))
 
     def labels(self, num_classes: int) -> Tensor:
         """Spread labels evenly over the classes, as many as there are images for, over and over: `(count,)` int64."""

@@ -94,7 +94,7 @@ def measure_likelihood(
                 )
             tokens = generator.tokenizer.encode(from_uint8(images.to(device)))
             indices = torch.arange(done, done + len(images), device=device)
-            found = generator.log_likelihood(tokens, labels.to(device), indices)
+            found = generator.log_likelihood(tokens, labels.to(device), indices=indices)
             values.append(found.nats.double().cpu())
             kind, done = found.kind, done + len(images)
             progress.update(len(images))

@@ -1,4 +1,4 @@
-"""Generators: objectives over token sequences around one backbone, as LightningModules."""
+"""Generators: objectives over token sequences around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion

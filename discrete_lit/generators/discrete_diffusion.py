@@ -1,4 +1,9 @@
-"""Discrete diffusion: any noise, schedule, head and loss around the one backbone."""
+"""Discrete diffusion of tokens: any noise, schedule, parameterization and loss around the one backbone.
+
+One class is D3PM (absorbing, uniform or discretised Gaussian noise; Austin et al., 2021), SEDD (Lou et al., 2024), MDLM
+(Sahoo et al., 2024), MD4 (Shi et al., 2024), UDLM (Schiff et al., 2024), GIDD (von Rütte et al., 2025) and discrete
+flow matching (Gat et al., 2024). Their mathematics is in `discrete_lit.diffusion`, and their recipes choose from it.
+"""
 
 from collections.abc import Callable
 from math import log
@@ -7,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.distributed import world_size
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
@@ -32,28 +37,26 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 class DiscreteDiffusion(Generator):
     """Learns to undo noise that changes each token independently of the others.
 
-    D3PM (Austin et al., 2021), SEDD (Lou et al., 2024), MDLM (Sahoo et al., 2024), MD4 (Shi et al., 2024), UDLM (Schiff
-    et al., 2024), GIDD (von Rütte et al., 2025) and discrete flow matching (Gat et al., 2024) are choices of `process`,
-    `schedule`, `head` and `loss`. Losses are nats per token; times are spread evenly over the global batch. Where the
-    loss is a bound, validation logs it as `validation/bits_per_token` too, which of text is bits per character.
+    A time t in (0, 1) is drawn for each sequence x_0, evenly spread over the global batch; `process` and `schedule`
+    draw x_t from q(x_t | x_0); the backbone sees x_t, and `time_input` of t; `head` says what its logits predict, and
+    `loss` what the prediction costs, in nats per token. Where the loss is a bound of -log p (`objective_kind`),
+    validation also logs it as `validation/bits_per_token`, the prior term included; of text, bits per character.
+
+    Arguments that are not listed are those of every `Generator`.
 
     Args:
-        tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
-        image_size: side of the images in pixels.
-        num_classes: labels lie in [0, num_classes).
-        backbone: called with the `SequenceLayout`.
-        process: called with the vocabulary K; masks by default.
-        schedule: of training; `LinearSchedule()` by default. Samplers have their grids.
+        process: the noise, called with the vocabulary K; masks (absorbing) by default.
+        schedule: alpha(t) of training; `LinearSchedule()` by default. Samplers have grids of their own.
         head: what the backbone predicts; `LeaveOneOutHead()` by default.
-        loss: `MaskedCrossEntropy()` by default; see `objective_kind`.
+        loss: `MaskedCrossEntropy()` by default.
         time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
             noise only masks, whose best prediction does not depend on it, and else t.
-        sampler: `AncestralSampler()` by default. Those of `Masked` serve too where noise only masks.
         likelihood_samples: network evaluations for each `log_likelihood`.
-        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
+        sampler: `AncestralSampler()` by default. Samplers of `Masked` serve too where noise only masks.
+        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 
     Raises:
-        ValueError: parts that do not fit together, or a setting out of its range.
+        ValueError: choices that do not fit together, or a setting out of its range.
     """
 
     coordinate_name = "time"
@@ -62,33 +65,31 @@ class DiscreteDiffusion(Generator):
         self,
         tokenizer: Tokenizer,
         image_size: int,
+        *,
         num_classes: int,
-        backbone: Callable[[SequenceLayout], Backbone],
         process: Callable[[int], ForwardProcess] = AbsorbingProcess,
         schedule: MaskSchedule | None = None,
         head: Head | None = None,
         loss: DiffusionLoss | None = None,
         time_input: TimeInput | None = None,
-        sampler: Sampler | None = None,
         likelihood_samples: int = 16,
-        **training: Any,
+        sampler: Sampler | None = None,
+        **common: Any,
     ) -> None:
         if likelihood_samples < 1:
             raise ValueError(f"likelihood_samples must be at least 1, got {likelihood_samples}")
         noise = process(tokenizer.vocab_size)
+        schedule = schedule or LinearSchedule()
+        head = head or LeaveOneOutHead()
+        objective = loss or MaskedCrossEntropy()
+        if time_input is None:
+            time_input = "none" if is_absorbing(noise) else "time"
         if noise.needs_order and not tokenizer.ordered_ids:
             raise ValueError(
                 f"{type(noise).__name__} moves ids to their neighbours, and those of {type(tokenizer).__name__} have "
                 "no order: it is for grey levels (PixelLevels)"
             )
-        schedule, head, objective = (
-            schedule or LinearSchedule(),
-            head or LeaveOneOutHead(),
-            loss or MaskedCrossEntropy(),
-        )
         objective.check(head, noise)
-        if time_input is None:
-            time_input = "none" if is_absorbing(noise) else "time"
         if time_input == "total_noise" and schedule.ends()[1] == 1:
             raise ValueError(
                 f"time_input='total_noise' needs a schedule whose total noise is finite, that of "
@@ -97,8 +98,8 @@ class DiscreteDiffusion(Generator):
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "bidirectional",
+            num_classes=num_classes,
+            attention="bidirectional",
             mask_token=noise.masks,
             timed=time_input != "none",
             mask_output=head.mask_output,
@@ -106,64 +107,65 @@ class DiscreteDiffusion(Generator):
         super().__init__(
             tokenizer,
             image_size,
-            num_classes,
-            layout,
-            backbone,
-            sampler or AncestralSampler(),
-            **training,
+            num_classes=num_classes,
+            layout=layout,
+            sampler=sampler or AncestralSampler(),
+            **common,
         )
         self.objective = objective
         self.likelihood_samples = likelihood_samples
         self._denoiser = Denoiser(process=noise, schedule=schedule, head=head, time_input=time_input)
+
+    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+        process, schedule, head = self._denoiser.process, self._denoiser.schedule, self._denoiser.head
+        t = stratified_times(random, len(tokens) * world_size()) if self.training else spread_times(random)  # (B, 1)
+        level = self.objective.level(schedule, t, self.length)
+        x_t = self.objective.corrupt(process, tokens, level, random.uniform(Purpose.MASK_ORDER, self.length))
+        logits = self._logits(x_t, labels, level)
+        values = self.objective(logits, tokens=tokens, head=head, states=x_t, process=process, level=level)
+        return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
+
+    def _logits(self, states: Tensor, labels: Tensor, level: NoiseLevel) -> Tensor:
+        """Return the backbone's output for noisy states `(B, N)`: `(B, N, K)`, or one more with the mask's."""
+        return self.backbone(states, labels, time=self._denoiser.network_time(level))
 
     @property
     def objective_kind(self) -> LossKind:
         """Whether the training loss bounds -log p with this process and schedule, the prior's constant aside."""
         return self.objective.label(self._denoiser.process, self._denoiser.schedule)
 
-    def denoiser(self) -> Denoiser:
-        return self._denoiser
-
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
-        parts = self._denoiser
-        times = stratified_times(random, len(tokens) * world_size()) if self.training else spread_times(random)
-        level = self.objective.level(parts.schedule, times, self.length)
-        uniforms = random.uniform(Purpose.MASK_ORDER, self.length)
-        states = self.objective.corrupt(parts.process, tokens, level, uniforms)
-        logits = self._logits(states, labels, level)
-        values = self.objective(logits, tokens, head=parts.head, states=states, process=parts.process, level=level)
-        return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
-
-    def on_validation_epoch_end(self) -> None:
-        total, weight = self.profile.compute()
-        super().on_validation_epoch_end()
-        if self.objective_kind == "bound":
-            # What the loss leaves out, of the id for which it is most.
-            process, end = self._denoiser.process, torch.ones(1, 1, dtype=torch.float64, device=total.device)
-            ids = torch.arange(self.vocab_size, device=total.device)[None]
-            prior = process.prior_divergence(ids, self._denoiser.schedule.alpha(end)).max()
-            bits = (total.sum() / weight.sum() + prior) / log(2)
-            self.log("validation/bits_per_token", bits.float(), sync_dist=True)
+    def validation_figures(self, mean_loss: Tensor) -> dict[str, Tensor]:
+        """Give the bits per token that a bound amounts to; nothing where the loss is no bound."""
+        if self.objective_kind != "bound":
+            return {}
+        # The loss leaves the prior's divergence at t = 1 out: count it as for the id for which it is most.
+        end = torch.ones(1, 1, dtype=torch.float64, device=mean_loss.device)
+        ids = torch.arange(self.vocab_size, device=mean_loss.device)[None]
+        prior = self._denoiser.process.prior_divergence(ids, self._denoiser.schedule.alpha(end)).max()
+        return {"bits_per_token": (mean_loss + prior) / log(2)}
 
     @torch.no_grad()
     def log_likelihood(
         self,
         tokens: Tensor,
         labels: Tensor,
+        *,
         indices: Tensor | None = None,
         method: Literal["mask_count", "mask_ratio", "enumeration"] = "mask_count",
     ) -> Likelihood:
-        """An estimate of a bound of log p that no cut-off makes too high, or the exact value of a small model.
+        """Estimate a bound of log p that no cut-off makes too high, or give the exact value of a small model.
 
-        Where noise only masks, the mean over the number of masked tokens or over their share; for other noise the
-        integral over the training schedule, its ends included, whatever `method`. See `likelihood_bound`.
+        Where noise only masks, the bound is a mean over the number of masked tokens, or over the mask ratio. For other
+        noise it is the integral over the training schedule, its ends included, whatever `method`. See
+        `likelihood_bound`.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
             labels: `(B,)` int64 in [0, num_classes].
-            indices: `(B,)` int64, each image's place in its data set, to which the estimate's random numbers belong; 0
-                to B - 1 by default.
-            method: `"enumeration"` is exact for revealing one token at a time, with 2^N passes; N at most 12.
+            indices: `(B,)` int64, each image's position in its data set, to which the estimate's random numbers
+                belong; 0 to B - 1 by default.
+            method: what the mean is over; or `"enumeration"`, exact for unmasking one token at a time, with 2^N passes
+                and N at most 12.
 
         Raises:
             ValueError: an enumeration that is too long, or of a process that does more than mask.
@@ -181,5 +183,5 @@ class DiscreteDiffusion(Generator):
         nats, error = likelihood_bound(network, self._denoiser, sequences, random, self.likelihood_samples, method)
         return Likelihood(nats, "bound", error)
 
-    def _logits(self, states: Tensor, labels: Tensor, level: NoiseLevel) -> Tensor:
-        return self.backbone(states, labels, time=self._denoiser.network_time(level))
+    def denoiser(self) -> Denoiser:
+        return self._denoiser

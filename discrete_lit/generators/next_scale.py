@@ -1,34 +1,33 @@
-"""Next-scale prediction (Tian et al., "Visual Autoregressive Modeling", NeurIPS 2024)."""
+"""VAR: next-scale prediction (Tian et al., "Visual Autoregressive Modeling", NeurIPS 2024)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
+from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, cross_entropies
 from discrete_lit.samplers import NextScaleSampler, Sampler
 from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
 class NextScale(Generator):
-    """p(x | y) as the product over scales s of p(x_s | x_1 ... x_{s-1}, y), the ids of a scale independent (eq. 6).
+    """Predicts each scale r_k from those before it: p(r_1 ... r_K | y) = prod over k of p(r_k | r_1 ... r_{k-1}, y).
 
-    What a scale is predicted from are not ids but the code vectors that the scales before add up to, averaged down to
-    it: the tokenizer's `MultiScaleResidualQuantizer` makes them, frozen, in training and while sampling.
+    (Eq. 6; the ids of a scale are independent given the scales before.) A scale is predicted not from ids but from the
+    code vectors that the scales before add up to, averaged down to its size. The tokenizer's
+    `MultiScaleResidualQuantizer` makes them, frozen, in training and while sampling. The loss is the cross-entropy of
+    every id, and so -log p, exactly.
+
+    Arguments that are not listed are those of every `Generator`.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML. A `MultiScaleVQ` whose first scale
             is 1.
-        image_size: side of the images in pixels.
-        num_classes: labels lie in [0, num_classes).
-        backbone: called with the `SequenceLayout`.
         sampler: `NextScaleSampler()` by default.
-        training: of `Generator`: label_dropout, optimizer, scheduler, seed.
+        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 
     Raises:
         ValueError: a tokenizer without scales, or one whose first scale has several ids.
@@ -40,49 +39,47 @@ class NextScale(Generator):
         self,
         tokenizer: Tokenizer,
         image_size: int,
+        *,
         num_classes: int,
-        backbone: Callable[[SequenceLayout], Backbone],
         sampler: Sampler | None = None,
-        **training: Any,
+        **common: Any,
     ) -> None:
         quantizer = _quantizer_of(tokenizer)
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "block_causal",
+            num_classes=num_classes,
+            attention="block_causal",
             scales=tuple(quantizer.lengths),
             input_dim=quantizer.dim,
         )
         super().__init__(
             tokenizer,
             image_size,
-            num_classes,
-            layout,
-            backbone,
-            sampler or NextScaleSampler(),
-            **training,
+            num_classes=num_classes,
+            layout=layout,
+            sampler=sampler or NextScaleSampler(),
+            **common,
         )
 
     def scale_quantizer(self) -> MultiScaleResidualQuantizer:
         return _quantizer_of(self.tokenizer)
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
-        values = self._cross_entropy(tokens, labels)
+        values = self._cross_entropies(tokens, labels)
         lengths = torch.tensor(self.scale_quantizer().lengths, device=tokens.device)
-        number = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
-        return TokenLosses(values, torch.ones_like(values), ((number + 0.5) / len(lengths)).expand_as(values))
+        k = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)  # (N,), the scale of each id
+        return TokenLosses(values, torch.ones_like(values), ((k + 0.5) / len(lengths)).expand_as(values))
 
     @torch.no_grad()
-    def log_likelihood(self, tokens: Tensor, labels: Tensor, indices: Tensor | None = None) -> Likelihood:
-        return Likelihood(-self._cross_entropy(tokens, labels).double().sum(dim=1), "exact")
+    def log_likelihood(self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+        return Likelihood(-self._cross_entropies(tokens, labels).double().sum(dim=1), "exact")
 
-    def _cross_entropy(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """`(B, N)` nats for every id given the scales before its own."""
+    def _cross_entropies(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Return -log p of every id given the scales before its own, `(B, N)` nats."""
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            inputs = self.scale_quantizer().teacher_forcing(tokens)  # (B, N - 1, D)
-        logits = self.backbone(inputs, labels)  # (B, N, K)
-        return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+            vectors = self.scale_quantizer().teacher_forcing(tokens)  # (B, N - 1, D)
+        return cross_entropies(self.backbone(vectors, labels), tokens)
 
 
 def _quantizer_of(tokenizer: Tokenizer) -> MultiScaleResidualQuantizer:

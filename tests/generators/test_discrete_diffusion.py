@@ -371,7 +371,8 @@ def test_likelihood_by_counts_and_by_ratios_is_masked_s(make_diffusion, make_gri
     pulls = (found.nats - exact) / found.standard_error
     assert (pulls.abs() < 5).all() and 0.1 < float(pulls.std()) < 1.5
     parts = [
-        diffusion.log_likelihood(sequences[i : i + 1], labels[:1], torch.tensor([i]), method).nats for i in (0, 63)
+        diffusion.log_likelihood(sequences[i : i + 1], labels[:1], indices=torch.tensor([i]), method=method).nats
+        for i in (0, 63)
     ]
     torch.testing.assert_close(torch.cat(parts), found.nats[[0, 63]], rtol=1e-5, atol=1e-5)
     diffusion.likelihood_samples = 1

@@ -34,7 +34,7 @@ def test_masked_along_one_order_is_exact(make_generator) -> None:
         assert likelihood.kind == "exact"
         torch.testing.assert_close(likelihood.nats, law, rtol=0, atol=1e-5)
         assert float(likelihood.nats.exp().sum()) == pytest.approx(1, abs=1e-6)
-    with pytest.raises(ValueError, match="order must have each of the 3 places 0 to 2 once"):
+    with pytest.raises(ValueError, match="order must have each of the 3 positions 0 to 2 once"):
         generator.log_likelihood(sequences, labels, order=torch.tensor([0, 1]))
 
 
@@ -80,9 +80,11 @@ def test_masked_evaluations_are_stratified(make_generator) -> None:
 def test_masked_estimate_belongs_to_the_image_not_to_the_batch(make_generator) -> None:
     generator = make_generator("masked", vocab_size=4, token_shape=(2, 2), spread=0.7, likelihood_samples=2)
     tokens, labels, indices = torch.randint(4, (9, 2, 2)), torch.arange(9) % 2, torch.arange(9) + 100
-    whole = generator.log_likelihood(tokens, labels, indices).nats
+    whole = generator.log_likelihood(tokens, labels, indices=indices).nats
     rows = torch.tensor([6, 1])
-    torch.testing.assert_close(generator.log_likelihood(tokens[rows], labels[rows], indices[rows]).nats, whole[rows])
-    assert not torch.allclose(generator.log_likelihood(tokens, labels, indices + 1).nats, whole)
+    torch.testing.assert_close(
+        generator.log_likelihood(tokens[rows], labels[rows], indices=indices[rows]).nats, whole[rows]
+    )
+    assert not torch.allclose(generator.log_likelihood(tokens, labels, indices=indices + 1).nats, whole)
     default = generator.log_likelihood(tokens, labels).nats
-    torch.testing.assert_close(default, generator.log_likelihood(tokens, labels, torch.arange(9)).nats)
+    torch.testing.assert_close(default, generator.log_likelihood(tokens, labels, indices=torch.arange(9)).nats)

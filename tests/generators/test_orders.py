@@ -158,9 +158,9 @@ def test_order_is_not_in_the_weights(make_generator) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"order": "spiral"}, "order must be 'raster', 'random_annealed' or a permutation of places, got 'spiral'"),
-        ({"order": (0, 1)}, "order must have each of the 3 places 0 to 2 once"),
-        ({"order": (0, 1, 1)}, "order must have each of the 3 places 0 to 2 once"),
+        ({"order": "spiral"}, "order must be 'raster', 'random_annealed' or a permutation of positions, got 'spiral'"),
+        ({"order": (0, 1)}, "order must have each of the 3 positions 0 to 2 once"),
+        ({"order": (0, 1, 1)}, "order must have each of the 3 positions 0 to 2 once"),
         ({"anneal_steps": (3, 2)}, r"anneal_steps must not fall and be >= 0, got \(3, 2\)"),
     ],
 )
@@ -173,6 +173,6 @@ def test_likelihood_along_orders_that_do_not_fit(make_generator) -> None:
     tokens, labels = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([0])
     with pytest.raises(ValueError, match="knows the raster order alone"):
         make_generator("autoregressive").log_likelihood(tokens, labels, order=torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match="order must have each of the 3 places"):
+    with pytest.raises(ValueError, match="order must have each of the 3 positions"):
         generator = make_generator("autoregressive", order="random_annealed")
         generator.log_likelihood(tokens, labels, order=torch.tensor([0, 1, 3]))

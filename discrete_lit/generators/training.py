@@ -1,0 +1,207 @@
+"""Training of generators by Lightning: from batches to steps, logs, optimizers, sharded weights and checkpoints.
+
+Nothing here depends on the family. What a family models, and how, is the contract of `generator.py`.
+"""
+
+from abc import ABC, abstractmethod
+from itertools import pairwise
+from typing import Any, Self
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from discrete_lit.backbones import Backbone
+from discrete_lit.core.distributed import all_gather_rows, rank, world_size
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.metrics.binned_mean import BinnedMean
+from discrete_lit.optimization import configure_optimizers
+from discrete_lit.tokenizers.tokenizer import Tokenizer
+
+_PROFILE_BINS = 4
+
+
+class TokenTraining(LightningModule, ABC):
+    """Trains, validates and predicts on batches of images or of their tokens; `Generator` supplies the objective.
+
+    A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the frozen tokenizer encodes, or `{"tokens": (B,
+    *token_shape), "label": (B,)}`. With `"index": (B,)`, each sample's position in the run, label dropout and
+    corruption belong to the sample, and do not depend on the number of ranks.
+
+    It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
+    of the coordinate of the token losses, and what `validation_figures` makes of it.
+
+    Args:
+        label_dropout: probability that a training label is replaced by the null label, for classifier-free guidance.
+        optimizer: from parameters to an optimizer; needed to train.
+        scheduler: from an optimizer to a scheduler, stepped after every batch.
+        seed: of corruption, orders, label dropout, and what a likelihood draws.
+
+    Raises:
+        ValueError: a probability outside [0, 1].
+    """
+
+    # `Generator` sets these attributes and defines these four methods; they are described there.
+    tokenizer: Tokenizer
+    backbone: Backbone
+    image_size: int
+    num_classes: int
+    token_shape: tuple[int, ...]
+    coordinate_name: str
+
+    @abstractmethod
+    def to_sequence(self, tokens: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    @abstractmethod
+    def loss(
+        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    @abstractmethod
+    def sample(self, labels: Tensor, *, seed: int = 0, indices: Tensor | None = None) -> Tensor: ...
+
+    def __init__(
+        self,
+        *,
+        label_dropout: float = 0.1,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= label_dropout <= 1:
+            raise ValueError(f"label_dropout must lie in [0, 1], got {label_dropout}")
+        self.label_dropout = label_dropout
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.seed = seed
+        self.profile = BinnedMean(_PROFILE_BINS)
+        self._sharded = False
+
+    # Batches.
+
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
+
+        Raises:
+            ValueError: a grid other than `token_shape`.
+        """
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            with torch.no_grad():
+                tokens = self.tokenizer.encode(batch["image"])
+        if tuple(tokens.shape[1:]) != self.token_shape:
+            raise ValueError(
+                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
+                f"model.init_args.image_size is {self.image_size}"
+            )
+        return tokens
+
+    def random_of(self, batch: dict[str, Any], batch_idx: int) -> CounterRandom:
+        """Return one stream of random numbers for each sample of a batch, told apart by its `"index"`.
+
+        Without one, as from a loader of the user's own, epoch, batch, rank and row tell samples apart: up to 2^24
+        batches of 2^16 rows. Another split into ranks or batches then draws differently, and validation corrupts its
+        samples in every epoch as in the first.
+        """
+        labels = batch["label"]
+        indices = batch.get("index")
+        if indices is None:
+            epoch = self.current_epoch if self.training else 0
+            # The equal batches of the ranks follow one another.
+            first = (epoch * 2**24 + batch_idx) * world_size() * 2**16 + rank() * len(labels)
+            indices = first + torch.arange(len(labels), device=labels.device)
+        return CounterRandom(self.seed, indices)
+
+    # Steps and what they log.
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        random = self.random_of(batch, batch_idx)
+        dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
+        labels = batch["label"].masked_fill(dropped, self.num_classes)
+        loss, terms = self.loss(self.tokens_of(batch), labels, random)
+        named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
+        self.log_dict(named, sync_dist=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        sequences = self.to_sequence(self.tokens_of(batch))
+        values, weights, coordinate = self.token_losses(sequences, batch["label"], self.random_of(batch, batch_idx))
+        self.profile.update(values, coordinate, weights)
+
+    def on_validation_epoch_end(self) -> None:
+        total, weight = self.profile.compute()
+        self.profile.reset()
+        mean = total.sum() / weight.sum()
+        figures = {"loss": mean}
+        edges = torch.linspace(0, 1, _PROFILE_BINS + 1).tolist()
+        for place, (low, high) in enumerate(pairwise(edges)):
+            if weight[place] > 0:
+                figures[f"loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = total[place] / weight[place]
+        figures |= self.validation_figures(mean)
+        self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+
+    def validation_figures(self, mean_loss: Tensor) -> dict[str, Tensor]:
+        """Return further figures to log, by name, given the mean loss of a validation token in nats, float64."""
+        return {}
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Sample images `(B, C, H, W)` in [-1, 1] for the labels of a batch, by this generator's seed."""
+        indices = self.random_of(batch, batch_idx).indices
+        return self.tokenizer.decode(self.sample(batch["label"], seed=self.seed, indices=indices))
+
+    # Modules, optimizers and checkpoints.
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode as in PyTorch, but keep the tokenizer in eval mode: its codebook statistics must not move."""
+        super().train(mode)
+        self.tokenizer.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizers(self, self.optimizer, self.scheduler)
+
+    def configure_model(self) -> None:
+        """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""
+        if self.device_mesh is not None and not self._sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            for block in self.backbone.shards():
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.backbone, mesh=mesh)
+            self._sharded = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe the tokenizer in the checkpoint, so that it loads without the tokenizer's own."""
+        if self.tokenizer.hparams:
+            checkpoint["tokenizer_config"] = dict(self.tokenizer.hparams)
+
+    # Checks before a run.
+
+    def setup(self, stage: str) -> None:
+        """Refuse token arrays of another tokenizer, and labels that this generator has no class for."""
+        data = getattr(self.trainer, "datamodule", None)
+        check_tokenizer = getattr(data, "check_tokenizer", None)
+        if check_tokenizer is not None:
+            check_tokenizer(self.tokenizer.fingerprint())
+        classes = getattr(data, "num_classes", None)
+        if classes is not None and classes > self.num_classes:
+            raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")
+
+    def on_validation_start(self) -> None:
+        """Refuse uneven ranks: all gather sharded weights together, and would wait for ever for a batch more of one."""
+        if not self._sharded:
+            return
+        mine = torch.tensor([sum(self.trainer.num_val_batches)], device=self.device)
+        counts = all_gather_rows(mine).tolist()
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
+                f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
+            )
