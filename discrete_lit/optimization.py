@@ -1,4 +1,8 @@
-"""Parameter groups and learning-rate schedules."""
+"""Optimizers and learning-rate schedules of everything that is trained: generators, tokenizers, classifiers.
+
+`configure_optimizers` says which weights decay and at which rate each module learns. `WarmupCosine` and `WarmupLinear`
+are the schedules of the published recipes: a warm-up, a full rate, and a decay to a smaller rate that stays.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,20 +30,21 @@ def configure_optimizers(
     module: LightningModule,
     optimizer: OptimizerCallable | None,
     scheduler: LRSchedulerCallable | None,
-    apart: Sequence[tuple[nn.Module, float]] = (),
+    *,
+    learning_rate_ratios: Sequence[tuple[nn.Module, float]] = (),
 ) -> Any:
-    """Lightning's `configure_optimizers` of one optimizer and a scheduler that steps after every batch.
+    """Build what Lightning's `configure_optimizers` returns: one optimizer, and a scheduler that steps by the batch.
 
     Weight decay acts on the weights of linear and convolution layers alone: never on biases, gains, embeddings,
     positions, start tokens and codebooks, as in RAR and minGPT (LlamaGen and nanoGPT decay embeddings too). Decay would
     shrink the rows of a table that a batch does not touch.
 
     Args:
-        module: what is trained.
+        module: the module to train.
         optimizer: from parameter groups to an optimizer.
         scheduler: from an optimizer to a scheduler.
-        apart: parts of the module with parameter groups of their own, and their learning rate as a multiple of the
-            optimizer's.
+        learning_rate_ratios: submodules with parameter groups of their own, and the ratio of their learning rate to
+            the optimizer's.
 
     Raises:
         ValueError: no optimizer was given.
@@ -50,33 +55,36 @@ def configure_optimizers(
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
     matrices = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
-    separate = {id(parameter) for part, _ in apart for parameter in part.parameters()}
+    separate = {id(parameter) for submodule, _ in learning_rate_ratios for parameter in submodule.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
-    groups, factors = [], []
-    for parameters, factor in [(rest, 1.0), *((list(part.parameters()), factor) for part, factor in apart)]:
+    groups, ratios = [], []
+    for parameters, ratio in [
+        (rest, 1.0),
+        *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios),
+    ]:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         groups += [
             {"params": [parameter for parameter in trained if id(parameter) in matrices]},
             {"params": [parameter for parameter in trained if id(parameter) not in matrices], "weight_decay": 0.0},
         ]
-        factors += [factor, factor]
+        ratios += [ratio, ratio]
     built = optimizer(groups)
-    for group, factor in zip(built.param_groups, factors, strict=True):
-        group["lr"] *= factor
+    for group, ratio in zip(built.param_groups, ratios, strict=True):
+        group["lr"] *= ratio
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
 class WarmupDecay(LambdaLR, ABC):
-    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a fall to a share of it.
+    """Warms up linearly to the optimizer's learning rate, holds it, and lets it decay to a fraction of itself.
 
     Args:
         optimizer: given by the configuration.
         warmup_steps: batches until the full rate.
         total_steps: batches until the final rate, which stays from there on.
-        min_lr_factor: the final rate as a share of the full one, in [0, 1].
-        hold_steps: batches of the full rate behind the warm-up, before the fall.
+        min_lr_factor: ratio of the final rate to the full one, in [0, 1].
+        hold_steps: batches of the full rate between the warm-up and the decay.
 
     Raises:
         ValueError: a setting out of its range.
@@ -85,6 +93,7 @@ class WarmupDecay(LambdaLR, ABC):
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         warmup_steps: int,
         total_steps: int,
         min_lr_factor: float = 0.0,
@@ -99,30 +108,30 @@ class WarmupDecay(LambdaLR, ABC):
             )
         if not 0 <= min_lr_factor <= 1:
             raise ValueError(f"min_lr_factor must lie in [0, 1], got {min_lr_factor}")
-        first = warmup_steps + hold_steps
+        decay_start = warmup_steps + hold_steps
 
-        def share(step: int) -> float:
+        def ratio(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
-            progress = min(1.0, max(step - first, 0) / (total_steps - first))
-            return min_lr_factor + (1 - min_lr_factor) * self.fall(progress)
+            progress = min(1.0, max(step - decay_start, 0) / (total_steps - decay_start))
+            return min_lr_factor + (1 - min_lr_factor) * self.decay(progress)
 
-        super().__init__(optimizer, share)
+        super().__init__(optimizer, ratio)
 
     @abstractmethod
-    def fall(self, progress: float) -> float:
-        """From 1 at the beginning of the fall, `progress` 0, to 0 at its end, `progress` 1."""
+    def decay(self, progress: float) -> float:
+        """Return a number that falls from 1 at the beginning of the decay, `progress` 0, to 0 at its end, 1."""
 
 
 class WarmupCosine(WarmupDecay):
-    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then half a cosine to a share."""
+    """Warms up linearly, holds the full learning rate, and lets it decay along half a cosine (RAR, Halton-MaskGIT)."""
 
-    def fall(self, progress: float) -> float:
+    def decay(self, progress: float) -> float:
         return (1 + cos(pi * progress)) / 2
 
 
 class WarmupLinear(WarmupDecay):
-    """Linear warm-up to the optimizer's learning rate, the full rate for a while, then a line to a share (VAR)."""
+    """Warms up linearly, holds the full learning rate, and lets it decay along a line (VAR)."""
 
-    def fall(self, progress: float) -> float:
+    def decay(self, progress: float) -> float:
         return 1 - progress

@@ -167,8 +167,8 @@ class ImageAutoencoder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
-        apart = [] if adversarial is None else [(adversarial.discriminator, adversarial.learning_rate_factor)]
-        return configure_optimizers(self, self.optimizer, self.scheduler, apart)
+        ratios = [] if adversarial is None else [(adversarial.discriminator, adversarial.learning_rate_factor)]
+        return configure_optimizers(self, self.optimizer, self.scheduler, learning_rate_ratios=ratios)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         adversarial = self.objective.adversarial

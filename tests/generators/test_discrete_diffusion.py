@@ -249,7 +249,8 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     whole = seen.pop()
     assert sorted((whole * 12).long().tolist()) == list(range(12))
     monkeypatch.setattr(module, "world_size", lambda: 2)
-    monkeypatch.setattr("discrete_lit.generators.generator.world_size", lambda: 2)
+    for file in ("generator", "training"):
+        monkeypatch.setattr(f"discrete_lit.generators.{file}.world_size", lambda: 2)
     monkeypatch.setattr(generator, "log_dict", lambda *_, **__: None)
     for rank in range(2):
         rows = slice(6 * rank, 6 * rank + 6)
@@ -258,7 +259,7 @@ def test_one_time_in_each_part_of_the_batch_of_all_ranks(make_diffusion, monkeyp
     assert torch.equal(torch.cat(seen), whole)
     seen.clear()
     for rank in range(2):
-        monkeypatch.setattr("discrete_lit.generators.generator.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("discrete_lit.generators.training.rank", lambda rank=rank: rank)
         generator.training_step({"tokens": tokens[:6], "label": labels[:6]}, 3)
     assert sorted((torch.cat(seen) * 12).long().tolist()) == list(range(12))
 
@@ -289,7 +290,6 @@ def test_validation_logs_bits_of_bounds_with_their_prior(make_diffusion, monkeyp
     generator = make_diffusion(name, spread=0.3, schedule=schedule)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(generator, "log_dict", lambda values, **_: seen.update(values))
-    monkeypatch.setattr(generator, "log", lambda key, value, **_: seen.update({key: value}))
     batch = {"tokens": torch.randint(4, (50, 3)), "label": torch.zeros(50, dtype=torch.int64)}
     generator.validation_step({**batch, "index": torch.arange(50)}, 0)
     generator.on_validation_epoch_end()
@@ -305,7 +305,7 @@ def test_masked_and_diffusion_share_checkpoints_and_samplers(make_diffusion, mak
     """The same weights behave alike in both, whoever trained them; samplers of either serve."""
     diffusion = make_diffusion("masks", token_shape=(2, 4), spread=0.5)
     build = partial(Transformer, width=16, depth=2, heads=2, conditioning="adaln")
-    masked = Masked(make_grid_tokenizer(4, (2, 4)), 16, 2, build).eval()
+    masked = Masked(make_grid_tokenizer(4, (2, 4)), 16, num_classes=2, backbone=build).eval()
     masked.backbone.load_state_dict(diffusion.backbone.state_dict())
     labels = torch.arange(9) % 3
     for sampler in (MaskGITSampler(steps=4), HaltonSampler(steps=4), AncestralSampler(steps=4)):
@@ -413,7 +413,14 @@ def test_gaussian_noise_needs_ids_in_order(make_tokenizer) -> None:
     with pytest.raises(
         ValueError, match="DiscretizedGaussianProcess moves ids to their neighbours, and those of FSQ have no order"
     ):
-        DiscreteDiffusion(make_tokenizer(), 16, 2, build, process=DiscretizedGaussianProcess, loss=ContinuousBound())
+        DiscreteDiffusion(
+            make_tokenizer(),
+            16,
+            num_classes=2,
+            backbone=build,
+            process=DiscretizedGaussianProcess,
+            loss=ContinuousBound(),
+        )
 
 
 def test_enumerations_that_cannot_be(make_diffusion) -> None:

@@ -93,11 +93,11 @@ def test_tokenizers_without_scales(make_generator, make_tokenizer, make_grid_tok
         (make_grid_tokenizer(4, (5,)), "the tokenizer GridTokenizer has no quantizer"),
     ):
         with pytest.raises(ValueError, match=message):
-            NextScale(tokenizer, 8, 2, backbone=lambda layout: pytest.fail("no layout fits"))
+            NextScale(tokenizer, 8, num_classes=2, backbone=lambda layout: pytest.fail("no layout fits"))
 
 
 def test_a_first_scale_of_several_ids(make_next_scale) -> None:
     tokenizer = make_next_scale().tokenizer
     tokenizer.quantizer.lengths[0] = 4
     with pytest.raises(ValueError, match="NextScale needs a first scale of one id"):
-        NextScale(tokenizer, 8, 2, backbone=lambda layout: pytest.fail("no layout fits"))
+        NextScale(tokenizer, 8, num_classes=2, backbone=lambda layout: pytest.fail("no layout fits"))
