@@ -150,7 +150,9 @@ def test_the_generators_likelihood_is_a_distribution_and_its_sampler_draws_from_
         backbone=lambda layout: make_backbone(layout.attention, layout.vocab_size, layout.grid, layout.num_classes),
     )
     states = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    likelihood = generator.log_likelihood(states, torch.ones(len(states), dtype=torch.int64))
+    # `discrete-lit evaluate` passes each image's index.
+    indices = torch.arange(len(states))
+    likelihood = generator.log_likelihood(states, torch.ones(len(states), dtype=torch.int64), indices=indices)
     nats = likelihood.nats
     assert likelihood.kind == "exact"
     assert float(nats.exp().sum()) == pytest.approx(1, abs=1e-6)

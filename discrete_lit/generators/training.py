@@ -140,9 +140,9 @@ class TokenTraining(LightningModule, ABC):
         mean = total.sum() / weight.sum()
         figures = {"loss": mean}
         edges = torch.linspace(0, 1, _PROFILE_BINS + 1).tolist()
-        for place, (low, high) in enumerate(pairwise(edges)):
-            if weight[place] > 0:
-                figures[f"loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = total[place] / weight[place]
+        for number, (low, high) in enumerate(pairwise(edges)):
+            if weight[number] > 0:
+                figures[f"loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = total[number] / weight[number]
         figures |= self.validation_figures(mean)
         self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
 

@@ -10,10 +10,10 @@ def test_every_token_from_those_before_it(make_generator) -> None:
     generator = make_generator("autoregressive", vocab_size=5, token_shape=(2, 3), spread=0.4)
     tokens, labels = torch.randint(5, (4, 6)), torch.arange(4) % 2
     losses = generator.token_losses(tokens, labels, CounterRandom(0, torch.arange(4)))
-    for place in range(6):
-        logits = generator.backbone(tokens[:, :place], labels)[:, -1]
-        expected = F.cross_entropy(logits, tokens[:, place], reduction="none")
-        torch.testing.assert_close(losses.values[:, place], expected)
+    for position in range(6):
+        logits = generator.backbone(tokens[:, :position], labels)[:, -1]
+        expected = F.cross_entropy(logits, tokens[:, position], reduction="none")
+        torch.testing.assert_close(losses.values[:, position], expected)
     assert (losses.weights == 1).all()
     torch.testing.assert_close(losses.coordinate[0], (torch.arange(6) + 0.5) / 6)
 

@@ -1,4 +1,4 @@
-"""Discrete diffusion: every choice of its parts trains, is saved and sampled; likelihoods; choices that do not fit."""
+"""Discrete diffusion: every combination trains, is saved and sampled; likelihoods; choices that do not fit."""
 
 import copy
 from functools import partial
@@ -47,7 +47,7 @@ from discrete_lit.generators import discrete_diffusion as module
 from discrete_lit.samplers import AncestralSampler, HaltonSampler, MaskGITSampler
 
 # process, schedule, head, loss, time input
-PARTS: dict[str, tuple[Any, MaskSchedule | None, Head | None, DiffusionLoss | None, Any]] = {
+CHOICES: dict[str, tuple[Any, MaskSchedule | None, Head | None, DiffusionLoss | None, Any]] = {
     "masks": (AbsorbingProcess, None, None, None, None),
     "masks, timed": (AbsorbingProcess, CosineSchedule(), PosteriorHead(), MaskedCrossEntropy(), "time"),
     "mask ratio": (AbsorbingProcess, LogLinearSchedule(), None, MaskedCrossEntropy("mask_ratio"), None),
@@ -81,7 +81,7 @@ PARTS: dict[str, tuple[Any, MaskSchedule | None, Head | None, DiffusionLoss | No
     "MD4 of steps": (AbsorbingProcess, None, LeaveOneOutHead(), DiscreteTimeBound(10), None),
     "flow matching": (UniformProcess, LinearSchedule(), PosteriorHead(), DiscreteFlowMatching(), None),
 }
-each_choice = pytest.mark.parametrize("name", PARTS)
+each_choice = pytest.mark.parametrize("name", CHOICES)
 
 
 @pytest.fixture
@@ -89,12 +89,12 @@ def make_diffusion(make_grid_tokenizer):
     """`make_diffusion(name, vocab_size=4, token_shape=(3,), spread=None, **arguments)`, in eval mode."""
 
     def make(name: str = "masks", vocab_size: int = 4, token_shape=(3,), spread: float | None = None, **arguments: Any):
-        process, schedule, head, loss, time_input = PARTS[name]
+        process, schedule, head, loss, time_input = CHOICES[name]
         tokenizer = make_grid_tokenizer(vocab_size, token_shape)
         tokenizer.ordered_ids = True
-        parts = {"process": process, "schedule": schedule, "head": head, "loss": loss, "time_input": time_input}
+        choices = {"process": process, "schedule": schedule, "head": head, "loss": loss, "time_input": time_input}
         build = partial(Transformer, width=16, depth=2, heads=2, conditioning="adaln")
-        given = {"tokenizer": tokenizer, "image_size": 16, "num_classes": 2, "backbone": build, **parts, **arguments}
+        given = {"tokenizer": tokenizer, "image_size": 16, "num_classes": 2, "backbone": build, **choices, **arguments}
         generator = DiscreteDiffusion(**given)
         if spread is not None:
             randomise(generator.backbone, spread)
@@ -141,18 +141,20 @@ def test_loss_is_the_mean_of_the_objective_over_tokens(make_diffusion, name: str
     generator = make_diffusion(name, spread=0.4).train()
     tokens, labels = torch.randint(4, (6, 3)), torch.arange(6) % 3
     random = CounterRandom(0, torch.arange(40, 46))
-    parts, objective = generator.denoiser(), generator.objective
-    level = objective.level(parts.schedule, stratified_times(random, 6), 3)
-    states = objective.corrupt(parts.process, tokens, level, random.uniform(Purpose.MASK_ORDER, 3))
-    logits = generator.backbone(states, labels, time=parts.network_time(level))
-    expected = objective(logits, tokens, head=parts.head, states=states, process=parts.process, level=level)
+    denoiser, objective = generator.denoiser(), generator.objective
+    level = objective.level(denoiser.schedule, stratified_times(random, 6), 3)
+    states = objective.corrupt(denoiser.process, tokens, level, random.uniform(Purpose.MASK_ORDER, 3))
+    logits = generator.backbone(states, labels, time=denoiser.network_time(level))
+    expected = objective(
+        logits, tokens=tokens, head=denoiser.head, states=states, process=denoiser.process, level=level
+    )
     torch.testing.assert_close(generator.loss(tokens, labels, random)[0], expected.mean())
     losses = generator.token_losses(tokens, labels, random)
     assert torch.equal(losses.coordinate[:, :1], level.t) and losses.coordinate.shape == (6, 3)
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """The parts as a configuration names them."""
+    """Give the choices as a configuration names them."""
 
     def named(path: str, **arguments: Any) -> dict[str, Any]:
         return {"class_path": f"discrete_lit.{path}", "init_args": arguments}
@@ -286,7 +288,7 @@ def test_what_a_loss_is_is_said(make_diffusion, name: str, arguments: dict[str, 
 @pytest.mark.parametrize(("name", "logged"), [("masks", True), ("UDLM", True), ("SEDD absorb", False)])
 @torch.no_grad()
 def test_validation_logs_bits_of_bounds_with_their_prior(make_diffusion, monkeypatch, name: str, logged: bool) -> None:
-    schedule = LogLinearSchedule(0.3) if name == "UDLM" else PARTS[name][1]
+    schedule = LogLinearSchedule(0.3) if name == "UDLM" else CHOICES[name][1]
     generator = make_diffusion(name, spread=0.3, schedule=schedule)
     seen: dict[str, Any] = {}
     monkeypatch.setattr(generator, "log_dict", lambda values, **_: seen.update(values))
@@ -370,11 +372,11 @@ def test_likelihood_by_counts_and_by_ratios_is_masked_s(make_diffusion, make_gri
     assert found.kind == "bound" and found.standard_error.shape == (64,)
     pulls = (found.nats - exact) / found.standard_error
     assert (pulls.abs() < 5).all() and 0.1 < float(pulls.std()) < 1.5
-    parts = [
+    single = [
         diffusion.log_likelihood(sequences[i : i + 1], labels[:1], indices=torch.tensor([i]), method=method).nats
         for i in (0, 63)
     ]
-    torch.testing.assert_close(torch.cat(parts), found.nats[[0, 63]], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(single), found.nats[[0, 63]], rtol=1e-5, atol=1e-5)
     diffusion.likelihood_samples = 1
     assert diffusion.log_likelihood(sequences, labels).standard_error.isnan().all()
 

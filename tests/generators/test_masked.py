@@ -16,7 +16,7 @@ def losses_of(generator, indices: torch.Tensor, tokens: torch.Tensor | None = No
 
 @pytest.mark.parametrize("schedule", [CosineSchedule(), ArccosSchedule(), TruncatedNormalSchedule()], ids=type)
 def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None:
-    """ceil(N m(t)), at least one, t uniform; every place equally often; the coordinate is the ratio."""
+    """ceil(N m(t)), at least one, t uniform; every position equally often; the coordinate is the ratio."""
     generator = make_generator("masked", token_shape=(4, 4), mask_schedule=schedule)
     indices = torch.arange(3000)
     losses = losses_of(generator, indices)
@@ -27,8 +27,8 @@ def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None
     assert counts.min() == lowest and counts.max() == 16
     assert losses.coordinate.shape == (3000, 16)
     torch.testing.assert_close(losses.coordinate[:, 3], counts.double() / 16)
-    places = losses.weights.mean(dim=0)
-    assert (places - places.mean()).abs().max() < 5 * (0.25 / 3000) ** 0.5
+    positions = losses.weights.mean(dim=0)
+    assert (positions - positions.mean()).abs().max() < 5 * (0.25 / 3000) ** 0.5
 
 
 def test_the_network_sees_the_mask_id_at_masked_places_alone(make_generator) -> None:

@@ -19,10 +19,10 @@ def law_along(generator, order: tuple[int, ...], label: int) -> torch.Tensor:
     labels = torch.full((len(sequences),), label)
     orders = torch.tensor(order).expand(len(sequences), -1)
     total = torch.zeros(len(sequences), dtype=torch.float64)
-    for place in range(generator.length):
-        before = sequences[:, list(order[:place])]
+    for position in range(generator.length):
+        before = sequences[:, list(order[:position])]
         logits = generator.backbone(before, labels, order=orders)[:, -1].double()
-        total += logits.log_softmax(dim=-1).gather(1, sequences[:, order[place], None])[:, 0]
+        total += logits.log_softmax(dim=-1).gather(1, sequences[:, order[position], None])[:, 0]
     return total
 
 
@@ -90,15 +90,15 @@ def test_loss_of_a_fixed_order_is_its_likelihood(make_generator) -> None:
     assert float(generator.loss(tokens, labels)[0].detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_share_of_random_orders(make_generator, monkeypatch) -> None:
+def test_probability_of_random_orders(make_generator, monkeypatch) -> None:
     generator = make_generator("autoregressive", order="random_annealed", anneal_steps=(10, 30))
-    for step, share in ((0, 1.0), (9, 1.0), (10, 1.0), (15, 0.75), (25, 0.25), (30, 0.0), (99, 0.0)):
+    for step, probability in ((0, 1.0), (9, 1.0), (10, 1.0), (15, 0.75), (25, 0.25), (30, 0.0), (99, 0.0)):
         monkeypatch.setattr(type(generator), "global_step", step)
-        assert generator.random_order_probability() == pytest.approx(share)
+        assert generator.random_order_probability() == pytest.approx(probability)
     at_once = make_generator("autoregressive", order="random_annealed", anneal_steps=(5, 5))
-    for step, share in ((4, 1.0), (5, 0.0)):
+    for step, probability in ((4, 1.0), (5, 0.0)):
         monkeypatch.setattr(type(generator), "global_step", step)
-        assert at_once.random_order_probability() == share
+        assert at_once.random_order_probability() == probability
 
 
 def orders_seen(generator, indices: torch.Tensor) -> torch.Tensor | None:

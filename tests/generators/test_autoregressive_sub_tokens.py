@@ -1,4 +1,4 @@
-"""Autoregressive generators that predict an id in parts or bits: laws, orders, losses, editing, and checkpoints."""
+"""Autoregressive generators that predict ids by sub-tokens or bits: laws, orders, losses, editing, and checkpoints."""
 
 from itertools import permutations
 from typing import Any
@@ -36,9 +36,9 @@ def law_along(generator: Any, order: tuple[int, ...], label: int) -> torch.Tenso
     labels = torch.full((len(sequences),), label)
     orders = torch.tensor(order).expand(len(sequences), -1) if backbone.layout.any_order else None
     total = torch.zeros(len(sequences), dtype=torch.float64)
-    for place in range(generator.length):
-        hidden = backbone(sequences[:, list(order[:place])], labels, order=orders)[:, -1:]
-        split = head.parts.split(sequences[:, order[place], None])  # (K^N, 1, P)
+    for position in range(generator.length):
+        hidden = backbone(sequences[:, list(order[:position])], labels, order=orders)[:, -1:]
+        split = head.parts.split(sequences[:, order[position], None])  # (K^N, 1, P)
         for part in range(len(head.parts)):
             logits = head.sub_token_logits(hidden, split[..., :part])[:, 0].double()
             total += logits.log_softmax(dim=-1).gather(1, split[:, :, part])[:, 0]
