@@ -45,8 +45,8 @@ def build(family: str, total_steps: int) -> Generator:
     return getattr(generators, family)(
         FSQ(network, levels=[8, 6, 5]),
         IMAGE_SIZE,
-        CLASSES,
-        partial(Transformer, width=128, depth=4, heads=4),
+        num_classes=CLASSES,
+        backbone=partial(Transformer, width=128, depth=4, heads=4),
         optimizer=partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.03),
         scheduler=partial(WarmupCosine, warmup_steps=50, total_steps=max(600, total_steps)),
     )

@@ -42,8 +42,8 @@ def generator(request: pytest.FixtureRequest, tokenizer: VQVAE) -> Any:
     return request.param(
         tokenizer,
         IMAGE_SIZE,
-        CLASSES,
-        partial(Transformer, width=16, depth=2, heads=2),
+        num_classes=CLASSES,
+        backbone=partial(Transformer, width=16, depth=2, heads=2),
         optimizer=partial(torch.optim.SGD, lr=0.1),
     )
 

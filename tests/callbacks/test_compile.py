@@ -35,8 +35,8 @@ def fit(tmp_path, make_tokenizer):
         generator = Autoregressive(
             make_tokenizer("fsq"),
             16,
-            3,
-            partial(Transformer, width=16, depth=2, heads=2, positions="rope_2d", conditioning="adaln"),
+            num_classes=3,
+            backbone=partial(Transformer, width=16, depth=2, heads=2, positions="rope_2d", conditioning="adaln"),
             optimizer=partial(torch.optim.AdamW, lr=0.01),
         )
         labels = torch.tensor([0, 1, 2, 1])
