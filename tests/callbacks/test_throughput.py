@@ -122,7 +122,7 @@ def module(request, tokenizer):
         return tokenizer.train()
     backbone = partial(Transformer, width=16, depth=2, heads=2)
     kind = Masked if request.param == "masked" else Autoregressive
-    return kind(tokenizer, 8, 4, backbone, optimizer=partial(torch.optim.SGD, lr=0.1)).train()
+    return kind(tokenizer, 8, num_classes=4, backbone=backbone, optimizer=partial(torch.optim.SGD, lr=0.1)).train()
 
 
 def test_a_step_without_data_counts_as_much_as_a_real_one(module, make_loader):
