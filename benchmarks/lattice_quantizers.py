@@ -58,7 +58,7 @@ def training_pass(quantizer: nn.Module, latents: Tensor, weights: Tensor) -> tup
     latents = latents.detach().requires_grad_()
     made: Any = quantizer(latents)
     if isinstance(quantizer, Quantizer):
-        codes, ids, losses = made.codes, made.tokens, list(made.losses.values())
+        codes, ids, losses = made.z_q, made.tokens, list(made.losses.values())
     else:
         codes, ids, *losses = made
     loss = torch.stack(losses).sum() if losses else codes.new_zeros(())

@@ -138,7 +138,7 @@ class ReconstructionMeter:
             self.usage = CodebookUsage(self.autoencoder.vocab_size).to(tokens.device)
         if self.usage is not None:
             self.usage.update(tokens)
-        for name, part in self.autoencoder.parts(tokens).items():
+        for name, part in self.autoencoder.components(tokens).items():
             if name not in self.parts:
                 self.parts[name] = CodebookUsage(part.size).to(tokens.device)
             self.parts[name].update(part.ids)

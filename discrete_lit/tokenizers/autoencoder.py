@@ -22,7 +22,7 @@ from discrete_lit.optimization import configure_optimizers
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
@@ -196,19 +196,19 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def decode(self, tokens: Tensor) -> Tensor:
         return self.objective.images(self.network.decode(self.embed(tokens)).float())
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
-        return self.quantizer.parts(tokens)
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        return self.quantizer.components(tokens)
 
     def reconstruct(self, images: Tensor) -> Reconstruction:
         quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
-        outputs = self.network.decode(quantized.codes.movedim(-1, 1)).float()
+        outputs = self.network.decode(quantized.z_q.movedim(-1, 1)).float()
         return Reconstruction(outputs, quantized.losses, quantized.tokens)
 
     def validate(self, made: Reconstruction) -> None:
         assert made.tokens is not None
-        counted = self.parts(made.tokens)
+        counted = self.components(made.tokens)
         if self.vocab_size <= MOST_COUNTED:
-            counted[_WHOLE] = Part(made.tokens, self.vocab_size)
+            counted[_WHOLE] = Component(made.tokens, self.vocab_size)
         for name, part in counted.items():
             if name not in self.usage:
                 self.usage[name] = CodebookUsage(part.size).to(self.device)

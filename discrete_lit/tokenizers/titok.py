@@ -366,7 +366,7 @@ class TiTok(AutoencoderTokenizer):
         with torch.no_grad():
             ids = self.proxy_tokenizer.on(images.device).encode(images)  # (B, h, w)
         quantized = self.quantizer(self.network.encode(images).movedim(1, -1))
-        logits = self.network.proxy_logits(quantized.codes.movedim(-1, 1)).float()  # (B, K', h, w)
+        logits = self.network.proxy_logits(quantized.z_q.movedim(-1, 1)).float()  # (B, K', h, w)
         terms = {"proxy": F.cross_entropy(logits, ids), **quantized.losses}
         # Pixels are for validation alone.
         assert self.network.proxy is not None

@@ -12,7 +12,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from discrete_lit.core.files import content_sha256
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
 class Tokenizer(LightningModule, ABC):
@@ -56,8 +56,8 @@ class Tokenizer(LightningModule, ABC):
     def embed(self, tokens: Tensor) -> Tensor:
         """`(B, *token_shape)` to the code vectors `(B, D, *grid)`."""
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
-        """Named parts of ids `(B, *token_shape)` whose usage is reported beside the whole: none by default."""
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        """Named components of ids `(B, *token_shape)` whose usage is reported beside the whole: none by default."""
         return {}
 
     def texts(self, tokens: Tensor) -> list[str] | None:

@@ -15,7 +15,7 @@ from discrete_lit.evaluation import feature_statistics as reference
 from discrete_lit.evaluation.image_sets import open_image_set
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import Moments
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
 class Means(FeatureExtractor):
@@ -261,7 +261,7 @@ def test_reconstructions_are_measured_on_the_held_out_images(sets, monkeypatch, 
 
     exact = make_grid_tokenizer(256, (64,))
     monkeypatch.setattr(exact, "decode", lambda tokens: (tokens / 127.5 - 1).reshape(-1, 1, 8, 8).expand(-1, 3, -1, -1))
-    monkeypatch.setattr(exact, "parts", lambda tokens: {"bit_7": Part(tokens // 128, 2)})
+    monkeypatch.setattr(exact, "components", lambda tokens: {"bit_7": Component(tokens // 128, 2)})
     monkeypatch.setattr(files, "load", lambda path: exact)
     reconstructions = {"exact": "t.ckpt", "again": "t.ckpt"}
     sets |= {"held_out": str(tmp_path / "grey"), "reconstructions": reconstructions}

@@ -49,7 +49,7 @@ def common(module: Any, case: Case) -> tuple[Tensors, Any]:
     made = {
         "prequant": prequant,
         "indices": indices,
-        "quant": channels_first(quantized.codes),
+        "quant": channels_first(quantized.z_q),
         "quant_from_indices": module.embed(indices),
         "xrec": decode(module, module.embed(indices)),
         "decoded_codes": decode(module, module.embed(codes)),
@@ -85,7 +85,7 @@ def taming_gumbelvq(load: Load, case: Case) -> Tensors:
         return module.quantizer(latents, noise=noise)
 
     first = sampled(case.number("indices_gumbel", "temp"))
-    codes = channels_first(first.codes)
+    codes = channels_first(first.z_q)
     other = {name: sampled(case.number(name, "temperature")) for name in case.matching("indices_gumbel_temp_.*")}
     return {
         "prequant": prequant,
@@ -141,7 +141,7 @@ def magvit2_lfq(load: Load, case: Case) -> Tensors:
     module = load()
     made, quantized = common(module, case)
     if case.expects("indices_pre"):
-        bits = [part.ids for part in module.quantizer.parts(made["indices"]).values()]
+        bits = [part.ids for part in module.quantizer.components(made["indices"]).values()]
         first, second = case.constructor["factorized_bits used for indices_pre/post"]
         halves = {"indices_pre": bits[:first], "indices_post": bits[first:]}
         assert len(halves["indices_post"]) == second
@@ -233,7 +233,7 @@ def titok(load: Load, case: Case) -> Tensors:
     images = case.inputs["x"] * 2 - 1
     z = module.network.encode(images)
     quantized = module.quantizer(z.movedim(1, -1))
-    codes = quantized.codes.movedim(-1, 1)
+    codes = quantized.z_q.movedim(-1, 1)
     indices = module.encode(images)
     made = {
         "z": z[:, :, None],

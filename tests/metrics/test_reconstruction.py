@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from discrete_lit.metrics.reconstruction import IdStatistics, ReconstructionMeter, pixel_fidelity
-from discrete_lit.tokenizers.quantizers.quantizer import Part
+from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
 class Quarters:
@@ -22,8 +22,8 @@ class Quarters:
         greys = (tokens // 2 * 2).float() / 7 * 2 - 1
         return greys.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
 
-    def parts(self, tokens: torch.Tensor) -> dict[str, Part]:
-        return {"bit_0": Part(tokens % 2, 2)}
+    def components(self, tokens: torch.Tensor) -> dict[str, Component]:
+        return {"bit_0": Component(tokens % 2, 2)}
 
 
 def images_of(tokens: torch.Tensor) -> torch.Tensor:

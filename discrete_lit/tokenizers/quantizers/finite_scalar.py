@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 FiniteScalarFormula = Literal["paper", "atanh"]
 
@@ -103,10 +103,10 @@ class FiniteScalarQuantizer(Quantizer):
         half_width = self.levels // 2
         return (self._digits(tokens) - half_width) / half_width
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
+    def components(self, tokens: Tensor) -> dict[str, Component]:
         """`channel_0`, ...: the level of each channel, counted from 0."""
         split = zip(self._digits(tokens).unbind(dim=-1), self.levels.tolist(), strict=True)
-        return {f"channel_{channel}": Part(digit, levels) for channel, (digit, levels) in enumerate(split)}
+        return {f"channel_{channel}": Component(digit, levels) for channel, (digit, levels) in enumerate(split)}
 
     def _digits(self, tokens: Tensor) -> Tensor:
         return (tokens[..., None] // self.basis) % self.levels

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.entropy import bits_entropy, joint_bits_entropy
-from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 BitOrder = Literal["first_least_significant", "first_most_significant"]
 """What channel 0 is in the id: its lowest bit (Open-MAGVIT2, MaskBit, XQ-GAN, WeTok) or its highest
@@ -109,9 +109,9 @@ class LookupFreeQuantizer(Quantizer):
     def lookup(self, tokens: Tensor) -> Tensor:
         return self._bits(tokens).float().mul_(2).sub_(1).mul_(self.scale)
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
+    def components(self, tokens: Tensor) -> dict[str, Component]:
         """`bit_0`, ...: the bit of each channel, with two values."""
-        return {f"bit_{channel}": Part(bit, 2) for channel, bit in enumerate(self._bits(tokens).unbind(dim=-1))}
+        return {f"bit_{channel}": Component(bit, 2) for channel, bit in enumerate(self._bits(tokens).unbind(dim=-1))}
 
     def prepare(self, latents: Tensor) -> Tensor:
         """What is compared with the codes; the latents themselves."""

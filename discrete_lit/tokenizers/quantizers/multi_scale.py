@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
-from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 
 class _Step(NamedTuple):
@@ -134,10 +134,10 @@ class MultiScaleResidualQuantizer(Quantizer):
         assert f_hat is not None
         return f_hat.movedim(1, -1)
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
+    def components(self, tokens: Tensor) -> dict[str, Component]:
         """`scale_1`, ..., by their sides."""
         split = zip(self.scales, self.split(tokens), strict=True)
-        return {f"scale_{scale}": Part(ids, self.vocab_size) for scale, ids in split}
+        return {f"scale_{scale}": Component(ids, self.vocab_size) for scale, ids in split}
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Ids `(B, sum of s^2)` as `(B, s^2)` for each scale.

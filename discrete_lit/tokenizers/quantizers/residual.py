@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
-from discrete_lit.tokenizers.quantizers.quantizer import Part, Quantized, Quantizer
+from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 
 class ResidualQuantizer(Quantizer):
@@ -104,7 +104,7 @@ class ResidualQuantizer(Quantizer):
             total = total + self.codebook(number).lookup(ids)
         return total
 
-    def parts(self, tokens: Tensor) -> dict[str, Part]:
+    def components(self, tokens: Tensor) -> dict[str, Component]:
         """`depth_0`, ...: the ids of each depth."""
         split = enumerate(tokens.unbind(dim=-1))
-        return {f"depth_{number}": Part(ids, self.vocab_size) for number, ids in split}
+        return {f"depth_{number}": Component(ids, self.vocab_size) for number, ids in split}

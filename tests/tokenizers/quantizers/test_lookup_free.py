@@ -26,7 +26,7 @@ def test_ids_and_codes_by_hand(kind, order) -> None:
         token = sum(int(bit) * 2**place for place, bit in enumerate(bits))
         quantized = quantizer(torch.tensor(signs)[None] * torch.tensor([0.1, 2.0, 0.5, 1e-20]))
         assert quantized.tokens.tolist() == [token]
-        assert quantized.codes[0].tolist() == pytest.approx([sign * scale(quantizer) for sign in signs])
+        assert quantized.z_q[0].tolist() == pytest.approx([sign * scale(quantizer) for sign in signs])
     assert quantizer.vocab_size == 16 and quantizer.dim == quantizer.latent_dim == 4
 
 
@@ -43,8 +43,8 @@ def test_any_grid_and_exact_lookup(kind, grid: tuple[int, ...]) -> None:
     latents = torch.randn(4, *grid, 6)
     quantized = quantizer(latents)
     assert quantized.tokens.shape == (4, *grid) and quantized.tokens.dtype == torch.int64
-    assert quantized.codes.shape == latents.shape and quantized.codes.dtype == torch.float32
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert quantized.z_q.shape == latents.shape and quantized.z_q.dtype == torch.float32
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     assert torch.equal(quantizer.encode(latents), quantized.tokens)
 
 
@@ -53,14 +53,14 @@ def test_many_bits(bits: int) -> None:
     quantizer = BinarySphericalQuantizer(bits)
     quantized = quantizer(torch.randn(500, bits))
     assert 2 ** (bits - 1) < int(quantized.tokens.max()) < 2**bits == quantizer.vocab_size
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
 
 
 @each_kind
 def test_parts_are_the_channels_bits(kind) -> None:
     quantizer = kind(5)
     latents = torch.randn(2, 3, 5)
-    parts = quantizer.parts(quantizer.encode(latents))
+    parts = quantizer.components(quantizer.encode(latents))
     assert list(parts) == [f"bit_{channel}" for channel in range(5)]
     for channel, part in enumerate(parts.values()):
         assert part.size == 2 and torch.equal(part.ids, (latents[..., channel] > 0).long())
@@ -113,7 +113,7 @@ def test_no_entropy_without_weight() -> None:
 def test_gradient_passes_straight_through() -> None:
     quantizer = LookupFreeQuantizer(4)
     latents, weights = torch.randn(20, 4, requires_grad=True), torch.randn(20, 4)
-    (through,) = torch.autograd.grad((quantizer(latents).codes * weights).sum(), latents)
+    (through,) = torch.autograd.grad((quantizer(latents).z_q * weights).sum(), latents)
     assert torch.equal(through, weights)
     (commitment,) = torch.autograd.grad(quantizer(latents).losses["commitment"], latents)
     codes = torch.where(latents > 0, 1.0, -1.0)
@@ -123,7 +123,7 @@ def test_gradient_passes_straight_through() -> None:
 def test_spherical_gradient_passes_the_normalisation() -> None:
     quantizer = BinarySphericalQuantizer(4)
     latents, weights = torch.randn(20, 4, requires_grad=True), torch.randn(20, 4)
-    (through,) = torch.autograd.grad((quantizer(latents).codes * weights).sum(), latents)
+    (through,) = torch.autograd.grad((quantizer(latents).z_q * weights).sum(), latents)
     (expected,) = torch.autograd.grad((F.normalize(latents, dim=1) * weights).sum(), latents)
     torch.testing.assert_close(through, expected)
 
@@ -152,9 +152,9 @@ def test_autocast_changes_nothing(kind) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
     plain = quantizer(latents)
-    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.codes, plain.codes)
+    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.z_q, plain.z_q)
     assert all(torch.equal(loss, plain.losses[name]) for name, loss in quantized.losses.items())
-    assert quantizer(latents.bfloat16()).codes.dtype == torch.float32
+    assert quantizer(latents.bfloat16()).z_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -196,13 +196,13 @@ def test_against_vector_quantize_pytorch(spherical: bool, monkeypatch: pytest.Mo
     mine = ours(latents)
     codes, tokens, loss = theirs(latents)
     assert torch.equal(mine.tokens, tokens)
-    torch.testing.assert_close(mine.codes, codes)
+    torch.testing.assert_close(mine.z_q, codes)
     my_loss = torch.stack(list(mine.losses.values())).sum()
     torch.testing.assert_close(my_loss, loss, rtol=1e-5, atol=1e-6)
     weights = torch.randn_like(codes)
     my_gradient, their_gradient = (
         torch.autograd.grad((made * weights).sum() + value, latents)[0]
-        for made, value in ((mine.codes, my_loss), (codes, loss))
+        for made, value in ((mine.z_q, my_loss), (codes, loss))
     )
     torch.testing.assert_close(my_gradient, their_gradient, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.lookup(tokens), theirs.indices_to_codes(tokens))

@@ -60,8 +60,8 @@ def test_algorithm_by_hand(scales, settings) -> None:
     quantized = quantizer(latents)
     assert torch.equal(quantized.tokens, tokens) and torch.equal(quantizer.encode(latents), tokens)
     assert tokens.shape == (2, *quantizer.token_shape((scales[-1],) * 2)) == (2, sum(scale**2 for scale in scales))
-    torch.testing.assert_close(quantized.codes, after[-1].movedim(1, -1))
-    assert torch.equal(quantizer.lookup(tokens), quantized.codes)
+    torch.testing.assert_close(quantized.z_q, after[-1].movedim(1, -1))
+    assert torch.equal(quantizer.lookup(tokens), quantized.z_q)
     torch.testing.assert_close(quantizer.cumulative(tokens), torch.stack(after))
     distances = torch.stack([(f_hat.movedim(1, -1) - latents).square().mean() for f_hat in after])
     torch.testing.assert_close(quantized.losses["commitment"], 0.25 * distances.mean())
@@ -93,7 +93,7 @@ def test_gradients() -> None:
     quantizer = make()
     latents, weights = torch.randn(2, 4, 4, 3, requires_grad=True), torch.randn(2, 4, 4, 3)
     quantized = quantizer(latents)
-    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents, retain_graph=True)
     assert torch.equal(through, weights)
     trained = [quantizer.codebook.codes, *quantizer.phi.parameters()]
     gradients = torch.autograd.grad(
@@ -131,7 +131,7 @@ def test_running_means_take_the_latents_of_all_scales_once() -> None:
     before = (
         codes[quantizer.split(quantized.tokens)[1]].reshape(3, 2, 2, 3) + codes[quantized.tokens[:, 0]][:, None, None]
     )
-    torch.testing.assert_close(quantized.codes, before)
+    torch.testing.assert_close(quantized.z_q, before)
     assert not torch.equal(quantizer.codebook.codes, codes)
 
 
@@ -140,7 +140,7 @@ def test_convolutions_begin_as_the_identity() -> None:
     quantizer, without = make(), make(phi_ratio=0.0)
     without.codebook.load_state_dict(quantizer.codebook.state_dict())
     latents = torch.randn(2, 4, 4, 3)
-    torch.testing.assert_close(quantizer(latents).codes, without(latents).codes)
+    torch.testing.assert_close(quantizer(latents).z_q, without(latents).z_q)
 
 
 def test_training_lowers_its_losses() -> None:
@@ -150,7 +150,7 @@ def test_training_lowers_its_losses() -> None:
     distances = []
     for _ in range(60):
         quantized = quantizer(latents)
-        distances.append((quantized.codes - latents).square().mean())
+        distances.append((quantized.z_q - latents).square().mean())
         optimizer.zero_grad()
         quantized.losses["codebook"].backward()
         optimizer.step()
@@ -160,7 +160,7 @@ def test_training_lowers_its_losses() -> None:
 def test_parts_are_the_scales() -> None:
     quantizer = make()
     tokens = torch.arange(21).repeat(2, 1) % 16
-    parts = quantizer.parts(tokens)
+    parts = quantizer.components(tokens)
     assert list(parts) == ["scale_1", "scale_2", "scale_4"] and all(part.size == 16 for part in parts.values())
     assert [part.ids.tolist()[0] for part in parts.values()] == [[0], [1, 2, 3, 4], [n % 16 for n in range(5, 21)]]
 
@@ -173,7 +173,7 @@ def test_autocast_changes_nothing() -> None:
         tokens = quantizer.encode(latents)
     plain = quantizer(latents)
     assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(tokens, plain.tokens)
-    assert torch.equal(quantized.codes, plain.codes) and quantized.codes.dtype == torch.float32
+    assert torch.equal(quantized.z_q, plain.z_q) and quantized.z_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (5, 5), (4, 5), (4,), (4, 4, 4)])

@@ -34,8 +34,8 @@ def test_algorithm_by_hand(shared: bool, grid: tuple[int, ...]) -> None:
         assert torch.equal(quantized.tokens[..., number], ids)
         total = total + codes[ids]
         distances.append((latents - total).square().mean())
-    torch.testing.assert_close(quantized.codes, total)
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    torch.testing.assert_close(quantized.z_q, total)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     torch.testing.assert_close(quantized.losses, {"commitment": 0.25 * torch.stack(distances).mean()})
     assert len(quantizer.codebooks) == (1 if shared else 3)
 
@@ -45,7 +45,7 @@ def test_gradients(shared: bool) -> None:
     quantizer = make(shared, codebook_update="gradient", revive_below=None)
     latents, weights = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3)
     quantized = quantizer(latents)
-    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents, retain_graph=True)
     assert torch.equal(through, weights)
     (commitment,) = torch.autograd.grad(quantized.losses["commitment"], latents, retain_graph=True)
     rests, rest = [], latents.detach()
@@ -99,7 +99,7 @@ def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
 
 def test_parts_are_the_depths() -> None:
     tokens = torch.randint(16, (2, 4, 4, 3))
-    parts = make().parts(tokens)
+    parts = make().components(tokens)
     assert list(parts) == ["depth_0", "depth_1", "depth_2"]
     for number, part in enumerate(parts.values()):
         assert part.size == 16 and torch.equal(part.ids, tokens[..., number])
@@ -111,7 +111,7 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
     plain = quantizer(latents)
-    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.codes, plain.codes)
+    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.z_q, plain.z_q)
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,5 @@ def test_against_vector_quantize_pytorch(shared: bool) -> None:
     codes, tokens, _ = theirs(latents)
     quantized = ours(latents)
     assert torch.equal(quantized.tokens, tokens)
-    torch.testing.assert_close(quantized.codes, codes)
+    torch.testing.assert_close(quantized.z_q, codes)
     torch.testing.assert_close(ours.lookup(tokens), theirs.get_output_from_indices(tokens))

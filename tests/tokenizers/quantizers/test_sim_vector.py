@@ -13,8 +13,8 @@ def test_ids_and_codes_are_those_of_the_transformed_codebook() -> None:
     quantized = quantizer(latents)
     expected = torch.cdist(latents.reshape(-1, 4), codes).argmin(dim=1).reshape(2, 5, 7)
     assert torch.equal(quantized.tokens, expected) and torch.equal(quantizer.encode(latents), expected)
-    torch.testing.assert_close(quantized.codes, codes[expected])
-    assert torch.equal(quantizer.lookup(expected), quantized.codes)
+    torch.testing.assert_close(quantized.z_q, codes[expected])
+    assert torch.equal(quantizer.lookup(expected), quantized.z_q)
     assert not torch.allclose(quantizer.lookup(expected), quantizer.coefficients[expected], atol=0.1)
 
 
@@ -25,11 +25,11 @@ def test_one_step_moves_every_code_and_not_the_coefficients() -> None:
     before = quantizer.lookup(everything).detach()
     latents = torch.randn(6, 4, requires_grad=True)
     quantized = quantizer(latents)
-    distance = (quantized.codes.detach() - latents.detach()).square().mean()
+    distance = (quantized.z_q.detach() - latents.detach()).square().mean()
     torch.testing.assert_close(quantized.losses["commitment"], 0.3 * distance)
     torch.testing.assert_close(quantized.losses["codebook"], distance)
     torch.stack(list(quantized.losses.values())).sum().backward()
-    torch.testing.assert_close(latents.grad, 0.3 * 2 * (latents.detach() - quantized.codes.detach()) / latents.numel())
+    torch.testing.assert_close(latents.grad, 0.3 * 2 * (latents.detach() - quantized.z_q.detach()) / latents.numel())
     torch.optim.SGD(quantizer.parameters(), lr=1.0).step()
     assert (quantizer.lookup(everything).detach() - before).abs().amax(dim=1).min() > 1e-5
     assert torch.equal(quantizer.coefficients, coefficients)
@@ -41,7 +41,7 @@ def test_rotation_is_an_option() -> None:
     for gradient in ("straight_through", "rotation"):
         torch.manual_seed(1)
         made = SimVectorQuantizer(10, 4, gradient=gradient)(latents)  # type: ignore[arg-type]
-        (gradients[gradient],) = torch.autograd.grad(made.codes.sum(), latents)
+        (gradients[gradient],) = torch.autograd.grad(made.z_q.sum(), latents)
     assert (gradients["straight_through"] == 1).all() and not torch.allclose(*gradients.values())
 
 
@@ -52,8 +52,8 @@ def test_autocast_does_not_change_ids() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
         codes = quantizer.lookup(quantized.tokens)
-    assert torch.equal(quantized.tokens, expected.tokens) and torch.equal(quantized.codes, expected.codes)
-    assert torch.equal(codes, expected.codes)
+    assert torch.equal(quantized.tokens, expected.tokens) and torch.equal(quantized.z_q, expected.z_q)
+    assert torch.equal(codes, expected.z_q)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_against_vector_quantize_pytorch() -> None:
     mine = ours(latents)
     codes, tokens, loss = theirs(latents)
     assert torch.equal(mine.tokens, tokens)
-    torch.testing.assert_close(mine.codes, codes)
+    torch.testing.assert_close(mine.z_q, codes)
     total = torch.stack(list(mine.losses.values())).sum()
     torch.testing.assert_close(total, loss)
     torch.testing.assert_close(

@@ -24,7 +24,7 @@ def test_any_grid(update, grid: tuple[int, ...]) -> None:
     quantizer = spread_out(VectorQuantizer(16, 3, update))
     latents = torch.randn(2, *grid, 3)
     quantized = quantizer(latents)
-    assert quantized.codes.shape == latents.shape and quantized.codes.dtype == torch.float32
+    assert quantized.z_q.shape == latents.shape and quantized.z_q.dtype == torch.float32
     assert quantized.tokens.shape == (2, *grid) and quantized.tokens.dtype == torch.int64
     flat = spread_out(VectorQuantizer(16, 3, update))
     flat.load_state_dict({**quantizer.state_dict(), "codebook.codes": flat.codebook.codes})
@@ -35,7 +35,7 @@ def test_any_grid(update, grid: tuple[int, ...]) -> None:
 def test_codes_are_the_looked_up_ones_to_the_bit(update) -> None:
     quantizer = spread_out(VectorQuantizer(16, 3, update)).eval()
     quantized = quantizer(torch.randn(4, 5, 3) * 3)
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     assert quantized.tokens.unique().numel() > 8
 
 
@@ -43,7 +43,7 @@ def test_training_codes_are_those_before_the_update() -> None:
     quantizer = spread_out(VectorQuantizer(16, 3))
     before = quantizer.codebook.codes.clone()
     quantized = quantizer(torch.randn(40, 3))
-    assert torch.equal(quantized.codes, before[quantized.tokens])
+    assert torch.equal(quantized.z_q, before[quantized.tokens])
     assert not torch.equal(quantizer.codebook.codes, before)
 
 
@@ -54,10 +54,10 @@ def test_gradients(update) -> None:
     latents = torch.randn(20, 3, requires_grad=True)
     quantized = quantizer(latents)
     weights = torch.randn(20, 3)
-    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents, retain_graph=True)
     assert torch.equal(through, weights)
 
-    codes, count = quantized.codes.detach(), latents.numel()
+    codes, count = quantized.z_q.detach(), latents.numel()
     commitment = quantized.losses["commitment"]
     torch.testing.assert_close(commitment, 0.3 * (latents - codes).square().mean())
     (gradient,) = torch.autograd.grad(commitment, latents, retain_graph=True)
@@ -119,7 +119,7 @@ def test_autocast_does_not_change_ids() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
     assert torch.equal(quantized.tokens, quantizer(latents).tokens)
-    assert quantized.codes.dtype == torch.float32
+    assert quantized.z_q.dtype == torch.float32
     assert torch.equal(quantizer(latents.bfloat16()).tokens, quantizer(latents.bfloat16().float()).tokens)
 
 
@@ -168,14 +168,13 @@ def test_against_vector_quantize_pytorch(update) -> None:
         mine = ours(latents)
         codes, tokens, loss = theirs(latents)
         assert torch.equal(mine.tokens, tokens)
-        torch.testing.assert_close(mine.codes, codes)
+        torch.testing.assert_close(mine.z_q, codes)
         torch.testing.assert_close(torch.stack(list(mine.losses.values())).sum(), loss.squeeze())
         torch.testing.assert_close(ours.codebook.codes, theirs._codebook.embed[0], rtol=1e-5, atol=1e-6)
         if update == "ema":
             torch.testing.assert_close(ours.codebook.cluster_size, theirs._codebook.cluster_size[0])
         my_gradient, their_gradient = (
-            torch.autograd.grad((F.mse_loss(value, torch.zeros_like(value))), latents)[0]
-            for value in (mine.codes, codes)
+            torch.autograd.grad((F.mse_loss(value, torch.zeros_like(value))), latents)[0] for value in (mine.z_q, codes)
         )
         torch.testing.assert_close(my_gradient, their_gradient)
 
@@ -248,7 +247,7 @@ def test_losses_on_the_sphere_are_those_of_normalised_vectors() -> None:
     quantized = quantizer(latents)
     points, codes = F.normalize(latents, dim=1), F.normalize(quantizer.codebook.codes.detach(), dim=1)
     assert torch.equal(quantized.tokens, (points @ codes.T).argmax(dim=1))
-    torch.testing.assert_close(quantized.codes.detach(), codes[quantized.tokens])
+    torch.testing.assert_close(quantized.z_q.detach(), codes[quantized.tokens])
     distance = (points - codes[quantized.tokens]).square().mean()
     torch.testing.assert_close(quantized.losses, {"commitment": 0.25 * distance, "codebook": distance})
 
@@ -257,10 +256,10 @@ def test_rotation_reaches_the_latents() -> None:
     latents = torch.randn(20, 3, requires_grad=True)
     quantizer = spread_out(VectorQuantizer(8, 3, gradient="rotation")).eval()
     quantized = quantizer(latents)
-    assert torch.equal(quantized.codes, quantizer.lookup(quantized.tokens))
+    assert torch.equal(quantized.z_q, quantizer.lookup(quantized.tokens))
     weights = torch.randn(20, 3)
-    (gradient,) = torch.autograd.grad((quantized.codes * weights).sum(), latents)
-    cosines = torch.cosine_similarity(gradient, latents.detach()), torch.cosine_similarity(weights, quantized.codes)
+    (gradient,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents)
+    cosines = torch.cosine_similarity(gradient, latents.detach()), torch.cosine_similarity(weights, quantized.z_q)
     torch.testing.assert_close(*cosines, rtol=1e-3, atol=1e-4)
 
 
@@ -291,7 +290,7 @@ def test_revival_in_training_leaves_the_backward_pass_alone(update) -> None:
     latents = torch.randn(50, 3, requires_grad=True)
     for _ in range(2):
         quantized = quantizer(latents)
-        torch.stack([quantized.codes.sum(), *quantized.losses.values()]).sum().backward()
+        torch.stack([quantized.z_q.sum(), *quantized.losses.values()]).sum().backward()
     assert latents.grad is not None and latents.grad.isfinite().all()
     assert (quantizer.codebook.codes.detach() - before).abs().amax() > 0.5
 
