@@ -56,7 +56,14 @@ class DVAE(AutoencoderTokenizer):
             raise ValueError(
                 f"kl_warmup_steps and temperature_steps must be >= 0, got {kl_warmup_steps} and {temperature_steps}"
             )
-        quantizer = GumbelQuantizer(codebook_size, code_dim, latent_dim, kl_weight, final_temperature, hard)
+        quantizer = GumbelQuantizer(
+            codebook_size,
+            code_dim,
+            latent_dim=latent_dim,
+            kl_weight=kl_weight,
+            temperature=final_temperature,
+            hard=hard,
+        )
         super().__init__(network, quantizer, reconstruction_loss=reconstruction_loss, **training)
         self.kl_weight = kl_weight
         self.kl_warmup_steps = kl_warmup_steps

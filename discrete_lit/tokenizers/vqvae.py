@@ -62,11 +62,11 @@ class VQVAE(AutoencoderTokenizer):
         quantizer = VectorQuantizer(
             codebook_size,
             code_dim,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            normalize,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            normalize=normalize,
             gradient=gradient,
             revive_below=revive_below,
         )
@@ -122,13 +122,13 @@ class RQVAE(AutoencoderTokenizer):
         quantizer = ResidualQuantizer(
             codebook_size,
             code_dim,
-            depth,
-            shared_codebook,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            revive_below,
+            depth=depth,
+            shared_codebook=shared_codebook,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
 
@@ -174,14 +174,14 @@ class MultiScaleVQ(AutoencoderTokenizer):
         quantizer = MultiScaleResidualQuantizer(
             codebook_size,
             code_dim,
-            scales,
-            phi_kernels,
-            phi_ratio,
-            codebook_update,
-            commitment_weight,
-            decay,
-            codebook_init,
-            revive_below,
+            scales=scales,
+            phi_kernels=phi_kernels,
+            phi_ratio=phi_ratio,
+            codebook_update=codebook_update,
+            commitment_weight=commitment_weight,
+            decay=decay,
+            codebook_init=codebook_init,
+            revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
 
@@ -215,11 +215,11 @@ class LFQ(AutoencoderTokenizer):
     ) -> None:
         quantizer = LookupFreeQuantizer(
             bits,
-            commitment_weight,
-            entropy_weight,
-            entropy_temperature,
-            batch_entropy_weight,
-            entropy_groups,
+            commitment_weight=commitment_weight,
+            entropy_weight=entropy_weight,
+            entropy_temperature=entropy_temperature,
+            batch_entropy_weight=batch_entropy_weight,
+            entropy_groups=entropy_groups,
             bit_order=bit_order,
         )
         super().__init__(network, quantizer, **training)
@@ -246,4 +246,6 @@ class FSQ(AutoencoderTokenizer):
         codebook_size: int | None = None,
         **training: Any,
     ) -> None:
-        super().__init__(network, FiniteScalarQuantizer(levels, formula, codebook_size), **training)
+        super().__init__(
+            network, FiniteScalarQuantizer(levels, formula=formula, codebook_size=codebook_size), **training
+        )

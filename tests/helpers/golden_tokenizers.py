@@ -63,7 +63,9 @@ def taming_vqgan(load: Load, case: Case) -> Tensors:
     made["emb_loss"] = sum(quantized.losses.values(), start=torch.zeros(()))
     legacy = module.quantizer
     beta = case.number("emb_loss", "beta", case.default("beta"))
-    fixed = VectorQuantizer(legacy.vocab_size, legacy.dim, "gradient", codebook_init="uniform", commitment_weight=beta)
+    fixed = VectorQuantizer(
+        legacy.vocab_size, legacy.dim, codebook_update="gradient", codebook_init="uniform", commitment_weight=beta
+    )
     fixed.load_state_dict(legacy.state_dict())
     for name, quantizer in {"legacy": legacy, "fixed": fixed}.items():
         with torch.enable_grad():

@@ -29,7 +29,7 @@ def published_formula(formula: str, z: np.ndarray, levels: list[int]) -> tuple[n
 @each_formula
 @each_levels
 def test_published_formulas(levels: list[int], formula) -> None:
-    quantizer = FiniteScalarQuantizer(levels, formula)
+    quantizer = FiniteScalarQuantizer(levels, formula=formula)
     latents = torch.randn(5000, len(levels)) * 2
     bounded, codes, tokens = published_formula(formula, latents.double().numpy(), levels)
     clear = (np.abs(bounded - np.floor(bounded) - 0.5) > 1e-5).all(axis=-1)
@@ -43,7 +43,7 @@ def test_published_formulas(levels: list[int], formula) -> None:
 def test_formulas_differ() -> None:
     latents = torch.randn(20000, 6)
     paper, atanh = (
-        FiniteScalarQuantizer([8, 8, 8, 5, 5, 5], formula)(latents).tokens for formula in ("paper", "atanh")
+        FiniteScalarQuantizer([8, 8, 8, 5, 5, 5], formula=formula)(latents).tokens for formula in ("paper", "atanh")
     )
     assert 0.01 < (paper != atanh).double().mean() < 0.9
 
@@ -77,7 +77,7 @@ def test_first_channel_is_least_significant() -> None:
 @each_formula
 @pytest.mark.parametrize("levels", [*LEVELS, [1000, 999]], ids=str)
 def test_extreme_latents_stay_on_the_levels(levels: list[int], formula) -> None:
-    quantizer = FiniteScalarQuantizer(levels, formula)
+    quantizer = FiniteScalarQuantizer(levels, formula=formula)
     quantized = quantizer(torch.tensor([[1e30] * len(levels), [-1e30] * len(levels)]))
     assert quantized.tokens.tolist() == [quantizer.vocab_size - 1, 0]
 
@@ -95,7 +95,7 @@ def test_any_grid_and_exact_lookup(grid: tuple[int, ...]) -> None:
 
 @each_formula
 def test_gradient_passes_the_rounding_as_the_identity(formula) -> None:
-    quantizer = FiniteScalarQuantizer([8, 5, 2], formula)
+    quantizer = FiniteScalarQuantizer([8, 5, 2], formula=formula)
     latents = torch.randn(50, 3, requires_grad=True)
     weights = torch.randn(50, 3)
     (through,) = torch.autograd.grad((quantizer(latents).z_q * weights).sum(), latents)
@@ -115,17 +115,17 @@ def test_training_follows_validation() -> None:
 
 
 @pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("places", [1, 63, 64, 200])
-def test_layouts_give_the_same(places: int, strided: bool) -> None:
-    """Latents of a channels-first network, and any number of places."""
+@pytest.mark.parametrize("positions", [1, 63, 64, 200])
+def test_layouts_give_the_same(positions: int, strided: bool) -> None:
+    """Latents of a channels-first network, and any number of positions."""
     quantizer = FiniteScalarQuantizer([8, 5, 5])
-    latents = torch.randn(3, 3, places).movedim(1, 2) if strided else torch.randn(3, places, 3)
+    latents = torch.randn(3, 3, positions).movedim(1, 2) if strided else torch.randn(3, positions, 3)
     latents.requires_grad_()
     quantized = quantizer(latents)
-    weights = torch.randn(3, places, 3)
+    weights = torch.randn(3, positions, 3)
     (gradient,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents)
     for image in range(3):
-        single = torch.stack([quantizer(latents[image, place]).z_q for place in range(places)])
+        single = torch.stack([quantizer(latents[image, position]).z_q for position in range(positions)])
         (alone,) = torch.autograd.grad((single * weights[image]).sum(), latents)
         torch.testing.assert_close(alone[image], gradient[image], rtol=1e-5, atol=1e-7)
         assert torch.equal(single, quantized.z_q[image])
@@ -136,17 +136,21 @@ def test_large_vocabularies_are_exact(levels: list[int]) -> None:
     quantizer = FiniteScalarQuantizer(levels)
     quantized = quantizer(torch.randn(500, len(levels)))
     digits = ((quantized.z_q.double() + 1) * (torch.tensor(levels) // 2)).round().long()
-    expected = [sum(d * prod(levels[:place]) for place, d in enumerate(row)) for row in digits.tolist()]
+    expected = [sum(d * prod(levels[:channel]) for channel, d in enumerate(row)) for row in digits.tolist()]
     assert quantized.tokens.tolist() == expected and max(expected) > 2**23
     assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
 
 
-def test_parts_are_the_channels_levels() -> None:
+def test_components_are_the_channels_levels() -> None:
     quantizer = FiniteScalarQuantizer([8, 6, 5])
     tokens = torch.tensor([[0, 7, 8], [48, 239, 100]])
-    parts = quantizer.components(tokens)
-    assert [(name, part.size) for name, part in parts.items()] == [("channel_0", 8), ("channel_1", 6), ("channel_2", 5)]
-    assert [part.ids.tolist() for part in parts.values()] == [
+    components = quantizer.components(tokens)
+    assert [(name, component.size) for name, component in components.items()] == [
+        ("channel_0", 8),
+        ("channel_1", 6),
+        ("channel_2", 5),
+    ]
+    assert [component.ids.tolist() for component in components.values()] == [
         [[0, 7, 0], [0, 7, 4]],
         [[0, 0, 1], [0, 5, 0]],
         [[0, 0, 0], [1, 4, 2]],
@@ -198,7 +202,7 @@ def test_stated_codebook_size() -> None:
 def test_against_vector_quantize_pytorch(levels: list[int]) -> None:
     from vector_quantize_pytorch import FSQ
 
-    ours, theirs = FiniteScalarQuantizer(levels, "atanh"), FSQ(levels)
+    ours, theirs = FiniteScalarQuantizer(levels, formula="atanh"), FSQ(levels)
     ids = torch.arange(ours.vocab_size)
     torch.testing.assert_close(ours.lookup(ids), theirs.indices_to_codes(ids))
     latents = torch.randn(3, 1000, len(levels), requires_grad=True)

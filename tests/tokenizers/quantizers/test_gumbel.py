@@ -24,7 +24,7 @@ def test_evaluation_takes_the_largest_logit() -> None:
 def test_given_noise_is_the_formula(hard: bool) -> None:
     quantizer = GumbelQuantizer(7, 3, temperature=0.6, hard=hard)
     latents, noise = torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 5, 7)
-    quantized = quantizer(latents, noise)
+    quantized = quantizer(latents, noise=noise)
     soft = ((quantizer.to_logits(latents) + noise) / 0.6).softmax(dim=-1)
     one_hot = F.one_hot(soft.argmax(dim=-1), 7).float()
     expected = (one_hot - soft.detach() + soft if hard else soft) @ quantizer.codes
@@ -53,8 +53,8 @@ def test_drawn_ids_follow_the_softmax() -> None:
     quantizer = GumbelQuantizer(4, 2).train()
     torch.nn.init.zeros_(quantizer.to_logits.weight)
     quantizer.to_logits.bias.data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]).log())
-    shares = quantizer(torch.zeros(20_000, 2)).tokens.bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.015)
+    frequencies = quantizer(torch.zeros(20_000, 2)).tokens.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.015)
 
 
 def test_noise_belongs_to_the_step_and_the_seed_and_outlives_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_a_low_temperature_sharpens_the_mixture() -> None:
     latents, noise = torch.randn(100, 2), torch.randn(100, 8)
     distances = []
     for quantizer.temperature in (2.0, 0.5, 0.01):
-        quantized = quantizer(latents, noise)
+        quantized = quantizer(latents, noise=noise)
         distances.append(F.mse_loss(quantized.z_q, quantizer.lookup(quantized.tokens)).item())
     assert distances == sorted(distances, reverse=True) and distances[-1] < 0.01
 
@@ -121,4 +121,4 @@ def test_settings_out_of_range(arguments, message: str) -> None:
 
 def test_noise_of_another_shape() -> None:
     with pytest.raises(ValueError, match=r"shape of the logits, \(3, 8\), got \(3, 4\)"):
-        GumbelQuantizer(8, 4)(torch.randn(3, 4), torch.randn(3, 4))
+        GumbelQuantizer(8, 4)(torch.randn(3, 4), noise=torch.randn(3, 4))

@@ -23,7 +23,7 @@ def test_ids_and_codes_by_hand(kind, order) -> None:
     quantizer = kind(4, bit_order=order)
     for signs in product((-1, 1), repeat=4):
         bits = [sign > 0 for sign in (signs if order == "first_least_significant" else reversed(signs))]
-        token = sum(int(bit) * 2**place for place, bit in enumerate(bits))
+        token = sum(int(bit) * 2**power for power, bit in enumerate(bits))
         quantized = quantizer(torch.tensor(signs)[None] * torch.tensor([0.1, 2.0, 0.5, 1e-20]))
         assert quantized.tokens.tolist() == [token]
         assert quantized.z_q[0].tolist() == pytest.approx([sign * scale(quantizer) for sign in signs])
@@ -57,13 +57,13 @@ def test_many_bits(bits: int) -> None:
 
 
 @each_kind
-def test_parts_are_the_channels_bits(kind) -> None:
+def test_components_are_the_channels_bits(kind) -> None:
     quantizer = kind(5)
     latents = torch.randn(2, 3, 5)
-    parts = quantizer.components(quantizer.encode(latents))
-    assert list(parts) == [f"bit_{channel}" for channel in range(5)]
-    for channel, part in enumerate(parts.values()):
-        assert part.size == 2 and torch.equal(part.ids, (latents[..., channel] > 0).long())
+    components = quantizer.components(quantizer.encode(latents))
+    assert list(components) == [f"bit_{channel}" for channel in range(5)]
+    for channel, component in enumerate(components.values()):
+        assert component.size == 2 and torch.equal(component.ids, (latents[..., channel] > 0).long())
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -85,8 +85,8 @@ def entropies_by_group(rows: Tensor, groups: int, temperature: float, size: floa
     bits = rows.shape[1] // groups
     codes = size * (((torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1) * 2 - 1).double()
     per_sample, batch = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for part in rows.split(bits, dim=1):
-        probabilities = (2 * part @ codes.T / temperature).softmax(dim=1)
+    for group in rows.split(bits, dim=1):
+        probabilities = (2 * group @ codes.T / temperature).softmax(dim=1)
         per_sample = per_sample + torch.special.entr(probabilities).sum(dim=1).mean()
         batch = batch + torch.special.entr(probabilities.mean(dim=0)).sum()
     return per_sample, batch
@@ -94,7 +94,14 @@ def entropies_by_group(rows: Tensor, groups: int, temperature: float, size: floa
 
 @pytest.mark.parametrize("groups", [None, 1, 2])
 def test_spherical_losses(groups: int | None) -> None:
-    quantizer = BinarySphericalQuantizer(6, 0.7, 0.3, 0.2, 1.5, entropy_groups=groups)
+    quantizer = BinarySphericalQuantizer(
+        6,
+        commitment_weight=0.7,
+        entropy_weight=0.3,
+        entropy_temperature=0.2,
+        batch_entropy_weight=1.5,
+        entropy_groups=groups,
+    )
     latents = torch.randn(2, 10, 6) * 5
     losses = quantizer(latents).losses
     rows = F.normalize(latents.double().reshape(20, 6), dim=1)
@@ -191,7 +198,7 @@ def test_against_vector_quantize_pytorch(spherical: bool, monkeypatch: pytest.Mo
     settings = {"entropy_weight": 0.3, "entropy_temperature": 0.01, "batch_entropy_weight": 1.5, "entropy_groups": 1}
     # Their commitment is a mean over channels, a spherical code's length is 1.
     kind, commitment = (BinarySphericalQuantizer, 0.25 / 7) if spherical else (LookupFreeQuantizer, 0.25)
-    ours = kind(7, commitment, bit_order="first_most_significant", **settings).train()
+    ours = kind(7, commitment_weight=commitment, bit_order="first_most_significant", **settings).train()
     latents = (torch.randn(2, 30, 7) * 0.1).requires_grad_()
     mine = ours(latents)
     codes, tokens, loss = theirs(latents)

@@ -13,14 +13,14 @@ from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 def make(scales: Sequence[int] = (1, 2, 4), size: int = 16, dim: int = 3, **settings) -> MultiScaleResidualQuantizer:
     """A quantizer whose codes have deviation 1."""
     settings = {"codebook_init": "normal", **settings}
-    quantizer = MultiScaleResidualQuantizer(size, dim, scales, **settings)
+    quantizer = MultiScaleResidualQuantizer(size, dim, scales=scales, **settings)
     with torch.no_grad():
         quantizer.codebook.codes.normal_()
     return quantizer
 
 
 def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Ids and f_hat `(B, D, H, W)` after each scale, by loops over places."""
+    """Ids and f_hat `(B, D, H, W)` after each scale, by loops over positions."""
     side = latents.shape[1]
     rest, f_hat = latents.movedim(-1, 1), torch.zeros_like(latents.movedim(-1, 1))
     ids, after = [], []
@@ -44,8 +44,8 @@ def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Te
             spread = spread + quantizer.phi_ratio * (convolution(spread) - spread)
         f_hat, rest = f_hat + spread, rest - spread
         after.append(f_hat)
-    places = torch.stack(ids).split([len(latents) * length for length in quantizer.lengths])
-    return torch.cat([part.reshape(len(latents), -1) for part in places], dim=1), after
+    by_scale = torch.stack(ids).split([len(latents) * length for length in quantizer.lengths])
+    return torch.cat([of_scale.reshape(len(latents), -1) for of_scale in by_scale], dim=1), after
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_gradients() -> None:
 
 
 def test_every_convolution_has_a_scale_where_there_are_enough() -> None:
-    ten = MultiScaleResidualQuantizer(4, 2, [1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
+    ten = MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     assert ten.phi_of_scale == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    assert MultiScaleResidualQuantizer(4, 2, [1, 2, 3], phi_kernels=1).phi_of_scale == [0, 0, 0]
-    assert not MultiScaleResidualQuantizer(4, 2, [1, 2, 3], phi_ratio=0.0).phi
+    assert MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3], phi_kernels=1).phi_of_scale == [0, 0, 0]
+    assert not MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3], phi_ratio=0.0).phi
 
 
 def test_running_means_take_the_latents_of_all_scales_once() -> None:
@@ -144,7 +144,7 @@ def test_convolutions_begin_as_the_identity() -> None:
 
 
 def test_training_lowers_its_losses() -> None:
-    quantizer = MultiScaleResidualQuantizer(32, 3, [1, 2, 4]).train()
+    quantizer = MultiScaleResidualQuantizer(32, 3, scales=[1, 2, 4]).train()
     latents = torch.randn(8, 4, 4, 3)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
     distances = []
@@ -157,12 +157,18 @@ def test_training_lowers_its_losses() -> None:
     assert distances[-1] < 0.7 * distances[0]
 
 
-def test_parts_are_the_scales() -> None:
+def test_components_are_the_scales() -> None:
     quantizer = make()
     tokens = torch.arange(21).repeat(2, 1) % 16
-    parts = quantizer.components(tokens)
-    assert list(parts) == ["scale_1", "scale_2", "scale_4"] and all(part.size == 16 for part in parts.values())
-    assert [part.ids.tolist()[0] for part in parts.values()] == [[0], [1, 2, 3, 4], [n % 16 for n in range(5, 21)]]
+    components = quantizer.components(tokens)
+    assert list(components) == ["scale_1", "scale_2", "scale_4"] and all(
+        component.size == 16 for component in components.values()
+    )
+    assert [component.ids.tolist()[0] for component in components.values()] == [
+        [0],
+        [1, 2, 3, 4],
+        [n % 16 for n in range(5, 21)],
+    ]
 
 
 def test_autocast_changes_nothing() -> None:

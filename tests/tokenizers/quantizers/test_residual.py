@@ -10,7 +10,9 @@ each_sharing = pytest.mark.parametrize("shared", [True, False])
 
 def make(shared: bool = True, size: int = 16, dim: int = 3, depth: int = 3, **settings) -> ResidualQuantizer:
     """A quantizer whose codes have deviation 1."""
-    quantizer = ResidualQuantizer(size, dim, depth, shared, **{"codebook_init": "normal", **settings})
+    quantizer = ResidualQuantizer(
+        size, dim, depth=depth, shared_codebook=shared, **{"codebook_init": "normal", **settings}
+    )
     with torch.no_grad():
         for codebook in quantizer.codebooks:
             codebook.codes.normal_()
@@ -86,7 +88,7 @@ def test_shared_running_means_move_at_every_depth() -> None:
 @each_sharing
 def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
     torch.manual_seed(1)
-    quantizer = ResidualQuantizer(32, 4, 3, shared, decay=0.8).train()
+    quantizer = ResidualQuantizer(32, 4, depth=3, shared_codebook=shared, decay=0.8).train()
     for _ in range(30):
         latents = torch.randn(400, 4)
         quantizer(latents)
@@ -97,12 +99,12 @@ def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
     assert distances[0] < 0.1 * latents.square().mean()
 
 
-def test_parts_are_the_depths() -> None:
+def test_components_are_the_depths() -> None:
     tokens = torch.randint(16, (2, 4, 4, 3))
-    parts = make().components(tokens)
-    assert list(parts) == ["depth_0", "depth_1", "depth_2"]
-    for number, part in enumerate(parts.values()):
-        assert part.size == 16 and torch.equal(part.ids, tokens[..., number])
+    components = make().components(tokens)
+    assert list(components) == ["depth_0", "depth_1", "depth_2"]
+    for number, component in enumerate(components.values()):
+        assert component.size == 16 and torch.equal(component.ids, tokens[..., number])
 
 
 def test_autocast_changes_nothing() -> None:
