@@ -45,7 +45,7 @@ def cases() -> list[Case]:
     made = []
     for size, levels in (("2^16 (64,000)", [8, 8, 8, 5, 5, 5]), ("2^18", [8] * 6)):
         for vectors in (8192, 65536):
-            made.append(Case(f"FSQ {size}", FiniteScalarQuantizer(levels, "atanh"), FSQ(levels), vectors))
+            made.append(Case(f"FSQ {size}", FiniteScalarQuantizer(levels, formula="atanh"), FSQ(levels), vectors))
     for bits, vectors in ((16, 256), (18, 64)):
         ours = LookupFreeQuantizer(bits, bit_order="first_most_significant")
         theirs = LFQ(dim=bits, entropy_loss_weight=0.1, commitment_loss_weight=0.25)
@@ -58,7 +58,7 @@ def training_pass(quantizer: nn.Module, latents: Tensor, weights: Tensor) -> tup
     latents = latents.detach().requires_grad_()
     made: Any = quantizer(latents)
     if isinstance(quantizer, Quantizer):
-        codes, ids, losses = made.codes, made.tokens, list(made.losses.values())
+        codes, ids, losses = made.z_q, made.tokens, list(made.losses.values())
     else:
         codes, ids, *losses = made
     loss = torch.stack(losses).sum() if losses else codes.new_zeros(())

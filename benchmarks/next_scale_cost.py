@@ -40,7 +40,7 @@ def main() -> None:
 
     def arm(size: int):
         backbone = var_shape(PATCHES[size], options.depth).eval().to(device)
-        quantizer = MultiScaleResidualQuantizer(4096, 32, PATCHES[size]).eval().to(device)
+        quantizer = MultiScaleResidualQuantizer(4096, 32, scales=PATCHES[size]).eval().to(device)
 
         def run() -> None:
             with autocast(device, options.precision):

@@ -60,7 +60,9 @@ def measure(name: str, backbone: Transformer, batch: int, precision: str, rounds
     layout = backbone.layout
     quantizer = None
     if layout.input_dim is not None:
-        quantizer = MultiScaleResidualQuantizer(layout.vocab_size, layout.input_dim, PATCHES_256).eval().to(device)
+        quantizer = (
+            MultiScaleResidualQuantizer(layout.vocab_size, layout.input_dim, scales=PATCHES_256).eval().to(device)
+        )
     with autocast(device, precision):
         drawn = sampler(backbone, labels, random, quantizer=quantizer)
         taken = alternate(

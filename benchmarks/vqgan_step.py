@@ -47,7 +47,7 @@ def build(options: argparse.Namespace) -> VQGAN:
     network = partial(ConvAutoencoder, channels=options.channels, multipliers=(1, 1, 2, 4), blocks=2)
     return VQGAN(
         network,
-        VectorQuantizer(1024, 256, "gradient"),
+        VectorQuantizer(1024, 256, codebook_update="gradient"),
         reconstruction_loss="l1",
         perceptual_loss=LPIPS("random"),
         adversarial_loss=AdversarialLoss(PatchGAN(), adaptive=not options.fixed_weight),

@@ -255,7 +255,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         quantized = self.quantizer(self.latents(images))
-        return Reconstruction(self.outputs(quantized.codes), quantized.losses, quantized.tokens)
+        return Reconstruction(self.outputs(quantized.z_q), quantized.losses, quantized.tokens)
 
     # Its validation and prediction by Lightning.
 

@@ -88,7 +88,7 @@ class DVAE(AutoencoderTokenizer):
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         annealed = self.annealed(step)
         quantized = self.quantizer(self.latents(images), **annealed)
-        outputs = self.outputs(quantized.codes)
+        outputs = self.outputs(quantized.z_q)
         figures = {name: outputs.new_tensor(value) for name, value in annealed.items()}
         return Reconstruction(outputs, quantized.losses, quantized.tokens, figures)
 

@@ -163,7 +163,7 @@ def colour_clusters(images: Tensor, colours: int, seed: int = 0) -> Tensor:
     pixels, everyone = gather_finite(rearrange(images.float(), "b c h w -> (b h w) c"))
     if not 1 <= colours <= len(everyone):
         raise ValueError(f"colours must lie in [1, {len(everyone)}], the number of pixels, got {colours}")
-    return kmeans_codes(pixels, everyone, colours, normalize=False, seed=seed)
+    return kmeans_codes(pixels, everyone, size=colours, normalize=False, seed=seed)
 
 
 def _check_shape(images: Tensor) -> None:

@@ -385,7 +385,7 @@ class TiTok(AutoencoderTokenizer):
         with torch.no_grad():
             ids = self.proxy_tokenizer.on(images.device).encode(images)  # (B, h, w)
         quantized = self.quantizer(self.latents(images))
-        logits = self.network.proxy_logits(rearrange(quantized.codes, "b n d -> b d n")).float()  # (B, K', h, w)
+        logits = self.network.proxy_logits(rearrange(quantized.z_q, "b n d -> b d n")).float()  # (B, K', h, w)
         terms = {"proxy": F.cross_entropy(logits, ids), **quantized.losses}
         # Pixels are for validation alone.
         assert self.network.proxy is not None

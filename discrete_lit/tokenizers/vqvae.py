@@ -245,4 +245,6 @@ class FSQ(AutoencoderTokenizer):
         codebook_size: int | None = None,
         **training: Any,
     ) -> None:
-        super().__init__(network, FiniteScalarQuantizer(levels, formula, codebook_size), **training)
+        super().__init__(
+            network, FiniteScalarQuantizer(levels, formula=formula, codebook_size=codebook_size), **training
+        )

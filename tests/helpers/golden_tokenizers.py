@@ -49,7 +49,7 @@ def common(module: Any, case: Case) -> tuple[Tensors, Any]:
     made = {
         "prequant": prequant,
         "indices": indices,
-        "quant": channels_first(quantized.codes),
+        "quant": channels_first(quantized.z_q),
         "quant_from_indices": module.embed(indices),
         "xrec": decode(module, module.embed(indices)),
         "decoded_codes": decode(module, module.embed(codes)),
@@ -63,7 +63,9 @@ def taming_vqgan(load: Load, case: Case) -> Tensors:
     made["emb_loss"] = sum(quantized.losses.values(), start=torch.zeros(()))
     legacy = module.quantizer
     beta = case.number("emb_loss", "beta", case.default("beta"))
-    fixed = VectorQuantizer(legacy.vocab_size, legacy.dim, "gradient", codebook_init="uniform", commitment_weight=beta)
+    fixed = VectorQuantizer(
+        legacy.vocab_size, legacy.dim, codebook_update="gradient", codebook_init="uniform", commitment_weight=beta
+    )
     fixed.load_state_dict(legacy.state_dict())
     for name, quantizer in {"legacy": legacy, "fixed": fixed}.items():
         with torch.enable_grad():
@@ -85,7 +87,7 @@ def taming_gumbelvq(load: Load, case: Case) -> Tensors:
         return module.quantizer(latents, noise=noise)
 
     first = sampled(case.number("indices_gumbel", "temp"))
-    codes = channels_first(first.codes)
+    codes = channels_first(first.z_q)
     other = {name: sampled(case.number(name, "temperature")) for name in case.matching("indices_gumbel_temp_.*")}
     return {
         "prequant": prequant,
@@ -233,7 +235,7 @@ def titok(load: Load, case: Case) -> Tensors:
     images = case.inputs["x"] * 2 - 1
     z = module.network.encode(images)
     quantized = module.quantizer(z.movedim(1, -1))
-    codes = quantized.codes.movedim(-1, 1)
+    codes = quantized.z_q.movedim(-1, 1)
     indices = module.encode(images)
     made = {
         "z": z[:, :, None],

@@ -133,4 +133,4 @@ def build_backbone(layout: SequenceLayout, spread: float = 0.6, **switches: Any)
 
 def build_quantizer(vocab_size: int) -> MultiScaleResidualQuantizer:
     """Scales 1 and 2 with random codes and convolutions, in eval mode."""
-    return randomise(MultiScaleResidualQuantizer(vocab_size, 3, (1, 2)), 0.6).eval()
+    return randomise(MultiScaleResidualQuantizer(vocab_size, 3, scales=(1, 2)), 0.6).eval()

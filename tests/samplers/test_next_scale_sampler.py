@@ -64,7 +64,7 @@ def test_a_given_first_scale_is_conditioned_on(model) -> None:
 
 def test_greedy_over_three_scales_agrees_with_teacher_forcing(make_layout_backbone) -> None:
     """Every scale's input is the sum of what all scales before it contribute."""
-    quantizer = randomise(MultiScaleResidualQuantizer(7, 3, (1, 2, 3)), 0.8).eval()
+    quantizer = randomise(MultiScaleResidualQuantizer(7, 3, scales=(1, 2, 3)), 0.8).eval()
     layout = SequenceLayout(7, (14,), 2, "block_causal", scales=(1, 4, 9), input_dim=3)
     backbone = make_layout_backbone(layout, 0.6, conditioning="adaln")
     tokens = draw((backbone, quantizer), NextScaleSampler(top_k=1), 1, 1).tokens

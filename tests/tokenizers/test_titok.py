@@ -101,7 +101,7 @@ def test_one_stage_learns() -> None:
     """Four images of one colour each become rows of tokens and are given back."""
 
     def network(code_dim: int, latent_dim: int) -> TiTokAutoencoder:
-        size = TransformerSize(32, 1, 2)
+        size = TransformerSize(32, 1, heads=2)
         shape = {"image_size": 8, "patch_size": 4, "latent_tokens": 3}
         return TiTokAutoencoder(code_dim, latent_dim, encoder=size, decoder=size, **shape)
 
@@ -200,7 +200,7 @@ def direct(codebook_size: int = 9, patch_size: int = 4, channels: int = 4, proxy
     """A TiTok of the configuration above with some sizes changed, without the parsing."""
     convolutions = {**CONVOLUTIONS["init_args"], "channels": channels}
     decoder = ProxyDecoder(codebook_size, 4, network=partial(ConvAutoencoder, **convolutions)) if proxy else None
-    size = TransformerSize(16, 1, 2)
+    size = TransformerSize(16, 1, heads=2)
     shape = {"image_size": 8, "patch_size": patch_size, "latent_tokens": 3}
     network = partial(TiTokAutoencoder, encoder=size, decoder=size, proxy=decoder, **shape)
     return TiTok(network, VectorQuantizer(**QUANTIZER["init_args"]), **arguments)

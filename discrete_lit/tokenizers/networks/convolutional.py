@@ -1,14 +1,11 @@
-"""What the encoder and the decoder are made of: convolution, normalisation, residual block, attention.
+"""The convolutional autoencoder of VQGAN, in one to three dimensions, and its variants.
 
-Halving and doubling the grid.
+VQGAN: Esser et al., "Taming Transformers for High-Resolution Image Synthesis", 2021, table 7. Depth-to-space, adaptive
+norms and causal time are MAGVIT-v2's: Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual
+Generation", 2024. `ConvAutoencoder` lists the settings of LlamaGen, VAR, Open-MAGVIT2, IBQ, MaskGIT and MaskBit.
 
-Where time is causal, 1 + 2t frames become 1 + t and 1 + t become 1 + 2t: the first frame stays alone.
-
-Images to latents.
-
-Codes to images.
-
-The convolutional autoencoder of VQGAN (Esser et al., "Taming Transformers", 2021, table 7) and of those after it.
+    encoder: conv_in -> levels (residual blocks, attention, halving) -> middle -> norm, conv_out -> to_latents
+    decoder: from_codes -> conv_in -> middle -> levels (residual blocks, attention, doubling) -> norm, conv_out
 """
 
 from collections.abc import Collection, Sequence
@@ -16,334 +13,20 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
+Downsampling = Literal["right", "symmetric", "average"]
+Upsampling = Literal["nearest", "depth_to_space"]
+
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-@dataclass(frozen=True)
-class Layers:
-    """How every layer of a network is made."""
-
-    dims: int
-    """Axes of the grid: 1, 2 or 3. Of three, the first is time."""
-    causal: bool
-    """No frame sees a later one."""
-    norm_groups: int
-    bias: bool
-    """Of the convolutions inside residual blocks."""
-    shortcut: Literal["input", "output"]
-
-    def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
-        """Of stride 1, to a grid of the same size."""
-        kind = CausalConvolution if self.causal else CONVOLUTIONS[self.dims]
-        return kind(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-
-    def norm(self, channels: int, affine: bool = True) -> nn.Module:
-        kind = FrameGroupNorm if self.causal else nn.GroupNorm
-        return kind(self.norm_groups, channels, eps=1e-6, affine=affine)
-
-
-def frames_as_batch(x: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B T, C, H, W)
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def batch_as_frames(x: Tensor, batch: int) -> Tensor:  # (B T, C, H, W) -> (B, C, T, H, W)
-    return x.unflatten(0, (batch, -1)).transpose(1, 2)
-
-
-def repeat_first_frame(x: Tensor, count: int) -> Tensor:
-    """Put `count` copies of the first frame before a clip `(B, C, T, H, W)`.
-
-    A clip starts as if it had stood still before, so that a first frame is encoded as an image of its own.
-    """
-    return F.pad(x, (0, 0, 0, 0, count, 0), mode="replicate") if count else x
-
-
-class CausalConvolution(nn.Conv3d):
-    """A 3-D convolution that looks back in time only (Yu et al., "Language Model Beats Diffusion", 2024, sec. 3.2)."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, padding: int = 0, **options: bool | int
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=(0, padding, padding), **options)  # type: ignore[arg-type]
-
-    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T, H, W)
-        return super().forward(repeat_first_frame(input, self.kernel_size[0] - 1))
-
-
-class FrameGroupNorm(nn.GroupNorm):
-    """GroupNorm of every frame by itself: statistics over a clip would tell the first frames of the last."""
-
-    def forward(self, input: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B, C, T, H, W)
-        return batch_as_frames(super().forward(frames_as_batch(input)), len(input))
-
-
-class ResidualBlock(nn.Module):
-    """GroupNorm, swish, 3-wide convolution, twice; a 1-wide shortcut where the channels change.
-
-    `shortcut="output"` is MaskGIT's: where the channels change, the shortcut reads what the two convolutions gave, and
-    the block's input is not added.
-    """
-
-    def __init__(self, layers: Layers, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm1 = layers.norm(in_channels)
-        self.conv1 = layers.convolution(in_channels, out_channels, 3, layers.bias)
-        self.norm2 = layers.norm(out_channels)
-        self.conv2 = layers.convolution(out_channels, out_channels, 3, layers.bias)
-        self.shortcut = nn.Identity()
-        self.shortcut_of_output = in_channels != out_channels and layers.shortcut == "output"
-        if in_channels != out_channels:
-            shortcut_channels = out_channels if self.shortcut_of_output else in_channels
-            self.shortcut = layers.convolution(shortcut_channels, out_channels, 1, layers.bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, in, *grid) -> (B, out, *grid)
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
-        return self.shortcut(hidden if self.shortcut_of_output else x) + hidden
-
-
-class SpatialAttention(nn.Module):
-    """Single-head self-attention over all positions, of each frame where time is causal, with 1-wide projections."""
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        super().__init__()
-        self.frames_apart = layers.causal
-        self.norm = layers.norm(channels)
-        self.query_key_value = layers.convolution(channels, 3 * channels, 1)
-        self.out = layers.convolution(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid)
-        projected = self.query_key_value(self.norm(x))
-        projected = frames_as_batch(projected) if self.frames_apart else projected
-        query, key, value = projected.flatten(2).unflatten(1, (3, 1, -1)).transpose(3, 4).unbind(1)  # (B, 1, N, c)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(2, 3).flatten(1, 2)  # (B, c, N)
-        if self.frames_apart:
-            return x + self.out(batch_as_frames(mixed.unflatten(2, x.shape[3:]), len(x)))
-        return x + self.out(mixed.reshape(x.shape))
-
-
-class AdaptiveNorm(nn.Module):
-    """GroupNorm whose gain and offset are read off the codes (Yu et al., 2024, sec. 3.2).
-
-    The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes; the offset
-    from their mean.
-    """
-
-    def __init__(self, layers: Layers, channels: int, code_dim: int) -> None:
-        super().__init__()
-        self.norm = layers.norm(channels, affine=False)
-        self.gain = nn.Linear(code_dim, channels)
-        self.offset = nn.Linear(code_dim, channels)
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
-        positions = codes.flatten(2)
-        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt())
-        offset = self.offset(positions.mean(dim=2))
-        shape = (*gain.shape, *(1,) * (x.dim() - 2))
-        return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
-
-
-Downsampling = Literal["right", "symmetric", "average"]
-
-
-Upsampling = Literal["nearest", "depth_to_space"]
-
-
-class Downsample(nn.Module):
-    """A 3-wide convolution of stride 2 on a grid padded by one.
-
-    `"right"` pads the end of each axis, as taming and TensorFlow's "same" padding do; `"symmetric"` both ends, of which
-    an even size uses the first.
-    """
-
-    def __init__(self, layers: Layers, channels: int, padding: Literal["right", "symmetric"]) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        axis = (0, 1) if padding == "right" else (1, 1)
-        self.padding = axis * (layers.dims - layers.causal)
-        self.conv = CONVOLUTIONS[layers.dims](channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
-        return self.conv(F.pad(repeat_first_frame(x, 2) if self.causal else x, self.padding))
-
-
-class AveragePool(nn.Module):
-    """The mean of each two, four or eight neighbours."""
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[layers.dims]
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
-        return self.pool(repeat_first_frame(x, 1) if self.causal else x, 2)
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour to twice the size, then a 3-wide convolution."""
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.conv = layers.convolution(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
-        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(larger[:, :, 1:] if self.causal else larger)
-
-
-class DepthToSpace(nn.Module):
-    """A 3-wide convolution to 2^dims as many channels, which become the neighbours of a grid of twice the size.
-
-    The channels are ordered (place in the block, channel): depth-column-row, unlike `PixelShuffle`.
-    """
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.dims = layers.dims
-        self.conv = layers.convolution(channels, channels * 2**layers.dims, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
-        deep = self.conv(x)
-        grid, axes = deep.shape[2:], range(self.dims)
-        blocks = deep.reshape(len(deep), *(2,) * self.dims, -1, *grid)  # (B, 2, ..., c, *grid)
-        place = [axis + side for axis in axes for side in (2 + self.dims, 1)]  # grid axis, then its two neighbours
-        larger = blocks.permute(0, 1 + self.dims, *place).reshape(len(deep), -1, *(2 * side for side in grid))
-        return larger[:, :, 1:] if self.causal else larger
-
-
-def downsample(kind: Downsampling, layers: Layers, channels: int) -> nn.Module:
-    return AveragePool(layers) if kind == "average" else Downsample(layers, channels, kind)
-
-
-def upsample(kind: Upsampling, layers: Layers, channels: int) -> nn.Module:
-    return {"nearest": Upsample, "depth_to_space": DepthToSpace}[kind](layers, channels)
-
-
-class Level(nn.Module):
-    """Residual blocks at one resolution, each with attention after it or none, then a change of resolution or none."""
-
-    def __init__(
-        self, layers: Layers, in_channels: int, channels: int, blocks: int, attention: bool, resample: nn.Module | None
-    ) -> None:
-        super().__init__()
-        widths = [in_channels, *[channels] * blocks]
-        self.blocks = nn.ModuleList(ResidualBlock(layers, widths[i], widths[i + 1]) for i in range(blocks))
-        self.attention = nn.ModuleList(SpatialAttention(layers, channels) for _ in range(blocks if attention else 0))
-        self.resample = nn.Identity() if resample is None else resample
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, *grid) -> (B, channels, *resampled)
-        for place, block in enumerate(self.blocks):
-            x = block(x)
-            if self.attention:
-                x = self.attention[place](x)
-        return self.resample(x)
-
-
-def middle(layers: Layers, channels: int, blocks: int, attention: bool) -> nn.Sequential:
-    """Residual blocks at the lowest resolution, with attention after the first."""
-    made: list[nn.Module] = [ResidualBlock(layers, channels, channels) for _ in range(blocks)]
-    if attention:
-        made.insert(1, SpatialAttention(layers, channels))
-    return nn.Sequential(*made)
-
-
-class Encoder(nn.Module):
-    """Residual blocks at each resolution, one halving between two resolutions."""
-
-    def __init__(
-        self,
-        layers: Layers,
-        in_channels: int,
-        channels: int,
-        widths: Sequence[int],
-        blocks: int,
-        attention_levels: Collection[int],
-        middle_blocks: int,
-        middle_attention: bool,
-        downsampling: Downsampling,
-        z_channels: int,
-        out_kernel: int,
-        latent_dim: int,
-        latent_kernel: int | None,
-    ) -> None:
-        super().__init__()
-        self.conv_in = layers.convolution(in_channels, channels, 3, layers.bias)
-        self.levels = nn.ModuleList()
-        current = channels
-        for level, width in enumerate(widths):
-            halve = downsample(downsampling, layers, width) if level < len(widths) - 1 else None
-            self.levels.append(Level(layers, current, width, blocks, level in attention_levels, halve))
-            current = width
-        self.middle = middle(layers, current, middle_blocks, middle_attention)
-        self.norm_out = layers.norm(current)
-        self.conv_out = layers.convolution(current, z_channels, out_kernel)
-        self.to_latents = nn.Identity()
-        if latent_kernel is not None:
-            self.to_latents = layers.convolution(z_channels, latent_dim, latent_kernel)
-
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, *size) -> (B, latent_dim, *grid)
-        x = self.conv_in(images)
-        for level in self.levels:
-            x = level(x)
-        x = self.middle(x)
-        return self.to_latents(self.conv_out(F.silu(self.norm_out(x))))
-
-
-class Decoder(nn.Module):
-    """Residual blocks at each resolution, one doubling between two resolutions; `levels` runs from the lowest up."""
-
-    def __init__(
-        self,
-        layers: Layers,
-        code_dim: int,
-        code_kernel: int | None,
-        z_channels: int,
-        widths: Sequence[int],
-        blocks: int,
-        attention_levels: Collection[int],
-        middle_blocks: int,
-        middle_attention: bool,
-        upsampling: Upsampling,
-        adaptive_norm: bool,
-        out_channels: int,
-    ) -> None:
-        super().__init__()
-        self.from_codes = nn.Identity()
-        if code_kernel is not None:
-            self.from_codes = layers.convolution(code_dim, z_channels, code_kernel)
-        current = widths[-1]
-        self.conv_in = layers.convolution(z_channels, current, 3)
-        self.middle = middle(layers, current, middle_blocks, middle_attention)
-        self.levels = nn.ModuleList()
-        self.adaptive_norms = nn.ModuleList()
-        for level in reversed(range(len(widths))):
-            if adaptive_norm:
-                self.adaptive_norms.append(AdaptiveNorm(layers, current, z_channels))
-            double = upsample(upsampling, layers, widths[level]) if level > 0 else None
-            self.levels.append(Level(layers, current, widths[level], blocks, level in attention_levels, double))
-            current = widths[level]
-        self.norm_out = layers.norm(current)
-        self.conv_out = layers.convolution(current, out_channels, 3)
-
-    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, *grid) -> (B, out_channels, *size)
-        z = self.from_codes(codes)
-        x = self.middle(self.conv_in(z))
-        for place, level in enumerate(self.levels):
-            if self.adaptive_norms:
-                x = self.adaptive_norms[place](x, z)
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
 class ConvAutoencoder(Autoencoder):
-    """Residual blocks at each resolution, one halving between two resolutions.
+    """Encode and decode images by convolutions: residual blocks at each resolution, one halving between two.
 
     The defaults are VQGAN's. LlamaGen's has `z_channels: 256`; VAR's `channels: 160` and `latent_kernel: 3`;
     Open-MAGVIT2's `blocks: 4`, `decoder_blocks: 4`, `middle_blocks: 4`, `attention: false`, `bias: false`,
@@ -358,13 +41,13 @@ class ConvAutoencoder(Autoencoder):
         in_channels: C of the images.
         out_channels: of the decoder's outputs, where a loss takes more than the pixels themselves; C by default.
         channels: width of the first convolution.
-        multipliers: width of each resolution as a multiple of `channels`; n of them make a 2^(n-1)x down-sampling.
+        multipliers: width of each resolution as a multiple of `channels`; n of them down-sample by 2^(n-1).
         decoder_multipliers: the decoder's, as many; `multipliers` by default.
         blocks: residual blocks at each resolution of the encoder.
         decoder_blocks: at each resolution of the decoder; one more than in the encoder by default, as in the paper.
         middle_blocks: residual blocks at the lowest resolution, after the encoder's and before the decoder's levels.
         attention: self-attention after each block of these resolutions, counted from the full one, 0, and in the
-            middle; true is the lowest resolution, `[]` the middle alone, false none at all.
+            middle; true is the lowest resolution and the middle, `[]` the middle alone, false none at all.
         decoder_attention: the decoder's; `attention` by default.
         norm_groups: groups of every GroupNorm; must divide every width.
         bias: of the convolutions inside residual blocks and of the encoder's first one. The others always have it.
@@ -391,6 +74,7 @@ class ConvAutoencoder(Autoencoder):
         self,
         code_dim: int,
         latent_dim: int | None = None,
+        *,
         in_channels: int = 3,
         out_channels: int | None = None,
         channels: int = 128,
@@ -441,7 +125,7 @@ class ConvAutoencoder(Autoencoder):
         self.frames = frames
         self.pixels = pixels
         self.downsampling = 2 ** (len(widths) - 1)
-        layers = Layers(dims, causal, norm_groups, bias, shortcut)
+        layers = Layers(dims=dims, causal=causal, norm_groups=norm_groups, bias=bias, shortcut=shortcut)
         self.encoder = Encoder(
             layers,
             in_channels=in_channels,
@@ -510,13 +194,372 @@ class ConvAutoencoder(Autoencoder):
         return outputs * 2 - 1 if self.pixels == "unit" else outputs
 
     def _layout(self, x: Tensor) -> Tensor:
-        # The memory layout that oneDNN's and cuDNN's bf16 convolutions want.
+        # The memory layout that the bf16 convolutions of oneDNN and cuDNN want.
         return x.contiguous(memory_format=torch.channels_last) if self.dims == 2 else x
 
 
 def _levels(name: str, attention: bool | Sequence[int], count: int) -> set[int]:
-    """The resolutions with attention, 0 the full one."""
+    """The numbers of the resolutions with attention, 0 for the full one."""
     levels = ({count - 1} if attention else set()) if isinstance(attention, bool) else set(attention)
     if not levels <= set(range(count)):
         raise ValueError(f"{name}={sorted(levels)} must be levels between 0, the full resolution, and {count - 1}")
     return levels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """The settings that every layer of a network has in common."""
+
+    dims: int
+    """Axes of the grid: 1, 2 or 3. Of three, the first is time."""
+    causal: bool
+    """No frame sees a later one."""
+    norm_groups: int
+    """Groups of every GroupNorm."""
+    bias: bool
+    """The convolutions inside residual blocks have one."""
+    shortcut: Literal["input", "output"]
+    """What the shortcut of a residual block reads where the channels change."""
+
+    def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
+        """Make a convolution of stride 1, to a grid of the same size."""
+        kind = CausalConvolution if self.causal else CONVOLUTIONS[self.dims]
+        return kind(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+
+    def norm(self, channels: int, affine: bool = True) -> nn.Module:
+        """Make a GroupNorm, of each frame by itself where time is causal."""
+        kind = FrameGroupNorm if self.causal else nn.GroupNorm
+        return kind(self.norm_groups, channels, eps=1e-6, affine=affine)
+
+
+class Encoder(nn.Module):
+    """Encode images to latents: residual blocks at each resolution, one halving between two resolutions."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        in_channels: int,
+        channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention_levels: Collection[int],
+        middle_blocks: int,
+        middle_attention: bool,
+        downsampling: Downsampling,
+        z_channels: int,
+        out_kernel: int,
+        latent_dim: int,
+        latent_kernel: int | None,
+    ) -> None:
+        super().__init__()
+        self.conv_in = layers.convolution(in_channels, channels, 3, layers.bias)
+        self.levels = nn.ModuleList()
+        current = channels
+        for level, width in enumerate(widths):
+            halve = downsample(downsampling, layers, width) if level < len(widths) - 1 else None
+            self.levels.append(
+                Level(
+                    layers,
+                    in_channels=current,
+                    channels=width,
+                    blocks=blocks,
+                    attention=level in attention_levels,
+                    resample=halve,
+                )
+            )
+            current = width
+        self.middle = middle(layers, current, blocks=middle_blocks, attention=middle_attention)
+        self.norm_out = layers.norm(current)
+        self.conv_out = layers.convolution(current, z_channels, out_kernel)
+        self.to_latents = nn.Identity()
+        if latent_kernel is not None:
+            self.to_latents = layers.convolution(z_channels, latent_dim, latent_kernel)
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, *size) -> (B, latent_dim, *grid)
+        x = self.conv_in(images)
+        for level in self.levels:
+            x = level(x)
+        x = self.middle(x)
+        return self.to_latents(self.conv_out(F.silu(self.norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Decode codes to images: residual blocks at each resolution, one doubling between two resolutions.
+
+    `levels` runs from the lowest resolution up.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        code_dim: int,
+        code_kernel: int | None,
+        z_channels: int,
+        widths: Sequence[int],
+        blocks: int,
+        attention_levels: Collection[int],
+        middle_blocks: int,
+        middle_attention: bool,
+        upsampling: Upsampling,
+        adaptive_norm: bool,
+        out_channels: int,
+    ) -> None:
+        super().__init__()
+        self.from_codes = nn.Identity()
+        if code_kernel is not None:
+            self.from_codes = layers.convolution(code_dim, z_channels, code_kernel)
+        current = widths[-1]
+        self.conv_in = layers.convolution(z_channels, current, 3)
+        self.middle = middle(layers, current, blocks=middle_blocks, attention=middle_attention)
+        self.levels = nn.ModuleList()
+        self.adaptive_norms = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            if adaptive_norm:
+                self.adaptive_norms.append(AdaptiveNorm(layers, current, code_dim=z_channels))
+            double = upsample(upsampling, layers, widths[level]) if level > 0 else None
+            self.levels.append(
+                Level(
+                    layers,
+                    in_channels=current,
+                    channels=widths[level],
+                    blocks=blocks,
+                    attention=level in attention_levels,
+                    resample=double,
+                )
+            )
+            current = widths[level]
+        self.norm_out = layers.norm(current)
+        self.conv_out = layers.convolution(current, out_channels, 3)
+
+    def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, *grid) -> (B, out_channels, *size)
+        z = self.from_codes(codes)
+        x = self.middle(self.conv_in(z))
+        for number, level in enumerate(self.levels):
+            if self.adaptive_norms:
+                x = self.adaptive_norms[number](x, z)
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Level(nn.Module):
+    """Apply the residual blocks of one resolution, attention after each or none, then change the resolution or not."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        in_channels: int,
+        channels: int,
+        blocks: int,
+        attention: bool,
+        resample: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels, *[channels] * blocks]
+        self.blocks = nn.ModuleList(ResidualBlock(layers, widths[i], widths[i + 1]) for i in range(blocks))
+        self.attention = nn.ModuleList(SpatialAttention(layers, channels) for _ in range(blocks if attention else 0))
+        self.resample = nn.Identity() if resample is None else resample
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in_channels, *grid) -> (B, channels, *resampled)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if self.attention:
+                x = self.attention[number](x)
+        return self.resample(x)
+
+
+def middle(layers: Layers, channels: int, *, blocks: int, attention: bool) -> nn.Sequential:
+    """Make the residual blocks at the lowest resolution, with attention after the first."""
+    made: list[nn.Module] = [ResidualBlock(layers, channels, channels) for _ in range(blocks)]
+    if attention:
+        made.insert(1, SpatialAttention(layers, channels))
+    return nn.Sequential(*made)
+
+
+class ResidualBlock(nn.Module):
+    """Add to its input GroupNorm, swish and 3-wide convolution, twice; a 1-wide shortcut where the channels change.
+
+    `shortcut="output"` is MaskGIT's: where the channels change, the shortcut reads what the two convolutions gave, and
+    the block's input is not added.
+    """
+
+    def __init__(self, layers: Layers, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = layers.norm(in_channels)
+        self.conv1 = layers.convolution(in_channels, out_channels, 3, layers.bias)
+        self.norm2 = layers.norm(out_channels)
+        self.conv2 = layers.convolution(out_channels, out_channels, 3, layers.bias)
+        self.shortcut = nn.Identity()
+        self.shortcut_of_output = in_channels != out_channels and layers.shortcut == "output"
+        if in_channels != out_channels:
+            shortcut_channels = out_channels if self.shortcut_of_output else in_channels
+            self.shortcut = layers.convolution(shortcut_channels, out_channels, 1, layers.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, *grid) -> (B, out, *grid)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return self.shortcut(hidden if self.shortcut_of_output else x) + hidden
+
+
+class SpatialAttention(nn.Module):
+    """Add to its input self-attention of one head over all positions (of each frame, where time is causal)."""
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.frames_apart = layers.causal
+        self.norm = layers.norm(channels)
+        self.query_key_value = layers.convolution(channels, 3 * channels, 1)
+        self.out = layers.convolution(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid)
+        projected = self.query_key_value(self.norm(x))
+        if self.frames_apart:
+            projected = frames_as_batch(projected)
+        query, key, value = rearrange(projected, "b (qkv c) ... -> qkv b 1 (...) c", qkv=3)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, 1, N, c), or (B T, 1, h w, c)
+        if self.frames_apart:
+            return x + self.out(rearrange(mixed, "(b t) 1 (h w) c -> b c t h w", b=len(x), h=x.shape[3]))
+        return x + self.out(rearrange(mixed, "b 1 n c -> b c n").reshape(x.shape))
+
+
+class AdaptiveNorm(nn.Module):
+    """Apply a GroupNorm whose gain and offset are read off the codes (MAGVIT-v2: Yu et al., 2024, sec. 3.2).
+
+    The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes; the offset
+    from their mean.
+    """
+
+    def __init__(self, layers: Layers, channels: int, *, code_dim: int) -> None:
+        super().__init__()
+        self.norm = layers.norm(channels, affine=False)
+        self.gain = nn.Linear(code_dim, channels)
+        self.offset = nn.Linear(code_dim, channels)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
+        positions = rearrange(codes, "b d ... -> b d (...)")
+        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt())
+        offset = self.offset(positions.mean(dim=2))
+        shape = (*gain.shape, *(1,) * (x.dim() - 2))
+        return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
+
+
+# Halving and doubling the grid.
+
+
+def downsample(kind: Downsampling, layers: Layers, channels: int) -> nn.Module:
+    """Make the layer that halves the grid."""
+    return AveragePool(layers) if kind == "average" else Downsample(layers, channels, padding=kind)
+
+
+def upsample(kind: Upsampling, layers: Layers, channels: int) -> nn.Module:
+    """Make the layer that doubles the grid."""
+    return {"nearest": Upsample, "depth_to_space": DepthToSpace}[kind](layers, channels)
+
+
+class Downsample(nn.Module):
+    """Halve the grid by a 3-wide convolution of stride 2 on a grid padded by one.
+
+    `"right"` pads the end of each axis, as taming and TensorFlow's "same" padding do; `"symmetric"` both ends, of which
+    an even size uses the first.
+    """
+
+    def __init__(self, layers: Layers, channels: int, *, padding: Literal["right", "symmetric"]) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        axis = (0, 1) if padding == "right" else (1, 1)
+        self.padding = axis * (layers.dims - layers.causal)
+        self.conv = CONVOLUTIONS[layers.dims](channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
+        return self.conv(F.pad(repeat_first_frame(x, 2) if self.causal else x, self.padding))
+
+
+class AveragePool(nn.Module):
+    """Halve the grid by the mean of each two, four or eight neighbours."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[layers.dims]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
+        return self.pool(repeat_first_frame(x, 1) if self.causal else x, 2)
+
+
+class Upsample(nn.Module):
+    """Double the grid by nearest neighbour, then a 3-wide convolution."""
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.conv = layers.convolution(channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
+        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return self.conv(larger[:, :, 1:] if self.causal else larger)
+
+
+DEPTH_TO_SPACE = {
+    1: "b (i c) l -> b c (l i)",
+    2: "b (i j c) h w -> b c (h i) (w j)",
+    3: "b (i j k c) t h w -> b c (t i) (h j) (w k)",
+}
+
+
+class DepthToSpace(nn.Module):
+    """Double the grid by a 3-wide convolution to 2^dims as many channels, which become neighbours.
+
+    The channels are ordered (neighbour, channel): depth-column-row, unlike `PixelShuffle`.
+    """
+
+    def __init__(self, layers: Layers, channels: int) -> None:
+        super().__init__()
+        self.causal = layers.causal
+        self.dims = layers.dims
+        self.conv = layers.convolution(channels, channels * 2**layers.dims, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
+        larger = rearrange(self.conv(x), DEPTH_TO_SPACE[self.dims], **dict.fromkeys("ijk"[: self.dims], 2))
+        return larger[:, :, 1:] if self.causal else larger
+
+
+# Clips whose time is causal: 1 + 2t frames are halved to 1 + t and doubled back, so that the first frame stays alone.
+
+
+def frames_as_batch(x: Tensor) -> Tensor:
+    """Make every frame a row of the batch."""
+    return rearrange(x, "b c t h w -> (b t) c h w")
+
+
+def batch_as_frames(x: Tensor, batch: int) -> Tensor:
+    """Make clips of `batch` equal parts of the rows: the inverse of `frames_as_batch`."""
+    return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+
+
+def repeat_first_frame(x: Tensor, count: int) -> Tensor:
+    """Put `count` copies of the first frame before a clip `(B, C, T, H, W)`.
+
+    A clip starts as if it had stood still before, so that a first frame is encoded as an image of its own.
+    """
+    return F.pad(x, (0, 0, 0, 0, count, 0), mode="replicate") if count else x
+
+
+class CausalConvolution(nn.Conv3d):
+    """Convolve clips, looking back in time only (MAGVIT-v2: Yu et al., 2024, sec. 3.2)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, padding: int = 0, **options: bool | int
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel, padding=(0, padding, padding), **options)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T, H, W)
+        return super().forward(repeat_first_frame(input, self.kernel_size[0] - 1))
+
+
+class FrameGroupNorm(nn.GroupNorm):
+    """Normalise every frame by itself: statistics over a clip would tell the first frames of the last."""
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B, C, T, H, W)
+        return batch_as_frames(super().forward(frames_as_batch(input)), len(input))

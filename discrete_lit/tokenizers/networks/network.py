@@ -1,4 +1,4 @@
-"""What a tokenizer asks of its network."""
+"""The contract of an autoencoder network: images to a grid of latents, and codes back to images."""
 
 from abc import ABC, abstractmethod
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module, ABC):
-    """Images to a grid of latents and back; the tokenizer puts its quantizer between the two.
+    """Encode images to a grid of latents, and decode them; the tokenizer puts its quantizer between the two.
 
     A tokenizer builds its network by a call with two integers: `code_dim`, the width of what the decoder takes, and
     `latent_dim`, the width of what the encoder gives. They differ where the bottleneck narrows, as a KL one does.
@@ -30,7 +30,7 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """`(B, C, H, W)` in [-1, 1] to latents `(B, latent_dim, *grid)`.
+        """Encode images `(B, C, H, W)` in [-1, 1] to latents `(B, latent_dim, *grid)`.
 
         Raises:
             ValueError: a side that the network cannot divide.
@@ -38,4 +38,4 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Codes `(B, code_dim, *grid)` to `(B, C, H, W)`, about [-1, 1] and not clamped."""
+        """Decode codes `(B, code_dim, *grid)` to images `(B, C, H, W)`, about [-1, 1] and not clamped."""

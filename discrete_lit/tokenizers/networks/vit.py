@@ -1,13 +1,16 @@
-"""The stack of transformer blocks in the autoencoders that have no convolutions.
+"""The transformer autoencoder of ViT-VQGAN (Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022).
 
-The transformer autoencoder of ViT-VQGAN (Yu et al., "Vector-quantized Image Modeling with Improved VQGAN", 2022).
+    images -> patches -> transformer -> tanh head -> latents      codes -> transformer -> tanh head -> patches -> images
+
+`TransformerBlocks` and what stands below it are TiTok's too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,25 +19,25 @@ from discrete_lit.backbones.embeddings import grid_coordinates, sine_cosine_tabl
 from discrete_lit.backbones.layers import Norm
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
-# Of every LayerNorm, as in the published networks.
+# The epsilon of every LayerNorm, as in the published networks.
 _EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """Size of an encoder or a decoder.
+    """The size of a transformer encoder or decoder.
 
     Attributes:
         width: D of the sequence; a multiple of `heads`.
-        depth: blocks.
-        heads: attention heads.
+        depth: number of blocks.
+        heads: number of attention heads.
         mlp_hidden: inner width of the MLPs; 4 x width by default.
     """
 
     width: int
     depth: int
-    heads: int
-    mlp_hidden: int | None = None
+    heads: int = field(kw_only=True)
+    mlp_hidden: int | None = field(default=None, kw_only=True)
 
     @property
     def hidden(self) -> int:
@@ -42,84 +45,11 @@ class TransformerSize:
         return 4 * self.width if self.mlp_hidden is None else self.mlp_hidden
 
 
-class TransformerBlocks(nn.Module):
-    """Pre-norm blocks in which every element sees every other, with LayerNorm, GELU and biases.
-
-    Raises:
-        ValueError: a width that the heads do not divide.
-    """
-
-    def __init__(self, size: TransformerSize) -> None:
-        super().__init__()
-        if size.width % size.heads:
-            raise ValueError(f"width={size.width} is not a multiple of heads={size.heads}")
-        self.blocks = nn.ModuleList(
-            Block(BlockSettings(size.width, size.heads, size.width // size.heads, size.hidden, norm_epsilon=_EPSILON))
-            for _ in range(size.depth)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def layer_norm(width: int) -> Norm:
-    """A LayerNorm beside the blocks, of the same kind as theirs."""
-    return Norm(width, "layer", epsilon=_EPSILON)
-
-
-def tanh_head(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Two linear layers with a tanh between them, the last ones of these networks."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out))
-
-
-def initialise(network: nn.Module) -> None:
-    """Normal weights of deviation 0.02, truncated at two absolute units, and zero biases (ViT's)."""
-    for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-class PatchPositions(nn.Module):
-    """Adds the embedding of its place to each patch: fixed sines and cosines of row and column, or learned vectors.
-
-    Args:
-        width: D.
-        learned: the grid of the learned vectors, which fit no other; by default sines and cosines, which fit any.
-
-    Raises:
-        ValueError: a width that rows and columns cannot share.
-    """
-
-    table: Tensor
-
-    def __init__(self, width: int, learned: tuple[int, int] | None = None) -> None:
-        super().__init__()
-        self.width = width
-        self.learned = learned is not None
-        self.made_for = learned or (1, 1)
-        if self.learned:
-            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(self.made_for), width), std=0.02))
-        else:
-            table = sine_cosine_table(grid_coordinates(self.made_for), width)
-            self.register_buffer("table", table, persistent=False)
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, h w, D) -> (B, h w, D)
-        if grid != self.made_for:
-            if self.learned:
-                raise ValueError(f"the learned positions are those of a grid {self.made_for}, got {grid}")
-            self.table = sine_cosine_table(grid_coordinates(grid), self.width).to(x.device)
-            self.made_for = grid
-        return x + self.table.to(x.dtype)
-
-
 class ViTAutoencoder(Autoencoder):
-    """Patches of the image, a transformer, a grid of latents; a second transformer, and pixels.
+    """Encode and decode images by transformers over their patches.
 
-    The head of the encoder projects its output to `latent_dim` directly, a few channels: the paper's factorised codes.
+    The head of the encoder projects its output to the few channels of `latent_dim` directly: the paper's factorised
+    codes.
 
     Args:
         code_dim: D of the codes that the decoder takes; a tokenizer gives it.
@@ -192,12 +122,88 @@ class ViTAutoencoder(Autoencoder):
 
     def encode(self, images: Tensor) -> Tensor:
         height, width = (self.grid(side)[0] for side in images.shape[2:])
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (B, h w, D)
+        patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
         latents = self.encoder(self.encoder_positions(patches, (height, width)))
-        return latents.transpose(1, 2).unflatten(2, (height, width))
+        return rearrange(latents, "b (h w) d -> b d h w", h=height)
 
     def decode(self, latents: Tensor) -> Tensor:
         height, width = latents.shape[2:]
-        embedded = self.code_embedding(latents.flatten(2).transpose(1, 2))  # (B, h w, D)
+        embedded = self.code_embedding(rearrange(latents, "b d h w -> b (h w) d"))
         patches = self.decoder(self.decoder_positions(embedded, (height, width)))
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height, width)), self.patch_size)
+        return F.pixel_shuffle(rearrange(patches, "b (h w) d -> b d h w", h=height), self.patch_size)
+
+
+class PatchPositions(nn.Module):
+    """Add the embedding of its position to each patch: fixed sines and cosines of row and column, or learned vectors.
+
+    The sines and cosines of the newest grid are kept, and computed again for another.
+
+    Args:
+        width: D.
+        learned: the grid of the learned vectors, which fit no other; by default sines and cosines, which fit any.
+
+    Raises:
+        ValueError: a width that rows and columns cannot share.
+    """
+
+    table: Tensor
+
+    def __init__(self, width: int, learned: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.width = width
+        self.learned = learned is not None
+        self.made_for = learned or (1, 1)
+        if self.learned:
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(self.made_for), width), std=0.02))
+        else:
+            table = sine_cosine_table(grid_coordinates(self.made_for), width)
+            self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, h w, D) -> (B, h w, D)
+        if grid != self.made_for:
+            if self.learned:
+                raise ValueError(f"the learned positions are those of a grid {self.made_for}, got {grid}")
+            self.table = sine_cosine_table(grid_coordinates(grid), self.width).to(x.device)
+            self.made_for = grid
+        return x + self.table.to(x.dtype)
+
+
+class TransformerBlocks(nn.Module):
+    """Apply pre-norm blocks in which every position sees every other, with LayerNorm, GELU and biases.
+
+    Raises:
+        ValueError: a width that the heads do not divide.
+    """
+
+    def __init__(self, size: TransformerSize) -> None:
+        super().__init__()
+        if size.width % size.heads:
+            raise ValueError(f"width={size.width} is not a multiple of heads={size.heads}")
+        self.blocks = nn.ModuleList(
+            Block(BlockSettings(size.width, size.heads, size.width // size.heads, size.hidden, norm_epsilon=_EPSILON))
+            for _ in range(size.depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def layer_norm(width: int) -> Norm:
+    """Make a LayerNorm of the same kind as those in the blocks."""
+    return Norm(width, "layer", epsilon=_EPSILON)
+
+
+def tanh_head(width: int, hidden: int, out: int) -> nn.Sequential:
+    """Make two linear layers with a tanh between them, the last ones of these networks."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, out))
+
+
+def initialise(network: nn.Module) -> None:
+    """Draw normal weights of deviation 0.02, truncated at -2 and 2, and set biases to zero, as ViT does."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

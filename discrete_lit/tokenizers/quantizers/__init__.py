@@ -1,4 +1,21 @@
-"""Quantizers: latents `(B, ..., D)` of any grid to ids and back. Plain PyTorch."""
+"""Quantizers: latents `(B, *grid, D)` to ids and code vectors. Plain PyTorch; each algorithm stands in one file.
+
+    quantizer.py            the contract
+    vector.py               VQ-VAE, with EMA or gradient codebook (VQGAN, ViT-VQGAN, LlamaGen, TiTok); SimVQ
+    residual.py             RQ-VAE
+    multi_scale.py          VAR
+    lookup_free.py          LFQ (MAGVIT-v2, MaskBit); BSQ
+    finite_scalar.py        FSQ
+    gumbel.py               Gumbel-softmax (DALL-E's dVAE)
+    index_backpropagation.py  IBQ
+
+and what they share:
+
+    codebook.py             the EMA codebook, its start from data or k-means, the revival of dead codes
+    nearest.py              the exact search for the nearest code
+    gradient_estimators.py  straight-through estimator, rotation trick
+    entropy.py              the entropy terms of LFQ, BSQ, IBQ and MaskGIT's VQ
+"""
 
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
 from discrete_lit.tokenizers.quantizers.finite_scalar import FiniteScalarQuantizer

@@ -1,11 +1,18 @@
-"""First codes from the latents of the first training batch, the same however the batch is split over ranks.
+"""The codebook of VQ-VAE and its kin: codes, the search among them, and how they follow the latents.
 
-A codebook: the codes, the search among them, and how they follow the latents.
+    EMA codebook       each code is the running mean of the latents that chose it (van den Oord et al., "Neural Discrete
+                       Representation Learning", 2017, appendix A.1)
+    gradient codebook  codes are a parameter that the quantizer's loss trains
+    start              codes from the first training batch: some of its latents, or k-means centres of them
+    dead codes         are replaced by latents (RQ-VAE: Lee et al., 2022)
+
+All statistics are those of the latents of all ranks together, so splitting a batch over ranks changes nothing.
 """
 
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,114 +20,35 @@ from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, rank
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 
-# Seeds are drawn in at most this many passes over the latents, Lloyd's iterations in this many.
+CodebookUpdate = Literal["ema", "gradient"]
+CodebookInit = Literal["data", "kmeans", "uniform", "normal"]
+
+# k-means: seeds are drawn in at most this many passes over the latents, and moved by so many of Lloyd's iterations.
 _SEEDING_ROUNDS = 256
-
-
 _LLOYD_ITERATIONS = 10
 
 
-def sort_keys(rows: Tensor) -> Tensor:
-    """`(n, 2)` float64 of rows `(n, D)`: the first channel, and one number of all channels that breaks its ties."""
-    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64).sqrt()
-    return torch.stack((rows[:, 0].double(), (rows.double() * weights).sum(dim=1)), dim=1)
-
-
-def sort_order(keys: Tensor) -> Tensor:
-    """The order of keys `(n, 2)` by their first, then by their second number: it forgets the order they came in."""
-    order = keys[:, 1].argsort(stable=True)
-    return order[keys[order, 0].argsort(stable=True)]
-
-
-def spread_codes(rows: Tensor, size: int) -> Tensor:
-    """`size` of the sorted rows `(n, D)`, evenly along their first channel, some of them twice where `n < size`."""
-    places = (torch.arange(size, device=rows.device) * 2 + 1) * len(rows) // (2 * size)
-    return rows[places]
-
-
-def kmeans_codes(rows: Tensor, everyone: Tensor, size: int, normalize: bool, seed: int) -> Tensor:
-    """Centres of k-means: seeds far from one another, then Lloyd's iterations over the latents of all ranks.
-
-    Args:
-        rows: `(n, D)` latents of this rank.
-        everyone: `(N, D)` sorted latents of all ranks.
-        size: K.
-        normalize: centres stay on the unit sphere (spherical k-means: Dhillon and Modha, 2001).
-        seed: of the random choice of the seeds.
-
-    Returns:
-        `(K, D)`. A centre that loses all its rows stays where it is.
-    """
-    if len(everyone) <= size:
-        return spread_codes(everyone, size)
-    centres = _seeds(everyone, size, seed)
-    for _ in range(_LLOYD_ITERATIONS):
-        ids = nearest_codes(rows, centres)
-        counts = all_reduce_sum(rows.new_zeros(size).index_add_(0, ids, rows.new_ones(len(rows))))
-        sums = all_reduce_sum(torch.zeros_like(centres).index_add_(0, ids, rows))
-        means = sums / counts.clamp_min(1)[:, None]
-        if normalize:
-            means = F.normalize(means, dim=1)
-        centres = torch.where((counts > 0)[:, None], means, centres)
-    return centres
-
-
-def from_first_rank(value: Tensor) -> Tensor:
-    """The first rank's `value` on every rank."""
-    return all_reduce_sum(value if rank() == 0 else torch.zeros_like(value))
-
-
-def gather_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The finite ones of rows `(n, D)`, and the sorted ones of all ranks `(N, D)`."""
-    rows = rows[rows.isfinite().all(dim=1)]
-    everyone = all_gather_rows(rows)
-    return rows, everyone[sort_order(sort_keys(everyone))]
-
-
-def _seeds(everyone: Tensor, size: int, seed: int) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii, 2007): rows drawn by their squared distance to the seeds so far.
-
-    A large codebook draws several seeds at once, by the exponential race of Efraimidis and Spirakis (2006).
-    """
-    random = CounterRandom(seed, torch.zeros(1, dtype=torch.int64, device=everyone.device))
-    weights = torch.ones(len(everyone), device=everyone.device, dtype=torch.float64)
-    chosen: list[Tensor] = []
-    rounds = min(size, _SEEDING_ROUNDS)
-    for step in range(rounds):
-        count = size * (step + 1) // rounds - size * step // rounds
-        arrivals = -random.uniform(Purpose.CODE_START, len(everyone), step)[0].log() / weights
-        seeds = everyone[arrivals.topk(count, largest=False).indices]
-        chosen.append(seeds)
-        distances = (everyone - seeds[nearest_codes(everyone, seeds)]).square().sum(dim=1).double()
-        weights = distances if step == 0 else torch.minimum(weights, distances)
-    return torch.cat(chosen)
-
-
-CodebookUpdate = Literal["ema", "gradient"]
-
-
-CodebookInit = Literal["data", "kmeans", "uniform", "normal"]
-
-
 class Codebook(nn.Module):
-    """K codes of width D. A quantizer calls, in this order, for latents `(..., D)` in float32:
+    """Hold K codes of width D, and find, update and revive them.
+
+    A quantizer calls, in this order, for latents `(..., D)` in float32:
 
         codebook.prepare(latents)           # training: the first codes, on the first batch
         ids = codebook.search(latents)
-        codes = codebook.lookup(ids)        # losses, the gradient to the latents
+        e = codebook.lookup(ids)            # losses, the gradient to the latents
         codebook.observe(latents, ids)      # training: running means, revival
 
-    Statistics are those of the latents of all ranks together, and what is drawn depends on `seed` and the number of
-    calls of `observe` alone, so neither the number of ranks nor a resume changes a code. Latents that are not finite
-    are left out of them. A codebook that several residual depths share is called so at each depth: every `observe` is
-    a step of the running means, and the next depth searches the moved codes (as RQ-VAE does); its first codes come
-    from the first depth's latents.
+    In training `prepare` and `observe` move the buffers below. What they draw at random is a function of `seed` and of
+    the number of calls of `observe` (`steps`, a buffer), so neither the number of ranks nor a resume changes a code.
+    Latents that are not finite are left out of all statistics. A codebook that several residual depths share is called
+    so at each depth: every `observe` is a step of the running means, and the next depth searches the moved codes (as
+    RQ-VAE does); its first codes come from the first depth's latents.
 
     Args:
         size: K.
         dim: D.
-        update: `"ema"` moves codes to the running mean of their latents (van den Oord et al., 2017, appendix A.1);
-            `"gradient"` makes them a parameter, trained by the quantizer's loss.
+        update: `"ema"` moves codes to the running mean of their latents (appendix A.1); `"gradient"` makes them a
+            parameter, trained by the quantizer's loss.
         decay: gamma of appendix A.1, also of the usage that `revive_below` looks at.
         init: first codes from the latents of the first training batch: `"data"` takes some of them, `"kmeans"` their
             cluster centres. `"uniform"` in [-1 / K, 1 / K], where taming, LlamaGen and others begin: far from the
@@ -140,16 +68,19 @@ class Codebook(nn.Module):
     codes: Tensor
     """`(K, D)`, as stored: `lookup` gives them as they are used."""
     cluster_size: Tensor
-    """`(K,)` usage: the running mean of the latents of each code in a batch; with `"ema"` or revival only."""
+    """`(K,)` usage N: the running mean of each code's number of latents in a batch; with `"ema"` or revival only."""
     embedding_sum: Tensor
-    """`(K, D)` running sums of the latents of each code; with `"ema"` only."""
+    """`(K, D)` m: the running mean of the sum of each code's latents in a batch; with `"ema"` only."""
     started: Tensor
+    """Bool: the codes have been taken from data, or came with a checkpoint; with `"data"` and `"kmeans"` only."""
     steps: Tensor
+    """int64: calls of `observe` in training, which number the random draws of the revival; with revival only."""
 
     def __init__(
         self,
         size: int,
         dim: int,
+        *,
         update: CodebookUpdate = "ema",
         decay: float = 0.99,
         init: CodebookInit = "data",
@@ -191,18 +122,23 @@ class Codebook(nn.Module):
             self.register_buffer("started", torch.tensor(False))
 
     def project(self, latents: Tensor) -> Tensor:
-        """Latents `(..., D)` as they are compared with codes: on the unit sphere with `normalize`, else unchanged."""
+        """Put latents `(..., D)` where codes are compared: on the unit sphere with `normalize`, else unchanged."""
         return self._on_sphere(latents)
 
     @torch.no_grad()
     def search(self, latents: Tensor) -> Tensor:
-        """Ids `(...)` of the codes nearest in Euclidean distance to latents `(..., D)`."""
-        rows = self.project(latents.reshape(-1, self.dim))
+        """Find the ids `(...)` of the codes nearest in Euclidean distance to latents `(..., D)`."""
+        rows = self.project(rearrange(latents, "... d -> (...) d"))
         return nearest_codes(rows, self._on_sphere(self.codes)).reshape(latents.shape[:-1])
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Codes `(..., D)` of ids `(...)`, with the gradient of the codes where they are a parameter."""
+        """Look up the codes `(..., D)` of ids `(...)`, with their gradient where they are a parameter."""
         return self._on_sphere(F.embedding(ids, self.codes))
+
+    def _on_sphere(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    # The start: codes from the first training batch.
 
     @torch.no_grad()
     def prepare(self, latents: Tensor) -> None:
@@ -213,33 +149,37 @@ class Codebook(nn.Module):
         if not (self.training and self._may_start):
             return
         if not self.started:
-            rows, everyone = gather_finite(self.project(latents.detach().reshape(-1, self.dim)))
+            rows, everyone = gather_finite(self.project(rearrange(latents.detach(), "... d -> (...) d")))
             if len(everyone) == 0:
                 return
             if self.init == "data":
                 codes = spread_codes(everyone, self.size)
             else:
-                codes = kmeans_codes(rows, everyone, self.size, self.normalize, self.seed)
-            self.codes.copy_(from_first_rank(codes))
+                codes = kmeans_codes(rows, everyone, size=self.size, normalize=self.normalize, seed=self.seed)
+            self.codes.copy_(_from_first_rank(codes))
             if self.update == "ema":
                 self.embedding_sum.copy_(self.codes * self.first_usage)
             self.started.fill_(True)
         self._may_start = False  # `started` is read once: reading it on every step would wait for the device
 
+    # The update: running means (appendix A.1), revival of dead codes.
+
     @torch.no_grad()
     def observe(self, latents: Tensor, ids: Tensor) -> None:
         """Update the statistics and revive dead codes by latents `(..., D)` and their ids `(...)`; not in eval mode.
 
-        Call it behind everything that uses the codes of this batch.
+        Call it after everything that uses the codes of this batch.
         """
         if not (self.training and self.counts_usage):
             return
-        rows, ids = self.project(latents.detach().reshape(-1, self.dim)), ids.reshape(-1)
+        rows, ids = self.project(rearrange(latents.detach(), "... d -> (...) d")), ids.reshape(-1)
         finite = rows.isfinite().all(dim=1)
         rows = torch.where(finite[:, None], rows, 0.0)
+        # Eq. 6: N <- gamma N + (1 - gamma) n, with n the number of latents of each code in this batch.
         counts = all_reduce_sum(torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.float()))
         self.cluster_size.lerp_(counts, 1 - self.decay)
         if self.update == "ema":
+            # Eq. 7: m <- gamma m + (1 - gamma) times their sum.
             sums = all_reduce_sum(torch.zeros_like(self.embedding_sum).index_add_(0, ids, rows))
             self.embedding_sum.lerp_(sums, 1 - self.decay)
             self.codes.copy_(self._means())
@@ -247,16 +187,13 @@ class Codebook(nn.Module):
             self.steps += 1
             self._revive(rows[finite])
 
-    def _on_sphere(self, vectors: Tensor) -> Tensor:
-        return F.normalize(vectors, dim=-1) if self.normalize else vectors
-
     def _means(self) -> Tensor:
-        """Appendix A.1, eq. 6-8."""
+        """Eq. 8: e = m / N."""
         if self.normalize:
-            # The direction of the sum, which a code without latents keeps while the sum itself decays to nothing.
+            # The direction of m, which a code without latents keeps while m itself decays to nothing.
             length = self.embedding_sum.norm(dim=1, keepdim=True)
             return torch.where(length > 1e-30, self.embedding_sum / length, self.codes)
-        # Laplace smoothing keeps the codes of empty clusters finite.
+        # Laplace smoothing of N keeps the codes of empty clusters finite.
         total, smoothing = self.cluster_size.sum(), 1e-5
         size = (self.cluster_size + smoothing) / (total + self.size * smoothing) * total
         return self.embedding_sum / size[:, None]
@@ -271,11 +208,11 @@ class Codebook(nn.Module):
         order = sort_order(all_gather_rows(sort_keys(rows)))
         random = CounterRandom(self.seed, self.steps[None])
         drawn = order[random.uniform(Purpose.CODE_REVIVAL, len(order))[0].argsort()[: len(dead)]]
-        # Every rank brings the drawn rows that are its own.
-        places = drawn - lengths[: rank()].sum()
-        own = (places >= 0) & (places < len(rows))
+        # Each rank fills in the drawn rows that are its own; their sum over ranks has them all.
+        position = drawn - lengths[: rank()].sum()
+        own = (position >= 0) & (position < len(rows))
         values = rows.new_zeros(len(drawn), self.dim)
-        values[own] = rows[places[own]]
+        values[own] = rows[position[own]]
         values = all_reduce_sum(values)
         # The least used first, where the batch has fewer latents than there are dead codes.
         dead = dead[self.cluster_size[dead].argsort(stable=True)][: len(drawn)]
@@ -283,3 +220,82 @@ class Codebook(nn.Module):
         self.cluster_size[dead] = self.first_usage
         if self.update == "ema":
             self.embedding_sum[dead] = values * self.first_usage
+
+
+# First codes from latents, the same however these are split over ranks: the latents of all ranks are sorted first.
+
+
+def gather_finite(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the rows `(n, D)` that are not finite; give back the others, and those of all ranks `(N, D)`, sorted."""
+    rows = rows[rows.isfinite().all(dim=1)]
+    everyone = all_gather_rows(rows)
+    return rows, everyone[sort_order(sort_keys(everyone))]
+
+
+def sort_keys(rows: Tensor) -> Tensor:
+    """Compute `(n, 2)` float64 keys of rows `(n, D)`: the first channel, and a sum of all channels that breaks ties."""
+    weights = torch.arange(1, rows.shape[1] + 1, device=rows.device, dtype=torch.float64).sqrt()
+    return torch.stack((rows[:, 0].double(), (rows.double() * weights).sum(dim=1)), dim=1)
+
+
+def sort_order(keys: Tensor) -> Tensor:
+    """Sort keys `(n, 2)` by their first number, ties by their second: `(n,)` indices, whatever order they came in."""
+    order = keys[:, 1].argsort(stable=True)
+    return order[keys[order, 0].argsort(stable=True)]
+
+
+def spread_codes(rows: Tensor, size: int) -> Tensor:
+    """Take `size` of the sorted rows `(n, D)`, evenly along their first channel; some of them twice if `n < size`."""
+    evenly = (torch.arange(size, device=rows.device) * 2 + 1) * len(rows) // (2 * size)
+    return rows[evenly]
+
+
+def kmeans_codes(rows: Tensor, everyone: Tensor, *, size: int, normalize: bool, seed: int) -> Tensor:
+    """Find the centres of k-means: seeds far from one another, moved by Lloyd's iterations over all ranks' latents.
+
+    Args:
+        rows: `(n, D)` latents of this rank.
+        everyone: `(N, D)` sorted latents of all ranks.
+        size: K.
+        normalize: centres stay on the unit sphere (spherical k-means: Dhillon and Modha, 2001).
+        seed: of the random choice of the seeds.
+
+    Returns:
+        `(K, D)`. A centre that loses all its rows stays where it is.
+    """
+    if len(everyone) <= size:
+        return spread_codes(everyone, size)
+    centres = _seeds(everyone, size, seed)
+    for _ in range(_LLOYD_ITERATIONS):
+        ids = nearest_codes(rows, centres)
+        counts = all_reduce_sum(rows.new_zeros(size).index_add_(0, ids, rows.new_ones(len(rows))))
+        sums = all_reduce_sum(torch.zeros_like(centres).index_add_(0, ids, rows))
+        means = sums / counts.clamp_min(1)[:, None]
+        if normalize:
+            means = F.normalize(means, dim=1)
+        centres = torch.where((counts > 0)[:, None], means, centres)
+    return centres
+
+
+def _seeds(everyone: Tensor, size: int, seed: int) -> Tensor:
+    """Draw rows by their squared distance to the seeds so far: k-means++ (Arthur and Vassilvitskii, 2007).
+
+    A large codebook draws several seeds at once, by the exponential race of Efraimidis and Spirakis (2006).
+    """
+    random = CounterRandom(seed, torch.zeros(1, dtype=torch.int64, device=everyone.device))
+    weights = torch.ones(len(everyone), device=everyone.device, dtype=torch.float64)
+    chosen: list[Tensor] = []
+    rounds = min(size, _SEEDING_ROUNDS)
+    for step in range(rounds):
+        count = size * (step + 1) // rounds - size * step // rounds
+        arrivals = -random.uniform(Purpose.CODE_START, len(everyone), step)[0].log() / weights
+        seeds = everyone[arrivals.topk(count, largest=False).indices]
+        chosen.append(seeds)
+        distances = (everyone - seeds[nearest_codes(everyone, seeds)]).square().sum(dim=1).double()
+        weights = distances if step == 0 else torch.minimum(weights, distances)
+    return torch.cat(chosen)
+
+
+def _from_first_rank(value: Tensor) -> Tensor:
+    """Give every rank the first rank's `value`."""
+    return all_reduce_sum(value if rank() == 0 else torch.zeros_like(value))

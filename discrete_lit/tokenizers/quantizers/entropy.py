@@ -1,24 +1,29 @@
-"""Entropy terms that keep a vocabulary in use, exact (Yu et al., "Language Model Beats Diffusion", 2024, eq. 5-6).
+"""The entropy terms that keep a vocabulary in use, exactly.
 
-A latent z chooses code k with probability p(k | z), a softmax of affinities. Training lowers the per-sample entropy
-`E_z H(p(. | z))`, so that the choice is clear, and raises the batch entropy `H(E_z p(. | z))`, so that every code is
-chosen. Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm.
+Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", 2024 (MAGVIT-v2), eq. 5-6: a latent
+z chooses code k with probability p(k | z), a softmax of affinities, and
+
+    L_entropy = E_z H(p(. | z)) - H(E_z p(. | z))
+
+lowers the per-sample entropy, so that the choice is clear, and raises the batch entropy, so that every code is chosen.
+Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm.
 """
 
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 
 
-def softmax_entropies(logits: Tensor, log_offset: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The two entropies of a vocabulary whose probabilities are the softmax of logits.
+def softmax_entropies(logits: Tensor, *, log_offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The per-sample and the batch entropy of a vocabulary whose probabilities are the softmax of logits.
 
     Args:
         logits: `(n, K)`, affinities divided by the temperature.
-        log_offset: as of `entropy_of_mean`.
+        log_offset: as for `entropy_of_mean`.
 
     Returns:
         Per-sample and batch entropy, scalars in [0, log K].
@@ -26,7 +31,7 @@ def softmax_entropies(logits: Tensor, log_offset: float = 0.0) -> tuple[Tensor, 
     log_probabilities = logits.log_softmax(dim=1)
     probabilities = log_probabilities.exp()
     per_sample = -(probabilities * log_probabilities).sum(dim=1).mean()
-    return mean_over_ranks(per_sample), entropy_of_mean(probabilities.mean(dim=0), log_offset)
+    return mean_over_ranks(per_sample), entropy_of_mean(probabilities.mean(dim=0), log_offset=log_offset)
 
 
 def bits_entropy(log_odds: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def bits_entropy(log_odds: Tensor) -> Tensor:
     return mean_over_ranks(per_bit.sum(dim=1).mean())
 
 
-def joint_bits_entropy(log_odds: Tensor, log_offset: float = 0.0) -> Tensor:
+def joint_bits_entropy(log_odds: Tensor, *, log_offset: float = 0.0) -> Tensor:
     """The batch entropy of the `2^bits` codes that independent bits form, exactly, summed over groups of bits.
 
     The batch mean of product distributions does not factorise over bits, but one matrix product gives all of it: with
@@ -51,21 +56,30 @@ def joint_bits_entropy(log_odds: Tensor, log_offset: float = 0.0) -> Tensor:
 
     Args:
         log_odds: `(n, groups, bits)`, log p / (1 - p) of each bit of each group.
-        log_offset: as of `entropy_of_mean`.
+        log_offset: as for `entropy_of_mean`.
 
     Returns:
         Scalar in [0, groups * bits * log 2].
     """
     bits = log_odds.shape[2]
-    by_group = log_odds.transpose(0, 1)
+    by_group = rearrange(log_odds, "n g b -> g n b")
     first, second = (_products(half) for half in by_group.split((bits // 2, bits - bits // 2), dim=2))
-    return entropy_of_mean(first.transpose(1, 2) @ second / len(log_odds), log_offset)
+    joint = rearrange(first, "g n i -> g i n") @ second / len(log_odds)  # (g, 2^(b / 2), 2^(b / 2))
+    return entropy_of_mean(joint, log_offset=log_offset)
 
 
-def entropy_of_mean(probabilities: Tensor, log_offset: float = 0.0) -> Tensor:
-    """`-sum p log(p + log_offset)`, a scalar, of this rank's mean probabilities, averaged over ranks first.
+def _products(log_odds: Tensor) -> Tensor:
+    """The probabilities `(..., 2^m)` of all codes of m independent bits with log odds `(..., m)`."""
+    products = log_odds.new_ones(*log_odds.shape[:-1], 1)
+    for bit in log_odds[..., None].unbind(dim=-2):
+        products = torch.cat((products * torch.sigmoid(-bit), products * torch.sigmoid(bit)), dim=-1)
+    return products
 
-    Open-MAGVIT2 and IBQ train with an offset of 1e-5, which stands above the mean probability of 2^18 codes.
+
+def entropy_of_mean(probabilities: Tensor, *, log_offset: float = 0.0) -> Tensor:
+    """`-sum p log(p + log_offset)`, a scalar, of the mean of this rank's mean probabilities over all ranks.
+
+    Open-MAGVIT2 and IBQ train with an offset of 1e-5, which is above the mean probability of 2^18 codes.
     """
     mean = mean_over_ranks(probabilities)
     # The smallest normal number keeps the gradient of codes without any probability finite.
@@ -88,11 +102,3 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
-
-
-def _products(log_odds: Tensor) -> Tensor:
-    """Probabilities `(..., 2^m)` of the codes of m independent bits `(..., m)`."""
-    products = log_odds.new_ones(*log_odds.shape[:-1], 1)
-    for bit in log_odds[..., None].unbind(dim=-2):
-        products = torch.cat((products * torch.sigmoid(-bit), products * torch.sigmoid(bit)), dim=-1)
-    return products

@@ -1,4 +1,11 @@
-"""Finite scalar quantisation (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024)."""
+"""Finite scalar quantisation, FSQ (Mentzer et al., "Finite Scalar Quantization: VQ-VAE Made Simple", ICLR 2024).
+
+Each of D channels of a latent z is bounded and rounded to one of L levels. There is no codebook and no loss:
+
+    z_hat = round(tanh(z + shift) * half + offset)      in -(L // 2), ..., (L - 1) // 2; gradient straight through
+    z_q = z_hat / (L // 2)
+    id = sum over channels of (z_hat + L // 2) * (product of the levels of the channels before)
+"""
 
 from collections.abc import Sequence
 from math import gcd, prod
@@ -12,15 +19,16 @@ from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Q
 
 FiniteScalarFormula = Literal["paper", "atanh"]
 
-# How far from a half-step the outermost bounds lie, as a share of the range.
+# How far from a half-step the outermost bounds lie, as a fraction of the range.
 _MARGIN = 1e-3
-_PLACES_TOGETHER = 64
-# The margin outside the range, which is a share of it, stays under a half-step.
+# Positions in a row, at most: broadcasting over the D numbers of one position at a time is slow on a CPU.
+_POSITIONS_TOGETHER = 64
+# With so many levels the margin outside the range, a fraction of it, stays under a half-step.
 _MOST_LEVELS_OUTSIDE = 1000
 
 
 class _Constants(NamedTuple):
-    """Of channels, `(D,)` or repeated for several places."""
+    """The constants of the formula for each channel, `(D,)`, or `(together * D,)` for rows of several positions."""
 
     shift: Tensor
     half: Tensor
@@ -32,11 +40,11 @@ class _Constants(NamedTuple):
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Rounds each of D bounded channels to one of its levels; the product grid is the codebook.
+    """Round each of D bounded channels to one of its levels; the product grid is the codebook.
 
     A channel with L levels becomes `round(tanh(z + shift) * half + offset)`, with offset -1/2 for even L and 0 for odd
     L, divided by L // 2. Codes lie in [-1, 1]; for even L the largest is 1 - 2/L. In the id the first channel is least
-    significant. The two published formulas, which do not give all latents the same id:
+    significant. Nothing moves in `forward`. The two published formulas, which do not give all latents the same id:
 
     - `"paper"` (appendix A.1, the authors' JAX code): half is (L - 1)(1 - 0.001) / 2, the shift `tan(-offset / half)`.
     - `"atanh"` (vector-quantize-pytorch, Cosmos): half is (L - 1)(1 + 0.001) / 2, the shift `atanh(-offset / half)`,
@@ -52,10 +60,12 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     levels: Tensor
+    """`(D,)` int64: L of each channel."""
     basis: Tensor
+    """`(D,)` int64: what one level of each channel counts in the id."""
 
     def __init__(
-        self, levels: Sequence[int], formula: FiniteScalarFormula = "paper", codebook_size: int | None = None
+        self, levels: Sequence[int], *, formula: FiniteScalarFormula = "paper", codebook_size: int | None = None
     ) -> None:
         super().__init__()
         if not levels or min(levels) < 2:
@@ -82,20 +92,19 @@ class FiniteScalarQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
-            # Several places to a row: broadcasting over D numbers at a time is slow on a CPU.
-            together = gcd(latents.shape[:-1].numel(), _PLACES_TOGETHER) if latents.is_contiguous() else 1
+            together = gcd(latents.shape[:-1].numel(), _POSITIONS_TOGETHER) if latents.is_contiguous() else 1
             rows = latents.reshape(-1, together * self.dim) if together > 1 else latents
             constants = self._constants(latents.device, together)
-            codes, steps = _Round.apply(rows, constants)
-            tokens = (steps.reshape(latents.shape).to(constants.basis) @ constants.basis).long() + constants.first_id
-            return Quantized(codes.reshape(latents.shape), tokens)
+            z_q, z_hat = _Round.apply(rows, constants)
+            tokens = (z_hat.reshape(latents.shape).to(constants.basis) @ constants.basis).long() + constants.first_id
+            return Quantized(z_q.reshape(latents.shape), tokens)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         return self(latents).tokens
 
     def bound(self, latents: Tensor) -> Tensor:
-        """Float32 latents `(B, ..., D)` to values whose rounding gives the levels -(L // 2) ... (L - 1) // 2."""
+        """Bound float32 latents `(B, *grid, D)`: rounding gives the levels -(L // 2), ..., (L - 1) // 2."""
         constants = self._constants(latents.device)
         return torch.tanh(latents + constants.shift) * constants.half + constants.offset
 
@@ -104,7 +113,7 @@ class FiniteScalarQuantizer(Quantizer):
         return (self._digits(tokens) - half_width) / half_width
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """`channel_0`, ...: the level of each channel, counted from 0."""
+        """Name the level of each channel, counted from 0: `channel_0`, ..."""
         split = zip(self._digits(tokens).unbind(dim=-1), self.levels.tolist(), strict=True)
         return {f"channel_{channel}": Component(digit, levels) for channel, (digit, levels) in enumerate(split)}
 
@@ -112,7 +121,7 @@ class FiniteScalarQuantizer(Quantizer):
         return (tokens[..., None] // self.basis) % self.levels
 
     def _constants(self, device: torch.device, together: int = 1) -> _Constants:
-        """The formula's constants, made once: not buffers, which a module in bfloat16 would round."""
+        """Make the formula's constants, once for a device: not buffers, which a module in bfloat16 would round."""
         if (device, together) not in self._made:
             # Made in validation, they serve training too.
             with torch.inference_mode(False), torch.no_grad():
@@ -133,18 +142,18 @@ class FiniteScalarQuantizer(Quantizer):
 
 
 class _Round(torch.autograd.Function):
-    """`round(tanh(z + shift) * half + offset)`, and that over L // 2, whose gradient passes the rounding unchanged.
+    """Compute z_q and z_hat, `round(tanh(z + shift) * half + offset)`; the gradient passes the rounding unchanged.
 
-    One function, because the fewest passes over the latents decide its speed.
+    One function, for the number of passes over the latents decides its speed.
     """
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, constants: _Constants) -> tuple[Tensor, Tensor]:
         squashed = (latents + constants.shift).tanh_()
         ctx.save_for_backward(squashed, constants.slope)
-        steps = torch.addcmul(constants.offset, squashed, constants.half).round_()
-        ctx.mark_non_differentiable(steps)
-        return steps / constants.half_width, steps
+        z_hat = torch.addcmul(constants.offset, squashed, constants.half).round_()
+        ctx.mark_non_differentiable(z_hat)
+        return z_hat / constants.half_width, z_hat
 
     @staticmethod
     @once_differentiable

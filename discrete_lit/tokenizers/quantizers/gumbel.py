@@ -1,8 +1,18 @@
-"""Gumbel-softmax quantisation (Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021: DALL-E's dVAE)."""
+"""Gumbel-softmax quantisation: DALL-E's dVAE (Ramesh et al., "Zero-Shot Text-to-Image Generation", 2021).
+
+A linear layer gives logits l over K ids, so q(k | z) = softmax(l). Training draws a relaxed sample with standard Gumbel
+noise g and temperature tau (Jang et al., "Categorical Reparameterization with Gumbel-Softmax", 2017, eq. 2):
+
+    y = softmax((l + g) / tau),   k = argmax(l + g)
+    z_q = sum_k y_k e_k                      DALL-E
+    z_q = e_k, with the gradient of that sum taming's `hard`
+    loss = kl_weight * KL(q, uniform)
+"""
 
 from math import log
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,16 +26,14 @@ _DRAWN_AT_ONCE = 2**22
 
 
 class GumbelQuantizer(Quantizer):
-    """A linear classifier from latents to K logits, and a relaxed sample of the id in training.
+    """Classify latents as one of K ids, in training by a relaxed sample.
 
-    In training, with standard Gumbel noise g, the relaxed one-hot is `y = softmax((logits + g) / temperature)` (Jang
-    et al., 2017, eq. 2), the ids are its argmax, and the codes are `y @ codes` (DALL-E), or with `hard` the chosen
-    code, whose gradient is that of `y @ codes` (taming). In evaluation and `encode` the id is the argmax of the logits,
-    without noise. The loss is the divergence from the uniform prior, `kl_weight` times the mean over places of
-    `sum q log(q K)`, in nats.
+    In evaluation and `encode` the id is the argmax of the logits, without noise. The loss `kl` is the divergence from
+    the uniform prior, `kl_weight` times the mean over positions of `sum q log(q K)`, in nats.
 
-    The noise of a training step is a function of (seed, number of training steps, row in the joined batch of all
-    ranks), so neither a resume nor the number of ranks changes it; ranks must hold equally many rows.
+    The noise that training draws is a function of (seed, number of training steps, row in the joined batch of all
+    ranks), so neither a resume nor the number of ranks changes it; ranks must hold equally many rows. The number of
+    training steps is the buffer `steps`, the one thing that moves in `forward`.
 
     Args:
         codebook_size: K.
@@ -42,11 +50,13 @@ class GumbelQuantizer(Quantizer):
     """
 
     steps: Tensor
+    """int64: forward passes in training that drew noise."""
 
     def __init__(
         self,
         codebook_size: int,
         dim: int,
+        *,
         latent_dim: int | None = None,
         kl_weight: float = 6.6 / 192,
         temperature: float = 1.0,
@@ -94,50 +104,47 @@ class GumbelQuantizer(Quantizer):
         """
         temperature = self.temperature if temperature is None else temperature
         kl_weight = self.kl_weight if kl_weight is None else kl_weight
+        grid = latents.shape[:-1]
+        if noise is not None and noise.shape != (*grid, self.vocab_size):
+            raise ValueError(
+                f"noise must have the shape of the logits, {(*grid, self.vocab_size)}, got {tuple(noise.shape)}"
+            )
         with torch.autocast(latents.device.type, enabled=False):
-            logits = self.to_logits(latents.float().reshape(-1, self.latent_dim))  # (n, K)
-            log_probabilities = logits.log_softmax(dim=1)
-            divergence = (log_probabilities.exp() * (log_probabilities + log(self.vocab_size))).sum(dim=1).mean()
+            logits = self.to_logits(rearrange(latents.float(), "... d -> (...) d"))  # (n, K)
+            log_q = logits.log_softmax(dim=1)
+            kl = (log_q.exp() * (log_q + log(self.vocab_size))).sum(dim=1).mean()
             if noise is not None:
-                if noise.shape != (*latents.shape[:-1], self.vocab_size):
-                    raise ValueError(
-                        f"noise must have the shape of the logits, {(*latents.shape[:-1], self.vocab_size)}, "
-                        f"got {tuple(noise.shape)}"
-                    )
-                noise = noise.float().reshape(logits.shape)
+                noise = rearrange(noise.float(), "... k -> (...) k")
             elif self.training:
                 noise = self._draw(len(logits))
             if noise is None:
                 ids = logits.argmax(dim=1)
-                codes = self.lookup(ids)
+                z_q = self.lookup(ids)
             else:
-                relaxed = ((logits + noise) / temperature).softmax(dim=1)
+                y = ((logits + noise) / temperature).softmax(dim=1)
                 ids = (logits.detach() + noise).argmax(dim=1)
-                codes = (
-                    through_probabilities(self.lookup(ids), relaxed, self.codes) if self.hard else relaxed @ self.codes
-                )
-            shape = latents.shape[:-1]
-            return Quantized(codes.reshape(*shape, self.dim), ids.reshape(shape), {"kl": kl_weight * divergence})
+                z_q = through_probabilities(self.lookup(ids), y, self.codes) if self.hard else y @ self.codes
+            return Quantized(z_q.reshape(*grid, self.dim), ids.reshape(grid), {"kl": kl_weight * kl})
+
+    @torch.no_grad()
+    def _draw(self, rows: int) -> Tensor:
+        """Draw standard Gumbel noise `(rows, K)` for this training step, and count the step."""
+        row = torch.arange(rows, device=self.steps.device) + rank() * rows
+        indices = (self.steps << 32) + row
+        self.steps += 1
+        at_once = max(1, _DRAWN_AT_ONCE // self.vocab_size)
+        return torch.cat(
+            [
+                CounterRandom(self.seed, some).gumbel(Purpose.CODE_NOISE, self.vocab_size).float()
+                for some in indices.split(at_once)
+            ]
+        )
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
-        """Ids `(B, ...)` of the largest logits of latents `(B, ..., latent_dim)`."""
+        """Ids `(B, *grid)` of the largest logits of latents `(B, *grid, latent_dim)`."""
         with torch.autocast(latents.device.type, enabled=False):
             return self.to_logits(latents.float()).argmax(dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codes)
-
-    @torch.no_grad()
-    def _draw(self, rows: int) -> Tensor:
-        """Standard Gumbel noise `(rows, K)` of this step."""
-        places = torch.arange(rows, device=self.steps.device) + rank() * rows
-        indices = (self.steps << 32) + places
-        self.steps += 1
-        at_once = max(1, _DRAWN_AT_ONCE // self.vocab_size)
-        return torch.cat(
-            [
-                CounterRandom(self.seed, part).gumbel(Purpose.CODE_NOISE, self.vocab_size).float()
-                for part in indices.split(at_once)
-            ]
-        )

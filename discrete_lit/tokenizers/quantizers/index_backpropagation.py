@@ -1,6 +1,13 @@
-"""IBQ (Shi et al., "Scalable Image Tokenization with Index Backpropagation Quantization", ICCV 2025)."""
+"""Index backpropagation, IBQ (Shi et al., "Scalable Image Tokenization with Index Backpropagation Quantization", 2025).
+
+The choice of a code carries the gradient of a softmax over all codes, so that all codes are trained by every latent:
+
+    p = softmax(z . e_1, ..., z . e_K),   k = argmax p
+    index = onehot(k) + (p - sg(p)),      z_q = index @ codes
+"""
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,20 +18,19 @@ from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 
 class IndexBackpropagationQuantizer(Quantizer):
-    """The code with the largest dot product; its gradient reaches all codes through the softmax over them.
+    """Replace each latent by the code with the largest dot product, whose gradient reaches all codes.
 
-    With probabilities `p = softmax(z.e)` over the K codes, the one-hot choice carries the gradient of p, straight
-    through. Three squared distances, each a mean over all elements, train both sides: between the latents and the
-    codes that carry that gradient (`quantization`), from the latents to the bare code (`commitment`, weight 1) and
-    from the bare code to the latents (`codebook`, weight `codebook_weight`): the published models multiply this one
-    by beta. The entropies are those of `softmax(z.e / entropy_temperature)`. All `(n, K)` probabilities are held in
-    memory by `forward`, not by `encode`.
+    Three squared distances, each a mean over all elements, train both sides: `quantization`, `|z_q - z|^2` with the
+    z_q that carries the gradient of p; `commitment`, `|z - sg(e_k)|^2`; and `codebook`,
+    `codebook_weight * |e_k - sg(z)|^2`: this is the one that the published models multiply by beta. The terms
+    `sample_entropy` and `batch_entropy` are those of `softmax(z.e / entropy_temperature)`. All `(n, K)` probabilities
+    are held in memory by `forward`, not by `encode`. Nothing moves in `forward`.
 
     Args:
         codebook_size: K.
         dim: D.
         codebook_weight: beta.
-        entropy_weight: of `per-sample - batch` entropy.
+        entropy_weight: of per-sample minus batch entropy.
         entropy_temperature: of the probabilities in the entropies.
         entropy_log_offset: added to probabilities inside the logarithm of the batch entropy.
 
@@ -36,6 +42,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         self,
         codebook_size: int,
         dim: int,
+        *,
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.05,
         entropy_temperature: float = 0.01,
@@ -62,28 +69,27 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
-            rows = latents.reshape(-1, self.dim)
-            logits = rows @ self.codes.T  # (n, K)
-            ids = largest_product(rows, self.codes)
-            bare = F.embedding(ids, self.codes)
-            codes = through_probabilities(bare, logits.softmax(dim=1), self.codes)
+            z = rearrange(latents.float(), "... d -> (...) d")
+            logits = z @ self.codes.T  # (n, K)
+            ids = largest_product(z, self.codes)
+            e = F.embedding(ids, self.codes)
+            z_q = through_probabilities(e, logits.softmax(dim=1), self.codes)
             losses = {
-                "quantization": F.mse_loss(codes, rows),
-                "commitment": F.mse_loss(rows, bare.detach()),
-                "codebook": self.codebook_weight * F.mse_loss(bare, rows.detach()),
+                "quantization": F.mse_loss(z_q, z),
+                "commitment": F.mse_loss(z, e.detach()),
+                "codebook": self.codebook_weight * F.mse_loss(e, z.detach()),
             }
             if self.entropy_weight:
-                sample, batch = softmax_entropies(logits / self.entropy_temperature, self.entropy_log_offset)
+                sample, batch = softmax_entropies(logits / self.entropy_temperature, log_offset=self.entropy_log_offset)
                 losses["sample_entropy"] = self.entropy_weight * sample
                 losses["batch_entropy"] = -self.entropy_weight * batch
-            return Quantized(codes.reshape(latents.shape), ids.reshape(latents.shape[:-1]), losses)
+            return Quantized(z_q.reshape(latents.shape), ids.reshape(latents.shape[:-1]), losses)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
-        """Ids `(B, ...)` of the codes with the largest dot product with latents `(B, ..., D)`."""
+        """Ids `(B, *grid)` of the codes with the largest dot product with latents `(B, *grid, D)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            ids = largest_product(latents.float().reshape(-1, self.dim), self.codes)
+            ids = largest_product(rearrange(latents.float(), "... d -> (...) d"), self.codes)
             return ids.reshape(latents.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:

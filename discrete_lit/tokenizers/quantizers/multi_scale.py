@@ -1,4 +1,13 @@
-"""Multi-scale residual quantisation (Tian et al., "Visual Autoregressive Modeling", 2024, algorithms 1 and 2)."""
+"""Multi-scale residual quantisation, the tokenizer of VAR (Tian et al., "Visual Autoregressive Modeling", 2024).
+
+Latents f on a square grid become ids at S growing scales, each of what the scales before left (algorithm 1), and come
+back as f_hat (algorithm 2):
+
+    for k = 1, ..., S:                                     f_hat = 0
+        r_k = nearest codes of f averaged to s_k x s_k     for k = 1, ..., S:
+        z_k = codes of r_k interpolated to the grid            z_k = codes of r_k interpolated to the grid
+        f = f - phi_k(z_k)                                     f_hat = f_hat + phi_k(z_k)
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -6,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,25 +25,25 @@ from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Q
 
 
 class _Step(NamedTuple):
-    """One scale of algorithm 1."""
+    """One scale k of algorithm 1."""
 
-    latents: Tensor
-    """`(B, s, s, D)`: what remained, averaged down to the scale."""
+    pooled: Tensor
+    """`(B, s, s, D)`: what the scales before left of f, averaged to the scale."""
     ids: Tensor
-    """`(B, s, s)`."""
+    """`(B, s, s)`: r_k."""
     contribution: Tensor
-    """`(B, D, H, W)`."""
+    """`(B, D, H, W)`: phi_k(z_k)."""
 
 
 class MultiScaleResidualQuantizer(Quantizer):
-    """Quantises a square grid at growing scales: each codes what those before it left of the whole grid.
+    """Quantise a square grid of latents at growing scales, each of what those before it left of the whole grid.
 
-    At scale s the rest is averaged over areas down to s x s; its nearest codes are interpolated (bicubic) to the grid
-    and pass `phi(h) = (1 - phi_ratio) h + phi_ratio conv(h)`, of which neighbouring scales share one convolution; the
-    result, the scale's contribution, is subtracted from the rest. The code vectors, f_hat, are the sum of all
-    contributions. The last scale is the grid's own. The losses, as in the released code, compare f_hat after every
-    scale with the latents f, a mean over scales of means over elements: `commitment_weight * |sg(f_hat) - f|^2`, and
-    `|f_hat - sg(f)|^2`, which trains the convolutions and, with `"gradient"`, the codes.
+    Averages are over areas, the interpolation is bicubic, and `phi(h) = (1 - phi_ratio) h + phi_ratio conv(h)`, whose
+    convolution neighbouring scales share. The last scale is the grid's own. The code vectors are f_hat, the sum of all
+    contributions phi_k(z_k). The losses, as in the released code, compare f_hat after every scale with the latents f, a
+    mean over scales of means over elements: `commitment`, `commitment_weight * |sg(f_hat) - f|^2`, and `codebook`,
+    `|f_hat - sg(f)|^2`, which trains the convolutions and, with `codebook_update="gradient"`, the codes. In training
+    `forward` moves the buffers of the `Codebook`, once a batch.
 
     Ids are `(B, sum of s^2)`: the scales from the smallest on, each row by row. Internally grids are `(B, D, H, W)`.
 
@@ -42,8 +52,9 @@ class MultiScaleResidualQuantizer(Quantizer):
         dim: D.
         scales: sides s in growing order, the last that of the latent grid: 1, 2, 3, 4, 5, 6, 8, 10, 13, 16 for VAR at
             256 pixels, 1, 2, 3, 4, 6, 9, 13, 18, 24, 32 at 512.
-        phi_kernels: convolutions; a scale takes the one whose place in [0, 1] is nearest to its own.
-        phi_ratio: share of the convolution; 0 has none.
+        phi_kernels: number of convolutions; both they and the scales are spread over [0, 1], and a scale takes the
+            nearest one.
+        phi_ratio: weight of the convolution in phi, in [0, 1]; 0 has no convolution.
         codebook_update: `"gradient"` as VAR; `"ema"` moves codes once a batch by the latents of all scales.
         commitment_weight: beta.
         decay: of `"ema"` and of the usage.
@@ -59,6 +70,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         self,
         codebook_size: int,
         dim: int,
+        *,
         scales: Sequence[int],
         phi_kernels: int = 4,
         phi_ratio: float = 0.5,
@@ -81,15 +93,17 @@ class MultiScaleResidualQuantizer(Quantizer):
         self.dim = dim
         self.scales = tuple(scales)
         self.lengths = [scale * scale for scale in scales]
-        self.codebook = Codebook(codebook_size, dim, codebook_update, decay, codebook_init, revive_below=revive_below)
+        self.codebook = Codebook(
+            codebook_size, dim, update=codebook_update, decay=decay, init=codebook_init, revive_below=revive_below
+        )
         self.commitment_weight = commitment_weight
         self.phi_ratio = phi_ratio
         self.phi = nn.ModuleList(_identity_convolution(dim) for _ in range(phi_kernels if phi_ratio else 0))
-        # Places of the convolutions, as the released code spreads them; the first wins where two are as near.
+        # The convolutions lie in [0, 1] as the released code spreads them; the first wins where two are as near.
         margin = 1 / 3 / phi_kernels if phi_kernels == 4 else 1 / 2 / phi_kernels
-        places = np.linspace(margin, 1 - margin, phi_kernels)
+        centres = np.linspace(margin, 1 - margin, phi_kernels)
         last = max(len(scales) - 1, 1)
-        self.phi_of_scale = [int(np.argmin(np.abs(places - number / last))) for number in range(len(scales))]
+        self.phi_of_scale = [int(np.argmin(np.abs(centres - number / last))) for number in range(len(scales))]
 
     def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         side = self.scales[-1]
@@ -102,45 +116,73 @@ class MultiScaleResidualQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
+            self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
             latents = latents.float()
             self.codebook.prepare(latents)
-            target = latents.movedim(-1, 1)
-            f_hat = torch.zeros_like(target)
+            f = rearrange(latents, "b h w d -> b d h w")
+            f_hat = torch.zeros_like(f)
             commitment, codebook = f_hat.new_zeros(()), f_hat.new_zeros(())
             steps = []
-            for step in self._steps(latents.detach()):
+            for step in self._algorithm_1(latents.detach()):
                 f_hat = f_hat + step.contribution
-                commitment = commitment + F.mse_loss(f_hat.detach(), target)
-                codebook = codebook + F.mse_loss(f_hat, target.detach())
+                commitment = commitment + F.mse_loss(f_hat.detach(), f)
+                codebook = codebook + F.mse_loss(f_hat, f.detach())
                 steps.append(step)
             count = len(self.scales)
             losses = {"commitment": self.commitment_weight * commitment / count, "codebook": codebook / count}
-            tokens = torch.cat([step.ids.flatten(1) for step in steps], dim=1)
-            quantized = Quantized(straight_through(latents, f_hat.movedim(1, -1)), tokens, losses)
-            self.codebook.observe(torch.cat([step.latents.flatten(1, 2) for step in steps], dim=1), tokens)
-            return quantized
+            tokens = _in_sequence([step.ids for step in steps])
+            z_q = straight_through(latents, rearrange(f_hat, "b d h w -> b h w d"))
+            self.codebook.observe(_in_sequence([step.pooled for step in steps]), tokens)
+            return Quantized(z_q, tokens, losses)
+
+    def _algorithm_1(self, latents: Tensor) -> Iterator[_Step]:
+        """Quantise latents `(B, H, W, D)` scale by scale."""
+        f = rearrange(latents, "b h w d -> b d h w")
+        for number in range(len(self.scales)):
+            pooled = rearrange(self._average(number, f), "b d h w -> b h w d")
+            ids = self.codebook.search(pooled)
+            contribution = self._phi(number, self.codebook.lookup(ids))
+            f = f - contribution.detach()
+            yield _Step(pooled, ids, contribution)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
-            return torch.cat([step.ids.flatten(1) for step in self._steps(latents.float())], dim=1)
+            self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
+            return _in_sequence([step.ids for step in self._algorithm_1(latents.float())])
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """f_hat `(B, H, W, D)` after the last scale, of ids `(B, sum of s^2)`."""
+        """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of s^2)`."""
         f_hat = None
         for number, ids in enumerate(self.split(tokens)):
             contribution = self.contribution(number, ids)
             f_hat = contribution if f_hat is None else f_hat + contribution
         assert f_hat is not None
-        return f_hat.movedim(1, -1)
+        return rearrange(f_hat, "b d h w -> b h w d")
+
+    def _average(self, number: int, grid: Tensor) -> Tensor:  # (B, D, H, W) -> (B, D, s, s)
+        if number == len(self.scales) - 1:
+            return grid
+        return F.interpolate(grid, size=(self.scales[number],) * 2, mode="area")
+
+    def _phi(self, number: int, codes: Tensor) -> Tensor:  # (B, s, s, D) -> (B, D, H, W)
+        z = rearrange(codes, "b h w d -> b d h w")
+        if number < len(self.scales) - 1:
+            z = F.interpolate(z, size=(self.scales[-1],) * 2, mode="bicubic")
+        if not self.phi_ratio:
+            return z
+        convolved = self.phi[self.phi_of_scale[number]](z)
+        return (1 - self.phi_ratio) * z + self.phi_ratio * convolved
+
+    # Sequences of ids: what a next-scale predictor needs, in training and while sampling.
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """`scale_1`, ..., by their sides."""
+        """Name the ids of each scale by its side: `scale_1`, ..."""
         split = zip(self.scales, self.split(tokens), strict=True)
         return {f"scale_{scale}": Component(ids, self.vocab_size) for scale, ids in split}
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Ids `(B, sum of s^2)` as `(B, s^2)` for each scale.
+        """Split ids `(B, sum of s^2)` into `(B, s^2)` for each scale.
 
         Raises:
             ValueError: ids of other scales.
@@ -152,20 +194,21 @@ class MultiScaleResidualQuantizer(Quantizer):
         return tokens.split(self.lengths, dim=1)
 
     def contribution(self, number: int, ids: Tensor) -> Tensor:
-        """What the ids `(B, s^2)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)` float32."""
-        return self._contribution(number, self.codebook.lookup(ids.unflatten(1, (self.scales[number], -1))))
+        """Compute what ids `(B, s^2)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)` float32."""
+        side = self.scales[number]
+        return self._phi(number, self.codebook.lookup(rearrange(ids, "b (h w) -> b h w", h=side)))
 
     def at_scale(self, number: int, f_hat: Tensor) -> Tensor:
-        """f_hat `(B, D, H, W)` averaged over areas to scale `number`, counted from 0: `(B, s^2, D)`."""
-        return self._down(number, f_hat).flatten(2).transpose(1, 2)
+        """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, s^2, D)`."""
+        return rearrange(self._average(number, f_hat), "b d h w -> b (h w) d")
 
     def cumulative(self, tokens: Tensor) -> Tensor:
-        """f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of s^2)`."""
+        """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of s^2)`."""
         contributions = [self.contribution(number, ids) for number, ids in enumerate(self.split(tokens))]
         return torch.stack(contributions).cumsum(dim=0)
 
     def teacher_forcing(self, tokens: Tensor) -> Tensor:
-        """What a next-scale predictor is given for every scale but the first (VAR, section 3.2).
+        """Compute what a next-scale predictor is given for every scale but the first (VAR, section 3.2).
 
         Args:
             tokens: `(B, sum of s^2)`.
@@ -177,34 +220,14 @@ class MultiScaleResidualQuantizer(Quantizer):
         shrunk = [self.at_scale(number, f_hat) for number, f_hat in enumerate(before, start=1)]
         return torch.cat([tokens.new_zeros(len(tokens), 0, self.dim, dtype=before.dtype), *shrunk], dim=1)
 
-    def _steps(self, latents: Tensor) -> Iterator[_Step]:
-        """Algorithm 1 on latents `(B, H, W, D)`."""
-        self.token_shape(tuple(latents.shape[1:-1]))
-        rest = latents.movedim(-1, 1)
-        for number in range(len(self.scales)):
-            pooled = self._down(number, rest).movedim(1, -1)
-            ids = self.codebook.search(pooled)
-            contribution = self._contribution(number, self.codebook.lookup(ids))
-            rest = rest - contribution.detach()
-            yield _Step(pooled, ids, contribution)
 
-    def _down(self, number: int, grid: Tensor) -> Tensor:
-        if number == len(self.scales) - 1:
-            return grid
-        return F.interpolate(grid, size=(self.scales[number],) * 2, mode="area")
-
-    def _contribution(self, number: int, codes: Tensor) -> Tensor:
-        spread = codes.movedim(-1, 1)
-        if number < len(self.scales) - 1:
-            spread = F.interpolate(spread, size=(self.scales[-1],) * 2, mode="bicubic")
-        if not self.phi_ratio:
-            return spread
-        convolved = self.phi[self.phi_of_scale[number]](spread)
-        return (1 - self.phi_ratio) * spread + self.phi_ratio * convolved
+def _in_sequence(grids: list[Tensor]) -> Tensor:
+    """Join grids `(B, s, s, ...)` of all scales, each row by row: `(B, sum of s^2, ...)`."""
+    return torch.cat([rearrange(grid, "b h w ... -> b (h w) ...") for grid in grids], dim=1)
 
 
 def _identity_convolution(dim: int) -> nn.Conv2d:
-    """A 3 x 3 convolution that begins as the identity: a random one would distort every code it is to bring nearer."""
+    """Make a 3 x 3 convolution that starts as the identity: a random one would distort the codes it should refine."""
     convolution = nn.Conv2d(dim, dim, 3, padding=1)
     nn.init.dirac_(convolution.weight)
     nn.init.zeros_(convolution.bias)  # pyright: ignore[reportArgumentType]

@@ -1,8 +1,8 @@
-"""Exact search for a row's best code, in a memory that does not grow with rows times codes.
+"""The exact search for the nearest code of each latent, in a memory that does not grow with latents times codes.
 
-Taking the maximum of products costs several times the products themselves, where an index is carried along. Here tiles
-of products are formed that stay in the cache, and of each block of codes the maximum alone is taken. The products with
-the codes of the best block are formed once more.
+A maximum that carries its index along costs several times the products that it is taken of. So products are formed in
+tiles that stay in the cache, and of each block of codes only the maximum is kept, without an index. Which block is the
+best is then looked for among few numbers, and the products with the codes of that block are formed once more.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,14 @@ from torch.nn import functional as F
 
 
 class _Tiling(NamedTuple):
+    """The sizes of the search: a tile is a matrix of products, a block is what one maximum is taken of."""
+
     codes: int
-    """Of a tile; a multiple of `width`."""
+    """Codes in a tile; a multiple of `width`."""
     rows: int
-    """Of a tile, at most."""
+    """Rows in a tile, at most."""
     width: int
-    """Codes of a block."""
+    """Codes in a block."""
 
 
 # For narrow codes the maximum costs most: 1.6 MB of float32, which a core's cache holds, in few blocks. For wide ones
@@ -29,21 +31,21 @@ _NARROW = _Tiling(1024, 416, 64)
 _WIDE = _Tiling(2048, 1024, 16)
 _DEVICE = _Tiling(16384, 1024, 32)
 _WIDE_FROM = 64
-# Blocks of which one maximum is taken, before the best of these is looked for with its index.
+# Blocks in a group: one more maximum is taken of each group, and the best group is looked for with its index.
 _BLOCKS = 16
-# Elements that the maxima of blocks, and the codes of the best ones, have at most: 16 MB of float32 each.
+# Elements at most of the maxima of blocks, and of the codes of the best blocks: 16 MB of float32 each.
 _LARGEST = 2**22
 
 
 def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code nearest in Euclidean distance to each row; the first one of equal codes.
+    """Find the code nearest in Euclidean distance to each row; of equal codes the first.
 
     Args:
         rows: `(n, D)` float32. A row that is not finite gets some id in [0, K).
         codes: `(K, D)` float32.
 
     Returns:
-        `(n,)` int64.
+        `(n,)` int64 ids in [0, K).
     """
     # argmin |z - e|^2 = argmax z.e - |e|^2 / 2
     return largest_product(rows, codes, codes.detach().square().sum(dim=1) / -2)
@@ -51,15 +53,15 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Index of the largest `z.e + offset` of each row z over codes e, in float32 whatever the matmul precision.
+    """Find the code e with the largest `z.e + offset` for each row z, in float32 whatever the matmul precision.
 
     Args:
-        rows: `(n, D)`; as for `nearest_codes`.
-        codes: `(K, D)`.
-        offsets: `(K,)`; zeros if None.
+        rows: `(n, D)` float32, as for `nearest_codes`.
+        codes: `(K, D)` float32.
+        offsets: `(K,)` float32, one for each code; zeros if None.
 
     Returns:
-        `(n,)` int64.
+        `(n,)` int64 ids in [0, K).
     """
     count = len(codes)
     if len(rows) == 0:
@@ -68,7 +70,7 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
         # One more column of the product is cheaper than a sum behind it.
         rows, codes = F.pad(rows, (0, 1), value=1.0), torch.cat((codes, offsets[:, None]), dim=1)
     tiling = _DEVICE if rows.device.type != "cpu" else _WIDE if codes.shape[1] >= _WIDE_FROM else _NARROW
-    # Of equal width, in whole cache lines.
+    # Tiles of equal width, in whole cache lines.
     columns = -(-len(rows) // -(-len(rows) // tiling.rows))
     columns += -columns % 16
     tiles = F.pad(rows, (0, 0, 0, -len(rows) % columns)).view(-1, columns, rows.shape[1])
@@ -79,29 +81,29 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
 
 
 class _Search:
-    """The search among codes `(K, D)`, in tiles."""
+    """The search among codes `(K, D)` for the rows of some tiles at once."""
 
     def __init__(self, codes: Tensor, tiling: _Tiling) -> None:
         self.width = width = tiling.width
         self.blocks = max(1, min(_BLOCKS, len(codes) // width // _BLOCKS))
-        # The last blocks are filled up by the last code, which comes behind its first occurrence.
+        # The last blocks are filled up with copies of the last code, which lose against their first occurrence.
         codes = torch.cat((codes, codes[-1:].expand(-len(codes) % (width * self.blocks), -1)))
-        self.parts = codes.split(tiling.codes)
+        self.code_tiles = codes.split(tiling.codes)
         self.count, self.dim = codes.shape
-        # As columns the second products read them faster.
+        # The second products read the codes of a block faster as columns.
         self.of_blocks = codes.view(-1, width, self.dim).transpose(1, 2).reshape(-1, self.dim * width)
 
     def tiles_at_once(self, columns: int) -> int:
-        """How many tiles of `columns` rows the memory is kept for."""
+        """The number of tiles of `columns` rows each that fit into the memory."""
         return max(1, _LARGEST // (columns * max(self.count // self.width, self.dim * self.width)))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Ids `(tiles * columns,)` of rows `(tiles, columns, D)`."""
+        """Find the ids `(tiles * columns,)` of rows `(tiles, columns, D)`."""
         tiles, columns, _ = rows.shape
         maxima = rows.new_empty(tiles, self.count // self.width, columns)
         # Memory that every tile uses again: fresh memory costs as much as a product.
-        products = rows.new_empty(len(self.parts[0]), columns)
-        steps = [(part, products[: len(part)]) for part in self.parts]
+        products = rows.new_empty(len(self.code_tiles[0]), columns)
+        steps = [(part, products[: len(part)]) for part in self.code_tiles]
         blocks = [tile.view(-1, self.width, columns) for _, tile in steps]
         for tile, of_tile in zip(rows.transpose(1, 2).unbind(), maxima.unbind(), strict=True):
             best = of_tile.split(len(blocks[0]))
@@ -116,7 +118,7 @@ class _Search:
         return torch.add(inside, block, alpha=self.width)
 
     def _best_block(self, maxima: Tensor) -> Tensor:
-        """Index `(tiles, columns)` of the first largest among `(tiles, blocks, columns)`."""
+        """Find the first block `(tiles, columns)` with the largest of maxima `(tiles, blocks, columns)`."""
         tiles, _, columns = maxima.shape
         grouped = maxima.view(tiles, -1, self.blocks, columns)
         group = grouped.amax(dim=2).max(dim=1).indices
@@ -127,7 +129,7 @@ class _Search:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32, where TF32 or bfloat16 was allowed in their place."""
+    """Multiply float32 matrices in float32, also where TF32 or bfloat16 was allowed in its place."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

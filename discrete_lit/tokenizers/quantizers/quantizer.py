@@ -1,4 +1,12 @@
-"""What a quantizer is."""
+"""The contract of a quantizer: latents of any grid to ids and code vectors, and ids back to vectors.
+
+    quantized = quantizer(latents)        # training: z_q with a gradient to the latents, ids, losses
+    tokens = quantizer.encode(latents)    # the ids alone
+    z_q = quantizer.lookup(tokens)        # and back to the vectors that the decoder takes
+
+The last dimension of the latents is the one that is quantised; what stands before it (a row, a grid of an image, a
+volume) makes no difference, except to the multi-scale quantizer, which averages over a grid of two axes.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -9,10 +17,10 @@ from torch import Tensor, nn
 
 @dataclass
 class Quantized:
-    """What a quantizer made of latents `(B, *grid, latent_dim)`."""
+    """Latents `(B, *grid, latent_dim)` after their quantisation."""
 
-    codes: Tensor
-    """`(B, *grid, D)` float32 code vectors, with the gradient that the quantizer gives its latents."""
+    z_q: Tensor
+    """`(B, *grid, D)` float32 code vectors, which hand the latents the gradient that the quantizer's paper says."""
     tokens: Tensor
     """`(B, *token_shape(grid))` int64 ids in [0, K)."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -28,9 +36,9 @@ class Component(NamedTuple):
 
 
 class Quantizer(nn.Module, ABC):
-    """Maps the last dimension of latents on any grid, `(B, *grid, latent_dim)`, to ids and code vectors.
+    """Map the last dimension of latents on any grid, `(B, *grid, latent_dim)`, to ids and code vectors.
 
-    Works in float32 or better, whatever the autocast.
+    Computes in float32 or better, whatever the autocast and the precision of the latents.
     """
 
     vocab_size: int
@@ -44,12 +52,15 @@ class Quantizer(nn.Module, ABC):
         return self.dim
 
     def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the ids of one latent grid; the grid itself unless a place has several ids."""
+        """Shape of the ids of one latent grid; the grid itself unless a position has several ids."""
         return grid
 
     @abstractmethod
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantise latents `(B, *grid, latent_dim)` with the losses; in training mode this may update statistics."""
+        """Quantise latents `(B, *grid, latent_dim)` and compute the losses.
+
+        In training mode it may also update buffers (running means, a count of steps): each class says which.
+        """
 
     @abstractmethod
     def encode(self, latents: Tensor) -> Tensor:
@@ -57,8 +68,8 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Ids `(B, *token_shape(grid))` to float32 code vectors `(B, *grid, D)`, the values that `forward` gives."""
+        """The float32 code vectors `(B, *grid, D)` of ids `(B, *token_shape(grid))`, with the values of `z_q`."""
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """Name the components of ids `(B, *token_shape(grid))`, whose usage is reported too; none by default."""
+        """Name the components of ids `(B, *token_shape(grid))` whose usage is reported beside the whole: none here."""
         return {}

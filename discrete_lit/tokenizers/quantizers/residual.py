@@ -1,4 +1,12 @@
-"""Residual quantisation (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022)."""
+"""Residual quantisation, RQ-VAE (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+
+A latent z becomes D ids, each that of the code nearest to what the codes before left (eq. 3):
+
+    r_0 = z
+    k_d = argmin_k |r_{d-1} - e_k|,   r_d = r_{d-1} - e_{k_d}      for d = 1, ..., D
+
+and the latent is replaced by the sum of its D codes.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +18,12 @@ from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Q
 
 
 class ResidualQuantizer(Quantizer):
-    """Quantises each latent `depth` times, every time what the codes before left of it; codes are summed.
+    """Replace each latent by a sum of `depth` codes, each the nearest to what the codes before left of it.
 
-    Ids are `(B, *grid, depth)`. The commitment term is the paper's, `|z - sg(z_d)|^2` with z_d the sum of the first d
+    Ids are `(B, *grid, depth)`. The term `commitment` is the paper's, `|z - sg(z_d)|^2` with z_d the sum of the first d
     codes, as a mean over depths (as in the released code; the paper sums) and elements, times `commitment_weight`. With
-    `codebook_update="gradient"` a codebook term `|sg(r_d) - e_d|^2` of rest and code, a mean likewise, joins it.
+    `codebook_update="gradient"` there is a term `codebook`, `|sg(r_{d-1}) - e_d|^2` of residual and code, a mean
+    likewise. In training `forward` moves the buffers of each `Codebook`.
 
     Args:
         codebook_size: K of each depth.
@@ -25,7 +34,7 @@ class ResidualQuantizer(Quantizer):
         codebook_update: `"ema"` or `"gradient"`, see `Codebook`.
         commitment_weight: beta.
         decay: of `"ema"` and of the usage.
-        codebook_init: where the codes begin, see `Codebook`; separate codebooks begin at their depth's rests.
+        codebook_init: where the codes begin, see `Codebook`; separate codebooks begin at their depth's residuals.
         revive_below: replace codes whose usage falls below this, 1 in RQ-VAE; None keeps them.
 
     Raises:
@@ -36,6 +45,7 @@ class ResidualQuantizer(Quantizer):
         self,
         codebook_size: int,
         dim: int,
+        *,
         depth: int,
         shared_codebook: bool = True,
         codebook_update: CodebookUpdate = "ema",
@@ -54,7 +64,15 @@ class ResidualQuantizer(Quantizer):
         self.depth = depth
         self.commitment_weight = commitment_weight
         self.codebooks = nn.ModuleList(
-            Codebook(codebook_size, dim, codebook_update, decay, codebook_init, revive_below=revive_below, seed=number)
+            Codebook(
+                codebook_size,
+                dim,
+                update=codebook_update,
+                decay=decay,
+                init=codebook_init,
+                revive_below=revive_below,
+                seed=number,
+            )
             for number in range(1 if shared_codebook else depth)
         )
 
@@ -69,42 +87,42 @@ class ResidualQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
-            rest, total = latents.detach(), torch.zeros_like(latents)
+            z = latents.float()
+            residual, z_d = z.detach(), torch.zeros_like(z)
             tokens, commitments, codebook_terms = [], [], []
             for number in range(self.depth):
                 codebook = self.codebook(number)
-                codebook.prepare(rest)
-                ids = codebook.search(rest)
-                codes = codebook.lookup(ids)
-                total = total + codes.detach()
+                codebook.prepare(residual)
+                ids = codebook.search(residual)
+                e = codebook.lookup(ids)
+                z_d = z_d + e.detach()
                 tokens.append(ids)
-                commitments.append(F.mse_loss(latents, total))
+                commitments.append(F.mse_loss(z, z_d))
                 if codebook.update == "gradient":
-                    codebook_terms.append(F.mse_loss(codes, rest))
-                codebook.observe(rest, ids)
-                rest = rest - codes.detach()
+                    codebook_terms.append(F.mse_loss(e, residual))
+                codebook.observe(residual, ids)
+                residual = residual - e.detach()
             losses = {"commitment": self.commitment_weight * torch.stack(commitments).mean()}
             if codebook_terms:
                 losses["codebook"] = torch.stack(codebook_terms).mean()
-            return Quantized(straight_through(latents, total), torch.stack(tokens, dim=-1), losses)
+            return Quantized(straight_through(z, z_d), torch.stack(tokens, dim=-1), losses)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
-            rest, tokens = latents.float(), []
+            residual, tokens = latents.float(), []
             for number in range(self.depth):
-                tokens.append(self.codebook(number).search(rest))
-                rest = rest - self.codebook(number).lookup(tokens[-1])
+                tokens.append(self.codebook(number).search(residual))
+                residual = residual - self.codebook(number).lookup(tokens[-1])
             return torch.stack(tokens, dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        total = torch.zeros((), device=tokens.device)
+        z_q = torch.zeros((), device=tokens.device)
         for number, ids in enumerate(tokens.unbind(dim=-1)):
-            total = total + self.codebook(number).lookup(ids)
-        return total
+            z_q = z_q + self.codebook(number).lookup(ids)
+        return z_q
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """`depth_0`, ...: the ids of each depth."""
+        """Name the ids of each depth: `depth_0`, ..."""
         split = enumerate(tokens.unbind(dim=-1))
         return {f"depth_{number}": Component(ids, self.vocab_size) for number, ids in split}

@@ -1,11 +1,20 @@
-"""Vector quantisation with a codebook (van den Oord et al., "Neural Discrete Representation Learning", 2017).
+"""Vector quantisation: VQ-VAE (van den Oord et al., "Neural Discrete Representation Learning", 2017), and SimVQ.
 
-SimVQ (Zhu et al., "Addressing Representation Collapse in Vector Quantized Models with One Linear Layer", 2024).
+With the encoder's output z_e and codes e_1, ..., e_K, VQ-VAE is
+
+    k = argmin_j |z_e - e_j|                                       eq. 1
+    z_q = e_k, whose gradient goes straight through to z_e         eq. 2
+    loss = |sg(z_e) - e_k|^2 + beta |z_e - sg(e_k)|^2              eq. 3: codebook term, commitment term
+
+or without the codebook term, where codes follow the running means of their latents instead (appendix A.1, `Codebook`).
+VQGAN, ViT-VQGAN, LlamaGen and TiTok are settings of `VectorQuantizer`. SimVQ (Zhu et al., "Addressing Representation
+Collapse in Vector Quantized Models with One Linear Layer", 2024) makes all codes by one linear layer.
 """
 
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,11 +26,11 @@ from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 
 
 class VectorQuantizer(Quantizer):
-    """Nearest code of a codebook.
+    """Replace each latent by the nearest code of a codebook.
 
-    The loss is eq. 3 of the paper: a codebook term `|sg(z) - e|^2` (only with `codebook_update="gradient"`) and a
-    commitment term `commitment_weight * |z - sg(e)|^2`, each a mean over all elements. With `normalize` both z and e
-    are the vectors on the unit sphere.
+    The losses are those of eq. 3: `codebook`, `|sg(z_e) - e|^2` (only with `codebook_update="gradient"`), and
+    `commitment`, `commitment_weight * |z_e - sg(e)|^2`, each a mean over all elements. With `normalize` both z_e and e
+    are the vectors on the unit sphere. In training `forward` moves the buffers of the `Codebook`.
 
     Args:
         codebook_size: K.
@@ -36,8 +45,9 @@ class VectorQuantizer(Quantizer):
             `"codebook"` is what taming's published models were trained with, and diffusers and Chameleon keep.
         gradient: what the latents receive: `"straight_through"`, or `"rotation"` (the rotation trick).
         revive_below: replace codes whose usage falls below this, see `Codebook`; None keeps them.
-        entropy_weight: of `per-sample - batch` entropy of the probabilities `softmax(-|z - e|^2 / temperature)`, two
-            more terms, which hold all `(n, K)` probabilities in memory; 0.1 in MaskGIT's VQ.
+        entropy_weight: of the terms `sample_entropy` and `batch_entropy`, per-sample minus batch entropy of the
+            probabilities `softmax(-|z_e - e|^2 / entropy_temperature)`, which are held in memory, `(n, K)`; 0.1 in
+            MaskGIT's VQ.
         entropy_temperature: of these probabilities.
         entropy_log_offset: added to probabilities inside the logarithm of the batch entropy; 1e-5 in MaskGIT's VQ and
             LlamaGen.
@@ -50,6 +60,7 @@ class VectorQuantizer(Quantizer):
         self,
         codebook_size: int,
         dim: int,
+        *,
         codebook_update: CodebookUpdate = "ema",
         commitment_weight: float = 0.25,
         decay: float = 0.99,
@@ -80,7 +91,13 @@ class VectorQuantizer(Quantizer):
         self.vocab_size = codebook_size
         self.dim = dim
         self.codebook = Codebook(
-            codebook_size, dim, codebook_update, decay, codebook_init, normalize, revive_below=revive_below
+            codebook_size,
+            dim,
+            update=codebook_update,
+            decay=decay,
+            init=codebook_init,
+            normalize=normalize,
+            revive_below=revive_below,
         )
         self.commitment_weight = commitment_weight if weighted_term == "commitment" else 1.0
         self.codebook_weight = commitment_weight if weighted_term == "codebook" else 1.0
@@ -93,41 +110,41 @@ class VectorQuantizer(Quantizer):
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             self.codebook.prepare(latents)
-            tokens = self.codebook.search(latents)
-            codes, points = self.codebook.lookup(tokens), self.codebook.project(latents)
-            losses = {"commitment": self.commitment_weight * F.mse_loss(points, codes.detach())}
+            tokens = self.codebook.search(latents)  # eq. 1
+            z_e, e = self.codebook.project(latents), self.codebook.lookup(tokens)
+            losses = {"commitment": self.commitment_weight * F.mse_loss(z_e, e.detach())}  # eq. 3
             if self.codebook.update == "gradient":
-                losses["codebook"] = self.codebook_weight * F.mse_loss(codes, points.detach())
+                losses["codebook"] = self.codebook_weight * F.mse_loss(e, z_e.detach())
             if self.entropy_weight:
-                losses |= self._entropies(points)
-            # The codes looked up before the update: the ones that the losses and the tokens speak of.
-            quantized = Quantized(GRADIENTS[self.gradient](points, codes), tokens, losses)
+                losses |= self._entropies(z_e)
+            z_q = GRADIENTS[self.gradient](z_e, e)  # eq. 2
+            # Last, for z_q and the losses speak of the codes that the tokens were searched among.
             self.codebook.observe(latents, tokens)
-            return quantized
+            return Quantized(z_q, tokens, losses)
 
-    def _entropies(self, points: Tensor) -> dict[str, Tensor]:
-        # A copy: the codes move before the backward pass.
-        codes = self.codebook.project(self.codebook.codes.clone())
-        # -|z - e|^2 without the term |z|^2, which is the same for every code.
-        affinities = 2 * points.reshape(-1, self.dim) @ codes.T - codes.square().sum(dim=1)
-        sample, batch = softmax_entropies(affinities / self.entropy_temperature, self.entropy_log_offset)
+    def _entropies(self, z_e: Tensor) -> dict[str, Tensor]:
+        codes = self.codebook.project(self.codebook.codes.clone())  # a copy: they move before the backward pass
+        # -|z_e - e|^2 without the term |z_e|^2, which is the same for every code.
+        affinities = 2 * rearrange(z_e, "... d -> (...) d") @ codes.T - codes.square().sum(dim=1)
+        sample, batch = softmax_entropies(affinities / self.entropy_temperature, log_offset=self.entropy_log_offset)
         return {"sample_entropy": self.entropy_weight * sample, "batch_entropy": -self.entropy_weight * batch}
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.codebook.search(latents.float())
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.codebook.lookup(tokens)
 
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        """Ids `(B, ...)` of the codes nearest in Euclidean distance to latents `(B, ..., D)`."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.codebook.search(latents.float())
-
 
 class SimVectorQuantizer(Quantizer):
-    """Codes `W c + b` of random coefficients c that stay as they are: every update of W moves all codes, used or not.
+    """Replace each latent by the nearest of the codes `e_k = W c_k + b`, whose coefficients c_k are random and fixed.
 
-    The loss is that of VQ: a codebook term `|sg(z) - e|^2` that trains W and b, and a commitment term
-    `commitment_weight * |z - sg(e)|^2`, each a mean over all elements. `lookup` gives the same e.
+    Every update of W moves all codes, used or not. The losses are those of VQ-VAE: `codebook`, `|sg(z_e) - e|^2`, which
+    trains W and b, and `commitment`, `commitment_weight * |z_e - sg(e)|^2`, each a mean over all elements. Nothing
+    moves in `forward`.
 
     Args:
         codebook_size: K.
@@ -147,6 +164,7 @@ class SimVectorQuantizer(Quantizer):
         self,
         codebook_size: int,
         dim: int,
+        *,
         commitment_weight: float = 0.25,
         bias: bool = True,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
@@ -167,19 +185,20 @@ class SimVectorQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
-            tokens = self.encode(latents)
-            codes = self.lookup(tokens)
+            z_e = latents.float()
+            tokens = self.encode(z_e)
+            e = self.lookup(tokens)
             losses = {
-                "commitment": self.commitment_weight * F.mse_loss(latents, codes.detach()),
-                "codebook": F.mse_loss(codes, latents.detach()),
+                "commitment": self.commitment_weight * F.mse_loss(z_e, e.detach()),
+                "codebook": F.mse_loss(e, z_e.detach()),
             }
-            return Quantized(GRADIENTS[self.gradient](latents, codes), tokens, losses)
+            return Quantized(GRADIENTS[self.gradient](z_e, e), tokens, losses)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
+        """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            rows = latents.float().reshape(-1, self.dim)
+            rows = rearrange(latents.float(), "... d -> (...) d")
             return nearest_codes(rows, self.to_codes(self.coefficients)).reshape(latents.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ def test_no_frame_of_a_causal_network_sees_a_later_one(downsampling: str, upsamp
         changed = clip.clone()
         changed[:, :, start:] += 1
         difference = (network.encode(changed) - latents).abs().amax(dim=(0, 1, 3, 4))
-        assert [bool(value > 0) for value in difference] == [4 * place >= start for place in range(3)]
+        assert [bool(value > 0) for value in difference] == [4 * latent >= start for latent in range(3)]
     for start in (1, 2):
         changed = latents.clone()
         changed[:, :, start:] += 1

@@ -13,7 +13,7 @@ from discrete_lit.tokenizers.titok import ProxyDecoder, TiTokAutoencoder
 
 
 def tiny(**arguments) -> TiTokAutoencoder:
-    sizes = {"encoder": TransformerSize(16, 1, 2), "decoder": TransformerSize(24, 2, 3)}
+    sizes = {"encoder": TransformerSize(16, 1, heads=2), "decoder": TransformerSize(24, 2, heads=3)}
     shape = {"image_size": 16, "patch_size": 4, "latent_tokens": 5}
     return TiTokAutoencoder(**{"code_dim": 3, "latent_dim": 6, **shape, **sizes, **arguments})
 

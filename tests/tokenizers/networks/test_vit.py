@@ -1,14 +1,17 @@
-"""The transformer autoencoder."""
+"""The transformer autoencoder; its blocks against PyTorch's own encoder layers."""
 
 import pytest
 import torch
+from helpers.random_weights import randomise
+from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.tokenizers.networks import TransformerSize, ViTAutoencoder
+from discrete_lit.tokenizers.networks.vit import TransformerBlocks, initialise
 
 
 def tiny(**arguments) -> ViTAutoencoder:
-    sizes = {"encoder": TransformerSize(16, 1, 2), "decoder": TransformerSize(24, 2, 3, 32)}
+    sizes = {"encoder": TransformerSize(16, 1, heads=2), "decoder": TransformerSize(24, 2, heads=3, mlp_hidden=32)}
     return ViTAutoencoder(**{"code_dim": 3, "latent_dim": 6, "patch_size": 4, **sizes, **arguments})
 
 
@@ -72,7 +75,7 @@ def test_places_are_told_apart(positions) -> None:
 @torch.no_grad()
 def test_patches_keep_their_place() -> None:
     """Without blocks, positions and head, a latent is the embedding of its own patch, and decodes into its own."""
-    network = tiny(encoder=TransformerSize(16, 0, 2), decoder=TransformerSize(24, 0, 3))
+    network = tiny(encoder=TransformerSize(16, 0, heads=2), decoder=TransformerSize(24, 0, heads=3))
     images = torch.rand(1, 3, 16, 16)
     changed = images.clone()
     changed[:, :, 4:8, 8:12] += 1
@@ -91,3 +94,51 @@ def test_every_parameter_is_trained_and_the_last_layer_makes_the_pixels() -> Non
     outputs.sum().backward()
     assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert network.last_layer.shape == (3 * 4 * 4, 32)
+
+
+@torch.no_grad()
+def test_blocks_are_equal_to_pytorchs_encoder_layers() -> None:
+    """`nn.TransformerEncoderLayer` is an independent pre-norm block around `nn.MultiheadAttention`, with eps 1e-5."""
+    blocks = randomise(TransformerBlocks(TransformerSize(width=24, depth=2, heads=3, mlp_hidden=40)), 0.3)
+    reference = nn.ModuleList(
+        nn.TransformerEncoderLayer(24, 3, 40, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        for _ in range(2)
+    )
+    names = {
+        "self_attn.in_proj_": "attention.query_key_value.",
+        "self_attn.out_proj.": "attention.out.",
+        "norm1.": "attention_norm.",
+        "norm2.": "mlp_norm.",
+        "linear1.": "mlp.expand.",
+        "linear2.": "mlp.contract.",
+    }
+    own = blocks.state_dict()
+    renamed = {}
+    for key in reference.state_dict():
+        name = key
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        renamed[key] = own.pop(f"blocks.{name}")
+    assert not own
+    reference.load_state_dict(renamed)
+    x = torch.randn(2, 7, 24) * 1e-2  # small, so that the norms' epsilon counts
+    expected = x
+    for layer in reference:
+        expected = layer(expected)
+    torch.testing.assert_close(blocks(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_block_sizes() -> None:
+    blocks = TransformerBlocks(TransformerSize(width=8, depth=3, heads=2))
+    assert len(blocks.blocks) == 3
+    assert blocks.blocks[0].mlp.expand.out_features == 32
+    with pytest.raises(ValueError, match="width=8 is not a multiple of heads=3"):
+        TransformerBlocks(TransformerSize(width=8, depth=1, heads=3))
+
+
+def test_initial_weights() -> None:
+    layers = nn.Sequential(nn.Linear(100, 100), nn.Conv2d(3, 100, 5, bias=False))
+    initialise(layers)
+    assert not layers[0].bias.any()
+    for layer in layers:
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05)

@@ -28,7 +28,7 @@ def clusters(count: int, dim: int, members: int, spread: float = 0.05) -> tuple[
 @both_updates
 def test_kmeans_finds_clear_clusters(update) -> None:
     _, latents = clusters(12, 8, 30)
-    codebook = Codebook(12, 8, update, init="kmeans")
+    codebook = Codebook(12, 8, update=update, init="kmeans")
     codebook.prepare(latents)
     ids = codebook.search(latents)
     assert (ids.bincount(minlength=12) == 30).all()
@@ -84,7 +84,7 @@ def test_latents_that_are_not_finite_are_left_out(update, init) -> None:
     latents = torch.randn(60, 3)
     poisoned = torch.cat((latents, torch.tensor([[torch.nan, 0, 0], [0, torch.inf, 0], [1, 1, -torch.inf]])))
     poisoned = poisoned[torch.randperm(63)]
-    clean, dirty = (Codebook(8, 3, update, init=init, revive_below=1.0) for _ in range(2))
+    clean, dirty = (Codebook(8, 3, update=update, init=init, revive_below=1.0) for _ in range(2))
     for _ in range(3):
         step(clean, latents)
         step(dirty, poisoned)
@@ -106,7 +106,7 @@ def test_revival_brings_usage_up(update, normalize: bool) -> None:
     used = {}
     for revive_below in (None, 1.0):
         codebook = Codebook(
-            64, 4, update, decay=0.9, init="uniform", normalize=normalize, revive_below=revive_below, seed=3
+            64, 4, update=update, decay=0.9, init="uniform", normalize=normalize, revive_below=revive_below, seed=3
         )
         codebook.codes.data[1:] = codebook.codes.data[:1] + 1e-4 * torch.randn(63, 4)  # collapsed
         if update == "ema":
@@ -120,7 +120,7 @@ def test_revival_brings_usage_up(update, normalize: bool) -> None:
 
 @both_updates
 def test_a_revived_code_is_a_latent_with_fresh_statistics(update) -> None:
-    codebook = Codebook(8, 2, update, decay=0.5, init="uniform", revive_below=1.5)
+    codebook = Codebook(8, 2, update=update, decay=0.5, init="uniform", revive_below=1.5)
     latents = torch.randn(30, 2)
     ids = torch.arange(30) % 4  # codes 4 to 7 have no latents
     before = codebook.codes.detach().clone()
@@ -137,7 +137,7 @@ def test_a_revived_code_is_a_latent_with_fresh_statistics(update) -> None:
 
 
 def test_the_least_used_codes_come_first_where_latents_are_few() -> None:
-    codebook = Codebook(6, 2, "gradient", decay=0.5, init="uniform", revive_below=1.0)
+    codebook = Codebook(6, 2, update="gradient", decay=0.5, init="uniform", revive_below=1.0)
     codebook.cluster_size.copy_(torch.tensor([0.9, 0.1, 0.5, 9.0, 0.3, 0.8]))
     before = codebook.codes.detach().clone()
     latents = torch.ones(2, 2)
@@ -150,7 +150,7 @@ def test_revival_draws_anew_at_every_step_and_by_the_seed() -> None:
     latents, ids = torch.randn(200, 2), torch.zeros(200, dtype=torch.int64)
 
     def revived(seed: int) -> list[torch.Tensor]:
-        codebook = Codebook(5, 2, "gradient", decay=0.0, init="uniform", revive_below=1.0, seed=seed)
+        codebook = Codebook(5, 2, update="gradient", decay=0.0, init="uniform", revive_below=1.0, seed=seed)
         drawn = []
         for _ in range(2):
             codebook.observe(latents, ids)
@@ -166,10 +166,10 @@ def test_revival_draws_anew_at_every_step_and_by_the_seed() -> None:
 @pytest.mark.parametrize("init", ["kmeans", "data", "normal"])
 def test_resumed_training_goes_on_exactly(update, init) -> None:
     batches = torch.randn(6, 50, 3)
-    straight = Codebook(32, 3, update, init=init, revive_below=1.0)
+    straight = Codebook(32, 3, update=update, init=init, revive_below=1.0)
     for batch in batches[:3]:
         step(straight, batch)
-    resumed = Codebook(32, 3, update, init=init, revive_below=1.0)
+    resumed = Codebook(32, 3, update=update, init=init, revive_below=1.0)
     resumed.load_state_dict(copy.deepcopy(straight.state_dict()))
     torch.rand(7)
     for batch in batches[3:]:
@@ -198,7 +198,7 @@ def test_codes_on_the_sphere_are_directions_of_running_sums() -> None:
 
 
 def test_normalised_search_looks_at_angles_alone() -> None:
-    codebook = Codebook(2, 2, "gradient", init="uniform", normalize=True)
+    codebook = Codebook(2, 2, update="gradient", init="uniform", normalize=True)
     codebook.codes.data.copy_(torch.tensor([[0.1, 0.0], [5.0, 5.0]]))
     assert codebook.search(torch.tensor([[9.0, 1.0], [0.001, 0.001]])).tolist() == [0, 1]
     torch.testing.assert_close(codebook.lookup(torch.tensor(1)), torch.full((2,), 0.5**0.5))
@@ -207,7 +207,7 @@ def test_normalised_search_looks_at_angles_alone() -> None:
 
 @both_updates
 def test_nothing_moves_in_eval_mode(update) -> None:
-    codebook = Codebook(8, 2, update, revive_below=1.0).eval()
+    codebook = Codebook(8, 2, update=update, revive_below=1.0).eval()
     before = copy.deepcopy(codebook.state_dict())
     step(codebook, torch.randn(20, 2))
     assert all(torch.equal(value, before[name]) for name, value in codebook.state_dict().items())

@@ -1,4 +1,4 @@
-"""Two ranks with unequal shares of a batch end with the codebook of one process with the whole batch."""
+"""Two ranks with unequal numbers of a batch's rows end with the codebook of one process with the whole batch."""
 
 import multiprocessing
 from pathlib import Path
@@ -22,7 +22,7 @@ STEPS, ROWS = 6, 80
 
 
 def batches() -> torch.Tensor:
-    """Latents of a few dense places, so that codes die; some are not finite."""
+    """Latents in a few dense clouds, so that codes die; some are not finite."""
     generator = torch.Generator().manual_seed(5)
     latents = torch.randn(STEPS, ROWS, 3, generator=generator).pow(3)
     latents[:, 11, 0], latents[:, 70, 2] = torch.nan, torch.inf
@@ -41,15 +41,17 @@ def train(settings: dict[str, Any], rows: slice) -> dict[str, torch.Tensor]:
 def quantizer_loss(rows: slice) -> dict[str, torch.Tensor]:
     """Loss terms of a whole quantizer whose entropies are those of the joined batch."""
     torch.manual_seed(1)
-    quantizer = VectorQuantizer(16, 3, "gradient", codebook_init="normal", entropy_weight=0.1, entropy_temperature=0.5)
+    quantizer = VectorQuantizer(
+        16, 3, codebook_update="gradient", codebook_init="normal", entropy_weight=0.1, entropy_temperature=0.5
+    )
     return quantizer(batches()[0].nan_to_num(0, 0, 0)[rows]).losses
 
 
 def rank_of_two(rank: int, address: str, output: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    share = slice(0, 50) if rank == 0 else slice(50, ROWS)
-    made: dict[str, Any] = {name: train(settings, share) for name, settings in SETTINGS.items()}
+    own = slice(0, 50) if rank == 0 else slice(50, ROWS)
+    made: dict[str, Any] = {name: train(settings, own) for name, settings in SETTINGS.items()}
     made["losses"] = quantizer_loss(slice(0, 40) if rank == 0 else slice(40, ROWS))
     torch.save(made, f"{output}/{rank}.pt")
     dist.destroy_process_group()

@@ -39,8 +39,8 @@ def test_batch_entropy_is_not_the_sum_over_bits() -> None:
 
 def test_groups_add_up() -> None:
     log_odds = torch.randn(20, 3, 4)
-    parts = [joint_bits_entropy(group[:, None]) for group in log_odds.unbind(dim=1)]
-    torch.testing.assert_close(joint_bits_entropy(log_odds), torch.stack(parts).sum())
+    by_group = [joint_bits_entropy(group[:, None]) for group in log_odds.unbind(dim=1)]
+    torch.testing.assert_close(joint_bits_entropy(log_odds), torch.stack(by_group).sum())
 
 
 def test_eighteen_bits_over_every_code() -> None:

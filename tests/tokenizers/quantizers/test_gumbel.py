@@ -16,8 +16,8 @@ def test_evaluation_takes_the_largest_logit() -> None:
     assert quantizer.latent_dim == 5 and quantizer.dim == 3
     assert torch.equal(quantized.tokens, quantizer.to_logits(latents).argmax(dim=-1))
     assert torch.equal(quantized.tokens, quantizer.encode(latents))
-    assert torch.equal(quantized.codes, quantizer.lookup(quantized.tokens)) and quantized.codes.shape == (2, 4, 6, 3)
-    assert torch.equal(quantizer(latents).codes, quantized.codes) and not quantizer.steps
+    assert torch.equal(quantized.z_q, quantizer.lookup(quantized.tokens)) and quantized.z_q.shape == (2, 4, 6, 3)
+    assert torch.equal(quantizer(latents).z_q, quantized.z_q) and not quantizer.steps
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -28,12 +28,12 @@ def test_given_noise_is_the_formula(hard: bool) -> None:
     soft = ((quantizer.to_logits(latents) + noise) / 0.6).softmax(dim=-1)
     one_hot = F.one_hot(soft.argmax(dim=-1), 7).float()
     expected = (one_hot - soft.detach() + soft if hard else soft) @ quantizer.codes
-    torch.testing.assert_close(quantized.codes, expected)
+    torch.testing.assert_close(quantized.z_q, expected)
     assert torch.equal(quantized.tokens, soft.argmax(dim=-1))
     leaves = (latents, quantizer.codes, quantizer.to_logits.weight)
     weights = torch.randn_like(expected)
     torch.testing.assert_close(
-        torch.autograd.grad((quantized.codes * weights).sum(), leaves),
+        torch.autograd.grad((quantized.z_q * weights).sum(), leaves),
         torch.autograd.grad((expected * weights).sum(), leaves),
     )
 
@@ -53,8 +53,8 @@ def test_drawn_ids_follow_the_softmax() -> None:
     quantizer = GumbelQuantizer(4, 2).train()
     torch.nn.init.zeros_(quantizer.to_logits.weight)
     quantizer.to_logits.bias.data.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]).log())
-    shares = quantizer(torch.zeros(20_000, 2)).tokens.bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.015)
+    frequencies = quantizer(torch.zeros(20_000, 2)).tokens.bincount(minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=0.015)
 
 
 def test_noise_belongs_to_the_step_and_the_seed_and_outlives_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +92,7 @@ def test_a_low_temperature_sharpens_the_mixture() -> None:
     distances = []
     for quantizer.temperature in (2.0, 0.5, 0.01):
         quantized = quantizer(latents, noise=noise)
-        distances.append(F.mse_loss(quantized.codes, quantizer.lookup(quantized.tokens)).item())
+        distances.append(F.mse_loss(quantized.z_q, quantizer.lookup(quantized.tokens)).item())
     assert distances == sorted(distances, reverse=True) and distances[-1] < 0.01
 
 
@@ -102,7 +102,7 @@ def test_autocast_does_not_change_ids() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized, ids = quantizer(latents), quantizer.encode(latents)
     assert torch.equal(quantized.tokens, quantizer(latents).tokens) and torch.equal(ids, quantized.tokens)
-    assert quantized.codes.dtype == torch.float32
+    assert quantized.z_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -33,18 +33,18 @@ def test_values_and_gradients_are_the_formulas() -> None:
     }
     quantized = quantizer(latents)
     torch.testing.assert_close(quantized.losses, expected)
-    torch.testing.assert_close(quantized.codes.reshape(-1, 4), carried)
+    torch.testing.assert_close(quantized.z_q.reshape(-1, 4), carried)
     assert torch.equal(quantized.tokens.flatten(), soft.argmax(dim=1))
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     weights = torch.randn_like(carried)
     for name, (mine, theirs) in {
-        "codes": ((quantized.codes.reshape(-1, 4) * weights).sum(), (carried * weights).sum()),
+        "codes": ((quantized.z_q.reshape(-1, 4) * weights).sum(), (carried * weights).sum()),
         **{name: (quantized.losses[name], expected[name]) for name in expected},
     }.items():
         found = torch.autograd.grad(mine, (latents, codes), retain_graph=True, allow_unused=True)
         wanted = torch.autograd.grad(theirs, (latents, codes), retain_graph=True, allow_unused=True)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, msg=name)
-    (gradient,) = torch.autograd.grad(quantized.codes.sum(), codes)
+    (gradient,) = torch.autograd.grad(quantized.z_q.sum(), codes)
     assert (gradient.abs().amax(dim=1) > 0).all()  # of codes without latents too
 
 

@@ -23,10 +23,10 @@ def test_ids_and_codes_by_hand(kind, order) -> None:
     quantizer = kind(4, bit_order=order)
     for signs in product((-1, 1), repeat=4):
         bits = [sign > 0 for sign in (signs if order == "first_least_significant" else reversed(signs))]
-        token = sum(int(bit) * 2**place for place, bit in enumerate(bits))
+        token = sum(int(bit) * 2**power for power, bit in enumerate(bits))
         quantized = quantizer(torch.tensor(signs)[None] * torch.tensor([0.1, 2.0, 0.5, 1e-20]))
         assert quantized.tokens.tolist() == [token]
-        assert quantized.codes[0].tolist() == pytest.approx([sign * scale(quantizer) for sign in signs])
+        assert quantized.z_q[0].tolist() == pytest.approx([sign * scale(quantizer) for sign in signs])
     assert quantizer.vocab_size == 16 and quantizer.dim == quantizer.latent_dim == 4
 
 
@@ -43,8 +43,8 @@ def test_any_grid_and_exact_lookup(kind, grid: tuple[int, ...]) -> None:
     latents = torch.randn(4, *grid, 6)
     quantized = quantizer(latents)
     assert quantized.tokens.shape == (4, *grid) and quantized.tokens.dtype == torch.int64
-    assert quantized.codes.shape == latents.shape and quantized.codes.dtype == torch.float32
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert quantized.z_q.shape == latents.shape and quantized.z_q.dtype == torch.float32
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     assert torch.equal(quantizer.encode(latents), quantized.tokens)
 
 
@@ -53,17 +53,17 @@ def test_many_bits(bits: int) -> None:
     quantizer = BinarySphericalQuantizer(bits)
     quantized = quantizer(torch.randn(500, bits))
     assert 2 ** (bits - 1) < int(quantized.tokens.max()) < 2**bits == quantizer.vocab_size
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
 
 
 @each_kind
-def test_parts_are_the_channels_bits(kind) -> None:
+def test_components_are_the_channels_bits(kind) -> None:
     quantizer = kind(5)
     latents = torch.randn(2, 3, 5)
     components = quantizer.components(quantizer.encode(latents))
     assert list(components) == [f"bit_{channel}" for channel in range(5)]
-    for channel, part in enumerate(components.values()):
-        assert part.size == 2 and torch.equal(part.ids, (latents[..., channel] > 0).long())
+    for channel, component in enumerate(components.values()):
+        assert component.size == 2 and torch.equal(component.ids, (latents[..., channel] > 0).long())
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
@@ -85,8 +85,8 @@ def entropies_by_group(rows: Tensor, groups: int, temperature: float, size: floa
     bits = rows.shape[1] // groups
     codes = size * (((torch.arange(2**bits)[:, None] >> torch.arange(bits)) & 1) * 2 - 1).double()
     per_sample, batch = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for part in rows.split(bits, dim=1):
-        probabilities = (2 * part @ codes.T / temperature).softmax(dim=1)
+    for group in rows.split(bits, dim=1):
+        probabilities = (2 * group @ codes.T / temperature).softmax(dim=1)
         per_sample = per_sample + torch.special.entr(probabilities).sum(dim=1).mean()
         batch = batch + torch.special.entr(probabilities.mean(dim=0)).sum()
     return per_sample, batch
@@ -94,7 +94,14 @@ def entropies_by_group(rows: Tensor, groups: int, temperature: float, size: floa
 
 @pytest.mark.parametrize("groups", [None, 1, 2])
 def test_spherical_losses(groups: int | None) -> None:
-    quantizer = BinarySphericalQuantizer(6, 0.7, 0.3, 0.2, 1.5, entropy_groups=groups)
+    quantizer = BinarySphericalQuantizer(
+        6,
+        commitment_weight=0.7,
+        entropy_weight=0.3,
+        entropy_temperature=0.2,
+        batch_entropy_weight=1.5,
+        entropy_groups=groups,
+    )
     latents = torch.randn(2, 10, 6) * 5
     losses = quantizer(latents).losses
     rows = F.normalize(latents.double().reshape(20, 6), dim=1)
@@ -113,7 +120,7 @@ def test_no_entropy_without_weight() -> None:
 def test_gradient_passes_straight_through() -> None:
     quantizer = LookupFreeQuantizer(4)
     latents, weights = torch.randn(20, 4, requires_grad=True), torch.randn(20, 4)
-    (through,) = torch.autograd.grad((quantizer(latents).codes * weights).sum(), latents)
+    (through,) = torch.autograd.grad((quantizer(latents).z_q * weights).sum(), latents)
     assert torch.equal(through, weights)
     (commitment,) = torch.autograd.grad(quantizer(latents).losses["commitment"], latents)
     codes = torch.where(latents > 0, 1.0, -1.0)
@@ -123,7 +130,7 @@ def test_gradient_passes_straight_through() -> None:
 def test_spherical_gradient_passes_the_normalisation() -> None:
     quantizer = BinarySphericalQuantizer(4)
     latents, weights = torch.randn(20, 4, requires_grad=True), torch.randn(20, 4)
-    (through,) = torch.autograd.grad((quantizer(latents).codes * weights).sum(), latents)
+    (through,) = torch.autograd.grad((quantizer(latents).z_q * weights).sum(), latents)
     (expected,) = torch.autograd.grad((F.normalize(latents, dim=1) * weights).sum(), latents)
     torch.testing.assert_close(through, expected)
 
@@ -152,9 +159,9 @@ def test_autocast_changes_nothing(kind) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
     plain = quantizer(latents)
-    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.codes, plain.codes)
+    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.z_q, plain.z_q)
     assert all(torch.equal(loss, plain.losses[name]) for name, loss in quantized.losses.items())
-    assert quantizer(latents.bfloat16()).codes.dtype == torch.float32
+    assert quantizer(latents.bfloat16()).z_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -191,18 +198,18 @@ def test_against_vector_quantize_pytorch(spherical: bool, monkeypatch: pytest.Mo
     settings = {"entropy_weight": 0.3, "entropy_temperature": 0.01, "batch_entropy_weight": 1.5, "entropy_groups": 1}
     # Their commitment is a mean over channels, a spherical code's length is 1.
     kind, commitment = (BinarySphericalQuantizer, 0.25 / 7) if spherical else (LookupFreeQuantizer, 0.25)
-    ours = kind(7, commitment, bit_order="first_most_significant", **settings).train()
+    ours = kind(7, commitment_weight=commitment, bit_order="first_most_significant", **settings).train()
     latents = (torch.randn(2, 30, 7) * 0.1).requires_grad_()
     mine = ours(latents)
     codes, tokens, loss = theirs(latents)
     assert torch.equal(mine.tokens, tokens)
-    torch.testing.assert_close(mine.codes, codes)
+    torch.testing.assert_close(mine.z_q, codes)
     my_loss = torch.stack(list(mine.losses.values())).sum()
     torch.testing.assert_close(my_loss, loss, rtol=1e-5, atol=1e-6)
     weights = torch.randn_like(codes)
     my_gradient, their_gradient = (
         torch.autograd.grad((made * weights).sum() + value, latents)[0]
-        for made, value in ((mine.codes, my_loss), (codes, loss))
+        for made, value in ((mine.z_q, my_loss), (codes, loss))
     )
     torch.testing.assert_close(my_gradient, their_gradient, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.lookup(tokens), theirs.indices_to_codes(tokens))

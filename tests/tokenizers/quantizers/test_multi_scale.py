@@ -13,14 +13,14 @@ from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 def make(scales: Sequence[int] = (1, 2, 4), size: int = 16, dim: int = 3, **settings) -> MultiScaleResidualQuantizer:
     """A quantizer whose codes have deviation 1."""
     settings = {"codebook_init": "normal", **settings}
-    quantizer = MultiScaleResidualQuantizer(size, dim, scales, **settings)
+    quantizer = MultiScaleResidualQuantizer(size, dim, scales=scales, **settings)
     with torch.no_grad():
         quantizer.codebook.codes.normal_()
     return quantizer
 
 
 def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Ids and f_hat `(B, D, H, W)` after each scale, by loops over places."""
+    """Ids and f_hat `(B, D, H, W)` after each scale, by loops over positions."""
     side = latents.shape[1]
     rest, f_hat = latents.movedim(-1, 1), torch.zeros_like(latents.movedim(-1, 1))
     ids, after = [], []
@@ -44,8 +44,8 @@ def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Te
             spread = spread + quantizer.phi_ratio * (convolution(spread) - spread)
         f_hat, rest = f_hat + spread, rest - spread
         after.append(f_hat)
-    places = torch.stack(ids).split([len(latents) * length for length in quantizer.lengths])
-    return torch.cat([part.reshape(len(latents), -1) for part in places], dim=1), after
+    by_scale = torch.stack(ids).split([len(latents) * length for length in quantizer.lengths])
+    return torch.cat([of_scale.reshape(len(latents), -1) for of_scale in by_scale], dim=1), after
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_algorithm_by_hand(scales, settings) -> None:
     quantized = quantizer(latents)
     assert torch.equal(quantized.tokens, tokens) and torch.equal(quantizer.encode(latents), tokens)
     assert tokens.shape == (2, *quantizer.token_shape((scales[-1],) * 2)) == (2, sum(scale**2 for scale in scales))
-    torch.testing.assert_close(quantized.codes, after[-1].movedim(1, -1))
-    assert torch.equal(quantizer.lookup(tokens), quantized.codes)
+    torch.testing.assert_close(quantized.z_q, after[-1].movedim(1, -1))
+    assert torch.equal(quantizer.lookup(tokens), quantized.z_q)
     torch.testing.assert_close(quantizer.cumulative(tokens), torch.stack(after))
     distances = torch.stack([(f_hat.movedim(1, -1) - latents).square().mean() for f_hat in after])
     torch.testing.assert_close(quantized.losses["commitment"], 0.25 * distances.mean())
@@ -93,7 +93,7 @@ def test_gradients() -> None:
     quantizer = make()
     latents, weights = torch.randn(2, 4, 4, 3, requires_grad=True), torch.randn(2, 4, 4, 3)
     quantized = quantizer(latents)
-    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents, retain_graph=True)
     assert torch.equal(through, weights)
     trained = [quantizer.codebook.codes, *quantizer.phi.parameters()]
     gradients = torch.autograd.grad(
@@ -113,10 +113,10 @@ def test_gradients() -> None:
 
 
 def test_every_convolution_has_a_scale_where_there_are_enough() -> None:
-    ten = MultiScaleResidualQuantizer(4, 2, [1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
+    ten = MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3, 4, 5, 6, 8, 10, 13, 16])
     assert ten.phi_of_scale == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    assert MultiScaleResidualQuantizer(4, 2, [1, 2, 3], phi_kernels=1).phi_of_scale == [0, 0, 0]
-    assert not MultiScaleResidualQuantizer(4, 2, [1, 2, 3], phi_ratio=0.0).phi
+    assert MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3], phi_kernels=1).phi_of_scale == [0, 0, 0]
+    assert not MultiScaleResidualQuantizer(4, 2, scales=[1, 2, 3], phi_ratio=0.0).phi
 
 
 def test_running_means_take_the_latents_of_all_scales_once() -> None:
@@ -131,7 +131,7 @@ def test_running_means_take_the_latents_of_all_scales_once() -> None:
     before = (
         codes[quantizer.split(quantized.tokens)[1]].reshape(3, 2, 2, 3) + codes[quantized.tokens[:, 0]][:, None, None]
     )
-    torch.testing.assert_close(quantized.codes, before)
+    torch.testing.assert_close(quantized.z_q, before)
     assert not torch.equal(quantizer.codebook.codes, codes)
 
 
@@ -140,31 +140,35 @@ def test_convolutions_begin_as_the_identity() -> None:
     quantizer, without = make(), make(phi_ratio=0.0)
     without.codebook.load_state_dict(quantizer.codebook.state_dict())
     latents = torch.randn(2, 4, 4, 3)
-    torch.testing.assert_close(quantizer(latents).codes, without(latents).codes)
+    torch.testing.assert_close(quantizer(latents).z_q, without(latents).z_q)
 
 
 def test_training_lowers_its_losses() -> None:
-    quantizer = MultiScaleResidualQuantizer(32, 3, [1, 2, 4]).train()
+    quantizer = MultiScaleResidualQuantizer(32, 3, scales=[1, 2, 4]).train()
     latents = torch.randn(8, 4, 4, 3)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.02)
     distances = []
     for _ in range(60):
         quantized = quantizer(latents)
-        distances.append((quantized.codes - latents).square().mean())
+        distances.append((quantized.z_q - latents).square().mean())
         optimizer.zero_grad()
         quantized.losses["codebook"].backward()
         optimizer.step()
     assert distances[-1] < 0.7 * distances[0]
 
 
-def test_parts_are_the_scales() -> None:
+def test_components_are_the_scales() -> None:
     quantizer = make()
     tokens = torch.arange(21).repeat(2, 1) % 16
     components = quantizer.components(tokens)
     assert list(components) == ["scale_1", "scale_2", "scale_4"] and all(
-        part.size == 16 for part in components.values()
+        component.size == 16 for component in components.values()
     )
-    assert [part.ids.tolist()[0] for part in components.values()] == [[0], [1, 2, 3, 4], [n % 16 for n in range(5, 21)]]
+    assert [component.ids.tolist()[0] for component in components.values()] == [
+        [0],
+        [1, 2, 3, 4],
+        [n % 16 for n in range(5, 21)],
+    ]
 
 
 def test_autocast_changes_nothing() -> None:
@@ -175,7 +179,7 @@ def test_autocast_changes_nothing() -> None:
         tokens = quantizer.encode(latents)
     plain = quantizer(latents)
     assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(tokens, plain.tokens)
-    assert torch.equal(quantized.codes, plain.codes) and quantized.codes.dtype == torch.float32
+    assert torch.equal(quantized.z_q, plain.z_q) and quantized.z_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (5, 5), (4, 5), (4,), (4, 4, 4)])

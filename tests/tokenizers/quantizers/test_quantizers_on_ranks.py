@@ -25,9 +25,9 @@ def quantizers() -> dict[str, Quantizer]:
     torch.manual_seed(0)
     ema = {"codebook_update": "ema", "codebook_init": "data", "decay": 0.7, "revive_below": 1.0}
     return {
-        "shared": ResidualQuantizer(12, 3, 3, shared_codebook=True, decay=0.7),
-        "separate": ResidualQuantizer(12, 3, 3, shared_codebook=False, decay=0.7),
-        "scales": MultiScaleResidualQuantizer(12, 3, [1, 2, 4], **ema),
+        "shared": ResidualQuantizer(12, 3, depth=3, shared_codebook=True, decay=0.7),
+        "separate": ResidualQuantizer(12, 3, depth=3, shared_codebook=False, decay=0.7),
+        "scales": MultiScaleResidualQuantizer(12, 3, scales=[1, 2, 4], **ema),
     }
 
 

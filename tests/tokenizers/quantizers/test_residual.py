@@ -10,7 +10,9 @@ each_sharing = pytest.mark.parametrize("shared", [True, False])
 
 def make(shared: bool = True, size: int = 16, dim: int = 3, depth: int = 3, **settings) -> ResidualQuantizer:
     """A quantizer whose codes have deviation 1."""
-    quantizer = ResidualQuantizer(size, dim, depth, shared, **{"codebook_init": "normal", **settings})
+    quantizer = ResidualQuantizer(
+        size, dim, depth=depth, shared_codebook=shared, **{"codebook_init": "normal", **settings}
+    )
     with torch.no_grad():
         for codebook in quantizer.codebooks:
             codebook.codes.normal_()
@@ -34,8 +36,8 @@ def test_algorithm_by_hand(shared: bool, grid: tuple[int, ...]) -> None:
         assert torch.equal(quantized.tokens[..., number], ids)
         total = total + codes[ids]
         distances.append((latents - total).square().mean())
-    torch.testing.assert_close(quantized.codes, total)
-    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.codes)
+    torch.testing.assert_close(quantized.z_q, total)
+    assert torch.equal(quantizer.lookup(quantized.tokens), quantized.z_q)
     torch.testing.assert_close(quantized.losses, {"commitment": 0.25 * torch.stack(distances).mean()})
     assert len(quantizer.codebooks) == (1 if shared else 3)
 
@@ -45,7 +47,7 @@ def test_gradients(shared: bool) -> None:
     quantizer = make(shared, codebook_update="gradient", revive_below=None)
     latents, weights = torch.randn(20, 3, requires_grad=True), torch.randn(20, 3)
     quantized = quantizer(latents)
-    (through,) = torch.autograd.grad((quantized.codes * weights).sum(), latents, retain_graph=True)
+    (through,) = torch.autograd.grad((quantized.z_q * weights).sum(), latents, retain_graph=True)
     assert torch.equal(through, weights)
     (commitment,) = torch.autograd.grad(quantized.losses["commitment"], latents, retain_graph=True)
     rests, rest = [], latents.detach()
@@ -86,7 +88,7 @@ def test_shared_running_means_move_at_every_depth() -> None:
 @each_sharing
 def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
     torch.manual_seed(1)
-    quantizer = ResidualQuantizer(32, 4, 3, shared, decay=0.8).train()
+    quantizer = ResidualQuantizer(32, 4, depth=3, shared_codebook=shared, decay=0.8).train()
     for _ in range(30):
         latents = torch.randn(400, 4)
         quantizer(latents)
@@ -97,12 +99,12 @@ def test_first_codes_and_revival_use_the_vocabulary(shared: bool) -> None:
     assert distances[0] < 0.1 * latents.square().mean()
 
 
-def test_parts_are_the_depths() -> None:
+def test_components_are_the_depths() -> None:
     tokens = torch.randint(16, (2, 4, 4, 3))
     components = make().components(tokens)
     assert list(components) == ["depth_0", "depth_1", "depth_2"]
-    for number, part in enumerate(components.values()):
-        assert part.size == 16 and torch.equal(part.ids, tokens[..., number])
+    for number, component in enumerate(components.values()):
+        assert component.size == 16 and torch.equal(component.ids, tokens[..., number])
 
 
 def test_autocast_changes_nothing() -> None:
@@ -111,7 +113,7 @@ def test_autocast_changes_nothing() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(latents)
     plain = quantizer(latents)
-    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.codes, plain.codes)
+    assert torch.equal(quantized.tokens, plain.tokens) and torch.equal(quantized.z_q, plain.z_q)
 
 
 @pytest.mark.parametrize(
@@ -139,5 +141,5 @@ def test_against_vector_quantize_pytorch(shared: bool) -> None:
     codes, tokens, _ = theirs(latents)
     quantized = ours(latents)
     assert torch.equal(quantized.tokens, tokens)
-    torch.testing.assert_close(quantized.codes, codes)
+    torch.testing.assert_close(quantized.z_q, codes)
     torch.testing.assert_close(ours.lookup(tokens), theirs.get_output_from_indices(tokens))

@@ -1,4 +1,4 @@
-"""What codes hand to the latents they replace."""
+"""Straight-through estimator, rotation trick, index backpropagation: values are the codes, gradients the formulas."""
 
 import math
 
