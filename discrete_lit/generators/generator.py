@@ -209,7 +209,15 @@ class Generator(LightningModule, ABC):
                 f"guidance_scale={draw.guidance_scale} needs a generator that learned the null label; this one was "
                 "trained with label_dropout=0"
             )
-        output = draw(self.sampled_backbone(), labels, random, kept, self.scale_quantizer(), self.denoiser(), trace)
+        output = draw(
+            self.sampled_backbone(),
+            labels,
+            random,
+            known=kept,
+            quantizer=self.scale_quantizer(),
+            denoiser=self.denoiser(),
+            trace=trace,
+        )
         return replace(output, tokens=self.to_grid(output.tokens))
 
     def sampled_backbone(self) -> Backbone:

@@ -35,7 +35,7 @@ from discrete_lit.diffusion.reverse import (
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
-from discrete_lit.samplers.sampler import ParallelSampler, Sampler, SamplingContext
+from discrete_lit.samplers.sampler import Sampler, SamplingContext
 
 
 def denoiser_of(context: SamplingContext, sampler: Sampler) -> Denoiser:
@@ -145,7 +145,7 @@ class Interval:
         return Interval(number, self.after, self.after, torch.zeros_like(self.slope), last=False)
 
 
-class DiffusionSampler(ParallelSampler):
+class DiffusionSampler(Sampler):
     """Goes from noise to an image in T steps, in each of which all tokens may change.
 
     Each token first decides whether it leaves its state, then, if so, where to: float64 decides both. The last step
@@ -181,14 +181,19 @@ class DiffusionSampler(ParallelSampler):
         clean_up: Literal["sample", "argmax"] = "sample",
         **settings: Any,
     ) -> None:
-        super().__init__(steps, **settings)
+        super().__init__(**settings)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         if guidance_law not in ("clean", "transition", "score"):
             raise ValueError(f"guidance_law must be 'clean', 'transition' or 'score', got {guidance_law!r}")
         if clean_up not in ("sample", "argmax"):
             raise ValueError(f"clean_up must be 'sample' or 'argmax', got {clean_up!r}")
+        self.steps = steps
         self.grid = grid
         self.guidance_law: GuidanceLaw = guidance_law
         self.clean_up = clean_up
+
+    attention = "bidirectional"
 
     @abstractmethod
     def reveal(self, interval: Interval, weight: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def drawing_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
     """Of rows of class 0, as a sampler gets it."""
     labels = torch.zeros(rows, dtype=torch.int64)
     return SamplingContext(
-        backbone, labels, CounterRandom(seed, torch.arange(rows)), None, None, backbone.denoiser(schedule), False
+        backbone, labels, CounterRandom(seed, torch.arange(rows)), denoiser=backbone.denoiser(schedule)
     )
 
 

@@ -74,9 +74,7 @@ def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
     process, steps, length = AbsorbingProcess(8192), 2048, 256
     denoiser = Denoiser(process, LinearSchedule(), LeaveOneOutHead(), "none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
-    context = SamplingContext(
-        FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False
-    )
+    context = SamplingContext(FlatBackbone(process, length), labels, CounterRandom(0, labels), denoiser=denoiser)
     intervals = sampler.intervals(denoiser.schedule, context)
     trajectory = Trajectory(context, denoiser, intervals[0].before)
     for interval in intervals[: steps // 2]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, LinearSchedule, MaskSchedule, SquareSchedule
 from discrete_lit.samplers import MaskGITSampler
+from discrete_lit.samplers.maskgit import draw_at
 
 
 class Steep(MaskSchedule):
@@ -139,6 +140,6 @@ def test_drawing_at_some_places_alone_changes_nothing() -> None:
     whole, score = sampler.choose(logits, uniforms)
     where = torch.rand(9, 8) < 0.5
     where[0] = False
-    ids, own = sampler.choose_at(logits, where, int(where.sum(dim=1).max()), uniforms, progress=0.5)
+    ids, own = draw_at(where, int(where.sum(dim=1).max()), logits, uniforms, sampler.choose)
     assert torch.equal(ids[where], whole[where])
     torch.testing.assert_close(own[where], score[where].double())

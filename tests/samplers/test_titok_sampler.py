@@ -5,7 +5,7 @@ import torch
 from helpers.exact_laws import chi_square_p_value
 
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.samplers import ConfidenceSampler, MaskBitSampler, MaskGITSampler, TiTokSampler
+from discrete_lit.samplers import MaskBitSampler, MaskGITSampler, TiTokSampler
 
 
 def test_the_draw_is_of_the_noise_temperature_and_its_score_the_raw_logit() -> None:
@@ -13,7 +13,7 @@ def test_the_draw_is_of_the_noise_temperature_and_its_score_the_raw_logit() -> N
     logits = torch.tensor([2.0, -1.0, 0.5, 0.0])
     rows = logits.expand(30_000, 1, 4)
     uniforms = CounterRandom(0, torch.arange(30_000)).uniform(Purpose.TOKEN, 1)
-    ids, score = TiTokSampler(choice_temperature=4.0).choose_with_score(rows, uniforms, progress=0.5)
+    ids, score = TiTokSampler(choice_temperature=4.0).draw_scored(rows, uniforms, r=0.5)
     assert chi_square_p_value(ids.flatten(), (logits.double() / 2).softmax(dim=0)) > 1e-3
     torch.testing.assert_close(score, logits[ids])
     gumbel = -torch.log(-torch.log(torch.rand(30_000, 4, dtype=torch.float64)))
@@ -24,7 +24,7 @@ def test_the_draw_is_of_the_noise_temperature_and_its_score_the_raw_logit() -> N
 def test_the_last_step_takes_the_most_probable() -> None:
     logits = torch.randn(50, 3, 7)
     uniforms = torch.rand(50, 3, dtype=torch.float64)
-    ids, _ = TiTokSampler().choose_with_score(logits, uniforms, progress=1.0)
+    ids, _ = TiTokSampler().draw_scored(logits, uniforms, r=1.0)
     assert torch.equal(ids, logits.argmax(dim=-1))
 
 
@@ -33,9 +33,9 @@ def test_the_temperature_falls_from_thirteen_tenths_to_one_half() -> None:
     assert [sampler.temperature_at(r) for r in (0.0, 0.5, 1.0)] == pytest.approx([2.6, 1.8, 1.0])
     assert TiTokSampler(temperature=2.0).temperature_at(0.5) == 2.0
     logits, uniforms = torch.tensor([[[1.0, 3.0]]]), torch.zeros(1, 1, dtype=torch.float64) + 0.5
-    _, score = sampler.choose_with_score(logits, uniforms, progress=1.0)
+    _, score = sampler.draw_scored(logits, uniforms, r=1.0)
     assert float(score) == pytest.approx(3.0)
-    _, score = TiTokSampler(temperature=2.0).choose_with_score(logits, uniforms, progress=1.0)
+    _, score = TiTokSampler(temperature=2.0).draw_scored(logits, uniforms, r=1.0)
     assert float(score) == pytest.approx(1.5)
 
 
@@ -47,7 +47,8 @@ def test_raw_logits_order_otherwise_than_log_probabilities(make_backbone) -> Non
         logits = backbone(torch.full((60, 6), 5), labels)
         random = CounterRandom(0, torch.arange(60))
         titok = TiTokSampler(steps=2, choice_temperature=0)(backbone, labels, random, trace=True).trace[0]
-        sure = ConfidenceSampler(2, 0.0, TiTokSampler().mask_schedule, top_k=1)(backbone, labels, random, trace=True)
+        greedy = MaskGITSampler(2, 0.0, mask_schedule=TiTokSampler().mask_schedule, top_k=1)
+        sure = greedy(backbone, labels, random, trace=True)
     kept = titok.changed.sum(dim=1)
     assert (kept == 2).all()
     largest = logits.amax(dim=-1).topk(2, dim=1).indices
@@ -79,7 +80,11 @@ def test_each_sequence_counts_its_own_masked_tokens(make_backbone) -> None:
     sampler, labels = MaskGITSampler(steps=4), torch.zeros(3, dtype=torch.int64)
     with torch.no_grad():
         output = sampler(
-            make_backbone("bidirectional", grid=(16,)), labels, CounterRandom(0, torch.arange(3)), known, trace=True
+            make_backbone("bidirectional", grid=(16,)),
+            labels,
+            CounterRandom(0, torch.arange(3)),
+            known=known,
+            trace=True,
         )
     masked = [(step.tokens == 5).sum(dim=1).tolist() for step in output.trace]
     assert masked == [list(counts) for counts in zip(*map(sampler.masked_counts, (4, 12, 16)), strict=True)]
