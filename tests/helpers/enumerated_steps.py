@@ -8,6 +8,7 @@ from discrete_lit.diffusion import LinearSchedule
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import SamplingContext
+from discrete_lit.samplers.diffusion import finite_noise
 from discrete_lit.samplers.diffusion_guidance import Prediction
 from helpers.exact_laws import all_sequences, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
@@ -59,13 +60,11 @@ def drawing_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
 
 def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     """As the sampler's, at the exact level, which time in float32 tells a network only nearly."""
-    labels = [torch.zeros(len(states), dtype=torch.int64)]
+    labels, level = [torch.zeros(len(states), dtype=torch.int64)], finite_noise(interval.t)
     if scale != 1:
         labels.append(torch.full_like(labels[0], backbone.layout.null_label))
-    outputs = tuple(
-        denoiser.head(backbone.logits_at(states, label, interval.seen.alpha), states, interval.seen) for label in labels
-    )
-    return Prediction(denoiser, states, interval.seen, outputs, scale)
+    outputs = tuple(denoiser.head(backbone.logits_at(states, label, level.alpha), states, level) for label in labels)
+    return Prediction(denoiser, states, level, outputs, scale)
 
 
 def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from discrete_lit.diffusion import LinearSchedule
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, PredictorCorrectorSampler
-from discrete_lit.samplers.diffusion import Trajectory
+from discrete_lit.samplers.diffusion import NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
@@ -25,11 +25,11 @@ def test_gibbs_keeps_the_noisy_law(process: str) -> None:
     law = noisy_law(reference_law(), chain, 0.5)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.multinomial(law, rows, replacement=True, generator=generator)
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(4):
-        sampler.gibbs(trajectory, interval.corrected(10 + number), 1.0)
-    after = sequence_numbers(trajectory.states, chain.states)
+        sampler.gibbs(x, interval.s, 10 + number, 1.0)
+    after = sequence_numbers(x.tokens, chain.states)
     assert (after != numbers).double().mean() > 0.5
     assert chi_square_p_value(after, law) > 1e-4
 
@@ -90,11 +90,11 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     interval = sampler.intervals(schedule, context)[0]
     law = noisy_law(reference_law(), chain, 0.5)
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(25):
-        sampler.forward_backward(trajectory, interval.corrected(number), 1.0)
-    after = sequence_numbers(trajectory.states, chain.states)
+        sampler.forward_backward(x, interval.s, number, 1.0)
+    after = sequence_numbers(x.tokens, chain.states)
     assert (after != numbers).double().mean() > 0.3
     assert chi_square_p_value(after, law) > 1e-4
 
