@@ -161,7 +161,7 @@ def test_orders_that_the_generator_does_not_have(make_backbone, make_layout_back
     for order in ("random", (0, 2, 1, 3, 4, 5)):
         with pytest.raises(ValueError, match="needs a generator of any order"):
             draw(make_backbone("causal"), RasterSampler(order=order), 0, 1)
-    with pytest.raises(ValueError, match="order has 2 places, this generator's sequences have 3"):
+    with pytest.raises(ValueError, match="order has 2 positions, this generator's sequences have 3"):
         draw(make_layout_backbone(ANY_ORDER), RasterSampler(order=(1, 0)), 0, 1)
     for order in ("spiral", (0, 0, 1), (1, 2)):
         with pytest.raises(ValueError, match="order must"):
