@@ -50,8 +50,8 @@ class OncePerState(ExactBackbone):
         return super().logits_at(tokens[first], labels[first], alpha[first])[place]
 
 
-def drawing_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
-    """Of rows of class 0, as a sampler gets it."""
+def context_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
+    """The context of `rows` sequences of class 0, as a sampler gets it."""
     labels = torch.zeros(rows, dtype=torch.int64)
     return SamplingContext(
         backbone, labels, CounterRandom(seed, torch.arange(rows)), denoiser=backbone.denoiser(schedule)
@@ -71,7 +71,7 @@ def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch
     """For each step, or one alone, `(S^N, N, S)`: the law of every token after it, from every sequence of states."""
     process, denoiser = backbone.process, backbone.denoiser(schedule)
     states = all_sequences(process.states, LENGTH)
-    steps, intervals = [], sampler.intervals(schedule, drawing_of(backbone, len(states), schedule))
+    steps, intervals = [], sampler.intervals(schedule, context_of(backbone, len(states), schedule))
     for interval in intervals if only is None else intervals[only : only + 1]:
         jumps = sampler.jumps(predict(backbone, denoiser, states, interval, scale), interval)
         steps.append(jumps.distribution(states, process.states))

@@ -4,7 +4,7 @@ from math import comb
 
 import pytest
 import torch
-from helpers.enumerated_steps import PROCESSES, FiniteNoise, OncePerState, draw_numbers, drawing_of
+from helpers.enumerated_steps import PROCESSES, FiniteNoise, OncePerState, context_of, draw_numbers
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.exact_oracle import LENGTH, reference_law
 from scipy.stats import binom, kstest, poisson
@@ -106,7 +106,7 @@ def test_remasking_keeps_the_marginals(strategy: str, eta: float) -> None:
     """`(1 - alpha_t) u + alpha_t (1 - sigma) = alpha_s`, with sigma up to its most."""
     sampler = RemaskingSampler(strategy=strategy, eta=eta, steps=20)
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead())
-    for interval in sampler.intervals(SquareSchedule(), drawing_of(backbone, 1, SquareSchedule()))[1:-1]:
+    for interval in sampler.intervals(SquareSchedule(), context_of(backbone, 1, SquareSchedule()))[1:-1]:
         alpha_t, alpha_s = interval.alpha_t, interval.alpha_s
         sigma = sampler.sigma(interval)
         unmask = sampler.unmask_probability(interval, torch.ones(1, 1, dtype=torch.float64))
@@ -118,7 +118,7 @@ def test_remasked_counts_are_binomial() -> None:
     """The draws too: at every level as many tokens are masked as its mask probability says."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler, schedule, rows = RemaskingSampler(strategy="rescale", eta=0.5, steps=5), LinearSchedule(), 20_000
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     intervals = sampler.intervals(schedule, context)
     x = NoisyTokens(context, context.denoiser, intervals[0].t)
     for interval in intervals[:-1]:
@@ -145,7 +145,7 @@ def test_a_loop_masks_at_its_level_alone() -> None:
     """Half of what is revealed is masked again: as much as can be at a level of 2 / 3."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="loop", eta=1.0, steps=8, loop=(0.25, 0.75), loop_alpha=2 / 3)
-    intervals = sampler.intervals(LinearSchedule(), drawing_of(backbone, 1, LinearSchedule()))
+    intervals = sampler.intervals(LinearSchedule(), context_of(backbone, 1, LinearSchedule()))
     assert [round(float(sampler.sigma(interval)), 6) for interval in intervals] == [0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
 
 
@@ -153,7 +153,7 @@ def test_doubtful_tokens_are_masked_first() -> None:
     """Three tokens drawn with probabilities 0.9, 0.5 and 0.1: sigma is shared by the softmax of minus these."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="conf", eta=1.0, steps=10)
-    context = drawing_of(backbone, 20_000, LinearSchedule())
+    context = context_of(backbone, 20_000, LinearSchedule())
     interval = sampler.intervals(LinearSchedule(), context)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
     x = NoisyTokens(context, context.denoiser, interval.t)
     x.tokens = torch.zeros_like(x.tokens)
@@ -199,7 +199,7 @@ def test_jumps_of_an_order_add_up() -> None:
     law = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     backbone = OncePerState(process, LeaveOneOutHead(), law.expand(2, -1), length=1)
     sampler, schedule, rows = TauLeapingSampler(steps=3), FiniteNoise(), 40_000
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[1]
     x = NoisyTokens(context, context.denoiser, interval.t)
     x.tokens = torch.ones_like(x.tokens)

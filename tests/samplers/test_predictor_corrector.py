@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, draw_numbers, drawing_of
+from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, context_of, draw_numbers
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
@@ -20,7 +20,7 @@ def test_gibbs_keeps_the_noisy_law(process: str) -> None:
     chain, schedule, rows = PROCESSES[process], LinearSchedule(), 40_000
     backbone = OncePerState(chain, HEADS["cavity"](chain))
     sampler = PredictorCorrectorSampler(corrector="gibbs", steps=2)
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[0]  # ends at alpha = 0.5
     law = noisy_law(reference_law(), chain, 0.5)
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     chain, schedule, rows = PROCESSES["absorbing"], LinearSchedule(), 20_000
     backbone = OncePerState(chain, LeaveOneOutHead(), timed=False)
     sampler = PredictorCorrectorSampler(corrector_noise=0.02, steps=2)
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[0]
     law = noisy_law(reference_law(), chain, 0.5)
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
