@@ -49,14 +49,11 @@ __all__ = [
     "TraceStep",
 ]
 
-_RENAMED = {"Drawing": SamplingContext, "ConfidenceSampler": MaskGITSampler}
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _RENAMED:
+    if name != "Drawing":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    now = _RENAMED[name]
     warnings.warn(
-        f"{__name__}.{name} is now {__name__}.{now.__name__}: use the new name", DeprecationWarning, stacklevel=2
+        f"{__name__}.Drawing is now {__name__}.SamplingContext: use the new name", DeprecationWarning, stacklevel=2
     )
-    return now
+    return SamplingContext
