@@ -1,4 +1,7 @@
-"""Samplers draw tokens from a backbone. Plain PyTorch."""
+"""Samplers draw tokens from a backbone, one file an algorithm. Plain PyTorch."""
+
+import warnings
+from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.diffusion import (
@@ -10,7 +13,6 @@ from discrete_lit.samplers.diffusion import (
 )
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
 from discrete_lit.samplers.maskgit import (
-    ConfidenceSampler,
     HaltonConfidenceSampler,
     MaskBitSampler,
     MaskGITSampler,
@@ -19,13 +21,12 @@ from discrete_lit.samplers.maskgit import (
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
-from discrete_lit.samplers.sampler import ParallelSampler, Sampler, SamplerOutput, SamplingContext, TraceStep
+from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import NextScaleSampler
 
 __all__ = [
     "AncestralSampler",
     "BARSampler",
-    "ConfidenceSampler",
     "DiffusionSampler",
     "EulerSampler",
     "FirstHittingSampler",
@@ -35,7 +36,6 @@ __all__ = [
     "MaskGITSampler",
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
-    "ParallelSampler",
     "PredictorCorrectorSampler",
     "RandomOrderSampler",
     "RasterSampler",
@@ -48,3 +48,12 @@ __all__ = [
     "TiTokSampler",
     "TraceStep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Drawing":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{__name__}.Drawing is now {__name__}.SamplingContext: use the new name", DeprecationWarning, stacklevel=2
+    )
+    return SamplingContext

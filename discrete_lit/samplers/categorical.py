@@ -8,13 +8,16 @@ _ENTRIES_AT_ONCE = 2**25
 
 
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits `(..., K)` with -inf at the ids that the filters drop; first top-k, then top-p.
+    """Drop improbable ids, first by top-k, then by top-p: their logits become -inf.
 
     Args:
-        logits: float32.
+        logits: `(..., K)` float32.
         top_k: keep the k largest (and their ties).
         top_p: keep the smallest set of largest probabilities whose mass reaches p, the id that crosses p included
             (nucleus sampling, Holtzman et al., 2020).
+
+    Returns:
+        `(..., K)`.
     """
     candidates = logits.shape[-1]
     if top_k is not None and top_k < candidates:
@@ -34,7 +37,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
 
 
 def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """One id for each row by inversion of the cumulative distribution, which is summed in float64.
+    """Draw one id from each row by inverting the cumulative distribution, which is summed in float64.
 
     A row needs one uniform number, whatever K. The sum and the uniform number in float64 keep the probability of the
     rarest id, which float32 noise on a 2^-24 grid does not (a Gumbel or exponential race there loses the tails of large
@@ -56,7 +59,13 @@ def draw_categorical(logits: Tensor, uniforms: Tensor) -> Tensor:
 def draw_filtered(
     logits: Tensor, uniforms: Tensor, top_k: int | None = None, top_p: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`draw_categorical` of what `filter_logits` keeps.
+    """Draw one id from each row, of those that the filters keep: `draw_categorical` after `filter_logits`.
+
+    Args:
+        logits: `(..., K)`, as in `draw_categorical`.
+        uniforms: `(...)` float64 in (0, 1).
+        top_k: as in `filter_logits`.
+        top_p: as in `filter_logits`.
 
     Returns:
         Ids `(...)` int64, and the logarithms of their probabilities `(...)` float32 before the filters.

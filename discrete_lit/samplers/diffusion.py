@@ -1,16 +1,16 @@
-"""The noisy sequences of a draw on their way to images.
+"""Discrete diffusion backwards: from noise to tokens, with the laws of one step in the papers' words.
 
-What samplers that undo noise step by step share.
+`DiffusionSampler` holds the loop over a time grid from t = 1 (noise) to t = 0: each step takes the tokens x_t to x_s,
+s < t, every token for itself. The samplers differ in the law of that step:
 
-The exact reverse step of every token: D3PM's and MDLM's ancestral sampler, SEDD's analytic one (Tweedie).
+- `AncestralSampler`: the exact reverse step (D3PM, MDLM, UDLM), in terms of scores SEDD's analytic or Tweedie step;
+- `EulerSampler` and `TauLeapingSampler`: along the reverse rates at t (SEDD; Campbell et al.);
+- `RemaskingSampler` (ReMDM, `remasking.py`) and `PredictorCorrectorSampler` (`predictor_corrector.py`), which draw
+  tokens again.
 
-Steps along the reverse rates at their start: Euler and tau-leaping.
-
-The exact sampler of absorbing processes (Zheng et al., "Masked Diffusion Models are Secretly Time-Agnostic Masked
-Models and Exploit Inaccurate Categorical Sampling", ICLR 2025).
+`FirstHittingSampler` needs no grid: it goes from one unmasking to the next. Guidance is in `diffusion_guidance.py`.
 """
 
-from abc import abstractmethod
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -35,122 +35,48 @@ from discrete_lit.diffusion.reverse import (
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
-from discrete_lit.samplers.sampler import ParallelSampler, Sampler, SamplingContext
-
-
-def denoiser_of(context: SamplingContext, sampler: Sampler) -> Denoiser:
-    """What a sampler of diffusion needs of the generator.
-
-    Raises:
-        ValueError: the generator did not learn to undo noise, or guidance has nothing to tell apart.
-    """
-    name = type(sampler).__name__
-    if context.denoiser is None:
-        raise ValueError(f"{name} needs a generator that learned to undo noise, as Masked and DiscreteDiffusion do")
-    if sampler.guidance_scale != 1 and context.layout.num_classes < 2:
-        raise ValueError(
-            f"guidance_scale={sampler.guidance_scale} needs a generator of several classes, this one has "
-            f"{context.layout.num_classes}: leave it at 1"
-        )
-    return context.denoiser
-
-
-class Trajectory:
-    """States of all tokens, those that are given kept in their place.
-
-    Attributes:
-        drawing: passes and random numbers.
-        denoiser: process, schedule and head.
-        states: `(B, N)` int64, x_t.
-        fixed: `(B, N)` bool, tokens that are given.
-        log_probability: `(B, N)` float64, that of each id when it was drawn; 0 where none was.
-    """
-
-    def __init__(self, context: SamplingContext, denoiser: Denoiser, level: NoiseLevel) -> None:
-        self.context = context
-        self.denoiser = denoiser
-        self.fixed = ~context.unknown()
-        self.log_probability = torch.zeros(self.fixed.shape, dtype=torch.float64, device=self.fixed.device)
-        process, length = denoiser.process, context.layout.length
-        self.states = context.start()
-        if not is_absorbing(process):
-            prior = process.draw_prior(context.random.uniform(Purpose.ORDER, length))
-            self.states = torch.where(self.fixed, self.states, prior)
-            self.fix(level)
-            context.begin(self.states)
-
-    @property
-    def masked(self) -> Tensor:
-        """`(B, N)` bool, where the mask stands."""
-        return self.states == self.context.layout.mask_id
-
-    def fix(self, level: NoiseLevel) -> None:
-        """Put the tokens that are given to their places, with the noise of a level where noise is not masks alone."""
-        if is_absorbing(self.denoiser.process) or not bool(self.fixed.any()):
-            return
-        given = torch.where(self.fixed, self.context.start(), 0)
-        # The same numbers at every level: what is given gets rid of its noise as the rest does.
-        uniforms = self.context.random.uniform(Purpose.MASK_ORDER, given.shape[1])
-        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
-        self.states = torch.where(self.fixed, noisy, self.states)
-
-    def mask(self, forgotten: Tensor) -> None:
-        """Mask tokens again, `(B, N)` bool."""
-        self.states = self.states.masked_fill(forgotten, self.context.layout.mask_id)
-
-    def move(self, moved: Tensor, states: Tensor, log_probability: Tensor) -> None:
-        """Note what a pass did.
-
-        Args:
-            moved: `(B, N)` bool, tokens that were drawn.
-            states: `(B, N)` after it.
-            log_probability: `(B, N)` of what was drawn.
-        """
-        self.states = torch.where(moved, states, self.states)
-        self.log_probability = torch.where(moved, log_probability.double(), self.log_probability)
-        self.context.record(self.states, log_probability.double().masked_fill(~moved, torch.nan))
-
+from discrete_lit.samplers.sampler import Sampler, SamplingContext
 
 GuidanceLaw = Literal["clean", "transition", "score"]
 
 
-# Less of a token than this is not left at the start: scores and the total noise stay finite where a schedule ends in
-# pure noise. It changes a law by as much.
-_LEAST_ALPHA = 1e-8
-
-
 @dataclass(frozen=True)
 class Interval:
-    """One step of the time grid."""
+    """One step of the time grid, from the noise at t back to that at s < t."""
 
     number: int
-    """From 0; it names the random numbers."""
-    before: NoiseLevel
-    """At the step's start, the noisier."""
-    after: NoiseLevel
-    """At its end."""
+    """From 0 for the noisiest; it names the step's random numbers."""
+    t: NoiseLevel
+    """The noise at the step's start."""
+    s: NoiseLevel
+    """The noise at its end."""
     slope: Tensor
-    """`(B, 1)` float64, m'(t) at the start."""
+    """`(B, 1)` float64, m'(t)."""
     last: bool
-    """Whether it takes all noise away."""
+    """Whether the step takes all noise away."""
 
     @property
-    def seen(self) -> NoiseLevel:
-        """`before`, of finite noise, as networks and scores need it."""
-        alpha, noise = self.before.alpha.clamp(min=_LEAST_ALPHA), self.before.noise.clamp(max=1 - _LEAST_ALPHA)
-        return replace(self.before, alpha=alpha, noise=noise)
+    def alpha_t(self) -> Tensor:
+        """`(B, 1)` float64, the probability that noise has left a token alone at the start."""
+        return self.t.alpha
 
-    def corrected(self, number: int) -> "Interval":
-        """Of no length, at the end of this one, with the random numbers of `number`."""
-        return Interval(number, self.after, self.after, torch.zeros_like(self.slope), last=False)
+    @property
+    def alpha_s(self) -> Tensor:
+        """`(B, 1)` float64, the same at the end."""
+        return self.s.alpha
+
+    @property
+    def dt(self) -> Tensor:
+        """`(B, 1)` float64, t - s."""
+        return self.t.t - self.s.t
 
 
-class DiffusionSampler(ParallelSampler):
-    """Goes from noise to an image in T steps, in each of which all tokens may change.
+class DiffusionSampler(Sampler):
+    """Go from noise to an image in T steps, in each of which all tokens may change.
 
-    Each token first decides whether it leaves its state, then, if so, where to: float64 decides both. The last step
-    takes away all noise that is left, whatever the sampler. Where a step of an absorbing process reveals nothing, the
-    network is not asked.
+    Each token first decides whether it leaves its state, then, if so, where to: float64 decides both. The law of a step
+    is the ancestral one, unless a subclass says otherwise; that of the last step, which takes away all noise that is
+    left, always is. Where a step of an absorbing process unmasks nothing, the network is not asked.
 
     Known tokens are kept as they are by absorbing processes, which is the model's own conditional law. Other processes
     see them with the noise of each step (Song et al., "Score-Based Generative Modeling", 2021, appendix I.2), which is
@@ -173,47 +99,174 @@ class DiffusionSampler(ParallelSampler):
             classes, logits that are no numbers, or temperature or filters without a clean distribution to act on.
     """
 
+    attention = "bidirectional"
+
     def __init__(
         self,
         steps: int = 64,
         grid: MaskSchedule | None = None,
+        *,
         guidance_law: GuidanceLaw = "clean",
         clean_up: Literal["sample", "argmax"] = "sample",
         **settings: Any,
     ) -> None:
-        super().__init__(steps, **settings)
+        super().__init__(**settings)
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         if guidance_law not in ("clean", "transition", "score"):
             raise ValueError(f"guidance_law must be 'clean', 'transition' or 'score', got {guidance_law!r}")
         if clean_up not in ("sample", "argmax"):
             raise ValueError(f"clean_up must be 'sample' or 'argmax', got {clean_up!r}")
+        self.steps = steps
         self.grid = grid
         self.guidance_law: GuidanceLaw = guidance_law
         self.clean_up = clean_up
 
-    @abstractmethod
-    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
-        """The probability that a masked token of an absorbing process is revealed.
+    # The loop.
+
+    def draw(self, context: SamplingContext) -> Tensor:
+        denoiser = checked_denoiser(context, self)
+        self.check(denoiser)
+        intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
+        x = NoisyTokens(context, denoiser, intervals[0].t)
+        if bool(x.known.all()):
+            return context.start()
+        for interval, scale in zip(intervals, scales, strict=True):
+            self.step(x, interval, scale)  # x_t to x_s
+            x.restore_known(interval.s)
+        return x.tokens
+
+    def step(self, x: "NoisyTokens", interval: Interval, scale: float) -> None:
+        """Take the tokens x_t of `x` to x_s, with the guidance scale `scale`."""
+        # One uniform number a token decides whether it leaves its state, or is masked again.
+        uniforms = x.context.random.uniform(Purpose.CONFIDENCE, x.length, interval.number)
+        remasked = self.remask(x, interval, uniforms)
+        if x.absorbing and self.guidance_law == "clean":
+            # Which tokens are unmasked is not the network's to say: where none is, it is not asked.
+            certain = self.unmask_probability(interval, torch.ones_like(interval.alpha_t))
+            if not bool((x.masked & (uniforms < certain)).any()):
+                x.mask(remasked)
+                return
+        jumps = self.jumps(x.predict(finite_noise(interval.t), scale), interval)
+        if interval.last and self.clean_up == "argmax":
+            most_probable = jumps.most_probable(x.tokens)
+            jumping = most_probable != x.tokens
+            ids, log_probability = most_probable[jumping], jumps.log_probability(most_probable)[jumping]
+        else:
+            jumping = (uniforms < jumps.probability) & ~x.known
+            ids, log_probability = self.draw_targets(x, jumps, jumping, interval.number)
+        x.mask(remasked)
+        x.write(jumping, ids, log_probability)
+
+    def draw_targets(self, x: "NoisyTokens", jumps: Jumps, jumping: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Draw the ids that tokens jump to.
+
+        Args:
+            x: the tokens before.
+            jumps: where each token may go to.
+            jumping: `(B, N)` bool, the n tokens that leave their state.
+            number: names the random numbers.
+
+        Returns:
+            The ids `(n,)`, and their log-probabilities `(n,)`.
+        """
+        targets = jumps.targets[jumping]
+        uniforms = x.context.random.uniform(Purpose.TOKEN, x.length, number)[jumping]
+        if x.absorbing:
+            return self.choose(targets, uniforms)
+        ids = draw_categorical(targets, uniforms)
+        return ids, targets.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+
+    def remask(self, x: "NoisyTokens", interval: Interval, uniforms: Tensor) -> Tensor:
+        """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`; none, as a rule."""
+        return torch.zeros_like(x.known)
+
+    # The law of a step: ancestral, unless a subclass says otherwise.
+
+    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
+        """The probability that a masked token of an absorbing process is unmasked in a step.
+
+        `(alpha_s - alpha_t) / (1 - alpha_t)` (Sahoo et al., MDLM, 2024, eq. 6).
 
         Args:
             interval: the step.
             weight: `(B, 1)` or `(B, N)` float64, the sum of `Prediction.clean_weights`: 1 where they are normalised.
+
+        Returns:
+            `weight`'s shape, float64.
         """
+        if interval.last:
+            return torch.ones_like(weight)
+        return (unmask_probability(interval.alpha_s, interval.alpha_t) * weight).clamp(max=1)
 
-    @abstractmethod
-    def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
-        """The step of a process that does more than mask, of log-probabilities `(B, N, K)` of the clean ids."""
+    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+        """The step of a process that does more than mask, from log-probabilities `(B, N, K)` of the clean ids.
 
-    @abstractmethod
-    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
-        """The same, of log-scores `(B, N, S)`."""
+        `sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t)` (Austin et al., D3PM, 2021, eq. 4).
+        """
+        process = prediction.denoiser.process
+        return jumps_from_clean(clean, prediction.x_t, process, interval.alpha_s, interval.alpha_t)
+
+    def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+        """The step of a process that does more than mask, from log-scores `(B, N, S)` (Lou et al., SEDD, eq. 19)."""
+        x_t, process, ratio = prediction.x_t, prediction.denoiser.process, prediction.level.alpha / interval.alpha_s
+        # A factor of all weights of a token does not matter, but infinite ones do.
+        score = (scores - scores.amax(dim=-1, keepdim=True)).exp()
+        if not interval.last:
+            return jumps_from_weights(analytic_weights(score, x_t, process, ratio), x_t)
+        ids = positive_weights(denoise_weights(score, x_t, process, ratio), scores)
+        return jumps_from_weights(process.widen(ids), x_t)
+
+    # Guidance and filters.
+
+    def jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
+        """The step of every token, guided by this sampler's law."""
+        if self.guidance_law == "transition":
+            each = [self._unguided_jumps(part, interval) for part in prediction.each()]
+            return each[0] if len(each) == 1 else guide_jumps(each[0], each[1], prediction.scale)
+        absorbing = is_absorbing(prediction.denoiser.process)
+        if self.guidance_law == "score":
+            if absorbing:
+                return self._unmasking(prediction.clean_weights(), prediction, interval)
+            return self.jumps_from_scores(prediction.scores(), prediction, interval)
+        if absorbing:
+            return self._unmasking(prediction.clean(), prediction, interval)
+        return self.jumps_from_clean(self.filtered(prediction.clean()), prediction, interval)
+
+    def _unguided_jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
+        """The step that an unguided prediction leads to, in the terms of its head."""
+        if is_absorbing(prediction.denoiser.process):
+            return self._unmasking(prediction.clean_weights(), prediction, interval)
+        if prediction.denoiser.head.kind == "score":
+            return self.jumps_from_scores(prediction.scores(), prediction, interval)
+        return self.jumps_from_clean(prediction.clean(), prediction, interval)
+
+    def _unmasking(self, weights: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+        """The step of an absorbing process, from log-weights `(B, N, K)` of the clean ids."""
+        if self.guidance_law == "clean":
+            weight = torch.ones_like(interval.alpha_t)
+        else:
+            weight = weights.double().logsumexp(dim=-1).exp()
+        masked = prediction.x_t == prediction.denoiser.process.mask_id
+        return Jumps(torch.where(masked, self.unmask_probability(interval, weight), 0.0), weights)
 
     @property
     def filters(self) -> bool:
-        """Whether anything acts on the distribution of the clean id."""
+        """Whether temperature, top-k or top-p act on the distribution of the clean id."""
         return self.temperature != 1 or self.top_k is not None or self.top_p not in (None, 1.0)
 
+    def filtered(self, clean: Tensor) -> Tensor:
+        """Log-probabilities of the clean ids at this sampler's temperature, after its filters."""
+        if not self.filters:
+            return clean
+        return filter_logits(clean / self.temperature, self.top_k, self.top_p).log_softmax(dim=-1)
+
     def check(self, denoiser: Denoiser) -> None:
-        """Refuse what this sampler has no step for."""
+        """Refuse generators that this sampler has no step for.
+
+        Raises:
+            ValueError: filters without a clean distribution to act on.
+        """
         if self.filters and self.guidance_law != "clean" and not is_absorbing(denoiser.process):
             raise ValueError(
                 "temperature, top_k and top_p act on the distribution of the clean id, which the steps of "
@@ -221,20 +274,10 @@ class DiffusionSampler(ParallelSampler):
                 f"{type(denoiser.process).__name__}"
             )
 
-    def draw(self, context: SamplingContext) -> Tensor:
-        denoiser = denoiser_of(context, self)
-        self.check(denoiser)
-        intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
-        trajectory = Trajectory(context, denoiser, intervals[0].before)
-        if bool(trajectory.fixed.all()):
-            return context.start()
-        for interval, scale in zip(intervals, scales, strict=True):
-            self.step(trajectory, interval, scale)
-            trajectory.fix(interval.after)
-        return trajectory.states
+    # The time grid.
 
     def times(self, schedule: MaskSchedule) -> Tensor:
-        """`(T + 1,)` float64, from 0 to 1."""
+        """The `(T + 1,)` times of the grid, float64, from 0 to 1."""
         times = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
         if self.grid is None:
             return times
@@ -243,7 +286,7 @@ class DiffusionSampler(ParallelSampler):
         return times
 
     def intervals(self, schedule: MaskSchedule, context: SamplingContext) -> list[Interval]:
-        """The steps in turn, the noisiest first."""
+        """The T steps in turn, the noisiest first."""
         times = self.times(schedule).flip(0).to(context.labels.device)
         moments = [time.expand(len(context.labels), 1) for time in times]
         levels = [NoiseLevel.at(schedule, moment) for moment in moments]
@@ -251,163 +294,53 @@ class DiffusionSampler(ParallelSampler):
         clean = torch.ones_like(levels[-1].alpha)
         levels[-1] = replace(levels[-1], alpha=clean, noise=torch.zeros_like(clean))
         return [
-            Interval(number, before, after, schedule.derivative(before.t), number == self.steps - 1)
-            for number, (before, after) in enumerate(pairwise(levels))
+            Interval(number, t, s, schedule.derivative(t.t), last=number == self.steps - 1)
+            for number, (t, s) in enumerate(pairwise(levels))
         ]
-
-    def step(self, trajectory: Trajectory, interval: Interval, scale: float) -> None:
-        """Move the trajectory to the end of an interval."""
-        context, denoiser, states = trajectory.context, trajectory.denoiser, trajectory.states
-        coins = context.random.uniform(Purpose.CONFIDENCE, states.shape[1], interval.number)
-        forgotten = self.forget(trajectory, interval, coins)
-        if is_absorbing(denoiser.process) and self.guidance_law == "clean":
-            # The network has no say in which tokens are revealed.
-            certain = self.reveal(interval, torch.ones_like(interval.before.alpha))
-            if not bool((trajectory.masked & (coins < certain)).any()):
-                trajectory.mask(forgotten)
-                return
-        prediction = Prediction.of(context, denoiser, states, interval.seen, scale)
-        jumps = self.jumps(prediction, interval)
-        uniforms = context.random.uniform(Purpose.TOKEN, states.shape[1], interval.number)
-        if interval.last and self.clean_up == "argmax":
-            ids = jumps.most_probable(states)
-            jumping, log_probability = ids != states, jumps.log_probability(ids)
-        else:
-            jumping = (coins < jumps.probability) & ~trajectory.fixed
-            ids, log_probability = self.land(trajectory, jumps, jumping, uniforms, interval)
-        trajectory.mask(forgotten)
-        trajectory.move(jumping, ids, log_probability)
-
-    def forget(self, trajectory: Trajectory, interval: Interval, coins: Tensor) -> Tensor:
-        """`(B, N)` bool, revealed tokens that are masked again, by uniform `coins (B, N)`; none, as a rule."""
-        return torch.zeros_like(trajectory.fixed)
-
-    def jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
-        """The step of every token, by this sampler's guidance law."""
-        denoiser, states = prediction.denoiser, prediction.states
-        absorbing = is_absorbing(denoiser.process)
-        if self.guidance_law == "transition":
-            parts = [self._natural_jumps(part, interval) for part in prediction.each()]
-            return parts[0] if len(parts) == 1 else guide_jumps(parts[0], parts[1], prediction.scale)
-        if self.guidance_law == "score":
-            if absorbing:
-                return self._revealing(prediction.clean_weights(), states, denoiser, interval)
-            return self.jumps_from_scores(prediction.scores(), states, denoiser, interval)
-        clean = prediction.clean()
-        if absorbing:
-            return self._revealing(clean, states, denoiser, interval)
-        return self.jumps_from_clean(self.filtered(clean), states, denoiser, interval)
-
-    def filtered(self, clean: Tensor) -> Tensor:
-        """Log-probabilities of clean ids at this sampler's temperature and after its filters."""
-        if not self.filters:
-            return clean
-        return filter_logits(clean / self.temperature, self.top_k, self.top_p).log_softmax(dim=-1)
-
-    def land(
-        self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval
-    ) -> tuple[Tensor, Tensor]:
-        """Draw where the `jumping (B, N)` tokens go to.
-
-        Returns:
-            Their states `(B, N)` and log-probabilities `(B, N)` float64; of no meaning elsewhere.
-        """
-        targets, chosen = jumps.targets[jumping], uniforms[jumping]
-        if is_absorbing(trajectory.denoiser.process):
-            ids, log_probability = self.choose(targets, chosen)
-        else:
-            ids = draw_categorical(targets, chosen)
-            log_probability = targets.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
-        return (
-            trajectory.states.masked_scatter(jumping, ids),
-            torch.zeros_like(uniforms).masked_scatter(jumping, log_probability.double()),
-        )
-
-    def _natural_jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
-        """Of an unguided prediction, in the terms of its head."""
-        denoiser, states = prediction.denoiser, prediction.states
-        if is_absorbing(denoiser.process):
-            return self._revealing(prediction.clean_weights(), states, denoiser, interval)
-        if denoiser.head.kind == "score":
-            return self.jumps_from_scores(prediction.scores(), states, denoiser, interval)
-        return self.jumps_from_clean(prediction.clean(), states, denoiser, interval)
-
-    def _revealing(self, weights: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
-        """Of an absorbing process."""
-        if self.guidance_law == "clean":
-            weight = torch.ones_like(interval.before.alpha)
-        else:
-            weight = weights.double().logsumexp(dim=-1).exp()
-        masked = states == denoiser.process.mask_id
-        return Jumps(torch.where(masked, self.reveal(interval, weight), 0.0), weights)
 
 
 class AncestralSampler(DiffusionSampler):
-    """Draws each token from its exact law one level cleaner, given all others as they are.
+    """Draw each token from its exact law one level cleaner, given all others as they are.
 
     `sum over x_0 of q(x_s | x_t, x_0) p(x_0 | x_t)` (Austin et al., D3PM, 2021, eq. 4; Sahoo et al., MDLM, 2024, eq. 6;
-    Schiff et al., UDLM, 2024), which in terms of scores is SEDD's analytic step (Lou et al., 2024, eq. 19). What it
-    misses is that tokens of one step are drawn apart: the law approaches the model's with the number of steps.
+    Schiff et al., UDLM, 2024), which in terms of scores is SEDD's analytic step (Lou et al., 2024, eq. 19): the plain
+    law of `DiffusionSampler`. What it misses is that tokens of one step are drawn apart: the law approaches the model's
+    with the number of steps.
 
     Args:
         settings: of `DiffusionSampler` and `Sampler`.
     """
 
-    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
-        if interval.last:
-            return torch.ones_like(weight)
-        return (unmask_probability(interval.after.alpha, interval.before.alpha) * weight).clamp(max=1)
 
-    def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
-        return jumps_from_clean(clean, states, denoiser.process, interval.after.alpha, interval.before.alpha)
+class EulerSampler(DiffusionSampler):
+    """Jump with the probability dt times the reverse rate at t, at most 1 (Lou et al., SEDD, 2024).
 
-    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
-        process, ratio = denoiser.process, interval.seen.alpha / interval.after.alpha
-        # What multiplies all weights of a token does not matter, but infinite ones do.
-        score = (scores - scores.amax(dim=-1, keepdim=True)).exp()
-        if not interval.last:
-            return jumps_from_weights(analytic_weights(score, states, process, ratio), states)
-        ids = positive_weights(denoise_weights(score, states, process, ratio), scores)
-        return jumps_from_weights(process.widen(ids), states)
-
-
-class EulerSampler(AncestralSampler):
-    """Jumps with the probability dt times the reverse rate at the step's start, at most 1 (Lou et al., SEDD, 2024).
-
-    A masked token is revealed with probability `dt m'(t) / m(t)`. The last step is the ancestral one.
+    A masked token is unmasked with probability `dt m'(t) / m(t)`. The last step is the ancestral one.
 
     Args:
         settings: of `DiffusionSampler` and `Sampler`.
     """
 
-    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
+    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
         if interval.last:
-            return super().reveal(interval, weight)
-        return (self._hazard(interval) * weight).clamp(max=1)
+            return super().unmask_probability(interval, weight)
+        return (unmasking_hazard(interval) * weight).clamp(max=1)
 
-    def jumps_from_clean(self, clean: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
         if interval.last:
-            return super().jumps_from_clean(clean, states, denoiser, interval)
-        scores = score_from_leave_one_out(clean.double(), states, denoiser.process, interval.seen)
-        return self.jumps_from_scores(scores, states, denoiser, interval)
+            return super().jumps_from_clean(clean, prediction, interval)
+        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
 
-    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+    def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
         if interval.last:
-            return super().jumps_from_scores(scores, states, denoiser, interval)
-        weights = euler_weights(scores.exp(), states, denoiser.process, self._noise(interval))
-        return jumps_from_weights(weights, states)
-
-    def _hazard(self, interval: Interval) -> Tensor:
-        """`dt m' / m`, `(B, 1)`."""
-        return (interval.before.t - interval.after.t) * interval.slope / (1 - interval.before.alpha)
-
-    def _noise(self, interval: Interval) -> Tensor:
-        """`dt d sigma / dt`, `(B, 1)`."""
-        return (interval.before.t - interval.after.t) * interval.slope / interval.seen.alpha
+            return super().jumps_from_scores(scores, prediction, interval)
+        x_t, process = prediction.x_t, prediction.denoiser.process
+        weights = euler_weights(scores.exp(), x_t, process, noise_of_step(interval, prediction))
+        return jumps_from_weights(weights, x_t)
 
 
-class TauLeapingSampler(EulerSampler):
-    """A Poisson number of jumps of every token, at the reverse rates of the step's start (Campbell et al., 2022).
+class TauLeapingSampler(DiffusionSampler):
+    """Make a Poisson number of jumps with every token, at the reverse rates at t (Campbell et al., 2022).
 
     Of ids in an order (the dense processes: grey levels) all jumps of a step add up, and what leaves the range is put
     to its end. Ids that have none cannot be added: there the last of the jumps counts, so that a token moves with
@@ -434,35 +367,51 @@ class TauLeapingSampler(EulerSampler):
                 f"nothing of a token at t = 1; train with a schedule of finite noise, or use AncestralSampler"
             )
 
-    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
+    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
         if interval.last:
-            return super().reveal(interval, weight)
-        return -torch.expm1(-self._hazard(interval) * weight)
+            return super().unmask_probability(interval, weight)
+        return -torch.expm1(-unmasking_hazard(interval) * weight)
 
-    def jumps_from_scores(self, scores: Tensor, states: Tensor, denoiser: Denoiser, interval: Interval) -> Jumps:
+    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
         if interval.last:
-            return super().jumps_from_scores(scores, states, denoiser, interval)
-        rates = reverse_rates(scores.exp(), states, denoiser.process).scatter(-1, states[..., None], 0.0)
-        return Jumps(-torch.expm1(-self._noise(interval) * rates.sum(dim=-1)), rates.log())
+            return super().jumps_from_clean(clean, prediction, interval)
+        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
 
-    def land(
-        self, trajectory: Trajectory, jumps: Jumps, jumping: Tensor, uniforms: Tensor, interval: Interval
-    ) -> tuple[Tensor, Tensor]:
-        if interval.last or not isinstance(trajectory.denoiser.process, DenseProcess):
-            return super().land(trajectory, jumps, jumping, uniforms, interval)
-        states, length = trajectory.states, trajectory.states.shape[1]
-        random, number = trajectory.context.random, interval.number
-        coins = random.uniform(Purpose.CONFIDENCE, length, number)
-        counts = poisson(-torch.log1p(-jumps.probability), coins) * jumping
-        moved, total = states.clone(), torch.zeros_like(coins)
+    def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+        if interval.last:
+            return super().jumps_from_scores(scores, prediction, interval)
+        x_t, process = prediction.x_t, prediction.denoiser.process
+        rates = reverse_rates(scores.exp(), x_t, process).scatter(-1, x_t[..., None], 0.0)
+        return Jumps(-torch.expm1(-noise_of_step(interval, prediction) * rates.sum(dim=-1)), rates.log())
+
+    def draw_targets(self, x: "NoisyTokens", jumps: Jumps, jumping: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        last = number == self.steps - 1
+        if last or not isinstance(x.denoiser.process, DenseProcess):
+            return super().draw_targets(x, jumps, jumping, number)
+        uniforms = x.context.random.uniform(Purpose.CONFIDENCE, x.length, number)
+        counts = poisson(-torch.log1p(-jumps.probability), uniforms) * jumping
+        moved, total = x.tokens.clone(), torch.zeros_like(uniforms)
         for jump in range(int(counts.max()) if counts.numel() else 0):
-            if jump > 0:
-                uniforms = random.uniform(Purpose.TOKEN, length, number + jump * self.steps)
             here = counts > jump
-            ids, log_probability = super().land(trajectory, jumps, here, uniforms, interval)
-            moved = torch.where(here, moved + ids - states, moved)
-            total = total + log_probability
-        return moved.clamp(0, trajectory.denoiser.process.vocab_size - 1), total
+            ids, log_probability = super().draw_targets(x, jumps, here, number + jump * self.steps)
+            moved[here] += ids - x.tokens[here]
+            total[here] += log_probability
+        return moved.clamp(0, x.denoiser.process.vocab_size - 1)[jumping], total[jumping]
+
+
+def unmasking_hazard(interval: Interval) -> Tensor:
+    """`dt m'(t) / m(t)`, `(B, 1)`: the rate of unmasking at t times the length of the step."""
+    return interval.dt * interval.slope / (1 - interval.alpha_t)
+
+
+def noise_of_step(interval: Interval, prediction: Prediction) -> Tensor:
+    """`dt d sigma / dt`, `(B, 1)`: the noise of a step, with sigma's slope at t."""
+    return interval.dt * interval.slope / prediction.level.alpha
+
+
+def scores_of_clean(clean: Tensor, prediction: Prediction) -> Tensor:
+    """Log-scores `(B, N, S)` in float64 from log-probabilities `(B, N, K)` of the clean ids."""
+    return score_from_leave_one_out(clean.double(), prediction.x_t, prediction.denoiser.process, prediction.level)
 
 
 def poisson(mean: Tensor, uniforms: Tensor) -> Tensor:
@@ -484,11 +433,13 @@ def poisson(mean: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class FirstHittingSampler(Sampler):
-    """Goes from one reveal to the next: one token, and one network evaluation, at a time.
+    """Go from one unmasking to the next: one token, and one network evaluation, at a time.
 
-    With n tokens masked at the mask probability m the next is revealed at `m U^(1 / n)`, U uniform, and is equally
-    likely to be any of them. Nothing is left to discretise: where the network's conditionals are those of one law, the
-    samples follow it. The guidance is that of the clean law; r of its schedules is n / N at reveal n from 0.
+    The exact sampler of absorbing processes (Zheng et al., "Masked Diffusion Models are Secretly Time-Agnostic Masked
+    Models and Exploit Inaccurate Categorical Sampling", ICLR 2025). With n tokens masked at the mask probability m the
+    next is unmasked at `m U^(1 / n)`, U uniform, and is equally likely to be any of them. No time is left to
+    discretise: where the network's conditionals are those of one law, the samples follow it. Any positions may be
+    known. The guidance is that of the clean law; r of its schedules is n / N at unmasking n from 0.
 
     Args:
         settings: of `Sampler`.
@@ -501,30 +452,139 @@ class FirstHittingSampler(Sampler):
     attention = "bidirectional"
 
     def draw(self, context: SamplingContext) -> Tensor:
-        denoiser = denoiser_of(context, self)
+        denoiser = checked_denoiser(context, self)
         if not is_absorbing(denoiser.process):
             raise ValueError(
-                "FirstHittingSampler reveals masked tokens, the process must be absorbing: "
+                "FirstHittingSampler unmasks tokens, the process must be absorbing: "
                 f"{type(denoiser.process).__name__} is not"
             )
-        schedule, length = denoiser.schedule, context.layout.length
+        schedule, random, length = denoiser.schedule, context.random, context.layout.length
         scales = self.scales(length)
         start = NoiseLevel.at(schedule, torch.ones(len(context.labels), 1, device=context.labels.device))
-        trajectory = Trajectory(context, denoiser, start)
-        lowest = schedule.mask_probability(start.t.new_zeros(()))
-        mask_probability = start.noise
-        order = context.random.uniform(Purpose.ORDER, length).masked_fill(trajectory.fixed, 2.0)
-        rank = order.argsort(dim=1).argsort(dim=1)
-        masked = trajectory.masked.sum(dim=1, keepdim=True)
-        hits = context.random.uniform(Purpose.CONFIDENCE, length)
-        uniforms = context.random.uniform(Purpose.TOKEN, length)
+        x = NoisyTokens(context, denoiser, start)
+        rank = random.uniform(Purpose.ORDER, length).masked_fill(x.known, 2.0).argsort(dim=1).argsort(dim=1)
+        hits = random.uniform(Purpose.CONFIDENCE, length)
+        uniforms = random.uniform(Purpose.TOKEN, length)
+        masked = x.masked.sum(dim=1, keepdim=True)
+        mask_probability, lowest = start.noise, schedule.mask_probability(start.t.new_zeros(()))
         for number in range(int(masked.max()) if masked.numel() else 0):
-            left = (masked - number).clamp(min=1)
-            mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / left)
+            # The next hitting time, of n masked tokens: m U^(1 / n).
+            n = (masked - number).clamp(min=1)
+            mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / n)
             level = NoiseLevel.at(schedule, schedule.inverse(mask_probability.clamp(min=lowest)))
-            prediction = Prediction.of(context, denoiser, trajectory.states, level, scales[number])
-            here = trajectory.masked & (rank == number)
-            ids, log_probability = self.choose(prediction.clean()[here], uniforms[here])
-            values = torch.zeros_like(uniforms).masked_scatter(here, log_probability.double())
-            trajectory.move(here, trajectory.states.masked_scatter(here, ids), values)
-        return trajectory.states
+            # The token that is unmasked there.
+            clean = x.predict(level, scales[number]).clean()
+            here = x.masked & (rank == number)
+            x.write(here, *self.choose(clean[here], uniforms[here]))
+        return x.tokens
+
+
+class NoisyTokens:
+    """The tokens x_t of a batch on their way from noise to images.
+
+    Known tokens stand from the start on: as they are where the noise masks, with the noise of each level elsewhere.
+
+    Args:
+        context: of this call.
+        denoiser: process, schedule and head.
+        level: the noise at the start.
+
+    Attributes:
+        tokens: `(B, N)` int64, x_t.
+        known: `(B, N)` bool, the tokens that are given.
+        log_probability: `(B, N)` float64, that of each id when it was drawn; 0 where none was.
+        absorbing: whether the noise is masks alone.
+        length: N.
+    """
+
+    def __init__(self, context: SamplingContext, denoiser: Denoiser, level: NoiseLevel) -> None:
+        self.context = context
+        self.denoiser = denoiser
+        self.absorbing = is_absorbing(denoiser.process)
+        self.length = context.layout.length
+        self.tokens = context.start()
+        self.known = ~context.unknown()
+        self.log_probability = torch.zeros(self.known.shape, dtype=torch.float64, device=self.known.device)
+        if not self.absorbing:
+            prior = denoiser.process.draw_prior(context.random.uniform(Purpose.ORDER, self.length))
+            self.tokens = torch.where(self.known, self.tokens, prior)
+            self.restore_known(level)
+            context.begin(self.tokens)
+
+    @property
+    def masked(self) -> Tensor:
+        """`(B, N)` bool: where the mask stands."""
+        return self.tokens == self.context.layout.mask_id
+
+    def predict(self, level: NoiseLevel, scale: float) -> Prediction:
+        """Ask the network about x_t at a level of noise: one pass, of two evaluations where the scale is not 1.
+
+        Raises:
+            ValueError: logits that are no numbers.
+        """
+        outputs = []
+        for logits in self.context.evaluate(self.tokens, scale != 1, level):
+            if logits is None:
+                continue
+            if bool(logits.sum(dim=-1).isnan().any()):
+                raise ValueError(
+                    f"the backbone's logits are NaN at t = {float(level.t.max()):.4g}: its weights or its precision "
+                    "are broken, nothing can be drawn from them"
+                )
+            outputs.append(self.denoiser.head(logits, self.tokens, level))
+        return Prediction(self.denoiser, self.tokens, level, tuple(outputs), scale)
+
+    def mask(self, where: Tensor) -> None:
+        """Mask tokens again, `where (B, N)` bool."""
+        self.tokens = self.tokens.masked_fill(where, self.context.layout.mask_id)
+
+    def write(self, where: Tensor, ids: Tensor, log_probability: Tensor) -> None:
+        """Put the ids that a pass drew, and record the step.
+
+        Args:
+            where: `(B, N)` bool, n positions.
+            ids: `(n,)` int64.
+            log_probability: `(n,)`, that of each when it was drawn.
+        """
+        drawn = torch.zeros_like(self.log_probability).masked_scatter(where, log_probability.double())
+        self.tokens = self.tokens.masked_scatter(where, ids)
+        self.log_probability = torch.where(where, drawn, self.log_probability)
+        self.context.record(self.tokens, drawn.masked_fill(~where, torch.nan))
+
+    def restore_known(self, level: NoiseLevel) -> None:
+        """Put the known tokens back, with the noise of a level, where noise is not masks alone."""
+        if self.absorbing or not bool(self.known.any()):
+            return
+        given = torch.where(self.known, self.context.start(), 0)
+        # The same numbers at every level: what is given gets rid of its noise as the rest does.
+        uniforms = self.context.random.uniform(Purpose.MASK_ORDER, self.length)
+        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
+        self.tokens = torch.where(self.known, noisy, self.tokens)
+
+
+# At least this much of a token is left at the start: scores and the total noise stay finite where a schedule ends in
+# pure noise. It changes a law by as much.
+_LEAST_ALPHA = 1e-8
+
+
+def finite_noise(level: NoiseLevel) -> NoiseLevel:
+    """The level with alpha at least 1e-8, so that its total noise is finite, as networks and scores need it."""
+    alpha, noise = level.alpha.clamp(min=_LEAST_ALPHA), level.noise.clamp(max=1 - _LEAST_ALPHA)
+    return replace(level, alpha=alpha, noise=noise)
+
+
+def checked_denoiser(context: SamplingContext, sampler: Sampler) -> Denoiser:
+    """The denoiser of a call, which samplers of diffusion cannot do without.
+
+    Raises:
+        ValueError: the generator did not learn to undo noise, or guidance has nothing to tell apart.
+    """
+    name = type(sampler).__name__
+    if context.denoiser is None:
+        raise ValueError(f"{name} needs a generator that learned to undo noise, as Masked and DiscreteDiffusion do")
+    if sampler.guidance_scale != 1 and context.layout.num_classes < 2:
+        raise ValueError(
+            f"guidance_scale={sampler.guidance_scale} needs a generator of several classes, this one has "
+            f"{context.layout.num_classes}: leave it at 1"
+        )
+    return context.denoiser

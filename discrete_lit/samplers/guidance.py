@@ -1,6 +1,6 @@
-"""Classifier-free guidance (Ho & Salimans, 2022), and how its scale changes while sampling.
+"""Classifier-free guidance (CFG; Ho & Salimans, 2022), and how its scale changes while sampling.
 
-Every scale here is the s of `uncond + s (cond - uncond)`. What the repositories call so, and their step i of T:
+Every scale here is the s of `uncond + s (cond - uncond)`. The scales of the published repositories, at step i of T:
 
 | source | ours |
 |---|---|
@@ -24,7 +24,7 @@ GuidanceSchedule = Literal["constant", "linear", "scale_linear", "cosine", "powe
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Guided, unnormalised log-probabilities: `uncond + scale * (cond - uncond)`.
+    """Guide logits: `uncond + scale * (cond - uncond)`, unnormalised log-probabilities.
 
     Logits are log-probabilities up to a constant of each row, and so is the result: its softmax is
     `p_u (p_c / p_u)^scale`, normalised.
@@ -41,7 +41,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def guided_steps(scales: Sequence[float]) -> int:
-    """Steps until the last guided one of `scales`, itself included."""
+    """How many steps there are up to the last guided one of `scales`, itself included; 0 if none is."""
     return max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
 
@@ -52,7 +52,7 @@ def guidance_scales(
     power: float = 1.0,
     interval: tuple[int, int] | None = None,
 ) -> list[float]:
-    """The guidance scale of each step.
+    """List the guidance scale of each of T steps.
 
     With r = i / T at step i of T: `constant` is `scale`; `linear` is 1 + (scale - 1) r; `scale_linear` the same with
     r = i / (T - 1), which reaches `scale` (VAR); `power_cosine` is 1 + (scale - 1) (1 - cos(pi r^power)) / 2 (MDT,
@@ -61,8 +61,8 @@ def guidance_scales(
     Args:
         schedule: its name.
         scale: s where the schedule is at its end.
-        steps: T: steps, tokens or scales of the sampler.
-        power: of `power_cosine`, >= 0.
+        steps: T, the steps, tokens or scales of the sampler.
+        power: exponent of `power_cosine`, >= 0.
         interval: the first guided step and the one after the last; the scale is 1 elsewhere (Kynkäänniemi et al.,
             "Applying Guidance in a Limited Interval", 2024); `(0, n)` is a cut-off.
 

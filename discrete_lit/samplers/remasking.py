@@ -1,4 +1,4 @@
-"""Sampling that masks again what it drew: ReMDM (Wang et al., "Remasking Discrete Diffusion Models with Inference-Time
+"""ReMDM: sampling that masks again what it drew (Wang et al., "Remasking Discrete Diffusion Models with Inference-Time
 Scaling", 2025).
 """
 
@@ -10,31 +10,31 @@ from torch import Tensor
 from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.processes import is_absorbing
-from discrete_lit.samplers.diffusion import AncestralSampler, Interval, Trajectory
+from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTokens
 
 RemaskingStrategy = Literal["cap", "rescale", "conf", "loop"]
 
 
-class RemaskingSampler(AncestralSampler):
-    """Each step masks a revealed token again with probability sigma, and reveals masked ones the more for it.
+class RemaskingSampler(DiffusionSampler):
+    """Sample by ReMDM: each step masks an unmasked token again with probability sigma, and unmasks the more for it.
 
-    A masked token is revealed with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, so that at
-    every level as many are masked as without (eq. 6). With sigma_max = min(1, (1 - alpha_s) / alpha_t):
+    A masked token is unmasked with probability `(alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t)`, so that at every
+    level as many are masked as without remasking (eq. 6). With sigma_max = min(1, (1 - alpha_s) / alpha_t):
 
     - `cap`: sigma = min(eta, sigma_max);
     - `rescale`: sigma = eta sigma_max;
-    - `conf`: eta sigma_max, shared out among the revealed tokens of a sequence by the softmax of minus the probability
-      that each was drawn with; the masked ones are revealed as without (as in the released code);
-    - `loop`: three phases in turn: none is masked again until the share alpha is revealed, then `cap` at this level,
-      where nothing else happens, then the rest without.
+    - `conf`: eta sigma_max, divided among the unmasked tokens of a sequence by the softmax of minus the probability
+      that each was drawn with; masked tokens are unmasked as without (as in the released code);
+    - `loop`: three phases in turn: no remasking until the fraction alpha is unmasked, then `cap` at this level, where
+      nothing else happens, then the rest without.
 
-    Known tokens are never masked.
+    The loop over the steps is `DiffusionSampler.draw`. Known tokens are never masked.
 
     Args:
         strategy: one of the four.
         eta: in [0, 1]; 0 is `AncestralSampler`.
-        loop: `[first, end]` in [0, 1], the shares of the steps between which a loop stays at its level.
-        loop_alpha: share of tokens that are revealed there, in (0, 1).
+        loop: `[first, end]` in [0, 1], the fractions of the steps between which a loop stays at its level.
+        loop_alpha: fraction of tokens that are unmasked there, in (0, 1).
         settings: of `DiffusionSampler` and `Sampler`.
 
     Raises:
@@ -45,6 +45,7 @@ class RemaskingSampler(AncestralSampler):
         self,
         strategy: RemaskingStrategy = "cap",
         eta: float = 0.02,
+        *,
         loop: tuple[float, float] = (0.45, 0.95),
         loop_alpha: float = 0.9,
         **settings: Any,
@@ -65,6 +66,40 @@ class RemaskingSampler(AncestralSampler):
         self.loop = loop
         self.loop_alpha = loop_alpha
 
+    def sigma(self, interval: Interval) -> Tensor:
+        """The remasking probability sigma, `(B, 1)` float64; for `conf` the total to be divided."""
+        largest = ((1 - interval.alpha_s) / interval.alpha_t).clamp(max=1)
+        if self.strategy == "loop" and not torch.equal(interval.alpha_t, interval.alpha_s):
+            return torch.zeros_like(largest)
+        return largest.clamp(max=self.eta) if self.strategy in ("cap", "loop") else self.eta * largest
+
+    def remask(self, x: NoisyTokens, interval: Interval, uniforms: Tensor) -> Tensor:
+        unmasked = ~x.masked & ~x.known
+        sigma = self.sigma(interval)
+        if self.strategy == "conf":
+            doubt = (-x.log_probability.exp()).masked_fill(~unmasked, -torch.inf)
+            sigma = sigma * doubt.softmax(dim=1).nan_to_num(0.0)
+        return unmasked & (uniforms < sigma)
+
+    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
+        if interval.last or self.strategy == "conf":
+            return super().unmask_probability(interval, weight)
+        alpha_s, alpha_t, sigma = interval.alpha_s, interval.alpha_t, self.sigma(interval)
+        return ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) * weight).clamp(max=1)
+
+    def times(self, schedule: MaskSchedule) -> Tensor:
+        times = super().times(schedule)
+        if self.strategy != "loop":
+            return times
+        # Down to the time at which the fraction loop_alpha is unmasked, along it, and down to 0.
+        done, (first, end) = 1 - times, self.loop
+        held = schedule.inverse(times.new_tensor(1 - self.loop_alpha))
+        before = 1 - (1 - held) * (done / max(first, 1e-12)).clamp(max=1)
+        after = held * (1 - (done - end).clamp(min=0) / max(1 - end, 1e-12)).clamp(min=0)
+        times = torch.where(done < end, before, after)
+        times[0], times[-1] = 0, 1
+        return times
+
     def check(self, denoiser: Denoiser) -> None:
         super().check(denoiser)
         if not is_absorbing(denoiser.process):
@@ -72,37 +107,3 @@ class RemaskingSampler(AncestralSampler):
                 "RemaskingSampler masks tokens again, the process must be absorbing: "
                 f"{type(denoiser.process).__name__} is not"
             )
-
-    def times(self, schedule: MaskSchedule) -> Tensor:
-        times = super().times(schedule)
-        if self.strategy != "loop":
-            return times
-        done, (first, end) = 1 - times, self.loop
-        held = schedule.inverse(times.new_tensor(1 - self.loop_alpha))
-        start = 1 - (1 - held) * (done / max(first, 1e-12)).clamp(max=1)
-        rest = held * (1 - (done - end).clamp(min=0) / max(1 - end, 1e-12)).clamp(min=0)
-        times = torch.where(done < end, start, rest)
-        times[0], times[-1] = 0, 1
-        return times
-
-    def remasking(self, interval: Interval) -> Tensor:
-        """sigma, `(B, 1)` float64; of `conf` what is shared out."""
-        before, after = interval.before.alpha, interval.after.alpha
-        most = ((1 - after) / before).clamp(max=1)
-        if self.strategy == "loop" and not torch.equal(before, after):
-            return torch.zeros_like(most)
-        return most.clamp(max=self.eta) if self.strategy in ("cap", "loop") else self.eta * most
-
-    def reveal(self, interval: Interval, weight: Tensor) -> Tensor:
-        if interval.last or self.strategy == "conf":
-            return super().reveal(interval, weight)
-        before, after = interval.before.alpha, interval.after.alpha
-        return ((after - (1 - self.remasking(interval)) * before) / (1 - before) * weight).clamp(max=1)
-
-    def forget(self, trajectory: Trajectory, interval: Interval, coins: Tensor) -> Tensor:
-        revealed = ~trajectory.masked & ~trajectory.fixed
-        sigma = self.remasking(interval)
-        if self.strategy == "conf":
-            doubt = (-trajectory.log_probability.exp()).masked_fill(~revealed, -torch.inf)
-            sigma = sigma * doubt.softmax(dim=1).nan_to_num(0.0)
-        return revealed & (coins < sigma)

@@ -1,4 +1,4 @@
-"""Scale after scale (Tian et al., "Visual Autoregressive Modeling", 2024)."""
+"""VAR's sampler: next-scale prediction on a key-value cache (Tian et al., "Visual Autoregressive Modeling", 2024)."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplingContex
 
 
 class NextScaleSampler(Sampler):
-    """Draws all tokens of a scale at once given the scales before: one pass for each scale, with a key-value cache.
+    """Sample scale by scale, all tokens of a scale at once given the scales before: one pass for each scale.
 
     The next scale's input is f_hat, the sum of what the scales before contribute, averaged down to it. Known tokens may
-    stand anywhere: they take the place of what is drawn at their scale. Where they are whole first scales, the rest
-    follows its exact conditional law; elsewhere this is VAR's zero-shot in-painting, in which a drawn token does not
-    see those given at its own or later scales.
+    stand anywhere: they replace what is drawn at their scale. Where they are whole first scales, the rest follows its
+    exact conditional law; elsewhere this is VAR's zero-shot in-painting, in which a drawn token does not see those
+    given at its own or later scales.
 
     Args:
         guidance_scale: at the last scale; 1 plus VAR's `cfg`.
@@ -35,20 +35,22 @@ class NextScaleSampler(Sampler):
         super().__init__(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule, **settings)
 
     def draw(self, context: SamplingContext) -> Tensor:
-        layout, lengths, quantizer = context.layout, context.layout.scales, self._quantizer(context)
+        layout, lengths, quantizer = context.layout, context.layout.scales, checked_quantizer(context)
         scales = self.scales(len(lengths))
         decoder = CachedDecoder(context, guided_steps(scales))
         uniforms = context.random.uniform(Purpose.TOKEN, layout.length)
         tokens = context.start()
-        inputs, f_hat, start = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0, 0
+        known = tokens != layout.mask_id
+        # The first scale is predicted from the label alone.
+        inputs, f_hat = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0
+        start = 0
         for number, count in enumerate(lengths):
             here = slice(start, start + count)
             logits = decoder.guide(decoder(inputs, number), scales[number])  # (B, s^2, K)
             drawn, log_probability = self.choose(logits, uniforms[:, here])
-            given = tokens[:, here] != layout.mask_id
-            tokens[:, here] = torch.where(given, tokens[:, here], drawn)
+            tokens[:, here] = torch.where(known[:, here], tokens[:, here], drawn)
             confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
-            confidence[:, here] = log_probability.double().masked_fill(given, torch.nan)
+            confidence[:, here] = log_probability.double().masked_fill(known[:, here], torch.nan)
             context.record(tokens, confidence)
             start += count
             if number + 1 < len(lengths):
@@ -57,17 +59,21 @@ class NextScaleSampler(Sampler):
                     inputs = quantizer.at_scale(number + 1, f_hat)
         return tokens
 
-    def _quantizer(self, context: SamplingContext) -> ScaleQuantizer:
-        layout, quantizer = context.layout, context.quantizer
-        if quantizer is None:
-            raise ValueError(
-                "NextScaleSampler makes the next scale's input with the tokenizer's quantizer: give quantizer"
-            )
-        theirs = (tuple(quantizer.lengths), quantizer.dim, quantizer.vocab_size)
-        ours = (tuple(layout.scales), layout.input_dim, layout.vocab_size)
-        if theirs != ours:
-            raise ValueError(
-                "the quantizer is of another tokenizer: its tokens of each scale, width and ids are "
-                f"{theirs}, the generator's {ours}"
-            )
-        return quantizer
+
+def checked_quantizer(context: SamplingContext) -> ScaleQuantizer:
+    """The tokenizer's quantizer, which makes the input of each next scale.
+
+    Raises:
+        ValueError: none was given, or one of other scales, width or ids than the generator's.
+    """
+    layout, quantizer = context.layout, context.quantizer
+    if quantizer is None:
+        raise ValueError("NextScaleSampler makes the next scale's input with the tokenizer's quantizer: give quantizer")
+    theirs = (tuple(quantizer.lengths), quantizer.dim, quantizer.vocab_size)
+    ours = (tuple(layout.scales), layout.input_dim, layout.vocab_size)
+    if theirs != ours:
+        raise ValueError(
+            "the quantizer is of another tokenizer: its tokens of each scale, width and ids are "
+            f"{theirs}, the generator's {ours}"
+        )
+    return quantizer

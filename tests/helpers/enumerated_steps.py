@@ -8,6 +8,7 @@ from discrete_lit.diffusion import LinearSchedule
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import SamplingContext
+from discrete_lit.samplers.diffusion import finite_noise
 from discrete_lit.samplers.diffusion_guidance import Prediction
 from helpers.exact_laws import all_sequences, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, ExactBackbone
@@ -49,30 +50,28 @@ class OncePerState(ExactBackbone):
         return super().logits_at(tokens[first], labels[first], alpha[first])[place]
 
 
-def drawing_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
-    """Of rows of class 0, as a sampler gets it."""
+def context_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
+    """The context of `rows` sequences of class 0, as a sampler gets it."""
     labels = torch.zeros(rows, dtype=torch.int64)
     return SamplingContext(
-        backbone, labels, CounterRandom(seed, torch.arange(rows)), None, None, backbone.denoiser(schedule), False
+        backbone, labels, CounterRandom(seed, torch.arange(rows)), denoiser=backbone.denoiser(schedule)
     )
 
 
 def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     """As the sampler's, at the exact level, which time in float32 tells a network only nearly."""
-    labels = [torch.zeros(len(states), dtype=torch.int64)]
+    labels, level = [torch.zeros(len(states), dtype=torch.int64)], finite_noise(interval.t)
     if scale != 1:
         labels.append(torch.full_like(labels[0], backbone.layout.null_label))
-    outputs = tuple(
-        denoiser.head(backbone.logits_at(states, label, interval.seen.alpha), states, interval.seen) for label in labels
-    )
-    return Prediction(denoiser, states, interval.seen, outputs, scale)
+    outputs = tuple(denoiser.head(backbone.logits_at(states, label, level.alpha), states, level) for label in labels)
+    return Prediction(denoiser, states, level, outputs, scale)
 
 
 def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch.Tensor]:
     """For each step, or one alone, `(S^N, N, S)`: the law of every token after it, from every sequence of states."""
     process, denoiser = backbone.process, backbone.denoiser(schedule)
     states = all_sequences(process.states, LENGTH)
-    steps, intervals = [], sampler.intervals(schedule, drawing_of(backbone, len(states), schedule))
+    steps, intervals = [], sampler.intervals(schedule, context_of(backbone, len(states), schedule))
     for interval in intervals if only is None else intervals[only : only + 1]:
         jumps = sampler.jumps(predict(backbone, denoiser, states, interval, scale), interval)
         steps.append(jumps.distribution(states, process.states))

@@ -74,17 +74,20 @@ class GivenDraws(MaskGITSampler):
 
 
 class GivenConfidence(MaskGITSampler):
-    """One step whose drawn ids have the probabilities of a case, with noise of one temperature."""
+    """One step whose drawn ids have given probabilities `(1, N)`, with noise of one temperature."""
 
-    def __init__(self, probabilities: Tensor, temperature: float) -> None:
-        super().__init__()
-        self.probabilities, self.temperature_of_noise = probabilities, temperature
+    def __init__(self, probabilities: Tensor, temperature: float, masked: int) -> None:
+        super().__init__(steps=1)
+        self.probabilities, self.temperature_of_noise, self.masked = probabilities, temperature, masked
 
-    def choose_with_score(self, logits: Tensor, uniforms: Tensor, progress: float) -> tuple[Tensor, Tensor]:
+    def draw_scored(self, logits: Tensor, uniforms: Tensor, r: float) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(self.probabilities, dtype=torch.int64), self.probabilities.double().log()
 
     def noise_scale(self, step: int) -> float:
         return self.temperature_of_noise
+
+    def masked_counts(self, unknown: int) -> list[int]:
+        return [self.masked]
 
 
 class Float32Cosine(CosineSchedule):
@@ -95,16 +98,25 @@ class Float32Cosine(CosineSchedule):
 
 
 def masked_by_confidence(case: Case) -> Tensor:
-    """What one step masks again, all tokens being drawn."""
-    probabilities, count = case.inputs["topk_probs"], case.inputs["topk_mask_len"][:, 0].tolist()
-    rows, length = probabilities.shape
-    sampler = GivenConfidence(probabilities, float(case.inputs["topk_temperature"]))
+    """What one step masks again in each row, all tokens being drawn."""
+    probabilities, counts = case.inputs["topk_probs"], case.inputs["topk_mask_len"][:, 0].tolist()
+    temperature, length = float(case.inputs["topk_temperature"]), probabilities.shape[1]
     layout = SequenceLayout(1, (length,), 1, "bidirectional", mask_token=True)
-    random = GivenNoise(case.inputs["topk_gumbel"][None])
-    context = SimpleNamespace(layout=layout, random=random, record=lambda tokens, confidence: None)
-    tokens = torch.full((rows, length), layout.mask_id)
-    tokens = sampler.fill(context, tokens, torch.zeros(rows, length, 1), 0, length, count)  # type: ignore[arg-type]
-    return (tokens == layout.mask_id).to(torch.uint8)
+    start = torch.full((1, length), layout.mask_id)
+    masked = []
+    for row, count in enumerate(counts):
+        context = SimpleNamespace(
+            layout=layout,
+            random=GivenNoise(case.inputs["topk_gumbel"][None, row : row + 1]),
+            denoiser=None,
+            start=lambda: start,
+            unknown=lambda: start == layout.mask_id,
+            predict=lambda tokens, scale: torch.zeros(1, length, 1),
+            record=lambda tokens, confidence: None,
+        )
+        sampler = GivenConfidence(probabilities[row : row + 1], temperature, count)
+        masked.append(sampler.draw(context) == layout.mask_id)  # type: ignore[arg-type]
+    return torch.cat(masked).to(torch.uint8)
 
 
 def maskgit_jax_decode(case: Case) -> Tensors:

@@ -154,7 +154,7 @@ def test_settings_out_of_range(make, message: str) -> None:
 @pytest.mark.parametrize(
     ("case_name", "sampler", "message"),
     [
-        ("bar", BARSampler((2, 2, 5, 7)), r"bit_counts=\[2, 2, 5, 7\] reveal 16 bits, an id of this generator has 3"),
+        ("bar", BARSampler((2, 2, 5, 7)), r"bit_counts=\[2, 2, 5, 7\] unmask 16 bits, an id of this generator has 3"),
         ("raster", BARSampler((1, 2)), "with a MaskedBitHead, this one has no place_head"),
         ("parts", BARSampler((1, 2)), "with a MaskedBitHead, this one has a FactorisedHead"),
         ("parts", OpenMAGVIT2Sampler([SubTokenSettings()]), "settings for 1 parts of an id, this generator predicts 2"),

@@ -20,6 +20,7 @@ from discrete_lit.diffusion import LinearSchedule, SquareSchedule
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, ScoreHead
 from discrete_lit.samplers import (
     AncestralSampler,
+    DiffusionSampler,
     EulerSampler,
     FirstHittingSampler,
     RandomOrderSampler,
@@ -79,7 +80,7 @@ def test_analytic_and_ancestral_transitions_are_the_same(process: str) -> None:
         ("uniform", TauLeapingSampler, "score"),
     ],
 )
-def test_draws_follow_the_enumerated_law(process: str, sampler: type[AncestralSampler], head: str) -> None:
+def test_draws_follow_the_enumerated_law(process: str, sampler: type[DiffusionSampler], head: str) -> None:
     chain, schedule = PROCESSES[process], FiniteNoise() if process == "gaussian" else SquareSchedule()
     made = sampler(steps=3, guidance_law="score" if head == "score" else "clean")
     backbone = OncePerState(chain, HEADS[head](chain))

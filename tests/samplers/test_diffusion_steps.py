@@ -4,7 +4,7 @@ from math import comb
 
 import pytest
 import torch
-from helpers.enumerated_steps import PROCESSES, FiniteNoise, OncePerState, draw_numbers, drawing_of
+from helpers.enumerated_steps import PROCESSES, FiniteNoise, OncePerState, context_of, draw_numbers
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.exact_oracle import LENGTH, reference_law
 from scipy.stats import binom, kstest, poisson
@@ -22,7 +22,7 @@ from discrete_lit.samplers import (
     SamplingContext,
     TauLeapingSampler,
 )
-from discrete_lit.samplers.diffusion import Trajectory
+from discrete_lit.samplers.diffusion import NoisyTokens
 from discrete_lit.samplers.diffusion import poisson as draw_poisson
 
 
@@ -74,16 +74,14 @@ def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
     process, steps, length = AbsorbingProcess(8192), 2048, 256
     denoiser = Denoiser(process=process, schedule=LinearSchedule(), head=LeaveOneOutHead(), time_input="none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
-    context = SamplingContext(
-        FlatBackbone(process, length), labels, CounterRandom(0, labels), None, None, denoiser, False
-    )
+    context = SamplingContext(FlatBackbone(process, length), labels, CounterRandom(0, labels), denoiser=denoiser)
     intervals = sampler.intervals(denoiser.schedule, context)
-    trajectory = Trajectory(context, denoiser, intervals[0].before)
+    x = NoisyTokens(context, denoiser, intervals[0].t)
     for interval in intervals[: steps // 2]:
-        sampler.step(trajectory, interval, 1.0)
+        sampler.step(x, interval, 1.0)
     low, high = binom.ppf([1e-4, 1 - 1e-4], length, 0.5)
-    assert low <= int((~trajectory.masked).sum()) <= high
-    ids = trajectory.states[~trajectory.masked].double() / 8192
+    assert low <= int((~x.masked).sum()) <= high
+    ids = x.tokens[~x.masked].double() / 8192
     assert kstest(ids.numpy(), "uniform").pvalue > 1e-4
 
 
@@ -108,25 +106,26 @@ def test_remasking_keeps_the_marginals(strategy: str, eta: float) -> None:
     """`(1 - alpha_t) u + alpha_t (1 - sigma) = alpha_s`, with sigma up to its most."""
     sampler = RemaskingSampler(strategy=strategy, eta=eta, steps=20)
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead())
-    for interval in sampler.intervals(SquareSchedule(), drawing_of(backbone, 1, SquareSchedule()))[1:-1]:
-        before, after = interval.before.alpha, interval.after.alpha
-        sigma, reveal = sampler.remasking(interval), sampler.reveal(interval, torch.ones(1, 1, dtype=torch.float64))
-        assert 0 < float(sigma) <= min(1, float((1 - after) / before)) and 0 <= float(reveal) <= 1
-        assert float((1 - before) * reveal + before * (1 - sigma)) == pytest.approx(float(after), abs=1e-12)
+    for interval in sampler.intervals(SquareSchedule(), context_of(backbone, 1, SquareSchedule()))[1:-1]:
+        alpha_t, alpha_s = interval.alpha_t, interval.alpha_s
+        sigma = sampler.sigma(interval)
+        unmask = sampler.unmask_probability(interval, torch.ones(1, 1, dtype=torch.float64))
+        assert 0 < float(sigma) <= min(1, float((1 - alpha_s) / alpha_t)) and 0 <= float(unmask) <= 1
+        assert float((1 - alpha_t) * unmask + alpha_t * (1 - sigma)) == pytest.approx(float(alpha_s), abs=1e-12)
 
 
 def test_remasked_counts_are_binomial() -> None:
     """The draws too: at every level as many tokens are masked as its mask probability says."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler, schedule, rows = RemaskingSampler(strategy="rescale", eta=0.5, steps=5), LinearSchedule(), 20_000
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     intervals = sampler.intervals(schedule, context)
-    trajectory = Trajectory(context, context.denoiser, intervals[0].before)
+    x = NoisyTokens(context, context.denoiser, intervals[0].t)
     for interval in intervals[:-1]:
-        sampler.step(trajectory, interval, 1.0)
-        m = 1 - float(interval.after.alpha[0, 0])
+        sampler.step(x, interval, 1.0)
+        m = 1 - float(interval.alpha_s[0, 0])
         law = torch.tensor([comb(LENGTH, k) * m**k * (1 - m) ** (LENGTH - k) for k in range(LENGTH + 1)])
-        assert chi_square_p_value(trajectory.masked.sum(dim=1), law) > 1e-4
+        assert chi_square_p_value(x.masked.sum(dim=1), law) > 1e-4
 
 
 @pytest.mark.parametrize("strategy", ["cap", "rescale", "conf"])
@@ -146,27 +145,25 @@ def test_a_loop_masks_at_its_level_alone() -> None:
     """Half of what is revealed is masked again: as much as can be at a level of 2 / 3."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="loop", eta=1.0, steps=8, loop=(0.25, 0.75), loop_alpha=2 / 3)
-    intervals = sampler.intervals(LinearSchedule(), drawing_of(backbone, 1, LinearSchedule()))
-    assert [round(float(sampler.remasking(interval)), 6) for interval in intervals] == [0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
+    intervals = sampler.intervals(LinearSchedule(), context_of(backbone, 1, LinearSchedule()))
+    assert [round(float(sampler.sigma(interval)), 6) for interval in intervals] == [0, 0, 0.5, 0.5, 0.5, 0.5, 0, 0]
 
 
 def test_doubtful_tokens_are_masked_first() -> None:
     """Three tokens drawn with probabilities 0.9, 0.5 and 0.1: sigma is shared by the softmax of minus these."""
     backbone = OncePerState(PROCESSES["absorbing"], LeaveOneOutHead(), timed=False)
     sampler = RemaskingSampler(strategy="conf", eta=1.0, steps=10)
-    context = drawing_of(backbone, 20_000, LinearSchedule())
+    context = context_of(backbone, 20_000, LinearSchedule())
     interval = sampler.intervals(LinearSchedule(), context)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = torch.zeros_like(trajectory.states)
-    trajectory.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
-    coins = context.random.uniform(Purpose.CONFIDENCE, LENGTH)
-    assert sampler.step(trajectory, interval, 1.0) is None and trajectory.masked.any()
-    assert context.output(trajectory.states).network_calls == 0  # nothing was masked that it could reveal
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = torch.zeros_like(x.tokens)
+    x.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
+    uniforms = context.random.uniform(Purpose.CONFIDENCE, LENGTH)
+    assert sampler.step(x, interval, 1.0) is None and x.masked.any()
+    assert context.output(x.tokens).network_calls == 0  # nothing was masked that it could reveal
     share = 0.8 * torch.tensor([-0.9, -0.5, -0.1], dtype=torch.float64).softmax(dim=0)
-    trajectory.states = torch.zeros_like(trajectory.states)
-    torch.testing.assert_close(
-        sampler.forget(trajectory, interval, coins).double().mean(dim=0), share, atol=0.015, rtol=0
-    )
+    x.tokens = torch.zeros_like(x.tokens)
+    torch.testing.assert_close(sampler.remask(x, interval, uniforms).double().mean(dim=0), share, atol=0.015, rtol=0)
 
 
 def test_known_tokens_condition_first_hitting_exactly() -> None:
@@ -202,15 +199,15 @@ def test_jumps_of_an_order_add_up() -> None:
     law = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     backbone = OncePerState(process, LeaveOneOutHead(), law.expand(2, -1), length=1)
     sampler, schedule, rows = TauLeapingSampler(steps=3), FiniteNoise(), 40_000
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[1]
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = torch.ones_like(trajectory.states)
-    sampler.step(trajectory, interval, 1.0)
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = torch.ones_like(x.tokens)
+    sampler.step(x, interval, 1.0)
     state = torch.tensor([[1]])
-    before, slope = interval.before.alpha[:1], interval.slope[:1]
-    marginal = process.marginal(law.expand(1, 1, 4), before)[0, 0]
-    rates = process.rates_into(state)[0, 0] * marginal / marginal[1] * float(slope / before / 3)
+    alpha_t, slope = interval.alpha_t[:1], interval.slope[:1]
+    marginal = process.marginal(law.expand(1, 1, 4), alpha_t)[0, 0]
+    rates = process.rates_into(state)[0, 0] * marginal / marginal[1] * float(slope / alpha_t / 3)
     expected = torch.zeros(size, dtype=torch.float64)
     for down in range(12):
         for up in range(12):
@@ -220,4 +217,4 @@ def test_jumps_of_an_order_add_up() -> None:
                     chance *= float(poisson.pmf(count, float(rate)))
                 expected[min(max(1 - down + up + 2 * double, 0), size - 1)] += chance
     assert float(expected.sum()) == pytest.approx(1, abs=1e-5)
-    assert chi_square_p_value(trajectory.states[:, 0], expected / expected.sum()) > 1e-4
+    assert chi_square_p_value(x.tokens[:, 0], expected / expected.sum()) > 1e-4

@@ -102,7 +102,7 @@ def test_a_given_prefix_is_read_in_one_pass_and_conditioned_on(make_backbone) ->
     handle = backbone.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
     labels = torch.zeros(12_000, dtype=torch.int64)
     with torch.no_grad():
-        output = RasterSampler()(backbone, labels, CounterRandom(3, torch.arange(12_000)), known)
+        output = RasterSampler()(backbone, labels, CounterRandom(3, torch.arange(12_000)), known=known)
     handle.remove()
     assert seen == [(12_000, 2), (12_000, 1)] and output.network_calls == 2
     law = raster_log_law(backbone, 0).exp()
@@ -115,7 +115,7 @@ def test_what_is_no_prefix_is_refused(make_backbone) -> None:
     labels = torch.zeros(2, dtype=torch.int64)
     known = torch.tensor([[0, -1, 1, -1, -1, -1], [0, 1, -1, -1, -1, -1]])
     with pytest.raises(ValueError, match=r"known must be the first tokens in the generator's order \(a prefix\)"):
-        RasterSampler()(make_backbone("causal"), labels, CounterRandom(0, labels), known)
+        RasterSampler()(make_backbone("causal"), labels, CounterRandom(0, labels), known=known)
 
 
 ANY_ORDER = SequenceLayout(3, (3,), 2, "causal", any_order=True)
@@ -149,7 +149,7 @@ def test_random_orders_mix_their_laws_and_begin_with_what_is_given(make_layout_b
     labels, known = torch.zeros(12_000, dtype=torch.int64), torch.tensor([-1, 2, -1]).expand(12_000, -1)
     with torch.no_grad():
         random = CounterRandom(4, torch.arange(12_000))
-        output = RasterSampler(order="random")(backbone, labels, random, known)
+        output = RasterSampler(order="random")(backbone, labels, random, known=known)
     given = torch.stack([ordered_law(backbone, order) for order in ((1, 0, 2), (1, 2, 0))])
     given = given * (all_sequences(3, 3)[:, 1] == 2)
     law = (given / given.sum(dim=1, keepdim=True)).mean(dim=0)
@@ -161,7 +161,7 @@ def test_orders_that_the_generator_does_not_have(make_backbone, make_layout_back
     for order in ("random", (0, 2, 1, 3, 4, 5)):
         with pytest.raises(ValueError, match="needs a generator of any order"):
             draw(make_backbone("causal"), RasterSampler(order=order), 0, 1)
-    with pytest.raises(ValueError, match="order has 2 places, this generator's sequences have 3"):
+    with pytest.raises(ValueError, match="order has 2 positions, this generator's sequences have 3"):
         draw(make_layout_backbone(ANY_ORDER), RasterSampler(order=(1, 0)), 0, 1)
     for order in ("spiral", (0, 0, 1), (1, 2)):
         with pytest.raises(ValueError, match="order must"):

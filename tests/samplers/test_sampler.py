@@ -1,4 +1,4 @@
-"""What holds for every sampler: ids in range, draws that belong to the sample, what is given stays, checked inputs."""
+"""Every sampler: ids in range, draws that belong to the sample, what is given stays, checked inputs."""
 
 from random import Random
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers.sampler_cases import CASES
 
+from discrete_lit import samplers
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.samplers import MaskGITSampler, RasterSampler
+from discrete_lit.samplers import MaskGITSampler, RasterSampler, Sampler, SamplingContext
 
 
 @pytest.mark.parametrize("sharpness", [1, 1000])
@@ -215,3 +216,18 @@ def test_what_depends_on_labels_alone_is_computed_once(make_backbone) -> None:
     with torch.no_grad():
         sampler(backbone, torch.zeros(3, dtype=torch.int64), CounterRandom(0, torch.arange(3)))
     assert sorted(calls) == [3, 3, 6, 6]
+
+
+def test_at_most_two_classes_stand_between_a_reader_and_the_loop() -> None:
+    classes = [item for item in vars(samplers).values() if isinstance(item, type) and issubclass(item, Sampler)]
+    assert len(classes) > 15
+    for sampler in classes:
+        above = sampler.__mro__[1:]
+        assert len(above[: above.index(Sampler)] if sampler is not Sampler else ()) <= 1, sampler
+
+
+def test_the_old_name_of_the_context_says_the_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match=r"samplers.Drawing is now discrete_lit.samplers.SamplingContext"):
+        assert samplers.Drawing is SamplingContext  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'Draft'"):
+        _ = samplers.Draft  # type: ignore[attr-defined]

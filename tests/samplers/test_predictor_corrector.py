@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, draw_numbers, drawing_of
+from helpers.enumerated_steps import HEADS, PROCESSES, OncePerState, context_of, draw_numbers
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
@@ -10,7 +10,7 @@ from discrete_lit.diffusion import LinearSchedule
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, PredictorCorrectorSampler
-from discrete_lit.samplers.diffusion import Trajectory
+from discrete_lit.samplers.diffusion import NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
@@ -20,16 +20,16 @@ def test_gibbs_keeps_the_noisy_law(process: str) -> None:
     chain, schedule, rows = PROCESSES[process], LinearSchedule(), 40_000
     backbone = OncePerState(chain, HEADS["cavity"](chain))
     sampler = PredictorCorrectorSampler(corrector="gibbs", steps=2)
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[0]  # ends at alpha = 0.5
     law = noisy_law(reference_law(), chain, 0.5)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.multinomial(law, rows, replacement=True, generator=generator)
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(4):
-        sampler.gibbs(trajectory, interval.corrected(10 + number), 1.0)
-    after = sequence_numbers(trajectory.states, chain.states)
+        sampler.gibbs(x, interval.s, 10 + number, 1.0)
+    after = sequence_numbers(x.tokens, chain.states)
     assert (after != numbers).double().mean() > 0.5
     assert chi_square_p_value(after, law) > 1e-4
 
@@ -86,15 +86,15 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     chain, schedule, rows = PROCESSES["absorbing"], LinearSchedule(), 20_000
     backbone = OncePerState(chain, LeaveOneOutHead(), timed=False)
     sampler = PredictorCorrectorSampler(corrector_noise=0.02, steps=2)
-    context = drawing_of(backbone, rows, schedule)
+    context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[0]
     law = noisy_law(reference_law(), chain, 0.5)
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
-    trajectory = Trajectory(context, context.denoiser, interval.before)
-    trajectory.states = all_sequences(chain.states, LENGTH)[numbers]
+    x = NoisyTokens(context, context.denoiser, interval.t)
+    x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(25):
-        sampler.forward_backward(trajectory, interval.corrected(number), 1.0)
-    after = sequence_numbers(trajectory.states, chain.states)
+        sampler.forward_backward(x, interval.s, number, 1.0)
+    after = sequence_numbers(x.tokens, chain.states)
     assert (after != numbers).double().mean() > 0.3
     assert chi_square_p_value(after, law) > 1e-4
 
