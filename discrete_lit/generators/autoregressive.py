@@ -44,8 +44,8 @@ class OrderedBackbone(Backbone):
         assert order is None, "the order is fixed"
         return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
 
-    def shards(self) -> Iterable[nn.Module]:
-        return self.backbone.shards()
+    def fsdp_units(self) -> Iterable[nn.Module]:
+        return self.backbone.fsdp_units()
 
     def new_cache(self, labels: Tensor) -> Cache:
         return self.backbone.new_cache(labels)
@@ -99,8 +99,8 @@ class Autoregressive(Generator):
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "causal",
+            num_classes=num_classes,
+            attention="causal",
             any_order=order != "raster",
         )
         if isinstance(order, str):

@@ -97,8 +97,8 @@ class DiscreteDiffusion(Generator):
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "bidirectional",
+            num_classes=num_classes,
+            attention="bidirectional",
             mask_token=noise.masks,
             timed=time_input != "none",
             mask_output=head.mask_output,

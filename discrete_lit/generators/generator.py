@@ -291,7 +291,7 @@ class Generator(LightningModule, ABC):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]
-            for block in self.backbone.shards():
+            for block in self.backbone.fsdp_units():
                 fully_shard(block, mesh=mesh)
             fully_shard(self.backbone, mesh=mesh)
             self._sharded = True

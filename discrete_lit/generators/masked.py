@@ -110,10 +110,10 @@ class Masked(Generator):
         layout = SequenceLayout(
             tokenizer.vocab_size if groups is None else groups.unit_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "bidirectional",
+            num_classes=num_classes,
+            attention="bidirectional",
             mask_token=True,
-            parts=1 if groups is None else groups.groups,
+            sub_tokens=1 if groups is None else groups.groups,
         )
         super().__init__(
             tokenizer,

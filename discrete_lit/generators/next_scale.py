@@ -49,8 +49,8 @@ class NextScale(Generator):
         layout = SequenceLayout(
             tokenizer.vocab_size,
             tokenizer.token_shape(image_size),
-            num_classes,
-            "block_causal",
+            num_classes=num_classes,
+            attention="block_causal",
             scales=tuple(quantizer.lengths),
             input_dim=quantizer.dim,
         )

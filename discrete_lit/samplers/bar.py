@@ -50,7 +50,7 @@ class BARSampler(RasterSampler):
         self.choice_temperature = choice_temperature
 
     def draws(self, head: SubTokenHead | None) -> int:
-        return 2 * len(self.bit_counts) * len(self._checked(head).parts)
+        return 2 * len(self.bit_counts) * len(self._checked(head).sub_tokens)
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         return [self.scales(steps)]
@@ -76,7 +76,7 @@ class BARSampler(RasterSampler):
             revealed = masked & (rank >= hidden_bits)
             bits = torch.where(revealed, drawn, bits)
             total = total + ((score - logits.logsumexp(dim=-1)) * revealed).sum(dim=-1)
-        return head.parts.join(bits), total
+        return head.sub_tokens.join(bits), total
 
     def _draw_bits(self, logits: Tensor, uniforms: Tensor, tau: float) -> Tensor:
         if tau == 0:

@@ -125,10 +125,10 @@ class HaltonSampler(OrderedSampler):
 
     def order(self, context: SamplingContext) -> Tensor:
         layout = context.layout
-        if len(layout.grid) != 2 or layout.parts != 1:
+        if len(layout.grid) != 2 or layout.sub_tokens != 1:
             raise ValueError(
                 f"HaltonSampler needs a grid of rows and columns with one id at a place, "
-                f"this generator has the grid {tuple(layout.grid)} and {layout.parts} ids at a place"
+                f"this generator has the grid {tuple(layout.grid)} and {layout.sub_tokens} ids at a place"
             )
         order = halton_order(*layout.grid).to(context.labels.device)[None]
         if not self.roll:

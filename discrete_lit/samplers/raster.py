@@ -70,11 +70,11 @@ class RasterSampler(Sampler):
 
     def draws(self, head: SubTokenHead | None) -> int:
         """Uniform numbers for each id."""
-        return 1 if head is None else len(head.parts)
+        return 1 if head is None else len(head.sub_tokens)
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         """The guidance scale of each part of an id at each of the `steps` places."""
-        return [self.scales(steps)] * (1 if head is None else len(head.parts))
+        return [self.scales(steps)] * (1 if head is None else len(head.sub_tokens))
 
     def sub_token_sampler(self, number: int) -> Sampler:
         """Whose temperature and filters a part of an id is drawn with."""
@@ -102,7 +102,7 @@ class RasterSampler(Sampler):
             logits = decoder.guide(head.sub_token_logits(hidden, decoder.rows(known)), scale)
             part, log_probability = self.sub_token_sampler(number).choose(logits, uniforms[..., number])
             known, total = torch.cat((known, part[..., None]), dim=-1), total + log_probability
-        return head.parts.join(known), total
+        return head.sub_tokens.join(known), total
 
     def _order(self, context: SamplingContext) -> Tensor | None:
         """`(B, N)`, or None for the raster order."""
@@ -200,7 +200,7 @@ class OpenMAGVIT2Sampler(RasterSampler):
         ]
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
-        found = 1 if head is None else len(head.parts)
+        found = 1 if head is None else len(head.sub_tokens)
         if found != len(self.sub_token_samplers):
             raise ValueError(
                 f"parts has settings for {len(self.sub_token_samplers)} parts of an id, this generator predicts {found}"

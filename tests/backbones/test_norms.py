@@ -12,7 +12,7 @@ WIDTH, EPSILON = 24, 1e-3
 @pytest.mark.parametrize(("affine", "bias"), [(False, None), (True, None), (True, False), (True, True)])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norm_is_its_formula(kind, affine: bool, bias: bool | None, recorded: bool) -> None:
-    norm = Norm(WIDTH, kind, affine, bias, EPSILON)
+    norm = Norm(WIDTH, kind, affine=affine, bias=bias, epsilon=EPSILON)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)
     x = (torch.randn(2, 5, WIDTH) * torch.logspace(-4, 2, 5)[:, None] + 0.01).requires_grad_()

@@ -26,7 +26,9 @@ class ToyBackbone:
     def __init__(self, inputs: Tensors) -> None:
         embedded, self.mixing, self.out, self.bias = (inputs[f"toy_{name}"] for name in "EMOP")
         self.embedded = embedded
-        self.layout = SequenceLayout(len(embedded) - 1, (len(self.mixing),), 1, "bidirectional", mask_token=True)
+        self.layout = SequenceLayout(
+            len(embedded) - 1, (len(self.mixing),), num_classes=1, attention="bidirectional", mask_token=True
+        )
         self.inputs: list[Tensor] = []
 
     def flops(self, batch: int, tokens: int, filled: int | None) -> int:
@@ -99,7 +101,7 @@ def masked_by_confidence(case: Case) -> Tensor:
     probabilities, count = case.inputs["topk_probs"], case.inputs["topk_mask_len"][:, 0].tolist()
     rows, length = probabilities.shape
     sampler = GivenConfidence(probabilities, float(case.inputs["topk_temperature"]))
-    layout = SequenceLayout(1, (length,), 1, "bidirectional", mask_token=True)
+    layout = SequenceLayout(1, (length,), num_classes=1, attention="bidirectional", mask_token=True)
     random = GivenNoise(case.inputs["topk_gumbel"][None])
     context = SimpleNamespace(layout=layout, random=random, record=lambda tokens, confidence: None)
     tokens = torch.full((rows, length), layout.mask_id)
