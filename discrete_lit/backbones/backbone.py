@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.cache import Cache
-from discrete_lit.backbones.cpu_kernels import PackedLinear, packing_pays
+from discrete_lit.backbones.cpu_kernels import PackedLinear, enabled, packing_pays
 from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.random import CounterRandom
 
@@ -466,9 +466,8 @@ def _packed(module: Any, rows: int, known: dict[int, Any]) -> Any:
     known[id(module)] = module
     compiled = vars(module).get("_compiled_call_impl")
     if isinstance(module, Linear):
-        dtype = module.product_dtype
-        if packing_pays(module.weight, dtype, rows=rows):
-            known[id(module)] = PackedLinear(module, dtype, rows=rows)
+        if enabled(module.weight.device) and packing_pays(module.weight, module.product_dtype, rows=rows):
+            known[id(module)] = PackedLinear(module, module.product_dtype, rows=rows)
     # Code that `compile_blocks` has not made belongs to the module itself.
     elif compiled is None or isinstance(compiled, partial):
         children = {

@@ -59,12 +59,12 @@ class PackedLinear(nn.Linear):
 
 
 def packing_pays(weight: Tensor, dtype: torch.dtype, *, rows: int) -> bool:
-    """Say whether a packed weight saves time, and whether there is a product for it.
+    """Say whether packing a weight of a CPU saves time, and whether there is a product for it.
 
-    It does for the plain parameters of a CPU (a sharded weight is none), in bfloat16 where the processor multiplies it,
-    and in float32 from 8 rows on.
+    It does for plain parameters (a sharded weight is none), in bfloat16 where the processor multiplies it, and in
+    float32 from 8 rows on.
     """
-    if not enabled(weight.device) or type(weight) is not nn.Parameter or not torch.backends.mkldnn.is_available():
+    if type(weight) is not nn.Parameter or not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -330,7 +330,7 @@ def test_switches_that_do_not_go_with_a_place_head(attention: str, switches: dic
 
 
 def test_parts_without_a_place_head() -> None:
-    with pytest.raises(ValueError, match="token_embedding='parts' embeds the parts that a place_head predicts"):
+    with pytest.raises(ValueError, match="token_embedding='parts' embeds the sub-tokens that a place_head predicts"):
         Transformer(
             SequenceLayout(16, (2, 3), num_classes=2, attention="causal"),
             width=8,

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.backbones import backbone as backbone_file
-from discrete_lit.backbones.backbone import compile_blocks, count_flops
-from discrete_lit.backbones.layers import packed_weights
+from discrete_lit.backbones.backbone import compile_blocks, count_flops, packed
+from discrete_lit.backbones.cpu_kernels import PackedLinear
 from discrete_lit.generators.autoregressive import OrderedBackbone
 
 LABELS = torch.tensor([0, 2, 1])
@@ -170,10 +170,10 @@ def test_what_does_not_change_the_count(change: str) -> None:
         compile_blocks(backbone, backend=lambda *_: called.append(1))
         assert backbone.flops(BATCH, 5) == expected and not called
     else:
-        with torch.no_grad(), packed_weights(backbone, 64):
-            assert backbone.blocks[0].mlp.expand.packed is not None
-            assert backbone.flops(BATCH, 5) == expected
-            assert backbone.blocks[0].mlp.expand.packed is not None
+        with torch.no_grad():
+            fast = packed(backbone, rows=64)
+        assert isinstance(fast.blocks[0].mlp.expand, PackedLinear)
+        assert fast.flops(BATCH, 5) == expected
 
 
 def test_each_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
