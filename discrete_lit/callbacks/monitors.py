@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.backbones.backbone import count_flops
@@ -211,6 +212,8 @@ def peak_memory(device: torch.device) -> int:
 def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 0) -> int:
     """Count the floating-point operations of a training step's forward and backward pass, see `count_flops`.
 
+    Every position counts where which ones do depends on the data.
+
     Args:
         module: a `Generator`, a `Tokenizer` or an `ImageAutoencoder`; it stays as it is.
         batch: its tensors give their shapes alone.
@@ -236,12 +239,22 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
         inputs = {name: _without_data(value) for name, value in batch.items()}
 
         def step() -> None:
-            cast(Tensor, copy.training_step(inputs, batch_idx)).backward()
+            with _EveryPosition():
+                cast(Tensor, copy.training_step(inputs, batch_idx)).backward()
 
         return step
 
     with alone():
         return count_flops(module, prepare, gradients=True)
+
+
+class _EveryPosition(TorchDispatchMode):
+    """Lets `nonzero` find every position of a tensor without data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
 
 
 def _nothing(*_: Any, **__: Any) -> None:
