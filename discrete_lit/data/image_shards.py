@@ -106,7 +106,7 @@ class ImageShards(ResumableDataModule):
         self.shuffle_window = shuffle_window
 
     @cached_property
-    def fsdp_units(self) -> dict[Split, ShardSet]:
+    def shards(self) -> dict[Split, ShardSet]:
         """The shards that were found, by split."""
         found: dict[Split, ShardSet] = {
             split: find_shards(location, self._counts[split], num_classes=self._given_num_classes)
