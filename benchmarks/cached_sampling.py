@@ -33,6 +33,7 @@ transformers; in bf16 1.13, 1.11 and 1.02, and 1.52, 1.74 and 2.07. Freezing the
 import argparse
 import warnings
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -104,7 +105,8 @@ class Case:
         known[:, self.first :] = -1
         sampler, random = RasterSampler(guidance_scale=2.0), CounterRandom(0, self.labels)
         with autocast(self.device, self.precision):
-            return between_passes(self.backbone, lambda: sampler(self.backbone, self.labels, random, known), self.count)
+            draw = partial(sampler, self.backbone, self.labels, random, known=known)
+            return between_passes(self.backbone, draw, self.count)
 
     def bare(self) -> list[Seconds]:
         taken = []

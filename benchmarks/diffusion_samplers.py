@@ -104,7 +104,13 @@ class Draw:
         self.sampler, make, head = CASES[name]
         process = make(vocab_size)
         layout = SequenceLayout(
-            vocab_size, (16, 16), 1000, "bidirectional", process.masks, timed=True, mask_output=head.mask_output
+            vocab_size,
+            (16, 16),
+            num_classes=1000,
+            attention="bidirectional",
+            mask_token=process.masks,
+            timed=True,
+            mask_output=head.mask_output,
         )
         self.network = RecordedNetwork(layout, batch, device)
         self.denoiser = Denoiser(process=process, schedule=LogLinearSchedule(), head=head, time_input="total_noise")

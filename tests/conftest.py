@@ -41,7 +41,7 @@ def make_backbone() -> Callable[..., Any]:
         from discrete_lit.backbones import SequenceLayout, Transformer
 
         mask_token = attention == "bidirectional"
-        layout = SequenceLayout(vocab_size, grid, num_classes, attention, mask_token)  # type: ignore[arg-type]
+        layout = SequenceLayout(vocab_size, grid, num_classes=num_classes, attention=attention, mask_token=mask_token)  # type: ignore[arg-type]
         backbone = Transformer(layout, width=16, depth=2, heads=2, **switches)
         return (backbone if spread is None else randomise(backbone, spread)).eval()
 

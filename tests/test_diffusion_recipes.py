@@ -43,8 +43,8 @@ def test_parameters(recipe: str) -> None:
     scores = arguments["head"]["class_path"].endswith("ScoreHead")
     layout = SequenceLayout(
         *tokenizer,
-        arguments["num_classes"],
-        "bidirectional",
+        num_classes=arguments["num_classes"],
+        attention="bidirectional",
         mask_token=masks,
         timed=arguments.get("time_input", "none") != "none",
         mask_output=scores and masks,

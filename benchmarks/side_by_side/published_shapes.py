@@ -14,12 +14,20 @@ def llama_shape(attention: str = "causal") -> Transformer:
     layout = SequenceLayout(
         CODES,
         (16, 16),
-        CLASSES,
-        attention,  # type: ignore[arg-type]
+        num_classes=CLASSES,
+        attention=attention,  # type: ignore[arg-type]
         mask_token=attention == "bidirectional",
     )
     return Transformer(
-        layout, WIDTH, DEPTH, HEADS, mlp_hidden=HIDDEN, mlp="swiglu", norm="rms", bias=False, positions="rope_1d"
+        layout,
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        mlp_hidden=HIDDEN,
+        mlp="swiglu",
+        norm="rms",
+        bias=False,
+        positions="rope_1d",
     )
 
 
@@ -31,12 +39,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 def var_shape(patches: tuple[int, ...], depth: int) -> Transformer:
     """VAR's of a depth, which is 16 at the least as published: width and heads grow with it."""
     scales = tuple(side * side for side in patches)
-    layout = SequenceLayout(4096, (sum(scales),), CLASSES, "block_causal", scales=scales, input_dim=32)
+    layout = SequenceLayout(
+        4096, (sum(scales),), num_classes=CLASSES, attention="block_causal", scales=scales, input_dim=32
+    )
     return Transformer(
         layout,
-        64 * depth,
-        depth,
-        depth,
+        width=64 * depth,
+        depth=depth,
+        heads=depth,
         mlp="gelu_tanh",
         conditioning="prefix_adaln",
         qk_norm="unit",
@@ -46,12 +56,14 @@ def var_shape(patches: tuple[int, ...], depth: int) -> Transformer:
 
 def sedd_shape(vocab_size: int) -> Transformer:
     """That of "Discrete Diffusion for Image Generation": 24 timed blocks of width 768, 256 tokens."""
-    layout = SequenceLayout(vocab_size, (16, 16), CLASSES, "bidirectional", mask_token=True, timed=True)
+    layout = SequenceLayout(
+        vocab_size, (16, 16), num_classes=CLASSES, attention="bidirectional", mask_token=True, timed=True
+    )
     return Transformer(
         layout,
-        768,
-        24,
-        12,
+        width=768,
+        depth=24,
+        heads=12,
         mlp="gelu_tanh",
         norm_epsilon=1e-5,
         norm_affine=True,

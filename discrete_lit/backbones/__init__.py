@@ -1,4 +1,4 @@
-"""The shared transformer, and heads that predict an id in parts. Plain PyTorch."""
+"""The transformer that all generators share, and heads that predict an id in sub-tokens. Plain PyTorch."""
 
 from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import BlockSettings

@@ -1,15 +1,13 @@
-"""An id as several parts, so that a large vocabulary is predicted by a few small softmaxes.
+"""The contract between a generator and its network, and what can be done with any such network.
 
-What predicts the id of a place in parts, from the hidden state that a causal transformer has of it.
-
-What a generator asks of its backbone.
-
-Compilation in place: the blocks of a backbone keep their names, so checkpoints do not change.
+A generator describes its sequence (`SequenceLayout`) and is given a `Backbone`, which makes logits of token ids. A
+vocabulary too large for one softmax is predicted in sub-tokens (`SubTokens`, `SubTokenHead`). The rest of the file is
+for all backbones: their floating-point operations are counted, their blocks compiled, their weights packed for a CPU.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from math import prod
 from typing import Any, Literal, TypeVar
@@ -17,130 +15,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+# Counting needs two names that torch marks as its own: tensors without data that keep their device (those of
+# `torch.device("meta")` lose it, and know no autocast), and a mode that sees every operation.
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.cpu_kernels import PackedLinear, enabled, packing_pays
 from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.random import CounterRandom
-
-
-class SubTokens(nn.Module):
-    """Ids in [0, K) as digits of unequal bases, the least significant first.
-
-    With sizes 2^6 and 2^12 the first part of an 18-bit id is its low 6 bits (Luo et al., "Open-MAGVIT2", 2024).
-
-    Args:
-        sizes: of the parts; their product is K.
-        vocab_size: K.
-
-    Raises:
-        ValueError: parts of fewer than two values, or whose product is not K.
-    """
-
-    moduli: Tensor
-    units: Tensor
-
-    def __init__(self, sizes: Sequence[int], vocab_size: int) -> None:
-        super().__init__()
-        if not sizes or min(sizes) < 2 or prod(sizes) != vocab_size:
-            raise ValueError(
-                f"the parts of an id must have 2 or more values each, and {vocab_size} together, the tokenizer's "
-                f"vocabulary; got sizes={list(sizes)}, which multiply to {prod(sizes)}"
-            )
-        self.sizes = tuple(sizes)
-        units = [prod(sizes[:part]) for part in range(len(sizes))]
-        self.register_buffer("moduli", torch.tensor(sizes), persistent=False)
-        self.register_buffer("units", torch.tensor(units), persistent=False)
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def split(self, ids: Tensor) -> Tensor:
-        """`(...)` int64 in [0, K) to `(..., P)`, part p in [0, size of p)."""
-        return ids[..., None] // self.units % self.moduli
-
-    def join(self, parts: Tensor) -> Tensor:
-        """The inverse of `split`."""
-        return (parts * self.units).sum(dim=-1)
-
-
-def bits_of_vocabulary(vocab_size: int, what_needs_them: str) -> int:
-    """b of a vocabulary of 2^b ids.
-
-    Raises:
-        ValueError: a vocabulary that is no power of two, or of one id; it names `what_needs_them`.
-    """
-    bits = vocab_size.bit_length() - 1
-    if vocab_size != 2**bits or bits == 0:
-        raise ValueError(f"{what_needs_them} needs a vocabulary that is a power of 2, the tokenizer's is {vocab_size}")
-    return bits
-
-
-class SubTokenHead(nn.Module, ABC):
-    """p(id | what comes before its place) as the product over parts of p(part | parts before it, hidden state).
-
-    It takes the place of the softmax over all K ids, which a vocabulary of 2^18 is too large for. The transformer makes
-    it by calling `place_head(settings of its blocks, K)`, ends without a norm, and gives hidden states instead of
-    logits.
-
-    Args:
-        sizes: of the parts P of an id, least significant first; their product is K.
-        vocab_size: K.
-        width: D, of the hidden states.
-
-    Raises:
-        ValueError: parts that do not make up the vocabulary.
-    """
-
-    def __init__(self, sizes: Sequence[int], vocab_size: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.parts = SubTokens(sizes, vocab_size)
-
-    @abstractmethod
-    def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
-        """Logits of the next part.
-
-        Args:
-            hidden: `(B, n, D)`.
-            known: `(B, n, p)` int64, the first p < P parts of each id.
-
-        Returns:
-            `(B, n, size of part p)` float32.
-        """
-
-    @abstractmethod
-    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
-        """What training minimises in training mode, and in eval mode -log p of each id, or an estimate of its bound.
-
-        Args:
-            hidden: `(B, n, D)`.
-            ids: `(B, n)` int64 in [0, K).
-            random: one stream for each of the B sequences.
-
-        Returns:
-            Nats of each id and the weights of their mean, both `(B, n)` float32.
-        """
-
-    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """log p of each id in nats, exact: the sum over parts in turn.
-
-        Args:
-            hidden: `(B, n, D)`.
-            ids: `(B, n)` int64 in [0, K).
-
-        Returns:
-            `(B, n)` float32.
-        """
-        parts = self.parts.split(ids)
-        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
-        for number in range(len(self.parts)):
-            logits = self.sub_token_logits(hidden, parts[..., :number])
-            total = total + logits.log_softmax(dim=-1).gather(-1, parts[..., number, None])[..., 0]
-        return total
-
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -153,10 +39,10 @@ class SequenceLayout:
         vocab_size: K, the ids that the backbone predicts.
         grid: shape of the token grid; the sequence is its raster order unless an order says otherwise.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
-        attention: which places see which: all, those before, or those of the scales before and of the same.
+        attention: which positions see which: all, those before, or those of the scales before and of the same scale.
         mask_token: whether the mask id K may stand in the input.
-        parts: ids at each place, which stand one after another in the sequence, as the bit groups of a code do.
-        scales: places of each scale in turn, of `"block_causal"` attention; the first has one.
+        sub_tokens: ids at each position, which stand one after another in the sequence, as the bit groups of a code do.
+        scales: positions of each scale in turn, of `"block_causal"` attention; the first has one.
         input_dim: width of the vectors that stand for ids in the input; None where the ids themselves do.
         any_order: whether a causal sequence may come in an order of its own.
         timed: whether the backbone is told how noisy its input is.
@@ -165,10 +51,11 @@ class SequenceLayout:
 
     vocab_size: int
     grid: tuple[int, ...]
+    _: KW_ONLY
     num_classes: int
     attention: Literal["bidirectional", "causal", "block_causal"]
     mask_token: bool = False
-    parts: int = 1
+    sub_tokens: int = 1
     scales: tuple[int, ...] = ()
     input_dim: int | None = None
     any_order: bool = False
@@ -176,14 +63,14 @@ class SequenceLayout:
     mask_output: bool = False
 
     @property
-    def places(self) -> int:
-        """Places of the grid."""
+    def positions(self) -> int:
+        """Positions of the grid."""
         return prod(self.grid)
 
     @property
     def length(self) -> int:
         """N, ids in a sequence."""
-        return self.places * self.parts
+        return self.positions * self.sub_tokens
 
     @property
     def mask_id(self) -> int:
@@ -202,17 +89,17 @@ class SequenceLayout:
 
 
 class Backbone(nn.Module, ABC):
-    """Token ids and a label to logits.
+    """A network from token ids and a label to logits.
 
     Args:
         layout: the sequence.
 
     Attributes:
-        place_head: of a causal backbone that predicts an id in parts: what makes them of the hidden states that
-            `forward` then gives in the place of logits.
+        place_head: the `SubTokenHead` of a causal backbone that predicts an id in sub-tokens: it reads the hidden
+            states that `forward` then gives in the place of logits. None for others.
     """
 
-    place_head: SubTokenHead | None
+    place_head: "SubTokenHead | None"
 
     def __init__(self, layout: SequenceLayout) -> None:
         super().__init__()
@@ -228,22 +115,22 @@ class Backbone(nn.Module, ABC):
         order: Tensor | None = None,
         time: Tensor | None = None,
     ) -> Tensor:
-        """Logits for the tokens.
+        """Make logits for the tokens.
 
         Bidirectional: `tokens (B, N)` to `(B, N, K)`, the prediction of each id.
         Causal: a prefix `tokens (B, n)`, 0 <= n < N, to `(B, n + 1, K)`; row i predicts token i from the tokens before
         it. With a cache, `tokens` are those that follow what the cache holds, and one row is returned for each; the
         first call on an empty cache also returns row 0, so it may be given no token at all.
-        Block-causal: the same with whole scales: row i predicts place i from the input at that place, which is made of
-        the scales before; the first scale has no input of its own.
+        Block-causal: the same with whole scales: row i predicts position i from the input at that position, which is
+        made of the scales before; the first scale has no input of its own.
 
         Args:
             tokens: int64 ids, the mask id K only where the layout allows it; `(B, n, input_dim)` vectors where the
                 layout has them.
             labels: `(B,)` int64 in [0, num_classes], the null label included; ignored where the cache knows them.
             cache: of `new_cache`; filled as a causal sequence grows.
-            order: `(B, N)` int64, of an any-order layout: the place of the grid that each token in turn stands at;
-                raster order by default.
+            order: `(B, N)` int64, of an any-order layout: the position in the grid of each token in turn; raster order
+                by default.
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
 
         Returns:
@@ -251,16 +138,17 @@ class Backbone(nn.Module, ABC):
             `place_head` what it reads, `(B, rows, D)`.
 
         Raises:
-            ValueError: more tokens than the layout has, or a part of a scale.
+            ValueError: more tokens than the layout has, or an incomplete scale.
         """
 
     @abstractmethod
-    def shards(self) -> Iterable[nn.Module]:
-        """The parts that FSDP gathers one after another: the blocks."""
+    def fsdp_units(self) -> Iterable[nn.Module]:
+        """Give the modules that FSDP gathers one after another: the blocks. They are also compiled one by one."""
 
     @abstractmethod
     def new_cache(self, labels: Tensor) -> Cache:
-        """What can be computed once for labels `(B,)`, and room for the keys and values of B sequences of N tokens."""
+        """Compute what can be computed once for labels `(B,)`, and make room for the keys and values of B sequences of
+        N tokens."""
 
     def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
         """Count the floating-point operations of a forward pass by `count_flops`, once for each shape.
@@ -295,7 +183,8 @@ class Backbone(nn.Module, ABC):
         return counted[batch,]
 
     def head_flops(self, batch: int, known: int) -> int:
-        """Count those of `place_head.sub_token_logits` at one place of B sequences, given the first `known` parts."""
+        """Count the operations of `place_head.sub_token_logits` at one position of B sequences, given the
+        first `known` sub-tokens."""
         assert self.place_head is not None
         counted = _counted.setdefault(self.place_head, {})
         if (batch, known) not in counted:
@@ -327,16 +216,135 @@ class Backbone(nn.Module, ABC):
         return partial(self, inputs, labels, cache, None, time)
 
 
+class SubTokenHead(nn.Module, ABC):
+    """A head that predicts an id as a product: each sub-token given those before it and the hidden state.
+
+    It replaces the softmax over all K ids where there are too many of them (2^18, say). The transformer makes
+    it by calling `place_head(settings of its blocks, K)`, ends without a norm, and gives hidden states instead of
+    logits. Two heads stand in `sub_token_heads.py`.
+
+    Args:
+        sizes: of the P sub-tokens of an id, least significant first; their product is K.
+        vocab_size: K.
+        width: D, of the hidden states.
+
+    Raises:
+        ValueError: sub-tokens that do not make up the vocabulary.
+    """
+
+    def __init__(self, sizes: Sequence[int], vocab_size: int, *, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.sub_tokens = SubTokens(sizes, vocab_size)
+
+    @abstractmethod
+    def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
+        """Make logits of the next sub-token.
+
+        Args:
+            hidden: `(B, n, D)`.
+            known: `(B, n, p)` int64, the first p < P sub-tokens of each id.
+
+        Returns:
+            `(B, n, size of sub-token p)` float32.
+        """
+
+    @abstractmethod
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """Compute what training minimises in training mode, and in eval mode -log p of each id, or an estimate of its
+        bound.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+            random: one stream for each of the B sequences.
+
+        Returns:
+            Nats of each id and the weights of their mean, both `(B, n)` float32.
+        """
+
+    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Compute log p of each id in nats, exactly: the sum over sub-tokens in turn.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+
+        Returns:
+            `(B, n)` float32.
+        """
+        sub_tokens = self.sub_tokens.split(ids)
+        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        for number in range(len(self.sub_tokens)):
+            logits = self.sub_token_logits(hidden, sub_tokens[..., :number])
+            total = total + logits.log_softmax(dim=-1).gather(-1, sub_tokens[..., number, None])[..., 0]
+        return total
+
+
+class SubTokens(nn.Module):
+    """Ids in [0, K) as digits of unequal bases, the least significant first.
+
+    With sizes 2^6 and 2^12 the first sub-token of an 18-bit id is its low 6 bits (Luo et al., "Open-MAGVIT2", 2024).
+
+    Args:
+        sizes: of the P sub-tokens; their product is K.
+        vocab_size: K.
+
+    Raises:
+        ValueError: sub-tokens of fewer than two values, or whose product is not K.
+    """
+
+    moduli: Tensor
+    units: Tensor
+
+    def __init__(self, sizes: Sequence[int], vocab_size: int) -> None:
+        super().__init__()
+        if not sizes or min(sizes) < 2 or prod(sizes) != vocab_size:
+            raise ValueError(
+                f"the sub-tokens of an id must have 2 or more values each, and {vocab_size} together, the tokenizer's "
+                f"vocabulary; got sizes={list(sizes)}, which multiply to {prod(sizes)}"
+            )
+        self.sizes = tuple(sizes)
+        units = [prod(sizes[:number]) for number in range(len(sizes))]
+        self.register_buffer("moduli", torch.tensor(sizes), persistent=False)
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def split(self, ids: Tensor) -> Tensor:
+        """Split ids `(...)` int64 in [0, K) into `(..., P)`, sub-token p in [0, size of p)."""
+        return ids[..., None] // self.units % self.moduli
+
+    def join(self, sub_tokens: Tensor) -> Tensor:
+        """Undo `split`."""
+        return (sub_tokens * self.units).sum(dim=-1)
+
+
+def bits_of_vocabulary(vocab_size: int, what_needs_them: str) -> int:
+    """Give b of a vocabulary of 2^b ids.
+
+    Raises:
+        ValueError: a vocabulary that is no power of two, or of one id; it names `what_needs_them`.
+    """
+    bits = vocab_size.bit_length() - 1
+    if vocab_size != 2**bits or bits == 0:
+        raise ValueError(f"{what_needs_them} needs a vocabulary that is a power of 2, the tokenizer's is {vocab_size}")
+    return bits
+
+
+# --- Floating-point operations ---
+
 # What `Backbone` has measured, by module and shape; it goes with the module, and into no copy or checkpoint of it.
 _counted: WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = WeakKeyDictionary()
 
 
-def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], object]], gradients: bool = False) -> int:
+def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], object]], *, gradients: bool = False) -> int:
     """Count the floating-point operations of a computation by torch's `FlopCounterMode`, on tensors without data.
 
     Two for each multiplication and addition of matrix products, convolutions and attention, which is counted in full,
-    also where a mask hides half of it; elementwise work is left out. Nothing is computed, no random number is drawn,
-    and the module stays as it is.
+    also where a mask hides half of it; elementwise work is left out. Where the data decides how many elements there
+    are, all of them count. Nothing is computed, no random number is drawn, and the module stays as it is.
 
     Args:
         module: any.
@@ -348,16 +356,25 @@ def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], objec
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(gradients):
         copy = outline(module)
         run = prepare(copy if gradients else copy.requires_grad_(False))
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, _EveryElement():
             run()
     return counter.get_total_flops()
+
+
+class _EveryElement(TorchDispatchMode):
+    """Lets `nonzero` find every element of a tensor without data."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
+        return func(*args, **(kwargs or {}))
 
 
 def outline(module: _Module) -> _Module:
     """Copy a module with parameters and buffers in float32 that are made anew: without data in a `FakeTensorMode`.
 
-    Hooks, compiled code, wrapped methods and packed weights are left out; containers of other
-    attributes are copied, what else there is, is shared.
+    Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
+    is shared.
     """
     return _outline(module, {})
 
@@ -393,13 +410,14 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         copy.register_buffer(name, tensor(buffer))
     for name, child in module._modules.items():
         copy.add_module(name, None if child is None else _outline(child, known))
-    if isinstance(copy, Linear):
-        copy.unpack()
     return copy
 
 
+# --- Compiled blocks ---
+
+
 def compile_blocks(backbone: Backbone, **options: Any) -> None:
-    """Compile each block of a backbone on its own, by `torch.nn.Module.compile`.
+    """Compile each block of a backbone on its own, so that checkpoints do not change.
 
     The blocks are alike, so the compiler works through one of them, not through all; what it makes serves the others.
 
@@ -407,15 +425,59 @@ def compile_blocks(backbone: Backbone, **options: Any) -> None:
         backbone: changed in place; its parameters and their names stay.
         options: of `torch.compile`.
     """
-    for block in backbone.shards():
-        block.compile(**options)
+    # As `nn.Module.compile` does, but with one compiled function for all blocks, and for their packed copies.
+    compiled = torch.compile(nn.Module._call_impl, **options)
+    for block in backbone.fsdp_units():
+        block._compiled_call_impl = partial(compiled, block)
 
 
 def compile_for_sampling(backbone: Backbone) -> None:
-    """`compile_blocks` with the least work between two blocks, for passes over few rows.
+    """Compile the blocks with the least work between two of them, for passes over few rows.
 
     Args:
         backbone: changed in place, on the device that it samples on.
     """
-    on_processor = next(backbone.parameters()).device.type == "cpu"
-    compile_blocks(backbone, options={"cpp_wrapper": on_processor})
+    on_cpu = next(backbone.parameters()).device.type == "cpu"
+    compile_blocks(backbone, options={"cpp_wrapper": on_cpu})
+
+
+# --- Packed weights ---
+
+
+def packed(module: _Module, *, rows: int) -> _Module:
+    """Give a module like this one whose `Linear` layers multiply by weights laid out for the processor.
+
+    The weights are packed in the precision that products have now, under autocast or not, in which the module is then
+    to be called. Everything else is shared with the module, on which nothing changes: parameters, buffers, hooks,
+    compiled blocks, the count of operations. The copies take as much memory as the weights. The module itself comes
+    back where packing does not pay: on other devices, for sharded weights, in float32 for very few rows, while
+    gradients are recorded (the packed product has none), and where `cpu_kernels.enabled` says so.
+
+    Args:
+        module: a backbone, or any other; its weights must not change while the packed one is used.
+        rows: of the inputs to most products.
+    """
+    return module if torch.is_grad_enabled() else _packed(module, rows, {})
+
+
+def _packed(module: Any, rows: int, known: dict[int, Any]) -> Any:
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = module
+    compiled = vars(module).get("_compiled_call_impl")
+    if isinstance(module, Linear):
+        if enabled(module.weight.device) and packing_pays(module.weight, module.product_dtype, rows=rows):
+            known[id(module)] = PackedLinear(module, module.product_dtype, rows=rows)
+    # Code that `compile_blocks` has not made belongs to the module itself.
+    elif compiled is None or isinstance(compiled, partial):
+        children = {
+            name: None if child is None else _packed(child, rows, known) for name, child in module._modules.items()
+        }
+        if any(child is not module._modules[name] for name, child in children.items()):
+            copy = known[id(module)] = object.__new__(type(module))
+            vars(copy).update(vars(module), _modules=children)
+            if compiled is not None:
+                copy._compiled_call_impl = partial(compiled.func, copy)
+            if isinstance(module, Backbone):
+                vars(copy).update(flops=module.flops, cache_flops=module.cache_flops, head_flops=module.head_flops)
+    return known[id(module)]

@@ -1,4 +1,8 @@
-"""What a backbone keeps while one batch of sequences is sampled."""
+"""The cache of a backbone: what is computed once while one batch of sequences is sampled.
+
+A causal backbone keeps the keys and values of the tokens so far (the KV cache); every backbone may keep the modulations
+(adaLN) of the labels.
+"""
 
 from typing import NamedTuple
 
@@ -7,7 +11,7 @@ from torch import Tensor
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one attention: a part of a `Cache`, which moves the fill mark for all of them."""
+    """The keys and values of one attention, which belong to a `Cache`; that moves the fill mark of all of them."""
 
     keys: Tensor
     """`(B, heads, length, head_dim)`."""
@@ -19,7 +23,7 @@ class LayerCache(NamedTuple):
         """Write `(B, heads, n, head_dim)` behind what is filled; returns views of all keys and values so far.
 
         Raises:
-            ValueError: more places than the cache has.
+            ValueError: more positions than the cache has.
         """
         count, length = keys.shape[2], self.keys.shape[2]
         end = self.filled + count
@@ -31,7 +35,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache:
-    """Modulations of the batch's labels, computed once; and of a causal backbone the keys and values so far.
+    """The modulations of a batch's labels, computed once; and of a causal backbone the keys and values so far.
 
     Args:
         modulations: of each block, then of the head; empty where nothing is modulated.
@@ -46,34 +50,34 @@ class Cache:
 
     @property
     def holds_keys(self) -> bool:
-        """Whether it is of a causal backbone."""
+        """Whether it is the cache of a causal backbone."""
         return self._buffers is not None
 
     @property
     def length(self) -> int:
-        """Places that there are keys and values for."""
+        """The positions that there are keys and values for."""
         return 0 if self._buffers is None else self._buffers.shape[4]
 
     def layer(self, number: int) -> LayerCache | None:
-        """What one attention reads and writes; None where it sees everything at every pass."""
+        """Give what one attention reads and writes; None where it sees everything at every pass."""
         if self._buffers is None:
             return None
         return LayerCache(self._buffers[number, 0], self._buffers[number, 1], self.filled)
 
     def first_rows(self, count: int) -> "Cache":
-        """The cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
-        modulations = [tuple(part[:count] for part in parts) for parts in self.modulations]
+        """Give the cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
+        modulations = [tuple(vector[:count] for vector in vectors) for vectors in self.modulations]
         rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count])
         rows.advance(self.filled)
         return rows
 
     def advance(self, count: int) -> None:
-        """Mark `count` more places as filled in every layer."""
+        """Mark `count` more positions as filled in every layer."""
         self.filled += count
 
 
 def new_buffers(
-    layers: int, batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    *, layers: int, batch: int, heads: int, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Empty keys and values of every layer."""
+    """Make room for the keys and values of every layer: zeros `(layers, 2, batch, heads, length, head_dim)`."""
     return torch.zeros(layers, 2, batch, heads, length, head_dim, device=device, dtype=dtype)

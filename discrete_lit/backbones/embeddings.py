@@ -1,19 +1,55 @@
-"""What stands at each place of the input.
+"""The input of the transformer: an embedding of the tokens, of the time, and of where each token stands.
 
-Positions along the sequence or along each axis of the grid.
-
-Rotary ones (Su et al., "RoFormer", 2021), and fixed sines and cosines (Vaswani et al., "Attention Is All You Need",
-2017).
+Tokens come as ids (a table, their bits, or a table for each sub-token) or as vectors. Positions are learned vectors,
+or rotations of queries and keys along the sequence or along each axis of the grid (RoPE: Su et al., "RoFormer", 2021).
+The fixed sines and cosines of Vaswani et al., "Attention Is All You Need", 2017, stand at the end.
 """
 
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 
 InputKind = Literal["table", "bits", "parts"]
+PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+
+
+def embed_tokens(
+    layout: SequenceLayout, width: int, *, kind: InputKind, sub_tokens: SubTokens | None
+) -> "TokenTable | BitProjection | SubTokenTables | VectorProjection":
+    """Make the embedding that a layout needs.
+
+    Args:
+        layout: the sequence.
+        width: D.
+        kind: of ids: `"table"`, `"bits"`, or `"parts"`, a table for each sub-token.
+        sub_tokens: that a `place_head` predicts an id in; None without one.
+
+    Raises:
+        ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, a table for several
+            ids at a position, or one of all ids beside a `place_head`.
+    """
+    if layout.input_dim is not None:
+        return VectorProjection(layout, width)
+    if kind == "bits":
+        return BitProjection(layout, width)
+    if kind == "parts":
+        if sub_tokens is None:
+            raise ValueError("token_embedding='parts' embeds the sub-tokens that a place_head predicts: give one")
+        return SubTokenTables(SubTokens(sub_tokens.sizes, layout.vocab_size), width)
+    if sub_tokens is not None:
+        raise ValueError(
+            f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
+            "to avoid: use 'bits' or 'parts'"
+        )
+    if layout.sub_tokens > 1:
+        raise ValueError(
+            f"token_embedding='table' has one id at a position, this sequence has {layout.sub_tokens}: use 'bits'"
+        )
+    return TokenTable(layout, width)
 
 
 class TokenTable(nn.Module):
@@ -28,7 +64,7 @@ class TokenTable(nn.Module):
 
 
 class BitProjection(nn.Module):
-    """A linear map of the bits of a place's ids as -1 and 1, least significant first; 0 for those of a masked id.
+    """A linear map of the bits of a position's ids as -1 and 1, least significant first; 0 for those of a masked id.
 
     (Weber et al., "MaskBit: Embedding-free Image Generation via Bit Tokens", 2024.)
     """
@@ -37,31 +73,32 @@ class BitProjection(nn.Module):
         super().__init__()
         self.layout = layout
         self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bits'")
-        self.project = nn.Linear(layout.parts * self.bits, width)
+        self.project = nn.Linear(layout.sub_tokens * self.bits, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * parts) -> (B, n, D)
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
         shifts = torch.arange(self.bits, device=tokens.device)
         signs = ((tokens[..., None] >> shifts) & 1) * 2 - 1
         signs = signs.masked_fill((tokens == self.layout.mask_id)[..., None], 0)
-        return self.project(signs.unflatten(1, (-1, self.layout.parts)).flatten(2).to(self.project.weight.dtype))
+        signs = rearrange(signs, "b (n sub) bits -> b n (sub bits)", sub=self.layout.sub_tokens)
+        return self.project(signs.to(self.project.weight.dtype))
 
 
 class SubTokenTables(nn.Module):
-    """The sum of a learned vector for each part of an id (Luo et al., "Open-MAGVIT2", 2024)."""
+    """The sum of a learned vector for each sub-token of an id (Luo et al., "Open-MAGVIT2", 2024)."""
 
-    def __init__(self, parts: SubTokens, width: int) -> None:
+    def __init__(self, sub_tokens: SubTokens, width: int) -> None:
         super().__init__()
-        self.parts = parts
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in parts.sizes)
+        self.sub_tokens = sub_tokens
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sub_tokens.sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
-        parts = self.parts.split(tokens).unbind(dim=-1)
-        vectors = [table(part) for table, part in zip(self.tables, parts, strict=True)]
+        sub_tokens = self.sub_tokens.split(tokens).unbind(dim=-1)
+        vectors = [table(sub_token) for table, sub_token in zip(self.tables, sub_tokens, strict=True)]
         return torch.stack(vectors).sum(dim=0)
 
 
 class VectorProjection(nn.Module):
-    """A linear map of the vectors that stand for ids."""
+    """A linear map of the vectors that stand for ids, as VAR's input has them."""
 
     def __init__(self, layout: SequenceLayout, width: int) -> None:
         super().__init__()
@@ -88,44 +125,72 @@ class TimeEmbedding(nn.Module):
         return self.layers(torch.cat((angles.cos(), angles.sin()), dim=-1))
 
 
-def embed_tokens(
-    layout: SequenceLayout, width: int, kind: InputKind, parts: SubTokens | None
-) -> TokenTable | BitProjection | SubTokenTables | VectorProjection:
-    """The embedding that a layout needs.
+class Positions(nn.Module):
+    """The positions of a sequence: learned vectors added to it, or rotations of queries and keys.
 
     Args:
         layout: the sequence.
+        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`).
+        starts: elements before the first position of the grid.
         width: D.
-        kind: of ids.
-        parts: that a place head predicts an id in; None without one.
-
-    Raises:
-        ValueError: bits of a vocabulary that is no power of two, parts without a place head, a table for several ids at
-            a place, or one of all ids beside a place head.
+        head_dim: width of a head.
+        zero_starts: on a grid, turn the elements before the first position to 0 instead of leaving them alone.
     """
-    if layout.input_dim is not None:
-        return VectorProjection(layout, width)
-    if kind == "bits":
-        return BitProjection(layout, width)
-    if kind == "parts":
-        if parts is None:
-            raise ValueError("token_embedding='parts' embeds the parts that a place_head predicts: give one")
-        return SubTokenTables(SubTokens(parts.sizes, layout.vocab_size), width)
-    if parts is not None:
-        raise ValueError(
-            f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
-            "to avoid: use 'bits' or 'parts'"
-        )
-    if layout.parts > 1:
-        raise ValueError(f"token_embedding='table' has one id at a place, this sequence has {layout.parts}: use 'bits'")
-    return TokenTable(layout, width)
+
+    table: Tensor | None
+
+    def __init__(
+        self,
+        layout: SequenceLayout,
+        kind: PositionKind,
+        *,
+        starts: int,
+        width: int,
+        head_dim: int,
+        zero_starts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.starts = starts
+        # An order of its own may put any position into the input.
+        read = layout.positions - int(layout.attention != "bidirectional" and not layout.any_order)
+        self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
+        table = None
+        if kind == "rope_1d":
+            table = rotary_table(torch.arange(starts + read)[:, None], head_dim)
+        elif kind == "rope_2d":
+            still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
+            table = torch.cat((still, rotary_table(grid_coordinates(layout.grid)[:read], head_dim)))
+        self.register_buffer("table", table, persistent=False)
+
+    def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
+        """Add learned positions to `(B, n, D)`, elements that follow `filled` others."""
+        if self.embedding is None:
+            return embedded
+        count = embedded.shape[1]
+        if order is None:
+            return embedded + self.embedding[:, filled : filled + count]
+        return embedded + self.embedding[0][self._rows(filled, count, order)]
+
+    def rotary(self, filled: int, count: int, order: Tensor | None) -> Tensor | None:
+        """Give the rotations of `count` elements that follow `filled` others: `(count, head_dim / 2, 2)`, or with an
+        order `(B, 1, count, head_dim / 2, 2)`."""
+        if self.table is None:
+            return None
+        if order is None:
+            return self.table[filled : filled + count]
+        return self.table[self._rows(filled, count, order)][:, None]
+
+    def _rows(self, filled: int, count: int, order: Tensor) -> Tensor:
+        """Find the rows of the tables: `(B, count)`."""
+        starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
+        return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]
 
 
-def rotary_table(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
-    """Angles for positions with one or more coordinates; each coordinate turns an equal share of the pairs.
+def rotary_table(coordinates: Tensor, head_dim: int, *, base: float = 10000.0) -> Tensor:
+    """Compute the angles of positions with one or more coordinates; each turns an equal fraction of the pairs.
 
     Args:
-        coordinates: `(n, axes)`, integer places.
+        coordinates: `(n, axes)`, integer.
         head_dim: a multiple of 2 x axes.
         base: the wavelengths are 2 pi base^(2i / d).
 
@@ -140,7 +205,7 @@ def rotary_table(coordinates: Tensor, head_dim: int, base: float = 10000.0) -> T
         raise ValueError(f"rotary positions over {axes} axes need a head width divisible by {2 * axes}, got {head_dim}")
     pairs = head_dim // (2 * axes)
     frequencies = base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
-    angles = (coordinates.double()[..., None] * frequencies).flatten(1)  # (n, axes * pairs)
+    angles = rearrange(coordinates.double()[..., None] * frequencies, "n axes pairs -> n (axes pairs)")
     return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
 
 
@@ -150,6 +215,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     Args:
         table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
     """
+    # Not by einops: this runs for every token that is drawn.
     pairs, angles = x.float().unflatten(-1, (-1, 2)), table.float()
     if torch.compiler.is_compiling():
         # A compiler joins these; it has no code for complex numbers.
@@ -162,15 +228,15 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def grid_coordinates(grid: tuple[int, ...]) -> Tensor:
-    """`(N, axes)` int64: the place of every token of a raster-ordered grid."""
+    """Give the coordinates of every token of a raster-ordered grid: `(N, axes)` int64."""
     return torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, len(grid))
 
 
-def sine_cosine_table(coordinates: Tensor, width: int, base: float = 10000.0) -> Tensor:
-    """Fixed embeddings of positions with one or more coordinates; each coordinate fills an equal share of the width.
+def sine_cosine_table(coordinates: Tensor, width: int, *, base: float = 10000.0) -> Tensor:
+    """Compute fixed embeddings of positions with one or more coordinates; each fills an equal fraction of the width.
 
     Args:
-        coordinates: `(n, axes)`, integer places.
+        coordinates: `(n, axes)`, integer.
         width: D; a multiple of 2 x axes.
         base: the wavelengths are 2 pi base^(2i / d).
 
@@ -187,60 +253,3 @@ def sine_cosine_table(coordinates: Tensor, width: int, base: float = 10000.0) ->
     frequencies = base ** -(torch.arange(waves, dtype=torch.float64) / waves)
     angles = coordinates.double()[..., None] * frequencies  # (n, axes, waves)
     return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
-
-
-PositionKind = Literal["learned", "rope_1d", "rope_2d"]
-
-
-class Positions(nn.Module):
-    """Positions of a sequence: learned vectors added to it, or rotations of queries and keys.
-
-    Args:
-        layout: the sequence.
-        kind: `"learned"`, or rotary along the sequence or along each axis of the grid.
-        starts: elements before the first place.
-        width: D.
-        head_dim: width of a head.
-        zero_starts: on a grid, the elements before the first place are turned to 0 instead of being left alone.
-    """
-
-    table: Tensor | None
-
-    def __init__(
-        self, layout: SequenceLayout, kind: PositionKind, starts: int, width: int, head_dim: int, zero_starts: bool
-    ) -> None:
-        super().__init__()
-        self.starts = starts
-        # An order of its own may put any place into the input.
-        read = layout.places - int(layout.attention != "bidirectional" and not layout.any_order)
-        self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
-        table = None
-        if kind == "rope_1d":
-            table = rotary_table(torch.arange(starts + read)[:, None], head_dim)
-        elif kind == "rope_2d":
-            still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
-            table = torch.cat((still, rotary_table(grid_coordinates(layout.grid)[:read], head_dim)))
-        self.register_buffer("table", table, persistent=False)
-
-    def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
-        """Learned positions added to `(B, n, D)`, elements that follow `filled` others."""
-        if self.embedding is None:
-            return embedded
-        count = embedded.shape[1]
-        if order is None:
-            return embedded + self.embedding[:, filled : filled + count]
-        return embedded + self.embedding[0][self._places(filled, count, order)]
-
-    def rotary(self, filled: int, count: int, order: Tensor | None) -> Tensor | None:
-        """Rotations of `count` elements that follow `filled` others: `(count, head_dim / 2, 2)`, or with an order
-        `(B, 1, count, head_dim / 2, 2)`."""
-        if self.table is None:
-            return None
-        if order is None:
-            return self.table[filled : filled + count]
-        return self.table[self._places(filled, count, order)][:, None]
-
-    def _places(self, filled: int, count: int, order: Tensor) -> Tensor:
-        """`(B, count)`: rows of the tables."""
-        starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
-        return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]

@@ -1,7 +1,9 @@
-"""Next sub-token prediction (Luo et al., "Open-MAGVIT2: An Open-Source Project Toward Democratizing Auto-Regressive
-Visual Generation", 2024, section 3.2).
+"""Heads that predict an id in sub-tokens, from the hidden state that a causal transformer has of its position.
 
-Masked bit modelling of an id (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling" (BAR), 2026).
+`FactorisedHead` predicts one sub-token after another: "next sub-token prediction" (Luo et al., "Open-MAGVIT2: An
+Open-Source Project Toward Democratizing Auto-Regressive Visual Generation", 2024, section 3.2). `MaskedBitHead`
+unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling"
+(BAR), 2026).
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,7 @@ from dataclasses import replace
 from math import ceil, pi
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,36 +22,38 @@ from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 
 # CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).
 _MOST_SEQUENCES = 2**16 - 1
+# BAR's fraction of masked bits in training is the sigmoid of a normal number of this deviation.
+_RATIO_DEVIATION = 0.8
+# Of BAR's norms.
+_EPSILON = 1e-6
 
 
 class FactorisedHead(SubTokenHead):
-    """A small causal transformer over the parts of one id, of unequal sizes or equal ones.
+    """A small causal transformer over the sub-tokens of one id, of unequal sizes or equal ones.
 
-    It reads the place's hidden state and an embedding of each part so far; element p predicts part p. Parts of b / g
-    bits each make it an exact autoregressive head over g groups of bits.
+    It reads the position's hidden state and an embedding of each sub-token so far; element p predicts sub-token p.
+    Sub-tokens of b / g bits each make it an exact autoregressive head over g groups of bits.
 
     Args:
         block: settings of the trunk's blocks, which its own have too, without modulation.
         vocab_size: K.
-        sizes: of the parts, least significant first; (2^6, 2^12) in Open-MAGVIT2.
+        sizes: of the sub-tokens, least significant first; (2^6, 2^12) in Open-MAGVIT2.
         depth: blocks, at least 1.
 
     Raises:
-        ValueError: parts that do not make up the vocabulary, or a depth below 1.
+        ValueError: sub-tokens that do not make up the vocabulary, or a depth below 1.
     """
 
-    def __init__(self, block: BlockSettings, vocab_size: int, sizes: Sequence[int], depth: int = 2) -> None:
-        super().__init__(sizes, vocab_size, block.width)
+    def __init__(self, block: BlockSettings, vocab_size: int, *, sizes: Sequence[int], depth: int = 2) -> None:
+        super().__init__(sizes, vocab_size, width=block.width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         width, epsilon = block.width, block.norm_epsilon
         own = replace(block, norm_affine=True, modulation=None, condition_width=None, drop_path=0.0)
-        self.block = own
         self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
         self.blocks = nn.ModuleList(Block(own) for _ in range(depth))
-        offset = block.norm_bias and block.norm == "layer"
-        self.norm = Norm(width, block.norm, bias=offset, epsilon=epsilon)
-        self.heads = nn.ModuleList(LogitHead(width, 1, size, False, block.bias, False, epsilon) for size in sizes)
+        self.norm = Norm(width, block.norm, bias=block.norm_bias and block.norm == "layer", epsilon=epsilon)
+        self.heads = nn.ModuleList(LogitHead(width, size, bias=block.bias) for size in sizes)
 
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         read = self._read(hidden, known)
@@ -59,21 +64,20 @@ class FactorisedHead(SubTokenHead):
         return values, torch.ones_like(values)
 
     def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        parts = self.parts.split(ids)
-        read = self._read(hidden, parts[..., :-1])  # (B, n, P, D)
+        sub_tokens = self.sub_tokens.split(ids)
+        read = self._read(hidden, sub_tokens[..., :-1])  # (B, n, P, D)
         total = hidden.new_zeros(ids.shape, dtype=torch.float32)
         for number, head in enumerate(self.heads):
-            logits, part = head(read[:, :, number]), parts[..., number]
-            nats = F.cross_entropy(logits.flatten(0, 1), part.flatten(), reduction="none")
+            logits, sub_token = head(read[:, :, number]), sub_tokens[..., number]
+            nats = F.cross_entropy(logits.flatten(0, 1), sub_token.flatten(), reduction="none")
             total = total - nats.view_as(total)
         return total
 
     def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
-        """`(B, n, D)` and the first p parts `(B, n, p)` to `(B, n, p + 1, D)`: what predicts parts 0 to p."""
-        embedded = (
-            table(part).to(hidden.dtype) for table, part in zip(self.tables, known.unbind(dim=-1), strict=False)
-        )
-        elements = torch.stack((hidden, *embedded), dim=2).flatten(0, 1)  # (B n, p + 1, D)
+        """Map `(B, n, D)` and the first p sub-tokens `(B, n, p)` to `(B, n, p + 1, D)`: element p predicts the next."""
+        pairs = zip(self.tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
+        vectors = (table(sub_token).to(hidden.dtype) for table, sub_token in pairs)
+        elements = torch.stack((hidden, *vectors), dim=2).flatten(0, 1)  # (B n, p + 1, D)
         read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
         return torch.cat(read).unflatten(0, hidden.shape[:2])
 
@@ -83,22 +87,15 @@ class FactorisedHead(SubTokenHead):
         return self.norm(elements)
 
 
-# The share of masked bits in training is the sigmoid of a normal number of this deviation.
-_RATIO_DEVIATION = 0.8
-
-
-_EPSILON = 1e-6
-
-
 class MaskedBitHead(SubTokenHead):
     """An MLP that predicts the masked bits of an id from the others, for 2^b ids.
 
-    Its input is an embedding of each bit (0, 1 or masked), its condition the place's hidden state and the share of
-    masked bits. In training the share is the sigmoid of a normal number of deviation 0.8, and the loss the mean
+    Its input is an embedding of each bit (0, 1 or masked), its condition the position's hidden state and the fraction
+    of masked bits. In training that fraction is the sigmoid of a normal number of deviation 0.8, and the loss the mean
     cross-entropy of a bit, times b, in which a bit that was not masked counts `unmasked_weight`. In eval mode the
     number of masked bits k is uniform in 1 ... b and the loss `b / k` times the sum of their cross-entropies: an
-    unbiased estimate of the bound that is the mean over all orders of revealing the bits one by one. `log_likelihood`
-    is exact for the model that reveals them in turn, the least significant first.
+    unbiased estimate of the bound that is the mean over all orders of unmasking the bits one by one. `log_likelihood`
+    is exact for the model that unmasks them in turn, the least significant first.
 
     Args:
         block: settings of the trunk's blocks; their width is D.
@@ -112,10 +109,10 @@ class MaskedBitHead(SubTokenHead):
     """
 
     def __init__(
-        self, block: BlockSettings, vocab_size: int, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
+        self, block: BlockSettings, vocab_size: int, *, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
     ) -> None:
         bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
-        super().__init__((2,) * bits, vocab_size, block.width)
+        super().__init__((2,) * bits, vocab_size, width=block.width)
         if depth < 1 or width < 1:
             raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= unmasked_weight <= 1:
@@ -132,10 +129,10 @@ class MaskedBitHead(SubTokenHead):
         self.ratio_embedding = RatioEmbedding(width)
         self.blocks = nn.ModuleList(BitBlock(width) for _ in range(depth))
         self.last = ModulatedNorm(width)
-        self.output = LogitHead(width, 1, 2 * bits, False, True, False, _EPSILON)
+        self.output = LogitHead(width, 2 * bits, bias=True)
 
     def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
-        """Logits of every bit.
+        """Make logits of every bit.
 
         Args:
             hidden: `(B, n, D)`.
@@ -146,10 +143,11 @@ class MaskedBitHead(SubTokenHead):
         """
         ratio = (bits == self.masked_bit).float().mean(dim=-1)
         condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
-        x = self.input_norm(self.input_projection(self.bit_embedding(bits).flatten(-2)))
+        embedded = rearrange(self.bit_embedding(bits), "b n bits d -> b n (bits d)")
+        x = self.input_norm(self.input_projection(embedded))
         for block in self.blocks:
             x = block(x, condition)
-        return self.output(self.last(x, condition)).unflatten(-1, (self.bits, 2))
+        return rearrange(self.output(self.last(x, condition)), "b n (bits values) -> b n bits values", values=2)
 
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         number = known.shape[-1]
@@ -157,7 +155,7 @@ class MaskedBitHead(SubTokenHead):
         return self.bit_logits(hidden, bits)[:, :, number]
 
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
-        bits = self.parts.split(ids)
+        bits = self.sub_tokens.split(ids)
         masked = self._masks(ids.shape[1], random)
         logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
         nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
@@ -166,14 +164,15 @@ class MaskedBitHead(SubTokenHead):
         values = self.bits * (nats * weights).sum(dim=-1) / total
         return values, total / self.bits if self.training else torch.ones_like(total)
 
-    def _masks(self, places: int, random: CounterRandom) -> Tensor:
-        """`(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
+    def _masks(self, positions: int, random: CounterRandom) -> Tensor:
+        """Draw masks `(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
         if self.training:
-            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, places))
+            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, positions))
             counts = (self.bits * ratio).round().clamp(min=1)
         else:
-            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, places)).ceil()
-        uniforms = random.uniform(Purpose.MASK_ORDER, places * self.bits).unflatten(1, (places, self.bits))
+            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, positions)).ceil()
+        uniforms = random.uniform(Purpose.MASK_ORDER, positions * self.bits)
+        uniforms = rearrange(uniforms, "b (n bits) -> b n bits", bits=self.bits)
         return random_subset(uniforms, counts[..., None])
 
 
@@ -183,8 +182,8 @@ class BitBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = Norm(width, "rms", epsilon=_EPSILON)
-        self.mlp = MLP(width, 8 * width // 3, "swiglu", True)
-        self.modulation = Modulation(width, width, 3)
+        self.mlp = MLP(width, 8 * width // 3, kind="swiglu", bias=True)
+        self.modulation = Modulation(width, width, vectors=3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
         shift, scale, gate = self.modulation(condition)
@@ -197,7 +196,7 @@ class ModulatedNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = Norm(width, "rms", epsilon=_EPSILON)
-        self.modulation = Modulation(width, width, 2)
+        self.modulation = Modulation(width, width, vectors=2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # two of (B, n, width) -> (B, n, width)
         shift, scale = self.modulation(condition)
@@ -205,7 +204,7 @@ class ModulatedNorm(nn.Module):
 
 
 class RatioEmbedding(nn.Module):
-    """Sines and cosines of a share in [0, 1] at fixed random frequencies, then two linear layers with SiLU between them
+    """Sines and cosines of a ratio in [0, 1] at fixed random frequencies, then two linear layers with SiLU between them
     (Tancik et al., "Fourier Features Let Networks Learn High Frequency Functions", 2020)."""
 
     frequencies: Tensor

@@ -191,8 +191,8 @@ class OrderedBackbone(Backbone):
         assert order is None, "the order is fixed"
         return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
 
-    def shards(self) -> Iterable[nn.Module]:
-        return self.backbone.shards()
+    def fsdp_units(self) -> Iterable[nn.Module]:
+        return self.backbone.fsdp_units()
 
     def new_cache(self, labels: Tensor) -> Cache:
         return self.backbone.new_cache(labels)

@@ -77,7 +77,7 @@ class Masked(Generator):
             num_classes=num_classes,
             attention="bidirectional",
             mask_token=True,
-            parts=1 if groups is None else groups.groups,
+            sub_tokens=1 if groups is None else groups.groups,
         )
         super().__init__(
             tokenizer,

@@ -172,7 +172,7 @@ class TokenTraining(LightningModule, ABC):
             from torch.distributed.fsdp import fully_shard
 
             mesh = self.device_mesh["data_parallel"]
-            for block in self.backbone.shards():
+            for block in self.backbone.fsdp_units():
                 fully_shard(block, mesh=mesh)
             fully_shard(self.backbone, mesh=mesh)
             self._sharded = True

@@ -77,7 +77,7 @@ class BARSampler(RasterSampler):
             unmasked = masked & (rank >= still_masked)
             bits = torch.where(unmasked, drawn, bits)
             total = total + ((score - logits.logsumexp(dim=-1)) * unmasked).sum(dim=-1)
-        return head.parts.join(bits), total
+        return head.sub_tokens.join(bits), total
 
     def _draw_bits(self, logits: Tensor, uniforms: Tensor, tau: float) -> Tensor:
         if tau == 0:
@@ -85,7 +85,7 @@ class BARSampler(RasterSampler):
         return draw_categorical(filter_logits(logits, self.top_k, self.top_p) / tau, uniforms)
 
     def uniforms_per_id(self, head: SubTokenHead | None) -> int:
-        return 2 * len(self.bit_counts) * len(self._checked(head).parts)
+        return 2 * len(self.bit_counts) * len(self._checked(head).sub_tokens)
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         return [self.scales(steps)]

@@ -102,10 +102,10 @@ class HaltonSampler(Sampler):
     def draw(self, context: SamplingContext) -> Tensor:
         check_masked_decoding(context, self, self.steps)
         layout = context.layout
-        if len(layout.grid) != 2 or layout.parts != 1:
+        if len(layout.grid) != 2 or layout.sub_tokens != 1:
             raise ValueError(
                 f"HaltonSampler needs a grid of rows and columns with one id at a position, "
-                f"this generator has the grid {tuple(layout.grid)} and {layout.parts} ids at a position"
+                f"this generator has the grid {tuple(layout.grid)} and {layout.sub_tokens} ids at a position"
             )
         order = halton_order(*layout.grid).to(context.labels.device)[None]
         if self.roll:

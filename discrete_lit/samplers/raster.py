@@ -99,15 +99,15 @@ class RasterSampler(Sampler):
             logits = decoder.guide(head.sub_token_logits(hidden, decoder.rows(drawn)), scale)
             sub_token, log_probability = self.sub_token_sampler(number).choose(logits, uniforms[..., number])
             drawn, total = torch.cat((drawn, sub_token[..., None]), dim=-1), total + log_probability
-        return head.parts.join(drawn), total
+        return head.sub_tokens.join(drawn), total
 
     def uniforms_per_id(self, head: SubTokenHead | None) -> int:
         """How many uniform numbers an id takes."""
-        return 1 if head is None else len(head.parts)
+        return 1 if head is None else len(head.sub_tokens)
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
         """The guidance scales: for each sub-token of an id one at each of the `steps` positions."""
-        return [self.scales(steps)] * (1 if head is None else len(head.parts))
+        return [self.scales(steps)] * (1 if head is None else len(head.sub_tokens))
 
     def sub_token_sampler(self, number: int) -> Sampler:
         """The sampler whose temperature and filters a sub-token is drawn with."""
@@ -202,7 +202,7 @@ class OpenMAGVIT2Sampler(RasterSampler):
         ]
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
-        found = 1 if head is None else len(head.parts)
+        found = 1 if head is None else len(head.sub_tokens)
         if found != len(self.sub_token_samplers):
             raise ValueError(
                 f"parts has settings for {len(self.sub_token_samplers)} parts of an id, this generator predicts {found}"

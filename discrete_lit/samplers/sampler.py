@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
-from discrete_lit.backbones.layers import packed_weights
+from discrete_lit.backbones.backbone import packed
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.schedules import NoiseLevel
@@ -116,14 +116,13 @@ class Sampler(ABC):
             )
         if known is not None:
             _check_known(known, (len(labels), layout.length), layout.vocab_size)
+        if self.attention == "causal":
+            # A pass over one position has few rows for each weight, and there is one for each token.
+            backbone = packed(backbone, rows=2 * len(labels))
         context = SamplingContext(
             backbone, labels, random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
         )
-        if self.attention != "causal":
-            return context.output(self.draw(context))
-        # A pass over one position has few rows for each weight, and there is one for each token.
-        with packed_weights(backbone, rows=2 * len(labels)):
-            return context.output(self.draw(context))
+        return context.output(self.draw(context))
 
     @abstractmethod
     def draw(self, context: "SamplingContext") -> Tensor:

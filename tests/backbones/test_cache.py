@@ -7,7 +7,12 @@ from discrete_lit.backbones.cache import Cache, new_buffers
 
 
 def new_cache(batch: int = 2, length: int = 4) -> Cache:
-    return Cache([], new_buffers(2, batch, 1, length, 3, torch.device("cpu"), torch.float32))
+    return Cache(
+        [],
+        new_buffers(
+            layers=2, batch=batch, heads=1, length=length, head_dim=3, device=torch.device("cpu"), dtype=torch.float32
+        ),
+    )
 
 
 def test_a_cache_too_short_is_refused() -> None:

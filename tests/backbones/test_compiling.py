@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from discrete_lit.backbones.backbone import compile_blocks
-from discrete_lit.backbones.cpu_kernels import packed_linear
-from discrete_lit.backbones.layers import Linear, packed_weights
+from discrete_lit.backbones.backbone import compile_blocks, packed
+from discrete_lit.backbones.cpu_kernels import PackedLinear, packed_linear
+from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler
 
@@ -59,11 +59,21 @@ def test_compiled_blocks_multiply_by_packed_weights(make_backbone, bias: bool) -
     plain = backbone(tokens, LABELS)
     counter = CompileCounterWithBackend("aot_eager")
     compile_blocks(backbone, backend=counter)
-    with packed_weights(backbone, 16):
-        assert all(layer.packed is not None for layer in backbone.modules() if isinstance(layer, Linear))
-        torch.testing.assert_close(backbone(tokens, LABELS), plain, rtol=0, atol=1e-5)
-        backbone(tokens, LABELS)
-    of_block = sum(isinstance(layer, Linear) for layer in backbone.blocks[0].modules())
+    fast = packed(backbone, rows=16)
+    assert not any(isinstance(layer, Linear) for layer in fast.modules())
+    for again in (fast, fast, packed(backbone, rows=16)):
+        torch.testing.assert_close(again(tokens, LABELS), plain, rtol=0, atol=1e-5)
+    of_block = sum(isinstance(layer, PackedLinear) for layer in fast.blocks[0].modules())
     targets = [node.target for graph in counter.graphs for node in graph.graph.nodes]
-    assert targets.count(packed_linear._opoverload) == of_block, "one graph for all blocks and packed copies"
+    assert targets.count(packed_linear._opoverload) == of_block > 0, "one graph for all blocks and packed copies"
     torch.testing.assert_close(backbone(tokens, LABELS), plain, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_code_that_another_has_compiled_is_not_packed(make_backbone) -> None:
+    """Blocks compiled by `torch.nn.Module.compile` run as they are; what stands around them is packed."""
+    backbone = make_backbone("causal")
+    for block in backbone.blocks:
+        block.compile(backend="aot_eager")
+    fast = packed(backbone, rows=16)
+    assert fast.blocks is backbone.blocks and isinstance(fast.head.project, PackedLinear)

@@ -47,12 +47,12 @@ def test_causal_rows_see_the_past_alone_and_all_of_it(make_backbone, switches) -
     backbone = make_backbone("causal", **switches)
     tokens = ids(5)
     before = backbone(tokens, LABELS)
-    for place in range(5):
+    for position in range(5):
         changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 1) % 5
+        changed[:, position] = (changed[:, position] + 1) % 5
         difference = (backbone(changed, LABELS) - before).abs().amax(dim=(0, 2))
-        assert (difference[: place + 1] <= 1e-6).all()
-        assert (difference[place + 1 :] > 1e-4).all()
+        assert (difference[: position + 1] <= 1e-6).all()
+        assert (difference[position + 1 :] > 1e-4).all()
 
 
 @each_combination
@@ -62,16 +62,16 @@ def test_bidirectional_rows_see_every_token(make_backbone, switches) -> None:
     tokens = ids(6, vocab_size=6)  # the mask id among them
     before = backbone(tokens, LABELS)
     assert before.shape == (2, 6, 5)
-    for place in range(6):
+    for position in range(6):
         changed = tokens.clone()
-        changed[:, place] = (changed[:, place] + 1) % 6
+        changed[:, position] = (changed[:, position] + 1) % 6
         assert ((backbone(changed, LABELS) - before).abs().amax(dim=(0, 2)) > 1e-4).all()
 
 
 @each_combination
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @torch.no_grad()
-def test_every_row_depends_on_the_label_and_on_its_place(make_backbone, switches, attention) -> None:
+def test_every_row_depends_on_the_label_and_on_its_position(make_backbone, switches, attention) -> None:
     backbone = make_backbone(attention, **switches)
     tokens = torch.zeros(2, 5 if attention == "causal" else 6, dtype=torch.int64)
     logits = backbone(tokens, LABELS)
@@ -94,12 +94,12 @@ def test_bidirectional_tokens_may_not_be_permuted(make_backbone, conditioning, p
 def test_too_many_tokens_are_refused(make_backbone, conditioning) -> None:
     for positions in ("learned", "rope_1d", "rope_2d"):
         backbone = make_backbone("causal", conditioning=conditioning, positions=positions)
-        with pytest.raises(ValueError, match="places for 6 elements"):
+        with pytest.raises(ValueError, match="positions for 6 elements"):
             backbone(ids(6), LABELS)
         for filled, more in ((5, 1), (5, 3), (3, 3)):
             cache = backbone.new_cache(LABELS)
             backbone(ids(filled), LABELS, cache)
-            with pytest.raises(ValueError, match="places for 6 elements"):
+            with pytest.raises(ValueError, match="positions for 6 elements"):
                 backbone(ids(more), LABELS, cache)
     with pytest.raises(ValueError, match="bidirectional backbone reads at most 6"):
         make_backbone("bidirectional", conditioning=conditioning)(ids(7), LABELS)
@@ -155,7 +155,7 @@ def test_bfloat16_autocast_gives_close_float32_logits(make_backbone, conditionin
 @torch.no_grad()
 def test_initialisation() -> None:
     """GPT-2's: 0.02 everywhere, less on the residual outputs, no bias; logits near the uniform law."""
-    layout = SequenceLayout(64, (4, 4), 10, "causal")
+    layout = SequenceLayout(64, (4, 4), num_classes=10, attention="causal")
     backbone = Transformer(layout, width=64, depth=8, heads=4)
     parameters = dict(backbone.named_parameters())
     assert float(parameters["blocks.3.attention.query_key_value.weight"].std()) == pytest.approx(0.02, rel=0.05)
@@ -168,13 +168,18 @@ def test_initialisation() -> None:
 
 
 def test_sizes() -> None:
-    layout = SequenceLayout(7, (2, 2), 3, "bidirectional", mask_token=True)
+    layout = SequenceLayout(7, (2, 2), num_classes=3, attention="bidirectional", mask_token=True)
     assert (layout.length, layout.mask_id, layout.null_label) == (4, 7, 3)
     assert Transformer(layout, width=768, depth=1, heads=12, mlp="swiglu").blocks[0].mlp.contract.in_features == 2048
     backbone = Transformer(layout, width=32, depth=1, heads=2, bias=False, norm="layer")
     assert not [name for name, _ in backbone.named_parameters() if name.endswith("bias")]
     assert backbone.token_embedding.table.num_embeddings == 8 and backbone.head.project.out_features == 7
-    assert Transformer(SequenceLayout(7, (2, 2), 3, "causal"), 32, 1, 2).token_embedding.table.num_embeddings == 7
+    assert (
+        Transformer(
+            SequenceLayout(7, (2, 2), num_classes=3, attention="causal"), width=32, depth=1, heads=2
+        ).token_embedding.table.num_embeddings
+        == 7
+    )
 
 
 def test_dropout_acts_in_training_alone(make_backbone) -> None:
@@ -186,7 +191,7 @@ def test_dropout_acts_in_training_alone(make_backbone) -> None:
 
 
 def test_widths_that_do_not_divide(make_backbone) -> None:
-    layout = SequenceLayout(5, (2, 2), 2, "causal")
+    layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")
     with pytest.raises(ValueError, match="width=16 is not a multiple of heads=3"):
         Transformer(layout, width=16, depth=1, heads=3)
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
@@ -195,13 +200,13 @@ def test_widths_that_do_not_divide(make_backbone) -> None:
 
 def test_drop_path_leaves_out_whole_branches_in_training_alone() -> None:
     """Every sample's branch is left out with the probability of its block, which grows from 0 to `drop_path`."""
-    layout = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True)
-    backbone = Transformer(layout, 16, 3, 2, drop_path=0.5)
+    layout = SequenceLayout(5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True)
+    backbone = Transformer(layout, width=16, depth=3, heads=2, drop_path=0.5)
     assert [block.dropout[1].drop_prob for block in backbone.blocks] == [0, 0.25, 0.5]
     torch.manual_seed(0)
-    branches = backbone.blocks[1].train()._thin(torch.ones(20_000, 2, 3)).flatten(1)
+    branches = backbone.blocks[1].train()._drop(torch.ones(20_000, 2, 3)).flatten(1)
     assert torch.equal(branches, branches[:, :1].expand_as(branches))
     left_out = branches[:, 0] == 0
     torch.testing.assert_close(branches[~left_out], torch.full_like(branches[~left_out], 1 / 0.75))
     assert abs(left_out.float().mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
-    assert torch.equal(backbone.blocks[1].eval()._thin(branches), branches)
+    assert torch.equal(backbone.blocks[1].eval()._drop(branches), branches)

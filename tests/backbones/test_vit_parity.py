@@ -22,7 +22,12 @@ def test_block_is_timms(bias: bool, qk_norm: bool) -> None:
     ).eval()
     randomise(theirs, 0.4)
     settings = BlockSettings(
-        24, 3, 8, 48, attention_bias="all" if bias else "none", qk_norm="layer" if qk_norm else None
+        width=24,
+        heads=3,
+        head_dim=8,
+        mlp_hidden=48,
+        attention_bias="all" if bias else "none",
+        qk_norm="layer" if qk_norm else None,
     )
     ours = Block(settings).eval()
     renamed = (

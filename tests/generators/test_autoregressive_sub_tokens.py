@@ -13,7 +13,7 @@ from discrete_lit.samplers import BARSampler, RasterSampler
 
 
 def parts(*sizes: int) -> dict[str, Any]:
-    return {"token_embedding": "parts", "place_head": lambda block, size: FactorisedHead(block, size, sizes)}
+    return {"token_embedding": "parts", "place_head": lambda block, size: FactorisedHead(block, size, sizes=sizes)}
 
 
 def bits() -> dict[str, Any]:
@@ -38,8 +38,8 @@ def law_along(generator: Any, order: tuple[int, ...], label: int) -> torch.Tenso
     total = torch.zeros(len(sequences), dtype=torch.float64)
     for position in range(generator.length):
         hidden = backbone(sequences[:, list(order[:position])], labels, order=orders)[:, -1:]
-        split = head.parts.split(sequences[:, order[position], None])  # (K^N, 1, P)
-        for part in range(len(head.parts)):
+        split = head.sub_tokens.split(sequences[:, order[position], None])  # (K^N, 1, P)
+        for part in range(len(head.sub_tokens)):
             logits = head.sub_token_logits(hidden, split[..., :part])[:, 0].double()
             total += logits.log_softmax(dim=-1).gather(1, split[:, :, part])[:, 0]
     return total

@@ -34,7 +34,7 @@ def make(make_generator, **arguments):
 def test_layout(make_generator) -> None:
     generator = make(make_generator, token_shape=(2, 3))
     layout = generator.backbone.layout
-    assert (layout.vocab_size, layout.parts, layout.length, layout.mask_id) == (4, 2, 12, 4)
+    assert (layout.vocab_size, layout.sub_tokens, layout.length, layout.mask_id) == (4, 2, 12, 4)
     assert (generator.vocab_size, generator.token_shape, generator.length) == (16, (2, 3), 12)
 
 

@@ -110,8 +110,8 @@ class ExactBackbone(Backbone):
         layout = SequenceLayout(
             process.vocab_size,
             (length,),
-            len(laws) - 1,
-            "bidirectional",
+            num_classes=len(laws) - 1,
+            attention="bidirectional",
             mask_token=process.masks,
             timed=timed,
             mask_output=head.mask_output,
@@ -151,7 +151,7 @@ class ExactBackbone(Backbone):
         predict = exact_leave_one_out if self.head.kind == "leave_one_out" else exact_posterior
         return predict(laws, tokens, self.process, alpha).log()
 
-    def shards(self) -> Iterable[nn.Module]:
+    def fsdp_units(self) -> Iterable[nn.Module]:
         return ()
 
     def new_cache(self, labels: Tensor) -> Cache:

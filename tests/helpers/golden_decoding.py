@@ -26,7 +26,9 @@ class ToyBackbone:
     def __init__(self, inputs: Tensors) -> None:
         embedded, self.mixing, self.out, self.bias = (inputs[f"toy_{name}"] for name in "EMOP")
         self.embedded = embedded
-        self.layout = SequenceLayout(len(embedded) - 1, (len(self.mixing),), 1, "bidirectional", mask_token=True)
+        self.layout = SequenceLayout(
+            len(embedded) - 1, (len(self.mixing),), num_classes=1, attention="bidirectional", mask_token=True
+        )
         self.inputs: list[Tensor] = []
 
     def flops(self, batch: int, tokens: int, filled: int | None) -> int:
@@ -101,7 +103,7 @@ def masked_by_confidence(case: Case) -> Tensor:
     """What one step masks again in each row, all tokens being drawn."""
     probabilities, counts = case.inputs["topk_probs"], case.inputs["topk_mask_len"][:, 0].tolist()
     temperature, length = float(case.inputs["topk_temperature"]), probabilities.shape[1]
-    layout = SequenceLayout(1, (length,), 1, "bidirectional", mask_token=True)
+    layout = SequenceLayout(1, (length,), num_classes=1, attention="bidirectional", mask_token=True)
     start = torch.full((1, length), layout.mask_id)
     masked = []
     for row, count in enumerate(counts):

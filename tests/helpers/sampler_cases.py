@@ -26,16 +26,19 @@ from discrete_lit.samplers import (
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 from helpers.random_weights import randomise
 
-MASKED = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True)
-BITS = SequenceLayout(4, (3,), 2, "bidirectional", mask_token=True, parts=2)
-CAUSAL = SequenceLayout(5, (2, 3), 2, "causal")
-ANY_ORDER = SequenceLayout(5, (2, 3), 2, "causal", any_order=True)
-SCALES = SequenceLayout(5, (5,), 2, "block_causal", scales=(1, 4), input_dim=3)
-PARTS = SequenceLayout(6, (2, 3), 2, "causal")
-ANY_ORDER_PARTS = SequenceLayout(6, (2, 3), 2, "causal", any_order=True)
-CODES = SequenceLayout(8, (2, 3), 2, "causal")
-TWO_PARTS = {"token_embedding": "parts", "place_head": lambda block, size: FactorisedHead(block, size, (2, 3))}
-THREE_BITS = {"token_embedding": "bits", "place_head": lambda block, size: MaskedBitHead(block, size, 12, 1)}
+MASKED = SequenceLayout(5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True)
+BITS = SequenceLayout(4, (3,), num_classes=2, attention="bidirectional", mask_token=True, sub_tokens=2)
+CAUSAL = SequenceLayout(5, (2, 3), num_classes=2, attention="causal")
+ANY_ORDER = SequenceLayout(5, (2, 3), num_classes=2, attention="causal", any_order=True)
+SCALES = SequenceLayout(5, (5,), num_classes=2, attention="block_causal", scales=(1, 4), input_dim=3)
+PARTS = SequenceLayout(6, (2, 3), num_classes=2, attention="causal")
+ANY_ORDER_PARTS = SequenceLayout(6, (2, 3), num_classes=2, attention="causal", any_order=True)
+CODES = SequenceLayout(8, (2, 3), num_classes=2, attention="causal")
+TWO_PARTS = {"token_embedding": "parts", "place_head": lambda block, size: FactorisedHead(block, size, sizes=(2, 3))}
+THREE_BITS = {
+    "token_embedding": "bits",
+    "place_head": lambda block, size: MaskedBitHead(block, size, width=12, depth=1),
+}
 
 CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
     "maskgit": (MaskGITSampler, MASKED, {"steps": 4}),
@@ -123,7 +126,7 @@ class Case(NamedTuple):
 
 def build_backbone(layout: SequenceLayout, spread: float = 0.6, **switches: Any) -> Transformer:
     """Two blocks of width 16 with random weights, in eval mode."""
-    if layout.parts > 1:
+    if layout.sub_tokens > 1:
         switches["token_embedding"] = "bits"
     backbone = randomise(Transformer(layout, width=16, depth=2, heads=2, **switches), spread)
     if backbone.place_head is not None:

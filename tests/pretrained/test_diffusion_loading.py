@@ -77,8 +77,8 @@ def test_published_sizes(family: str, rows: int, size: tuple[int, int, int], mil
     layout = SequenceLayout(
         50257,
         conversion.tokens.shape,
-        1,
-        "bidirectional",
+        num_classes=1,
+        attention="bidirectional",
         mask_token=family != "sedd_uniform",
         timed=scores,
         mask_output=family == "sedd_absorb",

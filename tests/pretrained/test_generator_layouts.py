@@ -55,10 +55,10 @@ def backbone(conversion: Conversion, sides: tuple[int, ...], code_dim: int) -> T
     layout = SequenceLayout(
         round(tokens.vocab_size ** (1 / parts)),
         tokens.shape,
-        arguments["num_classes"],
-        {"Autoregressive": "causal", "Masked": "bidirectional", "NextScale": "block_causal"}[kind],
+        num_classes=arguments["num_classes"],
+        attention={"Autoregressive": "causal", "Masked": "bidirectional", "NextScale": "block_causal"}[kind],
         mask_token=kind == "Masked",
-        parts=parts,
+        sub_tokens=parts,
         scales=tuple(side**2 for side in sides) if kind == "NextScale" else (),
         input_dim=code_dim if kind == "NextScale" else None,
         any_order="order" in arguments,

@@ -118,20 +118,20 @@ def count(recipe: str, layout: SequenceLayout) -> int:
 def test_tamings_gpt() -> None:
     """The published shapes, 1.4 billion; ours has rows of their own for the 1,000 classes and no class."""
     theirs = published.taming_net2net(1536, 48, 16384, 256)
-    own = count("taming_gpt", SequenceLayout(16384, (16, 16), 1000, "causal"))
+    own = count("taming_gpt", SequenceLayout(16384, (16, 16), num_classes=1000, attention="causal"))
     assert own == published.parameter_count(theirs) + 1001 * 1536
     assert round(published.parameter_count(theirs) / 1e9, 1) == 1.4
 
 
 def test_maskgit() -> None:
     """172.5 million by its code, whose one table has the ids, the classes and the mask; ours has no class as well."""
-    own = count("maskgit", SequenceLayout(1024, (16, 16), 1000, "bidirectional", mask_token=True))
+    own = count("maskgit", SequenceLayout(1024, (16, 16), num_classes=1000, attention="bidirectional", mask_token=True))
     assert f"{own / 1e6:.1f}" == "172.5"
 
 
 def test_ibq() -> None:
     """342 million are published."""
-    own = count("ibq_ar_b", SequenceLayout(16384, (16, 16), 1000, "causal"))
+    own = count("ibq_ar_b", SequenceLayout(16384, (16, 16), num_classes=1000, attention="causal"))
     assert own // 10**6 == 342
 
 
@@ -145,14 +145,22 @@ def test_every_parameter_is_trained(recipe: str) -> None:
     tokens, labels = torch.randint(4, (2, 5)), torch.tensor([0, 2])
     kind = settings["class_path"].rpartition(".")[2]
     if kind == "Autoregressive":
-        own = Transformer(SequenceLayout(4, (2, 3), 2, "causal", any_order="order" in settings["init_args"]), **small)
+        own = Transformer(
+            SequenceLayout(4, (2, 3), num_classes=2, attention="causal", any_order="order" in settings["init_args"]),
+            **small,
+        )
     elif kind == "NextScale":
-        own = Transformer(SequenceLayout(4, (5,), 2, "block_causal", scales=(1, 4), input_dim=3), **small)
+        own = Transformer(
+            SequenceLayout(4, (5,), num_classes=2, attention="block_causal", scales=(1, 4), input_dim=3), **small
+        )
         tokens = torch.randn(2, 4, 3)
     else:
         parts = settings["init_args"].get("bit_groups", 1)
         grid = (6,) if recipe.startswith("titok") else (2, 3)
-        own = Transformer(SequenceLayout(4, grid, 2, "bidirectional", mask_token=True, parts=parts), **small)
+        own = Transformer(
+            SequenceLayout(4, grid, num_classes=2, attention="bidirectional", mask_token=True, sub_tokens=parts),
+            **small,
+        )
         tokens = torch.randint(5, (2, 6 * parts))
     own(tokens, labels).square().sum().backward()
     assert [name for name, parameter in own.named_parameters() if parameter.grad is None] == []

@@ -38,7 +38,7 @@ def test_every_step_on_the_same_noise(schedule: str, make_layout_backbone, monke
     from diffusers import AmusedScheduler
     from diffusers.schedulers import scheduling_amused
 
-    layout = SequenceLayout(5, (4, 4), 2, "bidirectional", mask_token=True)
+    layout = SequenceLayout(5, (4, 4), num_classes=2, attention="bidirectional", mask_token=True)
     backbone = make_layout_backbone(layout)
     labels, steps, noise = torch.arange(6) % 3, 5, 3.0
     random = CounterRandom(0, torch.arange(6))

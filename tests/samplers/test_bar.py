@@ -10,8 +10,8 @@ from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 
-ONE_CODE = SequenceLayout(4, (1,), 2, "causal")
-ONE_PAIR = SequenceLayout(6, (1,), 2, "causal")
+ONE_CODE = SequenceLayout(4, (1,), num_classes=2, attention="causal")
+ONE_PAIR = SequenceLayout(6, (1,), num_classes=2, attention="causal")
 
 
 @torch.no_grad()
@@ -57,7 +57,9 @@ def test_law_of_two_bits_one_by_one(make_case, make_layout_backbone, temperature
 
 
 def test_all_bits_at_once_are_independent(make_case, make_layout_backbone) -> None:
-    backbone = make_layout_backbone(SequenceLayout(8, (1,), 2, "causal"), **make_case("bar").switches)
+    backbone = make_layout_backbone(
+        SequenceLayout(8, (1,), num_classes=2, attention="causal"), **make_case("bar").switches
+    )
     law = guided_bits(backbone, [2, 2, 2], 1.0).softmax(dim=-1)
     joint = torch.stack([prod(law[bit, number >> bit & 1] for bit in range(3)) for number in range(8)])
     sampler = BARSampler(bit_counts=(3,), choice_temperature=1.0, guidance_scale=1.0)
@@ -65,7 +67,9 @@ def test_all_bits_at_once_are_independent(make_case, make_layout_backbone) -> No
 
 
 def test_without_noise_the_surest_bits_come_first(make_case, make_layout_backbone) -> None:
-    backbone = make_layout_backbone(SequenceLayout(16, (1,), 2, "causal"), **make_case("bar").switches)
+    backbone = make_layout_backbone(
+        SequenceLayout(16, (1,), num_classes=2, attention="causal"), **make_case("bar").switches
+    )
     bits, counts = [2] * 4, (1, 2, 1)
     for count in counts:
         logits = guided_bits(backbone, bits, 1.7)

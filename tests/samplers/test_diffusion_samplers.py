@@ -74,7 +74,13 @@ def make_model(process, head="cavity", schedule=None, time="time", spread=0.6, c
     head = make_head(head, process)
     timed = time != "none"
     layout = SequenceLayout(
-        SIZE, GRID, classes, "bidirectional", process.masks, timed=timed, mask_output=head.mask_output
+        SIZE,
+        GRID,
+        num_classes=classes,
+        attention="bidirectional",
+        mask_token=process.masks,
+        timed=timed,
+        mask_output=head.mask_output,
     )
     torch.manual_seed(0)
     backbone = randomise(Transformer(layout, width=16, depth=1, heads=2, conditioning="adaln"), spread).eval()

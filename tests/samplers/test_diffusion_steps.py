@@ -55,7 +55,9 @@ class FlatBackbone(torch.nn.Module):
 
     def __init__(self, process, length: int) -> None:
         super().__init__()
-        self.layout = SequenceLayout(process.vocab_size, (length,), 1, "bidirectional", mask_token=process.masks)
+        self.layout = SequenceLayout(
+            process.vocab_size, (length,), num_classes=1, attention="bidirectional", mask_token=process.masks
+        )
 
     def forward(self, tokens, labels, cache=None, order=None, time=None):
         return torch.zeros(1).expand(*tokens.shape, self.layout.outputs)

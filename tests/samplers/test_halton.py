@@ -117,7 +117,7 @@ def test_the_order_holds_every_place_once(rows: int, columns: int) -> None:
 
 
 def test_halton_needs_a_grid(make_backbone, make_layout_backbone) -> None:
-    bits = SequenceLayout(4, (2, 2), 2, "bidirectional", mask_token=True, parts=2)
+    bits = SequenceLayout(4, (2, 2), num_classes=2, attention="bidirectional", mask_token=True, sub_tokens=2)
     for backbone in (make_backbone("bidirectional", grid=(6,)), make_layout_backbone(bits)):
         with pytest.raises(ValueError, match="needs a grid of rows and columns with one id at a position"):
             draw(backbone, HaltonSampler(steps=2), 0, 1)

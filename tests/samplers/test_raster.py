@@ -118,7 +118,7 @@ def test_what_is_no_prefix_is_refused(make_backbone) -> None:
         RasterSampler()(make_backbone("causal"), labels, CounterRandom(0, labels), known=known)
 
 
-ANY_ORDER = SequenceLayout(3, (3,), 2, "causal", any_order=True)
+ANY_ORDER = SequenceLayout(3, (3,), num_classes=2, attention="causal", any_order=True)
 
 
 @torch.no_grad()

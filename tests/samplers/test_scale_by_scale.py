@@ -15,7 +15,7 @@ from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQua
 @pytest.fixture
 def model(make_layout_backbone, make_quantizer):
     """A backbone over 3 ids at scales 1 and 2, and its quantizer."""
-    layout = SequenceLayout(3, (5,), 2, "block_causal", scales=(1, 4), input_dim=3)
+    layout = SequenceLayout(3, (5,), num_classes=2, attention="block_causal", scales=(1, 4), input_dim=3)
     switches = {"conditioning": "prefix_adaln", "qk_norm": "unit", "attention_bias": "query_value"}
     return make_layout_backbone(layout, 0.4, **switches), make_quantizer(3)
 
@@ -65,7 +65,7 @@ def test_a_given_first_scale_is_conditioned_on(model) -> None:
 def test_greedy_over_three_scales_agrees_with_teacher_forcing(make_layout_backbone) -> None:
     """Every scale's input is the sum of what all scales before it contribute."""
     quantizer = randomise(MultiScaleResidualQuantizer(7, 3, scales=(1, 2, 3)), 0.8).eval()
-    layout = SequenceLayout(7, (14,), 2, "block_causal", scales=(1, 4, 9), input_dim=3)
+    layout = SequenceLayout(7, (14,), num_classes=2, attention="block_causal", scales=(1, 4, 9), input_dim=3)
     backbone = make_layout_backbone(layout, 0.6, conditioning="adaln")
     tokens = draw((backbone, quantizer), NextScaleSampler(top_k=1), 1, 1).tokens
     with torch.no_grad():

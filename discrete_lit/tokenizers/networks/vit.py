@@ -180,7 +180,15 @@ class TransformerBlocks(nn.Module):
         if size.width % size.heads:
             raise ValueError(f"width={size.width} is not a multiple of heads={size.heads}")
         self.blocks = nn.ModuleList(
-            Block(BlockSettings(size.width, size.heads, size.width // size.heads, size.hidden, norm_epsilon=_EPSILON))
+            Block(
+                BlockSettings(
+                    width=size.width,
+                    heads=size.heads,
+                    head_dim=size.width // size.heads,
+                    mlp_hidden=size.hidden,
+                    norm_epsilon=_EPSILON,
+                )
+            )
             for _ in range(size.depth)
         )
 

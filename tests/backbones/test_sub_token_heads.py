@@ -22,11 +22,11 @@ from discrete_lit.backbones import (
 from discrete_lit.backbones.backbone import SubTokens
 from discrete_lit.core.random import CounterRandom
 
-BLOCK = BlockSettings(8, 2, 4, 16)
+BLOCK = BlockSettings(width=8, heads=2, head_dim=4, mlp_hidden=16)
 
 
 def factorised(vocab_size: int, sizes: tuple[int, ...], block: BlockSettings = BLOCK) -> FactorisedHead:
-    return randomise(FactorisedHead(block, vocab_size, sizes), 0.6).eval()
+    return randomise(FactorisedHead(block, vocab_size, sizes=sizes), 0.6).eval()
 
 
 def masked_bits(vocab_size: int, **settings) -> MaskedBitHead:
@@ -38,7 +38,19 @@ HEADS = {
     "three parts": lambda: factorised(24, (2, 4, 3)),
     "one part": lambda: factorised(16, (16,)),
     "gated RMS blocks": lambda: factorised(
-        16, (4, 4), BlockSettings(8, 2, 4, 16, norm="rms", mlp="swiglu", bias=False, modulation="own", drop_path=0.5)
+        16,
+        (4, 4),
+        BlockSettings(
+            width=8,
+            heads=2,
+            head_dim=4,
+            mlp_hidden=16,
+            norm="rms",
+            mlp="swiglu",
+            bias=False,
+            modulation="own",
+            drop_path=0.5,
+        ),
     ),
     "bits": lambda: masked_bits(16),
     "one bit": lambda: masked_bits(2),
@@ -51,7 +63,7 @@ def head(request: pytest.FixtureRequest) -> SubTokenHead:
 
 
 def size_of(head: SubTokenHead) -> int:
-    return int(torch.tensor(head.parts.sizes).prod())
+    return int(torch.tensor(head.sub_tokens.sizes).prod())
 
 
 @pytest.mark.parametrize("sizes", [(2,), (64, 4096), (3, 5, 2), (2,) * 18, (2**31, 2**31)])
@@ -81,10 +93,10 @@ def test_law_of_an_id_sums_to_one(head: SubTokenHead) -> None:
     torch.testing.assert_close(values.double().exp().sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-5)
     for row in range(3):
         for number in (0, size // 2, size - 1):
-            total, parts = 0.0, head.parts.split(torch.tensor([[number]]))
-            for part in range(len(head.parts)):
+            total, parts = 0.0, head.sub_tokens.split(torch.tensor([[number]]))
+            for part in range(len(head.sub_tokens)):
                 logits = head.sub_token_logits(hidden[row : row + 1], parts[..., :part])
-                assert logits.shape == (1, 1, head.parts.sizes[part]) and logits.dtype == torch.float32
+                assert logits.shape == (1, 1, head.sub_tokens.sizes[part]) and logits.dtype == torch.float32
                 total += float(logits.log_softmax(dim=-1)[0, 0, parts[0, 0, part]])
             assert float(values[row, number]) == pytest.approx(total, abs=1e-4)
     assert values.std(dim=1).min() > 0.05 and values.std(dim=0).min() > 1e-4  # it depends on the id and on the state
@@ -119,7 +131,7 @@ def test_training_loss_of_parts_is_their_likelihood() -> None:
 @torch.no_grad()
 def exact_bound(head: MaskedBitHead, hidden: torch.Tensor, number: int) -> tuple[float, torch.Tensor]:
     """log p of an id when its bits are revealed one by one: the mean over all orders, and that of each order."""
-    bits = head.parts.split(torch.tensor([[number]]))
+    bits = head.sub_tokens.split(torch.tensor([[number]]))
     totals = []
     for order in permutations(range(head.bits)):
         visible, total = torch.full_like(bits, head.masked_bit), 0.0
@@ -153,7 +165,7 @@ def test_training_loss_of_bits_weighs_those_that_were_not_masked() -> None:
     share = (0.8 * torch.randn(200_000)).sigmoid()
     expected = (4 * share).round().clamp(min=1).mean()
     assert float(counts.double().mean()) == pytest.approx(float(expected), abs=0.15)
-    bits = head.parts.split(ids)
+    bits = head.sub_tokens.split(ids)
     logits = head.bit_logits(hidden, bits.masked_fill(masked, head.masked_bit))
     nats = -logits.log_softmax(dim=-1).gather(-1, bits[..., None])[..., 0]
     bit_weights = torch.where(masked, 1.0, 0.25)
@@ -179,9 +191,9 @@ def test_flops_of_a_place(make: str) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     head = HEADS[make]().requires_grad_(False)
-    backbone = Transformer(SequenceLayout(5, (2, 3), 2, "causal"), 8, 1, 2)
+    backbone = Transformer(SequenceLayout(5, (2, 3), num_classes=2, attention="causal"), width=8, depth=1, heads=2)
     backbone.place_head = head
-    for known in range(len(head.parts)):
+    for known in range(len(head.sub_tokens)):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             head.sub_token_logits(torch.randn(1, 1, 8), torch.zeros(1, 1, known, dtype=torch.int64))
         assert backbone.head_flops(1, known) == counter.get_total_flops() > 0
@@ -190,7 +202,7 @@ def test_flops_of_a_place(make: str) -> None:
 
 @torch.no_grad()
 def test_logits_are_float32_under_autocast(head: SubTokenHead) -> None:
-    hidden, known = torch.randn(2, 3, 8), torch.zeros(2, 3, len(head.parts) - 1, dtype=torch.int64)
+    hidden, known = torch.randn(2, 3, 8), torch.zeros(2, 3, len(head.sub_tokens) - 1, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
         assert head.sub_token_logits(hidden.bfloat16(), known).dtype == torch.float32
         assert head.log_likelihood(hidden.bfloat16(), torch.zeros(2, 3, dtype=torch.int64)).dtype == torch.float32
@@ -214,8 +226,8 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("embedding", "make"),
     [
-        ("parts", lambda block, size: FactorisedHead(block, size, (64, 4096))),
-        ("bits", lambda block, size: FactorisedHead(block, size, (64, 64, 64))),
+        ("parts", lambda block, size: FactorisedHead(block, size, sizes=(64, 4096))),
+        ("bits", lambda block, size: FactorisedHead(block, size, sizes=(64, 64, 64))),
         ("bits", lambda block, size: MaskedBitHead(block, size, width=32)),
     ],
 )
@@ -224,9 +236,9 @@ def test_no_tensor_as_large_as_the_vocabulary(embedding: str, make) -> None:
     from discrete_lit.samplers import RasterSampler
 
     torch.manual_seed(0)
-    layout = SequenceLayout(2**18, (3, 3), 5, "causal")
+    layout = SequenceLayout(2**18, (3, 3), num_classes=5, attention="causal")
     with LargestTensor() as largest:
-        backbone = Transformer(layout, 16, 1, 2, token_embedding=embedding, place_head=make)
+        backbone = Transformer(layout, width=16, depth=1, heads=2, token_embedding=embedding, place_head=make)
         assert backbone.place_head is not None
         ids, labels = torch.randint(2**18, (2, 9)), torch.tensor([1, 5])
         hidden = backbone(ids[:, :-1], labels)
@@ -242,10 +254,16 @@ def test_no_tensor_as_large_as_the_vocabulary(embedding: str, make) -> None:
 
 @torch.no_grad()
 def test_cached_hidden_states_are_those_without_a_cache() -> None:
-    layout = SequenceLayout(64, (2, 3), 2, "causal")
+    layout = SequenceLayout(64, (2, 3), num_classes=2, attention="causal")
     for conditioning in ("prefix", "adaln", "prefix_adaln"):
         backbone = Transformer(
-            layout, 8, 2, 2, token_embedding="bits", conditioning=conditioning, place_head=lambda b, k: masked_bits(k)
+            layout,
+            width=8,
+            depth=2,
+            heads=2,
+            token_embedding="bits",
+            conditioning=conditioning,
+            place_head=lambda b, k: masked_bits(k),
         )
         randomise(backbone, 0.4).eval()
         tokens, labels = torch.randint(64, (3, 5)), torch.arange(3)
@@ -260,7 +278,7 @@ def test_cached_hidden_states_are_those_without_a_cache() -> None:
 def test_recipes_have_the_published_sizes(recipe: str, vocab_size: int, published: float) -> None:
     """To half a percent: BAR's own has the class 32 times in front, with positions of their own."""
     arguments = layered(f"lightning_configs/generators/{recipe}_imagenet256.yaml")["model"]["init_args"]
-    layout = SequenceLayout(vocab_size, (16, 16), 1000, "causal", any_order="order" in arguments)
+    layout = SequenceLayout(vocab_size, (16, 16), num_classes=1000, attention="causal", any_order="order" in arguments)
     switches = arguments["backbone"]["init_args"]
     head = switches["place_head"]
     make = getattr(backbones, head["class_path"].rpartition(".")[2])
@@ -272,10 +290,10 @@ def test_recipes_have_the_published_sizes(recipe: str, vocab_size: int, publishe
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FactorisedHead(BLOCK, 24, (4, 5)), r"sizes=\[4, 5\], which multiply to 20"),
-        (lambda: FactorisedHead(BLOCK, 24, (24, 1)), "must have 2 or more values each, and 24 together"),
-        (lambda: FactorisedHead(BLOCK, 24, ()), "must have 2 or more values each, and 24 together"),
-        (lambda: FactorisedHead(BLOCK, 24, (4, 6), depth=0), "depth must be at least 1, got 0"),
+        (lambda: FactorisedHead(BLOCK, 24, sizes=(4, 5)), r"sizes=\[4, 5\], which multiply to 20"),
+        (lambda: FactorisedHead(BLOCK, 24, sizes=(24, 1)), "must have 2 or more values each, and 24 together"),
+        (lambda: FactorisedHead(BLOCK, 24, sizes=()), "must have 2 or more values each, and 24 together"),
+        (lambda: FactorisedHead(BLOCK, 24, sizes=(4, 6), depth=0), "depth must be at least 1, got 0"),
         (
             lambda: MaskedBitHead(BLOCK, 24),
             "MaskedBitHead needs a vocabulary that is a power of 2, the tokenizer's is 24",
@@ -304,11 +322,19 @@ def test_settings_that_do_not_fit(make, message: str) -> None:
     ],
 )
 def test_switches_that_do_not_go_with_a_place_head(attention: str, switches: dict, message: str) -> None:
-    layout = SequenceLayout(16, (2, 3), 2, attention, mask_token=attention == "bidirectional")
+    layout = SequenceLayout(16, (2, 3), num_classes=2, attention=attention, mask_token=attention == "bidirectional")
     with pytest.raises(ValueError, match=message):
-        Transformer(layout, 8, 1, 2, **{"token_embedding": "bits", "place_head": MaskedBitHead, **switches})
+        Transformer(
+            layout, width=8, depth=1, heads=2, **{"token_embedding": "bits", "place_head": MaskedBitHead, **switches}
+        )
 
 
 def test_parts_without_a_place_head() -> None:
-    with pytest.raises(ValueError, match="token_embedding='parts' embeds the parts that a place_head predicts"):
-        Transformer(SequenceLayout(16, (2, 3), 2, "causal"), 8, 1, 2, token_embedding="parts")
+    with pytest.raises(ValueError, match="token_embedding='parts' embeds the sub-tokens that a place_head predicts"):
+        Transformer(
+            SequenceLayout(16, (2, 3), num_classes=2, attention="causal"),
+            width=8,
+            depth=1,
+            heads=2,
+            token_embedding="parts",
+        )

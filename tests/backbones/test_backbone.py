@@ -14,16 +14,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.backbones import backbone as backbone_file
-from discrete_lit.backbones.backbone import compile_blocks, count_flops
-from discrete_lit.backbones.layers import packed_weights
+from discrete_lit.backbones.backbone import compile_blocks, count_flops, packed
+from discrete_lit.backbones.cpu_kernels import PackedLinear
 from discrete_lit.generators.autoregressive import OrderedBackbone
 
 LABELS = torch.tensor([0, 2, 1])
-CAUSAL = SequenceLayout(5, (2, 3), 2, "causal")
-MASKED = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True)
-BITS = SequenceLayout(4, (2, 3), 2, "bidirectional", mask_token=True, parts=2)
-SCALES = SequenceLayout(5, (6,), 2, "block_causal", scales=(1, 2, 3), input_dim=7)
-TIMED = SequenceLayout(5, (2, 3), 2, "bidirectional", mask_token=True, timed=True, mask_output=True)
+CAUSAL = SequenceLayout(5, (2, 3), num_classes=2, attention="causal")
+MASKED = SequenceLayout(5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True)
+BITS = SequenceLayout(4, (2, 3), num_classes=2, attention="bidirectional", mask_token=True, sub_tokens=2)
+SCALES = SequenceLayout(5, (6,), num_classes=2, attention="block_causal", scales=(1, 2, 3), input_dim=7)
+TIMED = SequenceLayout(
+    5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True, timed=True, mask_output=True
+)
 
 SWITCHES: dict[str, tuple[SequenceLayout, dict[str, Any]]] = {
     "causal": (CAUSAL, {}),
@@ -86,7 +88,9 @@ def test_every_pass_with_a_cache(backbone: Transformer) -> None:
 
 
 def test_a_fixed_order_costs_nothing() -> None:
-    backbone = Transformer(SequenceLayout(5, (2, 3), 2, "causal", any_order=True), 16, 2, 2)
+    backbone = Transformer(
+        SequenceLayout(5, (2, 3), num_classes=2, attention="causal", any_order=True), width=16, depth=2, heads=2
+    )
     ordered = OrderedBackbone(backbone, torch.randperm(6))
     assert ordered.flops(3, 5) == backbone.flops(3, 5)
     assert ordered.cache_flops(3) == backbone.cache_flops(3)
@@ -103,7 +107,7 @@ def by_hand(elements: int, seen: int, predicted: int) -> int:
 
 
 def plain(layout: SequenceLayout, **switches: Any) -> Transformer:
-    return Transformer(layout, WIDTH, DEPTH, 2, **switches)
+    return Transformer(layout, width=WIDTH, depth=DEPTH, heads=2, **switches)
 
 
 def test_by_hand() -> None:
@@ -166,10 +170,10 @@ def test_what_does_not_change_the_count(change: str) -> None:
         compile_blocks(backbone, backend=lambda *_: called.append(1))
         assert backbone.flops(BATCH, 5) == expected and not called
     else:
-        with torch.no_grad(), packed_weights(backbone, 64):
-            assert backbone.blocks[0].mlp.expand.packed is not None
-            assert backbone.flops(BATCH, 5) == expected
-            assert backbone.blocks[0].mlp.expand.packed is not None
+        with torch.no_grad():
+            fast = packed(backbone, rows=64)
+        assert isinstance(fast.blocks[0].mlp.expand, PackedLinear)
+        assert fast.flops(BATCH, 5) == expected
 
 
 def test_each_shape_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
