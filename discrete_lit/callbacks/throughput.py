@@ -283,7 +283,7 @@ def _without_data(value: Any) -> Any:
 
 
 def _kind_of_step(module: LightningModule, batch: dict[str, Any]) -> Any:
-    """What the cost of a step depends on: the shapes of its batch, and what a discriminator does in it."""
+    """Tell steps of different cost apart: by the shapes of the batch, and by what a discriminator does in it."""
     shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor))
     adversarial = module.objective.adversarial if isinstance(module, ImageAutoencoder) else None
     if adversarial is None:

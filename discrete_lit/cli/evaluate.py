@@ -172,10 +172,12 @@ def evaluate(
     num_classes = _num_classes([real, reference_images, *generated.values()])
     if classifier is not None:
         _check_labels(generated)
-    real_selection = None if real is None else Selection(real, num_images, num_classes)
+    real_selection = None if real is None else Selection(real, num_images, num_classes=num_classes)
     count = num_images if real is None else (num_images or real.count)
-    selections = {name: Selection(images, count, num_classes) for name, images in generated.items()}
-    reference_selection = None if reference_images is None else Selection(reference_images, num_reference, num_classes)
+    selections = {name: Selection(images, count, num_classes=num_classes) for name, images in generated.items()}
+    reference_selection = (
+        None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
+    )
     meters = load_meters(reconstructions, lpips_weights, place)
     generators = load_generators(likelihoods, image_size)
     predict = None if classifier is None else load_classifier(classifier, num_classes, place)

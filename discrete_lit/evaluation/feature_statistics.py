@@ -29,7 +29,7 @@ MOST_FEATURES = 10_000
 """The most features of a reference that are kept: as many as the reference batches of ADM have images."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """Statistics of a set of images; the last two are None for a set without labels."""
 
@@ -94,10 +94,10 @@ def measure(
                     correct.index_add_(0, labels, hits.double())
             progress.update(len(images))
     classified = spread is not None and classifier is not None
-    return Measurement(moments, kept, spread, correct if classified else None)
+    return Measurement(moments=moments, features=kept, spread=spread, correct=correct if classified else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reference:
     """The moments of a reference's features, and features of it."""
 
@@ -118,7 +118,7 @@ def reference_from_moments(path: str, extractor: FeatureExtractor) -> Reference:
     """
     moments = Moments.load(path)
     check_reference(extractor, moments, path)
-    return Reference(path, file_sha256(path), moments, None)
+    return Reference(name=path, sha256=file_sha256(path), moments=moments, features=None)
 
 
 def reference_from_images(
@@ -153,7 +153,7 @@ def reference_from_images(
     if kept_moments.is_file() and kept_features.is_file():
         try:
             features = torch.from_numpy(np.load(kept_features, allow_pickle=False))
-            return Reference(name, sha256, Moments.load(kept_moments), features)
+            return Reference(name=name, sha256=sha256, moments=Moments.load(kept_moments), features=features)
         except (ValueError, EOFError) as error:
             _log.warning("computing the reference again: %s", error)
     measured = measure(
@@ -170,7 +170,7 @@ def reference_from_images(
     moments.save(kept_moments)
     with atomic_write(kept_features) as file:
         np.save(file, features.numpy())
-    return Reference(name, sha256, moments, features)
+    return Reference(name=name, sha256=sha256, moments=moments, features=features)
 
 
 class EvenSample:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from discrete_lit.generators import Generator
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LikelihoodFigures:
     """Negative log-likelihood -log p(tokens | label) of images.
 

@@ -239,7 +239,7 @@ class Selection:
         ValueError: fewer images than asked, of the set or of a class, or a label that is no class.
     """
 
-    def __init__(self, images: ImageSet, num_images: int | None, num_classes: int | None) -> None:
+    def __init__(self, images: ImageSet, num_images: int | None, *, num_classes: int | None) -> None:
         self.images = images
         self._whole = num_images is None
         self.count = images.count if num_images is None else num_images

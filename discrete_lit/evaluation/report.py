@@ -14,7 +14,7 @@ from discrete_lit.metrics.precision_recall import Manifold
 from discrete_lit.metrics.reconstruction import ReconstructionFigures
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """The figures of one set of images; None where one does not apply."""
 

@@ -197,7 +197,7 @@ def _largest(ascending: Tensor, count: int) -> Tensor:
     return ascending[len(ascending) - count :].clamp(min=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FrechetResult:
     """A Fréchet distance and all that is needed to compare it with another."""
 

@@ -89,7 +89,7 @@ class IdStatistics:
         return IdStatistics(measured.vocab_size, float(usage), float(perplexity))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReconstructionFigures:
     """Figures of a set of reconstructed images; None where one does not apply, as ids of a continuous bottleneck.
 

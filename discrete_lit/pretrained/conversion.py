@@ -119,9 +119,9 @@ def must_be_zero(name: str) -> Arrangement:
     return Arrangement([name], [], check)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """How a published checkpoint becomes one of our modules."""
+    """The conversion of a published checkpoint to one of our modules."""
 
     config: dict[str, Any]
     """`{"class_path", "init_args"}` of our module; a generator's lacks its tokenizer and image size."""
@@ -148,7 +148,7 @@ class Tokens:
     """Whether the generator cannot run on ids alone."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """A published layout, with the function that converts it."""
 
@@ -186,7 +186,15 @@ def register(
 
     def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
         assert name not in FAMILIES
-        FAMILIES[name] = Family(name, convert, marks, wrappers, section, prefixes, averages)
+        FAMILIES[name] = Family(
+            name=name,
+            convert=convert,
+            marks=marks,
+            wrappers=wrappers,
+            section=section,
+            prefixes=prefixes,
+            averages=averages,
+        )
         return convert
 
     return add

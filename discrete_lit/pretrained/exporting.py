@@ -15,7 +15,7 @@ from discrete_lit.tokenizers.networks import ConvAutoencoder
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportLayout:
     """A published layout that can be written, with the settings that are built into the code that reads it."""
 
@@ -33,8 +33,17 @@ class ExportLayout:
 
 
 EXPORTS = {
-    "taming_vqgan": ExportLayout(taming.LAYOUT, "state_dict", False, True, True, {}),
-    "llamagen_vq": ExportLayout(llamagen.LAYOUT, "model", True, False, False, {"quantize.codebook_used": (65536,)}),
+    "taming_vqgan": ExportLayout(
+        layout=taming.LAYOUT, wrapper="state_dict", normalize=False, attention_anywhere=True, same_widths=True, extra={}
+    ),
+    "llamagen_vq": ExportLayout(
+        layout=llamagen.LAYOUT,
+        wrapper="model",
+        normalize=True,
+        attention_anywhere=False,
+        same_widths=False,
+        extra={"quantize.codebook_used": (65536,)},
+    ),
 }
 
 # Settings that both have built in.

@@ -20,7 +20,7 @@ _MIDDLE = "encoder.mid"
 _BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ConvLayout:
     """The names under which a layout keeps the parts of encoder and decoder; the defaults are taming's.
 
@@ -199,7 +199,15 @@ def generator_conversion(
         "init_args": {"num_classes": num_classes, "backbone": transformer, **options},
     }
     arranged = arrange(state, arrangements)
-    return Conversion(config, arranged, Renaming(rules), dropped, kept, tokens, tokenizer)
+    return Conversion(
+        config=config,
+        tensors=arranged,
+        renaming=Renaming(rules),
+        dropped=dropped,
+        kept=kept,
+        tokens=tokens,
+        tokenizer=tokenizer,
+    )
 
 
 def class_count(state: State, embedding: Tensor, before: int = 0) -> int:

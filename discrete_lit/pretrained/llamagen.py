@@ -40,7 +40,12 @@ def llamagen_vq(state: State, reference: Reference) -> Conversion:
         entropy_weight=reference.get("entropy_loss_ratio", 0.0),
         entropy_log_offset=1e-5,
     )
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED)
+    return Conversion(
+        config=vqgan(network, quantizer),
+        tensors=state,
+        renaming=LAYOUT.renaming(LAYOUT.levels(state), [CODES]),
+        dropped=DROPPED,
+    )
 
 
 # The number of heads, where it is not width / 64.

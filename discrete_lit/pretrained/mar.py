@@ -35,4 +35,4 @@ def mar_kl_vae(state: State, reference: Reference) -> Conversion:
             "scale_factor": reference.get("scale_factor", _SCALE_FACTOR),
         },
     }
-    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state)), DROPPED)
+    return Conversion(config=config, tensors=state, renaming=LAYOUT.renaming(LAYOUT.levels(state)), dropped=DROPPED)

@@ -45,7 +45,11 @@ def vqgan_plus(state: State, reference: Reference) -> Conversion:
         commitment_weight=reference.get("commitment_cost", 0.25),
     )
     layout = _layout(state)
-    return Conversion(vqgan(_network(state, layout), quantizer), state, layout.renaming(layout.levels(state), [CODES]))
+    return Conversion(
+        config=vqgan(_network(state, layout), quantizer),
+        tensors=state,
+        renaming=layout.renaming(layout.levels(state), [CODES]),
+    )
 
 
 @register("maskbit_tokenizer", marks=(_BLOCKS, "quantize.codebook"))
@@ -73,7 +77,13 @@ def maskbit_tokenizer(state: State, reference: Reference) -> Conversion:
     layout = _layout(state)
     config = vqgan(_network(state, layout), quantizer)
     dropped = ("quantize.codebook", "quantize.bits_to_indices")
-    return Conversion(config, state, layout.renaming(layout.levels(state)), dropped, kept=("quantizer.shifts",))
+    return Conversion(
+        config=config,
+        tensors=state,
+        renaming=layout.renaming(layout.levels(state)),
+        dropped=dropped,
+        kept=("quantizer.shifts",),
+    )
 
 
 def _layout(state: State) -> ConvLayout:

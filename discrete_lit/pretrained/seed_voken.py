@@ -41,7 +41,13 @@ def magvit2_lfq(state: State, reference: Reference) -> Conversion:
     }
     config = taming.vqgan(network, quantizer)
     tensors = chosen_weights(state, reference)
-    return Conversion(config, tensors, MAGVIT2.renaming(MAGVIT2.levels(state)), DROPPED, kept=("quantizer.shifts",))
+    return Conversion(
+        config=config,
+        tensors=tensors,
+        renaming=MAGVIT2.renaming(MAGVIT2.levels(state)),
+        dropped=DROPPED,
+        kept=("quantizer.shifts",),
+    )
 
 
 @register(
@@ -69,7 +75,7 @@ def ibq(state: State, reference: Reference) -> Conversion:
     }
     config = taming.vqgan(taming.network(state, reference), quantizer)
     renaming = taming.LAYOUT.renaming(taming.LAYOUT.levels(state), [("quantizer.codes", "quantize.embedding.weight")])
-    return Conversion(config, chosen_weights(state, reference), renaming, DROPPED)
+    return Conversion(config=config, tensors=chosen_weights(state, reference), renaming=renaming, dropped=DROPPED)
 
 
 def chosen_weights(state: State, reference: Reference) -> dict[str, Tensor]:

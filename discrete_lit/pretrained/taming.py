@@ -40,7 +40,10 @@ def taming_vqgan(state: State, reference: Reference) -> Conversion:
         weighted_term="codebook",
     )
     return Conversion(
-        vqgan(network(state, reference), quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]), DROPPED
+        config=vqgan(network(state, reference), quantizer),
+        tensors=state,
+        renaming=LAYOUT.renaming(LAYOUT.levels(state), [CODES]),
+        dropped=DROPPED,
     )
 
 
@@ -68,7 +71,13 @@ def taming_gumbelvq(state: State, reference: Reference) -> Conversion:
         ("quantizer.to_logits.{rest}", "quantize.proj.{rest}"),
     ]
     config = vqgan(network(state, reference), quantizer)
-    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state), codes), DROPPED, kept=("quantizer.steps",))
+    return Conversion(
+        config=config,
+        tensors=state,
+        renaming=LAYOUT.renaming(LAYOUT.levels(state), codes),
+        dropped=DROPPED,
+        kept=("quantizer.steps",),
+    )
 
 
 def network(state: State, reference: Reference) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def titok(state: State, reference: Reference) -> Conversion:
         "class_path": "discrete_lit.tokenizers.TiTok",
         "init_args": {"network": _network(state, reference), "quantizer": quantizer},
     }
-    return Conversion(config, state, _renaming(state))
+    return Conversion(config=config, tensors=state, renaming=_renaming(state))
 
 
 @register("titok_vae", marks=(*_MARKS, "!quantize.embedding.weight"))
@@ -119,7 +119,7 @@ def titok_vae(state: State, reference: Reference) -> Conversion:
             "kl_weight": reference.get("kl_weight", 1e-6),
         },
     }
-    return Conversion(config, state, _renaming(state))
+    return Conversion(config=config, tensors=state, renaming=_renaming(state))
 
 
 def _renaming(state: State) -> Renaming:
@@ -225,7 +225,9 @@ def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
         weighted_term="codebook",
     )
     network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
-    return Conversion(vqgan(network, quantizer), state, LAYOUT.renaming(LAYOUT.levels(state), [CODES]))
+    return Conversion(
+        config=vqgan(network, quantizer), tensors=state, renaming=LAYOUT.renaming(LAYOUT.levels(state), [CODES])
+    )
 
 
 # Settings of the published evaluation, by the number of tokens.

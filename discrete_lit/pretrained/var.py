@@ -47,7 +47,9 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
         },
     }
     rules = [CODES, ("quantizer.phi.{kernel}.{rest}", "quantize.quant_resi.qresi_ls.{kernel}.{rest}")]
-    return Conversion(config, state, LAYOUT.renaming(LAYOUT.levels(state), rules), DROPPED)
+    return Conversion(
+        config=config, tensors=state, renaming=LAYOUT.renaming(LAYOUT.levels(state), rules), dropped=DROPPED
+    )
 
 
 # Sides of the scales, by the number of tokens: at 256 and at 512 pixels.

@@ -40,7 +40,7 @@ from discrete_lit.samplers.sampler import Sampler, SamplingContext
 GuidanceLaw = Literal["clean", "transition", "score"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Interval:
     """One step of the time grid, from the noise at t back to that at s < t."""
 
@@ -128,7 +128,7 @@ class DiffusionSampler(Sampler):
         denoiser = checked_denoiser(context, self)
         self.check(denoiser)
         intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
-        x = NoisyTokens(context, denoiser, intervals[0].t)
+        x = NoisyTokens(context, denoiser, level=intervals[0].t)
         if bool(x.known.all()):
             return context.start()
         for interval, scale in zip(intervals, scales, strict=True):
@@ -294,7 +294,7 @@ class DiffusionSampler(Sampler):
         clean = torch.ones_like(levels[-1].alpha)
         levels[-1] = replace(levels[-1], alpha=clean, noise=torch.zeros_like(clean))
         return [
-            Interval(number, t, s, schedule.derivative(t.t), last=number == self.steps - 1)
+            Interval(number=number, t=t, s=s, slope=schedule.derivative(t.t), last=number == self.steps - 1)
             for number, (t, s) in enumerate(pairwise(levels))
         ]
 
@@ -461,7 +461,7 @@ class FirstHittingSampler(Sampler):
         schedule, random, length = denoiser.schedule, context.random, context.layout.length
         scales = self.scales(length)
         start = NoiseLevel.at(schedule, torch.ones(len(context.labels), 1, device=context.labels.device))
-        x = NoisyTokens(context, denoiser, start)
+        x = NoisyTokens(context, denoiser, level=start)
         rank = random.uniform(Purpose.ORDER, length).masked_fill(x.known, 2.0).argsort(dim=1).argsort(dim=1)
         hits = random.uniform(Purpose.CONFIDENCE, length)
         uniforms = random.uniform(Purpose.TOKEN, length)
@@ -497,7 +497,7 @@ class NoisyTokens:
         length: N.
     """
 
-    def __init__(self, context: SamplingContext, denoiser: Denoiser, level: NoiseLevel) -> None:
+    def __init__(self, context: SamplingContext, denoiser: Denoiser, *, level: NoiseLevel) -> None:
         self.context = context
         self.denoiser = denoiser
         self.absorbing = is_absorbing(denoiser.process)
@@ -532,7 +532,7 @@ class NoisyTokens:
                     "are broken, nothing can be drawn from them"
                 )
             outputs.append(self.denoiser.head(logits, self.tokens, level))
-        return Prediction(self.denoiser, self.tokens, level, tuple(outputs), scale)
+        return Prediction(denoiser=self.denoiser, x_t=self.tokens, level=level, outputs=tuple(outputs), scale=scale)
 
     def mask(self, where: Tensor) -> None:
         """Mask tokens again, `where (B, N)` bool."""

@@ -23,7 +23,7 @@ from discrete_lit.samplers.guidance import guide
 _LARGEST_LOG_SCORE = 500.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The head's output for noisy tokens x_t, given the labels and, where a step is guided, given the null label too.
 
@@ -46,7 +46,10 @@ class Prediction:
 
     def each(self) -> list["Prediction"]:
         """The conditional and the unconditional prediction, neither guided."""
-        return [Prediction(self.denoiser, self.x_t, self.level, (output,), 1.0) for output in self.outputs]
+        return [
+            Prediction(denoiser=self.denoiser, x_t=self.x_t, level=self.level, outputs=(output,), scale=1.0)
+            for output in self.outputs
+        ]
 
     def clean(self) -> Tensor:
         """`(B, N, K)` log-probabilities of the clean ids given the other tokens, guided by the clean law.

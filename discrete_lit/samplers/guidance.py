@@ -41,7 +41,7 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 def guided_steps(scales: Sequence[float]) -> int:
-    """How many steps there are up to the last guided one of `scales`, itself included; 0 if none is."""
+    """Count the steps up to the last guided one of `scales`, itself included; 0 if none is."""
     return max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)
 
 

@@ -115,7 +115,7 @@ class HaltonSampler(Sampler):
         return unmask_in_order(context, self, self.steps, order, self.unmasked_counts, rewrite=self.variant == "older")
 
     def unmasked_counts(self, unknown: int) -> list[int]:
-        """How many tokens are unmasked after each of the T steps, of `unknown` to be drawn."""
+        """Count the tokens that are unmasked after each of the T steps, of `unknown` to be drawn."""
         fractions = (1 - acos((step + 1) / self.steps) * 2 / pi for step in range(self.steps))
         # Rounding must not decide a count.
         return [min(unknown, max(step + 1, int(unknown * fraction + 1e-9))) for step, fraction in enumerate(fractions)]
@@ -151,7 +151,7 @@ class RandomOrderSampler(Sampler):
         return unmask_in_order(context, self, self.steps, order, self.unmasked_counts)
 
     def unmasked_counts(self, unknown: int) -> list[int]:
-        """How many tokens are unmasked after each of the T steps, of `unknown` to be drawn."""
+        """Count the tokens that are unmasked after each of the T steps, of `unknown` to be drawn."""
         return [unknown - masked for masked in masked_counts(self.mask_schedule, self.steps, unknown)]
 
 

@@ -96,7 +96,7 @@ class MaskGITSampler(Sampler):
         return tokens
 
     def masked_counts(self, unknown: int) -> list[int]:
-        """How many tokens are still masked after each of the T steps, of `unknown` that were masked at the start."""
+        """Count the tokens still masked after each of the T steps, of `unknown` that were masked at the start."""
         return masked_counts(self.mask_schedule, self.steps, unknown)
 
     def draw_scored(self, logits: Tensor, uniforms: Tensor, r: float) -> tuple[Tensor, Tensor]:
@@ -258,7 +258,7 @@ class HaltonConfidenceSampler(MaskGITSampler):
 
 
 def masked_counts(schedule: MaskSchedule, steps: int, unknown: int) -> list[int]:
-    """How many tokens are still masked after each of the T steps, of `unknown` that were masked at the start.
+    """Count the tokens still masked after each of the T steps, of `unknown` that were masked at the start.
 
     `floor(unknown m(1 - (i + 1) / T))` after step i, but at most one fewer than before and at least one for each step
     to come, as far as there are so many; none after the last.

@@ -56,7 +56,7 @@ class RasterSampler(Sampler):
         scales = self.sub_token_scales(length, head)  # of each sub-token at each position
         uniforms = context.random.uniform(Purpose.TOKEN, length * self.uniforms_per_id(head))
         uniforms = rearrange(uniforms, "b (n u) -> b n u", n=length)
-        decoder = CachedDecoder(context, max(guided_steps(over_positions) for over_positions in scales), order)
+        decoder = CachedDecoder(context, max(guided_steps(over_positions) for over_positions in scales), order=order)
 
         tokens = context.start() if order is None else context.start().gather(1, order)  # in the order drawn
         known = tokens != mask_id
@@ -102,7 +102,7 @@ class RasterSampler(Sampler):
         return head.sub_tokens.join(drawn), total
 
     def uniforms_per_id(self, head: SubTokenHead | None) -> int:
-        """How many uniform numbers an id takes."""
+        """Count the uniform numbers that an id takes."""
         return 1 if head is None else len(head.sub_tokens)
 
     def sub_token_scales(self, steps: int, head: SubTokenHead | None) -> list[list[float]]:
@@ -131,7 +131,7 @@ class RasterSampler(Sampler):
 
 
 def _common_prefix(known: Tensor) -> int:
-    """How many first tokens are known in every row of `known (B, N)` bool.
+    """Count the first tokens that are known in every row of `known (B, N)` bool.
 
     Raises:
         ValueError: a token is known after one that is not.
@@ -149,9 +149,9 @@ def _to_raster(values: Tensor, order: Tensor | None) -> Tensor:
     return values if order is None else torch.empty_like(values).scatter_(1, order, values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SubTokenSettings:
-    """How one sub-token of an id is drawn; the settings are those of `Sampler`."""
+    """Settings that one sub-token of an id is drawn with; they are those of `Sampler`."""
 
     temperature: float = 1.0
     top_k: int | None = None

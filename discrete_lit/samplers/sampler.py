@@ -120,7 +120,7 @@ class Sampler(ABC):
             # A pass over one position has few rows for each weight, and there is one for each token.
             backbone = packed(backbone, rows=2 * len(labels))
         context = SamplingContext(
-            backbone, labels, random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
+            backbone, labels, random=random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
         )
         return context.output(self.draw(context))
 
@@ -179,7 +179,7 @@ class TraceStep:
     """float64: the score that ordered the step's ids, or their log-probability; nan where none was drawn to stay."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplerOutput:
     """The drawn tokens and what they cost."""
 
@@ -221,8 +221,8 @@ class SamplingContext:
         self,
         backbone: Backbone,
         labels: Tensor,
-        random: CounterRandom,
         *,
+        random: CounterRandom,
         known: Tensor | None = None,
         quantizer: "ScaleQuantizer | None" = None,
         denoiser: Denoiser | None = None,
@@ -357,7 +357,13 @@ class SamplingContext:
     def output(self, tokens: Tensor) -> SamplerOutput:
         """The result of the call, given its tokens `(B, N)`."""
         trace = None if self._trace is None else tuple(self._trace)
-        return SamplerOutput(tokens, self._calls, self._passes, partial(_total_flops, self._made), trace)
+        return SamplerOutput(
+            tokens=tokens,
+            network_calls=self._calls,
+            sequential_passes=self._passes,
+            count_flops=partial(_total_flops, self._made),
+            trace=trace,
+        )
 
 
 def _total_flops(made: Counter[tuple[Callable[..., int], tuple[int | None, ...]]]) -> int:
@@ -388,7 +394,7 @@ class CachedDecoder:
         order: `(B, N)` for an any-order backbone.
     """
 
-    def __init__(self, context: SamplingContext, guided_steps: int, order: Tensor | None = None) -> None:
+    def __init__(self, context: SamplingContext, guided_steps: int, *, order: Tensor | None = None) -> None:
         self.context = context
         self.guided_steps = guided_steps
         self.doubled = guided_steps > 0

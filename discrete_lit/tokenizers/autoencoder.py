@@ -33,7 +33,7 @@ from discrete_lit.tokenizers.quantizers.quantizer import Component
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Reconstruction:
     """A batch of images after its way through an autoencoder, and the bottleneck's losses on it."""
 
@@ -255,7 +255,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         quantized = self.quantizer(self.latents(images))
-        return Reconstruction(self.outputs(quantized.z_q), quantized.losses, quantized.tokens)
+        return Reconstruction(outputs=self.outputs(quantized.z_q), losses=quantized.losses, tokens=quantized.tokens)
 
     # Its validation and prediction by Lightning.
 

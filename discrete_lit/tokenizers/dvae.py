@@ -90,7 +90,7 @@ class DVAE(AutoencoderTokenizer):
         quantized = self.quantizer(self.latents(images), **annealed)
         outputs = self.outputs(quantized.z_q)
         figures = {name: outputs.new_tensor(value) for name, value in annealed.items()}
-        return Reconstruction(outputs, quantized.losses, quantized.tokens, figures)
+        return Reconstruction(outputs=outputs, losses=quantized.losses, tokens=quantized.tokens, figures=figures)
 
 
 def _half_cosine(start: float, end: float, step: int, steps: int) -> float:

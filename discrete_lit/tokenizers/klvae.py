@@ -91,7 +91,7 @@ class KLVAE(ImageAutoencoder):
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         random = None if index is None else CounterRandom(self.seed, index)
         latents, losses = self.bottleneck(self.latents(images), random)
-        return Reconstruction(self.outputs(latents), losses)
+        return Reconstruction(outputs=self.outputs(latents), losses=losses)
 
 
 @dataclass

@@ -390,7 +390,7 @@ class TiTok(AutoencoderTokenizer):
         # Pixels are for validation alone.
         assert self.network.proxy is not None
         outputs = logits if self.training else self.network.proxy(logits).float()
-        made = Reconstruction(outputs, quantized.losses, quantized.tokens)
+        made = Reconstruction(outputs=outputs, losses=quantized.losses, tokens=quantized.tokens)
         return torch.stack(list(terms.values())).sum(), terms, made
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:

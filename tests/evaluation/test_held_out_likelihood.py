@@ -25,7 +25,7 @@ def figures(generator, path, batch_size: int = 5):
     images = open_image_set(path, 8)
     return measure_likelihood(
         generator,
-        Selection(images, None, images.num_classes),
+        Selection(images, None, num_classes=images.num_classes),
         checkpoint="g.ckpt",
         batch_size=batch_size,
         device="cpu",

@@ -21,7 +21,7 @@ def everything(images) -> list[tuple[int | None, bytes]]:
 
 
 def select(images, num_images, num_classes=3, batch_size=4):
-    batches = list(Selection(images, num_images, num_classes).batches(batch_size))
+    batches = list(Selection(images, num_images, num_classes=num_classes).batches(batch_size))
     labels = None if batches[0][1] is None else torch.cat([labels for _, labels in batches])
     return torch.cat([part for part, _ in batches]), labels
 
@@ -98,10 +98,10 @@ def test_no_count_takes_everything(folder):
 
 def test_fewer_images_than_asked_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has 24 images, num_images is 25"):
-        Selection(open_image_set(folder, 8), 25, 3)
+        Selection(open_image_set(folder, 8), 25, num_classes=3)
     uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(6, 0), np.array([0, 0, 0, 1, 1, 2])), 8)
     with pytest.raises(ValueError, match=r"has 1 images of class 2, needs 2"):
-        Selection(uneven, 6, 3)
+        Selection(uneven, 6, num_classes=3)
 
 
 def test_too_few_of_a_class_in_shards_are_found_when_read(tmp_path):
@@ -117,7 +117,7 @@ def test_too_few_of_a_class_in_shards_are_found_when_read(tmp_path):
 def test_a_label_beyond_the_classes_is_refused(tmp_path):
     images = open_image_set(save_npz(tmp_path / "s.npz", pixels(4, 0), np.array([0, 1, 2, 3])), 8)
     with pytest.raises(ValueError, match="has label 3, there are 3 classes"):
-        Selection(images, 3, 3)
+        Selection(images, 3, num_classes=3)
 
 
 def test_a_broken_image_is_replaced_by_the_next_of_its_class(tmp_path, caplog):

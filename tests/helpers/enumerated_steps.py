@@ -54,7 +54,7 @@ def context_of(backbone, rows: int, schedule, seed=0) -> SamplingContext:
     """The context of `rows` sequences of class 0, as a sampler gets it."""
     labels = torch.zeros(rows, dtype=torch.int64)
     return SamplingContext(
-        backbone, labels, CounterRandom(seed, torch.arange(rows)), denoiser=backbone.denoiser(schedule)
+        backbone, labels, random=CounterRandom(seed, torch.arange(rows)), denoiser=backbone.denoiser(schedule)
     )
 
 
@@ -64,7 +64,7 @@ def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     if scale != 1:
         labels.append(torch.full_like(labels[0], backbone.layout.null_label))
     outputs = tuple(denoiser.head(backbone.logits_at(states, label, level.alpha), states, level) for label in labels)
-    return Prediction(denoiser, states, level, outputs, scale)
+    return Prediction(denoiser=denoiser, x_t=states, level=level, outputs=outputs, scale=scale)
 
 
 def transitions(sampler, backbone, schedule, scale=1.0, only=None) -> list[torch.Tensor]:

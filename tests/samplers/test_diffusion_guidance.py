@@ -21,7 +21,7 @@ def first_jump(sampler, scale: float, head) -> tuple[float, torch.Tensor]:
     """Of one masked token, in the first of ten steps: the probability of its reveal is 0.1 without guidance."""
     backbone = OncePerState(PROCESSES["absorbing"], head, torch.stack((WITH_LABEL, WITHOUT)), length=1)
     denoiser, labels = backbone.denoiser(LinearSchedule()), torch.zeros(1, dtype=torch.int64)
-    context = SamplingContext(backbone, labels, CounterRandom(0, labels), denoiser=denoiser)
+    context = SamplingContext(backbone, labels, random=CounterRandom(0, labels), denoiser=denoiser)
     interval = sampler.intervals(denoiser.schedule, context)[0]
     jumps = sampler.jumps(predict(backbone, denoiser, torch.tensor([[4]]), interval, scale), interval)
     return float(jumps.probability), jumps.targets[0, 0].softmax(dim=-1)

@@ -76,9 +76,9 @@ def test_half_of_the_tokens_are_revealed_at_half_time() -> None:
     process, steps, length = AbsorbingProcess(8192), 2048, 256
     denoiser = Denoiser(process=process, schedule=LinearSchedule(), head=LeaveOneOutHead(), time_input="none")
     labels, sampler = torch.zeros(1, dtype=torch.int64), AncestralSampler(steps=steps)
-    context = SamplingContext(FlatBackbone(process, length), labels, CounterRandom(0, labels), denoiser=denoiser)
+    context = SamplingContext(FlatBackbone(process, length), labels, random=CounterRandom(0, labels), denoiser=denoiser)
     intervals = sampler.intervals(denoiser.schedule, context)
-    x = NoisyTokens(context, denoiser, intervals[0].t)
+    x = NoisyTokens(context, denoiser, level=intervals[0].t)
     for interval in intervals[: steps // 2]:
         sampler.step(x, interval, 1.0)
     low, high = binom.ppf([1e-4, 1 - 1e-4], length, 0.5)
@@ -122,7 +122,7 @@ def test_remasked_counts_are_binomial() -> None:
     sampler, schedule, rows = RemaskingSampler(strategy="rescale", eta=0.5, steps=5), LinearSchedule(), 20_000
     context = context_of(backbone, rows, schedule)
     intervals = sampler.intervals(schedule, context)
-    x = NoisyTokens(context, context.denoiser, intervals[0].t)
+    x = NoisyTokens(context, context.denoiser, level=intervals[0].t)
     for interval in intervals[:-1]:
         sampler.step(x, interval, 1.0)
         m = 1 - float(interval.alpha_s[0, 0])
@@ -157,7 +157,7 @@ def test_doubtful_tokens_are_masked_first() -> None:
     sampler = RemaskingSampler(strategy="conf", eta=1.0, steps=10)
     context = context_of(backbone, 20_000, LinearSchedule())
     interval = sampler.intervals(LinearSchedule(), context)[5]  # alpha from 0.5 to 0.6: sigma_max is 0.8
-    x = NoisyTokens(context, context.denoiser, interval.t)
+    x = NoisyTokens(context, context.denoiser, level=interval.t)
     x.tokens = torch.zeros_like(x.tokens)
     x.log_probability = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64).log().expand(20_000, -1)
     uniforms = context.random.uniform(Purpose.CONFIDENCE, LENGTH)
@@ -203,7 +203,7 @@ def test_jumps_of_an_order_add_up() -> None:
     sampler, schedule, rows = TauLeapingSampler(steps=3), FiniteNoise(), 40_000
     context = context_of(backbone, rows, schedule)
     interval = sampler.intervals(schedule, context)[1]
-    x = NoisyTokens(context, context.denoiser, interval.t)
+    x = NoisyTokens(context, context.denoiser, level=interval.t)
     x.tokens = torch.ones_like(x.tokens)
     sampler.step(x, interval, 1.0)
     state = torch.tensor([[1]])

@@ -25,7 +25,7 @@ def test_gibbs_keeps_the_noisy_law(process: str) -> None:
     law = noisy_law(reference_law(), chain, 0.5)
     generator = torch.Generator().manual_seed(0)
     numbers = torch.multinomial(law, rows, replacement=True, generator=generator)
-    x = NoisyTokens(context, context.denoiser, interval.t)
+    x = NoisyTokens(context, context.denoiser, level=interval.t)
     x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(4):
         sampler.gibbs(x, interval.s, 10 + number, 1.0)
@@ -49,7 +49,9 @@ def test_gibbs_matrix_keeps_the_noisy_law(process: str) -> None:
         if process == "absorbing":
             seen[:, place] = VOCAB_SIZE
         output = backbone.head(backbone.logits_at(seen, labels, level.alpha), seen, level)
-        clean = Prediction(backbone.denoiser(schedule), seen, level, (output,), 1.0).clean()
+        clean = Prediction(
+            denoiser=backbone.denoiser(schedule), x_t=seen, level=level, outputs=(output,), scale=1.0
+        ).clean()
         where_to = chain.marginal(clean.exp(), level.alpha)[:, place]  # (S^N, S)
         others = states.repeat_interleave(chain.states, dim=0)
         others[:, place] = torch.arange(chain.states).repeat(len(states))
@@ -69,7 +71,9 @@ def test_forward_and_reverse_rates_keep_the_noisy_law(process: str) -> None:
     alpha = torch.full((len(states), 1), 0.5, dtype=torch.float64)
     level = NoiseLevel.at(schedule, alpha)
     output = backbone.head(backbone.logits_at(states, labels, alpha), states, level)
-    jumps = sampler.rate_jumps(Prediction(backbone.denoiser(schedule), states, level, (output,), 1.0))
+    jumps = sampler.rate_jumps(
+        Prediction(denoiser=backbone.denoiser(schedule), x_t=states, level=level, outputs=(output,), scale=1.0)
+    )
     change = torch.zeros_like(law)
     for place in range(LENGTH):
         moved = law[:, None] * jumps.distribution(states, chain.states)[:, place]
@@ -90,7 +94,7 @@ def test_masking_corrector_draws_keep_the_noisy_law() -> None:
     interval = sampler.intervals(schedule, context)[0]
     law = noisy_law(reference_law(), chain, 0.5)
     numbers = torch.multinomial(law, rows, replacement=True, generator=torch.Generator().manual_seed(1))
-    x = NoisyTokens(context, context.denoiser, interval.t)
+    x = NoisyTokens(context, context.denoiser, level=interval.t)
     x.tokens = all_sequences(chain.states, LENGTH)[numbers]
     for number in range(25):
         sampler.forward_backward(x, interval.s, number, 1.0)

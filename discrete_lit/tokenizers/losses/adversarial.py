@@ -38,7 +38,7 @@ LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
 generator the logistic `"non_saturating"`, or the mean logit itself under the two other names."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AdversarialTerms:
     """The losses of both players on one batch, and their gradients: the discriminator's graph is gone.
 
@@ -182,11 +182,11 @@ class AdversarialLoss(nn.Module):
             "discriminator_fake": fake.detach().float().mean(),
         }
         return AdversarialTerms(
-            None if generator is None else generator.detach(),
-            generator_gradient,
-            {name: term.detach() for name, term in terms.items()},
-            list(gradients),
-            figures,
+            generator=None if generator is None else generator.detach(),
+            generator_gradient=generator_gradient,
+            terms={name: term.detach() for name, term in terms.items()},
+            gradients=list(gradients),
+            figures=figures,
         )
 
 

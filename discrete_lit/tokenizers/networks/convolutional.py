@@ -358,7 +358,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels, *[channels] * blocks]
-        self.blocks = nn.ModuleList(ResidualBlock(layers, widths[i], widths[i + 1]) for i in range(blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(layers, widths[i], out_channels=widths[i + 1]) for i in range(blocks))
         self.attention = nn.ModuleList(SpatialAttention(layers, channels) for _ in range(blocks if attention else 0))
         self.resample = nn.Identity() if resample is None else resample
 
@@ -372,7 +372,7 @@ class Level(nn.Module):
 
 def middle(layers: Layers, channels: int, *, blocks: int, attention: bool) -> nn.Sequential:
     """Make the residual blocks at the lowest resolution, with attention after the first."""
-    made: list[nn.Module] = [ResidualBlock(layers, channels, channels) for _ in range(blocks)]
+    made: list[nn.Module] = [ResidualBlock(layers, channels, out_channels=channels) for _ in range(blocks)]
     if attention:
         made.insert(1, SpatialAttention(layers, channels))
     return nn.Sequential(*made)
@@ -385,7 +385,7 @@ class ResidualBlock(nn.Module):
     the block's input is not added.
     """
 
-    def __init__(self, layers: Layers, in_channels: int, out_channels: int) -> None:
+    def __init__(self, layers: Layers, in_channels: int, *, out_channels: int) -> None:
         super().__init__()
         self.norm1 = layers.norm(in_channels)
         self.conv1 = layers.convolution(in_channels, out_channels, 3, layers.bias)
