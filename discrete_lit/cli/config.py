@@ -202,7 +202,7 @@ def _check_value(value: Any, kind: Any, path: str) -> Problems:
         kinds = parts if origin is tuple and parts[-1] is not Ellipsis else [parts[0]] * len(value)
         if len(kinds) == len(value):
             items = enumerate(zip(value, kinds, strict=True))
-            return [problem for place, item in items for problem in _check_value(*item, f"{path}[{place}]")]
+            return [problem for index, item in items for problem in _check_value(*item, f"{path}[{index}]")]
     base, skip = (parts[-1], 0 if parts[0] is ... else len(parts[0])) if origin is Callable and parts else (kind, 0)
     if _is_class(base):
         inside = _opened(value)

@@ -120,8 +120,8 @@ def evaluate(
     """Measure sets of images at one count against one reference, and report them in one table.
 
     Each set is a row with a Fréchet distance, and with precision and recall where the reference is images; with a
-    classifier, the share of images that show the intended class; with held-out images, how much the images of a class
-    differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
+    classifier, the fraction of images that show the intended class; with held-out images, how much the images of a
+    class differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
     reconstructions, PSNR, SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside
     the samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class,
     or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to
@@ -163,7 +163,7 @@ def evaluate(
 
     samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
     _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
     reference_images = None if holds_moments(reference) else open_image_set(reference, image_size)
@@ -178,10 +178,10 @@ def evaluate(
     reference_selection = (
         None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
     )
-    meters = load_meters(reconstructions, lpips_weights, place)
+    meters = load_meters(reconstructions, lpips_weights, compute_device)
     generators = load_generators(likelihoods, image_size)
-    predict = None if classifier is None else load_classifier(classifier, num_classes, place)
-    extractor = (extractor or EfficientNetLite0()).to(place)
+    predict = None if classifier is None else load_classifier(classifier, num_classes, compute_device)
+    extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
         return measure(
@@ -189,7 +189,7 @@ def evaluate(
             extractor,
             num_classes=num_classes,
             batch_size=batch_size,
-            device=place,
+            device=compute_device,
             transform=transform,
             classifier=predict,
             description=name,
@@ -205,10 +205,10 @@ def evaluate(
             extractor=extractor,
             image_size=image_size,
             batch_size=batch_size,
-            device=place,
+            device=compute_device,
             folder=folder,
         )
-    manifold = _manifold(measured_against, count, place)
+    manifold = _manifold(measured_against, count, compute_device)
     rows: list[Row] = []
     floor: Measurement | None = None
 
@@ -229,11 +229,11 @@ def evaluate(
             add(name, "reconstructions", reconstructions[name], measured, reconstruction=meter.figures())
         for path, generator in generators.items():
             likelihood[path] = measure_likelihood(
-                generator.to(place),
+                generator.to(compute_device),
                 real_selection,
                 checkpoint=path,
                 batch_size=batch_size,
-                device=place,
+                device=compute_device,
                 description=path,
             )
     for name, selection in selections.items():
@@ -245,7 +245,7 @@ def evaluate(
         manifold=manifold,
         image_size=image_size,
         classifier=classifier,
-        environment=environment(place),
+        environment=environment(compute_device),
     )
     report.write(Path(output))
     print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")

@@ -1,6 +1,6 @@
 """Reading tars: their files in order, where each lies, and the samples that webdataset groups them to.
 
-An uncompressed tar on the disk is read at any place (`TarIndex`); anything else, a pipe or a compressed tar, from its
+An uncompressed tar on the disk is read at any offset (`TarIndex`); anything else, a pipe or a compressed tar, from its
 front. A sample is the files that stand together under one name up to its first dot (webdataset's convention): an image
 and `<key>.cls`. Only these two are ever read: a `.pyd`, `.pickle` or `.pth` entry, which other decoders would unpickle,
 is passed over.
