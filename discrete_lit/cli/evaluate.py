@@ -1,7 +1,4 @@
-"""The networks that an evaluation is asked for, from their checkpoints.
-
-`discrete-lit evaluate`: sets of images against a reference, to a report.
-"""
+"""`discrete-lit evaluate`: sets of images against a reference, to a report."""
 
 from __future__ import annotations
 
@@ -28,75 +25,6 @@ if TYPE_CHECKING:
     from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
 
-def load_meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
-) -> dict[str, ReconstructionMeter]:
-    """A meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
-
-    Raises:
-        ValueError: a checkpoint that cannot be read or holds a generator; weights that are not LPIPS's.
-    """
-    from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator
-    from discrete_lit.metrics.reconstruction import ReconstructionMeter
-    from discrete_lit.tokenizers.losses.perceptual import LPIPS
-
-    lpips = None
-    if lpips_weights is not None and checkpoints:
-        lpips = LPIPS(lpips_weights).to(device)
-        lpips.prepare()
-    meters = {}
-    for name, path in checkpoints.items():
-        autoencoder = files.load(path)
-        if isinstance(autoencoder, Generator):
-            raise ValueError(
-                f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
-                "checkpoint of a tokenizer or of a continuous autoencoder"
-            )
-        meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
-    return meters
-
-
-def load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A classifier on `device`, from images in [-1, 1] to logits.
-
-    Raises:
-        ValueError: a checkpoint that holds no classifier, or one of other classes.
-    """
-    from discrete_lit.evaluation.classifier import load_classifier
-
-    classifier = load_classifier(checkpoint)
-    if num_classes is not None and classifier.num_classes != num_classes:
-        raise ValueError(
-            f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"
-        )
-    return classifier.to(device)
-
-
-def load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, Generator]:
-    """Each checkpoint of a dictionary from names to checkpoints, and its generator on the CPU.
-
-    Raises:
-        ValueError: a checkpoint that holds no generator, or one of another image size.
-    """
-    from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator
-
-    generators: dict[str, Generator] = {}
-    for name, path in likelihoods.items():
-        if path in generators:
-            continue
-        module = files.load(path)
-        if not isinstance(module, Generator):
-            raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
-        if module.image_size != image_size:
-            raise ValueError(
-                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
-            )
-        generators[path] = module
-    return generators
-
-
 NEIGHBOURS = 3
 """k of precision and recall, as in ADM's evaluator."""
 
@@ -104,6 +32,7 @@ NEIGHBOURS = 3
 def evaluate(
     reference: str,
     output: str,
+    *,
     image_size: int,
     num_images: int | None = None,
     samples: dict[str, str] | None = None,
@@ -178,9 +107,9 @@ def evaluate(
     reference_selection = (
         None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
     )
-    meters = load_meters(reconstructions, lpips_weights, compute_device)
-    generators = load_generators(likelihoods, image_size)
-    predict = None if classifier is None else load_classifier(classifier, num_classes, compute_device)
+    meters = _load_meters(reconstructions, lpips_weights, compute_device)
+    generators = _load_generators(likelihoods, image_size)
+    predict = None if classifier is None else _load_classifier(classifier, num_classes, compute_device)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
@@ -353,3 +282,72 @@ def _row(
 def _finite(values: Tensor) -> list[float | None]:
     """Plain numbers for JSON, which has no NaN."""
     return [float(value) if value.isfinite() else None for value in values]
+
+
+def _load_meters(
+    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
+) -> dict[str, ReconstructionMeter]:
+    """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read or holds a generator; weights that are not LPIPS's.
+    """
+    from discrete_lit import checkpoints as files
+    from discrete_lit.generators import Generator
+    from discrete_lit.metrics.reconstruction import ReconstructionMeter
+    from discrete_lit.tokenizers.losses.perceptual import LPIPS
+
+    lpips = None
+    if lpips_weights is not None and checkpoints:
+        lpips = LPIPS(lpips_weights).to(device)
+        lpips.prepare()
+    meters = {}
+    for name, path in checkpoints.items():
+        autoencoder = files.load(path)
+        if isinstance(autoencoder, Generator):
+            raise ValueError(
+                f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
+                "checkpoint of a tokenizer or of a continuous autoencoder"
+            )
+        meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
+    return meters
+
+
+def _load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Load a classifier to `device`: from images in [-1, 1] to logits.
+
+    Raises:
+        ValueError: a checkpoint that holds no classifier, or one of other classes.
+    """
+    from discrete_lit.evaluation.classifier import load_classifier
+
+    classifier = load_classifier(checkpoint)
+    if num_classes is not None and classifier.num_classes != num_classes:
+        raise ValueError(
+            f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"
+        )
+    return classifier.to(device)
+
+
+def _load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, Generator]:
+    """Load the generator of each checkpoint of a dictionary from names to checkpoints, on the CPU.
+
+    Raises:
+        ValueError: a checkpoint that holds no generator, or one of another image size.
+    """
+    from discrete_lit import checkpoints as files
+    from discrete_lit.generators import Generator
+
+    generators: dict[str, Generator] = {}
+    for name, path in likelihoods.items():
+        if path in generators:
+            continue
+        module = files.load(path)
+        if not isinstance(module, Generator):
+            raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
+        if module.image_size != image_size:
+            raise ValueError(
+                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
+            )
+        generators[path] = module
+    return generators

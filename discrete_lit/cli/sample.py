@@ -29,6 +29,7 @@ _GRID_SIDE = 10
 def sample(
     ckpt_path: str,
     output: str,
+    *,
     num_samples: int,
     labels: list[int] | None = None,
     sampler: Sampler | None = None,

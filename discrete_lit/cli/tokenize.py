@@ -18,6 +18,7 @@ from discrete_lit.tokenizers import Tokenizer, freeze
 def tokenize(
     ckpt_path: str,
     data: ImageShards | ImageFolder,
+    *,
     output: str,
     split: str = "train",
     crops: Literal["center", "flip", "ten"] = "center",

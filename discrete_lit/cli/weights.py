@@ -18,6 +18,7 @@ from discrete_lit.tokenizers.tokenizer import from_checkpoint
 def import_weights(
     weights: str,
     family: str,
+    *,
     output: str,
     reference_config: str | dict[str, Any] | None = None,
     tokenizer: str | None = None,
