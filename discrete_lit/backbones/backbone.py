@@ -356,9 +356,22 @@ def count_flops(module: _Module, prepare: Callable[[_Module], Callable[[], objec
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(gradients):
         copy = outline(module)
         run = prepare(copy if gradients else copy.requires_grad_(False))
-        with FlopCounterMode(display=False) as counter, _EveryElement():
+        counter = FlopCounterMode(display=False)
+        # Its tracker of modules hooks into autograd, where a loss that takes gradients of its own does not bear it.
+        counter.mod_tracker = _NoModules()  # type: ignore[assignment]
+        with counter, _EveryElement():
             run()
     return counter.get_total_flops()
+
+
+class _NoModules:
+    """Stands for the counter's tracker of modules: everything counts for the whole."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
 
 
 class _EveryElement(TorchDispatchMode):

@@ -12,7 +12,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.backbones.backbone import compile_blocks, count_flops
@@ -248,8 +247,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
         inputs = {name: _without_data(value) for name, value in batch.items()}
 
         def step() -> None:
-            with _EveryPosition():
-                _loss_of(copy.training_step(inputs, batch_idx)).backward()
+            _loss_of(copy.training_step(inputs, batch_idx)).backward()
 
         return step
 
@@ -260,15 +258,6 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
 def _loss_of(outputs: Any) -> Tensor:
     """The loss among what a training step gives: a tensor, or a dictionary that holds it."""
     return outputs["loss"] if isinstance(outputs, Mapping) else outputs
-
-
-class _EveryPosition(TorchDispatchMode):
-    """Lets `nonzero` find every position of a tensor without data."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.nonzero.default:
-            return args[0].new_zeros((args[0].numel(), args[0].ndim), dtype=torch.int64)
-        return func(*args, **(kwargs or {}))
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -2,6 +2,7 @@ import logging
 import resource
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from discrete_lit.callbacks import Throughput
 from discrete_lit.callbacks import throughput as throughput_file
 from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
 from discrete_lit.generators import Autoregressive, Masked
+from discrete_lit.tokenizers import VQVAE
+from discrete_lit.tokenizers.losses import AdversarialLoss
+from discrete_lit.tokenizers.losses.discriminators import PatchGAN
+from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 BATCH = 6
 
@@ -110,16 +115,24 @@ def test_real_time(generator, make_loader, make_trainer, read_scalars):
 
 def counted(module, batch):
     """What torch counts of a real step."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    # Its tracker of modules does not bear the gradients that an adversarial loss takes.
+    counter.mod_tracker = SimpleNamespace(parents={"Global"}, __enter__=lambda: None, __exit__=lambda *_: None)
+    with sdpa_kernel(SDPBackend.MATH), counter:
         outputs = module.training_step(batch, 0)
         (outputs["loss"] if isinstance(outputs, dict) else outputs).backward()
     return counter.get_total_flops()
 
 
-@pytest.fixture(params=["masked", "autoregressive", "tokenizer"])
+@pytest.fixture(params=["masked", "autoregressive", "tokenizer", "adversarial"])
 def module(request, tokenizer):
     if request.param == "tokenizer":
         return tokenizer.train()
+    if request.param == "adversarial":
+        network = partial(ConvAutoencoder, channels=4, multipliers=(1, 2), blocks=1, attention=False, norm_groups=2)
+        adversarial = AdversarialLoss(PatchGAN(width=4, layers=1))
+        optimizer = partial(torch.optim.SGD, lr=0.1)
+        return VQVAE(network, 16, code_dim=4, adversarial_loss=adversarial, optimizer=optimizer).train()
     backbone = partial(Transformer, width=16, depth=2, heads=2)
     kind = Masked if request.param == "masked" else Autoregressive
     return kind(tokenizer, 8, num_classes=4, backbone=backbone, optimizer=partial(torch.optim.SGD, lr=0.1)).train()
