@@ -5,7 +5,6 @@ given, and followed down along the arguments of each class: jsonargparse says wh
 """
 
 import inspect
-import logging
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,13 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, get_loader, set_loader
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
-from discrete_lit.core.configuration import current_names, renames
+from discrete_lit.core.configuration import current_names
 
 COMMAND_LINE = "the command line"
-_load_yaml = get_loader("yaml")
-_LOGGED: set[str] = set()
 
 
 # Under this key a class that replaces another keeps the other's arguments: those that it accepts stay in force.
@@ -52,31 +49,6 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: Exception) 
     lines = lines or str(error).splitlines()
     more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
     return "\n       ".join(lines[:_MOST_SHOWN] + more)
-
-
-def use_current_names(arguments: Sequence[str]) -> list[str]:
-    """Return a command line in today's names, and have every file that it leads to read in today's names too."""
-    if get_loader("yaml") is not _load_settings:
-        set_loader("yaml", _load_settings, exceptions=(yaml.YAMLError,))
-    values = [argument.rpartition("=")[2] for argument in arguments]
-    return [
-        argument[: len(argument) - len(value)] + _in_current_names(value)
-        for argument, value in zip(arguments, values, strict=True)
-    ]
-
-
-def _load_settings(text: str) -> Any:
-    return _in_current_names(_load_yaml(text))
-
-
-def _in_current_names(settings: Any) -> Any:
-    """Rename what earlier versions called otherwise, and log each such name once with the one that it has now."""
-    current = current_names(settings)
-    for line in renames(settings, current):
-        if line not in _LOGGED:
-            _LOGGED.add(line)
-            logging.getLogger(__name__).warning("%s: the old name still works", line)
-    return current
 
 
 @dataclass

@@ -4,14 +4,16 @@ A class path that was ever written into a checkpoint or stood in a shipped recip
 today's names before anything is built. Every rename is added to the tables here, and nowhere else.
 """
 
+import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+from yaml import YAMLError
 
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
@@ -52,6 +54,8 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
+_load_yaml = get_loader("yaml")
+_logged: set[str] = set()
 _CLASS_PATH = re.compile(r"discrete_lit(\.[a-z_]\w*)+\.[A-Z]\w*")
 
 
@@ -91,9 +95,13 @@ def current_names(config: Any) -> Any:
         return config
     renamed = {key: current_names(value) for key, value in config.items()}
     class_path, init_args = renamed.get("class_path"), renamed.get("init_args")
-    if isinstance(class_path, str) and isinstance(init_args, dict):
-        arguments = _ARGUMENTS.get(class_path.rpartition(".")[2], {})
-        renamed["init_args"] = {arguments.get(name, name): value for name, value in init_args.items()}
+    if isinstance(class_path, str):
+        renamed["class_path"] = _CLASSES.get(class_path, class_path)  # it may be named without its package
+        if isinstance(init_args, dict):
+            arguments = _ARGUMENTS.get(class_path.rpartition(".")[2], {})
+            # An argument that is given by both names is left for the parser to refuse.
+            arguments = {old: new for old, new in arguments.items() if new not in init_args}
+            renamed["init_args"] = {arguments.get(name, name): value for name, value in init_args.items()}
     return renamed
 
 
@@ -123,6 +131,31 @@ def _leads_somewhere(path: str) -> bool:
         return False
     # An old name that still leads to a class is not that class's own name.
     return found is not None and getattr(found, "__name__", name) == name
+
+
+def use_current_names(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in today's names, and have every file that it leads to read in today's names too."""
+    if get_loader("yaml") is not _load_settings:
+        set_loader("yaml", _load_settings, exceptions=(YAMLError,))
+    values = [argument.rpartition("=")[2] for argument in arguments]
+    return [
+        argument[: len(argument) - len(value)] + _in_current_names(value)
+        for argument, value in zip(arguments, values, strict=True)
+    ]
+
+
+def _load_settings(text: str) -> Any:
+    return _in_current_names(_load_yaml(text))
+
+
+def _in_current_names(settings: Any) -> Any:
+    """Rename what earlier versions called otherwise, and log each such name once with the one that it has now."""
+    current = current_names(settings)
+    for line in renames(settings, current):
+        if line not in _logged:
+            _logged.add(line)
+            logging.getLogger(__name__).warning("%s: the old name still works", line)
+    return current
 
 
 def build(parser: ArgumentParser, settings: Namespace) -> Namespace:

@@ -253,10 +253,13 @@ def test_names_of_earlier_versions_are_read(
     backbone = settings["model"]["init_args"]["backbone"]
     backbone["init_args"]["recompute"] = True
     settings["model"]["init_args"]["mask_schedule"] = "discrete_lit.processes.schedules.ArccosSchedule"
+    settings["trainer"]["callbacks"] = [{"class_path": "TrainingAlarm"}]
     file = write_settings(tmp_path / "old.yaml", settings)
     with pytest.raises(SystemExit):
         run("fit", "--config", file, "--print_config")
-    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    whole = yaml.safe_load(capsys.readouterr().out)
+    assert whole["trainer"]["callbacks"][0]["class_path"] == "discrete_lit.callbacks.TrainingGuard"
+    printed = whole["model"]["init_args"]
     assert printed["mask_schedule"]["class_path"].rpartition(".")[2] == "ArccosSchedule"
     assert printed["mask_schedule"]["class_path"].startswith("discrete_lit.diffusion")
     assert printed["backbone"]["init_args"]["activation_checkpointing"] is True
