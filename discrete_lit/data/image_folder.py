@@ -125,7 +125,7 @@ class ImageFiles:
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
         labels: list[int] = []
-        for name, files in class_files(folder):
+        for name, files in class_files(folder, allow_empty=True):
             if name not in label_of:
                 raise ValueError(
                     f"{self.folder} has a class {name!r} that the training folder has not; which has {len(classes)}: "
@@ -133,6 +133,8 @@ class ImageFiles:
                 )
             self.keys += sorted(files)
             labels += [label_of[name]] * len(files)
+        if not self.keys:
+            raise ValueError(f"no images in {self.folder}: none of its class folders holds one")
         self.labels = np.array(labels, dtype=np.int64)
 
     def __len__(self) -> int:

@@ -101,10 +101,14 @@ def test_the_module_the_source_and_the_evaluation_find_the_same_images(folder: P
     assert source[4:6] == ["ant/a/2", "ant/a-b/1"]
 
 
-def test_a_folder_of_another_form_is_refused(folder: Path) -> None:
-    (folder / "dog").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*dog holds no image"):
-        make_data(str(folder)).training_loader(0, 1)
+def test_a_class_may_have_no_image_and_keeps_its_label(folder: Path) -> None:
+    (folder / "aardvark").mkdir()
+    data = make_data(str(folder))
+    assert data.classes[0] == "aardvark"
+    assert min(next(iter(data.evaluation_loader("train", 0, 1)))["label"].tolist()) == 1
+
+
+def test_images_beside_the_class_folders_are_refused(folder: Path) -> None:
     (folder / "stray.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"1 images lie directly in .* stray\.png"):
         make_data(str(folder)).training_loader(0, 1)

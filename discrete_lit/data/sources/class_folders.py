@@ -75,12 +75,16 @@ def class_names(root: str | os.PathLike[str]) -> list[str]:
     return names
 
 
-def class_files(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]:
+def class_files(root: str | os.PathLike[str], *, allow_empty: bool = False) -> Iterator[tuple[str, list[str]]]:
     """Find the images of each class folder of `root`: the class, and the paths below `root` of its images.
 
     Classes come in the order of `class_names`, the files of a class in that of their folders' and then their own
     names. Images are found at any depth, symbolic links included; hidden files and folders are left out, and so are,
     with a warning at the end, files that are not images.
+
+    Args:
+        root: the folder of the class folders.
+        allow_empty: accept class folders without an image.
 
     Raises:
         ValueError: as `class_names`, or a class folder has no image.
@@ -96,7 +100,7 @@ def class_files(root: str | os.PathLike[str]) -> Iterator[tuple[str, list[str]]]
                     images.append(f"{below}/{file}")
                 elif not file.startswith("."):
                     skipped.append(f"{parent}/{file}")
-        if not images:
+        if not images and not allow_empty:
             raise ValueError(
                 f"no images in one of the classes: class folder {Path(root, name)} holds no image. Put images in it or "
                 f"remove it; known extensions: {', '.join(sorted(IMAGE_EXTENSIONS))}"
