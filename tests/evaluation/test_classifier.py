@@ -119,4 +119,6 @@ def test_classifier_of_another_number_of_classes_is_refused(checkpoint, tmp_path
     labels = np.arange(8) % 4
     reference = save_npz(tmp_path / "reference.npz", colours(labels % 3, 3), labels)
     with pytest.raises(ValueError, match="knows 3 classes, the images have 4"):
-        evaluate(reference, str(tmp_path), 8, 8, samples={"mine": reference}, classifier=checkpoint)
+        evaluate(
+            reference, str(tmp_path), image_size=8, num_images=8, samples={"mine": reference}, classifier=checkpoint
+        )
