@@ -16,8 +16,6 @@ TRAINING_COMMANDS = {
     "test": "compute the test metrics of a model",
     "predict": "run a model's predict step over a data set",
 }
-
-
 # Commands that are a function of this package each; those above are one `TrainingCLI`.
 FUNCTION_COMMANDS = {
     "shards": "write a data set as webdataset shards",
@@ -27,8 +25,6 @@ FUNCTION_COMMANDS = {
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
-
-
 # Module and function, where they do not have the command's name: `import` cannot be one.
 _FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}

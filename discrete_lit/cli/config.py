@@ -22,21 +22,11 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 from discrete_lit.core.configuration import current_names
 
 COMMAND_LINE = "the command line"
-
-
 # Under this key a class that replaces another keeps the other's arguments: those that it accepts stay in force.
 INHERITED = "\0inherited"
-
-
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-
-
 _MOST_SHOWN, _MOST_LISTED = 5, 12
-
-
 Settings = Mapping[str, Any]
-
-
 Problems = list[tuple[str, str]]  # dotted paths of wrong settings, each with what is wrong in words that follow it
 
 

@@ -16,8 +16,6 @@ from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_st
 from discrete_lit.generators.generator import Generator
 
 _log = logging.getLogger(__name__)
-
-
 _ABSENT = object()
 
 

@@ -449,12 +449,8 @@ class DiscreteFlowMatching(DiffusionLoss):
 
 # Stands for a probability of 0, whose logarithm would be infinite: far below what float64 adds up.
 _TINY = 1e-30
-
-
 # From here on log(1 + exp(x)) equals x, in float64 too.
 _LINEAR = 40
-
-
 # The eigenvectors of a dense chain cannot tell probabilities below this from 0.
 _DENSE_ROUNDING = 1e-18
 
@@ -530,8 +526,6 @@ def gather(values: Tensor, ids: Tensor) -> Tensor:
 # The logits' entries in one chunk, 4 MB of float32; chunks are larger where there would be more than `_MOST_PARTS`, for
 # which a GPU would wait for the host. The tensors made of a chunk on the way are a few times as large.
 _ENTRIES_AT_ONCE = 2**20
-
-
 _MOST_PARTS = 16
 
 

@@ -95,8 +95,6 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 TimeInput = Literal["none", "time", "total_noise"]
-
-
 # DiT's and D3PM's sinusoids tell times from 0 to 1000 apart.
 _TIME_SCALE = 1000.0
 

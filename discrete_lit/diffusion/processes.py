@@ -253,8 +253,6 @@ LARGEST_VOCABULARY = 1024
 
 # More total noise than this leaves nothing of a token.
 _ENDLESS = 1e6
-
-
 # `DenseProcess.corrupt` forms kernels of at most so many entries at once: 32 MB of float64.
 _ENTRIES_AT_ONCE = 2**22
 

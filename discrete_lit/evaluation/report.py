@@ -88,8 +88,6 @@ _RECONSTRUCTION_COLUMNS: Columns = {
     "L entropy": _made(lambda made: made.entropy_bits, ",.0f"),
     "bits/pixel": _made(lambda made: made.bits_per_pixel, ".3f"),
 }
-
-
 _COSTS = {
     "network_calls": "network calls: evaluations of the network for an image, two for a guided step",
     "sequential_passes": "sequential passes: those that wait for one another",

@@ -115,8 +115,6 @@ class InceptionV3(FeatureExtractor):
 
 
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-
 EFFICIENTNET_SIZE = 224
 
 

@@ -9,12 +9,8 @@ from discrete_lit.pretrained.reading import Reference, State, agree
 
 # The number of heads, by width; those of width 512 have 85 channels.
 _HEADS = {384: 6, 512: 6, 768: 12, 1024: 16}
-
-
 # Steps of the published evaluation; its guidance differs from model to model.
 _STEPS = 32
-
-
 _BLOCK = [
     ("attention.query_key_value.weight", "attn.{wq|wk|wv}.weight"),
     ("attention.out.weight", "attn.wo.weight"),
@@ -24,8 +20,6 @@ _BLOCK = [
     ("mlp.contract.weight", "ff.w2.weight"),
     ("modulation.project.{rest}", "mlp.1.{rest}"),
 ]
-
-
 _RULES = [
     ("token_embedding.table.weight", "tok_emb.weight"),
     ("class_embedding.weight", "cls_emb.weight"),

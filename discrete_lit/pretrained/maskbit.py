@@ -29,8 +29,6 @@ LAYOUT = ConvLayout(
     downsample="down_conv",
     upsample="upsample_conv",
 )
-
-
 _BLOCKS = "encoder.down.0.res_blocks.0.conv1.weight"
 
 
@@ -102,8 +100,6 @@ def _network(state: State, layout: ConvLayout) -> dict[str, Any]:
 
 # Steps of the published evaluation that has the fewest; its other settings are the sampler's defaults.
 _STEPS = 64
-
-
 _BLOCK = [
     ("attention.query_key_value.{rest}", "0.mha.in_proj_{rest}"),
     ("attention.out.{rest}", "0.mha.out_proj.{rest}"),
@@ -112,8 +108,6 @@ _BLOCK = [
     ("mlp.contract.{rest}", "1.net.2.{rest}"),
     ("mlp_norm.{rest}", "1.norm.{rest}"),
 ]
-
-
 _SHARED = [
     ("class_embedding.weight", "class_emb.weight"),
     ("positions.embedding", "pos_emb"),
@@ -121,12 +115,8 @@ _SHARED = [
     *in_blocks("transformer.layers.{block}", _BLOCK),
     ("head.transform.{layer}.{rest}", "last_layer.{layer}.{rest}"),
 ]
-
-
 # The class comes first in our sequence, last in theirs.
 _CLASS_FIRST = Arrangement(["pos_emb"], ["pos_emb"], lambda table: [torch.cat([table[:, -1:], table[:, :-1]], dim=1)])
-
-
 _MARKS = ("class_emb.weight", "pos_emb", "first_layer.0.weight", "last_layer.0.weight")
 
 

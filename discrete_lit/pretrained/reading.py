@@ -43,8 +43,6 @@ _LEFT_BY_TRAINERS = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
 )
-
-
 _ZIP_START = b"PK\x03\x04"
 
 
@@ -203,8 +201,6 @@ def _read_torch(file: Path) -> Any:
 
 
 Reference = Mapping[str, Any]
-
-
 # Where published files keep the arguments of the model: taming and LDM, Lightning's CLI.
 _AROUND = ("config", "model", "params", "init_args")
 

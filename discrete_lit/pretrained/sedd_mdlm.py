@@ -28,8 +28,6 @@ _CLASSES = "classes"
 
 # Channels of an attention head.
 _HEAD_WIDTH = 64
-
-
 _BLOCK: Rules = (
     ("attention_norm.{rest}", "norm1.{rest}"),
     ("attention.query_key_value.{rest}", "attn_qkv.{rest}"),
@@ -135,12 +133,8 @@ def schedule(noise: Reference, default: str, known: Sequence[str]) -> dict[str, 
 
 
 _MARKS = ("vocab_embed.embedding", "sigma_map.mlp.0.weight", "output_layer.norm_final.weight")
-
-
 # `checkpoint.pth` of a run has the weights under `model`.
 _WRAPPERS = ("model",)
-
-
 _AVERAGES = Averages("ema.shadow_params", BUFFERS)
 
 
@@ -198,8 +192,6 @@ def _sedd(state: State, reference: Reference, graph: str) -> Conversion:
 
 
 _PREFIX = "backbone."
-
-
 _OUTPUT = f"{_PREFIX}output_layer.linear"
 
 

@@ -104,8 +104,6 @@ def vector_quantizer(codebook_size: int, code_dim: int, **settings: Any) -> dict
 
 
 _FIRST_STAGE = "first_stage_model."
-
-
 _BLOCK = [
     ("attention.query_key_value.{rest}", "attn.{query|key|value}.{rest}"),
     ("attention.out.{rest}", "attn.proj.{rest}"),
@@ -114,8 +112,6 @@ _BLOCK = [
     ("mlp.expand.{rest}", "mlp.0.{rest}"),
     ("mlp.contract.{rest}", "mlp.2.{rest}"),
 ]
-
-
 _RULES = [
     ("token_embedding.table.weight", "transformer.tok_emb.weight"),
     ("class_embedding.weight", "transformer.tok_emb.classes"),

@@ -39,8 +39,6 @@ from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 _HEAD_WIDTH = 64
 # The second half of a proxy among our names.
 _PIXELS = "network.proxy.network.decoder"
-
-
 _TRANSFORMER = [
     ("class_token", "class_embedding"),
     ("patch_positions", "positional_embedding"),
@@ -54,8 +52,6 @@ _TRANSFORMER = [
     ("blocks.blocks.{block}.mlp.expand.{rest}", "transformer.{block}.mlp.c_fc.{rest}"),
     ("blocks.blocks.{block}.mlp.contract.{rest}", "transformer.{block}.mlp.c_proj.{rest}"),
 ]
-
-
 RULES = [
     CODES,
     ("network.encoder.latent_tokens", "latent_tokens"),
@@ -83,8 +79,6 @@ RULES = [
     ("network.pixels.pixels.{rest}", "decoder.ffn.0.{rest}"),
     ("network.pixels.smooth.{rest}", "decoder.conv_out.{rest}"),
 ]
-
-
 _MARKS = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token")
 
 
@@ -242,14 +236,10 @@ _TITOK_SAMPLING: dict[int, dict[str, Any]] = {
         "guidance_power": 3.0,
     },
 }
-
-
 _EMBEDDINGS = [
     ("token_embedding.table.weight", "embeddings.tokens"),
     ("class_embedding.weight", "embeddings.classes"),
 ]
-
-
 _BERT_BLOCK = [
     ("attention.query_key_value.{rest}", "attention.self.{query|key|value}.{rest}"),
     ("attention.out.{rest}", "attention.output.dense.{rest}"),
@@ -258,8 +248,6 @@ _BERT_BLOCK = [
     ("mlp.contract.{rest}", "output.dense.{rest}"),
     ("mlp_norm.{rest}", "output.LayerNorm.{rest}"),
 ]
-
-
 _BERT = [
     *_EMBEDDINGS,
     ("positions.embedding", "positions"),
@@ -392,12 +380,8 @@ def _masked(
 
 # Rows of the position tables that no sequence reaches.
 _SPARE_POSITIONS = 1024
-
-
 # Guidance scale, its exponent and the temperature of the published evaluation, by width.
 _RAR_SAMPLING = {768: (16.0, 2.75, 1.0), 1024: (15.5, 2.5, 1.02), 1280: (6.9, 1.5, 1.02), 1408: (8.0, 1.2, 1.02)}
-
-
 _RULES = [
     ("token_embedding.table.weight", "embeddings.tokens"),
     ("class_embedding.weight", "embeddings.classes"),

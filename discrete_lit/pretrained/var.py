@@ -9,13 +9,9 @@ from discrete_lit.pretrained.reading import Reference, State, agree
 from discrete_lit.pretrained.taming import CODES, MARKS
 
 LAYOUT = ConvLayout(query_key_value="qkv")
-
-
 # Sides of the scales at 256 pixels. The file has only their number: the same file serves 512 pixels, with the sides 1,
 # 2, 3, 4, 6, 9, 13, 18, 24, 32.
 _TOKENIZER_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-
-
 # Running means of how often each scale takes each id.
 DROPPED = ("quantize.ema_vocab_hit_SV",)
 
@@ -54,12 +50,8 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
 
 # Sides of the scales, by the number of tokens: at 256 and at 512 pixels.
 _GENERATOR_SCALES = {680: [1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 2240: [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]}
-
-
 # Published: both gates, both scales, both shifts. Ours: shift, scale and gate of the attention, then of the MLP.
 _MODULATION = (4, 2, 0, 5, 3, 1)
-
-
 _BLOCK = [
     ("attention.query_key_value.weight", "attn.mat_qkv.weight"),
     ("attention.query_value_bias", "attn.query_value_bias"),
@@ -70,8 +62,6 @@ _BLOCK = [
     ("modulation.project.{rest}", "ada_lin.1.{rest}"),
     ("modulation_offset", "ada_gss"),
 ]
-
-
 _RULES = [
     ("token_embedding.project.{rest}", "word_embed.{rest}"),
     ("class_embedding.weight", "class_emb.weight"),
