@@ -51,6 +51,16 @@ def test_docstrings_begin_with_what_the_thing_does(file: Path) -> None:
     assert riddles == []
 
 
+@pytest.mark.parametrize("file", FILES, ids=named)
+def test_descriptions_of_attributes_begin_with_what_they_are(file: Path) -> None:
+    strings = [
+        node.value.value
+        for node in ast.walk(TREES[file])
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    assert [text for text in strings if text.startswith(("Of ", "Those ", "What ", "Whose ", "As "))] == []
+
+
 def positional(cls: ast.ClassDef) -> list[str]:
     """Name the arguments that a class takes by position; short records and layers like torch's may have more."""
     for node in cls.body:

@@ -72,7 +72,7 @@ class Generator(TokenTraining):
     """
 
     coordinate_name: str
-    """What `TokenLosses.coordinate` measures: mask_ratio, time, position, scale."""
+    """The name of what `TokenLosses.coordinate` measures: mask_ratio, time, position or scale."""
 
     def __init__(
         self,

@@ -219,7 +219,7 @@ class Layers:
     bias: bool
     """The convolutions inside residual blocks have one."""
     shortcut: Literal["input", "output"]
-    """What the shortcut of a residual block reads where the channels change."""
+    """The input of a residual block's shortcut where the channels change."""
 
     def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
         """Make a convolution of stride 1, to a grid of the same size."""
