@@ -1,7 +1,9 @@
 # Targets with a "##" comment are listed by `make help`.
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# Any Python that is new enough, by whatever name; `make PYTHON=...` takes another.
+PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 python3.11; do \
+	if $$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo $$name; break; fi; done)
 BIN := .venv/bin
 RUNS := runs/quickstart
 CONFIGS := lightning_configs/quickstart
@@ -17,6 +19,7 @@ help: ## list the targets
 setup: .venv/installed ## make .venv and install the project with everything for its checks
 
 .venv/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer is on the path; name one by make PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --editable '.[dev]'
 	@touch $@

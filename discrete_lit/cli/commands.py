@@ -71,9 +71,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         guess = f"; did you mean {nearest[0]!r}?" if nearest else ""
         fail(f"{command!r} is not a command{guess} The commands are {', '.join(COMMANDS)}")
     try:
+        from discrete_lit.cli.config import files_first
         from discrete_lit.core.configuration import use_current_names
 
-        _run(command, use_current_names(arguments[1:]))
+        _run(command, files_first(use_current_names(arguments[1:])))
     except ValueError as error:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
-from discrete_lit.core.configuration import current_names
+from discrete_lit.core.configuration import read_settings
 
 COMMAND_LINE = "the command line"
 # Under this key a class that replaces another keeps the other's arguments: those that it accepts stay in force.
@@ -82,16 +82,66 @@ class GivenSettings:
             self.sources[where] = source
 
 
+def files_first(arguments: Sequence[str]) -> list[str]:
+    """Order a command line so that what it says wins over the files that it names, wherever they stand in it.
+
+    Files keep their order among themselves. An option that gives a whole group, such as `--data ImageFolder`, goes
+    before the options inside that group, such as `--data.train`.
+
+    Raises:
+        ValueError: a configuration file that cannot be read.
+    """
+    files: list[_Option] = []
+    others: list[_Option] = []
+    for option in _options(arguments):
+        if option.is_file:
+            if option.value is not None:
+                _read(option.value)
+            files.append(option)
+            continue
+        names = [other.name.rstrip("+") for other in others]
+        inside = [index for index, name in enumerate(names) if name.startswith(f"{option.name}.")]
+        # Where the group was given before, the order says which of the two an inner option belongs to.
+        moved = bool(inside) and option.name not in names
+        others.insert(inside[0] if moved else len(others), option)
+    return [text for option in (*files, *others) for text in option.texts]
+
+
 def read_given(arguments: Sequence[str]) -> GivenSettings:
     """Collect the settings of a command line, later ones over earlier ones; ValueError for a broken `--config`."""
-    given, waiting = GivenSettings(), list(arguments)
-    while waiting:
-        option, equals, text = waiting.pop(0).partition("=")
-        name = option.lstrip("-")
-        value = text if equals else waiting.pop(0) if waiting and not waiting[0].startswith("--") else None
-        if option.startswith("-") and value is not None and name not in ("h", "help", "print_config"):
-            given.lay(*(_read(value) if name in ("c", "config") else ({name: value}, COMMAND_LINE)), given.values)
+    given = GivenSettings()
+    for option in _options(arguments):
+        if option.name and option.value is not None and option.name not in ("h", "help", "print_config"):
+            new = _read(option.value) if option.is_file else ({option.name: option.value}, COMMAND_LINE)
+            given.lay(*new, given.values)
     return given
+
+
+@dataclass
+class _Option:
+    """An option of a command line with the words that follow it."""
+
+    name: str  # without dashes, empty for a word in front of the first option
+    value: str | None
+    texts: list[str]
+
+    @property
+    def is_file(self) -> bool:
+        return self.name in ("c", "config")
+
+
+def _options(arguments: Sequence[str]) -> list[_Option]:
+    found: list[_Option] = []
+    for argument in arguments:
+        option, equals, text = argument.partition("=")
+        is_option = option.startswith("--") or option in ("-c", "-h")
+        if is_option or not found:
+            found.append(_Option(option.lstrip("-") if is_option else "", text if equals else None, [argument]))
+        else:
+            last = found[-1]
+            last.value = argument if last.value is None else last.value
+            last.texts.append(argument)
+    return found
 
 
 def _read(config: str) -> tuple[dict[str, Any], str]:
@@ -100,9 +150,11 @@ def _read(config: str) -> tuple[dict[str, Any], str]:
     # A checkpoint's model is given as JSON.
     source = config if not inline else "the checkpoint" if config.startswith('{"') else COMMAND_LINE
     try:
-        values = current_names(yaml.safe_load(config if inline else Path(config).read_text()))
-    except OSError as error:
-        raise ValueError(f"--config {config}: {error.strerror or error}") from error
+        if not inline and Path(config).exists() and not Path(config).is_file():
+            raise ValueError(f"--config {config}: not a file")
+        values = read_settings(config if inline else Path(config).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict | None):

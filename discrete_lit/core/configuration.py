@@ -1,10 +1,11 @@
-"""Configurations as plain data: the names that earlier versions used, and building what a configuration describes.
+"""Configurations as plain data: how YAML is read, names of earlier versions, building what a configuration describes.
 
 A class path that was ever written into a checkpoint or stood in a shipped recipe goes on loading: it is put into
 today's names before anything is built. Every rename is added to the tables here, and nowhere else.
 """
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
-from yaml import YAMLError
 
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
@@ -54,7 +55,10 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
-_load_yaml = get_loader("yaml")
+# A file with more entries than this, aliases counted as often as they are used, is no configuration.
+_MOST_ENTRIES, _DEEPEST = 500_000, 100
+# At the beginning of a value: the environment variable that a path begins with.
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})(?=/|$)")
 _logged: set[str] = set()
 _CLASS_PATH = re.compile(r"discrete_lit(\.[a-z_]\w*)+\.[A-Z]\w*")
 
@@ -133,19 +137,127 @@ def _leads_somewhere(path: str) -> bool:
     return found is not None and getattr(found, "__name__", name) == name
 
 
+class SettingsLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Read YAML as users of this field mean it: `1e-4` is a number, `010` and `1:30` are words, a key stands once.
+
+    Raises:
+        yaml.YAMLError: also for a key that is given twice, where the parser would drop the first one with all that it
+            holds, and for a document that contains itself, or whose aliases multiply it beyond measure.
+    """
+
+    def get_single_node(self) -> Any:
+        try:
+            node = super().get_single_node()
+        except RecursionError:
+            raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels") from None
+        if node is not None and _entries(node, (), {}) > _MOST_ENTRIES:
+            raise yaml.YAMLError(
+                f"it has more than {_MOST_ENTRIES:,} entries, aliases counted as often as they are used"
+            )
+        return node
+
+
+# The resolvers of YAML 1.1 without dates, base 60 and octal numbers, and with numbers such as 1e-4.
+SettingsLoader.yaml_implicit_resolvers = {
+    letter: [
+        (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("timestamp", "int", "float")
+    ]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"),
+    list("-+0123456789"),
+)
+SettingsLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+        r"|[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def _entries(node: yaml.Node, above: tuple[int, ...], counted: dict[int, int]) -> int:
+    """Count the entries of a YAML document as they are when every alias is written out."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) in above:
+        raise yaml.YAMLError(f"it contains itself, line {node.start_mark.line + 1}")
+    if len(above) > _DEEPEST:
+        raise yaml.YAMLError(f"it is nested deeper than {_DEEPEST} levels, line {node.start_mark.line + 1}")
+    if id(node) not in counted:
+        within = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            first: dict[Any, int] = {}
+            for key, _ in node.value:
+                line = key.start_mark.line + 1
+                if key.value in first and key.value != "<<" and isinstance(key, yaml.ScalarNode):
+                    raise yaml.YAMLError(
+                        f"{key.value!r} is given twice in one place, lines {first[key.value]} and {line}"
+                    )
+                if isinstance(key, yaml.ScalarNode):
+                    first[key.value] = line
+            counted[id(node)] = 1 + sum(_entries(value, within, counted) for _, value in node.value)
+        else:
+            counted[id(node)] = 1 + sum(_entries(item, within, counted) for item in node.value)
+    return counted[id(node)]
+
+
+def read_settings(text: str) -> Any:
+    """Read YAML as `SettingsLoader` does, in today's names and with `~` and environment variables put in.
+
+    Raises:
+        yaml.YAMLError: not YAML.
+        ValueError: a value begins with an environment variable that is not set.
+    """
+    return _in_current_names(_expanded(yaml.load(text, Loader=SettingsLoader)))
+
+
 def use_current_names(arguments: Sequence[str]) -> list[str]:
-    """Return a command line in today's names, and have every file that it leads to read in today's names too."""
+    """Return a command line in today's names, and have every file that it leads to read by `read_settings`.
+
+    Raises:
+        ValueError: a value begins with an environment variable that is not set.
+    """
     if get_loader("yaml") is not _load_settings:
-        set_loader("yaml", _load_settings, exceptions=(YAMLError,))
-    values = [argument.rpartition("=")[2] for argument in arguments]
+        set_loader("yaml", _load_settings, exceptions=(yaml.YAMLError,))
+    values = [argument.partition("=")[2] if argument.startswith("-") else argument for argument in arguments]
     return [
-        argument[: len(argument) - len(value)] + _in_current_names(value)
+        argument[: len(argument) - len(value)] + _in_current_names(_expanded(value))
         for argument, value in zip(arguments, values, strict=True)
     ]
 
 
 def _load_settings(text: str) -> Any:
-    return _in_current_names(_load_yaml(text))
+    settings = read_settings(text)
+    # A word such as {a,b} in a list of shards is a mapping for YAML.
+    braces = isinstance(settings, dict) and bool(settings) and all(value is None for value in settings.values())
+    return text if braces and (text.lstrip().startswith("{") or text.strip().endswith(":")) else settings
+
+
+def _expanded(settings: Any) -> Any:
+    """Put in the home folder and the environment variable that a value begins with, as a shell does for a path."""
+    if isinstance(settings, list):
+        return [_expanded(entry) for entry in settings]
+    if isinstance(settings, dict):
+        return {key: _expanded(value) for key, value in settings.items()}
+    if not isinstance(settings, str):
+        return settings
+    if settings == "~" or settings.startswith("~/"):
+        return os.path.expanduser(settings)
+    found = _VARIABLE.match(settings)
+    if found is not None:
+        name = found.group(1) or found.group(2)
+        if name not in os.environ:
+            raise ValueError(f"{settings!r} begins with an environment variable that is not set")
+        return os.environ[name] + settings[found.end() :]
+    if re.match(r"\$\{[^}]*\}", settings):
+        raise ValueError(
+            f"{settings!r} would be taken literally; accepted at the beginning of a value: $NAME or ${{NAME}}"
+        )
+    return settings
 
 
 def _in_current_names(settings: Any) -> Any:

@@ -1,10 +1,11 @@
 """Provenance of a result: its settings as plain data, the commit, versions, device and date."""
 
+import json
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,31 @@ def class_path(kind: type) -> str:
 
 
 def git_commit() -> str | None:
-    """Find the commit of the source tree that this package runs from, `-dirty` if it was changed; None if installed."""
+    """Find the commit that this package is of, `-dirty` if its files were changed since; None where nothing says so.
+
+    It is that of the source tree that the package runs from, or the one that pip installed from a git address. A
+    package that was installed inside somebody's own repository is not of that repository.
+    """
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
-        command = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        described = [*git, "describe", "--always", "--dirty", "--abbrev=40"]
+        return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
+        return _installed_commit()
+
+
+def _installed_commit() -> str | None:
+    """Read the commit from what pip notes beside a package that it installed from a git address (PEP 610)."""
+    try:
+        installed = distribution("discrete-lit")
+    except PackageNotFoundError:
         return None
+    # Another copy of the package may be the one that runs.
+    if Path(str(installed.locate_file("discrete_lit"))).resolve() != Path(__file__).resolve().parents[1]:
+        return None
+    return json.loads(installed.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

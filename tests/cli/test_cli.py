@@ -95,6 +95,7 @@ def test_print_config_goes_back_in(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_later_files_go_over_earlier_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = write_settings(tmp_path / "first.yaml", generator_settings(Path("tokenizer.ckpt")))
+    between = write_settings(tmp_path / "between.yaml", {"model": {"init_args": {"label_smoothing": 0.1}}})
     swap = {"class_path": "discrete_lit.generators.Autoregressive", "init_args": {"label_dropout": 0.5}}
     second = write_settings(
         tmp_path / "second.yaml",
@@ -103,7 +104,7 @@ def test_later_files_go_over_earlier_ones(tmp_path: Path, capsys: pytest.Capture
             "trainer": {"max_steps": 9, "callbacks+": [{"class_path": "discrete_lit.callbacks.Throughput"}]},
         },
     )
-    more = ("--model.init_args.label_smoothing=0.1", "--config", second, "--trainer.min_steps=1", "--print_config")
+    more = ("--config", between, "--config", second, "--trainer.min_steps=1", "--print_config")
     assert exit_code("fit", "--config", first, *more) == 0
     settings = yaml.safe_load(capsys.readouterr().out)
     assert settings["model"]["class_path"] == "discrete_lit.generators.Autoregressive"
@@ -112,6 +113,52 @@ def test_later_files_go_over_earlier_ones(tmp_path: Path, capsys: pytest.Capture
     assert (arguments["label_dropout"], arguments["image_size"]) == (0.5, 8)
     assert (settings["trainer"]["max_steps"], settings["trainer"]["min_steps"]) == (9, 1)
     assert len(settings["trainer"]["callbacks"]) == 1
+
+
+# For each command: a file's settings, and an option that contradicts it.
+CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
+    **{name: ({"trainer": {"max_steps": 2}}, "trainer.max_steps", 7) for name in cli.TRAINING_COMMANDS},
+    "shards": ({"split": "train"}, "split", "test"),
+    "tokenize": ({"split": "train"}, "split", "validation"),
+    "sample": ({"num_samples": 2}, "num_samples", 7),
+    "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
+    "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("form", ["{0} {1}", "{1} {0}", "{2} {1}", "{1} {2}"])
+def test_the_command_line_wins_wherever_it_stands(
+    command: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, name, value = CONTRADICTIONS[command]
+    file = write_settings(tmp_path / "settings.yaml", settings)
+    given = form.format(f"--config {file}", f"--{name} {value}", f"-c {file}").split()
+    assert exit_code(command, *given, "--print_config") == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    for part in name.split("."):
+        printed = printed[part]
+    assert printed == value
+
+
+def test_a_group_goes_before_what_is_inside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = ("--data.init_args.batch_size", "3", "--data.train=images")
+    assert exit_code("fit", *inside, "--data", "ImageFolder", "--data.image_size=8", "--print_config") == 0
+    given = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert given["class_path"] == "discrete_lit.data.ImageFolder"
+    assert (given["init_args"]["batch_size"], given["init_args"]["train"]) == (3, "images")
+
+
+def test_options_of_a_list_keep_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (
+        (f"--trainer.callbacks+={name}", f"--trainer.callbacks.{setting}")
+        for name, setting in (("TQDMProgressBar", "refresh_rate=5"), ("LearningRateMonitor", "logging_interval=step"))
+    )
+    assert exit_code("fit", *one, *two, "--print_config") == 0
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert callbacks[0]["init_args"]["refresh_rate"] == 5
+    assert callbacks[1]["init_args"]["logging_interval"] == "step"
 
 
 def test_a_users_mistake_is_one_message(
