@@ -5,6 +5,7 @@ given, and followed down along the arguments of each class: jsonargparse says wh
 """
 
 import inspect
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ COMMAND_LINE = "the command line"
 INHERITED = "\0inherited"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _MOST_SHOWN, _MOST_LISTED = 5, 12
+_DATA_FILE = "lightning_configs/data/imagenet256.yaml"
 Settings = Mapping[str, Any]
 Problems = list[tuple[str, str]]  # dotted paths of wrong settings, each with what is wrong in words that follow it
 
@@ -36,7 +38,8 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: Exception) 
     problems = _check_settings(_arguments(parser), given.values, "", "this command", {})
     sources = [f" (from {source})" if (source := given.source(path)) else "" for path, _ in problems]
     lines = [f"{path} {what}{source}" for (path, what), source in zip(problems, sources, strict=True)]
-    lines = lines or str(error).splitlines()
+    missing = _of_data("data") if re.search(r"required:.*\bdata\b", str(error)) else ""
+    lines = lines or f"{error}{missing}".splitlines()
     more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
     return "\n       ".join(lines[:_MOST_SHOWN] + more)
 
@@ -198,7 +201,7 @@ def _check_settings(accepted: Settings, values: Settings, path: str, owner: str,
         elif name in values:
             problems += _check_value(values[name], argument[0], full)
         elif argument[1] and (name not in inherited or _check_value(inherited[name], argument[0], full)):
-            problems.append((full, f"is required by {owner}: {_describe(argument[0])}"))
+            problems.append((full, f"is required by {owner}: {_describe(argument[0])}{_of_data(full)}"))
     return problems
 
 
@@ -207,11 +210,16 @@ def _check_value(value: Any, kind: Any, path: str) -> Problems:
     origin, parts = get_origin(kind), get_args(kind)
     wrong = [(path, f"is {value!r}, accepted: {_describe(kind)}")]
     if origin in (Union, types.UnionType):
-        tried = [_check_value(value, part, path) for part in parts]
-        # The member that got furthest was meant; but a word is more likely a number gone wrong than a class.
-        deepest = max(tried, key=lambda problems: len(problems[0][0]) if problems else 0)
+        tried = [(part, _check_value(value, part, path)) for part in parts]
+        if not all(problems for _, problems in tried):
+            return []
+        # Settings were meant for a class. Of its kind the member that got furthest was meant; but a word is more likely
+        # a number gone wrong than a class.
+        classes = [problems for part, problems in tried if _is_class(part) or get_origin(part) is Callable]
+        settings = isinstance(value, Mapping) and bool(classes)
+        deepest = max(classes if settings else [problems for _, problems in tried], key=lambda found: len(found[0][0]))
         word = isinstance(value, str) and {bool, int, float}.intersection(parts)
-        return [] if not all(tried) else wrong if word or deepest[0][0] == path else deepest
+        return wrong if word or (deepest[0][0] == path and not settings) else deepest
     if isinstance(value, list) and inspect.isclass(origin) and issubclass(origin, Sequence | set):
         kinds = parts if origin is tuple and parts[-1] is not Ellipsis else [parts[0]] * len(value)
         if len(kinds) == len(value):
@@ -239,7 +247,7 @@ def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
         if name not in keys and ("class_path" in given or get_close_matches(name, _CLASS_KEYS, n=1)):
             return [(_join(path, name), f"is not accepted{_suggest(name, _CLASS_KEYS, path)}")]
     if "class_path" not in given:
-        return [(path, f"needs a class_path{_suggest('', known)}")]
+        return [(path, f"needs a class_path{_of_data(path)}{_suggest('', known)}")]
     name, arguments = str(given["class_path"]), given.get("init_args") or {}
     # Of a class that was imported, the bare name is enough.
     module, _, last = next((item for item in known if item.rpartition(".")[2] == name), name).rpartition(".")
@@ -256,6 +264,11 @@ def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
     if not isinstance(arguments, Mapping):
         return [(_join(path, "init_args"), f"is {arguments!r}, accepted: the arguments of {name}")]
     return _check_settings(_arguments(found, skip), arguments, _join(path, "init_args"), name, given.get(INHERITED, {}))
+
+
+def _of_data(path: str) -> str:
+    """Say where the data come from, if it is they that are missing: every recipe leaves them to a file of their own."""
+    return f", as `--config` of a file such as {_DATA_FILE} beside this one gives it" if path == "data" else ""
 
 
 def _known_classes(base: Any) -> list[str]:

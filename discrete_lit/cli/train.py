@@ -3,6 +3,7 @@
 run_dir/
     checkpoints/    the newest checkpoints
     tensorboard/    one log, continued by every resume
+    predictions/    what `predict` wrote
     config.yaml     the settings of the first start; config-resumed-1.yaml, ... those of the next ones
     run.json        time, command line, git commit, versions and checkpoint of every start
 """
@@ -18,13 +19,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from discrete_lit.callbacks import (
     GradientNorm,
@@ -38,7 +48,7 @@ from discrete_lit.checkpoints import check_weights, load_weights, module_config,
 from discrete_lit.cli.config import GivenSettings, explain, read_given
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.core.configuration import build, current_names
-from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.files import atomic_write, atomic_write_text
 from discrete_lit.core.provenance import environment
 
 _log = logging.getLogger(__name__)
@@ -145,7 +155,7 @@ class TrainingCLI(LightningCLI):
             "Without a model in the configuration, the model is the checkpoint's.",
         )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
-        skipped |= {"ckpt_path", "weights_only"}
+        skipped |= {"ckpt_path", "weights_only", "return_predictions"}
         self.command_settings = parser.add_method_arguments(Trainer, self.command, skip=skipped)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -158,6 +168,8 @@ class TrainingCLI(LightningCLI):
         except argparse.ArgumentError as error:
             raise ValueError(explain(parser, arguments, error)) from error
         self.folder = RunFolder(self.config.run_dir) if self.config.run_dir else None
+        if self.command == "predict" and self.folder is None:
+            raise ValueError("predict needs --run_dir FOLDER: predictions are written into FOLDER/predictions")
         if self.command == "fit" and self.folder and self.folder.checkpoints() and not given.values.get("ckpt_path"):
             raise ValueError(
                 f"run_dir={str(self.folder.path)!r} holds the checkpoints of an earlier run: `--ckpt_path last` goes on"
@@ -247,6 +259,9 @@ class TrainingCLI(LightningCLI):
                 callbacks += folder.direct_checkpoints(callbacks)
         elif logger in (None, True):
             logger = TensorBoardLogger(settings["default_root_dir"] or ".", name="lightning_logs")
+        if self.command == "predict":
+            assert folder is not None
+            callbacks.append(PredictionFiles(folder.path / "predictions"))
         callbacks += self._always_on(callbacks, bool(logger))
         if not settings["fast_dev_run"]:
             callbacks.append(self._record_start(logger))
@@ -283,8 +298,19 @@ class TrainingCLI(LightningCLI):
         )
 
     def run(self) -> Any:
-        """Run the command on what was built."""
+        """Run the command on what was built.
+
+        Raises:
+            ValueError: `test` of a model without a test step.
+        """
         settings = {name: self.config_init[name] for name in self.command_settings}
+        if self.command == "test" and not is_overridden("test_step", self.model):
+            raise ValueError(
+                f"{type(self.model).__name__} has no test step: `discrete-lit validate` computes its metrics on "
+                "data.init_args.validation, `discrete-lit evaluate` compares its images with a reference"
+            )
+        if self.command == "predict":
+            settings["return_predictions"] = False  # they are in files, and need not fit into memory
         return getattr(self.trainer, self.command)(
             self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True, **settings
         )
@@ -328,6 +354,33 @@ class RunFolder:
         for callback in own:
             callback.dirpath = callback.dirpath or folder
         return [] if own else [ModelCheckpoint(folder, save_last=True, enable_version_counter=False)]
+
+
+class PredictionFiles(BasePredictionWriter):
+    """Write what a model predicts, a file `{rank}-{batch}.pt` for each batch: `prediction` and the batch's `index`.
+
+    Args:
+        folder: where the files go; made when it is needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("batch")
+        self.folder = folder
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        index = batch.get("index") if isinstance(batch, dict) else None
+        with atomic_write(self.folder / f"{trainer.global_rank}-{batch_idx:06d}.pt") as file:
+            torch.save({"prediction": prediction, "index": index}, file)
 
 
 class RecordStart(Callback):

@@ -1,15 +1,18 @@
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from helpers.synthetic_data import SyntheticImages
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
-from discrete_lit import __version__
+from discrete_lit import __version__, load
 from discrete_lit.cli import commands as cli
 
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
@@ -18,7 +21,7 @@ OPTIONS = {
     "fit": TRAINING,
     "validate": TRAINING | {"verbose"},
     "test": TRAINING | {"verbose"},
-    "predict": TRAINING | {"return_predictions"},
+    "predict": TRAINING,
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
     "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
     | {"accelerator", "devices", "num_nodes", "precision"},
@@ -245,3 +248,37 @@ def test_an_alarm_ends_the_run_with_its_report(tmp_path: Path, capfd: pytest.Cap
     assert "stopped: the loss of a batch is not finite at step 1" in error and "Traceback" not in error
     reports = list((tmp_path / "run" / "alarms").glob("*.json"))
     assert len(reports) == 1 and len(json.loads(reports[0].read_text())["ranks"][0]["index"]) == 4
+
+
+def test_predictions_are_kept(tokenizer_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = {key: value for key, value in TOKENIZER.items() if key != "model"}
+    file = write_settings(tmp_path / "data.yaml", data)
+    given = ("predict", "--config", file, "--ckpt_path", tokenizer_checkpoint)
+    assert exit_code(*given) == 2
+    assert "predict needs --run_dir FOLDER" in capsys.readouterr().err
+    run(*given, "--run_dir", tmp_path / "run")
+    files = sorted((tmp_path / "run" / "predictions").iterdir())
+    assert [file.name for file in files] == ["0-000000.pt", "0-000001.pt"]
+    written = [torch.load(file, weights_only=True) for file in files]
+    loader = SyntheticImages(count=8, batch_size=4).predict_dataloader()
+    tokenizer = load(tokenizer_checkpoint)
+    for batch, file in zip(loader, written, strict=True):
+        assert torch.equal(file["prediction"], tokenizer.encode(batch["image"]))
+
+
+def test_test_of_a_model_without_a_test_step_says_what_to_run(
+    tokenizer_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_settings(tmp_path / "data.yaml", {key: value for key, value in TOKENIZER.items() if key != "model"})
+    assert exit_code("test", "--config", file, "--ckpt_path", tokenizer_checkpoint) == 2
+    message = capsys.readouterr().err
+    assert "FSQ has no test step: `discrete-lit validate` computes its metrics" in message
+
+
+@pytest.mark.parametrize("data", [None, {"init_args": {"batch_size": 4}}, {"batch_size": 4}])
+def test_a_recipe_without_its_file_of_data(data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**TOKENIZER, "data": data} if data is not None else {k: v for k, v in TOKENIZER.items() if k != "data"}
+    assert exit_code("fit", "--config", write_settings(tmp_path / "recipe.yaml", settings)) == 2
+    message = capsys.readouterr().err
+    assert re.match(r"error: (data |the following arguments are required: data,)", message)
+    assert "`--config` of a file such as lightning_configs/data/" in message
