@@ -31,7 +31,7 @@ def sample(
     output: str,
     *,
     num_samples: int,
-    labels: list[int] | None = None,
+    labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
     sampler: Sampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -72,8 +72,8 @@ def sample(
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, a label out of range, num_samples or image_size below 1, an image size
-            for text.
+        ValueError: not a generator's checkpoint, a label that is no number or out of range, num_samples or image_size
+            below 1, an image size for text.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator):
@@ -84,11 +84,14 @@ def sample(
         raise ValueError(f"image_size must be at least 1, got {image_size}")
     if image_size is not None and not generator.tokenizer.makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
-    cycle = torch.tensor(labels if labels is not None else range(generator.num_classes))
-    if len(cycle) == 0 or not (0 <= int(cycle.min()) and int(cycle.max()) <= generator.num_classes):
+    given = list(range(generator.num_classes)) if labels is None else labels
+    wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
+    if wrong or not given:
         raise ValueError(
-            f"labels={labels} must lie in [0, {generator.num_classes}]; {generator.num_classes} stands for no class"
+            f"labels holds {repr(wrong[0]) if wrong else 'nothing'}, accepted: int in [0, {generator.num_classes}]; "
+            f"{generator.num_classes} stands for no class"
         )
+    cycle = torch.tensor(given)
     sampler = sampler or generator.sampler
     all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
     folder = Path(output)
