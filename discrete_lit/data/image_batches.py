@@ -18,7 +18,7 @@ class LabelledImage:
     """One sample of a batch; `pixels` is uint8 `(H, W, 3)`, or `(V, H, W, 3)` of V crops."""
 
     pixels: np.ndarray
-    label: int
+    label: int | None
     _: KW_ONLY
     key: str
     index: int
@@ -108,6 +108,8 @@ class ImagePipeline:
 def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:
     """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
 
+    A set without labels makes batches without `"label"`.
+
     Images are `(B, 3, H, W)`, or `(B, V, 3, H, W)` of several crops.
     """
     shape = samples[0].pixels.shape if samples else (image_size, image_size, 3)
@@ -115,9 +117,11 @@ def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:
     for row, sample in enumerate(samples):
         pixels[row] = sample.pixels
     images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
+    labels = [sample.label for sample in samples if sample.label is not None]
+    assert len(labels) in (0, len(samples)), "a set has labels or none"
     return {
         "image": images,
-        "label": torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        **({"label": torch.tensor(labels, dtype=torch.int64)} if labels else {}),
         "key": [sample.key for sample in samples],
         "index": torch.tensor([sample.index for sample in samples], dtype=torch.int64),
     }

@@ -1,8 +1,8 @@
-"""Writing a source of labelled images as webdataset shards.
+"""Writing a source of images as webdataset shards.
 
 A folder of shards holds one split: `{split}-000000.tar`, `{split}-000001.tar` and so on, and `manifest.json`. A sample
-is two files of a tar: `<key>.<extension>`, the image file untouched, and `<key>.cls`, the label as ASCII digits.
-The same source and settings give the same bytes.
+is two files of a tar: `<key>.<extension>`, the image file untouched, and, where it has a label, `<key>.cls`, the label
+as ASCII digits. The same source and settings give the same bytes.
 """
 
 import fcntl
@@ -111,7 +111,8 @@ def _write_shard(path: Path, samples: Sequence[Sample]) -> str:
     with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
         for sample in samples:
             _add(archive, f"{sample.key}.{sample.extension}", sample.data)
-            _add(archive, f"{sample.key}.cls", str(sample.label).encode())
+            if sample.label is not None:
+                _add(archive, f"{sample.key}.cls", str(sample.label).encode())
     return file_sha256(path)
 
 

@@ -17,23 +17,48 @@ that it is measured on.
 
 import io
 import math
+import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, features
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 # Named, because Pillow also opens formats by starting another program (EPS).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+_AVIF = ("AVIF",) if features.check("avif") else ()
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", *_AVIF)
 
 IMAGE_EXTENSIONS = frozenset(
-    ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "tga"]
+    ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "jp2", "tga"]
+    + ["avif"] * len(_AVIF)
 )
+UNREADABLE_EXTENSIONS = frozenset(["heic", "heif", "jxl", "avif", "dng", "cr2", "nef", "arw", "psd"]) - IMAGE_EXTENSIONS
+"""Pictures that are not read, which whoever has them must be told of."""
+
+IMAGE_BYTES_VARIABLE = "DISCRETE_LIT_MAX_IMAGE_MEGABYTES"
+"""The environment variable of the largest image file, in units of 10^6 bytes."""
+_DEFAULT_MEGABYTES = 256
 
 
 class UndecodableImage(ValueError):
     """The bytes are not an image that can be read completely."""
+
+
+def image_bytes_limit() -> int:
+    """Bytes of the largest image file that is read; what claims more would fill the memory before it is refused.
+
+    Raises:
+        ValueError: the environment variable is no positive number.
+    """
+    given = os.environ.get(IMAGE_BYTES_VARIABLE, str(_DEFAULT_MEGABYTES))
+    try:
+        limit = int(float(given) * 1e6)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit < 1:
+        raise ValueError(f"the environment variable {IMAGE_BYTES_VARIABLE} is {given!r}; it must be a positive number")
+    return limit
 
 
 def decode_image(data: bytes, apply_exif: bool = False) -> Image.Image:
@@ -54,6 +79,7 @@ def decode_image(data: bytes, apply_exif: bool = False) -> Image.Image:
             # Pillow warns of odd metadata in files that it reads correctly; a truncated picture raises.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                _check_jpeg_size(image, len(data))
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
@@ -142,10 +168,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_16_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"{image.mode} pixels outside 0..65535")
-    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    grey = np.empty(values.shape, dtype=np.uint8)
+    # Row by row: wider copies of the whole picture would take gigabytes of the largest that Pillow accepts.
+    for row, wide in zip(grey, values, strict=True):
+        row[:] = (wide.astype(np.int64) * 255 + 32767) // 65535
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _check_jpeg_size(image: Image.Image, size: int) -> None:
+    """Refuse a header that claims more pixels than its bytes can code; libjpeg would fill them with grey.
+
+    A block of 8x8 values takes at least one bit, and two (its mean, and that there is no more) where it is coded at
+    once (ITU T.81, annexes F and G).
+    """
+    if not isinstance(image, JpegImagePlugin.JpegImageFile) or "arithmetic" in image.info:
+        return
+    widest, highest = max(layer[1] for layer in image.layer), max(layer[2] for layer in image.layer)
+    blocks = sum(
+        math.ceil(image.width * layer[1] / widest / 8) * math.ceil(image.height * layer[2] / highest / 8)
+        for layer in image.layer
+    )
+    bits = blocks if image.info.get("progressive") else 2 * blocks
+    if bits > 8 * size:
+        raise ValueError(f"its header claims {image.width}x{image.height} pixels, for which {size:,} bytes are too few")
 
 
 def _halved(image: Image.Image, size: int) -> Image.Image:

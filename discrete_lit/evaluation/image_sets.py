@@ -4,8 +4,8 @@
 `Selection` takes the same count of images from every set that is compared, and the same count of each class.
 """
 
-import json
 import logging
+import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,9 +19,10 @@ from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.files import content_sha256, file_sha256, read_npz
-from discrete_lit.data.shard_writer import FORMAT, MANIFEST
-from discrete_lit.data.sources.class_folders import ClassFolders, is_image_file
-from discrete_lit.data.tars import RawSample, all_samples
+from discrete_lit.data.shard_set import find_shards, holds_shards
+from discrete_lit.data.shard_writer import MANIFEST
+from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.tars import RawSample, label_of, read_samples
 from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
 
 _log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ MAX_BROKEN_FRACTION = 0.01
 """The largest fraction of a selection's images that may be unreadable."""
 
 _ACCEPTED = (
-    "accepted are a folder of shards (with manifest.json), a folder of images (one subfolder per class, or images "
+    "accepted are a folder of shards, a folder of images (one subfolder per class, or images "
     "alone), and a .npz with uint8 arr_0 (N, H, W, 3)"
 )
 
@@ -69,16 +70,14 @@ def open_image_set(path: str | Path, image_size: int) -> ImageSet:
     Raises:
         ValueError: nothing there, or nothing that holds images of `image_size`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix == ".npz" and path.is_file():
         return NpzImages(path, image_size)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
-    if (path / MANIFEST).is_file():
+    if holds_shards(path):
         return ShardImages(path, image_size)
-    if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
-        return ClassFolderImages(path, image_size)
-    return FlatFolderImages(path, image_size)
+    return FolderImages(path, image_size)
 
 
 class NpzImages(ImageSet):
@@ -155,44 +154,47 @@ class _NpyStream:
 
 
 class ShardImages(ImageSet):
-    """Images of a folder of webdataset shards with the manifest of `discrete-lit shards`."""
+    """Images of a folder of webdataset shards, found and read as `ImageShards` does.
+
+    Without the manifest of `discrete-lit shards` they have no labels.
+    """
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
-        self._manifest = (path / MANIFEST).read_bytes()
-        manifest = json.loads(self._manifest)
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} holds {manifest.get('format')!r}, which are not images: {_ACCEPTED}")
-        self.count, self.num_classes = manifest["count"], manifest["num_classes"]
-        self._shards = [path / shard["name"] for shard in manifest["shards"]]
-        missing = [shard.name for shard in self._shards if not shard.is_file()]
-        if missing:
-            raise ValueError(f"{str(path)!r} lacks {len(missing)} of its {len(self._shards)} shards: {missing[:3]}")
+        found = find_shards(str(path))
+        self._shards, self.count, self.num_classes = found.shards, found.count, len(found.classes) or None
 
     def fingerprint(self) -> str:
-        # The manifest holds the SHA-256 of every shard.
-        return content_sha256(self._manifest)
+        manifest = self.path / MANIFEST
+        if manifest.is_file():  # It holds the SHA-256 of every shard.
+            return content_sha256(manifest.read_bytes())
+        states = ((shard.name, os.stat(shard.name)) for shard in self._shards)
+        return content_sha256(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states)
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for shard in self._shards:
-            for sample in all_samples(shard):
-                label = int(sample.label) if sample.label else None
-                yield label, lambda sample=sample: self._decode(sample)
+            for _, sample in read_samples(shard, np.ones(shard.count, dtype=bool)):
+                problem = sample.problem
+                if problem is None and sample.label is None and self.num_classes is not None:
+                    problem = "it has no .cls entry"
+                label = label_of(sample, self.num_classes or 0) if problem is None else None
+                yield label, lambda sample=sample, problem=problem: self._decode(sample, problem)
 
-    def _decode(self, sample: RawSample) -> Pixels:
-        if sample.problem is not None:
-            raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {sample.problem}")
+    def _decode(self, sample: RawSample, problem: str | None) -> Pixels:
+        if problem is not None:
+            raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {problem}")
         return center_crop(decode_image(sample.image), self.image_size)
 
 
-class ClassFolderImages(ImageSet):
-    """Images of a folder with one subfolder per class; classes and images in sorted order."""
+class FolderImages(ImageSet):
+    """Images of a folder with one subfolder per class, or without labels; classes and images in sorted order."""
 
     def __init__(self, path: Path, image_size: int) -> None:
         self.path, self.image_size = path, image_size
         self._source = ClassFolders(path)
-        self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
-        self.count, self.num_classes = len(self.labels), len(self._source.classes)
+        self.count, self.num_classes = len(self._source), len(self._source.classes) or None
+        if self._source.classes:
+            self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
@@ -203,25 +205,6 @@ class ClassFolderImages(ImageSet):
                 entry.label,
                 lambda index=index: center_crop(decode_image(self._source.read(index)), self.image_size),
             )
-
-
-class FlatFolderImages(ImageSet):
-    """Image files of one folder in sorted order, without labels."""
-
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
-        self._files = sorted(file for file in path.iterdir() if file.is_file() and is_image_file(file.name))
-        if not self._files:
-            raise ValueError(f"{str(path)!r} holds no images: {_ACCEPTED}")
-        self.count, self.num_classes = len(self._files), None
-
-    def fingerprint(self) -> str:
-        states = ((file.name, file.stat()) for file in self._files)
-        return content_sha256(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states)
-
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        for file in self._files:
-            yield None, lambda file=file: center_crop(decode_image(file.read_bytes()), self.image_size)
 
 
 class Selection:
@@ -278,7 +261,7 @@ class Selection:
         pixels: list[np.ndarray] = []
         labels: list[int] = []
         taken: Counter[int] = Counter()
-        total = broken = 0
+        total, broken, reason = 0, 0, ""
         for label, decode in self.images.stream():
             if self._quota is not None and label is not None:
                 if label not in self._quota:
@@ -288,7 +271,7 @@ class Selection:
             try:
                 pixels.append(decode())
             except UndecodableImage as error:
-                broken += 1
+                broken, reason = broken + 1, str(error)
                 _log.warning("left out a broken image of %s: %s", self.images.path, error)
                 continue
             total += 1
@@ -303,7 +286,9 @@ class Selection:
         if pixels:
             yield _tensors(pixels, labels)
         if broken > MAX_BROKEN_FRACTION * (total + broken):
-            raise ValueError(f"{str(self.images.path)!r}: {broken} of {total + broken} images are broken")
+            raise ValueError(
+                f"{str(self.images.path)!r}: {broken} of {total + broken} images are broken, the last: {reason}"
+            )
         if total < self.count and not self._whole:
             if self._quota is not None:
                 self._check_classes(taken)

@@ -127,7 +127,7 @@ def test_validation_takes_its_labels_from_the_training_classes(
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "has no class folders")):
+    for path, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "no images in")):
         with pytest.raises(ValueError, match=message):
             make_data(str(path)).training_loader(0, 1)
     (tmp_path / "ant").mkdir()

@@ -25,8 +25,8 @@ class Entry(NamedTuple):
     """Unique name in the source, without dots; `/` separates folders."""
     extension: str
     """One of `discrete_lit.data.transforms.IMAGE_EXTENSIONS`: lower case, without the dot."""
-    label: int
-    """Class index in `[0, len(classes))`."""
+    label: int | None
+    """Class index in `[0, len(classes))`; None where the source has no classes."""
     size: int
     """Bytes that the sample takes where it is stored."""
 
@@ -36,7 +36,7 @@ class Sample(NamedTuple):
 
     key: str
     extension: str
-    label: int
+    label: int | None
     data: bytes
     """The encoded image file, exactly as it was stored."""
 
@@ -48,7 +48,7 @@ class Source(ABC):
 
     Args:
         description: one line for people, written into the manifest.
-        classes: class names; the position is the label.
+        classes: class names; the position is the label. Empty where the images have no labels.
         entries: one entry a sample, best in the order in which they lie on the disk: a shard's samples are read in
             this order, whatever the shuffle.
 
@@ -75,7 +75,7 @@ class Source(ABC):
                     f"extension {extension!r} of {key!r} is not one that images are read from: "
                     f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
                 )
-            if not 0 <= label < len(classes):
+            if not (0 <= label < len(classes) if label is not None else not classes):
                 raise ValueError(f"label {label} of {key!r} is not in [0, {len(classes)})")
             if key in seen:
                 raise ValueError(f"two images of {description} have the key {key!r}: rename one of the files")
