@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from discrete_lit.core.images import ImageSize, normal_size, size_text
 from discrete_lit.core.provenance import environment
+from discrete_lit.data.transforms import MODES
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, open_image_set
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 
@@ -33,7 +35,8 @@ def evaluate(
     reference: str,
     output: str,
     *,
-    image_size: int,
+    image_size: ImageSize,
+    image_channels: int = 3,
     num_images: int | None = None,
     samples: dict[str, str] | None = None,
     reconstructions: dict[str, str] | None = None,
@@ -53,7 +56,7 @@ def evaluate(
     class differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
     reconstructions, PSNR, SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside
     the samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class,
-    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to
+    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, C) and `labels`. Files get ADM's centre crop to
     `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
 
     Writes `report.json` and `report.md` into `output`, prints the table, and keeps the reference's moments and up to
@@ -62,7 +65,9 @@ def evaluate(
     Args:
         reference: images to measure against, or their moments: an .npz with `mu` and `sigma`, such as ADM's.
         output: folder of the report.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
+        image_channels: of the images: 3, or 1 for grey, 4 for RGBA, as the tokenizers that reconstruct them take. What
+            saw colour images alone (the extractor, LPIPS) is shown grey repeated and RGBA laid over white.
         num_images: images of each row; a set with fewer is refused. By default as many as there are held-out images,
             which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
@@ -90,14 +95,17 @@ def evaluate(
     from discrete_lit.metrics.frechet import compare, holds_moments
     from discrete_lit.metrics.precision_recall import precision_and_recall
 
+    image_size = normal_size(image_size)
+    if image_channels not in MODES:
+        raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
     samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
     _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
     compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
-    reference_images = None if holds_moments(reference) else open_image_set(reference, image_size)
-    real = None if held_out is None else open_image_set(held_out, image_size)
-    generated = {name: open_image_set(path, image_size) for name, path in samples.items()}
+    reference_images = None if holds_moments(reference) else open_image_set(reference, image_size, image_channels)
+    real = None if held_out is None else open_image_set(held_out, image_size, image_channels)
+    generated = {name: open_image_set(path, image_size, image_channels) for name, path in samples.items()}
     num_classes = _num_classes([real, reference_images, *generated.values()])
     if classifier is not None:
         _check_labels(generated)
@@ -107,8 +115,8 @@ def evaluate(
     reference_selection = (
         None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
     )
-    meters = _load_meters(reconstructions, lpips_weights, compute_device)
-    generators = _load_generators(likelihoods, image_size)
+    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_channels)
+    generators = _load_generators(likelihoods, image_size, image_channels)
     predict = None if classifier is None else _load_classifier(classifier, num_classes, compute_device)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
@@ -174,6 +182,7 @@ def evaluate(
         manifold=manifold,
         image_size=image_size,
         classifier=classifier,
+        image_channels=image_channels,
         environment=environment(compute_device),
     )
     report.write(Path(output))
@@ -285,12 +294,13 @@ def _finite(values: Tensor) -> list[float | None]:
 
 
 def _load_meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
+    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device, image_channels: int
 ) -> dict[str, ReconstructionMeter]:
     """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
 
     Raises:
-        ValueError: a checkpoint that cannot be read or holds a generator; weights that are not LPIPS's.
+        ValueError: a checkpoint that cannot be read, holds a generator or takes other channels; weights that are not
+            LPIPS's.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -309,8 +319,16 @@ def _load_meters(
                 f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
                 "checkpoint of a tokenizer or of a continuous autoencoder"
             )
+        _check_channels(autoencoder, image_channels, f"reconstructions.{name}={path!r}")
         meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
     return meters
+
+
+def _check_channels(autoencoder: Any, image_channels: int, what: str) -> None:
+    """Raise a ValueError where it is known that an autoencoder or tokenizer takes images of other channels."""
+    expected = getattr(autoencoder, "image_channels", None)
+    if expected not in (None, image_channels):
+        raise ValueError(f"{what} takes images of {expected} channels, image_channels is {image_channels}")
 
 
 def _load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -329,11 +347,11 @@ def _load_classifier(checkpoint: str, num_classes: int | None, device: torch.dev
     return classifier.to(device)
 
 
-def _load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, Generator]:
+def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
     """Load the generator of each checkpoint of a dictionary from names to checkpoints, on the CPU.
 
     Raises:
-        ValueError: a checkpoint that holds no generator, or one of another image size.
+        ValueError: a checkpoint that holds no generator, or one of another image size or other channels.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -347,7 +365,9 @@ def _load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, 
             raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
         if module.image_size != image_size:
             raise ValueError(
-                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
+                f"likelihoods.{name}={path!r} models images of {size_text(module.image_size)} pixels, image_size is "
+                f"{size_text(image_size)}"
             )
+        _check_channels(module.tokenizer, image_channels, f"likelihoods.{name}={path!r}")
         generators[path] = module
     return generators

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
-from discrete_lit.core.images import from_uint8
+from discrete_lit.core.images import ImageSize, from_uint8, normal_size
 from discrete_lit.evaluation.image_sets import Selection
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
@@ -62,7 +62,7 @@ def measure(
         batch_size: images at once.
         device: where networks run.
         most_features: how many features are kept; all by default.
-        transform: from uint8 images `(B, 3, H, W)` to the uint8 images that are measured, such as a reconstruction.
+        transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
         classifier: from images in [-1, 1] to logits `(B, K)`.
         description: of the progress bar.
 
@@ -126,7 +126,7 @@ def reference_from_images(
     selection: Selection,
     *,
     extractor: FeatureExtractor,
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int,
     device: torch.device,
     folder: Path,
@@ -137,7 +137,7 @@ def reference_from_images(
         name: path of the images.
         selection: which of them.
         extractor: on `device`.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels.
         batch_size: images at once.
         device: where the extractor runs.
         folder: where the statistics are kept for the next evaluation.
@@ -146,7 +146,9 @@ def reference_from_images(
         ValueError: images that cannot be read.
     """
     sha256 = selection.images.fingerprint()
-    settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
+    channels = selection.images.image_channels
+    size = normal_size(image_size) if channels == 3 else (normal_size(image_size), channels)
+    settings = (sha256, selection.count, size, extractor.weights_sha256, extractor.protocol)
     key = content_sha256(repr(settings))
     kept_moments = folder / f"reference-{key[:16]}.npz"
     kept_features = kept_moments.with_suffix(".features.npy")

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.files import content_sha256, file_sha256, read_npz
+from discrete_lit.core.images import ImageSize, height_and_width, size_text
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.sources.class_folders import ClassFolders, is_image_file
 from discrete_lit.data.tars import RawSample, all_samples
@@ -27,25 +28,27 @@ from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_i
 _log = logging.getLogger(__name__)
 
 Pixels = np.ndarray
-"""uint8 `(H, W, 3)`."""
+"""uint8 `(H, W, C)`."""
 
 MAX_BROKEN_FRACTION = 0.01
 """The largest fraction of a selection's images that may be unreadable."""
 
 _ACCEPTED = (
     "accepted are a folder of shards (with manifest.json), a folder of images (one subfolder per class, or images "
-    "alone), and a .npz with uint8 arr_0 (N, H, W, 3)"
+    "alone), and a .npz with uint8 arr_0 (N, H, W, C)"
 )
 
 
 class ImageSet(ABC):
     """Images in a fixed order, with labels or without.
 
-    Files of any size become `image_size` by ADM's centre crop, which leaves an image of that size as it is.
+    Files of any size become `image_size` by ADM's centre crop, which leaves an image of that size as it is, and have
+    `image_channels` (1 grey, 3 RGB, 4 RGBA).
     """
 
     path: Path
     count: int
+    image_channels: int
     num_classes: int | None
     """None where the images have no labels."""
     labels: np.ndarray | None = None
@@ -63,7 +66,7 @@ class ImageSet(ABC):
         """
 
 
-def open_image_set(path: str | Path, image_size: int) -> ImageSet:
+def open_image_set(path: str | Path, image_size: ImageSize, image_channels: int = 3) -> ImageSet:
     """Open the image set that a path names.
 
     Raises:
@@ -71,36 +74,41 @@ def open_image_set(path: str | Path, image_size: int) -> ImageSet:
     """
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path, image_size)
+        return NpzImages(path, image_size, image_channels)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
     if (path / MANIFEST).is_file():
-        return ShardImages(path, image_size)
+        return ShardImages(path, image_size, image_channels)
     if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
-        return ClassFolderImages(path, image_size)
-    return FlatFolderImages(path, image_size)
+        return ClassFolderImages(path, image_size, image_channels)
+    return FlatFolderImages(path, image_size, image_channels)
 
 
 class NpzImages(ImageSet):
-    """Images of an npz file: `arr_0` uint8 `(N, H, W, 3)`.
+    """Images of an npz file: `arr_0` uint8 `(N, H, W, C)`; grey ones are repeated where colour is asked for.
 
     Where the samples have classes the file also holds `labels` (or ADM's `arr_1`), int64 `(N,)`. The pixels are read as
     a stream: 50,000 images of 256x256 would be 10 GB in memory.
     """
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path = path
+    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+        self.path, self.image_channels = path, image_channels
         names, arrays = read_npz(path, ("labels", "arr_1"))
         labels = arrays.get("labels", arrays.get("arr_1"))
         if "arr_0" not in names:
             raise ValueError(f"{str(path)!r} holds {sorted(names)} and no arr_0: {_ACCEPTED}")
         with self._open() as (shape, dtype, _):
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise ValueError(f"{str(path)!r}: arr_0 is {dtype} {shape}, it must be uint8 (N, H, W, 3)")
-            if shape[1:3] != (image_size, image_size):
+            if dtype != np.uint8 or len(shape) != 4:
+                raise ValueError(f"{str(path)!r}: arr_0 is {dtype} {shape}, it must be uint8 (N, H, W, C)")
+            if shape[1:3] != height_and_width(image_size):
                 raise ValueError(
-                    f"{str(path)!r} has images of {shape[1]}x{shape[2]}, image_size is {image_size}: "
+                    f"{str(path)!r} has images of {shape[1]}x{shape[2]}, image_size is {size_text(image_size)}: "
                     "samples are never resized"
+                )
+            if shape[3] != image_channels and (shape[3], image_channels) != (1, 3):
+                raise ValueError(
+                    f"{str(path)!r} has images of {shape[3]} channels, image_channels is {image_channels}: set it to "
+                    f"{shape[3]}, and the reference is read alike"
                 )
         self.count = shape[0]
         self.num_classes = None
@@ -130,7 +138,11 @@ class NpzImages(ImageSet):
                 if len(data) != size:
                     raise ValueError(f"{str(self.path)!r} ends after {index} of {self.count} images")
                 label = None if self.labels is None else int(self.labels[index])
-                yield label, lambda data=data: np.frombuffer(data, np.uint8).reshape(shape[1:])
+                yield label, lambda data=data: self._pixels(data, shape[1:])
+
+    def _pixels(self, data: bytes, shape: tuple[int, ...]) -> Pixels:
+        pixels = np.frombuffer(data, np.uint8).reshape(shape)
+        return np.repeat(pixels, 3, axis=2) if (shape[2], self.image_channels) == (1, 3) else pixels
 
 
 class _NpyStream:
@@ -157,8 +169,8 @@ class _NpyStream:
 class ShardImages(ImageSet):
     """Images of a folder of webdataset shards with the manifest of `discrete-lit shards`."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
+    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+        self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._manifest = (path / MANIFEST).read_bytes()
         manifest = json.loads(self._manifest)
         if manifest.get("format") != FORMAT:
@@ -182,14 +194,14 @@ class ShardImages(ImageSet):
     def _decode(self, sample: RawSample) -> Pixels:
         if sample.problem is not None:
             raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {sample.problem}")
-        return center_crop(decode_image(sample.image), self.image_size)
+        return center_crop(decode_image(sample.image, image_channels=self.image_channels), self.image_size)
 
 
 class ClassFolderImages(ImageSet):
     """Images of a folder with one subfolder per class; classes and images in sorted order."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
+    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+        self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._source = ClassFolders(path)
         self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
         self.count, self.num_classes = len(self.labels), len(self._source.classes)
@@ -201,15 +213,17 @@ class ClassFolderImages(ImageSet):
         for index, entry in enumerate(self._source.entries):
             yield (
                 entry.label,
-                lambda index=index: center_crop(decode_image(self._source.read(index)), self.image_size),
+                lambda index=index: center_crop(
+                    decode_image(self._source.read(index), image_channels=self.image_channels), self.image_size
+                ),
             )
 
 
 class FlatFolderImages(ImageSet):
     """Image files of one folder in sorted order, without labels."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
+    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+        self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._files = sorted(file for file in path.iterdir() if file.is_file() and is_image_file(file.name))
         if not self._files:
             raise ValueError(f"{str(path)!r} holds no images: {_ACCEPTED}")
@@ -221,7 +235,12 @@ class FlatFolderImages(ImageSet):
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for file in self._files:
-            yield None, lambda file=file: center_crop(decode_image(file.read_bytes()), self.image_size)
+            yield (
+                None,
+                lambda file=file: center_crop(
+                    decode_image(file.read_bytes(), image_channels=self.image_channels), self.image_size
+                ),
+            )
 
 
 class Selection:
@@ -270,7 +289,7 @@ class Selection:
                 )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Give images, uint8 `(B, 3, H, W)`, and labels, int64 `(B,)` or None for a set without.
+        """Give images, uint8 `(B, C, H, W)`, and labels, int64 `(B,)` or None for a set without.
 
         Raises:
             ValueError: too few readable images, or more than 1% broken ones.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.images import ImageSize, size_text
 from discrete_lit.evaluation.feature_statistics import Reference
 from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
 from discrete_lit.metrics.frechet import FrechetResult
@@ -98,6 +99,10 @@ _COSTS = {
 """The keys of `run.json` that tell the cost of samples, and their meaning in words."""
 
 
+# How the extractor, which saw colour images alone, is shown images of other channels.
+_SHOWN_AS = {1: ", grey, repeated to three channels,", 4: ", RGBA, laid over white,"}
+
+
 class Report:
     """Report rows that were measured at one count against one reference.
 
@@ -105,8 +110,9 @@ class Report:
         rows: in the order of the table; at least one.
         reference: what they were measured against.
         manifold: the manifold of its features, where they are known.
-        image_size: side of the measured images in pixels.
+        image_size: of the measured images in pixels.
         classifier: checkpoint of the classifier that label accuracy is by.
+        image_channels: of the measured images.
         environment: versions, commit, device and date.
     """
 
@@ -116,14 +122,16 @@ class Report:
         reference: Reference,
         *,
         manifold: Manifold | None,
-        image_size: int,
+        image_size: ImageSize,
         classifier: str | None,
+        image_channels: int = 3,
         environment: dict[str, Any],
     ) -> None:
         self.rows = rows
         self.reference = reference
         self.manifold = manifold
         self.image_size = image_size
+        self.image_channels = image_channels
         self.classifier = classifier
         self.environment = environment
 
@@ -147,6 +155,7 @@ class Report:
             },
             "num_images": first.count,
             "image_size": self.image_size,
+            "image_channels": self.image_channels,
             "classifier": self.classifier,
             "notes": self.notes(),
             "environment": self.environment,
@@ -195,7 +204,8 @@ class Report:
         size = "an unrecorded number of" if first.reference_count is None else f"{first.reference_count:,}"
         facts = [
             f"{first.metric}: squared Fréchet distance, lower is better; {first.count:,} images a row of "
-            f"{self.image_size}x{self.image_size} pixels against {size} images of {first.reference}",
+            f"{size_text(self.image_size)} pixels{_SHOWN_AS.get(self.image_channels, '')} against {size} images of "
+            f"{first.reference}",
             f"extractor: {first.extractor}, weights sha256 {first.weights_sha256[:16]}; {first.protocol}",
         ]
         if self.manifold is not None:
