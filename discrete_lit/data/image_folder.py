@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import (
@@ -38,15 +39,17 @@ class ImageFolder(ResumableDataModule):
     Args:
         train: folder of training images; None where only the other split is used.
         validation: folder of validation images.
-        image_size: side of the square images, in pixels.
+        image_size: of the images that come out, in pixels: the side of a square, or `[height, width]`.
         batch_size: samples of a batch on each rank.
         num_workers: processes that decode; 0 decodes in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+            evaluation.
         minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
             LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
+        image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         max_bad_fraction: fraction of an epoch's images that may be unreadable before the run fails.
         labels: False reads every image below the folders, at any depth, without a label.
         persistent_workers: keep the processes between epochs.
@@ -61,7 +64,7 @@ class ImageFolder(ResumableDataModule):
         train: str | None,
         validation: str | None = None,
         *,
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
@@ -69,6 +72,7 @@ class ImageFolder(ResumableDataModule):
         minimum_crop: float = 1.0,
         flip: bool = True,
         apply_exif: bool = False,
+        image_channels: int = 3,
         max_bad_fraction: float = 0.01,
         labels: bool = True,
         persistent_workers: bool = False,
@@ -83,9 +87,16 @@ class ImageFolder(ResumableDataModule):
             persistent_workers=persistent_workers,
         )
         self.pipeline = ImagePipeline(
-            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+            normal_size(image_size),
+            seed,
+            image_channels=image_channels,
+            crop=crop,
+            minimum_crop=minimum_crop,
+            flip=flip,
+            apply_exif=apply_exif,
         )
-        self.image_size = image_size
+        self.image_size = self.pipeline.image_size
+        self.image_channels = image_channels
         self.labels = labels
 
     @cached_property
@@ -177,7 +188,7 @@ class _TrainingImages(OrderedSource):
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         bad: list[BadSample] = []
         samples = [self._sample(epoch, int(position), bad) for position in self.order.positions(number)]
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledImage:
         permutation = self.order.permutation(epoch)
@@ -214,4 +225,4 @@ class _EvaluationImages(OrderedSource):
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             samples.append(LabelledImage(pixels, self.files.label(sample), key=key, index=int(sample)))
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad

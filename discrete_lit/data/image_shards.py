@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
@@ -47,15 +48,17 @@ class ImageShards(ResumableDataModule):
     Args:
         train: the training shards; None where only the other split is used.
         validation: the validation shards.
-        image_size: side of the square images, in pixels.
+        image_size: of the images that come out, in pixels: the side of a square, or `[height, width]`.
         batch_size: samples of a batch on each rank.
         num_workers: processes that read and decode; 0 does it in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+            evaluation.
         minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
             LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
+        image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         shuffle_window: samples of a worker that are mixed with each other, on top of the random order of the
             shards; each worker holds about that many undecoded images in memory.
         max_bad_fraction: fraction of an epoch's samples that may be unreadable before the run fails.
@@ -75,7 +78,7 @@ class ImageShards(ResumableDataModule):
         train: str | list[str] | None,
         validation: str | list[str] | None = None,
         *,
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
@@ -83,6 +86,7 @@ class ImageShards(ResumableDataModule):
         minimum_crop: float = 1.0,
         flip: bool = True,
         apply_exif: bool = False,
+        image_channels: int = 3,
         shuffle_window: int = 1000,
         max_bad_fraction: float = 0.01,
         train_count: int | list[int] | None = None,
@@ -104,9 +108,16 @@ class ImageShards(ResumableDataModule):
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
         self.pipeline = ImagePipeline(
-            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+            normal_size(image_size),
+            seed,
+            image_channels=image_channels,
+            crop=crop,
+            minimum_crop=minimum_crop,
+            flip=flip,
+            apply_exif=apply_exif,
         )
-        self.image_size = image_size
+        self.image_size = self.pipeline.image_size
+        self.image_channels = image_channels
         self.shuffle_window = shuffle_window
 
     @cached_property
@@ -355,7 +366,7 @@ class _TrainingShards(_Shards):
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 sample = self._stand_in(split, epoch, number % self.workers, index)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
         pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
@@ -427,7 +438,7 @@ class _EvaluationShards(_Shards):
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
             samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index))
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

@@ -146,16 +146,23 @@ class ClassSpread(Metric):
         self.squares.index_add_(0, labels, features.square().sum(1))
 
     def compute(self) -> Tensor:
-        """The spread of each class, `(K,)` float64; NaN for a class with fewer than two images."""
-        spread = 2 / (self.count - 1) * (self.squares - self.total.square().sum(1) / self.count)
-        return torch.where(self.count > 1, spread.clamp(min=0), torch.nan)
+        """The spread of each class, `(K,)` float64; NaN for a class with fewer than two images.
+
+        A difference that is within the rounding of its two terms is 0: one image repeated has no spread.
+        """
+        centre = self.total.square().sum(1) / self.count
+        difference = self.squares - centre
+        rounding = 4 * torch.finfo(torch.float64).eps * self.count.sqrt() * self.squares
+        spread = 2 / (self.count - 1) * torch.where(difference > rounding, difference, 0.0)
+        return torch.where(self.count > 1, spread, torch.nan)
 
 
 def within_class_diversity(samples: ClassSpread, real: ClassSpread) -> Tensor:
     """Compute the spread of each class's samples as a ratio to that of its real images, `(K,)` float64.
 
     1 is as varied as real images, 0 the same image every time. Noise also spreads: read it beside the Fréchet distance.
-    NaN for a class with fewer than two images in either set.
+    NaN for a class with fewer than two images in either set, or whose real images do not differ at all.
     """
+    spread = real.compute()
     # torchmetrics makes a scalar of a single class.
-    return (samples.compute() / real.compute()).reshape(-1)
+    return torch.where(spread > 0, samples.compute() / spread, torch.nan).reshape(-1)

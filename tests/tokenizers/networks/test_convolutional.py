@@ -16,7 +16,7 @@ def tiny(**arguments) -> ConvAutoencoder:
 @pytest.mark.parametrize(("multipliers", "downsampling"), [((1,), 1), ((1, 2), 2), ((1, 1, 2), 4), ((2, 1, 1, 1), 8)])
 @torch.no_grad()
 def test_shapes(attention: bool, multipliers: tuple[int, ...], downsampling: int) -> None:
-    network = tiny(attention=attention, multipliers=multipliers, in_channels=1)
+    network = tiny(attention=attention, multipliers=multipliers, image_channels=1)
     latents = network.encode(torch.rand(2, 1, 16, 16))
     assert network.grid(16) == latents.shape[2:] == (16 // downsampling,) * 2
     assert latents.shape[1] == 3

@@ -31,7 +31,7 @@ def test_shapes() -> None:
         assert latents.shape == (2, 6, 5) and network.grid(16) == (5,)
         assert network.decode(latents[:, :3]).shape == (2, 3, 16, 16)
     assert network.proxy_logits(latents[:, :3]).shape == (2, 11, 4, 4)
-    assert tiny(in_channels=1).decode(latents[:, :3]).shape == (2, 1, 16, 16)
+    assert tiny(image_channels=1).decode(latents[:, :3]).shape == (2, 1, 16, 16)
 
 
 def test_other_image_sizes() -> None:

@@ -18,7 +18,7 @@ def tiny(**arguments) -> ViTAutoencoder:
 @pytest.mark.parametrize("positions", [{}, {"positions": "learned", "image_size": 16}])
 @torch.no_grad()
 def test_shapes(positions) -> None:
-    network = tiny(in_channels=2, **positions)
+    network = tiny(image_channels=2, **positions)
     latents = network.encode(torch.rand(5, 2, 16, 16))
     assert network.grid(16) == (4, 4)
     assert latents.shape == (5, 6, 4, 4)
