@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize, normal_size, size_text
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.transforms import MODES
-from discrete_lit.evaluation.image_sets import NO_CLASS, ClassMatch, ImageSet, Selection, match_classes, open_image_set
+from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet, Selection, match_classes, open_image_set
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 
 # The other imports stand in the functions: torchmetrics and Lightning take seconds, which
@@ -123,10 +124,12 @@ def evaluate(
     runs = {name: _read_run(path) for name, path in samples.items()}
     real_sets = {"reference": reference_images, "held_out": real}
     sample_sets = {f"samples.{name}": images for name, images in generated.items()}
+    if classifier is not None:
+        _check_labels(generated, {})
     predict = None if classifier is None else _load_classifier(classifier, real_sets, compute_device)
     classes = match_classes(real_sets, sample_sets, None if predict is None else predict.num_classes)
-    if predict is not None:
-        _check_labels(generated, classes)
+    if classifier is not None:
+        _check_labels(generated, classes.numbering)
 
     def selected(name: str, num_images: int | None, **settings: Any) -> Selection | None:
         images = (real_sets | sample_sets)[name]
@@ -261,20 +264,21 @@ def _check_arguments(
         raise ValueError(f"a name stands for one row, got {names}")
 
 
-def _check_labels(generated: dict[str, ImageSet], classes: ClassMatch) -> None:
-    """Refuse a classifier where not one of the samples has a class."""
+def _check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndarray]) -> None:
+    """Refuse a classifier where not one of the samples has a class, as far as that is known."""
     reasons = []
     for name, images in generated.items():
-        reason = "no labels"
-        if images.num_classes is not None:
-            numbering = classes.numbering[f"samples.{name}"]
-            if images.labels is None or bool((numbering[images.labels] != NO_CLASS).any()):
-                return
-            reason = f"the label {len(numbering) - 1} alone, which is no class,"
-        reasons.append(f"samples.{name}={str(images.path)!r} has {reason}")
+        known = numbering.get(f"samples.{name}")
+        if images.num_classes is None:
+            reason = "has no labels"
+        elif known is not None and images.labels is not None and bool((known[images.labels] == NO_CLASS).all()):
+            reason = f"has the label {len(known) - 1} alone, which is no class"
+        else:
+            return
+        reasons.append(f"samples.{name}={str(images.path)!r} {reason}")
     if reasons:
         raise ValueError(
-            f"{'; '.join(reasons)}, and the classifier needs labels: an .npz with `labels`, shards, or one subfolder "
+            f"{'; '.join(reasons)}: the classifier needs labels, of an .npz with `labels`, shards, or one subfolder "
             "per class"
         )
 

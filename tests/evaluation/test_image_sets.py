@@ -99,7 +99,7 @@ def test_no_count_takes_everything(folder):
 def test_fewer_images_than_asked_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has 24 images, num_images is 25"):
         Selection(open_image_set(folder, 8), 25, num_classes=3)
-    uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(6, 0), np.array([0, 0, 0, 1, 1, 2])), 8)
+    uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(7, 0), np.array([0, 0, 0, 0, 1, 1, 2])), 8)
     with pytest.raises(ValueError, match=r"has 1 images of class 2, needs 2"):
         Selection(uneven, 6, num_classes=3)
 
