@@ -162,8 +162,8 @@ def exact(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[float
 def test_repeats_and_ties_are_decided_exactly(offset: float, dim: int, whole: bool) -> None:
     """Images that are repeated have balls of radius 0; whole numbers meet on the border of balls."""
     random = torch.Generator().manual_seed(dim)
-    reference = torch.randn(45, dim, generator=random) + offset
-    reference = torch.cat((reference, reference[:9].repeat(4, 1)))
+    reference = torch.randn(90, dim, generator=random) + offset
+    reference = torch.cat((reference, reference[:30].repeat(4, 1)))
     samples = torch.cat((reference[:20].repeat(2, 1), torch.randn(20, dim, generator=random) + offset))
     if whole:
         reference, samples = reference.round(), samples.round()
@@ -173,13 +173,13 @@ def test_repeats_and_ties_are_decided_exactly(offset: float, dim: int, whole: bo
 
 @pytest.mark.parametrize("offset", [0.0, 20.0, 1000.0])
 def test_a_ball_without_a_radius_holds_its_own_image_wherever_the_features_lie(offset: float) -> None:
-    """Six images, each four times: exactly the samples that equal one of them are covered."""
+    """Thirty images, each four times: exactly the samples that equal one of them are covered."""
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(6, 32, generator=random) + offset
+    images = torch.randn(30, 64, generator=random) + offset
     manifold = Manifold(images.repeat(4, 1))
     assert manifold.radii.eq(0).all()
-    others = torch.randn(3, 32, generator=random) + offset
-    assert manifold.fraction_covered(torch.cat((images, others))) == 6 / 9
+    others = torch.randn(15, 64, generator=random) + offset
+    assert manifold.fraction_covered(torch.cat((images, others))) == 30 / 45
     # The nearest other float32 value is another image.
     assert manifold.fraction_covered(images.nextafter(torch.tensor(torch.inf))) == 0
 
