@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from discrete_lit.data.sources.source import Entry, Source, key_from_path
+from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
 from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
 
 _log = logging.getLogger(__name__)
@@ -66,6 +66,9 @@ class ClassFolders(Source):
         if len(data) != self.entries[index].size:
             raise ValueError(f"{self._paths[index]} changed while it was read: start again when nothing writes to it")
         return data
+
+    def last_change(self, index: int) -> int:
+        return file_change(self._paths[index])
 
 
 @dataclass

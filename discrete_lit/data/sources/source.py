@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -97,6 +98,13 @@ class Source(ABC):
             ValueError: The file changed since the source was opened.
         """
 
+    def last_change(self, index: int) -> int:
+        """The time in nanoseconds at which the file behind sample `index` last changed; 0 where it never does.
+
+        A source of files that users may replace defines it: shards of images that changed later are then not kept.
+        """
+        return 0
+
     def fingerprint(self) -> str:
         """Hash the classes and every entry with SHA-256 (hexadecimal).
 
@@ -104,6 +112,15 @@ class Source(ABC):
         another class or changes its size. It does not read the images.
         """
         return content_sha256(json.dumps(item) for item in (self.classes, *self.entries))
+
+
+def file_change(path: Path) -> int:
+    """The time in nanoseconds of a file's last change, be it of its content or of its entry in the folder.
+
+    The time of the content can be set at will, as copying does; that of the entry cannot.
+    """
+    state = path.stat()
+    return max(state.st_mtime_ns, state.st_ctime_ns)
 
 
 def key_from_path(parts: Sequence[str]) -> str:
