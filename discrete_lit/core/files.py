@@ -81,7 +81,7 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
 
 
 class ArrayHeader(NamedTuple):
-    """What an array of an npz file says of itself before it is read."""
+    """The shape and type of an array of an npz file, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

@@ -108,7 +108,7 @@ class Reference:
     name: str
     """Path of the images or of their moments."""
     sha256: str
-    """Of the images themselves, or of the file of their moments."""
+    """The hash of the images themselves, or of the file of their moments."""
     moments: Moments
     features: Tensor | None
     """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""

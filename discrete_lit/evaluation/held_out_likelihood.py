@@ -48,7 +48,7 @@ class LikelihoodFigures:
 
     @property
     def notes(self) -> list[str]:
-        """What limits the figures, in words."""
+        """Limits of the figures, in words."""
         notes = []
         if self.nats == inf:
             notes.append("a held-out image has probability 0 under the generator, so -log p is infinite")

@@ -260,9 +260,10 @@ def match_classes(
     Raises:
         ValueError: a set has a class that the first does not know, or a label beyond the classes.
     """
-    sets = {name: images for name, images in (real | samples).items() if images and images.num_classes is not None}
+    both: dict[str, ImageSet | None] = {**real, **samples}
+    sets = {name: images for name, images in both.items() if images is not None and images.num_classes is not None}
     first = next((name for name, images in sets.items() if images.classes), None)
-    classes = () if first is None else sets[first].classes
+    classes: tuple[str, ...] = () if first is None else sets[first].classes
     unnamed = [images.num_classes for name, images in sets.items() if name in real and images.num_classes is not None]
     count = len(classes) or num_classes or max(unnamed, default=None)
     if count is not None and count > MOST_CLASSES:
@@ -454,6 +455,13 @@ class Selection:
                 break
         if pixels:
             yield _tensors(pixels, labels)
+        if self.images.unturned:
+            _log.warning(
+                "%d images of %s say by EXIF that they are stored turned, and were read as they are stored; apply_exif "
+                "turns them",
+                self.images.unturned,
+                self.images.path,
+            )
         if self.broken > MAX_BROKEN_FRACTION * (total + self.broken):
             raise ValueError(
                 f"{str(self.images.path)!r}: {self.broken} of {total + self.broken} images are broken, the last: "
