@@ -134,7 +134,7 @@ def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], t
     [
         (["--num_samples", 0], "num_samples and batch_size must be at least 1"),
         (["--num_samples", 2, "--labels", "[0, 4]"], r"labels=\[0, 4\] must lie in \[0, 3\]"),
-        (["--num_samples", 2, "--image_size", 0], "image_size must be at least 1, got 0"),
+        (["--num_samples", 2, "--image_size", 0], "image_size=0: it must be"),
         (["--num_samples", 2, "--labels", "[]"], r"labels=\[\] must lie in"),
         (["--num_samples", 2, "--sampler", "discrete_lit.samplers.RasterSampler"], "needs a backbone with causal"),
         (["--num_samples", 2, "--sampler", '{"class_path": "discrete_lit.samplers.MaskGITSampler", '

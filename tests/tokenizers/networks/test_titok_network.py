@@ -36,9 +36,12 @@ def test_shapes() -> None:
 
 def test_other_image_sizes() -> None:
     network = tiny()
-    for call in (lambda: network.grid(32), lambda: network.encode(torch.rand(1, 3, 16, 32))):
+    for size, call in (
+        ("32", lambda: network.grid(32)),
+        (r"\(16, 32\)", lambda: network.encode(torch.rand(1, 3, 16, 32))),
+    ):
         with pytest.raises(
-            ValueError, match="image_size=32: the learned positions of this network are those of 16 pix"
+            ValueError, match=f"image_size={size}: the learned positions of this network are those of 16 pix"
         ):
             call()
     with pytest.raises(ValueError, match="image_size=18 is not a multiple of patch_size=4"):
