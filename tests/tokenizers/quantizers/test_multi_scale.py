@@ -41,7 +41,7 @@ def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Te
                     mean = window.flatten(1).mean(dim=1)
                     ids.append((quantizer.codebook.codes - mean).square().sum(dim=1).argmin())
                     codes[image, :, row, column] = quantizer.codebook.codes[ids[-1]]
-        spread = F.interpolate(codes, (high, wide), mode="bicubic") if (rows, columns) < (high, wide) else codes
+        spread = F.interpolate(codes, (high, wide), mode="bicubic") if (rows, columns) != (high, wide) else codes
         if quantizer.phi_ratio:
             convolution = quantizer.phi[quantizer.phi_of_scale[number]]
             spread = spread + quantizer.phi_ratio * (convolution(spread) - spread)
