@@ -9,7 +9,7 @@ from lightning import LightningModule
 
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
-from discrete_lit.samplers import MaskGITSampler, RasterSampler
+from discrete_lit.samplers import HaltonSampler, MaskGITSampler, RasterSampler
 
 each_family = pytest.mark.parametrize("family", ["masked", "autoregressive"])
 
@@ -120,7 +120,7 @@ def test_help_describes_what_all_families_take(family: type[Generator]) -> None:
 @pytest.mark.parametrize(
     ("family", "arguments"),
     [
-        ("Masked", {}),
+        ("Masked", {"sampler": HaltonSampler(steps=4)}),
         ("Masked", {"bit_groups": 2}),
         ("Autoregressive", {}),
         ("Autoregressive", {"order": "random_annealed", "anneal_steps": (10, 20)}),
