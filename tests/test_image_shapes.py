@@ -125,6 +125,11 @@ def test_other_shapes_are_refused_by_name(chain: Path, tmp_path: Path, capsys: p
     turned = settings_on_tokens(tokenizer, chain / "tokens", [WIDTH, HEIGHT])
     coloured = tokenizer_settings(image_folder(chain / "images", image_channels=3))
     odd = tokenizer_settings(image_folder(chain / "images", image_size=[16, 25]))
+    data = json.dumps(image_folder(chain / "images", image_channels=3))
+    with pytest.raises(SystemExit):
+        run("tokenize", "--ckpt_path", tokenizer, "--data", data, "--output", tmp_path / "tokens")
+    assert "takes images of 1 channels: set data.init_args.image_channels to that" in capsys.readouterr().err
+    assert not (tmp_path / "tokens").exists()
     for number, (settings, message) in enumerate(
         (
             (turned, "the data has images of (16, 24) pixels, model.init_args.image_size is (24, 16)"),

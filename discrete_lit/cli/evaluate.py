@@ -115,9 +115,9 @@ def evaluate(
     reference_selection = (
         None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
     )
-    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_channels)
+    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_size, image_channels)
     generators = _load_generators(likelihoods, image_size, image_channels)
-    predict = None if classifier is None else _load_classifier(classifier, num_classes, compute_device)
+    predict = None if classifier is None else _load_classifier(classifier, num_classes, compute_device, image_channels)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
@@ -294,13 +294,17 @@ def _finite(values: Tensor) -> list[float | None]:
 
 
 def _load_meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device, image_channels: int
+    checkpoints: dict[str, str],
+    lpips_weights: str | None,
+    device: torch.device,
+    image_size: ImageSize,
+    image_channels: int,
 ) -> dict[str, ReconstructionMeter]:
     """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
 
     Raises:
         ValueError: a checkpoint that cannot be read, holds a generator or takes other channels; weights that are not
-            LPIPS's.
+            LPIPS's, or images too small for it.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -310,6 +314,7 @@ def _load_meters(
     lpips = None
     if lpips_weights is not None and checkpoints:
         lpips = LPIPS(lpips_weights).to(device)
+        lpips.check_size(image_size)
         lpips.prepare()
     meters = {}
     for name, path in checkpoints.items():
@@ -324,22 +329,25 @@ def _load_meters(
     return meters
 
 
-def _check_channels(autoencoder: Any, image_channels: int, what: str) -> None:
-    """Raise a ValueError where it is known that an autoencoder or tokenizer takes images of other channels."""
-    expected = getattr(autoencoder, "image_channels", None)
+def _check_channels(module: Any, image_channels: int, what: str) -> None:
+    """Raise a ValueError where it is known that a module takes images of other channels."""
+    expected = getattr(module, "image_channels", None)
     if expected not in (None, image_channels):
         raise ValueError(f"{what} takes images of {expected} channels, image_channels is {image_channels}")
 
 
-def _load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _load_classifier(
+    checkpoint: str, num_classes: int | None, device: torch.device, image_channels: int
+) -> Callable[[Tensor], Tensor]:
     """Load a classifier to `device`: from images in [-1, 1] to logits.
 
     Raises:
-        ValueError: a checkpoint that holds no classifier, or one of other classes.
+        ValueError: a checkpoint that holds no classifier, or one of other classes or channels.
     """
     from discrete_lit.evaluation.classifier import load_classifier
 
     classifier = load_classifier(checkpoint)
+    _check_channels(classifier, image_channels, f"classifier={checkpoint!r}")
     if num_classes is not None and classifier.num_classes != num_classes:
         raise ValueError(
             f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"

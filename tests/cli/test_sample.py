@@ -188,3 +188,15 @@ def test_text_is_written_as_text(tmp_path: Path, capfd: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--image_size", 8)
     assert "image_size=8 is given, but this generator's tokenizer makes no images" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+def test_a_grid_of_any_channels_and_shape(channels: int, mode: str, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, channels), dtype=np.uint8)
+    _write_grid(tmp_path, images)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == mode and grid.size == (18, 4)
+        shown = np.asarray(grid).reshape(4, 3, 6, -1)
+    np.testing.assert_array_equal(shown, images[..., : shown.shape[-1]].swapaxes(0, 1))

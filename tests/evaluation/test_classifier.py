@@ -129,3 +129,6 @@ def test_a_classifier_of_grey_images() -> None:
     assert module(torch.rand(2, 1, 8, 12)).shape == (2, 3)
     with pytest.raises(ValueError, match=r"have 3 channels .* this ImageClassifier was made for 1"):
         module(torch.rand(2, 3, 8, 12))
+    assert module(torch.rand(2, 1, 3, 4)).isfinite().all()
+    with pytest.raises(ValueError, match="halves images too often for 2x12 pixels: give it fewer channels"):
+        module(torch.rand(2, 1, 2, 12))
