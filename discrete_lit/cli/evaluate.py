@@ -126,7 +126,7 @@ def evaluate(
     sample_sets = {f"samples.{name}": images for name, images in generated.items()}
     if classifier is not None:
         _check_labels(generated, {})
-    predict = None if classifier is None else _load_classifier(classifier, real_sets, compute_device)
+    predict = None if classifier is None else _load_classifier(classifier, real_sets, compute_device, image_channels)
     classes = match_classes(real_sets, sample_sets, None if predict is None else predict.num_classes)
     if classifier is not None:
         _check_labels(generated, classes.numbering)
@@ -142,7 +142,7 @@ def evaluate(
     count = num_images if real is None else (num_images or real.count)
     selections = [selected(name, count, allow_uneven=True) for name in sample_sets]
     reference_selection = selected("reference", num_reference)
-    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_channels)
+    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_size, image_channels)
     generators = _load_generators(likelihoods, image_size, image_channels)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
@@ -392,13 +392,17 @@ def _finite(values: Tensor) -> Any:
 
 
 def _load_meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device, image_channels: int
+    checkpoints: dict[str, str],
+    lpips_weights: str | None,
+    device: torch.device,
+    image_size: ImageSize,
+    image_channels: int,
 ) -> dict[str, ReconstructionMeter]:
     """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
 
     Raises:
         ValueError: a checkpoint that cannot be read, holds a generator or takes other channels; weights that are not
-            LPIPS's.
+            LPIPS's, or images too small for it.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -408,6 +412,7 @@ def _load_meters(
     lpips = None
     if lpips_weights is not None and checkpoints:
         lpips = LPIPS(lpips_weights).to(device)
+        lpips.check_size(image_size)
         lpips.prepare()
     meters = {}
     for name, path in checkpoints.items():
@@ -422,22 +427,25 @@ def _load_meters(
     return meters
 
 
-def _check_channels(autoencoder: Any, image_channels: int, what: str) -> None:
-    """Raise a ValueError where it is known that an autoencoder or tokenizer takes images of other channels."""
-    expected = getattr(autoencoder, "image_channels", None)
+def _check_channels(module: Any, image_channels: int, what: str) -> None:
+    """Raise a ValueError where it is known that a module takes images of other channels."""
+    expected = getattr(module, "image_channels", None)
     if expected not in (None, image_channels):
         raise ValueError(f"{what} takes images of {expected} channels, image_channels is {image_channels}")
 
 
-def _load_classifier(checkpoint: str, sets: dict[str, ImageSet | None], device: torch.device) -> ImageClassifier:
+def _load_classifier(
+    checkpoint: str, sets: dict[str, ImageSet | None], device: torch.device, image_channels: int
+) -> ImageClassifier:
     """Load a classifier to `device`.
 
     Raises:
-        ValueError: a checkpoint that holds no classifier, or one of other classes than the images have.
+        ValueError: a checkpoint that holds no classifier, or one of other classes or channels than the images have.
     """
     from discrete_lit.evaluation.classifier import load_classifier
 
     classifier = load_classifier(checkpoint)
+    _check_channels(classifier, image_channels, f"classifier={checkpoint!r}")
     known = classifier.num_classes
     for images in sets.values():
         if images is None or images.num_classes is None:

@@ -35,10 +35,10 @@ def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tupl
     Raises:
         ValueError: neither one nor two integers, or one below 1.
     """
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < 1:
         raise ValueError(
-            f"{setting} is {image_size}; it must be at least 1: the side of square images in pixels, or [height, width]"
+            f"{setting}={image_size}: it must be the side of square images, or [height, width], each at least 1"
         )
     return sides
 

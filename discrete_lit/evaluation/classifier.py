@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.images import check_channels
+from discrete_lit.core.images import check_channels, size_text
 from discrete_lit.optimization import configure_optimizers
 
 
@@ -44,6 +44,8 @@ class ImageClassifier(LightningModule):
         self.scheduler = scheduler
         self.num_classes = num_classes
         self.image_channels = image_channels
+        # Behind the first convolution there must be a pixel left for each halving.
+        self.smallest = 2 ** len(channels) - 1
         stages = [nn.Conv2d(image_channels, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
         for width_in, width_out in pairwise(channels):
             stages += [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), *_normalized(width_out)]
@@ -59,6 +61,11 @@ class ImageClassifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Compute float32 logits `(B, num_classes)` of images `(B, C, H, W)` in [-1, 1]."""
         check_channels(images, self.image_channels, "this ImageClassifier")
+        if min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"this ImageClassifier halves images too often for {size_text(tuple(images.shape[-2:]))} pixels: give "
+                "it fewer channels, one for each halving"
+            )
         return self.network(images.contiguous(memory_format=torch.channels_last)).float()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

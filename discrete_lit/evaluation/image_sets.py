@@ -142,8 +142,8 @@ class NpzImages(ImageSet):
                 )
             if shape[3] != image_channels and (shape[3], image_channels) != (1, 3):
                 raise ValueError(
-                    f"{str(path)!r} has images of {shape[3]} channels, image_channels is {image_channels}: set it to "
-                    f"{shape[3]}, and the reference is read alike"
+                    f"{str(path)!r} has images of {shape[3]} channels, image_channels is {image_channels}: 1 (grey), 3 "
+                    "(RGB) and 4 (RGBA) can be measured, all sets alike"
                 )
             self.count = shape[0]
             name = next((name for name in ("labels", "arr_1") if name in file.headers), None)

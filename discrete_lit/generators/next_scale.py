@@ -26,7 +26,7 @@ class NextScale(Generator):
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML. A `MultiScaleVQ` whose first scale
-            is 1.
+            is 1; of images that are not square, one whose scales are pairs of height and width.
         sampler: `NextScaleSampler()` by default.
         common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
-from discrete_lit.core.images import ImageSize, size_text
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
@@ -194,10 +194,7 @@ class TokenTraining(LightningModule, ABC):
         # Rows of ids, TiTok's or those of several scales, do not show the size of their images.
         size = getattr(data, "image_size", None)
         if size is not None and size != self.image_size:
-            raise ValueError(
-                f"the data has images of {size_text(size)} pixels, model.init_args.image_size is "
-                f"{size_text(self.image_size)}"
-            )
+            raise ValueError(f"the data has images of {size} pixels, model.init_args.image_size is {self.image_size}")
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")

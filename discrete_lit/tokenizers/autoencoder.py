@@ -164,10 +164,11 @@ class ImageAutoencoder(LightningModule):
         reconstructions = self.to_images(made.outputs)
         psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
         self.psnr.update(psnr)
-        self.log("validation/psnr", self.psnr)
+        figures = {"validation/psnr": self.psnr}
         if ssim is not None:
             self.ssim.update(ssim)
-            self.log("validation/ssim", self.ssim)
+            figures["validation/ssim"] = self.ssim
+        self.log_dict(figures)
         self.measure(made)
         return reconstructions
 

@@ -40,7 +40,7 @@ class Characters(Tokenizer):
 
     def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         if not isinstance(image_size, int) or image_size < 1:
-            raise ValueError(f"image_size, the number of characters, must be one positive number, got {image_size}")
+            raise ValueError(f"image_size, the number of characters, must be positive and one number, got {image_size}")
         return (image_size,)
 
     def ids(self, text: str) -> Tensor:

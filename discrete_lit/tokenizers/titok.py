@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.images import ImageSize, normal_size, size_text
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
@@ -359,7 +359,7 @@ class TiTok(AutoencoderTokenizer):
         if tokenizer.token_shape(network.image_size) != patches:
             raise ValueError(
                 f"the proxy tokenizer makes {tokenizer.token_shape(network.image_size)} ids of "
-                f"{size_text(network.image_size)} pixels, and this network has {patches} patches: set "
+                f"{network.image_size} pixels, and this network has {patches} patches: set "
                 "network.init_args.patch_size"
             )
         assert network.proxy is not None

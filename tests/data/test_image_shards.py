@@ -539,3 +539,11 @@ def test_settings_and_splits_that_do_not_exist_are_refused(folder: Path) -> None
         data.evaluation_loader("test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="given no train data"):
         make_data(None, validation=str(folder)).train_dataloader()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_batches_of_other_shapes(folder: Path, channels: int) -> None:
+    data = make_data(str(folder), image_size=(6, 10), image_channels=channels)
+    assert (data.image_size, data.image_channels) == ((6, 10), channels)
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        assert next(iter(loader))["image"].shape == (4, channels, 6, 10)

@@ -218,3 +218,19 @@ def test_uint8_conversion_rounds_and_clamps():
     assert to_uint8(torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.0])).tolist()[:4] == [0, 0, 255, 255]
     step = 2 / 255
     assert to_uint8(torch.tensor([-1 + 0.6 * step, -1 + 0.4 * step])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "read"), [(1, 1, 1), (1, 3, 3), (3, 3, 3), (4, 4, 4), (3, 1, None), (4, 3, None)]
+)
+def test_npz_of_other_shapes(tmp_path, stored, asked, read):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 12, stored), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images)
+    if read is None:
+        with pytest.raises(ValueError, match=f"images of {stored} channels, image_channels is {asked}"):
+            open_image_set(tmp_path / "s.npz", (8, 12), asked)
+        return
+    decoded = np.stack([decode() for _, decode in open_image_set(tmp_path / "s.npz", [8, 12], asked).stream()])
+    np.testing.assert_array_equal(decoded, np.repeat(images, read // stored, axis=3))
+    with pytest.raises(ValueError, match="has images of 8x12, image_size is 12x8"):
+        open_image_set(tmp_path / "s.npz", (12, 8), asked)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from discrete_lit.core.distributed import world_size
-from discrete_lit.core.images import ImageSize, check_channels, height_and_width, size_text
+from discrete_lit.core.images import ImageSize, check_channels, height_and_width, normal_size
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
 
 # Groups of channels of a group normalisation, at most.
@@ -174,8 +174,8 @@ class StyleGANDiscriminator(Discriminator):
         halvings = max(min(size) // _LEAST_SIZE, 1).bit_length() - 1
         if min(size) != _LEAST_SIZE * 2**halvings or max(size) % 2**halvings:
             raise ValueError(
-                "image_size of StyleGANDiscriminator must be 4 times a power of 2, and the longer side a multiple of "
-                f"that power, got {size_text(size)}"
+                f"image_size of StyleGANDiscriminator must be 4 times a power of 2, got {normal_size(image_size)}; of "
+                "height and width the shorter, and the longer a multiple of that power"
             )
         if min(width, max_width, group_size) < 1:
             raise ValueError(
@@ -196,7 +196,7 @@ class StyleGANDiscriminator(Discriminator):
         check_channels(images, self.image_channels, "StyleGANDiscriminator")
         if images.shape[-2:] != self.image_size:
             raise ValueError(
-                f"this StyleGANDiscriminator was made for image_size={size_text(self.image_size)}, got images of "
+                f"this StyleGANDiscriminator was made for image_size={normal_size(self.image_size)}, got images of "
                 f"{tuple(images.shape[-2:])}"
             )
         hidden = self.blocks(_activate(self.stem(images)))
@@ -283,7 +283,7 @@ class DINODiscriminator(Discriminator):
         if any(side % patch.patch_size[0] for side in size):
             raise ValueError(
                 f"image_size of DINODiscriminator must be a multiple of the patch of {model_name!r}, "
-                f"{patch.patch_size[0]}, got {size_text(size)}"
+                f"{patch.patch_size[0]}, got {normal_size(size)}"
             )
         self.model_name = model_name
         self.weights_path = weights_path

@@ -94,12 +94,7 @@ class LPIPS(PerceptualLoss):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
-        if min(images.shape[-2:]) < self.smallest:
-            raise ValueError(
-                f"LPIPS compares images of at least {self.smallest}x{self.smallest} pixels, got "
-                f"{size_text(tuple(images.shape[-2:]))}: leave perceptual_loss (or lpips_weights) out, or compare "
-                "by TimmFeatures, which enlarges images"
-            )
+        self.check_size(tuple(images.shape[-2:]))
         seen = self._features(outputs)
         with torch.no_grad():
             wanted = self._features(images)
@@ -109,6 +104,15 @@ class LPIPS(PerceptualLoss):
             for feature, other, head in zip(seen, wanted, heads, strict=True)
         ]
         return torch.stack(distances).sum()
+
+    def check_size(self, image_size: ImageSize) -> None:
+        """Raise a ValueError for images that are too small."""
+        if min(height_and_width(image_size)) < self.smallest:
+            raise ValueError(
+                f"LPIPS compares images of at least {self.smallest}x{self.smallest} pixels, got "
+                f"{size_text(image_size)}: leave perceptual_loss (or lpips_weights) out, or compare by TimmFeatures, "
+                "which enlarges images"
+            )
 
     def _features(self, images: Tensor) -> list[Tensor]:
         hidden = (to_rgb(images, "LPIPS") - self.shift) / self.scale

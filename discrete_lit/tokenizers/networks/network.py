@@ -14,8 +14,8 @@ class Autoencoder(nn.Module, ABC):
     `latent_dim`, the width of what the encoder gives. They differ where the bottleneck narrows, as a KL one does.
     """
 
-    image_channels: int
-    """C of the images."""
+    image_channels: int = 3
+    """C of the images: three unless a subclass says otherwise."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from discrete_lit.backbones.blocks import Block, BlockSettings
 from discrete_lit.backbones.embeddings import grid_coordinates, sine_cosine_table
 from discrete_lit.backbones.layers import Norm
-from discrete_lit.core.images import ImageSize, height_and_width, size_text
+from discrete_lit.core.images import ImageSize, height_and_width, normal_size
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 # The epsilon of every LayerNorm, as in the published networks.
@@ -138,17 +138,18 @@ def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
         ValueError: a side that is not a multiple of the patch's.
     """
     height, width = height_and_width(image_size)
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"image_size={size_text(image_size)} is not a multiple of patch_size={patch_size}")
+    for side in (height, width):
+        if side % patch_size:
+            raise ValueError(f"image_size={side} is not a multiple of patch_size={patch_size}")
     return height // patch_size, width // patch_size
 
 
 def check_learned_size(image_size: ImageSize, learned: ImageSize) -> None:
     """Raise a ValueError unless images have the size that learned positions are of."""
-    if height_and_width(image_size) != height_and_width(learned):
+    if normal_size(image_size) != normal_size(learned):
         raise ValueError(
-            f"image_size={size_text(image_size)}: the learned positions of this network are those of "
-            f"{size_text(learned)} pixels"
+            f"image_size={normal_size(image_size)}: the learned positions of this network are those of "
+            f"{normal_size(learned)} pixels"
         )
 
 

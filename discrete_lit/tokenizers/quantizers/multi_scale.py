@@ -85,10 +85,11 @@ class MultiScaleResidualQuantizer(Quantizer):
         revive_below: float | None = None,
     ) -> None:
         super().__init__()
-        sizes = [height_and_width(scale, "a scale") for scale in scales]
+        rule = f"scales must be positive and grow, got {list(scales)}"
+        sizes = [height_and_width(scale, f"{rule}: a scale") for scale in scales]
         grow = all(low[0] <= high[0] and low[1] <= high[1] and low != high for low, high in pairwise(sizes))
         if not sizes or not grow:
-            raise ValueError(f"scales must be positive and grow, in no axis shrink, got {list(scales)}")
+            raise ValueError(f"{rule}; neither height nor width may shrink")
         if phi_kernels < 1:
             raise ValueError(f"phi_kernels must be positive, got {phi_kernels}")
         if not 0 <= phi_ratio <= 1:
