@@ -126,7 +126,7 @@ def reference_from_moments(path: str, extractor: FeatureExtractor, *, apply_exif
         ValueError: an unreadable file, what are no moments, or moments of another extractor or of images that were
             read otherwise.
     """
-    moments = Moments.load(path)
+    moments = Moments.load(path, extractor)
     check_reference(extractor, moments, path)
     if None not in (apply_exif, moments.apply_exif) and apply_exif != moments.apply_exif:
         raise ValueError(
@@ -173,7 +173,7 @@ def reference_from_images(
     if kept_moments.is_file() and kept_features.is_file():
         try:
             features = _read_features(kept_features, extractor.dim)
-            moments = Moments.load(kept_moments, extractor.dim)
+            moments = Moments.load(kept_moments, extractor)
             return Reference(name=name, sha256=sha256, moments=moments, features=features)
         except ValueError as error:
             _log.warning("computing the reference again: %s", error)

@@ -26,6 +26,8 @@ from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import Npz, atomic_write
 from discrete_lit.metrics.extractors import FeatureExtractor
 
+_LARGEST = 1e100
+
 
 class Moments:
     """Mean and covariance of a set's features, and what they are of.
@@ -84,24 +86,26 @@ class Moments:
             what: names the moments in the error.
 
         Raises:
-            ValueError: values that are not finite; a covariance that is not symmetric, has a negative eigenvalue, or
-                more positive ones than its count allows, each by more than rounding.
+            ValueError: values that are not finite, or too large for a finite distance; a covariance that is not
+                symmetric, has a negative eigenvalue, or more positive ones than its count allows, each by more than
+                rounding.
         """
         if self.count is not None and self.count < 2:
             raise ValueError(f"{what}: a covariance needs at least 2 images, its count is {self.count}")
         for name, values in (("mean", self.mean), ("covariance", self.covariance)):
             if broken := int((~values.isfinite()).sum()):
                 raise ValueError(f"{what}: {broken:,} values of its {name} are not finite")
+            if float(values.abs().max()) > _LARGEST:
+                raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
         largest = float(self.covariance.abs().max())
         # What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of.
-        rounding = 1e-5 * largest + 1e-13 * self.dim * float(self.mean.abs().max()) ** 2
+        rounding = 1e-5 * largest + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
         asymmetry = float((self.covariance - self.covariance.T).abs().max())
         if asymmetry > rounding:
             raise ValueError(
                 f"{what}: its covariance is not symmetric: two values that should agree differ by {asymmetry:.3g}"
             )
-        # Divided first: sums of the largest numbers of float64 are not finite.
-        values = torch.linalg.eigvalsh(self.covariance / (largest or 1.0)) * largest
+        values = torch.linalg.eigvalsh(self.covariance)
         if float(values[0]) < -rounding:
             raise ValueError(
                 f"{what}: its covariance has the eigenvalue {float(values[0]):.3g}; a covariance has none below 0"
@@ -114,12 +118,12 @@ class Moments:
             )
 
     @staticmethod
-    def load(path: str | Path, dim: int | None = None) -> Moments:
+    def load(path: str | Path, extractor: FeatureExtractor | None = None) -> Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
 
         Args:
             path: the file.
-            dim: width that the moments must have; any by default.
+            extractor: whose features the moments must be of, by their width; any by default.
 
         Raises:
             ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
@@ -134,8 +138,8 @@ class Moments:
             mean_shape, covariance_shape = file.headers["mu"].shape, file.headers["sigma"].shape
             if len(mean_shape) != 1 or mean_shape[0] < 1 or covariance_shape != mean_shape * 2:
                 raise ValueError(f"{name}: 'mu' {mean_shape} and 'sigma' {covariance_shape} are not (D,) and (D, D)")
-            if dim not in (None, mean_shape[0]):
-                raise ValueError(f"{name} has {mean_shape[0]} features, expected are {dim}")
+            if extractor is not None:
+                _check_width(extractor, mean_shape[0], name)
             facts = {}
             for key, kinds, wanted in (
                 ("count", "iu", "a whole number"),
@@ -244,8 +248,7 @@ def frechet_distance(
         names: of the two, in errors.
 
     Raises:
-        ValueError: moments of different widths; moments that are not finite or are no covariance, or whose distance
-            exceeds float64: never is their distance 0.
+        ValueError: moments of different widths, or ones that `Moments.check` refuses: never is their distance 0.
     """
     if first.dim != second.dim:
         raise ValueError(f"moments of width {first.dim} and {second.dim}: they come from different extractors")
@@ -255,15 +258,13 @@ def frechet_distance(
         return 0.0
     root = _square_root(first.covariance, first.rank)
     # S1^1/2 S2 S1^1/2 is symmetric but for rounding; eigvalsh reads one triangle.
-    product = root @ second.covariance @ root
-    difference = first.mean - second.mean
-    distance = difference @ difference + first.covariance.trace() + second.covariance.trace()
-    if not bool(product.isfinite().all() and distance.isfinite()):
-        raise ValueError(f"{names[0]} and {names[1]} are so large that their Fréchet distance exceeds float64")
-    spectrum = torch.linalg.eigvalsh(product)
+    spectrum = torch.linalg.eigvalsh(root @ second.covariance @ root)
     cross = _largest(spectrum, min(first.rank, second.rank)).sqrt().sum()
+    difference = first.mean - second.mean
+    distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
+    assert bool(distance.isfinite())
     # Below 0 by rounding alone, as both are covariances.
-    return max(0.0, float(distance - 2 * cross))
+    return max(0.0, float(distance))
 
 
 def _square_root(matrix: Tensor, rank: int) -> Tensor:
@@ -334,16 +335,18 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
     )
 
 
+def _check_width(extractor: FeatureExtractor, dim: int, reference: str) -> None:
+    if dim != extractor.dim:
+        raise ValueError(f"reference {reference} has {dim} features, {extractor.name} gives {extractor.dim}")
+
+
 def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
     """Refuse a reference whose features are not the extractor's.
 
     Raises:
         ValueError: moments of another width, or of other weights.
     """
-    if reference.dim != extractor.dim:
-        raise ValueError(
-            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
-        )
+    _check_width(extractor, reference.dim, repr(reference_name))
     if reference.weights_sha256 not in (None, extractor.weights_sha256):
         raise ValueError(
             f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
