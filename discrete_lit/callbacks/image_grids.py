@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from discrete_lit.core.images import to_uint8
+from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.generators import Generator
 from discrete_lit.samplers import Sampler
 from discrete_lit.tokenizers import KLVAE, Tokenizer
@@ -28,8 +28,9 @@ class ImageGrid(Callback, ABC):
     """Write one grid of images at each validation, to TensorBoard and, if asked for, to a PNG in the run's folder.
 
     The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
-    states are afterwards as they were. Only rank 0 makes them, except where the parameters are sharded and every rank
-    must take part.
+    states are afterwards as they were. Grey images are shown grey, RGBA with their transparency, and of other numbers
+    of channels the first, as grey. Only rank 0 makes them, except where the parameters are sharded and every rank must
+    take part.
 
     Args:
         count: images at most.
@@ -71,7 +72,7 @@ class ImageGrid(Callback, ABC):
         if not (trainer.is_global_zero or sharded):
             return
         with _undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
-            pixels = to_uint8(self.make_images(pl_module, batch)).cpu()
+            pixels = to_uint8(displayable(self.make_images(pl_module, batch))).cpu()
         if trainer.is_global_zero:
             self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
 

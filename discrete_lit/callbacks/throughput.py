@@ -286,5 +286,6 @@ def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
     if isinstance(module, Generator):
         return prod(module.token_shape)
     if isinstance(module, Tokenizer):
-        return prod(module.token_shape(batch["image"].shape[-1]))
+        sides = tuple(batch["image"].shape[2:])[-2:]  # of clips those of a frame, of a signal its length
+        return prod(module.token_shape(sides if len(sides) == 2 else sides[0]))
     return 0

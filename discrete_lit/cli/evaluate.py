@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from discrete_lit.core.images import ImageSize, normal_size, size_text
 from discrete_lit.core.provenance import environment
-from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, open_image_set
+from discrete_lit.data.transforms import MODES
+from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet, Selection, match_classes, open_image_set
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 
 # The other imports stand in the functions: torchmetrics and Lightning take seconds, which
 # `discrete-lit evaluate --help` does not wait for.
 if TYPE_CHECKING:
+    from discrete_lit.evaluation.classifier import ImageClassifier
     from discrete_lit.evaluation.feature_statistics import Measurement, Reference
     from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
     from discrete_lit.evaluation.report import Row
@@ -33,7 +37,8 @@ def evaluate(
     reference: str,
     output: str,
     *,
-    image_size: int,
+    image_size: ImageSize,
+    image_channels: int = 3,
     num_images: int | None = None,
     samples: dict[str, str] | None = None,
     reconstructions: dict[str, str] | None = None,
@@ -43,6 +48,7 @@ def evaluate(
     extractor: FeatureExtractor | None = None,
     classifier: str | None = None,
     lpips_weights: str | None = None,
+    apply_exif: bool = False,
     batch_size: int = 16,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -53,16 +59,24 @@ def evaluate(
     class differ from each other, and how likely they are under the generators of the samples; of a tokenizer's
     reconstructions, PSNR, SSIM, the usage and the entropy of its ids beside their capacity; and what `run.json` beside
     the samples says of their cost. A set of images is a folder of shards, a folder of images (one subfolder per class,
-    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, 3) and `labels`. Files get ADM's centre crop to
-    `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order.
+    or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, C) and `labels`. Files get ADM's centre crop to
+    `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order; of samples
+    that have too few of a class, such as ones with random labels, images at even distances over the whole set.
+
+    Classes of folders and shards are matched by name: those of the reference, or else of the held-out images, number
+    them. The labels of an `.npz` are matched by position; the label after the last, a generator's null label, means no
+    class. The report says how labels were matched, and where samples do not show every class.
 
     Writes `report.json` and `report.md` into `output`, prints the table, and keeps the reference's moments and up to
-    10,000 of its features there, so that the next evaluation need not compute them again.
+    10,000 of its features there, so that the next evaluation need not compute them again. They are kept for the
+    content of the images, which is read to be recognised, and for every setting that they depend on.
 
     Args:
         reference: images to measure against, or their moments: an .npz with `mu` and `sigma`, such as ADM's.
         output: folder of the report.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
+        image_channels: of the images: 3, or 1 for grey, 4 for RGBA, as the tokenizers that reconstruct them take. What
+            saw colour images alone (the extractor, LPIPS) is shown grey repeated and RGBA laid over white.
         num_images: images of each row; a set with fewer is refused. By default as many as there are held-out images,
             which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
@@ -74,6 +88,8 @@ def evaluate(
         extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
         classifier: checkpoint of an ImageClassifier.
         lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
+        apply_exif: turn image files as their EXIF orientation says: give it where the DataModule of the training has
+            `apply_exif: true`. Published figures do not.
         batch_size: images at a time.
         device: for instance `cpu` or `cuda:1`; `auto` takes a GPU where there is one.
 
@@ -81,8 +97,9 @@ def evaluate(
         What `report.json` holds.
 
     Raises:
-        ValueError: no row, a set that is missing, too small or of another image size, samples without labels for the
-            classifier, a reference of another extractor, or a checkpoint of the wrong kind.
+        ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
+            a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
+            of another extractor, or a checkpoint of the wrong kind.
     """
     from discrete_lit.evaluation.feature_statistics import measure, reference_from_images, reference_from_moments
     from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
@@ -90,33 +107,50 @@ def evaluate(
     from discrete_lit.metrics.frechet import compare, holds_moments
     from discrete_lit.metrics.precision_recall import precision_and_recall
 
+    image_size = normal_size(image_size)
+    if image_channels not in MODES:
+        raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
     samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
     _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
     compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
-    reference_images = None if holds_moments(reference) else open_image_set(reference, image_size)
-    real = None if held_out is None else open_image_set(held_out, image_size)
-    generated = {name: open_image_set(path, image_size) for name, path in samples.items()}
-    num_classes = _num_classes([real, reference_images, *generated.values()])
+    def opened(path: str) -> ImageSet:
+        return open_image_set(path, image_size, image_channels, apply_exif=apply_exif)
+
+    reference_images = None if holds_moments(reference) else opened(reference)
+    real = None if held_out is None else opened(held_out)
+    generated = {name: opened(path) for name, path in samples.items()}
+    runs = {name: _read_run(path) for name, path in samples.items()}
+    real_sets = {"reference": reference_images, "held_out": real}
+    sample_sets = {f"samples.{name}": images for name, images in generated.items()}
     if classifier is not None:
-        _check_labels(generated)
-    real_selection = None if real is None else Selection(real, num_images, num_classes=num_classes)
+        _check_labels(generated, {})
+    predict = None if classifier is None else _load_classifier(classifier, real_sets, compute_device, image_channels)
+    classes = match_classes(real_sets, sample_sets, None if predict is None else predict.num_classes)
+    if classifier is not None:
+        _check_labels(generated, classes.numbering)
+
+    def selected(name: str, num_images: int | None, **settings: Any) -> Selection | None:
+        images = (real_sets | sample_sets)[name]
+        if images is None:
+            return None
+        numbering = classes.numbering.get(name)
+        return Selection(images, num_images, num_classes=classes.count, numbering=numbering, **settings)
+
+    real_selection = selected("held_out", num_images)
     count = num_images if real is None else (num_images or real.count)
-    selections = {name: Selection(images, count, num_classes=num_classes) for name, images in generated.items()}
-    reference_selection = (
-        None if reference_images is None else Selection(reference_images, num_reference, num_classes=num_classes)
-    )
-    meters = _load_meters(reconstructions, lpips_weights, compute_device)
-    generators = _load_generators(likelihoods, image_size)
-    predict = None if classifier is None else _load_classifier(classifier, num_classes, compute_device)
+    selections = [selected(name, count, allow_uneven=True) for name in sample_sets]
+    reference_selection = selected("reference", num_reference)
+    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_size, image_channels)
+    generators = _load_generators(likelihoods, image_size, image_channels)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
         return measure(
             selection,
             extractor,
-            num_classes=num_classes,
+            num_classes=classes.count,
             batch_size=batch_size,
             device=compute_device,
             transform=transform,
@@ -124,8 +158,9 @@ def evaluate(
             description=name,
         )
 
+    notes = list(classes.notes)
     if reference_selection is None:
-        measured_against = reference_from_moments(reference, extractor)
+        measured_against = reference_from_moments(reference, extractor, apply_exif=apply_exif)
     else:
         folder = Path(output)
         measured_against = reference_from_images(
@@ -137,25 +172,35 @@ def evaluate(
             device=compute_device,
             folder=folder,
         )
-    manifold = _manifold(measured_against, count, compute_device)
+        left_out = reference_selection.count - (measured_against.moments.count or 0)
+        if left_out:
+            notes.append(f"reference: {left_out:,} broken images were left out")
+    manifold, reason = _manifold(measured_against, count, compute_device)
+    if manifold is None:
+        notes.append(f"precision and recall are not measured: {reason}")
     rows: list[Row] = []
     floor: Measurement | None = None
 
-    def add(name: str, kind: Any, source: str, measured: Measurement, **figures: Any) -> None:
+    def add(name: str, kind: Any, source: str, selection: Selection, measured: Measurement, **figures: Any) -> None:
         found = compare(extractor, measured.moments.compute(), measured_against.moments, reference)
         if manifold is not None:
             precision, recall = precision_and_recall(measured.features.compute(), manifold)
             figures |= {"precision": precision, "recall": recall}
         rows.append(_row(name, kind, source, found, measured, floor, figures))
+        if kind != "reconstructions":
+            notes.extend(selection.notes(name))
+        if kind == "samples":
+            notes.extend(_class_notes(name, selection, classes.count, rows[-1]))
 
     likelihood: dict[str, LikelihoodFigures] = {}
     if real_selection is not None:
         assert held_out is not None
         floor = run(real_selection, "held-out real images")
-        add("held-out real images", "real", held_out, floor)
+        add("held-out real images", "real", held_out, real_selection, floor)
         for name, meter in meters.items():
             measured = run(real_selection, name, meter)
-            add(name, "reconstructions", reconstructions[name], measured, reconstruction=meter.figures())
+            figures = meter.figures()
+            add(name, "reconstructions", reconstructions[name], real_selection, measured, reconstruction=figures)
         for path, generator in generators.items():
             likelihood[path] = measure_likelihood(
                 generator.to(compute_device),
@@ -165,8 +210,10 @@ def evaluate(
                 device=compute_device,
                 description=path,
             )
-    for name, selection in selections.items():
-        add(name, "samples", samples[name], run(selection, name), likelihood=likelihood.get(likelihoods.get(name, "")))
+    for name, selection in zip(samples, selections, strict=True):
+        assert selection is not None
+        figures = {"likelihood": likelihood.get(likelihoods.get(name, "")), **runs[name]}
+        add(name, "samples", samples[name], selection, run(selection, name), **figures)
 
     report = Report(
         rows,
@@ -174,6 +221,9 @@ def evaluate(
         manifold=manifold,
         image_size=image_size,
         classifier=classifier,
+        image_channels=image_channels,
+        apply_exif=apply_exif,
+        notes=notes,
         environment=environment(compute_device),
     )
     report.write(Path(output))
@@ -214,30 +264,92 @@ def _check_arguments(
         raise ValueError(f"a name stands for one row, got {names}")
 
 
-def _num_classes(sets: list[ImageSet | None]) -> int | None:
-    """Count the classes: those of the first set that states them; of samples alone, the most that a label needs."""
-    labelled = [images for images in sets if images is not None and images.num_classes is not None]
-    stated = [images for images in labelled if not isinstance(images, NpzImages)]
-    counts = [images.num_classes or 0 for images in stated[:1] or labelled]
-    return max(counts, default=None)
-
-
-def _check_labels(generated: dict[str, ImageSet]) -> None:
+def _check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndarray]) -> None:
+    """Refuse a classifier where not one of the samples has a class, as far as that is known."""
+    reasons = []
     for name, images in generated.items():
+        known = numbering.get(f"samples.{name}")
         if images.num_classes is None:
-            raise ValueError(
-                f"samples.{name}={str(images.path)!r} has no labels, which the classifier needs: "
-                "an .npz with `labels`, shards, or one subfolder per class"
-            )
+            reason = "has no labels"
+        elif known is not None and images.labels is not None and bool((known[images.labels] == NO_CLASS).all()):
+            reason = f"has the label {len(known) - 1} alone, which is no class"
+        else:
+            return
+        reasons.append(f"samples.{name}={str(images.path)!r} {reason}")
+    if reasons:
+        raise ValueError(
+            f"{'; '.join(reasons)}: the classifier needs labels, of an .npz with `labels`, shards, or one subfolder "
+            "per class"
+        )
 
 
-def _manifold(reference: Reference, count: int | None, device: torch.device) -> Manifold | None:
-    """Span the reference's manifold; None where its features are unknown or too few for the k-th neighbour."""
+def _class_notes(name: str, selection: Selection, num_classes: int | None, row: Row) -> list[str]:
+    """Say which classes samples show, where they are not as many of each."""
+    if selection.images.num_classes is None or num_classes is None:
+        return []
+    notes = []
+    total, without = selection.by_class.total(), selection.by_class[NO_CLASS]
+    if without:
+        notes.append(
+            f"{name}: {without:,} of {total:,} images have the null label and so no class; label accuracy and "
+            "within-class diversity leave them out"
+        )
+    counts = [count for label, count in selection.by_class.items() if label != NO_CLASS and count]
+    if counts and len(counts) < num_classes:
+        notes.append(
+            f"{name} shows {len(counts)} of {num_classes} classes: its distance, precision and recall are not those "
+            "of samples of all classes"
+        )
+    elif counts and max(counts) - min(counts) > 1:
+        notes.append(
+            f"{name} has {min(counts):,} to {max(counts):,} images of a class: label accuracy is a mean over images, "
+            "within-class diversity one over classes"
+        )
+    compared = [value for value in row.within_class_diversity_by_class or [] if value is not None]
+    if compared and len(compared) < num_classes:
+        notes.append(
+            f"{name}: within-class diversity is a mean over {len(compared)} of {num_classes} classes, those with two "
+            "images or more here and real images that differ"
+        )
+    return notes
+
+
+def _manifold(reference: Reference, count: int | None, device: torch.device) -> tuple[Manifold | None, str]:
+    """Span the reference's manifold; None, and why, where its features are unknown or too few."""
     from discrete_lit.metrics.precision_recall import Manifold
 
-    if reference.features is None or count is None or min(count, len(reference.features)) <= NEIGHBOURS:
-        return None
-    return Manifold(reference.features, NEIGHBOURS, device=device)
+    if reference.features is None:
+        return None, "the reference is a file of moments, without features of its images"
+    assert count is not None
+    if min(count, len(reference.features)) <= NEIGHBOURS:
+        return None, f"they need more than k = {NEIGHBOURS} images in every set"
+    return Manifold(reference.features, NEIGHBOURS, device=device), ""
+
+
+def _read_run(samples: str) -> dict[str, Any]:
+    """Read `run.json` beside an npz of samples, and find the picture there: fields of its row.
+
+    Raises:
+        ValueError: a run.json that cannot be read.
+    """
+    from discrete_lit.evaluation.report import COSTS
+
+    if not samples.endswith(".npz"):
+        return {}
+    run, picture = (Path(samples).expanduser().parent / name for name in ("run.json", "grid.png"))
+    found: dict[str, Any] = {"picture": str(picture)} if picture.is_file() else {}
+    if run.is_file():
+        try:
+            found["sampling"] = json.loads(run.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{str(run)!r} cannot be read as JSON: {error}") from error
+        if not isinstance(found["sampling"], dict):
+            raise ValueError(f"{str(run)!r} must hold an object, it holds {type(found['sampling']).__name__}")
+        for key in COSTS:
+            value = found["sampling"].get(key)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ValueError(f"{str(run)!r}: {key} is {value!r}, it must be a number")
+    return found
 
 
 def _row(
@@ -255,15 +367,12 @@ def _row(
     accuracy = by_class = diversity = diversity_by_class = None
     if measured.correct is not None and measured.spread is not None:
         counts = measured.spread.count
-        accuracy = float(measured.correct.sum() / counts.sum())
         by_class = _finite(measured.correct / counts)
+        accuracy = _finite(measured.correct.sum() / counts.sum())
     if measured.spread is not None and floor is not None and floor.spread is not None:
         ratios = within_class_diversity(measured.spread, floor.spread)
         diversity_by_class = _finite(ratios)
-        diversity = float(ratios.nanmean()) if bool(ratios.isfinite().any()) else None
-    folder = Path(source).parent
-    run, picture = folder / "run.json", folder / "grid.png"
-    beside = kind == "samples" and source.endswith(".npz")
+        diversity = _finite(ratios.nanmean())
     return Row(
         name=name,
         kind=kind,
@@ -273,24 +382,27 @@ def _row(
         label_accuracy_by_class=by_class,
         within_class_diversity=diversity,
         within_class_diversity_by_class=diversity_by_class,
-        sampling=json.loads(run.read_text(encoding="utf-8")) if beside and run.is_file() else {},
-        picture=str(picture) if beside and picture.is_file() else None,
         **figures,
     )
 
 
-def _finite(values: Tensor) -> list[float | None]:
-    """Plain numbers for JSON, which has no NaN."""
-    return [float(value) if value.isfinite() else None for value in values]
+def _finite(values: Tensor) -> Any:
+    """A number, or a list of them, with None for NaN: where there is nothing to measure."""
+    return [_finite(value) for value in values] if values.ndim else float(values) if values.isfinite() else None
 
 
 def _load_meters(
-    checkpoints: dict[str, str], lpips_weights: str | None, device: torch.device
+    checkpoints: dict[str, str],
+    lpips_weights: str | None,
+    device: torch.device,
+    image_size: ImageSize,
+    image_channels: int,
 ) -> dict[str, ReconstructionMeter]:
     """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
 
     Raises:
-        ValueError: a checkpoint that cannot be read or holds a generator; weights that are not LPIPS's.
+        ValueError: a checkpoint that cannot be read, holds a generator or takes other channels; weights that are not
+            LPIPS's, or images too small for it.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -301,6 +413,7 @@ def _load_meters(
     if lpips_weights is not None and checkpoints:
         lpips = LPIPS(lpips_weights).to(device)
         lpips.prepare()
+        lpips.check_size(image_size)
     meters = {}
     for name, path in checkpoints.items():
         autoencoder = files.load(path)
@@ -309,31 +422,49 @@ def _load_meters(
                 f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
                 "checkpoint of a tokenizer or of a continuous autoencoder"
             )
+        _check_channels(autoencoder, image_channels, f"reconstructions.{name}={path!r}")
         meters[name] = ReconstructionMeter(autoencoder.to(device), lpips)
     return meters
 
 
-def _load_classifier(checkpoint: str, num_classes: int | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Load a classifier to `device`: from images in [-1, 1] to logits.
+def _check_channels(module: Any, image_channels: int, what: str) -> None:
+    """Raise a ValueError where it is known that a module takes images of other channels."""
+    expected = getattr(module, "image_channels", None)
+    if expected not in (None, image_channels):
+        raise ValueError(f"{what} takes images of {expected} channels, image_channels is {image_channels}")
+
+
+def _load_classifier(
+    checkpoint: str, sets: dict[str, ImageSet | None], device: torch.device, image_channels: int
+) -> ImageClassifier:
+    """Load a classifier to `device`.
 
     Raises:
-        ValueError: a checkpoint that holds no classifier, or one of other classes.
+        ValueError: a checkpoint that holds no classifier, or one of other classes or channels than the images have.
     """
     from discrete_lit.evaluation.classifier import load_classifier
 
     classifier = load_classifier(checkpoint)
-    if num_classes is not None and classifier.num_classes != num_classes:
-        raise ValueError(
-            f"classifier={checkpoint!r} knows {classifier.num_classes} classes, the images have {num_classes}"
-        )
+    _check_channels(classifier, image_channels, f"classifier={checkpoint!r}")
+    known = classifier.num_classes
+    for images in sets.values():
+        if images is None or images.num_classes is None:
+            continue
+        # Without names there may be classes that the set has no image of.
+        if images.num_classes > known or (images.classes and images.num_classes < known):
+            raise ValueError(
+                f"classifier={checkpoint!r} knows {known} classes, the images have {images.num_classes}: "
+                f"{str(images.path)!r}"
+            )
+        break
     return classifier.to(device)
 
 
-def _load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, Generator]:
+def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
     """Load the generator of each checkpoint of a dictionary from names to checkpoints, on the CPU.
 
     Raises:
-        ValueError: a checkpoint that holds no generator, or one of another image size.
+        ValueError: a checkpoint that holds no generator, or one of another image size or other channels.
     """
     from discrete_lit import checkpoints as files
     from discrete_lit.generators import Generator
@@ -347,7 +478,9 @@ def _load_generators(likelihoods: dict[str, str], image_size: int) -> dict[str, 
             raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
         if module.image_size != image_size:
             raise ValueError(
-                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
+                f"likelihoods.{name}={path!r} models images of {size_text(module.image_size)} pixels, image_size is "
+                f"{size_text(image_size)}"
             )
+        _check_channels(module.tokenizer, image_channels, f"likelihoods.{name}={path!r}")
         generators[path] = module
     return generators

@@ -16,7 +16,7 @@ from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import atomic_write, atomic_write_text, file_sha256
-from discrete_lit.core.images import to_uint8
+from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator
@@ -40,14 +40,15 @@ def sample(
     num_nodes: int = 1,
     precision: str = "32-true",
     compile: bool = False,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
-    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, 3), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and operations, and the speed with and without decoding. Of text, and of
-    a generator that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself
-    goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` and `run.json` with every
+    setting, the network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey
+    images, 4 of RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator
+    that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to
+    `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
     devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
@@ -64,9 +65,9 @@ def sample(
         num_nodes: nodes that run this command.
         precision: Lightning's, for instance `bf16-mixed`.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
-        image_size: H = W of the written images in pixels, as published evaluations shrink samples of 384 to 256; the
-            decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's). The
-            tokenizer's own size by default.
+        image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
+            to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
+            The tokenizer's own size by default.
 
     Returns:
         What `run.json` holds.
@@ -80,8 +81,8 @@ def sample(
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None:
+        image_size = normal_size(image_size)
     if image_size is not None and not generator.tokenizer.makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
     given = list(range(generator.num_classes)) if labels is None else labels
@@ -163,15 +164,14 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: int | None) -> np.ndarray:
-    """Images `(B, H, W, 3)` uint8, or where ids stand for none these; the copy waits for the device."""
+def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
+    """Images `(B, H, W, C)` uint8, or where ids stand for none these; the copy waits for the device."""
     if not tokenizer.makes_images:
         return tokens.cpu().numpy()
     decoded = tokenizer.decode(tokens)
     if image_size is not None:
-        decoded = F.interpolate(decoded.float(), size=(image_size, image_size), mode="bicubic")
-    images = to_uint8(decoded)
-    return images.expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()  # grey thrice
+        decoded = F.interpolate(decoded.float(), size=height_and_width(image_size), mode="bicubic")
+    return to_uint8(decoded).movedim(1, -1).cpu().numpy()
 
 
 def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> np.memmap:
@@ -204,7 +204,10 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
 def _write_grid(folder: Path, pixels: np.ndarray) -> None:
     side = min(_GRID_SIDE, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
-    rows = tiles.reshape(-1, side, *tiles.shape[1:])  # (rows, side, H, W, 3)
-    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, 3)
+    shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
+    rows = shown.reshape(-1, side, *shown.shape[1:])  # (rows, side, H, W, C)
+    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, shown.shape[-1])
+    if grid.shape[-1] == 1:
+        grid = grid[..., 0]
     with atomic_write(folder / "grid.png") as file:
         Image.fromarray(grid).save(file, "PNG")

@@ -47,9 +47,14 @@ _CLASSES = {
 }
 # Arguments that have another name, by the class that takes them.
 _ARGUMENTS = {
+    "ConvAutoencoder": {"in_channels": "image_channels"},
     "HybridProcess": {"mask_share": "mask_fraction"},
     "MixtureProcess": {"mask_share": "mask_fraction"},
+    "PatchGAN": {"in_channels": "image_channels"},
+    "StyleGANDiscriminator": {"in_channels": "image_channels"},
+    "TiTokAutoencoder": {"in_channels": "image_channels"},
     "Transformer": {"recompute": "activation_checkpointing"},
+    "ViTAutoencoder": {"in_channels": "image_channels"},
     "WarmupCosine": {"final_share": "min_lr_factor"},
     "WarmupLinear": {"final_share": "min_lr_factor"},
 }

@@ -3,18 +3,19 @@
 A reader must never meet half a file, whenever the writer was killed and however full the disk was. So a file is
 written under a temporary name in the folder where it belongs, brought to the disk, and only then given its name.
 
-npz files may come from anywhere: they are read without pickles, and every way in which one can be broken is one error.
+npz files may come from anywhere: `Npz` reads them without pickles, and every way in which one can be broken is one
+error.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
@@ -79,17 +80,101 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_npz(path: str | Path, names: Iterable[str]) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Read some arrays of an npz file: the names of all its arrays, and those of the asked ones that it has.
+class ArrayHeader(NamedTuple):
+    """The shape and type of an array of an npz file, known before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Npz:
+    """Read an npz file, which may come from anywhere: the headers of its arrays first, then the arrays that are wanted.
+
+    Nothing is unpickled, and no array has to be read before its shape is known: a small compressed file can hold more
+    than the memory does.
+
+        with Npz("samples.npz") as file:
+            if file.headers["labels"].shape == (50,):
+                labels = file.read("labels")
+
+    Args:
+        path: the file.
 
     Raises:
-        ValueError: no npz file, a truncated one, or an asked array of pickled objects.
+        ValueError: no npz file, or a damaged or encrypted one. Whatever is wrong with the file, here and in what is
+            read of it, is a ValueError that names the file and the array.
     """
-    try:
-        # np.load leaves a file that it opened itself open when it fails.
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            return list(file.files), {name: file[name] for name in names if name in file.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r} is not a readable npz file: {error}") from error
+
+    headers: dict[str, ArrayHeader]
+    """Name of each array to its header."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        with ExitStack() as opened:
+            with self._errors():
+                self._archive = opened.enter_context(zipfile.ZipFile(self.path))
+            members = [name for name in self._archive.namelist() if name.endswith(".npy")]
+            self.headers = {name.removesuffix(".npy"): self._read_header(name) for name in members}
+            self._opened = opened.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
+
+    def _read_header(self, member: str) -> ArrayHeader:
+        with self._errors(member), self._archive.open(member) as file:
+            header = _read_npy_header(file)
+            values = self._archive.getinfo(member).file_size - file.tell()
+            # A header that claims more than there is would make the reader set aside memory for it.
+            if not header.dtype.hasobject and header.size != values:
+                raise ValueError(f"{header.dtype} {header.shape} takes {header.size:,} bytes, there are {values:,}")
+            return header
+
+    def read(self, name: str) -> np.ndarray:
+        """Read an array whole."""
+        with self._errors(name), self._archive.open(f"{name}.npy") as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+            file.read(1)  # beyond the last byte: there the checksum is compared
+            return array
+
+    def rows(self, name: str) -> Iterator[np.ndarray]:
+        """Read an array of at least one dimension row by row, in the memory of one row."""
+        with self._errors(name), self._archive.open(f"{name}.npy") as file:
+            shape, dtype, fortran_order = _read_npy_header(file)
+            if fortran_order:
+                raise ValueError("it is in Fortran order; save it with np.ascontiguousarray")
+            size = math.prod(shape[1:]) * dtype.itemsize
+            for index in range(shape[0]):
+                data = file.read(size)
+                if len(data) != size:
+                    raise ValueError(f"it ends after {index} of {shape[0]} rows")
+                yield np.frombuffer(data, dtype).reshape(shape[1:])
+
+    @contextmanager
+    def _errors(self, name: str | None = None) -> Iterator[None]:
+        # A broken file raises almost anything: OSError, BadZipFile, zlib.error, EOFError, RuntimeError (encrypted),
+        # NotImplementedError (an unknown compression), TypeError, OverflowError, MemoryError, ...
+        try:
+            yield
+        except Exception as error:
+            array = "" if name is None else f": {name.removesuffix('.npy')}"
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{self.path!r} is not a readable npz file{array}: {reason}") from error
+
+
+def _read_npy_header(file: IO[bytes]) -> ArrayHeader:
+    """Read the header of an array, up to its first value."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"its format has version {version}, known are {list(readers)}")
+    shape, fortran_order, dtype = readers[version](file)
+    return ArrayHeader(shape, dtype, fortran_order)

@@ -1,7 +1,15 @@
-"""The one conversion between images as the networks see them and images as they are stored and measured."""
+"""Images as the networks see them and as they are stored, measured and shown: their values, their size, their channels.
+
+Values are float in [-1, 1] at every module's boundary and uint8 in storage. A size is one number where images are
+square, and (height, width) in general. Channels are any number where a network alone decides; what knows pictures
+(files, LPIPS, features of networks that saw colour) takes 1, grey, 3, RGB, or 4, RGBA.
+"""
 
 import torch
 from torch import Tensor
+
+ImageSize = int | tuple[int, int]
+"""The size of images in pixels, as settings give it: the side of a square, or height and width (`[H, W]` in YAML)."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -15,3 +23,83 @@ def to_uint8(images: Tensor) -> Tensor:
 def from_uint8(images: Tensor) -> Tensor:
     """Convert uint8 images in 0..255 of any shape to float32 in [-1, 1]; `to_uint8` gives them back exactly."""
     return images.float().div(127.5).sub(1)
+
+
+def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tuple[int, int]:
+    """Give H and W of a size in pixels, which may also be a list of two.
+
+    Args:
+        image_size: the side of a square, or H and W.
+        setting: what the user calls it, for the message.
+
+    Raises:
+        ValueError: neither one nor two integers, or one below 1.
+    """
+    sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < 1:
+        raise ValueError(
+            f"{setting}={image_size}: it must be the side of square images, or [height, width], each at least 1"
+        )
+    return sides
+
+
+def normal_size(image_size: ImageSize, setting: str = "image_size") -> ImageSize:
+    """Give a size in the one form in which sizes are kept and compared: an int for a square, else `(H, W)`.
+
+    Raises:
+        ValueError: what `height_and_width` raises.
+    """
+    height, width = height_and_width(image_size, setting)
+    return height if height == width else (height, width)
+
+
+def size_text(image_size: ImageSize) -> str:
+    """Write a size for people, height first: `32x48`."""
+    return "x".join(map(str, height_and_width(image_size)))
+
+
+def check_channels(images: Tensor, image_channels: int, what: str) -> None:
+    """Raise a ValueError unless images `(B, C, ...)` have as many channels as a network was made for.
+
+    Args:
+        images: of a batch.
+        image_channels: C of the network.
+        what: names the network, for the message.
+    """
+    if images.shape[1] != image_channels:
+        raise ValueError(
+            f"the images have {images.shape[1]} channels (shape {tuple(images.shape)}), and {what} was made for "
+            f"{image_channels}: set image_channels of the data (1 grey, 3 RGB, 4 RGBA) or of the network, so that both "
+            "are the same"
+        )
+
+
+def to_rgb(images: Tensor, what: str) -> Tensor:
+    """Give three channels to what knows colour images alone: grey is repeated, RGBA is laid over white.
+
+    The colour of a transparent pixel is then white, as it is seen, and not what the file happens to hold behind it.
+
+    Args:
+        images: `(B, C, H, W)` with C 1, 3 or 4; uint8, or float in about [-1, 1]. Differentiable.
+        what: needs colour images, for the message.
+
+    Raises:
+        ValueError: another number of channels.
+    """
+    channels = images.shape[1]
+    if channels not in (1, 3, 4):
+        raise ValueError(
+            f"{what} sees colour images: three channels, or one (grey, repeated) or four (RGBA, laid over white); got "
+            f"{channels}"
+        )
+    if channels == 4:
+        if images.dtype == torch.uint8:
+            return to_uint8(to_rgb(from_uint8(images), what))
+        opacity = (images[:, 3:] + 1) / 2
+        return images[:, :3] * opacity + (1 - opacity)
+    return images.expand(-1, 3, *images.shape[2:])
+
+
+def displayable(images: Tensor) -> Tensor:
+    """Give images `(B, C, H, W)` that can be shown: with 1, 3 or 4 channels as they are, else the first, as grey."""
+    return images if images.shape[1] in (1, 3, 4) else images[:, :1]

@@ -140,7 +140,7 @@ def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 def augmentation_uniforms(seed: int, epoch: int, key: str) -> tuple[float, float, float, float]:
     """Draw four independent uniform numbers in [0, 1) for the sample `key` in `epoch`."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(errors="surrogatepass"), digest_size=16).digest()
     first, second, third, fourth = (
         int.from_bytes(digest[start : start + 4], "little") / 2**32 for start in (0, 4, 8, 12)
     )

@@ -7,18 +7,18 @@ import numpy as np
 import torch
 from PIL.Image import Image
 
-from discrete_lit.core.images import from_uint8
+from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.transforms import center_crop, decode_image, random_crop, ten_crops
+from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, ten_crops
 
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """One sample of a batch; `pixels` is uint8 `(H, W, 3)`, or `(V, H, W, 3)` of V crops."""
+    """One sample of a batch; `pixels` is uint8 `(H, W, C)`, or `(V, H, W, C)` of V crops."""
 
     pixels: np.ndarray
-    label: int
+    label: int | None
     _: KW_ONLY
     key: str
     index: int
@@ -51,8 +51,8 @@ class EvaluationCrops:
         """V, the crops of an image; None for a single one, which has no dimension of its own."""
         return {"center": None, "flip": 2, "ten": 10 * len(self.ten_crop_scales)}[self.kind]
 
-    def cut(self, image: Image, size: int) -> np.ndarray:
-        """Cut an image: uint8 `(size, size, 3)`, or `(V, size, size, 3)` of several crops."""
+    def cut(self, image: Image, size: ImageSize) -> np.ndarray:
+        """Cut an image: uint8 `(H, W, C)`, or `(V, H, W, C)` of several crops."""
         if self.kind == "ten":
             return np.concatenate([ten_crops(image, size, scale) for scale in self.ten_crop_scales])
         pixels = center_crop(image, size)
@@ -67,33 +67,41 @@ class ImagePipeline:
     """Decoding and cropping, the same in every DataModule of images.
 
     Args:
-        image_size: side of the square that comes out, in pixels.
+        image_size: of what comes out, in pixels: the side of a square, or height and width.
         seed: decides the augmentation.
+        image_channels: C: 1 for grey, 3 for RGB, 4 for RGBA.
         crop: the training crop, see `transforms`.
         minimum_crop: see `transforms.random_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
     """
 
-    image_size: int
+    image_size: ImageSize
     seed: int
     _: KW_ONLY
+    image_channels: int = 3
     crop: str
     minimum_crop: float
     flip: bool
     apply_exif: bool
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it must be at least 1")
+        height_and_width(self.image_size)  # refuses what is no size
+        if self.image_channels not in MODES:
+            raise ValueError(f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
         if self.crop not in ("random", "center"):
             raise ValueError(f"crop {self.crop!r} is not known; it is 'random' or 'center'")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(H, W, C)` of the images that come out."""
+        return (*height_and_width(self.image_size), self.image_channels)
+
     def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
-        """Augment an image: uint8 `(image_size, image_size, 3)`, the same for the same (seed, epoch, key)."""
-        image = decode_image(data, self.apply_exif)
+        """Augment an image: uint8 `(H, W, C)`, the same for the same (seed, epoch, key)."""
+        image = decode_image(data, self.apply_exif, image_channels=self.image_channels)
         randomness = augmentation_uniforms(self.seed, epoch, key)
         if self.crop == "random":
             return random_crop(image, self.image_size, randomness, minimum_crop=self.minimum_crop, flip=self.flip)
@@ -101,23 +109,30 @@ class ImagePipeline:
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
-        """Crop an image for evaluation: uint8 `(image_size, image_size, 3)`, or `(V, image_size, image_size, 3)`."""
-        return crops.cut(decode_image(data, self.apply_exif), self.image_size)
+        """Crop an image for evaluation: uint8 `(H, W, C)`, or `(V, H, W, C)` of several crops."""
+        return crops.cut(decode_image(data, self.apply_exif, image_channels=self.image_channels), self.image_size)
 
 
-def image_batch(samples: Sequence[LabelledImage], image_size: int) -> Batch:
+def image_batch(samples: Sequence[LabelledImage], shape: tuple[int, int, int]) -> Batch:
     """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
 
-    Images are `(B, 3, H, W)`, or `(B, V, 3, H, W)` of several crops.
+    A set without labels makes batches without `"label"`.
+
+    Images are `(B, C, H, W)`, or `(B, V, C, H, W)` of several crops.
+
+    Args:
+        samples: of the batch.
+        shape: `(H, W, C)` of an image, for a batch of none.
     """
-    shape = samples[0].pixels.shape if samples else (image_size, image_size, 3)
-    pixels = np.empty((len(samples), *shape), dtype=np.uint8)
+    pixels = np.empty((len(samples), *(samples[0].pixels.shape if samples else shape)), dtype=np.uint8)
     for row, sample in enumerate(samples):
         pixels[row] = sample.pixels
     images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
+    labels = [sample.label for sample in samples if sample.label is not None]
+    assert len(labels) in (0, len(samples)), "a set has labels or none"
     return {
         "image": images,
-        "label": torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        **({"label": torch.tensor(labels, dtype=torch.int64)} if labels else {}),
         "key": [sample.key for sample in samples],
         "index": torch.tensor([sample.index for sample in samples], dtype=torch.int64),
     }

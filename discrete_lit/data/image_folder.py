@@ -1,12 +1,11 @@
-"""The DataModule of images in a folder with one subfolder per class, read directly."""
+"""The DataModule of images in a folder, with one subfolder per class or without classes, read directly."""
 
-import os
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import (
@@ -18,18 +17,21 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     TrainingOrder,
 )
-from discrete_lit.data.sources.class_folders import class_files, class_names
-from discrete_lit.data.transforms import UndecodableImage
+from discrete_lit.data.sources.class_folders import FoundImages, find_images
+from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, UndecodableImage, image_bytes_limit
 
 
 class ImageFolder(ResumableDataModule):
     """Batches of images from `<folder>/<class>/**/<image>`; see `image_batches.image_batch` for what is in them.
 
-    Images are found as `class_files` says. Classes are the subfolders' names in sorted order, those of `train` where
-    it is given. A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may
-    be resumed with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index`
-    is the sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the
-    list of files, sorted by key.
+    Images are found as `find_images` says. Classes are the subfolders' names in sorted order, those of `train` where
+    it is given. A folder of images alone has no classes, and its batches no `"label"`: a tokenizer needs none. Where
+    `train` has none, `validation` is read without labels too.
+
+    A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may be resumed
+    with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index` is the
+    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the list of
+    files, sorted by key.
 
     An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
     evaluation; both are logged and counted.
@@ -37,21 +39,24 @@ class ImageFolder(ResumableDataModule):
     Args:
         train: folder of training images; None where only the other split is used.
         validation: folder of validation images.
-        image_size: side of the square images, in pixels.
+        image_size: of the images that come out, in pixels: the side of a square, or `[height, width]`.
         batch_size: samples of a batch on each rank.
         num_workers: processes that decode; 0 decodes in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+            evaluation.
         minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
             LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
+        image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         max_bad_fraction: fraction of an epoch's images that may be unreadable before the run fails.
+        labels: False reads every image below the folders, at any depth, without a label.
         persistent_workers: keep the processes between epochs.
 
     Raises:
         ValueError: a setting is out of range. Reading the folders raises it where one has another form, see
-            `class_files`, or where `validation` has a class that `train` has not.
+            `find_images`, or where `validation` has a class that `train` has not.
     """
 
     def __init__(
@@ -59,7 +64,7 @@ class ImageFolder(ResumableDataModule):
         train: str | None,
         validation: str | None = None,
         *,
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
@@ -67,7 +72,9 @@ class ImageFolder(ResumableDataModule):
         minimum_crop: float = 1.0,
         flip: bool = True,
         apply_exif: bool = False,
+        image_channels: int = 3,
         max_bad_fraction: float = 0.01,
+        labels: bool = True,
         persistent_workers: bool = False,
     ):
         super().__init__(
@@ -80,25 +87,41 @@ class ImageFolder(ResumableDataModule):
             persistent_workers=persistent_workers,
         )
         self.pipeline = ImagePipeline(
-            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+            normal_size(image_size),
+            seed,
+            image_channels=image_channels,
+            crop=crop,
+            minimum_crop=minimum_crop,
+            flip=flip,
+            apply_exif=apply_exif,
         )
-        self.image_size = image_size
+        self.image_size = self.pipeline.image_size
+        self.image_channels = image_channels
+        self.labels = labels
 
     @cached_property
+    def _found(self) -> dict[Split, FoundImages]:
+        """The images of each split; those of validation have labels only where those of training have."""
+        found: dict[Split, FoundImages] = {}
+        for split, path in self.locations.items():
+            if path is not None:
+                known = all(earlier.classes for earlier in found.values())
+                found[split] = find_images(path, labels=self.labels and known)
+        return found
+
+    @property
     def classes(self) -> list[str]:
-        """Name of each label."""
-        path = self.locations["train"] or self.locations["validation"]
-        assert path is not None
-        return class_names(path)
+        """Name of each label; none where the images have no labels."""
+        return next(iter(self._found.values())).classes
 
     @property
     def num_classes(self) -> int:
-        """Labels are in 0..num_classes-1."""
+        """Labels are in 0..num_classes-1; 0 where the images have no labels."""
         return len(self.classes)
 
     @cached_property
     def _files(self) -> dict[Split, "ImageFiles"]:
-        return {split: ImageFiles(path, self.classes) for split, path in self.locations.items() if path is not None}
+        return {split: ImageFiles(found, self.classes) for split, found in self._found.items()}
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
@@ -114,36 +137,43 @@ class ImageFolder(ResumableDataModule):
 
 
 class ImageFiles:
-    """The image files of a folder with one subfolder per class, in sorted order.
+    """The image files of a folder in sorted order.
 
     Raises:
-        ValueError: the folder has another form, see `class_files`, or a class that is not one of `classes`.
+        ValueError: the folder has a class that is not one of `classes`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], classes: list[str]):
-        self.folder = Path(folder)
+    def __init__(self, found: FoundImages, classes: list[str]):
+        self.folder = found.root
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
         labels: list[int] = []
-        for name, files in class_files(folder, allow_empty=True):
-            if name not in label_of:
+        for name, files in found.files.items():
+            if name is not None and name not in label_of:
                 raise ValueError(
                     f"{self.folder} has a class {name!r} that the training folder has not; which has {len(classes)}: "
                     f"{', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}"
                 )
             self.keys += sorted(files)
-            labels += [label_of[name]] * len(files)
-        if not self.keys:
-            raise ValueError(f"no images in {self.folder}: none of its class folders holds one")
-        self.labels = np.array(labels, dtype=np.int64)
+            if name is not None:
+                labels += [label_of[name]] * len(files)
+        self.labels = np.array(labels, dtype=np.int64) if found.classes else None
+        """int64 `(len(self),)`; None where the images have no labels."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def label(self, sample: int) -> int | None:
+        """The label of an image, where it has one."""
+        return None if self.labels is None else int(self.labels[sample])
+
     def read(self, sample: int) -> bytes:
         """Read the bytes of an image file."""
+        path = self.folder / self.keys[sample]
         try:
-            return (self.folder / self.keys[sample]).read_bytes()
+            if (size := path.stat().st_size) > image_bytes_limit():
+                raise UndecodableImage(f"it has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
+            return path.read_bytes()
         except OSError as error:
             raise UndecodableImage(f"{type(error).__name__}: {error}") from error
 
@@ -158,7 +188,7 @@ class _TrainingImages(OrderedSource):
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         bad: list[BadSample] = []
         samples = [self._sample(epoch, int(position), bad) for position in self.order.positions(number)]
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledImage:
         permutation = self.order.permutation(epoch)
@@ -173,7 +203,7 @@ class _TrainingImages(OrderedSource):
                     bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             index = epoch * self.order.count + position
-            return LabelledImage(pixels, int(self.files.labels[sample]), key=key, index=index)
+            return LabelledImage(pixels, self.files.label(sample), key=key, index=index)
         raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
 
 
@@ -194,5 +224,5 @@ class _EvaluationImages(OrderedSource):
             except UndecodableImage as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
-            samples.append(LabelledImage(pixels, int(self.files.labels[sample]), key=key, index=int(sample)))
-        return image_batch(samples, self.pipeline.image_size), bad
+            samples.append(LabelledImage(pixels, self.files.label(sample), key=key, index=int(sample)))
+        return image_batch(samples, self.pipeline.shape), bad

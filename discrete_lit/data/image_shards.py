@@ -8,27 +8,31 @@ left, and only opens the shards that hold them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
 from discrete_lit.data.shard_set import ShardSet, find_shards
-from discrete_lit.data.tars import RawSample, read_samples
+from discrete_lit.data.tars import RawSample, label_of, read_samples
 from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageShards(ResumableDataModule):
     """Batches of images from shards; see `image_batches.image_batch` for what is in them.
 
-    A split is a folder of shards, a shard, a brace pattern such as `shards/train-{000000..000099}.tar`, a URL of one
-    of these (`http://`, `https://`, `s3://` by the aws command, `gs://` by gsutil, `pipe:` any command), or a list
-    of them. How many samples each shard holds is read from the `manifest.json` beside them.
+    A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
+    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
+    `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar`, `.tar.gz` or `.tgz`. How many
+    samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local shards
+    are counted. A set of which nobody says the classes, as img2dataset writes it, has no labels, and its batches no
+    `"label"`: a tokenizer needs none.
 
     In an epoch every sample is read once, less the last incomplete global batch. The order depends on seed, epoch,
     batch size, and the numbers of ranks and workers: inside an epoch a run resumes exactly with the same ones, and
@@ -37,32 +41,36 @@ class ImageShards(ResumableDataModule):
 
     A sample that cannot be read is replaced in training by the next readable one that its worker would read, and
     left out in evaluation; both are logged and counted. The samples that a truncated shard lacks count as unreadable
-    ones; a shard of which nothing can be read ends the run.
+    ones; a shard of which nothing can be read ends the run, and so does a truncated one that must be counted. An image
+    file above 256 MB is not read, nor is anything that stays mute for 15 seconds; the environment variables
+    `DISCRETE_LIT_MAX_IMAGE_MEGABYTES` and `DISCRETE_LIT_READ_TIMEOUT` set other limits.
 
     Args:
         train: the training shards; None where only the other split is used.
         validation: the validation shards.
-        image_size: side of the square images, in pixels.
+        image_size: of the images that come out, in pixels: the side of a square, or `[height, width]`.
         batch_size: samples of a batch on each rank.
         num_workers: processes that read and decode; 0 does it in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square; `center` is the crop of evaluation.
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+            evaluation.
         minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
             LlamaGen).
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
+        image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         shuffle_window: samples of a worker that are mixed with each other, on top of the random order of the
             shards; each worker holds about that many undecoded images in memory.
         max_bad_fraction: fraction of an epoch's samples that may be unreadable before the run fails.
         train_count: for URLs without a manifest, the number of training samples, which the shards must hold in equal
             parts, or a list with the number of each shard.
         validation_count: the same of the validation shards.
-        num_classes: number of classes, where there is no manifest.
+        num_classes: number of classes, where there is no manifest; by default the samples are read without labels.
         persistent_workers: keep the processes between epochs.
 
     Raises:
-        ValueError: a setting is out of range. Finding the shards raises it where one is missing, or where counts or
-            classes are not known. Reading raises it for a label that is not in 0..num_classes-1.
+        ValueError: a setting is out of range. Finding the shards raises it where one is missing or cut off, or where
+            counts are not known. Reading raises it for a label that is not in 0..num_classes-1.
     """
 
     def __init__(
@@ -70,7 +78,7 @@ class ImageShards(ResumableDataModule):
         train: str | list[str] | None,
         validation: str | list[str] | None = None,
         *,
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
@@ -78,6 +86,7 @@ class ImageShards(ResumableDataModule):
         minimum_crop: float = 1.0,
         flip: bool = True,
         apply_exif: bool = False,
+        image_channels: int = 3,
         shuffle_window: int = 1000,
         max_bad_fraction: float = 0.01,
         train_count: int | list[int] | None = None,
@@ -99,9 +108,16 @@ class ImageShards(ResumableDataModule):
         self._counts: dict[Split, int | list[int] | None] = {"train": train_count, "validation": validation_count}
         self._given_num_classes = num_classes
         self.pipeline = ImagePipeline(
-            image_size, seed, crop=crop, minimum_crop=minimum_crop, flip=flip, apply_exif=apply_exif
+            normal_size(image_size),
+            seed,
+            image_channels=image_channels,
+            crop=crop,
+            minimum_crop=minimum_crop,
+            flip=flip,
+            apply_exif=apply_exif,
         )
-        self.image_size = image_size
+        self.image_size = self.pipeline.image_size
+        self.image_channels = image_channels
         self.shuffle_window = shuffle_window
 
     @cached_property
@@ -112,7 +128,11 @@ class ImageShards(ResumableDataModule):
             for split, location in self.locations.items()
             if location is not None
         }
-        if len({shards.classes for shards in found.values()}) > 1:
+        classes = next(iter(found.values())).classes
+        if not classes:
+            # The labels of validation alone mean nothing.
+            return {split: replace(shards, classes=()) for split, shards in found.items()}
+        if any(shards.classes and shards.classes != classes for shards in found.values()):
             raise ValueError(
                 f"the classes of {self.locations['train']} and {self.locations['validation']} are not the same"
             )
@@ -120,12 +140,12 @@ class ImageShards(ResumableDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Name of each label."""
+        """Name of each label; none where the samples have no labels."""
         return list(next(iter(self.shards.values())).classes)
 
     @property
     def num_classes(self) -> int:
-        """Labels are in 0..num_classes-1."""
+        """Labels are in 0..num_classes-1; 0 where the samples have no labels."""
         return len(self.classes)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
@@ -299,18 +319,14 @@ class _Shards:
         self._next = (epoch, number + self.workers)
         return self._open
 
-    def _label(self, sample: RawSample) -> int:
-        classes = len(self.shards.classes)
-        text = sample.label.decode("ascii", "replace").strip()
-        if not text.isdecimal() or int(text) >= classes:
-            raise ValueError(
-                f"sample {sample.key!r} of {sample.shard} has label {text!r}; labels must be in 0..{classes - 1}"
-            )
-        return int(text)
+    def _label(self, sample: RawSample) -> int | None:
+        return label_of(sample, len(self.shards.classes))
 
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
             raise UndecodableImage(sample.problem)
+        if sample.label is None and self.shards.classes:
+            raise UndecodableImage("it has no .cls entry")
         return sample.image
 
 
@@ -350,7 +366,7 @@ class _TrainingShards(_Shards):
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 sample = self._stand_in(split, epoch, number % self.workers, index)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
         pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
@@ -422,7 +438,7 @@ class _EvaluationShards(_Shards):
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
             samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index))
-        return image_batch(samples, self.pipeline.image_size), bad
+        return image_batch(samples, self.pipeline.shape), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

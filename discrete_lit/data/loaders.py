@@ -101,7 +101,10 @@ class _Loader:
     def _compute(self, epoch: int, first: int) -> Iterator[Batch]:
         bad_samples = BadSampleCount(self.source.samples, self.max_bad_fraction)
         self._requests.epoch, self._requests.first, self._requests.stop = epoch, first, len(self)
-        for batch, bad in self._workers:
+        for computed in self._workers:
+            if isinstance(computed, ValueError):
+                raise computed
+            batch, bad = computed
             bad_samples.add(bad)
             yield batch
 
@@ -327,8 +330,12 @@ class _Computed(Dataset):
     def __init__(self, source: BatchSource):
         self.source = source
 
-    def __getitem__(self, request: tuple[int, int]) -> tuple[Batch, list[BadSample]]:
-        return self.source.batch(*request)
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Batch, list[BadSample]] | ValueError:
+        try:
+            return self.source.batch(*request)
+        # Raised in a worker it would reach the user as many lines, with the worker's traceback for its message.
+        except ValueError as error:
+            return error
 
 
 class _Requests(Sampler):

@@ -1,28 +1,41 @@
 """The shards of a split: their locations, and how many samples each holds.
 
-A split is named by a folder, a file, a brace pattern (`train-{000000..000099}.tar`), a URL of any of these, or a
-list of them. Counts and class names come from the `manifest.json` beside the shards. Where a local folder has none,
-its shards are counted; where a URL has none, the counts must be given.
+A split is named by a folder, a file, a pattern of the disk (`shards/*.tar`), a brace pattern
+(`train-{000000..000099}.tar`), a URL of any of these but the second, or a list of them. Counts and class names come
+from the `manifest.json` beside the shards. Where a local folder has none, its shards are counted; where a URL has none,
+the counts must be given. A manifest may come from anywhere: nothing in it is used before it is checked.
 """
 
+import glob
 import io
 import json
+import logging
 import os
-import shlex
+import re
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
+from urllib.parse import urlsplit
 
 import braceexpand
 import numpy as np
-from webdataset.gopen import gopen
 
+from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, printable
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
-from discrete_lit.data.tars import count_samples
+from discrete_lit.data.tars import BrokenShard, SampleCount, count_samples
+
+_log = logging.getLogger(__name__)
 
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+# Bounds of what a name or a manifest may claim before anything is read: far above any data set, far below the memory.
+_MOST_SHARDS = 1_000_000
+_MOST_SAMPLES = 10_000_000  # Of a shard.
+_MOST_CLASSES = 10_000_000
+_LARGEST_MANIFEST = 2**28  # Bytes.
 
 
 @dataclass(frozen=True)
@@ -33,10 +46,15 @@ class Shard:
     count: int
 
     @property
+    def name(self) -> str:
+        """The URL as messages say it, without a signature."""
+        return printable(self.url)
+
+    @property
     def local(self) -> bool:
         return is_local(self.url)
 
-    def open(self) -> IO[bytes]:
+    def open(self) -> io.BufferedReader:
         """A binary stream of the file; seekable where it is local."""
         return open_url(self.url)
 
@@ -47,6 +65,7 @@ class ShardSet:
 
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
+    """Name of each label; none where the samples have no labels."""
 
     @property
     def count(self) -> int:
@@ -64,158 +83,301 @@ def find_shards(
     """Find the shards that a user names as a split.
 
     Args:
-        location: folder, file, brace pattern, URL, or a list of them.
+        location: folder, file, pattern, URL, or a list of them; `~` is the home folder.
         counts: samples in all shards, spread evenly, or one number a shard, where there is no manifest.
-        num_classes: number of classes where there is no manifest.
+        num_classes: number of classes where there is no manifest. Without it, and where no sample of the counted
+            shards has a label, the set is one without labels.
 
     Raises:
-        ValueError: there are no shards, one is missing, or their counts or classes are not known or contradict each
-            other.
+        ValueError: there are no shards, one is missing or cut off, or their counts or classes are not known, are not
+            possible, or contradict each other.
     """
+    if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
+        raise ValueError(f"num_classes is {num_classes}; it must be in 1..{_MOST_CLASSES:,}")
     urls: list[str] = []
     for entry in [location] if isinstance(location, str) else location:
         urls += _expand(entry)
-    missing = [url for url in urls if is_local(url) and not os.path.isfile(_local_path(url))]
+    _check_urls(urls)
+    manifests: dict[str, dict[str, Any] | None] = {}
+    if counts is None:
+        manifests = {parent: _manifest(parent) for parent in dict.fromkeys(map(_parent, urls))}
+    found, labelled = _counts(urls, counts, manifests)
+    shards = tuple(Shard(url, count) for url, count in zip(urls, found, strict=True) if count > 0)
+    if not shards:
+        raise ValueError(f"there are no samples in the shards of {_named(location)}")
+    return ShardSet(shards, _classes(location, [given for given in manifests.values() if given], num_classes, labelled))
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a local folder holds shards, with a manifest or without."""
+    return (folder / MANIFEST).is_file() or bool(_shards_in(folder))
+
+
+def _named(location: str | Sequence[str]) -> str:
+    return printable(location) if isinstance(location, str) else ", ".join(map(printable, location))
+
+
+# From what is named to the shards.
+
+
+def _expand(entry: str) -> list[str]:
+    """The shards that one entry of a location names."""
+    if not isinstance(entry, str) or not entry.strip():
+        raise ValueError(f"the shards are named by {entry!r}; name a folder, a file, a pattern or a URL")
+    if is_local(entry) and os.path.exists(local_path(entry)):
+        return _shards_at(entry)  # Its name may hold braces and stars of its own.
+    urls: list[str] = []
+    for url in _braces(entry):
+        if url.startswith("pipe:"):
+            urls.append(url)
+        elif is_local(url) and glob.has_magic(local_path(url)) and not os.path.exists(local_path(url)):
+            matching = sorted(glob.glob(local_path(url), recursive=True))
+            found = [shard for path in matching if _is_shard(path) or os.path.isdir(path) for shard in _shards_at(path)]
+            if not found:
+                raise ValueError(f"no shards match {url}; they end with {', '.join(_SHARD_SUFFIXES)}")
+            urls += found
+        else:
+            urls += _shards_at(url)
+    return urls
+
+
+def _braces(entry: str) -> list[str]:
+    """What a brace pattern stands for, of which there may be more than fits into the memory."""
+    too_many = f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards"
+    for first, last, step in _RANGE.findall(entry):
+        # Longer numbers than that are refused before they are read: reading takes the square of their length.
+        if max(len(first), len(last), len(step)) > 20 or abs(int(last) - int(first)) // max(1, int(step or 1)) >= (
+            _MOST_SHARDS
+        ):
+            raise ValueError(too_many)
+    try:
+        urls = list(islice(braceexpand.braceexpand(entry), _MOST_SHARDS + 1))
+    except braceexpand.UnbalancedBracesError as error:
+        raise ValueError(f"the braces of {printable(entry)} are not closed; write \\{{ for a brace itself") from error
+    if len(urls) > _MOST_SHARDS:
+        raise ValueError(too_many)
+    return urls
+
+
+def _is_shard(url: str) -> bool:
+    return _path(url).lower().endswith(_SHARD_SUFFIXES)
+
+
+def _shards_at(url: str) -> list[str]:
+    """The shards that a path or a URL without a pattern names."""
+    if is_local(url):
+        url = local_path(url)
+    if _is_shard(url) and not (is_local(url) and os.path.isdir(url)):
+        return [url]
+    manifest = _manifest(url)
+    files = _shards_in(Path(url)) if is_local(url) else []
+    if manifest is not None:
+        listed = [shard["name"] for shard in manifest["shards"]]
+        if extra := sorted({path.name for path in files} - set(listed)):
+            _log.warning("left out %d shards of %s that its %s does not list: %s", len(extra), url, MANIFEST, extra[:3])
+        return [_beside(url, name) for name in listed]
+    if files:
+        return list(map(str, files))
+    raise ValueError(
+        f"no shards in {printable(url)}: it has no {MANIFEST} and no files that end with "
+        f"{', '.join(_SHARD_SUFFIXES)}. Name a folder of shards, or the shards themselves as in "
+        "train-{000000..000099}.tar or, on the disk, train-*.tar"
+    )
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """The shards of a folder in the order of their names, without hidden files and what macOS puts beside each."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _is_shard(path.name) and not path.name.startswith("."))
+
+
+def _check_urls(urls: Sequence[str]) -> None:
+    if len(urls) > _MOST_SHARDS:
+        raise ValueError(f"there are {len(urls):,} shards; at most {_MOST_SHARDS:,} can be read as one set")
+    missing = [url for url in urls if is_local(url) and not os.path.isfile(local_path(url))]
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(urls)} shards are missing: {', '.join(missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}"
         )
-    manifests = {} if counts is not None else {parent: _manifest(parent) for parent in map(_parent, urls)}
-    shards = tuple(
-        Shard(url, count) for url, count in zip(urls, _counts(urls, counts, manifests), strict=True) if count > 0
-    )
-    if not shards:
-        raise ValueError(f"there are no samples in the shards of {location}")
-    return ShardSet(shards, _classes(location, [found for found in manifests.values() if found], num_classes))
+    for url, times in Counter(urls).items():
+        if times > 1:
+            _log.warning("%s is named %d times: its samples are read as often", printable(url), times)
 
 
-def is_local(url: str) -> bool:
-    """Whether `url` is a path or a `file:` URL."""
-    return url.startswith("file:") or ("://" not in url and not url.startswith("pipe:"))
+# The parts of a URL: a presigned one has its signature behind the path.
 
 
-def open_url(url: str) -> IO[bytes]:
-    """Open a file for reading wherever it is.
+def _path(url: str) -> str:
+    return url if is_local(url) or url.startswith("pipe:") else urlsplit(url).path
 
-    Local paths are opened directly, `s3://` by `aws s3 cp`, all else by webdataset's `gopen`: `http(s)://` by curl with
-    retries, `gs://` by gsutil, `pipe:` by the named command.
-    """
+
+def _beside(folder: str, name: str) -> str:
+    """The file of this name in a folder, with the folder's signature."""
+    if is_local(folder):
+        return os.path.join(folder, name)
+    parts = urlsplit(folder)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+
+
+def _parent(url: str) -> str:
+    if url.startswith("pipe:"):
+        return "pipe:"
     if is_local(url):
-        return open(_local_path(url), "rb", buffering=2**18)
-    if url.startswith("s3://"):
-        url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
-    return cast(IO[bytes], gopen(url, "rb"))
+        return os.path.dirname(url) or "."
+    parts = urlsplit(url)
+    return parts._replace(path=parts.path.rpartition("/")[0]).geturl()
 
 
-def _expand(entry: str) -> list[str]:
-    """The shards that one entry of a location names."""
-    if entry.startswith("pipe:"):
-        return list(braceexpand.braceexpand(entry))
-    urls: list[str] = []
-    for url in braceexpand.braceexpand(entry):
-        if url.endswith(_SHARD_SUFFIXES):
-            urls.append(url)
-            continue
-        folder = url.rstrip("/")
-        manifest = _manifest(folder)
-        if manifest is not None:
-            urls += [f"{folder}/{shard['name']}" for shard in manifest["shards"]]
-        elif is_local(url) and (files := sorted(map(str, Path(_local_path(url)).glob("*.tar")))):
-            urls += files
-        else:
-            raise ValueError(
-                f"no shards in {url}: it has no {MANIFEST} and no .tar files. Name a folder of shards, or the shards "
-                "themselves as in train-{000000..000099}.tar"
-            )
-    return urls
+def _basename(url: str) -> str:
+    return _path(url).rpartition("/")[2]
+
+
+# Counts and classes.
 
 
 def _counts(
     urls: list[str], given: int | Sequence[int] | None, manifests: dict[str, dict[str, Any] | None]
-) -> list[int]:
+) -> tuple[list[int], bool | None]:
+    """Samples of each shard, and whether any has a label, where that was seen."""
+    if given is not None:
+        numbers = [given] if isinstance(given, int) else list(given)
+        if any(isinstance(number, bool) or not 0 <= number <= _MOST_SAMPLES * len(urls) for number in numbers):
+            raise ValueError(f"the numbers of samples are {given}; each must be in 0..{_MOST_SAMPLES:,} a shard")
     if isinstance(given, int):
-        return [given // len(urls) + (number < given % len(urls)) for number in range(len(urls))]
+        return [given // len(urls) + (number < given % len(urls)) for number in range(len(urls))], None
     if given is not None:
         if len(given) != len(urls):
             raise ValueError(f"{len(given)} counts were given for {len(urls)} shards")
-        return list(given)
+        return list(given), None
     listed = {
-        parent: {shard["name"]: int(shard["count"]) for shard in manifest["shards"]}
+        parent: {shard["name"]: shard["count"] for shard in manifest["shards"]}
         for parent, manifest in manifests.items()
         if manifest is not None
     }
-    return [_count(url, listed) for url in urls]
+    counts: list[int] = []
+    labelled: bool | None = None
+    broken: list[str] = []
+    for url in urls:
+        parent = _parent(url)
+        if parent in listed:
+            if _basename(url) not in listed[parent]:
+                raise ValueError(f"{printable(url)} is not in the {MANIFEST} beside it")
+            counts.append(listed[parent][_basename(url)])
+            continue
+        try:
+            found = _counted(url)
+        except BrokenShard as error:
+            broken.append(str(error))
+            continue
+        counts.append(found.samples)
+        labelled = bool(labelled or found.labelled)
+    if broken:
+        raise BrokenShard(
+            f"{len(broken)} of {len(urls)} shards cannot be counted. Replace them, or name the shards without them:\n  "
+            + "\n  ".join(broken[:5])
+        )
+    return counts, labelled
 
 
-def _count(url: str, listed: dict[str, dict[str, int]]) -> int:
-    parent, name = _parent(url), url.rpartition("/")[2]
-    if parent in listed:
-        if name not in listed[parent]:
-            raise ValueError(f"{url} is not in the {MANIFEST} beside it")
-        return listed[parent][name]
+def _counted(url: str) -> SampleCount:
     if is_local(url):
         return count_samples(Shard(url, 0))
     raise ValueError(
-        f"there is no {MANIFEST} beside {url}: give the number of samples (train_count, "
-        "validation_count) and num_classes"
+        f"there is no {MANIFEST} beside {printable(url)}: give the number of samples (train_count, "
+        "validation_count) and, where they have labels, num_classes"
     )
 
 
 def _classes(
-    location: str | Sequence[str], manifests: list[dict[str, Any]], num_classes: int | None
+    location: str | Sequence[str], manifests: list[dict[str, Any]], num_classes: int | None, labelled: bool | None
 ) -> tuple[str, ...]:
     if not manifests:
-        if num_classes is None:
-            raise ValueError(f"the shards of {location} have no {MANIFEST} that tells the classes: give num_classes")
-        return tuple(str(label) for label in range(num_classes))
+        if num_classes is not None and labelled is False:
+            _log.warning(
+                "num_classes=%d has no effect: no sample of %s has a label (<key>.cls)", num_classes, _named(location)
+            )
+            return ()
+        return tuple(str(label) for label in range(num_classes or 0))
     classes = {tuple(manifest["classes"]) for manifest in manifests}
     if len(classes) > 1:
-        raise ValueError(f"the manifests of {location} name different classes")
+        raise ValueError(f"the manifests of {_named(location)} name different classes")
     found = classes.pop()
     if num_classes is not None and num_classes != len(found):
-        raise ValueError(f"num_classes is {num_classes}, but the {MANIFEST} of {location} has {len(found)} classes")
+        raise ValueError(
+            f"num_classes is {num_classes}, but the {MANIFEST} of {_named(location)} has {len(found)} classes"
+        )
     return found
+
+
+# The manifest.
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:
     """The manifest in a folder, or None where there is none."""
     if folder.startswith("pipe:"):
         return None
-    url = f"{folder}/{MANIFEST}"
-    if is_local(url):
-        path = Path(_local_path(url))
-        if not path.is_file():
+    url = _beside(folder, MANIFEST)
+    if is_local(url) and not os.path.isfile(url):
+        return None
+    try:
+        with open_url(url) as stream:
+            text = stream.read(_LARGEST_MANIFEST + 1)
+    except MissingFile:
+        return None
+    except OSError as error:
+        # The commands behind other URLs tell by their exit status alone that there is no such file.
+        if not is_local(url) and urlsplit(url).scheme not in ("http", "https"):
+            _log.info("no %s: %s", printable(url), error)
             return None
-        text = path.read_bytes()
-    else:
-        text = _fetch(url)
-        if text is None:
-            return None
+        raise ValueError(f"cannot read {printable(url)}: {error}") from error
+    return read_manifest(text, printable(url))
+
+
+def read_manifest(text: bytes, name: str) -> dict[str, Any]:
+    """Parse a manifest of shards, and check every part of it that is used.
+
+    Args:
+        text: what `manifest.json` holds.
+        name: its location, for messages.
+
+    Raises:
+        ValueError: it is no such manifest, or what it says is not possible.
+    """
+    if len(text) > _LARGEST_MANIFEST:
+        raise ValueError(f"{name} is longer than {_LARGEST_MANIFEST:,} bytes, so no manifest of shards")
     try:
         manifest = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{url} is not JSON: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{url} has format {manifest.get('format')!r}; a folder of shards has {FORMAT!r}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = repr(manifest.get("format")) if isinstance(manifest, dict) else f"a {type(manifest).__name__}"
+        raise ValueError(f"{name} has format {found[:100]}; a folder of shards has {FORMAT!r}")
+
+    def refuse(problem: str) -> None:
+        raise ValueError(f"{name} cannot be believed: {problem}. Write the shards anew, or delete it")
+
+    classes, shards = manifest.get("classes"), manifest.get("shards")
+    if not isinstance(classes, list) or not all(isinstance(label, str) for label in classes):
+        refuse("classes is not a list of names")
+    elif len(set(classes)) < len(classes):
+        refuse(f"{len(classes)} classes have {len(set(classes))} names")
+    elif manifest.get("num_classes", len(classes)) != len(classes):
+        refuse(f"num_classes is {manifest['num_classes']!r}, and classes names {len(classes)}")
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        refuse("shards is not a list of names and counts")
+    names = [shard.get("name") for shard in shards or []]
+    for shard_name, shard in zip(names, shards or [], strict=True):
+        count = shard.get("count")
+        # What lies in another folder has no business here, nor has what would not be recognised as a shard.
+        if not isinstance(shard_name, str) or not re.fullmatch(r"[^/\\\0]+", shard_name) or not _is_shard(shard_name):
+            refuse(f"{shard_name!r} is no name of a shard in its folder")
+        if type(count) is not int or not 0 <= count <= _MOST_SAMPLES:
+            refuse(f"{shard_name} has {count!r} samples; it must be a whole number up to {_MOST_SAMPLES:,}")
+    if len(set(names)) < len(names):
+        refuse(f"{Counter(names).most_common(1)[0][0]} is listed more than once")
+    total = sum(shard["count"] for shard in shards or [])
+    if manifest.get("count", total) != total:
+        refuse(f"count is {manifest['count']!r}, and the shards hold {total}")
     return manifest
-
-
-def _fetch(url: str) -> bytes | None:
-    stream = open_url(url)
-    content = io.BytesIO()
-    # The commands behind a URL tell by their exit status that there is no such file.
-    with suppress(OSError):
-        while block := stream.read(2**20):
-            content.write(block)
-        stream.close()
-        return content.getvalue()
-    return None
-
-
-def _parent(url: str) -> str:
-    return "pipe:" if url.startswith("pipe:") else url.rpartition("/")[0] or "."
-
-
-def _local_path(url: str) -> str:
-    return url.removeprefix("file://").removeprefix("file:")

@@ -1,8 +1,8 @@
-"""Writing a source of labelled images as webdataset shards.
+"""Writing a source of images as webdataset shards.
 
 A folder of shards holds one split: `{split}-000000.tar`, `{split}-000001.tar` and so on, and `manifest.json`. A sample
-is two files of a tar: `<key>.<extension>`, the image file untouched, and `<key>.cls`, the label as ASCII digits.
-The same source and settings give the same bytes.
+is two files of a tar: `<key>.<extension>`, the image file untouched, and, where it has a label, `<key>.cls`, the label
+as ASCII digits. The same source and settings give the same bytes.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -24,6 +24,7 @@ from discrete_lit.data.sources.source import Sample, Source
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"
 _UNFINISHED = "manifest.unfinished.json"
+_CLOCKS_DIFFER = 60 * 10**9  # nanoseconds
 
 
 def write_shards(
@@ -37,7 +38,8 @@ def write_shards(
     """Write every sample of `source` into shards below `output`, and return the manifest.
 
     It can be interrupted at any moment and run again: shards that are finished and have the recorded SHA-256 are kept,
-    a half-written one, which has a temporary name, is written again. `manifest.json` is written last.
+    a half-written one, which has a temporary name, is written again. `manifest.json` is written last. The images of a
+    finished shard are read again, and compared, only where their files are not older than the shard.
 
     Args:
         source: the images.
@@ -52,8 +54,8 @@ def write_shards(
         `source_sha256` (`Source.fingerprint`), `samples_per_shard`, and `shards`, a list of `name`, `count`, `sha256`.
 
     Raises:
-        ValueError: an argument is out of range, `output` holds shards of another source or other settings (the message
-            says what differs), or another process is writing there.
+        ValueError: an argument is out of range, `output` holds shards of another source, of other settings (the message
+            says what differs) or of images that have changed since, or another process is writing there.
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", split):
         raise ValueError(f"split {split!r} must be letters, digits and underscores, such as train")
@@ -83,6 +85,8 @@ def write_shards(
                 sha256 = finished.get(name)
                 if sha256 is None or not _has_sha256(output / name, sha256):
                     sha256 = _write_shard(output / name, _read(source, indices))
+                elif _may_have_changed(source, indices, output / name):
+                    _check_unchanged(source, indices, output / name, sha256)
                 shards.append({"name": name, "count": len(indices), "sha256": sha256})
                 if not (output / MANIFEST).exists():
                     _write_json(output / _UNFINISHED, {**plan, "shards": shards})
@@ -108,11 +112,32 @@ def _read(source: Source, indices: Sequence[int]) -> list[Sample]:
 
 
 def _write_shard(path: Path, samples: Sequence[Sample]) -> str:
-    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
+    with atomic_write(path) as file:
+        _write_tar(file, samples)
+    return file_sha256(path)
+
+
+def _write_tar(file: IO[bytes], samples: Sequence[Sample]) -> None:
+    with tarfile.open(fileobj=file, mode="w:", format=tarfile.PAX_FORMAT) as archive:
         for sample in samples:
             _add(archive, f"{sample.key}.{sample.extension}", sample.data)
-            _add(archive, f"{sample.key}.cls", str(sample.label).encode())
-    return file_sha256(path)
+            if sample.label is not None:
+                _add(archive, f"{sample.key}.cls", str(sample.label).encode())
+
+
+def _may_have_changed(source: Source, indices: Sequence[int], shard: Path) -> bool:
+    """Whether a file of the source is not older than the shard, or about as old: two machines' clocks differ."""
+    return max(map(source.last_change, indices)) > shard.stat().st_mtime_ns - _CLOCKS_DIFFER
+
+
+def _check_unchanged(source: Source, indices: Sequence[int], shard: Path, sha256: str) -> None:
+    content = io.BytesIO()
+    _write_tar(content, _read(source, indices))
+    if content_sha256(content.getvalue()) != sha256:
+        raise ValueError(
+            f"images of {source.description} have changed under the same names and sizes since {shard} was written. "
+            f"Choose another output folder, or delete {shard.parent}"
+        )
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -1,35 +1,70 @@
 """Reading tars: their files in order, where each lies, and the samples that webdataset groups them to.
 
 An uncompressed tar on the disk is read at any offset (`TarIndex`); anything else, a pipe or a compressed tar, from its
-front. A sample is the files that stand together under one name up to its first dot (webdataset's convention): an image
-and `<key>.cls`. Only these two are ever read: a `.pyd`, `.pickle` or `.pth` entry, which other decoders would unpickle,
-is passed over.
+front. A sample is the files that stand together under one name up to its first dot (webdataset's convention): an image,
+and `<key>.cls` where it has a label. Only these two are ever read: a `.pyd`, `.pickle` or `.pth` entry, which other
+decoders would unpickle, is passed over, and a name that has neither is no sample.
+
+A tar ends with blocks of zeros. Python's reader takes a file that stops short of them, or a damaged header, for the
+end as well; here both are errors that name the byte, so that no cut is read as a shorter shard.
 """
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import re
 import tarfile
+import time
 import weakref
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS
+from discrete_lit.data.transforms import (
+    IMAGE_BYTES_VARIABLE,
+    IMAGE_EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    image_bytes_limit,
+)
 
 # A transfer that breaks is taken up again at the sample where it broke; a local file would only break again.
 _REMOTE_ATTEMPTS = 3
 # Entries about the archive itself, by webdataset's convention.
 _META = re.compile(r"__[^/]*__(/|$)")
 # All the ways in which a tar that is cut off or damaged shows it.
-_BROKEN = (OSError, EOFError, tarfile.TarError, zlib.error)
+_BROKEN = (OSError, EOFError, tarfile.TarError, zlib.error, lzma.LZMAError)
+# The longest header that is read into memory: names, times and attributes take a few hundred bytes.
+_LONGEST_HEADER = 2**20
+_LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+# Padding is at most a record; the largest that tape drives ask for is below this.
+_LONGEST_PADDING = 2**20
+# How compressed files begin, and what opens them.
+_COMPRESSED = (
+    (re.compile(rb"\x1f\x8b"), gzip.open),
+    (re.compile(rb"BZh[1-9]1AY&SY"), bz2.open),
+    (re.compile(rb"\xfd7zXZ\x00"), lzma.open),
+)
 
 
 class BrokenShard(ValueError):
     """A shard cannot be read: not one sample of it, or not all of it where all are needed."""
+
+
+class PermanentFailure(OSError):
+    """Reading failed in a way that another attempt would not mend."""
 
 
 class RawSample(NamedTuple):
@@ -38,7 +73,8 @@ class RawSample(NamedTuple):
     key: str
     shard: str
     image: bytes
-    label: bytes
+    label: bytes | None
+    """None where it has no `.cls` entry."""
     problem: str | None = None
 
 
@@ -46,12 +82,12 @@ class ShardFile(Protocol):
     """A shard that can be opened, see `shard_set.Shard`."""
 
     @property
-    def url(self) -> str: ...
+    def name(self) -> str: ...
     @property
     def count(self) -> int: ...
     @property
     def local(self) -> bool: ...
-    def open(self) -> IO[bytes]: ...
+    def open(self) -> io.BufferedReader: ...
 
 
 def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, RawSample]]:
@@ -70,57 +106,82 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     last = int(np.flatnonzero(wanted)[-1])
     next_position = 0
     error: Exception | None = None
-    for _ in range(1 if shard.local else _REMOTE_ATTEMPTS):
+    for attempt in range(1 if shard.local else _REMOTE_ATTEMPTS):
+        if attempt:
+            time.sleep(attempt)
         try:
-            with _closing(shard.open()) as stream:
-                groups = _groups(_open(shard, stream), wanted)
-                for position, key, entries in groups:
+            with _opened(shard) as tar:
+                groups = _groups(tar, wanted)
+                for position, group in groups:
                     if position == shard.count - 1 and next(groups, None) is not None:
                         raise ValueError(
-                            f"{shard.url} holds more samples than the {shard.count} declared by its manifest or count; "
-                            "declare the number of each shard"
+                            f"{shard.name} holds more samples than the {shard.count} declared by its manifest or "
+                            "count; declare the number of each shard"
                         )
                     if position >= next_position and wanted[position]:
-                        yield position, _sample(shard.url, key, entries)
+                        yield position, group.sample(shard.name)
                     next_position = max(next_position, position + 1)
                     if position == last:
                         return
-                error = None
+            error = None
+            break
+        except PermanentFailure as failure:
+            error = failure
+            break
         except _BROKEN as broken:
             error = broken
     if next_position == 0:
-        raise BrokenShard(f"cannot read {shard.url}: {error or 'there are no samples in it'}") from error
+        raise BrokenShard(f"cannot read {shard.name}: {error or _NO_SAMPLES}") from error
     reason = f"the shard ends after {next_position} of {shard.count} samples" + (f" ({error})" if error else "")
     for position in np.flatnonzero(wanted[next_position:]) + next_position:
-        yield int(position), RawSample(f"sample {position}", shard.url, b"", b"", reason)
+        yield int(position), RawSample(f"sample {position}", shard.name, b"", None, reason)
 
 
-def all_samples(path: str | os.PathLike[str]) -> Iterator[RawSample]:
-    """Read every sample of an uncompressed shard on the disk in order; what has neither image nor label is no sample.
+def label_of(sample: RawSample, num_classes: int) -> int | None:
+    """The label of a sample, in 0..num_classes-1; None in a set without classes, whatever the sample says.
 
     Raises:
-        BrokenShard: it cannot be read to its end.
+        ValueError: another label.
     """
-    try:
-        with tarfile.open(path, mode="r:") as tar:
-            for _, key, entries in _groups(tar, None):
-                if entries:
-                    yield _sample(os.fspath(path), key, entries)
-    except _BROKEN as error:
-        raise BrokenShard(f"cannot read {os.fspath(path)}: {error}") from error
+    if num_classes == 0:
+        return None
+    assert sample.label is not None, "a sample without a label has a problem"
+    text = sample.label.decode("ascii", "replace").strip()
+    # Longer ones are refused before they are read: reading takes the square of their length.
+    if not text.isdecimal() or len(text) > 20 or int(text) >= num_classes:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise ValueError(
+            f"sample {sample.key!r} of {sample.shard} has label {shown!r}; labels must be in 0..{num_classes - 1}"
+        )
+    return int(text)
 
 
-def count_samples(shard: ShardFile) -> int:
+_NO_SAMPLES = (
+    "there are no samples in it. A sample is <key>.<image extension>, with <key>.cls where it has a label, and a key "
+    "ends at the first dot of the name"
+)
+
+
+class SampleCount(NamedTuple):
+    """Counts the samples of a shard."""
+
+    samples: int
+    labelled: int
+    """Those with a `.cls` entry."""
+
+
+def count_samples(shard: ShardFile) -> SampleCount:
     """Count the samples of a local shard, by its headers alone.
 
     Raises:
         BrokenShard: it cannot be read to its end.
     """
     try:
-        with _closing(shard.open()) as stream:
-            return sum(1 for _ in _groups(_open(shard, stream), np.zeros(0, dtype=bool)))
+        with _opened(shard) as tar:
+            labelled = [group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))]
+            return SampleCount(len(labelled), sum(labelled))
     except _BROKEN as error:
-        raise BrokenShard(f"cannot read {shard.url}: {error}") from error
+        raise BrokenShard(f"cannot read {shard.name} to its end: {error}") from error
 
 
 class Extent(NamedTuple):
@@ -145,7 +206,7 @@ class TarIndex:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise ValueError(f"there is no archive {self.path}; give the path of the downloaded .tar file")
         self._descriptor = os.open(self.path, os.O_RDONLY)
@@ -189,7 +250,7 @@ class TarIndex:
     @contextmanager
     def _opened(self) -> Iterator[tarfile.TarFile]:
         try:
-            with tarfile.open(self.path, mode="r:") as archive:
+            with tarfile.open(self.path, mode="r:", tarinfo=_Header) as archive:
                 yield archive
         except tarfile.TarError as error:
             raise ValueError(
@@ -200,7 +261,7 @@ class TarIndex:
     @contextmanager
     def _inner(self, content: IO[bytes], name: str) -> Iterator[tarfile.TarFile]:
         try:
-            with tarfile.open(fileobj=content, mode="r:") as archive:
+            with tarfile.open(fileobj=content, mode="r:", tarinfo=_Header) as archive:
                 yield archive
         except tarfile.TarError as error:
             raise ValueError(
@@ -210,12 +271,12 @@ class TarIndex:
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files of an opened tar in order, without folders and links, in memory that does not grow with them."""
-    while (member := tar.next()) is not None:
-        # The archive remembers every member that it has seen.
-        tar.members.clear()  # type: ignore[attr-defined]
-        if member.isfile():
-            yield member
+    """The files of an opened tar in order, without folders and links, in memory that does not grow with them.
+
+    Raises:
+        tarfile.ReadError: the tar is damaged, or ends without its end mark.
+    """
+    return (member for member in _members(tar) if member.isfile())
 
 
 def read_file(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -232,53 +293,142 @@ def read_file(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return data
 
 
+class _Header(tarfile.TarInfo):
+    """A header that says where Python's own would end the archive in silence, or fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        if len(buf) == tarfile.BLOCKSIZE and not any(buf):
+            return super().frombuf(buf, encoding, errors)  # The end mark, which is an exception of its own.
+        if len(buf) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError(
+                "the file ends without the end mark of a tar, two blocks of zeros, and so was cut off. If it is whole "
+                "and only lacks the mark, `truncate -s +1024 <file>` appends it"
+                if not buf
+                else "the file ends inside a header: it was cut off"
+            )
+        try:
+            header = super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"there is no header of a tar ({error}): the file is damaged") from error
+        if header.size < 0 or header.size > 2**62:
+            raise tarfile.ReadError(f"{header.name!r} claims {header.size} bytes: the file is damaged")
+        if header.type in _LONG_HEADERS and header.size > _LONGEST_HEADER:
+            raise tarfile.ReadError(f"a header claims {header.size:,} bytes; at most {_LONGEST_HEADER:,} are read")
+        return header
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members of an opened tar in order, up to an end mark that is one."""
+    while True:
+        with _damage_as_read_error(tar.offset):
+            member = tar.next()
+        if member is None:
+            _check_padding(cast(IO[bytes], tar.fileobj), tar.offset)
+            return
+        # The archive remembers every member that it has seen.
+        tar.members.clear()  # type: ignore[attr-defined]
+        yield member
+
+
+def _check_padding(stream: IO[bytes], end: int) -> None:
+    """Read what follows the first block of zeros: to the end of a compressed stream its checksum is compared."""
+    padding = 0
+    while block := stream.read(2**16):
+        if any(block):
+            raise tarfile.ReadError(
+                f"more follows the end mark at byte {end:,}: the file is damaged there, or several tars were "
+                "joined by `cat`. Name them one by one"
+            )
+        padding += len(block)
+        if padding > _LONGEST_PADDING:
+            raise tarfile.ReadError(f"after byte {end:,} there are but zeros: the file was not copied to its end")
+
+
 def _extent(member: tarfile.TarInfo, start: int) -> Extent:
     return Extent(PurePosixPath(member.name).name, start + member.offset_data, member.size)
 
 
-def _open(shard: ShardFile, stream: IO[bytes]) -> tarfile.TarFile:
-    # Only an uncompressed local file can be jumped about in; all else is read from the front.
-    seekable = shard.local and shard.url.endswith(".tar")
-    return tarfile.open(fileobj=stream, mode="r:" if seekable else "r|*")
-
-
-def _groups(tar: tarfile.TarFile, wanted: np.ndarray | None) -> Iterator[tuple[int, str, dict[str, bytes]]]:
-    """Position, key, and entries by extension of each sample; without `wanted` the entries of all are read."""
-    position, key = -1, None
-    entries: dict[str, bytes] = {}
-    for member in tar_files(tar):
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        if not stem or not dot or _META.match(member.name):
-            continue
-        if folder + slash + stem != key:
-            if key is not None:
-                yield position, key, entries
-            position, key, entries = position + 1, folder + slash + stem, {}
-        extension = extension.lower()
-        if extension == "cls" or extension in IMAGE_EXTENSIONS:
-            if wanted is None or (position < len(wanted) and wanted[position]):
-                entries[extension] = read_file(tar, member)
-    if key is not None:
-        yield position, key, entries
-
-
-def _sample(shard: str, key: str, entries: dict[str, bytes]) -> RawSample:
-    label = entries.pop("cls", None)
-    problem = None
-    if label is None:
-        problem = "it has no .cls entry"
-    elif len(entries) != 1:
-        problem = f"it has {len(entries)} images" if entries else "it has no image"
-    image = next(iter(entries.values()), b"")
-    return RawSample(key, shard, image, label or b"", problem)
+@contextmanager
+def _opened(shard: ShardFile) -> Iterator[tarfile.TarFile]:
+    """Open a shard, compressed or not, as its first bytes say."""
+    stream = shard.open()
+    try:
+        magic = stream.peek(16)
+        decompress = next((opener for start, opener in _COMPRESSED if start.match(magic)), None)
+        plain = stream if decompress is None else cast(IO[bytes], decompress(stream))
+        # Only an uncompressed local file can be jumped about in; all else is read from the front.
+        mode = "r:" if shard.local and decompress is None else "r|"
+        with _damage_as_read_error(0):
+            tar = tarfile.open(fileobj=plain, mode=mode, tarinfo=_Header)
+        with tar:
+            yield tar
+    finally:
+        # It may be the output of a command, which fails when it is not read to the end.
+        with suppress(OSError):
+            stream.close()
 
 
 @contextmanager
-def _closing(stream: IO[bytes]) -> Iterator[IO[bytes]]:
-    """Close a stream that may be the output of a command, which fails when it is not read to the end."""
+def _damage_as_read_error(start: int) -> Iterator[None]:
+    """Turn what a damaged header raises, whose fields reach `int`, `seek` and `decode` as they are, into one error."""
     try:
-        yield stream
-    finally:
-        with suppress(OSError):
-            stream.close()
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, IndexError, KeyError) as error:
+        raise tarfile.ReadError(f"at byte {start:,}: {error or type(error).__name__}") from error
+
+
+@dataclass
+class _Group:
+    """The entries of a sample."""
+
+    key: str
+    images: list[bytes] = field(default_factory=list)
+    label: bytes | None = None
+    problem: str | None = None
+
+    def sample(self, shard: str) -> RawSample:
+        problem = self.problem
+        if problem is None and len(self.images) != 1:
+            problem = f"it has {len(self.images)} images" if self.images else "it has no image"
+        return RawSample(self.key, shard, self.images[0] if self.images else b"", self.label, problem)
+
+
+def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Group]]:
+    """Position and entries of each sample; the content is read of the wanted ones alone."""
+    position, group, limit = -1, None, image_bytes_limit()
+    for member in _members(tar):
+        folder, slash, name = member.name.rpartition("/")
+        stem, dot, extension = name.partition(".")
+        extension = extension.lower()
+        if member.isdir() or not stem or not dot or _META.match(member.name):
+            continue
+        is_label, unreadable = extension == "cls", extension in UNREADABLE_EXTENSIONS
+        if not (is_label or unreadable or extension in IMAGE_EXTENSIONS):
+            continue
+        if group is None or folder + slash + stem != group.key:
+            if group is not None:
+                yield position, group
+            position, group = position + 1, _Group(folder + slash + stem)
+        content, problem = b"", None
+        if unreadable:
+            problem = f"its image is a .{extension}, which Pillow does not read here: convert it"
+        elif not member.isreg():
+            problem = f"its .{extension} is no file but a {_kind(member)}"
+        elif member.size > limit:
+            problem = f"its .{extension} claims {member.size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows"
+        elif position < len(wanted) and wanted[position]:
+            content = read_file(tar, member)
+        group.problem = group.problem or problem
+        if is_label:
+            group.label = content
+        else:
+            group.images.append(content)
+    if group is not None:
+        yield position, group
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    return "link" if member.issym() or member.islnk() else "device"

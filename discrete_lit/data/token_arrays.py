@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from discrete_lit.core.files import atomic_write_text, publish
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
@@ -66,7 +67,7 @@ class TokenWriter:
         count: int,
         token_shape: tuple[int, ...],
         vocab_size: int,
-        image_size: int,
+        image_size: ImageSize,
         num_classes: int,
         classes: list[str],
         tokenizer: str,
@@ -80,7 +81,7 @@ class TokenWriter:
             count: rows.
             token_shape: shape of one image's tokens.
             vocab_size: tokens are in 0..vocab_size-1; up to 65,536 they take two bytes.
-            image_size: side in pixels of the images that are encoded.
+            image_size: of the images that are encoded, in pixels; of text, characters.
             num_classes: labels are in 0..num_classes-1.
             classes: name of each label.
             tokenizer: content hash of the tokenizer (`Tokenizer.fingerprint()`).
@@ -102,7 +103,7 @@ class TokenWriter:
             "count": count,
             "token_shape": list(token_shape),
             "vocab_size": vocab_size,
-            "image_size": image_size,
+            "image_size": normal_size(image_size),
             "num_classes": num_classes,
             "classes": list(classes),
             "tokenizer": tokenizer,
@@ -317,9 +318,9 @@ class TokenArrays(ResumableDataModule):
         return tuple(int(side) for side in self._manifest["token_shape"])
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that were encoded."""
-        return int(self._manifest["image_size"])
+    def image_size(self) -> ImageSize:
+        """Size in pixels of the images that were encoded: the side of a square, or (H, W)."""
+        return normal_size(self._manifest["image_size"])
 
     @property
     def num_classes(self) -> int:

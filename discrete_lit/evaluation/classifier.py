@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.images import check_channels, size_text
 from discrete_lit.optimization import configure_optimizers
 
 
@@ -22,6 +23,7 @@ class ImageClassifier(LightningModule):
     Args:
         num_classes: K.
         channels: width of each stage; n stages need images of at least 2^n pixels.
+        image_channels: C of the images.
         dropout: probability that a pooled feature is dropped in training.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
@@ -32,6 +34,7 @@ class ImageClassifier(LightningModule):
         num_classes: int,
         channels: tuple[int, ...] = (16, 32, 64, 128),
         *,
+        image_channels: int = 3,
         dropout: float = 0.1,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
@@ -40,7 +43,10 @@ class ImageClassifier(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.num_classes = num_classes
-        stages = [nn.Conv2d(3, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
+        self.image_channels = image_channels
+        # Behind the first convolution there must be a pixel left for each halving.
+        self.smallest = 2 ** len(channels) - 1
+        stages = [nn.Conv2d(image_channels, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
         for width_in, width_out in pairwise(channels):
             stages += [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), *_normalized(width_out)]
             stages += [nn.MaxPool2d(2)]
@@ -53,7 +59,13 @@ class ImageClassifier(LightningModule):
         ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute float32 logits `(B, num_classes)` of images `(B, 3, H, W)` in [-1, 1]."""
+        """Compute float32 logits `(B, num_classes)` of images `(B, C, H, W)` in [-1, 1]."""
+        check_channels(images, self.image_channels, "this ImageClassifier")
+        if min(images.shape[-2:]) < self.smallest:
+            raise ValueError(
+                f"this ImageClassifier halves images too often for {size_text(tuple(images.shape[-2:]))} pixels: give "
+                "it fewer channels, one for each halving"
+            )
         return self.network(images.contiguous(memory_format=torch.channels_last)).float()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
-from discrete_lit.core.images import from_uint8
-from discrete_lit.evaluation.image_sets import Selection
+from discrete_lit.core.images import ImageSize, from_uint8, normal_size
+from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
 from discrete_lit.metrics.precision_recall import ClassSpread
@@ -31,7 +31,10 @@ MOST_FEATURES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Statistics of a set of images; the last two are None for a set without labels."""
+    """Statistics of a set of images; the last two are None for a set without labels.
+
+    Images without a class, of a set that has labels, count for the first two alone.
+    """
 
     moments: FeatureMoments
     features: EvenSample
@@ -58,16 +61,16 @@ def measure(
     Args:
         selection: which images.
         extractor: on `device`.
-        num_classes: K; needed for labelled sets.
+        num_classes: K, to measure each class of a labelled set; None measures none.
         batch_size: images at once.
         device: where networks run.
         most_features: how many features are kept; all by default.
-        transform: from uint8 images `(B, 3, H, W)` to the uint8 images that are measured, such as a reconstruction.
+        transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
         classifier: from images in [-1, 1] to logits `(B, K)`.
         description: of the progress bar.
 
     Raises:
-        ValueError: a label outside [0, K), or what `Selection.batches` raises.
+        ValueError: features that are not finite, or what `Selection.batches` raises.
     """
     moments = FeatureMoments(extractor)
     kept = EvenSample(most_features, selection.count)
@@ -79,19 +82,20 @@ def measure(
             if transform is not None:
                 images = transform(images)
             features = extractor(images)
+            if not bool(features.isfinite().all()):
+                raise ValueError(
+                    f"{extractor.name} gives features of {str(selection.images.path)!r} that are not finite"
+                )
             moments.update(features)
             kept.update(features)
             if labels is not None and num_classes is not None:
-                if int(labels.max()) >= num_classes:
-                    raise ValueError(
-                        f"{str(selection.images.path)!r} has label {int(labels.max())}, there are {num_classes} classes"
-                    )
                 if spread is None:
                     spread = ClassSpread(num_classes, extractor.dim)
-                spread.update(features, labels)
+                known = labels != NO_CLASS
+                spread.update(features[known.to(features.device)], labels[known])
                 if classifier is not None:
                     hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
-                    correct.index_add_(0, labels, hits.double())
+                    correct.index_add_(0, labels[known], hits[known].double())
             progress.update(len(images))
     classified = spread is not None and classifier is not None
     return Measurement(moments=moments, features=kept, spread=spread, correct=correct if classified else None)
@@ -104,20 +108,31 @@ class Reference:
     name: str
     """Path of the images or of their moments."""
     sha256: str
-    """A hash that changes when they do."""
+    """The hash of the images themselves, or of the file of their moments."""
     moments: Moments
     features: Tensor | None
     """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""
 
 
-def reference_from_moments(path: str, extractor: FeatureExtractor) -> Reference:
+def reference_from_moments(path: str, extractor: FeatureExtractor, *, apply_exif: bool | None = None) -> Reference:
     """Read a reference from a moments file, such as ADM's.
 
+    Args:
+        path: the file.
+        extractor: of the features.
+        apply_exif: how the images that are compared with it are read.
+
     Raises:
-        ValueError: an unreadable file, or moments of another extractor.
+        ValueError: an unreadable file, what are no moments, or moments of another extractor or of images that were
+            read otherwise.
     """
-    moments = Moments.load(path)
+    moments = Moments.load(path, extractor)
     check_reference(extractor, moments, path)
+    if None not in (apply_exif, moments.apply_exif) and apply_exif != moments.apply_exif:
+        raise ValueError(
+            f"reference {path!r} was measured with apply_exif={str(moments.apply_exif).lower()}, apply_exif is "
+            f"{str(apply_exif).lower()} here"
+        )
     return Reference(name=path, sha256=file_sha256(path), moments=moments, features=None)
 
 
@@ -126,7 +141,7 @@ def reference_from_images(
     selection: Selection,
     *,
     extractor: FeatureExtractor,
-    image_size: int,
+    image_size: ImageSize,
     batch_size: int,
     device: torch.device,
     folder: Path,
@@ -137,7 +152,7 @@ def reference_from_images(
         name: path of the images.
         selection: which of them.
         extractor: on `device`.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels.
         batch_size: images at once.
         device: where the extractor runs.
         folder: where the statistics are kept for the next evaluation.
@@ -145,16 +160,22 @@ def reference_from_images(
     Raises:
         ValueError: images that cannot be read.
     """
-    sha256 = selection.images.fingerprint()
-    settings = (sha256, selection.count, image_size, extractor.weights_sha256, extractor.protocol)
+    images = selection.images
+    sha256 = images.fingerprint()
+    # All that the features depend on: a file that was kept for anything else has another name.
+    settings = (
+        *(sha256, selection.settings, normal_size(image_size), images.image_channels, images.apply_exif),
+        *(extractor.name, extractor.weights_sha256, extractor.protocol, extractor.dim, MOST_FEATURES),
+    )
     key = content_sha256(repr(settings))
     kept_moments = folder / f"reference-{key[:16]}.npz"
     kept_features = kept_moments.with_suffix(".features.npy")
     if kept_moments.is_file() and kept_features.is_file():
         try:
-            features = torch.from_numpy(np.load(kept_features, allow_pickle=False))
-            return Reference(name=name, sha256=sha256, moments=Moments.load(kept_moments), features=features)
-        except (ValueError, EOFError) as error:
+            features = _read_features(kept_features, extractor.dim)
+            moments = Moments.load(kept_moments, extractor)
+            return Reference(name=name, sha256=sha256, moments=moments, features=features)
+        except ValueError as error:
             _log.warning("computing the reference again: %s", error)
     measured = measure(
         selection,
@@ -166,11 +187,27 @@ def reference_from_images(
         description="reference",
     )
     moments, features = measured.moments.compute(), measured.features.compute()
+    moments.apply_exif = images.apply_exif
     folder.mkdir(parents=True, exist_ok=True)
     moments.save(kept_moments)
     with atomic_write(kept_features) as file:
         np.save(file, features.numpy())
     return Reference(name=name, sha256=sha256, moments=moments, features=features)
+
+
+def _read_features(path: Path, dim: int) -> Tensor:
+    try:
+        features = np.load(path, allow_pickle=False)
+    except Exception as error:  # a broken file raises almost anything
+        raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    if (
+        features.dtype != np.float32
+        or features.ndim != 2
+        or features.shape[1] != dim
+        or not np.isfinite(features).all()
+    ):
+        raise ValueError(f"{str(path)!r} does not hold finite features (n, {dim})")
+    return torch.from_numpy(features)
 
 
 class EvenSample:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from math import log, prod
+from math import inf, log, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 from discrete_lit.core.images import from_uint8
-from discrete_lit.evaluation.image_sets import Selection
+from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 
 if TYPE_CHECKING:
     from discrete_lit.generators import Generator
+
+FEW_IMAGES = 30
+"""Below this count a standard error is too uncertain for an interval of two of them to be taken at its word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +28,15 @@ class LikelihoodFigures:
 
     checkpoint: str
     kind: str
-    """`exact`, `bound` (the value is at least that of the model) or `estimate`."""
+    """`exact`, `bound` or `estimate`.
+
+    A bound is one in expectation over the noise that is drawn for it: the expectation of `nats` is at least -log p of
+    the model, while one value may lie below by about its standard error.
+    """
     nats: float
     """-log p, mean over the images."""
     standard_error: float
-    """Standard error of that mean."""
+    """Standard error of that mean: over the images, and over the noise that a bound or an estimate draws."""
     count: int
     """Images."""
     tokens: int
@@ -38,6 +45,16 @@ class LikelihoodFigures:
     """H·W·C of the images where each id is one colour value of a pixel; None for the codes of other tokenizers, whose
     likelihood is not that of the pixels."""
     tokenizer_fingerprint: str
+
+    @property
+    def notes(self) -> list[str]:
+        """Limits of the figures, in words."""
+        notes = []
+        if self.nats == inf:
+            notes.append("a held-out image has probability 0 under the generator, so -log p is infinite")
+        if self.count < FEW_IMAGES:
+            notes.append(f"the standard error of -log p is itself estimated from only {self.count} images")
+        return notes
 
     @property
     def bits_per_token(self) -> float:
@@ -65,7 +82,7 @@ def measure_likelihood(
 ) -> LikelihoodFigures:
     """Encode a selection's images by the generator's tokenizer, and average their likelihoods given their labels.
 
-    Images without labels are given the null label.
+    Images without a class are given the null label.
 
     Args:
         generator: on `device`, in eval mode.
@@ -86,12 +103,13 @@ def measure_likelihood(
     with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
         for images, labels in selection.batches(batch_size):
             if labels is None:
-                labels = torch.full((len(images),), generator.num_classes)
-            elif int(labels.max()) >= generator.num_classes:
+                labels = torch.full((len(images),), NO_CLASS)
+            if int(labels.max()) >= generator.num_classes:
                 raise ValueError(
                     f"{str(selection.images.path)!r} has label {int(labels.max())}, "
                     f"{checkpoint!r} has {generator.num_classes} classes"
                 )
+            labels = torch.where(labels == NO_CLASS, generator.num_classes, labels)
             tokens = generator.tokenizer.encode(from_uint8(images.to(device)))
             indices = torch.arange(done, done + len(images), device=device)
             found = generator.log_likelihood(tokens, labels.to(device), indices=indices)

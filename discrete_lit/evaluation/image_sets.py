@@ -1,40 +1,51 @@
 """Sets of stored images, read one by one as uint8, and the protocol by which images are selected from them.
 
 `ImageSet` is the contract, `open_image_set` finds the kind of a path: shards, folders, and `samples.npz` files.
-`Selection` takes the same count of images from every set that is compared, and the same count of each class.
+`match_classes` says which labels of several sets mean the same class. `Selection` takes the same count of images from
+every set that is compared, and the same count of each class.
 """
 
-import json
+import hashlib
 import logging
-import zipfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from discrete_lit.core.files import content_sha256, file_sha256, read_npz
-from discrete_lit.data.shard_writer import FORMAT, MANIFEST
-from discrete_lit.data.sources.class_folders import ClassFolders, is_image_file
-from discrete_lit.data.tars import RawSample, all_samples
+from discrete_lit.core.files import Npz, file_sha256
+from discrete_lit.core.images import ImageSize, height_and_width, size_text
+from discrete_lit.data.shard_set import find_shards, holds_shards
+from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.tars import RawSample, label_of, read_samples
 from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
 
 _log = logging.getLogger(__name__)
 
 Pixels = np.ndarray
-"""uint8 `(H, W, 3)`."""
+"""uint8 `(H, W, C)`."""
 
 MAX_BROKEN_FRACTION = 0.01
 """The largest fraction of a selection's images that may be unreadable."""
 
+NO_CLASS = -1
+"""The label of an image without a class, such as one that was sampled with a generator's null label."""
+
+MOST_CLASSES = 2**20
+"""Labels above this are no class ids; statistics of as many classes would fill the memory."""
+
+_ORIENTATION = 0x0112
+
 _ACCEPTED = (
-    "accepted are a folder of shards (with manifest.json), a folder of images (one subfolder per class, or images "
-    "alone), and a .npz with uint8 arr_0 (N, H, W, 3)"
+    "accepted are a folder of shards, a folder of images (one subfolder per class, or images "
+    "alone), and a .npz with uint8 arr_0 (N, H, W, C)"
 )
 
 
@@ -45,15 +56,23 @@ class ImageSet(ABC):
     """
 
     path: Path
+    image_size: ImageSize
+    image_channels: int
+    apply_exif: bool
+    """Whether files are turned as their EXIF orientation says."""
     count: int
     num_classes: int | None
     """None where the images have no labels."""
+    classes: tuple[str, ...] = ()
+    """Name of each label; none where labels have no names."""
     labels: np.ndarray | None = None
     """int64 `(count,)` where they are known before reading."""
+    unturned: int = 0
+    """Files so far whose EXIF orientation was not applied though it says to turn them."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Compute a hash that changes when the images do."""
+        """Compute the SHA-256 of the stored images, which are all read."""
 
     @abstractmethod
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
@@ -62,239 +81,373 @@ class ImageSet(ABC):
         That function raises `UndecodableImage` for a broken file.
         """
 
+    def _decoded(self, data: bytes) -> Pixels:
+        """Decode and crop an image file."""
+        image = decode_image(data, self.apply_exif, image_channels=self.image_channels)
+        self.unturned += _orientation(image) > 1
+        return center_crop(image, self.image_size)
 
-def open_image_set(path: str | Path, image_size: int) -> ImageSet:
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that a decoded image still has; 1 is upright."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises almost anything for broken metadata, with which the pixels are right
+        return 1
+
+
+def open_image_set(
+    path: str | Path, image_size: ImageSize, image_channels: int = 3, *, apply_exif: bool = False
+) -> ImageSet:
     """Open the image set that a path names.
+
+    Args:
+        path: shards, a folder or an npz.
+        image_size: of the images in pixels.
+        image_channels: 1 for grey, 3 for RGB, 4 for RGBA.
+        apply_exif: turn image files as their EXIF orientation says, as the DataModules' `apply_exif` does.
 
     Raises:
         ValueError: nothing there, or nothing that holds images of `image_size`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path, image_size)
+        return NpzImages(path, image_size, image_channels=image_channels)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
-    if (path / MANIFEST).is_file():
-        return ShardImages(path, image_size)
-    if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
-        return ClassFolderImages(path, image_size)
-    return FlatFolderImages(path, image_size)
+    kind = ShardImages if holds_shards(path) else FolderImages
+    return kind(path, image_size, image_channels=image_channels, apply_exif=apply_exif)
 
 
 class NpzImages(ImageSet):
-    """Images of an npz file: `arr_0` uint8 `(N, H, W, 3)`.
+    """Images of an npz file: `arr_0` uint8 `(N, H, W, C)`; grey ones are repeated where colour is asked for.
 
     Where the samples have classes the file also holds `labels` (or ADM's `arr_1`), int64 `(N,)`. The pixels are read as
     a stream: 50,000 images of 256x256 would be 10 GB in memory.
     """
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path = path
-        names, arrays = read_npz(path, ("labels", "arr_1"))
-        labels = arrays.get("labels", arrays.get("arr_1"))
-        if "arr_0" not in names:
-            raise ValueError(f"{str(path)!r} holds {sorted(names)} and no arr_0: {_ACCEPTED}")
-        with self._open() as (shape, dtype, _):
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise ValueError(f"{str(path)!r}: arr_0 is {dtype} {shape}, it must be uint8 (N, H, W, 3)")
-            if shape[1:3] != (image_size, image_size):
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
+        self.path, self.image_size, self.image_channels, self.apply_exif = path, image_size, image_channels, False
+        self.num_classes = None
+        with Npz(path) as file:
+            if "arr_0" not in file.headers:
+                raise ValueError(f"{str(path)!r} holds {sorted(file.headers)} and no arr_0: {_ACCEPTED}")
+            shape, dtype, _ = file.headers["arr_0"]
+            if dtype != np.uint8 or len(shape) != 4:
+                raise ValueError(f"{str(path)!r}: arr_0 is {dtype} {shape}, it must be uint8 (N, H, W, C)")
+            if shape[1:3] != height_and_width(image_size):
                 raise ValueError(
-                    f"{str(path)!r} has images of {shape[1]}x{shape[2]}, image_size is {image_size}: "
+                    f"{str(path)!r} has images of {shape[1]}x{shape[2]}, image_size is {size_text(image_size)}: "
                     "samples are never resized"
                 )
-        self.count = shape[0]
-        self.num_classes = None
-        if labels is not None:
-            if (
-                labels.shape != (self.count,)
-                or not np.issubdtype(labels.dtype, np.integer)
-                or labels.min(initial=0) < 0
-            ):
+            if shape[3] != image_channels and (shape[3], image_channels) != (1, 3):
                 raise ValueError(
-                    f"{str(path)!r}: labels are {labels.dtype} {labels.shape}, expected ({self.count},) ids"
+                    f"{str(path)!r} has images of {shape[3]} channels, image_channels is {image_channels}: 1 (grey), 3 "
+                    "(RGB) and 4 (RGBA) can be measured, all sets alike"
                 )
-            self.labels = labels.astype(np.int64)
-            self.num_classes = int(labels.max(initial=-1)) + 1
+            self.count = shape[0]
+            name = next((name for name in ("labels", "arr_1") if name in file.headers), None)
+            if name is not None:
+                self.labels = self._read_labels(file, name)
+                self.num_classes = int(self.labels.max(initial=-1)) + 1
 
-    def _open(self) -> "_NpyStream":
-        return _NpyStream(self.path, "arr_0.npy")
+    def _read_labels(self, file: Npz, name: str) -> np.ndarray:
+        shape, dtype, _ = file.headers[name]
+        if shape != (self.count,) or dtype.kind not in "iub":
+            raise ValueError(f"{str(self.path)!r}: {name} are {dtype} {shape}, expected ({self.count},) ids")
+        labels = file.read(name)
+        # Compared as they are: as int64 an id beyond it would be another one.
+        for label in (labels.min(initial=0), labels.max(initial=0)):
+            if not 0 <= int(label) <= np.iinfo(np.int64).max - 1:
+                raise ValueError(f"{str(self.path)!r}: {name} are {dtype} and have {label}, which is no class id")
+        return labels.astype(np.int64)
 
     def fingerprint(self) -> str:
         return file_sha256(self.path)
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        with self._open() as (shape, _, file):
-            size = int(np.prod(shape[1:]))
-            for index in range(self.count):
-                data = file.read(size)
-                if len(data) != size:
-                    raise ValueError(f"{str(self.path)!r} ends after {index} of {self.count} images")
+        with Npz(self.path) as file:
+            for index, pixels in enumerate(file.rows("arr_0")):
                 label = None if self.labels is None else int(self.labels[index])
-                yield label, lambda data=data: np.frombuffer(data, np.uint8).reshape(shape[1:])
+                yield label, lambda pixels=pixels: self._coloured(pixels)
 
-
-class _NpyStream:
-    """Open an array of an npz file as (shape, dtype, file of its bytes), without loading it."""
-
-    def __init__(self, path: Path, member: str) -> None:
-        self.path, self.member = path, member
-
-    def __enter__(self) -> tuple[tuple[int, ...], np.dtype, IO[bytes]]:
-        self._archive = zipfile.ZipFile(self.path)
-        self._file = self._archive.open(self.member)
-        version = np.lib.format.read_magic(self._file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(self._file)
-        if fortran_order:
-            raise ValueError(f"{str(self.path)!r}: arr_0 is in Fortran order; save it with np.ascontiguousarray")
-        return shape, dtype, self._file
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._archive.close()
+    def _coloured(self, pixels: Pixels) -> Pixels:
+        return np.repeat(pixels, 3, axis=2) if (pixels.shape[2], self.image_channels) == (1, 3) else pixels
 
 
 class ShardImages(ImageSet):
-    """Images of a folder of webdataset shards with the manifest of `discrete-lit shards`."""
+    """Images of a folder of webdataset shards, found and read as `ImageShards` does.
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
-        self._manifest = (path / MANIFEST).read_bytes()
-        manifest = json.loads(self._manifest)
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"{str(path)!r} holds {manifest.get('format')!r}, which are not images: {_ACCEPTED}")
-        self.count, self.num_classes = manifest["count"], manifest["num_classes"]
-        self._shards = [path / shard["name"] for shard in manifest["shards"]]
-        missing = [shard.name for shard in self._shards if not shard.is_file()]
-        if missing:
-            raise ValueError(f"{str(path)!r} lacks {len(missing)} of its {len(self._shards)} shards: {missing[:3]}")
+    Without the manifest of `discrete-lit shards` they have no labels.
+    """
+
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3, apply_exif: bool = False) -> None:
+        self.path, self.image_size, self.image_channels, self.apply_exif = path, image_size, image_channels, apply_exif
+        found = find_shards(str(path))
+        self._shards, self.count, self.classes = found.shards, found.count, found.classes
+        self.num_classes = len(found.classes) or None
 
     def fingerprint(self) -> str:
-        # The manifest holds the SHA-256 of every shard.
-        return content_sha256(self._manifest)
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
+        for shard in tqdm(self._shards, desc="hash of the shards", unit="shard", disable=None):
+            with shard.open() as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for shard in self._shards:
-            for sample in all_samples(shard):
-                label = int(sample.label) if sample.label else None
-                yield label, lambda sample=sample: self._decode(sample)
+            for _, sample in read_samples(shard, np.ones(shard.count, dtype=bool)):
+                problem = sample.problem
+                if problem is None and sample.label is None and self.num_classes is not None:
+                    problem = "it has no .cls entry"
+                label = label_of(sample, self.num_classes or 0) if problem is None else None
+                yield label, lambda sample=sample, problem=problem: self._decode(sample, problem)
 
-    def _decode(self, sample: RawSample) -> Pixels:
-        if sample.problem is not None:
-            raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {sample.problem}")
-        return center_crop(decode_image(sample.image), self.image_size)
+    def _decode(self, sample: RawSample, problem: str | None) -> Pixels:
+        if problem is not None:
+            raise UndecodableImage(f"sample {sample.key!r} of {sample.shard}: {problem}")
+        return self._decoded(sample.image)
 
 
-class ClassFolderImages(ImageSet):
-    """Images of a folder with one subfolder per class; classes and images in sorted order."""
+class FolderImages(ImageSet):
+    """Images of a folder with one subfolder per class, or without labels; classes and images in sorted order."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3, apply_exif: bool = False) -> None:
+        self.path, self.image_size, self.image_channels, self.apply_exif = path, image_size, image_channels, apply_exif
         self._source = ClassFolders(path)
-        self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
-        self.count, self.num_classes = len(self.labels), len(self._source.classes)
+        self.count, self.classes = len(self._source), tuple(self._source.classes)
+        self.num_classes = len(self.classes) or None
+        if self.classes:
+            self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
 
     def fingerprint(self) -> str:
-        return self._source.fingerprint()
+        # Names, sizes and classes first: they separate the contents that follow.
+        digest = hashlib.sha256(self._source.fingerprint().encode())
+        for index in tqdm(range(self.count), desc="hash of the images", unit="image", disable=None):
+            digest.update(self._source.read(index))
+        return digest.hexdigest()
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for index, entry in enumerate(self._source.entries):
-            yield (
-                entry.label,
-                lambda index=index: center_crop(decode_image(self._source.read(index)), self.image_size),
-            )
+            yield entry.label, lambda index=index: self._decoded(self._source.read(index))
 
 
-class FlatFolderImages(ImageSet):
-    """Image files of one folder in sorted order, without labels."""
+@dataclass(frozen=True, kw_only=True)
+class ClassMatch:
+    """The classes of a comparison, and which of them each label of each set means."""
 
-    def __init__(self, path: Path, image_size: int) -> None:
-        self.path, self.image_size = path, image_size
-        self._files = sorted(file for file in path.iterdir() if file.is_file() and is_image_file(file.name))
-        if not self._files:
-            raise ValueError(f"{str(path)!r} holds no images: {_ACCEPTED}")
-        self.count, self.num_classes = len(self._files), None
+    count: int | None
+    """K; None where no set says how many there are."""
+    numbering: Mapping[str, np.ndarray]
+    """Name of a set with labels to the class `(labels,)` in [0, K), or `NO_CLASS`, of each of its labels."""
+    notes: tuple[str, ...]
+    """How labels were matched, in words."""
 
-    def fingerprint(self) -> str:
-        states = ((file.name, file.stat()) for file in self._files)
-        return content_sha256(f"{name} {state.st_size} {state.st_mtime_ns}\n" for name, state in states)
 
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        for file in self._files:
-            yield None, lambda file=file: center_crop(decode_image(file.read_bytes()), self.image_size)
+def match_classes(
+    real: Mapping[str, ImageSet | None], samples: Mapping[str, ImageSet], num_classes: int | None = None
+) -> ClassMatch:
+    """Say which labels of several sets mean the same class.
+
+    The first set with class names numbers the classes. Others with names are matched by name; those without, such as
+    samples, by position. Of samples the label K, a generator's null label, means no class.
+
+    Args:
+        real: name to set of real images, the one that numbers the classes first.
+        samples: name to set of samples. Sets without labels, and None, are passed over.
+        num_classes: K, of a classifier, where no set has class names.
+
+    Raises:
+        ValueError: a set has a class that the first does not know, or a label beyond the classes.
+    """
+    both: dict[str, ImageSet | None] = {**real, **samples}
+    sets = {name: images for name, images in both.items() if images is not None and images.num_classes is not None}
+    first = next((name for name, images in sets.items() if images.classes), None)
+    classes: tuple[str, ...] = () if first is None else sets[first].classes
+    unnamed = [images.num_classes for name, images in sets.items() if name in real and images.num_classes is not None]
+    count = len(classes) or num_classes or max(unnamed, default=None)
+    if count is not None and count > MOST_CLASSES:
+        raise ValueError(f"labels up to {count - 1:,} are more than class ids can be: at most {MOST_CLASSES:,} classes")
+    numbering: dict[str, np.ndarray] = {}
+    notes: list[str] = []
+    by_position: list[str] = []
+    for name, images in sets.items():
+        if images.classes:
+            assert first is not None
+            numbering[name] = _by_name(name, images, first, classes, notes)
+        elif count is not None:
+            numbering[name] = np.arange(count) if name in real else np.append(np.arange(count), NO_CLASS)
+            by_position.append(name)
+            assert images.num_classes is not None
+            if images.num_classes > len(numbering[name]):
+                null = "" if name in real else f", and {count} would be no class"
+                raise ValueError(
+                    f"{name}: {str(images.path)!r} has label {images.num_classes - 1}, there are {count} classes: "
+                    f"labels are 0 to {count - 1}{null}"
+                )
+    if by_position and first is not None:
+        notes.append(
+            f"the labels of {', '.join(by_position)} have no names and are matched by position: 0 is taken for "
+            f"{classes[0]!r}, the first class of {sets[first].path}"
+        )
+    return ClassMatch(count=count, numbering=numbering, notes=tuple(notes))
+
+
+def _by_name(name: str, images: ImageSet, first: str, classes: tuple[str, ...], notes: list[str]) -> np.ndarray:
+    if len(classes) == len(images.classes) == 1:
+        # There is nothing to confuse, and the folder of a set without classes may have any name.
+        return np.zeros(1, np.int64)
+    position = {known: label for label, known in enumerate(classes)}
+    if unknown := [found for found in images.classes if found not in position]:
+        raise ValueError(
+            f"{name}: {len(unknown)} of the {len(images.classes)} classes of {str(images.path)!r} are not among the "
+            f"{len(classes)} of {first}, such as {unknown[0]!r} (those begin with {classes[0]!r}): classes are matched "
+            "by name. Give the same names to the same classes, or put the images of one set in a folder without "
+            "subfolders, to measure it without classes"
+        )
+    if missing := [known for known in classes if known not in images.classes]:
+        notes.append(f"{name} has {len(images.classes)} of the {len(classes)} classes of {first}, not {missing[0]!r}")
+    return np.array([position[found] for found in images.classes], np.int64)
 
 
 class Selection:
-    """Take the first `num_images` of a set, in order; from a labelled set, equally many of each class.
+    """Take `num_images` of a set: of one with labels equally many of each class, of one without the first.
 
-    Where `num_images / num_classes` leaves a remainder r, the first r classes give one image more. A broken image is
-    left out, counted and logged, and the next of its class is taken instead.
+    Of each class the first are taken, in order. Where `num_images / num_classes` leaves a remainder r, the first r
+    classes give one image more. Where that is the whole set it is taken as it is, whatever its labels. A broken image
+    is left out, counted and logged, and the next of its class is taken instead.
 
     Args:
         images: the set.
         num_images: how many; None takes all.
-        num_classes: of the comparison; used for labelled sets.
+        num_classes: of the comparison; None where it is unknown, which takes the set's own labels for the classes.
+        numbering: class of each label of the set, see `ClassMatch`; by default the label itself.
+        allow_uneven: take images at even distances over the whole set where a class has too few, as it may of samples
+            with random labels; otherwise that is refused.
 
     Raises:
-        ValueError: fewer images than asked, of the set or of a class, or a label that is no class.
+        ValueError: fewer images than asked, of the set or of a class; fewer than two; or a label that is no class.
     """
 
-    def __init__(self, images: ImageSet, num_images: int | None, *, num_classes: int | None) -> None:
+    def __init__(
+        self,
+        images: ImageSet,
+        num_images: int | None,
+        *,
+        num_classes: int | None,
+        numbering: np.ndarray | None = None,
+        allow_uneven: bool = False,
+    ) -> None:
         self.images = images
-        self._whole = num_images is None
         self.count = images.count if num_images is None else num_images
+        self.broken = 0
+        """Images that could not be read in the last pass."""
+        self.uneven = False
+        """Whether images are taken at even distances, because a class has too few."""
+        self.by_class: Counter[int] = Counter()
+        """Images of each class in the last pass; those without one under `NO_CLASS`."""
+        self._whole = num_images is None
+        self._num_classes, self._numbering = num_classes, numbering
         if images.count < self.count:
             raise ValueError(
                 f"{str(images.path)!r} has {images.count:,} images, num_images is {self.count:,}: "
                 "every set is measured at the same count"
             )
+        if self.count < 2:
+            raise ValueError(f"{str(images.path)!r} has {images.count} images, at least 2 are needed to be measured")
+        labels = (
+            None if images.labels is None else np.array([self._class_of(label) for label in images.labels.tolist()])
+        )
         self._quota: Counter[int] | None = None
-        if num_images is not None and images.num_classes is not None:
-            assert num_classes is not None
-            each, rest = divmod(num_images, num_classes)
-            self._quota = Counter({label: each + (label < rest) for label in range(num_classes)})
-            if images.labels is not None:
-                self._check_classes(Counter(images.labels.tolist()))
+        if self.count < images.count and images.num_classes is not None:
+            classes = self._classes(labels)
+            if classes:
+                each, rest = divmod(self.count, len(classes))
+                self._quota = Counter({label: each + (place < rest) for place, label in enumerate(classes)})
+            if labels is not None:
+                available = Counter(labels.tolist())
+                if allow_uneven and any(available[label] < needed for label, needed in (self._quota or {}).items()):
+                    self._quota, self.uneven = None, True
+                self._check_classes(available)
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """All that decides which images of the set are taken: it changes when they do."""
+        quota = None if self._quota is None else sorted(self._quota.items())
+        numbering = None if self._numbering is None else self._numbering.tolist()
+        return self.count, quota, numbering, self.uneven
+
+    def _classes(self, labels: np.ndarray | None) -> list[int]:
+        """The classes that images are taken of, in order."""
+        if self._numbering is not None:
+            return sorted(set(self._numbering.tolist()) - {NO_CLASS})
+        if self._num_classes is not None:
+            return list(range(self._num_classes))
+        assert labels is not None, "a set that states its classes leaves none unknown"
+        return np.unique(labels).tolist()
+
+    def _class_of(self, label: int) -> int:
+        known = self._num_classes if self._numbering is None else len(self._numbering)
+        if known is not None and not 0 <= label < known:
+            raise ValueError(f"{str(self.images.path)!r} has label {label}, there are {known} classes")
+        return int(label if self._numbering is None else self._numbering[label])
 
     def _check_classes(self, available: Counter[int]) -> None:
-        assert self._quota is not None
-        if unknown := set(available) - set(self._quota):
-            raise ValueError(
-                f"{str(self.images.path)!r} has label {min(unknown)}, there are {len(self._quota)} classes"
-            )
-        for label, needed in self._quota.items():
+        for label, needed in (self._quota or {}).items():
             if available[label] < needed:
                 raise ValueError(
                     f"{str(self.images.path)!r} has {available[label]} images of class {label}, needs {needed}: "
-                    f"{self.count:,} images are taken evenly from {len(self._quota)} classes"
+                    f"{self.count:,} images are taken evenly from {len(self._quota or {})} classes"
                 )
 
+    def notes(self, name: str) -> list[str]:
+        """Say what limits the last pass over the images, for a report.
+
+        Args:
+            name: of the set.
+        """
+        notes = []
+        if self.broken:
+            notes.append(f"{name}: {self.broken:,} broken images were left out, {self.by_class.total():,} measured")
+        if self.uneven:
+            notes.append(
+                f"{name}: a class has fewer images than {self.count:,} over the number of classes, so images were "
+                "taken at even distances over the whole set, whatever their labels"
+            )
+        if self.images.unturned:
+            notes.append(
+                f"{name}: {self.images.unturned:,} images were read without turning them as their EXIF orientation "
+                "says; set apply_exif where the data of the training did"
+            )
+        return notes
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Give images, uint8 `(B, 3, H, W)`, and labels, int64 `(B,)` or None for a set without.
+        """Give images, uint8 `(B, C, H, W)`, and their classes, int64 `(B,)`, or None for a set without labels.
 
         Raises:
             ValueError: too few readable images, or more than 1% broken ones.
         """
         pixels: list[np.ndarray] = []
         labels: list[int] = []
-        taken: Counter[int] = Counter()
-        total = broken = 0
-        for label, decode in self.images.stream():
-            if self._quota is not None and label is not None:
-                if label not in self._quota:
-                    self._check_classes(Counter([label]))
-                if taken[label] == self._quota[label]:
-                    continue
+        taken = self.by_class = Counter()
+        self.broken = self.images.unturned = total = 0
+        reason = ""
+        for index, (own_label, decode) in enumerate(self.images.stream()):
+            label = NO_CLASS if own_label is None else self._class_of(own_label)
+            if self._quota is not None and own_label is not None and taken[label] >= self._quota[label]:
+                continue
+            if self.uneven and total > index * self.count // self.images.count:
+                continue
             try:
                 pixels.append(decode())
             except UndecodableImage as error:
-                broken += 1
+                self.broken, reason = self.broken + 1, str(error)
                 _log.warning("left out a broken image of %s: %s", self.images.path, error)
                 continue
             total += 1
-            if label is not None:
+            taken[label] += 1
+            if own_label is not None:
                 labels.append(label)
-                taken[label] += 1
             if len(pixels) == batch_size:
                 yield _tensors(pixels, labels)
                 pixels, labels = [], []
@@ -302,11 +455,20 @@ class Selection:
                 break
         if pixels:
             yield _tensors(pixels, labels)
-        if broken > MAX_BROKEN_FRACTION * (total + broken):
-            raise ValueError(f"{str(self.images.path)!r}: {broken} of {total + broken} images are broken")
+        if self.images.unturned:
+            _log.warning(
+                "%d images of %s say by EXIF that they are stored turned, and were read as they are stored; apply_exif "
+                "turns them",
+                self.images.unturned,
+                self.images.path,
+            )
+        if self.broken > MAX_BROKEN_FRACTION * (total + self.broken):
+            raise ValueError(
+                f"{str(self.images.path)!r}: {self.broken} of {total + self.broken} images are broken, the last: "
+                f"{reason}"
+            )
         if total < self.count and not self._whole:
-            if self._quota is not None:
-                self._check_classes(taken)
+            self._check_classes(taken)
             raise ValueError(f"{str(self.images.path)!r} gave {total:,} readable images, {self.count:,} are needed")
 
 

@@ -1,12 +1,14 @@
 """The report of an evaluation: its rows as a table in Markdown and, with all that they say of themselves, as JSON."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
 
 from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.images import ImageSize, size_text
 from discrete_lit.evaluation.feature_statistics import Reference
 from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
 from discrete_lit.metrics.frechet import FrechetResult
@@ -88,7 +90,7 @@ _RECONSTRUCTION_COLUMNS: Columns = {
     "L entropy": _made(lambda made: made.entropy_bits, ",.0f"),
     "bits/pixel": _made(lambda made: made.bits_per_pixel, ".3f"),
 }
-_COSTS = {
+COSTS = {
     "network_calls": "network calls: evaluations of the network for an image, two for a guided step",
     "sequential_passes": "sequential passes: those that wait for one another",
     "flops_per_image": "GFLOPs/image: of the draw, without decoding, two for a multiply-add",
@@ -98,6 +100,10 @@ _COSTS = {
 """The keys of `run.json` that tell the cost of samples, and their meaning in words."""
 
 
+# How the extractor, which saw colour images alone, is shown images of other channels.
+_SHOWN_AS = {1: ", grey, repeated to three channels,", 4: ", RGBA, laid over white,"}
+
+
 class Report:
     """Report rows that were measured at one count against one reference.
 
@@ -105,8 +111,11 @@ class Report:
         rows: in the order of the table; at least one.
         reference: what they were measured against.
         manifold: the manifold of its features, where they are known.
-        image_size: side of the measured images in pixels.
+        image_size: of the measured images in pixels.
         classifier: checkpoint of the classifier that label accuracy is by.
+        image_channels: of the measured images.
+        apply_exif: whether image files were turned as their EXIF orientation says.
+        notes: what else limits the figures, in words.
         environment: versions, commit, device and date.
     """
 
@@ -116,21 +125,30 @@ class Report:
         reference: Reference,
         *,
         manifold: Manifold | None,
-        image_size: int,
+        image_size: ImageSize,
         classifier: str | None,
+        image_channels: int = 3,
+        apply_exif: bool = False,
+        notes: Sequence[str] = (),
         environment: dict[str, Any],
     ) -> None:
         self.rows = rows
         self.reference = reference
         self.manifold = manifold
         self.image_size = image_size
+        self.image_channels = image_channels
         self.classifier = classifier
+        self.apply_exif = apply_exif
+        self.further_notes = tuple(notes)
         self.environment = environment
 
     def to_dict(self) -> dict[str, Any]:
-        """Give every figure, and what it is of, as plain data."""
+        """Give every figure, and what it is of, as data that JSON holds.
+
+        JSON has no number that is not finite: in its place stands None, and a note says where and which.
+        """
         first = self.rows[0].frechet
-        return {
+        report = {
             "metric": first.metric,
             "extractor": {
                 "name": first.extractor,
@@ -147,6 +165,8 @@ class Report:
             },
             "num_images": first.count,
             "image_size": self.image_size,
+            "image_channels": self.image_channels,
+            "apply_exif": self.apply_exif,
             "classifier": self.classifier,
             "notes": self.notes(),
             "environment": self.environment,
@@ -171,10 +191,27 @@ class Report:
                 for row in self.rows
             ],
         }
+        replaced: dict[str, float] = {}
+        finite = _finite(report, "", replaced)
+        finite["notes"] += [
+            f"{where} is {value}, which JSON has no number for: it is null" for where, value in replaced.items()
+        ]
+        return finite
 
     def notes(self) -> list[str]:
         """List what limits the figures, each said once."""
-        return list(dict.fromkeys(note for row in self.rows for note in row.frechet.notes))
+        notes = [note for row in self.rows for note in row.frechet.notes]
+        notes += self.further_notes
+        if len({row.frechet.count for row in self.rows}) > 1:
+            notes.append("the rows are of different counts, at which distances are not comparable: see the column")
+        for row in self.rows:
+            if row.reconstruction is not None and row.reconstruction.psnr == inf:
+                notes.append(
+                    f"{row.name}: a reconstruction equals its image in every pixel, so the mean PSNR is infinite"
+                )
+            if row.likelihood is not None:
+                notes += [f"{row.name}: {note}" for note in row.likelihood.notes]
+        return list(dict.fromkeys(notes))
 
     def table(self) -> str:
         """Write the rows as aligned Markdown, without columns that are empty in every row.
@@ -195,7 +232,8 @@ class Report:
         size = "an unrecorded number of" if first.reference_count is None else f"{first.reference_count:,}"
         facts = [
             f"{first.metric}: squared Fréchet distance, lower is better; {first.count:,} images a row of "
-            f"{self.image_size}x{self.image_size} pixels against {size} images of {first.reference}",
+            f"{size_text(self.image_size)} pixels{_SHOWN_AS.get(self.image_channels, '')} against {size} images of "
+            f"{first.reference}",
             f"extractor: {first.extractor}, weights sha256 {first.weights_sha256[:16]}; {first.protocol}",
         ]
         if self.manifold is not None:
@@ -219,10 +257,11 @@ class Report:
         if any(row.likelihood is not None for row in self.rows):
             facts.append(
                 "-log p: of the tokens of held-out images given their labels, in nats an image, mean and its standard "
-                "error; exact, or ≤ where it is an upper bound, ≈ where it is estimated; comparable between generators "
-                "of one tokenizer alone"
+                "error; exact, or ≤ where its expectation is an upper bound (noise is drawn for it: one value may lie "
+                "below, by about its standard error), ≈ where it is estimated; comparable between generators of one "
+                "tokenizer alone"
             )
-        costs = [text for key, text in _COSTS.items() if any(key in row.sampling for row in self.rows)]
+        costs = [text for key, text in COSTS.items() if any(key in row.sampling for row in self.rows)]
         if costs:
             facts.append("; ".join(costs))
         facts += [
@@ -238,9 +277,21 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write `report.json` and `report.md`."""
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         atomic_write_text(folder / "report.json", text)
         atomic_write_text(folder / "report.md", self.markdown())
+
+
+def _finite(value: Any, where: str, replaced: dict[str, float]) -> Any:
+    """Put None for numbers that are not finite, and note where each stood."""
+    if isinstance(value, dict):
+        return {key: _finite(item, f"{where}.{key}" if where else key, replaced) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item, f"{where}[{index}]", replaced) for index, item in enumerate(value)]
+    if isinstance(value, float) and not isfinite(value):
+        replaced[where] = value
+        return None
+    return value
 
 
 def _components(row: Row) -> str:

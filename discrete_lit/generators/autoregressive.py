@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, check_permutation, cross_entropies
 from discrete_lit.samplers import RasterSampler, Sampler
@@ -54,7 +55,7 @@ class Autoregressive(Generator):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         *,
         num_classes: int,
         order: Literal["raster", "random_annealed"] | tuple[int, ...] = "raster",

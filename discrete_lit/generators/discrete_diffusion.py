@@ -14,6 +14,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.distributed import world_size
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
@@ -64,7 +65,7 @@ class DiscreteDiffusion(Generator):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         *,
         num_classes: int,
         process: Callable[[int], ForwardProcess] = AbsorbingProcess,

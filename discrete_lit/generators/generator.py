@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from discrete_lit.backbones import Backbone, SequenceLayout
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.generators.training import TokenTraining
@@ -60,7 +61,7 @@ class Generator(TokenTraining):
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
         num_classes: labels lie in [0, num_classes); `num_classes` itself is the null label.
         layout: the sequence that the family makes of a token grid.
         backbone: called with the layout.
@@ -77,7 +78,7 @@ class Generator(TokenTraining):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         *,
         num_classes: int,
         layout: SequenceLayout,
@@ -96,7 +97,7 @@ class Generator(TokenTraining):
                 f"{type(self).__name__} has {layout.attention}"
             )
         self.tokenizer = freeze(tokenizer)
-        self.image_size = image_size
+        self.image_size = normal_size(image_size)
         self.num_classes = num_classes
         self.token_shape = tokenizer.token_shape(image_size)
         self.vocab_size = tokenizer.vocab_size

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.backbones.backbone import bits_of_vocabulary
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
@@ -53,7 +54,7 @@ class Masked(Generator):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         *,
         num_classes: int,
         mask_schedule: MaskSchedule | None = None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, cross_entropies
 from discrete_lit.samplers import NextScaleSampler, Sampler
@@ -25,7 +26,7 @@ class NextScale(Generator):
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML. A `MultiScaleVQ` whose first scale
-            is 1.
+            is 1; of images that are not square, one whose scales are pairs of height and width.
         sampler: `NextScaleSampler()` by default.
         common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 
@@ -38,7 +39,7 @@ class NextScale(Generator):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        image_size: int,
+        image_size: ImageSize,
         *,
         num_classes: int,
         sampler: Sampler | None = None,

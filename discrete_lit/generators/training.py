@@ -14,6 +14,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import configure_optimizers
@@ -45,7 +46,7 @@ class TokenTraining(LightningModule, ABC):
     # `Generator` sets these attributes and defines these four methods; they are described there.
     tokenizer: Tokenizer
     backbone: Backbone
-    image_size: int
+    image_size: ImageSize
     num_classes: int
     token_shape: tuple[int, ...]
     coordinate_name: str
@@ -185,11 +186,15 @@ class TokenTraining(LightningModule, ABC):
     # Checks before a run.
 
     def setup(self, stage: str) -> None:
-        """Refuse token arrays of another tokenizer, and labels that this generator has no class for."""
+        """Refuse data of another image size, token arrays of another tokenizer, and labels without a class here."""
         data = getattr(self.trainer, "datamodule", None)
         check_tokenizer = getattr(data, "check_tokenizer", None)
         if check_tokenizer is not None:
             check_tokenizer(self.tokenizer.fingerprint())
+        # Rows of ids, TiTok's or those of several scales, do not show the size of their images.
+        size = getattr(data, "image_size", None)
+        if size is not None and size != self.image_size:
+            raise ValueError(f"the data has images of {size} pixels, model.init_args.image_size is {self.image_size}")
         classes = getattr(data, "num_classes", None)
         if classes is not None and classes > self.num_classes:
             raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")

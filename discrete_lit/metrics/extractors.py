@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from discrete_lit.core.files import file_sha256
+from discrete_lit.core.images import to_rgb
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -22,7 +23,8 @@ class FeatureExtractor(nn.Module, ABC):
 
     Subclasses set the attributes below and implement `extract`. Calling the extractor runs `extract` without
     gradients, in float32, with autocast and TF32 off, and always in eval mode: a distance computed inside a bf16
-    training run is the same number as one computed alone.
+    training run is the same number as one computed alone. The networks saw colour images: grey ones are repeated to
+    three channels, RGBA ones laid over white.
     """
 
     name: str
@@ -44,19 +46,19 @@ class FeatureExtractor(nn.Module, ABC):
         """Compute features `(B, dim)` of uint8 images `(B, 3, H, W)` in 0..255."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute float32 features `(B, dim)` of uint8 images `(B, 3, H, W)` in 0..255.
+        """Compute float32 features `(B, dim)` of uint8 images `(B, C, H, W)` in 0..255, C 1, 3 or 4.
 
         Raises:
-            ValueError: images that are not uint8 with three channels (use `discrete_lit.core.images.to_uint8`).
+            ValueError: images that are not uint8 (use `discrete_lit.core.images.to_uint8`), or of other channels.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        if images.dtype != torch.uint8 or images.ndim != 4:
             raise ValueError(
-                f"{type(self).__name__} takes uint8 images (B, 3, H, W), got {images.dtype} {tuple(images.shape)}; "
+                f"{type(self).__name__} takes uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}; "
                 "discrete_lit.core.images.to_uint8 makes them from floats in [-1, 1]"
             )
         tf32_off = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), tf32_off:
-            features = self.extract(images)
+            features = self.extract(to_rgb(images, type(self).__name__))
         assert features.shape == (len(images), self.dim), (features.shape, self.dim)
         return features.float()
 

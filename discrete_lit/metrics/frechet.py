@@ -12,6 +12,7 @@ compares two of them, and `compare` gives the distance together with all that a 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from discrete_lit.core.distributed import all_reduce_sum
-from discrete_lit.core.files import atomic_write, read_npz
+from discrete_lit.core.files import Npz, atomic_write
 from discrete_lit.metrics.extractors import FeatureExtractor
+
+_LARGEST = 1e100
 
 
 class Moments:
@@ -37,6 +40,7 @@ class Moments:
         count: of the set; None where a file does not say, as in ADM's reference files, like the next two.
         extractor: name of the network.
         weights_sha256: hash of its weights.
+        apply_exif: whether the images were turned as their EXIF orientation says.
     """
 
     def __init__(
@@ -47,12 +51,14 @@ class Moments:
         count: int | None = None,
         extractor: str | None = None,
         weights_sha256: str | None = None,
+        apply_exif: bool | None = None,
     ) -> None:
         self.mean = mean
         self.covariance = covariance
         self.count = count
         self.extractor = extractor
         self.weights_sha256 = weights_sha256
+        self.apply_exif = apply_exif
 
     @property
     def dim(self) -> int:
@@ -67,32 +73,94 @@ class Moments:
         """Write an npz, whole or not at all: `mu` and `sigma`, as ADM names them, and what is known of the others."""
         known = {
             key: np.asarray(value)
-            for key in ("count", "extractor", "weights_sha256")
+            for key in ("count", "extractor", "weights_sha256", "apply_exif")
             if (value := getattr(self, key)) is not None
         }
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
 
-    @staticmethod
-    def load(path: str | Path) -> Moments:
-        """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
+    def check(self, what: str) -> None:
+        """Refuse what is no mean and covariance of finite features.
+
+        Args:
+            what: names the moments in the error.
 
         Raises:
-            ValueError: a file that cannot be read, holds no moments, or holds moments of inconsistent shapes.
+            ValueError: values that are not finite, or too large for a finite distance; a covariance that is not
+                symmetric, has a negative eigenvalue, or more positive ones than its count allows, each by more than
+                rounding.
         """
-        names, arrays = read_npz(path, ("mu", "sigma", "count", "extractor", "weights_sha256"))
-        if "mu" not in arrays or "sigma" not in arrays:
-            raise ValueError(f"{str(path)!r} holds {sorted(names)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)")
-        mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ValueError(f"{str(path)!r}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are not (D,) and (D, D)")
-        return Moments(
-            torch.from_numpy(mean),
-            torch.from_numpy(covariance),
-            count=int(arrays["count"]) if "count" in arrays else None,
-            extractor=str(arrays["extractor"]) if "extractor" in arrays else None,
-            weights_sha256=str(arrays["weights_sha256"]) if "weights_sha256" in arrays else None,
-        )
+        if self.count is not None and self.count < 2:
+            raise ValueError(f"{what}: a covariance needs at least 2 images, its count is {self.count}")
+        for name, values in (("mean", self.mean), ("covariance", self.covariance)):
+            if broken := int((~values.isfinite()).sum()):
+                raise ValueError(f"{what}: {broken:,} values of its {name} are not finite")
+            if float(values.abs().max()) > _LARGEST:
+                raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
+        largest = float(self.covariance.abs().max())
+        # What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of.
+        rounding = 1e-5 * largest + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
+        asymmetry = float((self.covariance - self.covariance.T).abs().max())
+        if asymmetry > rounding:
+            raise ValueError(
+                f"{what}: its covariance is not symmetric: two values that should agree differ by {asymmetry:.3g}"
+            )
+        values = torch.linalg.eigvalsh(self.covariance)
+        if float(values[0]) < -rounding:
+            raise ValueError(
+                f"{what}: its covariance has the eigenvalue {float(values[0]):.3g}; a covariance has none below 0"
+            )
+        beyond = values[: self.dim - self.rank]
+        if len(beyond) and float(beyond[-1]) > rounding:
+            raise ValueError(
+                f"{what}: its covariance has more directions than {self.count:,} images can span, so the count or the "
+                "covariance is wrong"
+            )
+
+    @staticmethod
+    def load(path: str | Path, extractor: FeatureExtractor | None = None) -> Moments:
+        """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
+
+        Args:
+            path: the file.
+            extractor: whose features the moments must be of, by their width; any by default.
+
+        Raises:
+            ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
+                or ones that `check` refuses.
+        """
+        name = repr(os.fspath(path))
+        with Npz(path) as file:
+            if "mu" not in file.headers or "sigma" not in file.headers:
+                raise ValueError(
+                    f"{name} holds {sorted(file.headers)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)"
+                )
+            mean_shape, covariance_shape = file.headers["mu"].shape, file.headers["sigma"].shape
+            if len(mean_shape) != 1 or mean_shape[0] < 1 or covariance_shape != mean_shape * 2:
+                raise ValueError(f"{name}: 'mu' {mean_shape} and 'sigma' {covariance_shape} are not (D,) and (D, D)")
+            if extractor is not None:
+                _check_width(extractor, mean_shape[0], name)
+            facts = {}
+            for key, kinds, wanted in (
+                ("count", "iu", "a whole number"),
+                ("extractor", "U", "a text"),
+                ("weights_sha256", "U", "a text"),
+                ("apply_exif", "b", "true or false"),
+            ):
+                if key not in file.headers:
+                    continue
+                header = file.headers[key]
+                if header.shape != () or header.dtype.kind not in kinds:
+                    raise ValueError(f"{name}: its {key} is {header.dtype} {header.shape}, it must be {wanted}")
+                facts[key] = file.read(key).item()
+            arrays = {key: file.read(key) for key in ("mu", "sigma")}
+        for key, array in arrays.items():
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{name}: {key!r} is of {array.dtype}, it must be of real numbers")
+        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in arrays.values())
+        moments = Moments(mean, covariance, **facts)
+        moments.check(name)
+        return moments
 
 
 def holds_moments(path: str | Path) -> bool:
@@ -101,7 +169,10 @@ def holds_moments(path: str | Path) -> bool:
     Raises:
         ValueError: an npz file that cannot be read.
     """
-    return Path(path).suffix == ".npz" and Path(path).is_file() and "mu" in read_npz(path, ())[0]
+    if Path(path).suffix != ".npz" or not Path(path).is_file():
+        return False
+    with Npz(path) as file:
+        return "mu" in file.headers
 
 
 class FeatureMoments(Metric):
@@ -160,7 +231,9 @@ def _summed(state: Tensor, group: Any = None) -> list[Tensor]:
     return [all_reduce_sum(state)]
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
+def frechet_distance(
+    first: Moments, second: Moments, *, names: tuple[str, str] = ("the first moments", "the second moments")
+) -> float:
     """Compute the squared Fréchet distance between two Gaussians (Dowson & Landau 1982), in float64.
 
         |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2
@@ -169,11 +242,18 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     Eigenvalues that the sample counts rule out (`Moments.rank`) are rounding noise, whose roots would add up, and are
     left out.
 
+    Args:
+        first: moments.
+        second: moments of the same width.
+        names: of the two, in errors.
+
     Raises:
-        ValueError: moments of different widths.
+        ValueError: moments of different widths, or ones that `Moments.check` refuses: never is their distance 0.
     """
     if first.dim != second.dim:
         raise ValueError(f"moments of width {first.dim} and {second.dim}: they come from different extractors")
+    for moments, name in zip((first, second), names, strict=True):
+        moments.check(name)
     if torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance):
         return 0.0
     root = _square_root(first.covariance, first.rank)
@@ -182,6 +262,8 @@ def frechet_distance(first: Moments, second: Moments) -> float:
     cross = _largest(spectrum, min(first.rank, second.rank)).sqrt().sum()
     difference = first.mean - second.mean
     distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
+    assert bool(distance.isfinite())
+    # Below 0 by rounding alone, as both are covariances.
     return max(0.0, float(distance))
 
 
@@ -242,7 +324,7 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
         notes.append(f"the reference file does not say which extractor made it; {extractor.name} is assumed")
     return FrechetResult(
         metric=extractor.metric_name,
-        value=frechet_distance(samples, reference),
+        value=frechet_distance(samples, reference, names=("the samples", f"reference {reference_name!r}")),
         count=samples.count,
         reference=reference_name,
         reference_count=reference.count,
@@ -253,16 +335,18 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
     )
 
 
+def _check_width(extractor: FeatureExtractor, dim: int, reference: str) -> None:
+    if dim != extractor.dim:
+        raise ValueError(f"reference {reference} has {dim} features, {extractor.name} gives {extractor.dim}")
+
+
 def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
     """Refuse a reference whose features are not the extractor's.
 
     Raises:
         ValueError: moments of another width, or of other weights.
     """
-    if reference.dim != extractor.dim:
-        raise ValueError(
-            f"reference {reference_name!r} has {reference.dim} features, {extractor.name} gives {extractor.dim}"
-        )
+    _check_width(extractor, reference.dim, repr(reference_name))
     if reference.weights_sha256 not in (None, extractor.weights_sha256):
         raise ValueError(
             f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "

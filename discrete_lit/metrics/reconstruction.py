@@ -19,16 +19,21 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 
+# A reflection by 5 pixels, half of the window, needs one more.
+_LEAST_SSIM_SIDE = 6
 
-def pixel_fidelity(reconstructions: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+
+def pixel_fidelity(reconstructions: Tensor, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Compute PSNR in decibels and SSIM of each of a batch of uint8 images `(B, C, H, W)`, both `(B,)`.
 
     SSIM (Wang et al., 2004, eq. 13) has a Gaussian window of 11x11 and deviation 1.5, around every pixel of every
-    channel; at the border the image is reflected, as torchmetrics does and scikit-image does not. Images are at least
-    6 pixels wide and high.
+    channel; at the border the image is reflected, as torchmetrics does and scikit-image does not. Images below 6 pixels
+    of height or width cannot be reflected for that window: they have no SSIM, None.
     """
     pair = reconstructions.float(), images.float()
     psnr = peak_signal_noise_ratio(*pair, data_range=255.0, dim=(1, 2, 3), reduction="none")
+    if min(images.shape[-2:]) < _LEAST_SSIM_SIDE:
+        return psnr, None
     ssim = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
     assert isinstance(ssim, Tensor)
     return psnr, ssim
@@ -40,11 +45,12 @@ class ReconstructionFidelity(Metric):
     The sums are float64 and lie on the CPU until `.to(device)`.
 
     Args:
-        lpips: from reconstructions and images `(B, 3, H, W)` in [-1, 1] to their mean distance.
+        lpips: from reconstructions and images `(B, C, H, W)` in [-1, 1] to their mean distance.
     """
 
     full_state_update = False
     count: Tensor
+    count_ssim: Tensor
     psnr: Tensor
     ssim: Tensor
     distance: Tensor
@@ -52,23 +58,26 @@ class ReconstructionFidelity(Metric):
     def __init__(self, lpips: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.lpips = lpips
-        for name in ("count", "psnr", "ssim", "distance"):
+        for name in ("count", "count_ssim", "psnr", "ssim", "distance"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, reconstructions: Tensor, images: Tensor) -> None:
         """Add reconstructions and their originals, both uint8 `(B, C, H, W)`."""
         psnr, ssim = pixel_fidelity(reconstructions, images)
         self.psnr += psnr.sum().to(self.psnr.device)
-        self.ssim += ssim.sum().to(self.ssim.device)
+        if ssim is not None:
+            self.ssim += ssim.sum().to(self.ssim.device)
+            self.count_ssim += len(images)
         if self.lpips is not None:
             mean = self.lpips(from_uint8(reconstructions), from_uint8(images))
             self.distance += mean.to(self.distance.device).double() * len(images)
         self.count += len(images)
 
-    def compute(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The means so far, three float64 scalars; the last is None without LPIPS."""
+    def compute(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The means so far, float64 scalars: PSNR, SSIM (None of images too small for it) and LPIPS (None without)."""
         distance = None if self.lpips is None else self.distance / self.count
-        return self.psnr / self.count, self.ssim / self.count, distance
+        ssim = None if self.count_ssim == 0 else self.ssim / self.count_ssim
+        return self.psnr / self.count, ssim, distance
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ class ReconstructionFigures:
 
     psnr: float
     """Decibels, on uint8 pixels."""
-    ssim: float
+    ssim: float | None
+    """None of images too small for its window."""
     lpips: float | None = None
     tokens: int | None = None
     """L, ids of one image."""
@@ -178,7 +188,7 @@ class ReconstructionMeter:
         psnr, ssim, lpips = self.fidelity.compute()
         return ReconstructionFigures(
             psnr=float(psnr),
-            ssim=float(ssim),
+            ssim=None if ssim is None else float(ssim),
             lpips=None if lpips is None else float(lpips),
             tokens=prod(self.token_shape) if self.token_shape else None,
             vocab_size=getattr(self.autoencoder, "vocab_size", None),

@@ -116,7 +116,7 @@ class ConvLayout:
             raise ValueError(f"{state.source!r} has widths {uneven} that are no multiples of its first one, {channels}")
         block = self.block.replace("{block}", "{}")
         sizes: dict[str, Any] = {
-            "in_channels": conv_in.shape[1],
+            "image_channels": conv_in.shape[1],
             "out_channels": state["decoder.conv_out.weight"].shape[0],
             "channels": channels,
             "multipliers": [width // channels for width in widths],

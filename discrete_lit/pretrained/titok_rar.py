@@ -146,7 +146,7 @@ def _network(state: State, reference: Reference) -> dict[str, Any]:
         "latent_tokens": found["num_latent_tokens"],
         "encoder": _size(state, "encoder", reference.get("vit_enc_num_heads")),
         "decoder": _size(state, "decoder", reference.get("vit_dec_num_heads")),
-        "in_channels": patch_embedding.shape[1],
+        "image_channels": patch_embedding.shape[1],
         "legacy_reshape": legacy,
     }
     if legacy:

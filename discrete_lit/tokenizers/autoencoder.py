@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from discrete_lit.core.images import to_uint8
+from discrete_lit.core.images import ImageSize, check_channels, to_uint8
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import configure_optimizers
@@ -56,7 +56,8 @@ class ImageAutoencoder(LightningModule):
 
     Logs `train/loss` and its terms, each with its weight; of a discriminator also the generator's weight and the mean
     logits of both kinds of images; in validation the same terms, `validation/psnr` (decibels) and `validation/ssim`,
-    means over the images on uint8 pixels (`discrete_lit.metrics.reconstruction.pixel_fidelity`).
+    means over the images on uint8 pixels (`discrete_lit.metrics.reconstruction.pixel_fidelity`; no SSIM of images below
+    6 pixels).
 
     Args:
         network: encoder and decoder.
@@ -92,8 +93,18 @@ class ImageAutoencoder(LightningModule):
 
     # What an autoencoder is.
 
+    @property
+    def image_channels(self) -> int:
+        """C of the images."""
+        return self.network.image_channels
+
     def latents(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to the encoder's latents, channels last: `(B, *grid, latent_dim)`."""
+        """Images `(B, C, H, W)` in [-1, 1] to the encoder's latents, channels last: `(B, *grid, latent_dim)`.
+
+        Raises:
+            ValueError: a size or a number of channels that the network does not take.
+        """
+        check_channels(images, self.image_channels, f"the network of this {type(self).__name__}")
         return rearrange(self.network.encode(images), "b d ... -> b ... d")
 
     def outputs(self, codes: Tensor) -> Tensor:
@@ -153,8 +164,11 @@ class ImageAutoencoder(LightningModule):
         reconstructions = self.to_images(made.outputs)
         psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
         self.psnr.update(psnr)
-        self.ssim.update(ssim)
-        self.log_dict({"validation/psnr": self.psnr, "validation/ssim": self.ssim})
+        figures = {"validation/psnr": self.psnr}
+        if ssim is not None:
+            self.ssim.update(ssim)
+            figures["validation/ssim"] = self.ssim
+        self.log_dict(figures)
         self.measure(made)
         return reconstructions
 
@@ -230,7 +244,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     # What a tokenizer is.
 
-    def token_shape(self, image_size: int) -> tuple[int, ...]:
+    def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
 
     def encode(self, images: Tensor) -> Tensor:

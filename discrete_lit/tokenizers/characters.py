@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from discrete_lit.core.images import ImageSize
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 TEXT8 = " abcdefghijklmnopqrstuvwxyz"
@@ -37,9 +38,9 @@ class Characters(Tokenizer):
         self.symbols = symbols
         self.vocab_size = len(symbols)
 
-    def token_shape(self, image_size: int) -> tuple[int, ...]:
-        if image_size < 1:
-            raise ValueError(f"image_size, the number of characters, must be positive, got {image_size}")
+    def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size, the number of characters, must be positive and one number, got {image_size}")
         return (image_size,)
 
     def ids(self, text: str) -> Tensor:

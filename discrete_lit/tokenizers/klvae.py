@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from discrete_lit.checkpoints import loadable
+from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -58,8 +59,8 @@ class KLVAE(ImageAutoencoder):
         self.scale_factor = scale_factor
         self.seed = seed
 
-    def latent_shape(self, image_size: int) -> tuple[int, ...]:
-        """`(D, *grid)` of a square image.
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        """`(D, *grid)` of images of this size: the side of a square, or (H, W).
 
         Raises:
             ValueError: a size that the network cannot divide.

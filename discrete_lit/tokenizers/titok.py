@@ -8,6 +8,7 @@ tokenizer, a *proxy*, whose decoder makes the pixels (`ProxyDecoder`), then on t
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, Self, cast
 
 import torch
@@ -15,11 +16,20 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
 from discrete_lit.tokenizers.networks.network import Autoencoder
-from discrete_lit.tokenizers.networks.vit import TransformerBlocks, TransformerSize, initialise, layer_norm, tanh_head
+from discrete_lit.tokenizers.networks.vit import (
+    TransformerBlocks,
+    TransformerSize,
+    check_learned_size,
+    initialise,
+    layer_norm,
+    patch_grid,
+    tanh_head,
+)
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.tokenizer import from_checkpoint
 
@@ -32,12 +42,12 @@ class TiTokAutoencoder(Autoencoder):
     Args:
         code_dim: D of the codes that the decoder takes; a tokenizer gives it.
         latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
-        image_size: side of the images in pixels.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
         latent_tokens: N.
         patch_size: side of a patch in pixels.
         encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1024 wide sequences with 8, 12 and
             24 blocks and 8, 12 and 16 heads.
-        in_channels: C of the images.
+        image_channels: C of the images.
         proxy: the decoder predicts another tokenizer's ids, and that tokenizer's decoder makes the pixels (the paper's
             two stages). By default it makes them itself.
         legacy_reshape: read the N x D outputs of the encoder as D x N, without transposing them, before they are
@@ -53,24 +63,22 @@ class TiTokAutoencoder(Autoencoder):
         code_dim: int,
         latent_dim: int | None = None,
         *,
-        image_size: int,
+        image_size: ImageSize,
         latent_tokens: int,
         encoder: TransformerSize,
         decoder: TransformerSize,
         patch_size: int = 16,
-        in_channels: int = 3,
+        image_channels: int = 3,
         proxy: "ProxyDecoder | None" = None,
         legacy_reshape: bool = False,
     ) -> None:
         super().__init__()
-        if image_size < 1 or image_size % patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
         if latent_tokens < 1:
             raise ValueError(f"latent_tokens must be positive, got {latent_tokens}")
-        self.in_channels = in_channels
-        self.image_size = image_size
+        self.image_channels = image_channels
+        self.image_size = normal_size(image_size)
         self.latent_tokens = latent_tokens
-        self.patch_grid = image_size // patch_size
+        self.patch_grid = patch_grid(image_size, patch_size)
         latent_dim = code_dim if latent_dim is None else latent_dim
         self.encoder = LatentTokenEncoder(
             encoder,
@@ -78,12 +86,14 @@ class TiTokAutoencoder(Autoencoder):
             patch_size=patch_size,
             latent_tokens=latent_tokens,
             latent_dim=latent_dim,
-            in_channels=in_channels,
+            image_channels=image_channels,
             legacy_reshape=legacy_reshape,
         )
         self.decoder = LatentTokenDecoder(decoder, grid=self.patch_grid, latent_tokens=latent_tokens, code_dim=code_dim)
         if proxy is None:
-            self.pixels = PatchPixels(decoder.width, grid=self.patch_grid, patch_size=patch_size, channels=in_channels)
+            self.pixels = PatchPixels(
+                decoder.width, grid=self.patch_grid, patch_size=patch_size, channels=image_channels
+            )
         else:
             self.proxy_head = tanh_head(decoder.width, 2 * decoder.width, len(proxy.codebook))
         initialise(self)
@@ -93,16 +103,12 @@ class TiTokAutoencoder(Autoencoder):
     def last_layer(self) -> Tensor:
         return self.pixels.smooth.weight if self.proxy is None else self.proxy.network.last_layer
 
-    def grid(self, image_size: int) -> tuple[int]:
-        if image_size != self.image_size:
-            raise ValueError(
-                f"image_size={image_size}: the learned positions of this network are those of {self.image_size} pixels"
-            )
+    def grid(self, image_size: ImageSize) -> tuple[int]:
+        check_learned_size(image_size, self.image_size)
         return (self.latent_tokens,)
 
     def encode(self, images: Tensor) -> Tensor:
-        for side in images.shape[2:]:
-            self.grid(side)
+        self.grid(tuple(images.shape[2:]))
         return self.encoder((images + 1) / 2)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -114,7 +120,7 @@ class TiTokAutoencoder(Autoencoder):
         """Turn codes `(B, code_dim, N)` into logits `(B, K', h, w)` over the other tokenizer's ids, for each patch."""
         assert self.proxy is not None
         logits = self.proxy_head(self.decoder(latents))  # (B, P, K')
-        return rearrange(logits, "b (h w) k -> b k h w", h=self.patch_grid)
+        return rearrange(logits, "b (h w) k -> b k h w", h=self.patch_grid[0])
 
 
 class LatentTokenEncoder(nn.Module):
@@ -122,11 +128,11 @@ class LatentTokenEncoder(nn.Module):
 
     Args:
         size: of the transformer.
-        grid: patches along a side.
+        grid: rows and columns of patches.
         patch_size: side of a patch in pixels.
         latent_tokens: N.
         latent_dim: width of a latent.
-        in_channels: C of the images.
+        image_channels: C of the images.
         legacy_reshape: as for `TiTokAutoencoder`.
     """
 
@@ -134,21 +140,21 @@ class LatentTokenEncoder(nn.Module):
         self,
         size: TransformerSize,
         *,
-        grid: int,
+        grid: tuple[int, int],
         patch_size: int,
         latent_tokens: int,
         latent_dim: int,
-        in_channels: int,
+        image_channels: int,
         legacy_reshape: bool,
     ) -> None:
         super().__init__()
         self.legacy_reshape = legacy_reshape
-        self.patch_embedding = nn.Conv2d(in_channels, size.width, patch_size, stride=patch_size)
+        self.patch_embedding = nn.Conv2d(image_channels, size.width, patch_size, stride=patch_size)
         self.latent_tokens = nn.Parameter(size.width**-0.5 * torch.randn(latent_tokens, size.width))
-        self.sequence = JointSequence(size, patches=grid**2, latent_tokens=latent_tokens)
+        self.sequence = JointSequence(size, patches=prod(grid), latent_tokens=latent_tokens)
         self.project = nn.Linear(size.width, latent_dim)
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, S, S) -> (B, latent_dim, N)
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, latent_dim, N)
         patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
         _, latents = self.sequence(patches, self.latent_tokens.expand(len(images), -1, -1))  # (B, N, D)
         if self.legacy_reshape:
@@ -162,16 +168,16 @@ class LatentTokenDecoder(nn.Module):
 
     Args:
         size: of the transformer.
-        grid: patches along a side.
+        grid: rows and columns of patches.
         latent_tokens: N.
         code_dim: width of a code.
     """
 
-    def __init__(self, size: TransformerSize, *, grid: int, latent_tokens: int, code_dim: int) -> None:
+    def __init__(self, size: TransformerSize, *, grid: tuple[int, int], latent_tokens: int, code_dim: int) -> None:
         super().__init__()
         self.code_embedding = nn.Linear(code_dim, size.width)
         self.mask_token = nn.Parameter(size.width**-0.5 * torch.randn(1, 1, size.width))
-        self.sequence = JointSequence(size, patches=grid**2, latent_tokens=latent_tokens)
+        self.sequence = JointSequence(size, patches=prod(grid), latent_tokens=latent_tokens)
 
     def forward(self, codes: Tensor) -> Tensor:  # (B, code_dim, N) -> (B, P, D)
         latents = self.code_embedding(rearrange(codes, "b d n -> b n d"))
@@ -213,22 +219,22 @@ class PatchPixels(nn.Module):
 
     Args:
         width: D of a patch's vector.
-        grid: patches along a side.
+        grid: rows and columns of patches.
         patch_size: side of a patch in pixels.
         channels: of the image.
     """
 
-    def __init__(self, width: int, *, grid: int, patch_size: int, channels: int) -> None:
+    def __init__(self, width: int, *, grid: tuple[int, int], patch_size: int, channels: int) -> None:
         super().__init__()
         self.grid, self.patch_size = grid, patch_size
         self.pixels = nn.Linear(width, patch_size**2 * channels)
         self.smooth = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, patches: Tensor) -> Tensor:  # (B, P, D) -> (B, C, S, S)
+    def forward(self, patches: Tensor) -> Tensor:  # (B, P, D) -> (B, C, H, W)
         pixels = rearrange(
             self.pixels(patches),
             "b (rows columns) (y x c) -> b c (rows y) (columns x)",
-            rows=self.grid,
+            rows=self.grid[0],
             y=self.patch_size,
             x=self.patch_size,
         )
@@ -349,11 +355,12 @@ class TiTok(AutoencoderTokenizer):
 
     def _begin_from_proxy(self, tokenizer: AutoencoderTokenizer) -> None:
         network = self.network
-        patches = (network.patch_grid, network.patch_grid)
+        patches = network.patch_grid
         if tokenizer.token_shape(network.image_size) != patches:
             raise ValueError(
-                f"the proxy tokenizer makes {tokenizer.token_shape(network.image_size)} ids of {network.image_size} "
-                f"pixels, and this network has {patches} patches: set network.init_args.patch_size"
+                f"the proxy tokenizer makes {tokenizer.token_shape(network.image_size)} ids of "
+                f"{network.image_size} pixels, and this network has {patches} patches: set "
+                "network.init_args.patch_size"
             )
         assert network.proxy is not None
         codes = tokenizer.quantizer.lookup(torch.arange(tokenizer.vocab_size)[None])[0]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.files import content_sha256
+from discrete_lit.core.images import ImageSize
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
@@ -28,12 +29,14 @@ class Tokenizer(LightningModule, ABC):
     """K, the number of ids."""
     ordered_ids: bool = False
     """Whether ids that are near one another mean similar things, as grey levels do."""
+    image_channels: int | None = None
+    """C of the images; None where there are none, or a subclass does not say."""
     makes_images: bool = True
     """Whether ids stand for images; text, and grids without their tokenizer, have none."""
 
     @abstractmethod
-    def token_shape(self, image_size: int) -> tuple[int, ...]:
-        """Shape of the token grid of a square image, for instance `(16, 16)`.
+    def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        """Shape of the token grid of images of this size, the side of a square or (H, W): for instance `(16, 16)`.
 
         Raises:
             ValueError: a size that the down-sampling does not divide.
@@ -158,7 +161,7 @@ class TokenGrid(Tokenizer):
         self.vocab_size = vocab_size
         self.grid = tuple(token_shape)
 
-    def token_shape(self, image_size: int) -> tuple[int, ...]:
+    def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.grid
 
     def encode(self, images: Tensor) -> Tensor:

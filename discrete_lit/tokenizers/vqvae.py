@@ -141,8 +141,8 @@ class MultiScaleVQ(AutoencoderTokenizer):
         network: called with `code_dim`, twice.
         codebook_size: K; 4096 in VAR.
         code_dim: D, the width of a code; 32 in VAR.
-        scales: sides of the scales in growing order, the last that of the latent grid; those of VAR at 256 pixels by
-            default.
+        scales: in growing order, the last that of the latent grid: sides of squares, or `[height, width]` each; those
+            of VAR at 256 pixels by default.
         phi_kernels: convolutions behind the interpolation, shared by neighbouring scales.
         phi_ratio: weight of the convolution in its output, against the identity's.
         codebook_update: as for `VQVAE`.
@@ -160,7 +160,7 @@ class MultiScaleVQ(AutoencoderTokenizer):
         codebook_size: int = 4096,
         *,
         code_dim: int = 32,
-        scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        scales: tuple[int | tuple[int, int], ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         phi_kernels: int = 4,
         phi_ratio: float = 0.5,
         codebook_update: Literal["ema", "gradient"] = "gradient",

@@ -67,3 +67,19 @@ def test_sines_and_cosines_of_each_axis() -> None:
     assert len(rows.unique(dim=0)) == 20
     with pytest.raises(ValueError, match="over 2 axes need a width divisible by 4, got 6"):
         sine_cosine_table(torch.zeros(3, 2), width=6)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (3, 2)])
+def test_rotations_of_a_grid_that_is_not_square(grid: tuple[int, int]) -> None:
+    """Element n behind the start stands in row n // W and column n % W; half of the pairs is turned by each."""
+    from discrete_lit.backbones import SequenceLayout
+    from discrete_lit.backbones.embeddings import Positions
+
+    layout = SequenceLayout(5, grid, num_classes=2, attention="bidirectional", mask_token=True)
+    table = Positions(layout, "rope_2d", starts=1, width=8, head_dim=8).rotary(0, 7, None)
+    assert table is not None
+    for number in range(6):
+        row, column = number // grid[1], number % grid[1]
+        for pair, angle in enumerate((row, row / 100, column, column / 100)):
+            expected = torch.tensor([angle, angle + torch.pi / 2]).cos() * torch.tensor([1.0, -1.0])
+            torch.testing.assert_close(table[1 + number, pair], expected, atol=1e-6, rtol=0)

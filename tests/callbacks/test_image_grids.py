@@ -121,3 +121,27 @@ def test_precision_of_the_trainer(generator, make_loader, make_trainer):
 def test_sizes_are_checked(grid, sizes):
     with pytest.raises(ValueError, match="at least 1"):
         grid(**sizes)
+
+
+class OfChannels(ReconstructionGrid):
+    """Three fixed pictures of 6 x 10 pixels, with any number of channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(columns=3, save_png=True)
+        self.images = torch.rand(3, channels, 6, 10) * 2 - 1
+
+    def make_images(self, module, batch):
+        return self.images
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (4, 4), (5, 1)])
+def test_pictures_of_other_channels_are_shown(
+    channels, shown, tokenizer, make_loader, make_trainer, read_images, tmp_path
+):
+    grid = OfChannels(channels)
+    make_trainer(callbacks=[grid]).validate(tokenizer, make_loader(1), verbose=False)
+    expected = expected_grid(grid.images[:, :shown], 3)
+    assert expected.shape[1:] == (8, 34)
+    assert torch.equal(read_images("images/reconstructions")[0], expected)
+    pixels = np.array(Image.open(tmp_path / "images" / "reconstructions-00000000.png"))
+    assert np.array_equal(pixels, expected.permute(1, 2, 0))

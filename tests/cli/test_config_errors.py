@@ -7,6 +7,7 @@ import yaml
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit.cli.config import COMMAND_LINE, INHERITED, read_given
+from discrete_lit.core.configuration import current_names
 
 GENERATOR = generator_settings(Path("tokenizer.ckpt"))
 
@@ -264,3 +265,9 @@ def test_names_of_earlier_versions_are_read(
     assert printed["mask_schedule"]["class_path"].startswith("discrete_lit.diffusion")
     assert printed["backbone"]["init_args"]["activation_checkpointing"] is True
     assert "recompute is now activation_checkpointing" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["ConvAutoencoder", "ViTAutoencoder", "TiTokAutoencoder", "PatchGAN"])
+def test_the_channels_of_a_network_had_another_name(name: str) -> None:
+    old = {"class_path": f"discrete_lit.tokenizers.{name}", "init_args": {"in_channels": 1}}
+    assert current_names(old)["init_args"] == {"image_channels": 1}

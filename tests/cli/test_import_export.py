@@ -53,7 +53,7 @@ def export(checkpoint: Path, family: str, output: Path) -> Path:
     ("family", "network", "name"),
     [
         ("taming_vqgan", {"attention": [0, 1], "multipliers": [2, 1, 1]}, "theirs.ckpt"),
-        ("taming_vqgan", {"attention": False, "in_channels": 1}, "theirs.safetensors"),
+        ("taming_vqgan", {"attention": False, "image_channels": 1}, "theirs.safetensors"),
         ("llamagen_vq", {"decoder_multipliers": [2, 1]}, "theirs.pt"),
     ],
 )

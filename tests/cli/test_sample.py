@@ -134,7 +134,7 @@ def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], t
     [
         (["--num_samples", 0], "num_samples and batch_size must be at least 1"),
         (["--num_samples", 2, "--labels", "[0, 4]"], r"labels holds 4, accepted: int in \[0, 3\]"),
-        (["--num_samples", 2, "--image_size", 0], "image_size must be at least 1, got 0"),
+        (["--num_samples", 2, "--image_size", 0], "image_size=0: it must be"),
         (["--num_samples", 2, "--labels", "[0, cat]"], r"labels holds 'cat', accepted: int in"),
         (["--num_samples", 2, "--labels", "[]"], r"labels holds nothing, accepted"),
         (["--num_samples", 2, "--sampler", "discrete_lit.samplers.RasterSampler"], "needs a backbone with causal"),
@@ -189,3 +189,15 @@ def test_text_is_written_as_text(tmp_path: Path, capfd: pytest.CaptureFixture) -
     with pytest.raises(SystemExit):
         draw(tmp_path / "text.ckpt", tmp_path / "samples", "--num_samples", 5, "--image_size", 8)
     assert "image_size=8 is given, but this generator's tokenizer makes no images" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA"), (5, "L")])
+def test_a_grid_of_any_channels_and_shape(channels: int, mode: str, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 6, channels), dtype=np.uint8)
+    _write_grid(tmp_path, images)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.mode == mode and grid.size == (18, 4)
+        shown = np.asarray(grid).reshape(4, 3, 6, -1)
+    np.testing.assert_array_equal(shown, images[..., : shown.shape[-1]].swapaxes(0, 1))

@@ -1,12 +1,15 @@
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256, file_sha256, publish
+from discrete_lit.core.files import Npz, atomic_write, atomic_write_text, content_sha256, file_sha256, publish
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -67,3 +70,88 @@ def test_nothing_heavy_is_loaded() -> None:
     script = "import sys, discrete_lit.core.files; print(sorted({'torch', 'lightning'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class TestNpz:
+    """npz files that are broken, in every way that was thought of: one kind of error, which names the file."""
+
+    @staticmethod
+    def written(path, name="a.npy", data=None, **zip_settings):
+        if data is None:
+            buffer = io.BytesIO()
+            np.save(buffer, np.arange(12, dtype=np.int64).reshape(4, 3))
+            data = buffer.getvalue()
+        with zipfile.ZipFile(path, "w", **zip_settings) as file:
+            file.writestr(name, data)
+        return path
+
+    @staticmethod
+    def header(text: str) -> bytes:
+        return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+    @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    def test_headers_values_and_rows(self, tmp_path, compression):
+        with Npz(self.written(tmp_path / "a.npz", compression=compression)) as file:
+            assert file.headers == {"a": ((4, 3), np.dtype(np.int64), False)}
+            assert file.read("a").tolist() == np.arange(12).reshape(4, 3).tolist()
+            assert [row.tolist() for row in file.rows("a")] == file.read("a").tolist()
+
+    def test_a_claim_of_more_than_there_is_takes_no_memory(self, tmp_path):
+        data = self.header("{'descr': '<f8', 'fortran_order': False, 'shape': (4000000000000,), }\n") + bytes(80)
+        with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: .*32,000,000,000,000 bytes"):
+            Npz(self.written(tmp_path / "a.npz", data=data))
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{'descr': open('x'), 'fortran_order': False, 'shape': (1,), }\n",
+            "{'descr': '<f8', 'fortran_order': False, 'shape': 3, }\n",
+            "{'descr': 'nonsense', 'fortran_order': False, 'shape': (1,), }\n",
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }\n",
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (1,), ",
+            "((((((((",
+        ],
+    )
+    def test_broken_headers(self, tmp_path, text):
+        with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: "):
+            Npz(self.written(tmp_path / "a.npz", data=self.header(text) + bytes(8)))
+
+    def test_objects_are_not_unpickled(self, tmp_path):
+        np.savez(tmp_path / "a.npz", a=np.array([print], dtype=object))
+        with Npz(tmp_path / "a.npz") as file:
+            with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: .*allow_pickle"):
+                file.read("a")
+            with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: "):
+                list(file.rows("a"))
+
+    @pytest.mark.parametrize("read", [lambda file: file.read("a"), lambda file: list(file.rows("a"))])
+    def test_a_flipped_bit_is_noticed(self, tmp_path, read):
+        np.savez(tmp_path / "a.npz", a=np.arange(20000))
+        data = bytearray((tmp_path / "a.npz").read_bytes())
+        data[data.index(np.int64(15000).tobytes())] ^= 1
+        (tmp_path / "a.npz").write_bytes(data)
+        with (
+            Npz(tmp_path / "a.npz") as file,
+            pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: Bad CRC-32"),
+        ):
+            read(file)
+
+    def test_encrypted_and_unknown_compression(self, tmp_path):
+        whole = self.written(tmp_path / "a.npz").read_bytes()
+        for offset, value in ((6, 1), (8, 99)):
+            data = bytearray(whole)
+            data[offset] = value
+            data[data.index(b"PK\x01\x02") + offset + 2] = value
+            (tmp_path / "a.npz").write_bytes(data)
+            with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: a: "):
+                Npz(tmp_path / "a.npz")
+
+    @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x05\x06"])
+    def test_no_zip(self, tmp_path, content):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: File is not a zip"):
+            Npz(tmp_path / "a.npz")
+
+    def test_a_missing_file(self, tmp_path):
+        with pytest.raises(ValueError, match=r"a\.npz' is not a readable npz file: .*No such file"):
+            Npz(tmp_path / "a.npz")

@@ -60,6 +60,37 @@ def test_alpha_is_dropped_and_not_composited() -> None:
     np.testing.assert_array_equal(decoded(encoded(grey_alpha)), np.repeat(pixels[..., :1], 3, 2))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_other_channels_that_are_asked_for(mode: str) -> None:
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 4), dtype=np.uint8)
+    source = Image.fromarray(pixels)
+    wide = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    image = wide if mode == "I;16" else source.convert(mode)
+    data = encoded(image)
+    grey, colour = decode_image(data, image_channels=1), decode_image(data, image_channels=4)
+    assert grey.mode == "L" and colour.mode == "RGBA"
+    if mode == "I;16":
+        np.testing.assert_array_equal(np.asarray(grey), pixels[..., 0])
+    else:
+        np.testing.assert_array_equal(np.asarray(grey), np.asarray(image.convert("RGB").convert("L")))
+    np.testing.assert_array_equal(np.asarray(colour)[..., :3], decoded(data))
+    opacity = {
+        "LA": pixels[..., 3],
+        "RGBA": pixels[..., 3],
+        "P": np.asarray(source.convert("P").convert("RGBA"))[..., 3],
+    }
+    np.testing.assert_array_equal(np.asarray(colour)[..., 3], opacity.get(mode, np.full((8, 8), 255)))
+
+
+def test_the_transparency_of_a_palette_is_its_fourth_channel() -> None:
+    palette = Image.new("P", (2, 1))
+    palette.putdata([0, 1])
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    data = encoded(palette, transparency=1)
+    assert np.asarray(decode_image(data, image_channels=4)).tolist() == [[[10, 20, 30, 255], [40, 50, 60, 0]]]
+    assert decode_image(data, image_channels=1).mode == "L"
+
+
 @pytest.mark.parametrize("transparency", [None, 1, bytes([0, 128, 255])])
 def test_a_palette_is_looked_up(transparency: Any) -> None:
     image = Image.fromarray(np.array([[0, 1], [2, 0]], dtype=np.uint8), mode=None)

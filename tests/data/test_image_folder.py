@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from discrete_lit.core.images import to_uint8
 from discrete_lit.data import ImageFolder
 from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.sources import ClassFolders
@@ -127,7 +128,7 @@ def test_validation_takes_its_labels_from_the_training_classes(
 
 
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
-    for path, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "has no class folders")):
+    for path, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path, "no images in")):
         with pytest.raises(ValueError, match=message):
             make_data(str(path)).training_loader(0, 1)
     (tmp_path / "ant").mkdir()
@@ -176,3 +177,24 @@ def test_augmentation_differs_between_epochs_and_is_off_in_evaluation(
     assert sum(not torch.equal(first[key], second[key]) for key in first) >= 3
     again = by_key(next(iter(data.evaluation_loader("train", 0, 1))))
     assert all(torch.equal(plain[key], again[key]) for key in plain)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
+def test_batches_of_other_shapes(folder: Path, channels: int, mode: str) -> None:
+    settings = {"image_size": [6, 10], "image_channels": channels, "batch_size": 16}
+    data = make_data(None, validation=str(folder), **settings)
+    assert (data.image_size, data.image_channels) == ((6, 10), channels)
+    batch = next(iter(data.evaluation_loader("validation", 0, 1)))
+    assert batch["image"].shape == (15, channels, 6, 10)
+    images = open_image_set(folder, (6, 10), channels)
+    for image, (_, decode) in zip(to_uint8(batch["image"]), images.stream(), strict=True):
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode())
+    file = Image.open(folder / batch["key"][0]).convert(mode)
+    scaled = np.asarray(file.resize((10, 10), Image.Resampling.BICUBIC))[2:8]
+    np.testing.assert_array_equal(to_uint8(batch["image"][0]).permute(1, 2, 0).numpy(), scaled.reshape(6, 10, channels))
+    training = make_data(str(folder), **settings | {"batch_size": 4})
+    assert next(iter(training.training_loader(0, 1)))["image"].shape == (4, channels, 6, 10)
+    with pytest.raises(ValueError, match=r"image_channels is 2; it must be 1 \(grey\), 3 \(RGB\) or 4"):
+        make_data(str(folder), image_channels=2)
+    with pytest.raises(ValueError, match=r"image_size=\[6\]: it must be"):
+        make_data(str(folder), image_size=[6])

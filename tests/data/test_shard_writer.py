@@ -155,6 +155,40 @@ def test_finished_output_is_checked_and_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
+def test_images_that_changed_under_the_same_names_sizes_and_times_are_noticed(
+    tmp_path: Path, interrupted: bool
+) -> None:
+    for index in range(12):
+        path = tmp_path / "in" / f"class {index % 3}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes([index]) * 100)
+    write(ClassFolders(tmp_path / "in"), tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert write(ClassFolders(tmp_path / "in"), tmp_path / "out") and contents(tmp_path / "out") == before
+    if interrupted:
+        (tmp_path / "out" / "manifest.json").rename(tmp_path / "out" / "manifest.unfinished.json")
+    state = path.stat()
+    path.write_bytes(bytes([99]) * 100)
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"have changed under the same names and sizes since .*train-00000\d\.tar was"):
+        write(ClassFolders(tmp_path / "in"), tmp_path / "out")
+    assert {name: value for name, value in contents(tmp_path / "out").items() if name.endswith(".tar")} == {
+        name: value for name, value in before.items() if name.endswith(".tar")
+    }
+
+
+def test_files_older_than_their_shard_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    (tmp_path / "in" / "a" / "0.png").write_bytes(bytes(100))
+    write(ClassFolders(tmp_path / "in"), tmp_path / "out")
+    (shard,) = (tmp_path / "out").glob("*.tar")
+    later = shard.stat().st_mtime_ns + 3600 * 10**9
+    os.utime(shard, ns=(later, later))
+    monkeypatch.setattr(ClassFolders, "read", lambda *_: pytest.fail("read"))
+    write(ClassFolders(tmp_path / "in"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_damaged_and_missing_shards_are_written_again(tmp_path: Path, interrupted: bool) -> None:
     write(Made(), tmp_path / "whole")
     if interrupted:

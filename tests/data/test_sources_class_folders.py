@@ -93,18 +93,18 @@ def test_other_files_are_left_out_with_a_warning(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         source = ClassFolders(touch(tmp_path, "a/1.jpg", "a/notes.txt", "a/weights.pth", "readme.md"))
     assert [entry.key for entry in source.entries] == ["a/1"]
-    assert "left out 2 files" in caplog.text
+    assert ": .md (1, first readme.md), .pth (1, first a/weights.pth), .txt (1, first a/notes.txt)" in caplog.text
+    assert "left out 3 entries" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "has no subfolder"),
-        (["readme.md"], "has no subfolder"),
-        ([".git/x.jpg"], "has no subfolder"),
-        (["1.jpg", "2.jpg"], "2 images lie directly in"),
+        ([], "no images in"),
+        (["readme.md"], r"no images in .*, which holds \.md \(1, first readme\.md\)"),
+        ([".git/x.jpg"], r"no images in .*, which holds hidden \(1, first \.git\)"),
+        (["a/1.heic"], r"no images in .*, which holds \.heic, which Pillow does not read here"),
         (["a/1.jpg", "stray.png"], r"1 images lie directly in .* stray\.png"),
-        (["a/1.jpg", "b/readme.md"], "class folder .*b holds no image"),
         (["a/x.jpg", "a/x.png", "a/x.jpg.jpg"], "two images of .* have the key 'a/x%2Ejpg'"),
     ],
 )

@@ -294,3 +294,15 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
     assert torch.equal(joined(make_data(tmp_path).evaluation_loader("train", 0, 1), "tokens"), tokens)
     with pytest.raises(ValueError, match="count is 0"):
         TokenWriter.create(tmp_path / "empty", **(MANIFEST | {"count": 0}))
+
+
+@pytest.mark.parametrize(("given", "stored", "read"), [(8, 8, 8), ((8, 8), 8, 8), ((8, 12), [8, 12], (8, 12))])
+def test_the_size_of_the_images_is_kept(tmp_path: Path, given: Any, stored: Any, read: Any) -> None:
+    folder = tmp_path / "sized"
+    TokenWriter.create(folder, **{**MANIFEST, "count": 1, "image_size": given})
+    writer = TokenWriter(folder)
+    writer.write(torch.tensor([0]), torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([0]))
+    writer.close()
+    TokenWriter.finalise(folder)
+    assert json.loads((folder / "manifest.json").read_text())["image_size"] == stored
+    assert make_data(folder, batch_size=1).image_size == read

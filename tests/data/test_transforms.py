@@ -125,6 +125,71 @@ def test_ten_crops_of_scale_one_are_the_centre_and_its_mirror_image() -> None:
     assert all(np.array_equal(crop, centre[:, ::-1]) for crop in crops[5:])
 
 
+@pytest.mark.parametrize(("width", "height"), [(70, 50), (50, 70), (130, 300), (24, 16), (9, 5), (400, 17)])
+@pytest.mark.parametrize("size", [(16, 24), (24, 16), (16, 16)])
+def test_a_crop_of_a_height_and_a_width_covers_them(width: int, height: int, size: tuple[int, int]) -> None:
+    # Written out: halve while both sides are at least twice as long, scale to cover the box, cut out its centre.
+    image = noise(width, height)
+    expected = image
+    while expected.height >= 2 * size[0] and expected.width >= 2 * size[1]:
+        expected = expected.resize((expected.width // 2, expected.height // 2), Image.Resampling.BOX)
+    scale = max(size[0] / expected.height, size[1] / expected.width)
+    expected = expected.resize(
+        (round(expected.width * scale), round(expected.height * scale)), Image.Resampling.BICUBIC
+    )
+    pixels = np.asarray(expected)
+    top, left = (pixels.shape[0] - size[0]) // 2, (pixels.shape[1] - size[1]) // 2
+    crop = center_crop(image, size)
+    assert crop.shape == (*size, 3)
+    difference = np.abs(crop.astype(int) - pixels[top : top + size[0], left : left + size[1]])
+    # What is enlarged to many times the box is not made as a whole, and Pillow rounds its parts elsewhere.
+    assert difference.max() <= (1 if height == 17 else 0)
+    for randomness in draws(5):
+        assert random_crop(image, size, randomness, minimum_crop=0.8).shape == (*size, 3)
+    assert ten_crops(image, size, 1.3).shape == (10, *size, 3)
+
+
+def test_random_rectangles_reach_every_place_and_no_other() -> None:
+    image, places = ramp(40, 20), set()
+    for randomness in draws(400):
+        crop = random_crop(image, (20, 36), randomness, flip=False)
+        places.add((int(crop[0, 0, 0]), int(crop[0, 0, 1])))
+    assert places == {(column, 0) for column in range(5)}
+
+
+@pytest.mark.parametrize(("width", "height"), [(3000, 1), (1, 3000)])
+def test_of_a_long_thin_picture_only_the_centre_is_computed(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its 3000 pixels enlarged to a side of 64 would be 12 million, and of 10,000 to a side of 256 two gigabytes."""
+    image = noise(width, height)
+    centre = image.crop((1490, 0, 1510, 1) if height == 1 else (0, 1490, 1, 1510))
+    expected = center_crop(centre, 64)
+    resize, made = Image.Image.resize, []
+
+    def counted(self, size, *arguments, **settings):
+        made.append(size[0] * size[1])
+        return resize(self, size, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    for size in (64, (64, 48) if height == 1 else (48, 64)):
+        crop = center_crop(image, size)
+        assert max(made) <= 16 * 64 * 64
+        top, left = (64 - crop.shape[0]) // 2, (64 - crop.shape[1]) // 2
+        part = expected[top : top + crop.shape[0], left : left + crop.shape[1]]
+        assert np.abs(crop.astype(int) - part).max() <= 1
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGBA", 4)])
+def test_crops_of_other_modes_keep_their_channels(mode: str, channels: int) -> None:
+    image = noise(40, 30).convert(mode)
+    assert center_crop(image, (16, 24)).shape == (16, 24, channels)
+    assert random_crop(image, 16, (0.5, 0.5, 0.5, 0.1)).shape == (16, 16, channels)
+    assert ten_crops(image, (8, 9), 1.1).shape == (10, 8, 9, channels)
+    if mode == "L":
+        np.testing.assert_array_equal(center_crop(image, 16)[..., 0], center_crop(image.convert("RGB"), 16)[..., 1])
+
+
 def test_the_crops_of_evaluation(image_bytes) -> None:
     data = image_bytes(0, (30, 20))
     center, flips, tens = EvaluationCrops(), EvaluationCrops("flip"), EvaluationCrops("ten", (1.5, 1.0))

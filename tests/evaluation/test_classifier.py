@@ -122,3 +122,13 @@ def test_classifier_of_another_number_of_classes_is_refused(checkpoint, tmp_path
         evaluate(
             reference, str(tmp_path), image_size=8, num_images=8, samples={"mine": reference}, classifier=checkpoint
         )
+
+
+def test_a_classifier_of_grey_images() -> None:
+    module = ImageClassifier(3, (4, 8), image_channels=1).eval()
+    assert module(torch.rand(2, 1, 8, 12)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"have 3 channels .* this ImageClassifier was made for 1"):
+        module(torch.rand(2, 3, 8, 12))
+    assert module(torch.rand(2, 1, 3, 4)).isfinite().all()
+    with pytest.raises(ValueError, match="halves images too often for 2x12 pixels: give it fewer channels"):
+        module(torch.rand(2, 1, 2, 12))

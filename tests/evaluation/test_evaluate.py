@@ -1,17 +1,24 @@
 """`discrete-lit evaluate` on tiny sets, end to end: what the report says, and what is refused."""
 
 import json
+import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.stored_images import pixels, save_folder, save_npz
+from PIL import Image
 from torch import Tensor
 
 from discrete_lit.cli.evaluate import evaluate
+from discrete_lit.core.images import to_uint8
+from discrete_lit.data import ImageFolder
+from discrete_lit.data.shard_writer import write_shards
+from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.evaluation import feature_statistics
-from discrete_lit.evaluation.image_sets import open_image_set
+from discrete_lit.evaluation.image_sets import Selection, open_image_set
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import Moments
 from discrete_lit.tokenizers.quantizers.quantizer import Component
@@ -192,7 +199,7 @@ def test_the_likelihood_of_held_out_images_stands_beside_the_samples(
     for wrong, message in (
         ({"c": "masked"}, r"likelihoods\.c is of no row"),
         ({"a": "tokenizer"}, r"likelihoods\.a='tokenizer' holds a GridTokenizer, not a Generator"),
-        ({"a": "large"}, r"likelihoods\.a='large' models images of 16 pixels, image_size is 8"),
+        ({"a": "large"}, r"likelihoods\.a='large' models images of 16x16 pixels, image_size is 8x8"),
     ):
         generators["tokenizer"] = generators["masked"].tokenizer
         generators["large"] = make_generator("masked", 4, (8, 8), 3, image_size=16)
@@ -305,3 +312,224 @@ def test_a_generator_reconstructs_nothing(sets, monkeypatch, make_generator, tmp
     monkeypatch.setattr(files, "load", lambda path: make_generator("masked"))
     with pytest.raises(ValueError, match=r"reconstructions\.theirs='m\.ckpt' holds a Masked, which is a generator"):
         evaluate(**{**sets, "held_out": str(tmp_path / "real"), "reconstructions": {"theirs": "m.ckpt"}})
+
+
+def notes(report: dict) -> str:
+    return "\n".join(report["notes"])
+
+
+def rewritten(path: Path, pixels_of: int) -> None:
+    """Other pixels in a bitmap of the same name, size and times."""
+    state = path.stat()
+    Image.fromarray(pixels(1, pixels_of)[0]).save(path)
+    assert path.stat().st_size == state.st_size
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+@pytest.mark.parametrize("form", ["class folders", "images alone", "shards"])
+def test_a_kept_reference_follows_the_content_of_its_images(sets, tmp_path, form):
+    """Images that change under the same names, sizes and times are measured again."""
+    root = tmp_path / "bitmaps"
+    for index, image in enumerate(pixels(12, 4)):
+        path = root / ("" if form == "images alone" else f"class{index % 3}") / f"{index:02d}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    reference = root
+    if form == "shards":
+        reference = tmp_path / "shards"
+        manifest = write_shards(ClassFolders(root), reference, split="train", samples_per_shard=5)
+    sets |= {"reference": str(reference), "held_out": None}
+    first = evaluate(**sets)
+    if form == "shards":
+        shard = reference / manifest["shards"][0]["name"]
+        state, data = shard.stat(), bytearray(shard.read_bytes())
+        with tarfile.open(shard) as tar:
+            start = next(member for member in tar if member.name.endswith(".bmp")).offset_data
+        data[start + 60 : start + 200] = bytes(140)
+        shard.write_bytes(data)
+        os.utime(shard, ns=(state.st_atime_ns, state.st_mtime_ns))
+    else:
+        rewritten(next(root.rglob("00.bmp")), 9)
+    second = evaluate(**sets)
+    assert second["reference"]["sha256"] != first["reference"]["sha256"]
+    assert second["rows"][0]["FD-Means"] != first["rows"][0]["FD-Means"]
+    assert second["rows"] == evaluate(**{**sets, "output": str(tmp_path / "fresh")})["rows"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_exif_orientation_is_applied_where_the_training_does(sets, tmp_path, kind):
+    """Photographs that are stored turned are measured upright, and the kept reference is one of that reading."""
+    upright = np.linspace(230, 20, 8).astype(np.uint8)[:, None, None].repeat(8, 1).repeat(3, 2)
+    variants = np.stack([upright // (1 + index % 4) + index for index in range(12)])
+    turned = tmp_path / "turned"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index, image in enumerate(variants):
+        path = turned / f"class{index % 3}" / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    data = ImageFolder(str(turned), image_size=8, batch_size=12, num_workers=0, apply_exif=True)
+    seen = to_uint8(next(iter(data.evaluation_loader("train")))["image"])
+    if kind == "shards":
+        write_shards(ClassFolders(turned), tmp_path / "shards", split="train", shuffle_seed=None)
+        turned = tmp_path / "shards"
+    read = next(iter(Selection(open_image_set(turned, 8, apply_exif=True), None, num_classes=3).batches(12)))[0]
+    assert torch.equal(read, seen) and not torch.equal(read, read.transpose(2, 3))
+    sets |= {"reference": str(turned), "held_out": None, "extractor": Rows()}
+    sets["samples"] = {"upright": save_npz(tmp_path / "upright.npz", variants)}
+    ignored, applied = evaluate(**sets), evaluate(**sets, apply_exif=True)
+    assert (ignored["apply_exif"], applied["apply_exif"]) == (False, True)
+    assert applied["rows"][0]["FD-Rows"] == pytest.approx(0, abs=1e-6) and ignored["rows"][0]["FD-Rows"] > 1000
+    kept = {file: Moments.load(file).apply_exif for file in Path(sets["output"]).glob("reference-*.npz")}
+    assert sorted(kept.values()) == [False, True]
+    file = next(file for file, value in kept.items() if value)
+    with pytest.raises(ValueError, match=r"was measured with apply_exif=true, apply_exif is false here"):
+        evaluate(**{**sets, "reference": str(file)})
+
+
+def test_an_orientation_that_is_not_applied_is_said(sets, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(pixels(1, 3)[0]).save(Path(sets["held_out"], "class0", "000.png"), exif=exif)
+    assert "1 images were read without turning them as their EXIF orientation says" in notes(evaluate(**sets))
+    assert "EXIF" not in notes(evaluate(**sets, apply_exif=True))
+
+
+class Rows(FeatureExtractor):
+    """Mean of the first and of the last row."""
+
+    name = "Rows"
+    dim = 2
+    protocol = "none"
+    weights_sha256 = "c" * 64
+
+    def extract(self, images: Tensor) -> Tensor:
+        return images.float().mean((1, 3))[:, [0, -1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "note"),
+    [
+        (np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]), "mine has 3 to 5 images of a class"),
+        (np.ones(12, np.int32), "mine shows 1 of 3 classes"),
+        (np.full(12, 3, np.uint8), "mine: 12 of 12 images have the null label"),
+        (np.array([0, 1, 2] * 3 + [3] * 3), "mine: 3 of 12 images have the null label"),
+    ],
+)
+def test_samples_are_measured_whatever_their_labels(sets, tmp_path, labels, note):
+    """Labels decide nothing of the distance of a whole set; what is said of classes is of those that are there."""
+    sets["samples"] = {"mine": save_npz(tmp_path / "s.npz", pixels(12, 2) // 2, labels)}
+    report = evaluate(**sets)
+    row = report["rows"][1]
+    assert row["count"] == 12 and note in notes(report)
+    assert row["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
+    found = [value is not None for value in row["within_class_diversity_by_class"]]
+    assert found == [bool((labels == label).sum() > 1) for label in range(3)]
+    assert (row["within_class_diversity"] is None) == (not any(found))
+
+
+def test_of_uneven_samples_images_are_taken_over_the_whole_set(sets, tmp_path):
+    labels = np.array([0] * 20 + [1] * 3 + [2])
+    images = pixels(24, 7)
+    sets["samples"] = {"mine": save_npz(tmp_path / "s.npz", images, labels)}
+    report = evaluate(**sets)
+    assert report["rows"][1]["FD-Means"] == pytest.approx(numpy_distance(images[::2], pixels(24, 0)), rel=1e-6)
+    assert "mine: a class has fewer images than 12 over the number of classes" in notes(report)
+
+
+def test_a_label_beyond_the_null_label_is_refused(sets, tmp_path):
+    sets["samples"] = {"mine": save_npz(tmp_path / "s.npz", pixels(12, 2), np.full(12, 4))}
+    with pytest.raises(ValueError, match=r"samples\.mine: .*s\.npz' has label 4, there are 3 classes"):
+        evaluate(**sets)
+
+
+def test_classes_are_matched_by_name(sets, tmp_path):
+    """A held-out folder without one class: its second class is the reference's third, and so is its diversity."""
+    held_out = tmp_path / "two"
+    for index, image in enumerate(pixels(12, 1)):
+        path = held_out / ("class0" if index % 2 else "class2") / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    report = evaluate(**{**sets, "held_out": str(held_out)})
+    floor, mine = report["rows"]
+    assert [value is None for value in floor["within_class_diversity_by_class"]] == [False, True, False]
+    assert [value is None for value in mine["within_class_diversity_by_class"]] == [False, True, False]
+    assert "held_out has 2 of the 3 classes of reference, not 'class1'" in notes(report)
+    assert "samples.mine have no names and are matched by position: 0 is taken for 'class0'" in notes(report)
+
+    (held_out / "class2").rename(held_out / "other")
+    message = r"held_out: 1 of the 2 classes of .*two' are not among the 3 of reference, such as 'other'"
+    with pytest.raises(ValueError, match=message):
+        evaluate(**{**sets, "held_out": str(held_out)})
+
+
+def test_the_report_is_json_of_any_reader(sets):
+    """No NaN and no Infinity, also from a run.json that has them; what is null says why."""
+    run = Path(sets["samples"]["mine"]).parent / "run.json"
+    run.write_text('{"images_per_second": Infinity, "sampler": {"temperature": NaN, "steps": [1, -Infinity]}}')
+    report = evaluate(**sets)
+    assert report["rows"][1]["sampling"] == {
+        "images_per_second": None,
+        "sampler": {"temperature": None, "steps": [1, None]},
+    }
+
+    def refuse(token: str) -> None:
+        pytest.fail(f"{token} is no JSON")
+
+    text = (Path(sets["output"]) / "report.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == report
+    assert "rows[1].sampling.images_per_second is inf" in notes(report)
+    assert "rows[1].sampling.sampler.steps[1] is -inf" in notes(report)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"images_per_second": "fast"}'])
+def test_a_broken_run_json_is_named(sets, text):
+    run = Path(sets["samples"]["mine"]).parent / "run.json"
+    run.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json'"):
+        evaluate(**sets)
+
+
+def test_a_class_without_differences_has_no_ratio(sets, tmp_path):
+    """Real images of a class that are all equal: no infinite diversity."""
+    images = pixels(12, 1)
+    images[::3] = images[0]
+    sets["held_out"] = save_folder(tmp_path / "equal", images, np.arange(12) % 3)
+    report = evaluate(**sets)
+    assert [value is None for value in report["rows"][1]["within_class_diversity_by_class"]] == [True, False, False]
+    assert report["rows"][1]["within_class_diversity"] > 0
+    assert "mean over 2 of 3 classes" in notes(report)
+
+
+def test_broken_images_are_counted_in_the_report(sets, tmp_path):
+    for name in ("reference", "held_out"):
+        sets[name] = save_folder(tmp_path / f"many_{name}", pixels(300, 0), np.arange(300) % 3)
+        (Path(sets[name]) / "class0" / "000.png").write_bytes(b"broken")
+    report = evaluate(**{**sets, "num_images": None, "samples": {}})
+    assert "reference: 1 broken images were left out" in notes(report)
+    assert "held-out real images: 1 broken images were left out, 299 measured" in notes(report)
+    assert report["reference"]["count"] == 299
+
+
+def test_why_precision_is_missing_is_said(sets, tmp_path):
+    features = numpy_features(pixels(24, 0))
+    Moments(torch.from_numpy(features.mean(0)), torch.from_numpy(np.cov(features.T))).save(tmp_path / "moments.npz")
+    report = evaluate(**{**sets, "reference": str(tmp_path / "moments.npz")})
+    assert "precision and recall are not measured: the reference is a file of moments" in notes(report)
+    report = evaluate(**{**sets, "num_images": 3, "output": str(tmp_path / "few")})
+    assert "they need more than k = 3 images in every set" in notes(report)
+
+
+def test_features_that_are_not_finite_name_their_set(sets):
+    class Broken(Means):
+        def extract(self, images: Tensor) -> Tensor:
+            return super().extract(images) / 0
+
+    with pytest.raises(ValueError, match=r"Means gives features of .*reference' that are not finite"):
+        evaluate(**{**sets, "extractor": Broken()})
+
+
+def test_a_reference_with_nan_is_refused_by_name(sets, tmp_path):
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
+    with pytest.raises(ValueError, match=r"nan\.npz'.*not finite"):
+        evaluate(**{**sets, "reference": str(tmp_path / "nan.npz")})

@@ -13,7 +13,7 @@ from PIL import Image
 
 from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.data.transforms import center_crop
-from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.image_sets import Selection, match_classes, open_image_set
 
 
 def everything(images) -> list[tuple[int | None, bytes]]:
@@ -99,7 +99,7 @@ def test_no_count_takes_everything(folder):
 def test_fewer_images_than_asked_are_refused(tmp_path, folder):
     with pytest.raises(ValueError, match=r"has 24 images, num_images is 25"):
         Selection(open_image_set(folder, 8), 25, num_classes=3)
-    uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(6, 0), np.array([0, 0, 0, 1, 1, 2])), 8)
+    uneven = open_image_set(save_npz(tmp_path / "s.npz", pixels(7, 0), np.array([0, 0, 0, 0, 1, 1, 2])), 8)
     with pytest.raises(ValueError, match=r"has 1 images of class 2, needs 2"):
         Selection(uneven, 6, num_classes=3)
 
@@ -165,14 +165,14 @@ def test_what_is_no_image_set_is_refused(tmp_path, shards):
         with pytest.raises(ValueError, match="is no image set: accepted are"):
             open_image_set(path, 8)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(ValueError, match="no images in"):
         open_image_set(tmp_path / "empty", 8)
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "manifest.json").write_text(json.dumps({"format": "discrete-lit-tokens-1"}))
     with pytest.raises(ValueError, match="discrete-lit-tokens-1"):
         open_image_set(tmp_path / "tokens", 8)
     (Path(shards) / "test-000001.tar").unlink()
-    with pytest.raises(ValueError, match=r"lacks 1 of its 5 shards: \['test-000001\.tar'\]"):
+    with pytest.raises(ValueError, match=r"1 of 5 shards are missing: .*test-000001\.tar"):
         open_image_set(shards, 8)
 
 
@@ -189,7 +189,13 @@ def test_a_sample_without_its_label_is_broken(tmp_path, shards):
     Image.fromarray(pixels(1, 0)[0]).save(tmp_path / "image.png")
     with tarfile.open(first, "a") as archive:
         archive.add(tmp_path / "image.png", "class0/unlabelled.png")
-    with pytest.raises(ValueError, match="1 of 25 images are broken"):
+    with pytest.raises(ValueError, match=r"test-000000\.tar holds more samples than the 5 declared"):
+        select(open_image_set(shards, 8), None)
+    manifest = json.loads((Path(shards) / "manifest.json").read_text())
+    manifest["count"] += 1
+    manifest["shards"][0]["count"] += 1
+    (Path(shards) / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"1 of 25 images are broken, the last: .*it has no \.cls entry"):
         select(open_image_set(shards, 8), None)
 
 
@@ -212,3 +218,71 @@ def test_uint8_conversion_rounds_and_clamps():
     assert to_uint8(torch.tensor([-2.0, -1.0, 1.0, 2.0, 0.0])).tolist()[:4] == [0, 0, 255, 255]
     step = 2 / 255
     assert to_uint8(torch.tensor([-1 + 0.6 * step, -1 + 0.4 * step])).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "read"), [(1, 1, 1), (1, 3, 3), (3, 3, 3), (4, 4, 4), (3, 1, None), (4, 3, None)]
+)
+def test_npz_of_other_shapes(tmp_path, stored, asked, read):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 12, stored), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images)
+    if read is None:
+        with pytest.raises(ValueError, match=f"images of {stored} channels, image_channels is {asked}"):
+            open_image_set(tmp_path / "s.npz", (8, 12), asked)
+        return
+    decoded = np.stack([decode() for _, decode in open_image_set(tmp_path / "s.npz", [8, 12], asked).stream()])
+    np.testing.assert_array_equal(decoded, np.repeat(images, read // stored, axis=3))
+    with pytest.raises(ValueError, match="has images of 8x12, image_size is 12x8"):
+        open_image_set(tmp_path / "s.npz", (12, 8), asked)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array([0, 2**64 - 1], np.uint64), "labels are uint64 and have 18446744073709551615"),
+        (np.array([0, -1]), "labels are int64 and have -1"),
+        (np.array([0.0, 1.0]), r"labels are float64 \(2,\)"),
+        (np.array([[1, 0], [0, 1]]), r"labels are int64 \(2, 2\)"),
+        (np.array(["cat", "dog"]), r"labels are <U3 \(2,\)"),
+        (np.zeros(10**6, np.int64), r"labels are int64 \(1000000,\), expected \(2,\)"),
+    ],
+)
+def test_labels_that_are_no_class_ids_are_refused_by_name(tmp_path, labels, message):
+    with pytest.raises(ValueError, match=rf"s\.npz': {message}"):
+        open_image_set(save_npz(tmp_path / "s.npz", pixels(2, 0), labels), 8)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool, np.uint64])
+def test_labels_of_any_whole_type(tmp_path, dtype):
+    found = open_image_set(save_npz(tmp_path / "s.npz", pixels(3, 0), np.array([0, 1, 1], dtype)), 8)
+    assert found.labels is not None and found.labels.dtype == np.int64 and found.labels.tolist() == [0, 1, 1]
+
+
+def test_damage_among_the_images_names_the_file(tmp_path):
+    path = Path(save_npz(tmp_path / "s.npz", pixels(40, 0, 16)))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"s\.npz' is not a readable npz file: arr_0: Bad CRC"):
+        everything(open_image_set(path, 16))
+
+
+def test_labels_beyond_all_class_ids_take_no_memory(tmp_path):
+    images = open_image_set(save_npz(tmp_path / "s.npz", pixels(2, 0), np.array([0, 10**12])), 8)
+    with pytest.raises(ValueError, match="at most 1,048,576 classes"):
+        match_classes({"held_out": images}, {})
+    assert match_classes({}, {"mine": images}).count is None
+    assert len(list(Selection(images, 2, num_classes=None).batches(2))) == 1
+
+
+def test_selection_of_samples_alone_is_balanced_over_their_own_classes(tmp_path):
+    images = open_image_set(
+        save_npz(tmp_path / "s.npz", pixels(9, 0), np.array([7, 7, 7, 7, 7, 7, 10**9, 10**9, 3])), 8
+    )
+    _, labels = select(images, 3, num_classes=None)
+    assert sorted(labels.tolist()) == [3, 7, 10**9]
+
+
+def test_one_image_is_no_set(tmp_path):
+    with pytest.raises(ValueError, match=r"s\.npz' has 1 images, at least 2 are needed"):
+        Selection(open_image_set(save_npz(tmp_path / "s.npz", pixels(1, 0)), 8), None, num_classes=None)

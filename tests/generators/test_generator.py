@@ -9,7 +9,7 @@ from lightning import LightningModule
 
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
-from discrete_lit.samplers import MaskGITSampler, RasterSampler
+from discrete_lit.samplers import HaltonSampler, MaskGITSampler, RasterSampler
 
 each_family = pytest.mark.parametrize("family", ["masked", "autoregressive"])
 
@@ -115,3 +115,51 @@ def test_help_describes_what_all_families_take(family: type[Generator]) -> None:
     }.items():
         assert f"--model.{name} " in text and description in text, name
     assert "--model.layout" not in text
+
+
+@pytest.mark.parametrize(
+    ("family", "arguments"),
+    [
+        ("Masked", {"sampler": HaltonSampler(steps=4)}),
+        ("Masked", {"bit_groups": 2}),
+        ("Autoregressive", {}),
+        ("Autoregressive", {"order": "random_annealed", "anneal_steps": (10, 20)}),
+        ("Autoregressive", {"order": (5, 1, 3, 0, 4, 2)}),
+        ("DiscreteDiffusion", {}),
+        ("NextScale", {}),
+    ],
+)
+def test_grids_that_are_not_square(family: str, arguments: dict) -> None:
+    """Rows and columns are kept through training, likelihood and sampling, and known tokens stay where they are."""
+    from functools import partial
+
+    from discrete_lit import generators
+    from discrete_lit.backbones import Transformer
+    from discrete_lit.tokenizers import LFQ, MultiScaleVQ
+    from discrete_lit.tokenizers.networks import ConvAutoencoder
+
+    network = partial(ConvAutoencoder, channels=4, multipliers=(1, 1), blocks=1, norm_groups=2, image_channels=1)
+    scales = family == "NextScale"
+    tokenizer = MultiScaleVQ(network, 16, code_dim=4, scales=(1, (1, 2), (2, 3))) if scales else LFQ(network, 4)
+    settings = {"width": 16, "depth": 1, "heads": 2, "positions": "learned" if scales else "rope_2d"}
+    if "bit_groups" in arguments:
+        settings["token_embedding"] = "bits"
+    generator = getattr(generators, family)(
+        tokenizer, [4, 6], num_classes=2, backbone=partial(Transformer, **settings), **arguments
+    ).train()
+    shape = (1 + 2 + 6,) if scales else (2, 3)
+    assert generator.image_size == (4, 6) and generator.token_shape == shape
+    labels, images = torch.tensor([0, 1, 2]), torch.rand(3, 1, 4, 6) * 2 - 1
+    tokens = generator.tokens_of({"image": images, "label": labels})
+    assert tokens.shape == (3, *shape) and torch.equal(generator.to_grid(generator.to_sequence(tokens)), tokens)
+    generator.loss(tokens, labels)[0].backward()
+    assert generator.eval().log_likelihood(tokens, labels).nats.isfinite().all()
+    known = torch.full_like(tokens, -1)
+    if family != "Autoregressive":
+        known[:, ..., -1] = tokens[:, ..., -1]
+    drawn = generator.sample(labels, known=known if family != "Autoregressive" else None)
+    assert drawn.shape == tokens.shape and torch.equal(drawn.where(known >= 0, -1), known)
+    assert tokenizer.decode(drawn).shape == (3, 1, 4, 6)
+    if not scales:
+        with pytest.raises(ValueError, match=r"token grids \(3, 2\), this generator models \(2, 3\)"):
+            generator.tokens_of({"image": images.transpose(2, 3), "label": labels})

@@ -58,10 +58,21 @@ def test_gives_no_gradients():
     assert not TinyConvolution()(images(2, 8)).requires_grad
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)])
-def test_only_uint8_colour_images_are_accepted(bad):
-    with pytest.raises(ValueError, match="to_uint8"):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(torch.zeros(2, 3, 8, 8), "to_uint8"), (torch.zeros(2, 2, 8, 8, dtype=torch.uint8), "sees colour images.*got 2")],
+)
+def test_only_uint8_pictures_are_accepted(bad, message):
+    with pytest.raises(ValueError, match=message):
         TinyConvolution()(bad)
+
+
+def test_grey_is_repeated_and_rgba_laid_over_white():
+    extractor, colour = TinyConvolution(), images(2, 8)
+    grey, alpha = colour[:, :1], torch.zeros_like(colour[:, :1])
+    assert torch.equal(extractor(grey), extractor(grey.expand(-1, 3, -1, -1)))
+    assert torch.equal(extractor(torch.cat((colour, alpha + 255), dim=1)), extractor(colour))
+    assert torch.equal(extractor(torch.cat((colour, alpha), dim=1)), extractor(torch.full_like(colour, 255)))
 
 
 def test_efficientnet_equals_timms_own_forward(efficientnet):

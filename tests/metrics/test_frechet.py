@@ -176,3 +176,83 @@ def test_reference_of_another_extractor_is_refused():
         compare(Flatten(4), samples, moments_of(random_features(9, 3, 0)), "reference.npz")
     unsaid = Moments(samples.mean, samples.covariance)
     assert "does not say which extractor" in compare(Flatten(4), samples, unsaid, "reference.npz").notes[0]
+
+
+def saved(path, sigma, mu=None, **more) -> str:
+    mu = np.zeros(len(sigma)) if mu is None else mu
+    np.savez(path / "moments.npz", mu=mu, sigma=sigma, **more)
+    return str(path / "moments.npz")
+
+
+SYMMETRIC = np.array([[2.0, 0.5], [0.5, 1.0]])
+
+
+@pytest.mark.parametrize(
+    ("sigma", "mu", "message"),
+    [
+        (np.full((2, 2), np.nan), None, "4 values of its covariance are not finite"),
+        (np.diag([1.0, np.inf]), None, "1 values of its covariance are not finite"),
+        (SYMMETRIC, np.array([0.0, -np.inf]), "1 values of its mean are not finite"),
+        (-SYMMETRIC, None, "has the eigenvalue -2.2.*none below 0"),
+        (np.diag([1.0, -1e-3]), None, "has the eigenvalue -0.001"),
+        (np.array([[1.0, 2.0], [2.0, 1.0]]), None, "has the eigenvalue -1"),
+        (np.array([[2.0, 0.5], [0.4, 1.0]]), None, "not symmetric"),
+        (np.diag([1.0, 1e308]), None, "its covariance has values beyond"),
+        (SYMMETRIC + 0j, None, "'sigma' is of complex128"),
+        (SYMMETRIC.astype(str), None, "'sigma' is of <U"),
+        (SYMMETRIC.astype("datetime64[s]"), None, "'sigma' is of datetime64"),
+        (SYMMETRIC > 1, None, "'sigma' is of bool"),
+        (SYMMETRIC, np.zeros(2, complex), "'mu' is of complex128"),
+        (np.zeros((0, 0)), None, r"\(0,\) and 'sigma' \(0, 0\)"),
+    ],
+)
+def test_what_is_no_mean_and_covariance_is_refused_by_name(tmp_path, sigma, mu, message):
+    with pytest.raises(ValueError, match=rf"moments\.npz'.*{message}"):
+        Moments.load(saved(tmp_path, sigma, mu))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"count": np.nan}, "its count is float64"),
+        ({"count": 1}, "at least 2 images, its count is 1"),
+        ({"count": [3, 4]}, r"its count is int64 \(2,\)"),
+        ({"count": 2}, "more directions than 2 images"),
+        ({"extractor": 3}, "its extractor is int64"),
+        ({"weights_sha256": b"a"}, "its weights_sha256 is"),
+        ({"apply_exif": 1}, "its apply_exif is int64"),
+    ],
+)
+def test_what_a_file_says_of_its_moments_is_checked(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        Moments.load(saved(tmp_path, SYMMETRIC, **more))
+
+
+def test_float32_moments_are_read(tmp_path):
+    features = random_features(500, 40, 0)
+    covariance = np.cov(features.T).astype(np.float32)
+    covariance[0, 1] = np.nextafter(covariance[0, 1], np.float32(np.inf))
+    loaded = Moments.load(saved(tmp_path, covariance, features.mean(0).astype(np.float32)))
+    assert frechet_distance(loaded, moments_of(features)) == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("broken", [-torch.eye(3), torch.full((3, 3), torch.nan), torch.diag(torch.tensor([1, 1, -1]))])
+@pytest.mark.parametrize("first", [True, False])
+def test_broken_moments_are_at_no_distance_not_even_of_themselves(broken, first):
+    broken, intact = Moments(torch.zeros(3).double(), broken.double()), moments_of(random_features(9, 3, 0))
+    with pytest.raises(ValueError, match=f"the {'first' if first else 'second'} moments: "):
+        frechet_distance(*((broken, intact) if first else (intact, broken)))
+    with pytest.raises(ValueError, match="the first moments: "):
+        frechet_distance(broken, broken)
+
+
+@pytest.mark.parametrize(("mean", "scale"), [(0, 1e200), (0, 1e308), (1e155, 1)])
+def test_moments_whose_distance_is_not_finite_are_refused(mean, scale):
+    large = Moments(torch.full((3,), mean, dtype=torch.float64), torch.eye(3).double() * scale)
+    with pytest.raises(ValueError, match=r"reference 'large\.npz': its (mean|covariance) has values beyond 1e\+100"):
+        compare(Flatten(3), moments_of(random_features(9, 3, 0)), large, "large.npz")
+
+
+def test_the_largest_moments_have_a_finite_distance():
+    first, second = (Moments(torch.full((3,), m, dtype=torch.float64), torch.eye(3).double() * 9e99) for m in (0, 9e99))
+    assert 0 < frechet_distance(first, second) < 1e202

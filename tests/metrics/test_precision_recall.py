@@ -141,3 +141,68 @@ def test_a_single_class_is_a_row_of_one():
     assert within_class_diversity(*(spread(features, torch.zeros(6, dtype=torch.long), 1) for _ in "ab")).tolist() == [
         1
     ]
+
+
+def exact(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[float, float]:
+    """Equations 1 and 2 by differences in float64, one feature at a time."""
+
+    def squares(point: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        return (point.double() - centres.double()).square().sum(1)
+
+    def covered(points: torch.Tensor, centres: torch.Tensor) -> float:
+        radii = torch.stack([squares(centre, centres).sort().values[k] for centre in centres])
+        return sum(bool((squares(point, centres) <= radii).any()) for point in points) / len(points)
+
+    return covered(samples, reference), covered(reference, samples)
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0, 1000.0])
+@pytest.mark.parametrize("dim", [1, 7, 64])
+@pytest.mark.parametrize("whole", [False, True])
+def test_repeats_and_ties_are_decided_exactly(offset: float, dim: int, whole: bool) -> None:
+    """Images that are repeated have balls of radius 0; whole numbers meet on the border of balls."""
+    random = torch.Generator().manual_seed(dim)
+    reference = torch.randn(90, dim, generator=random) + offset
+    reference = torch.cat((reference, reference[:30].repeat(4, 1)))
+    samples = torch.cat((reference[:20].repeat(2, 1), torch.randn(20, dim, generator=random) + offset))
+    if whole:
+        reference, samples = reference.round(), samples.round()
+    for k in (1, 3):
+        assert precision_and_recall(samples, Manifold(reference, k)) == exact(samples, reference, k)
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0, 1000.0])
+def test_a_ball_without_a_radius_holds_its_own_image_wherever_the_features_lie(offset: float) -> None:
+    """Thirty images, each four times: exactly the samples that equal one of them are covered."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(30, 64, generator=random) + offset
+    manifold = Manifold(images.repeat(4, 1))
+    assert manifold.radii.eq(0).all()
+    others = torch.randn(15, 64, generator=random) + offset
+    assert manifold.fraction_covered(torch.cat((images, others))) == 30 / 45
+    # The nearest other float32 value is another image.
+    assert manifold.fraction_covered(images.nextafter(torch.tensor(torch.inf))) == 0
+
+
+def test_a_collapsed_set_is_as_fast_as_any() -> None:
+    """One image 3,000 times: no more of its copies than neighbours are compared."""
+    assert precision_and_recall(torch.ones(3000, 256), Manifold(torch.ones(3000, 256))) == (1.0, 1.0)
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    features = torch.randn(9, 2)
+    manifold = Manifold(features)
+    features[4, 1] = torch.nan
+    for use in (manifold.fraction_covered, Manifold):
+        with pytest.raises(ValueError, match="not finite"):
+            use(features)
+
+
+def test_a_class_whose_real_images_are_equal_has_no_ratio() -> None:
+    """Rounding is no spread: nothing is divided by it."""
+    labels = torch.arange(12) % 3
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)) + 100
+    equal = torch.where((labels == 1)[:, None], features[1], features)
+    ratios = within_class_diversity(spread(features, labels), spread(equal, labels))
+    assert ratios.isnan().tolist() == [False, True, False]
+    assert within_class_diversity(spread(equal, labels), spread(features, labels))[1] == 0

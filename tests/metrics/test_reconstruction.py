@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.metrics.reconstruction import IdStatistics, ReconstructionMeter, pixel_fidelity
+from discrete_lit.metrics.reconstruction import (
+    IdStatistics,
+    ReconstructionFidelity,
+    ReconstructionMeter,
+    pixel_fidelity,
+)
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 
 
@@ -113,3 +118,14 @@ def test_ids_beyond_counting_are_reported_by_their_parts() -> None:
     made = meter.figures()
     assert made.ids is None and made.entropy_bits is None
     assert made.capacity_bits == 4 * 36 and made.parts["bit_0"].usage == 1
+
+
+@pytest.mark.parametrize(("size", "defined"), [((5, 16), False), ((16, 5), False), ((6, 6), True)])
+def test_ssim_needs_room_for_its_window(size: tuple[int, int], defined: bool) -> None:
+    images = torch.randint(256, (2, 1, *size), dtype=torch.uint8)
+    psnr, ssim = pixel_fidelity(images // 2, images)
+    assert psnr.isfinite().all() and (ssim is not None) == defined
+    fidelity = ReconstructionFidelity()
+    fidelity.update(images // 2, images)
+    mean_psnr, mean_ssim, _ = fidelity.compute()
+    assert float(mean_psnr) == pytest.approx(float(psnr.mean())) and (mean_ssim is not None) == defined

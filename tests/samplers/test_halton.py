@@ -123,3 +123,9 @@ def test_halton_needs_a_grid(make_backbone, make_layout_backbone) -> None:
             draw(backbone, HaltonSampler(steps=2), 0, 1)
     with pytest.raises(ValueError, match="variant must be 'newer' or 'older', got 'old'"):
         HaltonSampler(variant="old")
+
+
+def test_the_order_of_a_grid_that_is_not_square() -> None:
+    """By hand: point n mirrors the digits of n in base 2 down, in base 3 across."""
+    assert halton_order(2, 3).tolist() == [4, 2, 3, 1, 5, 0]
+    assert halton_order(3, 2).tolist() == [2, 1, 4, 0, 3, 5]

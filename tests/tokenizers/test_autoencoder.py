@@ -158,3 +158,11 @@ def test_autocast_decodes_float32(make_tokenizer, kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     with torch.autocast("cpu", torch.bfloat16):
         assert tokenizer.decode(torch.zeros(1, 2, 2, dtype=torch.int64)).dtype == torch.float32
+
+
+@torch.no_grad()
+def test_images_too_small_for_ssim_have_a_psnr(make_tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer("fsq")
+    logged = logged_by(tokenizer, monkeypatch)
+    tokenizer.validation_step({"image": torch.rand(2, 3, 4, 8) * 2 - 1}, 0)
+    assert float(logged["validation/psnr"].compute()) > 0 and "validation/ssim" not in logged

@@ -207,3 +207,37 @@ def test_a_checkpoint_of_continuous_latents(tmp_path: Path) -> None:
 def test_scale_factors_out_of_range(factor: float) -> None:
     with pytest.raises(ValueError, match="scale_factor must be above 0"):
         make("KLVAE", latent_channels=2, kl_weight=1.0, scale_factor=factor)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize(
+    ("family", "arguments", "shape"),
+    [
+        ("FSQ", {"levels": [4, 3]}, (2, 4)),
+        ("LFQ", FAMILIES["LFQ"][0], (2, 4)),
+        ("RQVAE", FAMILIES["RQVAE"][0], (2, 4, 3)),
+        ("VQVAE", {"codebook_size": 12, "code_dim": 3}, (2, 4)),
+        ("DVAE", {"codebook_size": 12, "code_dim": 3, "reconstruction_loss": "l2"}, (2, 4)),
+        ("MultiScaleVQ", {"codebook_size": 12, "code_dim": 3, "scales": [1, [1, 2], [2, 4]]}, (1 + 2 + 8,)),
+        ("KLVAE", {"latent_channels": 3, "kl_weight": 1e-6}, (3, 2, 4)),
+    ],
+)
+def test_other_shapes_train_and_come_back(
+    family: str, arguments: dict[str, Any], shape: tuple[int, ...], channels: int, tmp_path: Path
+) -> None:
+    network = {**NETWORK, "init_args": {**NETWORK["init_args"], "image_channels": channels}}
+    module = make(family, network=network, **arguments)
+    images = torch.rand(2, channels, 8, 16) * 2 - 1
+    module.train().training_step({"image": images, "index": torch.arange(2)}, 0)["loss"].backward()
+    assert not [name for name, value in module.network.named_parameters() if value.grad is None]
+    save(module.eval(), tmp_path / "module.ckpt")
+    loaded = load(tmp_path / "module.ckpt")
+    with torch.no_grad():
+        codes = loaded.encode(images)
+        assert codes.shape == (2, *shape) and loaded.image_channels == channels
+        assert shape == (loaded.token_shape if isinstance(loaded, Tokenizer) else loaded.latent_shape)([8, 16])
+        assert loaded.decode(codes).shape == images.shape
+        module.validation_step({"image": images}, 0)
+    for call in (lambda: module.encode(torch.zeros(2, 3, 8, 16)), lambda: module.loss(torch.zeros(2, 3, 8, 16))):
+        with pytest.raises(ValueError, match=f"have 3 channels .* network of this {family} was made for {channels}"):
+            call()

@@ -86,8 +86,8 @@ def test_palette_files(tmp_path: Path) -> None:
     assert torch.equal(ColourPalette(str(bytes_)).palette, from_uint8(to_uint8(torch.tensor(PRIMARIES))))
     with pytest.raises(ValueError, match=r"palette: no file 'nowhere\.npy'"):
         ColourPalette("nowhere.npy")
-    np.save(floats, np.zeros((4, 2)))
-    with pytest.raises(ValueError, match=r"floats\.npy' holds an array of shape \(4, 2\); \(K, 3\) is needed"):
+    np.save(floats, np.zeros(4))
+    with pytest.raises(ValueError, match=r"floats\.npy' holds an array of shape \(4,\); \(K, 3\) is needed"):
         ColourPalette(str(floats))
     np.save(floats, np.full((4, 3), 255.0))
     with pytest.raises(ValueError, match=r"colours outside \[-1, 1\], and is not of type uint8"):
@@ -98,13 +98,37 @@ def test_palette_files(tmp_path: Path) -> None:
 
 
 def test_fingerprints_differ() -> None:
-    tokenizers = [PixelLevels(), PixelLevels(16), PixelLevels(grey=True), ColourPalette(PRIMARIES)]
-    assert len({tokenizer.fingerprint() for tokenizer in tokenizers}) == 4
+    channels = [PixelLevels(image_channels=number) for number in (1, 4)]
+    tokenizers = [PixelLevels(), PixelLevels(16), PixelLevels(grey=True), ColourPalette(PRIMARIES), *channels]
+    assert len({tokenizer.fingerprint() for tokenizer in tokenizers}) == 6
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(1, (4, 6)), (3, (4, 6, 3)), (4, (4, 6, 4))])
+def test_levels_of_any_channels_and_sizes_come_back(channels: int, shape: tuple[int, ...]) -> None:
+    tokenizer = PixelLevels(image_channels=channels)
+    pixels = torch.randint(256, (2, channels, 4, 6), dtype=torch.uint8)
+    tokens = tokenizer.encode(from_uint8(pixels))
+    assert tokenizer.token_shape([4, 6]) == shape == tokens.shape[1:]
+    assert torch.equal(tokens, pixels.movedim(1, -1).reshape(2, *shape).long())
+    assert torch.equal(to_uint8(tokenizer.decode(tokens)), pixels)
+    with pytest.raises(ValueError, match="and 3 with grey, the luma of RGB; got 1, grey=True"):
+        PixelLevels(grey=True, image_channels=1)
+
+
+def test_a_palette_of_grey() -> None:
+    tokenizer = ColourPalette([[-1.0], [0.0], [1.0]])
+    images = torch.tensor([-0.9, 0.2, 0.7, 0.4, -0.3, -0.6]).reshape(1, 1, 2, 3)
+    tokens = tokenizer.encode(images)
+    assert tokenizer.token_shape((2, 3)) == (2, 3) and tokens.tolist() == [[[0, 1, 2], [1, 1, 0]]]
+    assert tokenizer.decode(tokens).shape == (1, 1, 2, 3)
+    assert colour_clusters(images, 2).shape == (2, 1)
 
 
 @pytest.mark.parametrize("tokenizer", [PixelLevels(4), PixelLevels(4, grey=True), ColourPalette(PRIMARIES)])
 def test_bad_input(tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"must have the shape \(B, 3, H, W\), got \(2, 1, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"images have 1 channels \(shape \(2, 1, 4, 4\)\), and this \w+ was made for 3"
+    ):
         tokenizer.encode(torch.zeros(2, 1, 4, 4))
     broken = torch.zeros(2, 3, 4, 4)
     broken[1, 0, 2, 3] = float("nan")
@@ -114,7 +138,7 @@ def test_bad_input(tokenizer) -> None:
         tokenizer.encode(broken)
     with pytest.raises(ValueError, match=r"token ids must lie in \[0, 4\)"):
         tokenizer.decode(torch.full((1, *tokenizer.token_shape(4)), 4))
-    with pytest.raises(ValueError, match="image_size must be positive, got 0"):
+    with pytest.raises(ValueError, match="image_size=0: it must be"):
         tokenizer.token_shape(0)
     with pytest.raises(ValueError, match="levels must be at least 2, got 1"):
         PixelLevels(1)

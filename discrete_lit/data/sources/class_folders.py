@@ -1,6 +1,6 @@
-"""A folder with one subfolder per class: `root/<class name>/**/<image>`.
+"""A folder of images: one subfolder per class, `root/<class name>/**/<image>`, or images alone.
 
-`class_files` is the one walk of such a folder, for this source, the DataModule `ImageFolder` and the evaluation alike.
+`find_images` is the one walk of such a folder, for this source, the DataModule `ImageFolder` and the evaluation alike.
 """
 
 import json
@@ -8,16 +8,21 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
-from discrete_lit.data.sources.source import Entry, Source, key_from_path
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS
+from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
+from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
 
 _log = logging.getLogger(__name__)
 
+# What systems put beside a user's files.
+_SYSTEM_FOLDERS = frozenset(["__MACOSX", "@eaDir", "lost+found"])
+_said: set[str] = set()
+
 
 class ClassFolders(Source):
-    """Your own images: `root/<class name>/**/<image>`, found as `class_files` says.
+    """Your own images, found as `find_images` says: `root/<class name>/**/<image>`, or images alone, without labels.
 
     A key is the path below `root` without the extension, as `key_from_path` writes it. Where two files of a folder
     differ in nothing but the extension, the key keeps the extension (`a%2Ejpg`, `a%2Epng`).
@@ -25,20 +30,31 @@ class ClassFolders(Source):
     Args:
         root: the folder.
         classes_from: `manifest.json` of the training shards. Give it for the validation folder: the labels are then
-            those of training even if a class has no validation image.
+            those of training even if a class has no validation folder.
+        labels: False takes every image below `root` without a label.
 
     Raises:
-        ValueError: the folder has another form, see `class_files`, or a class is not in `classes_from`.
+        ValueError: the folder has another form, see `find_images`, or a class is not in `classes_from`.
     """
 
-    def __init__(self, root: str | os.PathLike[str], classes_from: str | os.PathLike[str] | None = None) -> None:
-        self.root = Path(root)
-        found = class_names(self.root)
-        classes = found if classes_from is None else _known_classes(Path(classes_from), found)
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        classes_from: str | os.PathLike[str] | None = None,
+        *,
+        labels: bool = True,
+    ) -> None:
+        self.root = Path(root).expanduser()
+        found = find_images(self.root, labels=labels)
+        classes = found.classes
+        if classes_from is not None:
+            if not classes:
+                raise ValueError(f"classes_from has no effect: the images of {self.root} have no labels")
+            classes = _known_classes(Path(classes_from).expanduser(), classes)
         entries: list[Entry] = []
         self._paths: list[Path] = []
-        for name, files in class_files(self.root):
-            label = classes.index(name)
+        for name, files in found.files.items():
+            label = None if name is None else classes.index(name)
             for file, key in zip(files, _keys(files), strict=True):
                 path = self.root / file
                 entries.append(Entry(key, _extension(file), label, path.stat().st_size))
@@ -51,68 +67,146 @@ class ClassFolders(Source):
             raise ValueError(f"{self._paths[index]} changed while it was read: start again when nothing writes to it")
         return data
 
+    def last_change(self, index: int) -> int:
+        return file_change(self._paths[index])
 
-def class_names(root: str | os.PathLike[str]) -> list[str]:
-    """List the class folders of `root`: the names of its subfolders in sorted order, without hidden ones.
 
-    Raises:
-        ValueError: `root` is no folder, has no class folder, or images lie beside the class folders.
-    """
-    path = Path(root)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give the folder that holds one subfolder of images per class")
-    with os.scandir(path) as entries:
-        children = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    loose = [name for name, folder in children if not folder and is_image_file(name)]
-    if loose:
-        raise ValueError(
-            f"{len(loose)} images lie directly in {path}, the first is {loose[0]}: their class is unknown. "
-            "Move every image into a subfolder named after its class (one subfolder if there is only one class)"
+@dataclass
+class FoundImages:
+    """The images of a folder by class, and what was left out."""
+
+    root: Path
+    classes: list[str]
+    """Names of the class folders in sorted order; none where the images have no labels."""
+    files: dict[str | None, list[str]] = field(default_factory=dict)
+    """Paths below `root` of each class's images, in the order of their folders' and then their own names; those
+    without labels under None."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many entries of each kind were passed over."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first entry of each kind."""
+
+    def leave_out(self, kind: str, path: str) -> None:
+        """Count an entry that is passed over."""
+        self.left_out[kind] += 1
+        self.examples.setdefault(kind, path)
+
+    def summary(self) -> str:
+        """What was left out in one line; empty where nothing was."""
+        return ", ".join(
+            f"{kind} ({count}, first {self.examples[kind]})" for kind, count in sorted(self.left_out.items())
         )
-    names = [name for name, folder in children if folder]
-    if not names:
-        raise ValueError(f"{path} has no class folders: it has no subfolder, where images are <folder>/<class>/<image>")
-    return names
 
 
-def class_files(root: str | os.PathLike[str], *, allow_empty: bool = False) -> Iterator[tuple[str, list[str]]]:
-    """Find the images of each class folder of `root`: the class, and the paths below `root` of its images.
+def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundImages:
+    """Find the images of a folder, at any depth, symbolic links included.
 
-    Classes come in the order of `class_names`, the files of a class in that of their folders' and then their own
-    names. Images are found at any depth, symbolic links included; hidden files and folders are left out, and so are,
-    with a warning at the end, files that are not images.
+    The subfolders of `root` are its classes; one without an image keeps its label. Where images lie in `root` and none
+    in a subfolder, they have no labels. Left out, and counted by kind in one warning, are hidden files and folders
+    (such as `.ipynb_checkpoints`), AppleDouble files (`._*`), folders of the system (`__MACOSX`), links that lead
+    nowhere or back into a folder above, files that are no images, and devices and pipes.
 
     Args:
-        root: the folder of the class folders.
-        allow_empty: accept class folders without an image.
+        root: the folder.
+        labels: False takes every image below `root` without a label, wherever it lies.
 
     Raises:
-        ValueError: as `class_names`, or a class folder has no image.
+        ValueError: `root` is no folder, or holds no image; a folder cannot be opened; images lie beside class folders.
     """
-    skipped: list[str] = []
-    for name in class_names(root):
-        images: list[str] = []
-        for parent, folders, files in os.walk(os.path.join(root, name), followlinks=True):
-            folders[:] = [folder for folder in folders if not folder.startswith(".")]
-            below = Path(parent).relative_to(root).as_posix()
-            for file in files:
-                if is_image_file(file):
-                    images.append(f"{below}/{file}")
-                elif not file.startswith("."):
-                    skipped.append(f"{parent}/{file}")
-        if not images and not allow_empty:
-            raise ValueError(
-                f"no images in one of the classes: class folder {Path(root, name)} holds no image. Put images in it or "
-                f"remove it; known extensions: {', '.join(sorted(IMAGE_EXTENSIONS))}"
-            )
-        yield name, sorted(images, key=lambda path: path.split("/"))
-    if skipped:
-        _log.warning("left out %d files that are not images, the first is %s", len(skipped), min(skipped))
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; give one with a subfolder of images per class, or of images alone")
+    found = FoundImages(path, [])
+    loose: list[str] = []
+    by_folder: dict[str, list[str]] = {}
+    status = path.stat()
+    above = ((status.st_dev, status.st_ino),)
+    for name, folder in _listed(path, "", above, found):
+        if folder is None:
+            loose.append(name)
+        else:
+            by_folder[name] = sorted(_walk(path / name, f"{name}/", folder, found), key=lambda file: file.split("/"))
+    nested = [file for files in by_folder.values() for file in files]
+    if not loose and not nested:
+        summary = found.summary()
+        raise ValueError(
+            f"no images in {path}"
+            + (f", which holds {summary}" if summary else "")
+            + f"; known extensions: {', '.join(sorted(IMAGE_EXTENSIONS))}"
+        )
+    if loose and nested and labels:
+        raise ValueError(
+            f"{len(loose)} images lie directly in {path}, the first is {loose[0]}: their class is unknown, for others "
+            f"are in subfolders such as {nested[0]}. Move every image into a subfolder named after its class, or set "
+            "labels: false if none of them has a class"
+        )
+    if labels and not loose:
+        found.classes = list(by_folder)
+        found.files = {**by_folder}
+        for name, files in by_folder.items():
+            if not files:
+                found.leave_out("class folder without an image, which keeps its label", name)
+    else:
+        found.files[None] = sorted(loose + nested, key=lambda file: file.split("/"))
+    if found.left_out:
+        _say_once(f"left out {found.left_out.total()} entries of {path}: {found.summary()}")
+    return found
 
 
-def is_image_file(name: str) -> bool:
-    """Whether a file name is that of an image, by its extension; hidden files are not."""
-    return not name.startswith(".") and _extension(name) in IMAGE_EXTENSIONS
+# A folder's place in the file system, and those of the folders above it.
+_Identities = tuple[tuple[int, int], ...]
+
+
+def _listed(
+    folder: Path, below: str, above: _Identities, found: FoundImages
+) -> Iterator[tuple[str, _Identities | None]]:
+    """The images, with None, and the folders, with their identities, that a folder holds, in the order of names."""
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"the folder {folder} cannot be read ({error.strerror}): its images would be lost") from error
+    for entry in listed:
+        name, path, extension = entry.name, f"{below}{entry.name}", _extension(entry.name)
+        # Only links and folders are looked up: the kind of a file is in the listing.
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+            status = entry.stat() if is_folder else None
+        except OSError:  # A link to itself.
+            is_folder, is_file, status = False, False, None
+        if name.startswith("._"):
+            found.leave_out("AppleDouble", path)
+        elif name.startswith(".") or name in _SYSTEM_FOLDERS:
+            found.leave_out("hidden", path)
+        elif status is not None:
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                found.leave_out("link to a folder above it", path)
+            else:
+                yield name, (*above, identity)
+        elif not is_file:
+            found.leave_out("broken link" if entry.is_symlink() else "device or pipe", path)
+        elif extension in UNREADABLE_EXTENSIONS:
+            found.leave_out(f".{extension}, which Pillow does not read here: convert it", path)
+        elif extension not in IMAGE_EXTENSIONS:
+            found.leave_out(f".{extension}" if extension else "no extension", path)
+        else:
+            yield name, None
+
+
+def _walk(folder: Path, below: str, above: _Identities, found: FoundImages) -> Iterator[str]:
+    for name, deeper in _listed(folder, below, above, found):
+        if deeper is None:
+            yield f"{below}{name}"
+        else:
+            yield from _walk(folder / name, f"{below}{name}/", deeper, found)
+
+
+def _say_once(message: str) -> None:
+    """Warn, in this process once: several readers may walk the same folder."""
+    if message not in _said:
+        _said.add(message)
+        _log.warning(message)
 
 
 def _extension(path: str) -> str:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from discrete_lit.data.sources.source import Entry, Source
+from discrete_lit.data.sources.source import Entry, Source, file_change
 from discrete_lit.data.tars import Extent, TarIndex, read_file, tar_files
 
 _CLASS_ARCHIVE = re.compile(r"(n\d{8})\.tar")
@@ -99,6 +99,9 @@ class ImageNetTrain(Source):
     def read(self, index: int) -> bytes:
         return self._index.read(self._extents[index])
 
+    def last_change(self, index: int) -> int:
+        return file_change(self._index.path)
+
 
 class ImageNetValidation(Source):
     """`ILSVRC2012_img_val.tar`: a flat tar of `ILSVRC2012_val_00000001.JPEG` and so on, without labels.
@@ -175,6 +178,9 @@ class ImageNetValidation(Source):
 
     def read(self, index: int) -> bytes:
         return self._index.read(self._extents[index])
+
+    def last_change(self, index: int) -> int:
+        return file_change(self._index.path)
 
 
 class GroundTruth(NamedTuple):

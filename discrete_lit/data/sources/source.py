@@ -7,6 +7,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -25,8 +26,8 @@ class Entry(NamedTuple):
     """Unique name in the source, without dots; `/` separates folders."""
     extension: str
     """One of `discrete_lit.data.transforms.IMAGE_EXTENSIONS`: lower case, without the dot."""
-    label: int
-    """Class index in `[0, len(classes))`."""
+    label: int | None
+    """Class index in `[0, len(classes))`; None where the source has no classes."""
     size: int
     """Bytes that the sample takes where it is stored."""
 
@@ -36,7 +37,7 @@ class Sample(NamedTuple):
 
     key: str
     extension: str
-    label: int
+    label: int | None
     data: bytes
     """The encoded image file, exactly as it was stored."""
 
@@ -48,7 +49,7 @@ class Source(ABC):
 
     Args:
         description: one line for people, written into the manifest.
-        classes: class names; the position is the label.
+        classes: class names; the position is the label. Empty where the images have no labels.
         entries: one entry a sample, best in the order in which they lie on the disk: a shard's samples are read in
             this order, whatever the shuffle.
 
@@ -75,7 +76,7 @@ class Source(ABC):
                     f"extension {extension!r} of {key!r} is not one that images are read from: "
                     f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
                 )
-            if not 0 <= label < len(classes):
+            if not (0 <= label < len(classes) if label is not None else not classes):
                 raise ValueError(f"label {label} of {key!r} is not in [0, {len(classes)})")
             if key in seen:
                 raise ValueError(f"two images of {description} have the key {key!r}: rename one of the files")
@@ -97,6 +98,13 @@ class Source(ABC):
             ValueError: The file changed since the source was opened.
         """
 
+    def last_change(self, index: int) -> int:
+        """The time in nanoseconds at which the file behind sample `index` last changed; 0 where it never does.
+
+        A source of files that users may replace defines it: shards of images that changed later are then not kept.
+        """
+        return 0
+
     def fingerprint(self) -> str:
         """Hash the classes and every entry with SHA-256 (hexadecimal).
 
@@ -104,6 +112,15 @@ class Source(ABC):
         another class or changes its size. It does not read the images.
         """
         return content_sha256(json.dumps(item) for item in (self.classes, *self.entries))
+
+
+def file_change(path: Path) -> int:
+    """The time in nanoseconds of a file's last change, be it of its content or of its entry in the folder.
+
+    The time of the content can be set at will, as copying does; that of the entry cannot.
+    """
+    state = path.stat()
+    return max(state.st_mtime_ns, state.st_ctime_ns)
 
 
 def key_from_path(parts: Sequence[str]) -> str:

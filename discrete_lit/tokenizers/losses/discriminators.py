@@ -13,7 +13,7 @@ Each stands with its own layers below it.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from math import gcd, sqrt
+from math import gcd, prod, sqrt
 from typing import Literal, cast
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from discrete_lit.core.distributed import world_size
+from discrete_lit.core.images import ImageSize, check_channels, height_and_width, normal_size
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
 
 # Groups of channels of a group normalisation, at most.
@@ -52,7 +53,7 @@ class PatchGAN(Discriminator):
     `norm="sync"` the names of the weights too.
 
     Args:
-        in_channels: C of the images.
+        image_channels: C of the images.
         width: channels of the first layer; they double up to eight times that.
         layers: convolutions of stride 2.
         norm: `"group"` normalises every image alone; `"sync"` is batch normalisation over all ranks, the paper's, with
@@ -63,16 +64,17 @@ class PatchGAN(Discriminator):
     """
 
     def __init__(
-        self, *, in_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
+        self, *, image_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
     ) -> None:
         super().__init__()
         if width < 1 or layers < 1:
             raise ValueError(f"width and layers of PatchGAN must be at least 1, got width={width}, layers={layers}")
         if norm not in ("group", "sync"):
             raise ValueError(f"norm of PatchGAN must be 'group' or 'sync', got {norm!r}")
+        self.image_channels = image_channels
         self.smallest = 3 * 2**layers
         widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
-        made: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        made: list[nn.Module] = [nn.Conv2d(image_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
             stride = 2 if layer < layers else 1
             # The norm brings a bias of its own.
@@ -83,6 +85,7 @@ class PatchGAN(Discriminator):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, h, w)
+        check_channels(images, self.image_channels, "PatchGAN")
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
                 f"this PatchGAN takes images of at least {self.smallest}x{self.smallest} pixels, got "
@@ -133,18 +136,20 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
             return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-# Side of the image behind the last block of StyleGAN's discriminator.
+# The shorter side of the image behind the last block of StyleGAN's discriminator.
 _LEAST_SIZE = 4
 
 
 class StyleGANDiscriminator(Discriminator):
-    """Give one logit to an image by residual blocks that halve it behind a blur, down to 4x4.
+    """Give one logit to an image by residual blocks that halve it behind a blur, down to 4x4 (or 4 rows
+    or columns of an image that is not square).
 
     As in MaskGIT's port of it, layers are ordinary ones instead of equalised.
 
     Args:
-        image_size: of the square images: 4 times a power of 2.
-        in_channels: C of the images.
+        image_size: of the images: a side of 4 times a power of 2, or `[height, width]`, of which the shorter is one and
+            the longer a multiple of that power.
+        image_channels: C of the images.
         width: channels at full resolution; they double with every halving.
         max_width: channels at most.
         group_size: images, at most, whose deviation from one another is shown to the last layers (minibatch standard
@@ -156,30 +161,42 @@ class StyleGANDiscriminator(Discriminator):
     """
 
     def __init__(
-        self, image_size: int, *, in_channels: int = 3, width: int = 64, max_width: int = 512, group_size: int = 4
+        self,
+        image_size: ImageSize,
+        *,
+        image_channels: int = 3,
+        width: int = 64,
+        max_width: int = 512,
+        group_size: int = 4,
     ) -> None:
         super().__init__()
-        halvings = max(image_size // _LEAST_SIZE, 1).bit_length() - 1
-        if image_size != _LEAST_SIZE * 2**halvings:
-            raise ValueError(f"image_size of StyleGANDiscriminator must be 4 times a power of 2, got {image_size}")
+        size = height_and_width(image_size)
+        halvings = max(min(size) // _LEAST_SIZE, 1).bit_length() - 1
+        if min(size) != _LEAST_SIZE * 2**halvings or max(size) % 2**halvings:
+            raise ValueError(
+                f"image_size of StyleGANDiscriminator must be 4 times a power of 2, got {normal_size(image_size)}; of "
+                "height and width the shorter, and the longer a multiple of that power"
+            )
         if min(width, max_width, group_size) < 1:
             raise ValueError(
                 "width, max_width and group_size of StyleGANDiscriminator must be at least 1, got "
                 f"{width}, {max_width} and {group_size}"
             )
         widths = [min(width * 2**level, max_width) for level in range(halvings + 1)]
-        self.image_size = image_size
+        self.image_size = size
+        self.image_channels = image_channels
         self.group_size = group_size
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(image_channels, widths[0], 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(*pair) for pair in pairwise(widths)))
         self.last = nn.Conv2d(widths[-1] + (group_size > 1), widths[-1], 3, padding=1)
-        self.hidden = nn.Linear(widths[-1] * _LEAST_SIZE**2, widths[-1])
+        self.hidden = nn.Linear(widths[-1] * prod(side // 2**halvings for side in size), widths[-1])
         self.logit = nn.Linear(widths[-1], 1)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1)
-        if images.shape[-2:] != (self.image_size, self.image_size):
+        check_channels(images, self.image_channels, "StyleGANDiscriminator")
+        if images.shape[-2:] != self.image_size:
             raise ValueError(
-                f"this StyleGANDiscriminator was made for image_size={self.image_size}, got images of "
+                f"this StyleGANDiscriminator was made for image_size={normal_size(self.image_size)}, got images of "
                 f"{tuple(images.shape[-2:])}"
             )
         hidden = self.blocks(_activate(self.stem(images)))
@@ -236,7 +253,7 @@ class DINODiscriminator(Discriminator):
             `vit_small_patch14_dinov2.lvd142m`.
         weights_path: its weights in timm's layout; `"random"` takes random ones, for tests.
         layers: blocks whose tokens are read, from 0.
-        image_size: images are resized to it: a multiple of the ViT's patch.
+        image_size: images are resized to it, a side or `[height, width]`: multiples of the ViT's patch.
         kernel_size: of the wide convolution; odd.
 
     Raises:
@@ -249,7 +266,7 @@ class DINODiscriminator(Discriminator):
         weights_path: str,
         *,
         layers: Sequence[int] = (2, 5, 8, 11),
-        image_size: int = 224,
+        image_size: ImageSize = 224,
         kernel_size: int = 9,
     ) -> None:
         super().__init__()
@@ -262,15 +279,16 @@ class DINODiscriminator(Discriminator):
             raise ValueError(
                 f"layers of DINODiscriminator must be blocks of a ViT: {model_name!r} has {depth}, got {list(layers)}"
             )
-        if image_size < 1 or image_size % patch.patch_size[0]:
+        size = height_and_width(image_size)
+        if any(side % patch.patch_size[0] for side in size):
             raise ValueError(
                 f"image_size of DINODiscriminator must be a multiple of the patch of {model_name!r}, "
-                f"{patch.patch_size[0]}, got {image_size}"
+                f"{patch.patch_size[0]}, got {normal_size(size)}"
             )
         self.model_name = model_name
         self.weights_path = weights_path
         self.layers = list(layers)
-        self.image_size = image_size
+        self.image_size = size
         self.frozen = FrozenNetwork(self._make)
         self.heads = nn.ModuleList(_Head(int(shape.embed_dim), kernel_size) for _ in layers)  # type: ignore[arg-type]
 
@@ -278,13 +296,13 @@ class DINODiscriminator(Discriminator):
         self.frozen.prepare()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The tokens `(B, D, patches)` of each layer, of images `(B, 3, H, W)`."""
+        """The tokens `(B, D, patches)` of each layer, of images `(B, C, H, W)`; see `pixels_for`."""
         network = self.frozen.on(images.device)
         pixels = pixels_for(network, images, self.image_size)
         tokens = network.forward_intermediates(pixels, indices=self.layers, output_fmt="NLC", intermediates_only=True)
         return [layer.transpose(1, 2) for layer in tokens]
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, layers, patches)
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, layers, patches)
         return torch.cat([head(layer) for head, layer in zip(self.heads, self.features(images), strict=True)], dim=1)
 
     def _make(self) -> nn.Module:

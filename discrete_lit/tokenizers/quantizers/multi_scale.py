@@ -1,12 +1,15 @@
 """Multi-scale residual quantisation, the tokenizer of VAR (Tian et al., "Visual Autoregressive Modeling", 2024).
 
-Latents f on a square grid become ids at S growing scales, each of what the scales before left (algorithm 1), and come
+Latents f on a grid become ids at S growing scales, each of what the scales before left (algorithm 1), and come
 back as f_hat (algorithm 2):
 
     for k = 1, ..., S:                                     f_hat = 0
-        r_k = nearest codes of f averaged to s_k x s_k     for k = 1, ..., S:
+        r_k = nearest codes of f averaged to h_k x w_k     for k = 1, ..., S:
         z_k = codes of r_k interpolated to the grid            z_k = codes of r_k interpolated to the grid
         f = f - phi_k(z_k)                                     f_hat = f_hat + phi_k(z_k)
+
+VAR's scales are squares. On other grids each has a height and a width of its own, as in the tables of Infinity, VAR's
+successor for images of any aspect ratio (Han et al., "Infinity: Scaling Bitwise AutoRegressive Modeling", 2024).
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.images import height_and_width, normal_size, size_text
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
@@ -28,15 +32,15 @@ class _Step(NamedTuple):
     """One scale k of algorithm 1."""
 
     pooled: Tensor
-    """`(B, s, s, D)`: what the scales before left of f, averaged to the scale."""
+    """`(B, h, w, D)`: what the scales before left of f, averaged to the scale."""
     ids: Tensor
-    """`(B, s, s)`: r_k."""
+    """`(B, h, w)`: r_k."""
     contribution: Tensor
     """`(B, D, H, W)`: phi_k(z_k)."""
 
 
 class MultiScaleResidualQuantizer(Quantizer):
-    """Quantise a square grid of latents at growing scales, each of what those before it left of the whole grid.
+    """Quantise a grid of latents at growing scales, each of what those before it left of the whole grid.
 
     Averages are over areas, the interpolation is bicubic, and `phi(h) = (1 - phi_ratio) h + phi_ratio conv(h)`, whose
     convolution neighbouring scales share. The last scale is the grid's own. The code vectors are f_hat, the sum of all
@@ -45,13 +49,13 @@ class MultiScaleResidualQuantizer(Quantizer):
     `|f_hat - sg(f)|^2`, which trains the convolutions and, with `codebook_update="gradient"`, the codes. In training
     `forward` moves the buffers of the `Codebook`, once a batch.
 
-    Ids are `(B, sum of s^2)`: the scales from the smallest on, each row by row. Internally grids are `(B, D, H, W)`.
+    Ids are `(B, sum of h w)`: the scales from the smallest on, each row by row. Internally grids are `(B, D, H, W)`.
 
     Args:
         codebook_size: K, of the one codebook of all scales.
         dim: D.
-        scales: sides s in growing order, the last that of the latent grid: 1, 2, 3, 4, 5, 6, 8, 10, 13, 16 for VAR at
-            256 pixels, 1, 2, 3, 4, 6, 9, 13, 18, 24, 32 at 512.
+        scales: in growing order, the last that of the latent grid: sides of squares, 1, 2, 3, 4, 5, 6, 8, 10, 13, 16
+            for VAR at 256 pixels, 1, 2, 3, 4, 6, 9, 13, 18, 24, 32 at 512; or `[h, w]`, as in 1, [1, 2], [4, 6].
         phi_kernels: number of convolutions; both they and the scales are spread over [0, 1], and a scale takes the
             nearest one.
         phi_ratio: weight of the convolution in phi, in [0, 1]; 0 has no convolution.
@@ -71,7 +75,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         codebook_size: int,
         dim: int,
         *,
-        scales: Sequence[int],
+        scales: Sequence[int | tuple[int, int]],
         phi_kernels: int = 4,
         phi_ratio: float = 0.5,
         codebook_update: CodebookUpdate = "gradient",
@@ -81,8 +85,11 @@ class MultiScaleResidualQuantizer(Quantizer):
         revive_below: float | None = None,
     ) -> None:
         super().__init__()
-        if not scales or scales[0] < 1 or any(small >= large for small, large in pairwise(scales)):
-            raise ValueError(f"scales must be positive and grow, got {list(scales)}")
+        rule = f"scales must be positive and grow, got {list(scales)}"
+        sizes = [height_and_width(scale, f"{rule}: a scale") for scale in scales]
+        grow = all(low[0] <= high[0] and low[1] <= high[1] and low != high for low, high in pairwise(sizes))
+        if not sizes or not grow:
+            raise ValueError(f"{rule}; neither height nor width may shrink")
         if phi_kernels < 1:
             raise ValueError(f"phi_kernels must be positive, got {phi_kernels}")
         if not 0 <= phi_ratio <= 1:
@@ -91,8 +98,9 @@ class MultiScaleResidualQuantizer(Quantizer):
             raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
         self.vocab_size = codebook_size
         self.dim = dim
-        self.scales = tuple(scales)
-        self.lengths = [scale * scale for scale in scales]
+        self.scales = tuple(normal_size(scale) for scale in scales)
+        self.sizes = sizes
+        self.lengths = [height * width for height, width in sizes]
         self.codebook = Codebook(
             codebook_size, dim, update=codebook_update, decay=decay, init=codebook_init, revive_below=revive_below
         )
@@ -106,11 +114,11 @@ class MultiScaleResidualQuantizer(Quantizer):
         self.phi_of_scale = [int(np.argmin(np.abs(centres - number / last))) for number in range(len(scales))]
 
     def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        side = self.scales[-1]
-        if tuple(grid) != (side, side):
+        if tuple(grid) != self.sizes[-1]:
             raise ValueError(
-                f"the latent grid is {' x '.join(map(str, grid))}, and the scales {list(self.scales)} end at {side}: "
-                "another image size needs scales that end at its grid"
+                f"the latent grid is {' x '.join(map(str, grid))}, and the scales {list(self.scales)} end at "
+                f"{' x '.join(map(str, self.sizes[-1]))}: another image size needs scales that end at its grid, "
+                "[height, width] where it is not square"
             )
         return (sum(self.lengths),)
 
@@ -152,7 +160,7 @@ class MultiScaleResidualQuantizer(Quantizer):
             return _in_sequence([step.ids for step in self._algorithm_1(latents.float())])
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of s^2)`."""
+        """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of h w)`."""
         f_hat = None
         for number, ids in enumerate(self.split(tokens)):
             contribution = self.contribution(number, ids)
@@ -160,15 +168,15 @@ class MultiScaleResidualQuantizer(Quantizer):
         assert f_hat is not None
         return rearrange(f_hat, "b d h w -> b h w d")
 
-    def _average(self, number: int, grid: Tensor) -> Tensor:  # (B, D, H, W) -> (B, D, s, s)
+    def _average(self, number: int, grid: Tensor) -> Tensor:  # (B, D, H, W) -> (B, D, h, w)
         if number == len(self.scales) - 1:
             return grid
-        return F.interpolate(grid, size=(self.scales[number],) * 2, mode="area")
+        return F.interpolate(grid, size=self.sizes[number], mode="area")
 
-    def _phi(self, number: int, codes: Tensor) -> Tensor:  # (B, s, s, D) -> (B, D, H, W)
+    def _phi(self, number: int, codes: Tensor) -> Tensor:  # (B, h, w, D) -> (B, D, H, W)
         z = rearrange(codes, "b h w d -> b d h w")
         if number < len(self.scales) - 1:
-            z = F.interpolate(z, size=(self.scales[-1],) * 2, mode="bicubic")
+            z = F.interpolate(z, size=self.sizes[-1], mode="bicubic")
         if not self.phi_ratio:
             return z
         convolved = self.phi[self.phi_of_scale[number]](z)
@@ -177,12 +185,13 @@ class MultiScaleResidualQuantizer(Quantizer):
     # Sequences of ids: what a next-scale predictor needs, in training and while sampling.
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
-        """Name the ids of each scale by its side: `scale_1`, ..."""
-        split = zip(self.scales, self.split(tokens), strict=True)
-        return {f"scale_{scale}": Component(ids, self.vocab_size) for scale, ids in split}
+        """Name the ids of each scale by its side, `scale_1`, ..., or its height and width, `scale_2x3`."""
+        names = [f"scale_{scale}" if isinstance(scale, int) else f"scale_{size_text(scale)}" for scale in self.scales]
+        split = zip(names, self.split(tokens), strict=True)
+        return {name: Component(ids, self.vocab_size) for name, ids in split}
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Split ids `(B, sum of s^2)` into `(B, s^2)` for each scale.
+        """Split ids `(B, sum of h w)` into `(B, h w)` for each scale.
 
         Raises:
             ValueError: ids of other scales.
@@ -194,16 +203,16 @@ class MultiScaleResidualQuantizer(Quantizer):
         return tokens.split(self.lengths, dim=1)
 
     def contribution(self, number: int, ids: Tensor) -> Tensor:
-        """Compute what ids `(B, s^2)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)` float32."""
-        side = self.scales[number]
-        return self._phi(number, self.codebook.lookup(rearrange(ids, "b (h w) -> b h w", h=side)))
+        """Compute what ids `(B, h w)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)` float32."""
+        height, _ = self.sizes[number]
+        return self._phi(number, self.codebook.lookup(rearrange(ids, "b (h w) -> b h w", h=height)))
 
     def at_scale(self, number: int, f_hat: Tensor) -> Tensor:
-        """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, s^2, D)`."""
+        """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, h w, D)`."""
         return rearrange(self._average(number, f_hat), "b d h w -> b (h w) d")
 
     def cumulative(self, tokens: Tensor) -> Tensor:
-        """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of s^2)`."""
+        """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of h w)`."""
         contributions = [self.contribution(number, ids) for number, ids in enumerate(self.split(tokens))]
         return torch.stack(contributions).cumsum(dim=0)
 
@@ -211,10 +220,10 @@ class MultiScaleResidualQuantizer(Quantizer):
         """Compute what a next-scale predictor is given for every scale but the first (VAR, section 3.2).
 
         Args:
-            tokens: `(B, sum of s^2)`.
+            tokens: `(B, sum of h w)`.
 
         Returns:
-            `(B, sum of s^2 - first s^2, D)`: f_hat after the scales before, averaged down to each scale.
+            `(B, sum of h w - first h w, D)`: f_hat after the scales before, averaged down to each scale.
         """
         before = self.cumulative(tokens)[:-1]
         shrunk = [self.at_scale(number, f_hat) for number, f_hat in enumerate(before, start=1)]
@@ -222,7 +231,7 @@ class MultiScaleResidualQuantizer(Quantizer):
 
 
 def _in_sequence(grids: list[Tensor]) -> Tensor:
-    """Join grids `(B, s, s, ...)` of all scales, each row by row: `(B, sum of s^2, ...)`."""
+    """Join grids `(B, h, w, ...)` of all scales, each row by row: `(B, sum of h w, ...)`."""
     return torch.cat([rearrange(grid, "b h w ... -> b (h w) ...") for grid in grids], dim=1)
 
 

@@ -112,3 +112,19 @@ def test_wrong_settings():
         dino(image_size=40)
     with pytest.raises(ValueError, match="must be odd"):
         dino(kernel_size=4)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_that_are_not_square(channels):
+    images = torch.rand(2, channels, 16, 24)
+    assert PatchGAN(width=4, layers=2, image_channels=channels)(images).shape[:2] == (2, 1)
+    style = StyleGANDiscriminator([16, 24], width=4, max_width=8, image_channels=channels)
+    assert style(images).shape == (2, 1) and style.hidden.in_features == 8 * 4 * 6
+    assert dino(image_size=[16, 48])(images).shape == (2, 2, 3)
+    with pytest.raises(ValueError, match=r"made for image_size=\(16, 24\)"):
+        style(images.transpose(2, 3))
+    with pytest.raises(ValueError, match=r"4 times a power of 2, got \(16, 22\)"):
+        StyleGANDiscriminator((16, 22))
+    for discriminator in (style, PatchGAN(width=4, layers=2, image_channels=channels)):
+        with pytest.raises(ValueError, match=f"have 3 channels .*, and .* was made for {channels}"):
+            discriminator(torch.rand(2, 3, 16, 24))

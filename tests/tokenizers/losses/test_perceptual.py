@@ -112,3 +112,27 @@ def test_wrong_settings(tmp_path):
         LPIPS(str(tmp_path / "other.pth")).prepare()
     with pytest.raises(ValueError, match="weights of another network"):
         TimmFeatures("resnet18", str(tmp_path / "other.pth")).prepare()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: LPIPS("random"), lambda: TimmFeatures("resnet18", "random", image_size=[32, 40])]
+)
+def test_grey_and_rgba_images_are_compared_in_colour(make):
+    loss, first, second = make(), images(), images(seed=1)
+    grey = loss(first[:, :1].expand(-1, 3, -1, -1), second[:, :1].expand(-1, 3, -1, -1))
+    torch.testing.assert_close(loss(first[:, :1], second[:, :1]), grey)
+    opaque = [torch.cat((colour, torch.ones_like(colour[:, :1])), dim=1) for colour in (first, second)]
+    torch.testing.assert_close(loss(*opaque), loss(first, second))
+    outputs = opaque[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(outputs, opaque[1]), outputs)
+    assert gradient.isfinite().all() and gradient[:, 3].abs().max() > 0
+    with pytest.raises(ValueError, match=r"sees colour images.*got 2"):
+        loss(first[:, :2], second[:, :2])
+
+
+def test_images_too_small_for_lpips():
+    loss, small = LPIPS("random"), torch.rand(1, 3, 15, 40)
+    with pytest.raises(ValueError, match="at least 16x16 pixels, got 15x40: leave perceptual_loss"):
+        loss(small, small)
+    least = torch.rand(1, 3, 16, 24)
+    assert float(loss(least, torch.rand(1, 3, 16, 24))) > 0

@@ -16,7 +16,7 @@ def tiny(**arguments) -> ConvAutoencoder:
 @pytest.mark.parametrize(("multipliers", "downsampling"), [((1,), 1), ((1, 2), 2), ((1, 1, 2), 4), ((2, 1, 1, 1), 8)])
 @torch.no_grad()
 def test_shapes(attention: bool, multipliers: tuple[int, ...], downsampling: int) -> None:
-    network = tiny(attention=attention, multipliers=multipliers, in_channels=1)
+    network = tiny(attention=attention, multipliers=multipliers, image_channels=1)
     latents = network.encode(torch.rand(2, 1, 16, 16))
     assert network.grid(16) == latents.shape[2:] == (16 // downsampling,) * 2
     assert latents.shape[1] == 3
@@ -240,3 +240,39 @@ def test_clips_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="set frames"):
         tiny(dims=3, causal=True).grid(8)
     assert tiny(dims=3, frames=4).grid(8) == (2, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 5])
+@torch.no_grad()
+def test_images_that_are_not_square(channels: int) -> None:
+    network = tiny(multipliers=(1, 1, 2), attention=True, image_channels=channels)
+    latents = network.encode(torch.rand(2, channels, 16, 24))
+    assert network.grid((16, 24)) == network.grid([16, 24]) == latents.shape[2:] == (4, 6)
+    assert network.decode(latents).shape == (2, channels, 16, 24)
+    with pytest.raises(ValueError, match="image_size=18 is not a multiple of the down-sampling 4"):
+        network.grid((16, 18))
+
+
+def test_signals_and_clips_have_their_own_sizes() -> None:
+    assert tiny(dims=3, frames=6).grid((16, 24)) == (3, 8, 12)
+    with pytest.raises(ValueError, match=r"image_size=\[16, 24\]: signals \(dims=1\) have a length alone"):
+        tiny(dims=1).grid((16, 24))
+    with pytest.raises(ValueError, match=r"image_size=\[16, 24\]: how many frames the clips have is not known"):
+        tiny(dims=3).grid((16, 24))
+
+
+def test_an_adaptive_norm_of_a_single_position() -> None:
+    """One position has no deviation from itself: the gain is that of 0, and nothing is 0 / 0."""
+    network = tiny(adaptive_norm=True)
+    latents = network.encode(torch.rand(2, 3, 2, 2))
+    assert latents.shape[2:] == (1, 1)
+    network.decode(latents).square().sum().backward()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    norm = network.decoder.adaptive_norms[0]
+    with torch.no_grad():
+        gain = norm.gain(torch.full((1, 3), 1e-3))  # the root of the variance's 1e-6
+        x = torch.rand(1, norm.norm.num_channels, 4, 4)
+        codes = torch.rand(1, 3, 1, 1)
+        expected = gain[..., None, None] * norm.norm(x) + norm.offset(codes[..., 0, 0])[..., None, None]
+        torch.testing.assert_close(norm(x, codes), expected)

@@ -31,14 +31,17 @@ def test_shapes() -> None:
         assert latents.shape == (2, 6, 5) and network.grid(16) == (5,)
         assert network.decode(latents[:, :3]).shape == (2, 3, 16, 16)
     assert network.proxy_logits(latents[:, :3]).shape == (2, 11, 4, 4)
-    assert tiny(in_channels=1).decode(latents[:, :3]).shape == (2, 1, 16, 16)
+    assert tiny(image_channels=1).decode(latents[:, :3]).shape == (2, 1, 16, 16)
 
 
 def test_other_image_sizes() -> None:
     network = tiny()
-    for call in (lambda: network.grid(32), lambda: network.encode(torch.rand(1, 3, 16, 32))):
+    for size, call in (
+        ("32", lambda: network.grid(32)),
+        (r"\(16, 32\)", lambda: network.encode(torch.rand(1, 3, 16, 32))),
+    ):
         with pytest.raises(
-            ValueError, match="image_size=32: the learned positions of this network are those of 16 pix"
+            ValueError, match=f"image_size={size}: the learned positions of this network are those of 16 pix"
         ):
             call()
     with pytest.raises(ValueError, match="image_size=18 is not a multiple of patch_size=4"):
@@ -132,3 +135,22 @@ def test_every_parameter_is_trained(with_proxy: bool) -> None:
     assert not [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert any(network.last_layer is parameter for parameter in network.parameters())
     assert isinstance(network.last_layer, nn.Parameter) and len(network.last_layer) == 3
+
+
+@torch.no_grad()
+def test_patches_of_an_image_that_is_not_square_stay_in_place() -> None:
+    network = randomise(tiny(image_size=(8, 16), image_channels=1), 0.3)
+    images = torch.rand(2, 1, 8, 16)
+    latents = network.encode(images)
+    assert latents.shape == (2, 6, 5) and network.grid([8, 16]) == (5,)
+    network.pixels.smooth.weight.zero_()
+    network.pixels.smooth.bias.zero_()
+    network.pixels.smooth.weight[0, 0, 1, 1] = 1.0
+    decoded = network.decode(latents[:, :3])
+    assert decoded.shape == (2, 1, 8, 16)
+    pixels = network.pixels.pixels(network.decoder(latents[:, :3])).reshape(2, 2, 4, 4, 4)
+    for y, x in ((0, 0), (5, 9), (7, 4), (2, 15)):
+        torch.testing.assert_close(decoded[:, 0, y, x], pixels[:, y // 4, x // 4, y % 4, x % 4] * 2 - 1)
+    proxied = tiny(image_size=(8, 16), proxy=proxy())
+    assert proxied.proxy_logits(torch.rand(2, 3, 5)).shape == (2, 11, 2, 4)
+    assert proxied.decode(torch.rand(2, 3, 5)).shape == (2, 3, 8, 16)

@@ -18,7 +18,7 @@ def tiny(**arguments) -> ViTAutoencoder:
 @pytest.mark.parametrize("positions", [{}, {"positions": "learned", "image_size": 16}])
 @torch.no_grad()
 def test_shapes(positions) -> None:
-    network = tiny(in_channels=2, **positions)
+    network = tiny(image_channels=2, **positions)
     latents = network.encode(torch.rand(5, 2, 16, 16))
     assert network.grid(16) == (4, 4)
     assert latents.shape == (5, 6, 4, 4)
@@ -41,8 +41,11 @@ def test_fixed_positions_fit_any_size() -> None:
 @torch.no_grad()
 def test_learned_positions_fit_one_size() -> None:
     network = tiny(positions="learned", image_size=16)
-    for call in (lambda: network.grid(8), lambda: network.encode(torch.rand(1, 3, 16, 8))):
-        with pytest.raises(ValueError, match="image_size=8: the learned positions of this network are those of 16 pix"):
+    for size, call in (
+        ("8", lambda: network.grid(8)),
+        (r"\(16, 8\)", lambda: network.encode(torch.rand(1, 3, 16, 8))),
+    ):
+        with pytest.raises(ValueError, match=f"image_size={size}: the learned positions of this network are those of"):
             call()
     with pytest.raises(ValueError, match=r"learned positions are those of a grid \(4, 4\), got \(2, 8\)"):
         network.decode(torch.rand(1, 3, 2, 8))
@@ -142,3 +145,21 @@ def test_initial_weights() -> None:
     assert not layers[0].bias.any()
     for layer in layers:
         assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+@torch.no_grad()
+def test_positions_of_images_that_are_not_square() -> None:
+    """Row r and column c of a 2 x 4 grid are patch 4 r + c, whose embedding is made of r and c, in this order."""
+    learned = tiny(positions="learned", image_size=[8, 16], image_channels=1)
+    assert learned.grid((8, 16)) == (2, 4) and learned.encode(torch.rand(1, 1, 8, 16)).shape == (1, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"image_size=\(16, 8\): the learned positions .* those of \(8, 16\) pixels"):
+        learned.encode(torch.rand(1, 1, 16, 8))
+    positions = tiny().encoder_positions
+    table = positions(torch.zeros(1, 8, 16), (2, 4))[0]
+    waves = 10000.0 ** -(torch.arange(4) / 4)
+    for row in range(2):
+        for column in range(4):
+            angles = [axis * waves for axis in (row, column)]
+            expected = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())])
+            torch.testing.assert_close(table[4 * row + column], expected)
+    assert not torch.equal(positions(torch.zeros(1, 8, 16), (4, 2))[0], table)

@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 
 
-def make(scales: Sequence[int] = (1, 2, 4), size: int = 16, dim: int = 3, **settings) -> MultiScaleResidualQuantizer:
+def make(
+    scales: Sequence[int | tuple[int, int]] = (1, 2, 4), size: int = 16, dim: int = 3, **settings
+) -> MultiScaleResidualQuantizer:
     """A quantizer whose codes have deviation 1."""
     settings = {"codebook_init": "normal", **settings}
     quantizer = MultiScaleResidualQuantizer(size, dim, scales=scales, **settings)
@@ -21,24 +23,25 @@ def make(scales: Sequence[int] = (1, 2, 4), size: int = 16, dim: int = 3, **sett
 
 def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Ids and f_hat `(B, D, H, W)` after each scale, by loops over positions."""
-    side = latents.shape[1]
+    high, wide = latents.shape[1:3]
     rest, f_hat = latents.movedim(-1, 1), torch.zeros_like(latents.movedim(-1, 1))
     ids, after = [], []
     for number, scale in enumerate(quantizer.scales):
-        codes = torch.zeros(len(latents), quantizer.dim, scale, scale)
+        rows, columns = (scale, scale) if isinstance(scale, int) else scale
+        codes = torch.zeros(len(latents), quantizer.dim, rows, columns)
         for image in range(len(latents)):
-            for row in range(scale):
-                for column in range(scale):
+            for row in range(rows):
+                for column in range(columns):
                     window = rest[
                         image,
                         :,
-                        row * side // scale : -((row + 1) * side // -scale),
-                        column * side // scale : -((column + 1) * side // -scale),
+                        row * high // rows : -((row + 1) * high // -rows),
+                        column * wide // columns : -((column + 1) * wide // -columns),
                     ]
                     mean = window.flatten(1).mean(dim=1)
                     ids.append((quantizer.codebook.codes - mean).square().sum(dim=1).argmin())
                     codes[image, :, row, column] = quantizer.codebook.codes[ids[-1]]
-        spread = F.interpolate(codes, (side, side), mode="bicubic") if scale < side else codes
+        spread = F.interpolate(codes, (high, wide), mode="bicubic") if (rows, columns) != (high, wide) else codes
         if quantizer.phi_ratio:
             convolution = quantizer.phi[quantizer.phi_of_scale[number]]
             spread = spread + quantizer.phi_ratio * (convolution(spread) - spread)
@@ -50,16 +53,28 @@ def by_hand(quantizer: MultiScaleResidualQuantizer, latents: Tensor) -> tuple[Te
 
 @pytest.mark.parametrize(
     ("scales", "settings"),
-    [((1, 2, 4), {}), ((1, 3, 5), {"phi_kernels": 2, "phi_ratio": 0.3}), ((2, 4), {"phi_ratio": 0.0}), ((3,), {})],
+    [
+        ((1, 2, 4), {}),
+        ((1, 3, 5), {"phi_kernels": 2, "phi_ratio": 0.3}),
+        ((2, 4), {"phi_ratio": 0.0}),
+        ((3,), {}),
+        ((1, (1, 2), (2, 3), (4, 6)), {}),
+        ((1, 2, (3, 2), (5, 3)), {}),
+    ],
 )
 @torch.no_grad()
 def test_algorithm_by_hand(scales, settings) -> None:
     quantizer = make(scales, **settings)
-    latents = torch.randn(2, scales[-1], scales[-1], 3) * 1.5
+    grid = quantizer.sizes[-1]
+    latents = torch.randn(2, *grid, 3) * 1.5
     tokens, after = by_hand(quantizer, latents)
     quantized = quantizer(latents)
     assert torch.equal(quantized.tokens, tokens) and torch.equal(quantizer.encode(latents), tokens)
-    assert tokens.shape == (2, *quantizer.token_shape((scales[-1],) * 2)) == (2, sum(scale**2 for scale in scales))
+    assert (
+        tokens.shape
+        == (2, *quantizer.token_shape(grid))
+        == (2, sum(rows * columns for rows, columns in quantizer.sizes))
+    )
     torch.testing.assert_close(quantized.z_q, after[-1].movedim(1, -1))
     assert torch.equal(quantizer.lookup(tokens), quantized.z_q)
     torch.testing.assert_close(quantizer.cumulative(tokens), torch.stack(after))
@@ -189,6 +204,18 @@ def test_other_grids_are_refused(grid: tuple[int, ...]) -> None:
     for call in (lambda: quantizer.token_shape(grid), lambda: quantizer(latents), lambda: quantizer.encode(latents)):
         with pytest.raises(ValueError, match=r"latent grid is [\d x]+, and the scales \[1, 2, 4\] end at 4"):
             call()
+
+
+def test_scales_that_are_no_squares() -> None:
+    quantizer = make((1, [1, 2], [2, 2], (4, 6)))
+    assert quantizer.scales == (1, (1, 2), 2, (4, 6)) and quantizer.lengths == [1, 2, 4, 24]
+    names = quantizer.components(torch.zeros(1, 31, dtype=torch.int64))
+    assert list(names) == ["scale_1", "scale_1x2", "scale_2", "scale_4x6"]
+    with pytest.raises(ValueError, match=r"latent grid is 6 x 4, and the scales .* end at 4 x 6"):
+        quantizer.token_shape((6, 4))
+    for scales in ((1, (2, 4), (3, 3)), ((2, 3), (2, 3)), (1, (2, 0))):
+        with pytest.raises(ValueError, match="scales must be positive and grow"):
+            make(scales)
 
 
 def test_ids_of_other_scales_are_refused() -> None:
