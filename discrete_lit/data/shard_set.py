@@ -25,7 +25,7 @@ import numpy as np
 
 from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, printable
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
-from discrete_lit.data.tars import BrokenShard, SampleCount, count_samples
+from discrete_lit.data.tars import BrokenShard, find_labels
 
 _log = logging.getLogger(__name__)
 
@@ -271,8 +271,8 @@ def _counts(
         except BrokenShard as error:
             broken.append(str(error))
             continue
-        counts.append(found.samples)
-        labelled = bool(labelled or found.labelled)
+        counts.append(len(found))
+        labelled = bool(labelled or found.any())
     if broken:
         raise BrokenShard(
             f"{len(broken)} of {len(urls)} shards cannot be counted. Replace them, or name the shards without them:\n  "
@@ -281,9 +281,9 @@ def _counts(
     return counts, labelled
 
 
-def _counted(url: str) -> SampleCount:
+def _counted(url: str) -> np.ndarray:
     if is_local(url):
-        return count_samples(Shard(url, 0))
+        return find_labels(Shard(url, 0))
     raise ValueError(
         f"there is no {MANIFEST} beside {printable(url)}: give the number of samples (train_count, "
         "validation_count) and, where they have labels, num_classes"

@@ -162,24 +162,24 @@ _NO_SAMPLES = (
 )
 
 
-class SampleCount(NamedTuple):
-    """Counts the samples of a shard."""
-
-    samples: int
-    labelled: int
-    """Those with a `.cls` entry."""
-
-
-def count_samples(shard: ShardFile) -> SampleCount:
+def count_samples(shard: ShardFile) -> int:
     """Count the samples of a local shard, by its headers alone.
+
+    Raises:
+        BrokenShard: it cannot be read to its end.
+    """
+    return len(find_labels(shard))
+
+
+def find_labels(shard: ShardFile) -> np.ndarray:
+    """Tell of each sample of a local shard whether it has a label, by the headers alone: bool `(samples,)`.
 
     Raises:
         BrokenShard: it cannot be read to its end.
     """
     try:
         with _opened(shard) as tar:
-            labelled = [group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))]
-            return SampleCount(len(labelled), sum(labelled))
+            return np.array([group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))], dtype=bool)
     except _BROKEN as error:
         raise BrokenShard(f"cannot read {shard.name} to its end: {error}") from error
 

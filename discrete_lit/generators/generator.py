@@ -134,7 +134,7 @@ class Generator(TokenTraining):
         """
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
+        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the token losses of a batch, by their weights, over all ranks together.
 
@@ -142,14 +142,22 @@ class Generator(TokenTraining):
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            labels: `(B,)` integers in [0, num_classes).
             random: decides the corruption; by default row i of the batch is sample i of this generator's seed.
+            dropped: bool `(B,)`, the labels that the null label stands for; none by default.
 
         Returns:
             The training loss, a scalar, and further terms to log, by name.
+
+        Raises:
+            ValueError: a label that is no class; the null label is one that was `dropped`.
         """
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+        self.check_labels(labels)
+        labels = labels.long()
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.num_classes)
         losses = self.token_losses(self.to_sequence(tokens), labels, random)
         mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
         return (losses.values * losses.weights).sum() / mean_weight, {}
@@ -231,7 +239,7 @@ class Generator(TokenTraining):
             )
         output = sampler(
             self.sampled_backbone(),
-            labels,
+            labels.long() if labels.dtype == torch.bool else labels,
             random,
             known=None if known is None else self.to_sequence(known),
             quantizer=self.scale_quantizer(),
