@@ -36,6 +36,7 @@ from discrete_lit.data.transforms import (
 
 # A transfer that breaks is taken up again at the sample where it broke; a local file would only break again.
 _REMOTE_ATTEMPTS = 3
+_PAUSE = 1.0  # Seconds before the second attempt.
 # Entries about the archive itself, by webdataset's convention.
 _META = re.compile(r"__[^/]*__(/|$)")
 # All the ways in which a tar that is cut off or damaged shows it.
@@ -108,7 +109,7 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     error: Exception | None = None
     for attempt in range(1 if shard.local else _REMOTE_ATTEMPTS):
         if attempt:
-            time.sleep(attempt)
+            time.sleep(attempt * _PAUSE)
         try:
             with _opened(shard) as tar:
                 groups = _groups(tar, wanted)
@@ -356,17 +357,44 @@ def _opened(shard: ShardFile) -> Iterator[tarfile.TarFile]:
     try:
         magic = stream.peek(16)
         decompress = next((opener for start, opener in _COMPRESSED if start.match(magic)), None)
-        plain = stream if decompress is None else cast(IO[bytes], decompress(stream))
-        # Only an uncompressed local file can be jumped about in; all else is read from the front.
-        mode = "r:" if shard.local and decompress is None else "r|"
+        if decompress is not None:
+            plain = cast(IO[bytes], decompress(stream))
+        else:
+            # Only a local file can be jumped about in; all else is read from the front.
+            plain = stream if shard.local else cast(IO[bytes], _Forward(stream))
         with _damage_as_read_error(0):
-            tar = tarfile.open(fileobj=plain, mode=mode, tarinfo=_Header)
+            tar = tarfile.open(fileobj=plain, mode="r:", tarinfo=_Header)
         with tar:
             yield tar
     finally:
         # It may be the output of a command, which fails when it is not read to the end.
         with suppress(OSError):
             stream.close()
+
+
+class _Forward:
+    """A stream without an end in sight as a file that is only ever moved on.
+
+    Python's own tar streams read on behind the end of a file for as long as a header claims that there is more.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        assert position >= self._position, "a tar is read from its front"
+        while self._position < position and self.read(min(position - self._position, 2**20)):
+            pass
+        return self._position
 
 
 @contextmanager

@@ -155,7 +155,6 @@ def test_a_header_that_would_fill_the_memory_is_not_read(tmp_path: Path, kind: b
         pax(**{"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
         pax(**{"GNU.sparse.map": "0,x", "GNU.sparse.size": "7"}),
         pax(size="99999999999999999999999"),
-        pax(size="nan"),
     ],
 )
 def test_headers_that_make_no_sense_are_one_error(tmp_path: Path, content: bytes) -> None:
@@ -227,8 +226,8 @@ def test_an_archive_of_a_data_set_is_not_read_short(tmp_path: Path) -> None:
 
 def test_a_cut_shard_without_a_manifest_is_refused_before_a_run(tmp_path: Path) -> None:
     for name in ("a.tar", "b.tar", "c.tar"):
-        (tmp_path / name).write_bytes(shard_bytes(3)[: None if name == "a.tar" else 3072])
+        (tmp_path / name).write_bytes(shard_bytes(3)[: None if name == "a.tar" else 2560])
     with pytest.raises(
-        ValueError, match=r"(?s)2 of 3 shards cannot be counted.*b\.tar.*byte 3,072.*c\.tar.*byte 3,072"
+        ValueError, match=r"(?s)2 of 3 shards cannot be counted.*b\.tar.*byte 2,560.*c\.tar.*byte 2,560"
     ):
         _ = ImageShards(str(tmp_path), image_size=8, batch_size=1, num_classes=2).shards
