@@ -197,7 +197,7 @@ class TokenFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
         expected = (self.count, *_row_shape(self.manifest))

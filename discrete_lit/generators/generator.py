@@ -237,9 +237,11 @@ class Generator(TokenTraining):
                 f"guidance_scale={sampler.guidance_scale} needs a generator that learned the null label; this one was "
                 "trained with label_dropout=0"
             )
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"the labels are {labels.dtype}; they must be whole numbers in 0..{self.num_classes}")
         output = sampler(
             self.sampled_backbone(),
-            labels.long() if labels.dtype == torch.bool else labels,
+            labels.long(),
             random,
             known=None if known is None else self.to_sequence(known),
             quantizer=self.scale_quantizer(),
