@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from discrete_lit.core.images import ImageSize, normal_size, size_text
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.transforms import MODES
 from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, open_image_set
@@ -103,9 +103,13 @@ def evaluate(
     compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
-    reference_images = None if holds_moments(reference) else open_image_set(reference, image_size, image_channels)
-    real = None if held_out is None else open_image_set(held_out, image_size, image_channels)
-    generated = {name: open_image_set(path, image_size, image_channels) for name, path in samples.items()}
+    reference_images = (
+        None if holds_moments(reference) else open_image_set(reference, image_size, image_channels=image_channels)
+    )
+    real = None if held_out is None else open_image_set(held_out, image_size, image_channels=image_channels)
+    generated = {
+        name: open_image_set(path, image_size, image_channels=image_channels) for name, path in samples.items()
+    }
     num_classes = _num_classes([real, reference_images, *generated.values()])
     if classifier is not None:
         _check_labels(generated)
@@ -373,8 +377,7 @@ def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_c
             raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
         if module.image_size != image_size:
             raise ValueError(
-                f"likelihoods.{name}={path!r} models images of {size_text(module.image_size)} pixels, image_size is "
-                f"{size_text(image_size)}"
+                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
             )
         _check_channels(module.tokenizer, image_channels, f"likelihoods.{name}={path!r}")
         generators[path] = module

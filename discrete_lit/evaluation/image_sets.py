@@ -66,7 +66,7 @@ class ImageSet(ABC):
         """
 
 
-def open_image_set(path: str | Path, image_size: ImageSize, image_channels: int = 3) -> ImageSet:
+def open_image_set(path: str | Path, image_size: ImageSize, *, image_channels: int = 3) -> ImageSet:
     """Open the image set that a path names.
 
     Raises:
@@ -74,14 +74,14 @@ def open_image_set(path: str | Path, image_size: ImageSize, image_channels: int 
     """
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
-        return NpzImages(path, image_size, image_channels)
+        return NpzImages(path, image_size, image_channels=image_channels)
     if not path.is_dir():
         raise ValueError(f"{str(path)!r} is no image set: {_ACCEPTED}")
     if (path / MANIFEST).is_file():
-        return ShardImages(path, image_size, image_channels)
+        return ShardImages(path, image_size, image_channels=image_channels)
     if any(child.is_dir() and not child.name.startswith(".") for child in path.iterdir()):
-        return ClassFolderImages(path, image_size, image_channels)
-    return FlatFolderImages(path, image_size, image_channels)
+        return ClassFolderImages(path, image_size, image_channels=image_channels)
+    return FlatFolderImages(path, image_size, image_channels=image_channels)
 
 
 class NpzImages(ImageSet):
@@ -91,7 +91,7 @@ class NpzImages(ImageSet):
     a stream: 50,000 images of 256x256 would be 10 GB in memory.
     """
 
-    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
         self.path, self.image_channels = path, image_channels
         names, arrays = read_npz(path, ("labels", "arr_1"))
         labels = arrays.get("labels", arrays.get("arr_1"))
@@ -169,7 +169,7 @@ class _NpyStream:
 class ShardImages(ImageSet):
     """Images of a folder of webdataset shards with the manifest of `discrete-lit shards`."""
 
-    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
         self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._manifest = (path / MANIFEST).read_bytes()
         manifest = json.loads(self._manifest)
@@ -200,7 +200,7 @@ class ShardImages(ImageSet):
 class ClassFolderImages(ImageSet):
     """Images of a folder with one subfolder per class; classes and images in sorted order."""
 
-    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
         self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._source = ClassFolders(path)
         self.labels = np.array([entry.label for entry in self._source.entries], np.int64)
@@ -222,7 +222,7 @@ class ClassFolderImages(ImageSet):
 class FlatFolderImages(ImageSet):
     """Image files of one folder in sorted order, without labels."""
 
-    def __init__(self, path: Path, image_size: ImageSize, image_channels: int = 3) -> None:
+    def __init__(self, path: Path, image_size: ImageSize, *, image_channels: int = 3) -> None:
         self.path, self.image_size, self.image_channels = path, image_size, image_channels
         self._files = sorted(file for file in path.iterdir() if file.is_file() and is_image_file(file.name))
         if not self._files:
