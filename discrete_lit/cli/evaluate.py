@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,13 +104,10 @@ def evaluate(
     compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
-    reference_images = (
-        None if holds_moments(reference) else open_image_set(reference, image_size, image_channels=image_channels)
-    )
-    real = None if held_out is None else open_image_set(held_out, image_size, image_channels=image_channels)
-    generated = {
-        name: open_image_set(path, image_size, image_channels=image_channels) for name, path in samples.items()
-    }
+    open_set = partial(open_image_set, image_size=image_size, image_channels=image_channels)
+    reference_images = None if holds_moments(reference) else open_set(reference)
+    real = None if held_out is None else open_set(held_out)
+    generated = {name: open_set(path) for name, path in samples.items()}
     num_classes = _num_classes([real, reference_images, *generated.values()])
     if classifier is not None:
         _check_labels(generated)
