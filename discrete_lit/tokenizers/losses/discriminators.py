@@ -147,8 +147,8 @@ class StyleGANDiscriminator(Discriminator):
     of equalised.
 
     Args:
-        image_size: of the images: a side of 4 times a power of 2, or `[height, width]`, the shorter 4 times a power of 2
-            and the longer a multiple of that power.
+        image_size: of the images: a side of 4 times a power of 2, or `[height, width]`, of which the shorter is 4 times
+            a power of 2 and the longer a multiple of that power.
         image_channels: C of the images.
         width: channels at full resolution; they double with every halving.
         max_width: channels at most.
