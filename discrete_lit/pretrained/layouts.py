@@ -15,6 +15,10 @@ from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming, Tokens, arrange
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
+
+IN_TRAINING = "it acts only in training, where ours has settings of its own"
+"""Why dropout and the like have no effect on a model that is loaded."""
 
 _MIDDLE = "encoder.mid"
 _BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
@@ -208,6 +212,11 @@ def generator_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
     )
+
+
+def label_dropout(settings: Settings, name: str) -> float:
+    """Return the probability with which labels were dropped in training; 0 leaves no null label to guide with."""
+    return settings.take(name, 0.1)
 
 
 def class_count(state: State, embedding: Tensor, before: int = 0) -> int:

@@ -35,6 +35,8 @@ class TiTokAutoencoder(Autoencoder):
         image_size: side of the images in pixels.
         latent_tokens: N.
         patch_size: side of a patch in pixels.
+        decoder_patch_size: side of a patch of the decoder; by default that of the encoder. With a `proxy` the image
+            has the size that the proxy's decoder makes of as many patches.
         encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1024 wide sequences with 8, 12 and
             24 blocks and 8, 12 and 16 heads.
         in_channels: C of the images.
@@ -58,6 +60,7 @@ class TiTokAutoencoder(Autoencoder):
         encoder: TransformerSize,
         decoder: TransformerSize,
         patch_size: int = 16,
+        decoder_patch_size: int | None = None,
         in_channels: int = 3,
         proxy: "ProxyDecoder | None" = None,
         legacy_reshape: bool = False,
@@ -65,16 +68,19 @@ class TiTokAutoencoder(Autoencoder):
         super().__init__()
         if image_size < 1 or image_size % patch_size:
             raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}")
+        decoder_patch_size = patch_size if decoder_patch_size is None else decoder_patch_size
+        if decoder_patch_size < 1 or image_size % decoder_patch_size:
+            raise ValueError(f"image_size={image_size} is not a multiple of decoder_patch_size={decoder_patch_size}")
         if latent_tokens < 1:
             raise ValueError(f"latent_tokens must be positive, got {latent_tokens}")
         self.in_channels = in_channels
         self.image_size = image_size
         self.latent_tokens = latent_tokens
-        self.patch_grid = image_size // patch_size
+        self.patch_grid = image_size // decoder_patch_size
         latent_dim = code_dim if latent_dim is None else latent_dim
         self.encoder = LatentTokenEncoder(
             encoder,
-            grid=self.patch_grid,
+            grid=image_size // patch_size,
             patch_size=patch_size,
             latent_tokens=latent_tokens,
             latent_dim=latent_dim,
@@ -83,7 +89,9 @@ class TiTokAutoencoder(Autoencoder):
         )
         self.decoder = LatentTokenDecoder(decoder, grid=self.patch_grid, latent_tokens=latent_tokens, code_dim=code_dim)
         if proxy is None:
-            self.pixels = PatchPixels(decoder.width, grid=self.patch_grid, patch_size=patch_size, channels=in_channels)
+            self.pixels = PatchPixels(
+                decoder.width, grid=self.patch_grid, patch_size=decoder_patch_size, channels=in_channels
+            )
         else:
             self.proxy_head = tanh_head(decoder.width, 2 * decoder.width, len(proxy.codebook))
         initialise(self)

@@ -125,7 +125,8 @@ def sedd(load: Load, case: Case) -> Tensors:
 
 
 def mdlm(load: Load, case: Case) -> Tensors:
-    generator, timed, inputs = load(), load(time_conditioning=True), case.inputs
+    timed = load(config={**case.arguments["config"], "time_conditioning": True})
+    generator, inputs = load(), case.inputs
     parts = generator.denoiser()
     process, schedule = parts.process, parts.schedule
     level = NoiseLevel.at(schedule, inputs["t"][:, None])

@@ -13,6 +13,7 @@ from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.conversion import FAMILIES, convert
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 
 FAMILY_NAMES = ("sedd_absorb", "sedd_uniform", "mdlm")
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "condition_width": 8, "rows": 9}
@@ -70,7 +71,7 @@ def test_published_sizes(family: str, rows: int, size: tuple[int, int, int], mil
     state = State(named(family, {name: torch.empty(shape, device="meta") for name, shape in published.items()}), family)
     alike = [name for name, known in FAMILIES.items() if not known.lacks(state)]
     assert alike == (["mdlm"] if family == "mdlm" else ["sedd_absorb", "sedd_uniform"])
-    conversion = FAMILIES[family].convert(state, {})
+    conversion = FAMILIES[family].convert(state, Settings())
     assert conversion.tokens is not None and conversion.tokens.vocab_size == 50257
     assert conversion.tokens.shape == (1024,)
     scores = family.startswith("sedd")
@@ -132,8 +133,11 @@ def test_the_time_of_mdlm_is_that_of_no_noise(load: Callable[..., Any]) -> None:
         ("sedd_absorb", {"noise": {"type": "cosine"}}, "noise.type='cosine'; loglinear and geometric are read"),
         ("sedd_absorb", {"model": {"hidden_size": 32}}, "hidden_size=32, but the tensors have 16"),
         ("sedd_absorb", {"model": {"n_heads": 3}}, "do not fit: blocks.0.attn_qkv.weight"),
-        ("mdlm", {"mask_index": 3}, "mask_index=3, but the tensors have 8"),
+        ("mdlm", {"mask_index": 9}, "mask_index=9, but the tensors have 9 ids"),
+        ("mdlm", {"vocab_size": 8}, "vocab_size=8, but the tensors have 9"),
         ("mdlm", {"parameterization": "d3pm"}, "parameterization=d3pm, but every model that is read has subs"),
+        ("mdlm", {"sampling": {"noise_removal": False}}, "sampling.noise_removal=False, but a sampler that leaves no"),
+        ("mdlm", {"T": 1000}, "T=1000, but every model that is read has 0"),
     ],
 )
 def test_what_is_refused(family: str, reference: dict[str, Any], message: str, load: Callable[..., Any]) -> None:
@@ -145,4 +149,4 @@ def test_the_published_vocabulary_tells_the_family() -> None:
     state = State({name: torch.empty(0) for name in shapes(**TINY)}, "x")
     state["vocab_embed.embedding"] = torch.empty(50257, 16)
     with pytest.raises(ValueError, match="50257 embeddings for 50257 tokens and a mask: is its family 'sedd_uniform'"):
-        FAMILIES["sedd_absorb"].convert(state, {})
+        FAMILIES["sedd_absorb"].convert(state, Settings())

@@ -138,7 +138,7 @@ def test_the_published_configuration_is_compared_with_the_tensors(
     load(reference_config=str(file))
     with pytest.raises(ValueError, match="reference_config has n_embed=1024, but the tensors have 16"):
         load(reference_config={"n_embed": 1024})
-    with pytest.raises(ValueError, match=r"has ch_mult=\[1, 2\], but the tensors have \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"has ddconfig.ch_mult=\[1, 2\], but the tensors have \[1, 1\]"):
         load(reference_config={"ddconfig": {"ch_mult": (1, 2)}})
 
 
