@@ -71,6 +71,7 @@ def halton_maskgit(state: State, settings: Settings) -> Conversion:
     mlp_dim = settings.take("mlp_dim", 4 * width)
     if "mlp_dim" in settings and 256 * -(-(2 * mlp_dim // 3) // 256) != hidden:
         raise ValueError(f"reference_config has mlp_dim={mlp_dim}, but the tensors have {hidden} channels there")
+    settings.without_effect("the reference rounds it to what the tensors have", "mlp_dim")
     if inner % heads:
         raise ValueError(f"{state.source!r} has queries of {inner} channels, which heads={heads} does not divide")
     backbone = {

@@ -214,9 +214,16 @@ def generator_conversion(
     )
 
 
-def label_dropout(settings: Settings, name: str) -> float:
-    """Return the probability with which labels were dropped in training; 0 leaves no null label to guide with."""
-    return settings.take(name, 0.1)
+def head_count(settings: Settings, name: str, default: int, width: int) -> int:
+    """Return the number of attention heads, which the tensors do not tell.
+
+    Raises:
+        ValueError: it does not divide the width.
+    """
+    heads = settings.take(name, default)
+    if heads < 1 or width % heads:
+        raise ValueError(f"reference_config has {name}={heads}, which does not divide the {width} channels")
+    return heads
 
 
 def class_count(state: State, embedding: Tensor, before: int = 0) -> int:

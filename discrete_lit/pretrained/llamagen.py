@@ -1,5 +1,7 @@
 """FoundationVision/LlamaGen: its tokenizers and its class-conditional generators."""
 
+from math import isqrt
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from discrete_lit.pretrained.layouts import (
     ConvLayout,
     class_count,
     generator_conversion,
+    head_count,
     in_blocks,
     sampled_by,
     square,
@@ -113,7 +116,7 @@ def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
     )
     settings.without_effect("it is about text", "caption_dim")
     settings.without_effect("ours makes room for what is sampled", "max_batch_size", "max_seq_len")
-    heads = settings.take("n_head", _HEADS.get(width, max(1, width // 64)))
+    heads = head_count(settings, "n_head", _HEADS.get(width, max(1, width // 64)), width)
     _check_hidden(settings, width, hidden)
     length = _length(state, settings, width)
     rotary_base = settings.take("rope_base", 10000.0)
@@ -166,6 +169,8 @@ def _length(state: State, settings: Settings, width: int) -> int:
             f"the weights of {state.source!r} do not tell the number of tokens: give block_size in reference_config, "
             "256 for a model of 256 pixels and 576 for one of 384"
         )
+    if isqrt(length) ** 2 != length:
+        raise ValueError(f"reference_config has block_size={length}, which is no square grid")
     return length
 
 

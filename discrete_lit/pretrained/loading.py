@@ -44,13 +44,19 @@ def load_pretrained(
     known = find_family(family)
     state = recognise(known, read_state(weights, known.wrappers, known.averages))
     settings = read_settings(reference_config, known.section)
-    conversion = known.convert(state, settings)
-    settings.finish()
-    if conversion.tokens is not None:
-        return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
-    if tokenizer is not None:
-        raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
-    return _autoencoder(conversion, state.source).eval()
+    try:
+        conversion = known.convert(state, settings)
+        settings.finish()
+        if conversion.tokens is not None:
+            return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
+        if tokenizer is not None:
+            raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
+        return _autoencoder(conversion, state.source).eval()
+    except ValueError as error:
+        if not settings.honoured or "reference_config" in str(error):
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in settings.honoured.items())
+        raise ValueError(f"{error} (built with {given} of reference_config)") from error
 
 
 def _autoencoder(conversion: Conversion, source: str) -> ImageAutoencoder:

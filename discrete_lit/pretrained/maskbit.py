@@ -17,6 +17,7 @@ from discrete_lit.pretrained.layouts import (
     Rules,
     class_count,
     generator_conversion,
+    head_count,
     in_blocks,
     sampled_by,
     square,
@@ -240,7 +241,7 @@ def _masked(
     backbone = {
         "width": width,
         "depth": depth,
-        "heads": settings.take("heads", 16),
+        "heads": head_count(settings, "heads", 16, width),
         "mlp_hidden": hidden,
         "norm_epsilon": 1e-12,
         "norm_first": prenorm,
@@ -273,6 +274,7 @@ def _same_length(settings: Settings, length: int) -> None:
         raise ValueError(
             f"reference_config has img_size={size} and input_stride={stride}, but the tensors have {length} tokens"
         )
+    settings.without_effect("they make the number of tokens that the tensors have", "img_size", "input_stride")
 
 
 _GUIDANCE = {"none": "constant", "linear": "linear", "cosine": "power_cosine"}

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import Rules, generator_conversion, in_blocks, sampled_by
+from discrete_lit.pretrained.layouts import Rules, generator_conversion, head_count, in_blocks, sampled_by
 from discrete_lit.pretrained.reading import Averages, State
 from discrete_lit.pretrained.settings import Settings
 
@@ -73,7 +73,7 @@ def switches(state: State, model: Settings, prefix: str) -> dict[str, Any]:
     return {
         "width": width,
         "depth": depth,
-        "heads": model.take("n_heads", max(1, width // _HEAD_WIDTH)),
+        "heads": head_count(model, "n_heads", max(1, width // _HEAD_WIDTH), width),
         "mlp_hidden": len(state[f"{prefix}blocks.0.mlp.0.bias"]),
         "mlp": "gelu_tanh",
         "norm_epsilon": 1e-5,

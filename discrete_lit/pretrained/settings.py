@@ -48,6 +48,7 @@ class Settings:
         self._name = name
         self._read = set[str]()
         self._accepted: dict[str, None] = {}
+        self._taken: dict[str, None] = {}
         self._sections: dict[str, Settings] = {}
         self._reasons: dict[str, str] = {}
 
@@ -63,6 +64,7 @@ class Settings:
         self._mark([name])
         if name not in self._given:
             return default
+        self._taken[name] = None
         value = self._as(name, type(default))
         if choices is not None and value not in choices:
             raise ValueError(
@@ -73,7 +75,10 @@ class Settings:
     def optional(self, name: str, kind: type[_Kind]) -> _Kind | None:
         """Return an argument of this type; None where it is not given, or null."""
         self._mark([name])
-        return self._as(name, kind) if name in self else None
+        if name not in self:
+            return None
+        self._taken[name] = None
+        return self._as(name, kind)
 
     def agree(self, found: Reference, who: str = "the tensors have") -> None:
         """Refuse arguments that contradict the tensors, or what all models of the family have in common.
@@ -137,6 +142,12 @@ class Settings:
         if name not in choices:
             raise ValueError(f"reference_config has {self._name}target={given[0]}; {' and '.join(choices)} are read")
         return name
+
+    @property
+    def honoured(self) -> dict[str, Any]:
+        """The arguments that were given and that our model is built with, by their dotted names."""
+        own = {f"{self._name}{name}": self._given[name] for name in self._taken}
+        return own | {name: value for section in self._sections.values() for name, value in section.honoured.items()}
 
     @property
     def effectless(self) -> dict[str, str]:

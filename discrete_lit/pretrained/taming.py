@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import IN_TRAINING, ConvLayout, generator_conversion, in_blocks, square
+from discrete_lit.pretrained.layouts import IN_TRAINING, ConvLayout, generator_conversion, head_count, in_blocks, square
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
 
@@ -143,6 +143,7 @@ def _check_attention(sizes: dict[str, Any], settings: Settings) -> None:
         return
     levels = [level for level in range(len(sizes["multipliers"])) if resolution // 2**level in named]
     found = sizes["attention"] or []
+    settings.without_effect("a resolution that no level has is that of no attention", "attn_resolutions")
     if levels != found:
         have = [resolution // 2**level for level in found]
         raise ValueError(
@@ -212,7 +213,7 @@ def taming_net2net(state: State, settings: Settings) -> Conversion:
     backbone: dict[str, Any] = {
         "width": width,
         "depth": depth,
-        "heads": arguments.take("n_head", max(1, width // 64)),
+        "heads": head_count(arguments, "n_head", max(1, width // 64), width),
         "mlp_hidden": len(state["transformer.blocks.0.mlp.0.bias"]),
         "norm_epsilon": 1e-5,
         "head_bias": False,

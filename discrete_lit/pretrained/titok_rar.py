@@ -29,6 +29,7 @@ from discrete_lit.pretrained.layouts import (
     Rules,
     class_count,
     generator_conversion,
+    head_count,
     in_blocks,
     sampled_by,
     square,
@@ -400,7 +401,14 @@ def _masked(
     }
     settings.agree(found)
     # The reference's number is even: it leaves out the middle block of a U-ViT.
-    layers = settings.take("num_hidden_layers", depth)
+    layers, skips = settings.take("num_hidden_layers", depth), "long_skips" in switches
+    settings.take("model_type", "", ("ViT", "UViT"))
+    settings.without_effect("the tensors tell which of the two it is", "model_type")
+    _around(settings, vocab_size, length)
+    if (layers // 2 if skips else layers) != (depth // 2 if skips else depth):
+        raise ValueError(f"reference_config has num_hidden_layers={layers}, but the tensors have {depth}")
+    if skips:
+        settings.without_effect("a U-ViT has the half of it twice, as the tensors do", "num_hidden_layers")
     settings.take("model_type", "", ("ViT", "UViT"))
     settings.without_effect("the tensors tell which of the two it is", "model_type")
     _around(settings, vocab_size, length)
@@ -409,7 +417,7 @@ def _masked(
     backbone = {
         "width": width,
         "depth": depth,
-        "heads": settings.take("num_attention_heads", 16),
+        "heads": head_count(settings, "num_attention_heads", 16, width),
         "mlp_hidden": hidden,
         **switches,
     }
@@ -504,7 +512,7 @@ def rar(state: State, settings: Settings) -> Conversion:
     backbone = {
         "width": width,
         "depth": depth,
-        "heads": settings.take("num_attention_heads", 16),
+        "heads": head_count(settings, "num_attention_heads", 16, width),
         "mlp_hidden": hidden,
         "norm_affine": True,
         "conditioning": "prefix_adaln",

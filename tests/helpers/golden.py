@@ -141,20 +141,20 @@ def cases_of(families: Collection[str]) -> list[Any]:
     return [case for case in cases() if case.values[0] is None or case.values[0].family in families]
 
 
+def published_state(case: Case, part: str = "var.") -> Tensors:
+    """The tensors of a published file: the case's, or those of a part, where there are two files."""
+    if case.family != "var_transformer":
+        return case.state
+    return {name.removeprefix(part): value for name, value in case.state.items() if name.startswith(part)}
+
+
 def published(case: Case, folder: Path) -> Load:
     """Write a case's weights into `folder` as they are published; how they are loaded."""
-    state: Tensors = case.state
     tokenizer: Any = None
     if case.family == "var_transformer":
-        # Two published files.
-        parts = {
-            part: {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-            for part in ("vae.", "var.")
-        }
-        save_file(parts["vae."], folder / "tokenizer.safetensors")
+        save_file(published_state(case, "vae."), folder / "tokenizer.safetensors")
         tokenizer = load_pretrained(folder / "tokenizer.safetensors", "var_vqvae", case.constructor["vae"])
-        state = parts["var."]
-    save_file(state, folder / "published.safetensors")
+    save_file(published_state(case), folder / "published.safetensors")
 
     def load(**reference: Any) -> Any:
         arguments = {**case.arguments, **reference}
