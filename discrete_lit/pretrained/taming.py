@@ -300,7 +300,9 @@ def _order(state: State, settings: Settings, length: int) -> tuple[tuple[int, in
     side = square(state, length)[0] if "H" not in permuter or "W" not in permuter else 0
     height, width = permuter.take("H", side), permuter.take("W", side)
     if height * width != length:
-        raise ValueError(f"reference_config has permuter_config.H={height}, W={width}, but the tensors have {length} tokens")
+        raise ValueError(
+            f"reference_config has permuter_config.H={height}, W={width}, but the tensors have {length} tokens"
+        )
     order = PERMUTERS[name](height, width).flatten().tolist()
     if saved is not None and saved.tolist() != order:
         raise ValueError(f"reference_config has the permuter {name}, but the tensors have another order")
