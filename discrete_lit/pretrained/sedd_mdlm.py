@@ -118,7 +118,8 @@ def without_time(prefix: str) -> Arrangement:
     return Arrangement(names, [_CLASSES], make)
 
 
-_SCHEDULES = {
+# Our schedules by the reference's names.
+SCHEDULES = {
     "loglinear": "LogLinearSchedule",
     "geometric": "GeometricSchedule",
     "cosine": "MDLMCosineSchedule",
@@ -140,7 +141,7 @@ def schedule(noise: Settings, default: str, known: tuple[str, ...]) -> dict[str,
     else:
         arguments = {"epsilon": noise.take("eps", 1e-3)}
         noise.without_effect("they are those of the geometric schedule", *limits)
-    return {"class_path": f"discrete_lit.diffusion.{_SCHEDULES[kind]}", "init_args": arguments}
+    return {"class_path": f"discrete_lit.diffusion.{SCHEDULES[kind]}", "init_args": arguments}
 
 
 def sampler(sampling: Settings, predictors: dict[str, str], default: str, steps: int, clean_up: str) -> dict[str, Any]:
@@ -290,7 +291,7 @@ def mdlm(state: State, settings: Settings) -> Conversion:
         ],
         dropped=BUFFERS,
         process={"class_path": "discrete_lit.diffusion.AbsorbingProcess"},
-        schedule=schedule(settings.section("noise"), "loglinear", tuple(_SCHEDULES)),
+        schedule=schedule(settings.section("noise"), "loglinear", tuple(SCHEDULES)),
         head={"class_path": "discrete_lit.diffusion.LeaveOneOutHead"},
         loss={"class_path": "discrete_lit.diffusion.losses.MaskedCrossEntropy"},
         time_input="total_noise" if timed else "none",

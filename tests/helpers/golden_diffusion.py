@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from discrete_lit import diffusion
 from discrete_lit.diffusion import ForwardProcess, LinearSchedule, MaskSchedule, NoiseLevel, ScoreHead
 from discrete_lit.diffusion.parameterization import posterior_from_leave_one_out, score_from_leave_one_out
 from discrete_lit.diffusion.reverse import (
@@ -17,6 +18,8 @@ from discrete_lit.diffusion.reverse import (
     jumps_from_clean,
     reverse_rates,
 )
+from discrete_lit.pretrained.sedd_mdlm import SCHEDULES, schedule
+from discrete_lit.pretrained.settings import Settings
 from helpers.golden import Case, Compared, Load, Tensors
 
 TOLERANCE = 1e-5
@@ -72,12 +75,24 @@ def noisy(case: Case, values: Tensor) -> Tensor:
     return values[case.expected["sigma"] > case.constructor["tokens"] * 2**-24 / TOLERANCE]
 
 
-def without_cancelled_mask(case: Case, weights: Tensor) -> Tensor:
-    """The reference's weight of staying masked is the difference of two float32 numbers of the size of exp(noise of the
-    step), at most exp(sigma): it is left out where half their spacing is above the tolerance."""
-    mask = case.constructor.get("mask_index", case.constructor.get("tokens"))
-    cancelled = case.expected["sigma"].exp() * 2**-24 > TOLERANCE
-    return weights.masked_fill(cancelled[:, None, None] & (torch.arange(weights.shape[-1]) == mask), 0.0)
+def step_noise(case: Case) -> Tensor:
+    """The noise of the samplers' step, sigma(t) - sigma(t - dt), `(B,)` float64."""
+    noise = case.constructor.get("noise") or case.constructor["config"]["noise"]
+    described = schedule(Settings(noise), "loglinear", tuple(SCHEDULES))
+    own = getattr(diffusion, described["class_path"].rpartition(".")[2])(**described["init_args"])
+    step = case.inputs["dt" if case.family == "mdlm" else "step"]
+    now, then = (NoiseLevel.at(own, t[:, None]).sigma[:, 0] for t in (case.inputs["t"], case.inputs["t"] - step))
+    return now - then
+
+
+def within_precision(case: Case, weights: Tensor) -> Tensor:
+    """The reference computes 1 - exp(-noise of the step) in float32, which is off by 2^-24, and the weight of staying
+    masked as the difference of two numbers near exp(noise of the step), off by as much of these. Left out are steps of
+    so little noise that the first is above the tolerance, and of so much that the second is."""
+    noise, place = step_noise(case), case.constructor.get("mask_index", case.constructor.get("tokens"))
+    cancelled = noise.exp() * 2**-24 > TOLERANCE
+    kept = weights.masked_fill(cancelled[:, None, None] & (torch.arange(weights.shape[-1]) == place), 0.0)
+    return kept[noise > 2**-24 / TOLERANCE]
 
 
 def probabilities(case: Case, values: Tensor) -> Tensor:
@@ -91,9 +106,9 @@ BOTH: Compared = {
         "ddpm_weights": masked,
         "ddpm_cache_weights": masked,
         "subs": probabilities,
-        "analytic_weights": without_cancelled_mask,
+        "analytic_weights": within_precision,
     },
-    "sedd_absorb": {"analytic_weights": without_cancelled_mask},
+    "sedd_absorb": {"analytic_weights": within_precision},
     "sedd_uniform": {"score_entropy": noisy, "loss": noisy},
 }
 COMPARED: Compared = {
