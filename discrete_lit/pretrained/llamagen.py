@@ -107,7 +107,8 @@ def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
     classes, dropped = "cls_embedding.embedding_table.weight", settings.take("class_dropout_prob", 0.1)
     num_classes = class_count(state, state[classes]) if dropped else len(state[classes])
     depth, hidden = state.count("layers.{}"), len(state["layers.0.feed_forward.w1.weight"])
-    settings.agree({"vocab_size": vocab_size, "dim": width, "n_layer": depth, "num_classes": num_classes})
+    settings.agree({"vocab_size": vocab_size, "dim": width, "n_layer": depth})
+    settings.agree({"num_classes": num_classes}, f"at class_dropout_prob={dropped} the tensors have")
     settings.agree({"cls_token_num": 1, "model_type": "c2i"}, "the published class-conditional models have")
     settings.without_effect(
         IN_TRAINING,

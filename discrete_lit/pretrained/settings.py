@@ -92,7 +92,7 @@ class Settings:
         """
         self._mark(found)
         for name, value in found.items():
-            given = _as_lists(self._given.get(name, value))
+            given = _as_lists(self._given[name] if name in self else value)
             if given != _as_lists(value) or isinstance(given, bool) != isinstance(value, bool):
                 raise ValueError(f"reference_config has {self._name}{name}={given}, but {who} {value}")
 
