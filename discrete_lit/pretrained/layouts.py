@@ -222,7 +222,9 @@ def head_count(settings: Settings, name: str, default: int, width: int) -> int:
     """
     heads = settings.take(name, default)
     if heads < 1 or width % heads:
-        raise ValueError(f"reference_config has {name}={heads}, which does not divide the {width} channels")
+        raise ValueError(
+            f"reference_config has {settings.where(name)}={heads}, which does not divide the {width} channels"
+        )
     return heads
 
 

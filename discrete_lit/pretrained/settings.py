@@ -55,6 +55,10 @@ class Settings:
     def __contains__(self, name: str) -> bool:
         return self._given.get(name) is not None
 
+    def where(self, name: str) -> str:
+        """Return an argument's name with those of the sections around it, for messages."""
+        return f"{self._name}{name}"
+
     def take(self, name: str, default: _Value, choices: Collection[_Value] | None = None) -> _Value:
         """Return an argument, of the type of its default.
 
