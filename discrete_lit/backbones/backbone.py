@@ -97,14 +97,18 @@ class Backbone(nn.Module, ABC):
     Attributes:
         place_head: the `SubTokenHead` of a causal backbone that predicts an id in sub-tokens: it reads the hidden
             states that `forward` then gives in the place of logits. None for others.
+        visible_start: elements at the beginning of a causal sequence that see each other both ways; 0 where each sees
+            those before it alone.
     """
 
     place_head: "SubTokenHead | None"
+    visible_start: int
 
     def __init__(self, layout: SequenceLayout) -> None:
         super().__init__()
         self.layout = layout
         self.place_head = None
+        self.visible_start = 0
 
     @abstractmethod
     def forward(

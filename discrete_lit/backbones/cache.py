@@ -46,6 +46,7 @@ class Cache:
     def __init__(self, modulations: list[tuple[Tensor, ...]], keys_and_values: Tensor | None) -> None:
         self.modulations = modulations
         self.filled = 0
+        self.tokens: Tensor | None = None
         self._buffers = keys_and_values
 
     @property
@@ -69,7 +70,13 @@ class Cache:
         modulations = [tuple(vector[:count] for vector in vectors) for vectors in self.modulations]
         rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count])
         rows.advance(self.filled)
+        rows.tokens = None if self.tokens is None else self.tokens[:count]
         return rows
+
+    def begin_again(self, tokens: Tensor) -> None:
+        """Mark all positions as empty, and keep the tokens `(B, n)` that are about to be read, to read them again."""
+        self.filled = 0
+        self.tokens = tokens
 
     def advance(self, count: int) -> None:
         """Mark `count` more positions as filled in every layer."""

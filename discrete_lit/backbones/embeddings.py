@@ -29,8 +29,8 @@ def embed_tokens(
         sub_tokens: that a `place_head` predicts an id in; None without one.
 
     Raises:
-        ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, a table for several
-            ids at a position, or one of all ids beside a `place_head`.
+        ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, or a table of all
+            ids beside a `place_head`.
     """
     if layout.input_dim is not None:
         return VectorProjection(layout, width)
@@ -45,22 +45,33 @@ def embed_tokens(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
             "to avoid: use 'bits' or 'parts'"
         )
-    if layout.sub_tokens > 1:
-        raise ValueError(
-            f"token_embedding='table' has one id at a position, this sequence has {layout.sub_tokens}: use 'bits'"
-        )
     return TokenTable(layout, width)
 
 
 class TokenTable(nn.Module):
-    """A learned vector for each id, the mask id among them."""
+    """A learned vector for each id, the mask id among them; the sum of one for each of several ids at a position.
+
+    The several ids, of which each has a table of its own, are the groups of bits of MaskBit's BERT.
+    """
 
     def __init__(self, layout: SequenceLayout, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(layout.vocab_size + int(layout.mask_token), width)
+        self.sub_tokens = layout.sub_tokens
+        self.rows = layout.vocab_size + int(layout.mask_token)
+        self.outputs = layout.outputs
+        self.table = nn.Embedding(self.sub_tokens * self.rows, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
-        return self.table(tokens)
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
+        if self.sub_tokens == 1:
+            return self.table(tokens)
+        ids = rearrange(tokens, "b (n sub) -> b n sub", sub=self.sub_tokens)
+        return self.table(ids + self.rows * torch.arange(self.sub_tokens, device=tokens.device)).sum(dim=2)
+
+    def logit_weight(self) -> Tensor:
+        """The rows of the ids that are predicted, `(sub_tokens * outputs, D)`, to which logits may be tied."""
+        if self.sub_tokens == 1:
+            return self.table.weight[: self.outputs]
+        return self.table.weight.unflatten(0, (self.sub_tokens, self.rows))[:, : self.outputs].flatten(0, 1)
 
 
 class BitProjection(nn.Module):
@@ -135,6 +146,7 @@ class Positions(nn.Module):
         width: D.
         head_dim: width of a head.
         zero_starts: on a grid, turn the elements before the first position to 0 instead of leaving them alone.
+        rotary_base: of the wavelengths of rotary positions.
     """
 
     table: Tensor | None
@@ -148,6 +160,7 @@ class Positions(nn.Module):
         width: int,
         head_dim: int,
         zero_starts: bool = False,
+        rotary_base: float = 10000.0,
     ) -> None:
         super().__init__()
         self.starts = starts
@@ -156,10 +169,11 @@ class Positions(nn.Module):
         self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
         table = None
         if kind == "rope_1d":
-            table = rotary_table(torch.arange(starts + read)[:, None], head_dim)
+            table = rotary_table(torch.arange(starts + read)[:, None], head_dim, base=rotary_base)
         elif kind == "rope_2d":
             still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
-            table = torch.cat((still, rotary_table(grid_coordinates(layout.grid)[:read], head_dim)))
+            turned = rotary_table(grid_coordinates(layout.grid)[:read], head_dim, base=rotary_base)
+            table = torch.cat((still, turned))
         self.register_buffer("table", table, persistent=False)
 
     def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:

@@ -76,10 +76,12 @@ class Transformer(Backbone):
         embedding_norm: LayerNorm of the embedded sequence (BERT).
         positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
             grid; what stands before the first position of the sequence is not rotated on a grid.
+        rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
         target_positions: learned embeddings of the position that each element predicts (RAR).
-        token_embedding: of ids: a table, a linear map of their bits (MaskBit), or the sum of a table for each of the
-            sub-tokens that `place_head` predicts (`"parts"`: Open-MAGVIT2).
+        token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
+            linear map of their bits (MaskBit), or the sum of a table for each of the sub-tokens that `place_head`
+            predicts (`"parts"`: Open-MAGVIT2).
         conditioning: `"prefix"`, `"adaln"` or `"prefix_adaln"`.
         condition_width: of the class and time embeddings that modulate; `width` by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
@@ -92,6 +94,10 @@ class Transformer(Backbone):
         head_bias: of the logits; as `bias` by default; `"place"` has one of each position.
         head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
         tied: the logits' weight is the token embedding's.
+        visible_start: elements at the beginning of a causal sequence, the class among them, that see each other both
+            ways, as far as there are so many (taming's `n_unmasked`). A pass over the whole sequence then shows the
+            first of them what they predict, as it did in the training of such models; samplers and likelihoods go on
+            from what is known.
         place_head: of a causal sequence, in the place of logits of all ids, for vocabularies too large for them: a
             `FactorisedHead` or a `MaskedBitHead`. The transformer then ends without a norm.
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
@@ -123,6 +129,7 @@ class Transformer(Backbone):
         final_norm_bias: bool | None = None,
         embedding_norm: bool = False,
         positions: PositionKind = "learned",
+        rotary_base: float = 10000.0,
         start_rotation: Literal["none", "zero"] = "none",
         target_positions: bool = False,
         token_embedding: InputKind = "table",
@@ -138,6 +145,7 @@ class Transformer(Backbone):
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool = False,
         tied: bool = False,
+        visible_start: int = 0,
         place_head: Callable[[BlockSettings, int], SubTokenHead] | None = None,
         long_skips: bool = False,
         dropout: float = 0.0,
@@ -161,6 +169,12 @@ class Transformer(Backbone):
         _check_layout(layout, target_positions=target_positions, tied=tied, token_embedding=token_embedding)
         if place_head is not None:
             _check_place_head(layout, head_transform=head_transform, head_bias=head_bias)
+        if visible_start and (layout.attention != "causal" or registers or self.modulated):
+            raise ValueError(
+                f"visible_start={visible_start} needs a causal sequence that begins with its class alone: "
+                "conditioning='prefix', without registers"
+            )
+        self.visible_start = visible_start
 
         if mlp_hidden is None:
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
@@ -210,6 +224,7 @@ class Transformer(Backbone):
             width=width,
             head_dim=self.head_dim,
             zero_starts=start_rotation == "zero",
+            rotary_base=rotary_base,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
         self.embedding_norm = Norm(width, "layer", epsilon=norm_epsilon) if embedding_norm else None
@@ -245,7 +260,8 @@ class Transformer(Backbone):
             )
         self.tied = tied
         self.activation_checkpointing = activation_checkpointing
-        self.register_buffer("mask", _scale_mask(layout), persistent=False)
+        mask = _start_mask(self.elements, visible_start) if visible_start else _scale_mask(layout)
+        self.register_buffer("mask", mask, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -268,13 +284,15 @@ class Transformer(Backbone):
         time: Tensor | None = None,
     ) -> Tensor:
         assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
+        new = tokens.shape[1]
+        tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
         hidden = self._embed(tokens, class_vectors, filled, order)
         condition = self._condition(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, condition, order, cache)
         # Row i of a causal sequence, which predicts token i, is the element before it.
-        hidden = hidden[:, max(self.starts - int(self.causal) - filled, 0) :]
+        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - int(self.causal) - filled, 0) :]
         if self.head is None:
             # Sharding (FSDP2) hooks on to what comes back, which must not be a view of something else.
             return hidden.clone()
@@ -285,11 +303,21 @@ class Transformer(Backbone):
             hidden = hidden * (1 + scale) + shift
         tied = None
         if self.tied:
-            tied = cast(TokenTable, self.token_embedding).table.weight[: self.layout.outputs]
+            tied = cast(TokenTable, self.token_embedding).logit_weight()
         logits = self.head(hidden, tied)
         if self.layout.sub_tokens == 1:
             return logits
         return rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
+
+    def _with_start(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, bool]:
+        """Put the tokens of a visible start, which see those that follow them, before these, to compute them again."""
+        if cache is None or cache.filled >= self.visible_start:
+            return tokens, False
+        again = cache.tokens is not None
+        if again:
+            tokens = torch.cat((cast(Tensor, cache.tokens), tokens), dim=1)
+        cache.begin_again(tokens)
+        return tokens, again
 
     def _embed(self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
@@ -404,6 +432,13 @@ class Transformer(Backbone):
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
         )
         return Cache(modulations, buffers)
+
+
+def _start_mask(elements: int, visible: int) -> Tensor:
+    """Mask `(n, n)` bool: each element sees those before it and itself, the first `visible` also one another."""
+    mask = torch.ones(elements, elements, dtype=torch.bool).tril()
+    mask[:visible, :visible] = True
+    return mask
 
 
 def _scale_mask(layout: SequenceLayout) -> Tensor | None:

@@ -142,6 +142,9 @@ class Autoregressive(Generator):
             check_permutation(order.tolist(), self.length)
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
         outputs = self.backbone(sequences[:, :-1], labels, order=orders)
+        # A visible start sees what it predicts: its rows are those of what was known.
+        for row in range(min(self.backbone.visible_start, self.length) - 1):
+            outputs[:, row] = self.backbone(sequences[:, :row], labels, order=orders)[:, -1]
         head = self.backbone.place_head
         nats = -cross_entropies(outputs, sequences) if head is None else head.log_likelihood(outputs, sequences)
         return Likelihood(nats.double().sum(dim=1), "exact")
@@ -179,6 +182,7 @@ class OrderedBackbone(Backbone):
         super().__init__(replace(backbone.layout, any_order=False))
         self.backbone = backbone
         self.place_head = backbone.place_head
+        self.visible_start = backbone.visible_start
         self.order = order
 
     def forward(

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.pretrained.reading import Averages, Reference, State
+from discrete_lit.pretrained.reading import Averages, State, part_of
+from discrete_lit.pretrained.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -153,15 +154,13 @@ class Family:
     """A published layout, with the function that converts it."""
 
     name: str
-    convert: Callable[[State, Reference], Conversion]
+    convert: "Convert"
     marks: Sequence[str]
     """Names that tell this layout from others; `!` stands before a name that it does not have."""
     wrappers: Sequence[str]
     """Names under which its files may keep the weights, the one to prefer first; a dot leads into the next mapping."""
     section: str | None
     """The part of a published configuration with this model's arguments; None if all of it is about this model."""
-    prefixes: Sequence[str]
-    """Prefixes that training may have put before every name."""
     averages: Averages | None
     """The list of EMA weights that its files may hold beside the named ones; it is preferred."""
 
@@ -169,6 +168,9 @@ class Family:
         """Return the marks that do not hold."""
         return [mark for mark in self.marks if (mark.lstrip("!") in names) == mark.startswith("!")]
 
+
+Convert = Callable[[State, Settings], Conversion]
+"""A family's function: it reads the tensors, and every setting of the reference's constructor."""
 
 FAMILIES: dict[str, Family] = {}
 """The families by name, as `load_pretrained` and `discrete-lit import` accept them."""
@@ -179,12 +181,11 @@ def register(
     marks: Sequence[str],
     wrappers: Sequence[str] = (),
     section: str | None = "vq_model",
-    prefixes: Sequence[str] = (),
     averages: Averages | None = None,
-) -> Callable[[Callable[[State, Reference], Conversion]], Callable[[State, Reference], Conversion]]:
+) -> Callable[[Convert], Convert]:
     """Register a family: decorate its function from tensors and reference arguments to a `Conversion`."""
 
-    def add(convert: Callable[[State, Reference], Conversion]) -> Callable[[State, Reference], Conversion]:
+    def add(convert: Convert) -> Convert:
         assert name not in FAMILIES
         FAMILIES[name] = Family(
             name=name,
@@ -192,7 +193,6 @@ def register(
             marks=marks,
             wrappers=wrappers,
             section=section,
-            prefixes=prefixes,
             averages=averages,
         )
         return convert
@@ -213,16 +213,20 @@ def find_family(name: str) -> Family:
     return FAMILIES[name]
 
 
-def check_family(family: Family, state: State) -> None:
-    """Refuse a checkpoint of another family.
+def recognise(family: Family, state: State) -> State:
+    """Return the tensors by the names of a family's layout: as they stand, or without a prefix that they all have.
 
     Raises:
         ValueError: the marks of the family do not hold; the message says which family the file looks like.
     """
     lacks = family.lacks(state)
     if not lacks:
-        return
+        return state
     alike = [other.name for other in FAMILIES.values() if not other.lacks(state)]
+    if not alike:
+        part = part_of(state, [mark for mark in family.marks if not mark.startswith("!")])
+        if part is not None and not family.lacks(part):
+            return part
     guess = f"it looks like {' or '.join(alike)}" if alike else "it looks like none of the known families"
     what = "; ".join(f"has {mark[1:]!r}" if mark.startswith("!") else f"has no {mark!r}" for mark in lacks[:3])
     raise ValueError(f"{state.source!r} is no {family.name} checkpoint (it {what}): {guess}")

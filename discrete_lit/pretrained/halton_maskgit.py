@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import class_count, generator_conversion, in_blocks, sampled_by, square
-from discrete_lit.pretrained.reading import Reference, State, agree
+from discrete_lit.pretrained.layouts import (
+    IN_TRAINING,
+    class_count,
+    generator_conversion,
+    in_blocks,
+    sampled_by,
+    square,
+)
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 
 # The number of heads, by width; those of width 512 have 85 channels.
 _HEADS = {384: 6, 512: 6, 768: 12, 1024: 16}
@@ -36,9 +44,8 @@ _RULES = [
     "halton_maskgit",
     marks=("tok_emb.weight", "cls_emb.weight", "reg_tokens.weight", "last_norm.norm_final.weight"),
     wrappers=("model_state_dict",),
-    prefixes=("module.", "_orig_mod."),
 )
-def halton_maskgit(state: State, reference: Reference) -> Conversion:
+def halton_maskgit(state: State, settings: Settings) -> Conversion:
     """Convert `ImageNet_256_{tiny,small,base,large}.pth`, or `ImageNet_384_{small,base,large}.pth`.
 
     The reference has a logit for the mask id too, which no sampled image keeps: ours does not have it.
@@ -55,10 +62,16 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         "nclass": num_classes,
         "register": registers,
     }
-    agree(reference, found)
-    agree(reference, {"proj": 1}, "every published model has")
-    heads = reference.get("heads", _HEADS.get(width, max(1, width // 64)))
-    inner = len(state["transformer.layers.0.attn.wq.weight"])
+    settings.agree(found)
+    settings.agree({"proj": 1}, "every published model has")
+    settings.without_effect(IN_TRAINING, "dropout")
+    heads = settings.take("heads", _HEADS.get(width, max(1, width // 64)))
+    inner, hidden = (len(state[f"transformer.layers.0.{name}.weight"]) for name in ("attn.wq", "ff.w1"))
+    # The reference rounds two thirds of it up.
+    mlp_dim = settings.take("mlp_dim", 4 * width)
+    if "mlp_dim" in settings and 256 * -(-(2 * mlp_dim // 3) // 256) != hidden:
+        raise ValueError(f"reference_config has mlp_dim={mlp_dim}, but the tensors have {hidden} channels there")
+    settings.without_effect("the reference rounds it to what the tensors have", "mlp_dim")
     if inner % heads:
         raise ValueError(f"{state.source!r} has queries of {inner} channels, which heads={heads} does not divide")
     backbone = {
@@ -66,7 +79,7 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         "depth": depth,
         "heads": heads,
         "head_dim": inner // heads,
-        "mlp_hidden": len(state["transformer.layers.0.ff.w1.weight"]),
+        "mlp_hidden": hidden,
         "mlp": "swiglu",
         "norm": "rms",
         "norm_epsilon": 1e-5,
@@ -95,7 +108,8 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         Arrangement(["pos_emb.weight"], ["pos_emb.weight"], after_registers),
         Arrangement(["reg_tokens.weight"], ["reg_tokens.weight"], lambda table: [table[None]]),
     ]
-    sampler = sampled_by("HaltonSampler", steps=min(_STEPS, length))
+    sampling = settings.section("sampler")
+    sampler = sampled_by("HaltonSampler", steps=sampling.take("step", min(_STEPS, length)), **_guidance(sampling))
     return generator_conversion(
         "Masked",
         state,
@@ -106,3 +120,8 @@ def halton_maskgit(state: State, reference: Reference) -> Conversion:
         arrangements=arrangements,
         sampler=sampler,
     )
+
+
+def _guidance(sampling: Settings) -> dict[str, float]:
+    """Return our guidance scale: the reference's w counts from 0."""
+    return {"guidance_scale": 1 + sampling.take("w", 0.0)} if "w" in sampling else {}

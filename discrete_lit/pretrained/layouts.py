@@ -15,6 +15,10 @@ from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming, Tokens, arrange
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
+
+IN_TRAINING = "it acts only in training, where ours has settings of its own"
+"""Why dropout and the like have no effect on a model that is loaded."""
 
 _MIDDLE = "encoder.mid"
 _BLOCK = [("shortcut.{rest}", "nin_shortcut.{rest}"), ("{rest}", "{rest}")]
@@ -208,6 +212,20 @@ def generator_conversion(
         tokens=tokens,
         tokenizer=tokenizer,
     )
+
+
+def head_count(settings: Settings, name: str, default: int, width: int) -> int:
+    """Return the number of attention heads, which the tensors do not tell.
+
+    Raises:
+        ValueError: it does not divide the width.
+    """
+    heads = settings.take(name, default)
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"reference_config has {settings.where(name)}={heads}, which does not divide the {width} channels"
+        )
+    return heads
 
 
 def class_count(state: State, embedding: Tensor, before: int = 0) -> int:

@@ -5,8 +5,9 @@ from typing import Any
 
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.generators.generator import Generator
-from discrete_lit.pretrained.conversion import Conversion, Tokens, check_family, convert, find_family
-from discrete_lit.pretrained.reading import Reference, read_reference, read_state
+from discrete_lit.pretrained.conversion import Conversion, Tokens, convert, find_family, recognise
+from discrete_lit.pretrained.reading import read_state
+from discrete_lit.pretrained.settings import Reference, read_settings
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -27,7 +28,8 @@ def load_pretrained(
         weights: the published file, `torch.save`'s or safetensors. No code in it is executed.
         family: a name in `discrete_lit.pretrained.FAMILIES`.
         reference_config: the settings that shapes cannot tell, in the reference's own argument names: the arguments,
-            or the path of the published YAML or JSON. Without it the published models' values are taken.
+            or the path of the published YAML or JSON. Without it the published models' values are taken. Every key
+            is honoured, compared with the tensors, known to change nothing, or refused.
         tokenizer: a generator's tokenizer, from this function or `discrete_lit.load`; it is copied. Without one the
             generator has a `TokenGrid`: it models and samples tokens, but makes no images.
 
@@ -36,18 +38,25 @@ def load_pretrained(
 
     Raises:
         ValueError: the family is unknown; the file is missing, truncated, has pickled code, or is of another family;
-            tensors are missing, unexpected or misshapen; the configuration contradicts the tensors; or the tokenizer
-            makes other tokens.
+            tensors are missing, unexpected or misshapen; the configuration contradicts the tensors or has a key that is
+            not read; or the tokenizer makes other tokens.
     """
     known = find_family(family)
-    state = read_state(weights, known.wrappers, known.prefixes, known.averages)
-    check_family(known, state)
-    conversion = known.convert(state, read_reference(reference_config, known.section))
-    if conversion.tokens is not None:
-        return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
-    if tokenizer is not None:
-        raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
-    return _autoencoder(conversion, state.source).eval()
+    state = recognise(known, read_state(weights, known.wrappers, known.averages))
+    settings = read_settings(reference_config, known.section)
+    try:
+        conversion = known.convert(state, settings)
+        settings.finish()
+        if conversion.tokens is not None:
+            return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
+        if tokenizer is not None:
+            raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
+        return _autoencoder(conversion, state.source).eval()
+    except ValueError as error:
+        if not settings.honoured or "reference_config" in str(error):
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in settings.honoured.items())
+        raise ValueError(f"{error} (built with {given} of reference_config)") from error
 
 
 def _autoencoder(conversion: Conversion, source: str) -> ImageAutoencoder:

@@ -1,24 +1,21 @@
-"""Read published files: their tensors, without executing code in them, and their configurations.
+"""Read published files: their tensors, without executing code in them, and without what training put around them.
 
 Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and NumPy beside the weights. They are read
 as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
-
-A published configuration is kept in the reference's own argument names; `agree` refuses what contradicts the tensors.
 """
 
-import json
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -44,6 +41,15 @@ _LEFT_BY_TRAINERS = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
 )
 _ZIP_START = b"PK\x03\x04"
+# The magic number, the protocol, the machine, the content.
+_OLD_PICKLES = 4
+# Where trainers keep the weights in a file, the averaged ones before the trained ones.
+_WRAPPERS = (
+    *("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "model_ema_state_dict"),
+    *("state_dict", "model", "module", "model_state_dict", "net", "network"),
+)
+# Parts of names that come from wrapping a module: data-parallel, compiled, sharded, with activation checkpointing.
+_OF_A_WRAPPER = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class State(dict[str, Tensor]):
@@ -100,48 +106,93 @@ class Averages:
     """Patterns of the names that are no parameters, and so are not in the list."""
 
 
-def read_state(
-    path: str | Path,
-    wrappers: Sequence[str] = (),
-    prefixes: Sequence[str] = (),
-    averages: Averages | None = None,
-) -> State:
-    """Read the tensors of a published file.
+def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Averages | None = None) -> State:
+    """Read the tensors of a published file, without what training put around them.
+
+    A file may keep its weights under a key (`state_dict`, `model`, `ema`, ...), one within another; and wrapping a
+    module (data-parallel, compiled, sharded) adds parts to the names, which are taken off wherever they stand.
 
     Args:
         path: a safetensors file, or one written by `torch.save`.
-        wrappers: keys under which the file may keep its weights, the preferred one first; a file that has none of them
-            holds its tensors directly. `outer.inner` is a mapping within a mapping.
-        prefixes: prefixes that training may have put before every name; they are taken off.
+        wrappers: keys under which a file of this kind keeps its weights, the preferred one first; then come those that
+            any trainer writes. `outer.inner` is a mapping within a mapping.
         averages: where the file may hold EMA weights, which then replace the others.
 
     Raises:
-        ValueError: there is no such file; it is truncated, has pickled code or no tensors; or its EMA weights do not
-            fit its parameters.
+        ValueError: there is no such file; it is truncated, has pickled code or no tensors; two names differ only by
+            what wrapping added; or its EMA weights do not fit its parameters.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     averaged = None if averages is None else _inside(content, averages.key)
-    for wrapper in wrappers:
-        inner = _inside(content, wrapper)
-        if isinstance(inner, Mapping):
-            content = inner
-            break
+    keys = list(dict.fromkeys((*wrappers, *_WRAPPERS)))
+    while inner := [found for key in keys if _leads_to_tensors(found := _inside(content, key), keys)]:
+        content = inner[0]
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not tensors by their names")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     others = [str(name) for name in content if name not in tensors]
     if others or not tensors:
         found = f"it holds {', '.join(others[:5])}" if others else "it is empty"
-        where = f" nor under {', '.join(wrappers)}" if wrappers else ""
-        raise ValueError(f"{str(path)!r} does not hold tensors by their names directly{where}: {found}")
+        raise ValueError(
+            f"{str(path)!r} does not hold tensors by their names directly nor under {', '.join(keys)}: {found}"
+        )
     if averages is not None and averaged is not None:
         tensors |= _named(averaged, averages, tensors, str(path))
-    while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in tensors)]:
-        tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
-    return State(tensors, str(path))
+    unwrapped: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        plain = ".".join(part for part in name.split(".") if part not in _OF_A_WRAPPER)
+        if plain in unwrapped:
+            raise ValueError(f"{str(path)!r} has {plain!r} twice, once inside of a wrapper: {name!r}")
+        unwrapped[plain] = value
+    return State(unwrapped, str(path))
+
+
+def part_of(state: State, marks: Sequence[str]) -> State | None:
+    """Return the tensors whose names are those of a layout behind a common prefix, without it.
+
+    Of a trained part and its average, under two prefixes, the average is taken. What else the file holds is not read,
+    which is said in a warning.
+
+    Args:
+        state: all tensors.
+        marks: names that the layout has.
+
+    Returns:
+        None if no prefix leads to them.
+
+    Raises:
+        ValueError: several prefixes do.
+    """
+    ends = (name.removesuffix(marks[0]) for name in state if name.endswith(f".{marks[0]}"))
+    prefixes = [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
+    averaged = [prefix for prefix in prefixes if "ema" in prefix]
+    chosen = averaged if len(averaged) == 1 else prefixes
+    if len(chosen) > 1:
+        raise ValueError(f"{state.source!r} has these tensors in several parts, {', '.join(chosen)}: save one alone")
+    if not chosen:
+        return None
+    (prefix,) = chosen
+    others = {name.split(".")[0] for name in state if not name.startswith(prefix)}
+    if others:
+        warnings.warn(
+            f"of {state.source!r} the part {prefix}* is read; the others are not: {', '.join(sorted(others))}",
+            stacklevel=2,
+        )
+    return State(
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}, state.source
+    )
+
+
+def _leads_to_tensors(content: Any, keys: Sequence[str]) -> bool:
+    """Whether there are tensors by their names in a mapping, or in one inside of it."""
+    if not isinstance(content, Mapping):
+        return False
+    return any(isinstance(value, Tensor) for value in content.values()) or any(
+        _leads_to_tensors(content.get(key), keys) for key in keys
+    )
 
 
 def _inside(content: Any, key: str) -> Any:
@@ -182,7 +233,7 @@ def _read_torch(file: Path) -> Any:
         if not zipped and stream.read(len(_ZIP_START)) == _ZIP_START:
             raise ValueError(f"{str(file)!r} is truncated: copy it again")
     try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else []
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else _old_globals(file)
         code = [name for name in unknown if not any(fnmatchcase(name, known) for known in _LEFT_BY_TRAINERS)]
         if code:
             raise ValueError(
@@ -200,55 +251,24 @@ def _read_torch(file: Path) -> Any:
         ) from error
 
 
-Reference = Mapping[str, Any]
-# Where published files keep the arguments of the model: taming and LDM, Lightning's CLI.
-_AROUND = ("config", "model", "params", "init_args")
+def _old_globals(file: Path) -> list[str]:
+    """Return what a file of torch before 1.6 names beside torch's own: pickles one after another, then the numbers."""
+    named: dict[str, None] = {}
+    with file.open("rb") as stream:
+        for _ in range(_OLD_PICKLES):
+            try:
+                named |= dict.fromkeys(_named_in_pickle(stream))
+            except ValueError:
+                break  # torch says what is wrong with it
+    return [name for name in named if not name.startswith("torch.") and name != "collections.OrderedDict"]
 
 
-def read_reference(config: Reference | str | Path | None, section: str | None = "vq_model") -> dict[str, Any]:
-    """Read the arguments of a reference model's constructor.
-
-    Args:
-        config: the arguments, a published configuration around them, or the path of its YAML or JSON file.
-        section: the part to take of a configuration with several, like those of 1d-tokenizer and MaskBit; None takes
-            all of it.
-
-    Raises:
-        ValueError: there is no such file, or it holds no mapping.
-    """
-    if config is None:
-        return {}
-    found = _read_file(Path(config)) if isinstance(config, str | Path) else dict(config)
-    while section and (inner := [name for name in (*_AROUND, section) if isinstance(found.get(name), Mapping)]):
-        found = dict(found[inner[0]])
-    return found
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"no reference_config at {str(path)!r}")
-    try:
-        read = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"reference_config={str(path)!r} is neither YAML nor JSON: {error}") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"reference_config={str(path)!r} holds a {type(read).__name__}, not settings")
-    return read
-
-
-def agree(reference: Reference, found: Mapping[str, Any], who: str = "the tensors have") -> None:
-    """Refuse a configuration that contradicts the tensors, or what all models of the family have in common.
-
-    Args:
-        reference: the arguments given by the user.
-        found: the values that some of these arguments must have.
-        who: what demands these values, for the message: "the tensors have".
-
-    Raises:
-        ValueError: an argument is given with another value.
-    """
-    for name, value in found.items():
-        given = reference.get(name, value)
-        given = list(given) if isinstance(given, tuple) else given
-        if given != value:
-            raise ValueError(f"reference_config has {name}={given}, but {who} {value}")
+def _named_in_pickle(stream: IO[bytes]) -> Iterator[str]:
+    texts: list[str] = []
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "GLOBAL":
+            yield str(argument).replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(texts[-2:])
+        elif isinstance(argument, str):
+            texts.append(argument)

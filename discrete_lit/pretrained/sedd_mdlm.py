@@ -4,7 +4,6 @@ Both publish the same transformer, "DDiT", under one layout of names. First stan
 names and its tensors that are rearranged; then the families `sedd_absorb` and `sedd_uniform`; then `mdlm`.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
-from discrete_lit.pretrained.layouts import Rules, generator_conversion, in_blocks, sampled_by
-from discrete_lit.pretrained.reading import Averages, Reference, State, agree
+from discrete_lit.pretrained.layouts import Rules, generator_conversion, head_count, in_blocks, sampled_by
+from discrete_lit.pretrained.reading import Averages, State
+from discrete_lit.pretrained.settings import Settings
 
 # Tokens of a sequence in every published model; rotary positions do not tell it.
 LENGTH = 1024
@@ -53,7 +53,7 @@ def rules(prefix: str) -> list[tuple[str, str]]:
     ]
 
 
-def switches(state: State, model: Reference, prefix: str) -> dict[str, Any]:
+def switches(state: State, model: Settings, prefix: str) -> dict[str, Any]:
     """Return the switches of our `Transformer`.
 
     Args:
@@ -67,11 +67,13 @@ def switches(state: State, model: Reference, prefix: str) -> dict[str, Any]:
     width = state[f"{prefix}vocab_embed.embedding"].shape[1]
     condition_width = len(state[f"{prefix}sigma_map.mlp.2.bias"])
     depth = state.count(f"{prefix}blocks.{{}}")
-    agree(model, {"hidden_size": width, "cond_dim": condition_width, "n_blocks": depth})
+    model.agree({"hidden_size": width, "cond_dim": condition_width, "n_blocks": depth})
+    model.agree({"type": "ddit"}, "every model that is read has")
+    model.without_effect("the tensors tell all of it", "name")
     return {
         "width": width,
         "depth": depth,
-        "heads": model.get("n_heads", max(1, width // _HEAD_WIDTH)),
+        "heads": head_count(model, "n_heads", max(1, width // _HEAD_WIDTH), width),
         "mlp_hidden": len(state[f"{prefix}blocks.0.mlp.0.bias"]),
         "mlp": "gelu_tanh",
         "norm_epsilon": 1e-5,
@@ -82,7 +84,7 @@ def switches(state: State, model: Reference, prefix: str) -> dict[str, Any]:
         "condition_width": condition_width,
         "attention_bias": "none",
         "out_bias": False,
-        "dropout": model.get("dropout", 0.1),
+        "dropout": model.take("dropout", 0.1),
     }
 
 
@@ -116,20 +118,48 @@ def without_time(prefix: str) -> Arrangement:
     return Arrangement(names, [_CLASSES], make)
 
 
-def schedule(noise: Reference, default: str, known: Sequence[str]) -> dict[str, Any]:
+# Our schedules by the reference's names.
+SCHEDULES = {
+    "loglinear": "LogLinearSchedule",
+    "geometric": "GeometricSchedule",
+    "cosine": "MDLMCosineSchedule",
+    "cosinesqr": "CosineSquaredSchedule",
+}
+
+
+def schedule(noise: Settings, default: str, known: tuple[str, ...]) -> dict[str, Any]:
     """Return the configuration of the schedule that the reference calls `noise`.
 
     Raises:
-        ValueError: the published models do not have this schedule.
+        ValueError: the family does not have this schedule.
     """
-    kind = noise.get("type", default)
-    if kind not in known:
-        raise ValueError(f"reference_config has noise.type={kind!r}; {' and '.join(known)} are read")
-    settings: Mapping[str, Any] = {"epsilon": noise.get("eps", 1e-3)}
+    kind = noise.take("type", default, known)
+    limits = ("sigma_min", "sigma_max")
     if kind == "geometric":
-        settings = {"sigma_min": noise.get("sigma_min", 1e-4), "sigma_max": noise.get("sigma_max", 20.0)}
-    name = {"loglinear": "LogLinearSchedule", "geometric": "GeometricSchedule"}[kind]
-    return {"class_path": f"discrete_lit.diffusion.{name}", "init_args": dict(settings)}
+        arguments = {"sigma_min": noise.take("sigma_min", 1e-4), "sigma_max": noise.take("sigma_max", 20.0)}
+        noise.without_effect("this schedule has none", "eps")
+    else:
+        arguments = {"epsilon": noise.take("eps", 1e-3)}
+        noise.without_effect("they are those of the geometric schedule", *limits)
+    return {"class_path": f"discrete_lit.diffusion.{SCHEDULES[kind]}", "init_args": arguments}
+
+
+def sampler(sampling: Settings, predictors: dict[str, str], default: str, steps: int, clean_up: str) -> dict[str, Any]:
+    """Return the configuration of the sampler that the reference's `sampling` describes.
+
+    Raises:
+        ValueError: another predictor, or one that leaves masks.
+    """
+    kind = predictors[sampling.take("predictor", default, predictors)]
+    if len(set(predictors.values())) == 1:
+        sampling.without_effect("all of them draw the same law", "predictor")
+    sampling.agree({"noise_removal": True}, "a sampler that leaves no masks has")
+    sampling.without_effect(
+        "it is about how many texts are sampled, and how long", "num_sample_batches", "num_sample_log", "semi_ar"
+    )
+    sampling.without_effect("it is about texts longer than the model's", "stride_length", "num_strides")
+    settings = {} if clean_up == "sample" else {"clean_up": clean_up}
+    return sampled_by(kind, steps=sampling.take("steps", steps), **settings)
 
 
 _MARKS = ("vocab_embed.embedding", "sigma_map.mlp.0.weight", "output_layer.norm_final.weight")
@@ -139,42 +169,47 @@ _AVERAGES = Averages("ema.shadow_params", BUFFERS)
 
 
 @register("sedd_absorb", marks=_MARKS, wrappers=_WRAPPERS, section=None, averages=_AVERAGES)
-def sedd_absorb(state: State, reference: Reference) -> Conversion:
+def sedd_absorb(state: State, settings: Settings) -> Conversion:
     """Convert `louaaron/sedd-{small,medium}`, or the averages in `checkpoint.pth` of a run with the graph `absorb`.
 
     The ids are those of GPT-2's vocabulary, and the mask.
     """
-    return _sedd(state, reference, "absorb")
+    return _sedd(state, settings, "absorb")
 
 
 @register("sedd_uniform", marks=_MARKS, wrappers=_WRAPPERS, section=None, averages=_AVERAGES)
-def sedd_uniform(state: State, reference: Reference) -> Conversion:
+def sedd_uniform(state: State, settings: Settings) -> Conversion:
     """Convert the averages in `checkpoint.pth` of a run with the graph `uniform`."""
-    return _sedd(state, reference, "uniform")
+    return _sedd(state, settings, "uniform")
 
 
-def _sedd(state: State, reference: Reference, graph: str) -> Conversion:
+def _sedd(state: State, settings: Settings, graph: str) -> Conversion:
     absorbing = graph == "absorb"
-    model = reference.get("model", {})
-    agree(reference.get("graph", {}), {"type": graph}, f"family='sedd_{graph}' has")
+    model, noise_graph = settings.section("model", ()), settings.section("graph")
+    noise_graph.agree({"type": graph}, f"family='sedd_{graph}' has")
+    noise_graph.without_effect("it is about the run that trained the model", "file", "report_all")
     rows = len(state["vocab_embed.embedding"])
-    vocab_size = reference.get("tokens", GPT2_VOCABULARY if rows == GPT2_VOCABULARY else rows - absorbing)
+    vocab_size = settings.take("tokens", GPT2_VOCABULARY if rows == GPT2_VOCABULARY else rows - absorbing)
     if rows != vocab_size + absorbing:
         other = "uniform" if absorbing else "absorb"
         raise ValueError(
             f"{state.source!r} has {rows} embeddings for {vocab_size} tokens{' and a mask' * absorbing}: "
             f"is its family 'sedd_{other}'?"
         )
-    scaled = model.get("scale_by_sigma", absorbing)
+    scaled = model.take("scale_by_sigma", absorbing)
     if scaled and not absorbing:
         raise ValueError("reference_config has model.scale_by_sigma=true, which the reference refuses with 'uniform'")
     backbone = switches(state, model, "")
-    noise = schedule(reference.get("noise", {}), "loglinear" if absorbing else "geometric", ("loglinear", "geometric"))
+    noise = schedule(settings.section("noise"), "loglinear" if absorbing else "geometric", ("loglinear", "geometric"))
+    predictors = {"analytic": "AncestralSampler", "euler": "EulerSampler"}
+    # The reference's script: as many steps as the models have tokens.
+    sampling = sampler(settings.section("sampling"), predictors, "analytic", 1024, "sample")
+    sampling["init_args"]["guidance_law"] = "score"
     head: dict[str, Any] = {"scale_by_noise": scaled, "mask_output": absorbing}
     return generator_conversion(
         "DiscreteDiffusion",
         state,
-        tokens=Tokens(vocab_size, (model.get("length", LENGTH),)),
+        tokens=Tokens(vocab_size, (model.take("length", LENGTH),)),
         num_classes=1,
         backbone=backbone,
         rules=rules(""),
@@ -186,11 +221,14 @@ def _sedd(state: State, reference: Reference, graph: str) -> Conversion:
         loss={"class_path": "discrete_lit.diffusion.losses.ScoreEntropy"},
         time_input="total_noise",
         label_dropout=0.0,
-        # The reference's script: as many steps as the models have tokens.
-        sampler=sampled_by("AncestralSampler", steps=1024, guidance_law="score"),
+        sampler=sampling,
     )
 
 
+# `bert-base-uncased`, the text tokenizer of MDLM's LM1B models, has a mask among its ids.
+_ROWS_OF_BERT, _MASK_OF_BERT = 30522, 103
+# The logit that the reference gives an id that is never predicted.
+_NEVER = -1e6
 _PREFIX = "backbone."
 _OUTPUT = f"{_PREFIX}output_layer.linear"
 
@@ -202,47 +240,68 @@ _OUTPUT = f"{_PREFIX}output_layer.linear"
     section=None,
     averages=Averages("ema.shadow_params", BUFFERS),
 )
-def mdlm(state: State, reference: Reference) -> Conversion:
-    """Convert the averages in `mdlm.ckpt`, or `kuleshov-group/mdlm-owt`; the ids are those of GPT-2's vocabulary.
+def mdlm(state: State, settings: Settings) -> Conversion:
+    """Convert the averages in `mdlm.ckpt`, or `kuleshov-group/mdlm-owt`; the ids are those of its text tokenizer.
 
     The published models were told sigma = 0 at all times (`time_conditioning: false`). Ours are not told the time: the
-    embedding of sigma = 0 becomes that of their class. The reference's logit of the mask id, which it gives no
-    probability, is left out.
+    embedding of sigma = 0 becomes that of their class.
+
+    A text tokenizer without a mask, as GPT-2's, has the mask behind its ids, and the reference's logit of it, which it
+    gives no probability, is left out. One that has a mask among its ids, as BERT's, keeps all of them, so that ids stay
+    what they are; the logit of that id is as low as the reference makes it.
     """
-    config: dict[str, Any] = {**reference.get("config", {}), **reference}
-    model = config.get("model", {})
-    vocab_size = len(state[f"{_PREFIX}vocab_embed.embedding"]) - 1
-    # A tokenizer's own mask token would have its id among the others.
-    agree(config, {"mask_index": vocab_size})
+    rows = len(state[f"{_PREFIX}vocab_embed.embedding"])
+    mask = settings.take("mask_index", _MASK_OF_BERT if rows == _ROWS_OF_BERT else rows - 1)
+    settings.agree({"vocab_size": rows})
+    if not 0 <= mask < rows:
+        raise ValueError(f"reference_config has mask_index={mask}, but the tensors have {rows} ids")
+    within = mask < rows - 1
     every = "every model that is read has"
-    agree(config, {"parameterization": "subs", "backbone": "dit"}, every)
-    agree(model, {"tie_word_embeddings": False}, every)
-    timed = config.get("time_conditioning", False)
+    settings.agree({"parameterization": "subs", "backbone": "dit", "diffusion": "absorbing_state", "T": 0}, every)
+    settings.agree({"subs_masking": False}, every)
+    settings.without_effect("it is about the command that was run", "mode")
+    model = settings.section("model", ())
+    model.agree({"tie_word_embeddings": False}, every)
+    model.without_effect("the reference's network does not read it", "scale_by_sigma")
+    timed = settings.take("time_conditioning", False)
     backbone = switches(state, model, _PREFIX)
-
-    def without_mask(weight: Tensor, bias: Tensor) -> list[Tensor]:
-        return [weight[:vocab_size], bias[:vocab_size]]
-
     names = [f"{_OUTPUT}.weight", f"{_OUTPUT}.bias"]
+    embedding = f"{_PREFIX}vocab_embed.embedding"
+
+    def never_mask(weight: Tensor, bias: Tensor) -> list[Tensor]:
+        if not within:
+            return [weight[:mask], bias[:mask]]
+        place = torch.tensor([mask])
+        return [weight.index_fill(0, place, 0.0), bias.index_fill(0, place, _NEVER)]
+
+    # Our own mask follows all ids; it has the embedding of theirs.
+    mask_behind = Arrangement([embedding], [embedding], lambda table: [torch.cat([table, table[mask : mask + 1]])])
     return generator_conversion(
         "DiscreteDiffusion",
         state,
-        tokens=Tokens(vocab_size, (model.get("length", LENGTH),)),
+        tokens=Tokens(rows if within else mask, (model.take("length", LENGTH),)),
         num_classes=1,
         backbone=backbone,
         rules=rules(_PREFIX),
         arrangements=[
             neighbouring_pairs(_PREFIX, backbone["heads"]),
             (without_classes if timed else without_time)(_PREFIX),
-            Arrangement(names, names, without_mask),
+            Arrangement(names, names, never_mask),
+            *([mask_behind] if within else []),
         ],
         dropped=BUFFERS,
         process={"class_path": "discrete_lit.diffusion.AbsorbingProcess"},
-        schedule=schedule(config.get("noise", {}), "loglinear", ("loglinear", "geometric")),
+        schedule=schedule(settings.section("noise"), "loglinear", tuple(SCHEDULES)),
         head={"class_path": "discrete_lit.diffusion.LeaveOneOutHead"},
         loss={"class_path": "discrete_lit.diffusion.losses.MaskedCrossEntropy"},
         time_input="total_noise" if timed else "none",
         label_dropout=0.0,
-        # The reference's default, and its argmax at the end.
-        sampler=sampled_by("AncestralSampler", steps=128, clean_up="argmax"),
+        # All three draw the same law where only masks are noise; the reference's default, and its argmax at the end.
+        sampler=sampler(
+            settings.section("sampling"),
+            dict.fromkeys(("ddpm_cache", "ddpm", "analytic"), "AncestralSampler"),
+            "ddpm_cache",
+            128,
+            "argmax",
+        ),
     )

@@ -23,16 +23,19 @@ from discrete_lit.pretrained.conversion import (
     reorder_chunks,
 )
 from discrete_lit.pretrained.layouts import (
+    IN_TRAINING,
     TIMM_BLOCK,
     ConvLayout,
     Rules,
     class_count,
     generator_conversion,
+    head_count,
     in_blocks,
     sampled_by,
     square,
 )
-from discrete_lit.pretrained.reading import Reference, State, agree
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
 # Channels of an attention head.
@@ -83,34 +86,36 @@ _MARKS = ("latent_tokens", "encoder.class_embedding", "decoder.mask_token")
 
 
 @register("titok", marks=(*_MARKS, "quantize.embedding.weight"))
-def titok(state: State, reference: Reference) -> Conversion:
+def titok(state: State, settings: Settings) -> Conversion:
     """Convert `tokenizer_titok_{l32,b64,s128}`, of two stages, or `tokenizer_titok_{bl64,bl128,sl256}_vq8k`, of one."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
-    agree(reference, {"codebook_size": codebook_size, "token_size": code_dim, "quantize_mode": "vq"})
+    settings.agree({"codebook_size": codebook_size, "token_size": code_dim, "quantize_mode": "vq"})
+    settings.agree({"clustering_vq": False}, "every model that is read has")
     quantizer = vector_quantizer(
         codebook_size,
         code_dim,
-        commitment_weight=reference.get("commitment_cost", 0.25),
-        normalize=reference.get("use_l2_norm", True),
+        commitment_weight=settings.take("commitment_cost", 0.25),
+        normalize=settings.take("use_l2_norm", True),
     )
     config = {
         "class_path": "discrete_lit.tokenizers.TiTok",
-        "init_args": {"network": _network(state, reference), "quantizer": quantizer},
+        "init_args": {"network": _network(state, settings), "quantizer": quantizer},
     }
     return Conversion(config=config, tensors=state, renaming=_renaming(state))
 
 
 @register("titok_vae", marks=(*_MARKS, "!quantize.embedding.weight"))
-def titok_vae(state: State, reference: Reference) -> Conversion:
+def titok_vae(state: State, settings: Settings) -> Conversion:
     """Convert `tokenizer_titok_{bl64,bl128,sl256,ll32}_vae_c16`, with continuous latents."""
     latent_channels = state["encoder.conv_out.weight"].shape[0] // 2
-    agree(reference, {"token_size": latent_channels, "quantize_mode": "vae"})
+    settings.agree({"token_size": latent_channels, "quantize_mode": "vae"})
+    settings.without_effect("continuous latents have no codebook", "codebook_size", "use_l2_norm", "commitment_cost")
     config = {
         "class_path": "discrete_lit.tokenizers.KLVAE",
         "init_args": {
-            "network": _network(state, reference),
+            "network": _network(state, settings),
             "latent_channels": latent_channels,
-            "kl_weight": reference.get("kl_weight", 1e-6),
+            "kl_weight": settings.take("kl_weight", 1e-6),
         },
     }
     return Conversion(config=config, tensors=state, renaming=_renaming(state))
@@ -120,45 +125,76 @@ def _renaming(state: State) -> Renaming:
     return Renaming(RULES, levels=state.count("pixel_decoder.up.{}"))
 
 
-def _network(state: State, reference: Reference) -> dict[str, Any]:
+def _network(state: State, settings: Settings) -> dict[str, Any]:
     """Return the configuration of the `TiTokAutoencoder` that fits the tensors.
 
     Raises:
-        ValueError: a key is missing, the reference configuration contradicts the tensors, or patches have two sizes.
+        ValueError: a key is missing, or the reference configuration contradicts the tensors.
     """
     patch_embedding = state["encoder.patch_embed.weight"]
-    patch_size = patch_embedding.shape[-1]
-    grid = isqrt(len(state["encoder.positional_embedding"]) - 1)
+    patch_size, channels = patch_embedding.shape[-1], patch_embedding.shape[1]
+    grid, decoded = (isqrt(len(state[f"{half}.positional_embedding"]) - 1) for half in ("encoder", "decoder"))
     # The reference decides by one flag: networks that predict a proxy's ids reshape, those that give pixels do not.
     legacy = "decoder.ffn.2.weight" in state
+    image_size, latent_tokens = grid * patch_size, len(state["latent_tokens"])
+    decoder_patch_size = image_size // decoded
     found = {
-        "num_latent_tokens": len(state["latent_tokens"]),
+        "num_latent_tokens": latent_tokens,
         "vit_enc_patch_size": patch_size,
-        "vit_dec_patch_size": patch_size,
+        "vit_dec_patch_size": decoder_patch_size,
         "is_legacy": legacy,
+        "finetune_decoder": legacy,
     }
-    agree(reference, found)
-    if len(state["decoder.positional_embedding"]) != grid**2 + 1:
-        raise ValueError(f"{state.source!r} has patches of another size in the decoder, which no published TiTok has")
+    settings.agree(found)
+    preprocessing = settings.section("dataset").section("preprocessing")
+    preprocessing.agree({"crop_size": image_size})
+    about_data = "it is about the data of the training"
+    preprocessing.without_effect(about_data, "resize_shorter_edge", "random_crop", "random_flip")
+    settings.section("dataset").without_effect(about_data, "params")
+    settings.without_effect(
+        "it is another model, or where its weights were", "generator", "pretrained_tokenizer_weight"
+    )
     arguments: dict[str, Any] = {
-        "image_size": grid * patch_size,
+        "image_size": image_size,
         "patch_size": patch_size,
-        "latent_tokens": found["num_latent_tokens"],
-        "encoder": _size(state, "encoder", reference.get("vit_enc_num_heads")),
-        "decoder": _size(state, "decoder", reference.get("vit_dec_num_heads")),
-        "image_channels": patch_embedding.shape[1],
+        "latent_tokens": latent_tokens,
+        "encoder": _size(state, "encoder", settings),
+        "decoder": _size(state, "decoder", settings),
+        "image_channels": channels,
         "legacy_reshape": legacy,
     }
+    if decoder_patch_size != patch_size:
+        arguments["decoder_patch_size"] = decoder_patch_size
     if legacy:
         arguments["proxy"] = _proxy(state)
     return {"class_path": "discrete_lit.tokenizers.titok.TiTokAutoencoder", "init_args": arguments}
 
 
-def _size(state: State, half: str, heads: int | None) -> dict[str, int]:
-    width = len(state[f"{half}.ln_pre.weight"])
+# Width, depth and heads by the reference's names.
+_SIZES = {"small": (512, 8, 8), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def _size(state: State, half: str, settings: Settings) -> dict[str, int]:
+    """Return the size of a half; `vit_enc_num_heads` and `vit_dec_num_heads` are ours, for heads of another width.
+
+    Raises:
+        ValueError: the configuration names another size than the tensors have.
+    """
+    width, depth = len(state[f"{half}.ln_pre.weight"]), state.count(f"{half}.transformer.{{}}")
+    heads = settings.optional(f"vit_{half[:3]}_num_heads", int)
+    name = f"vit_{half[:3]}_model_size"
+    size = settings.take(name, "", _SIZES)
+    # With heads of its own it is none of the published sizes, whatever it is called.
+    if size and heads is None and _SIZES[size][:2] != (width, depth):
+        raise ValueError(
+            f"reference_config has {name}={size}, of width {_SIZES[size][0]} and {_SIZES[size][1]} blocks, but the "
+            f"tensors have {width} and {depth}; sizes of your own need vit_{half[:3]}_num_heads too"
+        )
+    if heads is not None:
+        settings.without_effect("the tensors tell all of it but the heads, which are given", name)
     return {
         "width": width,
-        "depth": state.count(f"{half}.transformer.{{}}"),
+        "depth": depth,
         "heads": max(1, width // _HEAD_WIDTH) if heads is None else heads,
         "mlp_hidden": len(state[f"{half}.transformer.0.mlp.c_fc.bias"]),
     }
@@ -208,17 +244,30 @@ LAYOUT = ConvLayout(middle="mid.{index}", upsample="upsample_conv")
     "maskgit_vqgan",
     marks=("encoder.down.0.block.0.conv1.weight", "encoder.mid.0.conv1.weight", "quantize.embedding.weight"),
 )
-def maskgit_vqgan(state: State, reference: Reference) -> Conversion:
+def maskgit_vqgan(state: State, settings: Settings) -> Conversion:
     """Convert `maskgit-vqgan-imagenet-f16-256.bin`."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
-    agree(reference, {"num_embeddings": codebook_size, "embedding_dim": code_dim})
+    settings.agree({"num_embeddings": codebook_size, "embedding_dim": code_dim})
     quantizer = vector_quantizer(
         codebook_size,
         code_dim,
-        commitment_weight=reference.get("commitment_cost", 0.25),
+        commitment_weight=settings.take("commitment_cost", 0.25),
         weighted_term="codebook",
     )
     network = LAYOUT.network(state, downsampling="average", shortcut="output", pixels="unit")
+    sizes, conf = network["init_args"], settings.section("conf")
+    conf.agree(
+        {
+            "channel_mult": sizes["multipliers"],
+            "num_resolutions": len(sizes["multipliers"]),
+            "hidden_channels": sizes["channels"],
+            "num_channels": sizes["image_channels"],
+            "num_res_blocks": sizes["blocks"],
+            "z_channels": code_dim,
+        }
+    )
+    conf.without_effect(IN_TRAINING, "dropout")
+    conf.without_effect("the networks take any image size", "resolution")
     return Conversion(
         config=vqgan(network, quantizer), tensors=state, renaming=LAYOUT.renaming(LAYOUT.levels(state), [CODES])
     )
@@ -263,7 +312,7 @@ _BERT = [
     marks=("model.embeddings.word_embeddings.weight", "model.lm_head.weight"),
     section="generator",
 )
-def titok_imagebert(state: State, reference: Reference) -> Conversion:
+def titok_imagebert(state: State, settings: Settings) -> Conversion:
     """Convert `generator_titok_{l32,b64}.bin`."""
     embedding, positions = "model.embeddings.word_embeddings.weight", "model.embeddings.position_embeddings.weight"
     layer = "model.encoder.layer"
@@ -271,7 +320,7 @@ def titok_imagebert(state: State, reference: Reference) -> Conversion:
     backbone = {"norm_epsilon": 1e-12, "norm_first": False, "embedding_norm": True}
     return _masked(
         state,
-        reference,
+        settings,
         names=(embedding, "model.lm_head.weight"),
         length=len(state[positions]) - 1,
         depth=state.count(f"{layer}.{{}}"),
@@ -293,7 +342,7 @@ def titok_imagebert(state: State, reference: Reference) -> Conversion:
 @register(
     "titok_uvitbert", marks=("embeddings.weight", "mid_block.norm1.weight", "lm_head.weight"), section="generator"
 )
-def titok_uvitbert(state: State, reference: Reference) -> Conversion:
+def titok_uvitbert(state: State, settings: Settings) -> Conversion:
     """Convert `generator_titok_s128.bin`."""
     half = state.count("in_blocks.{}")
     rules = [
@@ -313,7 +362,7 @@ def titok_uvitbert(state: State, reference: Reference) -> Conversion:
     ]
     return _masked(
         state,
-        reference,
+        settings,
         names=("embeddings.weight", "lm_head.weight"),
         length=state["pos_embed"].shape[1] - 1,
         depth=2 * half + 1,
@@ -325,7 +374,7 @@ def titok_uvitbert(state: State, reference: Reference) -> Conversion:
 
 def _masked(
     state: State,
-    reference: Reference,
+    settings: Settings,
     *,
     names: tuple[str, str],
     length: int,
@@ -350,15 +399,25 @@ def _masked(
         "image_seq_len": length,
         "condition_num_classes": num_classes,
     }
+    settings.agree(found)
     # The reference's number is even: it leaves out the middle block of a U-ViT.
-    layers = reference.get("num_hidden_layers", depth)
-    agree(reference, found)
+    layers, skips = settings.take("num_hidden_layers", depth), "long_skips" in switches
+    settings.take("model_type", "", ("ViT", "UViT"))
+    settings.without_effect("the tensors tell which of the two it is", "model_type")
+    _around(settings, vocab_size, length)
+    if (layers // 2 if skips else layers) != (depth // 2 if skips else depth):
+        raise ValueError(f"reference_config has num_hidden_layers={layers}, but the tensors have {depth}")
+    if skips:
+        settings.without_effect("a U-ViT has the half of it twice, as the tensors do", "num_hidden_layers")
+    settings.take("model_type", "", ("ViT", "UViT"))
+    settings.without_effect("the tensors tell which of the two it is", "model_type")
+    _around(settings, vocab_size, length)
     if layers not in (depth, depth - int("long_skips" in switches)):
         raise ValueError(f"reference_config has num_hidden_layers={layers}, but the tensors have {depth}")
     backbone = {
         "width": width,
         "depth": depth,
-        "heads": reference.get("num_attention_heads", 16),
+        "heads": head_count(settings, "num_attention_heads", 16, width),
         "mlp_hidden": hidden,
         **switches,
     }
@@ -372,10 +431,44 @@ def _masked(
         rules=rules,
         arrangements=[rows, *(arrangements or [])],
         dropped=dropped,
-        sampler=sampled_by(
-            "TiTokSampler", **_TITOK_SAMPLING.get(length, {"steps": min(8, length)}), temperature_annealing=True
-        ),
+        sampler=_titok_sampler(settings, length),
+        label_dropout=settings.take("class_label_dropout", 0.1),
     )
+
+
+def _around(settings: Settings, vocab_size: int, length: int) -> None:
+    """Read what stands beside a generator's arguments: the tokenizer's, and what is about training.
+
+    Raises:
+        ValueError: the tokenizer has other ids or another number of tokens.
+    """
+    tokenizer = settings.section("vq_model")
+    tokenizer.agree({"codebook_size": vocab_size, "num_latent_tokens": length})
+    tokenizer.without_effect(
+        "the tokenizer is loaded by itself, and compares it",
+        *("quantize_mode", "token_size", "use_l2_norm", "commitment_cost", "vit_enc_model_size", "vit_dec_model_size"),
+        *("vit_enc_patch_size", "vit_dec_patch_size", "finetune_decoder", "pretrained_tokenizer_weight", "is_legacy"),
+    )
+    settings.without_effect(IN_TRAINING, "dropout", "attn_drop", "use_checkpoint", "mask_schedule_strategy")
+
+
+def _titok_sampler(settings: Settings, length: int) -> dict[str, Any]:
+    """Return the sampler of the published evaluation, with what the configuration says of it in place of that."""
+    sampling = {**_TITOK_SAMPLING.get(length, {"steps": min(8, length)}), "temperature_annealing": True}
+    sampling["steps"] = settings.take("num_steps", sampling["steps"])
+    if "randomize_temperature" in settings:
+        sampling["choice_temperature"] = settings.take("randomize_temperature", 9.5)
+    if "guidance_decay" in settings:
+        decays = ("constant", "linear", "power-cosine")
+        sampling["guidance_schedule"] = settings.take("guidance_decay", "linear", decays).replace("-", "_")
+    if "guidance_scale_pow" in settings:
+        sampling["guidance_power"] = settings.take("guidance_scale_pow", 3.0)
+    if "guidance_scale" in settings:
+        # Only the power cosine is a schedule of what ours calls the scale; the others count from 0.
+        scale = settings.take("guidance_scale", 3.0)
+        of_ours = sampling.get("guidance_schedule") == "power_cosine"
+        sampling["guidance_scale"] = scale if of_ours else 1 + scale
+    return sampled_by("TiTokSampler", **sampling)
 
 
 # Rows of the position tables that no sequence reaches.
@@ -400,7 +493,7 @@ _RULES = [
 
 
 @register("rar", marks=("target_aware_pos_embed", "timesteps_embeddings", "lm_head.weight"), section="generator")
-def rar(state: State, reference: Reference) -> Conversion:
+def rar(state: State, settings: Settings) -> Conversion:
     """Convert `rar_{b,l,xl,xxl}.bin`."""
     vocab_size, width = state["lm_head.weight"].shape
     ids = vocab_size + 1
@@ -414,11 +507,12 @@ def rar(state: State, reference: Reference) -> Conversion:
         "image_seq_len": length,
         "condition_num_classes": num_classes,
     }
-    agree(reference, found)
+    settings.agree(found)
+    _around(settings, vocab_size, length)
     backbone = {
         "width": width,
         "depth": depth,
-        "heads": reference.get("num_attention_heads", 16),
+        "heads": head_count(settings, "num_attention_heads", 16, width),
         "mlp_hidden": hidden,
         "norm_affine": True,
         "conditioning": "prefix_adaln",
@@ -428,12 +522,17 @@ def rar(state: State, reference: Reference) -> Conversion:
         "qk_norm": "layer",
     }
     guidance_scale, guidance_power, temperature = _RAR_SAMPLING.get(width, (1.0, 1.0, 1.0))
+    anneal_steps = [
+        settings.take("randomness_anneal_start", 125_000),
+        settings.take("randomness_anneal_end", 187_500),
+    ]
     sampler = sampled_by(
         "RasterSampler",
-        temperature=temperature,
-        guidance_scale=guidance_scale,
+        temperature=settings.take("randomize_temperature", temperature),
+        # No guidance at all is 0 there and 1 here.
+        guidance_scale=settings.take("guidance_scale", guidance_scale) or 1.0,
         guidance_schedule="power_cosine",
-        guidance_power=guidance_power,
+        guidance_power=settings.take("guidance_scale_pow", guidance_power),
     )
     arrangements = [
         # The mask id between the two is never read.
@@ -459,4 +558,6 @@ def rar(state: State, reference: Reference) -> Conversion:
         kept=("final_norm.*",),
         order="random_annealed",
         sampler=sampler,
+        label_dropout=settings.take("class_label_dropout", 0.1),
+        **({} if anneal_steps == [125_000, 187_500] else {"anneal_steps": anneal_steps}),
     )

@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, must_be_zero, register, reorder_chunks
-from discrete_lit.pretrained.layouts import ConvLayout, class_count, generator_conversion, in_blocks, sampled_by
-from discrete_lit.pretrained.reading import Reference, State, agree
+from discrete_lit.pretrained.layouts import (
+    IN_TRAINING,
+    ConvLayout,
+    class_count,
+    generator_conversion,
+    in_blocks,
+    sampled_by,
+)
+from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 from discrete_lit.pretrained.taming import CODES, MARKS
 
 LAYOUT = ConvLayout(query_key_value="qkv")
@@ -17,14 +25,20 @@ DROPPED = ("quantize.ema_vocab_hit_SV",)
 
 
 @register("var_vqvae", marks=(*MARKS, "quantize.embedding.weight", "quantize.ema_vocab_hit_SV"))
-def var_vqvae(state: State, reference: Reference) -> Conversion:
+def var_vqvae(state: State, settings: Settings) -> Conversion:
     """Convert `vae_ch160v4096z32.pth`; `v_patch_nums` in the reference configuration chooses another image size."""
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     network = LAYOUT.network(state)
     sizes = {"vocab_size": codebook_size, "z_channels": code_dim, "ch": network["init_args"]["channels"]}
-    agree(reference, sizes)
-    scales = reference.get("v_patch_nums")
-    if scales is None and len(state["quantize.ema_vocab_hit_SV"]) != len(_TOKENIZER_SCALES):
+    settings.agree(sizes)
+    # Constants of the reference's encoder and decoder.
+    settings.agree({"ch_mult": network["init_args"]["multipliers"], "num_res_blocks": network["init_args"]["blocks"]})
+    phi_kernels = state.count("quantize.quant_resi.qresi_ls.{}")
+    settings.agree({"share_quant_resi": phi_kernels, "quant_conv_ks": network["init_args"]["latent_kernel"]})
+    settings.agree({"using_znorm": False, "default_qresi_counts": 0}, "the published tokenizer has")
+    settings.without_effect(IN_TRAINING, "dropout", "test_mode")
+    scales = settings.take("v_patch_nums", list(_TOKENIZER_SCALES))
+    if "v_patch_nums" not in settings and len(state["quantize.ema_vocab_hit_SV"]) != len(_TOKENIZER_SCALES):
         raise ValueError(
             f"{state.source!r} has {len(state['quantize.ema_vocab_hit_SV'])} scales: give their sides as v_patch_nums "
             "in reference_config"
@@ -35,10 +49,10 @@ def var_vqvae(state: State, reference: Reference) -> Conversion:
             "network": network,
             "codebook_size": codebook_size,
             "code_dim": code_dim,
-            "scales": list(_TOKENIZER_SCALES if scales is None else scales),
-            "phi_kernels": state.count("quantize.quant_resi.qresi_ls.{}"),
-            "phi_ratio": reference.get("quant_resi", 0.5),
-            "commitment_weight": reference.get("beta", 0.25),
+            "scales": scales,
+            "phi_kernels": phi_kernels,
+            "phi_ratio": settings.take("quant_resi", 0.5),
+            "commitment_weight": settings.take("beta", 0.25),
             "codebook_init": "uniform",
         },
     }
@@ -106,7 +120,7 @@ _ARRANGEMENTS = [
     marks=("word_embed.weight", "lvl_embed.weight", "pos_1LC", "pos_start"),
     wrappers=("trainer.var_wo_ddp",),
 )
-def var_transformer(state: State, reference: Reference) -> Conversion:
+def var_transformer(state: State, settings: Settings) -> Conversion:
     """Convert `var_d{16,20,24,30}.pth` at 256 pixels, `var_d36.pth` at 512, or a trainer's file.
 
     Its input at a scale is made of the codes of the scales before, so it needs its tokenizer. Scales other than the
@@ -117,10 +131,13 @@ def var_transformer(state: State, reference: Reference) -> Conversion:
     vocab_size, depth = len(state["head.weight"]), state.count("blocks.{}")
     num_classes = class_count(state, state["class_emb.weight"])
     shared = "shared_ada_lin.1.weight" in state
-    agree(reference, {"depth": depth, "embed_dim": width, "num_classes": num_classes, "shared_aln": shared})
-    heads = state["blocks.0.attn.scale_mul_1H11"].shape[1]
-    agree(reference, {"num_heads": heads, "attn_l2_norm": True})
-    sides = list(reference.get("patch_nums", _GENERATOR_SCALES.get(length, [])))
+    settings.agree({"depth": depth, "embed_dim": width, "num_classes": num_classes, "shared_aln": shared})
+    heads, hidden = state["blocks.0.attn.scale_mul_1H11"].shape[1], len(state["blocks.0.ffn.fc1.bias"])
+    settings.agree({"num_heads": heads, "attn_l2_norm": True, "mlp_ratio": hidden / width})
+    settings.without_effect(IN_TRAINING, "drop_rate", "attn_drop_rate", "drop_path_rate")
+    settings.without_effect("they say how attention is computed", "flash_if_available", "fused_if_available")
+    _same_tokenizer(settings, settings.section("vae"), vocab_size, state["word_embed.weight"].shape[1])
+    sides = settings.take("patch_nums", _GENERATOR_SCALES.get(length, []))
     if sum(side**2 for side in sides) != length or len(sides) != scales:
         raise ValueError(
             f"{state.source!r} has {scales} scales with {length} tokens: give their sides as patch_nums in "
@@ -130,9 +147,9 @@ def var_transformer(state: State, reference: Reference) -> Conversion:
         "width": width,
         "depth": depth,
         "heads": heads,
-        "mlp_hidden": len(state["blocks.0.ffn.fc1.bias"]),
+        "mlp_hidden": hidden,
         "mlp": "gelu_tanh",
-        "norm_epsilon": reference.get("norm_eps", 1e-6),
+        "norm_epsilon": settings.take("norm_eps", 1e-6),
         "conditioning": "prefix_adaln",
         "shared_modulation": shared,
         "qk_norm": "unit",
@@ -148,4 +165,21 @@ def var_transformer(state: State, reference: Reference) -> Conversion:
         arrangements=_ARRANGEMENTS,
         dropped=("attn_bias_for_masking",),
         sampler=sampled_by("NextScaleSampler", guidance_scale=2.5, top_k=min(900, vocab_size), top_p=0.96),
+        label_dropout=settings.take("cond_drop_rate", 0.1),
+    )
+
+
+def _same_tokenizer(settings: Settings, tokenizer: Settings, vocab_size: int, code_dim: int) -> None:
+    """Compare what is said of the tokenizer, which is loaded by itself, with the tensors of the generator.
+
+    Raises:
+        ValueError: it has other codes or other scales.
+    """
+    tokenizer.agree({"vocab_size": vocab_size, "z_channels": code_dim})
+    if "patch_nums" in settings:
+        tokenizer.agree({"v_patch_nums": settings.take("patch_nums", [])}, "patch_nums has")
+    tokenizer.without_effect(
+        "the tokenizer is loaded by itself, and compares it",
+        *("ch", "ch_mult", "num_res_blocks", "test_mode", "dropout", "beta", "quant_resi", "share_quant_resi"),
+        *("using_znorm", "quant_conv_ks", "default_qresi_counts", "v_patch_nums"),
     )

@@ -45,6 +45,8 @@ class TiTokAutoencoder(Autoencoder):
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
         latent_tokens: N.
         patch_size: side of a patch in pixels.
+        decoder_patch_size: side of a patch of the decoder; by default that of the encoder. With a `proxy` the image
+            has the size that the proxy's decoder makes of as many patches.
         encoder, decoder: sizes. The paper's small, base and large have 512, 768 and 1024 wide sequences with 8, 12 and
             24 blocks and 8, 12 and 16 heads.
         image_channels: C of the images.
@@ -68,6 +70,7 @@ class TiTokAutoencoder(Autoencoder):
         encoder: TransformerSize,
         decoder: TransformerSize,
         patch_size: int = 16,
+        decoder_patch_size: int | None = None,
         image_channels: int = 3,
         proxy: "ProxyDecoder | None" = None,
         legacy_reshape: bool = False,
@@ -78,11 +81,12 @@ class TiTokAutoencoder(Autoencoder):
         self.image_channels = image_channels
         self.image_size = normal_size(image_size)
         self.latent_tokens = latent_tokens
-        self.patch_grid = patch_grid(image_size, patch_size)
+        decoder_patch_size = patch_size if decoder_patch_size is None else decoder_patch_size
+        self.patch_grid = patch_grid(image_size, decoder_patch_size)
         latent_dim = code_dim if latent_dim is None else latent_dim
         self.encoder = LatentTokenEncoder(
             encoder,
-            grid=self.patch_grid,
+            grid=patch_grid(image_size, patch_size),
             patch_size=patch_size,
             latent_tokens=latent_tokens,
             latent_dim=latent_dim,
@@ -92,7 +96,7 @@ class TiTokAutoencoder(Autoencoder):
         self.decoder = LatentTokenDecoder(decoder, grid=self.patch_grid, latent_tokens=latent_tokens, code_dim=code_dim)
         if proxy is None:
             self.pixels = PatchPixels(
-                decoder.width, grid=self.patch_grid, patch_size=patch_size, channels=image_channels
+                decoder.width, grid=self.patch_grid, patch_size=decoder_patch_size, channels=image_channels
             )
         else:
             self.proxy_head = tanh_head(decoder.width, 2 * decoder.width, len(proxy.codebook))

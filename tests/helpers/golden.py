@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,24 @@ class Case:
     def constructor(self) -> dict[str, Any]:
         return self._described["constructor"]
 
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of the reference's constructor, without the case's remarks on constants that it changed."""
+        arguments = {name: value for name, value in self.constructor.items() if name.isidentifier() and name != "note"}
+        if self.family == "mdlm":
+            # Of the class, not of its configuration: the text tokenizer says them.
+            arguments |= {"vocab_size": self.constructor["vocab_size (with mask)"]}
+        if self.family in ("titok", "titok_vae"):
+            # The networks have another number of heads than the published sizes, of which the case says so.
+            arguments = deepcopy(arguments)
+            sizes = arguments["config"]["model"]["vq_model"]
+            for half in ("enc", "dec"):
+                said = self.constructor["changed constants"][sizes[f"vit_{half}_model_size"]]
+                heads = re.search(r"(\d+) heads", said)
+                assert heads, f"{self}: the constructor does not say how many heads there are: {said!r}"
+                sizes[f"vit_{half}_num_heads"] = int(heads[1])
+        return arguments
+
     def expects(self, name: str) -> bool:
         """Whether there is an output of this name, or of this name and `_` and what tells it from others."""
         return any(other == name or other.startswith(f"{name}_") for other in self.expected)
@@ -122,23 +141,23 @@ def cases_of(families: Collection[str]) -> list[Any]:
     return [case for case in cases() if case.values[0] is None or case.values[0].family in families]
 
 
+def published_state(case: Case, part: str = "var.") -> Tensors:
+    """The tensors of a published file: the case's, or those of a part, where there are two files."""
+    if case.family != "var_transformer":
+        return case.state
+    return {name.removeprefix(part): value for name, value in case.state.items() if name.startswith(part)}
+
+
 def published(case: Case, folder: Path) -> Load:
     """Write a case's weights into `folder` as they are published; how they are loaded."""
-    state: Tensors = case.state
     tokenizer: Any = None
     if case.family == "var_transformer":
-        # Two published files.
-        parts = {
-            part: {name.removeprefix(part): value for name, value in state.items() if name.startswith(part)}
-            for part in ("vae.", "var.")
-        }
-        save_file(parts["vae."], folder / "tokenizer.safetensors")
+        save_file(published_state(case, "vae."), folder / "tokenizer.safetensors")
         tokenizer = load_pretrained(folder / "tokenizer.safetensors", "var_vqvae", case.constructor["vae"])
-        state = parts["var."]
-    save_file(state, folder / "published.safetensors")
+    save_file(published_state(case), folder / "published.safetensors")
 
     def load(**reference: Any) -> Any:
-        arguments = {**case.constructor, **reference}
+        arguments = {**case.arguments, **reference}
         return load_pretrained(folder / "published.safetensors", case.family, arguments, tokenizer)
 
     return load

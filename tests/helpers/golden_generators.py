@@ -136,9 +136,15 @@ def most_probable(generator: Any, before: Tensor, labels: Tensor, scales: Sequen
     return torch.stack([guided(generator, tokens, labels, [scale] * length).argmax(dim=-1) for tokens, scale in steps])
 
 
+def classes_and_ids(generator: Any, case: Case) -> tuple[Tensor, Tensor]:
+    """Labels, of one class where there are none, and the ids of the images, in the generator's order."""
+    tokens = generator.to_sequence(generator.tokenizer.encode(case.inputs["x"]))
+    labels = case.inputs.get("c")
+    return torch.zeros(len(tokens), dtype=torch.int64) if generator.num_classes == 1 else labels, tokens
+
+
 def taming_net2net(generator: Any, case: Case) -> Tensors:
-    tokenizer, backbone, labels = generator.tokenizer, generator.backbone, case.inputs["c"]
-    tokens = tokenizer.encode(case.inputs["x"]).flatten(1)
+    backbone, (labels, tokens) = generator.sampled_backbone(), classes_and_ids(generator, case)
     prefix = int(case.inputs["seq_len"])
     return {
         "z_indices": tokens,
@@ -149,16 +155,17 @@ def taming_net2net(generator: Any, case: Case) -> Tensors:
 
 
 def taming_net2net_samples(generator: Any, case: Case) -> Tensors:
-    labels, tokenizer = case.inputs["c"], generator.tokenizer
-    tokens = tokenizer.encode(case.inputs["x"]).flatten(1)
+    tokenizer, (labels, tokens) = generator.tokenizer, classes_and_ids(generator, case)
     half = tokens.shape[1] // 2
     known = torch.cat([tokens[:, :half], torch.full_like(tokens[:, half:], -1)], dim=1)
-    drawn = greedy(generator, labels)
+    sampler = RasterSampler(top_k=1)
+    drawn = generator.sample(labels, sampler)
+    sequence = generator.to_sequence(drawn)
     return {
-        "greedy_indices": drawn,
-        "greedy_logits": generator.backbone(drawn[:, :-1], labels),
-        "greedy_image": tokenizer.network.decode(tokenizer.embed(generator.to_grid(drawn))),
-        "greedy_from_half": greedy(generator, labels, generator.to_grid(known)),
+        "greedy_indices": sequence,
+        "greedy_logits": generator.sampled_backbone()(sequence[:, :-1], labels),
+        "greedy_image": tokenizer.network.decode(tokenizer.embed(drawn)),
+        "greedy_from_half": generator.to_sequence(generator.sample(labels, sampler, known=generator.to_grid(known))),
     }
 
 

@@ -1,8 +1,6 @@
 """What our tokenizers give for the inputs of the golden cases, by the names of the reference's outputs."""
 
-import re
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -159,8 +157,9 @@ def magvit2_lfq(load: Load, case: Case) -> Tensors:
 
 def entropies(module: Any, quantized: Any) -> tuple[Tensor, Tensor]:
     """The entropy of a place and that of the batch, without their weight."""
-    losses, weight = quantized.losses, module.quantizer.entropy_weight
-    return losses["sample_entropy"] / weight, -losses["batch_entropy"] / weight
+    losses, quantizer = quantized.losses, module.quantizer
+    weight = quantizer.entropy_weight
+    return losses["sample_entropy"] / weight, -losses["batch_entropy"] / (weight * quantizer.batch_entropy_weight)
 
 
 def ibq(load: Load, case: Case) -> Tensors:
@@ -218,20 +217,8 @@ def mar_kl_vae(load: Load, case: Case) -> Tensors:
     }
 
 
-def load_with_heads(load: Load, case: Case) -> Any:
-    """TiTok's networks have another number of heads in the case than the published sizes, of which it says so."""
-    config = deepcopy(case.constructor["config"])
-    sizes = config["model"]["vq_model"]
-    for half in ("enc", "dec"):
-        said = case.constructor["changed constants"][sizes[f"vit_{half}_model_size"]]
-        heads = re.search(r"(\d+) heads", said)
-        assert heads, f"{case}: the constructor does not say how many heads there are: {said!r}"
-        sizes[f"vit_{half}_num_heads"] = int(heads[1])
-    return load(config=config)
-
-
 def titok(load: Load, case: Case) -> Tensors:
-    module = load_with_heads(load, case)
+    module = load()
     images = case.inputs["x"] * 2 - 1
     z = module.network.encode(images)
     quantized = module.quantizer(z.movedim(1, -1))
@@ -251,7 +238,7 @@ def titok(load: Load, case: Case) -> Tensors:
 
 
 def titok_vae(load: Load, case: Case) -> Tensors:
-    module = load_with_heads(load, case)
+    module = load()
     moments = module.network.encode(case.inputs["x"] * 2 - 1)
     posterior = module.bottleneck.posterior(moments.movedim(1, -1))
     mean, logvar = (values.movedim(-1, 1)[:, :, None] for values in (posterior.mean, posterior.logvar))

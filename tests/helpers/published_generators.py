@@ -182,7 +182,7 @@ BUFFERS: dict[str, Callable[[tuple[int, ...]], Tensor]] = {
     "zero_k_bias": torch.zeros,
     "lvl_1L": lambda shape: torch.zeros(shape, dtype=torch.int64),
     "attn_bias_for_masking": lambda shape: torch.zeros(1),
-    "mask": torch.ones,
+    "mask": lambda shape: torch.ones(shape).tril(),
 }
 
 

@@ -13,6 +13,7 @@ from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.conversion import FAMILIES, convert
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 
 FAMILY_NAMES = ("sedd_absorb", "sedd_uniform", "mdlm")
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "condition_width": 8, "rows": 9}
@@ -70,7 +71,7 @@ def test_published_sizes(family: str, rows: int, size: tuple[int, int, int], mil
     state = State(named(family, {name: torch.empty(shape, device="meta") for name, shape in published.items()}), family)
     alike = [name for name, known in FAMILIES.items() if not known.lacks(state)]
     assert alike == (["mdlm"] if family == "mdlm" else ["sedd_absorb", "sedd_uniform"])
-    conversion = FAMILIES[family].convert(state, {})
+    conversion = FAMILIES[family].convert(state, Settings())
     assert conversion.tokens is not None and conversion.tokens.vocab_size == 50257
     assert conversion.tokens.shape == (1024,)
     scores = family.startswith("sedd")
@@ -122,6 +123,30 @@ def test_the_time_of_mdlm_is_that_of_no_noise(load: Callable[..., Any]) -> None:
     assert torch.allclose(load("mdlm").backbone(states, labels), told, atol=1e-6)
 
 
+@torch.no_grad()
+def test_a_mask_among_the_ids(load: Callable[..., Any]) -> None:
+    """As BERT's tokenizer has one: ids stay what they are, and that of the mask is never drawn."""
+    inside, last = load("mdlm", mask_index=3), load("mdlm")
+    assert (inside.vocab_size, last.vocab_size) == (9, 8)
+    states, labels = torch.randint(9, (2, 12)), torch.zeros(2, dtype=torch.int64)
+    # Ours of the last mask, at theirs.
+    logits = inside.backbone(torch.where(states == 3, 9, states), labels)
+    others = [place for place in range(9) if place != 3]
+    torch.testing.assert_close(logits[..., others[:-1]], last.backbone(states, labels)[..., others[:-1]])
+    assert bool((logits.softmax(dim=-1)[..., 3] == 0).all())
+    tokens = inside.sample(torch.zeros(50, dtype=torch.int64))
+    assert 3 not in tokens and 8 in tokens
+    likelihood = inside.log_likelihood(tokens[:2], labels)
+    assert bool(likelihood.nats.isfinite().all())
+
+
+def test_the_samplers_settings(load: Callable[..., Any]) -> None:
+    euler = load("sedd_absorb", sampling={"predictor": "euler", "steps": 7, "noise_removal": True}).sampler
+    assert type(euler).__name__ == "EulerSampler" and euler.steps == 7 and euler.guidance_law == "score"
+    geometric = load("mdlm", noise={"type": "geometric", "sigma_min": "1e-3"}, sampling={"steps": 9})
+    assert geometric.sampler.steps == 9 and geometric.denoiser().schedule.sigma_min == 1e-3
+
+
 @pytest.mark.parametrize(
     ("family", "reference", "message"),
     [
@@ -131,9 +156,12 @@ def test_the_time_of_mdlm_is_that_of_no_noise(load: Callable[..., Any]) -> None:
         ("sedd_uniform", {"model": {"length": 12, "n_heads": 2, "scale_by_sigma": True}}, "refuses with 'uniform'"),
         ("sedd_absorb", {"noise": {"type": "cosine"}}, "noise.type='cosine'; loglinear and geometric are read"),
         ("sedd_absorb", {"model": {"hidden_size": 32}}, "hidden_size=32, but the tensors have 16"),
-        ("sedd_absorb", {"model": {"n_heads": 3}}, "do not fit: blocks.0.attn_qkv.weight"),
-        ("mdlm", {"mask_index": 3}, "mask_index=3, but the tensors have 8"),
+        ("sedd_absorb", {"model": {"n_heads": 3}}, "has model.n_heads=3, which does not divide the 16 channels"),
+        ("mdlm", {"mask_index": 9}, "mask_index=9, but the tensors have 9 ids"),
+        ("mdlm", {"vocab_size": 8}, "vocab_size=8, but the tensors have 9"),
         ("mdlm", {"parameterization": "d3pm"}, "parameterization=d3pm, but every model that is read has subs"),
+        ("mdlm", {"sampling": {"noise_removal": False}}, "sampling.noise_removal=False, but a sampler that leaves no"),
+        ("mdlm", {"T": 1000}, "T=1000, but every model that is read has 0"),
     ],
 )
 def test_what_is_refused(family: str, reference: dict[str, Any], message: str, load: Callable[..., Any]) -> None:
@@ -145,4 +173,4 @@ def test_the_published_vocabulary_tells_the_family() -> None:
     state = State({name: torch.empty(0) for name in shapes(**TINY)}, "x")
     state["vocab_embed.embedding"] = torch.empty(50257, 16)
     with pytest.raises(ValueError, match="50257 embeddings for 50257 tokens and a mask: is its family 'sedd_uniform'"):
-        FAMILIES["sedd_absorb"].convert(state, {})
+        FAMILIES["sedd_absorb"].convert(state, Settings())

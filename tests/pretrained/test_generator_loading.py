@@ -13,6 +13,8 @@ from torch import Tensor
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.conversion import Arrangement, arrange, must_be_zero, reorder_chunks
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.taming import PERMUTERS
+from discrete_lit.samplers import RasterSampler
 from discrete_lit.tokenizers import TokenGrid
 
 Tensors = dict[str, Tensor]
@@ -144,12 +146,195 @@ def test_a_file_with_its_own_tokenizer(taming_state: Callable[[], Tensors], toke
     )
     with pytest.raises(ValueError, match="holds its own tokenizer: give no other"):
         load_pretrained(file, "taming_net2net", reference, tokenizer)
-    with pytest.raises(ValueError, match=r"n_classes=1000 in reference_config must lie in \[1, 16\]"):
+    with pytest.raises(ValueError, match=r"n_classes=17 in reference_config must lie in \[1, 16\]"):
+        load_pretrained(file, "taming_net2net", {"cond_stage_config": {"n_classes": 17}})
+    with pytest.raises(ValueError, match="do not tell how many classes there are"):
         load_pretrained(file, "taming_net2net")
-    with pytest.raises(ValueError, match="has a permuter"):
-        load_pretrained(file, "taming_net2net", {**reference, "permuter_config": {"target": "Subsample"}})
-    with pytest.raises(ValueError, match="has n_unmasked=3, but a causal sequence has 0"):
-        load_pretrained(file, "taming_net2net", {**reference, "transformer_config": {"params": {"n_unmasked": 3}}})
+
+
+@pytest.fixture
+def net2net(taming_state: Callable[[], Tensors], tmp_path: Path) -> Callable[..., Any]:
+    """`net2net(change, **reference)`: taming's GPT of 4 x 4 positions with its tokenizer, after a change."""
+
+    def load(change: Callable[[Tensors], Any] | None = None, **reference: Any) -> Any:
+        torch.manual_seed(0)
+        state = published.tensors(published.taming_net2net(width=64, depth=2, ids=16, places=16), torch.randn)
+        state |= {f"first_stage_model.{name}": value for name, value in taming_state().items()}
+        if change is not None:
+            change(state)
+        save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "net2net.safetensors")
+        return load_pretrained(tmp_path / "net2net.safetensors", "taming_net2net", reference)
+
+    return load
+
+
+FIVE_CLASSES: dict[str, Any] = {"cond_stage_config": {"target": "taming.modules.util.Labelator", "n_classes": 5}}
+
+
+def test_no_null_label_was_trained(net2net: Callable[..., Any]) -> None:
+    """With classes and without: guidance is refused."""
+    with_classes = net2net(**FIVE_CLASSES)
+    assert with_classes.num_classes == 5 and with_classes.label_dropout == 0
+    for unconditional in ({"cond_stage_config": "__is_unconditional__"}, {"unconditional": True, "sos_token": 3}):
+        generator = net2net(**unconditional)
+        table = generator.backbone.token_embedding.table.weight
+        assert generator.num_classes == 1
+        start = table[unconditional.get("sos_token", 0)]
+        assert torch.equal(generator.backbone.class_embedding.weight, torch.stack([start, torch.zeros(64)]))
+        assert generator.sample(torch.zeros(2, dtype=torch.int64)).shape == (2, 4, 4)
+        for each in (generator, with_classes):
+            with pytest.raises(ValueError, match=r"guidance_scale=3\.0 needs a generator that learned the null label"):
+                each.sample(torch.zeros(2, dtype=torch.int64), RasterSampler(guidance_scale=3.0))
+
+
+# By taming's own code, on 4 x 4 positions.
+ORDERS = {
+    "Subsample": [0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15],
+    "ZCurve": [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15],
+    "SpiralOut": [9, 5, 6, 10, 14, 13, 12, 8, 4, 0, 1, 2, 3, 7, 11, 15],
+    "SpiralIn": [15, 11, 7, 3, 2, 1, 0, 4, 8, 12, 13, 14, 10, 6, 5, 9],
+    "Random": [3, 13, 7, 2, 6, 10, 4, 1, 14, 0, 15, 9, 8, 12, 11, 5],
+    "AlternateParsing": [0, 1, 2, 3, 7, 6, 5, 4, 8, 9, 10, 11, 15, 14, 13, 12],
+}
+
+
+def test_orders() -> None:
+    assert {name: make(4, 4).flatten().tolist() for name, make in PERMUTERS.items()} == ORDERS
+    assert PERMUTERS["ZCurve"](3, 5).tolist() == [0, 1, 5, 6, 2, 3, 7, 8, 10, 11, 12, 13, 4, 9, 14]
+    assert PERMUTERS["AlternateParsing"](2, 3).flatten().tolist() == [0, 1, 2, 5, 4, 3]
+    for name, sides in {"Subsample": (4, 6), "SpiralOut": (3, 3), "SpiralIn": (2, 4)}.items():
+        with pytest.raises(ValueError, match=r"Subsample|a spiral needs a square grid of even sides"):
+            PERMUTERS[name](*sides)
+
+
+@pytest.mark.parametrize("name", ["Subsample", "SpiralIn"])
+@torch.no_grad()
+def test_permuters(name: str, net2net: Callable[..., Any]) -> None:
+    """By their names and by their tables in the file; element n has the n-th position embedding, wherever it stands."""
+
+    def with_table(state: Tensors) -> None:
+        state["permuter.forward_shuffle_idx"] = torch.tensor(ORDERS[name])
+        state["permuter.backward_shuffle_idx"] = torch.tensor(ORDERS[name]).argsort()
+
+    permuter = {"target": f"taming.modules.transformer.permuter.{name}", "params": {"H": 4, "W": 4}}
+    raster = net2net(**FIVE_CLASSES)
+    tokens, labels = torch.randint(16, (2, 16)), torch.tensor([0, 4])
+    expected = raster.backbone(tokens[:, :-1], labels)
+    for change, given in ((None, {"permuter_config": permuter}), (with_table, {})):
+        generator = net2net(change, **FIVE_CLASSES, **given)
+        assert generator.fixed_order.tolist() == ORDERS[name]
+        assert torch.equal(generator.to_sequence(generator.to_grid(tokens)), tokens)
+        torch.testing.assert_close(generator.sampled_backbone()(tokens[:, :-1], labels), expected)
+    other = {**permuter, "target": "SpiralOut" if name != "SpiralOut" else "SpiralIn"}
+    with pytest.raises(ValueError, match=r"has the permuter Spiral(Out|In), but the tensors have another order"):
+        net2net(with_table, **FIVE_CLASSES, permuter_config=other)
+
+
+def test_what_a_file_says_of_its_beginning(net2net: Callable[..., Any]) -> None:
+    """The saved masks tell how many elements see each other."""
+
+    def show(state: Tensors) -> None:
+        for name in state:
+            if name.endswith("attn.mask"):
+                state[name][..., :3, :3] = 1
+
+    def show_one(state: Tensors) -> None:
+        state["transformer.blocks.1.attn.mask"][..., :3, :3] = 1
+
+    three = {"transformer_config": {"params": {"n_unmasked": 3}}}
+    assert net2net(**FIVE_CLASSES).backbone.visible_start == 0
+    assert net2net(show, **FIVE_CLASSES).backbone.visible_start == 3
+    assert net2net(show, **FIVE_CLASSES, **three).backbone.visible_start == 3
+    with pytest.raises(ValueError, match="has n_unmasked=3, but the tensors have 0"):
+        net2net(**FIVE_CLASSES, **three)
+    with pytest.raises(ValueError, match=r"'attn\.mask' that is not causal behind its first elements"):
+        net2net(show_one, **FIVE_CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({}, r"do not tell how many classes there are: .* cond_stage_config: __is_unconditional__"),
+        ({"cond_stage_config": "__is_first_stage__"}, "cond_stage_config='__is_first_stage__'; __is_unconditional__ "),
+        ({"cond_stage_config": {"target": "taming.modules.misc.coord.CoordStage"}}, "CoordStage; Labelator are read"),
+        ({**FIVE_CLASSES, "first_stage_config": {"n_embed": 8}}, r"first_stage_config\.n_embed=8, but the tensors"),
+        ({**FIVE_CLASSES, "first_stage_config": {"nembed": 8}}, r"did you mean first_stage_config\.n_embed"),
+        ({"unconditional": True, "sos_token": 16}, r"sos_token=16 in reference_config must lie in \[0, 16\)"),
+        ({**FIVE_CLASSES, "permuter_config": {"target": "Zigzag"}}, "permuter_config.target=Zigzag; Identity and "),
+    ],
+)
+def test_what_is_refused_of_tamings_models(reference: Any, message: str, net2net: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=message):
+        net2net(**reference)
+
+
+def test_the_number_of_llamagens_tokens(load: Callable[..., Any]) -> None:
+    """From the file's own table, or asked for, unless the width is that of a model of 384 pixels alone."""
+    with pytest.raises(ValueError, match="do not tell the number of tokens: give block_size in reference_config, 256 "):
+        load("llamagen_gpt_c2i", block_size=None)
+    table = {"freqs_cis": torch.zeros(37, 32, 2)}
+    assert load("llamagen_gpt_c2i", lambda state: state.update(table), block_size=None).token_shape == (6, 6)
+    with pytest.raises(ValueError, match="has block_size=64, but the tensors have 36"):
+        load("llamagen_gpt_c2i", lambda state: state.update(table))
+
+
+@torch.no_grad()
+def test_llamagens_settings(load: Callable[..., Any]) -> None:
+    tokens, labels = torch.randint(16, (2, 63)), torch.tensor([0, 2])
+    plain = load("llamagen_gpt_c2i", n_head=4)
+    turned = load("llamagen_gpt_c2i", n_head=4, rope_base=100.0)
+    assert not torch.allclose(turned.backbone(tokens, labels), plain.backbone(tokens, labels))
+
+    def share(state: Tensors) -> None:
+        """Heads 0 and 1, and 2 and 3, have the same keys and values, of which one is left."""
+        for name, weight in state.items():
+            if name.endswith("wqkv.weight"):
+                query, *rest = weight.chunk(3)
+                state[name] = torch.cat([query, *(part.unflatten(0, (4, 16))[::2].flatten(0, 1) for part in rest)])
+
+    def repeat(state: Tensors) -> None:
+        share(state)
+        for name, weight in state.items():
+            if name.endswith("wqkv.weight"):
+                query, *rest = weight.split([64, 32, 32])
+                both = [part.unflatten(0, (2, 16)).repeat_interleave(2, 0).flatten(0, 1) for part in rest]
+                state[name] = torch.cat([query, *both])
+
+    shared, whole = load("llamagen_gpt_c2i", share, n_head=4, n_kv_head=2), load("llamagen_gpt_c2i", repeat, n_head=4)
+    torch.testing.assert_close(shared.backbone(tokens, labels), whole.backbone(tokens, labels))
+    with pytest.raises(ValueError, match="has n_kv_head=4, but the tensors have 2"):
+        load("llamagen_gpt_c2i", share, n_head=4, n_kv_head=4)
+    with pytest.raises(ValueError, match="which make 256 channels inside the MLP, but the tensors have 96"):
+        load("llamagen_gpt_c2i", multiple_of=256)
+    undropped = load("llamagen_gpt_c2i", class_dropout_prob=0)
+    assert undropped.num_classes == 4 and undropped.label_dropout == 0
+
+
+def test_groups_of_bits_with_tables(tmp_path: Path) -> None:
+    """MaskBit's BERT with `codebook_splits`: a table and a bias for each group, before a last norm or not."""
+    shapes = published.maskbit_lfqbert(width=64, depth=2, hidden=96, bits=4, groups=2, classes=3, places=16)
+    kept = {name: shape for name, shape in shapes.items() if not name.startswith(("input_", "bits_", "prediction"))}
+    kept |= {f"tok_emb_list.{group}.weight": (5, 64) for group in range(2)}
+    kept |= {f"bias.{group}": (16, 4) for group in range(2)}
+    for norm in ({}, {"norm_after_transformer.weight": (64,), "norm_after_transformer.bias": (64,)}):
+        torch.manual_seed(0)
+        state = published.tensors(kept | norm, lambda shape: torch.randn(shape) * 0.1)
+        save_file(state, tmp_path / "bert.safetensors")
+        generator: Any = load_pretrained(tmp_path / "bert.safetensors", "maskbit_bert", {"codebook_size": 16})
+        assert generator.vocab_size == 16 and generator.bit_groups.groups == 2 and generator.length == 32
+        assert (generator.backbone.final_norm is not None) == bool(norm)
+        ids = torch.randint(5, (2, 32))
+        embedded = generator.backbone.token_embedding(ids)
+        tables = [state[f"tok_emb_list.{group}.weight"][ids[:, group::2]] for group in range(2)]
+        torch.testing.assert_close(embedded, tables[0] + tables[1])
+        weight = generator.backbone.token_embedding.logit_weight()
+        assert torch.equal(weight, torch.cat([state[f"tok_emb_list.{group}.weight"][:4] for group in range(2)]))
+        assert torch.equal(generator.backbone.head.bias, torch.cat([state["bias.0"], state["bias.1"]], dim=1))
+        assert generator.sample(torch.tensor([0, 3])).max() < 16
+        with pytest.raises(ValueError, match=f"has use_prenorm={not norm}, but the tensors have {bool(norm)}"):
+            load_pretrained(tmp_path / "bert.safetensors", "maskbit_bert", {"use_prenorm": not norm})
+        with pytest.raises(ValueError, match="has codebook_splits=1, but the tensors have 2"):
+            load_pretrained(tmp_path / "bert.safetensors", "maskbit_bert", {"codebook_splits": 1})
 
 
 @torch.no_grad()
@@ -222,7 +407,7 @@ def test_weights_that_do_not_fit(family: str, change: Any, message: str, load: C
     [
         ("llamagen_gpt_c2i", {"dim": 32}, "has dim=32, but the tensors have 64"),
         ("llamagen_gpt_c2i", {"model_type": "t2i"}, "has model_type=t2i, but the published class-conditional"),
-        ("llamagen_gpt_c2i", {"block_size": 60}, "has 60 tokens, which is no square grid"),
+        ("llamagen_gpt_c2i", {"block_size": 60}, "has block_size=60, which is no square grid"),
         ("halton_maskgit", {"heads": 3}, "queries of 64 channels, which heads=3 does not divide"),
         ("halton_maskgit", {"proj": 2}, "has proj=2, but every published model has 1"),
         ("titok_uvitbert", {"num_hidden_layers": 4}, "has num_hidden_layers=4, but the tensors have 3"),
@@ -237,8 +422,11 @@ def test_a_configuration_that_does_not_fit(family: str, reference: Any, message:
 
 def test_the_configuration_of_all_parts_of_a_model(load: Callable[..., Any]) -> None:
     """1d-tokenizer's YAML says both: the tokenizer's vocabulary is none of the generator's arguments."""
-    parts = {"vq_model": {"hidden_size": 1}, "generator": {"hidden_size": 64, "num_attention_heads": 8}}
+    parts = {"vq_model": {"token_size": 1}, "generator": {"hidden_size": 64, "num_attention_heads": 8}}
     assert load("titok_imagebert", config={"model": parts}).backbone.heads == 8
+    parts["vq_model"] |= {"codebook_size": 17}
+    with pytest.raises(ValueError, match=r"has vq_model\.codebook_size=17, but the tensors have 16"):
+        load("titok_imagebert", config={"model": parts})
 
 
 def test_arrangements_use_up_what_they_take() -> None:

@@ -15,6 +15,7 @@ from test_generator_layouts import PUBLISHED, backbone
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.pretrained.conversion import FAMILIES, Conversion
 from discrete_lit.pretrained.reading import State
+from discrete_lit.pretrained.settings import Settings
 
 RECIPES = {
     "llamagen_b": ("llamagen_gpt_c2i", "B"),
@@ -33,6 +34,11 @@ RECIPES = {
     "var_d20": ("var_transformer", "d20"),
     "var_d24": ("var_transformer", "d24"),
     "var_d30": ("var_transformer", "d30"),
+}
+# What the weights do not tell.
+REFERENCE = {
+    "llamagen_gpt_c2i": {"block_size": 256},
+    "taming_net2net": {"cond_stage_config": {"n_classes": 1000}},
 }
 # Those that no published weights are loaded for, by their number of parameters alone.
 OTHERS = ["taming_gpt", "maskgit", "ibq_ar_b"]
@@ -59,7 +65,7 @@ def published_conversion(recipe: str) -> Conversion:
     family, size = RECIPES[recipe]
     shapes = getattr(published, family)(**PUBLISHED[family, size][0])
     tensors = published.tensors(shapes, lambda shape: torch.empty(shape, device="meta"))
-    return FAMILIES[family].convert(State(tensors, family), {})
+    return FAMILIES[family].convert(State(tensors, family), Settings(REFERENCE.get(family)))
 
 
 def class_name(config: dict[str, Any]) -> str:

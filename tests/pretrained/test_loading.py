@@ -120,6 +120,45 @@ def test_a_weight_without_its_running_mean(load: Callable[..., Any]) -> None:
         load(add_means, "ibq")
 
 
+def test_a_prefix_of_the_tokenizer_in_a_larger_file(load: Callable[..., Any]) -> None:
+    """Of all names, or of those of a part: then the others are named. A file of another family stays refused."""
+
+    def behind(prefix: str, **others: Tensor) -> Callable[[State], Any]:
+        def rename(state: State) -> None:
+            renamed = {prefix + name: value for name, value in state.items()} | others
+            state.clear()
+            state.update(renamed)
+
+        return rename
+
+    torch.manual_seed(0)
+    plain = load()
+    for prefix in ("first_stage_model.", "model.module.", "state_dict.any._orig_mod."):
+        torch.manual_seed(0)
+        other = load(behind(prefix))
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in plain.state_dict().items())
+    with pytest.warns(UserWarning, match=r"the part first_stage_model\.\* is read; the others are not: diffusion"):
+        load(behind("first_stage_model.", **{"diffusion.weight": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=r"is no taming_vqgan checkpoint .*: it looks like taming_net2net"):
+        gpt = {"transformer.tok_emb.weight": torch.zeros(1), "transformer.pos_emb": torch.zeros(1)}
+        load(behind("first_stage_model.", **gpt))
+
+
+@pytest.mark.parametrize(
+    ("resolutions", "resolution", "message"),
+    [([8], 16, None), ([8, 1], 16, None), ([], 16, r"attn_resolutions=\[\] at resolution=16"), ([8], 32, r"at \[16\]")],
+)
+def test_the_levels_with_attention_are_compared(
+    resolutions: list[int], resolution: int, message: str | None, load: Callable[..., Any]
+) -> None:
+    config = {"ddconfig": {"attn_resolutions": resolutions, "resolution": resolution, "dropout": 0.1}}
+    if message is None:
+        load(reference_config=config)
+        return
+    with pytest.raises(ValueError, match=message):
+        load(reference_config=config)
+
+
 def test_an_unknown_family() -> None:
     with pytest.raises(ValueError, match=r"family='taming_vqgam' is not known; did you mean 'taming_vqgan'\? The fam"):
         load_pretrained("nowhere.ckpt", "taming_vqgam")
@@ -138,7 +177,7 @@ def test_the_published_configuration_is_compared_with_the_tensors(
     load(reference_config=str(file))
     with pytest.raises(ValueError, match="reference_config has n_embed=1024, but the tensors have 16"):
         load(reference_config={"n_embed": 1024})
-    with pytest.raises(ValueError, match=r"has ch_mult=\[1, 2\], but the tensors have \[1, 1\]"):
+    with pytest.raises(ValueError, match=r"has ddconfig.ch_mult=\[1, 2\], but the tensors have \[1, 1\]"):
         load(reference_config={"ddconfig": {"ch_mult": (1, 2)}})
 
 

@@ -51,6 +51,8 @@ def ours(kind: str) -> Any:
     arguments: dict[str, Any] = {"image_size": 8, "patch_size": 2, "latent_tokens": 3, "encoder": SIZE, "decoder": SIZE}
     if kind == "two_stages":
         arguments |= {"proxy": PROXY, "legacy_reshape": True}
+    if kind == "other_patches":
+        arguments |= {"decoder_patch_size": 4}
     network = {"class_path": "discrete_lit.tokenizers.titok.TiTokAutoencoder", "init_args": arguments}
     config = {"class_path": "discrete_lit.tokenizers.TiTok", "init_args": {"network": network, "quantizer": QUANTIZER}}
     if kind == "vae":
@@ -82,7 +84,7 @@ def publish(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.mark.parametrize("kind", ["one_stage", "two_stages", "vae"])
+@pytest.mark.parametrize("kind", ["one_stage", "two_stages", "vae", "other_patches"])
 def test_weights_and_sizes_come_back(kind: str, publish: Callable[..., Path]) -> None:
     module = ours(kind)
     family = "titok_vae" if kind == "vae" else "titok"
@@ -114,8 +116,11 @@ def test_weights_and_sizes_come_back(kind: str, publish: Callable[..., Path]) ->
             "one_stage",
             lambda state: state.update({"decoder.positional_embedding": torch.zeros(5, 16)}),
             {},
-            "has patches of another size in the decoder",
+            "'decoder.ffn.0.weight' has shape (12, 16, 1, 1) instead of (48, 16)",
         ),
+        ("one_stage", None, {"vit_dec_patch_size": 4}, "has vit_dec_patch_size=4, but the tensors have 2"),
+        ("one_stage", None, {"dataset": {"preprocessing": {"crop_size": 16}}}, "crop_size=16, but the tensors have 8"),
+        ("one_stage", None, {"finetune_decoder": True}, "has finetune_decoder=True, but the tensors have False"),
         ("one_stage", None, {"is_legacy": True}, "reference_config has is_legacy=True, but the tensors have False"),
         ("two_stages", None, {"num_latent_tokens": 4}, "has num_latent_tokens=4, but the tensors have 3"),
         ("one_stage", None, {"codebook_size": 8192}, "has codebook_size=8192, but the tensors have 6"),

@@ -30,8 +30,9 @@ class IndexBackpropagationQuantizer(Quantizer):
         codebook_size: K.
         dim: D.
         codebook_weight: beta.
-        entropy_weight: of per-sample minus batch entropy.
+        entropy_weight: of both entropies, `entropy_weight * (per-sample - batch_entropy_weight * batch)`.
         entropy_temperature: of the probabilities in the entropies.
+        batch_entropy_weight: of the batch entropy against the per-sample one.
         entropy_log_offset: added to probabilities inside the logarithm of the batch entropy.
 
     Raises:
@@ -46,6 +47,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         codebook_weight: float = 0.25,
         entropy_weight: float = 0.05,
         entropy_temperature: float = 0.01,
+        batch_entropy_weight: float = 1.0,
         entropy_log_offset: float = 1e-5,
     ) -> None:
         super().__init__()
@@ -53,17 +55,18 @@ class IndexBackpropagationQuantizer(Quantizer):
             raise ValueError(f"codebook_size and dim must be positive, got {codebook_size} and {dim}")
         if not entropy_temperature > 0:
             raise ValueError(f"entropy_temperature must be above 0, got {entropy_temperature}")
-        if min(codebook_weight, entropy_weight, entropy_log_offset) < 0:
+        if min(codebook_weight, entropy_weight, batch_entropy_weight, entropy_log_offset) < 0:
             raise ValueError(
                 "weights and entropy_log_offset must be >= 0, got "
                 f"codebook_weight={codebook_weight}, entropy_weight={entropy_weight}, "
-                f"entropy_log_offset={entropy_log_offset}"
+                f"batch_entropy_weight={batch_entropy_weight}, entropy_log_offset={entropy_log_offset}"
             )
         self.vocab_size = codebook_size
         self.dim = dim
         self.codebook_weight = codebook_weight
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
+        self.batch_entropy_weight = batch_entropy_weight
         self.entropy_log_offset = entropy_log_offset
         self.codes = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
 
@@ -82,7 +85,7 @@ class IndexBackpropagationQuantizer(Quantizer):
             if self.entropy_weight:
                 sample, batch = softmax_entropies(logits / self.entropy_temperature, log_offset=self.entropy_log_offset)
                 losses["sample_entropy"] = self.entropy_weight * sample
-                losses["batch_entropy"] = -self.entropy_weight * batch
+                losses["batch_entropy"] = -self.entropy_weight * self.batch_entropy_weight * batch
             return Quantized(z_q.reshape(latents.shape), ids.reshape(latents.shape[:-1]), losses)
 
     @torch.no_grad()

@@ -15,7 +15,13 @@ def trained(**settings: float) -> IndexBackpropagationQuantizer:
 
 def test_values_and_gradients_are_the_formulas() -> None:
     """Everything written out densely, as in the paper's code."""
-    quantizer = trained(codebook_weight=0.3, entropy_weight=0.2, entropy_temperature=0.7, entropy_log_offset=1e-3)
+    quantizer = trained(
+        codebook_weight=0.3,
+        entropy_weight=0.2,
+        entropy_temperature=0.7,
+        batch_entropy_weight=1.5,
+        entropy_log_offset=1e-3,
+    )
     latents = torch.randn(3, 5, 2, 4, requires_grad=True)
     codes = quantizer.codes
     rows = latents.reshape(-1, 4)
@@ -29,7 +35,7 @@ def test_values_and_gradients_are_the_formulas() -> None:
         "commitment": (bare.detach() - rows).square().mean(),
         "codebook": 0.3 * (bare - rows.detach()).square().mean(),
         "sample_entropy": -0.2 * (sharp * sharp.log()).sum(dim=1).mean(),
-        "batch_entropy": 0.2 * (mean * (mean + 1e-3).log()).sum(),
+        "batch_entropy": 1.5 * 0.2 * (mean * (mean + 1e-3).log()).sum(),
     }
     quantized = quantizer(latents)
     torch.testing.assert_close(quantized.losses, expected)
