@@ -93,7 +93,7 @@ def _ends(network: Network, denoiser: Denoiser, tokens: Tensor, random: CounterR
         return cost
     level = NoiseLevel.at(schedule, ends[0])
     uniforms = random.uniform(Purpose.LIKELIHOOD, tokens.shape[1], step=samples + 1)
-    states = process.corrupt(tokens, level.alpha, uniforms)
+    states = process.corrupt(tokens, level.alpha, uniforms, level.noise)
     leave_one_out = clean_log_probabilities(denoiser, network(states, level), states, level)
     posterior = posterior_from_leave_one_out(leave_one_out, states, process, level)
     return cost - gather(posterior, tokens).double().sum(dim=1)

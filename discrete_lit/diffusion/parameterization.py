@@ -135,7 +135,7 @@ def posterior_from_leave_one_out(
     leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
 ) -> Tensor:
     """Return log p(x_0 | x_t) by Bayes' rule: the leave-one-out posterior times q(x_t | x_0), normalised."""
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    likelihood = process.likelihood(states, level.alpha, level.noise)[..., : process.vocab_size]
     return (leave_one_out + likelihood.log().to(leave_one_out.dtype)).log_softmax(dim=-1)
 
 
@@ -147,7 +147,7 @@ def leave_one_out_from_posterior(
     At a token that cannot have come from another id, such as an unmasked token of an absorbing process, the posterior
     does not determine it, and is returned as it is.
     """
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    likelihood = process.likelihood(states, level.alpha, level.noise)[..., : process.vocab_size]
     divided = posterior - torch.where(likelihood > 0, likelihood.log(), 0.0).to(posterior.dtype)
     return divided.log_softmax(dim=-1)
 
@@ -156,7 +156,7 @@ def score_from_leave_one_out(
     leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
 ) -> Tensor:
     """Return log-scores log b_y / b_x, where b is q(x_t | x_0) averaged over the leave-one-out posterior of x_0."""
-    marginal = process.marginal(leave_one_out.exp(), level.alpha).log()
+    marginal = process.marginal(leave_one_out.exp(), level.alpha, level.noise).log()
     return marginal - marginal.gather(-1, states[..., None])
 
 

@@ -161,10 +161,10 @@ def test_dense_kernels_are_copied_to_a_device_once() -> None:
 def test_rare_states_keep_their_probability() -> None:
     """1e6 ids: the share of draws above the last of them is that of the kernel, not that of 2^-24 steps."""
     process = UniformProcess(1_000_000)
-    uniforms = 1 - (torch.arange(1, 2001, dtype=torch.float64)[None] - 0.5) * 1e-9
+    uniforms = (torch.arange(1, 2001, dtype=torch.float64)[None] - 0.5) * 1e-9
     states = process.corrupt(torch.zeros(1, 2000, dtype=torch.int64), torch.full((1, 1), 0.5).double(), uniforms)
-    # Each id has 5e-7 of the mass: the last 2e-6 of the uniforms are the last four ids.
-    assert torch.bincount(states[0] - 999_996).tolist() == [500, 500, 500, 500]
+    # Each id has 5e-7 of the mass: the first 2e-6 of the uniforms are the first four ids.
+    assert torch.bincount(states[0]).tolist() == [500, 500, 500, 500]
 
 
 def test_float32_marginals_next_to_clean_data() -> None:
