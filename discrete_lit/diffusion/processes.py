@@ -40,6 +40,8 @@ class ForwardProcess(ABC):
 
     needs_order: bool = False
     """Whether ids next to one another must mean similar things."""
+    speed: float = 1.0
+    """How often a unit of the total noise replaces a token, on average over the ids."""
 
     def __init__(self, vocab_size: int, masks: bool) -> None:
         if vocab_size < 2:
@@ -72,6 +74,10 @@ class ForwardProcess(ABC):
                 has the digits to tell many ids apart, next to 1 it has not.
             noise: 1 - alpha.
         """
+
+    @abstractmethod
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the probability `(B, N)` that `corrupt` draws a token anew: it does for uniform numbers below it."""
 
     @abstractmethod
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -174,6 +180,9 @@ class MixtureProcess(ForwardProcess):
         noise = noise_of(alpha, noise)
         # Known to be below the noise, a uniform number is uniform in (0, noise): it decides the draw too.
         return torch.where(uniforms < noise, self.draw_prior((uniforms / noise).clamp(max=1)), tokens)
+
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        return noise_of(alpha, noise).expand(tokens.shape)
 
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         # 1 - alpha is taken in float64: next to clean data float32 has no digit of it.
@@ -321,6 +330,7 @@ class DenseProcess(ForwardProcess):
         self.rates = rates
         self.fastest = float(beside.sum(dim=1).max()) or 1.0
         """q, the highest rate of leaving a state; 1 if nothing ever moves."""
+        self.speed = float(beside.sum(dim=1).mean()) or 1.0
         eigenvalues, self.eigenvectors = torch.linalg.eigh(rates)
         # The largest eigenvalue is 0. If rounding puts it above, endless noise makes its exponential infinite.
         self.eigenvalues = eigenvalues.clamp(max=0)
@@ -338,6 +348,11 @@ class DenseProcess(ForwardProcess):
         count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
         chunks = (values.split(count) for values in (tokens, levels, uniforms))
         return torch.cat([self._draw(*chunk) for chunk in zip(*chunks, strict=True)])
+
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        rows = self._rows(tokens, total_noise(alpha, noise))
+        leaving = rows.scatter(-1, tokens[..., None], 0.0).sum(dim=-1)
+        return leaving / (leaving + rows.gather(-1, tokens[..., None])[..., 0])
 
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         def pushed(laws: Tensor, kernels: Tensor) -> Tensor:

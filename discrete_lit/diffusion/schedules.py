@@ -411,6 +411,13 @@ class NoiseLevel:
             t=t.double(), alpha=schedule.alpha(t), noise=schedule.mask_probability(t), rate=schedule.rate(t)
         )
 
+    @classmethod
+    def of(cls, schedule: MaskSchedule, sigma: Tensor) -> "NoiseLevel":
+        """Return the level of a schedule with the total noise `sigma (B, 1)`, which may be next to 0 or very large."""
+        noise = -torch.expm1(-sigma)
+        t = schedule.inverse(noise.clamp(*schedule.ends()))
+        return NoiseLevel(t=t, alpha=torch.exp(-sigma), noise=noise, rate=schedule.rate(t))
+
     @property
     def sigma(self) -> Tensor:
         """The total noise sigma = -log alpha."""
