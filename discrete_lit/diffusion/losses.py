@@ -135,11 +135,7 @@ class DiffusionLoss(ABC):
                 f"{type(self).__name__} needs a head of kind {' or '.join(sorted(self.heads))}, "
                 f"{type(head).__name__} is of kind {head.kind}"
             )
-        if head.kind == "score" and head.mask_output != process.masks:
-            raise ValueError(
-                f"scores are of all states: mask_output of {type(head).__name__} must be {process.masks} for "
-                f"{type(process).__name__}, got {head.mask_output}"
-            )
+        head.check(process)
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         """Tell whether the loss bounds -log p with this process and schedule.

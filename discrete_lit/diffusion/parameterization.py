@@ -46,6 +46,13 @@ class Head(ABC):
             level: the noise in x_t.
         """
 
+    def check(self, process: ForwardProcess) -> None:  # noqa: B027
+        """Refuse a process that the head is not for.
+
+        Raises:
+            ValueError: the two cannot be used together.
+        """
+
 
 class PosteriorHead(Head):
     """Predicts log-probabilities of the clean id given all of x_t: discrete flow matching, tauLDR."""
@@ -70,7 +77,8 @@ class ScoreHead(Head):
 
     Args:
         scale_by_noise: subtract log(exp(sigma) - 1) + log K from the logits, which then vary less from level to level
-            (SEDD's `scale_by_sigma` for absorbing processes).
+            (SEDD's `scale_by_sigma` for absorbing processes). It is for processes with a mask: scores of other noise
+            approach 1 as it grows, and float32 logits that have to undo the scale are too coarse for that.
         mask_output: whether the logits have one of the mask, which a process with a mask needs.
     """
 
@@ -87,6 +95,18 @@ class ScoreHead(Head):
             offset = level.odds.log() - math.log(ids)
             scores = scores + offset[..., None].to(scores.dtype)
         return scores.scatter(-1, states[..., None], 0.0)
+
+    def check(self, process: ForwardProcess) -> None:
+        if self.mask_output != process.masks:
+            raise ValueError(
+                f"scores are of all states: mask_output of {type(self).__name__} must be {process.masks} for "
+                f"{type(process).__name__}, got {self.mask_output}"
+            )
+        if self.scale_by_noise and not process.masks:
+            raise ValueError(
+                f"scale_by_noise of {type(self).__name__} must be False for {type(process).__name__}, got True: only "
+                "the scores of masked tokens grow with the odds of no noise"
+            )
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -111,6 +131,9 @@ class Denoiser:
     """The meaning of its output."""
     time_input: TimeInput
     """The time that it is told: none, 1000 t, or sigma (SEDD, whose schedules keep sigma finite)."""
+
+    def __post_init__(self) -> None:
+        self.head.check(self.process)
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
         """Return the backbone's `time (B,)`, float32, or None; sigma never exceeds that of the schedule's end."""

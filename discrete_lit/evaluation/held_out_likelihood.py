@@ -25,7 +25,7 @@ class LikelihoodFigures:
 
     checkpoint: str
     kind: str
-    """`exact`, `bound` (the value is at least that of the model) or `estimate`."""
+    """`exact`, `bound` (drawn or exact, a value that in expectation is at least the model's) or `estimate`."""
     nats: float
     """-log p, mean over the images."""
     standard_error: float

@@ -431,6 +431,12 @@ def test_heads_and_processes_that_do_not_fit() -> None:
             "DiscreteFlowMatching is for paths .* got DiscretizedGaussianProcess",
         ),
         (ScoreEntropy(), ScoreHead(), UniformProcess(4), "mask_output of ScoreHead must be False for UniformProcess"),
+        (
+            ScoreEntropy(),
+            ScoreHead(mask_output=False),
+            UniformProcess(4),
+            "scale_by_noise of ScoreHead must be False for UniformProcess, got True",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(logits, tokens, head=head, states=tokens, process=process, level=level)

@@ -167,6 +167,22 @@ def test_rare_states_keep_their_probability() -> None:
     assert torch.bincount(states[0]).tolist() == [500, 500, 500, 500]
 
 
+@pytest.mark.parametrize("noise", [1e-11, 1e-15, 1e-30])
+def test_every_id_is_drawn_however_little_noise_there_is(noise: float) -> None:
+    """The place of a uniform number below the noise says which: next to 0 all its digits count."""
+    levels = torch.full((1, 1), noise, dtype=torch.float64)
+    places = (torch.arange(100_000, dtype=torch.float64)[None] + 0.5) / 100_000
+    tokens = torch.full((1, 100_000), 3)
+    for process in (UniformProcess(50_000), HybridProcess(50_000, 0.5)):
+        states = process.corrupt(tokens, 1 - levels, places * levels, levels)
+        assert len(states.unique()) == process.states
+        assert torch.equal(process.corrupt(tokens, 1 - levels, (1 + places) * levels, levels), tokens)
+    process = DiscretizedGaussianProcess(40, 0.5)
+    chances = process.replaced(tokens[:, :1], 1 - levels, levels)
+    states = process.corrupt(tokens[:, :20_000], 1 - levels, places[:, ::5] * chances, levels)
+    assert set(states[0].tolist()) == set(range(40)) - {3}
+
+
 def test_float32_marginals_next_to_clean_data() -> None:
     """1 - alpha keeps its digits: noise of 1e-9 puts 1e-9 / K on every other id."""
     process, nearly = UniformProcess(4), torch.tensor([[1 - 1e-9]], dtype=torch.float64)
