@@ -63,7 +63,7 @@ class DiffusionLoss(ABC):
 
     def corrupt(self, process: ForwardProcess, tokens: Tensor, level: NoiseLevel, uniforms: Tensor) -> Tensor:
         """Draw x_t `(B, N)` given clean `tokens (B, N)`; `uniforms (B, N)`, float64 in (0, 1), decide the draw."""
-        return process.corrupt(tokens, level.alpha, uniforms)
+        return process.corrupt(tokens, level.alpha, uniforms, level.noise)
 
     def __call__(
         self,
@@ -97,15 +97,18 @@ class DiffusionLoss(ABC):
         # Where noise only masks, a token that it left is known, and costs nothing.
         counted = states == process.mask_id if is_absorbing(process) else torch.ones_like(states, dtype=torch.bool)
         positions = counted.flatten().nonzero()[:, 0]
-        clean, noisy = (rearrange(ids, "b n -> (b n) 1")[positions] for ids in (tokens, states))
-        levels = level.take(positions // length)
+        # A process without a closed form has a matrix for each level: tokens of one level stay together.
+        together = 1 if isinstance(process, MixtureProcess) else length
+        clean, noisy = (rearrange(ids.flatten()[positions], "(r n) -> r n", n=together) for ids in (tokens, states))
+        levels = level.take(positions[::together] // length)
 
         def cost(rows: Tensor, chunk: slice) -> Tensor:
-            rows, at = rearrange(rows, "r k -> r 1 k"), levels.take(chunk)
-            prediction = head(rows, noisy[chunk], at)
-            return self.integrand(prediction, clean[chunk], states=noisy[chunk], process=process, level=at)[:, 0]
+            part = slice(chunk.start // together, chunk.stop // together)
+            rows, at = rearrange(rows, "(r n) k -> r n k", n=together), levels.take(part)
+            prediction = head(rows, noisy[part], at)
+            return self.integrand(prediction, clean[part], states=noisy[part], process=process, level=at).flatten()
 
-        return by_rows(cost, rearrange(logits, "b n k -> (b n) k"), positions).view_as(tokens)
+        return by_rows(cost, rearrange(logits, "b n k -> (b n) k"), positions, together).view_as(tokens)
 
     @abstractmethod
     def integrand(
@@ -132,11 +135,7 @@ class DiffusionLoss(ABC):
                 f"{type(self).__name__} needs a head of kind {' or '.join(sorted(self.heads))}, "
                 f"{type(head).__name__} is of kind {head.kind}"
             )
-        if head.kind == "score" and head.mask_output != process.masks:
-            raise ValueError(
-                f"scores are of all states: mask_output of {type(head).__name__} must be {process.masks} for "
-                f"{type(process).__name__}, got {head.mask_output}"
-            )
+        head.check(process)
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         """Tell whether the loss bounds -log p with this process and schedule.
@@ -232,7 +231,7 @@ class ScoreEntropy(DiffusionLoss):
         if isinstance(process, MixtureProcess):
             return level.rate * self._of_mixture(prediction, tokens, states, process, level)
         scores = prediction.double()
-        ratios = process.ratios(tokens, states, level.alpha).clamp(min=0)
+        ratios = process.ratios(tokens, states, level.alpha, level.noise)
         terms = scores.exp() - ratios * (scores + 1) + torch.xlogy(ratios, ratios)
         return level.rate * (process.rates_into(states) * terms).sum(dim=-1)
 
@@ -298,10 +297,11 @@ class ContinuousBound(DiffusionLoss):
             divergence = mixture_divergence(prediction, tokens, process=process, alpha=alpha, noise=noise)
             weight = level.rate * process.prior_at(states) / at_state
             return weight * (divergence + torch.expm1(log_ratio) - log_ratio)
-        true, predicted = marginals(prediction, tokens, process=process, alpha=level.alpha)
+        true, predicted = marginals(prediction, tokens, process=process, alpha=level.alpha, noise=level.noise)
         true = true / gather(true, states)[..., None]
         predicted = predicted / gather(predicted, states)[..., None]
-        gap = predicted - true + true * (true.log() - predicted.log())
+        log_ratio = (predicted / true).log()
+        gap = true * (torch.expm1(log_ratio) - log_ratio)
         return level.rate * (process.rates_into(states) * gap).sum(dim=-1)
 
 
@@ -370,11 +370,11 @@ class DiscreteTimeBound(DiffusionLoss):
             divergence = mixture_divergence(prediction, tokens, process=process, alpha=before, noise=noise_before)
             jump = (level.noise - noise_before) / before * process.prior_at(states)
             return (ratio * a_s * log_ratio_s + jump * divergence) / a_t - log_ratio_t
-        true, predicted = marginals(prediction, tokens, process=process, alpha=before)
-        weights = true * process.likelihood(states, ratio)
-        posterior = weights / weights.sum(dim=-1, keepdim=True)  # q(x_s | x_t, x_0)
-        a_t, b_t = (gather(process.push(law, ratio), states) for law in (true, predicted))
-        return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_t / b_t).log()
+        true, predicted = marginals(prediction, tokens, process=process, alpha=before, noise=level.noise_before)
+        step = process.likelihood(states, ratio)  # q(x_t | x_s)
+        a_t, b_t = ((law * step).sum(dim=-1, keepdim=True) for law in (true, predicted))
+        posterior = true * step / a_t  # q(x_s | x_t, x_0)
+        return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_t.log() - b_t.log())[..., 0]
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         return "not a bound" if is_absorbing(process) and schedule.ends()[1] < 1 else self.kind
@@ -447,12 +447,11 @@ class DiscreteFlowMatching(DiffusionLoss):
 # predicted one b, its mean over the leave-one-out posterior p of x_0.
 
 
-# Stands for a probability of 0, whose logarithm would be infinite: far below what float64 adds up.
-_TINY = 1e-30
+# Stands for a probability of 0, whose logarithm would be infinite. It is far below what counts, and float64 still has
+# its inverse squared, which gradients have.
+_TINY = 1e-100
 # From here on log(1 + exp(x)) equals x, in float64 too.
 _LINEAR = 40
-# The eigenvectors of a dense chain cannot tell probabilities below this from 0.
-_DENSE_ROUNDING = 1e-18
 
 
 def mixture_divergence(
@@ -505,14 +504,11 @@ def _floor(process: MixtureProcess, noise: Tensor) -> Tensor:
 
 
 def marginals(
-    leave_one_out: Tensor, tokens: Tensor, *, process: ForwardProcess, alpha: Tensor
+    leave_one_out: Tensor, tokens: Tensor, *, process: ForwardProcess, alpha: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return a and b over all states, `(..., S)` float64, for processes without a closed form."""
-    clean = F.one_hot(tokens, process.vocab_size).double()
-    true, predicted = (
-        process.marginal(law, alpha).clamp(min=_DENSE_ROUNDING) for law in (clean, leave_one_out.double().exp())
-    )
-    return true, predicted
+    true, predicted = process.marginals(tokens, leave_one_out.double().exp(), alpha, noise)
+    return true.clamp(min=_TINY), predicted.clamp(min=_TINY)
 
 
 def gather(values: Tensor, ids: Tensor) -> Tensor:
@@ -529,7 +525,9 @@ _ENTRIES_AT_ONCE = 2**20
 _MOST_PARTS = 16
 
 
-def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, positions: Tensor) -> Tensor:
+def by_rows(
+    function: Callable[[Tensor, slice], Tensor], logits: Tensor, positions: Tensor, together: int = 1
+) -> Tensor:
     """Apply `function` to some rows of the logits, in chunks; the other rows get 0.
 
     The gradient of each chunk is computed together with its value. So of all that the function makes of the logits,
@@ -539,18 +537,22 @@ def by_rows(function: Callable[[Tensor, slice], Tensor], logits: Tensor, positio
         function: takes rows `(r, S)` of the logits and their slice of `positions`, and returns `(r,)`.
         logits: `(R, S)`.
         positions: `(n,)` int64, the rows to work on, without repetition.
+        together: a divisor of n; each chunk has a multiple of so many rows.
 
     Returns:
         `(R,)`.
     """
-    return _ByRows.apply(logits, positions, function)  # pyright: ignore[reportReturnType]
+    return _ByRows.apply(logits, positions, function, together)  # pyright: ignore[reportReturnType]
 
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, positions: Tensor, function: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, positions: Tensor, function: Callable[[Tensor, slice], Tensor], together: int
+    ) -> Tensor:
         count = len(positions)
-        size = max(1, _ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
+        size = max(_ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
+        size = max(1, size // together) * together
         everywhere, wanted = count == len(logits), ctx.needs_input_grad[0]
         values = logits.new_zeros(len(logits))
         # Rows that do not count have the gradient 0.
@@ -571,6 +573,6 @@ class _ByRows(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None], None, None
+        return gradient * upstream[0][:, None], None, None, None

@@ -46,6 +46,13 @@ class Head(ABC):
             level: the noise in x_t.
         """
 
+    def check(self, process: ForwardProcess) -> None:  # noqa: B027
+        """Refuse a process that the head is not for.
+
+        Raises:
+            ValueError: the two cannot be used together.
+        """
+
 
 class PosteriorHead(Head):
     """Predicts log-probabilities of the clean id given all of x_t: discrete flow matching, tauLDR."""
@@ -70,7 +77,8 @@ class ScoreHead(Head):
 
     Args:
         scale_by_noise: subtract log(exp(sigma) - 1) + log K from the logits, which then vary less from level to level
-            (SEDD's `scale_by_sigma` for absorbing processes).
+            (SEDD's `scale_by_sigma` for absorbing processes). It is for processes with a mask: scores of other noise
+            approach 1 as it grows, and float32 logits that have to undo the scale are too coarse for that.
         mask_output: whether the logits have one of the mask, which a process with a mask needs.
     """
 
@@ -87,6 +95,18 @@ class ScoreHead(Head):
             offset = level.odds.log() - math.log(ids)
             scores = scores + offset[..., None].to(scores.dtype)
         return scores.scatter(-1, states[..., None], 0.0)
+
+    def check(self, process: ForwardProcess) -> None:
+        if self.mask_output != process.masks:
+            raise ValueError(
+                f"scores are of all states: mask_output of {type(self).__name__} must be {process.masks} for "
+                f"{type(process).__name__}, got {self.mask_output}"
+            )
+        if self.scale_by_noise and not process.masks:
+            raise ValueError(
+                f"scale_by_noise of {type(self).__name__} must be False for {type(process).__name__}, got True: only "
+                "the scores of masked tokens grow with the odds of no noise"
+            )
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
@@ -112,6 +132,9 @@ class Denoiser:
     time_input: TimeInput
     """The time that it is told: none, 1000 t, or sigma (SEDD, whose schedules keep sigma finite)."""
 
+    def __post_init__(self) -> None:
+        self.head.check(self.process)
+
     def network_time(self, level: NoiseLevel) -> Tensor | None:
         """Return the backbone's `time (B,)`, float32, or None; sigma never exceeds that of the schedule's end."""
         if self.time_input == "none":
@@ -135,7 +158,7 @@ def posterior_from_leave_one_out(
     leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
 ) -> Tensor:
     """Return log p(x_0 | x_t) by Bayes' rule: the leave-one-out posterior times q(x_t | x_0), normalised."""
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    likelihood = process.likelihood(states, level.alpha, level.noise)[..., : process.vocab_size]
     return (leave_one_out + likelihood.log().to(leave_one_out.dtype)).log_softmax(dim=-1)
 
 
@@ -147,7 +170,7 @@ def leave_one_out_from_posterior(
     At a token that cannot have come from another id, such as an unmasked token of an absorbing process, the posterior
     does not determine it, and is returned as it is.
     """
-    likelihood = process.likelihood(states, level.alpha)[..., : process.vocab_size]
+    likelihood = process.likelihood(states, level.alpha, level.noise)[..., : process.vocab_size]
     divided = posterior - torch.where(likelihood > 0, likelihood.log(), 0.0).to(posterior.dtype)
     return divided.log_softmax(dim=-1)
 
@@ -156,7 +179,7 @@ def score_from_leave_one_out(
     leave_one_out: Tensor, states: Tensor, process: ForwardProcess, level: NoiseLevel
 ) -> Tensor:
     """Return log-scores log b_y / b_x, where b is q(x_t | x_0) averaged over the leave-one-out posterior of x_0."""
-    marginal = process.marginal(leave_one_out.exp(), level.alpha).log()
+    marginal = process.marginal(leave_one_out.exp(), level.alpha, level.noise).log()
     return marginal - marginal.gather(-1, states[..., None])
 
 

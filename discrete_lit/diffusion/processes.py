@@ -14,6 +14,8 @@ selects. A level of noise is given as `alpha = exp(-sigma)`, in (0, 1], and the 
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import exp, lgamma, log
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ class ForwardProcess(ABC):
 
     Distributions are probabilities over the last dimension. `alpha` broadcasts against the dimensions before it: `(B,
     1)` against `(B, N, K)`, for instance. Results have the precision of the distribution that is given, and float64
-    where none is.
+    where none is. Every method that takes `alpha` but `pull` also takes `noise`, 1 - alpha with all its digits, which
+    `alpha` has lost next to clean data: below 1e-16 it tells no noise from none. It is computed where it is not given.
 
     Args:
         vocab_size: K, at least 2.
@@ -37,6 +40,8 @@ class ForwardProcess(ABC):
 
     needs_order: bool = False
     """Whether ids next to one another must mean similar things."""
+    speed: float = 1.0
+    """How often a unit of the total noise replaces a token, on average over the ids."""
 
     def __init__(self, vocab_size: int, masks: bool) -> None:
         if vocab_size < 2:
@@ -59,17 +64,23 @@ class ForwardProcess(ABC):
         """Draw states from the stationary distribution, int64 in the shape of `uniforms` (float64 in (0, 1))."""
 
     @abstractmethod
-    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
+    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
         """Draw x_t `(B, N)` given clean tokens.
 
         Args:
             tokens: x_0, `(B, N)` int64 in [0, K).
             alpha: `(B, 1)` float64.
-            uniforms: `(B, N)` float64 in (0, 1), which decide the draw.
+            uniforms: `(B, N)` float64 in (0, 1), which decide the draw. The lowest change a token: next to 0 float64
+                has the digits to tell many ids apart, next to 1 it has not.
+            noise: 1 - alpha.
         """
 
     @abstractmethod
-    def push(self, distribution: Tensor, alpha: Tensor) -> Tensor:
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Return the probability `(B, N)` that `corrupt` draws a token anew: it does for uniform numbers below it."""
+
+    @abstractmethod
+    def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Add noise to `distribution (..., S)`: `distribution @ exp(sigma Q)`, `(..., S)`."""
 
     @abstractmethod
@@ -77,7 +88,7 @@ class ForwardProcess(ABC):
         """Undo `push`: `values (..., S) @ exp(-sigma Q)`; it turns ratios at one level into those at an earlier one."""
 
     @abstractmethod
-    def likelihood(self, states: Tensor, alpha: Tensor) -> Tensor:
+    def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the probability `(..., S)` of reaching `states (...)` from each state, a column of `exp(sigma Q)`."""
 
     @abstractmethod
@@ -94,14 +105,24 @@ class ForwardProcess(ABC):
             return distribution
         return torch.cat((distribution, torch.zeros_like(distribution[..., :1])), dim=-1)
 
-    def marginal(self, clean: Tensor, alpha: Tensor) -> Tensor:
+    def marginal(self, clean: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the law `(..., S)` of a noisy token whose clean id follows `clean (..., K)`."""
-        return self.push(self.widen(clean), alpha)
+        return self.push(self.widen(clean), alpha, noise)
 
-    def ratios(self, tokens: Tensor, states: Tensor, alpha: Tensor) -> Tensor:
+    def marginals(
+        self, tokens: Tensor, clean: Tensor, alpha: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return two laws of a noisy token: given its clean id, `tokens (...)`, and if that follows `clean (..., K)`.
+
+        Each is `(..., S)`, in the precision of `clean`.
+        """
+        given = torch.nn.functional.one_hot(tokens, self.vocab_size).to(clean.dtype)
+        return self.marginal(given, alpha, noise), self.marginal(clean, alpha, noise)
+
+    def ratios(self, tokens: Tensor, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return q(y | x_0) / q(x | x_0) for all states y, `(..., S)`, of clean `tokens (...)` at `states (...)` x."""
         clean = torch.nn.functional.one_hot(tokens, self.vocab_size).double()
-        marginal = self.marginal(clean, alpha)
+        marginal = self.marginal(clean, alpha, noise)
         return marginal / marginal.gather(-1, states[..., None])
 
     def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
@@ -109,9 +130,10 @@ class ForwardProcess(ABC):
         marginal = self.marginal(torch.nn.functional.one_hot(tokens, self.vocab_size).double(), alpha)
         return (torch.xlogy(marginal, marginal) - torch.xlogy(marginal, self.prior().to(marginal))).sum(dim=-1)
 
-    def matrix(self, alpha: Tensor) -> Tensor:
+    def matrix(self, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the kernel `exp(sigma Q)`, `(..., S, S)` float64; row x is the law of a token that started at x."""
-        return self.push(torch.eye(self.states, dtype=torch.float64, device=alpha.device), alpha[..., None])
+        started = torch.eye(self.states, dtype=torch.float64, device=alpha.device)
+        return self.push(started, alpha[..., None], None if noise is None else noise[..., None])
 
 
 class MixtureProcess(ForwardProcess):
@@ -154,15 +176,17 @@ class MixtureProcess(ForwardProcess):
         drawn = (rest * self.vocab_size).long().clamp(0, self.vocab_size - 1)
         return torch.where(uniforms < self.mask_fraction, ids, drawn)
 
-    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
-        replaced = uniforms >= alpha
-        # A uniform number of which we know that it is at least alpha is uniform in [alpha, 1): it decides the draw too.
-        left = ((uniforms - alpha) / (1 - alpha)).clamp(0, 1)
-        return torch.where(replaced, self.draw_prior(left), tokens)
+    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
+        noise = noise_of(alpha, noise)
+        # Known to be below the noise, a uniform number is uniform in (0, noise): it decides the draw too.
+        return torch.where(uniforms < noise, self.draw_prior((uniforms / noise).clamp(max=1)), tokens)
 
-    def push(self, distribution: Tensor, alpha: Tensor) -> Tensor:
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        return noise_of(alpha, noise).expand(tokens.shape)
+
+    def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         # 1 - alpha is taken in float64: next to clean data float32 has no digit of it.
-        kept, replaced = (part[..., None].to(distribution.dtype) for part in (alpha, 1 - alpha.double()))
+        kept, replaced = (part[..., None].to(distribution.dtype) for part in (alpha, noise_of(alpha, noise)))
         return kept * distribution + replaced * self._prior_like(distribution) * distribution.sum(-1, keepdim=True)
 
     def pull(self, values: Tensor, alpha: Tensor) -> Tensor:
@@ -171,10 +195,9 @@ class MixtureProcess(ForwardProcess):
         kept, removed = inverse.to(values.dtype), (1 - inverse).to(values.dtype)
         return kept * values + removed * self._prior_like(values) * values.sum(-1, keepdim=True)
 
-    def likelihood(self, states: Tensor, alpha: Tensor) -> Tensor:
-        alpha = alpha.double()[..., None]
+    def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         same = torch.nn.functional.one_hot(states, self.states)
-        return alpha * same + (1 - alpha) * self.prior_at(states)[..., None]
+        return alpha.double()[..., None] * same + (noise_of(alpha, noise) * self.prior_at(states))[..., None]
 
     def rates_into(self, states: Tensor) -> Tensor:
         others = 1 - torch.nn.functional.one_hot(states, self.states)
@@ -242,6 +265,17 @@ class HybridProcess(MixtureProcess):
         super().__init__(vocab_size, mask_fraction)
 
 
+def noise_of(alpha: Tensor, noise: Tensor | None) -> Tensor:
+    """Return 1 - alpha, float64: as it is given, or computed."""
+    return 1 - alpha.double() if noise is None else noise.double()
+
+
+def total_noise(alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Return sigma = -log alpha, float64, with all the digits that `noise`, 1 - alpha, has where it is small."""
+    alpha = alpha.double()
+    return -alpha.log() if noise is None else torch.where(noise < 0.5, -torch.log1p(-noise.double()), -alpha.log())
+
+
 def is_absorbing(process: ForwardProcess) -> bool:
     """Tell whether noise masks and does nothing else."""
     return isinstance(process, MixtureProcess) and process.mask_fraction == 1
@@ -253,12 +287,24 @@ LARGEST_VOCABULARY = 1024
 
 # More total noise than this leaves nothing of a token.
 _ENDLESS = 1e6
-# `DenseProcess.corrupt` forms kernels of at most so many entries at once: 32 MB of float64.
+# Kernels and laws are formed for at most so many entries at once: 32 MB of float64.
 _ENTRIES_AT_ONCE = 2**22
+# A dense process keeps powers of its matrix with at most so many entries, 256 MB of float64 at 1,024 ids.
+_ENTRIES_OF_POWERS = 2**25
+# Paths of more jumps than the powers have are left out where their probability is below this.
+_LEAST_PATH = 1e-60
+# The doublings of the noise that are counted where there is no data to tell: those of sigma = 1 or so.
+_USUAL_SQUARINGS = 1
 
 
 class DenseProcess(ForwardProcess):
-    """The chain of a symmetric rate matrix Q, by its eigenvectors: `exp(sigma Q) = U exp(sigma lambda) U^T`.
+    """The chain of a symmetric rate matrix Q.
+
+    Kernels are `exp(sigma Q)` by uniformization (Jensen, 1953), a sum over the number n of jumps, `exp(-x) x^n / n!
+    R^n` with `x = sigma q` and `R = I + Q / q`, q the highest rate of leaving a state: first for a small part of the
+    noise, which is then doubled by squaring. No number is negative on the way, so that nothing cancels, and every
+    probability has nearly all its digits, the smallest too. By eigenvectors, `U exp(sigma lambda) U^T`, those below
+    1e-16 would be rounding; they serve `pull` alone, whose results have both signs.
 
     Args:
         rates: Q, `(K, K)`, symmetric, with rows that sum to 0 and no negative entry beside the diagonal; K <= 1,024.
@@ -282,10 +328,14 @@ class DenseProcess(ForwardProcess):
             raise ValueError("the rows of rates must sum to 0")
         super().__init__(size, masks=False)
         self.rates = rates
+        self.fastest = float(beside.sum(dim=1).max()) or 1.0
+        """q, the highest rate of leaving a state; 1 if nothing ever moves."""
+        self.speed = float(beside.sum(dim=1).mean()) or 1.0
         eigenvalues, self.eigenvectors = torch.linalg.eigh(rates)
         # The largest eigenvalue is 0. If rounding puts it above, endless noise makes its exponential infinite.
         self.eigenvalues = eigenvalues.clamp(max=0)
-        self._copies: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._copies: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._last: tuple[Tensor, Tensor] | None = None
 
     def prior(self) -> Tensor:
         return torch.full((self.states,), 1 / self.states, dtype=torch.float64)
@@ -293,20 +343,40 @@ class DenseProcess(ForwardProcess):
     def draw_prior(self, uniforms: Tensor) -> Tensor:
         return (uniforms * self.states).long().clamp(max=self.states - 1)
 
-    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
+    def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
+        levels = total_noise(alpha, noise).expand(len(tokens), 1)
         count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
-        chunks = (values.split(count) for values in (tokens, alpha, uniforms))
+        chunks = (values.split(count) for values in (tokens, levels, uniforms))
         return torch.cat([self._draw(*chunk) for chunk in zip(*chunks, strict=True)])
 
-    def push(self, distribution: Tensor, alpha: Tensor) -> Tensor:
-        return self._apply(distribution, -alpha.double().log()).clamp(min=0)
+    def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        rows = self._rows(tokens, total_noise(alpha, noise))
+        leaving = rows.scatter(-1, tokens[..., None], 0.0).sum(dim=-1)
+        return leaving / (leaving + rows.gather(-1, tokens[..., None])[..., 0])
+
+    def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        def pushed(laws: Tensor, kernels: Tensor) -> Tensor:
+            return laws.double() @ kernels
+
+        return self._by_level(pushed, total_noise(alpha, noise), distribution).to(distribution.dtype)
 
     def pull(self, values: Tensor, alpha: Tensor) -> Tensor:
-        return self._apply(values, alpha.double().log())
+        _, roots, vectors, _ = self._on(values.device)
+        sigma = alpha.double().log()
+        scaled = (values.double() @ vectors) * torch.exp(sigma[..., None] * roots)
+        return (scaled @ vectors.T).to(values.dtype)
 
-    def likelihood(self, states: Tensor, alpha: Tensor) -> Tensor:
-        # The kernel is symmetric: its column is its row.
-        return self.push(torch.nn.functional.one_hot(states, self.states).double(), alpha)
+    def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self._rows(states, total_noise(alpha, noise))
+
+    def marginals(
+        self, tokens: Tensor, clean: Tensor, alpha: Tensor, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        def both(ids: Tensor, laws: Tensor, kernels: Tensor) -> Tensor:
+            return torch.stack((_rows_of(kernels, ids[..., 0]), laws.double() @ kernels), dim=-2)
+
+        found = self._by_level(both, total_noise(alpha, noise), tokens[..., None], clean)
+        return found[..., 0, :].to(clean.dtype), found[..., 1, :].to(clean.dtype)
 
     def rates_into(self, states: Tensor) -> Tensor:
         return self._on(states.device)[0][states]
@@ -315,27 +385,117 @@ class DenseProcess(ForwardProcess):
         # The rates are symmetric.
         return self.rates_into(states)
 
-    def _draw(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor) -> Tensor:
-        cumulative = self.likelihood(tokens, alpha).cumsum(dim=-1)
-        below = cumulative <= uniforms[..., None] * cumulative[..., -1:]
-        return below.sum(dim=-1).clamp(max=self.states - 1)
+    def _draw(self, tokens: Tensor, sigma: Tensor, uniforms: Tensor) -> Tensor:
+        rows = self._rows(tokens, sigma)
+        # The lowest uniform numbers leave the token's own id, as in `MixtureProcess`: all digits tell where to.
+        leaving = rows.scatter(-1, tokens[..., None], 0.0).cumsum(dim=-1)
+        own = rows.gather(-1, tokens[..., None])
+        below = leaving <= uniforms[..., None] * (leaving[..., -1:] + own)
+        drawn = below.sum(dim=-1)
+        return torch.where(drawn < self.states, drawn, tokens)
 
-    def _apply(self, values: Tensor, sigma: Tensor) -> Tensor:
-        """Return `values (..., K) @ exp(sigma Q)`."""
-        _, roots, vectors = self._on(values.device)
-        scaled = (values.double() @ vectors) * torch.exp(sigma.clamp(max=_ENDLESS)[..., None] * roots)
-        return (scaled @ vectors.T).to(values.dtype)
+    def _rows(self, states: Tensor, sigma: Tensor) -> Tensor:
+        """Return the rows of the kernel, which are its columns too, since it is symmetric: `(..., K)`."""
+        return self._by_level(lambda ids, kernels: _rows_of(kernels, ids[..., 0]), sigma, states[..., None])
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rates without diagonal, eigenvalues and eigenvectors on a device, copied there at the first use."""
+    def _by_level(self, function: Callable[..., Tensor], sigma: Tensor, *values: Tensor) -> Tensor:
+        """Call `function(*values (b, n, ...), kernels (b, K, K))` for some levels at a time.
+
+        Args:
+            function: returns `(b, n, ...)`; it may be given one kernel for all, `(1, K, K)`.
+            sigma: broadcasts against the dimensions of the values but for their last.
+            values: `(..., n, k)` of one shape before k.
+        """
+        shape = torch.broadcast_shapes(values[0].shape[:-1], sigma.shape)
+        spread = sigma.ndim > 0 and sigma.shape[-1] != 1
+        if spread or not shape:  # one level a place
+            one_place = [value.unsqueeze(-2) for value in values]
+            return self._by_level(function, sigma[..., None], *one_place).squeeze(len(shape))
+        sigma = sigma.expand(*shape[:-1], 1).reshape(-1)
+        values = tuple(value.expand(*shape, -1).reshape(len(sigma), shape[-1], -1) for value in values)
+        if has_data(sigma) and len(sigma) > 1 and bool((sigma == sigma[0]).all()):  # as in a step of a sampler
+            found = function(*values, self._kernels(sigma[:1]))
+        else:
+            count = max(1, _ENTRIES_AT_ONCE // self.states**2)
+            chunks = zip(sigma.split(count), *(value.split(count) for value in values), strict=True)
+            found = torch.cat([function(*chunk, self._kernels(levels)) for levels, *chunk in chunks])
+        return found.reshape(*shape, *found.shape[2:])
+
+    def _kernels(self, sigma: Tensor) -> Tensor:
+        """Return `exp(sigma Q)` of levels `(b,)`, `(b, K, K)` float64.
+
+        The last are kept: a training step needs them twice, to draw the noise and to cost the prediction.
+        """
+        if not has_data(sigma):
+            return self._new_kernels(sigma)
+        levels, kernels = self._last or (None, None)
+        if levels is None or kernels is None or levels.device != sigma.device or not torch.equal(levels, sigma):
+            with torch.inference_mode(False), torch.no_grad():
+                kernels = self._new_kernels(sigma.clone())
+                self._last = sigma.clone(), kernels
+        return kernels
+
+    def _new_kernels(self, sigma: Tensor) -> Tensor:
+        powers = self._on(sigma.device)[3]
+        count = len(powers) - 1
+        numbers = torch.arange(count + 1, dtype=torch.float64, device=sigma.device)
+        log_factorials = torch.lgamma(numbers + 1)
+        # So little noise that more jumps than there are powers have a probability below `_LEAST_PATH`.
+        most = min(1.0, exp((log(_LEAST_PATH) + lgamma(count + 1)) / count))
+        jumps = sigma.double().clamp(max=_ENDLESS) * self.fastest
+        squarings = torch.log2(jumps / most).ceil().clamp(min=0)
+        order = squarings.argsort(descending=True)
+        part = (jumps * torch.exp2(-squarings))[order, None]
+        weights = torch.exp(torch.xlogy(numbers, part) - part - log_factorials)
+        kernels = (weights @ powers.flatten(1)).unflatten(1, powers.shape[1:])
+        # The levels with the most noise stand first, and are doubled the longest.
+        rounds = squarings.long().bincount().flip(0).cumsum(0).flip(0)[1:].tolist() if has_data(sigma) else []
+        for active in rounds or [len(kernels)] * (0 if has_data(sigma) else _USUAL_SQUARINGS):
+            doubled = kernels[:active] @ kernels[:active]
+            # Rows sum to 1: it keeps the rounding of one doubling out of the next.
+            kernels[:active] = doubled / doubled.sum(dim=-1, keepdim=True)
+        return kernels[order.argsort()]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return rates without diagonal, eigenvalues, eigenvectors and the powers of R on a device.
+
+        They are copied there at the first use.
+        """
         if device not in self._copies:
             with torch.inference_mode(False):  # validation may come first, and training cannot use its tensors
                 parts = self.rates - self.rates.diagonal().diag(), self.eigenvalues, self.eigenvectors
-                copies = parts[0].to(device), parts[1].to(device), parts[2].to(device)
-            if isinstance(copies[0], FakeTensor):
+                rates, values, vectors = (part.to(device) for part in parts)
+                copies = rates, values, vectors, self._powers(rates)
+            if isinstance(rates, FakeTensor):
                 return copies  # these have no data, as while FLOPs are counted: not to be kept
             self._copies[device] = copies
         return self._copies[device]
+
+    @torch.no_grad()
+    def _powers(self, rates: Tensor) -> Tensor:
+        """Return R^0, R^1, ..., `(n, K, K)`, of rates without diagonal."""
+        count = min(48, max(2, _ENTRIES_OF_POWERS // self.states**2))
+        powers = rates.new_zeros(count + 1, self.states, self.states)
+        if not has_data(rates):
+            return powers
+        step = rates / self.fastest
+        step = step + (1 - step.sum(dim=1)).clamp(min=0).diag()
+        powers[0].fill_diagonal_(1)
+        for number in range(count):
+            torch.matmul(powers[number], step, out=powers[number + 1])
+        return powers
+
+
+def _rows_of(kernels: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows `(b, n, K)` of kernels `(b, K, K)`, or of one `(1, K, K)`, at `ids (b, n)`."""
+    if len(kernels) == 1:
+        return kernels[0][ids]
+    return kernels[torch.arange(len(kernels), device=ids.device)[:, None], ids]
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Tell whether a tensor's entries can be read, which they cannot while operations are counted."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 class DiscretizedGaussianProcess(DenseProcess):

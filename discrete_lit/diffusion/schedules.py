@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 from math import log, pi, sin
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class CosineSchedule(MaskSchedule):
         return torch.sin(t.double() * pi / 2)
 
     def derivative(self, t: Tensor) -> Tensor:
-        return torch.cos(t.double() * pi / 2) * pi / 2
+        return torch.sin((1 - t.double()) * pi / 2) * pi / 2
 
     def inverse(self, m: Tensor) -> Tensor:
         return torch.asin(m.double()) * 2 / pi
@@ -151,24 +152,83 @@ class TruncatedNormalSchedule(MaskSchedule):
         self.mean = mean
         self.deviation = deviation
         self.lowest = lowest
-        ends = torch.tensor([lowest, 1.0], dtype=torch.float64)
-        below, above = torch.special.ndtr((ends - mean) / deviation).tolist()
-        if above <= below:
+        self._first, self._last = (lowest - mean) / deviation, (1 - mean) / deviation
+        self._width = (1 - lowest) / deviation
+        if not -_FARTHEST < self._last or not self._first < _FARTHEST:
             raise ValueError(f"mean={mean} lies too many deviations of {deviation} from [{lowest}, 1]")
-        self._below, self._mass = below, above - below
+        first, width = torch.tensor([[self._first], [self._width]], dtype=torch.float64)
+        self._log_mass = float(_log_normal_mass(first, width))
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        score = torch.special.ndtri(self._below + self._mass * t.double())
-        return (self.mean + self.deviation * score).clamp(self.lowest, 1)
+        above_lowest, below_one = self._from_ends(t)
+        return torch.where(t <= 0.5, self.lowest + above_lowest, 1 - below_one)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        above_lowest, below_one = self._from_ends(t)
+        return torch.where(t <= 0.5, 1 - self.lowest - above_lowest, below_one)
 
     def derivative(self, t: Tensor) -> Tensor:
-        score = (self.mask_probability(t) - self.mean) / self.deviation
-        density = torch.exp(-(score**2) / 2) / (2 * pi) ** 0.5
-        return self.deviation * self._mass / density
+        above_lowest, below_one = (part / self.deviation for part in self._from_ends(t))
+        score = torch.where(t <= 0.5, self._first + above_lowest, self._last - below_one)
+        return self.deviation * torch.exp(self._log_mass - _log_density(score))
 
     def inverse(self, m: Tensor) -> Tensor:
-        score = (m.double() - self.mean) / self.deviation
-        return (torch.special.ndtr(score) - self._below) / self._mass
+        above = ((m.double() - self.lowest) / self.deviation).clamp(0, self._width)
+        first = torch.full_like(above, self._first)
+        share = torch.exp(_log_normal_mass(first, above) - self._log_mass).clamp(max=1)
+        return torch.where(above == self._width, 1, share)
+
+    def _from_ends(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return m - m(0), which is right in the first half of time, and 1 - m, which is right in the second."""
+        t = t.double()
+        first, last = torch.full_like(t, self._first), torch.full_like(t, -self._last)
+        early = _normal_distance(first, t.clamp(max=0.5).log() + self._log_mass)
+        late = _normal_distance(last, (1 - t).clamp(max=0.5).log() + self._log_mass)
+        return self.deviation * early.clamp(max=self._width), self.deviation * late.clamp(max=self._width)
+
+
+# More deviations than this away, float64 has no density of a normal distribution.
+_FARTHEST = 37.0
+_NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(24))
+
+
+def _log_density(score: Tensor) -> Tensor:
+    """Return the logarithm of the standard normal density."""
+    return -(score**2) / 2 - log(2 * pi) / 2
+
+
+def _log_normal_mass(start: Tensor, width: Tensor) -> Tensor:
+    """Return log(Phi(z + w) - Phi(z)) with all digits, of `start` z and `width` w >= 0 of one shape; -inf at w = 0."""
+    # Where the density hardly changes: by quadrature, in which nothing cancels.
+    places = width[..., None] * (_NODES.to(width.device) + 1) / 2
+    weights = _WEIGHTS.to(width.device) / 2
+    near = (torch.exp(-start[..., None] * places - places**2 / 2) * weights).sum(dim=-1) * width
+    # Beyond: on the falling side by the scaled complementary error function, on the rising one by Phi itself.
+    falls = torch.exp(-start * width - width**2 / 2)
+    tails = torch.special.erfcx(start.clamp(min=0) / 2**0.5), torch.special.erfcx((start + width).clamp(min=0) / 2**0.5)
+    falling = (pi / 2) ** 0.5 * (tails[0] - falls * tails[1])
+    lower, upper = torch.special.log_ndtr(start), torch.special.log_ndtr(start + width)
+    rising = upper + torch.log(-torch.expm1(lower - upper))
+    is_near = start.abs() * width + width**2 / 2 < 3
+    scaled = torch.where(is_near, near, falling).log() + _log_density(start)
+    return torch.where(is_near | (start >= 0), scaled, rising)
+
+
+def _normal_distance(start: Tensor, log_mass: Tensor) -> Tensor:
+    """Return the w with Phi(z + w) - Phi(z) = exp(log_mass), of `start` z; for masses up to half of what is above z."""
+    share = torch.exp(log_mass - _log_density(start))  # the mass over the density at z
+    slope = torch.where(start == 0, 1e-9, start)
+    # Next to z the density is an exponential. Farther away a few digits are lost to begin with.
+    linear = -torch.log1p((-slope * share).clamp(min=-1 + 1e-9)) / slope
+    mass = torch.exp(log_mass)
+    below = torch.special.ndtri(torch.special.ndtr(start) + mass)
+    above = -torch.special.ndtri(torch.special.ndtr(-start) - mass)
+    width = torch.where(linear < 0.05, linear, torch.where(start < 0, below, above) - start)
+    for _ in range(4):  # Newton's steps in log w
+        gap = _log_normal_mass(start, width) - log_mass
+        slope = torch.exp(_log_density(start + width) - log_mass) * width
+        width = torch.where(width > 0, width * torch.exp(-gap / slope), width)
+    return width
 
 
 class ClippedSchedule(MaskSchedule):
@@ -236,7 +296,7 @@ class LogSinSchedule(ClippedSchedule):
 
     def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = t * pi / 2
-        return torch.sin(angle), 2 * torch.sin((1 - t) * pi / 4) ** 2, torch.cos(angle) * pi / 2
+        return torch.sin(angle), 2 * torch.sin((1 - t) * pi / 4) ** 2, torch.sin((1 - t) * pi / 2) * pi / 2
 
     def _curve_inverse(self, value: Tensor) -> Tensor:
         return torch.asin(value) * 2 / pi
@@ -253,7 +313,8 @@ class CosineSquaredSchedule(ClippedSchedule):
 
     def _curve(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = t * pi / 2
-        return torch.sin(angle) ** 2, torch.sin((1 - t) * pi / 2) ** 2, torch.sin(t * pi) * pi / 2
+        left = torch.sin((1 - t) * pi / 2)  # cos(angle)
+        return torch.sin(angle) ** 2, left**2, torch.sin(angle) * left * pi
 
     def _curve_inverse(self, value: Tensor) -> Tensor:
         return torch.asin(torch.sqrt(value)) * 2 / pi
@@ -410,6 +471,13 @@ class NoiseLevel:
         return NoiseLevel(
             t=t.double(), alpha=schedule.alpha(t), noise=schedule.mask_probability(t), rate=schedule.rate(t)
         )
+
+    @classmethod
+    def of(cls, schedule: MaskSchedule, sigma: Tensor) -> "NoiseLevel":
+        """Return the level of a schedule with the total noise `sigma (B, 1)`, which may be next to 0 or very large."""
+        noise = -torch.expm1(-sigma)
+        t = schedule.inverse(noise.clamp(*schedule.ends()))
+        return NoiseLevel(t=t, alpha=torch.exp(-sigma), noise=noise, rate=schedule.rate(t))
 
     @property
     def sigma(self) -> Tensor:

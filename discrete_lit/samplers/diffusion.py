@@ -558,7 +558,7 @@ class NoisyTokens:
         given = torch.where(self.known, self.context.start(), 0)
         # The same numbers at every level: what is given gets rid of its noise as the rest does.
         uniforms = self.context.random.uniform(Purpose.MASK_ORDER, self.length)
-        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms)
+        noisy = self.denoiser.process.corrupt(given, level.alpha, uniforms, level.noise)
         self.tokens = torch.where(self.known, noisy, self.tokens)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise, product
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from discrete_lit.diffusion import (
     CosineSchedule,
     CosineSquaredSchedule,
     D3PMCosineSchedule,
+    DenseProcess,
     DiscretizedGaussianProcess,
     ForwardProcess,
     GeometricSchedule,
@@ -429,6 +431,12 @@ def test_heads_and_processes_that_do_not_fit() -> None:
             "DiscreteFlowMatching is for paths .* got DiscretizedGaussianProcess",
         ),
         (ScoreEntropy(), ScoreHead(), UniformProcess(4), "mask_output of ScoreHead must be False for UniformProcess"),
+        (
+            ScoreEntropy(),
+            ScoreHead(mask_output=False),
+            UniformProcess(4),
+            "scale_by_noise of ScoreHead must be False for UniformProcess, got True",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(logits, tokens, head=head, states=tokens, process=process, level=level)
@@ -560,3 +568,103 @@ def test_tokens_that_are_not_masked_cost_nothing_and_teach_nothing() -> None:
     assert torch.equal(value, torch.zeros_like(value))
     (gradient,) = torch.autograd.grad(value.sum(), logits)
     assert torch.equal(gradient, torch.zeros_like(logits))
+
+
+# Digits at small probabilities, against 130 digits of mpmath.
+
+
+def line(size: int, rate: float = 1.0) -> DenseProcess:
+    """Jumps to the neighbours alone, along a line."""
+    jumps = torch.full((size - 1,), rate, dtype=torch.float64)
+    rates = jumps.diag(1) + jumps.diag(-1)
+    return DenseProcess(rates - rates.sum(dim=1).diag())
+
+
+DENSE: dict[str, Callable[[], DenseProcess]] = {
+    "wide jumps": lambda: DiscretizedGaussianProcess(8, 0.3),
+    "short jumps": lambda: DiscretizedGaussianProcess(8, 0.02),
+    "many ids": lambda: DiscretizedGaussianProcess(11, 0.1),
+    "line": lambda: line(6),
+    "fast line": lambda: line(9, rate=7.0),
+}
+LEAST = [1e-1, 1e-6, 1e-16, 1e-20, 1e-30, 1e-40]
+
+
+def with_least(size: int, least: float, several: bool) -> Tensor:
+    """`(K,)` probabilities of which the first, or every second, is `least`."""
+    law = torch.linspace(1, 2, size, dtype=torch.float64)
+    law[:: 2 if several else size] = 0
+    law = law / law.sum()
+    return torch.where(law == 0, least, law * (1 - least * (law == 0).sum()))
+
+
+def bound_by_mpmath(law: Tensor, kernel: mpmath.matrix, rates: mpmath.matrix) -> Tensor:
+    """`(K, K)`, the integrand of `ContinuousBound` at rate 1 for every clean id and state."""
+    size = len(law)
+    found = torch.zeros(size, size, dtype=torch.float64)
+    predicted = mpmath.matrix([law.tolist()]) * kernel
+    for clean, x in product(range(size), repeat=2):
+        total = mpmath.mpf(0)
+        for y in set(range(size)) - {x}:
+            true, wrong = kernel[clean, y] / kernel[clean, x], predicted[y] / predicted[x]
+            total += rates[y, x] * (wrong - true + true * mpmath.log(true / wrong))
+        found[clean, x] = float(total)
+    return found
+
+
+def level_of_noise(sigma: Tensor) -> NoiseLevel:
+    """The level of total noise `sigma (L, 1)`, at rate 1."""
+    noise = -torch.expm1(-sigma)
+    return NoiseLevel(t=noise, alpha=torch.exp(-sigma), noise=noise, rate=torch.ones_like(sigma))
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_bounds_of_dense_processes_keep_their_digits(name: str) -> None:
+    process = DENSE[name]()
+    size = process.states
+    tokens, states = torch.cartesian_prod(torch.arange(size), torch.arange(size)).T[:, None]
+    for least, sigma in zip(LEAST, (3.0, 0.7, 1e-3, 1e-9, 1e-20, 1e-41), strict=True):
+        level = level_of_noise(torch.tensor([[sigma]], dtype=torch.float64))
+        given = {"head": LeaveOneOutHead(), "states": states, "process": process, "level": level}
+        with mpmath.workdps(130):
+            rates = mpmath.matrix(process.rates.tolist())
+            for x in range(size):
+                rates[x, x] = -sum(rates[x, y] for y in range(size) if y != x)
+            kernel = mpmath.expm(rates * mpmath.mpf(sigma), method="taylor")
+            chances = torch.tensor(kernel.tolist(), dtype=torch.float64)
+            torch.testing.assert_close(
+                process.matrix(level.alpha[0, 0], level.noise[0, 0]), chances, rtol=1e-11, atol=1e-110
+            )
+            for several in (False, True):
+                law = with_least(size, least, several)
+                found = ContinuousBound()(law.log().expand(1, size**2, -1), tokens, **given).view(size, size)
+                expected = bound_by_mpmath(law, kernel, rates)
+                means = (chances * found).sum(dim=1), (chances * expected).sum(dim=1)
+                torch.testing.assert_close(*means, rtol=1e-6, atol=1e-15)
+                # A state that is hardly ever reached, where the two laws are nearly the same, has a digit less.
+                reached = chances > 1e-50
+                torch.testing.assert_close(found[reached], expected[reached], rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("name", DENSE)
+def test_integrated_bounds_of_dense_processes_are_minus_log_p(name: str, several: bool) -> None:
+    """One token has no others to leave out: its law is the exact prediction at every level of noise."""
+    process = DENSE[name]()
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(6))
+    edges = torch.linspace(-110, np.log(600), 234, dtype=torch.float64)  # of log sigma
+    middles, half = (edges[1:] + edges[:-1]) / 2, (edges[1] - edges[0]) / 2
+    sigma = (middles[:, None] + half * nodes).flatten()[:, None].exp()
+    measure = (half * weights).expand(len(middles), -1).reshape(-1, 1) * sigma
+    states = torch.arange(process.states).expand(len(sigma), -1)
+    level = level_of_noise(sigma)
+    chances = process.likelihood(torch.zeros(len(sigma), dtype=torch.int64), level.alpha[:, 0], level.noise[:, 0])
+    for least in LEAST:
+        law = with_least(process.states, least, several)
+        prediction = law.log().expand(*states.shape, -1)
+        given = {"head": LeaveOneOutHead(), "states": states, "process": process, "level": level}
+        costs = ContinuousBound()(prediction, torch.zeros_like(states), **given)
+        end = torch.tensor(600.0).double().neg().exp()
+        true, predicted = process.marginals(torch.tensor(0), law, end)
+        left = torch.xlogy(true, true / predicted).sum()
+        assert float((costs * chances * measure).sum() + left) == pytest.approx(-np.log(least), rel=1e-6)

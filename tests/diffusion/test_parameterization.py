@@ -9,10 +9,12 @@ from helpers.exact_oracle import exact_leave_one_out, exact_posterior, exact_sco
 
 from discrete_lit.diffusion import (
     AbsorbingProcess,
+    Denoiser,
     DiscretizedGaussianProcess,
     ForwardProcess,
     HybridProcess,
     LeaveOneOutHead,
+    LinearSchedule,
     NoiseLevel,
     PosteriorHead,
     ScoreHead,
@@ -91,3 +93,12 @@ def test_scores_are_scaled_by_the_odds(alpha: float) -> None:
     plain, scaled = (ScoreHead(scale_by_noise=scale)(logits, states, level)[..., :5] for scale in (False, True))
     expected = torch.log(torch.expm1(-alphas.log())) + torch.log(torch.tensor(5.0))
     torch.testing.assert_close(plain - scaled, expected.expand(1, 2)[..., None].expand(-1, -1, 5), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["uniform", "gaussian"])
+def test_scores_without_masks_are_not_scaled_by_the_odds(name: str) -> None:
+    process, parts = PROCESSES[name](), {"schedule": LinearSchedule(), "time_input": "none"}
+    with pytest.raises(ValueError, match=f"must be False for {type(process).__name__}, got True: only the scores of"):
+        Denoiser(process=process, head=ScoreHead(mask_output=False), **parts)
+    Denoiser(process=process, head=ScoreHead(scale_by_noise=False, mask_output=False), **parts)
+    Denoiser(process=HybridProcess(4), head=ScoreHead(), **parts)

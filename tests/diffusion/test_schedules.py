@@ -2,6 +2,7 @@
 
 from math import acos, pi, sin
 
+import mpmath
 import pytest
 import torch
 from scipy.stats import kstest, truncnorm
@@ -109,6 +110,7 @@ def test_nothing_cancels_next_to_noise(name: str) -> None:
     alpha = schedule.alpha(1 - left)
     power = 2.0 if name in ("cosine", "square", "log-sin to the end") else 1.0
     assert float(alpha[0] / alpha[1]) == pytest.approx(2**power, rel=1e-9)
+    torch.testing.assert_close(schedule.derivative(1 - left) * left, power * alpha, rtol=1e-9, atol=0)
     assert float(NoiseLevel.at(schedule, 1 - left).sigma.diff()) == pytest.approx(power * 0.6931471805599453, rel=1e-9)
 
 
@@ -222,11 +224,43 @@ def test_truncated_normal_by_scipy(mean: float, deviation: float, lowest: float)
 
 
 @pytest.mark.parametrize(
+    ("mean", "deviation", "lowest"),
+    [(1.0, 0.25, 0.7), (0.55, 0.25, 0.0), (0.5, 0.05, 0.0), (-1.0, 0.25, 0.0), (3.0, 0.25, 0.0), (0.3, 50.0, 0.0)],
+)
+def test_truncated_normal_has_all_digits_at_both_ends(mean: float, deviation: float, lowest: float) -> None:
+    schedule = TruncatedNormalSchedule(mean=mean, deviation=deviation, lowest=lowest)
+    t = torch.tensor([1e-15, 1e-9, 1e-3, 0.4, 0.5, 0.6, 0.999, 1 - 2.0**-30, 1 - 2.0**-52], dtype=torch.float64)
+    m = lowest + (1 - lowest) * torch.cat((t[:4], t[5:]))
+    with mpmath.workdps(90):
+        first, last = (mpmath.mpf(lowest) - mean) / deviation, (1 - mpmath.mpf(mean)) / deviation
+
+        def share(score: mpmath.mpf) -> mpmath.mpf:
+            return (mpmath.ncdf(score) - mpmath.ncdf(first)) / (mpmath.ncdf(last) - mpmath.ncdf(first))
+
+        expected = [float(share((mpmath.mpf(ratio) - mean) / deviation)) for ratio in m.tolist()]
+        assert schedule.inverse(m).tolist() == pytest.approx(expected, rel=1e-9, abs=0)
+        for moment in t:
+            low, high = first, last
+            for _ in range(100):
+                middle = (low + high) / 2
+                low, high = (middle, high) if share(middle) < mpmath.mpf(float(moment)) else (low, middle)
+            found = schedule.mask_probability(moment), schedule.alpha(moment), schedule.derivative(moment)
+            slope = deviation * (mpmath.ncdf(last) - mpmath.ncdf(first)) / mpmath.npdf(low)
+            right = lowest + (low - first) * deviation, (last - low) * deviation, slope
+            for value, wanted in zip(found, right, strict=True):
+                assert float(value) == pytest.approx(float(wanted), rel=1e-9)
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert schedule.mask_probability(ends).tolist() == [lowest, 1] and schedule.alpha(ends).tolist() == [1 - lowest, 0]
+    assert schedule.inverse(schedule.mask_probability(ends)).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"deviation": 0.0}, "deviation must be > 0, got 0.0"),
         ({"lowest": 1.0}, r"lowest must lie in \[0, 1\), got 1.0"),
         ({"mean": 50.0}, "mean=50.0 lies too many deviations of 0.25 from"),
+        ({"mean": -50.0}, "mean=-50.0 lies too many deviations of 0.25 from"),
     ],
 )
 def test_truncated_normal_out_of_range(arguments, message: str) -> None:
