@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.cpu_kernels import PackedLinear, enabled, packing_pays
 from discrete_lit.backbones.layers import Linear
+from discrete_lit.core.modules import widened
 from discrete_lit.core.random import CounterRandom
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -134,7 +135,7 @@ class Backbone(nn.Module, ABC):
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
 
         Returns:
-            float32 logits over the K ids, the mask id not among them unless the layout has its output; with a
+            float32 or float64 logits over the K ids, the mask id not among them unless the layout has its output; of a
             `place_head` what it reads, `(B, rows, D)`.
 
         Raises:
@@ -246,7 +247,7 @@ class SubTokenHead(nn.Module, ABC):
             known: `(B, n, p)` int64, the first p < P sub-tokens of each id.
 
         Returns:
-            `(B, n, size of sub-token p)` float32.
+            `(B, n, size of sub-token p)` float32 or float64.
         """
 
     @abstractmethod
@@ -260,7 +261,7 @@ class SubTokenHead(nn.Module, ABC):
             random: one stream for each of the B sequences.
 
         Returns:
-            Nats of each id and the weights of their mean, both `(B, n)` float32.
+            Nats of each id and the weights of their mean, both `(B, n)` float32 or float64.
         """
 
     def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -271,10 +272,10 @@ class SubTokenHead(nn.Module, ABC):
             ids: `(B, n)` int64 in [0, K).
 
         Returns:
-            `(B, n)` float32.
+            `(B, n)` float32 or float64.
         """
         sub_tokens = self.sub_tokens.split(ids)
-        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
         for number in range(len(self.sub_tokens)):
             logits = self.sub_token_logits(hidden, sub_tokens[..., :number])
             total = total + logits.log_softmax(dim=-1).gather(-1, sub_tokens[..., number, None])[..., 0]

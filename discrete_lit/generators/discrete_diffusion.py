@@ -14,6 +14,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.distributed import world_size
+from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
@@ -145,6 +146,7 @@ class DiscreteDiffusion(Generator):
         return {"bits_per_token": (mean_loss + prior) / log(2)}
 
     @torch.no_grad()
+    @in_evaluation
     def log_likelihood(
         self,
         tokens: Tensor,

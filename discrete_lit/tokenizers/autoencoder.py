@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from discrete_lit.core.images import to_uint8
+from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import configure_optimizers
@@ -38,7 +39,7 @@ class Reconstruction:
     """A batch of images after its way through an autoencoder, and the bottleneck's losses on it."""
 
     outputs: Tensor
-    """`(B, C', H, W)` float32, as the decoder gives them; `to_images` makes images of them."""
+    """`(B, C', H, W)` float32 or float64, as the decoder gives them; `to_images` makes images of them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The bottleneck's own scalar terms, weighted."""
     tokens: Tensor | None = None
@@ -94,11 +95,14 @@ class ImageAutoencoder(LightningModule):
 
     def latents(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` in [-1, 1] to the encoder's latents, channels last: `(B, *grid, latent_dim)`."""
-        return rearrange(self.network.encode(images), "b d ... -> b ... d")
+        return rearrange(self.network.encode(images.to(self.network.dtype)), "b d ... -> b ... d")
 
     def outputs(self, codes: Tensor) -> Tensor:
-        """Codes `(B, *grid, D)` to the decoder's outputs `(B, C', H, W)`, float32; `to_images` makes images of them."""
-        return self.network.decode(rearrange(codes, "b ... d -> b d ...")).float()
+        """Codes `(B, *grid, D)` to the decoder's outputs `(B, C', H, W)`, of which `to_images` makes images.
+
+        They are float32, or float64 where the network is.
+        """
+        return at_least_float32(self.network.decode(rearrange(codes, "b ... d -> b d ...").to(self.network.dtype)))
 
     def to_images(self, outputs: Tensor) -> Tensor:
         """The images `(B, C, H, W)` in [-1, 1] that a decoder's outputs `(B, C', H, W)` stand for.
@@ -128,7 +132,9 @@ class ImageAutoencoder(LightningModule):
             index: `(B,)` int64, each image's number in the run, as for `reconstruct`.
         """
         made = self.reconstruct(images, step=step, index=index)
-        compared = self.objective(made.outputs, images, last_layer=self.network.last_layer, step=step)
+        compared = self.objective(
+            made.outputs, images.to(made.outputs.dtype), last_layer=self.network.last_layer, step=step
+        )
         made.figures |= compared.figures
         terms = {**compared.terms, **made.losses}
         return torch.stack([compared.loss, *made.losses.values()]).sum(), terms, made
@@ -233,6 +239,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def token_shape(self, image_size: int) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
 
+    @in_evaluation
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
         return self.quantizer.encode(self.latents(images))
@@ -241,8 +248,10 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
         self.check_tokens(tokens)
         return rearrange(self.quantizer.lookup(tokens), "b ... d -> b d ...")
 
+    @in_evaluation
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.to_images(self.network.decode(self.embed(tokens)).float())
+        self.check_tokens(tokens)
+        return self.to_images(self.outputs(self.quantizer.lookup(tokens)))
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         return self.quantizer.components(tokens)

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 Downsampling = Literal["right", "symmetric", "average"]
@@ -438,9 +439,9 @@ class AdaptiveNorm(nn.Module):
         self.offset = nn.Linear(code_dim, channels)
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
-        positions = rearrange(codes, "b d ... -> b d (...)")
-        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt())
-        offset = self.offset(positions.mean(dim=2))
+        positions = at_least_float32(rearrange(codes, "b d ... -> b d (...)"))
+        gain = self.gain((positions.var(dim=2) + 1e-6).sqrt().to(codes.dtype))
+        offset = self.offset(positions.mean(dim=2).to(codes.dtype))
         shape = (*gain.shape, *(1,) * (x.dim() - 2))
         return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
 

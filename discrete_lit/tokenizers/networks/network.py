@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +15,11 @@ class Autoencoder(nn.Module, ABC):
 
     in_channels: int
     """C of the images."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights: images and codes that come in another one are brought to it."""
+        return self.last_layer.dtype
 
     @property
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, rank
+from discrete_lit.core.modules import FullPrecision
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 
@@ -28,10 +29,10 @@ _SEEDING_ROUNDS = 256
 _LLOYD_ITERATIONS = 10
 
 
-class Codebook(nn.Module):
+class Codebook(FullPrecision):
     """Hold K codes of width D, and find, update and revive them.
 
-    A quantizer calls, in this order, for latents `(..., D)` in float32:
+    A quantizer calls, in this order, for latents `(..., D)` in the precision of the codes, float32 or float64:
 
         codebook.prepare(latents)           # training: the first codes, on the first batch
         ids = codebook.search(latents)
@@ -176,7 +177,9 @@ class Codebook(nn.Module):
         finite = rows.isfinite().all(dim=1)
         rows = torch.where(finite[:, None], rows, 0.0)
         # Eq. 6: N <- gamma N + (1 - gamma) n, with n the number of latents of each code in this batch.
-        counts = all_reduce_sum(torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.float()))
+        counts = all_reduce_sum(
+            torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.to(self.cluster_size.dtype))
+        )
         self.cluster_size.lerp_(counts, 1 - self.decay)
         if self.update == "ema":
             # Eq. 7: m <- gamma m + (1 - gamma) times their sum.

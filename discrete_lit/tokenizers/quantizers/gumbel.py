@@ -110,11 +110,11 @@ class GumbelQuantizer(Quantizer):
                 f"noise must have the shape of the logits, {(*grid, self.vocab_size)}, got {tuple(noise.shape)}"
             )
         with torch.autocast(latents.device.type, enabled=False):
-            logits = self.to_logits(rearrange(latents.float(), "... d -> (...) d"))  # (n, K)
+            logits = self.to_logits(rearrange(latents.to(self.precision.dtype), "... d -> (...) d"))  # (n, K)
             log_q = logits.log_softmax(dim=1)
             kl = (log_q.exp() * (log_q + log(self.vocab_size))).sum(dim=1).mean()
             if noise is not None:
-                noise = rearrange(noise.float(), "... k -> (...) k")
+                noise = rearrange(noise.to(logits.dtype), "... k -> (...) k")
             elif self.training:
                 noise = self._draw(len(logits))
             if noise is None:
@@ -135,7 +135,7 @@ class GumbelQuantizer(Quantizer):
         at_once = max(1, _DRAWN_AT_ONCE // self.vocab_size)
         return torch.cat(
             [
-                CounterRandom(self.seed, some).gumbel(Purpose.CODE_NOISE, self.vocab_size).float()
+                CounterRandom(self.seed, some).gumbel(Purpose.CODE_NOISE, self.vocab_size).to(self.precision.dtype)
                 for some in indices.split(at_once)
             ]
         )
@@ -144,7 +144,7 @@ class GumbelQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the largest logits of latents `(B, *grid, latent_dim)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.to_logits(latents.float()).argmax(dim=-1)
+            return self.to_logits(latents.to(self.precision.dtype)).argmax(dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codes)
