@@ -191,8 +191,8 @@ class Backbone(nn.Module, ABC):
         if (batch, known) not in counted:
 
             def prepare(head: SubTokenHead) -> Callable[[], object]:
-                device = next(head.parameters()).device
-                hidden = torch.zeros(batch, 1, head.width, device=device)
+                device, dtype = (weight := next(head.parameters())).device, weight.dtype
+                hidden = torch.zeros(batch, 1, head.width, device=device, dtype=dtype)
                 return partial(
                     head.sub_token_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device)
                 )
@@ -385,7 +385,7 @@ class _EveryElement(TorchDispatchMode):
 
 
 def outline(module: _Module) -> _Module:
-    """Copy a module with parameters and buffers in float32 that are made anew: without data in a `FakeTensorMode`.
+    """Copy a module with parameters and buffers that are made anew: without data in a `FakeTensorMode`.
 
     Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
     is shared.
@@ -412,8 +412,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         if value is None:
             return None
         if id(value) not in known:
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            empty = torch.empty(value.shape, dtype=dtype, device=value.device)
+            empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             parameter = isinstance(value, nn.Parameter)
             known[id(value)] = nn.Parameter(empty, value.requires_grad) if parameter else empty
         return known[id(value)]

@@ -1,4 +1,4 @@
-"""In which precision and in which mode a module computes.
+"""In which precision and in which mode a module computes, and when its running statistics move.
 
 Precision. Sensitive parts (norms, logits, log-probabilities, distances to codes, running means, fixed tables) are
 computed in float32 at least: under autocast, and in modules whose weights are in half precision. In a module of float64
@@ -6,6 +6,8 @@ nothing is rounded to float32. `at_least_float32` widens a tensor, `FullPrecisio
 narrowed.
 
 Mode. Samples, likelihoods and codes are those of evaluation mode, whatever mode the module is in: `in_evaluation`.
+
+Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,6 +41,35 @@ class FullPrecision(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return super()._apply(never_narrower(fn), recurse)
+
+
+class RunningStatistics(FullPrecision):
+    """A module with statistics that training moves, once for each optimizer step.
+
+    By itself every batch is a step. Where the gradients of several micro-batches are accumulated, whoever trains sets
+    `accumulating` and calls `end_step` behind the last of them: what they all saw together then moves the statistics,
+    as one batch of them would.
+    """
+
+    accumulating: bool = False
+    """Whether a step has several micro-batches, and ends where `end_step` is called."""
+
+    def end_step(self) -> None:
+        """Move the statistics by what was seen since the last step; nothing where nothing was."""
+
+
+def accumulate_statistics(module: nn.Module, accumulating: bool) -> None:
+    """Set whether the gradients of several micro-batches make a step, in all `RunningStatistics` of a module."""
+    for each in module.modules():
+        if isinstance(each, RunningStatistics):
+            each.accumulating = accumulating
+
+
+def end_statistics_step(module: nn.Module) -> None:
+    """End the step of all `RunningStatistics` of a module."""
+    for each in module.modules():
+        if isinstance(each, RunningStatistics):
+            each.end_step()
 
 
 def never_narrower(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -151,7 +151,8 @@ class Generator(TokenTraining):
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
         losses = self.token_losses(self.to_sequence(tokens), labels, random)
-        mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
+        mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
+        self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
     # The likelihood.

@@ -22,10 +22,16 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from discrete_lit.core.images import to_uint8
-from discrete_lit.core.modules import at_least_float32, in_evaluation
+from discrete_lit.core.lightning_internals import accumulates_gradients
+from discrete_lit.core.modules import (
+    accumulate_statistics,
+    at_least_float32,
+    end_statistics_step,
+    in_evaluation,
+)
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
-from discrete_lit.optimization import configure_optimizers
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -88,6 +94,7 @@ class ImageAutoencoder(LightningModule):
         self.outputs_are_logit_laplace = "logit_laplace" in losses
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.accumulated = AccumulatedMean()
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
@@ -147,9 +154,16 @@ class ImageAutoencoder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
+        accumulate_statistics(self, self.trainer.accumulate_grad_batches > 1)
         loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
+        loss = self.accumulated.loss(loss, len(batch["image"]))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
+
+    def on_after_backward(self) -> None:
+        if not accumulates_gradients(self.trainer):
+            self.accumulated.end_step(self.parameters(), self.trainer.accumulate_grad_batches)
+            end_statistics_step(self)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
-from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.modules import RunningStatistics, at_least_float32
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
 LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
@@ -72,7 +72,7 @@ class AdversarialLoss(nn.Module):
         discriminator: gives logits of images and of reconstructions.
         weight: of the generator's term; the paper's 0.8 goes with `adaptive`.
         adaptive: multiply the weight by eq. 7, `|grad L_rec| / (|grad L_G| + 1e-4)`, at most 1e4, with gradients of
-            the joint batch of all ranks at the decoder's last layer.
+            the joint batch of all ranks (of each micro-batch by itself) at the decoder's last layer.
         start_step: first step at which the generator meets the discriminator; the paper starts once the reconstruction
             has settled.
         warmup_steps: the generator's term grows linearly to its weight over them, so that the discriminator does not
@@ -243,12 +243,12 @@ def adaptive_weight(
     return (reconstruction / (generator + _LEAST_GRADIENT)).clamp(max=_LARGEST_WEIGHT)
 
 
-class LeCam(nn.Module):
+class LeCam(RunningStatistics):
     """LeCam regularisation (Tseng et al., "Regularizing GANs Under Limited Data", CVPR 2021, eq. 4 and 5).
 
     Keeps the logits of either kind near the running mean of the other kind's. As in the authors' code, only where they
     lie outside: `mean max(0, real - m_fake)^2 + mean max(0, m_real - fake)^2`. The means are over the logits of all
-    ranks; they begin at 0 and are part of a checkpoint.
+    ranks, and of the micro-batches of a step so far; they begin at 0 and are part of a checkpoint.
 
     Args:
         decay: of the running means, in [0, 1).
@@ -267,14 +267,29 @@ class LeCam(nn.Module):
         self.decay = decay
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
+        self._seen: list[Tensor] = []
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Move the means by logits `(B, ...)`, then give the scalar penalty."""
         real, fake = at_least_float32(real), at_least_float32(fake)
-        means = all_reduce_sum(torch.stack((real.mean(), fake.mean()))) / world_size()
-        self.real_mean.lerp_(means[0], 1 - self.decay)
-        self.fake_mean.lerp_(means[1], 1 - self.decay)
-        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+        self._seen.append(all_reduce_sum(torch.stack((real.detach().mean(), fake.detach().mean()))) / world_size())
+        real_mean, fake_mean = self._moved()
+        if not self.accumulating:
+            self.end_step()
+        return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
+
+    def _moved(self) -> Tensor:
+        """The two means `(2,)` behind a step of the batches seen."""
+        means = torch.stack(self._seen).mean(dim=0)
+        return torch.stack((self.real_mean, self.fake_mean)).lerp(means.to(self.real_mean.dtype), 1 - self.decay)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        if self._seen:
+            real_mean, fake_mean = self._moved()
+            self.real_mean.copy_(real_mean)
+            self.fake_mean.copy_(fake_mean)
+            self._seen = []
 
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class ResidualQuantizer(Quantizer):
                 commitments.append(F.mse_loss(z, z_d))
                 if codebook.update == "gradient":
                     codebook_terms.append(F.mse_loss(e, residual))
-                codebook.observe(residual, ids)
+                codebook.observe(residual, ids, depth=number)
                 residual = residual - e.detach()
             losses = {"commitment": self.commitment_weight * torch.stack(commitments).mean()}
             if codebook_terms:
