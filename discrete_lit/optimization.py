@@ -77,6 +77,14 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
+def micro_batches_of(module: LightningModule) -> int:
+    """Count the batches whose gradients are accumulated for a step of a module; 1 where no Trainer trains it."""
+    try:
+        return getattr(module.trainer, "accumulate_grad_batches", 1)
+    except RuntimeError:  # Lightning's, of a module without a Trainer
+        return 1
+
+
 class AccumulatedMean:
     """Make the gradient of a step that of one weighted mean over all its micro-batches.
 
@@ -105,8 +113,6 @@ class AccumulatedMean:
             micro_batches: k, what Lightning divided by.
         """
         weights, self._weights = self._weights, []
-        if micro_batches == 1:
-            return
         factor = micro_batches * float(weights[0]) / sum(float(weight) for weight in weights)
         if factor != 1:
             for parameter in parameters:

@@ -17,7 +17,7 @@ from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _PROFILE_BINS = 4
@@ -132,15 +132,15 @@ class TokenTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         labels = batch["label"].masked_fill(dropped, self.num_classes)
-        self.micro_batches, self.loss_weight = self.trainer.accumulate_grad_batches, 1.0
+        self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self.tokens_of(batch), labels, random)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(named, sync_dist=True, batch_size=len(labels))
-        return self.accumulated.loss(loss, self.loss_weight)
+        return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
 
     def on_after_backward(self) -> None:
-        if not accumulates_gradients(self.trainer):
-            self.accumulated.end_step(self.parameters(), self.trainer.accumulate_grad_batches)
+        if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
+            self.accumulated.end_step(self.parameters(), self.micro_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         sequences = self.to_sequence(self.tokens_of(batch))

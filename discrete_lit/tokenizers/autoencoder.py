@@ -31,7 +31,7 @@ from discrete_lit.core.modules import (
 )
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -95,6 +95,7 @@ class ImageAutoencoder(LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.accumulated = AccumulatedMean()
+        self.micro_batches = 1
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
@@ -154,15 +155,17 @@ class ImageAutoencoder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
-        accumulate_statistics(self, self.trainer.accumulate_grad_batches > 1)
+        self.micro_batches = micro_batches_of(self)
+        accumulate_statistics(self, self.micro_batches > 1)
         loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
-        loss = self.accumulated.loss(loss, len(batch["image"]))
+        if self.micro_batches > 1:
+            loss = self.accumulated.loss(loss, len(batch["image"]))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
 
     def on_after_backward(self) -> None:
-        if not accumulates_gradients(self.trainer):
-            self.accumulated.end_step(self.parameters(), self.trainer.accumulate_grad_batches)
+        if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
+            self.accumulated.end_step(self.parameters(), self.micro_batches)
             end_statistics_step(self)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
