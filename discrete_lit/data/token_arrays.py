@@ -199,8 +199,9 @@ class TokenFolder:
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
         expected = (self.count, *_row_shape(self.manifest))
-        narrowest = _narrowest_type(self.vocab_size)
-        types = [kind for kind in _TOKEN_TYPES.values() if np.iinfo(kind).max >= np.iinfo(narrowest).max]
+        # Ids of 2^32 and more were cut to uint32 once: such an array is refused.
+        wide = self.vocab_size > 2**32
+        types = [kind for most, kind in _TOKEN_TYPES.items() if self.vocab_size <= most and (kind is np.int64) == wide]
         if self.tokens.shape != expected or self.tokens.dtype not in types:
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds {self.tokens.dtype} {self.tokens.shape}; its manifest "

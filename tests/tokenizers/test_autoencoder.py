@@ -5,9 +5,12 @@ from math import exp, log, log10
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import to_uint8
+from discrete_lit.tokenizers import FSQ
+from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 each_kind = pytest.mark.parametrize("kind", ["fsq", "vqvae"])
 
@@ -158,3 +161,26 @@ def test_autocast_decodes_float32(make_tokenizer, kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     with torch.autocast("cpu", torch.bfloat16):
         assert tokenizer.decode(torch.zeros(1, 2, 2, dtype=torch.int64)).dtype == torch.float32
+
+
+class Dropping(ConvAutoencoder):
+    """Half of what goes in is left out in training."""
+
+    def encode(self, images):
+        return super().encode(nn.functional.dropout(images, training=self.training))
+
+    def decode(self, latents):
+        return super().decode(nn.functional.dropout(latents, training=self.training))
+
+
+def test_codes_and_images_are_those_of_eval_mode() -> None:
+    tokenizer = FSQ(partial(Dropping, channels=8, multipliers=(1, 2), blocks=1, attention=False, norm_groups=4), [8, 8])
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    tokens = tokenizer.eval().encode(images)
+    decoded = tokenizer.decode(tokens)
+    tokenizer.train()
+    tokenizer.network.decoder.eval()
+    before = [module.training for module in tokenizer.modules()]
+    assert torch.equal(tokenizer.encode(images), tokens) and torch.equal(tokenizer.decode(tokens), decoded)
+    assert [module.training for module in tokenizer.modules()] == before and tokenizer.training
+    assert not torch.equal(tokenizer.quantizer.encode(tokenizer.latents(images)), tokens)
