@@ -1,17 +1,18 @@
 """Optimizers and learning-rate schedules of everything that is trained: generators, tokenizers, classifiers.
 
-`configure_optimizers` says which weights decay and at which rate each module learns. `WarmupCosine` and `WarmupLinear`
+`configure_optimizers` says which weights decay and at which rate each module learns. `AccumulatedMean` makes one step
+of several micro-batches what it would be of one batch. `WarmupCosine` and `WarmupLinear`
 are the schedules of the published recipes: a warm-up, a full rate, and a decay to a smaller rate that stays.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import cos, pi
 from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -74,6 +75,49 @@ def configure_optimizers(
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def micro_batches_of(module: LightningModule) -> int:
+    """Count the batches whose gradients are accumulated for a step of a module; 1 where no Trainer trains it."""
+    try:
+        return getattr(module.trainer, "accumulate_grad_batches", 1)
+    except RuntimeError:  # Lightning's, of a module without a Trainer
+        return 1
+
+
+class AccumulatedMean:
+    """Make the gradient of a step that of one weighted mean over all its micro-batches.
+
+    Each micro-batch i has a loss `S_i / w_i`, a mean by weights that sum to w_i. Lightning takes the gradients of these
+    losses, divided by the number k of micro-batches. But the mean of the joint batch is `sum S_i / sum w_i`: where the
+    weights differ, as the numbers of masked tokens do, or the last step of an epoch has fewer micro-batches, it is
+    another. So the loss i is multiplied by `w_i / w_1`, and the accumulated gradients by `k w_1 / sum w_i`.
+    """
+
+    def __init__(self) -> None:
+        self._weights: list[Tensor | float] = []
+
+    def loss(self, loss: Tensor, weight: Tensor | float) -> Tensor:
+        """Give the loss to take the gradient of, for a micro-batch whose mean has this weight (on all ranks the same).
+
+        The first one's is its own.
+        """
+        self._weights.append(weight)
+        return loss if len(self._weights) == 1 else loss * (weight / self._weights[0])
+
+    def end_step(self, parameters: Iterable[nn.Parameter], micro_batches: int) -> None:
+        """Mend the gradients that were accumulated, behind the last micro-batch of a step.
+
+        Args:
+            parameters: with the gradients of Lightning's mean.
+            micro_batches: k, what Lightning divided by.
+        """
+        weights, self._weights = self._weights, []
+        factor = micro_batches * float(weights[0]) / sum(float(weight) for weight in weights)
+        if factor != 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
 
 class WarmupDecay(LambdaLR, ABC):

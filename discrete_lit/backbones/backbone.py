@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.cpu_kernels import PackedLinear, enabled, packing_pays
 from discrete_lit.backbones.layers import Linear
+from discrete_lit.core.modules import widened
 from discrete_lit.core.random import CounterRandom
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -138,7 +139,7 @@ class Backbone(nn.Module, ABC):
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
 
         Returns:
-            float32 logits over the K ids, the mask id not among them unless the layout has its output; with a
+            float32 or float64 logits over the K ids, the mask id not among them unless the layout has its output; of a
             `place_head` what it reads, `(B, rows, D)`.
 
         Raises:
@@ -194,8 +195,8 @@ class Backbone(nn.Module, ABC):
         if (batch, known) not in counted:
 
             def prepare(head: SubTokenHead) -> Callable[[], object]:
-                device = next(head.parameters()).device
-                hidden = torch.zeros(batch, 1, head.width, device=device)
+                device, dtype = (weight := next(head.parameters())).device, weight.dtype
+                hidden = torch.zeros(batch, 1, head.width, device=device, dtype=dtype)
                 return partial(
                     head.sub_token_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device)
                 )
@@ -250,7 +251,7 @@ class SubTokenHead(nn.Module, ABC):
             known: `(B, n, p)` int64, the first p < P sub-tokens of each id.
 
         Returns:
-            `(B, n, size of sub-token p)` float32.
+            `(B, n, size of sub-token p)` float32 or float64.
         """
 
     @abstractmethod
@@ -264,7 +265,7 @@ class SubTokenHead(nn.Module, ABC):
             random: one stream for each of the B sequences.
 
         Returns:
-            Nats of each id and the weights of their mean, both `(B, n)` float32.
+            Nats of each id and the weights of their mean, both `(B, n)` float32 or float64.
         """
 
     def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
@@ -275,10 +276,10 @@ class SubTokenHead(nn.Module, ABC):
             ids: `(B, n)` int64 in [0, K).
 
         Returns:
-            `(B, n)` float32.
+            `(B, n)` float32 or float64.
         """
         sub_tokens = self.sub_tokens.split(ids)
-        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
         for number in range(len(self.sub_tokens)):
             logits = self.sub_token_logits(hidden, sub_tokens[..., :number])
             total = total + logits.log_softmax(dim=-1).gather(-1, sub_tokens[..., number, None])[..., 0]
@@ -388,7 +389,7 @@ class _EveryElement(TorchDispatchMode):
 
 
 def outline(module: _Module) -> _Module:
-    """Copy a module with parameters and buffers in float32 that are made anew: without data in a `FakeTensorMode`.
+    """Copy a module with parameters and buffers that are made anew: without data in a `FakeTensorMode`.
 
     Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
     is shared.
@@ -415,8 +416,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         if value is None:
             return None
         if id(value) not in known:
-            dtype = torch.float32 if value.is_floating_point() else value.dtype
-            empty = torch.empty(value.shape, dtype=dtype, device=value.device)
+            empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             parameter = isinstance(value, nn.Parameter)
             known[id(value)] = nn.Parameter(empty, value.requires_grad) if parameter else empty
         return known[id(value)]

@@ -16,6 +16,7 @@ from discrete_lit.backbones import cpu_kernels
 from discrete_lit.backbones.cache import LayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
+from discrete_lit.core.modules import at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
@@ -184,8 +185,8 @@ class Attention(nn.Module):
                 causal = False
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
-        in_float32 = query.requires_grad and cpu_kernels.enabled(query.device)
-        attend = cpu_kernels.float32_attention if in_float32 else F.scaled_dot_product_attention
+        wider = query.requires_grad and cpu_kernels.enabled(query.device)
+        attend = cpu_kernels.wider_attention if wider else F.scaled_dot_product_attention
         mixed = attend(
             query,
             key,
@@ -230,9 +231,9 @@ class QueryKeyNorms(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:  # two of (B, heads, n, head_dim)
         if self.kind == "unit":
-            sharpness = self.log_sharpness.float().clamp(max=_LARGEST_LOG_SHARPNESS).exp()
-            unit = F.normalize(query.float(), dim=-1) * sharpness
-            return unit.to(query.dtype), F.normalize(key.float(), dim=-1).to(key.dtype)
+            sharpness = at_least_float32(self.log_sharpness).clamp(max=_LARGEST_LOG_SHARPNESS).exp()
+            unit = F.normalize(at_least_float32(query), dim=-1) * sharpness
+            return unit.to(query.dtype), F.normalize(at_least_float32(key), dim=-1).to(key.dtype)
         if self.kind == "full_rms":
             return self._over_heads(query), self._over_heads(key)
         return self.query(query), self.key(key)

@@ -1,8 +1,8 @@
 """Everything that the backbones compute in a way of their own on a CPU, where PyTorch's way takes longer.
 
-Three kernels: linear layers with packed weights, RMSNorm with its gradients, and attention in float32 while gradients
-are recorded under autocast. `enabled` is the one switch of them all. Without them the layers compute the same up to
-rounding, by the plain PyTorch that stands in `layers.py` and `blocks.py`.
+Three kernels: linear layers with packed weights, RMSNorm with its gradients, and attention that is never in half
+precision while gradients are recorded. `enabled` is the one switch of them all. Without them the layers compute the
+same up to rounding, by the plain PyTorch that stands in `layers.py` and `blocks.py`.
 """
 
 import os
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from discrete_lit.core.modules import at_least_float32
 
 _SWITCH = os.environ.get("DISCRETE_LIT_CPU_KERNELS", "1")
 if _SWITCH not in ("0", "1"):
@@ -103,12 +105,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, *, epsilon: float) -> Tensor:
     """Normalise by the root mean square (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019, eq. 4).
 
     Args:
-        x: `(..., D)` float32.
-        weight: gains `(D,)`.
+        x: `(..., D)` float32 or float64.
+        weight: gains `(D,)`, of the same precision.
         epsilon: added to the mean square.
 
     Returns:
-        `(..., D)` float32.
+        `(..., D)`, of the same precision.
     """
     if torch.is_grad_enabled():
         return cast(Tensor, _RMSNorm.apply(x, weight, epsilon))
@@ -155,15 +157,18 @@ def _scaled(x: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
 # --- Attention ---
 
 
-def float32_attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-    """Attend in float32, also under autocast: the backward pass of bfloat16 attention is far slower (torch 2.14).
+def wider_attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """Attend in float32 at least, also under autocast: the backward pass of bfloat16 attention is far slower.
+
+    (Of torch 2.14.)
 
     Args:
         query, key, value: `(B, heads, n, head_dim)`.
         settings: of `F.scaled_dot_product_attention`.
 
     Returns:
-        `(B, heads, n, head_dim)` float32.
+        `(B, heads, n, head_dim)` in the precision of the query.
     """
+    wide = (at_least_float32(each) for each in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(query.float(), key.float(), value.float(), **settings)
+        return F.scaled_dot_product_attention(*wide, **settings).to(query.dtype)

@@ -5,13 +5,15 @@ or rotations of queries and keys along the sequence or along each axis of the gr
 The fixed sines and cosines of Vaswani et al., "Attention Is All You Need", 2017, stand at the end.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, Self, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
+from discrete_lit.core.modules import at_least_float32, widened
 
 InputKind = Literal["table", "bits", "parts"]
 PositionKind = Literal["learned", "rope_1d", "rope_2d"]
@@ -117,7 +119,7 @@ class VectorProjection(nn.Module):
         self.project = nn.Linear(layout.input_dim, width)
 
     def forward(self, vectors: Tensor) -> Tensor:  # (B, n, input_dim) -> (B, n, D)
-        return self.project(vectors)
+        return self.project(vectors.to(self.project.weight.dtype))
 
 
 class TimeEmbedding(nn.Module):
@@ -127,13 +129,22 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, waves: int = 128) -> None:
         super().__init__()
-        frequencies = 10000.0 ** -(torch.arange(waves, dtype=torch.float64) / waves)
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.waves = waves
+        self.register_buffer("frequencies", self._make().float(), persistent=False)
         self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
+    def _make(self) -> Tensor:
+        return 10000.0 ** -(torch.arange(self.waves, dtype=torch.float64) / self.waves)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.frequencies = made_again(self._make(), like=self.frequencies)
+        return self
+
     def forward(self, time: Tensor) -> Tensor:  # (B,) -> (B, D)
-        angles = time.float()[:, None] * self.frequencies
-        return self.layers(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        angles = time.to(self.frequencies.dtype)[:, None] * self.frequencies
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return self.layers(waves.to(first_weight(self.layers).dtype))
 
 
 class Positions(nn.Module):
@@ -164,17 +175,32 @@ class Positions(nn.Module):
     ) -> None:
         super().__init__()
         self.starts = starts
+        self.kind: PositionKind = kind
+        self.grid = layout.grid
+        self.head_dim = head_dim
+        self.zero_starts = zero_starts
+        self.rotary_base = rotary_base
         # An order of its own may put any position into the input.
-        read = layout.positions - int(layout.attention != "bidirectional" and not layout.any_order)
-        self.embedding = nn.Parameter(torch.empty(1, starts + read, width)) if kind == "learned" else None
-        table = None
-        if kind == "rope_1d":
-            table = rotary_table(torch.arange(starts + read)[:, None], head_dim, base=rotary_base)
-        elif kind == "rope_2d":
-            still = torch.tensor((0.0, 0.0) if zero_starts else (1.0, 0.0)).expand(starts, head_dim // 2, 2)
-            turned = rotary_table(grid_coordinates(layout.grid)[:read], head_dim, base=rotary_base)
-            table = torch.cat((still, turned))
-        self.register_buffer("table", table, persistent=False)
+        self.read = layout.positions - int(layout.attention != "bidirectional" and not layout.any_order)
+        self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if kind == "learned" else None
+        self.register_buffer("table", None if kind == "learned" else self._make().float(), persistent=False)
+
+    def _make(self) -> Tensor:
+        """Compute the rotations `(starts + read, head_dim / 2, 2)` of rotary positions, float64."""
+        if self.kind == "rope_1d":
+            coordinates = torch.arange(self.starts + self.read)[:, None]
+            return rotary_table(coordinates, self.head_dim, base=self.rotary_base, dtype=torch.float64)
+        still = torch.tensor((0.0, 0.0) if self.zero_starts else (1.0, 0.0), dtype=torch.float64)
+        on_grid = rotary_table(
+            grid_coordinates(self.grid)[: self.read], self.head_dim, base=self.rotary_base, dtype=torch.float64
+        )
+        return torch.cat((still.expand(self.starts, self.head_dim // 2, 2), on_grid))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        if self.table is not None:
+            self.table = made_again(self._make(), like=self.table)
+        return self
 
     def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
         """Add learned positions to `(B, n, D)`, elements that follow `filled` others."""
@@ -200,16 +226,19 @@ class Positions(nn.Module):
         return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]
 
 
-def rotary_table(coordinates: Tensor, head_dim: int, *, base: float = 10000.0) -> Tensor:
+def rotary_table(
+    coordinates: Tensor, head_dim: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Compute the angles of positions with one or more coordinates; each turns an equal fraction of the pairs.
 
     Args:
         coordinates: `(n, axes)`, integer.
         head_dim: a multiple of 2 x axes.
         base: the wavelengths are 2 pi base^(2i / d).
+        dtype: of the table; the angles are float64.
 
     Returns:
-        `(n, head_dim / 2, 2)` float32: cosine and sine of every pair.
+        `(n, head_dim / 2, 2)`: cosine and sine of every pair.
 
     Raises:
         ValueError: a head width that does not divide.
@@ -220,7 +249,21 @@ def rotary_table(coordinates: Tensor, head_dim: int, *, base: float = 10000.0) -
     pairs = head_dim // (2 * axes)
     frequencies = base ** -(torch.arange(pairs, dtype=torch.float64) / pairs)
     angles = rearrange(coordinates.double()[..., None] * frequencies, "n axes pairs -> n (axes pairs)")
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).float()
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)
+
+
+def made_again(table: Tensor, *, like: Tensor) -> Tensor:
+    """Give a table, float64, in the place of one that its module has moved: on its device, in its precision.
+
+    Half precision would round the angles of distant positions to other positions, and a float64 made of float32 has no
+    more digits than that: so a table is computed anew, and is in float32 at least.
+    """
+    return table.to(like.device, widened(like.dtype)) if like.device.type != "meta" else like
+
+
+def first_weight(layers: nn.Sequential) -> Tensor:
+    """The weight of the first, linear one of some layers, whose precision is that of their input."""
+    return cast(nn.Linear, layers[0]).weight
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -230,7 +273,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
         table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
     """
     # Not by einops: this runs for every token that is drawn.
-    pairs, angles = x.float().unflatten(-1, (-1, 2)), table.float()
+    pairs = at_least_float32(x).unflatten(-1, (-1, 2))
+    angles = table.to(pairs.dtype)
     if torch.compiler.is_compiling():
         # A compiler joins these; it has no code for complex numbers.
         (even, odd), (cosine, sine) = pairs.unbind(-1), angles.unbind(-1)
@@ -246,16 +290,19 @@ def grid_coordinates(grid: tuple[int, ...]) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(size) for size in grid)).reshape(-1, len(grid))
 
 
-def sine_cosine_table(coordinates: Tensor, width: int, *, base: float = 10000.0) -> Tensor:
+def sine_cosine_table(
+    coordinates: Tensor, width: int, *, base: float = 10000.0, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Compute fixed embeddings of positions with one or more coordinates; each fills an equal fraction of the width.
 
     Args:
         coordinates: `(n, axes)`, integer.
         width: D; a multiple of 2 x axes.
         base: the wavelengths are 2 pi base^(2i / d).
+        dtype: of the table; the angles are float64.
 
     Returns:
-        `(n, D)` float32: for each axis the sines of all wavelengths, then the cosines.
+        `(n, D)`: for each axis the sines of all wavelengths, then the cosines.
 
     Raises:
         ValueError: a width that does not divide.
@@ -266,4 +313,4 @@ def sine_cosine_table(coordinates: Tensor, width: int, *, base: float = 10000.0)
     waves = width // (2 * axes)
     frequencies = base ** -(torch.arange(waves, dtype=torch.float64) / waves)
     angles = coordinates.double()[..., None] * frequencies  # (n, axes, waves)
-    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).float()
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten(1).to(dtype)

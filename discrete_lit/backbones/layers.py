@@ -1,7 +1,7 @@
 """The layers that every block is built of: a linear layer, LayerNorm and RMSNorm, and the head that makes logits.
 
-Each keeps its precision under autocast: norms and logits are computed in float32. What a CPU computes in a way of its
-own stands in `cpu_kernels.py`.
+Norms and logits are computed in float32 under autocast and in half-precision modules, in float64 in modules of float64.
+What a CPU computes in a way of its own stands in `cpu_kernels.py`.
 """
 
 from typing import Any, Literal, cast
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
+from discrete_lit.core.modules import at_least_float32, widened
 
 NormKind = Literal["layer", "rms"]
 
@@ -20,7 +21,7 @@ class Linear(nn.Linear):
 
     Args:
         in_features, out_features, bias: as of `torch.nn.Linear`.
-        autocast: false multiplies in the weight's own precision, also under autocast; see `full_precision_linear`.
+        autocast: false multiplies in float32 or float64, also under autocast; see `full_precision_linear`.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, autocast: bool = True) -> None:
@@ -33,7 +34,7 @@ class Linear(nn.Linear):
         device = self.weight.device.type
         if self.autocast and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self.weight.dtype
+        return self.weight.dtype if self.autocast else widened(self.weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self.autocast:
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, in float32 under autocast.
+    """LayerNorm or RMSNorm over the last dimension, in float32 or float64.
 
     Args:
         width: D, of the last dimension.
@@ -65,12 +66,12 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if with_bias else None
 
     def forward(self, x: Tensor) -> Tensor:  # (..., D) -> (..., D)
-        normed = self._normalise(x.float())
+        normed = self._normalise(at_least_float32(x))
         return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
-    def _normalise(self, x: Tensor) -> Tensor:  # float32
-        weight = None if self.weight is None else self.weight.float()
-        bias = None if self.bias is None else self.bias.float()
+    def _normalise(self, x: Tensor) -> Tensor:  # float32 or float64
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.kind == "layer":
             return F.layer_norm(x, (self.width,), weight, bias, eps=self.epsilon)
         if cpu_kernels.enabled(x.device) and not torch.compiler.is_compiling():
@@ -81,7 +82,7 @@ class Norm(nn.Module):
 
 
 class LogitHead(nn.Module):
-    """The last hidden states to logits, in float32.
+    """The last hidden states to logits, in float32 or float64.
 
     Args:
         width: D.
@@ -117,27 +118,27 @@ class LogitHead(nn.Module):
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.project is not None:
-            logits = self.project(hidden).float()
+            logits = self.project(hidden)
         else:
             assert tied is not None
-            logits = full_precision_linear(hidden, tied).float()
-        return logits if self.bias is None else logits + self.bias.float()
+            logits = full_precision_linear(hidden, tied)
+        return logits if self.bias is None else logits + self.bias.to(logits.dtype)
 
 
 def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
-    """Multiply in the precision of the weight, also under autocast.
+    """Multiply in the precision of the weight, at least float32, also under autocast.
 
-    The product and its operands are not rounded to autocast's precision; the gradients are products in that precision,
-    as those of every other layer.
+    The product and its operands are not rounded to half precision; under autocast the gradients are products in its
+    precision, as those of every other layer.
 
     Args:
         input: `(..., in_features)`.
         weight: `(out_features, in_features)`.
 
     Returns:
-        `(..., out_features)` in the weight's dtype.
+        `(..., out_features)` in the weight's dtype, or float32 where that is narrower.
     """
-    device = input.device.type
+    device, weight = input.device.type, at_least_float32(weight)
     if not torch.is_autocast_enabled(device):
         return F.linear(input.to(weight.dtype), weight)
     gradients = torch.get_autocast_dtype(device)

@@ -6,9 +6,10 @@ unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Ima
 (BAR), 2026).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, pi
+from typing import Self
 
 import torch
 from einops import rearrange
@@ -17,7 +18,9 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SubTokenHead, bits_of_vocabulary
 from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
+from discrete_lit.backbones.embeddings import first_weight
 from discrete_lit.backbones.layers import LogitHead, Norm
+from discrete_lit.core.modules import never_narrower, widened
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 
 # CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).
@@ -66,7 +69,7 @@ class FactorisedHead(SubTokenHead):
     def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
         sub_tokens = self.sub_tokens.split(ids)
         read = self._read(hidden, sub_tokens[..., :-1])  # (B, n, P, D)
-        total = hidden.new_zeros(ids.shape, dtype=torch.float32)
+        total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
         for number, head in enumerate(self.heads):
             logits, sub_token = head(read[:, :, number]), sub_tokens[..., number]
             nats = F.cross_entropy(logits.flatten(0, 1), sub_token.flatten(), reduction="none")
@@ -139,9 +142,9 @@ class MaskedBitHead(SubTokenHead):
             bits: `(B, n, b)` int64, the least significant first: 0, 1, or `masked_bit`.
 
         Returns:
-            `(B, n, b, 2)` float32.
+            `(B, n, b, 2)` float32 or float64.
         """
-        ratio = (bits == self.masked_bit).float().mean(dim=-1)
+        ratio = (bits == self.masked_bit).double().mean(dim=-1)
         condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
         embedded = rearrange(self.bit_embedding(bits), "b n bits d -> b n (bits d)")
         x = self.input_norm(self.input_projection(embedded))
@@ -159,7 +162,7 @@ class MaskedBitHead(SubTokenHead):
         masked = self._masks(ids.shape[1], random)
         logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
         nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
-        weights = masked.float().clamp(min=self.unmasked_weight if self.training else 0.0)
+        weights = masked.to(nats.dtype).clamp(min=self.unmasked_weight if self.training else 0.0)
         total = weights.sum(dim=-1)
         values = self.bits * (nats * weights).sum(dim=-1) / total
         return values, total / self.bits if self.training else torch.ones_like(total)
@@ -214,7 +217,13 @@ class RatioEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.randn(waves))
         self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        frequencies = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = never_narrower(fn)(frequencies)
+        return self
+
     def forward(self, ratio: Tensor) -> Tensor:  # (...) -> (..., width)
-        angles = 2 * pi * ratio[..., None] * self.frequencies
+        angles = 2 * pi * ratio.to(self.frequencies.dtype)[..., None] * self.frequencies
         waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return self.layers(waves.to(self.frequencies.dtype))
+        return self.layers(waves.to(first_weight(self.layers).dtype))

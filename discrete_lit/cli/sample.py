@@ -63,7 +63,8 @@ def sample(
         accelerator: Lightning's; `auto` takes a GPU where there is one.
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
-        precision: Lightning's, for instance `bf16-mixed`.
+        precision: Lightning's: `32-true`; `bf16-mixed` or `16-mixed`, by autocast; `bf16-true`, `16-true` or `64-true`,
+            which convert the weights of generator and tokenizer.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
         image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
             to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
@@ -100,7 +101,8 @@ def sample(
 
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
-    generator = generator.to(fabric.device)
+    fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
+    generator = fabric.strategy.precision.convert_module(generator).to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
     rows_path = folder / "rows.npy.partial"
@@ -133,7 +135,7 @@ def sample(
         "checkpoint": str(ckpt_path),
         "checkpoint_sha256": file_sha256(ckpt_path),
         "generator": type(generator).__name__,
-        "tokenizer_fingerprint": generator.tokenizer.fingerprint(),
+        "tokenizer_fingerprint": fingerprint,
         "sampler": describe(sampler),
         "num_samples": num_samples,
         "labels": labels,
@@ -142,6 +144,7 @@ def sample(
         "batch_size": batch_size,
         "world_size": fabric.world_size,
         "precision": precision,
+        "weights_dtype": _dtype_of(generator.backbone),
         "compile": compile,
         "image_size": image_size,
         "network_calls": drawn.network_calls if drawn else 0,
@@ -156,6 +159,11 @@ def sample(
         rows_path.unlink()
     fabric.barrier()
     return run
+
+
+def _dtype_of(network: torch.nn.Module) -> str:
+    """The precision of a network's weights, as `bfloat16`."""
+    return str(next(network.parameters()).dtype).removeprefix("torch.")
 
 
 def _wait_for(device: torch.device) -> None:

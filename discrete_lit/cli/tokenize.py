@@ -46,7 +46,7 @@ def tokenize(
         accelerator: Lightning's; `auto` takes a GPU where there is one.
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
-        precision: Lightning's; ids near a decision boundary depend on it.
+        precision: Lightning's, as for `sample`; ids near a decision boundary depend on it, and the manifest names it.
 
     Returns:
         What `manifest.json` holds.
@@ -82,10 +82,11 @@ def tokenize(
             classes=data.classes,
             tokenizer=tokenizer.fingerprint(),
             source=f"{type(data).__name__} {data.locations[split]}",
+            precision=precision,
             variants=cut.count,
         )
     fabric.barrier()
-    tokenizer = freeze(tokenizer).to(fabric.device)
+    tokenizer = fabric.strategy.precision.convert_module(freeze(tokenizer)).to(fabric.device)
     writer = TokenWriter(output)
     source = data.evaluation_source(split, fabric.global_rank, fabric.world_size, crops=cut)
     # An image that cannot be read would leave its row empty.

@@ -4,7 +4,7 @@ No other file uses a private name of Lightning; `tests/core/test_lightning_inter
 on and says what to do when a new Lightning breaks it.
 """
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch.optim.swa_utils import AveragedModel
 
@@ -60,11 +60,3 @@ def averaged_model(averaging: WeightAveraging) -> AveragedModel | None:
     There is no public way: the callback only takes a rule for how they move.
     """
     return averaging._average_model
-
-
-def exchange_with_average(averaging: WeightAveraging, module: LightningModule) -> None:
-    """Exchange the weights of a module with the averaged ones, as the callback does around validation.
-
-    There is no public way: at the end of training the callback copies instead, and the raw weights are lost.
-    """
-    averaging._swap_models(module)

@@ -1,8 +1,9 @@
 """Token arrays: images that a frozen tokenizer has encoded once, as memory-mapped files.
 
-A folder holds one split: `tokens.npy` (uint16 or uint32, `(count, *token_shape)`, or `(count, variants, *token_shape)`
-of several crops of each image), `labels.npy` (int64, `(count,)`; -1 of images without labels, whose number of classes
-is 0), and `manifest.json`. Row i is sample i of the image set that was encoded.
+A folder holds one split: `tokens.npy` (uint16, uint32 or int64, the narrowest that holds the vocabulary, `(count,
+*token_shape)`, or `(count, variants, *token_shape)` of several crops of each image), `labels.npy` (int64, `(count,)`;
+-1 of images without labels, whose number of classes is 0), and `manifest.json`. Row i is sample i of the image set that
+was encoded.
 
 `TokenWriter` makes such a folder, from several processes, each sample in its own row. Rows are written with `pwrite`
 and not through a shared memory map: two machines that map one file of a network file system overwrite each other's
@@ -29,6 +30,8 @@ FORMAT = "discrete-lit-tokens-1"
 MANIFEST = "manifest.json"
 _UNFINISHED = "manifest.unfinished.json"
 _WRITTEN = "written.npy"
+# The types of ids, by the largest vocabulary of each.
+_TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {2**16: np.uint16, 2**32: np.uint32, 2**63: np.int64}
 
 
 class TokenWriter:
@@ -73,6 +76,7 @@ class TokenWriter:
         tokenizer: str,
         source: str,
         variants: int | None = None,
+        precision: str | None = None,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -80,22 +84,24 @@ class TokenWriter:
             folder: made where it is not there.
             count: rows.
             token_shape: shape of one image's tokens.
-            vocab_size: tokens are in 0..vocab_size-1; up to 65,536 they take two bytes.
+            vocab_size: tokens are in 0..vocab_size-1, at most 2^63; up to 2^16 they take two bytes, up to 2^32 four.
             image_size: of the images that are encoded, in pixels; of text, characters.
             num_classes: labels are in 0..num_classes-1; 0 where the images have none.
             classes: name of each label.
             tokenizer: content hash of the tokenizer (`Tokenizer.fingerprint()`).
             source: where the images come from.
             variants: crops of each image, the second dimension of the tokens; by default one, without a dimension.
+            precision: that the tokenizer computed in, as Lightning calls it; for the record.
 
         Raises:
-            ValueError: the folder holds a finished array, or there is nothing to write.
+            ValueError: the folder holds a finished array, there is nothing to write, or ids that no integer holds.
         """
         path = Path(folder)
         if (path / MANIFEST).exists():
             raise ValueError(f"{path} already holds a finished token array: choose another folder, or delete it")
         if count < 1:
             raise ValueError(f"count is {count}; a token array has at least one row")
+        token_type = _narrowest_type(vocab_size)
         path.mkdir(parents=True, exist_ok=True)
         (path / _UNFINISHED).unlink(missing_ok=True)
         manifest = {
@@ -109,8 +115,8 @@ class TokenWriter:
             "tokenizer": tokenizer,
             "source": source,
             **({} if variants is None else {"variants": variants}),
+            **({} if precision is None else {"precision": precision}),
         }
-        token_type = np.uint16 if vocab_size <= 2**16 else np.uint32
         _zeros(path / "tokens.npy", token_type, (count, *_row_shape(manifest)))
         _zeros(path / "labels.npy", np.int64, (count,))
         _zeros(path / _WRITTEN, np.uint8, (count,))
@@ -202,10 +208,13 @@ class TokenFolder:
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
         expected = (self.count, *_row_shape(self.manifest))
-        if self.tokens.shape != expected or self.tokens.dtype not in (np.uint16, np.uint32):
+        # Ids of 2^32 and more were cut to uint32 once: such an array is refused.
+        wide = self.vocab_size > 2**32
+        types = [kind for most, kind in _TOKEN_TYPES.items() if self.vocab_size <= most and (kind is np.int64) == wide]
+        if self.tokens.shape != expected or self.tokens.dtype not in types:
             raise ValueError(
                 f"{self.folder / 'tokens.npy'} holds {self.tokens.dtype} {self.tokens.shape}; its manifest "
-                f"says uint16 or uint32 {expected}"
+                f"says {' or '.join(kind.__name__ for kind in types)} {expected}"
             )
         self.labels = np.load(self.folder / "labels.npy")
         if self.labels.shape != (self.count,) or self.labels.dtype.kind not in "iub":
@@ -248,9 +257,10 @@ class TokenFolder:
         if "variants" in self.manifest:
             index = (samples, np.zeros_like(samples) if variants is None else variants)
         tokens = self.tokens[index].astype(np.int64)
-        if tokens.size and tokens.max() >= self.vocab_size:
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.vocab_size):
+            outside = tokens.max() if tokens.max() >= self.vocab_size else tokens.min()
             raise ValueError(
-                f"{self.folder / 'tokens.npy'} holds token {tokens.max()} in one of the rows {samples.tolist()}; its "
+                f"{self.folder / 'tokens.npy'} holds token {outside} in one of the rows {samples.tolist()}; its "
                 f"vocabulary is 0..{self.vocab_size - 1}"
             )
         return torch.from_numpy(tokens), torch.from_numpy(self.labels[samples]) if self.num_classes else None
@@ -427,6 +437,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _narrowest_type(vocab_size: int) -> type[np.integer[Any]]:
+    """The narrowest type of `tokens.npy` for ids in 0..vocab_size-1.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for most, kind in _TOKEN_TYPES.items():
+        if vocab_size <= most:
+            return kind
+    raise ValueError(f"vocab_size={vocab_size}: ids of 2^63 and more fit into no int64")
+
+
 def _row_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
     """The shape of one row of the tokens: one image's, or its crops'."""
     variants = (manifest["variants"],) if "variants" in manifest else ()
@@ -476,7 +498,7 @@ def _runs(rows: np.ndarray) -> list[slice]:
     return [slice(start, stop) for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
 
 
-def _zeros(path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+def _zeros(path: Path, dtype: type[np.integer[Any]], shape: tuple[int, ...]) -> None:
     np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape, version=(1, 0)).flush()
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.diffusion.processes import ForwardProcess
 from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 
@@ -109,11 +110,6 @@ class ScoreHead(Head):
             )
 
 
-def at_least_float32(logits: Tensor) -> Tensor:
-    """Widen half-precision logits to float32, in which a softmax keeps the rare ids."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 TimeInput = Literal["none", "time", "total_noise"]
 # DiT's and D3PM's sinusoids tell times from 0 to 1000 apart.
 _TIME_SCALE = 1000.0
@@ -136,13 +132,13 @@ class Denoiser:
         self.head.check(self.process)
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
-        """Return the backbone's `time (B,)`, float32, or None; sigma never exceeds that of the schedule's end."""
+        """Return the backbone's `time (B,)`, float64, or None; sigma never exceeds that of the schedule's end."""
         if self.time_input == "none":
             return None
         if self.time_input == "time":
-            return (level.t * _TIME_SCALE)[:, 0].float()
+            return (level.t * _TIME_SCALE)[:, 0]
         most = NoiseLevel.at(self.schedule, torch.ones_like(level.t)).sigma
-        return torch.minimum(level.sigma, most)[:, 0].float()
+        return torch.minimum(level.sigma, most)[:, 0]
 
     def level_of_masks(self, masked: Tensor) -> NoiseLevel:
         """Return the level at which the expected fraction of masked tokens is that of `masked (B, N)`, bool."""

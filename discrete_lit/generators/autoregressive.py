@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, check_permutation, cross_entropies
 from discrete_lit.samplers import RasterSampler, Sampler
@@ -113,10 +114,11 @@ class Autoregressive(Generator):
             weights = torch.ones_like(values)
         else:
             values, weights = head.losses(outputs, tokens, random)
-        position = (torch.arange(self.length, device=tokens.device) + 0.5) / self.length
+        position = (torch.arange(self.length, device=tokens.device).double() + 0.5) / self.length
         return TokenLosses(values, weights, position.expand_as(values))
 
     @torch.no_grad()
+    @in_evaluation
     def log_likelihood(
         self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None, order: Tensor | None = None
     ) -> Likelihood:

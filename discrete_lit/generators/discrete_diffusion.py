@@ -15,6 +15,7 @@ from torch import Tensor
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.distributed import world_size
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import (
     AbsorbingProcess,
@@ -38,7 +39,7 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 class DiscreteDiffusion(Generator):
     """Learns to undo noise that changes each token independently of the others.
 
-    A time t in (0, 1) is drawn for each sequence x_0, evenly spread over the global batch; `process` and `schedule`
+    A time t in (0, 1) is drawn for each sequence x_0, evenly spread over the batch of a step; `process` and `schedule`
     draw x_t from q(x_t | x_0); the backbone sees x_t, and `time_input` of t; `head` says what its logits predict, and
     `loss` what the prediction costs, in nats per token. Where the loss is a bound of -log p (`objective_kind`),
     validation also logs it as `validation/bits_per_token`, the prior term included; of text, bits per character.
@@ -119,7 +120,8 @@ class DiscreteDiffusion(Generator):
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         process, schedule, head = self._denoiser.process, self._denoiser.schedule, self._denoiser.head
-        t = stratified_times(random, len(tokens) * world_size()) if self.training else spread_times(random)  # (B, 1)
+        joint = len(tokens) * world_size() * self.micro_batches
+        t = stratified_times(random, joint) if self.training else spread_times(random)  # (B, 1)
         level = self.objective.level(schedule, t, self.length)
         x_t = self.objective.corrupt(process, tokens, level, random.uniform(Purpose.MASK_ORDER, self.length))
         logits = self._logits(x_t, labels, level)
@@ -146,6 +148,7 @@ class DiscreteDiffusion(Generator):
         return {"bits_per_token": (mean_loss + prior) / log(2)}
 
     @torch.no_grad()
+    @in_evaluation
     def log_likelihood(
         self,
         tokens: Tensor,

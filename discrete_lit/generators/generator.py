@@ -160,7 +160,8 @@ class Generator(TokenTraining):
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.num_classes)
         losses = self.token_losses(self.to_sequence(tokens), labels, random)
-        mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
+        mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
+        self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
     # The likelihood.

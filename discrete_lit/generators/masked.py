@@ -13,6 +13,7 @@ from torch import Tensor
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.backbones.backbone import bits_of_vocabulary
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
@@ -126,6 +127,7 @@ class Masked(Generator):
         return cross_entropies(logits, tokens, label_smoothing=label_smoothing)
 
     @torch.no_grad()
+    @in_evaluation
     def log_likelihood(
         self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None, order: Tensor | None = None
     ) -> Likelihood:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, cross_entropies
 from discrete_lit.samplers import NextScaleSampler, Sampler
@@ -70,9 +71,10 @@ class NextScale(Generator):
         values = self._cross_entropies(tokens, labels)
         lengths = torch.tensor(self.scale_quantizer().lengths, device=tokens.device)
         k = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)  # (N,), the scale of each id
-        return TokenLosses(values, torch.ones_like(values), ((k + 0.5) / len(lengths)).expand_as(values))
+        return TokenLosses(values, torch.ones_like(values), ((k.double() + 0.5) / len(lengths)).expand_as(values))
 
     @torch.no_grad()
+    @in_evaluation
     def log_likelihood(self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
         return Likelihood(-self._cross_entropies(tokens, labels).double().sum(dim=1), "exact")
 

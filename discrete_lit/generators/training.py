@@ -15,9 +15,10 @@ from torch import Tensor
 from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import configure_optimizers
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _PROFILE_BINS = 4
@@ -30,6 +31,9 @@ class TokenTraining(LightningModule, ABC):
     *token_shape), "label": (B,)}`, with labels of any integer type or bool; a model of one class needs none. With
     `"index": (B,)`, each sample's position in the run, label dropout and
     corruption belong to the sample, and do not depend on the number of ranks.
+
+    A step of several accumulated micro-batches is that of one batch of all their samples: the loss is the mean over
+    all their tokens, by weight.
 
     It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
     of the coordinate of the token losses, and what `validation_figures` makes of it.
@@ -51,6 +55,8 @@ class TokenTraining(LightningModule, ABC):
     num_classes: int
     token_shape: tuple[int, ...]
     coordinate_name: str
+    loss_weight: Tensor | float
+    """The weight of the newest loss among the micro-batches of a step: the sum of its tokens' weights, over ranks."""
 
     @abstractmethod
     def to_sequence(self, tokens: Tensor) -> Tensor: ...
@@ -82,6 +88,8 @@ class TokenTraining(LightningModule, ABC):
         self.scheduler = scheduler
         self.seed = seed
         self.profile = BinnedMean(_PROFILE_BINS)
+        self.accumulated = AccumulatedMean()
+        self.micro_batches = 1
         self._sharded = False
 
     # Batches.
@@ -177,10 +185,15 @@ class TokenTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         labels = self.labels_of(batch)
+        self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self.tokens_of(batch), labels, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(named, sync_dist=True, batch_size=len(labels))
-        return loss
+        return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
+
+    def on_after_backward(self) -> None:
+        if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
+            self.accumulated.end_step(self.parameters(), self.micro_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         sequences = self.to_sequence(self.tokens_of(batch))

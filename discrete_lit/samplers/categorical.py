@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from discrete_lit.core.modules import at_least_float32
+
 # Cumulative sums are formed for this many probabilities at once: 256 MB of float64.
 _ENTRIES_AT_ONCE = 2**25
 
@@ -11,7 +13,7 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     """Drop improbable ids, first by top-k, then by top-p: their logits become -inf.
 
     Args:
-        logits: `(..., K)` float32.
+        logits: `(..., K)`.
         top_k: keep the k largest (and their ties).
         top_p: keep the smallest set of largest probabilities whose mass reaches p, the id that crosses p included
             (nucleus sampling, Holtzman et al., 2020).
@@ -68,13 +70,13 @@ def draw_filtered(
         top_p: as in `filter_logits`.
 
     Returns:
-        Ids `(...)` int64, and the logarithms of their probabilities `(...)` float32 before the filters.
+        Ids `(...)` int64, and the logarithms of their probabilities `(...)` float32 or float64 before the filters.
     """
     rows, targets = logits.reshape(-1, logits.shape[-1]), uniforms.reshape(-1, 1)
     size = max(1, _ENTRIES_AT_ONCE // logits.shape[-1])
     ids, log_probabilities = [], []
     for part, target in zip(rows.split(size), targets.split(size), strict=True):
-        probabilities = part.float().softmax(dim=-1)
+        probabilities = at_least_float32(part).softmax(dim=-1)
         kept = filter_logits(part, top_k, top_p)
         allowed = probabilities if kept is part else probabilities.masked_fill(kept == -torch.inf, 0.0)
         drawn = _invert(allowed, target)

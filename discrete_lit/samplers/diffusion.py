@@ -469,7 +469,7 @@ class FirstHittingSampler(Sampler):
         mask_probability, lowest = start.noise, schedule.mask_probability(start.t.new_zeros(()))
         for number in range(int(masked.max()) if masked.numel() else 0):
             # The next hitting time, of n masked tokens: m U^(1 / n).
-            n = (masked - number).clamp(min=1)
+            n = (masked - number).clamp(min=1).double()
             mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / n)
             level = NoiseLevel.at(schedule, schedule.inverse(mask_probability.clamp(min=lowest)))
             # The token that is unmasked there.

@@ -72,7 +72,7 @@ class Prediction:
         return self._guided([self._score(output.double()) for output in self.outputs]).clamp(max=_LARGEST_LOG_SCORE)
 
     def _guided(self, parts: list[Tensor]) -> Tensor:
-        return parts[0] if len(parts) == 1 else guide_where_possible(parts[0], parts[1], self.scale)
+        return parts[0] if len(parts) == 1 else guide(parts[0], parts[1], self.scale)
 
     def _clean(self, output: Tensor) -> Tensor:
         process, kind = self.denoiser.process, self.denoiser.head.kind
@@ -96,37 +96,17 @@ class Prediction:
         return score_from_leave_one_out(self._clean(output), self.x_t, self.denoiser.process, self.level)
 
 
-def guide_where_possible(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Guide log-probabilities some of which are -inf.
-
-    What is impossible given the label stays so, and what is impossible without it is not guided. Where that leaves
-    nothing in a row, the row is not guided at all.
-
-    Args:
-        conditional: `(..., K)` given the label.
-        unconditional: `(..., K)` given the null label.
-        scale: guidance scale s.
-
-    Returns:
-        `(..., K)`, unnormalised.
-    """
-    guided = guide(conditional, unconditional, scale)
-    guided = torch.where(unconditional == -torch.inf, conditional, guided)
-    guided = guided.masked_fill(conditional == -torch.inf, -torch.inf)
-    return torch.where((guided == -torch.inf).all(dim=-1, keepdim=True), conditional, guided)
-
-
 def guide_jumps(conditional: Jumps, unconditional: Jumps, scale: float) -> Jumps:
     """Guide the law of a step: `q_c^s q_u^(1 - s)` over all states, the one that is left included, normalised.
 
     With an unmasking probability u in both and `Z = sum p_c^s p_u^(1 - s)` it becomes `u Z / (1 - u + u Z)`.
     """
     with_label, without = (part.targets.log_softmax(dim=-1) for part in (conditional, unconditional))
-    targets = guide_where_possible(with_label, without, scale)
+    targets = guide(with_label, without, scale)
     with_label, without = (
         torch.stack((part.probability.log(), (-part.probability).log1p()), dim=-1)
         for part in (conditional, unconditional)
     )
-    leave, stay = guide_where_possible(with_label, without, scale).unbind(dim=-1)
+    leave, stay = guide(with_label, without, scale).unbind(dim=-1)
     leave = leave + targets.double().logsumexp(dim=-1)
     return Jumps(torch.sigmoid(leave - stay), targets)

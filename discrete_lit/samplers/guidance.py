@@ -27,17 +27,23 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Guide logits: `uncond + scale * (cond - uncond)`, unnormalised log-probabilities.
 
     Logits are log-probabilities up to a constant of each row, and so is the result: its softmax is
-    `p_u (p_c / p_u)^scale`, normalised.
+    `p_u (p_c / p_u)^scale`, normalised. Some may be -inf: what is impossible given the label stays so, and what is
+    impossible without it is not guided. Where that leaves nothing in a row, the row is not guided at all.
 
     Args:
-        conditional: float32 logits `(..., K)` given the label.
+        conditional: logits `(..., K)` given the label.
         unconditional: logits given the null label.
         scale: 1 is the conditional model itself, 0 the unconditional one.
 
     Returns:
         `(..., K)`, to be normalised by a softmax.
     """
-    return torch.lerp(unconditional, conditional, scale)
+    if scale in (0, 1):
+        return conditional if scale else unconditional
+    guided = torch.lerp(unconditional, conditional, scale)
+    guided = torch.where(unconditional == -torch.inf, conditional, guided)
+    guided = guided.masked_fill_(conditional == -torch.inf, -torch.inf)
+    return torch.where((guided == -torch.inf).all(dim=-1, keepdim=True), conditional, guided)
 
 
 def guided_steps(scales: Sequence[float]) -> int:

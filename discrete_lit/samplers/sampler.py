@@ -17,6 +17,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
 from discrete_lit.backbones.backbone import packed
+from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.schedules import NoiseLevel
@@ -86,7 +87,7 @@ class Sampler(ABC):
         """Draw one sequence for each label.
 
         Args:
-            backbone: in eval mode, with the attention that this sampler needs.
+            backbone: with the attention that this sampler needs; it is sampled in eval mode, and left in its own.
             labels: `(B,)` int64 in [0, num_classes], the null label included.
             random: one stream of random numbers for each sequence; it alone decides what is drawn.
             known: `(B, N)` int64, tokens to keep, and -1 where one is to be drawn: in-painting, out-painting, or
@@ -116,13 +117,14 @@ class Sampler(ABC):
             )
         if known is not None:
             _check_known(known, (len(labels), layout.length), layout.vocab_size)
-        if self.attention == "causal":
-            # A pass over one position has few rows for each weight, and there is one for each token.
-            backbone = packed(backbone, rows=2 * len(labels))
-        context = SamplingContext(
-            backbone, labels, random=random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
-        )
-        return context.output(self.draw(context))
+        with evaluation_mode(backbone):
+            if self.attention == "causal":
+                # A pass over one position has few rows for each weight, and there is one for each token.
+                backbone = packed(backbone, rows=2 * len(labels))
+            context = SamplingContext(
+                backbone, labels, random=random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
+            )
+            return context.output(self.draw(context))
 
     @abstractmethod
     def draw(self, context: "SamplingContext") -> Tensor:
@@ -268,7 +270,7 @@ class SamplingContext:
             scale: guidance scale s.
 
         Returns:
-            `(B, N, K)` float32, unnormalised log-probabilities.
+            `(B, N, K)` unnormalised log-probabilities.
         """
         level = None
         if self.layout.timed:

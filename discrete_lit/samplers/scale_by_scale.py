@@ -42,7 +42,7 @@ class NextScaleSampler(Sampler):
         tokens = context.start()
         known = tokens != layout.mask_id
         # The first scale is predicted from the label alone.
-        inputs, f_hat = uniforms.new_zeros(len(tokens), 0, quantizer.dim, dtype=torch.float32), 0.0
+        inputs, f_hat = uniforms.new_zeros(len(tokens), 0, quantizer.dim), 0.0
         start = 0
         for number, count in enumerate(lengths):
             here = slice(start, start + count)

@@ -22,9 +22,11 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
+from discrete_lit.core.lightning_internals import accumulates_gradients
+from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
-from discrete_lit.optimization import configure_optimizers
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -38,7 +40,7 @@ class Reconstruction:
     """A batch of images after its way through an autoencoder, and the bottleneck's losses on it."""
 
     outputs: Tensor
-    """`(B, C', H, W)` float32, as the decoder gives them; `to_images` makes images of them."""
+    """`(B, C', H, W)` float32 or float64, as the decoder gives them; `to_images` makes images of them."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """The bottleneck's own scalar terms, weighted."""
     tokens: Tensor | None = None
@@ -88,6 +90,8 @@ class ImageAutoencoder(LightningModule):
         self.outputs_are_logit_laplace = "logit_laplace" in losses
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.accumulated = AccumulatedMean()
+        self.micro_batches = 1
         self.psnr = MeanMetric()
         self.ssim = MeanMetric()
 
@@ -105,11 +109,14 @@ class ImageAutoencoder(LightningModule):
             ValueError: a size or a number of channels that the network does not take.
         """
         check_channels(images, self.image_channels, f"the network of this {type(self).__name__}")
-        return rearrange(self.network.encode(images), "b d ... -> b ... d")
+        return rearrange(self.network.encode(images.to(self.network.dtype)), "b d ... -> b ... d")
 
     def outputs(self, codes: Tensor) -> Tensor:
-        """Codes `(B, *grid, D)` to the decoder's outputs `(B, C', H, W)`, float32; `to_images` makes images of them."""
-        return self.network.decode(rearrange(codes, "b ... d -> b d ...")).float()
+        """Codes `(B, *grid, D)` to the decoder's outputs `(B, C', H, W)`, of which `to_images` makes images.
+
+        They are float32, or float64 where the network is.
+        """
+        return at_least_float32(self.network.decode(rearrange(codes, "b ... d -> b d ...").to(self.network.dtype)))
 
     def to_images(self, outputs: Tensor) -> Tensor:
         """The images `(B, C, H, W)` in [-1, 1] that a decoder's outputs `(B, C', H, W)` stand for.
@@ -139,7 +146,9 @@ class ImageAutoencoder(LightningModule):
             index: `(B,)` int64, each image's number in the run, as for `reconstruct`.
         """
         made = self.reconstruct(images, step=step, index=index)
-        compared = self.objective(made.outputs, images, last_layer=self.network.last_layer, step=step)
+        compared = self.objective(
+            made.outputs, images.to(made.outputs.dtype), last_layer=self.network.last_layer, step=step
+        )
         made.figures |= compared.figures
         terms = {**compared.terms, **made.losses}
         return torch.stack([compared.loss, *made.losses.values()]).sum(), terms, made
@@ -152,9 +161,18 @@ class ImageAutoencoder(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
+        self.micro_batches = micro_batches_of(self)
+        accumulate_statistics(self, self.micro_batches > 1)
         loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
+        if self.micro_batches > 1:
+            loss = self.accumulated.loss(loss, len(batch["image"]))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
+
+    def on_after_backward(self) -> None:
+        if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
+            self.accumulated.end_step(self.parameters(), self.micro_batches)
+            end_statistics_step(self)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
@@ -247,6 +265,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.quantizer.token_shape(self.network.grid(image_size))
 
+    @in_evaluation
     def encode(self, images: Tensor) -> Tensor:
         self.check_images(images)
         return self.quantizer.encode(self.latents(images))
@@ -255,8 +274,10 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
         self.check_tokens(tokens)
         return rearrange(self.quantizer.lookup(tokens), "b ... d -> b d ...")
 
+    @in_evaluation
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.to_images(self.network.decode(self.embed(tokens)).float())
+        self.check_tokens(tokens)
+        return self.to_images(self.outputs(self.quantizer.lookup(tokens)))
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         return self.quantizer.components(tokens)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -71,8 +72,9 @@ class KLVAE(ImageAutoencoder):
         """The law of the unscaled latents, `(B, *grid, D)`, of images `(B, C, H, W)` in [-1, 1]."""
         return self.bottleneck.posterior(self.latents(images))
 
+    @in_evaluation
     def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to scaled latents `(B, D, *grid)` float32.
+        """Images `(B, C, H, W)` in [-1, 1] to scaled latents `(B, D, *grid)`, float32, or float64 where the network is.
 
         Args:
             images: of a size that the network can divide.
@@ -85,9 +87,10 @@ class KLVAE(ImageAutoencoder):
         latents = posterior.mode() if random is None else posterior.sample(random)
         return rearrange(latents, "b ... d -> b d ...") * self.scale_factor
 
+    @in_evaluation
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents `(B, D, *grid)` to images `(B, C, H, W)` in [-1, 1]."""
-        return self.to_images(self.network.decode(latents / self.scale_factor).float())
+        """Scaled latents `(B, D, *grid)` to images `(B, C, H, W)` in [-1, 1], float32, or float64 of such a network."""
+        return self.to_images(self.outputs(rearrange(latents / self.scale_factor, "b d ... -> b ... d")))
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         random = None if index is None else CounterRandom(self.seed, index)
@@ -97,7 +100,7 @@ class KLVAE(ImageAutoencoder):
 
 @dataclass
 class DiagonalGaussian:
-    """The law of independent normal latents, `(B, *grid, D)` float32."""
+    """The law of independent normal latents, `(B, *grid, D)` float32 or float64."""
 
     mean: Tensor
     logvar: Tensor
@@ -159,6 +162,6 @@ class GaussianBottleneck(nn.Module):
             return latents, {"kl": self.kl_weight * posterior.kl().mean()}
 
     def posterior(self, moments: Tensor) -> DiagonalGaussian:
-        """The law of the latents, in float32, of moments `(B, *grid, 2 D)`."""
-        mean, logvar = moments.float().chunk(2, dim=-1)
+        """The law of the latents, in float32 or float64, of moments `(B, *grid, 2 D)`."""
+        mean, logvar = at_least_float32(moments).chunk(2, dim=-1)
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize, check_channels, from_uint8, height_and_width
+from discrete_lit.core.modules import FullPrecision, at_least_float32
 from discrete_lit.tokenizers.quantizers.codebook import gather_finite, kmeans_codes
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 from discrete_lit.tokenizers.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 _LUMA = (0.299, 0.587, 0.114)
 
 
-class PixelLevels(Tokenizer):
+class PixelLevels(FullPrecision, Tokenizer):
     """Make a token of each channel of each pixel, its value rounded to one of L levels.
 
     With 256 levels uint8 images come back as they were.
@@ -83,9 +84,9 @@ class PixelLevels(Tokenizer):
         """
         check_channels(images, self.image_channels, "this PixelLevels")
         self.check_images(images)
-        values = rearrange(images.float(), "b c h w -> b h w c")
+        values = rearrange(at_least_float32(images), "b c h w -> b h w c")
         if self.grey:
-            values = (values * self.luma).sum(dim=-1)
+            values = (values * self.luma.to(values.dtype)).sum(dim=-1)
         elif self._one_token:
             values = values[..., 0]
         return values.add(1).mul((self.vocab_size - 1) / 2).round().clamp(0, self.vocab_size - 1).long()
@@ -102,7 +103,7 @@ class PixelLevels(Tokenizer):
         return rearrange(values, "b 1 h w c -> b c h w")
 
 
-class ColourPalette(Tokenizer):
+class ColourPalette(FullPrecision, Tokenizer):
     """Make a token of each pixel: the nearest (Euclidean in RGB, or in any number C of channels) of K colours.
 
     A checkpoint of this tokenizer carries its colours, not the name of their file.
@@ -146,7 +147,7 @@ class ColourPalette(Tokenizer):
         check_channels(images, self.image_channels, "this ColourPalette")
         self.check_images(images)
         batch, _, height, width = images.shape
-        pixels = rearrange(images.float(), "b c h w -> (b h w) c")
+        pixels = rearrange(images.to(self.palette.dtype), "b c h w -> (b h w) c")
         return nearest_codes(pixels, self.palette).reshape(batch, height, width)
 
     def embed(self, tokens: Tensor) -> Tensor:

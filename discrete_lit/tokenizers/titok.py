@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import ImageSize, normal_size, size_of
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
@@ -284,8 +285,9 @@ class ProxyDecoder(nn.Module):
 
     def forward(self, logits: Tensor) -> Tensor:  # (B, K', h, w) -> (B, C, H, W) in [-1, 1]
         with torch.autocast(logits.device.type, enabled=False):
-            codes = torch.einsum("bkhw,kd->bdhw", logits.float().softmax(dim=1), self.codebook)
-        return self.network.decode(codes)
+            probabilities, codebook = at_least_float32(logits).softmax(dim=1), at_least_float32(self.codebook)
+            codes = torch.einsum("bkhw,kd->bdhw", probabilities, codebook)
+        return self.network.decode(codes.to(self.network.dtype))
 
 
 class TiTok(AutoencoderTokenizer):
@@ -396,11 +398,12 @@ class TiTok(AutoencoderTokenizer):
         with torch.no_grad():
             ids = self.proxy_tokenizer.on(images.device).encode(images)  # (B, h, w)
         quantized = self.quantizer(self.latents(images))
-        logits = self.network.proxy_logits(rearrange(quantized.z_q, "b n d -> b d n")).float()  # (B, K', h, w)
+        codes = rearrange(quantized.z_q, "b n d -> b d n").to(self.network.dtype)
+        logits = at_least_float32(self.network.proxy_logits(codes))  # (B, K', h, w)
         terms = {"proxy": F.cross_entropy(logits, ids), **quantized.losses}
         # Pixels are for validation alone.
         assert self.network.proxy is not None
-        outputs = logits if self.training else self.network.proxy(logits).float()
+        outputs = logits if self.training else at_least_float32(self.network.proxy(logits))
         made = Reconstruction(outputs=outputs, losses=quantized.losses, tokens=quantized.tokens)
         return torch.stack(list(terms.values())).sum(), terms, made
 

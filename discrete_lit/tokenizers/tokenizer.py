@@ -50,7 +50,9 @@ class Tokenizer(LightningModule, ABC):
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Turn ids `(B, *token_shape)`, int64 in [0, K), into images `(B, C, H, W)`, float in [-1, 1].
+        """Turn ids `(B, *token_shape)`, int64 in [0, K), into images `(B, C, H, W)` in [-1, 1].
+
+        The images are float32 also where the tokenizer is in half precision, and float64 where it is in float64.
 
         Raises:
             ValueError: an id outside [0, K).

@@ -90,15 +90,15 @@ def test_law_of_an_id_sums_to_one(head: SubTokenHead) -> None:
     head, size = head.double(), size_of(head)
     ids, hidden = torch.arange(size)[None], torch.randn(3, 1, 8, dtype=torch.float64)
     values = head.log_likelihood(hidden.expand(-1, size, -1), ids.expand(3, -1))
-    torch.testing.assert_close(values.double().exp().sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(values.double().exp().sum(dim=1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-12)
     for row in range(3):
         for number in (0, size // 2, size - 1):
             total, parts = 0.0, head.sub_tokens.split(torch.tensor([[number]]))
             for part in range(len(head.sub_tokens)):
                 logits = head.sub_token_logits(hidden[row : row + 1], parts[..., :part])
-                assert logits.shape == (1, 1, head.sub_tokens.sizes[part]) and logits.dtype == torch.float32
+                assert logits.shape == (1, 1, head.sub_tokens.sizes[part]) and logits.dtype == torch.float64
                 total += float(logits.log_softmax(dim=-1)[0, 0, parts[0, 0, part]])
-            assert float(values[row, number]) == pytest.approx(total, abs=1e-4)
+            assert float(values[row, number]) == pytest.approx(total, abs=1e-12)
     assert values.std(dim=1).min() > 0.05 and values.std(dim=0).min() > 1e-4  # it depends on the id and on the state
 
 

@@ -201,3 +201,25 @@ def test_a_grid_of_any_channels_and_shape(channels: int, mode: str, tmp_path: Pa
         assert grid.mode == mode and grid.size == (18, 4)
         shown = np.asarray(grid).reshape(4, 3, 6, -1)
     np.testing.assert_array_equal(shown, images[..., : shown.shape[-1]].swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-true", "bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_run_json_says_what_ran(
+    family: str, precision: str, generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch
+) -> None:
+    import discrete_lit
+    from discrete_lit.backbones import Transformer
+
+    seen, forward = set(), Transformer.forward
+
+    def observed(self, *args, **kwargs):
+        seen.add(str(next(self.parameters()).dtype).removeprefix("torch."))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Transformer, "forward", observed)
+    run = draw(generator_checkpoints[family], tmp_path, "--num_samples", 2, "--precision", precision)["run"]
+    names = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
+    assert run["precision"] == precision and seen == {run["weights_dtype"]} == {names.get(precision, "float32")}
+    tokenizer = discrete_lit.load(generator_checkpoints[family]).tokenizer
+    assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()

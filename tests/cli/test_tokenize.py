@@ -147,3 +147,74 @@ def test_a_generators_checkpoint_is_refused(
     with pytest.raises(SystemExit):
         tokenize(generator_checkpoints["Masked"], images, tmp_path / "tokens")
     assert "holds a Masked, not a Tokenizer" in capfd.readouterr().err
+
+
+WIDE = {
+    "LFQ of 33 bits": ("LookupFreeQuantizer", {"bits": 33, "entropy_weight": 0.0}),
+    "LFQ of 62 bits": ("LookupFreeQuantizer", {"bits": 62, "entropy_weight": 0.0}),
+    "BSQ of 48 bits": ("BinarySphericalQuantizer", {"bits": 48}),
+    "FSQ of 2^57 ids": ("FiniteScalarQuantizer", {"levels": [8] * 19}),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_ids_keep_every_bit(name: str, images: Path, tmp_path: Path) -> None:
+    """From the images to the arrays, and from these to the codes that the decoder takes."""
+    import torch
+
+    from discrete_lit.checkpoints import instantiate, save
+    from discrete_lit.core.images import from_uint8
+    from discrete_lit.data import TokenArrays
+
+    quantizer, settings = WIDE[name]
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+        "init_args": {"channels": 4, "multipliers": [1, 2], "blocks": 1, "attention": False, "norm_groups": 2},
+    }
+    arguments = {
+        "network": network,
+        "quantizer": {"class_path": f"discrete_lit.tokenizers.quantizers.{quantizer}", "init_args": settings},
+    }
+    torch.manual_seed(0)
+    tokenizer = instantiate({"class_path": "discrete_lit.tokenizers.VQGAN", "init_args": arguments}).eval()
+    save(tokenizer, tmp_path / "tokenizer.ckpt")
+    tokenize(tmp_path / "tokenizer.ckpt", images, tmp_path / "tokens")
+    data = TokenArrays(None, str(tmp_path / "tokens"), batch_size=12)
+    tokens = next(iter(data.evaluation_loader("validation", 0, 1)))["tokens"]
+    assert int(tokens.max()) >= 2**32 and data.vocab_size == tokenizer.vocab_size
+    files = sorted(images.rglob("*.png"))
+    pixels = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).movedim(-1, 1)
+    with torch.no_grad():
+        quantized = tokenizer.quantizer(tokenizer.latents(from_uint8(pixels)))
+        assert torch.equal(tokenizer.quantizer.lookup(tokens), quantized.z_q)
+        assert tokenizer.decode(tokens).isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true", "64-true", "bf16-mixed"])
+def test_precision(precision: str, tokenizer_checkpoint: Path, images: Path, tmp_path: Path, monkeypatch) -> None:
+    import torch
+
+    from discrete_lit.tokenizers.networks import ConvAutoencoder
+
+    expected = {"16": torch.float16, "bf16": torch.bfloat16, "64": torch.float64}[precision.partition("-")[0]]
+    seen: list = []
+    monkeypatch.setattr(ConvAutoencoder, "encode", observed(ConvAutoencoder.encode, seen))
+    tokenize(tokenizer_checkpoint, images, tmp_path / "t", "--precision", precision)
+    assert set(seen) == {expected}
+    manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
+    assert manifest["precision"] == precision
+    tokenize(tokenizer_checkpoint, images, tmp_path / "exact")
+    assert manifest["tokenizer"] == json.loads((tmp_path / "exact" / "manifest.json").read_text())["tokenizer"]
+    same = np.load(tmp_path / "t" / "tokens.npy") == np.load(tmp_path / "exact" / "tokens.npy")
+    assert same.mean() > (0.99 if precision == "64-true" else 0.8)
+
+
+def observed(method, seen: list):
+    """The method, which notes the precision of what it gives."""
+
+    def run(self, images):
+        result = method(self, images)
+        seen.append(result.dtype)
+        return result
+
+    return run

@@ -165,20 +165,6 @@ def test_averaged_model(tmp_path: Path) -> None:
     assert averages == pytest.approx([0.9, 0.85])
 
 
-@advised
-def test_exchange_with_average(tmp_path: Path) -> None:
-    averaging = WeightAveraging()
-    found: list[float] = []
-
-    def exchange(trainer: Trainer) -> None:
-        for _ in range(2):
-            internals.exchange_with_average(averaging, trainer.lightning_module)
-            found.append(trainer.lightning_module.weight.item())
-
-    fit(tmp_path, averaging, AtBatchEnd(exchange), batches=2)
-    assert found == pytest.approx([0.9, 0.9, 0.85, 0.8])
-
-
 def foreign_private_names(file: Path) -> list[str]:
     """Names that begin with one underscore, are read from an object, and are not given to anything in the file."""
     nodes = list(ast.walk(ast.parse(file.read_text())))

@@ -334,3 +334,51 @@ def test_labels_of_other_integer_types_are_read(
     np.save(folder / "labels.npy", (np.arange(40) % 2).astype(dtype))
     batch = next(iter(TokenArrays(str(folder), batch_size=4).evaluation_loader("train", 0, 1)))
     assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [
+        (2**16, np.uint16),
+        (2**16 + 1, np.uint32),
+        (2**32, np.uint32),
+        (2**32 + 1, np.int64),
+        (2**53 + 1, np.int64),
+        (2**62, np.int64),
+    ],
+)
+def test_ids_are_stored_exactly_in_the_narrowest_type(tmp_path: Path, vocab_size: int, dtype: type) -> None:
+    largest = vocab_size - 1
+    values = [0, 1, largest, largest - 1, largest // 2, largest // 3]
+    tokens = torch.tensor(values).reshape(1, 2, 3)
+    TokenWriter.create(tmp_path / "t", **(MANIFEST | {"count": 1, "vocab_size": vocab_size}))
+    writer = TokenWriter(tmp_path / "t")
+    writer.write(torch.tensor([0]), tokens, torch.tensor([0]))
+    writer.close()
+    TokenWriter.finalise(tmp_path / "t")
+    assert np.load(tmp_path / "t" / "tokens.npy").dtype == dtype
+    batch = next(iter(make_data(None, tmp_path / "t").evaluation_loader("validation", 0, 1)))
+    assert torch.equal(batch["tokens"], tokens)
+
+
+def test_ids_that_no_integer_holds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="ids of 2\\^63 and more fit into no int64"):
+        TokenWriter.create(tmp_path / "t", **(MANIFEST | {"vocab_size": 2**63 + 1}))
+
+
+def test_an_array_whose_ids_were_cut_is_refused(folder: Path) -> None:
+    np.save(folder / "tokens.npy", np.load(folder / "tokens.npy").astype(np.uint32))
+    assert len(TokenFolder(folder).tokens) == 40  # wider than it needs to be
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 2**36}))
+    with pytest.raises(ValueError, match=r"holds uint32 \(40, 2, 3\); its manifest says int64 \(40, 2, 3\)"):
+        TokenFolder(folder)
+
+
+def test_negative_ids_are_refused(tmp_path: Path, make_token_folder: Callable[..., Path]) -> None:
+    folder = make_token_folder(tmp_path / "tokens", vocab_size=16)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 2**36}))
+    np.save(folder / "tokens.npy", np.full((40, 2, 3), -1, np.int64))
+    with pytest.raises(ValueError, match="holds token -1 in one of the rows"):
+        next(iter(make_data(None, folder).evaluation_loader("validation", 0, 1)))

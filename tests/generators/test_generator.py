@@ -4,9 +4,14 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.precision_cases import GENERATORS
+from helpers.precision_cases import make_generator as make_precision_generator
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
+from timm.layers.drop import DropPath
+from torch import nn
 
+from discrete_lit.backbones.blocks import Attention
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
 from discrete_lit.samplers import HaltonSampler, MaskGITSampler, RasterSampler
@@ -163,3 +168,37 @@ def test_grids_that_are_not_square(family: str, arguments: dict) -> None:
     if not scales:
         with pytest.raises(ValueError, match=r"token grids \(3, 2\), this generator models \(2, 3\)"):
             generator.tokens_of({"image": images.transpose(2, 3), "label": labels})
+
+
+def with_dropout(generator: Generator) -> Generator:
+    """Half of all activations, attention weights and residual branches are left out in training."""
+    for module in generator.backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+        if isinstance(module, Attention):
+            module.dropout = 0.5
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.5
+    return generator
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_samples_and_likelihoods_are_those_of_eval_mode(name: str) -> None:
+    generator, labels = with_dropout(make_precision_generator(name, 0.6)), torch.arange(6) % 3
+    tokens, nats = generator.sample(labels), generator.log_likelihood(generator.sample(labels), labels).nats
+    generator.train()
+    generator.backbone.blocks[0].eval()  # frozen by the user
+    before = [module.training for module in generator.modules()]
+    assert not torch.equal(generator.backbone.blocks[1].dropout(torch.ones(8, 1, 1)), torch.ones(8, 1, 1))
+    for _ in range(2):
+        assert torch.equal(generator.sample(labels), tokens)
+        torch.testing.assert_close(generator.log_likelihood(tokens, labels).nats, nats, rtol=1e-6, atol=1e-6)
+    assert [module.training for module in generator.modules()] == before
+    assert not generator.tokenizer.training
+
+
+def test_modes_are_put_back_behind_an_error(make_generator) -> None:
+    generator = make_generator("autoregressive").train()
+    with pytest.raises(ValueError, match="labels must lie in"):
+        generator.sample(torch.tensor([99]))
+    assert generator.backbone.training and not generator.tokenizer.training

@@ -58,3 +58,25 @@ def test_interval_and_cut_off() -> None:
     assert guidance_scales("linear", 5.0, 4, interval=(0, 2)) == [1.0, 2.0, 1.0, 1.0]
     with pytest.raises(ValueError, match=r"guidance_interval=\[0, 6\] is longer than the sampling: it has 5 steps"):
         guidance_scales("constant", 3.0, 5, interval=(0, 6))
+
+
+INF = torch.inf
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.25, 0.75, 1.5, 7.0])
+def test_impossible_ids(scale: float) -> None:
+    """What is impossible given the label stays so; what is impossible without it alone is not guided."""
+    conditional = torch.tensor([[1.0, -INF, 0.5, -INF], [-INF, 2.0, -INF, 1.0], [-INF, 2.0, -INF, -INF]])
+    unconditional = torch.tensor([[0.5, 1.0, -INF, -INF], [1.0, -INF, 3.0, -INF], [1.0, -INF, 1.0, 1.0]])
+    guided = guide(conditional, unconditional, scale)
+    expected = torch.where(unconditional == -INF, conditional, unconditional + scale * (conditional - unconditional))
+    expected = expected.masked_fill(conditional == -INF, -INF)
+    torch.testing.assert_close(guided, expected)
+    assert not guided.isnan().any() and (guided > -INF).any(dim=1).all()
+
+
+def test_rows_without_a_common_id_are_not_guided() -> None:
+    everything, nothing = torch.tensor([[1.0, 2.0]]), torch.tensor([[-INF, -INF]])
+    assert torch.equal(guide(everything, nothing, 2.0), everything)
+    assert torch.equal(guide(everything, nothing, 0.0), nothing)
+    assert guide(torch.tensor([torch.nan, 0.0]), torch.zeros(2), 2.0).isnan().any()  # a broken network is no guidance

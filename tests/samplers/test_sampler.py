@@ -7,6 +7,7 @@ import torch
 from helpers.sampler_cases import CASES
 
 from discrete_lit import samplers
+from discrete_lit.backbones.layers import LogitHead
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import MaskGITSampler, RasterSampler, Sampler, SamplingContext
 
@@ -231,3 +232,25 @@ def test_the_old_name_of_the_context_says_the_new_one() -> None:
         assert samplers.Drawing is SamplingContext  # type: ignore[attr-defined]
     with pytest.raises(AttributeError, match="no attribute 'Draft'"):
         _ = samplers.Draft  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0])
+def test_guidance_by_a_backbone_that_excludes_ids(case, scale: float) -> None:
+    """Ids with a logit of -inf, given the label or without it, are no NaN and are never drawn."""
+
+    def exclude(module, inputs, output: torch.Tensor) -> torch.Tensor:
+        excluded = torch.zeros_like(output, dtype=torch.bool)
+        excluded[: len(output) // 2, ..., 0] = True  # given the label, where the batch is doubled
+        excluded[len(output) // 2 :, ..., -1] = True
+        return output.masked_fill(excluded, -torch.inf)
+
+    head = case.backbone.place_head
+    for module in case.backbone.modules() if head is None else head.modules():
+        if isinstance(module, LogitHead):
+            module.register_forward_hook(exclude)
+    labels = torch.arange(8) % 2
+    sampler = case.build(guidance_scale=scale, guidance_schedule="constant")
+    tokens = case.draw(sampler, labels, torch.arange(8)).tokens
+    assert 0 <= tokens.min() and tokens.max() < case.backbone.layout.vocab_size
+    if head is None and case.backbone.layout.sub_tokens == 1:
+        assert tokens.min() > 0

@@ -5,9 +5,12 @@ from math import exp, log, log10
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import to_uint8
+from discrete_lit.tokenizers import FSQ
+from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 each_kind = pytest.mark.parametrize("kind", ["fsq", "vqvae"])
 
@@ -166,3 +169,26 @@ def test_images_too_small_for_ssim_have_a_psnr(make_tokenizer, monkeypatch: pyte
     logged = logged_by(tokenizer, monkeypatch)
     tokenizer.validation_step({"image": torch.rand(2, 3, 4, 8) * 2 - 1}, 0)
     assert float(logged["validation/psnr"].compute()) > 0 and "validation/ssim" not in logged
+
+
+class Dropping(ConvAutoencoder):
+    """Half of what goes in is left out in training."""
+
+    def encode(self, images):
+        return super().encode(nn.functional.dropout(images, training=self.training))
+
+    def decode(self, latents):
+        return super().decode(nn.functional.dropout(latents, training=self.training))
+
+
+def test_codes_and_images_are_those_of_eval_mode() -> None:
+    tokenizer = FSQ(partial(Dropping, channels=8, multipliers=(1, 2), blocks=1, attention=False, norm_groups=4), [8, 8])
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    tokens = tokenizer.eval().encode(images)
+    decoded = tokenizer.decode(tokens)
+    tokenizer.train()
+    tokenizer.network.decoder.eval()
+    before = [module.training for module in tokenizer.modules()]
+    assert torch.equal(tokenizer.encode(images), tokens) and torch.equal(tokenizer.decode(tokens), decoded)
+    assert [module.training for module in tokenizer.modules()] == before and tokenizer.training
+    assert not torch.equal(tokenizer.quantizer.encode(tokenizer.latents(images)), tokens)

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
+from discrete_lit.core.modules import RunningStatistics, at_least_float32
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
 LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
@@ -71,7 +72,7 @@ class AdversarialLoss(nn.Module):
         discriminator: gives logits of images and of reconstructions.
         weight: of the generator's term; the paper's 0.8 goes with `adaptive`.
         adaptive: multiply the weight by eq. 7, `|grad L_rec| / (|grad L_G| + 1e-4)`, at most 1e4, with gradients of
-            the joint batch of all ranks at the decoder's last layer.
+            the joint batch of all ranks (of each micro-batch by itself) at the decoder's last layer.
         start_step: first step at which the generator meets the discriminator; the paper starts once the reconstruction
             has settled.
         warmup_steps: the generator's term grows linearly to its weight over them, so that the discriminator does not
@@ -178,8 +179,8 @@ class AdversarialLoss(nn.Module):
         # With respect to the weights alone: nothing goes back to the outputs, or through what is frozen.
         gradients = take_gradients(total, self.parameters_to_train(), materialize_grads=True)
         figures = {
-            "discriminator_real": real.detach().float().mean(),
-            "discriminator_fake": fake.detach().float().mean(),
+            "discriminator_real": real.detach().mean(),
+            "discriminator_fake": fake.detach().mean(),
         }
         return AdversarialTerms(
             generator=None if generator is None else generator.detach(),
@@ -191,25 +192,25 @@ class AdversarialLoss(nn.Module):
 
 
 def discriminator_loss(kind: LogitLoss, real: Tensor, fake: Tensor) -> Tensor:
-    """Half the sum of the losses on logits `(B, ...)` of real images and of reconstructions; scalar, float32.
+    """Half the sum of the losses on logits `(B, ...)` of real images and of reconstructions: a scalar.
 
     `"hinge"`: `(mean max(0, 1 - real) + mean max(0, 1 + fake)) / 2` (Lim & Ye 2017, as in taming);
     `"non_saturating"` and `"vanilla"`: `(mean -log sigmoid(real) + mean -log sigmoid(-fake)) / 2` (Goodfellow et al.
     2014, eq. 1).
     """
-    real, fake = real.float(), fake.float()
+    real, fake = at_least_float32(real), at_least_float32(fake)
     if kind == "hinge":
         return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
 def generator_loss(kind: LogitLoss, fake: Tensor) -> Tensor:
-    """The generator's loss on logits `(B, ...)` of reconstructions; scalar, float32.
+    """The generator's loss on logits `(B, ...)` of reconstructions; scalar, float32 or float64.
 
     `"non_saturating"`: `mean -log sigmoid(fake)` (Goodfellow et al. 2014, section 3); `"hinge"` and `"vanilla"`:
     `-mean fake`, in taming for both.
     """
-    fake = fake.float()
+    fake = at_least_float32(fake)
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
@@ -236,18 +237,18 @@ def adaptive_weight(
         # At unit length nothing underflows on its way through a half-precision layer.
         length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
         (found,) = take_gradients([outputs], [last_layer], [gradient / length], retain_graph=True)
-        at_last_layer.append(found.float() * length)
+        at_last_layer.append(at_least_float32(found) * length)
     joint = all_reduce_sum(torch.stack(at_last_layer)) / world_size()
     reconstruction, generator = joint.flatten(1).norm(dim=1)
     return (reconstruction / (generator + _LEAST_GRADIENT)).clamp(max=_LARGEST_WEIGHT)
 
 
-class LeCam(nn.Module):
+class LeCam(RunningStatistics):
     """LeCam regularisation (Tseng et al., "Regularizing GANs Under Limited Data", CVPR 2021, eq. 4 and 5).
 
     Keeps the logits of either kind near the running mean of the other kind's. As in the authors' code, only where they
     lie outside: `mean max(0, real - m_fake)^2 + mean max(0, m_real - fake)^2`. The means are over the logits of all
-    ranks; they begin at 0 and are part of a checkpoint.
+    ranks, and of the micro-batches of a step so far; they begin at 0 and are part of a checkpoint.
 
     Args:
         decay: of the running means, in [0, 1).
@@ -266,14 +267,29 @@ class LeCam(nn.Module):
         self.decay = decay
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
+        self._seen: list[Tensor] = []
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Move the means by logits `(B, ...)`, then give the scalar penalty."""
-        real, fake = real.float(), fake.float()
-        means = all_reduce_sum(torch.stack((real.mean(), fake.mean()))) / world_size()
-        self.real_mean.lerp_(means[0], 1 - self.decay)
-        self.fake_mean.lerp_(means[1], 1 - self.decay)
-        return F.relu(real - self.fake_mean).square().mean() + F.relu(self.real_mean - fake).square().mean()
+        real, fake = at_least_float32(real), at_least_float32(fake)
+        self._seen.append(all_reduce_sum(torch.stack((real.detach().mean(), fake.detach().mean()))) / world_size())
+        real_mean, fake_mean = self._moved()
+        if not self.accumulating:
+            self.end_step()
+        return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()
+
+    def _moved(self) -> Tensor:
+        """The two means `(2,)` behind a step of the batches seen."""
+        means = torch.stack(self._seen).mean(dim=0)
+        return torch.stack((self.real_mean, self.fake_mean)).lerp(means.to(self.real_mean.dtype), 1 - self.decay)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        if self._seen:
+            real_mean, fake_mean = self._moved()
+            self.real_mean.copy_(real_mean)
+            self.fake_mean.copy_(fake_mean)
+            self._seen = []
 
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
@@ -286,9 +302,9 @@ def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
         logits: `(B, ...)` made of the images under `twice_differentiable`.
         images: `(B, C, H, W)` requiring a gradient.
     """
-    of_each = logits.float().flatten(1).mean(dim=1).sum()
+    of_each = at_least_float32(logits).flatten(1).mean(dim=1).sum()
     (gradient,) = take_gradients(of_each, [images], create_graph=True)
-    return gradient.float().square().flatten(1).sum(dim=1).mean()
+    return at_least_float32(gradient).square().flatten(1).sum(dim=1).mean()
 
 
 def twice_differentiable() -> AbstractContextManager[object]:

@@ -25,6 +25,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from discrete_lit.core.distributed import world_size
 from discrete_lit.core.images import ImageSize, check_channels, height_and_width, normal_size
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
 
 # Groups of channels of a group normalisation, at most.
@@ -120,7 +121,7 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
         with torch.autocast(input.device.type, enabled=False):
             # Sums around the running mean, the same on every rank: those around 0 would cancel.
             center = self.running_mean.clone()
-            values = input.float() - center[:, None, None]
+            values = at_least_float32(input) - center[:, None, None]
             count = values.new_tensor([values.numel() / values.shape[1]])
             sums = torch.cat((values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3)), count))
             sums = all_reduce(sums)
@@ -233,10 +234,10 @@ def _activate(x: Tensor) -> Tensor:
 
 
 def _group_deviation(hidden: Tensor, group_size: int) -> Tensor:
-    """`(B, C, h, w)` to `(B, 1, h, w)`: the mean deviation over the images of each group, computed in float32."""
+    """`(B, C, h, w)` to `(B, 1, h, w)`: the mean deviation over the images of each group, at least in float32."""
     batch, _, height, width = hidden.shape
     group = next(size for size in range(min(group_size, batch), 0, -1) if batch % size == 0)
-    groups = rearrange(hidden.float(), "(groups group) c h w -> groups group (c h w)", group=group)
+    groups = rearrange(at_least_float32(hidden), "(groups group) c h w -> groups group (c h w)", group=group)
     deviation = (groups.var(dim=1, unbiased=False) + 1e-8).sqrt().mean(dim=1)  # (groups,)
     return repeat(deviation, "groups -> (groups group) 1 h w", group=group, h=height, w=width).to(hidden.dtype)
 
@@ -297,7 +298,7 @@ class DINODiscriminator(Discriminator):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The tokens `(B, D, patches)` of each layer, of images `(B, C, H, W)`; see `pixels_for`."""
-        network = self.frozen.on(images.device)
+        network = self.frozen.seeing(images)
         pixels = pixels_for(network, images, self.image_size)
         tokens = network.forward_intermediates(pixels, indices=self.layers, output_fmt="NLC", intermediates_only=True)
         return [layer.transpose(1, 2) for layer in tokens]
@@ -324,7 +325,7 @@ class _Head(nn.Module):
         self.logit = spectral_norm(nn.Conv1d(width, 1, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, D, patches) -> (B, 1, patches)
-        hidden = self.enter(tokens.float())
+        hidden = self.enter(at_least_float32(tokens))
         return self.logit((hidden + self.mix(hidden)) * 0.5**0.5)
 
 

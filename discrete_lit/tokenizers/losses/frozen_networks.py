@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import to_rgb
+from discrete_lit.core.modules import at_least_float32, widened
 
 RANDOM_WEIGHTS = "random"
 """The path of weights that stands for the network's own random initialisation, for tests."""
@@ -21,7 +22,7 @@ class FrozenNetwork:
     """Hold a network in eval mode, without gradients to its weights, made when it is first needed.
 
     It is no module, so that a module that holds one neither saves its weights nor needs them to be loaded again. Copies
-    share it. It follows the device of what it is asked for.
+    share it. It follows what it is asked for to its device and, where that is given, its precision.
 
     Args:
         make: builds the network with its weights; may raise a ValueError.
@@ -31,6 +32,7 @@ class FrozenNetwork:
         self._make = make
         self._network: nn.Module | None = None
         self._device = torch.device("cpu")
+        self._dtype = torch.float32
 
     def prepare(self) -> nn.Module:
         """The network, made now if it was not; what `make` raises tells the user about his weights."""
@@ -38,13 +40,17 @@ class FrozenNetwork:
             self._network = self._make().eval().requires_grad_(False)
         return self._network
 
-    def on(self, device: torch.device) -> Any:
-        """The network, on a device."""
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+        """The network, on a device and in a precision, or else in the one that it has."""
         network = self.prepare()
-        if device != self._device:
-            network.to(device)
-            self._device = device
+        if device != self._device or dtype not in (None, self._dtype):
+            network.to(device, dtype)
+            self._device, self._dtype = device, dtype or self._dtype
         return network
+
+    def seeing(self, images: Tensor) -> Any:
+        """The network, on the device of images and in float32, or in float64 where they are."""
+        return self.on(images.device, widened(images.dtype))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenNetwork":
         return self
@@ -133,7 +139,7 @@ def pixels_for(network: Any, images: Tensor, image_size: tuple[int, int] | None)
 
     Grey is repeated to three channels, RGBA laid over white.
     """
-    pixels = (to_rgb(images.float(), "a frozen network of timm") + 1) / 2
+    pixels = (to_rgb(at_least_float32(images), "a frozen network of timm") + 1) / 2
     if image_size is not None and pixels.shape[-2:] != image_size:
         pixels = F.interpolate(pixels, size=image_size, mode="bilinear", align_corners=False, antialias=True)
     return (pixels - network.pixel_mean) / network.pixel_std

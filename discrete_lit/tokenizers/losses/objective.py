@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import FullPrecision
 from discrete_lit.tokenizers.losses.adversarial import (
     AdversarialLoss,
     adaptive_weight,
@@ -39,8 +40,11 @@ class ObjectiveTerms:
     """Scalars that are worth a curve and no part of the loss."""
 
 
-class Objective(nn.Module):
+class Objective(FullPrecision):
     """Compare a decoder's outputs with the images: pixels, perception, and in training a discriminator.
+
+    It compares in float32 also where the autoencoder is in half precision: a mean's gradient at a pixel is too small
+    for float16, and the discriminator's too.
 
     Args:
         reconstruction_loss: between pixels; or the weight of each of several.
@@ -88,7 +92,7 @@ class Objective(nn.Module):
     def forward(
         self, outputs: Tensor, images: Tensor, *, last_layer: Tensor | None = None, step: int | None = None
     ) -> ObjectiveTerms:
-        """The loss of outputs `(B, C', H, W)`, float32, against images `(B, C, H, W)`.
+        """The loss of outputs `(B, C', H, W)`, float32 or float64, against images `(B, C, H, W)`.
 
         Args:
             outputs: of the decoder; C' is C, or twice as many for the logit-Laplace loss.

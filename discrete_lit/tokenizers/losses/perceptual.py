@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
 from discrete_lit.core.images import ImageSize, height_and_width, size_of, size_text, to_rgb
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.losses.frozen_networks import (
     RANDOM_WEIGHTS,
     FrozenNetwork,
@@ -98,7 +99,7 @@ class LPIPS(PerceptualLoss):
         seen = self._features(outputs)
         with torch.no_grad():
             wanted = self._features(images)
-        heads = self.network.on(outputs.device)["heads"]
+        heads = self.network.seeing(outputs)["heads"]
         distances = [
             (_unit(feature) - _unit(other)).square().mul(head).sum(dim=1).mean()
             for feature, other, head in zip(seen, wanted, heads, strict=True)
@@ -115,9 +116,9 @@ class LPIPS(PerceptualLoss):
             )
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        hidden = (to_rgb(images, "LPIPS") - self.shift) / self.scale
+        hidden = (to_rgb(at_least_float32(images), "LPIPS") - self.shift) / self.scale
         features = []
-        for number, layer in enumerate(self.network.on(images.device)["trunk"]):
+        for number, layer in enumerate(self.network.seeing(images)["trunk"]):
             hidden = layer(hidden)
             if number in self.layers:
                 features.append(hidden)
@@ -141,8 +142,8 @@ def _learned_heads() -> list[Tensor]:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features `(B, C, h, w)` divided by their length at each position, in float32."""
-    features = features.float()
+    """Features `(B, C, h, w)` divided by their length at each position, in float32 or float64."""
+    features = at_least_float32(features)
     return features / (features.square().sum(dim=1, keepdim=True) + 1e-8).sqrt()
 
 
@@ -195,7 +196,7 @@ class TimmFeatures(PerceptualLoss):
         with torch.no_grad():
             wanted = self._features(images)
         if self.layers is None:
-            return F.mse_loss(seen[0].float(), wanted[0].float())
+            return F.mse_loss(at_least_float32(seen[0]), at_least_float32(wanted[0]))
         distances = [
             (_unit(feature) - _unit(other)).square().sum(dim=1).mean()
             for feature, other in zip(seen, wanted, strict=True)
@@ -203,7 +204,7 @@ class TimmFeatures(PerceptualLoss):
         return torch.stack(distances).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        network = self.network.on(images.device)
+        network = self.network.seeing(images)
         pixels = pixels_for(network, images, self.image_size)
         if self.layers is None:
             return [network(pixels)]

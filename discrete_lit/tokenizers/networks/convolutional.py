@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import ImageSize, height_and_width
+from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 Downsampling = Literal["right", "symmetric", "average"]
@@ -447,11 +448,11 @@ class AdaptiveNorm(nn.Module):
         self.offset = nn.Linear(code_dim, channels)
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
-        positions = rearrange(codes, "b d ... -> b d (...)")
+        positions = at_least_float32(rearrange(codes, "b d ... -> b d (...)"))
         # A single position deviates from nothing; with the correction it would be 0 / 0.
         variance = positions.var(dim=2, correction=min(1, positions.shape[2] - 1))
-        gain = self.gain((variance + 1e-6).sqrt())
-        offset = self.offset(positions.mean(dim=2))
+        gain = self.gain((variance + 1e-6).sqrt().to(codes.dtype))
+        offset = self.offset(positions.mean(dim=2).to(codes.dtype))
         shape = (*gain.shape, *(1,) * (x.dim() - 2))
         return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from discrete_lit.core.images import ImageSize
@@ -16,6 +17,11 @@ class Autoencoder(nn.Module, ABC):
 
     image_channels: int = 3
     """C of the images: three unless a subclass says otherwise."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the weights: images and codes that come in another one are brought to it."""
+        return self.last_layer.dtype
 
     @property
     @abstractmethod

@@ -156,7 +156,7 @@ def check_learned_size(image_size: ImageSize, learned: ImageSize) -> None:
 class PatchPositions(nn.Module):
     """Add the embedding of its position to each patch: fixed sines and cosines of row and column, or learned vectors.
 
-    The sines and cosines of the newest grid are kept, and computed again for another.
+    The sines and cosines of each grid are computed once. They are no buffer: they are no state of the network.
 
     Args:
         width: D.
@@ -166,26 +166,33 @@ class PatchPositions(nn.Module):
         ValueError: a width that rows and columns cannot share.
     """
 
-    table: Tensor
-
     def __init__(self, width: int, learned: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.width = width
-        self.learned = learned is not None
-        self.made_for = learned or (1, 1)
-        if self.learned:
-            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(self.made_for), width), std=0.02))
+        self.learned = learned
+        self.table = None
+        if learned is not None:
+            self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(prod(learned), width), std=0.02))
         else:
-            table = sine_cosine_table(grid_coordinates(self.made_for), width)
-            self.register_buffer("table", table, persistent=False)
+            sine_cosine_table(grid_coordinates((1, 1)), width)  # refuses the width
+        self._made: dict[tuple[tuple[int, int], torch.device, torch.dtype], Tensor] = {}
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # (B, h w, D) -> (B, h w, D)
-        if grid != self.made_for:
-            if self.learned:
-                raise ValueError(f"the learned positions are those of a grid {self.made_for}, got {grid}")
-            self.table = sine_cosine_table(grid_coordinates(grid), self.width).to(x.device)
-            self.made_for = grid
+        if self.table is None:
+            return x + self._sines(grid, x)
+        if grid != self.learned:
+            raise ValueError(f"the learned positions are those of a grid {self.learned}, got {grid}")
         return x + self.table.to(x.dtype)
+
+    def _sines(self, grid: tuple[int, int], like: Tensor) -> Tensor:
+        """Give the sines and cosines `(h w, D)` of a grid, on the device and in the precision of `like`."""
+        key = (grid, like.device, like.dtype)
+        if key not in self._made:
+            # Made in validation, they serve training too.
+            with torch.inference_mode(False), torch.no_grad():
+                table = sine_cosine_table(grid_coordinates(grid), self.width, dtype=torch.float64)
+                self._made[key] = table.to(like.device, like.dtype)
+        return self._made[key]
 
 
 class TransformerBlocks(nn.Module):

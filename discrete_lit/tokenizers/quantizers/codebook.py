@@ -6,9 +6,11 @@
     start              codes from the first training batch: some of its latents, or k-means centres of them
     dead codes         are replaced by latents (RQ-VAE: Lee et al., 2022)
 
-All statistics are those of the latents of all ranks together, so splitting a batch over ranks changes nothing.
+All statistics are those of the latents of all ranks together, and of all micro-batches of an optimizer step, so
+splitting a batch over ranks or micro-batches changes nothing; but the first codes come from the first micro-batch.
 """
 
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, rank
+from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 
@@ -28,10 +31,10 @@ _SEEDING_ROUNDS = 256
 _LLOYD_ITERATIONS = 10
 
 
-class Codebook(nn.Module):
+class Codebook(RunningStatistics):
     """Hold K codes of width D, and find, update and revive them.
 
-    A quantizer calls, in this order, for latents `(..., D)` in float32:
+    A quantizer calls, in this order, for latents `(..., D)` in the precision of the codes, float32 or float64:
 
         codebook.prepare(latents)           # training: the first codes, on the first batch
         ids = codebook.search(latents)
@@ -39,10 +42,11 @@ class Codebook(nn.Module):
         codebook.observe(latents, ids)      # training: running means, revival
 
     In training `prepare` and `observe` move the buffers below. What they draw at random is a function of `seed` and of
-    the number of calls of `observe` (`steps`, a buffer), so neither the number of ranks nor a resume changes a code.
+    the number of steps of the running means (`steps`, a buffer): neither the number of ranks nor a resume changes them.
     Latents that are not finite are left out of all statistics. A codebook that several residual depths share is called
     so at each depth: every `observe` is a step of the running means, and the next depth searches the moved codes (as
-    RQ-VAE does); its first codes come from the first depth's latents.
+    RQ-VAE does); its first codes come from the first depth's latents. Where several micro-batches make an optimizer
+    step, all their depths search the codes of its start, and the steps of the depths follow one another at its end.
 
     Args:
         size: K.
@@ -74,7 +78,7 @@ class Codebook(nn.Module):
     started: Tensor
     """Bool: the codes have been taken from data, or came with a checkpoint; with `"data"` and `"kmeans"` only."""
     steps: Tensor
-    """int64: calls of `observe` in training, which number the random draws of the revival; with revival only."""
+    """int64: steps of the running means, which number the random draws of the revival; with revival only."""
 
     def __init__(
         self,
@@ -117,6 +121,7 @@ class Codebook(nn.Module):
         if revive_below is not None:
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.init = init
+        self._seen: dict[int, _Seen] = {}
         self._may_start = init in ("data", "kmeans")
         if self._may_start:
             self.register_buffer("started", torch.tensor(False))
@@ -165,27 +170,47 @@ class Codebook(nn.Module):
     # The update: running means (appendix A.1), revival of dead codes.
 
     @torch.no_grad()
-    def observe(self, latents: Tensor, ids: Tensor) -> None:
+    def observe(self, latents: Tensor, ids: Tensor, depth: int = 0) -> None:
         """Update the statistics and revive dead codes by latents `(..., D)` and their ids `(...)`; not in eval mode.
 
-        Call it after everything that uses the codes of this batch.
+        Call it after everything that uses the codes of this batch. While `accumulating`, it is `end_step` that updates.
+
+        Args:
+            latents: those that were searched with.
+            ids: of their codes.
+            depth: of a codebook that several depths share; each depth's latents are a step of the running means.
         """
         if not (self.training and self.counts_usage):
             return
         rows, ids = self.project(rearrange(latents.detach(), "... d -> (...) d")), ids.reshape(-1)
         finite = rows.isfinite().all(dim=1)
         rows = torch.where(finite[:, None], rows, 0.0)
-        # Eq. 6: N <- gamma N + (1 - gamma) n, with n the number of latents of each code in this batch.
-        counts = all_reduce_sum(torch.zeros_like(self.cluster_size).index_add_(0, ids, finite.float()))
-        self.cluster_size.lerp_(counts, 1 - self.decay)
+        seen = self._seen.setdefault(depth, _Seen(torch.zeros_like(self.cluster_size)))
+        seen.counts.index_add_(0, ids, finite.to(self.cluster_size.dtype))
         if self.update == "ema":
+            seen.sums = torch.zeros_like(self.embedding_sum) if seen.sums is None else seen.sums
+            seen.sums.index_add_(0, ids, rows)
+        if self.revive_below is not None:
+            seen.rows.append(rows[finite])
+        if not self.accumulating:
+            self.end_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        seen, self._seen = self._seen, {}
+        for depth in sorted(seen):
+            self._step(seen[depth])
+
+    def _step(self, seen: "_Seen") -> None:
+        # Eq. 6: N <- gamma N + (1 - gamma) n, with n the number of latents of each code in this batch.
+        self.cluster_size.lerp_(all_reduce_sum(seen.counts), 1 - self.decay)
+        if seen.sums is not None:
             # Eq. 7: m <- gamma m + (1 - gamma) times their sum.
-            sums = all_reduce_sum(torch.zeros_like(self.embedding_sum).index_add_(0, ids, rows))
-            self.embedding_sum.lerp_(sums, 1 - self.decay)
+            self.embedding_sum.lerp_(all_reduce_sum(seen.sums), 1 - self.decay)
             self.codes.copy_(self._means())
         if self.revive_below is not None:
             self.steps += 1
-            self._revive(rows[finite])
+            self._revive(torch.cat(seen.rows))
 
     def _means(self) -> Tensor:
         """Eq. 8: e = m / N."""
@@ -220,6 +245,18 @@ class Codebook(nn.Module):
         self.cluster_size[dead] = self.first_usage
         if self.update == "ema":
             self.embedding_sum[dead] = values * self.first_usage
+
+
+@dataclass
+class _Seen:
+    """The latents of this rank since the last step."""
+
+    counts: Tensor
+    """`(K,)`: how many chose each code."""
+    sums: Tensor | None = None
+    """`(K, D)`: the sum of those that chose it; with `"ema"` only."""
+    rows: list[Tensor] = field(default_factory=list)
+    """`(n, D)` of each batch, those that are finite; with revival only."""
 
 
 # First codes from latents, the same however these are split over ranks: the latents of all ranks are sorted first.

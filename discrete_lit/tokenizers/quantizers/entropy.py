@@ -6,7 +6,8 @@ z chooses code k with probability p(k | z), a softmax of affinities, and
     L_entropy = E_z H(p(. | z)) - H(E_z p(. | z))
 
 lowers the per-sample entropy, so that the choice is clear, and raises the batch entropy, so that every code is chosen.
-Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm.
+Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm. Where the
+gradients of micro-batches are accumulated, it is the micro-batch: its entropy needs all probabilities at once.
 """
 
 from typing import Any

@@ -23,6 +23,9 @@ FiniteScalarFormula = Literal["paper", "atanh"]
 _MARGIN = 1e-3
 # Positions in a row, at most: broadcasting over the D numbers of one position at a time is slow on a CPU.
 _POSITIONS_TOGETHER = 64
+# Up to so many ids sums of products of integers are exact in float32, and in float64.
+_EXACT_IN_FLOAT32 = 2**24
+_EXACT_IN_FLOAT64 = 2**53
 # With so many levels the margin outside the range, a fraction of it, stays under a half-step.
 _MOST_LEVELS_OUTSIDE = 1000
 
@@ -36,6 +39,7 @@ class _Constants(NamedTuple):
     half_width: Tensor
     slope: Tensor
     basis: Tensor
+    """In the fastest type in which ids are exact."""
     first_id: int
 
 
@@ -79,38 +83,42 @@ class FiniteScalarQuantizer(Quantizer):
             raise ValueError(
                 f"codebook_size={codebook_size} is not the product of the levels {list(levels)}, {self.vocab_size}"
             )
-        if self.vocab_size >= 2**53:
-            raise ValueError(f"the product of the levels must be under 2^53, got {self.vocab_size}")
+        if self.vocab_size > 2**62:
+            raise ValueError(f"the product of the levels must be at most 2^62, got {self.vocab_size}")
         self.dim = len(levels)
         self.formula: FiniteScalarFormula = formula
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.int64))
         bases = torch.tensor([1, *levels[:-1]], dtype=torch.int64).cumprod(0)
         self.register_buffer("basis", bases, persistent=False)
         self._first_id = int((self.levels // 2 * self.basis).sum())
-        self._made: dict[tuple[torch.device, int], _Constants] = {}
+        self._made: dict[tuple[torch.device, torch.dtype, int], _Constants] = {}
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
+            latents = latents.to(self.precision.dtype)
             together = gcd(latents.shape[:-1].numel(), _POSITIONS_TOGETHER) if latents.is_contiguous() else 1
             rows = latents.reshape(-1, together * self.dim) if together > 1 else latents
             constants = self._constants(latents.device, together)
             z_q, z_hat = _Round.apply(rows, constants)
-            tokens = (z_hat.reshape(latents.shape).to(constants.basis) @ constants.basis).long() + constants.first_id
-            return Quantized(z_q.reshape(latents.shape), tokens)
+            digits = z_hat.reshape(latents.shape).to(constants.basis)
+            if digits.is_floating_point():
+                offsets = (digits @ constants.basis).long()
+            else:
+                offsets = (digits * constants.basis).sum(dim=-1)
+            return Quantized(z_q.reshape(latents.shape), offsets + constants.first_id)
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         return self(latents).tokens
 
     def bound(self, latents: Tensor) -> Tensor:
-        """Bound float32 latents `(B, *grid, D)`: rounding gives the levels -(L // 2), ..., (L - 1) // 2."""
+        """Bound latents `(B, *grid, D)` of its own precision: rounding gives -(L // 2), ..., (L - 1) // 2."""
         constants = self._constants(latents.device)
         return torch.tanh(latents + constants.shift) * constants.half + constants.offset
 
     def lookup(self, tokens: Tensor) -> Tensor:
         half_width = self.levels // 2
-        return (self._digits(tokens) - half_width) / half_width
+        return (self._digits(tokens) - half_width).to(self.precision.dtype) / half_width.to(self.precision.dtype)
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the level of each channel, counted from 0: `channel_0`, ..."""
@@ -121,24 +129,27 @@ class FiniteScalarQuantizer(Quantizer):
         return (tokens[..., None] // self.basis) % self.levels
 
     def _constants(self, device: torch.device, together: int = 1) -> _Constants:
-        """Make the formula's constants, once for a device: not buffers, which a module in bfloat16 would round."""
-        if (device, together) not in self._made:
+        """Make the formula's constants, once for a device and a precision."""
+        dtype = self.precision.dtype
+        if (device, dtype, together) not in self._made:
             # Made in validation, they serve training too.
             with torch.inference_mode(False), torch.no_grad():
                 levels = self.levels.to(device)
                 inside = self.formula == "paper"
-                half = (levels - 1) * (1 - _MARGIN if inside else 1 + _MARGIN) / 2
-                offset = torch.where(levels % 2 == 0, -0.5, 0.0)
+                half = (levels - 1).to(dtype) * (1 - _MARGIN if inside else 1 + _MARGIN) / 2
+                offset = (levels % 2 - 1).to(dtype) / 2
                 shift = torch.tan(-offset / half) if inside else torch.atanh(-offset / half)
-                half_width = (levels // 2).float()
+                half_width = (levels // 2).to(dtype)
                 slope = half / half_width
                 shift, half, offset, half_width, slope = (
                     each.repeat(together) for each in (shift, half, offset, half_width, slope)
                 )
-                # Sums of products of integers, exact in this precision.
-                basis = self.basis.to(device, torch.float32 if self.vocab_size <= 2**24 else torch.float64)
-                self._made[device, together] = _Constants(shift, half, offset, half_width, slope, basis, self._first_id)
-        return self._made[device, together]
+                exact = torch.float64 if self.vocab_size <= _EXACT_IN_FLOAT64 else torch.int64
+                if self.vocab_size <= _EXACT_IN_FLOAT32:
+                    exact = torch.float32
+                made = _Constants(shift, half, offset, half_width, slope, self.basis.to(device, exact), self._first_id)
+                self._made[device, dtype, together] = made
+        return self._made[device, dtype, together]
 
 
 class _Round(torch.autograd.Function):

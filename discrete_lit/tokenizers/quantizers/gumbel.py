@@ -16,7 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.distributed import rank
+from discrete_lit.core.distributed import rank, world_size
+from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
@@ -25,15 +26,15 @@ from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 _DRAWN_AT_ONCE = 2**22
 
 
-class GumbelQuantizer(Quantizer):
+class GumbelQuantizer(Quantizer, RunningStatistics):
     """Classify latents as one of K ids, in training by a relaxed sample.
 
     In evaluation and `encode` the id is the argmax of the logits, without noise. The loss `kl` is the divergence from
     the uniform prior, `kl_weight` times the mean over positions of `sum q log(q K)`, in nats.
 
     The noise that training draws is a function of (seed, number of training steps, row in the joined batch of all
-    ranks), so neither a resume nor the number of ranks changes it; ranks must hold equally many rows. The number of
-    training steps is the buffer `steps`, the one thing that moves in `forward`.
+    ranks and micro-batches), so neither a resume nor the number of ranks changes it; ranks must hold equally many rows.
+    The number of training steps is the buffer `steps`, the one thing that moves in `forward`.
 
     Args:
         codebook_size: K.
@@ -50,7 +51,7 @@ class GumbelQuantizer(Quantizer):
     """
 
     steps: Tensor
-    """int64: forward passes in training that drew noise."""
+    """int64: steps of training that drew noise."""
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class GumbelQuantizer(Quantizer):
         self.to_logits = nn.Linear(dim if latent_dim is None else latent_dim, codebook_size)
         self.codes = nn.Parameter(torch.randn(codebook_size, dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self._drawn_rows = 0  # in this step, over all ranks
 
     @property
     def latent_dim(self) -> int:
@@ -110,11 +112,11 @@ class GumbelQuantizer(Quantizer):
                 f"noise must have the shape of the logits, {(*grid, self.vocab_size)}, got {tuple(noise.shape)}"
             )
         with torch.autocast(latents.device.type, enabled=False):
-            logits = self.to_logits(rearrange(latents.float(), "... d -> (...) d"))  # (n, K)
+            logits = self.to_logits(rearrange(latents.to(self.precision.dtype), "... d -> (...) d"))  # (n, K)
             log_q = logits.log_softmax(dim=1)
             kl = (log_q.exp() * (log_q + log(self.vocab_size))).sum(dim=1).mean()
             if noise is not None:
-                noise = rearrange(noise.float(), "... k -> (...) k")
+                noise = rearrange(noise.to(logits.dtype), "... k -> (...) k")
             elif self.training:
                 noise = self._draw(len(logits))
             if noise is None:
@@ -127,15 +129,23 @@ class GumbelQuantizer(Quantizer):
             return Quantized(z_q.reshape(*grid, self.dim), ids.reshape(grid), {"kl": kl_weight * kl})
 
     @torch.no_grad()
+    def end_step(self) -> None:
+        if self._drawn_rows:
+            self.steps += 1
+        self._drawn_rows = 0
+
+    @torch.no_grad()
     def _draw(self, rows: int) -> Tensor:
-        """Draw standard Gumbel noise `(rows, K)` for this training step, and count the step."""
-        row = torch.arange(rows, device=self.steps.device) + rank() * rows
+        """Draw standard Gumbel noise `(rows, K)` for this training step, and count it."""
+        row = torch.arange(rows, device=self.steps.device) + rank() * rows + self._drawn_rows
         indices = (self.steps << 32) + row
-        self.steps += 1
+        self._drawn_rows += world_size() * rows
+        if not self.accumulating:
+            self.end_step()
         at_once = max(1, _DRAWN_AT_ONCE // self.vocab_size)
         return torch.cat(
             [
-                CounterRandom(self.seed, some).gumbel(Purpose.CODE_NOISE, self.vocab_size).float()
+                CounterRandom(self.seed, some).gumbel(Purpose.CODE_NOISE, self.vocab_size).to(self.precision.dtype)
                 for some in indices.split(at_once)
             ]
         )
@@ -144,7 +154,7 @@ class GumbelQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the largest logits of latents `(B, *grid, latent_dim)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.to_logits(latents.float()).argmax(dim=-1)
+            return self.to_logits(latents.to(self.precision.dtype)).argmax(dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.codes)

@@ -72,7 +72,7 @@ class IndexBackpropagationQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            z = rearrange(latents.float(), "... d -> (...) d")
+            z = rearrange(latents.to(self.precision.dtype), "... d -> (...) d")
             logits = z @ self.codes.T  # (n, K)
             ids = largest_product(z, self.codes)
             e = F.embedding(ids, self.codes)
@@ -92,7 +92,7 @@ class IndexBackpropagationQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes with the largest dot product with latents `(B, *grid, D)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            ids = largest_product(rearrange(latents.float(), "... d -> (...) d"), self.codes)
+            ids = largest_product(rearrange(latents.to(self.precision.dtype), "... d -> (...) d"), self.codes)
             return ids.reshape(latents.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:

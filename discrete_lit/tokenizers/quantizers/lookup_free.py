@@ -104,7 +104,7 @@ class LookupFreeQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            u = self.project(latents.float())
+            u = self.project(latents.to(self.precision.dtype))
             code = self._signs(u) * self.scale
             losses = {"commitment": self.commitment_weight * self.commitment(u, code)}
             if self.entropy_weight:
@@ -130,7 +130,7 @@ class LookupFreeQuantizer(Quantizer):
 
     @staticmethod
     def _signs(u: Tensor) -> Tensor:
-        return (u.detach() > 0).float().mul_(2).sub_(1)
+        return (u.detach() > 0).to(u.dtype).mul_(2).sub_(1)
 
     def _ids(self, u: Tensor) -> Tensor:
         return ((u.detach() > 0).long() << self.shifts).sum(dim=-1)
@@ -140,7 +140,7 @@ class LookupFreeQuantizer(Quantizer):
         return self._ids(latents)  # `project` changes no sign
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        return self._bits(tokens).float().mul_(2).sub_(1).mul_(self.scale)
+        return self._bits(tokens).to(self.precision.dtype).mul_(2).sub_(1).mul_(self.scale)
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the bit of each channel, with two values: `bit_0`, ..."""

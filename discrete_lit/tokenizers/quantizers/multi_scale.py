@@ -125,7 +125,7 @@ class MultiScaleResidualQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
             self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
-            latents = latents.float()
+            latents = latents.to(self.precision.dtype)
             self.codebook.prepare(latents)
             f = rearrange(latents, "b h w d -> b d h w")
             f_hat = torch.zeros_like(f)
@@ -157,7 +157,7 @@ class MultiScaleResidualQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
             self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
-            return _in_sequence([step.ids for step in self._algorithm_1(latents.float())])
+            return _in_sequence([step.ids for step in self._algorithm_1(latents.to(self.precision.dtype))])
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of h w)`."""
@@ -203,7 +203,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         return tokens.split(self.lengths, dim=1)
 
     def contribution(self, number: int, ids: Tensor) -> Tensor:
-        """Compute what ids `(B, h w)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)` float32."""
+        """Compute what ids `(B, h w)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)`."""
         height, _ = self.sizes[number]
         return self._phi(number, self.codebook.lookup(rearrange(ids, "b (h w) -> b h w", h=height)))
 

@@ -41,8 +41,8 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
     """Find the code nearest in Euclidean distance to each row; of equal codes the first.
 
     Args:
-        rows: `(n, D)` float32. A row that is not finite gets some id in [0, K).
-        codes: `(K, D)` float32.
+        rows: `(n, D)` float32 or float64. A row that is not finite gets some id in [0, K).
+        codes: `(K, D)`, of the same precision.
 
     Returns:
         `(n,)` int64 ids in [0, K).
@@ -53,12 +53,12 @@ def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Find the code e with the largest `z.e + offset` for each row z, in float32 whatever the matmul precision.
+    """Find the code e with the largest `z.e + offset` for each row z, in their precision whatever that of matmul.
 
     Args:
-        rows: `(n, D)` float32, as for `nearest_codes`.
-        codes: `(K, D)` float32.
-        offsets: `(K,)` float32, one for each code; zeros if None.
+        rows: `(n, D)` float32 or float64, as for `nearest_codes`.
+        codes: `(K, D)`, of the same precision.
+        offsets: `(K,)`, of the same precision, one for each code; zeros if None.
 
     Returns:
         `(n,)` int64 ids in [0, K).

@@ -12,7 +12,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+
+from discrete_lit.core.modules import FullPrecision
 
 
 @dataclass
@@ -20,7 +23,8 @@ class Quantized:
     """Latents `(B, *grid, latent_dim)` after their quantisation."""
 
     z_q: Tensor
-    """`(B, *grid, D)` float32 code vectors, which hand the latents the gradient that the quantizer's paper says."""
+    """`(B, *grid, D)` code vectors in its precision; they hand the latents the gradient that the paper says.
+    """
     tokens: Tensor
     """`(B, *token_shape(grid))` int64 ids in [0, K)."""
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -35,16 +39,25 @@ class Component(NamedTuple):
     size: int
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(FullPrecision, ABC):
     """Map the last dimension of latents on any grid, `(B, *grid, latent_dim)`, to ids and code vectors.
 
-    Computes in float32 or better, whatever the autocast and the precision of the latents.
+    Computes in float32, or in float64 where it was put into it, whatever the autocast and the precision of the latents.
+    Its codes and statistics stay in float32 in a tokenizer in half precision: distances between near codes, and running
+    means that move by a thousandth, would be lost.
     """
+
+    precision: Tensor
+    """A number whose dtype is the precision that it computes in."""
 
     vocab_size: int
     """K, the number of ids."""
     dim: int
     """D, the width of a code vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("precision", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @property
     def latent_dim(self) -> int:
@@ -68,7 +81,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
-        """The float32 code vectors `(B, *grid, D)` of ids `(B, *token_shape(grid))`, with the values of `z_q`."""
+        """The code vectors `(B, *grid, D)` of ids `(B, *token_shape(grid))`, with the values and precision of `z_q`."""
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the components of ids `(B, *token_shape(grid))` whose usage is reported beside the whole: none here."""

@@ -87,7 +87,7 @@ class ResidualQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.float()
+            z = latents.to(self.precision.dtype)
             residual, z_d = z.detach(), torch.zeros_like(z)
             tokens, commitments, codebook_terms = [], [], []
             for number in range(self.depth):
@@ -100,7 +100,7 @@ class ResidualQuantizer(Quantizer):
                 commitments.append(F.mse_loss(z, z_d))
                 if codebook.update == "gradient":
                     codebook_terms.append(F.mse_loss(e, residual))
-                codebook.observe(residual, ids)
+                codebook.observe(residual, ids, depth=number)
                 residual = residual - e.detach()
             losses = {"commitment": self.commitment_weight * torch.stack(commitments).mean()}
             if codebook_terms:
@@ -110,14 +110,14 @@ class ResidualQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         with torch.autocast(latents.device.type, enabled=False):
-            residual, tokens = latents.float(), []
+            residual, tokens = latents.to(self.precision.dtype), []
             for number in range(self.depth):
                 tokens.append(self.codebook(number).search(residual))
                 residual = residual - self.codebook(number).lookup(tokens[-1])
             return torch.stack(tokens, dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        z_q = torch.zeros((), device=tokens.device)
+        z_q = torch.zeros_like(self.precision)
         for number, ids in enumerate(tokens.unbind(dim=-1)):
             z_q = z_q + self.codebook(number).lookup(ids)
         return z_q

@@ -108,7 +108,7 @@ class VectorQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            latents = latents.float()
+            latents = latents.to(self.precision.dtype)
             self.codebook.prepare(latents)
             tokens = self.codebook.search(latents)  # eq. 1
             z_e, e = self.codebook.project(latents), self.codebook.lookup(tokens)
@@ -133,7 +133,7 @@ class VectorQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            return self.codebook.search(latents.float())
+            return self.codebook.search(latents.to(self.precision.dtype))
 
     def lookup(self, tokens: Tensor) -> Tensor:
         return self.codebook.lookup(tokens)
@@ -185,7 +185,7 @@ class SimVectorQuantizer(Quantizer):
 
     def forward(self, latents: Tensor) -> Quantized:
         with torch.autocast(latents.device.type, enabled=False):
-            z_e = latents.float()
+            z_e = latents.to(self.precision.dtype)
             tokens = self.encode(z_e)
             e = self.lookup(tokens)
             losses = {
@@ -198,7 +198,7 @@ class SimVectorQuantizer(Quantizer):
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
         with torch.autocast(latents.device.type, enabled=False):
-            rows = rearrange(latents.float(), "... d -> (...) d")
+            rows = rearrange(latents.to(self.precision.dtype), "... d -> (...) d")
             return nearest_codes(rows, self.to_codes(self.coefficients)).reshape(latents.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def test_levels_out_of_range(levels: list[int]) -> None:
         ({"codebook_size": 1024}, r"codebook_size=1024 is not the product of the levels \[8, 5, 5, 5\], 1000"),
         ({"formula": "tan"}, "formula must be 'paper' or 'atanh', got 'tan'"),
         ({"levels": [1001, 2], "formula": "atanh"}, "formula='atanh' has at most 1000 levels, got 1001"),
-        ({"levels": [8] * 18}, r"must be under 2\^53"),
+        ({"levels": [8] * 21}, r"must be at most 2\^62, got 9223372036854775808"),
     ],
 )
 def test_other_settings_out_of_range(arguments, message: str) -> None:

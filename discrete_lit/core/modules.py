@@ -1,0 +1,111 @@
+"""In which precision and in which mode a module computes, and when its running statistics move.
+
+Precision. Sensitive parts (norms, logits, log-probabilities, distances to codes, running means, fixed tables) are
+computed in float32 at least: under autocast, and in modules whose weights are in half precision. In a module of float64
+nothing is rounded to float32. `at_least_float32` widens a tensor, `FullPrecision` keeps weights and buffers from being
+narrowed.
+
+Mode. Samples, likelihoods and codes are those of evaluation mode, whatever mode the module is in: `in_evaluation`.
+
+Statistics. Those that drive training move once an optimizer step, by all of its micro-batches: `RunningStatistics`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Widen numbers in half precision to float32; float32 and float64 stay as they are."""
+    return values.to(widened(values.dtype))
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Give the precision that sensitive parts have beside numbers of a dtype: float32, or float64 beside float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class FullPrecision(nn.Module):
+    """A module whose weights and buffers stay in float32 where the modules around it are put into half precision.
+
+    It follows them to other devices, and to float64.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(never_narrower(fn), recurse)
+
+
+class RunningStatistics(FullPrecision):
+    """A module with statistics that training moves, once for each optimizer step.
+
+    By itself every batch is a step. Where the gradients of several micro-batches are accumulated, whoever trains sets
+    `accumulating` and calls `end_step` behind the last of them: what they all saw together then moves the statistics,
+    as one batch of them would.
+    """
+
+    accumulating: bool = False
+    """Whether a step has several micro-batches, and ends where `end_step` is called."""
+
+    def end_step(self) -> None:
+        """Move the statistics by what was seen since the last step; nothing where nothing was."""
+
+
+def accumulate_statistics(module: nn.Module, accumulating: bool) -> None:
+    """Set whether the gradients of several micro-batches make a step, in all `RunningStatistics` of a module."""
+    for each in module.modules():
+        if isinstance(each, RunningStatistics):
+            each.accumulating = accumulating
+
+
+def end_statistics_step(module: nn.Module) -> None:
+    """End the step of all `RunningStatistics` of a module."""
+    for each in module.modules():
+        if isinstance(each, RunningStatistics):
+            each.end_step()
+
+
+def never_narrower(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Make a function that moves a tensor as `move` does, but to float32 where `move` makes it half precision."""
+
+    def moved(values: Tensor) -> Tensor:
+        result = move(values)
+        if not result.is_floating_point() or result.dtype == widened(result.dtype):
+            return result
+        # From the numbers themselves: those of the result have lost their digits.
+        return at_least_float32(values).to(result.device)
+
+    return moved
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode, and each of its submodules back into the mode that it had."""
+    trained = [each for each in module.modules() if each.training]
+    for each in trained:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in trained:
+            each.training = True
+
+
+def in_evaluation(
+    method: Callable[Concatenate[_Module, _Parameters], _Result],
+) -> Callable[Concatenate[_Module, _Parameters], _Result]:
+    """Make a method of a module compute as in eval mode, whatever mode the module is in: without dropout, say."""
+
+    @wraps(method)
+    def evaluated(self: _Module, *args: _Parameters.args, **kwargs: _Parameters.kwargs) -> Any:
+        with evaluation_mode(self):
+            return method(self, *args, **kwargs)
+
+    return evaluated
