@@ -24,6 +24,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.callbacks import (
@@ -34,8 +35,15 @@ from discrete_lit.callbacks import (
     TrainingGuard,
     TrainingStopped,
 )
-from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
-from discrete_lit.cli.config import GivenSettings, explain, read_given
+from discrete_lit.checkpoints import (
+    check_parses,
+    check_weights,
+    load_weights,
+    module_config,
+    read_checkpoint,
+    record_config,
+)
+from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.files import atomic_write_text
@@ -58,6 +66,8 @@ _PACKAGES = (
     "tokenizers",
     "tokenizers.losses.discriminators",
 )
+
+_SHARDED = (FSDPStrategy, ModelParallelStrategy)
 
 # What Lightning says about itself, or about what this command does on purpose.
 _UNASKED_ADVICE = (
@@ -123,7 +133,12 @@ class TrainingCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
-            parser_kwargs={"prog": f"discrete-lit {command}", "exit_on_error": False, "allow_abbrev": False},
+            parser_kwargs={
+                "prog": f"discrete-lit {command}",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "epilog": TRUST_HELP,
+            },
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,
@@ -194,8 +209,9 @@ class TrainingCLI(LightningCLI):
         model = given.values.get("model")
         self.model_from_checkpoint = not (isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
         if self.model_from_checkpoint:
-            saved = {"model": module_config(self.checkpoint, found[0])}
-            arguments = [f"--config={json.dumps(saved)}", *arguments]
+            saved = module_config(self.checkpoint, found[0])
+            check_parses(saved, found[0])
+            arguments = [f"--config={json.dumps({'model': saved})}", *arguments]
         return arguments
 
     def _parse_ckpt_path(self) -> None:
@@ -283,7 +299,17 @@ class TrainingCLI(LightningCLI):
         )
 
     def run(self) -> Any:
-        """Run the command on what was built."""
+        """Run the command on what was built.
+
+        Raises:
+            ValueError: a sharded checkpoint for a strategy that does not read one.
+        """
+        path = self.config.ckpt_path
+        if path is not None and Path(path).is_dir() and not isinstance(self.trainer.strategy, _SHARDED):
+            raise ValueError(
+                f"--ckpt_path {path!r} is a sharded checkpoint, a folder, which {type(self.trainer.strategy).__name__} "
+                "does not read: use the strategy that wrote it, FSDPStrategy or ModelParallelStrategy"
+            )
         settings = {name: self.config_init[name] for name in self.command_settings}
         return getattr(self.trainer, self.command)(
             self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True, **settings
