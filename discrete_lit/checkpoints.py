@@ -10,6 +10,7 @@ import importlib
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,8 @@ from discrete_lit.core.trust import check_config, only_trusted_imports, printabl
 
 _MOST_SHOWN = 3
 _NOT_PARSED = "cannot read the configuration of"
+# The files whose modules are being built, a generator's before its tokenizer's.
+_loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 _LOADABLE: list[type[LightningModule]] = []
 _Kind = TypeVar("_Kind", bound=type[LightningModule])
 
@@ -119,14 +122,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
         check_records(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint, it {printable(error, limit=300)}") from error
+    try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if sharded:
             _check_shards(Path(path))
     except Exception as error:
         reason = printable(error, limit=300)
-        raise ValueError(
-            f"{str(path)!r} is not a readable checkpoint (truncated, or not weights only): {reason}"
-        ) from error
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
     for name, (kind, words) in _ENTRIES.items():
@@ -274,12 +278,19 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
             checkpoint may build, or classes of modules that are not trusted; missing or unexpected keys; weights that
             are not finite.
     """
-    with trusting(*([trust] if isinstance(trust, str) else trust)):
-        checkpoint = read_checkpoint(path)
-        # By name, since these packages stand on this file: they mark what is loadable.
-        for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
-            importlib.import_module(package)
-        module = rebuild(checkpoint, path)
+    file = Path(path).resolve()
+    if file in _loading.get():
+        raise ValueError(f"{str(path)!r} names itself as a part of itself, such as its tokenizer")
+    token = _loading.set((*_loading.get(), file))
+    try:
+        with trusting(*([trust] if isinstance(trust, str) else trust)):
+            checkpoint = read_checkpoint(path)
+            # By name, since these packages stand on this file: they mark what is loadable.
+            for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
+                importlib.import_module(package)
+            module = rebuild(checkpoint, path)
+    finally:
+        _loading.reset(token)
     if not isinstance(module, tuple(_LOADABLE)):
         kind = f"{type(module).__module__}.{type(module).__name__}"
         raise ValueError(f"{str(path)!r} holds a {kind}, not a Tokenizer, a Generator or a KLVAE")

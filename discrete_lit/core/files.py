@@ -94,38 +94,36 @@ def check_records(path: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: no such zip file, a compressed record, one that does not fit the file, or one that was damaged; the
-            message does not name the file.
+            message lacks its first word, the name of the file.
     """
     size = os.stat(path).st_size
     if size == 0:
-        raise ValueError("it is empty")
+        raise ValueError("is empty")
     with open(path, "rb") as file:
         if file.read(len(_LOCAL_HEADER)) != _LOCAL_HEADER:
-            raise ValueError("it is no file of torch.save: those are zip files since 2020")
+            raise ValueError("is no file of torch.save: those are zip files since 2020")
         try:
             with zipfile.ZipFile(file) as archive:
                 records = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, EOFError) as error:
-            raise ValueError(f"it is truncated: copy it again ({error})") from error
+            raise ValueError(f"is truncated: copy it again ({error})") from error
         names = [record.orig_filename for record in records]
         if len(set(names)) < len(names):
-            raise ValueError("it has two records of one name")
+            raise ValueError("has two records of one name")
         for record in records:
             if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
                 raise ValueError(
-                    f"its record {record.filename[:100]!a} is compressed or encrypted: it was packed again; unpack it "
-                    "and pack it without compression (zip -0 -r)"
+                    f"was packed again, its record {record.filename[:100]!a} is compressed or encrypted: unpack it and "
+                    "pack it without compression (zip -0 -r)"
                 )
             if record.file_size != record.compress_size or record.header_offset + record.file_size > size:
-                raise ValueError(f"its record {record.filename[:100]!a} does not fit into the file")
+                raise ValueError(f"has a record {record.filename[:100]!a} that does not fit into the file")
         # Without any checksum (torch.serialization.set_crc32_options) all are 0.
         checked = records if any(record.CRC for record in records) else []
         damaged = [record.filename for record in checked if _stored_crc(file, record) != record.CRC]
     if damaged:
         first = damaged[0][:100]
-        raise ValueError(
-            f"{len(damaged)} of its {len(records)} records are damaged, the first is {first!a}: copy it again"
-        )
+        raise ValueError(f"has {len(damaged)} damaged records of {len(records)}, the first is {first!a}: copy it again")
 
 
 def _stored_crc(file: BinaryIO, record: zipfile.ZipInfo) -> int | None:
