@@ -2,10 +2,15 @@
 
 A module made from a configuration carries it as plain data (`{"class_path": ..., "init_args": ...}`) in Lightning's
 `hyper_parameters`; a generator's checkpoint also carries its tokenizer's configuration and weights. So `load` needs
-nothing beside the file, and the file is read with `weights_only=True`: it can execute no code.
+nothing beside the file. A file can execute no code: it is read with `weights_only=True`, the two pickles of a sharded
+checkpoint by an unpickler that knows their classes alone, and `core/trust.py` decides what a configuration may build.
 """
 
 import importlib
+import io
+import pickle
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,11 +19,16 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
+from torch import Tensor
 
-from discrete_lit.core.configuration import build, current_names
-from discrete_lit.core.files import atomic_write
+from discrete_lit.core.configuration import build
+from discrete_lit.core.files import atomic_write, check_records
+from discrete_lit.core.trust import check_config, only_trusted_imports, printable, refusal, trusting
 
 _MOST_SHOWN = 3
+_NOT_PARSED = "cannot read the configuration of"
+# The files whose modules are being built, a generator's before its tokenizer's.
+_loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 _LOADABLE: list[type[LightningModule]] = []
 _Kind = TypeVar("_Kind", bound=type[LightningModule])
 
@@ -40,7 +50,9 @@ def record_config(module: LightningModule, config: dict[str, Any]) -> None:
 
 
 def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningModule) -> LightningModule:
-    """Build the module that a configuration describes, and record the configuration on it.
+    """Build the module that a configuration of your own describes, and record the configuration on it.
+
+    It may name any class. A checkpoint's configuration is another's word: `rebuild` builds that.
 
     Args:
         config: `{"class_path": "package.Class", "init_args": {...}}` as in a YAML file.
@@ -54,19 +66,53 @@ def instantiate(config: dict[str, Any], base: type[LightningModule] = LightningM
     try:
         parsed = parser.parse_object({"model": config})
     except Exception as error:
-        raise ValueError(f"cannot build {config.get('class_path')!r} from its configuration: {error}") from error
+        raise ValueError(f"{_NOT_PARSED} {config.get('class_path')!r}: {error}") from error
     module = build(parser, parsed)["model"]
     record_config(module, yaml.safe_load(parser.dump(parsed, skip_unset=False))["model"])
     return module
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint on the CPU without executing code.
+def rebuild(
+    checkpoint: Mapping[str, Any], path: str | Path, base: type[LightningModule] = LightningModule
+) -> LightningModule:
+    """Build the module of a checkpoint, without its weights, from what its configuration may name.
 
-    Of a sharded checkpoint, a folder, it reads all but the `state_dict` and the optimizers' states.
+    Args:
+        checkpoint: as `read_checkpoint` gives it.
+        path: its file, for messages.
+        base: the class that it must be a subclass of.
 
     Raises:
-        ValueError: no such file, a truncated file, pickled code, or a file that holds no module.
+        ValueError: the module was not built from a configuration; the configuration names what a checkpoint may not
+            build, as `discrete_lit.core.trust` says; or no module can be built from it.
+    """
+    config = module_config(checkpoint, path)
+    try:
+        with only_trusted_imports():
+            return instantiate(config, base)
+    # A file may be wrong in any way: sizes that no memory holds, a tokenizer that is the file itself.
+    except Exception as error:
+        raise ValueError(refusal(error, str(path)) or _cannot_build(config, path, error)) from error
+
+
+def _cannot_build(config: Mapping[str, Any], path: str | Path, error: BaseException) -> str:
+    """Say why a file's module cannot be built, without the configuration, which the parser repeats in full."""
+    if str(error).startswith(_NOT_PARSED) and error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.partition("Got value:")[0].strip() for line in str(error).splitlines()]
+    kept = [line for line in lines if line and not line.startswith(("Given value", "Subtypes:"))]
+    reason = printable(" ".join(kept) or type(error).__name__, limit=400)
+    return f"cannot build the {printable(config['class_path'])} of {str(path)!r}: {reason}"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint on the CPU without executing code, and check that no record of it is damaged.
+
+    Of a sharded checkpoint, a folder, it reads all but the `state_dict` and the optimizers' states, and checks that
+    PyTorch will execute no code when it reads these.
+
+    Raises:
+        ValueError: no such file, a truncated, compressed or damaged one, pickled code, or a file that holds no module.
     """
     sharded = Path(path).is_dir()
     if sharded and not (Path(path) / ".metadata").is_file():
@@ -75,34 +121,129 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
+        check_records(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint, it {printable(error, limit=300)}") from error
+    try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if sharded:
+            _check_shards(Path(path))
     except Exception as error:
-        raise ValueError(
-            f"{str(path)!r} is not a readable checkpoint (truncated, or not weights only): {error}"
-        ) from error
+        reason = printable(error, limit=300)
+        raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
+    for name, (kind, words) in _ENTRIES.items():
+        if name in checkpoint and not isinstance(checkpoint[name], kind):
+            found = type(checkpoint[name]).__name__
+            raise ValueError(f"{str(path)!r} holds a {found} as {name!r}, where a checkpoint has {words}")
     return checkpoint
 
 
-def module_config(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return the configuration of the module in a checkpoint, in today's names and self-contained.
+# What Lightning, or a module here, takes each entry of a checkpoint for.
+_ENTRIES: dict[str, tuple[Any, str]] = {
+    "state_dict": (Mapping, "weights by their names"),
+    "hyper_parameters": (Mapping | None, "settings by their names"),
+    "tokenizer_config": (Mapping, "settings by their names"),
+    "epoch": (int, "a number"),
+    "global_step": (int, "a number"),
+    "loops": (Mapping, "the state of each loop by its name"),
+    "callbacks": (Mapping, "the state of each callback by its name"),
+    "optimizer_states": (Sequence, "a list"),
+    "lr_schedulers": (Sequence, "a list"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Read the description of a sharded checkpoint: classes that `torch.distributed.checkpoint` writes, no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        from torch.distributed.checkpoint import filesystem, metadata
+
+        if module == metadata.__name__ and name in (*metadata.__all__, "_MEM_FORMAT_ENCODING"):
+            return getattr(metadata, name)
+        if (module, name) == (filesystem.__name__, "_StorageInfo"):
+            return filesystem._StorageInfo
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            return Path
+        raise ValueError(f"it names {module}.{name}, which no sharded checkpoint holds: it may be code")
+
+
+def _check_shards(folder: Path) -> None:
+    """Check that PyTorch executes no code when it reads a sharded checkpoint: it unpickles what is no tensor.
+
+    Raises:
+        ValueError: the description names anything but its own classes, or a value is more than plain data.
+    """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+    for file in folder.glob("*.metadata"):  # of ranks too; `glob` finds `.metadata` itself
+        with file.open("rb") as opened:
+            found = _MetadataUnpickler(opened).load()
+        stored = found.storage_data if isinstance(found, Metadata) else None
+        entries = found.state_dict_metadata if isinstance(found, Metadata) else None
+        if not isinstance(stored, dict) or not isinstance(entries, dict):
+            raise ValueError(f"{file.name} describes no sharded checkpoint")
+        for index, place in stored.items():
+            if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
+                raise ValueError(f"{file.name} describes no sharded checkpoint")
+            shard = folder / str(place.relative_path)
+            if shard.parent != folder or not shard.is_file() or getattr(place, "transform_descriptors", None):
+                raise ValueError(f"{printable(place.relative_path)} is missing, elsewhere or compressed")
+            if not 0 <= place.offset <= place.offset + place.length <= shard.stat().st_size:
+                raise ValueError(f"{shard.name} is truncated")
+            if isinstance(entries.get(index.fqn), BytesStorageMetadata):
+                with shard.open("rb") as opened:
+                    opened.seek(place.offset)
+                    torch.load(io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True)
+
+
+def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the configuration of the module in a checkpoint, in today's names, self-contained, and safe to build.
 
     A frozen tokenizer is described by its own configuration, not by the file that it came from.
 
     Raises:
-        ValueError: the module was not built from a configuration.
+        ValueError: the module was not built from a configuration, or from one that names what no checkpoint may build.
     """
-    config = checkpoint.get("hyper_parameters", {})
+    config = checkpoint.get("hyper_parameters") or {}
     if "class_path" not in config:
         raise ValueError(
             f"{str(path)!r} does not say how to build its module. Build the module by `discrete-lit fit` or by "
             "`discrete_lit.checkpoints.instantiate`, or use the class's own `load_from_checkpoint` with its arguments."
         )
-    init_args = dict(config["init_args"])
+    init_args = config.get("init_args") or {}
+    if not isinstance(init_args, Mapping):
+        raise ValueError(f"{str(path)!r} holds a {type(init_args).__name__} for the arguments of its module")
     if "tokenizer_config" in checkpoint:
-        init_args["tokenizer"] = checkpoint["tokenizer_config"]
-    return current_names({"class_path": config["class_path"], "init_args": init_args})
+        init_args = {**init_args, "tokenizer": checkpoint["tokenizer_config"]}
+    return check_config({"class_path": config["class_path"], "init_args": init_args}, str(path))
+
+
+def check_parses(config: dict[str, Any], path: str | Path) -> None:
+    """Check that a checkpoint's configuration can be read, with nothing imported but what it may name.
+
+    For whoever lets another parser read it together with settings of the user's own.
+
+    Raises:
+        ValueError: as `rebuild`.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    try:
+        with only_trusted_imports():
+            parser.parse_object({"model": config})
+    except Exception as error:
+        raise ValueError(refusal(error, str(path)) or _cannot_build(config, path, error)) from error
 
 
 def save(module: LightningModule, path: str | Path) -> None:
@@ -125,42 +266,54 @@ def save(module: LightningModule, path: str | Path) -> None:
         torch.save(checkpoint, file)
 
 
-def load(path: str | Path) -> Any:
+def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     """Load the Tokenizer, Generator or KLVAE of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a file written by `discrete-lit fit`.
+        trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
 
     Raises:
-        ValueError: no such file, truncated, or of another kind of module; missing or unexpected keys.
+        ValueError: no such file, truncated or damaged, or of another kind of module; a configuration that names what no
+            checkpoint may build, or classes of modules that are not trusted; missing or unexpected keys; weights that
+            are not finite.
     """
-    checkpoint = read_checkpoint(path)
-    config = module_config(checkpoint, path)
-    # By name, since these packages stand on this file: they mark what is loadable.
-    for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
-        importlib.import_module(package)
-    module = instantiate(config)
+    file = Path(path).resolve()
+    if file in _loading.get():
+        raise ValueError(f"{str(path)!r} names itself as a part of itself, such as its tokenizer")
+    token = _loading.set((*_loading.get(), file))
+    try:
+        with trusting(*([trust] if isinstance(trust, str) else trust)):
+            checkpoint = read_checkpoint(path)
+            # By name, since these packages stand on this file: they mark what is loadable.
+            for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
+                importlib.import_module(package)
+            module = rebuild(checkpoint, path)
+    finally:
+        _loading.reset(token)
     if not isinstance(module, tuple(_LOADABLE)):
-        raise ValueError(f"{str(path)!r} holds a {config['class_path']}, not a Tokenizer, a Generator or a KLVAE")
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        raise ValueError(f"{str(path)!r} holds a {kind}, not a Tokenizer, a Generator or a KLVAE")
     load_weights(module, checkpoint, path)
     return module.eval()
 
 
-def load_weights(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+def load_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Put the weights of a checkpoint into a module.
 
     Raises:
-        ValueError: they do not fit, as `check_weights` says.
+        ValueError: they do not fit, or are not finite, as `check_weights` says.
     """
     check_weights(module, checkpoint, path)
     module.load_state_dict(checkpoint["state_dict"], strict=True)
 
 
-def check_weights(module: LightningModule, checkpoint: dict[str, Any], path: str | Path) -> None:
+def check_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Compare the weights of a checkpoint with those of a module, without loading them.
 
     Raises:
-        ValueError: missing or unexpected keys, or other shapes; it names them.
+        ValueError: missing or unexpected keys, other shapes, values that a conversion would change into others (such as
+            integers for fractions), or parameters that are not finite; it names them.
     """
     if "state_dict" not in checkpoint:
         raise ValueError(
@@ -168,15 +321,41 @@ def check_weights(module: LightningModule, checkpoint: dict[str, Any], path: str
         )
     own, saved = module.state_dict(), checkpoint["state_dict"]
     wrong = [f"{name} is missing" for name in own if name not in saved]
-    wrong += [f"{name} is unexpected" for name in saved if name not in own]
-    wrong += [
-        f"{name} has shape {tuple(saved[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in saved and saved[name].shape != value.shape
-    ]
+    wrong += [f"{printable(name)} is unexpected" for name in saved if name not in own]
+    both = [(name, value, saved[name]) for name, value in own.items() if name in saved]
+    wrong += [f"{name} {why}" for name, value, other in both if (why := _misfit(value, other))]
     if wrong:
-        more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
+        raise ValueError(f"the weights of {str(path)!r} do not fit this {type(module).__name__}: {_first(wrong)}")
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    broken = [
+        f"{name} has {int((~other.isfinite()).sum()):,} of {other.numel():,}"
+        for name, _, other in both
+        if name in parameters and other.is_floating_point() and not bool(other.isfinite().all())
+    ]
+    if broken:
         raise ValueError(
-            f"the weights of {str(path)!r} do not fit this {type(module).__name__}: "
-            f"{'; '.join(wrong[:_MOST_SHOWN])}{more}"
+            f"{str(path)!r} has weights that are not finite numbers, as training leaves them when it diverges: "
+            f"{_first(broken)}; use an earlier checkpoint"
         )
+
+
+def _first(problems: Sequence[str]) -> str:
+    more = f" and {len(problems) - _MOST_SHOWN} more" if len(problems) > _MOST_SHOWN else ""
+    return f"{'; '.join(problems[:_MOST_SHOWN])}{more}"
+
+
+def _misfit(own: Any, saved: Any) -> str | None:
+    """Say why a saved value cannot take the place of a module's own; None if it can."""
+    if not isinstance(own, Tensor):  # the extra state of a module
+        return None
+    if not isinstance(saved, Tensor) or saved.layout is not torch.strided or saved.is_quantized:
+        what = "sparse or quantized tensor" if isinstance(saved, Tensor) else type(saved).__name__
+        return f"is a {what} instead of an ordinary tensor"
+    if saved.shape != own.shape:
+        return f"has shape {tuple(saved.shape)} instead of {tuple(own.shape)}"
+    # Between precisions a value is rounded; between kinds of numbers it becomes another.
+    kinds = [(value.dtype.is_floating_point, value.dtype.is_complex) for value in (own, saved)]
+    whole = not any(own_kind for own_kind in kinds[0])
+    if kinds[0] != kinds[1] or (whole and torch.promote_types(own.dtype, saved.dtype) != own.dtype):
+        return f"is {saved.dtype} instead of {own.dtype}"
+    return None

@@ -14,7 +14,7 @@ import yaml
 from helpers.recipe_files import ROOT, header_command, layered, read
 
 METHODS = ROOT / "docs" / "methods.md"
-PAGES = [ROOT / "README.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = ("tokenizers", "generators", "experiments", "quickstart")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

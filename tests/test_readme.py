@@ -29,7 +29,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Mod
         del sys.modules[name]
 
 
-def fit(model: dict, folder: Path) -> Path:
+def fit(model: dict, folder: Path, *options: str) -> Path:
     """Two batches by the command; the checkpoint."""
     from discrete_lit.cli.commands import main
 
@@ -47,7 +47,7 @@ def fit(model: dict, folder: Path) -> Path:
     }
     file = folder.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings))
-    main(["fit", "--config", str(file)])
+    main(["fit", "--config", str(file), *options])
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -55,6 +55,7 @@ def test_the_example_from_python_runs(tmp_path: Path) -> None:
     """On an untrained generator of the quickstart's shapes in the place of its checkpoint."""
     import torch
 
+    import discrete_lit.generators  # noqa: F401 (the configurations below name its classes without a package)
     from discrete_lit.checkpoints import instantiate, save
 
     network = {"channels": 4, "multipliers": [1, 1, 1], "blocks": 1, "attention": False, "norm_groups": 2}
@@ -109,7 +110,7 @@ def test_both_train_reload_and_sample_by_the_command(examples: dict[str, ModuleT
         "init_args": {"bits": 5, "network": network, "optimizer": optimizer},
     }
     tokenizer_file = fit(tokenizer_settings, tmp_path / "tokenizer")
-    tokenizer = discrete_lit.load(tokenizer_file)
+    tokenizer = discrete_lit.load(tokenizer_file, trust=("my_tokenizer",))
     assert tokenizer.vocab_size == 32
     ids = torch.arange(32).reshape(2, 4, 4)
     quantized = tokenizer.quantizer(tokenizer.quantizer.lookup(ids))
@@ -131,8 +132,10 @@ def test_both_train_reload_and_sample_by_the_command(examples: dict[str, ModuleT
             "optimizer": optimizer,
         },
     }
-    generator_file = fit(generator_settings, tmp_path / "generator")
-    main(["sample", "--ckpt_path", str(generator_file), "--num_samples", "4", "--output", str(tmp_path / "generator")])
+    generator_file = fit(generator_settings, tmp_path / "generator", "--trust", "my_tokenizer")
+    trust = ["--trust", "my_tokenizer", "--trust=my_generator"]
+    output = str(tmp_path / "generator")
+    main(["sample", "--ckpt_path", str(generator_file), "--num_samples", "4", "--output", output, *trust])
     assert (tmp_path / "generator" / "samples.npz").is_file()
 
 

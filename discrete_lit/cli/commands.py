@@ -43,7 +43,8 @@ def usage() -> str:
         "  -h, --help  this text; `discrete-lit COMMAND --help` lists the settings of a command\n"
         "  --version   the version\n\n"
         "Every command reads its settings from one or more --config files, later ones over earlier ones, and from the\n"
-        "command line, which wins; --print_config prints the settings that result.\n"
+        "command line, which wins; --print_config prints the settings that result. A checkpoint builds classes of\n"
+        "discrete_lit alone, and of modules of yours that --trust MODULE names.\n"
     )
 
 
@@ -82,18 +83,49 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def fail(message: str) -> None:
-    """Print a user's mistake and exit with code 2."""
-    sys.stderr.write(f"error: {message}\n")
+    """Print a user's mistake and exit with code 2; what a message quotes cannot move the cursor or colour the text."""
+    safe = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in message)
+    sys.stderr.write(f"error: {safe}\n")
     raise SystemExit(2)
 
 
 def _run(command: str, arguments: list[str]) -> None:
-    if command in TRAINING_COMMANDS:
-        from discrete_lit.cli.train import run_training
+    from discrete_lit.cli.config import read_given
+    from discrete_lit.core.trust import importable_from_here, modules_of, named_by_user, trusting
 
-        run_training(command, arguments)
-    else:
-        run_function(command, arguments)
+    arguments, trusted = take_trust(arguments)
+    given = read_given(arguments).values
+    if trusted and command == "shards":
+        raise ValueError("--trust is of no use to `shards`, which reads no checkpoint")
+    # What a checkpoint is resumed with is named under `model`; other settings are no part of it.
+    own = modules_of(named_by_user(given.get("model")))
+    with importable_from_here([*trusted, *named_by_user(given)]), trusting(*trusted, *own):
+        if command in TRAINING_COMMANDS:
+            from discrete_lit.cli.train import run_training
+
+            run_training(command, arguments)
+        else:
+            run_function(command, arguments)
+
+
+def take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Take every `--trust MODULE` out of a command line: the rest of it, and the modules.
+
+    Raises:
+        ValueError: the last one names no module.
+    """
+    rest: list[str] = []
+    trusted: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        if option != "--trust":
+            rest.append(argument)
+            continue
+        trusted.append(value if equals else next(waiting, ""))
+        if not trusted[-1]:
+            raise ValueError("--trust needs the name of a module, such as my_package.models")
+    return rest, trusted
 
 
 def run_function(name: str, arguments: list[str]) -> None:
@@ -102,14 +134,18 @@ def run_function(name: str, arguments: list[str]) -> None:
 
     from jsonargparse import ArgumentParser
 
-    from discrete_lit.cli.config import explain
+    from discrete_lit.cli.config import TRUST_HELP, explain
     from discrete_lit.core.configuration import build
 
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]
     parser = ArgumentParser(
-        prog=f"discrete-lit {name}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=f"discrete-lit {name}",
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        epilog=None if name == "shards" else TRUST_HELP,
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)

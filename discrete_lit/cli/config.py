@@ -23,6 +23,10 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 from discrete_lit.core.configuration import read_settings
 
 COMMAND_LINE = "the command line"
+TRUST_HELP = (
+    "--trust MODULE, which may be repeated, lets a checkpoint name the classes of a module of your own; the modules of "
+    "the classes under `model` in your configuration are trusted anyway. A module in the current folder is found."
+)
 # Under this key a class that replaces another keeps the other's arguments: those that it accepts stay in force.
 INHERITED = "\0inherited"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
@@ -254,7 +258,11 @@ def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
     found: Any = None
     with suppress(ImportError, ValueError):
         found = getattr(import_module(module), last, None)
-    made = inspect.signature(found).return_annotation if inspect.isroutine(found) else found
+    made = found
+    if inspect.isroutine(found):
+        made = None
+        with suppress(ValueError):  # a function that is not written in Python may have no signature
+            made = inspect.signature(found).return_annotation
     fits = isinstance(made, str) or (inspect.isclass(made) and issubclass(made, base))
     if not fits or inspect.isabstract(found):
         why = "not there" if found is None else "abstract" if fits else f"no {base.__name__}"

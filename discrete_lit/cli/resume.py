@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from
+from discrete_lit.core.trust import printable
 from discrete_lit.generators.generator import Generator
 
 _log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "not set"
     if isinstance(value, Mapping) and "class_path" in value:
-        return str(value["class_path"])
-    return "null" if value is None else str(value)
+        return printable(value["class_path"])
+    return "null" if value is None else printable(value)
 
 
 def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path: str) -> None:

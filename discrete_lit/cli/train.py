@@ -33,6 +33,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -44,8 +45,15 @@ from discrete_lit.callbacks import (
     TrainingGuard,
     TrainingStopped,
 )
-from discrete_lit.checkpoints import check_weights, load_weights, module_config, read_checkpoint, record_config
-from discrete_lit.cli.config import GivenSettings, explain, read_given
+from discrete_lit.checkpoints import (
+    check_parses,
+    check_weights,
+    load_weights,
+    module_config,
+    read_checkpoint,
+    record_config,
+)
+from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_tokenizer, differences
 from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.files import atomic_write, atomic_write_text
@@ -68,6 +76,8 @@ _PACKAGES = (
     "tokenizers",
     "tokenizers.losses.discriminators",
 )
+
+_SHARDED = (FSDPStrategy, ModelParallelStrategy)
 
 # What Lightning says about itself, or about what this command does on purpose.
 _UNASKED_ADVICE = (
@@ -133,7 +143,12 @@ class TrainingCLI(LightningCLI):
             save_config_callback=None,
             seed_everything_default=0,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
-            parser_kwargs={"prog": f"discrete-lit {command}", "exit_on_error": False, "allow_abbrev": False},
+            parser_kwargs={
+                "prog": f"discrete-lit {command}",
+                "exit_on_error": False,
+                "allow_abbrev": False,
+                "epilog": TRUST_HELP,
+            },
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=arguments,
@@ -206,8 +221,9 @@ class TrainingCLI(LightningCLI):
         model = given.values.get("model")
         self.model_from_checkpoint = not (isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
         if self.model_from_checkpoint:
-            saved = {"model": module_config(self.checkpoint, found[0])}
-            arguments = [f"--config={json.dumps(saved)}", *arguments]
+            saved = module_config(self.checkpoint, found[0])
+            check_parses(saved, found[0])
+            arguments = [f"--config={json.dumps({'model': saved})}", *arguments]
         return arguments
 
     def _parse_ckpt_path(self) -> None:
@@ -301,8 +317,15 @@ class TrainingCLI(LightningCLI):
         """Run the command on what was built.
 
         Raises:
-            ValueError: `test` of a model without a test step.
+            ValueError: `test` of a model without a test step; a sharded checkpoint for a strategy that does not read
+                one.
         """
+        path = self.config.ckpt_path
+        if path is not None and Path(path).is_dir() and not isinstance(self.trainer.strategy, _SHARDED):
+            raise ValueError(
+                f"--ckpt_path {path!r} is a sharded checkpoint, a folder, which {type(self.trainer.strategy).__name__} "
+                "does not read: use the strategy that wrote it, FSDPStrategy or ModelParallelStrategy"
+            )
         settings = {name: self.config_init[name] for name in self.command_settings}
         if self.command == "test" and not is_overridden("test_step", self.model):
             raise ValueError(

@@ -4,14 +4,16 @@ A class path that was ever written into a checkpoint or stood in a shipped recip
 today's names before anything is built. Every rename is added to the tables here, and nowhere else.
 """
 
+import inspect
 import logging
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
@@ -64,8 +66,10 @@ _UNION = "Does not validate against any of the Union subtypes"
 _MOST_ENTRIES, _DEEPEST = 500_000, 100
 # At the beginning of a value: the environment variable that a path begins with.
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})(?=/|$)")
+# What a function may return that is no part of a model.
+_VALUES = (type(None), bool, bytes, dict, float, int, list, object, set, str, tuple)
 _logged: set[str] = set()
-_CLASS_PATH = re.compile(r"discrete_lit(\.[a-z_]\w*)+\.[A-Z]\w*")
+_CLASS_PATH = re.compile(r"discrete_lit(\.[a-z]\w*)+\.[A-Z]\w*")
 
 
 def current_class_path(path: str) -> str:
@@ -276,14 +280,52 @@ def _in_current_names(settings: Any) -> Any:
 
 
 def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
-    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised."""
+    """Instantiate the classes of parsed settings; what a constructor raises comes out as it was raised.
+
+    Raises:
+        ValueError: a class path leads to a function that does not say which class it returns, or memory does not hold
+            what the settings ask for.
+    """
+    _check_functions(settings.as_dict(), "")
     try:
         return parser.instantiate(settings)
-    except ValueError as error:
+    except (ValueError, RuntimeError, MemoryError, OverflowError) as error:
         original: BaseException = error
         # The parser tries every member of a union and reports that none of them could be built.
         while str(original).startswith(_UNION) and original.__cause__ is not None:
             original = original.__cause__
+        # PyTorch's allocators and the sizes that they are asked for: a RuntimeError, or a subclass.
+        if not isinstance(original, ValueError) and (not isinstance(original, RuntimeError) or _memory(original)):
+            reason = str(original).partition("\n")[0]
+            raise ValueError(f"the sizes in the configuration are too large to build: {reason}") from original
         if original is error:
             raise
         raise original from None
+
+
+def _memory(error: RuntimeError) -> bool:
+    return re.search("alloc|out of memory|overflow|too large|invalid for storage", str(error)) is not None
+
+
+def _check_functions(value: Any, path: str) -> None:
+    """Refuse a function as a class path unless it says that it returns a class; the parser would call any."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, inside in items:
+        where = f"{path}.{key}" if path and isinstance(key, str) else f"{path}[{key}]" if path else str(key)
+        _check_functions(inside, where)
+    name = value.get("class_path") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        return
+    found: Any = None
+    for part in name.split("."):  # the parser has imported it
+        found = sys.modules.get(part) if found is None else getattr(found, part, None)
+    if inspect.isroutine(found):
+        try:
+            returned = get_type_hints(found).get("return")
+        except (NameError, TypeError):  # a name that only a type checker imports
+            returned = getattr(found, "__annotations__", {}).get("return")
+        if returned is not Self and (not isinstance(returned, str | type) or returned in (*_VALUES, "None")):
+            raise ValueError(
+                f"{path}.class_path is {name!r}, a function, and it does not say that it returns a class of this "
+                "package or yours: give a class, or a function with such a return annotation"
+            )

@@ -4,20 +4,26 @@ A reader must never meet half a file, whenever the writer was killed and however
 written under a temporary name in the folder where it belongs, brought to the disk, and only then given its name.
 
 npz files may come from anywhere: `Npz` reads them without pickles, and every way in which one can be broken is one
-error.
+error. Files of `torch.save` are checked record by record before PyTorch maps them, which looks at no checksum.
 """
 
 import hashlib
 import math
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Self
 
 import numpy as np
+
+# Of a zip file, PKWARE's APPNOTE 4.3.7 and 4.4.4.
+_LOCAL_HEADER, _LOCAL_HEADER_SIZE, _ENCRYPTED = b"PK\x03\x04", 30, 0x1
+_CHUNK = 1 << 24
 
 
 @contextmanager
@@ -78,6 +84,64 @@ def file_sha256(path: str | os.PathLike[str]) -> str:
     """SHA-256, in hexadecimal, of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_records(path: str | os.PathLike[str]) -> None:
+    """Check that a file of `torch.save`, a zip file, is whole: every record's place, size and CRC-32.
+
+    The sizes come first, from the directory, so that nothing is unpacked; then the file is read once, at the speed of
+    the disk or about 2 GB/s. PyTorch, which maps such a file, takes a compressed record for weights as it is, and
+    notices no changed bit.
+
+    Raises:
+        ValueError: no such zip file, a compressed record, one that does not fit the file, or one that was damaged; the
+            message lacks its first word, the name of the file.
+    """
+    size = os.stat(path).st_size
+    if size == 0:
+        raise ValueError("is empty")
+    with open(path, "rb") as file:
+        if file.read(len(_LOCAL_HEADER)) != _LOCAL_HEADER:
+            raise ValueError("is no file of torch.save: those are zip files since 2020")
+        try:
+            with zipfile.ZipFile(file) as archive:
+                records = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, OSError, EOFError) as error:
+            raise ValueError(f"is truncated: copy it again ({error})") from error
+        names = [record.orig_filename for record in records]
+        if len(set(names)) < len(names):
+            raise ValueError("has two records of one name")
+        for record in records:
+            if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & _ENCRYPTED:
+                raise ValueError(
+                    f"was packed again, its record {record.filename[:100]!a} is compressed or encrypted: unpack it and "
+                    "pack it without compression (zip -0 -r)"
+                )
+            if record.file_size != record.compress_size or record.header_offset + record.file_size > size:
+                raise ValueError(f"has a record {record.filename[:100]!a} that does not fit into the file")
+        # Without any checksum (torch.serialization.set_crc32_options) all are 0.
+        checked = records if any(record.CRC for record in records) else []
+        damaged = [record.filename for record in checked if _stored_crc(file, record) != record.CRC]
+    if damaged:
+        first = damaged[0][:100]
+        raise ValueError(f"has {len(damaged)} damaged records of {len(records)}, the first is {first!a}: copy it again")
+
+
+def _stored_crc(file: BinaryIO, record: zipfile.ZipInfo) -> int | None:
+    """Compute the CRC-32 of an uncompressed record; None if it is not there."""
+    file.seek(record.header_offset)
+    header = file.read(_LOCAL_HEADER_SIZE)
+    if len(header) < _LOCAL_HEADER_SIZE or not header.startswith(_LOCAL_HEADER):
+        return None
+    name_length, extra_length = struct.unpack("<HH", header[-4:])
+    file.seek(name_length + extra_length, os.SEEK_CUR)
+    left, crc, buffer = record.file_size, 0, memoryview(bytearray(min(record.file_size, _CHUNK)))
+    while left:
+        count = file.readinto(buffer[:left])  # type: ignore[attr-defined]
+        if not count:
+            return None
+        crc, left = zlib.crc32(buffer[:count], crc), left - count
+    return crc
 
 
 class ArrayHeader(NamedTuple):

@@ -93,19 +93,13 @@ def load_classifier(path: str | Path) -> ImageClassifier:
     Raises:
         ValueError: no such file, a truncated one, or one that holds no ImageClassifier.
     """
-    from discrete_lit.checkpoints import instantiate, module_config, read_checkpoint
+    from discrete_lit.checkpoints import load_weights, read_checkpoint, rebuild
 
     checkpoint = read_checkpoint(path)
-    config = module_config(checkpoint, path)
     try:
-        module = instantiate(config, ImageClassifier)
+        module = rebuild(checkpoint, path, ImageClassifier)
+        load_weights(module, checkpoint, path)
     except ValueError as error:
-        raise ValueError(
-            f"classifier={str(path)!r} holds a {config['class_path']}, which is no ImageClassifier: {error}"
-        ) from error
+        raise ValueError(f"classifier={str(path)!r} holds no usable ImageClassifier: {error}") from error
     assert isinstance(module, ImageClassifier)
-    try:
-        module.load_state_dict(checkpoint["state_dict"], strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"classifier={str(path)!r} does not fit {config['class_path']}: {error}") from error
     return module.eval()

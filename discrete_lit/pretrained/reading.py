@@ -20,6 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from discrete_lit.core.files import check_records
+from discrete_lit.core.trust import printable
+
 # What trainers left beside the weights. Anything else in a file is taken for code.
 _LEFT_BY_TRAINERS = (
     "pytorch_lightning.*",
@@ -133,7 +136,7 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not tensors by their names")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    others = [str(name) for name in content if name not in tensors]
+    others = [printable(name) for name in content if name not in tensors]
     if others or not tensors:
         found = f"it holds {', '.join(others[:5])}" if others else "it is empty"
         raise ValueError(
@@ -228,16 +231,19 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(file: Path) -> Any:
-    zipped = zipfile.is_zipfile(file)
     with file.open("rb") as stream:
-        if not zipped and stream.read(len(_ZIP_START)) == _ZIP_START:
-            raise ValueError(f"{str(file)!r} is truncated: copy it again")
+        zipped = stream.read(len(_ZIP_START)) == _ZIP_START
+    if zipped:
+        try:
+            check_records(file)
+        except ValueError as error:
+            raise ValueError(f"{str(file)!r} {error}") from error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else _old_globals(file)
         code = [name for name in unknown if not any(fnmatchcase(name, known) for known in _LEFT_BY_TRAINERS)]
         if code:
             raise ValueError(
-                f"{str(file)!r} holds pickled code, which is not executed: it names {', '.join(code[:5])}. "
+                f"{str(file)!r} holds pickled code, which is not executed: it names {printable(', '.join(code[:5]))}. "
                 "Save its state dict alone, or as safetensors"
             )
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]), warnings.catch_warnings():
@@ -247,7 +253,7 @@ def _read_torch(file: Path) -> Any:
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{str(file)!r} cannot be read: it is truncated, or holds more than tensors and plain values "
-            f"({type(error).__name__}: {reason[0] if reason else 'no details'})"
+            f"({type(error).__name__}: {printable(reason[0], limit=300) if reason else 'no details'})"
         ) from error
 
 
