@@ -316,8 +316,8 @@ def _load_meters(
     lpips = None
     if lpips_weights is not None and checkpoints:
         lpips = LPIPS(lpips_weights).to(device)
-        lpips.check_size(image_size)
         lpips.prepare()
+        lpips.check_size(image_size)
     meters = {}
     for name, path in checkpoints.items():
         autoencoder = files.load(path)
