@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discrete_lit.core.images import ImageSize, normal_size, size_text
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.transforms import MODES
 from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet, Selection, match_classes, open_image_set
@@ -116,7 +116,7 @@ def evaluate(
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
     def opened(path: str) -> ImageSet:
-        return open_image_set(path, image_size, image_channels, apply_exif=apply_exif)
+        return open_image_set(path, image_size, image_channels=image_channels, apply_exif=apply_exif)
 
     reference_images = None if holds_moments(reference) else opened(reference)
     real = None if held_out is None else opened(held_out)
@@ -478,8 +478,7 @@ def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_c
             raise ValueError(f"likelihoods.{name}={path!r} holds a {type(module).__name__}, not a Generator")
         if module.image_size != image_size:
             raise ValueError(
-                f"likelihoods.{name}={path!r} models images of {size_text(module.image_size)} pixels, image_size is "
-                f"{size_text(image_size)}"
+                f"likelihoods.{name}={path!r} models images of {module.image_size} pixels, image_size is {image_size}"
             )
         _check_channels(module.tokenizer, image_channels, f"likelihoods.{name}={path!r}")
         generators[path] = module

@@ -62,10 +62,11 @@ def tokenize(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):
         raise ValueError(f"data has no {split} split: set data.init_args.{split}")
-    if tokenizer.image_channels not in (None, data.image_channels):
+    channels = getattr(tokenizer, "image_channels", data.image_channels)  # a tokenizer of one's own need not say
+    if channels != data.image_channels:
         raise ValueError(
-            f"ckpt_path={ckpt_path!r} takes images of {tokenizer.image_channels} channels: set data.init_args."
-            f"image_channels to that, it is {data.image_channels}"
+            f"ckpt_path={ckpt_path!r} takes images of {channels} channels: set data.init_args.image_channels to that, "
+            f"it is {data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]

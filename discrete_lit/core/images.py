@@ -53,6 +53,12 @@ def normal_size(image_size: ImageSize, setting: str = "image_size") -> ImageSize
     return height if height == width else (height, width)
 
 
+def size_of(images: Tensor) -> tuple[int, int]:
+    """Give (H, W) of images `(..., H, W)`."""
+    height, width = images.shape[-2:]
+    return height, width
+
+
 def size_text(image_size: ImageSize) -> str:
     """Write a size for people, height first: `32x48`."""
     return "x".join(map(str, height_and_width(image_size)))

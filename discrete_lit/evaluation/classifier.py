@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.images import check_channels, size_text
+from discrete_lit.core.images import check_channels, size_of, size_text
 from discrete_lit.optimization import configure_optimizers
 
 
@@ -63,7 +63,7 @@ class ImageClassifier(LightningModule):
         check_channels(images, self.image_channels, "this ImageClassifier")
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"this ImageClassifier halves images too often for {size_text(tuple(images.shape[-2:]))} pixels: give "
+                f"this ImageClassifier halves images too often for {size_text(size_of(images))} pixels: give "
                 "it fewer channels, one for each halving"
             )
         return self.network(images.contiguous(memory_format=torch.channels_last)).float()

@@ -97,7 +97,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def open_image_set(
-    path: str | Path, image_size: ImageSize, image_channels: int = 3, *, apply_exif: bool = False
+    path: str | Path, image_size: ImageSize, *, image_channels: int = 3, apply_exif: bool = False
 ) -> ImageSet:
     """Open the image set that a path names.
 

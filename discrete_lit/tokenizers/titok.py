@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.core.images import ImageSize, normal_size, size_of
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
@@ -108,7 +108,7 @@ class TiTokAutoencoder(Autoencoder):
         return (self.latent_tokens,)
 
     def encode(self, images: Tensor) -> Tensor:
-        self.grid(tuple(images.shape[2:]))
+        self.grid(size_of(images))
         return self.encoder((images + 1) / 2)
 
     def decode(self, latents: Tensor) -> Tensor:

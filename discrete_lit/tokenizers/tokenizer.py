@@ -29,8 +29,6 @@ class Tokenizer(LightningModule, ABC):
     """K, the number of ids."""
     ordered_ids: bool = False
     """Whether ids that are near one another mean similar things, as grey levels do."""
-    image_channels: int | None = None
-    """C of the images; None where there are none, or a subclass does not say."""
     makes_images: bool = True
     """Whether ids stand for images; text, and grids without their tokenizer, have none."""
 

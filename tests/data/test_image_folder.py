@@ -186,7 +186,7 @@ def test_batches_of_other_shapes(folder: Path, channels: int, mode: str) -> None
     assert (data.image_size, data.image_channels) == ((6, 10), channels)
     batch = next(iter(data.evaluation_loader("validation", 0, 1)))
     assert batch["image"].shape == (15, channels, 6, 10)
-    images = open_image_set(folder, (6, 10), channels)
+    images = open_image_set(folder, (6, 10), image_channels=channels)
     for image, (_, decode) in zip(to_uint8(batch["image"]), images.stream(), strict=True):
         np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), decode())
     file = Image.open(folder / batch["key"][0]).convert(mode)

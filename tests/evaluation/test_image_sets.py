@@ -228,12 +228,14 @@ def test_npz_of_other_shapes(tmp_path, stored, asked, read):
     np.savez(tmp_path / "s.npz", arr_0=images)
     if read is None:
         with pytest.raises(ValueError, match=f"images of {stored} channels, image_channels is {asked}"):
-            open_image_set(tmp_path / "s.npz", (8, 12), asked)
+            open_image_set(tmp_path / "s.npz", (8, 12), image_channels=asked)
         return
-    decoded = np.stack([decode() for _, decode in open_image_set(tmp_path / "s.npz", [8, 12], asked).stream()])
+    decoded = np.stack(
+        [decode() for _, decode in open_image_set(tmp_path / "s.npz", [8, 12], image_channels=asked).stream()]
+    )
     np.testing.assert_array_equal(decoded, np.repeat(images, read // stored, axis=3))
     with pytest.raises(ValueError, match="has images of 8x12, image_size is 12x8"):
-        open_image_set(tmp_path / "s.npz", (12, 8), asked)
+        open_image_set(tmp_path / "s.npz", (12, 8), image_channels=asked)
 
 
 @pytest.mark.parametrize(

@@ -141,14 +141,14 @@ _LEAST_SIZE = 4
 
 
 class StyleGANDiscriminator(Discriminator):
-    """Give one logit to an image by residual blocks that halve it behind a blur, down to 4x4 (or 4 rows
-    or columns of an image that is not square).
+    """Give one logit to an image by residual blocks that halve it behind a blur, down to 4x4.
 
-    As in MaskGIT's port of it, layers are ordinary ones instead of equalised.
+    Where height and width differ, the shorter ends at 4. As in MaskGIT's port of it, layers are ordinary ones instead
+    of equalised.
 
     Args:
-        image_size: of the images: a side of 4 times a power of 2, or `[height, width]`, of which the shorter is one and
-            the longer a multiple of that power.
+        image_size: of the images: a side of 4 times a power of 2, or `[height, width]`, of which the shorter is 4 times
+            a power of 2 and the longer a multiple of that power.
         image_channels: C of the images.
         width: channels at full resolution; they double with every halving.
         max_width: channels at most.

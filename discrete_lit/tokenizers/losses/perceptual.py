@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models.vgg import cfgs, make_layers
 
-from discrete_lit.core.images import ImageSize, height_and_width, size_text, to_rgb
+from discrete_lit.core.images import ImageSize, height_and_width, size_of, size_text, to_rgb
 from discrete_lit.tokenizers.losses.frozen_networks import (
     RANDOM_WEIGHTS,
     FrozenNetwork,
@@ -94,7 +94,7 @@ class LPIPS(PerceptualLoss):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None], persistent=False)
 
     def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
-        self.check_size(tuple(images.shape[-2:]))
+        self.check_size(size_of(images))
         seen = self._features(outputs)
         with torch.no_grad():
             wanted = self._features(images)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from discrete_lit.backbones.blocks import Block, BlockSettings
 from discrete_lit.backbones.embeddings import grid_coordinates, sine_cosine_table
 from discrete_lit.backbones.layers import Norm
-from discrete_lit.core.images import ImageSize, height_and_width, normal_size
+from discrete_lit.core.images import ImageSize, height_and_width, normal_size, size_of
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 # The epsilon of every LayerNorm, as in the published networks.
@@ -119,7 +119,7 @@ class ViTAutoencoder(Autoencoder):
         return grid
 
     def encode(self, images: Tensor) -> Tensor:
-        height, width = self.grid(tuple(images.shape[2:]))
+        height, width = self.grid(size_of(images))
         patches = rearrange(self.patch_embedding(images), "b d h w -> b (h w) d")
         latents = self.encoder(self.encoder_positions(patches, (height, width)))
         return rearrange(latents, "b (h w) d -> b d h w", h=height)
