@@ -9,7 +9,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,7 +263,7 @@ def match_classes(
     both: dict[str, ImageSet | None] = {**real, **samples}
     sets = {name: images for name, images in both.items() if images is not None and images.num_classes is not None}
     first = next((name for name, images in sets.items() if images.classes), None)
-    classes: tuple[str, ...] = () if first is None else sets[first].classes
+    classes: Sequence[str] = [] if first is None else sets[first].classes
     unnamed = [images.num_classes for name, images in sets.items() if name in real and images.num_classes is not None]
     count = len(classes) or num_classes or max(unnamed, default=None)
     if count is not None and count > MOST_CLASSES:
@@ -293,7 +293,7 @@ def match_classes(
     return ClassMatch(count=count, numbering=numbering, notes=tuple(notes))
 
 
-def _by_name(name: str, images: ImageSet, first: str, classes: tuple[str, ...], notes: list[str]) -> np.ndarray:
+def _by_name(name: str, images: ImageSet, first: str, classes: Sequence[str], notes: list[str]) -> np.ndarray:
     if len(classes) == len(images.classes) == 1:
         # There is nothing to confuse, and the folder of a set without classes may have any name.
         return np.zeros(1, np.int64)

@@ -199,7 +199,7 @@ def test_the_likelihood_of_held_out_images_stands_beside_the_samples(
     for wrong, message in (
         ({"c": "masked"}, r"likelihoods\.c is of no row"),
         ({"a": "tokenizer"}, r"likelihoods\.a='tokenizer' holds a GridTokenizer, not a Generator"),
-        ({"a": "large"}, r"likelihoods\.a='large' models images of 16x16 pixels, image_size is 8x8"),
+        ({"a": "large"}, r"likelihoods\.a='large' models images of 16 pixels, image_size is 8"),
     ):
         generators["tokenizer"] = generators["masked"].tokenizer
         generators["large"] = make_generator("masked", 4, (8, 8), 3, image_size=16)
