@@ -201,10 +201,14 @@ class FolderImages(ImageSet):
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for index, entry in enumerate(self._source.entries):
-            yield (
-                entry.label,
-                lambda index=index: center_crop(decode_image(self._source.read(index)), self.image_size),
-            )
+            yield entry.label, lambda index=index: self._decode(index)
+
+    def _decode(self, index: int) -> Pixels:
+        try:
+            data = self._source.read(index)
+        except OSError as error:
+            raise UndecodableImage(f"image {self._source.entries[index].key!r}: {error}") from error
+        return center_crop(decode_image(data), self.image_size)
 
 
 class Selection:
