@@ -95,7 +95,7 @@ class Throughput(Callback):
         now = self._clock()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
-        images = len(batch["label"])
+        images = len(batch["tokens" if "tokens" in batch else "image"])
         self._window.images += images
         self._window.tokens += images * _tokens_per_image(pl_module, batch)
         if logs_now:
@@ -240,6 +240,8 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
                 part.log = part.log_dict = _nothing
             if isinstance(part, Tokenizer):
                 part.check_images = part.check_tokens = _nothing
+            if isinstance(part, Generator):
+                part.check_labels = _nothing
             if isinstance(part, Codebook):
                 part.prepare = part.observe = _nothing
             if isinstance(part, Transformer):

@@ -97,7 +97,7 @@ def tokenize(
                 tokens = tokenizer.encode(images)
             else:  # one crop of all images after the other, so that the batch is what its size says
                 tokens = torch.stack([tokenizer.encode(crop) for crop in images.unbind(1)], dim=1)
-        writer.write(batch["index"], tokens, batch["label"])
+        writer.write(batch["index"], tokens, batch.get("label"))
     writer.close()
     fabric.barrier()
     manifest = TokenWriter.finalise(output) if fabric.global_rank == 0 else writer.manifest

@@ -319,10 +319,15 @@ class BadSampleCount:
                 "skipped bad sample %r of %s: %s (%d of %d in this epoch)", *sample, self.count, self.samples
             )
             if self.count > self.maximum_fraction * self.samples:
+                advice = (
+                    "Repair or remove the files, or raise max_bad_fraction."
+                    if self.maximum_fraction > 0
+                    else "Repair or remove the files: here every sample is needed, whatever max_bad_fraction is."
+                )
                 raise TooManyBadSamples(
                     f"{self.count} of {self.samples} samples are bad, more than max_bad_fraction = "
                     f"{self.maximum_fraction} accepts; the last is {sample.key!r} of {sample.source}: {sample.reason}. "
-                    "Repair or remove the files, or raise max_bad_fraction."
+                    f"{advice}"
                 )
 
 

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,14 +24,15 @@ import numpy as np
 
 from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, printable
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
-from discrete_lit.data.tars import BrokenShard, SampleCount, count_samples
+from discrete_lit.data.tars import BrokenShard, find_labels
 
 _log = logging.getLogger(__name__)
 
 _SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_RANGE = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
+_LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 # Bounds of what a name or a manifest may claim before anything is read: far above any data set, far below the memory.
-_MOST_SHARDS = 1_000_000
+_MOST_SHARDS = 300_000
 _MOST_SAMPLES = 10_000_000  # Of a shard.
 _MOST_CLASSES = 10_000_000
 _LARGEST_MANIFEST = 2**28  # Bytes.
@@ -142,21 +142,47 @@ def _expand(entry: str) -> list[str]:
 
 
 def _braces(entry: str) -> list[str]:
-    """What a brace pattern stands for, of which there may be more than fits into the memory."""
-    too_many = f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards"
-    for first, last, step in _RANGE.findall(entry):
-        # Longer numbers than that are refused before they are read: reading takes the square of their length.
-        if max(len(first), len(last), len(step)) > 20 or abs(int(last) - int(first)) // max(1, int(step or 1)) >= (
-            _MOST_SHARDS
-        ):
-            raise ValueError(too_many)
+    """Expand a brace pattern, whose strings are counted first: they may be more than fit into the memory."""
     try:
-        urls = list(islice(braceexpand.braceexpand(entry), _MOST_SHARDS + 1))
-    except braceexpand.UnbalancedBracesError as error:
+        count = _alternatives(entry)
+        urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the braces of {printable(entry)} are not closed; write \\{{ for a brace itself") from error
-    if len(urls) > _MOST_SHARDS:
-        raise ValueError(too_many)
+    if count > _MOST_SHARDS:
+        raise ValueError(f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards")
     return urls
+
+
+def _alternatives(pattern: str) -> int:
+    """Count the strings that a brace pattern stands for."""
+    total, pieces = 1, _outside_braces(pattern, "{}")
+    for start, stop in zip(pieces[::2], pieces[1::2], strict=False):
+        inside = pattern[start + 1 : stop]
+        commas = _outside_braces(inside, ",")
+        if found := _RANGE.fullmatch(inside):
+            # Longer numbers are too many whatever they are: reading them takes the square of their length.
+            first, last, step = (int(number or 1) if len(number or "") < 20 else 10**20 for number in found.groups())
+            total *= abs(last - first) // max(1, step) + 1
+        elif _LETTERS.fullmatch(inside):
+            total *= len(list(braceexpand.braceexpand(f"{{{inside}}}")))
+        else:
+            parts = zip([-1, *commas], [*commas, len(inside)], strict=True)
+            total *= sum(_alternatives(inside[before + 1 : after]) for before, after in parts)
+    return total
+
+
+def _outside_braces(pattern: str, characters: str) -> list[int]:
+    """Positions of characters that are neither inside braces nor escaped; of braces, the outermost."""
+    depth, found, escaped = 0, [], False
+    for position, character in enumerate(pattern):
+        if escaped or character == "\\":
+            escaped = not escaped
+            continue
+        depth -= character == "}"
+        if character in characters and depth == 0:
+            found.append(position)
+        depth += character == "{"
+    return found
 
 
 def _is_shard(url: str) -> bool:
@@ -271,8 +297,8 @@ def _counts(
         except BrokenShard as error:
             broken.append(str(error))
             continue
-        counts.append(found.samples)
-        labelled = bool(labelled or found.labelled)
+        counts.append(len(found))
+        labelled = bool(labelled or found.any())
     if broken:
         raise BrokenShard(
             f"{len(broken)} of {len(urls)} shards cannot be counted. Replace them, or name the shards without them:\n  "
@@ -281,9 +307,9 @@ def _counts(
     return counts, labelled
 
 
-def _counted(url: str) -> SampleCount:
+def _counted(url: str) -> np.ndarray:
     if is_local(url):
-        return count_samples(Shard(url, 0))
+        return find_labels(Shard(url, 0))
     raise ValueError(
         f"there is no {MANIFEST} beside {printable(url)}: give the number of samples (train_count, "
         "validation_count) and, where they have labels, num_classes"

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, Protocol, Self, cast
+from typing import IO, Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from discrete_lit.data.transforms import (
 
 # A transfer that breaks is taken up again at the sample where it broke; a local file would only break again.
 _REMOTE_ATTEMPTS = 3
+_PAUSE = 1.0  # Seconds before the second attempt.
 # Entries about the archive itself, by webdataset's convention.
 _META = re.compile(r"__[^/]*__(/|$)")
 # All the ways in which a tar that is cut off or damaged shows it.
@@ -108,12 +109,12 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     error: Exception | None = None
     for attempt in range(1 if shard.local else _REMOTE_ATTEMPTS):
         if attempt:
-            time.sleep(attempt)
+            time.sleep(attempt * _PAUSE)
         try:
             with _opened(shard) as tar:
                 groups = _groups(tar, wanted)
                 for position, group in groups:
-                    if position == shard.count - 1 and next(groups, None) is not None:
+                    if position == shard.count - 1 and _one_more(groups):
                         raise ValueError(
                             f"{shard.name} holds more samples than the {shard.count} declared by its manifest or "
                             "count; declare the number of each shard"
@@ -135,6 +136,13 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     reason = f"the shard ends after {next_position} of {shard.count} samples" + (f" ({error})" if error else "")
     for position in np.flatnonzero(wanted[next_position:]) + next_position:
         yield int(position), RawSample(f"sample {position}", shard.name, b"", None, reason)
+
+
+def _one_more(groups: Iterator[Any]) -> bool:
+    # Damage behind the last of the declared samples is no damage of theirs.
+    with suppress(*_BROKEN):
+        return next(groups, None) is not None
+    return False
 
 
 def label_of(sample: RawSample, num_classes: int) -> int | None:
@@ -162,24 +170,24 @@ _NO_SAMPLES = (
 )
 
 
-class SampleCount(NamedTuple):
-    """Counts the samples of a shard."""
-
-    samples: int
-    labelled: int
-    """Those with a `.cls` entry."""
-
-
-def count_samples(shard: ShardFile) -> SampleCount:
+def count_samples(shard: ShardFile) -> int:
     """Count the samples of a local shard, by its headers alone.
+
+    Raises:
+        BrokenShard: it cannot be read to its end.
+    """
+    return len(find_labels(shard))
+
+
+def find_labels(shard: ShardFile) -> np.ndarray:
+    """Tell of each sample of a local shard whether it has a label, by the headers alone: bool `(samples,)`.
 
     Raises:
         BrokenShard: it cannot be read to its end.
     """
     try:
         with _opened(shard) as tar:
-            labelled = [group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))]
-            return SampleCount(len(labelled), sum(labelled))
+            return np.array([group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))], dtype=bool)
     except _BROKEN as error:
         raise BrokenShard(f"cannot read {shard.name} to its end: {error}") from error
 
@@ -285,11 +293,12 @@ def read_file(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     Raises:
         tarfile.ReadError: the tar ends inside the file.
     """
-    file = tar.extractfile(member)
-    assert file is not None
-    data = file.read()
-    if len(data) != member.size:
-        raise tarfile.ReadError(f"{member.name} is cut short")
+    with _damage_as_read_error(member.offset_data):
+        file = tar.extractfile(member)
+        assert file is not None
+        data = file.read()
+        if len(data) != member.size:
+            raise tarfile.ReadError(f"{member.name} is cut short")
     return data
 
 
@@ -356,17 +365,44 @@ def _opened(shard: ShardFile) -> Iterator[tarfile.TarFile]:
     try:
         magic = stream.peek(16)
         decompress = next((opener for start, opener in _COMPRESSED if start.match(magic)), None)
-        plain = stream if decompress is None else cast(IO[bytes], decompress(stream))
-        # Only an uncompressed local file can be jumped about in; all else is read from the front.
-        mode = "r:" if shard.local and decompress is None else "r|"
+        if decompress is not None:
+            plain = cast(IO[bytes], decompress(stream))
+        else:
+            # Only a local file can be jumped about in; all else is read from the front.
+            plain = stream if shard.local else cast(IO[bytes], _Forward(stream))
         with _damage_as_read_error(0):
-            tar = tarfile.open(fileobj=plain, mode=mode, tarinfo=_Header)
+            tar = tarfile.open(fileobj=plain, mode="r:", tarinfo=_Header)
         with tar:
             yield tar
     finally:
         # It may be the output of a command, which fails when it is not read to the end.
         with suppress(OSError):
             stream.close()
+
+
+class _Forward:
+    """A stream without an end in sight as a file that is only ever moved on.
+
+    Python's own tar streams read on behind the end of a file for as long as a header claims that there is more.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._position = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._position += len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int) -> int:
+        assert position >= self._position, "a tar is read from its front"
+        while self._position < position and self.read(min(position - self._position, 2**20)):
+            pass
+        return self._position
 
 
 @contextmanager
@@ -398,36 +434,47 @@ class _Group:
 
 def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Group]]:
     """Position and entries of each sample; the content is read of the wanted ones alone."""
-    position, group, limit = -1, None, image_bytes_limit()
-    for member in _members(tar):
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, extension = name.partition(".")
-        extension = extension.lower()
-        if member.isdir() or not stem or not dot or _META.match(member.name):
-            continue
-        is_label, unreadable = extension == "cls", extension in UNREADABLE_EXTENSIONS
-        if not (is_label or unreadable or extension in IMAGE_EXTENSIONS):
-            continue
-        if group is None or folder + slash + stem != group.key:
-            if group is not None:
-                yield position, group
-            position, group = position + 1, _Group(folder + slash + stem)
-        content, problem = b"", None
-        if unreadable:
-            problem = f"its image is a .{extension}, which Pillow does not read here: convert it"
-        elif not member.isreg():
-            problem = f"its .{extension} is no file but a {_kind(member)}"
-        elif member.size > limit:
-            problem = f"its .{extension} claims {member.size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows"
-        elif position < len(wanted) and wanted[position]:
-            content = read_file(tar, member)
-        group.problem = group.problem or problem
-        if is_label:
-            group.label = content
-        else:
-            group.images.append(content)
+    position, limit = -1, image_bytes_limit()
+    group: _Group | None = None
+    try:
+        for member in _members(tar):
+            folder, slash, name = member.name.rpartition("/")
+            stem, dot, extension = name.partition(".")
+            extension = extension.lower()
+            if member.isdir() or not stem or not dot or _META.match(member.name):
+                continue
+            if not (extension == "cls" or extension in UNREADABLE_EXTENSIONS or extension in IMAGE_EXTENSIONS):
+                continue
+            if group is None or folder + slash + stem != group.key:
+                if group is not None:
+                    yield position, group
+                position, group = position + 1, _Group(folder + slash + stem)
+            problem = _problem(member, extension, limit)
+            group.problem = group.problem or problem
+            read = problem is None and position < len(wanted) and wanted[position]
+            content = read_file(tar, member) if read else b""
+            if extension == "cls":
+                group.label = content
+            else:
+                group.images.append(content)
+    except _BROKEN:
+        # What is known to be whole is not lost with what follows it.
+        if group is not None and group.images and group.label is not None:
+            yield position, group
+        raise
     if group is not None:
         yield position, group
+
+
+def _problem(member: tarfile.TarInfo, extension: str, limit: int) -> str | None:
+    """Why an entry cannot be read, by its header."""
+    if extension in UNREADABLE_EXTENSIONS:
+        return f"its image is a .{extension}, which Pillow does not read here: convert it"
+    if not member.isreg():
+        return f"its .{extension} is no file but a {_kind(member)}"
+    if member.size > limit:
+        return f"its .{extension} claims {member.size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows"
+    return None
 
 
 def _kind(member: tarfile.TarInfo) -> str:

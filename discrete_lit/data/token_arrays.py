@@ -1,8 +1,8 @@
 """Token arrays: images that a frozen tokenizer has encoded once, as memory-mapped files.
 
 A folder holds one split: `tokens.npy` (uint16 or uint32, `(count, *token_shape)`, or `(count, variants, *token_shape)`
-of several crops of each image), `labels.npy` (int64, `(count,)`), and `manifest.json`. Row i is sample i of the image
-set that was encoded.
+of several crops of each image), `labels.npy` (int64, `(count,)`; -1 of images without labels, whose number of classes
+is 0), and `manifest.json`. Row i is sample i of the image set that was encoded.
 
 `TokenWriter` makes such a folder, from several processes, each sample in its own row. Rows are written with `pwrite`
 and not through a shared memory map: two machines that map one file of a network file system overwrite each other's
@@ -82,7 +82,7 @@ class TokenWriter:
             token_shape: shape of one image's tokens.
             vocab_size: tokens are in 0..vocab_size-1; up to 65,536 they take two bytes.
             image_size: of the images that are encoded, in pixels; of text, characters.
-            num_classes: labels are in 0..num_classes-1.
+            num_classes: labels are in 0..num_classes-1; 0 where the images have none.
             classes: name of each label.
             tokenizer: content hash of the tokenizer (`Tokenizer.fingerprint()`).
             source: where the images come from.
@@ -116,19 +116,26 @@ class TokenWriter:
         _zeros(path / _WRITTEN, np.uint8, (count,))
         atomic_write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
 
-    def write(self, index: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor) -> None:
+    def write(self, index: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Write some rows.
 
         Args:
             index: int64 `(B,)`, the rows.
             tokens: integers `(B, *token_shape)` in [0, vocab_size); `(B, variants, *token_shape)` of several crops.
-            labels: integers `(B,)` in [0, num_classes).
+            labels: integers or bool `(B,)` in [0, num_classes); None where the images have none.
 
         Raises:
             ValueError: a shape, row, token or label does not fit, or a row was written before.
         """
         rows = index.cpu().numpy()
         count, vocab_size, num_classes = (self.manifest[name] for name in ("count", "vocab_size", "num_classes"))
+        if (labels is None) != (num_classes == 0):
+            raise ValueError(
+                f"{self.folder} was laid out for {num_classes} classes, and the images "
+                f"{'have no labels' if labels is None else 'have labels'}"
+            )
+        if labels is None:
+            labels = torch.full((len(rows),), -1)
         expected = (len(rows), *_row_shape(self.manifest))
         if tuple(tokens.shape) != expected or tuple(labels.shape) != (len(rows),):
             raise ValueError(
@@ -140,7 +147,7 @@ class TokenWriter:
         for name, values, size in (("row", rows, count), ("token", token_values, vocab_size)):
             if values.min() < 0 or values.max() >= size:
                 raise ValueError(f"{name}s {values.min()}..{values.max()} are outside 0..{size - 1}")
-        if label_values.min() < 0 or label_values.max() >= num_classes:
+        if num_classes and (label_values.min() < 0 or label_values.max() >= num_classes):
             raise ValueError(f"labels {label_values.min()}..{label_values.max()} are outside 0..{num_classes - 1}")
         again = rows[self._written.read(rows) > 0]
         if len(again) or len(np.unique(rows)) < len(rows):
@@ -191,7 +198,7 @@ class TokenFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.manifest = _read_manifest(self.folder)
         self._tokens: np.ndarray | None = None
         expected = (self.count, *_row_shape(self.manifest))
@@ -201,13 +208,14 @@ class TokenFolder:
                 f"says uint16 or uint32 {expected}"
             )
         self.labels = np.load(self.folder / "labels.npy")
-        if self.labels.shape != (self.count,) or self.labels.dtype != np.int64:
+        if self.labels.shape != (self.count,) or self.labels.dtype.kind not in "iub":
             raise ValueError(
                 f"{self.folder / 'labels.npy'} holds {self.labels.dtype} {self.labels.shape}; it must be "
                 f"int64 {(self.count,)}"
             )
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
-        if len(outside):
+        self.labels = self.labels.astype(np.int64)
+        if len(outside) and self.num_classes:
             raise ValueError(
                 f"row {outside[0]} of {self.folder / 'labels.npy'} has label {self.labels[outside[0]]}; labels must be "
                 f"in 0..{self.num_classes - 1}"
@@ -231,8 +239,11 @@ class TokenFolder:
         # A memory map pickles as the whole array.
         return {**self.__dict__, "_tokens": None}
 
-    def rows(self, samples: np.ndarray, variants: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read tokens `(B, *token_shape)` of the crops `variants (B,)`, or of the first, and labels `(B,)`; int64."""
+    def rows(self, samples: np.ndarray, variants: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Read tokens `(B, *token_shape)` of the crops `variants (B,)`, or of the first, and labels `(B,)`; int64.
+
+        The labels are None where the images have none.
+        """
         index = samples
         if "variants" in self.manifest:
             index = (samples, np.zeros_like(samples) if variants is None else variants)
@@ -242,11 +253,13 @@ class TokenFolder:
                 f"{self.folder / 'tokens.npy'} holds token {tokens.max()} in one of the rows {samples.tolist()}; its "
                 f"vocabulary is 0..{self.vocab_size - 1}"
             )
-        return torch.from_numpy(tokens), torch.from_numpy(self.labels[samples])
+        return torch.from_numpy(tokens), torch.from_numpy(self.labels[samples]) if self.num_classes else None
 
 
 class TokenArrays(ResumableDataModule):
     """Batches of tokens: `{"tokens": int64 (B, *token_shape), "label": int64 (B,), "index": int64 (B,)}`.
+
+    The tokens of images without labels make batches without `"label"`.
 
     Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
     long as `batch_size` times ranks stays. Of several crops of an image training draws one in each epoch, a function of
@@ -393,8 +406,8 @@ class _EvaluationTokens(OrderedSource):
         return _batch(*self.folder.rows(samples), samples), []
 
 
-def _batch(tokens: torch.Tensor, labels: torch.Tensor, index: np.ndarray) -> Batch:
-    return {"tokens": tokens, "label": labels, "index": torch.from_numpy(index)}
+def _batch(tokens: torch.Tensor, labels: torch.Tensor | None, index: np.ndarray) -> Batch:
+    return {"tokens": tokens, **({} if labels is None else {"label": labels}), "index": torch.from_numpy(index)}
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import os
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin, features
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from discrete_lit.core.images import ImageSize, height_and_width
 
@@ -98,6 +98,11 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
                 return _to_mode(image, MODES[image_channels])
+    except UnidentifiedImageError as error:
+        kind = "not one that is read"
+        if data[4:8] == b"ftyp":  # ISO base media, of which HEIC is one, whatever the file's name says.
+            kind = f"{data[8:12].decode('ascii', 'replace')!r}, which Pillow does not read here"
+        raise UndecodableImage(f"cannot identify the image: its format is {kind}") from error
     # Broken files raise almost anything: OSError, SyntaxError, EOFError, struct.error, zlib.error, IndexError, ...
     except Exception as error:
         raise UndecodableImage(f"{type(error).__name__}: {error}") from error

@@ -224,12 +224,21 @@ class FolderImages(ImageSet):
         # Names, sizes and classes first: they separate the contents that follow.
         digest = hashlib.sha256(self._source.fingerprint().encode())
         for index in tqdm(range(self.count), desc="hash of the images", unit="image", disable=None):
-            digest.update(self._source.read(index))
+            try:
+                digest.update(self._read(index))
+            except UndecodableImage as error:
+                digest.update(str(error).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for index, entry in enumerate(self._source.entries):
-            yield entry.label, lambda index=index: self._decoded(self._source.read(index))
+            yield entry.label, lambda index=index: self._decoded(self._read(index))
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._source.read(index)
+        except OSError as error:
+            raise UndecodableImage(f"image {self._source.entries[index].key!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ class Generator(TokenTraining):
         """
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
+        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the token losses of a batch, by their weights, over all ranks together.
 
@@ -143,14 +143,22 @@ class Generator(TokenTraining):
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            labels: `(B,)` integers in [0, num_classes).
             random: decides the corruption; by default row i of the batch is sample i of this generator's seed.
+            dropped: bool `(B,)`, the labels that the null label stands for; none by default.
 
         Returns:
             The training loss, a scalar, and further terms to log, by name.
+
+        Raises:
+            ValueError: a label that is no class; the null label is one that was `dropped`.
         """
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
+        self.check_labels(labels)
+        labels = labels.long()
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.num_classes)
         losses = self.token_losses(self.to_sequence(tokens), labels, random)
         mean_weight = all_reduce_sum(losses.weights.sum()) / world_size()
         return (losses.values * losses.weights).sum() / mean_weight, {}
@@ -230,9 +238,11 @@ class Generator(TokenTraining):
                 f"guidance_scale={sampler.guidance_scale} needs a generator that learned the null label; this one was "
                 "trained with label_dropout=0"
             )
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"the labels are {labels.dtype}; they must be whole numbers in 0..{self.num_classes}")
         output = sampler(
             self.sampled_backbone(),
-            labels,
+            labels.long(),
             random,
             known=None if known is None else self.to_sequence(known),
             quantizer=self.scale_quantizer(),

@@ -3,6 +3,7 @@
 Nothing here depends on the family. What a family models, and how, is the contract of `generator.py`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any, Self
@@ -27,7 +28,8 @@ class TokenTraining(LightningModule, ABC):
     """Trains, validates and predicts on batches of images or of their tokens; `Generator` supplies the objective.
 
     A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the frozen tokenizer encodes, or `{"tokens": (B,
-    *token_shape), "label": (B,)}`. With `"index": (B,)`, each sample's position in the run, label dropout and
+    *token_shape), "label": (B,)}`, with labels of any integer type or bool; a model of one class needs none. With
+    `"index": (B,)`, each sample's position in the run, label dropout and
     corruption belong to the sample, and do not depend on the number of ranks.
 
     It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
@@ -59,7 +61,7 @@ class TokenTraining(LightningModule, ABC):
 
     @abstractmethod
     def loss(
-        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None
+        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
@@ -110,29 +112,82 @@ class TokenTraining(LightningModule, ABC):
         batches of 2^16 rows. Another split into ranks or batches then draws differently, and validation corrupts its
         samples in every epoch as in the first.
         """
-        labels = batch["label"]
+        rows = _rows_of(batch)
         indices = batch.get("index")
         if indices is None:
             epoch = self.current_epoch if self.training else 0
             # The equal batches of the ranks follow one another.
-            first = (epoch * 2**24 + batch_idx) * world_size() * 2**16 + rank() * len(labels)
-            indices = first + torch.arange(len(labels), device=labels.device)
+            first = (epoch * 2**24 + batch_idx) * world_size() * 2**16 + rank() * len(rows)
+            indices = first + torch.arange(len(rows), device=rows.device)
         return CounterRandom(self.seed, indices)
+
+    def labels_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the labels `(B,)` int64 of a batch; those of a model of one class, where it has none, are 0.
+
+        Raises:
+            ValueError: a batch without labels, or labels that are no whole numbers in [0, num_classes).
+        """
+        if "label" in batch:
+            labels = torch.as_tensor(batch["label"])
+            self.check_labels(labels, names=batch.get("key", batch.get("index")))
+            return labels.long()
+        if self.num_classes == 1:
+            rows = _rows_of(batch)
+            return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        raise ValueError(f"a batch holds {', '.join(map(str, batch))} and no label: {self._needs_labels()}")
+
+    def _needs_labels(self) -> str:
+        return (
+            f"{type(self).__name__} models {self.num_classes} classes and needs labels, which this data has not. A "
+            "folder needs a subfolder per class; shards need .cls entries, and a manifest.json or data.num_classes; a "
+            'DataModule of your own must give "label". Or set model.init_args.num_classes to 1: a model of no classes'
+        )
+
+    def check_labels(self, labels: Tensor, *, names: Any = None) -> None:
+        """Refuse labels that are no classes of this model.
+
+        The values of those that lie on a device are not looked at: it would wait for all that was queued before.
+
+        Args:
+            labels: `(B,)`.
+            names: of the samples, for the message; by default their positions.
+
+        Raises:
+            ValueError: labels that are no whole numbers in [0, num_classes).
+        """
+        expected = f"they must be whole numbers in 0..{self.num_classes - 1}"
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"the labels are {labels.dtype} {tuple(labels.shape)}; {expected}, one for each sample")
+        if labels.device.type == "cpu":
+            outside = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten().tolist()
+            if outside:
+                name = outside[0] if names is None else names[outside[0]]
+                name = int(name) if isinstance(name, Tensor) else name
+                raise ValueError(
+                    f"{len(outside)} of {len(labels)} labels are no classes of this {type(self).__name__}: label "
+                    f"{int(labels[outside[0]])} of sample {name!r}; {expected}"
+                )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Check the labels while they are on the host: on a device it would wait for all that was queued before."""
+        return {**batch, "label": self.labels_of(batch)} if isinstance(batch, dict) and "label" in batch else batch
 
     # Steps and what they log.
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
-        labels = batch["label"].masked_fill(dropped, self.num_classes)
-        loss, terms = self.loss(self.tokens_of(batch), labels, random)
+        labels = self.labels_of(batch)
+        loss, terms = self.loss(self.tokens_of(batch), labels, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(named, sync_dist=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         sequences = self.to_sequence(self.tokens_of(batch))
-        values, weights, coordinate = self.token_losses(sequences, batch["label"], self.random_of(batch, batch_idx))
+        values, weights, coordinate = self.token_losses(
+            sequences, self.labels_of(batch), self.random_of(batch, batch_idx)
+        )
         self.profile.update(values, coordinate, weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -154,7 +209,7 @@ class TokenTraining(LightningModule, ABC):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Sample images `(B, C, H, W)` in [-1, 1] for the labels of a batch, by this generator's seed."""
         indices = self.random_of(batch, batch_idx).indices
-        return self.tokenizer.decode(self.sample(batch["label"], seed=self.seed, indices=indices))
+        return self.tokenizer.decode(self.sample(self.labels_of(batch), seed=self.seed, indices=indices))
 
     # Modules, optimizers and checkpoints.
 
@@ -187,6 +242,8 @@ class TokenTraining(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuse data of another image size, token arrays of another tokenizer, and labels without a class here."""
+        # That labels are looked at before the transfer concerns nobody; a DataModule's own hook still goes first.
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
         data = getattr(self.trainer, "datamodule", None)
         check_tokenizer = getattr(data, "check_tokenizer", None)
         if check_tokenizer is not None:
@@ -196,6 +253,8 @@ class TokenTraining(LightningModule, ABC):
         if size is not None and size != self.image_size:
             raise ValueError(f"the data has images of {size} pixels, model.init_args.image_size is {self.image_size}")
         classes = getattr(data, "num_classes", None)
+        if classes == 0 and self.num_classes > 1:
+            raise ValueError(self._needs_labels())
         if classes is not None and classes > self.num_classes:
             raise ValueError(f"the data has {classes} classes, model.init_args.num_classes is {self.num_classes}")
 
@@ -210,3 +269,8 @@ class TokenTraining(LightningModule, ABC):
                 f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
                 f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
             )
+
+
+def _rows_of(batch: dict[str, Any]) -> Tensor:
+    """A tensor with a row for each sample of a batch."""
+    return next(batch[name] for name in ("label", "tokens", "image") if name in batch)

@@ -1,12 +1,13 @@
 import io
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
-from discrete_lit.data.transforms import UndecodableImage, decode_image
+from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS, UndecodableImage, decode_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
@@ -155,3 +156,54 @@ def test_a_format_that_would_start_another_program_is_not_opened(monkeypatch: py
         Image.open(io.BytesIO(data)).load()
     with pytest.raises(UndecodableImage, match="cannot identify"):
         decode_image(data)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read() -> None:
+    assert "avif" in IMAGE_EXTENSIONS
+    pixels = decoded(encoded(Image.new("RGB", (16, 16), (250, 20, 30)), "AVIF", quality=95)).astype(int)
+    assert np.abs(pixels - (250, 20, 30)).max() <= 6
+
+
+def test_what_is_heic_under_another_name_is_named() -> None:
+    with pytest.raises(UndecodableImage, match="its format is 'heic', which Pillow does not read here"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UndecodableImage, match="its format is not one that is read"):
+        decode_image(b"text")
+    assert "heic" in UNREADABLE_EXTENSIONS and not UNREADABLE_EXTENSIONS & IMAGE_EXTENSIONS
+
+
+def with_claimed_size(data: bytes, side: int) -> bytes:
+    """A JPEG whose header says another size than the picture has."""
+    for marker in (b"\xff\xc0", b"\xff\xc2"):
+        if marker in data:
+            start = data.index(marker) + 5
+            return data[:start] + side.to_bytes(2, "big") * 2 + data[start + 4 :]
+    raise AssertionError("no frame header")
+
+
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("grey", [False, True])
+def test_a_jpeg_that_claims_more_than_its_bytes_can_hold_is_refused(settings: dict[str, Any], grey: bool) -> None:
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encoded(noise.convert("L") if grey else noise, "JPEG", **settings)
+    assert decode_image(with_claimed_size(data, 65)).size == (65, 65)  # Nothing tells it from a damaged picture.
+    with pytest.raises(UndecodableImage, match=r"claims 13000x13000 pixels, for which .* bytes are too few"):
+        decode_image(with_claimed_size(data, 13000))
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimize": True}, {"progressive": True}, {"subsampling": 2, "quality": 1}])
+@pytest.mark.parametrize("size", [(1, 1), (7, 1000), (2048, 2048)])
+def test_the_emptiest_jpeg_is_read(settings: dict[str, Any], size: tuple[int, int]) -> None:
+    for mode in ("RGB", "L", "CMYK"):
+        assert decode_image(encoded(Image.new(mode, size), "JPEG", **settings)).size == size
+
+
+def test_large_16_bit_pictures_take_no_copies_of_eight_bytes() -> None:
+    data = encoded(Image.fromarray(np.full((2000, 3000), 40000, dtype=np.uint16)), "PNG")
+    tracemalloc.start()
+    image = decode_image(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert image.getpixel((1, 1)) == (156, 156, 156)
+    assert peak < 30e6  # What numpy holds of 6 million pixels: 2 bytes and 1 byte each, and Pillow's own copies.

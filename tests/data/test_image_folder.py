@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import torch
 from PIL import Image
 
 from discrete_lit.core.images import to_uint8
-from discrete_lit.data import ImageFolder
+from discrete_lit.data import ImageFolder, ImageShards
 from discrete_lit.data.loaders import TooManyBadSamples
+from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources import ClassFolders
+from discrete_lit.data.transforms import UndecodableImage
 from discrete_lit.evaluation.image_sets import open_image_set
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -102,11 +105,150 @@ def test_the_module_the_source_and_the_evaluation_find_the_same_images(folder: P
     assert source[4:6] == ["ant/a/2", "ant/a-b/1"]
 
 
-def test_a_class_may_have_no_image_and_keeps_its_label(folder: Path) -> None:
+def test_a_class_may_have_no_image_and_keeps_its_label(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "aardvark").mkdir()
     data = make_data(str(folder))
-    assert data.classes[0] == "aardvark"
+    assert data.classes[0] == ClassFolders(folder).classes[0] == "aardvark"
+    assert open_image_set(folder, 8).num_classes == 4
     assert min(next(iter(data.evaluation_loader("train", 0, 1)))["label"].tolist()) == 1
+    (record,) = caplog.records  # Once, whoever reads the folder.
+    assert "class folder without an image, which keeps its label (1, first aardvark)" in record.getMessage()
+
+
+def test_every_command_leaves_out_the_same_and_says_it_once(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = next(folder.glob("ant/*.png")).read_bytes()
+    for name in (
+        ".ipynb_checkpoints/0-checkpoint.png",
+        "ant/.ipynb_checkpoints/0-checkpoint.png",
+        "ant/.hidden.png",
+        "ant/._0000.png",
+        "__MACOSX/ant/._0000.png",
+        "ant/notes.txt",
+        "ant/data",
+        "ant/IMG_1.HEIC",
+        "readme.md",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(picture)
+    (folder / "ant" / "loop").symlink_to(folder)
+    (folder / "ant" / "itself").symlink_to("itself")
+    (folder / "bee" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (folder / "dog").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(folder / "bee" / "pipe.png")
+    (folder / "bee" / "UPPER.PnG").write_bytes(picture)
+    (folder / "bee" / "linked.png").symlink_to(folder / "ant" / "0005.png")
+    data = make_data(str(folder))
+    assert data.classes == ["ant", "bee", "cat"]
+    read = keys(data.evaluation_loader("train", 0, 1))
+    source, images = ClassFolders(folder), open_image_set(folder, 8)
+    assert len(read) == len(source) == images.count == 17 and "bee/UPPER.PnG" in read
+    assert source.classes == data.classes and images.num_classes == 3
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert "left out 14 entries of" in message
+    for kind in (
+        "hidden (4, first .ipynb_checkpoints)",
+        "AppleDouble (1, first ant/._0000.png)",
+        "link to a folder above it (1, first ant/loop)",
+        "broken link (3, first ant/itself)",
+        "device or pipe (1, first bee/pipe.png)",
+        ".heic, which Pillow does not read here: convert it (1, first ant/IMG_1.HEIC)",
+        ".txt (1, first ant/notes.txt)",
+        ".md (1, first readme.md)",
+        "no extension (1, first ant/data)",
+    ):
+        assert kind in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_names_that_are_not_utf8(folder: Path, workers: int) -> None:
+    for name in (b"caf\xe9.png", "na\u00efve \u732b\nnew line.png".encode()):
+        os.rename(folder / "cat" / f"000{1 + len(name) % 2}.png", os.fsencode(folder / "cat") + b"/" + name)
+    os.rename(folder / "cat", os.fsencode(folder) + b"/ch\xe2t")
+    data = make_data(str(folder), num_workers=workers, batch_size=5)
+    assert data.classes == ["ant", "bee", os.fsdecode(b"ch\xe2t")]
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        read = keys(loader)
+        assert len(set(read)) == 15
+        for key in read:
+            assert os.path.isfile(os.fsencode(folder) + b"/" + os.fsencode(key))
+
+
+def test_a_folder_that_cannot_be_read_is_not_an_empty_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"bee cannot be read \(Permission denied\)"):
+        _ = make_data(str(folder)).classes
+
+
+# Without labels.
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, image_bytes: Callable[..., bytes]) -> Path:
+    """Five images in one folder."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(5):
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(image_bytes(number))
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_images_without_classes_have_no_labels(pictures: Path, image_bytes: Any, nested: bool) -> None:
+    if nested:
+        (pictures / "more" / "deeper").mkdir(parents=True)
+        (pictures / "more" / "deeper" / "9.png").write_bytes(image_bytes(9))
+        with pytest.raises(ValueError, match=r"5 images lie directly in .* more/deeper/9\.png.*labels: false"):
+            _ = make_data(str(pictures)).classes
+    data = make_data(str(pictures), labels=not nested, batch_size=5 + nested)
+    assert (data.num_classes, data.classes) == (0, [])
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        (batch,) = list(loader)
+        assert sorted(batch) == ["image", "index", "key"] and len(batch["key"]) == 5 + nested
+    source = ClassFolders(pictures, labels=not nested)
+    assert len(source) == 5 + nested and source.classes == [] and source[0].label is None
+
+
+def test_shards_of_images_without_labels(tmp_path: Path, pictures: Path) -> None:
+    manifest = write_shards(ClassFolders(pictures), tmp_path / "shards", split="train")
+    assert (manifest["num_classes"], manifest["classes"]) == (0, [])
+    data = ImageShards(str(tmp_path / "shards"), image_size=8, batch_size=5, num_workers=0)
+    assert [sorted(batch) for batch in data.training_loader(0, 1)] == [["image", "index", "key"]]
+    assert open_image_set(tmp_path / "shards", 8).num_classes is None
+    with pytest.raises(ValueError, match="classes_from has no effect"):
+        ClassFolders(pictures, tmp_path / "shards" / "manifest.json")
+
+
+def test_validation_has_labels_only_where_training_has(folder: Path, pictures: Path) -> None:
+    data = make_data(str(pictures), validation=str(folder))
+    assert data.num_classes == 0 and "label" not in next(iter(data.val_dataloader()))
+    data = make_data(str(folder), validation=str(pictures))
+    assert data.num_classes == 3 and "label" not in next(iter(data.val_dataloader()))
+
+
+def test_the_home_folder_and_a_file_above_the_limit(folder: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert make_data(f"~/{folder.name}").num_classes == ClassFolders(f"~/{folder.name}").classes.index("cat") + 1
+    assert open_image_set(f"~/{folder.name}", 8).count == 15
+    (folder / "cat" / "large.png").write_bytes(bytes(2000))
+    monkeypatch.setenv("DISCRETE_LIT_MAX_IMAGE_MEGABYTES", "0.001")
+    list(make_data(str(folder), max_bad_fraction=0.5).evaluation_loader("train", 0, 1))
+    assert "it has 2,000 bytes, more than DISCRETE_LIT_MAX_IMAGE_MEGABYTES allows" in caplog.text
+    with pytest.raises(ValueError, match=r"cat/large\.png has 2,000 bytes, more than DISCRETE_LIT_MAX_IMAGE_MEGABYTES"):
+        write_shards(ClassFolders(folder), folder.parent / "shards", split="train")
+    decoders = [decode for _, decode in open_image_set(folder, 8).stream()]
+    (folder / "cat" / "0000.png").unlink()
+    for number, message in ((10, "No such file"), (15, "large.png has 2,000 bytes")):
+        with pytest.raises(UndecodableImage, match=message):
+            decoders[number]()
 
 
 def test_images_beside_the_class_folders_are_refused(folder: Path) -> None:

@@ -1,16 +1,19 @@
+import gzip
 import io
 import json
 import logging
 import os
 import pickle
+import re
 import stat
 import tarfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from discrete_lit.data.image_shards import window_shuffle, worker_range
 from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.shard_set import Shard
 from discrete_lit.data.tars import BrokenShard
+from discrete_lit.evaluation.image_sets import open_image_set
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -221,11 +225,19 @@ def test_what_contradicts_the_manifest_is_refused(
 
 
 class Server(ThreadingHTTPServer):
-    """Serves a folder; the first answer for a name in `break_once` ends after half of its bytes."""
+    """Serves a folder; the first answers for a name in `trouble` are of that kind, one for each entry.
+
+    `break` ends after half of the bytes, `mute` says nothing, `slow` gives its header byte by byte, `stall` half of the
+    bytes, a number is a status. With `signed` what has not this query is forbidden.
+    """
+
+    daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        self.break_once: set[str] = set()
+        self.trouble: dict[str, list[str]] = {}
         self.requested: list[str] = []
+        self.signed = ""
+        self.ended = Event()
         super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
 
     @property
@@ -240,25 +252,44 @@ class Handler(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/")
-        self.server.requested.append(name)
-        if name not in self.server.break_once:
+        path, _, query = self.path.removeprefix("/").partition("?")
+        self.server.requested.append(path)
+        kind = next(iter(self.server.trouble.get(path, [])), None)
+        if kind is not None:
+            self.server.trouble[path].pop(0)
+        if query != self.server.signed:
+            self.send_error(403)
+        elif kind is None:
             super().do_GET()
-            return
-        self.server.break_once.remove(name)
-        content = (Path(self.directory) / name).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
+        elif kind == "mute":
+            self.server.ended.wait(20)
+        elif kind == "slow":
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b"H")
+        elif kind == "file":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            self.end_headers()
+        elif kind.isdecimal():
+            self.send_error(int(kind))
+        else:
+            content = (Path(self.directory) / path).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            if kind == "stall":
+                self.server.ended.wait(20)
 
 
 @pytest.fixture
-def server(folder: Path) -> Iterator[Server]:
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("discrete_lit.data.tars._PAUSE", 0.05)
     with Server(folder) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield server
+        server.ended.set()
         server.shutdown()
         thread.join()
 
@@ -274,10 +305,85 @@ def test_shards_are_streamed_over_http(server: Server, folder: Path, workers: in
 
 
 def test_a_broken_transfer_is_taken_up_again(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    server.break_once.add("train-000003.tar")
+    server.trouble["train-000003.tar"] = ["break"]
     assert keys(make_data(server.url).evaluation_loader("train", 0, 1)) == all_keys()
     assert server.requested.count("train-000003.tar") == 2
-    assert not server.break_once and not caplog.records
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["503", "429", "mute", "stall"])
+def test_trouble_that_passes_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setenv("DISCRETE_LIT_READ_TIMEOUT", "0.5")
+    server.trouble["train-000003.tar"] = [kind]
+    server.trouble["manifest.json"] = [kind] if kind != "stall" else []
+    assert keys(make_data(server.url).evaluation_loader("train", 0, 1)) == all_keys()
+    assert server.requested.count("train-000003.tar") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mute", "timed out|no answer within"),
+        ("slow", "no answer within 0.3 s; see DISCRETE_LIT_READ_TIMEOUT"),
+        ("stall", "timed out"),
+        ("break", "after [0-9,]+ of [0-9,]+ bytes"),
+        ("503", "the server answers 503 Service Unavailable"),
+        ("404", "the server answers 404 Not Found"),
+        ("file", "the server answers 302 .*not allowed"),
+    ],
+)
+def test_trouble_that_does_not_pass_ends_with_the_servers_reason(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any, kind: str, message: str
+) -> None:
+    monkeypatch.setenv("DISCRETE_LIT_READ_TIMEOUT", "0.3")
+    server.trouble["train-000000.tar"] = [kind] * 50
+    data = make_data(f"{server.url}/train-000000.tar", train_count=13, num_classes=3, max_bad_fraction=0.1)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"train-000000\.tar.*({message})"):
+        list(data.evaluation_loader("train", 0, 1))
+    assert time.monotonic() - start < 8
+    if kind in ("404", "file"):
+        assert server.requested.count("train-000000.tar") == 1
+
+
+def test_a_manifest_that_cannot_be_had_now_is_not_one_that_is_not_there(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISCRETE_LIT_READ_TIMEOUT", "0.3")
+    server.trouble["manifest.json"] = ["503"] * 50
+    with pytest.raises(ValueError, match=r"cannot read .*manifest\.json: the server answers 503"):
+        _ = make_data(server.url).shards
+    with pytest.raises(ValueError, match=r"cannot read http://127\.0\.0\.1:9/.*refused"):
+        _ = make_data("http://127.0.0.1:9/shards").shards
+
+
+def test_a_signature_is_kept_for_the_server_and_from_messages(server: Server) -> None:
+    server.signed = "X-Amz-Credential=me%2F2026%2Fs3&X-Amz-Signature=00.tar/1"
+    for location in (server.url, f"{server.url}/train-{{000000..000003}}.tar"):
+        data = make_data(f"{location}?{server.signed}")
+        assert sorted(keys(data.evaluation_loader("train", 0, 1))) == all_keys()
+    with pytest.raises(BrokenShard, match=r"train-000000\.tar: the server answers 403") as error:
+        list(
+            make_data(f"{server.url}/train-000000.tar?X-Amz-Signature=secret", train_count=4).evaluation_loader(
+                "train", 0, 1
+            )
+        )
+    assert "secret" not in str(error.value)
+
+
+def test_a_command_that_fails_or_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("discrete_lit.data.tars._PAUSE", 0.05)
+    monkeypatch.setenv("DISCRETE_LIT_READ_TIMEOUT", "0.3")
+    for command, message in (
+        ("echo no bucket >&2; exit 3", "status 3: no bucket"),
+        ("sleep 20", "gave nothing for 0.3 s"),
+    ):
+        data = make_data(f"pipe:{command} # {tmp_path}", train_count=4)
+        with pytest.raises(BrokenShard, match=message):
+            list(data.evaluation_loader("train", 0, 1))
+    # Nothing is left of the one that slept.
+    running = [Path(f"/proc/{name}/cmdline") for name in os.listdir("/proc") if name.isdecimal()]
+    assert not any(str(tmp_path).encode() in path.read_bytes() for path in running if path.exists())
 
 
 def test_a_url_without_a_manifest_needs_counts(server: Server, folder: Path) -> None:
@@ -547,3 +653,179 @@ def test_batches_of_other_shapes(folder: Path, channels: int) -> None:
     assert (data.image_size, data.image_channels) == ((6, 10), channels)
     for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
         assert next(iter(loader))["image"].shape == (4, channels, 6, 10)
+
+
+# Ways to name shards, and what is believed of them.
+
+
+def test_compressed_and_plain_shards_of_a_folder_are_read_in_one_order(
+    tmp_path: Path, make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_shards(tmp_path / "shards", [3, 4, 2, 5], manifest=False)
+    for number, suffix in ((1, ".tar.gz"), (2, ".tgz")):
+        plain = folder / f"train-{number:06d}.tar"
+        plain.with_name(plain.stem + suffix).write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    (folder / "train-000003.tar").rename(folder / "train-000003.TAR")
+    (folder / "._train-000000.tar").write_bytes(b"what macOS puts beside a file")
+    (folder / "00000.parquet").write_bytes(b"what img2dataset puts beside a shard")
+    for location in (
+        str(folder),
+        f"{folder}/*",
+        [f"{folder}/train-00000[01].*", f"{folder}/train-00000{{2.tgz,3.TAR}}"],
+    ):
+        assert keys(make_data(location, num_classes=3).evaluation_loader("train", 0, 1)) == all_keys(14)
+    assert open_image_set(folder, 8).count == 14
+    assert not caplog.records
+
+
+def test_shards_beside_a_manifest_that_does_not_list_them_are_said(folder: Path, caplog: Any) -> None:
+    (folder / "train-000009.tar.gz").write_bytes(b"")
+    assert make_data(str(folder)).shards["train"].count == COUNT
+    assert "left out 1 shards of" in caplog.text and "train-000009.tar.gz" in caplog.text
+
+
+def test_patterns_of_the_disk(tmp_path: Path, make_shards: Any, monkeypatch: Any, caplog: Any) -> None:
+    folder = make_shards(tmp_path / "a [1] {b,c}", COUNTS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for location in ("~/a [[]1] {b,c}/*.tar", str(folder), f"{tmp_path}/a*", "~/a [1] {b,c}/train-000000.tar"):
+        count = 13 if location.endswith("0.tar") else COUNT
+        if location.startswith("~/a [["):  # Braces of a pattern are written with a backslash.
+            location = location.replace("{b,c}", r"\{b,c\}")
+        assert make_data(location).shards["train"].count == count
+    with pytest.raises(ValueError, match=r"no shards match .*x\*\.tar"):
+        _ = make_data(f"{tmp_path}/x*.tar").shards
+    assert not caplog.records
+    first = f"{tmp_path}/a*/train-000000.tar"
+    assert make_data([first, first]).shards["train"].count == 26
+    assert "train-000000.tar is named 2 times" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a-{1..2000000000}.tar",
+        "{a,b}" * 40 + ".tar",
+        "{a..z}" * 9 + ".tar",
+        "{{1..9},{0..999999999}}.tar",
+        "{1.." + "9" * 5000 + "}.tar",
+    ],
+)
+def test_braces_that_stand_for_too_many_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match="stand for more than 300,000 shards"):
+        _ = make_data(pattern).shards
+
+
+@pytest.mark.parametrize("pattern", ["", "a-{1..3.tar", 3])
+def test_what_names_no_shards_is_refused(pattern: Any) -> None:
+    with pytest.raises(ValueError, match=r"named by|are not closed"):
+        _ = make_data([pattern]).shards
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": 40}, "count is 40, and the shards hold 41"),
+        ({"count": 41.5}, "count is 41.5"),
+        ({"classes": "ab"}, "classes is not a list of names"),
+        ({"classes": ["a", "a", "b"]}, "3 classes have 2 names"),
+        ({"num_classes": 4}, "num_classes is 4, and classes names 3"),
+        ({"shards": None}, "shards is not a list"),
+        ({"shards": [["train-000000.tar", 13]]}, "shards is not a list"),
+        ({"shards": [{"count": 13}]}, "None is no name of a shard"),
+        ({"shards": [{"name": "../shards/train-000000.tar", "count": 13}]}, "is no name of a shard in its folder"),
+        ({"shards": [{"name": "/etc/passwd", "count": 13}]}, "is no name of a shard in its folder"),
+        ({"shards": [{"name": "labels.npy", "count": 13}]}, "is no name of a shard in its folder"),
+        ({"shards": [{"name": "train-000000.tar", "count": 8.9}]}, "has 8.9 samples"),
+        ({"shards": [{"name": "train-000000.tar", "count": -1}]}, "has -1 samples"),
+        ({"shards": [{"name": "train-000000.tar", "count": float("inf")}]}, "has inf samples"),
+        ({"shards": [{"name": "train-000000.tar", "count": True}]}, "has True samples"),
+        ({"shards": [{"name": "train-000000.tar", "count": 2 * 10**9}]}, "whole number up to"),
+        ({"shards": [{"name": "train-000000.tar", "count": 13}] * 2}, "train-000000.tar is listed more than once"),
+    ],
+)
+def test_a_manifest_is_not_believed(folder: Path, change: dict[str, Any], message: str) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (lambda: make_data(str(folder)).shards, lambda: open_image_set(folder, 8)):
+        with pytest.raises(ValueError, match=rf"manifest\.json cannot be believed: .*{re.escape(message)}"):
+            read()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "[" * 100_000, "\xff"])
+def test_what_is_no_manifest_is_one_error(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_bytes(content.encode("latin1"))
+    with pytest.raises(ValueError, match=r"manifest\.json (is not JSON|has format)"):
+        _ = make_data(str(folder)).shards
+
+
+def test_numbers_out_of_range_are_refused(folder: Path) -> None:
+    for settings in ({"num_classes": 10**10}, {"num_classes": 0}, {"train_count": -1}, {"train_count": [1, -2, 3, 4]}):
+        with pytest.raises(ValueError, match=r"num_classes is|numbers of samples are"):
+            _ = make_data(str(folder), **settings).shards
+
+
+# Without labels.
+
+
+def unlabelled(folder: Path, counts: Any, make_tar: Any, image_bytes: Any) -> Path:
+    """Shards as img2dataset writes them."""
+    folder.mkdir()
+    number = 0
+    for shard, count in enumerate(counts):
+        entries = []
+        for _ in range(count):
+            key = f"{number:09d}"
+            entries += [(f"{key}.jpg", image_bytes(number)), (f"{key}.json", b"{}"), (f"{key}.txt", b"a cat")]
+            number += 1
+        make_tar(folder / f"{shard:05d}.tar", entries)
+    return folder
+
+
+@pytest.mark.parametrize("num_classes", [None, 1])
+def test_shards_without_labels_give_images_alone(
+    tmp_path: Path, make_tar: Any, image_bytes: Any, caplog: Any, num_classes: int | None
+) -> None:
+    folder = unlabelled(tmp_path / "shards", [5, 3], make_tar, image_bytes)
+    data = make_data(str(folder), num_classes=num_classes)
+    assert (data.num_classes, data.classes) == (0, [])
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        batches = list(loader)
+        assert [sorted(batch) for batch in batches] == [["image", "index", "key"]] * 2
+        assert sorted(keys(batches)) == [f"{number:09d}" for number in range(8)]
+    assert ("num_classes=1 has no effect" in caplog.text) == (num_classes == 1)
+    images = open_image_set(folder, 8)
+    assert (images.count, images.num_classes, images.labels) == (8, None, None)
+    assert len(list(images.stream())) == 8
+
+
+def test_labels_without_their_number_are_not_read(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    folder = make_shards(tmp_path / "shards", [8], manifest=False)
+    assert "label" not in next(iter(make_data(str(folder)).training_loader(0, 1)))
+
+
+def test_validation_has_labels_only_where_training_has(
+    tmp_path: Path, folder: Path, make_tar: Any, image_bytes: Any
+) -> None:
+    plain = str(unlabelled(tmp_path / "plain", [8], make_tar, image_bytes))
+    data = make_data(plain, validation=str(folder))
+    assert "label" not in next(iter(data.evaluation_loader("validation", 0, 1))) and data.num_classes == 0
+    data = make_data(str(folder), validation=plain)
+    assert "label" in next(iter(data.training_loader(0, 1))) and data.num_classes == 3
+    assert "label" not in next(iter(data.evaluation_loader("validation", 0, 1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(folder: Path, make_tar: Any, image_bytes: Any, workers: int) -> None:
+    for name in folder.glob("*.tar"):
+        make_tar(
+            name,
+            [
+                (f"{number}.png" if half else f"{number}.cls", image_bytes(0) if half else b"9" * 5000)
+                for number in range({"0": 13, "1": 1, "2": 9, "3": 18}[name.stem[-1]])
+                for half in (True, False)
+            ],
+        )
+    with pytest.raises(ValueError) as error:
+        list(make_data(str(folder), num_workers=workers).training_loader(0, 1))
+    assert "\n" not in str(error.value) and "labels must be in 0..2" in str(error.value) and len(str(error.value)) < 300

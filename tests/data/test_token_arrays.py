@@ -306,3 +306,31 @@ def test_the_size_of_the_images_is_kept(tmp_path: Path, given: Any, stored: Any,
     TokenWriter.finalise(folder)
     assert json.loads((folder / "manifest.json").read_text())["image_size"] == stored
     assert make_data(folder, batch_size=1).image_size == read
+
+
+def test_images_without_labels_make_tokens_without_labels(tmp_path: Path) -> None:
+    tokens = torch.arange(24).reshape(4, 2, 3) % 16
+    settings = dict(vocab_size=16, image_size=8, tokenizer="a" * 64, source="noise")
+    TokenWriter.create(tmp_path / "t", count=4, token_shape=(2, 3), num_classes=0, classes=[], **settings)
+    writer = TokenWriter(tmp_path / "t")
+    with pytest.raises(ValueError, match="laid out for 0 classes, and the images have labels"):
+        writer.write(torch.arange(4), tokens, torch.zeros(4, dtype=torch.int64))
+    writer.write(torch.arange(4), tokens, None)
+    writer.close()
+    TokenWriter.finalise(tmp_path / "t")
+    data = TokenArrays(str(tmp_path / "t"), batch_size=2)
+    assert data.num_classes == 0
+    for loader in (data.training_loader(0, 1), data.evaluation_loader("train", 0, 1)):
+        batches = list(loader)
+        assert [sorted(batch) for batch in batches] == [["index", "tokens"]] * 2
+    assert torch.equal(torch.cat([batch["tokens"] for batch in batches]), tokens)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int32, np.uint8])
+def test_labels_of_other_integer_types_are_read(
+    make_token_folder: Callable[..., Path], tmp_path: Path, dtype: Any
+) -> None:
+    folder = make_token_folder(tmp_path / "t")
+    np.save(folder / "labels.npy", (np.arange(40) % 2).astype(dtype))
+    batch = next(iter(TokenArrays(str(folder), batch_size=4).evaluation_loader("train", 0, 1)))
+    assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == [0, 1, 0, 1]

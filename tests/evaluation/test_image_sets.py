@@ -1,5 +1,6 @@
 """Every form of image set gives the stored pixels; a selection is balanced and never silently smaller."""
 
+import io
 import json
 import tarfile
 from collections import Counter
@@ -12,7 +13,8 @@ from helpers.stored_images import pixels, save_folder, save_npz
 from PIL import Image
 
 from discrete_lit.core.images import from_uint8, to_uint8
-from discrete_lit.data.transforms import center_crop
+from discrete_lit.data import ImageShards
+from discrete_lit.data.transforms import UndecodableImage, center_crop
 from discrete_lit.evaluation.image_sets import Selection, match_classes, open_image_set
 
 
@@ -288,3 +290,55 @@ def test_selection_of_samples_alone_is_balanced_over_their_own_classes(tmp_path)
 def test_one_image_is_no_set(tmp_path):
     with pytest.raises(ValueError, match=r"s\.npz' has 1 images, at least 2 are needed"):
         Selection(open_image_set(save_npz(tmp_path / "s.npz", pixels(1, 0)), 8), None, num_classes=None)
+
+
+@pytest.mark.parametrize("cut", ["before a header", "inside a header", "inside an image", "between image and label"])
+def test_a_truncated_shard_lacks_the_same_samples_as_in_training(shards, cut):
+    last = Path(shards) / "test-000004.tar"
+    whole = last.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
+        members = list(archive)
+    place = {
+        "before a header": members[4].offset,
+        "inside a header": members[4].offset + 100,
+        "inside an image": members[4].offset_data + 20,
+        "between image and label": members[5].offset,
+    }[cut]
+    last.write_bytes(whole[:place])
+    images = open_image_set(shards, 8)
+    problems = []
+    for _, decode in images.stream():
+        try:
+            decode()
+        except UndecodableImage as error:
+            problems.append(str(error))
+    data = ImageShards(str(shards), image_size=8, batch_size=4, num_workers=0, max_bad_fraction=1.0)
+    read = sum(len(batch["key"]) for batch in data.evaluation_loader("train"))
+    assert images.count - len(problems) == read == 22
+    assert all("test-000004.tar: the shard ends after 2 of 4 samples (at byte" in problem for problem in problems)
+    with pytest.raises(ValueError, match=r"2 of 24 images are broken, the last: .*test-000004\.tar: the shard ends"):
+        select(images, None)
+
+
+@pytest.mark.parametrize("label", [b"7", b"ant", b"9" * 5000])
+def test_a_label_of_a_shard_that_is_no_class_is_named(shards, label):
+    first = Path(shards) / "test-000000.tar"
+    with tarfile.open(first) as archive:
+        entries = [(member.name, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(first, "w") as archive:
+        for name, data in entries:
+            member = tarfile.TarInfo(name)
+            data = label if name.endswith(".cls") else data
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(ValueError, match=r"of .*test-000000\.tar has label '.{1,40}'; labels must be in 0\.\.2"):
+        select(open_image_set(shards, 8), None)
+
+
+def test_shards_without_a_manifest_are_images_without_labels(shards):
+    expected = [pixels for _, pixels in everything(open_image_set(shards, 8))]
+    before = open_image_set(shards, 8).fingerprint()
+    (Path(shards) / "manifest.json").unlink()
+    images = open_image_set(shards, 8)
+    assert images.num_classes is None and images.count == 24 and images.fingerprint() != before
+    assert everything(images) == [(None, pixels) for pixels in expected]

@@ -164,3 +164,61 @@ def test_data_that_do_not_fit(make_generator, family: str) -> None:
 def test_training_without_an_optimizer(make_generator, family: str) -> None:
     with pytest.raises(ValueError, match=r"has no optimizer: set model.init_args.optimizer"):
         make_generator(family).configure_optimizers()
+
+
+@each_family
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.uint8, torch.int64])
+def test_labels_of_any_integer_type(make_generator, monkeypatch, family: str, dtype: torch.dtype) -> None:
+    generator = make_generator(family, token_shape=(12,))
+    seen = record(generator, monkeypatch)
+    batch = {"tokens": torch.randint(4, (6, 12)), "label": torch.arange(6) % 2}
+    expected = generator.loss(batch["tokens"], batch["label"])[0]
+    assert torch.equal(generator.loss(batch["tokens"], batch["label"].to(dtype))[0], expected)
+    drawn = generator.sample(batch["label"])
+    assert torch.equal(generator.sample(batch["label"].to(dtype)), drawn)
+    converted = generator.on_before_batch_transfer({**batch, "label": batch["label"].to(dtype)}, 0)
+    assert converted["label"].dtype == torch.int64 and torch.equal(converted["label"], batch["label"])
+    generator.validation_step({**batch, "label": batch["label"].to(dtype)}, 0)
+    assert seen["labels"].dtype == torch.int64 and torch.equal(seen["labels"], batch["label"])
+
+
+@each_family
+@pytest.mark.parametrize("label", [2, 3, -1])
+def test_a_label_that_is_no_class_is_named(make_generator, family: str, label: int) -> None:
+    generator = make_generator(family).train()
+    batch = batch_of(4, key=["a", "b", "c", "d"])
+    batch["label"] = torch.tensor([0, 1, label, 1])
+    for use in (
+        lambda: generator.on_before_batch_transfer(batch, 0),
+        lambda: generator.training_step(batch, 0),
+        lambda: generator.validation_step(batch, 0),
+    ):
+        with pytest.raises(ValueError, match=rf"label {label} of sample 'c'; they must be whole numbers in 0\.\.1"):
+            use()
+    with pytest.raises(ValueError, match=rf"label {label} of sample 2"):
+        generator.loss(batch["tokens"], batch["label"])
+    with pytest.raises(ValueError, match=rf"label {label} of sample 42"):
+        generator.labels_of({"label": batch["label"], "index": torch.arange(4) + 40})
+    for wrong in (torch.tensor([0.5, 1, 0, 1]), torch.zeros(4, 1, dtype=torch.int64)):
+        with pytest.raises(
+            ValueError, match=r"the labels are torch\..*; they must be whole numbers in 0\.\.1, one for"
+        ):
+            generator.labels_of({"label": wrong})
+
+
+def test_data_without_labels_is_refused_by_the_models_name(make_generator) -> None:
+    generator = make_generator("masked")
+    with pytest.raises(ValueError, match=r"holds tokens and no label: Masked models 2 classes and needs labels"):
+        generator.training_step({"tokens": torch.zeros(2, 3, dtype=torch.int64)}, 0)
+    generator.trainer = SimpleNamespace(datamodule=SimpleNamespace(num_classes=0))
+    with pytest.raises(ValueError, match=r"Masked models 2 classes and needs labels, which this data has not"):
+        generator.setup("fit")
+
+
+def test_a_model_of_one_class_needs_no_labels(make_generator, monkeypatch) -> None:
+    generator = make_generator("masked", num_classes=1, label_dropout=0.0).train()
+    seen = record(generator, monkeypatch)
+    generator.training_step({"tokens": torch.randint(4, (5, 3))}, 0)
+    assert seen["labels"].tolist() == [0] * 5
+    generator.trainer = SimpleNamespace(datamodule=SimpleNamespace(num_classes=0))
+    generator.setup("fit")

@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
+from discrete_lit.data.transforms import (
+    IMAGE_BYTES_VARIABLE,
+    IMAGE_EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    UndecodableImage,
+    image_bytes_limit,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +68,8 @@ class ClassFolders(Source):
         super().__init__(f"class folders {self.root.resolve().name}", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
+        if (size := self.entries[index].size) > image_bytes_limit():
+            raise UndecodableImage(f"{self._paths[index]} has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
         data = self._paths[index].read_bytes()
         if len(data) != self.entries[index].size:
             raise ValueError(f"{self._paths[index]} changed while it was read: start again when nothing writes to it")
