@@ -320,7 +320,7 @@ def _by_name(name: str, images: ImageSet, first: str, classes: Sequence[str], no
 
 
 class Selection:
-    """Take `num_images` of a set: of one with labels equally many of each class, of one without the first.
+    """Take `num_images` of a set: of one with classes equally many of each, of one without the first.
 
     Of each class the first are taken, in order. Where `num_images / num_classes` leaves a remainder r, the first r
     classes give one image more. Where that is the whole set it is taken as it is, whatever its labels. A broken image
@@ -368,7 +368,8 @@ class Selection:
             None if images.labels is None else np.array([self._class_of(label) for label in images.labels.tolist()])
         )
         self._quota: Counter[int] | None = None
-        if self.count < images.count and images.num_classes is not None:
+        classless = images.num_classes is None or (labels is not None and bool((labels == NO_CLASS).all()))
+        if self.count < images.count and not classless:
             classes = self._classes(labels)
             if classes:
                 each, rest = divmod(self.count, len(classes))
