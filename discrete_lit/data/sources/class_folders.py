@@ -79,18 +79,18 @@ class ClassFolders(Source):
         return file_change(self._paths[index])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FoundImages:
     """The images of a folder by class, and what was left out."""
 
     root: Path
-    classes: list[str]
+    classes: list[str] = field(default_factory=list)
     """Names of the class folders in sorted order; none where the images have no labels."""
     files: dict[str | None, list[str]] = field(default_factory=dict)
     """Paths below `root` of each class's images, in the order of their folders' and then their own names; those
     without labels under None."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many entries of each kind were passed over."""
+    """The number of entries of each kind that were passed over."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first entry of each kind."""
 
@@ -100,7 +100,7 @@ class FoundImages:
         self.examples.setdefault(kind, path)
 
     def summary(self) -> str:
-        """What was left out in one line; empty where nothing was."""
+        """Say in one line what was left out; nothing where all was taken."""
         return ", ".join(
             f"{kind} ({count}, first {self.examples[kind]})" for kind, count in sorted(self.left_out.items())
         )
@@ -124,7 +124,7 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundIm
     path = Path(root).expanduser()
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with a subfolder of images per class, or of images alone")
-    found = FoundImages(path, [])
+    found = FoundImages(root=path)
     loose: list[str] = []
     by_folder: dict[str, list[str]] = {}
     status = path.stat()
