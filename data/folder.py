@@ -1,4 +1,4 @@
-"""Turn your own images into shards: a folder with one subfolder per class, for example photos/train/cat/1.jpg.
+"""Turn your own images into shards: a folder with one subfolder per class, as photos/train/cat/1.jpg, or images alone.
 
 Run it once for training and once for validation, each with its own output folder:
 
@@ -31,7 +31,7 @@ def folder(
     """Write the shards of one folder.
 
     Args:
-        root: The folder; one without classes needs one subfolder that holds everything.
+        root: The folder: a subfolder per class, or images alone, which then have no labels.
         output: Folder for the shards of this split.
         split: Name of the split: train, validation or test.
         classes_from: manifest.json of the training shards, for validation: its class order is used.

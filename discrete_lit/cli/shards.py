@@ -23,4 +23,5 @@ def shards(
     """
     manifest = write_shards(source, output, split=split, samples_per_shard=samples_per_shard, shuffle_seed=shuffle_seed)
     classes, files = manifest["num_classes"], len(manifest["shards"])
-    print(f"{output}: {manifest['count']:,} images of {classes} classes in {files} shards")
+    kind = f"of {classes} classes" if classes else "without labels"
+    print(f"{output}: {manifest['count']:,} images {kind} in {files} shards")

@@ -326,7 +326,7 @@ class _Shards:
         if sample.problem is not None:
             raise UndecodableImage(sample.problem)
         if sample.label is None and self.shards.classes:
-            raise UndecodableImage("it has no .cls entry")
+            raise UndecodableImage("it has no .cls entry (a set without labels is read without num_classes)")
         return sample.image
 
 

@@ -69,7 +69,7 @@ def open_url(url: str) -> io.BufferedReader:
         OSError: it cannot be opened. Reading raises it for what breaks off or stalls.
     """
     if is_local(url):
-        return open(local_path(url), "rb", buffering=2**18)
+        return io.BufferedReader(io.FileIO(local_path(url)), 2**18)
     if url.startswith("pipe:"):
         raw: io.RawIOBase = _Command(url.removeprefix("pipe:"))
     elif url.startswith("s3://"):

@@ -142,17 +142,19 @@ def _expand(entry: str) -> list[str]:
 
 
 def _braces(entry: str) -> list[str]:
-    """What a brace pattern stands for, counted first: it may be more than fits into the memory."""
+    """Expand a brace pattern, whose strings are counted first: they may be more than fit into the memory."""
     try:
-        if _alternatives(entry) > _MOST_SHARDS:
-            raise ValueError(f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards")
-        return list(braceexpand.braceexpand(entry))
-    except (braceexpand.UnbalancedBracesError, RecursionError) as error:
+        count = _alternatives(entry)
+        urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"the braces of {printable(entry)} are not closed; write \\{{ for a brace itself") from error
+    if count > _MOST_SHARDS:
+        raise ValueError(f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards")
+    return urls
 
 
 def _alternatives(pattern: str) -> int:
-    """How many strings a brace pattern stands for."""
+    """Count the strings that a brace pattern stands for."""
     total, pieces = 1, _outside_braces(pattern, "{}")
     for start, stop in zip(pieces[::2], pieces[1::2], strict=False):
         inside = pattern[start + 1 : stop]

@@ -416,7 +416,7 @@ def _damage_as_read_error(start: int) -> Iterator[None]:
         raise tarfile.ReadError(f"at byte {start:,}: {error or type(error).__name__}") from error
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Group:
     """The entries of a sample."""
 
@@ -448,7 +448,7 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Gr
             if group is None or folder + slash + stem != group.key:
                 if group is not None:
                     yield position, group
-                position, group = position + 1, _Group(folder + slash + stem)
+                position, group = position + 1, _Group(key=folder + slash + stem)
             problem = _problem(member, extension, limit)
             group.problem = group.problem or problem
             read = problem is None and position < len(wanted) and wanted[position]

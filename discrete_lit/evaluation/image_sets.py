@@ -9,7 +9,7 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,12 +224,21 @@ class FolderImages(ImageSet):
         # Names, sizes and classes first: they separate the contents that follow.
         digest = hashlib.sha256(self._source.fingerprint().encode())
         for index in tqdm(range(self.count), desc="hash of the images", unit="image", disable=None):
-            digest.update(self._source.read(index))
+            try:
+                digest.update(self._read(index))
+            except UndecodableImage as error:
+                digest.update(str(error).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
         for index, entry in enumerate(self._source.entries):
-            yield entry.label, lambda index=index: self._decoded(self._source.read(index))
+            yield entry.label, lambda index=index: self._decoded(self._read(index))
+
+    def _read(self, index: int) -> bytes:
+        try:
+            return self._source.read(index)
+        except OSError as error:
+            raise UndecodableImage(f"image {self._source.entries[index].key!r}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +272,7 @@ def match_classes(
     both: dict[str, ImageSet | None] = {**real, **samples}
     sets = {name: images for name, images in both.items() if images is not None and images.num_classes is not None}
     first = next((name for name, images in sets.items() if images.classes), None)
-    classes: tuple[str, ...] = () if first is None else sets[first].classes
+    classes: Sequence[str] = [] if first is None else sets[first].classes
     unnamed = [images.num_classes for name, images in sets.items() if name in real and images.num_classes is not None]
     count = len(classes) or num_classes or max(unnamed, default=None)
     if count is not None and count > MOST_CLASSES:
@@ -293,7 +302,7 @@ def match_classes(
     return ClassMatch(count=count, numbering=numbering, notes=tuple(notes))
 
 
-def _by_name(name: str, images: ImageSet, first: str, classes: tuple[str, ...], notes: list[str]) -> np.ndarray:
+def _by_name(name: str, images: ImageSet, first: str, classes: Sequence[str], notes: list[str]) -> np.ndarray:
     if len(classes) == len(images.classes) == 1:
         # There is nothing to confuse, and the folder of a set without classes may have any name.
         return np.zeros(1, np.int64)
@@ -311,7 +320,7 @@ def _by_name(name: str, images: ImageSet, first: str, classes: tuple[str, ...], 
 
 
 class Selection:
-    """Take `num_images` of a set: of one with labels equally many of each class, of one without the first.
+    """Take `num_images` of a set: of one with classes equally many of each, of one without the first.
 
     Of each class the first are taken, in order. Where `num_images / num_classes` leaves a remainder r, the first r
     classes give one image more. Where that is the whole set it is taken as it is, whatever its labels. A broken image
@@ -359,7 +368,8 @@ class Selection:
             None if images.labels is None else np.array([self._class_of(label) for label in images.labels.tolist()])
         )
         self._quota: Counter[int] | None = None
-        if self.count < images.count and images.num_classes is not None:
+        classless = images.num_classes is None or (labels is not None and bool((labels == NO_CLASS).all()))
+        if self.count < images.count and not classless:
             classes = self._classes(labels)
             if classes:
                 each, rest = divmod(self.count, len(classes))

@@ -3,6 +3,7 @@
 Nothing here depends on the family. What a family models, and how, is the contract of `generator.py`.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from itertools import pairwise
 from typing import Any, Self
@@ -254,6 +255,8 @@ class TokenTraining(LightningModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Refuse data of another image size, token arrays of another tokenizer, and labels without a class here."""
+        # That labels are looked at before the transfer concerns nobody; a DataModule's own hook still goes first.
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
         data = getattr(self.trainer, "datamodule", None)
         check_tokenizer = getattr(data, "check_tokenizer", None)
         if check_tokenizer is not None:

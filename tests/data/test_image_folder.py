@@ -13,6 +13,7 @@ from discrete_lit.data import ImageFolder, ImageShards
 from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources import ClassFolders
+from discrete_lit.data.transforms import UndecodableImage
 from discrete_lit.evaluation.image_sets import open_image_set
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -241,6 +242,13 @@ def test_the_home_folder_and_a_file_above_the_limit(folder: Path, monkeypatch: A
     monkeypatch.setenv("DISCRETE_LIT_MAX_IMAGE_MEGABYTES", "0.001")
     list(make_data(str(folder), max_bad_fraction=0.5).evaluation_loader("train", 0, 1))
     assert "it has 2,000 bytes, more than DISCRETE_LIT_MAX_IMAGE_MEGABYTES allows" in caplog.text
+    with pytest.raises(ValueError, match=r"cat/large\.png has 2,000 bytes, more than DISCRETE_LIT_MAX_IMAGE_MEGABYTES"):
+        write_shards(ClassFolders(folder), folder.parent / "shards", split="train")
+    decoders = [decode for _, decode in open_image_set(folder, 8).stream()]
+    (folder / "cat" / "0000.png").unlink()
+    for number, message in ((10, "No such file"), (15, "large.png has 2,000 bytes")):
+        with pytest.raises(UndecodableImage, match=message):
+            decoders[number]()
 
 
 def test_images_beside_the_class_folders_are_refused(folder: Path) -> None:

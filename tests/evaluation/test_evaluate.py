@@ -17,6 +17,7 @@ from discrete_lit.core.images import to_uint8
 from discrete_lit.data import ImageFolder
 from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.transforms import UndecodableImage
 from discrete_lit.evaluation import feature_statistics
 from discrete_lit.evaluation.image_sets import Selection, open_image_set
 from discrete_lit.metrics.extractors import FeatureExtractor
@@ -199,7 +200,7 @@ def test_the_likelihood_of_held_out_images_stands_beside_the_samples(
     for wrong, message in (
         ({"c": "masked"}, r"likelihoods\.c is of no row"),
         ({"a": "tokenizer"}, r"likelihoods\.a='tokenizer' holds a GridTokenizer, not a Generator"),
-        ({"a": "large"}, r"likelihoods\.a='large' models images of 16x16 pixels, image_size is 8x8"),
+        ({"a": "large"}, r"likelihoods\.a='large' models images of 16 pixels, image_size is 8"),
     ):
         generators["tokenizer"] = generators["masked"].tokenizer
         generators["large"] = make_generator("masked", 4, (8, 8), 3, image_size=16)
@@ -509,6 +510,15 @@ def test_broken_images_are_counted_in_the_report(sets, tmp_path):
     assert "reference: 1 broken images were left out" in notes(report)
     assert "held-out real images: 1 broken images were left out, 299 measured" in notes(report)
     assert report["reference"]["count"] == 299
+
+
+def test_an_image_that_cannot_be_opened_is_one_of_the_broken(sets, tmp_path):
+    sets["reference"] = save_folder(tmp_path / "many", pixels(300, 0), np.arange(300) % 3)
+    folder = open_image_set(sets["reference"], 8)
+    (Path(sets["reference"]) / "class0" / "000.png").unlink()
+    with pytest.raises(UndecodableImage):
+        next(iter(folder.stream()))[1]()
+    assert len(folder.fingerprint()) == 64
 
 
 def test_why_precision_is_missing_is_said(sets, tmp_path):

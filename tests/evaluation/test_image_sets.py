@@ -342,3 +342,11 @@ def test_shards_without_a_manifest_are_images_without_labels(shards):
     images = open_image_set(shards, 8)
     assert images.num_classes is None and images.count == 24 and images.fingerprint() != before
     assert everything(images) == [(None, pixels) for pixels in expected]
+
+
+def test_of_samples_without_a_class_the_first_are_taken(tmp_path):
+    images = pixels(7, 0)
+    plain = select(open_image_set(save_npz(tmp_path / "plain.npz", images), 8), 5)[0]
+    null = open_image_set(save_npz(tmp_path / "null.npz", images, np.full(7, 3)), 8)
+    selection = Selection(null, 5, num_classes=3, numbering=match_classes({}, {"null": null}, 3).numbering["null"])
+    assert torch.equal(torch.cat([batch for batch, _ in selection.batches(4)]), plain) and not selection.uneven

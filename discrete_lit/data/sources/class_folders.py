@@ -12,7 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
+from discrete_lit.data.transforms import (
+    IMAGE_BYTES_VARIABLE,
+    IMAGE_EXTENSIONS,
+    UNREADABLE_EXTENSIONS,
+    UndecodableImage,
+    image_bytes_limit,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -62,6 +68,8 @@ class ClassFolders(Source):
         super().__init__(f"class folders {self.root.resolve().name}", classes=classes, entries=entries)
 
     def read(self, index: int) -> bytes:
+        if (size := self.entries[index].size) > image_bytes_limit():
+            raise UndecodableImage(f"{self._paths[index]} has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
         data = self._paths[index].read_bytes()
         if len(data) != self.entries[index].size:
             raise ValueError(f"{self._paths[index]} changed while it was read: start again when nothing writes to it")
@@ -71,18 +79,18 @@ class ClassFolders(Source):
         return file_change(self._paths[index])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FoundImages:
     """The images of a folder by class, and what was left out."""
 
     root: Path
-    classes: list[str]
+    classes: list[str] = field(default_factory=list)
     """Names of the class folders in sorted order; none where the images have no labels."""
     files: dict[str | None, list[str]] = field(default_factory=dict)
     """Paths below `root` of each class's images, in the order of their folders' and then their own names; those
     without labels under None."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many entries of each kind were passed over."""
+    """The number of entries of each kind that were passed over."""
     examples: dict[str, str] = field(default_factory=dict)
     """The first entry of each kind."""
 
@@ -92,7 +100,7 @@ class FoundImages:
         self.examples.setdefault(kind, path)
 
     def summary(self) -> str:
-        """What was left out in one line; empty where nothing was."""
+        """Say in one line what was left out; nothing where all was taken."""
         return ", ".join(
             f"{kind} ({count}, first {self.examples[kind]})" for kind, count in sorted(self.left_out.items())
         )
@@ -116,7 +124,7 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundIm
     path = Path(root).expanduser()
     if not path.is_dir():
         raise ValueError(f"{path} is not a folder; give one with a subfolder of images per class, or of images alone")
-    found = FoundImages(path, [])
+    found = FoundImages(root=path)
     loose: list[str] = []
     by_folder: dict[str, list[str]] = {}
     status = path.stat()
