@@ -7,6 +7,7 @@ A published configuration is kept in the reference's own argument names; `agree`
 """
 
 import json
+import logging
 import pickle
 import warnings
 import zipfile
@@ -26,6 +27,7 @@ from torch import Tensor
 from discrete_lit.core.files import check_records
 from discrete_lit.core.trust import printable
 
+_log = logging.getLogger(__name__)
 # What trainers left beside the weights. Anything else in a file is taken for code.
 _LEFT_BY_TRAINERS = (
     "pytorch_lightning.*",
@@ -144,6 +146,9 @@ def read_state(
         tensors |= _named(averaged, averages, tensors, str(path))
     while found := [prefix for prefix in prefixes if all(name.startswith(prefix) for name in tensors)]:
         tensors = {name.removeprefix(found[0]): value for name, value in tensors.items()}
+    broken = [name for name, value in tensors.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        _log.warning("%r has values that are not finite in %s", str(path), printable(", ".join(broken[:5])))
     return State(tensors, str(path))
 
 
