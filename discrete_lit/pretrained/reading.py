@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from discrete_lit.core.files import check_records
+from discrete_lit.core.files import check_published
 from discrete_lit.core.trust import printable
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ _LEFT_BY_TRAINERS = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
 )
-_ZIP_START = b"PK\x03\x04"
 
 
 class State(dict[str, Tensor]):
@@ -185,13 +184,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(file: Path) -> Any:
-    with file.open("rb") as stream:
-        zipped = stream.read(len(_ZIP_START)) == _ZIP_START
-    if zipped:
-        try:
-            check_records(file)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} {error}") from error
+    try:
+        zipped = check_published(file)
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} {error}") from error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else []
         code = [name for name in unknown if not any(fnmatchcase(name, known) for known in _LEFT_BY_TRAINERS)]
