@@ -28,8 +28,13 @@ from discrete_lit.tokenizers import FSQ, from_checkpoint
 
 SHELL = {"class_path": "os.system", "init_args": {"command": "touch canary"}}
 MODULE = """
+from collections.abc import Callable
 from pathlib import Path
 from subprocess import Popen
+from types import ModuleType
+from typing import Any
+
+from discrete_lit.tokenizers.networks import Autoencoder
 
 import discrete_lit.tokenizers
 from torch import nn
@@ -43,6 +48,14 @@ def run(*arguments, **named):
 
 class Mine(discrete_lit.tokenizers.FSQ):
     pass
+
+
+class Open(discrete_lit.tokenizers.FSQ):
+    def __init__(self, network: Callable[[int, int], Autoencoder], kind: type | None = None,
+                 call: Callable | None = None, module: ModuleType | None = None, untyped=None, **others: Any) -> None:
+        super().__init__(network, levels=[4, 3], **others)
+        if call is not None:
+            call("touch canary")
 
 
 class Anything(nn.Module):
@@ -277,6 +290,21 @@ def test_a_generator_whose_tokenizer_is_itself(files: Path) -> None:
     refused(Path("self.ckpt"), "names itself as a part of itself")
 
 
+def test_published_weights_that_are_not_finite_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    torch.save({"fine": torch.ones(2), "broken": torch.tensor([1, float("inf")])}, "published.pt")
+    assert read_state("published.pt").keys() == {"fine", "broken"}
+    assert "'published.pt' has values that are not finite in broken" in caplog.text
+
+
+def test_a_run_that_goes_on_by_its_own_configuration(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the checkpoint says of its module is only compared, so it may name anything, but must be of a sane size."""
+    settings = write_settings(Path("settings.yaml"), TOKENIZER)
+    changed(files / "tokenizer.ckpt", *argument("levels"), value=doubled(32))
+    with pytest.raises(SystemExit):
+        run("fit", "--config", settings, "--run_dir=run", "--ckpt_path=hostile.ckpt")
+    assert "it describes no model" in capsys.readouterr().err
+
+
 def test_precisions_are_converted(files: Path) -> None:
     weights = torch.load(files / "tokenizer.ckpt", weights_only=True)["state_dict"]
     halved = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
@@ -371,6 +399,34 @@ def test_a_trusted_module_is_built_and_nothing_else_of_it(files: Path) -> None:
     untyped = {"class_path": "hostile_module.Anything", "init_args": {"inner": {"class_path": "hostile_module.run"}}}
     with pytest.raises(ValueError, match="is no class"):
         load(changed(files / "tokenizer.ckpt", *argument("network"), value=untyped), trust=("hostile_module",))
+
+
+@pytest.mark.parametrize(
+    ("slot", "value"),
+    [
+        ("kind", "subprocess.Popen"),
+        ("call", "os.system"),
+        ("call", "hostile_module.run"),
+        ("call", {"class_path": "functools.partial", "init_args": {"func": "os.system"}}),
+        ("module", "hostile_module_2"),
+        ("untyped", SHELL),
+        ("untyped", [{"inside": [LAMBDA]}]),
+        ("untyped", json.dumps(SHELL)),
+    ],
+)
+def test_a_trusted_class_gets_plain_values(slot: str, value: Any, files: Path, here: Path) -> None:
+    contents = torch.load(files / "tokenizer.ckpt", weights_only=True)
+    contents["hyper_parameters"]["class_path"] = "hostile_module.Open"
+    del contents["hyper_parameters"]["init_args"]["levels"]
+    torch.save(contents, "open.ckpt")
+    (here / "hostile_module_2.py").write_text("from pathlib import Path\nPath('second').touch()")
+    assert isinstance(load("open.ckpt", trust=["hostile_module"]), FSQ)
+    (here / "canary").unlink()  # of the import of the trusted module
+    contents["hyper_parameters"]["init_args"][slot] = value
+    torch.save(contents, "hostile.ckpt")
+    with pytest.raises(ValueError, match=r"may not|is no class|in a string"):
+        load("hostile.ckpt", trust=["hostile_module"])
+    assert not (here / "canary").exists() and not (here / "second").exists()
 
 
 def test_all_modules_that_are_missing_are_named_at_once(files: Path) -> None:

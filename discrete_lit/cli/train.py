@@ -58,6 +58,7 @@ from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_
 from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.files import atomic_write, atomic_write_text
 from discrete_lit.core.provenance import environment
+from discrete_lit.core.trust import check_plain
 
 _log = logging.getLogger(__name__)
 # A configuration may name a class without its package once its module is imported: here are the modules of every class
@@ -234,8 +235,11 @@ class TrainingCLI(LightningCLI):
         if self.model_from_checkpoint:
             saved = module_config(self.checkpoint, self.checkpoint_path)
         else:
-            saved = current_names(self.checkpoint.get("hyper_parameters"))
-        if saved and "class_path" in saved:
+            saved = self.checkpoint.get("hyper_parameters") or {}
+            if "class_path" in saved:
+                check_plain(saved, self.checkpoint_path)
+                saved = current_names(saved)
+        if "class_path" in saved:
             lines = list(differences(self.config_dump["model"], saved, "model"))
             for line in lines:
                 rank_zero_only(_log.info)(line)

@@ -127,6 +127,21 @@ def check_records(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"has {len(damaged)} damaged records of {len(records)}, the first is {first!a}: copy it again")
 
 
+def check_published(path: str | os.PathLike[str]) -> bool:
+    """Check a file that `torch.save` wrote at any time, as `check_records` does; tell whether it is a zip file.
+
+    Before 2020 it wrote pickles, which have no checksums.
+
+    Raises:
+        ValueError: as `check_records`.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(len(_LOCAL_HEADER)) == _LOCAL_HEADER
+    if zipped:
+        check_records(path)
+    return zipped
+
+
 def _stored_crc(file: BinaryIO, record: zipfile.ZipInfo) -> int | None:
     """Compute the CRC-32 of an uncompressed record; None if it is not there."""
     file.seek(record.header_offset)

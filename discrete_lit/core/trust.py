@@ -143,7 +143,7 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
         ValueError: it is not plain data, names something that no checkpoint may build, or names a class of a module
             that the user has not trusted; the message says where, and what to add.
     """
-    _check_plain(config, source)
+    check_plain(config, source)
     config = current_names(config)
     unknown: dict[str, str] = {}
     for path, key, value in _walk(config):
@@ -163,6 +163,30 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
     if unknown:
         raise ValueError(_untrusted(list(unknown), next(iter(unknown.values())), source))
     return config
+
+
+def check_plain(config: Any, source: str) -> None:
+    """Refuse what is not plain data, and what is too large or too deep to be a configuration; values may be shared.
+
+    Raises:
+        ValueError: which of these it is.
+    """
+    waiting, count = [(config, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            limits = f"more than {_MOST_VALUES:,} values or {_DEEPEST} levels"
+            raise ValueError(f"{source!r} has a configuration of {limits}: it describes no model")
+        if isinstance(value, Mapping):
+            strange = [key for key in value if not isinstance(key, str | int)]
+            if strange:
+                raise ValueError(f"{source!r} has a {type(strange[0]).__name__} for a key in its configuration")
+            waiting += [(inside, depth + 1) for inside in value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(inside, depth + 1) for inside in value]
+        elif not isinstance(value, _PLAIN):
+            raise ValueError(f"{source!r} has a {type(value).__name__} in its configuration, which is not plain data")
 
 
 @contextmanager
@@ -201,26 +225,6 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
         yield where, str(key).rpartition(".")[2], inside
         if isinstance(inside, Mapping | list | tuple):
             yield from _walk(inside, where)
-
-
-def _check_plain(config: Any, source: str) -> None:
-    """Refuse what is not plain data, and what is too large or too deep to be a configuration; values may be shared."""
-    waiting, count = [(config, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1
-        if count > _MOST_VALUES or depth > _DEEPEST:
-            limits = f"more than {_MOST_VALUES:,} values or {_DEEPEST} levels"
-            raise ValueError(f"{source!r} has a configuration of {limits}: it describes no model")
-        if isinstance(value, Mapping):
-            strange = [key for key in value if not isinstance(key, str | int)]
-            if strange:
-                raise ValueError(f"{source!r} has a {type(strange[0]).__name__} for a key in its configuration")
-            waiting += [(inside, depth + 1) for inside in value.values()]
-        elif isinstance(value, list | tuple):
-            waiting += [(inside, depth + 1) for inside in value]
-        elif not isinstance(value, _PLAIN):
-            raise ValueError(f"{source!r} has a {type(value).__name__} in its configuration, which is not plain data")
 
 
 def _check_class(name: Any, path: str, source: str) -> None:

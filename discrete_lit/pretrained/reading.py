@@ -4,6 +4,7 @@ Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and N
 as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
 """
 
+import logging
 import pickle
 import pickletools
 import warnings
@@ -20,9 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from discrete_lit.core.files import check_records
+from discrete_lit.core.files import check_published
 from discrete_lit.core.trust import printable
 
+_log = logging.getLogger(__name__)
 # What trainers left beside the weights. Anything else in a file is taken for code.
 _LEFT_BY_TRAINERS = (
     "pytorch_lightning.*",
@@ -43,7 +45,6 @@ _LEFT_BY_TRAINERS = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
 )
-_ZIP_START = b"PK\x03\x04"
 # The magic number, the protocol, the machine, the content.
 _OLD_PICKLES = 4
 # Where trainers keep the weights in a file, the averaged ones before the trained ones.
@@ -150,6 +151,11 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
         if plain in unwrapped:
             raise ValueError(f"{str(path)!r} has {plain!r} twice, once inside of a wrapper: {name!r}")
         unwrapped[plain] = value
+    broken = [
+        name for name, value in unwrapped.items() if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if broken:
+        _log.warning("%r has values that are not finite in %s", str(path), printable(", ".join(broken[:5])))
     return State(unwrapped, str(path))
 
 
@@ -231,13 +237,10 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(file: Path) -> Any:
-    with file.open("rb") as stream:
-        zipped = stream.read(len(_ZIP_START)) == _ZIP_START
-    if zipped:
-        try:
-            check_records(file)
-        except ValueError as error:
-            raise ValueError(f"{str(file)!r} {error}") from error
+    try:
+        zipped = check_published(file)
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} {error}") from error
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(file)) if zipped else _old_globals(file)
         code = [name for name in unknown if not any(fnmatchcase(name, known) for known in _LEFT_BY_TRAINERS)]

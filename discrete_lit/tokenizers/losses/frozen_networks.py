@@ -3,7 +3,6 @@
 `FrozenNetwork` holds one; below it stand the reading of weights, networks of timm, and images as those expect them.
 """
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.files import check_records
 from discrete_lit.core.images import to_rgb
 from discrete_lit.core.modules import at_least_float32, widened
 
@@ -77,8 +75,9 @@ def read_weights(path: str, setting: str) -> dict[str, Tensor]:
 
             weights: Any = load_file(file)
         else:
-            if zipfile.is_zipfile(file):
-                check_records(file)
+            from discrete_lit.core.files import check_published
+
+            check_published(file)
             weights = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{setting}={path!r} is not a readable file of weights: {error}") from error
