@@ -227,7 +227,9 @@ def taming_net2net(state: State, settings: Settings) -> Conversion:
 
     embedding, positions = "transformer.tok_emb.weight", "transformer.pos_emb"
     arrangements = [Arrangement([embedding], [embedding, "transformer.tok_emb.classes"], with_classes)]
+    options: dict[str, Any] = {}
     if order is not None:
+        options["order"] = order
         places = torch.tensor(order)
 
         def along_the_order(table: Tensor) -> list[Tensor]:
@@ -249,7 +251,7 @@ def taming_net2net(state: State, settings: Settings) -> Conversion:
         dropped=("transformer.blocks.*.attn.mask", "permuter.*_shuffle_idx"),
         tokenizer=taming_vqgan(State(first, state.source), settings.section("first_stage_config")),
         label_dropout=0.0,
-        **({} if order is None else {"order": order}),
+        **options,
     )
 
 
