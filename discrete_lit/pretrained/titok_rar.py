@@ -146,11 +146,12 @@ def _network(state: State, settings: Settings) -> dict[str, Any]:
         "finetune_decoder": legacy,
     }
     settings.agree(found)
-    preprocessing = settings.section("dataset").section("preprocessing")
+    data = settings.section("dataset", ())
+    preprocessing = data.section("preprocessing")
     preprocessing.agree({"crop_size": image_size})
     about_data = "it is about the data of the training"
     preprocessing.without_effect(about_data, "resize_shorter_edge", "random_crop", "random_flip")
-    settings.section("dataset").without_effect(about_data, "params")
+    data.without_effect(about_data, "params")
     settings.without_effect(
         "it is another model, or where its weights were", "generator", "pretrained_tokenizer_weight"
     )
