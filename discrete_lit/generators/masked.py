@@ -37,7 +37,7 @@ class Masked(Generator):
     Args:
         mask_schedule: m of training; the cosine by default, as in the paper.
         bit_groups: g, groups that the b bits of an id are split into, of a vocabulary of 2^b; the ids themselves by
-            default. The backbone's `token_embedding` must be `"bits"` where g is above 1.
+            default. The backbone embeds them as `"bits"`, or by a table for each group.
         unmasked_weight: weight in the training loss of the tokens that were not masked, against 1 of those that were.
             0 is MaskGIT's, 0.1 TiTok's; 1 averages over all positions, as Halton-MaskGIT and MaskBit do. Validation
             has 0.

@@ -109,6 +109,11 @@ def halton_maskgit(state: State, settings: Settings) -> Conversion:
         Arrangement(["reg_tokens.weight"], ["reg_tokens.weight"], lambda table: [table[None]]),
     ]
     sampling = settings.section("sampler")
+    sampling.without_effect(
+        "they are settings of the sampler that one samples with",
+        *("sched_mode", "sched_pow", "sm_temp", "sm_temp_min", "sm_temp_max", "temp_pow", "temp_warmup"),
+        *("randomize", "r_temp", "top_k"),
+    )
     sampler = sampled_by("HaltonSampler", steps=sampling.take("step", min(_STEPS, length)), **_guidance(sampling))
     return generator_conversion(
         "Masked",

@@ -5,6 +5,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.embeddings import grid_coordinates, rotary_table
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, register
 from discrete_lit.pretrained.layouts import (
     IN_TRAINING,
@@ -163,6 +164,11 @@ def _length(state: State, settings: Settings, width: int) -> int:
     if "freqs_cis" in state:
         length = len(state["freqs_cis"]) - 1
         settings.agree({"block_size": length})
+        base, table = settings.take("rope_base", 10000.0), state["freqs_cis"][1:].float()
+        if not torch.allclose(
+            table, rotary_table(grid_coordinates(square(state, length)), 2 * table.shape[1], base=base)
+        ):
+            raise ValueError(f"{state.source!r} has a table 'freqs_cis' that is not that of rope_base={base}")
         return length
     length = settings.optional("block_size", int) or _ONLY_LARGE.get(width)
     if length is None:

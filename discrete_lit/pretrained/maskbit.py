@@ -126,8 +126,10 @@ def _network(state: State, layout: ConvLayout, settings: Settings) -> dict[str, 
             "sample_with_conv": convolved,
         }
     )
+    settings.agree({"legacy": layout != LAYOUT})
     settings.agree({"model_class": "vqgan+"}, "every model that is read has")
     settings.without_effect("it is another model", "mlm_model", "discriminator")
+    settings.without_effect(IN_TRAINING, "finetune_decoder")
     return network
 
 

@@ -88,6 +88,18 @@ def switches(state: State, model: Settings, prefix: str) -> dict[str, Any]:
     }
 
 
+def usual_rotation(prefix: str) -> Arrangement:
+    """Drop the frequencies of the rotary positions, after a check that they are those of base 10000."""
+
+    def check(frequencies: Tensor) -> list[Tensor]:
+        usual = 10000.0 ** -(torch.arange(len(frequencies)) / len(frequencies))
+        if not torch.allclose(frequencies.float(), usual, rtol=1e-2):
+            raise ValueError("rotary_emb.inv_freq is not that of base 10000, which ours has")
+        return []
+
+    return Arrangement([f"{prefix}rotary_emb.inv_freq"], [], check)
+
+
 def neighbouring_pairs(prefix: str, heads: int) -> Arrangement:
     """Reorder queries and keys: rotary positions turn channels i and i + d / 2 of a head there, neighbours here."""
 
@@ -213,8 +225,7 @@ def _sedd(state: State, settings: Settings, graph: str) -> Conversion:
         num_classes=1,
         backbone=backbone,
         rules=rules(""),
-        arrangements=[neighbouring_pairs("", backbone["heads"]), without_classes("")],
-        dropped=BUFFERS,
+        arrangements=[usual_rotation(""), neighbouring_pairs("", backbone["heads"]), without_classes("")],
         process={"class_path": f"discrete_lit.diffusion.{'Absorbing' if absorbing else 'Uniform'}Process"},
         schedule=noise,
         head={"class_path": "discrete_lit.diffusion.ScoreHead", "init_args": head},
@@ -284,12 +295,12 @@ def mdlm(state: State, settings: Settings) -> Conversion:
         backbone=backbone,
         rules=rules(_PREFIX),
         arrangements=[
+            usual_rotation(_PREFIX),
             neighbouring_pairs(_PREFIX, backbone["heads"]),
             (without_classes if timed else without_time)(_PREFIX),
             Arrangement(names, names, never_mask),
             *([mask_behind] if within else []),
         ],
-        dropped=BUFFERS,
         process={"class_path": "discrete_lit.diffusion.AbsorbingProcess"},
         schedule=schedule(settings.section("noise"), "loglinear", tuple(SCHEDULES)),
         head={"class_path": "discrete_lit.diffusion.LeaveOneOutHead"},

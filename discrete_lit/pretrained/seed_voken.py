@@ -91,7 +91,8 @@ def _losses(settings: Settings) -> Settings:
     settings.without_effect(
         "it is about the training",
         *("image_key", "colorize_nlabels", "stage", "scheduler_type", "min_learning_rate", "warmup_epochs"),
-        *("lr_drop_epoch", "lr_drop_rate", "gradient_clip_val"),
+        *("lr_drop_epoch", "lr_drop_rate", "lr_drop_iter", "gradient_clip_val", "use_shared_epoch", "sche_type"),
+        *("wpe", "wp", "wp0", "wp_iter", "max_iter"),
     )
     losses = settings.section("lossconfig")
     losses.without_effect(

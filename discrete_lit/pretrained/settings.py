@@ -30,7 +30,7 @@ _OF_A_RUN = {
     *("experiment", "losses", "dataset", "optimizer", "lr_scheduler", "training", "evaluator", "visualization"),
     *("data", "trainer", "lightning", "callbacks", "seed_everything", "ckpt_path", "seed", "ngpus", "eval", "optim"),
     *("base_learning_rate", "learning_rate", "weight_decay", "scheduler_config", "monitor", "ignore_keys", "resume_lr"),
-    *("wandb", "checkpointing", "hydra", "strategy", "loader", "wandb_logger", "work_dir", "load_dir"),
+    *("wandb", "checkpointing", "hydra", "strategy", "loader", "wandb_logger", "work_dir", "load_dir", "defaults"),
 }
 _NOTE = "note"
 
@@ -166,8 +166,7 @@ class Settings:
         Raises:
             ValueError: there is one; the message names it and the nearest one that is read.
         """
-        if not self._name:
-            self.without_effect("it is about the run that trained the model", *(_OF_A_RUN - self._read))
+        self.without_effect("it is about the run that trained the model", *(_OF_A_RUN - self._read))
         notes = [name for name in self._unread() if not name.isidentifier() or name == _NOTE]
         if notes:
             warnings.warn(

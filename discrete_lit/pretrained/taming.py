@@ -41,6 +41,7 @@ def taming_vqgan(state: State, settings: Settings) -> Conversion:
     quantizer = vector_quantizer(
         codebook_size,
         code_dim,
+        commitment_weight=settings.take("beta", 0.25),
         # The published models were trained with beta on the codebook term, not on the commitment.
         weighted_term="codebook",
     )
@@ -126,9 +127,9 @@ def same_network(sizes: dict[str, Any], settings: Settings) -> None:
         "out_ch": "out_channels",
     }
     settings.agree({theirs: sizes[ours] for theirs, ours in names.items() if ours in sizes})
+    settings.agree({"attn_type": "none" if sizes["attention"] is False else "vanilla"})
     settings.agree(
-        {"resamp_with_conv": True, "attn_type": "vanilla", "use_linear_attn": False, "use_timestep": False},
-        "every model that is read has",
+        {"resamp_with_conv": True, "use_linear_attn": False, "use_timestep": False}, "every model that is read has"
     )
     settings.agree({"give_pre_end": False, "tanh_out": False}, "every model that is read has")
     settings.without_effect(IN_TRAINING, "dropout")
@@ -227,7 +228,9 @@ def taming_net2net(state: State, settings: Settings) -> Conversion:
 
     embedding, positions = "transformer.tok_emb.weight", "transformer.pos_emb"
     arrangements = [Arrangement([embedding], [embedding, "transformer.tok_emb.classes"], with_classes)]
+    options: dict[str, Any] = {}
     if order is not None:
+        options["order"] = order
         places = torch.tensor(order)
 
         def along_the_order(table: Tensor) -> list[Tensor]:
@@ -249,7 +252,7 @@ def taming_net2net(state: State, settings: Settings) -> Conversion:
         dropped=("transformer.blocks.*.attn.mask", "permuter.*_shuffle_idx"),
         tokenizer=taming_vqgan(State(first, state.source), settings.section("first_stage_config")),
         label_dropout=0.0,
-        **({} if order is None else {"order": order}),
+        **options,
     )
 
 

@@ -146,11 +146,12 @@ def _network(state: State, settings: Settings) -> dict[str, Any]:
         "finetune_decoder": legacy,
     }
     settings.agree(found)
-    preprocessing = settings.section("dataset").section("preprocessing")
+    data = settings.section("dataset", ())
+    preprocessing = data.section("preprocessing")
     preprocessing.agree({"crop_size": image_size})
     about_data = "it is about the data of the training"
     preprocessing.without_effect(about_data, "resize_shorter_edge", "random_crop", "random_flip")
-    settings.section("dataset").without_effect(about_data, "params")
+    data.without_effect(about_data, "params")
     settings.without_effect(
         "it is another model, or where its weights were", "generator", "pretrained_tokenizer_weight"
     )
@@ -473,6 +474,8 @@ def _titok_sampler(settings: Settings, length: int) -> dict[str, Any]:
 
 # Rows of the position tables that no sequence reaches.
 _SPARE_POSITIONS = 1024
+# Optimizer steps between which the orders of training become the raster order.
+_ANNEAL_STEPS = {"start": 125_000, "end": 187_500}
 # Guidance scale, its exponent and the temperature of the published evaluation, by width.
 _RAR_SAMPLING = {768: (16.0, 2.75, 1.0), 1024: (15.5, 2.5, 1.02), 1280: (6.9, 1.5, 1.02), 1408: (8.0, 1.2, 1.02)}
 _RULES = [
@@ -522,10 +525,10 @@ def rar(state: State, settings: Settings) -> Conversion:
         "qk_norm": "layer",
     }
     guidance_scale, guidance_power, temperature = _RAR_SAMPLING.get(width, (1.0, 1.0, 1.0))
-    anneal_steps = [
-        settings.take("randomness_anneal_start", 125_000),
-        settings.take("randomness_anneal_end", 187_500),
-    ]
+    anneal_steps = [settings.take(f"randomness_anneal_{end}", step) for end, step in _ANNEAL_STEPS.items()]
+    options: dict[str, Any] = {}
+    if anneal_steps != list(_ANNEAL_STEPS.values()):
+        options["anneal_steps"] = anneal_steps
     sampler = sampled_by(
         "RasterSampler",
         temperature=settings.take("randomize_temperature", temperature),
@@ -559,5 +562,5 @@ def rar(state: State, settings: Settings) -> Conversion:
         order="random_annealed",
         sampler=sampler,
         label_dropout=settings.take("class_label_dropout", 0.1),
-        **({} if anneal_steps == [125_000, 187_500] else {"anneal_steps": anneal_steps}),
+        **options,
     )

@@ -41,6 +41,8 @@ def shapes(width: int, depth: int, condition_width: int, rows: int) -> dict[str,
 
 def named(family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = "backbone." if family == "mdlm" else ""
+    waves = len(tensors["rotary_emb.inv_freq"])
+    tensors["rotary_emb.inv_freq"] = 10000.0 ** -(torch.arange(waves) / waves)
     return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
@@ -121,6 +123,18 @@ def test_the_time_of_mdlm_is_that_of_no_noise(load: Callable[..., Any]) -> None:
     states, labels = torch.randint(9, (2, 12)), torch.tensor([0, 1])
     told = load("mdlm", time_conditioning=True).backbone(states, labels, time=torch.zeros(2))
     assert torch.allclose(load("mdlm").backbone(states, labels), told, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_another_rotation_is_refused(family: str, load: Callable[..., Any]) -> None:
+    def turn(content: dict[str, Any]) -> None:
+        for state in content.values():
+            for name in state:
+                if name.endswith("inv_freq"):
+                    state[name] = 500.0 ** -(torch.arange(4) / 4)
+
+    with pytest.raises(ValueError, match=r"rotary_emb\.inv_freq is not that of base 10000"):
+        load(family, turn)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from helpers import published_generators as published
 from safetensors.torch import save_file
 from torch import Tensor
 
+from discrete_lit.backbones.embeddings import grid_coordinates, rotary_table
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.conversion import Arrangement, arrange, must_be_zero, reorder_chunks
 from discrete_lit.pretrained.reading import State
@@ -272,10 +273,12 @@ def test_the_number_of_llamagens_tokens(load: Callable[..., Any]) -> None:
     """From the file's own table, or asked for, unless the width is that of a model of 384 pixels alone."""
     with pytest.raises(ValueError, match="do not tell the number of tokens: give block_size in reference_config, 256 "):
         load("llamagen_gpt_c2i", block_size=None)
-    table = {"freqs_cis": torch.zeros(37, 32, 2)}
+    table = {"freqs_cis": torch.cat([torch.zeros(1, 32, 2), rotary_table(grid_coordinates((6, 6)), 64)])}
     assert load("llamagen_gpt_c2i", lambda state: state.update(table), block_size=None).token_shape == (6, 6)
     with pytest.raises(ValueError, match="has block_size=64, but the tensors have 36"):
         load("llamagen_gpt_c2i", lambda state: state.update(table))
+    with pytest.raises(ValueError, match=r"a table 'freqs_cis' that is not that of rope_base=100\.0"):
+        load("llamagen_gpt_c2i", lambda state: state.update(table), block_size=36, rope_base=100)
 
 
 @torch.no_grad()

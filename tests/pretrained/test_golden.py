@@ -85,3 +85,19 @@ def test_published_masked_generators_are_sampled_as_diffusion(case: Case, tmp_pa
         remasked = generator.draw(label, random, RemaskingSampler(strategy, eta=0.5, steps=3 * length), trace=True)
         assert 0 <= int(remasked.tokens.min()) and int(remasked.tokens.max()) < generator.vocab_size
         assert sum(int(step.changed.sum()) for step in remasked.trace) > length
+
+
+@pytest.mark.parametrize("case", cases_of(["magvit2_lfq", "ibq"]))
+@torch.no_grad()
+def test_the_weights_of_the_entropies(case: Case, tmp_path: Path) -> None:
+    """w_s of the per-sample entropy, w_b of that of the batch, both times the weight of the entropy loss."""
+    weights = {"sample_minimization_weight": 0.5, "batch_maximization_weight": 3.0}
+    load = published(case, tmp_path)
+    plain, weighted = (
+        golden_tokenizers.quantize(module, module.network.encoder(case.inputs["x"])).losses
+        for module in (load(), load(**weights))
+    )
+    torch.testing.assert_close(weighted["sample_entropy"], 0.5 * plain["sample_entropy"])
+    torch.testing.assert_close(weighted["batch_entropy"], 3.0 * plain["batch_entropy"])
+    with pytest.raises(ValueError, match="sample_minimization_weight=0, which is read with"):
+        load(sample_minimization_weight=0)
