@@ -169,6 +169,6 @@ def wider_attention(query: Tensor, key: Tensor, value: Tensor, **settings: Any) 
     Returns:
         `(B, heads, n, head_dim)` in the precision of the query.
     """
-    wide = (at_least_float32(each) for each in (query, key, value))
+    q, k, v = (at_least_float32(each) for each in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(*wide, **settings).to(query.dtype)
+        return F.scaled_dot_product_attention(q, k, v, **settings).to(query.dtype)

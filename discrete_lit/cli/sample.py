@@ -102,7 +102,8 @@ def sample(
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
-    generator = fabric.strategy.precision.convert_module(generator).to(fabric.device)
+    fabric.strategy.precision.convert_module(generator)  # in place
+    generator = generator.to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
     rows_path = folder / "rows.npy.partial"

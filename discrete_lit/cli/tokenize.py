@@ -86,7 +86,8 @@ def tokenize(
             variants=cut.count,
         )
     fabric.barrier()
-    tokenizer = fabric.strategy.precision.convert_module(freeze(tokenizer)).to(fabric.device)
+    fabric.strategy.precision.convert_module(tokenizer)  # in place
+    tokenizer = freeze(tokenizer).to(fabric.device)
     writer = TokenWriter(output)
     source = data.evaluation_source(split, fabric.global_rank, fabric.world_size, crops=cut)
     # An image that cannot be read would leave its row empty.

@@ -83,6 +83,9 @@ class CounterRandom:
     def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Draw uniform numbers in the open interval (0, 1) with 52 random bits: the midpoints of 2^52 equal cells.
 
+        Below 2^-12 they have 64 bits, so that what happens with a probability of 1e-11 still has many values to be
+        decided by.
+
         Args:
             purpose: what the numbers are for.
             count: numbers for each sample, at most 2^32.
@@ -97,11 +100,13 @@ class CounterRandom:
         index = self.indices[:, None]
         stream = torch.tensor(int(purpose) << 24 | step, device=device)
         words = philox4x32((pairs, stream, index & _WORD, (index >> 32) & _WORD), self.key)
-        first = (words[0] << 20) | (words[1] >> 12)  # 32 + 20 bits
-        second = (words[2] << 20) | (words[3] >> 12)
-        bits = torch.stack((first, second), dim=-1).flatten(1)[:, :count]
-        # A 53rd bit would round the last midpoint up to 1.
-        return (bits.double() + 0.5) * 2.0**-52
+        high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :count]
+        low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :count]
+        # 32 + 20 bits: a 53rd would round the last midpoint up to 1. Of all 64, float64 holds those of numbers that
+        # begin with 12 zeros.
+        coarse = (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52
+        fine = (((high << 32) | low).double() + 0.5) * 2.0**-64
+        return torch.where(high < 2**20, fine, coarse)
 
     def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Draw standard Gumbel numbers -log(-log u), `(B, count)` float64; arguments as for `uniform`."""

@@ -114,7 +114,7 @@ class Autoregressive(Generator):
             weights = torch.ones_like(values)
         else:
             values, weights = head.losses(outputs, tokens, random)
-        position = (torch.arange(self.length, device=tokens.device).double() + 0.5) / self.length
+        position = (torch.arange(self.length, device=tokens.device, dtype=torch.float32) + 0.5) / self.length
         return TokenLosses(values, weights, position.expand_as(values))
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class NextScale(Generator):
         values = self._cross_entropies(tokens, labels)
         lengths = torch.tensor(self.scale_quantizer().lengths, device=tokens.device)
         k = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)  # (N,), the scale of each id
-        return TokenLosses(values, torch.ones_like(values), ((k.double() + 0.5) / len(lengths)).expand_as(values))
+        return TokenLosses(values, torch.ones_like(values), ((k.float() + 0.5) / len(lengths)).expand_as(values))
 
     @torch.no_grad()
     @in_evaluation

@@ -179,3 +179,123 @@ def test_sharded_training_is_refused(tokenizer):
 
     with pytest.raises(ValueError, match=r"does not support sharded training: .*ddp\.yaml in place of fsdp\.yaml"):
         ExponentialMovingAverage().setup(SimpleNamespace(strategy=ModelParallelStrategy()), tokenizer, "fit")
+
+
+class Tables(Callback):
+    """Changes the shape of a saved buffer and of one that is not saved before every batch."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        pl_module.saved = torch.full((1 + batch_idx // 2, 2), float(batch_idx))
+        pl_module.unsaved = torch.full((batch_idx + 1,), float(batch_idx))
+
+
+def test_buffers_whose_shape_changes(tokenizer, make_loader, make_trainer):
+    tokenizer.register_buffer("saved", torch.zeros(7, 2))
+    tokenizer.register_buffer("unsaved", torch.zeros(3), persistent=False)
+    follow, validated = Follow(), []
+    trainer = make_trainer(
+        max_steps=5,
+        val_check_interval=2,
+        limit_val_batches=1,
+        callbacks=[ExponentialMovingAverage(0.5, warmup=False), follow, Tables()],
+    )
+    tokenizer.on_validation_batch_start = lambda *_: validated.append((tokenizer.saved + 0, tokenizer.unsaved + 0))
+    trainer.fit(tokenizer, make_loader(5), make_loader(1))
+    expected = averaged([{k: v for k, v in raw.items() if k != "saved"} for raw in follow.raw], 0.5, warmup=False)
+    found = state(tokenizer)
+    # The mean since the shape is what it is: of batches 0 and 1, 2 and 3, and of 4 alone.
+    torch.testing.assert_close(found.pop("saved"), torch.full((3, 2), 4.0))
+    torch.testing.assert_close(found, expected)
+    saved, unsaved = zip(*validated[-2:], strict=True)
+    torch.testing.assert_close(saved, (torch.full((1, 2), 0.5), torch.full((2, 2), 2.5)))
+    torch.testing.assert_close(unsaved, (torch.full((2,), 1.0), torch.full((4,), 3.0)))
+
+
+def vit_config(positions: str):
+    size = {"width": 16, "depth": 1, "heads": 2}
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ViTAutoencoder",
+        "init_args": {"encoder": size, "decoder": size, "patch_size": 4, "positions": positions, "image_size": 8},
+    }
+    settings = {
+        "network": network,
+        "levels": [4, 3],
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+    }
+    return {"class_path": "discrete_lit.tokenizers.FSQ", "init_args": settings}
+
+
+@pytest.mark.parametrize("positions", ["sine_cosine", "learned"])
+def test_transformers_over_patches(positions, make_loader, make_trainer, tmp_path):
+    """Their tables are made for the grid that comes."""
+    follow, tokenizer = Follow(), instantiate(vit_config(positions))
+    trainer = make_trainer(
+        max_steps=3,
+        val_check_interval=2,
+        limit_val_batches=1,
+        callbacks=[ExponentialMovingAverage(0.5, warmup=False), follow],
+    )
+    trainer.fit(tokenizer, make_loader(3), make_loader(1))
+    torch.testing.assert_close(state(tokenizer), averaged(follow.raw, 0.5, warmup=False))
+    trainer.save_checkpoint(tmp_path / "t.ckpt")
+    images = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert torch.equal(load(tmp_path / "t.ckpt").latents(images), tokenizer.eval().latents(images))
+
+
+def test_averages_of_half_precision_are_float32(make_loader, make_trainer, tmp_path):
+    """A move by a thousandth is below the last digit of bfloat16, and a validation in between rounds no average."""
+    follow, tokenizer = Follow(), instantiate(config())
+    ema = ExponentialMovingAverage(0.99, warmup=False)
+    trainer = make_trainer(
+        max_steps=8,
+        precision="bf16-true",
+        val_check_interval=3,
+        limit_val_batches=1,
+        callbacks=[ema, follow],
+    )
+    trainer.fit(tokenizer, make_loader(8), make_loader(1))
+    expected = averaged([{k: widened(v) for k, v in raw.items()} for raw in follow.raw], 0.99, warmup=False)
+    trainer.save_checkpoint(tmp_path / "t.ckpt")
+    checkpoint = torch.load(tmp_path / "t.ckpt", weights_only=True)
+    torch.testing.assert_close(checkpoint["state_dict"], expected, rtol=1e-5, atol=1e-7)
+    assert checkpoint["state_dict"]["network.encoder.conv_in.weight"].dtype == torch.float32
+    torch.testing.assert_close(checkpoint["current_model_state"], follow.raw[-1], rtol=0, atol=0, check_dtype=False)
+    assert tokenizer.network.dtype == torch.bfloat16
+    torch.testing.assert_close(tokenizer.state_dict(), expected, rtol=1e-2, atol=1e-3, check_dtype=False)
+
+
+def widened(value):
+    return value.float() if value.is_floating_point() else value
+
+
+class Compiled(torch.nn.Module):
+    """Stands for what `torch.compile` makes of a layer: its weights have a prefix."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self._orig_mod = layer
+
+    def forward(self, x):
+        return self._orig_mod(x)
+
+
+def test_compiled_parts_keep_their_averages(tokenizer, make_loader, make_trainer):
+    class Compile(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.network.encoder.conv_in = Compiled(pl_module.network.encoder.conv_in)
+
+    follow = Follow()
+    trainer = make_trainer(max_steps=3, callbacks=[ExponentialMovingAverage(0.5, warmup=False), follow, Compile()])
+    trainer.fit(tokenizer, make_loader(3))
+    assert "network.encoder.conv_in._orig_mod.weight" in tokenizer.state_dict()
+    torch.testing.assert_close(state(tokenizer), averaged(follow.raw, 0.5, warmup=False))
+
+
+def test_weights_that_come_late_are_refused(tokenizer, make_loader, make_trainer):
+    class Late(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.late = torch.nn.Linear(1, 1)
+
+    trainer = make_trainer(max_steps=1, callbacks=[ExponentialMovingAverage(), Late()])
+    with pytest.raises(ValueError, match=r"late\.weight was not there when training began"):
+        trainer.fit(tokenizer, make_loader(1))

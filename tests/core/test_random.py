@@ -60,11 +60,23 @@ def test_uniforms_are_uniform_and_all_different() -> None:
 
 def test_uniforms_are_midpoints_of_cells_of_52_bits() -> None:
     draws = CounterRandom(11, torch.arange(100)).uniform(Purpose.TOKEN, 100)
+    draws = draws[draws >= 2.0**-12]
     scaled = draws * 2.0**53
     assert torch.equal(scaled, scaled.round())
     assert (scaled.long() % 2 == 1).all()
     low_bits = (scaled.long() >> 1) & 1  # the last of the 52 random bits
     assert 0.45 < low_bits.double().mean() < 0.55
+
+
+def test_small_uniforms_have_64_bits() -> None:
+    """What happens with a probability of 1e-11 needs more than the 45,000 values that 52 bits have below it."""
+    draws = CounterRandom(11, torch.arange(2000)).uniform(Purpose.TOKEN, 2000).flatten()
+    small = draws[draws < 2.0**-12]
+    scaled = small * 2.0**65
+    assert len(small) > 800 and torch.equal(scaled, scaled.round()) and (scaled.long() % 2 == 1).all()
+    last = (scaled.long()[:, None] >> torch.arange(1, 13)) & 1  # the twelve bits that larger numbers lack
+    assert (last.double().mean(dim=0) - 0.5).abs().max() < 4 * 0.5 / len(small) ** 0.5
+    assert kstest((small * 2.0**12).numpy(), "uniform").pvalue > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,12 @@ from lightning import LightningModule
 from timm.layers.drop import DropPath
 from torch import nn
 
+from discrete_lit.backbones import FactorisedHead, MaskedBitHead, Transformer
 from discrete_lit.backbones.blocks import Attention
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
-from discrete_lit.samplers import HaltonSampler, MaskGITSampler, RasterSampler
+from discrete_lit.samplers import BARSampler, HaltonSampler, MaskGITSampler, RasterSampler
+from discrete_lit.tokenizers import TokenGrid
 
 each_family = pytest.mark.parametrize("family", ["masked", "autoregressive"])
 
@@ -202,3 +204,43 @@ def test_modes_are_put_back_behind_an_error(make_generator) -> None:
     with pytest.raises(ValueError, match="labels must lie in"):
         generator.sample(torch.tensor([99]))
     assert generator.backbone.training and not generator.tokenizer.training
+
+
+BITS = {
+    "masked bits": (48, {"token_embedding": "bits", "place_head": partial(MaskedBitHead, width=48, depth=1)}),
+    "parts": (60, {"token_embedding": "parts", "place_head": partial(FactorisedHead, sizes=(2**10,) * 6, depth=1)}),
+}
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_wide_ids_are_predicted_bit_by_bit(name: str) -> None:
+    """Ids of 48 and 60 bits, of which a float keeps no more than 53: their bits are read from integers."""
+    bits, switches = BITS[name]
+    generator = Autoregressive(
+        TokenGrid(2**bits, (3,)), 8, num_classes=2, backbone=partial(Transformer, width=8, depth=1, heads=2, **switches)
+    )
+    sampler = BARSampler((8, 40), guidance_scale=1.0) if name == "masked bits" else None
+    labels = torch.zeros(4, dtype=torch.int64)
+    tokens = generator.sample(labels, sampler)
+    assert int(tokens.max()) > 2**32 and len(tokens.unique()) == 12
+    assert torch.equal(generator.sample(labels, sampler, known=tokens), tokens)
+    split = generator.backbone.place_head.sub_tokens
+    assert torch.equal(split.join(split.split(tokens)), tokens)
+    nats = generator.log_likelihood(tokens, labels).nats
+    # The lowest bit of an id counts in its likelihood, and in what follows.
+    assert (generator.log_likelihood(tokens ^ 1, labels).nats != nats).all()
+
+
+def test_wide_ids_in_groups_of_bits() -> None:
+    generator = Masked(
+        TokenGrid(2**60, (3,)),
+        8,
+        num_classes=2,
+        bit_groups=6,
+        backbone=partial(Transformer, width=8, depth=1, heads=2, token_embedding="bits"),
+    )
+    tokens = torch.randint(2**60, (5, 3))
+    sequences = generator.to_sequence(tokens)
+    assert sequences.shape == (5, 18) and sequences.max() < 2**10
+    assert torch.equal(generator.to_grid(sequences), tokens)
+    assert torch.equal(generator.sample(torch.zeros(5, dtype=torch.int64), known=tokens), tokens)
