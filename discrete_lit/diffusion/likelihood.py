@@ -27,10 +27,12 @@ from discrete_lit.diffusion.parameterization import (
 from discrete_lit.diffusion.processes import ForwardProcess, is_absorbing
 from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 
-Variable = Literal["mask_count", "mask_ratio"]
-Estimate = tuple[Tensor, Tensor]
 Network = Callable[[Tensor, NoiseLevel], Tensor]
 """Maps noisy states `(B, N)` and their level to logits."""
+Variable = Literal["mask_count", "mask_ratio"]
+"""What the bound of a process that only masks is a mean over."""
+Estimate = tuple[Tensor, Tensor]
+"""A number for each sequence, `(B,)` float64, and a second one beside it: its variance, or its standard error."""
 
 
 def likelihood_bound(
@@ -69,8 +71,8 @@ def likelihood_bound(
         means = [_integral(network, denoiser, tokens, random, samples), _prior_term(denoiser, tokens)]
         if denoiser.schedule.ends()[0] > 0:
             means.append(_reconstruction(network, denoiser, tokens, random, samples))
-    costs, variances = zip(*means, strict=True)
-    return -sum(costs), sum(variances).sqrt()
+    costs, variances = (torch.stack(parts).sum(dim=0) for parts in zip(*means, strict=True))
+    return -costs, variances.sqrt()
 
 
 def _mean_over_masks(
@@ -121,7 +123,7 @@ def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: Coun
             below = chances.cumsum(dim=1) <= choice * total
             chosen = below.sum(dim=1, keepdim=True).clamp(max=length - 1)
             draws = draws.scatter(1, chosen, draws.gather(1, chosen) * chances.gather(1, chosen))
-        states = process.corrupt(tokens, level.alpha, draws, level.noise)
+        states = process.replace(tokens, level.alpha, draws, level.noise)
         logits, head = network(states, level), denoiser.head
         if not isinstance(loss, ScoreEntropy):
             logits, head = clean_log_probabilities(denoiser, logits, states, level), LeaveOneOutHead()
@@ -206,8 +208,8 @@ def spread_noise(process: ForwardProcess, schedule: MaskSchedule, uniforms: Tens
     unit = log(process.speed)
     low, high = _ends(schedule).log().to(uniforms.device) + unit
     is_short = uniforms < _SHORT
-    first, last = _short_share(low), _short_share(high)
-    short_mass = last - first
+    first = torch.sigmoid(low)
+    short_mass = torch.sigmoid(high) - first
     # What is above a level, and what is below, with all digits of both.
     part = uniforms / _SHORT
     short = (first + part * short_mass).log() - (torch.sigmoid(-high) + (1 - part) * short_mass).log()
@@ -225,11 +227,8 @@ def spread_noise(process: ForwardProcess, schedule: MaskSchedule, uniforms: Tens
     return replace(NoiseLevel.of(schedule, sigma), rate=sigma / density)
 
 
-def _short_share(log_sigma: Tensor) -> Tensor:
-    return torch.sigmoid(log_sigma)
-
-
 def _long_share(log_sigma: Tensor) -> Tensor:
+    """Return the share of the levels with a long tail that have less noise, if noise has no ends."""
     below = _LOW_PART / (1 - log_sigma.clamp(max=0) / _LOW_SCALE)
     above = 1 - (1 - _LOW_PART) / (1 + log_sigma.clamp(min=0) / _HIGH_SCALE)
     return torch.where(log_sigma < 0, below, above)

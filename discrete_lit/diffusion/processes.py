@@ -70,14 +70,20 @@ class ForwardProcess(ABC):
         Args:
             tokens: x_0, `(B, N)` int64 in [0, K).
             alpha: `(B, 1)` float64.
-            uniforms: `(B, N)` float64 in (0, 1), which decide the draw. The lowest change a token: next to 0 float64
-                has the digits to tell many ids apart, next to 1 it has not.
+            uniforms: `(B, N)` float64 in (0, 1), which decide the draw.
             noise: 1 - alpha.
         """
 
     @abstractmethod
+    def replace(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t as `corrupt` does, but draw tokens anew where the uniform numbers are below `replaced`.
+
+        However rarely that is, next to 0 float64 has the digits to tell all ids apart, which next to 1 it has not.
+        """
+
+    @abstractmethod
     def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Return the probability `(B, N)` that `corrupt` draws a token anew: it does for uniform numbers below it."""
+        """Return the probability `(B, N)` that `replace` draws a token anew."""
 
     @abstractmethod
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -177,9 +183,12 @@ class MixtureProcess(ForwardProcess):
         return torch.where(uniforms < self.mask_fraction, ids, drawn)
 
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
+        return self.replace(tokens, alpha, 1 - uniforms, noise)
+
+    def replace(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
         noise = noise_of(alpha, noise)
         # Known to be below the noise, a uniform number is uniform in (0, noise): it decides the draw too.
-        return torch.where(uniforms < noise, self.draw_prior((uniforms / noise).clamp(max=1)), tokens)
+        return torch.where(uniforms < noise, self.draw_prior(1 - (uniforms / noise).clamp(max=1)), tokens)
 
     def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         return noise_of(alpha, noise).expand(tokens.shape)
@@ -344,15 +353,29 @@ class DenseProcess(ForwardProcess):
         return (uniforms * self.states).long().clamp(max=self.states - 1)
 
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
-        levels = total_noise(alpha, noise).expand(len(tokens), 1)
-        count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
-        chunks = (values.split(count) for values in (tokens, levels, uniforms))
-        return torch.cat([self._draw(*chunk) for chunk in zip(*chunks, strict=True)])
+        def drawn(ids: Tensor, numbers: Tensor, rows: Tensor) -> Tensor:
+            cumulative = rows.cumsum(dim=-1)
+            below = cumulative <= numbers[..., None] * cumulative[..., -1:]
+            return below.sum(dim=-1).clamp(max=self.states - 1)
+
+        return self._draw(drawn, tokens, total_noise(alpha, noise), uniforms)
+
+    def replace(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
+        def drawn(ids: Tensor, numbers: Tensor, rows: Tensor) -> Tensor:
+            leaving = rows.scatter(-1, ids[..., None], 0.0).cumsum(dim=-1)
+            own = rows.gather(-1, ids[..., None])
+            found = (leaving <= numbers[..., None] * (leaving[..., -1:] + own)).sum(dim=-1)
+            return torch.where(found < self.states, found, ids)
+
+        return self._draw(drawn, tokens, total_noise(alpha, noise), uniforms)
 
     def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-        rows = self._rows(tokens, total_noise(alpha, noise))
-        leaving = rows.scatter(-1, tokens[..., None], 0.0).sum(dim=-1)
-        return leaving / (leaving + rows.gather(-1, tokens[..., None])[..., 0])
+        def left(ids: Tensor, kernels: Tensor) -> Tensor:
+            own = torch.eye(self.states, dtype=torch.bool, device=ids.device)
+            leaving = kernels.masked_fill(own, 0.0).sum(dim=-1) / kernels.sum(dim=-1)
+            return leaving.expand(len(ids), -1).gather(1, ids[..., 0])
+
+        return self._by_level(left, total_noise(alpha, noise), tokens[..., None])
 
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         def pushed(laws: Tensor, kernels: Tensor) -> Tensor:
@@ -385,14 +408,14 @@ class DenseProcess(ForwardProcess):
         # The rates are symmetric.
         return self.rates_into(states)
 
-    def _draw(self, tokens: Tensor, sigma: Tensor, uniforms: Tensor) -> Tensor:
-        rows = self._rows(tokens, sigma)
-        # The lowest uniform numbers leave the token's own id, as in `MixtureProcess`: all digits tell where to.
-        leaving = rows.scatter(-1, tokens[..., None], 0.0).cumsum(dim=-1)
-        own = rows.gather(-1, tokens[..., None])
-        below = leaving <= uniforms[..., None] * (leaving[..., -1:] + own)
-        drawn = below.sum(dim=-1)
-        return torch.where(drawn < self.states, drawn, tokens)
+    def _draw(
+        self, drawn: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: Tensor, sigma: Tensor, uniforms: Tensor
+    ) -> Tensor:
+        """Call `drawn(tokens, uniforms, rows of the kernel)` for some sequences at a time."""
+        levels = sigma.expand(len(tokens), 1)
+        count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
+        chunks = zip(*(values.split(count) for values in (tokens, uniforms, levels)), strict=True)
+        return torch.cat([drawn(ids, numbers, self._rows(ids, level)) for ids, numbers, level in chunks])
 
     def _rows(self, states: Tensor, sigma: Tensor) -> Tensor:
         """Return the rows of the kernel, which are its columns too, since it is symmetric: `(..., K)`."""

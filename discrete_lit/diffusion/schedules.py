@@ -62,30 +62,39 @@ class MaskSchedule(ABC):
         return float(self.mask_probability(ends)[0]), 1 - float(self.alpha(ends)[1])
 
 
+def _joined(t: Tensor, early: Tensor, late: Tensor) -> tuple[Tensor, Tensor]:
+    """Return m and alpha, of a formula for m that is right early in time, and one for alpha that is right late.
+
+    So neither cancels, and the ends 0 and 1 are exact: a processor's sin(pi / 2) may be next to 1.
+    """
+    is_early = t < 0.5
+    return torch.where(is_early, early, 1 - late), torch.where(is_early, 1 - early, late)
+
+
 class CosineSchedule(MaskSchedule):
     """The cosine of MaskGIT, gamma(r) = cos(pi r / 2), and of MD4 (Shi et al., 2024): m = sin(pi t / 2)."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return torch.sin(t.double() * pi / 2)
+        return self._both(t.double())[0]
 
     def derivative(self, t: Tensor) -> Tensor:
         return torch.sin((1 - t.double()) * pi / 2) * pi / 2
 
     def inverse(self, m: Tensor) -> Tensor:
-        return torch.asin(m.double()) * 2 / pi
+        return torch.where(m == 1, 1, torch.asin(m.double()) * 2 / pi)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 2 * torch.sin((1 - t.double()) * pi / 4) ** 2
+        return self._both(t.double())[1]
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _joined(t, torch.sin(t * pi / 2), 2 * torch.sin((1 - t) * pi / 4) ** 2)
 
 
 class ArccosSchedule(MaskSchedule):
-    """The arccos of MaskBit, TiTok and Halton-MaskGIT, gamma(r) = arccos(r) 2 / pi: m = arccos(1 - t) 2 / pi.
-
-    Processors differ in the last bit of asin(sqrt(1 / 2)) and of sin(pi / 4): m(1) and the inverse of 1 are set to 1.
-    """
+    """The arccos of MaskBit, TiTok and Halton-MaskGIT, gamma(r) = arccos(r) 2 / pi: m = arccos(1 - t) 2 / pi."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return torch.where(t == 1, 1, (torch.asin(torch.sqrt(t.double() / 2)) * 4 / pi).clamp(max=1))
+        return self._both(t.double())[0]
 
     def derivative(self, t: Tensor) -> Tensor:
         return 2 / pi / torch.sqrt(t.double() * (2 - t.double()))
@@ -94,7 +103,10 @@ class ArccosSchedule(MaskSchedule):
         return torch.where(m == 1, 1, (2 * torch.sin(m.double() * pi / 4) ** 2).clamp(max=1))
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.asin(1 - t.double()) * 2 / pi
+        return self._both(t.double())[1]
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return _joined(t, torch.asin(torch.sqrt(t / 2)) * 4 / pi, torch.asin(1 - t) * 2 / pi)
 
 
 class LinearSchedule(MaskSchedule):
@@ -257,16 +269,18 @@ class ClippedSchedule(MaskSchedule):
         """Return the t with f(t) = value."""
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return (1 - self.epsilon) * self._curve(t.double())[0]
+        return (1 - self.epsilon) * _joined(t, *self._curve(t.double())[:2])[0]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self.epsilon + (1 - self.epsilon) * self._curve(t.double())[1]
+        left = _joined(t, *self._curve(t.double())[:2])[1]
+        return left + self.epsilon * (1 - left)
 
     def derivative(self, t: Tensor) -> Tensor:
         return (1 - self.epsilon) * self._curve(t.double())[2]
 
     def inverse(self, m: Tensor) -> Tensor:
-        return self._curve_inverse((m.double() / (1 - self.epsilon)).clamp(max=1))
+        value = (m.double() / (1 - self.epsilon)).clamp(max=1)
+        return torch.where(value == 1, 1, self._curve_inverse(value))
 
 
 class LogLinearSchedule(ClippedSchedule):
@@ -374,7 +388,7 @@ class GeometricSchedule(MaskSchedule):
         return (torch.log(-torch.log1p(-m.double()) / self.sigma_min) / self._growth).clamp(0, 1)
 
     def _total_noise(self, t: Tensor) -> Tensor:
-        return self.sigma_min * torch.exp(self._growth * t.double())
+        return torch.where(t == 1, self.sigma_max, self.sigma_min * torch.exp(self._growth * t.double()))
 
 
 class D3PMCosineSchedule(MaskSchedule):
@@ -397,12 +411,16 @@ class D3PMCosineSchedule(MaskSchedule):
         self._first = sin(self._speed)  # f(0), as cos(offset * speed) = sin(pi / 2 - offset * speed)
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        # cos a - cos b = 2 sin((b + a) / 2) sin((b - a) / 2).
-        middle, half = self._speed * (self.offset + t.double() / 2), self._speed * t.double() / 2
-        return 2 * torch.sin(middle) * torch.sin(half) / self._first
+        return self._both(t.double())[0]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.sin(self._speed * (1 - t.double())) / self._first
+        return self._both(t.double())[1]
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        # cos a - cos b = 2 sin((b + a) / 2) sin((b - a) / 2).
+        middle, half = self._speed * (self.offset + t / 2), self._speed * t / 2
+        early = 2 * torch.sin(middle) * torch.sin(half) / self._first
+        return _joined(t, early, torch.sin(self._speed * (1 - t)) / self._first)
 
     def derivative(self, t: Tensor) -> Tensor:
         return self._speed * torch.sin(self._speed * (t.double() + self.offset)) / self._first
@@ -414,7 +432,8 @@ class D3PMCosineSchedule(MaskSchedule):
         cos_b = cos_a - drop
         sin_b = torch.sqrt(1 - cos_b**2)
         rise = drop * (cos_a + cos_b) / (sin_a + sin_b)  # sin b - sin a
-        return torch.atan2(rise * cos_a + drop * sin_a, cos_a * cos_b + sin_a * sin_b) / self._speed
+        t = torch.atan2(rise * cos_a + drop * sin_a, cos_a * cos_b + sin_a * sin_b) / self._speed
+        return torch.where(m == 1, 1, t.clamp(max=1))
 
 
 class TruncatedSchedule(MaskSchedule):
@@ -440,10 +459,15 @@ class TruncatedSchedule(MaskSchedule):
         self.highest = highest
 
     def mask_probability(self, t: Tensor) -> Tensor:
-        return self.lowest + (self.highest - self.lowest) * self.schedule.mask_probability(t)
+        return self._both(t)[0]
 
     def alpha(self, t: Tensor) -> Tensor:
-        return 1 - self.highest + (self.highest - self.lowest) * self.schedule.alpha(t)
+        return self._both(t)[1]
+
+    def _both(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        span = self.highest - self.lowest
+        early = self.lowest + span * self.schedule.mask_probability(t)
+        return _joined(t, early, 1 - self.highest + span * self.schedule.alpha(t))
 
     def derivative(self, t: Tensor) -> Tensor:
         return (self.highest - self.lowest) * self.schedule.derivative(t)

@@ -53,7 +53,8 @@ class DiscreteDiffusion(Generator):
         loss: `MaskedCrossEntropy()` by default.
         time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
             noise only masks, whose best prediction does not depend on it, and else t.
-        likelihood_samples: network evaluations for each `log_likelihood`.
+        likelihood_samples: network evaluations for each `log_likelihood`; a quarter more where noise does more than
+            mask and the schedule's m(0) is above 0.
         sampler: `AncestralSampler()` by default. Samplers of `Masked` serve too where noise only masks.
         common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 

@@ -161,10 +161,10 @@ def test_dense_kernels_are_copied_to_a_device_once() -> None:
 def test_rare_states_keep_their_probability() -> None:
     """1e6 ids: the share of draws above the last of them is that of the kernel, not that of 2^-24 steps."""
     process = UniformProcess(1_000_000)
-    uniforms = (torch.arange(1, 2001, dtype=torch.float64)[None] - 0.5) * 1e-9
+    uniforms = 1 - (torch.arange(1, 2001, dtype=torch.float64)[None] - 0.5) * 1e-9
     states = process.corrupt(torch.zeros(1, 2000, dtype=torch.int64), torch.full((1, 1), 0.5).double(), uniforms)
-    # Each id has 5e-7 of the mass: the first 2e-6 of the uniforms are the first four ids.
-    assert torch.bincount(states[0]).tolist() == [500, 500, 500, 500]
+    # Each id has 5e-7 of the mass: the last 2e-6 of the uniforms are the last four ids.
+    assert torch.bincount(states[0] - 999_996).tolist() == [500, 500, 500, 500]
 
 
 @pytest.mark.parametrize("noise", [1e-11, 1e-15, 1e-30])
@@ -174,12 +174,12 @@ def test_every_id_is_drawn_however_little_noise_there_is(noise: float) -> None:
     places = (torch.arange(100_000, dtype=torch.float64)[None] + 0.5) / 100_000
     tokens = torch.full((1, 100_000), 3)
     for process in (UniformProcess(50_000), HybridProcess(50_000, 0.5)):
-        states = process.corrupt(tokens, 1 - levels, places * levels, levels)
+        states = process.replace(tokens, 1 - levels, places * levels, levels)
         assert len(states.unique()) == process.states
-        assert torch.equal(process.corrupt(tokens, 1 - levels, (1 + places) * levels, levels), tokens)
+        assert torch.equal(process.replace(tokens, 1 - levels, (1 + places) * levels, levels), tokens)
     process = DiscretizedGaussianProcess(40, 0.5)
     chances = process.replaced(tokens[:, :1], 1 - levels, levels)
-    states = process.corrupt(tokens[:, :20_000], 1 - levels, places[:, ::5] * chances, levels)
+    states = process.replace(tokens[:, :20_000], 1 - levels, places[:, ::5] * chances, levels)
     assert set(states[0].tolist()) == set(range(40)) - {3}
 
 

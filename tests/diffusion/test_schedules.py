@@ -163,11 +163,16 @@ def inner_times() -> torch.Tensor:
     return torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
 
 
-@each_of_maskgit
-def test_endpoints_of_maskgit(schedule: MaskSchedule) -> None:
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    assert torch.equal(schedule.mask_probability(ends), ends)
-    torch.testing.assert_close(schedule.inverse(ends), ends, rtol=0, atol=1e-15)
+@each_schedule
+def test_the_ends_are_exact(name: str) -> None:
+    """By definition, whatever a processor makes of sin(pi / 2)."""
+    schedule, ends = SCHEDULES[name], torch.tensor([0.0, 1.0], dtype=torch.float64)
+    first, last = schedule.ends()
+    m, alpha = schedule.mask_probability(ends), schedule.alpha(ends)
+    assert float(m[0]) == first and float(alpha[0]) == 1 - first and float(m[1]) == last
+    if name in ("arccos", "cosine", "linear", "square", "log-sin to the end", "D3PM cosine"):
+        assert m.tolist() == [0, 1] and alpha.tolist() == [1, 0] and schedule.inverse(m).tolist() == [0, 1]
+    torch.testing.assert_close(schedule.inverse(m), ends, rtol=0, atol=1e-15)
 
 
 @each_of_maskgit

@@ -135,10 +135,12 @@ def rate_matrix(process: ForwardProcess) -> Tensor:
 
 
 def uniforms_of(process: ForwardProcess, alpha: Tensor, uniforms: Tensor, jumps: Tensor | None) -> Tensor:
-    """What our `corrupt` draws as the reference does: both move where they are small, and ours say where to."""
+    """What our `corrupt` draws as the reference does: it moves where `uniforms` are small, ours where they are large,
+    and what ours are above alpha says where to."""
     if jumps is None:
-        return uniforms.double()
-    return torch.where(uniforms < 1 - alpha, (1 - alpha) * (jumps + 0.5) / process.vocab_size, 1.0)
+        return 1 - uniforms.double()
+    where_to = alpha + (1 - alpha) * (jumps + 0.5) / process.vocab_size
+    return torch.where(uniforms < 1 - alpha, where_to, 0.0)
 
 
 def sedd(load: Load, case: Case) -> Tensors:
