@@ -89,9 +89,11 @@ def _of_generator(module: Generator, samplers: list[dict[str, Any]]) -> Outputs:
     # The last label is the null label.
     labels = torch.arange(3) % (module.num_classes + 1)
     tokens = fixed_ids((3, *module.token_shape), module.vocab_size)
-    tensors = {"loss": module.loss(tokens, labels)[0], "sample": module.sample(labels, seed=0)}
+    dropped = labels == module.num_classes
+    given = labels.masked_fill(dropped, 0)
+    tensors = {"loss": module.loss(tokens, given, dropped=dropped)[0], "sample": module.sample(labels, seed=0)}
     module.train()
-    tensors["training_loss"] = module.loss(tokens, labels)[0]
+    tensors["training_loss"] = module.loss(tokens, given, dropped=dropped)[0]
     module.eval()
     likelihood = module.log_likelihood(tokens, labels)
     tensors["nats"] = likelihood.nats
