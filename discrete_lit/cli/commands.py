@@ -50,8 +50,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `discrete-lit` with the given arguments, those of the process by default.
 
-    A `ValueError`, a user's mistake, is printed as one message; the environment variable `DISCRETE_LIT_TRACEBACK=1`
-    shows where it was raised.
+    A `ValueError`, a user's mistake, and an error of the disk are printed as one message; the environment variable
+    `DISCRETE_LIT_TRACEBACK=1` shows where it was raised.
 
     Raises:
         SystemExit: with code 2 after a user's mistake, with code 0 after `--help` and the like.
@@ -78,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
         fail(str(error))
+    except OSError as error:
+        # A full disk, a folder that may not be written: nothing that a traceback explains, where the file is named.
+        if error.filename is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        fail(f"{error.filename}: {error.strerror}")
 
 
 def fail(message: str) -> None:

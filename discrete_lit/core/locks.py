@@ -256,9 +256,11 @@ def _ending_on_signals() -> Iterator[None]:
     process = os.getpid()
 
     def end(number: int, frame: Any) -> None:
-        if os.getpid() != process:  # a worker forked from this process
-            os._exit(128 + number)
-        raise SystemExit(128 + number)
+        if os.getpid() == process:
+            raise SystemExit(128 + number)
+        # A worker forked from this process, which holds nothing.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
 
     handled = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
     replaced = {number: signal.signal(number, end) for number in handled if signal.getsignal(number) == signal.SIG_DFL}

@@ -156,15 +156,18 @@ class TrainingLoader(_Loader):
             "format": _FORMAT,
             "epoch": self.epoch,
             "samples": self.consumed * self.source.samples_per_step,
+            "finished": self.consumed >= self.batches_per_epoch,
             "identity": dict(self.source.identity()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken: inside an epoch with the batches that were left, else with the next epoch.
+
+        Between two epochs there are none left: data, batch size, ranks and workers may be others.
 
         Raises:
-            ValueError: the state is of another kind of loader, or of other data or settings, so that the batches would
-                not be the ones that were left.
+            ValueError: the state is of another kind of loader, or was taken inside an epoch with other data or
+                settings, so that the batches would not be the ones that were left.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(
@@ -172,12 +175,17 @@ class TrainingLoader(_Loader):
                 "DataModule that is not of discrete_lit.data"
             )
         saved, current = dict(state["identity"]), dict(self.source.identity())
+        if _is_finished(state) or state["samples"] == 0:
+            self.epoch = state["epoch"] + (state["samples"] > 0)
+            self.consumed = 0
+            self._continue = True
+            return
         if saved != current:
             names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
             differences = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in names)
             raise ValueError(
                 f"cannot continue inside an epoch with other data settings: {differences}. Resume with the settings of "
-                "the checkpoint, or start a new run from its weights."
+                "the checkpoint, or start a new run from its weights: `discrete-lit fit --weights CHECKPOINT`."
             )
         self.epoch = state["epoch"]
         self.consumed = state["samples"] // self.source.samples_per_step
@@ -267,6 +275,15 @@ class OrderedSource:
 
     def identity(self) -> Mapping[str, int | str]:
         return self._identity
+
+
+def _is_finished(state: Mapping[str, Any]) -> bool:
+    """Tell whether the epoch of a state was over; states of earlier versions do not say it, the counts do."""
+    if "finished" in state:
+        return bool(state["finished"])
+    identity = state["identity"]
+    step = identity.get("samples_per_step") or identity.get("batch_size", 0) * identity.get("world_size", 0)
+    return bool(step) and state["samples"] >= identity.get("count", 0) // step * step > 0
 
 
 def rank_range(count: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import yaml
 from helpers.tiny_runs import QUIET, TOKENIZER, run, write_settings
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from discrete_lit.cli.train import RunFolder
+from discrete_lit.cli.run_folder import RunFolder
 
 
 def fit(folder: Path, *arguments: Any, **trainer: Any) -> None:
