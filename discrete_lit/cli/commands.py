@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from discrete_lit import __version__
 
@@ -25,6 +26,8 @@ FUNCTION_COMMANDS = {
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
+# Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
+_FILLING = ("tokenize", "sample", "evaluate")
 # Module and function, where they do not have the command's name: `import` cannot be one.
 _FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}
@@ -108,6 +111,7 @@ def run_function(name: str, arguments: list[str]) -> None:
 
     from discrete_lit.cli.config import explain
     from discrete_lit.core.configuration import build
+    from discrete_lit.core.locks import sole_writer
 
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
@@ -123,4 +127,5 @@ def run_function(name: str, arguments: list[str]) -> None:
         raise ValueError(explain(parser, arguments, error)) from error
     settings = build(parser, parsed)
     settings.pop("config")
-    function(**settings)
+    with sole_writer(settings["output"], name) if name in _FILLING else nullcontext():
+        function(**settings)

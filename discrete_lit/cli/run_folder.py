@@ -15,7 +15,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -245,14 +245,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     Lightning writes into TMPDIR, and copies from there where that is another file system: it fills a small TMPDIR,
     leaves files there, and a kill in between leaves half a checkpoint under the final name.
-
-    Args:
-        check: called before each file gets its name; raises where this process may not write any more.
     """
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.check = check
         self._told: set[str] = set()
 
     def save_checkpoint(
@@ -266,7 +262,6 @@ class WholeCheckpoints(TorchCheckpointIO):
             torch.save(checkpoint, file)
             file.flush()
             self._check_readable(checkpoint, Path(file.name), path)
-            self.check()
 
     def _check_readable(self, checkpoint: dict[str, Any], written: Path, path: str | os.PathLike[str]) -> None:
         try:

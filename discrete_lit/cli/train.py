@@ -43,7 +43,7 @@ from discrete_lit.cli.run_folder import (
 )
 from discrete_lit.core.configuration import build, current_names
 from discrete_lit.core.lightning_internals import continue_csv_log
-from discrete_lit.core.locks import FolderInUse, FolderLock, sole_writer
+from discrete_lit.core.locks import FolderInUse, sole_writer
 
 _log = logging.getLogger(__name__)
 # A configuration may name a class without its package once its module is imported: here are the modules of every class
@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
         self.command = command
         self.arguments = arguments
         self.held = held
-        self.locks: list[FolderLock] = []
+        self.held_folders: set[str] = set()
         self.weights: str | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: str | None = None
@@ -150,16 +150,17 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="A checkpoint to go on from, or `last`: of all checkpoints of the run in --run_dir the one of the highest "
-            "step, none in an empty folder. Without a model in the configuration, the model is the checkpoint's.",
+            help="A checkpoint to go on from, or `last`: of all checkpoints of the run in --run_dir the one of the "
+            "highest step, none in an empty folder. Without a model in the configuration, the model is the "
+            "checkpoint's.",
         )
         if self.command == "fit":
             parser.add_argument(
                 "--weights",
                 type=str | None,
                 help="A checkpoint, trained or imported, whose weights a new run starts from: at step 0, with new "
-                "optimizers. With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a model "
-                "in the configuration, the model is the checkpoint's.",
+                "optimizers. With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a "
+                "model in the configuration, the model is the checkpoint's.",
             )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
         skipped |= {"ckpt_path", "weights_only"}
@@ -193,11 +194,11 @@ class TrainingCLI(LightningCLI):
         Raises:
             ValueError: another one writes there.
         """
-        if any(os.path.realpath(lock.folder) == os.path.realpath(folder) for lock in self.locks):
+        if os.path.realpath(folder) in self.held_folders:
             return
         # Lightning ends a fit on SIGTERM at the end of a batch; `Preemption` does so with a checkpoint.
-        lock = self.held.enter_context(sole_writer(folder, self.command, end_on_signals=self.command != "fit"))
-        self.locks += [lock] if lock is not None else []
+        self.held.enter_context(sole_writer(folder, self.command, end_on_signals=self.command != "fit"))
+        self.held_folders.add(os.path.realpath(folder))
 
     def _resolve(self, given: GivenSettings) -> tuple[str, dict[str, Any]] | None:
         """Find the checkpoint that `--ckpt_path` means, or else the one that `--weights` names, and read it.
@@ -289,8 +290,8 @@ class TrainingCLI(LightningCLI):
             raise ValueError(f"weights={self.weights!r} is a sharded checkpoint, whose weights only its own run reads")
         if self.command == "fit" and not any(weight.requires_grad for weight in self.model.parameters()):
             raise ValueError(
-                f"this {type(self.model).__name__} has no weights to train. `from_checkpoint` freezes what it loads, as "
-                "the tokenizer of a generator: to train such a model on, leave it out and give `--weights FILE`"
+                f"this {type(self.model).__name__} has no weights to train. `from_checkpoint` freezes what it loads, "
+                "as the tokenizer of a generator: to train such a model on, leave it out and give `--weights FILE`"
             )
         self.trainer = self.instantiate_trainer()
 
@@ -316,7 +317,7 @@ class TrainingCLI(LightningCLI):
                 callbacks.append(FollowConfiguration(self.changed))
         trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeCheckpoints(self._check_locks)
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
 
     def _resumed(self) -> dict[str, Any] | None:
@@ -338,10 +339,6 @@ class TrainingCLI(LightningCLI):
                 return logger
             except FolderInUse:
                 continue  # its folder is there now, and the next version has another number
-
-    def _check_locks(self) -> None:
-        for lock in self.locks:
-            lock.check()
 
     def _always_on(self, callbacks: list[Callback], logged: bool) -> list[Callback]:
         """List the callbacks that every run has, without those that the user configured."""

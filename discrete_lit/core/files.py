@@ -19,6 +19,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from discrete_lit.core.locks import check_locks
+
 UNFINISHED_SUFFIX = ".tmp"
 """Ends the name that a file has while it is written."""
 
@@ -75,7 +77,11 @@ def publish(temporary: Path, path: str | os.PathLike[str]) -> None:
     Args:
         temporary: the finished file, in the same file system.
         path: its name from now on.
+
+    Raises:
+        FolderInUse: another process has taken over a folder that this one holds, and writes there.
     """
+    check_locks()
     if temporary.is_dir():
         # No file system replaces a folder that holds something.
         if Path(path).is_dir():

@@ -31,6 +31,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+_held: list["FolderLock"] = []
 BEAT = 10.0
 """Seconds between two heartbeats."""
 PATIENCE = 90.0
@@ -89,9 +90,10 @@ class FolderLock:
             raise
         self._beats = threading.Thread(target=self._beat, name=f"lock of {self.folder}", daemon=True)
         self._beats.start()
+        _held.append(self)
 
     def check(self) -> None:
-        """Ask, before something is given its final name, whether the lock is still this process's.
+        """Ask whether the lock is still this process's.
 
         A process that was stopped for minutes may wake after another machine has taken the lock over.
 
@@ -111,6 +113,7 @@ class FolderLock:
         """Give the lock back; a process forked from the holder does nothing."""
         if os.getpid() != self._process or self._beats is None:
             return
+        _held.remove(self)
         self._stop.set()
         self._beats.join()
         self._beats = None
@@ -219,6 +222,16 @@ class FolderLock:
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def check_locks() -> None:
+    """Ask, before a file is given its final name, whether the locks that this process took are still its own.
+
+    Raises:
+        FolderInUse: another process has taken one over.
+    """
+    for lock in _held:
+        lock.check()
 
 
 @contextmanager
