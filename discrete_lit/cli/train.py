@@ -391,5 +391,6 @@ class TrainingCLI(LightningCLI):
                 if "://" not in place:
                     self._hold(place)
         for logger in files if self.trainer.is_global_zero else []:
-            if isinstance(logger, CSVLogger) and (self._resumed() is not None or self.command != "fit"):
-                continue_csv_log(logger, self._first_step())
+            if isinstance(logger, CSVLogger):
+                begins = self.command == "fit" and self._resumed() is None
+                continue_csv_log(logger, 0 if begins else self._first_step())

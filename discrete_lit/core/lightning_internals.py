@@ -7,6 +7,7 @@ on and says what to do when a new Lightning breaks it.
 import csv
 import io
 import math
+from itertools import count
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
@@ -74,10 +75,17 @@ def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:
 
     Args:
         logger: it.
-        first_step: first step that will be logged; None keeps every row.
+        first_step: first step that will be logged; None keeps every row. At 0 nothing goes on: an earlier run's file
+            gets another name, `metrics-1.csv` or the next free one.
     """
-    file = Path(logger.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+    writer = _ContinuedLog(logger.log_dir)
+    logger._experiment = writer
+    file = Path(writer.metrics_file_path)
     if not file.is_file():
+        return
+    if first_step == 0:
+        names = (file.with_stem(f"{file.stem}-{number}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
         return
     with file.open(newline="", encoding="utf-8") as opened:
         reader = csv.DictReader(opened)
@@ -88,9 +96,7 @@ def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:
     table.writeheader()
     table.writerows(rows)
     atomic_write_text(file, text.getvalue())
-    writer = _ContinuedLog(logger.log_dir)
     writer.metrics_keys = columns
-    logger._experiment = writer
 
 
 class _ContinuedLog(ExperimentWriter):
