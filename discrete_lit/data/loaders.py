@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from discrete_lit.core.random import sample_order
 
@@ -345,7 +345,28 @@ class _Computed(Dataset):
         self.source = source
 
     def __getitem__(self, request: tuple[int, int]) -> tuple[Batch, list[BadSample]]:
-        return self.source.batch(*request)
+        batch, bad = self.source.batch(*request)
+        if get_worker_info() is not None:
+            _share(batch)
+        return batch, bad
+
+
+def _share(batch: Batch) -> None:
+    """Put the tensors of a batch into shared memory, where the training process reads them.
+
+    PyTorch does it after the worker has handed the batch over, in a thread whose errors nobody hears: where there is no
+    room, the training waits for ever.
+    """
+    for value in batch.values():
+        if isinstance(value, torch.Tensor):
+            try:
+                value.share_memory_()
+            except RuntimeError as error:
+                raise ValueError(
+                    f"/dev/shm has no room for a batch of a loader's worker ({value.nbytes:,} bytes): give the "
+                    "container more shared memory (docker run --shm-size=8g), or set num_workers or batch_size lower; "
+                    f"num_workers: 0 needs none. {str(error).splitlines()[0]}"
+                ) from error
 
 
 class _Requests(Sampler):

@@ -90,6 +90,19 @@ def test_a_loader_continues_with_the_same_batches(
         assert [seen(batch) for batch in resumed] == expected[1]
 
 
+def test_full_shared_memory_is_an_error_and_not_a_hang(
+    tmp_path: Path, make_token_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    folder = str(make_token_folder(tmp_path / "tokens", count=43))
+    assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
+    with pytest.raises(ValueError, match="/dev/shm has no room for a batch"):
+        list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
+
+
 def test_the_state_is_the_same_on_every_rank(make_data: Callable[..., ResumableDataModule]) -> None:
     states = []
     for rank in range(2):
