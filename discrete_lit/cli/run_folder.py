@@ -222,7 +222,7 @@ def _first_line(file: Path, error: Exception) -> str:
 
 
 def _progress(checkpoint: Mapping[str, Any]) -> tuple[int, int, int]:
-    """How far a run was: optimizer steps, then batches and finished epochs."""
+    """Return how far a run was: optimizer steps, then batches and finished epochs."""
     fit = (checkpoint.get("loops") or {}).get("fit_loop") or {}
     batches = fit.get("epoch_loop.batch_progress", {}).get("total", {}).get("ready", 0)
     epochs = fit.get("epoch_progress", {}).get("total", {}).get("processed", 0)
