@@ -172,7 +172,7 @@ class TrainingCLI(LightningCLI):
         asked = {argument.partition("=")[0] for argument in arguments}
         if not asked & {"-h", "--help"}:
             run_dir = given.values.get("run_dir")
-            if self.command == "fit" and run_dir not in (None, "null") and "--print_config" not in asked:
+            if self.command in ("fit", "predict") and run_dir not in (None, "null") and "--print_config" not in asked:
                 # Before anything is read: the holder may be about to write its last checkpoint.
                 self._hold(str(run_dir))
             arguments = self._with_checkpoint(given)

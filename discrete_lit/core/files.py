@@ -60,7 +60,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         # torch.save hides it behind an error of its own.
         disk = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(disk, OSError) or disk.errno is None or (disk is error and error.filename is not None):
+        if not isinstance(disk, OSError) or disk.errno is None or disk.filename is not None:
             raise
         raise OSError(disk.errno, disk.strerror, os.fspath(path)) from error
 
@@ -167,7 +167,7 @@ class RowFile:
         """
         # Rows of a batch are mostly neighbours: one call writes them all.
         for run in _runs(rows):
-            data = memoryview(np.ascontiguousarray(values[run], dtype=self.dtype)).cast("B")
+            data = memoryview(np.ascontiguousarray(values[run], dtype=self.dtype).tobytes())
             start = self._offset(rows[run][0])
             with naming(self.path):
                 while data:

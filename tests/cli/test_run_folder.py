@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 from helpers.tiny_runs import QUIET, TOKENIZER, run, write_settings
 from lightning.pytorch.callbacks import Callback
@@ -219,6 +220,24 @@ def test_weights_alone_are_not_taken_for_the_run(
     assert "step=2.ckpt' cannot be read: Permission denied" in message
     assert f"{alone.name}' holds weights alone" in message and "--weights" in message
     assert files(folder) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_is_the_last_one_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder with the weights and the optimizers' states in shards; one that was not finished is passed over."""
+    fit(tmp_path, limit_val_batches=0)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    contents = torch.load(file, weights_only=True)
+    shards = {"state_dict": contents.pop("state_dict"), "optimizer_0": {"lr": torch.zeros(())}}
+    del contents["optimizer_states"]
+    for step_of in (7, 9):
+        folder = tmp_path / "checkpoints" / f"step={step_of}.ckpt"
+        torch.distributed.checkpoint.save(shards, checkpoint_id=folder, no_dist=True)
+        torch.save(contents | {"global_step": step_of}, folder / "meta.pt")
+    (folder / ".metadata").unlink()
+    found = RunFolder(tmp_path).newest_intact(continues=True)
+    assert found is not None and found[0] == str(folder.with_name("step=7.ckpt"))
+    assert "step=9.ckpt" in caplog.text and "unfinished sharded checkpoint" in caplog.text
 
 
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
