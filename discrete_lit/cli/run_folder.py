@@ -67,8 +67,7 @@ class RunFolder:
         Raises:
             ValueError: a folder cannot be read.
         """
-        # Lightning's own preemption, and a callback that saves on an exception, write into the folder itself.
-        beside = [file for file in self.path.glob("*.ckpt") if not file.name.startswith(".")]
+        beside = self.path.glob("hpc_ckpt_*.ckpt")  # of Lightning's own preemption
         return list(dict.fromkeys((*beside, *(file for place in self.places() for file in _checkpoints_in(place)))))
 
     def newest_intact(self, *, continues: bool = False) -> tuple[str, dict[str, Any]] | None:
@@ -217,7 +216,7 @@ def _unreadable(error: Exception) -> str:
 def _first_line(file: Path, error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{str(file)!r} cannot be read: {error.strerror or error}"
-    text = str(error).strip().splitlines()[0]
+    text = (str(error).strip() or repr(error)).splitlines()[0]
     return text if str(file) in text else f"{str(file)!r} cannot be read: {text}"
 
 

@@ -215,12 +215,15 @@ def test_a_new_run_starts_from_weights(
     source: str, model: bool, two_tokenizers: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Of a checkpoint that was trained or imported, with the model in the configuration or from the checkpoint."""
-    weights = two_tokenizers[0] if source == "trained" else imported(two_tokenizers[0], tmp_path / "imported.ckpt")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    # A file of weights in the run folder is none of the run's checkpoints.
+    weights = two_tokenizers[0] if source == "trained" else imported(two_tokenizers[0], folder / "imported.ckpt")
     settings = copy.deepcopy(TOKENIZER)
     settings["trainer"]["max_steps"] = 1
     if not model:
         del settings["model"]
-    file, folder = write_settings(tmp_path / "settings.yaml", settings), tmp_path / "run"
+    file = write_settings(tmp_path / "settings.yaml", settings)
     start = ("fit", "--config", file, "--run_dir", folder, "--weights", weights, "--ckpt_path", "last")
     optimizer = (f"--{OPTIMIZER}=torch.optim.AdamW", f"--{OPTIMIZER}.init_args.lr=0")
     run(*start, *optimizer)
