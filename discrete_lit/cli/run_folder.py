@@ -90,6 +90,8 @@ class RunFolder:
         for file in self.checkpoints():
             try:
                 checkpoint = _glance(file)
+                if self._is_anothers(file, checkpoint):
+                    continue
                 if continues and not holds_a_run(checkpoint):
                     unfit.append(f"{str(file)!r} holds weights alone")
                 else:
@@ -115,6 +117,13 @@ class RunFolder:
                 + "\n       ".join(lines)
             )
         return None
+
+    def _is_anothers(self, file: Path, checkpoint: Mapping[str, Any]) -> bool:
+        """Tell whether a checkpoint below a folder of this run's was written by a run that has its folder there."""
+        folder = os.path.realpath(file.parent)
+        if folder in map(os.path.realpath, self.places()) or Path(folder).is_relative_to(os.path.realpath(self.path)):
+            return False
+        return folder in _written_into(checkpoint)
 
     def logger(self, first_step: int | None) -> TensorBoardLogger:
         """Open the one TensorBoard log of the run; from the first step of a resume on, older events are hidden."""
@@ -204,6 +213,13 @@ def _glance(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("global_step"), int):
         raise ValueError("it is not a checkpoint of `discrete-lit fit`")
     return checkpoint
+
+
+def _written_into(checkpoint: Mapping[str, Any]) -> list[str]:
+    """List the folders of the ModelCheckpoints of the run that wrote a checkpoint."""
+    states = (checkpoint.get("callbacks") or {}).values()
+    places = [state.get("dirpath") for state in states if isinstance(state, Mapping)]
+    return [os.path.realpath(place) for place in places if isinstance(place, str)]
 
 
 def _unreadable(error: Exception) -> str:
@@ -315,7 +331,7 @@ class RemoveSuperseded(Callback):
             if "://" in place or not Path(place).is_dir():
                 continue
             for pattern in (f"*.ckpt{UNFINISHED_SUFFIX}", ".*.ckpt.unfinished"):
-                for file in Path(place).rglob(pattern):
+                for file in Path(place).glob(pattern):  # not below it, where another run may be writing
                     trainer.strategy.remove_checkpoint(file)
             if trainer.ckpt_path is None or keeper.save_top_k < 1:
                 continue
@@ -332,7 +348,9 @@ class RemoveSuperseded(Callback):
         except (OSError, ValueError):
             return False
         state = (checkpoint.get("callbacks") or {}).get(keeper.state_key)
-        if state is None or (checkpoint.get(_KEPT) or {}).get(keeper.state_key) != keeper.save_top_k:
+        if state is None or os.path.realpath(str(state["dirpath"])) != os.path.realpath(str(keeper.dirpath)):
+            return False
+        if (checkpoint.get(_KEPT) or {}).get(keeper.state_key) != keeper.save_top_k:
             return False
         kept = (state["best_model_path"], *state["best_k_models"])
         own = any(os.path.realpath(name) == os.path.realpath(file) for name in kept if name)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,15 @@ def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: Any, *
     return capsys.readouterr().err
 
 
+def of_another(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint as a run would that has the file's folder for its own."""
+    for state in checkpoint["callbacks"].values():
+        if "dirpath" in state:
+            state |= {"dirpath": str(file.parent), "best_model_path": str(file)}
+    file.parent.mkdir()
+    torch.save(checkpoint, file)
+
+
 def test_a_state_that_cannot_be_read_back_is_named_when_written_and_when_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +197,9 @@ def test_last_is_the_highest_step_wherever_the_run_writes(noted: bool, tmp_path:
         (folder / "run.json").unlink()
     found = given.newest_intact(continues=True)
     assert found is not None and found[0] == str(scratch / "v0" / "step=2.ckpt")
+    # Another run has its folder below.
+    of_another(torch.load(found[0], weights_only=True) | {"global_step": 9}, scratch / "another" / "step=9.ckpt")
+    assert given.newest_intact(continues=True)[0] == found[0]  # type: ignore[index]
 
 
 def test_weights_alone_are_not_taken_for_the_run(
@@ -282,7 +295,10 @@ def test_a_run_that_was_killed_is_tidied_up_at_its_resume(tmp_path: Path) -> Non
     first.write_bytes(superseded)
     (kept / "mine.ckpt").write_bytes(superseded)
     (kept / f"{first.name}.tmp").write_bytes(superseded[:100])
+    of_another(torch.load(first, weights_only=True), kept / "another" / "epoch=0-step=1.ckpt")
     fit(folder, "--data.count", 4, "--ckpt_path", "last", max_steps=3, **settings)
+    assert (kept / "another" / "epoch=0-step=1.ckpt").exists()
+    shutil.rmtree(kept / "another")
     assert sorted(file.name for file in kept.iterdir()) == ["epoch=2-step=3.ckpt", "last.ckpt", "mine.ckpt"]
 
 
