@@ -150,7 +150,7 @@ def sample(
         **environment(fabric.device),
     }
     if fabric.global_rank == 0:
-        _write(folder, generator.tokenizer, np.load(rows_path, mmap_mode="r"), all_labels.numpy(), run)
+        _write(folder, generator.tokenizer, np.load(rows_path, mmap_mode="c"), all_labels.numpy(), run)
         rows_path.unlink()
     fabric.barrier()
     return run
