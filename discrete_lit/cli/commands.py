@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from discrete_lit import __version__
 
@@ -25,6 +26,8 @@ FUNCTION_COMMANDS = {
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
+# Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
+_FILLING = ("tokenize", "sample", "evaluate")
 # Module and function, where they do not have the command's name: `import` cannot be one.
 _FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}
@@ -51,8 +54,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `discrete-lit` with the given arguments, those of the process by default.
 
-    A `ValueError`, a user's mistake, is printed as one message; the environment variable `DISCRETE_LIT_TRACEBACK=1`
-    shows where it was raised.
+    A `ValueError`, a user's mistake, and an error of the disk are printed as one message; the environment variable
+    `DISCRETE_LIT_TRACEBACK=1` shows where it was raised.
 
     Raises:
         SystemExit: with code 2 after a user's mistake, with code 0 after `--help` and the like.
@@ -80,6 +83,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
         fail(str(error))
+    except OSError as error:
+        # A full disk, a folder that may not be written: nothing that a traceback explains, where the file is named.
+        if error.filename is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        fail(f"{error.filename}: {error.strerror}")
 
 
 def fail(message: str) -> None:
@@ -136,6 +144,7 @@ def run_function(name: str, arguments: list[str]) -> None:
 
     from discrete_lit.cli.config import TRUST_HELP, explain
     from discrete_lit.core.configuration import build
+    from discrete_lit.core.locks import sole_writer
 
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
@@ -155,4 +164,5 @@ def run_function(name: str, arguments: list[str]) -> None:
         raise ValueError(explain(parser, arguments, error)) from error
     settings = build(parser, parsed)
     settings.pop("config")
-    function(**settings)
+    with sole_writer(settings["output"], name) if name in _FILLING else nullcontext():
+        function(**settings)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from
+from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from, end_finished_epoch
 from discrete_lit.core.trust import printable
 from discrete_lit.generators.generator import Generator
 
@@ -46,6 +46,21 @@ def _shown(value: Any) -> str:
     return "null" if value is None else printable(value)
 
 
+def check_classes(config: Mapping[str, Any], checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse the weights of a model of other classes than the configured one.
+
+    Raises:
+        ValueError: the numbers of classes differ.
+    """
+    saved = (checkpoint.get("hyper_parameters") or {}).get("init_args") or {}
+    before, now = saved.get("num_classes"), (config.get("init_args") or {}).get("num_classes")
+    if None not in (before, now) and before != now:
+        raise ValueError(
+            f"model.init_args.num_classes is {now}, and the weights of {path!r} are of {before} classes: a label would "
+            "mean another class. Train on data of the same classes, or start without these weights"
+        )
+
+
 def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path: str) -> None:
     """Refuse to go on with a generator whose configured tokenizer is not the one in its checkpoint.
 
@@ -64,17 +79,19 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
 
 
 class ContinueExactly(Callback):
-    """Makes up for two slips of Lightning 2.6 at a resume.
+    """Makes up for three slips of Lightning 2.6 at a resume.
 
     From a checkpoint written at the end of an epoch without validation, under `max_steps`, it would train one more
-    batch in that epoch and then lose the rest of the next. And it counts the steps of the log apart from `global_step`,
-    after some resumes from one too far: a gap in every curve.
+    batch in that epoch and then lose the rest of the next. Where the data, the batch size or the ranks changed between
+    two epochs, it would take an epoch that had fewer batches for unfinished. And it counts the steps of the log apart
+    from `global_step`, after some resumes from one too far: a gap in every curve.
     """
 
     def __init__(self) -> None:
         self.first = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        end_finished_epoch(trainer)
         if trainer.fit_loop.restarted_on_epoch_end:
             # The epoch is over, its validation too: what follows is the beginning of the next one.
             begin_next_epoch(trainer)

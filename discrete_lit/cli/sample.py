@@ -1,6 +1,8 @@
 """`discrete-lit sample`: a generator's checkpoint to images on disk."""
 
 import json
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from tqdm import tqdm
 from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.core.distributed import all_reduce_sum
-from discrete_lit.core.files import atomic_write, atomic_write_text, file_sha256
+from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
@@ -109,7 +111,7 @@ def sample(
     rows_path = folder / "rows.npy.partial"
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
-    writer: np.memmap | None = None
+    writer: RowFile | None = None
     own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
@@ -123,11 +125,11 @@ def sample(
         seconds += time.perf_counter() - begin
         if writer is None:
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
-        writer[indices.numpy()] = rows
+        writer.write(indices.numpy(), rows)
         count += len(indices)
     if writer is None:
         writer = _open_rows(rows_path, None, None, fabric)
-    writer.flush()
+    writer.close()
     fabric.barrier()
 
     rates = torch.tensor((count / seconds, count / seconds_undecoded) if count else (0.0, 0.0), device=fabric.device)
@@ -156,7 +158,7 @@ def sample(
         **environment(fabric.device),
     }
     if fabric.global_rank == 0:
-        _write(folder, generator.tokenizer, writer, all_labels.numpy(), run)
+        _write(folder, generator.tokenizer, np.load(rows_path, mmap_mode="c"), all_labels.numpy(), run)
         rows_path.unlink()
     fabric.barrier()
     return run
@@ -183,15 +185,20 @@ def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: ImageSize | No
     return to_uint8(decoded).movedim(1, -1).cpu().numpy()
 
 
-def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> np.memmap:
+def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> RowFile:
     """The array that all ranks write their rows into; rank 0, which always has rows, makes it."""
     if fabric.global_rank == 0:
         assert shape is not None and dtype is not None
-        writer = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        fabric.barrier("made")
-        return writer
+        path.unlink(missing_ok=True)
+        needed, free = 2 * math.prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
+        if free < needed:
+            raise ValueError(
+                f"{path.parent} has {free:,} bytes of free space, and {shape[0]:,} samples take {needed:,} while they "
+                "are drawn and written into samples.npz"
+            )
+        RowFile.create(path, dtype, shape)
     fabric.barrier("made")
-    return np.lib.format.open_memmap(path, mode="r+")
+    return RowFile(path)
 
 
 def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
@@ -207,7 +214,11 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
             atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
-    atomic_write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    # Where this is a run folder, the file is the record of its starts too.
+    file = folder / "run.json"
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    starts = {"starts": earlier["starts"]} if "starts" in earlier else {}
+    atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
 
 
 def _write_grid(folder: Path, pixels: np.ndarray) -> None:

@@ -1,38 +1,24 @@
-"""`discrete-lit fit`, `validate`, `test` and `predict`: one LightningCLI, and the run folder that it writes into.
-
-run_dir/
-    checkpoints/    the newest checkpoints
-    tensorboard/    one log, continued by every resume
-    predictions/    what `predict` wrote
-    config.yaml     the settings of the first start; config-resumed-1.yaml, ... those of the next ones
-    run.json        time, command line, git commit, versions and checkpoint of every start
-"""
+"""`discrete-lit fit`, `validate`, `test` and `predict`: one LightningCLI, and what it starts with."""
 
 import argparse
+import errno
 import importlib
 import json
 import logging
-import platform
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    BasePredictionWriter,
-    Callback,
-    LearningRateMonitor,
-    ModelCheckpoint,
-    ProgressBar,
-    TQDMProgressBar,
-)
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -54,10 +40,20 @@ from discrete_lit.checkpoints import (
     record_config,
 )
 from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
-from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_tokenizer, differences
+from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_classes, check_tokenizer, differences
+from discrete_lit.cli.run_folder import (
+    PredictionFiles,
+    RecordStart,
+    RemoveSuperseded,
+    RunFolder,
+    WholeCheckpoints,
+    checkpoint_folders,
+    holds_a_run,
+    logged_steps,
+)
 from discrete_lit.core.configuration import build, current_names
-from discrete_lit.core.files import atomic_write, atomic_write_text
-from discrete_lit.core.provenance import environment
+from discrete_lit.core.lightning_internals import continue_csv_log
+from discrete_lit.core.locks import FolderInUse, sole_writer
 from discrete_lit.core.trust import check_plain
 
 _log = logging.getLogger(__name__)
@@ -84,7 +80,7 @@ _SHARDED = (FSDPStrategy, ModelParallelStrategy)
 _UNASKED_ADVICE = (
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
-    ".*exists and is not empty.*",
+    "Checkpoint directory .* exists and is not empty.*",
     ".*srun. command is available.*",
     ".*callbacks used to create the checkpoint need to be provided.*",
     ".*module.s. in eval mode at the start of training.*",
@@ -111,7 +107,8 @@ def run_training(command: str, arguments: list[str]) -> None:
             warnings.filterwarnings("ignore", message)
         logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
         try:
-            TrainingCLI(command, arguments).run()
+            with ExitStack() as held:
+                TrainingCLI(command, arguments, held=held).run()
         except MisconfigurationException as error:
             raise ValueError(str(error)) from error
         except TrainingStopped as stopped:
@@ -129,11 +126,15 @@ class TrainingCLI(LightningCLI):
     Args:
         command: `"fit"`, `"validate"`, `"test"` or `"predict"`.
         arguments: what follows it on the command line.
+        held: the locks of the folders that the command writes into, for whoever calls to give them back.
     """
 
-    def __init__(self, command: str, arguments: list[str]) -> None:
+    def __init__(self, command: str, arguments: list[str], *, held: ExitStack) -> None:
         self.command = command
         self.arguments = arguments
+        self.held = held
+        self.held_folders: set[str] = set()
+        self.weights: str | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: str | None = None
         self.model_from_checkpoint = False
@@ -167,9 +168,18 @@ class TrainingCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
-            help="A checkpoint to start from, or `last`: the newest intact one of --run_dir, none in an empty folder. "
-            "Without a model in the configuration, the model is the checkpoint's.",
+            help="A checkpoint to go on from, or `last`: of all checkpoints of the run in --run_dir the one of the "
+            "highest step, none in an empty folder. Without a model in the configuration, the model is the "
+            "checkpoint's.",
         )
+        if self.command == "fit":
+            parser.add_argument(
+                "--weights",
+                type=str | None,
+                help="A checkpoint, trained or imported, whose weights a new run starts from: at step 0, with new "
+                "optimizers. With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a "
+                "model in the configuration, the model is the checkpoint's.",
+            )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
         skipped |= {"ckpt_path", "weights_only", "return_predictions"}
         self.command_settings = parser.add_method_arguments(Trainer, self.command, skip=skipped)
@@ -177,48 +187,84 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         given = read_given(self.arguments)
         arguments = self.arguments
-        if not {"-h", "--help"}.intersection(arguments):
+        asked = {argument.partition("=")[0] for argument in arguments}
+        if not asked & {"-h", "--help"}:
+            run_dir = given.values.get("run_dir")
+            if self.command in ("fit", "predict") and run_dir not in (None, "null") and "--print_config" not in asked:
+                # Before anything is read: the holder may be about to write its last checkpoint.
+                self._hold(str(run_dir))
             arguments = self._with_checkpoint(given)
         try:
             self.config = parser.parse_args(arguments)
         except argparse.ArgumentError as error:
             raise ValueError(explain(parser, arguments, error)) from error
-        self.folder = RunFolder(self.config.run_dir) if self.config.run_dir else None
-        if self.command == "predict" and self.folder is None:
+        if self.command == "predict" and not self.config.run_dir:
             raise ValueError("predict needs --run_dir FOLDER: predictions are written into FOLDER/predictions")
-        if self.command == "fit" and self.folder and self.folder.checkpoints() and not given.values.get("ckpt_path"):
-            raise ValueError(
-                f"run_dir={str(self.folder.path)!r} holds the checkpoints of an earlier run: `--ckpt_path last` goes on"
-                " with it, and a new run needs another folder"
-            )
+        self.folder = RunFolder(self.config.run_dir, given.values) if self.config.run_dir else None
+        if self.command == "fit" and self.folder and not given.values.get("ckpt_path"):
+            if earlier := self.folder.checkpoints():
+                raise ValueError(
+                    f"run_dir={str(self.folder.path)!r} holds the checkpoints of an earlier run ({earlier[0]}):"
+                    " `--ckpt_path last` goes on with it, and a new run needs another folder"
+                )
 
-    def _resolve(self, path: str | None, folder: str | None) -> tuple[str, dict[str, Any]] | None:
-        """Find the checkpoint that `--ckpt_path` means, and read it.
+    def _hold(self, folder: str) -> None:
+        """Be the only one with this command that writes into a folder, until the command ends.
 
         Raises:
-            ValueError: there is none, or it is broken.
+            ValueError: another one writes there.
         """
-        if path in (None, "null"):
-            return None
-        if path != "last":
-            return path, read_checkpoint(path)
-        if not folder:
-            raise ValueError("--ckpt_path last needs the run folder that it is in: --run_dir FOLDER")
-        newest = RunFolder(folder).newest_intact()
-        if newest is None and self.command != "fit":
-            raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
-        if newest is None:
-            rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", folder)
-        return newest
+        if os.path.realpath(folder) in self.held_folders:
+            return
+        # Lightning ends a fit on SIGTERM at the end of a batch; `Preemption` does so with a checkpoint.
+        self.held.enter_context(sole_writer(folder, self.command, end_on_signals=self.command != "fit"))
+        self.held_folders.add(os.path.realpath(folder))
+
+    def _resolve(self, given: GivenSettings) -> tuple[str, dict[str, Any]] | None:
+        """Find the checkpoint that `--ckpt_path` means, or else the one that `--weights` names, and read it.
+
+        Raises:
+            ValueError: there is none, or it is broken, or a run cannot go on from it.
+        """
+        path, folder, weights = (given.values.get(name) for name in ("ckpt_path", "run_dir", "weights"))
+        path, weights = (None if name == "null" else name for name in (path, weights))
+        if path is not None and path != "last":
+            checkpoint = read_checkpoint(path)
+            if weights is not None:
+                raise ValueError(
+                    f"ckpt_path={path!r} goes on with a run, weights={weights!r} starts one: give one of them"
+                )
+            if self.command == "fit" and not holds_a_run(checkpoint):
+                raise ValueError(
+                    f"ckpt_path={path!r} holds weights alone, and not the state of a run to go on with: "
+                    f"`--weights {path}` in its place starts a new run from them"
+                )
+            return path, checkpoint
+        if path == "last":
+            if not folder:
+                raise ValueError("--ckpt_path last needs the run folder that it is in: --run_dir FOLDER")
+            run = RunFolder(folder, given.values)
+            newest = run.newest_intact(continues=self.command == "fit")
+            if newest is not None:
+                return newest
+            if self.command != "fit":
+                raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
+            places = ", ".join(run.places())
+            rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
+        if weights is not None and self.command == "fit":
+            self.weights = weights
+            return weights, read_checkpoint(weights)
+        return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:
         """Resolve `--ckpt_path` in the arguments; where they name no model, put the checkpoint's before them."""
         asked = given.values.get("ckpt_path")
-        found = self._resolve(asked, given.values.get("run_dir"))
+        found = self._resolve(given)
         if found is None:
             return [*self.arguments, "--ckpt_path=null"] if asked else self.arguments
         self.checkpoint_path, self.checkpoint = found
-        arguments = [*self.arguments, f"--ckpt_path={self.checkpoint_path}"]
+        goes_on = "null" if self.weights is not None else self.checkpoint_path
+        arguments = [*self.arguments, f"--ckpt_path={goes_on}"]
         model = given.values.get("model")
         self.model_from_checkpoint = not (isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
         if self.model_from_checkpoint:
@@ -257,12 +303,20 @@ class TrainingCLI(LightningCLI):
         record_config(self.model, self.config_dump["model"])
         if self.checkpoint is not None and "state_dict" in self.checkpoint:
             path = str(self.checkpoint_path)
-            if self.model_from_checkpoint:
-                # A generator compares its tokenizer with the data before Lightning restores the weights.
-                load_weights(self.model, self.checkpoint, path)
-            else:
+            if not self.model_from_checkpoint:
+                check_classes(self.config_dump["model"], self.checkpoint, path)
                 check_weights(self.model, self.checkpoint, path)
                 check_tokenizer(self.model, self.checkpoint, path)
+            if self.model_from_checkpoint or self.weights is not None:
+                # A generator compares its tokenizer with the data before Lightning restores the weights.
+                load_weights(self.model, self.checkpoint, path)
+        elif self.weights is not None:
+            raise ValueError(f"weights={self.weights!r} is a sharded checkpoint, whose weights only its own run reads")
+        if self.command == "fit" and not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError(
+                f"this {type(self.model).__name__} has no weights to train. `from_checkpoint` freezes what it loads, "
+                "as the tokenizer of a generator: to train such a model on, leave it out and give `--weights FILE`"
+            )
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -273,23 +327,45 @@ class TrainingCLI(LightningCLI):
         if folder is not None:
             kwargs["default_root_dir"] = settings["default_root_dir"] or str(folder.path)
             if logger in (None, True):
-                resumed = self.command == "fit" and self.checkpoint is not None
-                logger = folder.logger(self.checkpoint["global_step"] if resumed and self.checkpoint else None)
+                logger = folder.logger(self._first_step())
             if settings["enable_checkpointing"] is not False:
                 callbacks += folder.direct_checkpoints(callbacks)
         elif logger in (None, True):
-            logger = TensorBoardLogger(settings["default_root_dir"] or ".", name="lightning_logs")
+            logger = self._own_version(settings["default_root_dir"] or ".")
         if self.command == "predict":
             assert folder is not None
             callbacks.append(PredictionFiles(folder.path / "predictions"))
         callbacks += self._always_on(callbacks, bool(logger))
         if not settings["fast_dev_run"]:
-            callbacks.append(self._record_start(logger))
-        if self.command == "fit" and self.checkpoint is not None:
+            callbacks += [self._record_start(logger), RemoveSuperseded()]
+        if self._resumed() is not None:
             callbacks.insert(0, ContinueExactly())
             if self.changed:
                 callbacks.append(FollowConfiguration(self.changed))
-        return super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
+
+    def _resumed(self) -> dict[str, Any] | None:
+        """Return the checkpoint that training goes on from."""
+        return self.checkpoint if self.command == "fit" and self.weights is None else None
+
+    def _first_step(self) -> int | None:
+        """Return the first step that the log of a resumed run gets."""
+        checkpoint = self._resumed()
+        return None if checkpoint is None else logged_steps(checkpoint)
+
+    def _own_version(self, root: str) -> TensorBoardLogger:
+        """Open a new log in Lightning's layout, one that no other run is just beginning too."""
+        while True:
+            logger = TensorBoardLogger(root, name="lightning_logs")
+            try:
+                if self.command == "fit" and not self.config_init["trainer"]["fast_dev_run"]:
+                    self._hold(logger.log_dir)
+                return logger
+            except FolderInUse:
+                continue  # its folder is there now, and the next version has another number
 
     def _always_on(self, callbacks: list[Callback], logged: bool) -> list[Callback]:
         """List the callbacks that every run has, without those that the user configured."""
@@ -314,7 +390,8 @@ class TrainingCLI(LightningCLI):
             folder,
             command=[self.command, *self.arguments],
             configuration=self.config_text,
-            checkpoint=self.checkpoint_path,
+            checkpoint=None if self.weights is not None else self.checkpoint_path,
+            weights=self.weights,
         )
 
     def run(self) -> Any:
@@ -338,124 +415,27 @@ class TrainingCLI(LightningCLI):
             )
         if self.command == "predict":
             settings["return_predictions"] = False  # they are in files, and need not fit into memory
-        return getattr(self.trainer, self.command)(
-            self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True, **settings
-        )
+        if not self.config_init["trainer"]["fast_dev_run"]:
+            self._open_logs()
+        try:
+            return getattr(self.trainer, self.command)(
+                self.model, datamodule=self.datamodule, ckpt_path=self.config.ckpt_path, weights_only=True, **settings
+            )
+        except OSError as error:
+            # TensorBoard's writer does not say where it writes.
+            if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise OSError(error.errno, error.strerror, self.trainer.default_root_dir) from error
+            raise
 
-
-class RunFolder:
-    """Know the layout of a run folder; nothing is written before a run starts.
-
-    Args:
-        path: the folder, made when it is needed.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def checkpoints(self) -> list[Path]:
-        """List every checkpoint of the run, newest first."""
-        found = [(file.stat().st_mtime_ns, str(file)) for file in (self.path / "checkpoints").rglob("*.ckpt")]
-        return [Path(name) for _, name in sorted(found, reverse=True)]
-
-    def newest_intact(self) -> tuple[str, dict[str, Any]] | None:
-        """Find the newest checkpoint that can be read, and read it; log and skip each one that cannot."""
-        for file in self.checkpoints():
-            try:
-                return str(file), read_checkpoint(file)
-            except ValueError as error:
-                rank_zero_only(_log.warning)("skipped a broken checkpoint: %s", error)
-        return None
-
-    def logger(self, first_step: int | None) -> TensorBoardLogger:
-        """Open the one TensorBoard log of the run; from the first step of a resume on, older events are hidden."""
-        return TensorBoardLogger(self.path, name="tensorboard", version="", purge_step=first_step)
-
-    def direct_checkpoints(self, callbacks: Sequence[Callback]) -> list[Callback]:
-        """Send checkpoints of the user's own ModelCheckpoints here; if there are none, the ModelCheckpoint to add.
-
-        It writes at the end of every epoch and of the run; the newest, and `last.ckpt` beside it, are kept.
-        """
-        own = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
-        folder = str(self.path / "checkpoints")
-        for callback in own:
-            callback.dirpath = callback.dirpath or folder
-        return [] if own else [ModelCheckpoint(folder, save_last=True, enable_version_counter=False)]
-
-
-class PredictionFiles(BasePredictionWriter):
-    """Write what a model predicts, a file `{rank}-{batch}.pt` for each batch: `prediction` and the batch's `index`.
-
-    Args:
-        folder: where the files go; made when it is needed.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__("batch")
-        self.folder = folder
-
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        index = batch.get("index") if isinstance(batch, dict) else None
-        with atomic_write(self.folder / f"{trainer.global_rank}-{batch_idx:06d}.pt") as file:
-            torch.save({"prediction": prediction, "index": index}, file)
-
-
-class RecordStart(Callback):
-    """Write the settings of every start into a folder and, as text, into TensorBoard.
-
-    Args:
-        folder: where `config.yaml` and `run.json` go; None writes to TensorBoard alone.
-        command: the command and its arguments, for `run.json`.
-        configuration: the resolved settings, as YAML.
-        checkpoint: what the run goes on from.
-    """
-
-    def __init__(
-        self, folder: Path | None, *, command: Sequence[str], configuration: str, checkpoint: str | None
-    ) -> None:
-        self.folder, self.command, self.configuration, self.checkpoint = folder, command, configuration, checkpoint
-
-    @rank_zero_only
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_text(self._free_name(), self.configuration)
-            self._append_start(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                text = "\n".join(f"    {line}" for line in self.configuration.splitlines())
-                logger.experiment.add_text("config", text, trainer.global_step)
-
-    def _free_name(self) -> Path:
-        """Choose `config.yaml`, then `config-resumed-1.yaml` and so on; commands other than `fit` put their name in."""
-        assert self.folder is not None
-        name = "resumed" if self.command[0] == "fit" else self.command[0]
-        count = 0
-        file = self.folder / "config.yaml"
-        while file.exists() or (count == 0 and name != "resumed"):
-            count += 1
-            file = self.folder / f"config-{name}-{count}.yaml"
-        return file
-
-    def _append_start(self, trainer: Trainer) -> None:
-        assert self.folder is not None
-        file = self.folder / "run.json"
-        starts = json.loads(file.read_text())["starts"] if file.exists() else []
-        start = {
-            "command": ["discrete-lit", *self.command],
-            "checkpoint": self.checkpoint,
-            "host": platform.node(),
-            "world_size": trainer.world_size,
-            **environment(trainer.strategy.root_device),
-        }
-        atomic_write_text(file, json.dumps({"starts": [*starts, start]}, indent=2) + "\n")
+    def _open_logs(self) -> None:
+        """Hold the folders of logs and checkpoints, and let logs in CSV files go on instead of being deleted."""
+        files = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger | CSVLogger)]
+        if self.command == "fit":
+            places = [*checkpoint_folders(self.trainer.checkpoint_callbacks), *(str(log.log_dir) for log in files)]
+            for place in places:
+                if "://" not in place:
+                    self._hold(place)
+        for logger in files if self.trainer.is_global_zero else []:
+            if isinstance(logger, CSVLogger):
+                begins = self.command == "fit" and self._resumed() is None
+                continue_csv_log(logger, 0 if begins else self._first_step())

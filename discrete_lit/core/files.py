@@ -7,6 +7,7 @@ npz files may come from anywhere: `Npz` reads them without pickles, and every wa
 error. Files of `torch.save` are checked record by record before PyTorch maps them, which looks at no checksum.
 """
 
+import errno
 import hashlib
 import math
 import os
@@ -15,15 +16,19 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from discrete_lit.core.locks import check_locks
+
 # Of a zip file, PKWARE's APPNOTE 4.3.7 and 4.4.4.
 _LOCAL_HEADER, _LOCAL_HEADER_SIZE, _ENCRYPTED = b"PK\x03\x04", 30, 0x1
 _CHUNK = 1 << 24
+UNFINISHED_SUFFIX = ".tmp"
+"""Ends the name that a file has while it is written."""
 
 
 @contextmanager
@@ -37,15 +42,33 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
         with atomic_write("samples.npz") as file:
             numpy.savez(file, arr_0=images)
+
+    Raises:
+        OSError: the disk is full, the folder read-only, and the like; it names the file.
     """
-    temporary = Path(f"{os.fspath(path)}.tmp")
+    temporary = Path(f"{os.fspath(path)}{UNFINISHED_SUFFIX}")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-        publish(temporary, path)
+        with naming(path):
+            with open(temporary, "wb") as file:
+                yield file
+            publish(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an error of the disk in the block say which file it was met at."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save hides it behind an error of its own.
+        disk = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(disk, OSError) or disk.errno is None or disk.filename is not None:
+            raise
+        raise OSError(disk.errno, disk.strerror, os.fspath(path)) from error
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -60,7 +83,11 @@ def publish(temporary: Path, path: str | os.PathLike[str]) -> None:
     Args:
         temporary: the finished file, in the same file system.
         path: its name from now on.
+
+    Raises:
+        FolderInUse: another process has taken over a folder that this one holds, and writes there.
     """
+    check_locks()
     if temporary.is_dir():
         # No file system replaces a folder that holds something.
         if Path(path).is_dir():
@@ -257,3 +284,84 @@ def _read_npy_header(file: IO[bytes]) -> ArrayHeader:
         raise ValueError(f"its format has version {version}, known are {list(readers)}")
     shape, fortran_order, dtype = readers[version](file)
     return ArrayHeader(shape, dtype, fortran_order)
+
+
+class RowFile:
+    """An array on disk whose rows several processes write, each its own: an .npy file.
+
+    Rows are written with `pwrite` and not through a shared memory map: two machines that map one file of a network file
+    system overwrite each other's rows where they lie in one page, and a map ends the process by SIGBUS, without a word,
+    where the disk is full.
+
+    Args:
+        path: a file that `create` made.
+
+    Raises:
+        ValueError: no such array, or a truncated one.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                np.lib.format.read_magic(file)
+                shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
+                self.offset = file.tell()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{str(path)!r} is not a readable .npy file: {error}") from error
+        self.row_shape = shape[1:]
+        self.row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
+        self.descriptor = os.open(self.path, os.O_RDWR)
+
+    @staticmethod
+    def create(path: str | os.PathLike[str], dtype: np.dtype | type, shape: tuple[int, ...]) -> None:
+        """Make an array of zeros; it takes place on the disk as its rows are written."""
+        dtype = np.dtype(dtype)
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        with naming(path), open(path, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + dtype.itemsize * int(np.prod(shape, dtype=np.int64)))
+
+    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Write the rows of some numbers, int64 `(B,)`.
+
+        Raises:
+            OSError: the disk is full; it names the file.
+        """
+        # Rows of a batch are mostly neighbours: one call writes them all.
+        for run in _runs(rows):
+            data = memoryview(np.ascontiguousarray(values[run], dtype=self.dtype).tobytes())
+            start = self._offset(rows[run][0])
+            with naming(self.path):
+                while data:
+                    written = os.pwrite(self.descriptor, data, start)
+                    if written == 0:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    data, start = data[written:], start + written
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Read the rows of some numbers, int64 `(B,)`."""
+        runs = [
+            np.frombuffer(
+                os.pread(self.descriptor, len(rows[run]) * self.row_bytes, self._offset(rows[run][0])), self.dtype
+            )
+            for run in _runs(rows)
+        ]
+        return np.concatenate(runs).reshape(len(rows), *self.row_shape)
+
+    def close(self) -> None:
+        """Bring everything that was written to the disk."""
+        try:
+            with naming(self.path):
+                os.fsync(self.descriptor)
+        finally:
+            os.close(self.descriptor)
+
+    def _offset(self, row: int) -> int:
+        return self.offset + int(row) * self.row_bytes
+
+
+def _runs(rows: np.ndarray) -> list[slice]:
+    """Slices of `rows` in which each entry is the one before plus one."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    return [slice(start, stop) for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True)]

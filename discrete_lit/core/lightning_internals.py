@@ -4,9 +4,19 @@ No other file uses a private name of Lightning; `tests/core/test_lightning_inter
 on and says what to do when a new Lightning breaks it.
 """
 
+import csv
+import io
+import math
+from itertools import count
+from pathlib import Path
+
 from lightning import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch.optim.swa_utils import AveragedModel
+
+from discrete_lit.core.files import atomic_write_text
 
 
 def logs_this_step(trainer: Trainer) -> bool:
@@ -44,6 +54,54 @@ def begin_next_epoch(trainer: Trainer) -> None:
     fit_loop.reset_restart_stage()
     fit_loop._restarting = False
     fit_loop.epoch_loop.restarting = False
+
+
+def end_finished_epoch(trainer: Trainer) -> None:
+    """Let a checkpoint's finished epoch be as long as today's epochs are, in `on_train_start` after a resume.
+
+    There is no public way: the loop tells by the number of its last batch whether an epoch is over.
+    """
+    progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    if progress.is_last_batch and progress.current.ready != batches and math.isfinite(batches):
+        shift = int(batches) - progress.current.ready
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(progress.current, name, getattr(progress.current, name) + shift)
+
+
+def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:
+    """Let a CSVLogger that was not used yet go on in the file that is there, with its rows before `first_step`.
+
+    There is no public way: opening the log deletes the file.
+
+    Args:
+        logger: it.
+        first_step: first step that will be logged; None keeps every row. At 0 nothing goes on: an earlier run's file
+            gets another name, `metrics-1.csv` or the next free one.
+    """
+    writer = _ContinuedLog(logger.log_dir)
+    logger._experiment = writer
+    file = Path(writer.metrics_file_path)
+    if not file.is_file():
+        return
+    if first_step == 0:
+        names = (file.with_stem(f"{file.stem}-{number}") for number in count(1))
+        file.rename(next(name for name in names if not name.exists()))
+        return
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        columns = list(reader.fieldnames or ())
+        rows = [row for row in reader if first_step is None or not row.get("step") or int(row["step"]) < first_step]
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, columns, extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    atomic_write_text(file, text.getvalue())
+    writer.metrics_keys = columns
+
+
+class _ContinuedLog(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing."""
 
 
 def count_log_steps_from(trainer: Trainer, step: int) -> None:

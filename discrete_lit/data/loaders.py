@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from discrete_lit.core.random import sample_order
 
@@ -159,15 +159,18 @@ class TrainingLoader(_Loader):
             "format": _FORMAT,
             "epoch": self.epoch,
             "samples": self.consumed * self.source.samples_per_step,
+            "finished": self.consumed >= self.batches_per_epoch,
             "identity": dict(self.source.identity()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue where `state` was taken: inside an epoch with the batches that were left, else with the next epoch.
+
+        Between two epochs there are none left: data, batch size, ranks and workers may be others.
 
         Raises:
-            ValueError: the state is of another kind of loader, or of other data or settings, so that the batches would
-                not be the ones that were left.
+            ValueError: the state is of another kind of loader, or was taken inside an epoch with other data or
+                settings, so that the batches would not be the ones that were left.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(
@@ -175,12 +178,17 @@ class TrainingLoader(_Loader):
                 "DataModule that is not of discrete_lit.data"
             )
         saved, current = dict(state["identity"]), dict(self.source.identity())
+        if _is_finished(state) or state["samples"] == 0:
+            self.epoch = state["epoch"] + (state["samples"] > 0)
+            self.consumed = 0
+            self._continue = True
+            return
         if saved != current:
             names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
             differences = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in names)
             raise ValueError(
                 f"cannot continue inside an epoch with other data settings: {differences}. Resume with the settings of "
-                "the checkpoint, or start a new run from its weights."
+                "the checkpoint, or start a new run from its weights: `discrete-lit fit --weights CHECKPOINT`."
             )
         self.epoch = state["epoch"]
         self.consumed = state["samples"] // self.source.samples_per_step
@@ -272,6 +280,15 @@ class OrderedSource:
         return self._identity
 
 
+def _is_finished(state: Mapping[str, Any]) -> bool:
+    """Tell whether the epoch of a state was over; states of earlier versions do not say it, the counts do."""
+    if "finished" in state:
+        return bool(state["finished"])
+    identity = state["identity"]
+    step = identity.get("samples_per_step") or identity.get("batch_size", 0) * identity.get("world_size", 0)
+    return bool(step) and state["samples"] >= identity.get("count", 0) // step * step > 0
+
+
 def rank_range(count: int, rank: int, world_size: int) -> tuple[int, int]:
     """The samples [start, stop) that a rank evaluates."""
     return rank * count // world_size, (rank + 1) * count // world_size
@@ -337,10 +354,31 @@ class _Computed(Dataset):
 
     def __getitem__(self, request: tuple[int, int]) -> tuple[Batch, list[BadSample]] | ValueError:
         try:
-            return self.source.batch(*request)
+            batch, bad = self.source.batch(*request)
+            if get_worker_info() is not None:
+                _share(batch)
         # Raised in a worker it would reach the user as many lines, with the worker's traceback for its message.
         except ValueError as error:
             return error
+        return batch, bad
+
+
+def _share(batch: Batch) -> None:
+    """Put the tensors of a batch into shared memory, where the training process reads them.
+
+    PyTorch does it after the worker has handed the batch over, in a thread whose errors nobody hears: where there is no
+    room, the training waits for ever.
+    """
+    for value in batch.values():
+        if isinstance(value, torch.Tensor):
+            try:
+                value.share_memory_()
+            except RuntimeError as error:
+                raise ValueError(
+                    f"/dev/shm has no room for a batch of a loader's worker ({value.nbytes:,} bytes): give the "
+                    "container more shared memory (docker run --shm-size=8g), or set num_workers or batch_size lower; "
+                    f"num_workers: 0 needs none. {str(error).splitlines()[0]}"
+                ) from error
 
 
 class _Requests(Sampler):

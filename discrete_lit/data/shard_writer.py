@@ -5,20 +5,19 @@ is two files of a tar: `<key>.<extension>`, the image file untouched, and, where
 as ASCII digits. The same source and settings give the same bytes.
 """
 
-import fcntl
 import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
 from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256, file_sha256
+from discrete_lit.core.locks import sole_writer
 from discrete_lit.data.sources.source import Sample, Source
 
 FORMAT = "discrete-lit-shards-1"
@@ -73,8 +72,7 @@ def write_shards(
         "samples_per_shard": samples_per_shard,
     }
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(output):
+    with sole_writer(output, "shards"):
         finished = _finished_shards(output, plan)
         shards: list[dict[str, Any]] = []
         order = _order(source, shuffle_seed)
@@ -179,23 +177,6 @@ def _finished_shards(output: Path, plan: dict[str, Any]) -> dict[str, str]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@contextmanager
-def _sole_writer(output: Path) -> Iterator[None]:
-    """Hold a lock on the folder that ends with the process, however it ends."""
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is writing shards to {output}: let it finish or stop it") from error
-        except OSError:
-            # Some network file systems have no locks; that must not stop the only writer there is.
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _has_sha256(path: Path, sha256: str) -> bool:

@@ -5,9 +5,8 @@ A folder holds one split: `tokens.npy` (uint16, uint32 or int64, the narrowest t
 -1 of images without labels, whose number of classes is 0), and `manifest.json`. Row i is sample i of the image set that
 was encoded.
 
-`TokenWriter` makes such a folder, from several processes, each sample in its own row. Rows are written with `pwrite`
-and not through a shared memory map: two machines that map one file of a network file system overwrite each other's
-rows where they lie in one page. `TokenFolder` reads it, and `TokenArrays` is its DataModule.
+`TokenWriter` makes such a folder, from several processes, each sample in its own row. `TokenFolder` reads it, and
+`TokenArrays` is its DataModule.
 """
 
 import json
@@ -15,12 +14,12 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from discrete_lit.core.files import atomic_write_text, publish
+from discrete_lit.core.files import RowFile, atomic_write_text, publish
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -32,6 +31,7 @@ _UNFINISHED = "manifest.unfinished.json"
 _WRITTEN = "written.npy"
 # The types of ids, by the largest vocabulary of each.
 _TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {2**16: np.uint16, 2**32: np.uint32, 2**63: np.int64}
+_ENTRIES = ("count", "token_shape", "vocab_size", "image_size", "num_classes", "classes", "tokenizer")
 
 
 class TokenWriter:
@@ -59,9 +59,9 @@ class TokenWriter:
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder)
         self.manifest = _unfinished_manifest(self.folder)
-        self._tokens = _RowFile(self.folder / "tokens.npy")
-        self._labels = _RowFile(self.folder / "labels.npy")
-        self._written = _RowFile(self.folder / _WRITTEN)
+        self._tokens = RowFile(self.folder / "tokens.npy")
+        self._labels = RowFile(self.folder / "labels.npy")
+        self._written = RowFile(self.folder / _WRITTEN)
 
     @staticmethod
     def create(
@@ -117,9 +117,9 @@ class TokenWriter:
             **({} if variants is None else {"variants": variants}),
             **({} if precision is None else {"precision": precision}),
         }
-        _zeros(path / "tokens.npy", token_type, (count, *_row_shape(manifest)))
-        _zeros(path / "labels.npy", np.int64, (count,))
-        _zeros(path / _WRITTEN, np.uint8, (count,))
+        RowFile.create(path / "tokens.npy", token_type, (count, *_row_shape(manifest)))
+        RowFile.create(path / "labels.npy", np.int64, (count,))
+        RowFile.create(path / _WRITTEN, np.uint8, (count,))
         atomic_write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
 
     def write(self, index: torch.Tensor, tokens: torch.Tensor, labels: torch.Tensor | None) -> None:
@@ -216,7 +216,7 @@ class TokenFolder:
                 f"{self.folder / 'tokens.npy'} holds {self.tokens.dtype} {self.tokens.shape}; its manifest "
                 f"says {' or '.join(kind.__name__ for kind in types)} {expected}"
             )
-        self.labels = np.load(self.folder / "labels.npy")
+        self.labels = _opened(self.folder / "labels.npy")
         if self.labels.shape != (self.count,) or self.labels.dtype.kind not in "iub":
             raise ValueError(
                 f"{self.folder / 'labels.npy'} holds {self.labels.dtype} {self.labels.shape}; it must be "
@@ -240,7 +240,7 @@ class TokenFolder:
     def tokens(self) -> np.ndarray:
         """The memory-mapped tokens, opened once in every process."""
         if self._tokens is None:
-            self._tokens = np.load(self.folder / "tokens.npy", mmap_mode="r")
+            self._tokens = _opened(self.folder / "tokens.npy", mmap_mode="r")
         assert self._tokens is not None
         return self._tokens
 
@@ -432,8 +432,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}; a token array has {FORMAT!r}")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else manifest
+        raise ValueError(f"{path} has format {found!r}; a token array has {FORMAT!r}")
+    if missing := [name for name in _ENTRIES if name not in manifest]:
+        raise ValueError(f"{path} has no {missing[0]!r}: it is not whole, copy the folder again")
     return manifest
 
 
@@ -455,51 +458,15 @@ def _row_shape(manifest: dict[str, Any]) -> tuple[int, ...]:
     return *variants, *manifest["token_shape"]
 
 
-class _RowFile:
-    """An existing .npy file whose rows are read and written in place."""
-
-    def __init__(self, path: Path):
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, self.dtype = np.lib.format.read_array_header_1_0(file)
-            self.offset = file.tell()
-        self.row_shape = shape[1:]
-        self.row_bytes = self.dtype.itemsize * int(np.prod(self.row_shape, dtype=np.int64))
-        self.descriptor = os.open(path, os.O_RDWR)
-
-    def write(self, rows: np.ndarray, values: np.ndarray) -> None:
-        # Rows of an evaluation batch are neighbours: one call writes them all.
-        for run in _runs(rows):
-            data = np.ascontiguousarray(values[run], dtype=self.dtype).tobytes()
-            written = os.pwrite(self.descriptor, data, self._offset(rows[run][0]))
-            if written != len(data):
-                raise OSError(f"wrote {written} of {len(data)} bytes: the disk is full")
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        runs = [
-            np.frombuffer(
-                os.pread(self.descriptor, len(rows[run]) * self.row_bytes, self._offset(rows[run][0])), self.dtype
-            )
-            for run in _runs(rows)
-        ]
-        return np.concatenate(runs).reshape(len(rows), *self.row_shape)
-
-    def close(self) -> None:
-        os.fsync(self.descriptor)
-        os.close(self.descriptor)
-
-    def _offset(self, row: int) -> int:
-        return self.offset + int(row) * self.row_bytes
-
-
-def _runs(rows: np.ndarray) -> list[slice]:
-    """Slices of `rows` in which each entry is the one before plus one."""
-    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    return [slice(start, stop) for start, stop in zip([0, *breaks], [*breaks, len(rows)], strict=True)]
-
-
-def _zeros(path: Path, dtype: type[np.integer[Any]], shape: tuple[int, ...]) -> None:
-    np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape, version=(1, 0)).flush()
+def _opened(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    """Open an array of a finished folder."""
+    try:
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        why = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole .npy file ({error})"
+        raise ValueError(
+            f"{path} {why}: the token array beside its manifest was copied or written in part; copy the folder again"
+        ) from error
 
 
 def _unfinished_manifest(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from discrete_lit.cli import commands as cli
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
 OPTIONS = {
-    "fit": TRAINING,
+    "fit": TRAINING | {"weights"},
     "validate": TRAINING | {"verbose"},
     "test": TRAINING | {"verbose"},
     "predict": TRAINING,

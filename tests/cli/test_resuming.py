@@ -1,4 +1,5 @@
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
+import discrete_lit
+from discrete_lit.checkpoints import save
 from discrete_lit.cli.resume import differences
 
 OPTIMIZER = "model.init_args.optimizer"
@@ -195,6 +198,79 @@ def test_weights_of_another_size_are_refused(
     message = refused(capsys, lambda: run(*wider))
     assert "do not fit this FSQ" in message
     assert "network.encoder.conv_in.weight has shape (4, 3, 3, 3) instead of (8, 3, 3, 3)" in message
+
+
+def imported(checkpoint: Path, output: Path) -> Path:
+    """The model as `import` writes one: without an optimizer or the state of a run."""
+    contents = torch.load(checkpoint, weights_only=True)
+    module = discrete_lit.load(checkpoint)
+    del module.hparams["init_args"]["optimizer"]
+    save(module, output)
+    assert "optimizer" in contents["hyper_parameters"]["init_args"]
+    return output
+
+
+@pytest.mark.parametrize(("source", "model"), [("trained", True), ("imported", True), ("imported", False)])
+def test_a_new_run_starts_from_weights(
+    source: str, model: bool, two_tokenizers: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of a checkpoint that was trained or imported, with the model in the configuration or from the checkpoint."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    # A file of weights in the run folder is none of the run's checkpoints.
+    weights = two_tokenizers[0] if source == "trained" else imported(two_tokenizers[0], folder / "imported.ckpt")
+    settings = copy.deepcopy(TOKENIZER)
+    settings["trainer"]["max_steps"] = 1
+    if not model:
+        del settings["model"]
+    file = write_settings(tmp_path / "settings.yaml", settings)
+    start = ("fit", "--config", file, "--run_dir", folder, "--weights", weights, "--ckpt_path", "last")
+    optimizer = (f"--{OPTIMIZER}=torch.optim.AdamW", f"--{OPTIMIZER}.init_args.lr=0")
+    run(*start, *optimizer)
+    last = folder / "checkpoints" / "last.ckpt"
+    saved, now = torch.load(weights, weights_only=True), torch.load(last, weights_only=True)
+    assert now["global_step"] == 1
+    assert all(torch.equal(value, now["state_dict"][name]) for name, value in saved["state_dict"].items())
+    assert {float(state["step"]) for state in now["optimizer_states"][0]["state"].values()} == {1.0}
+    # From here on it is a run like any other, which goes on with its own checkpoints.
+    run(*start, *optimizer, "--trainer.max_steps=2")
+    assert torch.load(last, weights_only=True)["global_step"] == 2
+    starts = json.loads((folder / "run.json").read_text())["starts"]
+    assert [(start["checkpoint"], start.get("weights")) for start in starts] == [
+        (None, str(weights)),
+        (str(last), None),
+    ]
+
+
+def test_mistakes_in_starting_from_weights_are_refused(
+    two_tokenizers: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = imported(two_tokenizers[0], tmp_path / "imported.ckpt")
+    file = write_settings(tmp_path / "settings.yaml", TOKENIZER)
+    fit = ("fit", "--config", file, "--run_dir", tmp_path / "run")
+    message = refused(capsys, lambda: run(*fit, "--ckpt_path", alone))
+    assert "holds weights alone" in message and f"`--weights {alone}`" in message
+    message = refused(capsys, lambda: run(*fit, "--ckpt_path", two_tokenizers[0], "--weights", alone))
+    assert "give one of them" in message
+    message = refused(capsys, lambda: run(*fit, "--weights", alone, "--model.network.channels=8"))
+    assert "do not fit this FSQ" in message
+    frozen = {"class_path": "discrete_lit.tokenizers.from_checkpoint", "init_args": {"checkpoint": str(alone)}}
+    frozen_file = write_settings(tmp_path / "frozen.yaml", {**TOKENIZER, "model": frozen})
+    message = refused(capsys, lambda: run("fit", "--config", frozen_file, "--run_dir", tmp_path / "run"))
+    assert "no weights to train" in message and "--weights" in message
+
+    settings = generator_settings(two_tokenizers[0])
+    settings["trainer"]["max_steps"] = 1
+    generator = write_settings(tmp_path / "generator.yaml", settings)
+    run("fit", "--config", generator, "--run_dir", tmp_path / "generator")
+    weights = tmp_path / "generator" / "checkpoints" / "last.ckpt"
+    other = ("fit", "--config", generator, "--run_dir", tmp_path / "run", "--weights", weights)
+    message = refused(capsys, lambda: run(*other, "--model.num_classes=3", "--data.num_classes=3"))
+    assert "model.init_args.num_classes is 3" in message and "of 2 classes" in message
+    settings["model"]["init_args"]["tokenizer"]["init_args"]["checkpoint"] = str(two_tokenizers[1])
+    write_settings(generator, settings)
+    assert "was trained on another tokenizer" in refused(capsys, lambda: run(*other))
+    assert not (tmp_path / "run").exists()
 
 
 def test_differences_are_one_line_each() -> None:

@@ -1,17 +1,24 @@
 import copy
+import csv
 import json
 import logging
 import os
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 from helpers.tiny_runs import QUIET, TOKENIZER, run, write_settings
+from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from discrete_lit.cli.train import RunFolder
+from discrete_lit.cli.run_folder import RunFolder
+from discrete_lit.core.locks import sole_writer
 
 
 def fit(folder: Path, *arguments: Any, **trainer: Any) -> None:
@@ -124,6 +131,241 @@ def test_a_broken_newest_checkpoint_is_passed_over(
 
     fit(folder, "--ckpt_path", "last", *one_batch, callbacks=[checkpoint], max_steps=3)
     assert step(folder / "checkpoints" / "step=3.ckpt") == 3
+
+
+KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
+EVERY = {"class_path": KEEPER, "init_args": {"save_top_k": -1, "filename": "{step}", "every_n_train_steps": 1}}
+
+
+class NumpyState(Callback):
+    """A callback whose state PyTorch does not read back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": np.float64(0.5)}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: Any, **trainer: Any) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        fit(folder, *arguments, **trainer)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def of_another(checkpoint: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint as a run would that has the file's folder for its own."""
+    for state in checkpoint["callbacks"].values():
+        if "dirpath" in state:
+            state |= {"dirpath": str(file.parent), "best_model_path": str(file)}
+    file.parent.mkdir()
+    torch.save(checkpoint, file)
+
+
+def test_a_state_that_cannot_be_read_back_is_named_when_written_and_when_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    settings = {"callbacks": [{"class_path": "test_run_folder.NumpyState"}], "limit_val_batches": 0}
+    fit(folder, **settings)
+    warned = [record.getMessage() for record in caplog.records if "no run can go on from" in record.getMessage()]
+    assert len(warned) == 1
+    assert "state of the callback NumpyState" in warned[0] and "numpy" in warned[0] and "x.item()" in warned[0]
+    before = files(folder)
+    message = refusal(capsys, folder, "--ckpt_path", "last", max_steps=1, **settings)
+    for file in (folder / "checkpoints").iterdir():
+        assert str(file) in message
+    assert message.count("numpy") == 2 and "from the beginning" not in caplog.text
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_last_is_the_highest_step_wherever_the_run_writes(noted: bool, tmp_path: Path) -> None:
+    """In a folder of the callback's own, and below it; in `run.json` of a start or in the settings of this one."""
+    folder, scratch = tmp_path / "run", tmp_path / "scratch"
+    own = {"class_path": KEEPER, "init_args": {**EVERY["init_args"], "dirpath": str(scratch), "filename": "v0/{step}"}}
+    fit(folder, callbacks=[own], limit_val_batches=0)
+    assert not (folder / "checkpoints").exists()
+    # A copy of a run has times in any order.
+    os.utime(scratch / "v0" / "step=1.ckpt", ns=(2**61, 2**61))
+    given = RunFolder(folder, {"trainer": {"callbacks": [own]}})
+    if noted:
+        given = RunFolder(folder)
+    else:
+        (folder / "run.json").unlink()
+    found = given.newest_intact(continues=True)
+    assert found is not None and found[0] == str(scratch / "v0" / "step=2.ckpt")
+    # Another run has its folder below.
+    of_another(torch.load(found[0], weights_only=True) | {"global_step": 9}, scratch / "another" / "step=9.ckpt")
+    assert given.newest_intact(continues=True)[0] == found[0]  # type: ignore[index]
+
+
+def test_weights_alone_are_not_taken_for_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    weights = {"save_weights_only": True, "filename": "weights-{step}", "every_n_train_steps": 2}
+    keepers = [
+        {"class_path": KEEPER, "init_args": {"filename": "{step}", "every_n_train_steps": 1}},
+        {"class_path": KEEPER, "init_args": weights},
+    ]
+    fit(folder, callbacks=keepers, limit_val_batches=0)
+    (alone,) = (folder / "checkpoints").glob("weights-*")
+    os.utime(alone, ns=(2**61, 2**61))
+    run = RunFolder(folder)
+    found = run.newest_intact(continues=True)
+    assert found is not None and Path(found[0]).name == "step=2.ckpt"
+    # An I/O error, or a permission.
+    read = torch.load
+
+    def denied(file: Any, **settings: Any) -> Any:
+        if Path(file).name == "step=2.ckpt":
+            raise PermissionError(13, "Permission denied", str(file))
+        return read(file, **settings)
+
+    monkeypatch.setattr(torch, "load", denied)
+    for_weights = run.newest_intact()
+    assert for_weights is not None and for_weights[0] == str(alone)
+    before = files(folder)
+    message = refusal(capsys, folder, "--ckpt_path", "last", callbacks=keepers, max_steps=1)
+    assert "step=2.ckpt' cannot be read: Permission denied" in message
+    assert f"{alone.name}' holds weights alone" in message and "--weights" in message
+    assert files(folder) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint_is_the_last_one_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder with the weights and the optimizers' states in shards; one that was not finished is passed over."""
+    fit(tmp_path, limit_val_batches=0)
+    file = tmp_path / "checkpoints" / "last.ckpt"
+    contents = torch.load(file, weights_only=True)
+    shards = {"state_dict": contents.pop("state_dict"), "optimizer_0": {"lr": torch.zeros(())}}
+    del contents["optimizer_states"]
+    for step_of in (7, 9):
+        folder = tmp_path / "checkpoints" / f"step={step_of}.ckpt"
+        torch.distributed.checkpoint.save(shards, checkpoint_id=folder, no_dist=True)
+        torch.save(contents | {"global_step": step_of}, folder / "meta.pt")
+    (folder / ".metadata").unlink()
+    found = RunFolder(tmp_path).newest_intact(continues=True)
+    assert found is not None and found[0] == str(folder.with_name("step=7.ckpt"))
+    assert "step=9.ckpt" in caplog.text and "unfinished sharded checkpoint" in caplog.text
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+
+    def denied(folder: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    assert RunFolder(tmp_path).newest_intact() is None
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match="checkpoints cannot be read: Permission denied"):
+        RunFolder(tmp_path).newest_intact()
+
+
+def test_the_second_fit_into_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    with sole_writer(folder, "fit"):
+        before = files(folder)
+        for arguments in ((), ("--ckpt_path", "last")):
+            message = refusal(capsys, folder, *arguments)
+            assert str(folder) in message and f"process {os.getpid()} on" in message
+        assert files(folder) == before
+    # Another run folder, the same folder of checkpoints or of logs.
+    own = {"class_path": KEEPER, "init_args": {"dirpath": str(tmp_path / "kept")}}
+    log = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "log")}}
+    for place in (tmp_path / "kept", tmp_path / "log" / "lightning_logs" / "version_0"):
+        with sole_writer(place, "fit"):
+            log["init_args"]["version"] = 0
+            assert str(place) in refusal(capsys, folder, callbacks=[own], logger=[log])
+            assert not folder.exists()
+
+
+def test_a_run_that_was_killed_is_tidied_up_at_its_resume(tmp_path: Path) -> None:
+    """Between the writing of a checkpoint and the removal of the one before, and while one is written."""
+    folder = tmp_path / "run"
+    kept = folder / "checkpoints"
+    settings = {"limit_val_batches": 0, "max_epochs": -1}
+    fit(folder, "--data.count", 4, max_steps=1, **settings)
+    (first,) = kept.glob("epoch*")
+    superseded = first.read_bytes()
+    fit(folder, "--data.count", 4, "--ckpt_path", "last", max_steps=2, **settings)
+    first.write_bytes(superseded)
+    (kept / "mine.ckpt").write_bytes(superseded)
+    (kept / f"{first.name}.tmp").write_bytes(superseded[:100])
+    of_another(torch.load(first, weights_only=True), kept / "another" / "epoch=0-step=1.ckpt")
+    fit(folder, "--data.count", 4, "--ckpt_path", "last", max_steps=3, **settings)
+    assert (kept / "another" / "epoch=0-step=1.ckpt").exists()
+    shutil.rmtree(kept / "another")
+    assert sorted(file.name for file in kept.iterdir()) == ["epoch=2-step=3.ckpt", "last.ckpt", "mine.ckpt"]
+
+
+def test_checkpoints_that_another_policy_kept_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fit(folder, callbacks=[EVERY], limit_val_batches=0)
+    one = {"class_path": KEEPER, "init_args": {**EVERY["init_args"], "save_top_k": 1}}
+    fit(folder, "--ckpt_path", "last", callbacks=[one], limit_val_batches=0, max_steps=3)
+    assert (folder / "checkpoints" / "step=1.ckpt").exists()
+
+
+def test_checkpoints_are_written_beside_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "full"))
+    fit(tmp_path / "run", limit_val_batches=0)
+    assert step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 2
+
+
+def test_a_full_disk_is_one_message_that_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, largest[1]))
+    try:
+        message = refusal(capsys, tmp_path / "run", logger=False, limit_val_batches=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+    assert message.splitlines()[-1].endswith(".ckpt: File too large")
+    assert str(tmp_path / "run" / "checkpoints") in message
+    assert [name for name in files(tmp_path / "run") if "ckpt" in name] == []
+
+
+def test_a_csv_log_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    where = {"save_dir": str(folder), "name": "csv", "version": ""}
+    settings = {"logger": [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": where}]}
+    fit(folder, max_steps=2, **settings)
+    file = folder / "csv" / "metrics.csv"
+    before = file.read_text()
+    run("validate", "--config", tmp_path / "settings.yaml", "--run_dir", folder, "--ckpt_path", "last")
+    assert file.read_text().startswith(before)
+    second = (folder / "checkpoints" / "last.ckpt").read_bytes()
+    fit(folder, "--ckpt_path", "last", max_steps=3, **settings)
+    # Steps that were taken after the checkpoint are taken again.
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.unlink()
+    (folder / "checkpoints" / "last.ckpt").write_bytes(second)
+    fit(folder, "--ckpt_path", "last", max_steps=4, **settings)
+    with file.open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    trained = [int(row["step"]) for row in rows if row["train/loss"]]
+    assert trained == [0, 1, 2, 3]
+    kept = [row["train/loss"] for row in csv.DictReader(before.splitlines()) if row["train/loss"]]
+    assert [row["train/loss"] for row in rows if row["train/loss"]][:2] == kept
+    # A run that begins anew gives the rows of an earlier one another name.
+    for checkpoint in (folder / "checkpoints").iterdir():
+        checkpoint.unlink()
+    earlier = file.read_text()
+    fit(folder, "--ckpt_path", "last", max_steps=1, **settings)
+    assert (folder / "csv" / "metrics-1.csv").read_text() == earlier and file.read_text() != earlier
+
+
+def test_samples_in_the_run_folder_leave_its_record(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"sampler": "of sample"}')
+    fit(folder)
+    fit(folder, "--ckpt_path", "last", max_steps=3)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["sampler"] == "of sample" and len(record["starts"]) == 2
 
 
 def test_last_without_a_folder_or_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,52 @@ def test_writes_images_labels_grid_and_settings(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "run.json", "samples.npz"]
 
 
+def test_a_full_disk_is_refused_before_and_named_after(
+    generator_checkpoints: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import resource
+    import shutil
+    from types import SimpleNamespace
+
+    def failure(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            draw(generator_checkpoints["Masked"], tmp_path / "samples", "--num_samples", 100, *arguments)
+        assert stopped.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    # As long as nothing else fills it: 100 images of 8 x 8 x 3 bytes, twice.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=38_399))
+    message = failure()
+    assert str(tmp_path / "samples") in message and "38,399" in message and "38,400" in message
+    assert not (tmp_path / "samples").exists()
+    monkeypatch.undo()
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit, name in ((10_000, "rows.npy.partial"), (19_400, "samples.npz")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, largest[1]))
+        try:
+            assert failure() == f"error: {tmp_path / 'samples' / name}: File too large"
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+
+
+def test_the_second_command_into_a_folder_is_refused(
+    generator_checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from discrete_lit.core.locks import sole_writer
+
+    with sole_writer(tmp_path, "sample"), pytest.raises(SystemExit):
+        draw(generator_checkpoints["Masked"], tmp_path, "--num_samples", 1)
+    assert f"{tmp_path} is being written by" in capsys.readouterr().err
+    # A run that trains here does not keep anybody from sampling its checkpoints; its record of starts stays.
+    (tmp_path / "run.json").write_text('{"starts": [1]}')
+    with sole_writer(tmp_path, "fit"):
+        draw(generator_checkpoints["Masked"], tmp_path, "--num_samples", 1)
+    assert json.loads((tmp_path / "run.json").read_text())["starts"] == [1]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_seed_decides_whatever_the_batch_size(
     family: str, generator_checkpoints: dict[str, Path], tmp_path: Path

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,42 @@ def test_mistakes_are_refused(
     with pytest.raises(SystemExit):
         tokenize(tokenizer_checkpoint, images, tmp_path / "tokens", *arguments)
     assert message in capfd.readouterr().err
+
+
+def test_the_second_command_into_a_folder_is_refused(
+    tokenizer_checkpoint: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from discrete_lit.core.locks import sole_writer
+
+    folder = tmp_path / "tokens"
+    with sole_writer(folder, "tokenize"):
+        with pytest.raises(SystemExit) as stopped:
+            tokenize(tokenizer_checkpoint, images, folder)
+        assert stopped.value.code == 2
+        assert f"{folder} is being written by" in capfd.readouterr().err
+        assert [file.name for file in folder.iterdir()] == [".tokenize.lock"]
+    tokenize(tokenizer_checkpoint, images, folder)
+    assert sorted(file.name for file in folder.iterdir()) == ["labels.npy", "manifest.json", "tokens.npy"]
+
+
+def test_an_array_is_not_finished_by_who_lost_its_folder(
+    tokenizer_checkpoint: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: Any
+) -> None:
+    from discrete_lit.cli import tokenize as command
+
+    folder = tmp_path / "tokens"
+    lock = folder / ".tokenize.lock"
+
+    def taken_over(*arguments: Any, **settings: Any) -> Any:
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "token": "another", "host": "node7"}))
+        return loader(*arguments, **settings)
+
+    loader = command.EvaluationLoader
+    monkeypatch.setattr(command, "EvaluationLoader", taken_over)
+    with pytest.raises(SystemExit):
+        tokenize(tokenizer_checkpoint, images, folder)
+    assert "was taken over by" in (message := capfd.readouterr().err) and "node7" in message
+    assert not (folder / "manifest.json").exists() and lock.exists()
 
 
 def test_a_generators_checkpoint_is_refused(

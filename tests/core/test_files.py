@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import io
 import os
+import resource
 import subprocess
 import sys
 import zipfile
@@ -8,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from discrete_lit.core.files import Npz, atomic_write, atomic_write_text, content_sha256, file_sha256, publish
+from discrete_lit.core.files import Npz, RowFile, atomic_write, atomic_write_text, content_sha256, file_sha256, publish
 
 
 def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -56,6 +59,45 @@ def test_a_folder_takes_the_place_of_a_folder_or_a_file_of_a_file(tmp_path: Path
         (tmp_path / name / name).write_text(name)
     publish(tmp_path / "new", tmp_path / "old")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["old", "old/new"]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64])
+def test_rows_are_written_in_place_by_several(dtype: type, tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy.partial"
+    RowFile.create(path, dtype, (7, 2, 3))
+    rows = np.arange(42).reshape(7, 2, 3)
+    for numbers in ([5, 6, 0], [1, 3, 2], [4]):
+        file = RowFile(path)
+        file.write(np.array(numbers), rows[numbers])
+        assert np.array_equal(file.read(np.array(numbers)), rows[numbers])
+        file.close()
+    found = np.load(path, mmap_mode="r")
+    assert found.dtype == dtype and np.array_equal(found, rows)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=r"rows\.npy\.partial' is not a readable \.npy file"):
+        RowFile(path)
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.bin"
+    RowFile.create(path, np.uint8, (10, 5))
+    rows = RowFile(path)
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, largest[1]))
+    try:
+        for write in (lambda file: file.write(bytes(101)), lambda file: torch.save(torch.zeros(101), file)):
+            with pytest.raises(OSError) as met, atomic_write(path) as file:
+                write(file)
+            assert met.value.filename == str(path) and met.value.errno == errno.EFBIG
+        with pytest.raises(OSError) as met:
+            rows.write(np.arange(10), np.zeros((10, 5), np.uint8))
+        assert met.value.filename == str(path)
+        rows.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, largest)
+    with pytest.raises(OSError) as met, atomic_write(path / "below"):
+        pass
+    assert str(path / "below") in str(met.value)
 
 
 def test_hashes_are_of_the_content(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
 from discrete_lit.core import lightning_internals as internals
@@ -136,6 +136,43 @@ def test_begin_next_epoch(tmp_path: Path) -> None:
     fit(tmp_path, begin, asked, max_epochs=-1, max_steps=8, ckpt_path=tmp_path / "last.ckpt")
     assert begin.was_at_the_end
     assert asked.answers == [(1, 5), (1, 6), (1, 7), (1, 8)]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@advised
+def test_end_finished_epoch(tmp_path: Path) -> None:
+    class SaveLast(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                trainer.save_checkpoint(tmp_path / "four.ckpt")
+
+    class End(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            internals.end_finished_epoch(trainer)
+
+    fit(tmp_path, SaveLast())
+    asked = AtBatchEnd(lambda trainer: (trainer.current_epoch, trainer.global_step))
+    fit(tmp_path, End(), asked, batches=6, max_epochs=2, ckpt_path=tmp_path / "four.ckpt")
+    assert asked.answers == [(1, step) for step in range(5, 11)]
+
+
+def test_continue_csv_log(tmp_path: Path) -> None:
+    def log(first_step: int | None, *rows: dict[str, float]) -> None:
+        logger = CSVLogger(tmp_path, name="csv", version="")
+        internals.continue_csv_log(logger, first_step)
+        for step, row in enumerate(rows, start=first_step or 0):
+            logger.log_metrics(row, step)
+        logger.save()
+
+    file = tmp_path / "csv" / "metrics.csv"
+    log(0, {"a": 1.5}, {"a": 2.5}, {"a": 3.5})
+    log(2, {"b": 7.0})
+    assert file.read_text().split() == ["a,b,step", "1.5,,0", "2.5,,1", ",7.0,2"]
+    log(None)
+    assert file.read_text().split()[1:] == ["1.5,,0", "2.5,,1", ",7.0,2"]
+    log(0, {"c": 1.0})
+    log(0, {"d": 1.0})
+    assert [(tmp_path / "csv" / f"metrics{n}.csv").read_text()[0] for n in ("-1", "-2", "")] == ["a", "c", "d"]
 
 
 @advised

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from discrete_lit.cli.resume import ContinueExactly
 from discrete_lit.data import ImageFolder, ImageShards, TokenArrays
 from discrete_lit.data.data_module import ResumableDataModule
 from discrete_lit.data.loaders import TrainingLoader
@@ -86,6 +88,19 @@ def test_a_loader_continues_with_the_same_batches(
         if rest:
             assert [seen(batch) for batch in resumed] == rest
         assert [seen(batch) for batch in resumed] == expected[1]
+
+
+def test_full_shared_memory_is_an_error_and_not_a_hang(
+    tmp_path: Path, make_token_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    folder = str(make_token_folder(tmp_path / "tokens", count=43))
+    assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
+    with pytest.raises(ValueError, match="/dev/shm has no room for a batch"):
+        list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
 
 
 def test_the_state_is_the_same_on_every_rank(make_data: Callable[..., ResumableDataModule]) -> None:
@@ -208,6 +223,17 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
 
 
+class EndAt(Callback):
+    """Ends a run in the batch that leads to a step, as a crash does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyError
+
+
 def make_trainer(tmp_path: Path, callbacks: list[Callback] | None = None, **settings: Any) -> Trainer:
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
@@ -272,6 +298,58 @@ def test_lightning_resumes_from_what_model_checkpoint_saved(
         resumed = Recorder()
         make_trainer(tmp_path, val_check_interval=5).fit(resumed, datamodule=make_data(), ckpt_path=file)
         assert resumed.training_batches == whole.training_batches[step:], file.name
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize("saved", ["batch", "validation", "epoch", "end"])
+def test_after_a_whole_epoch_data_and_batch_size_may_be_others(
+    saved: str, batch_size: int, tmp_path: Path, make_token_folder: Callable[..., Path]
+) -> None:
+    """Saved at the last batch, as a preemption is; at the end of the epoch with and without validation; at the end."""
+    few, many = make_token_folder(tmp_path / "few", count=16), make_token_folder(tmp_path / "many", count=24)
+    kept = ModelCheckpoint(tmp_path / "kept", filename="4", save_on_train_epoch_end=saved != "validation")
+    validation = saved == "validation"
+    saving = [SaveAt(tmp_path / "kept", (4,)) if saved == "batch" else kept, *([] if saved == "end" else [EndAt(5)])]
+    settings = {} if validation else {"limit_val_batches": 0}
+    trainer = make_trainer(tmp_path, saving, max_epochs=1 if saved == "end" else 2, **settings)
+    stopped = Recorder()
+    with suppress(KeyError):
+        trainer.fit(stopped, datamodule=TokenArrays(str(few), str(few) if validation else None, batch_size=4))
+    assert [len(batch[0]) for batch in stopped.training_batches[:4]] == [4] * 4
+
+    resumed = Recorder()
+    data = TokenArrays(str(many), str(many) if validation else None, batch_size=batch_size)
+    trainer = make_trainer(tmp_path, [ContinueExactly()], max_epochs=3, **settings)
+    trainer.fit(resumed, datamodule=data, ckpt_path=tmp_path / "kept" / "4.ckpt")
+    batches = 24 // batch_size
+    assert len(resumed.training_batches) == 2 * batches
+    whole = data.training_loader(0, 1)
+    whole.epoch, whole.consumed = 1, 0
+    assert resumed.training_batches == [seen(batch) for _ in range(2) for batch in whole]
+    assert trainer.current_epoch == 3 and trainer.global_step == 4 + 2 * batches
+    assert len(resumed.validated) == (2 * 24 if validation else 0)
+
+
+def test_after_a_whole_epoch_ranks_and_workers_may_be_others(tmp_path: Path, make_shards: Callable[..., Path]) -> None:
+    folder = str(make_shards(tmp_path / "shards", COUNTS))
+    loader = ImageShards(folder, image_size=8, batch_size=4, num_workers=2).training_loader(0, 1)
+    for _ in loader:
+        state = loader.state_dict()
+    assert state["finished"]
+    for workers, world_size in ((3, 1), (2, 2)):
+        for rank in range(world_size):
+            other = ImageShards(folder, image_size=8, batch_size=4, num_workers=workers)
+            resumed, fresh = (other.training_loader(rank, world_size) for _ in range(2))
+            resumed.load_state_dict(state)
+            fresh.epoch = 1
+            assert epochs(resumed, 2) == epochs(fresh, 2)
+    # A version before wrote no word of it.
+    del state["finished"]
+    resumed.load_state_dict(state)
+    state["samples"] -= 4
+    with pytest.raises(ValueError, match="inside an epoch"):
+        resumed.load_state_dict(state)
 
 
 def test_reading_the_estimated_steps_does_not_lose_the_state(

@@ -1,4 +1,3 @@
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from discrete_lit.core.locks import sole_writer
 from discrete_lit.data.shard_writer import write_shards
 from discrete_lit.data.sources import ClassFolders, Entry, Source
 
@@ -245,11 +245,9 @@ def test_unreadable_manifest_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="another process"):
+    with sole_writer(tmp_path, "shards"), pytest.raises(ValueError, match="is being written by"):
         write(Made(), tmp_path)
-    os.close(descriptor)
+    assert list(tmp_path.iterdir()) == []
     write(Made(), tmp_path)
 
 

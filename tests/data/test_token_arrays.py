@@ -140,10 +140,10 @@ def test_crops_for_training_go_with_one_for_validation(crops: Path, make_token_f
     folder = make_token_folder(crops.parent / "one", vocab_size=44)
     data = make_data(crops, folder)
     assert data.folders["train"].variants == 4 and data.folders["validation"].variants == 1
+    inside = make_data(crops).training_loader(0, 1)
+    next(iter(inside))
     with pytest.raises(ValueError, match="variants was 4, is None"):
-        make_data(folder, batch_size=4).training_loader(0, 1).load_state_dict(
-            {**make_data(crops).training_loader(0, 1).state_dict()}
-        )
+        make_data(folder, batch_size=4).training_loader(0, 1).load_state_dict(inside.state_dict())
 
 
 def test_crops_that_the_manifest_does_not_say_are_refused(crops: Path) -> None:
@@ -201,6 +201,26 @@ def test_arrays_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> Non
         _ = make_data(tmp_path).folders
     with pytest.raises(ValueError, match="set `train`, `validation` or both"):
         make_data(None)
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy"])
+@pytest.mark.parametrize("kept", [None, 0, 5, 100, 0.9])
+def test_a_folder_that_was_copied_in_part_is_named(name: str, kept: float | None, folder: Path) -> None:
+    file = folder / name
+    whole = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(whole[: int(kept * len(whole)) if 0 < kept < 1 else int(kept)])
+    with pytest.raises(ValueError, match="copy the folder again") as refused:
+        _ = make_data(folder).folders
+    assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ['{"format": "discrete-lit-tokens-1", "count": 40}', "[]", "null", '"text"'])
+def test_a_manifest_that_is_not_whole_is_named(text: str, folder: Path) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        _ = make_data(folder).folders
 
 
 def test_a_token_outside_the_vocabulary_is_refused(folder: Path) -> None:
