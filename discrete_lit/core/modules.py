@@ -86,9 +86,12 @@ def never_narrower(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 @contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode, and each of its submodules back into the mode that it had."""
-    trained = [each for each in module.modules() if each.training]
+def evaluation_mode(module: object) -> Iterator[None]:
+    """Put a module into eval mode, and each of its submodules back into the mode that it had.
+
+    What is no module, as a function that stands for a network, has no mode.
+    """
+    trained = [each for each in module.modules() if each.training] if isinstance(module, nn.Module) else []
     for each in trained:
         each.training = False
     try:
