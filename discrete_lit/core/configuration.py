@@ -217,11 +217,13 @@ def _entries(node: yaml.Node, above: tuple[int, ...], counted: dict[int, int]) -
 def read_settings(text: str) -> Any:
     """Read YAML as `SettingsLoader` does, in today's names and with `~` and environment variables put in.
 
+    Of a class, keys may be dotted, such as `init_args.optimizer.init_args.lr`.
+
     Raises:
-        yaml.YAMLError: not YAML.
+        yaml.YAMLError: not YAML, or a setting that is given twice.
         ValueError: a value begins with an environment variable that is not set.
     """
-    return _in_current_names(_expanded(yaml.load(text, Loader=SettingsLoader)))
+    return _in_current_names(_nested(_expanded(yaml.load(text, Loader=SettingsLoader))))
 
 
 def use_current_names(arguments: Sequence[str]) -> list[str]:
@@ -267,6 +269,37 @@ def _expanded(settings: Any) -> Any:
             f"{settings!r} would be taken literally; accepted at the beginning of a value: $NAME or ${{NAME}}"
         )
     return settings
+
+
+def _nested(settings: Any, *, dotted: bool = False) -> Any:
+    """Write out the dotted keys of the settings of classes, which the parser would drop; other mappings keep theirs.
+
+    Args:
+        settings: plain data.
+        dotted: whether the keys are names of settings, in which a dot can only lead into a group.
+    """
+    if isinstance(settings, list):
+        return [_nested(entry) for entry in settings]
+    if not isinstance(settings, dict):
+        return settings
+    of_class = any(str(key).partition(".")[0] in ("class_path", "init_args") for key in settings)
+    result: dict[Any, Any] = {}
+    for key, value in settings.items():
+        first, dot, rest = str(key).partition(".") if dotted or of_class else (key, "", "")
+        inside = _nested({rest: value} if dot else value, dotted=first == "init_args" or bool(dot))
+        _lay_beside(result, first, inside)
+    return result
+
+
+def _lay_beside(settings: dict[Any, Any], key: Any, value: Any) -> None:
+    before = settings.get(key)
+    if key not in settings:
+        settings[key] = value
+    elif isinstance(before, dict) and isinstance(value, dict):
+        for name, inside in value.items():
+            _lay_beside(before, name, inside)
+    else:
+        raise yaml.YAMLError(f"{key!r} is given twice, once by a dotted name")
 
 
 def _in_current_names(settings: Any) -> Any:

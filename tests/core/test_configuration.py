@@ -81,3 +81,32 @@ def test_a_merge_may_be_repeated() -> None:
     read = read_settings("one: &one {a: 1}\ntwo: &two {b: 2}\nall:\n  <<: *one\n  c: 3\nmore: {<<: [*one, *two]}")
     assert read["all"] == {"a": 1, "c": 3}
     assert read["more"] == {"a": 1, "b": 2}
+
+
+def test_dotted_keys_of_a_class_lead_into_it() -> None:
+    read = read_settings(
+        """
+        model:
+          class_path: A
+          init_args.levels: [4, 3]
+          init_args:
+            network.class_path: B
+            network.init_args.channels: 4
+            optimizer: {class_path: C, init_args.lr: 1e-4}
+        trainer: {callbacks: [{class_path: D, init_args.save_last: true}]}
+        samples: {model.v1: runs/a, model.v2: runs/b}
+        """
+    )
+    network = {"class_path": "B", "init_args": {"channels": 4}}
+    optimizer = {"class_path": "C", "init_args": {"lr": 1e-4}}
+    assert read["model"] == {
+        "class_path": "A",
+        "init_args": {"levels": [4, 3], "network": network, "optimizer": optimizer},
+    }
+    assert read["trainer"]["callbacks"] == [{"class_path": "D", "init_args": {"save_last": True}}]
+    assert read["samples"] == {"model.v1": "runs/a", "model.v2": "runs/b"}
+
+
+def test_a_setting_that_a_dotted_key_gives_again_is_refused() -> None:
+    with pytest.raises(yaml.YAMLError, match="'lr' is given twice, once by a dotted name"):
+        read_settings("{class_path: A, init_args.lr: 1, init_args: {lr: 2}}")
