@@ -30,7 +30,7 @@ from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 Network = Callable[[Tensor, NoiseLevel], Tensor]
 """Maps noisy states `(B, N)` and their level to logits."""
 Variable = Literal["mask_count", "mask_ratio"]
-"""What the bound of a process that only masks is a mean over."""
+"""The variable that the bound of a process that only masks is a mean over."""
 Estimate = tuple[Tensor, Tensor]
 """A number for each sequence, `(B,)` float64, and a second one beside it: its variance, or its standard error."""
 
