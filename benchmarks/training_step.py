@@ -89,8 +89,7 @@ class BareLoop:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 random = CounterRandom(self.generator.seed, batch["index"])
                 dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.generator.label_dropout
-                labels = batch["label"].masked_fill(dropped, self.generator.num_classes)
-                loss, _ = self.generator.loss(batch["tokens"], labels, random)
+                loss, _ = self.generator.loss(batch["tokens"], batch["label"], random, dropped=dropped)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
