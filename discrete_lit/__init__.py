@@ -23,7 +23,16 @@ __all__ = ["__version__", "load"]
 _MOVED = {
     "discrete_lit.backbones.positions": ("discrete_lit.backbones.embeddings",),
     "discrete_lit.processes": ("discrete_lit.diffusion", "discrete_lit.core.random"),
+    "discrete_lit.data.tar_samples": ("discrete_lit.data.tars",),
+    "discrete_lit.data.token_writer": ("discrete_lit.data.token_arrays",),
+    "discrete_lit.evaluation.selection": ("discrete_lit.evaluation.image_sets",),
     "discrete_lit.processes.losses": ("discrete_lit.diffusion.losses",),
+    "discrete_lit.provenance": ("discrete_lit.core.provenance",),
+    "discrete_lit.tokenizers.networks.transformer_blocks": ("discrete_lit.tokenizers.networks.vit",),
+    "discrete_lit.verbs": ("discrete_lit.cli",),
+    "discrete_lit.verbs.evaluate": ("discrete_lit.cli.evaluate",),
+    "discrete_lit.verbs.sample": ("discrete_lit.cli.sample",),
+    "discrete_lit.verbs.tokenize": ("discrete_lit.cli.tokenize",),
 }
 
 
