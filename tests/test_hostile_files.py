@@ -86,6 +86,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert trusted is not None or not (tmp_path / "canary").exists(), "code of the file was executed"
 
 
+# What a checkpoint has that a run can go on from.
+OF_A_RUN: dict[str, Any] = {"loops": {}, "lr_schedulers": [], "optimizer_states": []}
+
+
 def changed(file: Path, *path: str, value: Any) -> Path:
     """A copy of a checkpoint, in the current folder, with another value at a path of keys."""
     contents = torch.load(file, weights_only=True)
@@ -93,7 +97,7 @@ def changed(file: Path, *path: str, value: Any) -> Path:
     for name in path[:-1]:
         inside = inside[name]
     inside[path[-1]] = value
-    torch.save(contents, "hostile.ckpt")
+    torch.save({**OF_A_RUN, **contents}, "hostile.ckpt")
     return Path("hostile.ckpt")
 
 
@@ -579,7 +583,7 @@ def sharded(folder: Path, **entries: Any) -> Path:
 
     state = {"state_dict": {"weight": torch.arange(6.0)}, "optimizer_0": {"lr": 0.1, **entries}}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
-    torch.save({"global_step": 3, "hyper_parameters": {}}, folder / "meta.pt")
+    torch.save({"global_step": 3, "hyper_parameters": {}, "loops": {}, "lr_schedulers": []}, folder / "meta.pt")
     return folder
 
 

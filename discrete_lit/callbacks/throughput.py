@@ -17,7 +17,9 @@ from discrete_lit.backbones import Transformer
 from discrete_lit.backbones.backbone import compile_blocks, count_flops
 from discrete_lit.core.distributed import all_gather_rows, alone
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
+from discrete_lit.core.modules import RunningStatistics
 from discrete_lit.generators import Generator
+from discrete_lit.optimization import AccumulatedMean
 from discrete_lit.tokenizers import Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
@@ -238,6 +240,10 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
         for part in copy.modules():
             if isinstance(part, LightningModule):
                 part.log = part.log_dict = _nothing
+            if isinstance(part, Generator | ImageAutoencoder):
+                part.accumulated = AccumulatedMean()
+            if isinstance(part, RunningStatistics):
+                part.forget_step()
             if isinstance(part, Tokenizer):
                 part.check_images = part.check_tokens = _nothing
             if isinstance(part, Generator):

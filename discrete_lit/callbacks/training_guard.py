@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.lightning_internals import logs_this_step
+from discrete_lit.core.modules import forget_statistics_step
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.tokenizers import Tokenizer
 
@@ -96,6 +97,8 @@ class TrainingGuard(Callback):
         # Asked behind the backward pass, so that the device has it to do while the host waits.
         if not self._bad:
             self._skipped_in_a_row = 0
+            if self._skips_step:
+                forget_statistics_step(pl_module)
             return
         self._skipped_in_a_row += 1
         message = self._report(trainer, float(self._loss))
@@ -105,6 +108,8 @@ class TrainingGuard(Callback):
             raise TrainingStopped(f"{message} These were {self._skipped_in_a_row} bad batches in a row.")
         assert self._before is not None
         self._before.restore()
+        # What the other micro-batches of the step saw is not taken either.
+        forget_statistics_step(pl_module)
         self._skips_step = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -18,6 +18,8 @@ from typing import Any, Self, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
+from discrete_lit import MOVED_MODULES
+
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
     "discrete_lit.backbones.positions": "discrete_lit.backbones.embeddings",
@@ -134,6 +136,8 @@ def renames(old: Any, new: Any) -> Iterator[str]:
 
 def _leads_somewhere(path: str) -> bool:
     package, _, name = path.rpartition(".")
+    if package in MOVED_MODULES:
+        return False
     try:
         if find_spec(package) is None:
             return False

@@ -5,8 +5,12 @@ square, and (height, width) in general. Channels are any number where a network 
 (files, LPIPS, features of networks that saw colour) takes 1, grey, 3, RGB, or 4, RGBA.
 """
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what prepares data knows sizes, and starts at once
+    from torch import Tensor
 
 ImageSize = int | tuple[int, int]
 """The size of images in pixels, as settings give it: the side of a square, or height and width (`[H, W]` in YAML)."""
@@ -17,7 +21,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
     Used before every metric, so that two numbers never differ by how pixels were quantised.
     """
-    return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
+    return images.float().add(1).mul(127.5).clamp(0, 255).round().byte()
 
 
 def from_uint8(images: Tensor) -> Tensor:
@@ -99,7 +103,7 @@ def to_rgb(images: Tensor, what: str) -> Tensor:
             f"{channels}"
         )
     if channels == 4:
-        if images.dtype == torch.uint8:
+        if not images.is_floating_point():
             return to_uint8(to_rgb(from_uint8(images), what))
         opacity = (images[:, 3:] + 1) / 2
         return images[:, :3] * opacity + (1 - opacity)

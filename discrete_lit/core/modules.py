@@ -57,6 +57,9 @@ class RunningStatistics(FullPrecision):
     def end_step(self) -> None:
         """Move the statistics by what was seen since the last step; nothing where nothing was."""
 
+    def forget_step(self) -> None:
+        """Forget what was seen since the last step, as where the step is not taken."""
+
 
 def accumulate_statistics(module: nn.Module, accumulating: bool) -> None:
     """Set whether the gradients of several micro-batches make a step, in all `RunningStatistics` of a module."""
@@ -70,6 +73,13 @@ def end_statistics_step(module: nn.Module) -> None:
     for each in module.modules():
         if isinstance(each, RunningStatistics):
             each.end_step()
+
+
+def forget_statistics_step(module: nn.Module) -> None:
+    """Forget the unfinished step of all `RunningStatistics` of a module."""
+    for each in module.modules():
+        if isinstance(each, RunningStatistics):
+            each.forget_step()
 
 
 def never_narrower(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -39,7 +39,7 @@ OPTIONS = {
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
-    | {"num_reference", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size", "device"}
+    | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size", "device"}
     | {"image_channels"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},

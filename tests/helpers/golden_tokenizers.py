@@ -35,8 +35,8 @@ def decode(module: Any, codes: Tensor) -> Tensor:
 def common(module: Any, case: Case) -> tuple[Tensors, Any]:
     """Latents, ids, codes and reconstructions, and what the quantizer gave.
 
-    Entropies at a temperature of 0.01 magnify how an encoder rounds, which depends on the processor, so the quantizer is
-    given the reference's latents, where the case has them. Ours are compared with them on their own.
+    Entropies at a temperature of 0.01 magnify how an encoder rounds, which depends on the processor. So the quantizer
+    is given the reference's latents, where the case has them; ours are compared with them on their own.
     """
     images = case.inputs["x"] * 2 - 1 if module.network.pixels == "unit" else case.inputs["x"]
     prequant = module.network.encode(images)

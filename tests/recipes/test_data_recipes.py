@@ -59,7 +59,7 @@ def test_folder_for_training_and_validation(tmp_path: Path) -> None:
 def test_mistakes_end_with_one_line(tmp_path: Path) -> None:
     ended = recipe("folder", "--root", tmp_path / "none", "--output", tmp_path / "shards")
     assert ended.returncode == 1
-    assert ended.stderr.startswith(f"error: {tmp_path / 'none'} is not a folder; give the folder")
+    assert ended.stderr.startswith(f"error: {tmp_path / 'none'} is not a folder; give one with a subfolder")
     assert ended.stderr.count("\n") == 1
     assert not (tmp_path / "shards").exists()
 

@@ -291,6 +291,9 @@ class LeCam(RunningStatistics):
             self.fake_mean.copy_(fake_mean)
             self._seen = []
 
+    def forget_step(self) -> None:
+        self._seen = []
+
 
 def gradient_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """R1 of Mescheder et al., "Which Training Methods for GANs do actually Converge?" (ICML 2018), eq. 9.

@@ -201,6 +201,9 @@ class Codebook(RunningStatistics):
         for depth in sorted(seen):
             self._step(seen[depth])
 
+    def forget_step(self) -> None:
+        self._seen = {}
+
     def _step(self, seen: "_Seen") -> None:
         # Eq. 6: N <- gamma N + (1 - gamma) n, with n the number of latents of each code in this batch.
         self.cluster_size.lerp_(all_reduce_sum(seen.counts), 1 - self.decay)

@@ -134,6 +134,9 @@ class GumbelQuantizer(Quantizer, RunningStatistics):
             self.steps += 1
         self._drawn_rows = 0
 
+    def forget_step(self) -> None:
+        self._drawn_rows = 0
+
     @torch.no_grad()
     def _draw(self, rows: int) -> Tensor:
         """Draw standard Gumbel noise `(rows, K)` for this training step, and count it."""
