@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 # Modules of earlier versions that users import; those that configurations name are in `core/configuration.py`.
-MOVED_MODULES = {
+_MOVED = {
     "discrete_lit.backbones.positions": ("discrete_lit.backbones.embeddings",),
     "discrete_lit.processes": ("discrete_lit.diffusion", "discrete_lit.core.random"),
     "discrete_lit.data.tar_samples": ("discrete_lit.data.tars",),
@@ -50,10 +50,10 @@ class _MovedModules(MetaPathFinder, Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname in MOVED_MODULES else None
+        return ModuleSpec(fullname, self, is_package=True) if fullname in _MOVED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        now = " and ".join(MOVED_MODULES[spec.name])
+        now = " and ".join(_MOVED[spec.name])
         warnings.warn(f"{spec.name} is now {now}", FutureWarning, stacklevel=2)
         return ModuleType(spec.name, f"The old name of {now}.")
 
@@ -62,10 +62,10 @@ class _MovedModules(MetaPathFinder, Loader):
 
         def find(attribute: str) -> Any:
             # Whoever walks over all modules asks each for `__file__` and the like: that must import nothing.
-            for new in MOVED_MODULES[name] if not attribute.startswith("__") else ():
+            for new in _MOVED[name] if not attribute.startswith("__") else ():
                 if hasattr(importlib.import_module(new), attribute):
                     return getattr(sys.modules[new], attribute)
-            raise AttributeError(f"{attribute!r} is not in {' or '.join(MOVED_MODULES[name])}, which {name} is now")
+            raise AttributeError(f"{attribute!r} is not in {' or '.join(_MOVED[name])}, which {name} is now")
 
         module.__getattr__ = find  # type: ignore[method-assign]  # PEP 562: a module's own lookup
 

@@ -18,8 +18,6 @@ from typing import Any, Self, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
 
-from discrete_lit import MOVED_MODULES
-
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
     "discrete_lit.backbones.positions": "discrete_lit.backbones.embeddings",
@@ -136,10 +134,9 @@ def renames(old: Any, new: Any) -> Iterator[str]:
 
 def _leads_somewhere(path: str) -> bool:
     package, _, name = path.rpartition(".")
-    if package in MOVED_MODULES:
-        return False
     try:
-        if find_spec(package) is None:
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:  # that of an earlier version has no file
             return False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
