@@ -251,8 +251,11 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("starts", [])
-    except (ValueError, AttributeError) as error:
+        starts = json.loads(file.read_text(encoding="utf-8")).get("starts", [])
+        if not all(isinstance(start.get("places", []), list) for start in starts):
+            raise ValueError("the places of its checkpoints are no list")
+        return starts
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): remove it") from error
 
 
@@ -320,7 +323,20 @@ class RemoveSuperseded(Callback):
     it does not find in its own state. One is removed only if a checkpoint says of itself that this ModelCheckpoint,
     keeping as many as today, wrote it under its present name, if the run went on from a later step, and if the state
     does not name it.
+
+    What a ModelCheckpoint remembers it removes later, files and folders. A checkpoint may come from anybody, and
+    Lightning checks neither `..` nor another file system: names outside of its folder are forgotten.
     """
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for keeper in _keepers(trainer):
+            state = (checkpoint.get("callbacks") or {}).get(keeper.state_key) or {}
+            for entry in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if entry in state and not _lies_in(state[entry], keeper.dirpath):
+                    state[entry] = ""
+            if "best_k_models" in state:
+                kept = state["best_k_models"].items()
+                state["best_k_models"] = {name: score for name, score in kept if _lies_in(name, keeper.dirpath)}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEPT] = {keeper.state_key: keeper.save_top_k for keeper in _keepers(trainer)}
@@ -356,6 +372,13 @@ class RemoveSuperseded(Callback):
         kept = (state["best_model_path"], *state["best_k_models"])
         own = any(os.path.realpath(name) == os.path.realpath(file) for name in kept if name)
         return own and checkpoint["global_step"] < step
+
+
+def _lies_in(name: Any, folder: Any) -> bool:
+    """Tell whether the file of a name lies below a folder, wherever links and `..` lead."""
+    file, place = str(name), str(folder)
+    same_system = any(mark in file for mark in ("://", "::")) == ("://" in place)
+    return same_system and Path(os.path.realpath(os.path.dirname(file))).is_relative_to(os.path.realpath(place))
 
 
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:

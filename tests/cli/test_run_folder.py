@@ -302,6 +302,39 @@ def test_a_run_that_was_killed_is_tidied_up_at_its_resume(tmp_path: Path) -> Non
     assert sorted(file.name for file in kept.iterdir()) == ["epoch=2-step=3.ckpt", "last.ckpt", "mine.ckpt"]
 
 
+@pytest.mark.parametrize(
+    "target", ["run/checkpoints/../../precious", "memory://precious", "run/checkpoints/link/precious"]
+)
+def test_a_checkpoint_cannot_have_files_elsewhere_removed(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of the ModelCheckpoint that wrote it names what is superseded, and so removed, folders too."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.chdir(tmp_path)
+    fit(Path("first"))
+    contents = torch.load("first/checkpoints/last.ckpt", weights_only=True)
+    (state,) = contents["callbacks"].values()
+    named = dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), target)
+    state.update(named, dirpath="run/checkpoints", best_k_models={target: torch.tensor(0.0)})
+    torch.save(contents, "hostile.ckpt")
+    Path("precious").mkdir()
+    Path("precious/file").write_text("years of work")
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/link").symlink_to(tmp_path)
+    MemoryFileSystem().pipe("/precious", b"years of work")
+    fit(Path("run"), "--ckpt_path=hostile.ckpt", max_steps=4)
+    assert step(Path("run/checkpoints/last.ckpt")) == 4
+    assert Path("precious/file").exists() and MemoryFileSystem().exists("/precious")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"starts": 5}', '{"starts": [5]}', '{"starts": [{"places": null}]}'])
+def test_a_damaged_record_is_one_message(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json is damaged"):
+        RunFolder(tmp_path).checkpoints()
+
+
 def test_checkpoints_that_another_policy_kept_stay(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     fit(folder, callbacks=[EVERY], limit_val_batches=0)
