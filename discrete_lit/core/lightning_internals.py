@@ -77,6 +77,9 @@ def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:
         logger: it.
         first_step: first step that will be logged; None keeps every row. At 0 nothing goes on: an earlier run's file
             gets another name, `metrics-1.csv` or the next free one.
+
+    Raises:
+        ValueError: the file is no such log, or damaged; the message names it.
     """
     writer = _ContinuedLog(logger.log_dir)
     logger._experiment = writer
@@ -87,10 +90,13 @@ def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:
         names = (file.with_stem(f"{file.stem}-{number}") for number in count(1))
         file.rename(next(name for name in names if not name.exists()))
         return
-    with file.open(newline="", encoding="utf-8") as opened:
-        reader = csv.DictReader(opened)
-        columns = list(reader.fieldnames or ())
-        rows = [row for row in reader if first_step is None or not row.get("step") or int(row["step"]) < first_step]
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            reader = csv.DictReader(opened)
+            columns = list(reader.fieldnames or ())
+            rows = [row for row in reader if first_step is None or not row.get("step") or int(row["step"]) < first_step]
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{file} is damaged ({error}): move it away, and the log goes on in a new file") from error
     text = io.StringIO(newline="")
     table = csv.DictWriter(text, columns, extrasaction="ignore")
     table.writeheader()

@@ -175,6 +175,15 @@ def test_continue_csv_log(tmp_path: Path) -> None:
     assert [(tmp_path / "csv" / f"metrics{n}.csv").read_text()[0] for n in ("-1", "-2", "")] == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize("content", [b"step,loss\r\n0,1.5\r\n3\xff", b"step,loss\r\n0,1.5\r\n1.0,2\r\n"])
+def test_a_damaged_csv_log_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics\.csv is damaged"):
+        internals.continue_csv_log(CSVLogger(tmp_path, name="csv", version=""), 2)
+    assert (tmp_path / "csv" / "metrics.csv").read_bytes() == content
+
+
 @advised
 def test_count_log_steps_from(tmp_path: Path) -> None:
     class From(Callback):
