@@ -284,6 +284,10 @@ class Transformer(Backbone):
         time: Tensor | None = None,
     ) -> Tensor:
         assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
+        if labels.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"the labels have the shape {tuple(labels.shape)}; one is needed for each of {len(tokens)} sequences"
+            )
         new = tokens.shape[1]
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled

@@ -29,10 +29,11 @@ class ImageShards(ResumableDataModule):
 
     A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
     `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
-    `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar`, `.tar.gz` or `.tgz`. How many
-    samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local shards
-    are counted. A set of which nobody says the classes, as img2dataset writes it, has no labels, and its batches no
-    `"label"`: a tokenizer needs none.
+    `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar` or, compressed, with `.tar.gz`,
+    `.tgz`, `.tar.bz2`, `.tbz2`, `.tar.xz` or `.txz`; other archives and images beside them are left out with a warning.
+    How many samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local
+    shards are counted. A set of which nobody says the classes, as img2dataset writes it, has no labels, and its batches
+    no `"label"`: a tokenizer needs none.
 
     In an epoch every sample is read once, less the last incomplete global batch. The order depends on seed, epoch,
     batch size, and the numbers of ranks and workers: inside an epoch a run resumes exactly with the same ones, and

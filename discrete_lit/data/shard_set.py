@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ import numpy as np
 from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, printable
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
+from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
 
 _log = logging.getLogger(__name__)
 
-_SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+_OTHER_ARCHIVE = re.compile(r"\.(tar\.\w+|zip|zst|lz4|7z|rar|gz|bz2|xz)$", re.IGNORECASE)
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
 _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 # Bounds of what a name or a manifest may claim before anything is read: far above any data set, far below the memory.
@@ -78,7 +80,10 @@ class ShardSet:
 
 
 def find_shards(
-    location: str | Sequence[str], counts: int | Sequence[int] | None = None, *, num_classes: int | None = None
+    location: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    counts: int | Sequence[int] | None = None,
+    *,
+    num_classes: int | None = None,
 ) -> ShardSet:
     """Find the shards that a user names as a split.
 
@@ -86,7 +91,7 @@ def find_shards(
         location: folder, file, pattern, URL, or a list of them; `~` is the home folder.
         counts: samples in all shards, spread evenly, or one number a shard, where there is no manifest.
         num_classes: number of classes where there is no manifest. Without it, and where no sample of the counted
-            shards has a label, the set is one without labels.
+            shards has a label, the set is one without labels; labels that are left out so are warned of.
 
     Raises:
         ValueError: there are no shards, one is missing or cut off, or their counts or classes are not known, are not
@@ -94,9 +99,9 @@ def find_shards(
     """
     if num_classes is not None and not 1 <= num_classes <= _MOST_CLASSES:
         raise ValueError(f"num_classes is {num_classes}; it must be in 1..{_MOST_CLASSES:,}")
-    urls: list[str] = []
-    for entry in [location] if isinstance(location, str) else location:
-        urls += _expand(entry)
+    entries = [location] if isinstance(location, str | os.PathLike) else location
+    location = [os.fspath(entry) if isinstance(entry, os.PathLike) else entry for entry in entries]
+    urls = [url for entry in location for url in _expand(entry)]
     _check_urls(urls)
     manifests: dict[str, dict[str, Any] | None] = {}
     if counts is None:
@@ -113,8 +118,8 @@ def holds_shards(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() or bool(_shards_in(folder))
 
 
-def _named(location: str | Sequence[str]) -> str:
-    return printable(location) if isinstance(location, str) else ", ".join(map(printable, location))
+def _named(location: Sequence[str]) -> str:
+    return ", ".join(map(printable, location))
 
 
 # From what is named to the shards.
@@ -133,6 +138,7 @@ def _expand(entry: str) -> list[str]:
         elif is_local(url) and glob.has_magic(local_path(url)) and not os.path.exists(local_path(url)):
             matching = sorted(glob.glob(local_path(url), recursive=True))
             found = [shard for path in matching if _is_shard(path) or os.path.isdir(path) for shard in _shards_at(path)]
+            _say_left_out(url, (Path(path) for path in matching if not os.path.isdir(path)))
             if not found:
                 raise ValueError(f"no shards match {url}; they end with {', '.join(_SHARD_SUFFIXES)}")
             urls += found
@@ -195,8 +201,12 @@ def _shards_at(url: str) -> list[str]:
         url = local_path(url)
     if _is_shard(url) and not (is_local(url) and os.path.isdir(url)):
         return [url]
+    if is_local(url) and os.path.isfile(url):
+        raise ValueError(f"{url} is no shard: they end with {', '.join(_SHARD_SUFFIXES)}")
     manifest = _manifest(url)
     files = _shards_in(Path(url)) if is_local(url) else []
+    if is_local(url) and os.path.isdir(url):
+        _say_left_out(url, Path(url).iterdir())
     if manifest is not None:
         listed = [shard["name"] for shard in manifest["shards"]]
         if extra := sorted({path.name for path in files} - set(listed)):
@@ -216,6 +226,24 @@ def _shards_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _is_shard(path.name) and not path.name.startswith("."))
+
+
+def _say_left_out(where: str, paths: Iterable[Path]) -> None:
+    """Warn of entries that may hold images and are no shards: others, such as tables, lie beside shards anywhere."""
+    left_out: dict[str, list[str]] = {}
+    for path in paths:
+        extension = path.suffix[1:].lower()
+        if path.name.startswith(".") or (_is_shard(path.name) and not path.is_dir()):
+            continue
+        if path.is_dir():
+            if _shards_in(path):
+                left_out.setdefault("folders with shards of their own", []).append(path.name)
+        elif extension in IMAGE_EXTENSIONS or extension in UNREADABLE_EXTENSIONS:
+            left_out.setdefault("images outside the shards", []).append(path.name)
+        elif _OTHER_ARCHIVE.search(path.name):
+            left_out.setdefault("archives that are not read", []).append(path.name)
+    for kind, names in left_out.items():
+        _log.warning("left out %d %s in %s, the first is %s", len(names), kind, where, min(names))
 
 
 def _check_urls(urls: Sequence[str]) -> None:
@@ -317,7 +345,7 @@ def _counted(url: str) -> np.ndarray:
 
 
 def _classes(
-    location: str | Sequence[str], manifests: list[dict[str, Any]], num_classes: int | None, labelled: bool | None
+    location: Sequence[str], manifests: list[dict[str, Any]], num_classes: int | None, labelled: bool | None
 ) -> tuple[str, ...]:
     if not manifests:
         if num_classes is not None and labelled is False:
@@ -325,6 +353,13 @@ def _classes(
                 "num_classes=%d has no effect: no sample of %s has a label (<key>.cls)", num_classes, _named(location)
             )
             return ()
+        if num_classes is None and labelled:
+            _log.warning(
+                "the labels (<key>.cls) of %s are left out, for nothing says how many classes there are: num_classes "
+                "of the data does, or a %s as `discrete-lit shards` writes it",
+                _named(location),
+                MANIFEST,
+            )
         return tuple(str(label) for label in range(num_classes or 0))
     classes = {tuple(manifest["classes"]) for manifest in manifests}
     if len(classes) > 1:

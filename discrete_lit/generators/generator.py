@@ -155,7 +155,7 @@ class Generator(TokenTraining):
         """
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
-        self.check_labels(labels)
+        self.check_labels(labels, count=len(tokens))
         labels = labels.long()
         if dropped is not None:
             labels = labels.masked_fill(dropped, self.num_classes)
@@ -205,7 +205,7 @@ class Generator(TokenTraining):
             ValueError: the reasons of `draw`.
         """
         if indices is None:
-            indices = torch.arange(len(labels), device=labels.device)
+            indices = torch.arange(labels.numel(), device=labels.device)
         return self.draw(labels, CounterRandom(seed, indices), sampler, known=known).tokens
 
     @torch.no_grad()
@@ -239,8 +239,11 @@ class Generator(TokenTraining):
                 f"guidance_scale={sampler.guidance_scale} needs a generator that learned the null label; this one was "
                 "trained with label_dropout=0"
             )
-        if labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"the labels are {labels.dtype}; they must be whole numbers in 0..{self.num_classes}")
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"the labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers in "
+                f"0..{self.num_classes}, one for each sample"
+            )
         output = sampler(
             self.sampled_backbone(),
             labels.long(),

@@ -137,7 +137,7 @@ class TokenTraining(LightningModule, ABC):
         """
         if "label" in batch:
             labels = torch.as_tensor(batch["label"])
-            self.check_labels(labels, names=batch.get("key", batch.get("index")))
+            self.check_labels(labels, names=batch.get("key", batch.get("index")), count=_count_of(batch))
             return labels.long()
         if self.num_classes == 1:
             rows = _rows_of(batch)
@@ -151,7 +151,7 @@ class TokenTraining(LightningModule, ABC):
             'DataModule of your own must give "label". Or set model.init_args.num_classes to 1: a model of no classes'
         )
 
-    def check_labels(self, labels: Tensor, *, names: Any = None) -> None:
+    def check_labels(self, labels: Tensor, *, names: Any = None, count: int | None = None) -> None:
         """Refuse labels that are no classes of this model.
 
         The values of those that lie on a device are not looked at: it would wait for all that was queued before.
@@ -159,13 +159,15 @@ class TokenTraining(LightningModule, ABC):
         Args:
             labels: `(B,)`.
             names: of the samples, for the message; by default their positions.
+            count: B, where it is known otherwise; a single label would be that of every sample.
 
         Raises:
-            ValueError: labels that are no whole numbers in [0, num_classes).
+            ValueError: labels that are no whole numbers in [0, num_classes), or not one for each sample.
         """
         expected = f"they must be whole numbers in 0..{self.num_classes - 1}"
-        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(f"the labels are {labels.dtype} {tuple(labels.shape)}; {expected}, one for each sample")
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex() or count not in (None, len(labels)):
+            samples = "sample" if count is None else f"of {count} samples"
+            raise ValueError(f"the labels are {labels.dtype} {tuple(labels.shape)}; {expected}, one for each {samples}")
         if labels.device.type == "cpu":
             outside = ((labels < 0) | (labels >= self.num_classes)).nonzero().flatten().tolist()
             if outside:
@@ -282,6 +284,11 @@ class TokenTraining(LightningModule, ABC):
                 f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
                 f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
             )
+
+
+def _count_of(batch: dict[str, Any]) -> int | None:
+    """The number of tokens' or images' rows in a batch, where it has any."""
+    return next((len(batch[name]) for name in ("tokens", "image") if name in batch), None)
 
 
 def _rows_of(batch: dict[str, Any]) -> Tensor:

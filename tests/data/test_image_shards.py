@@ -1,7 +1,9 @@
+import bz2
 import gzip
 import io
 import json
 import logging
+import lzma
 import os
 import pickle
 import re
@@ -675,8 +677,33 @@ def test_compressed_and_plain_shards_of_a_folder_are_read_in_one_order(
         [f"{folder}/train-00000[01].*", f"{folder}/train-00000{{2.tgz,3.TAR}}"],
     ):
         assert keys(make_data(location, num_classes=3).evaluation_loader("train", 0, 1)) == all_keys(14)
-    assert open_image_set(folder, 8).count == 14
     assert not caplog.records
+    assert open_image_set(folder, 8).count == 14
+    assert "labels (<key>.cls)" in caplog.text  # which it reads from a manifest alone
+
+
+def test_what_is_left_out_beside_shards_is_said(
+    tmp_path: Path, make_shards: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_shards(tmp_path / "shards", [3, 4, 2], manifest=False)
+    for number, suffix, compress in ((1, ".tar.bz2", bz2.compress), (2, ".txz", lzma.compress)):
+        plain = folder / f"train-{number:06d}.tar"
+        plain.with_name(plain.stem + suffix).write_bytes(compress(plain.read_bytes()))
+        plain.unlink()
+    make_shards(folder / "more", [1], manifest=False)
+    for name in ("0.tar.zst", "1.zip", "2.png", "00000.parquet"):
+        (folder / name).write_bytes(b"")
+    assert make_data(folder, num_classes=3).shards["train"].count == 9  # a path as good as its name
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"left out 1 folders with shards of their own in {folder}, the first is more",
+        f"left out 1 images outside the shards in {folder}, the first is 2.png",
+        f"left out 2 archives that are not read in {folder}, the first is 0.tar.zst",
+    ]
+    caplog.clear()
+    assert make_data([folder / "train-000000.tar", f"{folder}/*.txz"]).num_classes == 0
+    assert "labels (<key>.cls)" in caplog.text and "num_classes" in caplog.text
+    with pytest.raises(ValueError, match=r"0\.tar\.zst is no shard: they end with \.tar, "):
+        _ = make_data(f"{folder}/0.tar.zst").shards
 
 
 def test_shards_beside_a_manifest_that_does_not_list_them_are_said(folder: Path, caplog: Any) -> None:

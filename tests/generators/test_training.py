@@ -204,6 +204,18 @@ def test_a_label_that_is_no_class_is_named(make_generator, family: str, label: i
             ValueError, match=r"the labels are torch\..*; they must be whole numbers in 0\.\.1, one for"
         ):
             generator.labels_of({"label": wrong})
+    for wrong in (torch.tensor([1]), torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)):
+        for use in (
+            lambda wrong=wrong: generator.training_step({**batch, "label": wrong}, 0),
+            lambda wrong=wrong: generator.loss(batch["tokens"], wrong),
+        ):
+            with pytest.raises(ValueError, match=r"one for each of 4 samples"):
+                use()
+        with pytest.raises(ValueError, match=r"one is needed for each of 4 sequences"):
+            generator.eval().log_likelihood(batch["tokens"], wrong)
+    for wrong in (torch.tensor(1), torch.tensor([[0], [1]])):
+        with pytest.raises(ValueError, match=r"they must be whole numbers in 0\.\.2, one for each sample"):
+            generator.sample(wrong)
 
 
 def test_data_without_labels_is_refused_by_the_models_name(make_generator) -> None:
