@@ -120,7 +120,8 @@ def current_names(config: Any) -> Any:
 
 def renames(old: Any, new: Any) -> Iterator[str]:
     """Yield one line for each name that `current_names` changed on the way from `old` to `new`."""
-    if isinstance(old, str) and old != new:
+    # A name that was given without its package is no old one.
+    if isinstance(old, str) and old not in (new, new.rpartition(".")[2]):
         yield f"{old} is now {new}"
     elif isinstance(old, list | tuple):
         for before, after in zip(old, new, strict=True):

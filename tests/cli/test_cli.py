@@ -133,13 +133,13 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-@pytest.mark.parametrize("form", ["{0} {1}", "{1} {0}", "{2} {1}", "{1} {2}"])
+@pytest.mark.parametrize("form", ["{0} {1}", "{1} {0}", "{2} {1}", "{1} {2}", "{1} {3}"])
 def test_the_command_line_wins_wherever_it_stands(
     command: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, name, value = CONTRADICTIONS[command]
     file = write_settings(tmp_path / "settings.yaml", settings)
-    given = form.format(f"--config {file}", f"--{name} {value}", f"-c {file}").split()
+    given = form.format(f"--config {file}", f"--{name} {value}", f"-c {file}", f"-c{file}").split()
     assert exit_code(command, *given, "--print_config") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     for part in name.split("."):
@@ -284,3 +284,27 @@ def test_a_recipe_without_its_file_of_data(data: Any, tmp_path: Path, capsys: py
     message = capsys.readouterr().err
     assert re.match(r"error: (data |the following arguments are required: data,)", message)
     assert "`--config` of a file such as lightning_configs/data/" in message
+
+
+def test_a_recipe_that_lacks_its_base_says_how_it_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = Path(__file__).parents[2] / "lightning_configs"
+    base, recipe = recipes / "trainer" / "cpu.yaml", recipes / "generators" / "halton_s_imagenet256.yaml"
+    assert exit_code("fit", "--config", base, "--config", recipe) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1].strip()
+    assert last.startswith(f"{recipe} says how it is run: discrete-lit fit --config lightning_configs/data/")
+    assert "--config lightning_configs/generators/halton_b_imagenet256.yaml " in last
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("run_dir", "ckpt_path", "weights") for value in (5, ["a"], "", "a\0b")]
+    + [("trainer", value) for value in (5, ["a"], None)],
+)
+def test_what_is_used_before_parsing_is_checked(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_settings(tmp_path / "settings.yaml", {**TOKENIZER, name: value})
+    assert exit_code("fit", "--config", "settings.yaml") == 2
+    assert name in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.yaml"]

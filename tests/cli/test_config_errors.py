@@ -7,7 +7,7 @@ import yaml
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit.cli.config import COMMAND_LINE, INHERITED, read_given
-from discrete_lit.core.configuration import current_names
+from discrete_lit.core.configuration import current_names, renames
 
 GENERATOR = generator_settings(Path("tokenizer.ckpt"))
 
@@ -265,6 +265,8 @@ def test_names_of_earlier_versions_are_read(
     assert printed["mask_schedule"]["class_path"].startswith("discrete_lit.diffusion")
     assert printed["backbone"]["init_args"]["activation_checkpointing"] is True
     assert "recompute is now activation_checkpointing" in caplog.text
+    # A name without its package is no old name.
+    assert not list(renames("InceptionV3", "discrete_lit.metrics.InceptionV3"))
 
 
 @pytest.mark.parametrize("name", ["ConvAutoencoder", "ViTAutoencoder", "TiTokAutoencoder", "PatchGAN"])
