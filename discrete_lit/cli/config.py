@@ -256,6 +256,8 @@ def _check_value(value: Any, kind: Any, path: str) -> Problems:
             return _check_settings(_arguments(base), inside, path, base.__name__, {})
         if isinstance(inside, Mapping | str):
             return _check_class({"class_path": inside} if isinstance(inside, str) else inside, base, path, skip)
+        if value is None:  # the parser below would take it for a setting that is not given
+            return wrong
     with suppress(ArgumentError, ValueError):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=kind)
@@ -276,8 +278,14 @@ def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
     # Of a class that was imported, the bare name is enough.
     module, _, last = next((item for item in known if item.rpartition(".")[2] == name), name).rpartition(".")
     found: Any = None
-    with suppress(ImportError, ValueError):
+    try:
         found = getattr(import_module(module), last, None)
+    except ImportError as error:
+        # Where the module is there, what it needs is not.
+        if not f"{module}.".startswith(f"{error.name}."):
+            return [(_join(path, "class_path"), f"is {name!r}, and {module} cannot be imported: {error}")]
+    except (ValueError, TypeError):  # no name of a module, such as one that begins with a dot
+        pass
     made = found
     if inspect.isroutine(found):
         made = None

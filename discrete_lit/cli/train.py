@@ -350,7 +350,14 @@ class TrainingCLI(LightningCLI):
             callbacks.insert(0, ContinueExactly())
             if self.changed:
                 callbacks.append(FollowConfiguration(self.changed))
-        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        if settings["accumulate_grad_batches"] < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}, accepted: 1 or more"
+            )
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        except TypeError as error:  # so Lightning refuses some numbers of devices
+            raise ValueError(f"trainer: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit import __version__, load
 from discrete_lit.cli import commands as cli
+from discrete_lit.core.trust import importable_from_here
 
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
@@ -308,3 +310,41 @@ def test_what_is_used_before_parsing_is_checked(
     assert exit_code("fit", "--config", "settings.yaml") == 2
     assert name in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize("place", ["own_module.py", "own_package/inner.py", "own_folder/deeper/inner.py"])
+def test_a_module_below_the_current_folder_is_found(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("class Mine: ...\n")
+    module = place.removesuffix(".py").replace("/", ".")
+    with importable_from_here([f"{module}.Mine"]):
+        assert importlib.import_module(module).Mine
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize("command", ["sample", "tokenize"])
+def test_devices_that_fabric_refuses(
+    command: str,
+    tokenizer_checkpoint: Path,
+    generator_checkpoints: dict,
+    class_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = {
+        "sample": ("--ckpt_path", generator_checkpoints["Masked"], "--num_samples=2"),
+        "tokenize": (
+            "--ckpt_path",
+            tokenizer_checkpoint,
+            "--data=ImageFolder",
+            f"--data.train={class_folder}",
+            "--data.image_size=8",
+            "--data.batch_size=2",
+        ),
+    }
+    more = ("--output", tmp_path / "output", "--accelerator=cpu", "--devices=-5")
+    assert exit_code(command, *arguments[command], *more) == 2
+    assert "`devices`" in capsys.readouterr().err
