@@ -176,17 +176,20 @@ def _read(config: str) -> tuple[dict[str, Any], str]:
     inline = config.lstrip().startswith("{")
     # A checkpoint's model is given as JSON.
     source = config if not inline else "the checkpoint" if config.startswith('{"') else COMMAND_LINE
+    if not inline and ("\0" in config or (Path(config).exists() and not Path(config).is_file())):
+        raise ValueError(f"--config {config}: not a file")
     try:
-        if not inline and ("\0" in config or (Path(config).exists() and not Path(config).is_file())):
-            raise ValueError(f"--config {config}: not a file")
         values = read_settings(config if inline else Path(config).read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict | None):
-        raise ValueError(f"{source} must hold `key: value` lines, it holds a {type(values).__name__}")
-    return values or {}, source
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise ValueError(f"{source} must hold `key: value` lines, it {what}")
+    return values, source
 
 
 def _opened(value: Any) -> Any:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
-from discrete_lit.core.distributed import all_reduce_sum, launch_fabric
+from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
@@ -101,7 +101,8 @@ def sample(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
-    fabric = launch_fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
     fabric.strategy.precision.convert_module(generator)  # in place
     generator = generator.to(fabric.device)

@@ -3,10 +3,10 @@
 from typing import Any, Literal
 
 import torch
+from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
-from discrete_lit.core.distributed import launch_fabric
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
@@ -69,7 +69,8 @@ def tokenize(
             f"it is {data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
-    fabric = launch_fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric.launch()
     if fabric.global_rank == 0:
         TokenWriter.create(
             output,

@@ -7,35 +7,12 @@ whether it must synchronise is silently local.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning.fabric import Fabric
-
 _is_alone = ContextVar("_is_alone", default=False)
-
-
-def launch_fabric(**settings: Any) -> "Fabric":
-    """Start Lightning Fabric's processes.
-
-    Args:
-        settings: Fabric's `accelerator`, `devices`, `num_nodes` and `precision`.
-
-    Raises:
-        ValueError: settings that Fabric refuses.
-    """
-    from lightning.fabric import Fabric
-
-    try:
-        fabric = Fabric(**settings)
-    except TypeError as error:  # so it refuses some numbers of devices
-        raise ValueError(str(error)) from error
-    fabric.launch()
-    return fabric
 
 
 @contextmanager

@@ -325,26 +325,27 @@ def test_a_module_below_the_current_folder_is_found(
     assert str(tmp_path) not in sys.path
 
 
-@pytest.mark.parametrize("command", ["sample", "tokenize"])
-def test_devices_that_fabric_refuses(
-    command: str,
-    tokenizer_checkpoint: Path,
-    generator_checkpoints: dict,
-    class_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_dotted_name_beside_its_group_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("trainer.min_steps: 3\ntrainer: {max_steps: 5}\n")
+    assert exit_code("fit", "--config", file, "--print_config") == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["min_steps"], trainer["max_steps"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "settings.yaml must hold `key: value` lines, it is empty"),
+        ("# trainer:\n", "it is empty"),
+        ("? [a]\n: 1\n", "settings.yaml is not valid YAML: a key is no word, line 1"),
+        ("".join(f"k{i}: 1\n" for i in range(2000)), "settings.yaml is not valid YAML: it has more than 1,000 keys"),
+        ("run_dir: " + "9" * 5000, "settings.yaml: Exceeds the limit"),
+    ],
+)
+def test_a_file_that_is_no_configuration(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = {
-        "sample": ("--ckpt_path", generator_checkpoints["Masked"], "--num_samples=2"),
-        "tokenize": (
-            "--ckpt_path",
-            tokenizer_checkpoint,
-            "--data=ImageFolder",
-            f"--data.train={class_folder}",
-            "--data.image_size=8",
-            "--data.batch_size=2",
-        ),
-    }
-    more = ("--output", tmp_path / "output", "--accelerator=cpu", "--devices=-5")
-    assert exit_code(command, *arguments[command], *more) == 2
-    assert "`devices`" in capsys.readouterr().err
+    (tmp_path / "settings.yaml").write_text(text)
+    assert exit_code("fit", "--config", tmp_path / "settings.yaml") == 2
+    assert words in capsys.readouterr().err
