@@ -164,5 +164,7 @@ def run_function(name: str, arguments: list[str]) -> None:
         raise ValueError(explain(parser, arguments, error)) from error
     settings = build(parser, parsed)
     settings.pop("config")
+    if settings.get("output") == "":  # of a shell variable that is not set: the current folder was not meant
+        raise ValueError("output is '', accepted: a path")
     with sole_writer(settings["output"], name) if name in _FILLING else nullcontext():
         function(**settings)

@@ -31,6 +31,8 @@ TRUST_HELP = (
 INHERITED = "\0inherited"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 _MOST_SHOWN, _MOST_LISTED = 5, 12
+# The command that the comment at the top of a recipe holds, over several lines where each but the last ends with a \\.
+_FIRST_COMMENT = re.compile(r"# (discrete-lit (?:.*\\\n#)*.*)")
 _DATA_FILE = "lightning_configs/data/imagenet256.yaml"
 Settings = Mapping[str, Any]
 Problems = list[tuple[str, str]]  # dotted paths of wrong settings, each with what is wrong in words that follow it
@@ -45,7 +47,23 @@ def explain(parser: ArgumentParser, arguments: Sequence[str], error: Exception) 
     missing = _of_data("data") if re.search(r"required:.*\bdata\b", str(error)) else ""
     lines = lines or f"{error}{missing}".splitlines()
     more = [f"and {len(lines) - _MOST_SHOWN} more"] if len(lines) > _MOST_SHOWN else []
-    return "\n       ".join(lines[:_MOST_SHOWN] + more)
+    advice = _how_to_run(arguments) if any(re.search("required|needs a class_path", line) for line in lines) else []
+    return "\n       ".join(lines[:_MOST_SHOWN] + more + advice)
+
+
+def _how_to_run(arguments: Sequence[str]) -> list[str]:
+    """Quote the command that a given file begins with where it names files that were not given, the longest of them."""
+    given = [option.value for option in _options(arguments) if option.is_file and option.value]
+    advice: dict[str, str] = {}
+    for name in given:
+        if Path(name).is_file() and (found := _FIRST_COMMENT.match(Path(name).read_text())):
+            command = " ".join(found.group(1).replace("\\\n#", "").split())
+            if {Path(file).name for file in re.findall(r"--config (\S+)", command)} - {
+                Path(file).name for file in given
+            }:
+                advice[name] = command
+    longest = max(advice, key=lambda name: len(advice[name]), default="")
+    return [f"{longest} says how it is run: {advice[longest]}"] if longest else []
 
 
 @dataclass
@@ -141,6 +159,8 @@ def _options(arguments: Sequence[str]) -> list[_Option]:
     found: list[_Option] = []
     for argument in arguments:
         option, equals, text = argument.partition("=")
+        if option.startswith("-c") and option != "-c":  # its file may follow without a space
+            option, equals, text = "-c", "=", argument[2:]
         is_option = option.startswith("--") or option in ("-c", "-h")
         if is_option or not found:
             found.append(_Option(option.lstrip("-") if is_option else "", text if equals else None, [argument]))
@@ -156,17 +176,20 @@ def _read(config: str) -> tuple[dict[str, Any], str]:
     inline = config.lstrip().startswith("{")
     # A checkpoint's model is given as JSON.
     source = config if not inline else "the checkpoint" if config.startswith('{"') else COMMAND_LINE
+    if not inline and ("\0" in config or (Path(config).exists() and not Path(config).is_file())):
+        raise ValueError(f"--config {config}: not a file")
     try:
-        if not inline and Path(config).exists() and not Path(config).is_file():
-            raise ValueError(f"--config {config}: not a file")
         values = read_settings(config if inline else Path(config).read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict | None):
-        raise ValueError(f"{source} must hold `key: value` lines, it holds a {type(values).__name__}")
-    return values or {}, source
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    if not isinstance(values, dict):
+        what = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise ValueError(f"{source} must hold `key: value` lines, it {what}")
+    return values, source
 
 
 def _opened(value: Any) -> Any:
@@ -236,6 +259,8 @@ def _check_value(value: Any, kind: Any, path: str) -> Problems:
             return _check_settings(_arguments(base), inside, path, base.__name__, {})
         if isinstance(inside, Mapping | str):
             return _check_class({"class_path": inside} if isinstance(inside, str) else inside, base, path, skip)
+        if value is None:  # the parser below would take it for a setting that is not given
+            return wrong
     with suppress(ArgumentError, ValueError):
         parser = ArgumentParser(exit_on_error=False)
         parser.add_argument("--value", type=kind)
@@ -256,8 +281,14 @@ def _check_class(given: Settings, base: type, path: str, skip: int) -> Problems:
     # Of a class that was imported, the bare name is enough.
     module, _, last = next((item for item in known if item.rpartition(".")[2] == name), name).rpartition(".")
     found: Any = None
-    with suppress(ImportError, ValueError):
+    try:
         found = getattr(import_module(module), last, None)
+    except ImportError as error:
+        # Where the module is there, what it needs is not.
+        if not f"{module}.".startswith(f"{error.name}."):
+            return [(_join(path, "class_path"), f"is {name!r}, and {module} cannot be imported: {error}")]
+    except (ValueError, TypeError):  # no name of a module, such as one that begins with a dot
+        pass
     made = found
     if inspect.isroutine(found):
         made = None

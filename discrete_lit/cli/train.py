@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
@@ -189,6 +190,11 @@ class TrainingCLI(LightningCLI):
         arguments = self.arguments
         asked = {argument.partition("=")[0] for argument in arguments}
         if not asked & {"-h", "--help"}:
+            for name in ("run_dir", "ckpt_path", "weights"):  # used before the parser looks at them
+                path = given.values.get(name)
+                if path is not None and (not isinstance(path, str) or not path or "\0" in path):
+                    source = f" (from {given.source(name)})" if given.source(name) else ""
+                    raise ValueError(f"{name} is {path!r}, accepted: a path or null{source}")
             run_dir = given.values.get("run_dir")
             if self.command in ("fit", "predict") and run_dir not in (None, "null") and "--print_config" not in asked:
                 # Before anything is read: the holder may be about to write its last checkpoint.
@@ -198,6 +204,8 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(arguments)
         except argparse.ArgumentError as error:
             raise ValueError(explain(parser, arguments, error)) from error
+        if not isinstance(self.config.trainer, Namespace):  # of a group the parser takes anything
+            raise ValueError(f"trainer is {self.config.trainer!r}, accepted: settings of the Trainer")
         if self.command == "predict" and not self.config.run_dir:
             raise ValueError("predict needs --run_dir FOLDER: predictions are written into FOLDER/predictions")
         self.folder = RunFolder(self.config.run_dir, given.values) if self.config.run_dir else None
@@ -342,7 +350,14 @@ class TrainingCLI(LightningCLI):
             callbacks.insert(0, ContinueExactly())
             if self.changed:
                 callbacks.append(FollowConfiguration(self.changed))
-        trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        if settings["accumulate_grad_batches"] < 1:
+            raise ValueError(
+                f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}, accepted: 1 or more"
+            )
+        try:
+            trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
+        except TypeError as error:  # so Lightning refuses some numbers of devices
+            raise ValueError(f"trainer: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer

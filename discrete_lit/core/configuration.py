@@ -63,7 +63,7 @@ _ARGUMENTS = {
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
-_MOST_ENTRIES, _DEEPEST = 500_000, 100
+_MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 500_000, 1_000, 100
 # At the beginning of a value: the environment variable that a path begins with.
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})(?=/|$)")
 # What a function may return that is no part of a model.
@@ -120,7 +120,8 @@ def current_names(config: Any) -> Any:
 
 def renames(old: Any, new: Any) -> Iterator[str]:
     """Yield one line for each name that `current_names` changed on the way from `old` to `new`."""
-    if isinstance(old, str) and old != new:
+    # A name that was given without its package is no old one.
+    if isinstance(old, str) and old not in (new, new.rpartition(".")[2]):
         yield f"{old} is now {new}"
     elif isinstance(old, list | tuple):
         for before, after in zip(old, new, strict=True):
@@ -200,15 +201,20 @@ def _entries(node: yaml.Node, above: tuple[int, ...], counted: dict[int, int]) -
     if id(node) not in counted:
         within = (*above, id(node))
         if isinstance(node, yaml.MappingNode):
+            if len(node.value) > _MOST_KEYS:
+                raise yaml.YAMLError(
+                    f"it has more than {_MOST_KEYS:,} keys in one place, line {node.start_mark.line + 1}"
+                )
             first: dict[Any, int] = {}
             for key, _ in node.value:
                 line = key.start_mark.line + 1
-                if key.value in first and key.value != "<<" and isinstance(key, yaml.ScalarNode):
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.YAMLError(f"a key is no word, line {line}")
+                if key.value in first and key.value != "<<":
                     raise yaml.YAMLError(
                         f"{key.value!r} is given twice in one place, lines {first[key.value]} and {line}"
                     )
-                if isinstance(key, yaml.ScalarNode):
-                    first[key.value] = line
+                first[key.value] = line
             counted[id(node)] = 1 + sum(_entries(value, within, counted) for _, value in node.value)
         else:
             counted[id(node)] = 1 + sum(_entries(item, within, counted) for item in node.value)
@@ -286,7 +292,9 @@ def _nested(settings: Any, *, dotted: bool = False) -> Any:
     of_class = any(str(key).partition(".")[0] in ("class_path", "init_args") for key in settings)
     result: dict[Any, Any] = {}
     for key, value in settings.items():
-        first, dot, rest = str(key).partition(".") if dotted or of_class else (key, "", "")
+        # Beside a whole group the parser would drop it too.
+        beside = isinstance(settings.get(str(key).partition(".")[0]), dict)
+        first, dot, rest = str(key).partition(".") if dotted or of_class or beside else (key, "", "")
         inside = _nested({rest: value} if dot else value, dotted=first == "init_args" or bool(dot))
         _lay_beside(result, first, inside)
     return result

@@ -87,10 +87,16 @@ def importable_from_here(names: Iterable[str]) -> Iterator[None]:
         names: full names of modules or of classes in them.
     """
     folder = Path.cwd()
-    tops = {name.partition(".")[0] for name in names}
+    parts = [name.split(".") for name in names]
     # A name that was imported already is found; asking for its spec may fail where it has none, as `__main__`.
-    missing = [top for top in tops if top.isidentifier() and top not in sys.modules and find_spec(top) is None]
-    here = [top for top in missing if (folder / f"{top}.py").is_file() or any((folder / top).glob("*.py"))]
+    missing = {top for top, *_ in parts if top.isidentifier() and top not in sys.modules and find_spec(top) is None}
+    # A folder that only has the name, such as one of data, is no package.
+    here = any(
+        folder.joinpath(*name[:depth]).with_suffix(".py").is_file() or any(folder.joinpath(*name[:depth]).glob("*.py"))
+        for name in parts
+        if name[0] in missing
+        for depth in range(1, len(name) + 1)
+    )
     if here:
         sys.path.append(str(folder))
         importlib.invalidate_caches()

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit import __version__, load
 from discrete_lit.cli import commands as cli
+from discrete_lit.core.trust import importable_from_here
 
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
@@ -133,13 +135,13 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-@pytest.mark.parametrize("form", ["{0} {1}", "{1} {0}", "{2} {1}", "{1} {2}"])
+@pytest.mark.parametrize("form", ["{0} {1}", "{1} {0}", "{2} {1}", "{1} {2}", "{1} {3}"])
 def test_the_command_line_wins_wherever_it_stands(
     command: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings, name, value = CONTRADICTIONS[command]
     file = write_settings(tmp_path / "settings.yaml", settings)
-    given = form.format(f"--config {file}", f"--{name} {value}", f"-c {file}").split()
+    given = form.format(f"--config {file}", f"--{name} {value}", f"-c {file}", f"-c{file}").split()
     assert exit_code(command, *given, "--print_config") == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     for part in name.split("."):
@@ -284,3 +286,66 @@ def test_a_recipe_without_its_file_of_data(data: Any, tmp_path: Path, capsys: py
     message = capsys.readouterr().err
     assert re.match(r"error: (data |the following arguments are required: data,)", message)
     assert "`--config` of a file such as lightning_configs/data/" in message
+
+
+def test_a_recipe_that_lacks_its_base_says_how_it_is_run(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = Path(__file__).parents[2] / "lightning_configs"
+    base, recipe = recipes / "trainer" / "cpu.yaml", recipes / "generators" / "halton_s_imagenet256.yaml"
+    assert exit_code("fit", "--config", base, "--config", recipe) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1].strip()
+    assert last.startswith(f"{recipe} says how it is run: discrete-lit fit --config lightning_configs/data/")
+    assert "--config lightning_configs/generators/halton_b_imagenet256.yaml " in last
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("run_dir", "ckpt_path", "weights") for value in (5, ["a"], "", "a\0b")]
+    + [("trainer", value) for value in (5, ["a"], None)],
+)
+def test_what_is_used_before_parsing_is_checked(
+    name: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_settings(tmp_path / "settings.yaml", {**TOKENIZER, name: value})
+    assert exit_code("fit", "--config", "settings.yaml") == 2
+    assert name in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["settings.yaml"]
+
+
+@pytest.mark.parametrize("place", ["own_module.py", "own_package/inner.py", "own_folder/deeper/inner.py"])
+def test_a_module_below_the_current_folder_is_found(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).write_text("class Mine: ...\n")
+    module = place.removesuffix(".py").replace("/", ".")
+    with importable_from_here([f"{module}.Mine"]):
+        assert importlib.import_module(module).Mine
+    assert str(tmp_path) not in sys.path
+
+
+def test_a_dotted_name_beside_its_group_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("trainer.min_steps: 3\ntrainer: {max_steps: 5}\n")
+    assert exit_code("fit", "--config", file, "--print_config") == 0
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (trainer["min_steps"], trainer["max_steps"]) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "settings.yaml must hold `key: value` lines, it is empty"),
+        ("# trainer:\n", "it is empty"),
+        ("? [a]\n: 1\n", "settings.yaml is not valid YAML: a key is no word, line 1"),
+        ("".join(f"k{i}: 1\n" for i in range(2000)), "settings.yaml is not valid YAML: it has more than 1,000 keys"),
+        ("run_dir: " + "9" * 5000, "settings.yaml: Exceeds the limit"),
+    ],
+)
+def test_a_file_that_is_no_configuration(
+    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    assert exit_code("fit", "--config", tmp_path / "settings.yaml") == 2
+    assert words in capsys.readouterr().err

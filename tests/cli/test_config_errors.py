@@ -7,7 +7,7 @@ import yaml
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
 from discrete_lit.cli.config import COMMAND_LINE, INHERITED, read_given
-from discrete_lit.core.configuration import current_names
+from discrete_lit.core.configuration import current_names, renames
 
 GENERATOR = generator_settings(Path("tokenizer.ckpt"))
 
@@ -157,6 +157,36 @@ def test_unknown_class(path: str, value: str, meant: str, tmp_path: Path, capsys
     assert f"did you mean {meant}?" in message
 
 
+def test_a_module_of_ones_own_that_lacks_another(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needs_another.py").write_text("import a_module_that_is_not_there\n")
+    file = write_settings(tmp_path / "settings.yaml", changed(TOKENIZER, "model.class_path", "needs_another.Mine"))
+    message = refused(capsys, "fit", "--config", file)
+    assert "needs_another cannot be imported: No module named 'a_module_that_is_not_there'" in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("data.class_path", "...", "data.class_path is '...'"),
+        ("model.init_args.network", None, "model.init_args.network is None, accepted: a class_path of Autoencoder"),
+        ("trainer.devices", -5, "`devices`"),
+        ("trainer.accumulate_grad_batches", 0, "accumulate_grad_batches is 0"),
+        ("model.init_args.network.init_args.channels", 0, "each at least 1, got [0, 0"),
+    ],
+)
+def test_values_that_nothing_can_be_made_of(
+    path: str, value: Any, words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = changed(changed(TOKENIZER, "trainer.accelerator", "cpu"), path, value)
+    with pytest.raises(SystemExit) as stopped:
+        run("fit", "--config", write_settings(tmp_path / "settings.yaml", settings))
+    assert stopped.value.code == 2
+    assert words in capfd.readouterr().err
+
+
 def test_class_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = changed(GENERATOR, "model.init_args.backbone.class_path", "torch.nn.Linear")
     message = refused(capsys, "fit", "--config", write_settings(tmp_path / "settings.yaml", settings))
@@ -265,6 +295,8 @@ def test_names_of_earlier_versions_are_read(
     assert printed["mask_schedule"]["class_path"].startswith("discrete_lit.diffusion")
     assert printed["backbone"]["init_args"]["activation_checkpointing"] is True
     assert "recompute is now activation_checkpointing" in caplog.text
+    # A name without its package is no old name.
+    assert not list(renames("InceptionV3", "discrete_lit.metrics.InceptionV3"))
 
 
 @pytest.mark.parametrize("name", ["ConvAutoencoder", "ViTAutoencoder", "TiTokAutoencoder", "PatchGAN"])

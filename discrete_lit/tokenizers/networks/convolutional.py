@@ -108,8 +108,11 @@ class ConvAutoencoder(Autoencoder):
         decoder_attention = attention if decoder_attention is None else decoder_attention
         widths = [channels * multiplier for multiplier in multipliers]
         decoder_widths = [channels * multiplier for multiplier in decoder_multipliers]
-        if not widths or any(width % norm_groups for width in [channels, *widths, *decoder_widths]):
-            raise ValueError(f"norm_groups={norm_groups} must divide every width of the network, got {widths}")
+        every_width = [channels, *widths, *decoder_widths]
+        if not widths or min(every_width) < 1 or norm_groups < 1 or any(width % norm_groups for width in every_width):
+            raise ValueError(
+                f"norm_groups={norm_groups} must divide every width of the network, each at least 1, got {every_width}"
+            )
         if len(widths) != len(decoder_widths):
             raise ValueError(
                 f"decoder_multipliers={list(decoder_multipliers)} must be as many as multipliers={list(multipliers)}"
