@@ -45,7 +45,7 @@ class BlockSettings:
         norm_bias: offsets of LayerNorms with gains.
         bias: of the MLP.
         condition_width: of the condition that a modulation of the block's own reads.
-        dropout: on the attention weights and both residual branches.
+        dropout: on the attention weights and both residual branches, in [0, 1).
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
     """
@@ -68,6 +68,12 @@ class BlockSettings:
     condition_width: int | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.norm_epsilon > 0:
+            raise ValueError(f"norm_epsilon must be > 0, got {self.norm_epsilon}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
 
 class Block(nn.Module):

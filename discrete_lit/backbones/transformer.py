@@ -458,7 +458,7 @@ def _scale_mask(layout: SequenceLayout) -> Tensor | None:
 
 
 def _check_sizes(*, width: int, depth: int, heads: int, head_dim: int | None, long_skips: bool) -> None:
-    if head_dim is None and width % heads:
+    if heads < 1 or (head_dim is None and width % heads):
         raise ValueError(f"width={width} is not a multiple of heads={heads}")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}")

@@ -1,11 +1,26 @@
-"""Means in bins of a coordinate, such as the loss by mask ratio, by position or by time."""
+"""Means over an epoch, and in bins of a coordinate, such as the loss by mask ratio, by position or by time."""
+
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class BinnedMean(Metric):
+class SumsInFloat64(Metric):
+    """A metric whose sums stay in float64 where the module that holds it is put into another precision.
+
+    In bfloat16 a count ends at 256, and a mean over an epoch is that of its first images.
+    """
+
+    full_state_update = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Self:
+        return super()._apply(lambda values: values.to(fn(values).device), exclude_state)
+
+
+class BinnedMean(SumsInFloat64):
     """Average values in equal bins of a coordinate in [0, 1], with weights, over all batches and ranks.
 
     Args:
@@ -15,7 +30,6 @@ class BinnedMean(Metric):
     or over several.
     """
 
-    full_state_update = False
     total: Tensor
     weight: Tensor
 
@@ -34,3 +48,23 @@ class BinnedMean(Metric):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         return self.total, self.weight
+
+
+class Mean(SumsInFloat64):
+    """Average values over all batches and ranks."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        """Add values of any shape."""
+        self.total += values.double().sum()
+        self.count += values.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count

@@ -5,6 +5,7 @@
 - `register` adds a `Family` to `FAMILIES`; `convert` carries a conversion out, and meets every weight of ours.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discrete_lit.core.trust import printable
 from discrete_lit.pretrained.reading import Averages, State, part_of
 from discrete_lit.pretrained.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,7 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
         ValueError: tensors are missing, unexpected or misshapen; the message names them.
     """
     published, made, used, wrong = conversion.tensors, dict[str, Tensor](), set[str](), list[str]()
+    broken = list[str]()
     for name, value in own.items():
         if _fits(name, conversion.kept):
             made[name] = value
@@ -262,6 +267,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
             # A 1x1 convolution is a linear layer.
             if given.dim() > value.dim() and given.shape == (*value.shape, *(1,) * (given.dim() - value.dim())):
                 given = given.reshape(value.shape)
+            if given.is_floating_point() and not bool(given.isfinite().all()):
+                broken.append(" + ".join(names))
             if given.shape != value.shape:
                 keys = " + ".join(map(repr, names))
                 wrong.append(f"{keys} has shape {tuple(given.shape)} instead of {tuple(value.shape)}")
@@ -270,6 +277,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
     if wrong:
         more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
         raise ValueError(f"the weights of {source!r} do not fit: {'; '.join(wrong[:_MOST_SHOWN])}{more}")
+    if broken:
+        _log.warning("%r has values that are not finite in %s", source, printable(", ".join(broken[:_MOST_SHOWN])))
     return made
 
 

@@ -8,6 +8,7 @@ from discrete_lit.pretrained.layouts import (
     IN_TRAINING,
     class_count,
     generator_conversion,
+    head_count,
     in_blocks,
     sampled_by,
     square,
@@ -65,15 +66,13 @@ def halton_maskgit(state: State, settings: Settings) -> Conversion:
     settings.agree(found)
     settings.agree({"proj": 1}, "every published model has")
     settings.without_effect(IN_TRAINING, "dropout")
-    heads = settings.take("heads", _HEADS.get(width, max(1, width // 64)))
     inner, hidden = (len(state[f"transformer.layers.0.{name}.weight"]) for name in ("attn.wq", "ff.w1"))
+    heads = head_count(settings, "heads", _HEADS.get(width, max(1, width // 64)), inner)
     # The reference rounds two thirds of it up.
     mlp_dim = settings.take("mlp_dim", 4 * width)
     if "mlp_dim" in settings and 256 * -(-(2 * mlp_dim // 3) // 256) != hidden:
         raise ValueError(f"reference_config has mlp_dim={mlp_dim}, but the tensors have {hidden} channels there")
     settings.without_effect("the reference rounds it to what the tensors have", "mlp_dim")
-    if inner % heads:
-        raise ValueError(f"{state.source!r} has queries of {inner} channels, which heads={heads} does not divide")
     backbone = {
         "width": width,
         "depth": depth,

@@ -170,13 +170,14 @@ def _length(state: State, settings: Settings, width: int) -> int:
         ):
             raise ValueError(f"{state.source!r} has a table 'freqs_cis' that is not that of rope_base={base}")
         return length
-    length = settings.optional("block_size", int) or _ONLY_LARGE.get(width)
+    given = settings.optional("block_size", int)
+    length = _ONLY_LARGE.get(width) if given is None else given
     if length is None:
         raise ValueError(
             f"the weights of {state.source!r} do not tell the number of tokens: give block_size in reference_config, "
             "256 for a model of 256 pixels and 576 for one of 384"
         )
-    if isqrt(length) ** 2 != length:
+    if length < 1 or isqrt(length) ** 2 != length:
         raise ValueError(f"reference_config has block_size={length}, which is no square grid")
     return length
 
@@ -217,7 +218,7 @@ def _check_hidden(settings: Settings, width: int, hidden: int) -> None:
     expected = int(2 * 4 * width / 3)
     if multiplier is not None:
         expected = int(multiplier * expected)
-    expected = multiple * -(-expected // multiple)
+    expected = multiple * -(-expected // multiple) if multiple > 0 else 0
     if expected != hidden:
         raise ValueError(
             f"reference_config has multiple_of={multiple} and ffn_dim_multiplier={multiplier}, which make "

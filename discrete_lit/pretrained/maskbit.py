@@ -272,7 +272,7 @@ def _same_length(settings: Settings, length: int) -> None:
         ValueError: they make another number.
     """
     size, stride = settings.take("img_size", 256), settings.take("input_stride", 16)
-    if ("img_size" in settings or "input_stride" in settings) and (size // stride) ** 2 != length:
+    if ("img_size" in settings or "input_stride" in settings) and (stride < 1 or (size // stride) ** 2 != length):
         raise ValueError(
             f"reference_config has img_size={size} and input_stride={stride}, but the tensors have {length} tokens"
         )

@@ -4,7 +4,6 @@ Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and N
 as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
 """
 
-import logging
 import pickle
 import pickletools
 import warnings
@@ -24,7 +23,6 @@ from torch import Tensor
 from discrete_lit.core.files import check_published
 from discrete_lit.core.trust import printable
 
-_log = logging.getLogger(__name__)
 # What trainers left beside the weights. Anything else in a file is taken for code.
 _LEFT_BY_TRAINERS = (
     "pytorch_lightning.*",
@@ -113,7 +111,8 @@ class Averages:
 def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Averages | None = None) -> State:
     """Read the tensors of a published file, without what training put around them.
 
-    A file may keep its weights under a key (`state_dict`, `model`, `ema`, ...), one within another; and wrapping a
+    A file may keep its weights under a key (`state_dict`, `model`, `ema`, ...), one within another; other keys become
+    prefixes of the names, as in `generator.encoder.weight`. Wrapping a
     module (data-parallel, compiled, sharded) adds parts to the names, which are taken off wherever they stand.
 
     Args:
@@ -136,6 +135,9 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
         content = inner[0]
     if not isinstance(content, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(content).__name__}, not tensors by their names")
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        # Under keys that no trainer is known for; a key is then a prefix, of which the layout says where it begins.
+        content = dict(_flat(content)) or content
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     others = [printable(name) for name in content if name not in tensors]
     if others or not tensors:
@@ -151,11 +153,6 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
         if plain in unwrapped:
             raise ValueError(f"{str(path)!r} has {plain!r} twice, once inside of a wrapper: {name!r}")
         unwrapped[plain] = value
-    broken = [
-        name for name, value in unwrapped.items() if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if broken:
-        _log.warning("%r has values that are not finite in %s", str(path), printable(", ".join(broken[:5])))
     return State(unwrapped, str(path))
 
 
@@ -202,6 +199,15 @@ def _leads_to_tensors(content: Any, keys: Sequence[str]) -> bool:
     return any(isinstance(value, Tensor) for value in content.values()) or any(
         _leads_to_tensors(content.get(key), keys) for key in keys
     )
+
+
+def _flat(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Give the tensors of nested mappings by dotted names."""
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
 
 
 def _inside(content: Any, key: str) -> Any:

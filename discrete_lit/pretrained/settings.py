@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -201,7 +202,7 @@ class Settings:
         fits = {
             bool: isinstance(value, bool),
             int: isinstance(value, int) and not isinstance(value, bool),
-            float: isinstance(value, int | float) and not isinstance(value, bool),
+            float: isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value),
             list: isinstance(value, list | tuple),
             tuple: isinstance(value, list | tuple),
         }.get(kind, isinstance(value, kind))

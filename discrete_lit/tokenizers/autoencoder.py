@@ -19,11 +19,11 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
+from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
@@ -92,8 +92,8 @@ class ImageAutoencoder(LightningModule):
         self.scheduler = scheduler
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
-        self.psnr = MeanMetric()
-        self.ssim = MeanMetric()
+        self.psnr = Mean()
+        self.ssim = Mean()
 
     # What an autoencoder is.
 

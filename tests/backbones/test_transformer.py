@@ -190,10 +190,19 @@ def test_dropout_acts_in_training_alone(make_backbone) -> None:
     assert not torch.equal(backbone(tokens, LABELS), backbone(tokens, LABELS))
 
 
+@pytest.mark.parametrize("settings", [{"dropout": 1.0}, {"dropout": float("nan")}, {"norm_epsilon": 0.0}])
+def test_settings_out_of_their_range(settings: dict[str, float]) -> None:
+    layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        Transformer(layout, width=16, depth=1, heads=2, **settings)
+
+
 def test_widths_that_do_not_divide(make_backbone) -> None:
     layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")
-    with pytest.raises(ValueError, match="width=16 is not a multiple of heads=3"):
-        Transformer(layout, width=16, depth=1, heads=3)
+    for heads in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"width=16 is not a multiple of heads={heads}"):
+            Transformer(layout, width=16, depth=1, heads=heads)
     with pytest.raises(ValueError, match="divisible by 4, got 6"):
         Transformer(layout, width=12, depth=1, heads=2, positions="rope_2d")
 

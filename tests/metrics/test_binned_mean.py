@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.metrics.binned_mean import BinnedMean
+from discrete_lit.metrics.binned_mean import BinnedMean, Mean
 
 
 def test_by_hand_over_two_batches() -> None:
@@ -38,3 +38,14 @@ def test_reset_forgets_and_nothing_enters_a_checkpoint() -> None:
     metric.reset()
     metric.update(torch.ones(1), torch.ones(1), torch.ones(1))
     assert metric.compute()[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_stay_in_float64_in_modules_of_another_precision(dtype: torch.dtype) -> None:
+    module = torch.nn.ModuleDict({"bins": BinnedMean(2), "mean": Mean()}).to(dtype)
+    for value in (1.0, 3.0):
+        for _ in range(300):
+            module["bins"].update(torch.ones(1), torch.zeros(1), torch.ones(1))
+            module["mean"].update(torch.tensor([value]))
+    assert module["bins"].compute()[0].tolist() == [600, 0]
+    assert float(module["mean"].compute()) == 2

@@ -63,6 +63,14 @@ def test_what_only_training_used_is_dropped(load: Callable[..., Any]) -> None:
     assert all(torch.equal(value, with_training[name]) for name, value in without.items())
 
 
+def test_weights_that_are_not_finite_are_reported(load: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Those that are read: masks and losses beside them may hold minus infinity."""
+    load(lambda state: state.update({"loss.mask": torch.tensor([-torch.inf])}))
+    assert not caplog.text
+    load(lambda state: state["quant_conv.bias"].fill_(torch.inf))
+    assert "vqgan.safetensors' has values that are not finite in quant_conv.bias" in caplog.text
+
+
 def test_a_network_without_attention(load: Callable[..., Any]) -> None:
     """LDM's vq-f4-noattn."""
     tokenizer = load(lambda state: [state.pop(name) for name in list(state) if "attn" in name])

@@ -37,6 +37,8 @@ def read_all(settings: Settings) -> None:
         ({"heads": True}, "has heads=True, but a int is needed"),
         ({"heads": 2.5}, "has heads=2.5, but a int is needed"),
         ({"rate": "fast"}, "has rate='fast', but a float is needed"),
+        ({"rate": float("nan")}, "has rate=nan, but a float is needed"),
+        ({"rate": "inf"}, "has rate=inf, but a float is needed"),
         ({"part": {"kind": "c"}}, r"has part\.kind='c'; a and b are read"),
         ({"part": 3}, "has part=3, but arguments are needed there"),
     ],
@@ -89,7 +91,7 @@ def others(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
-        return [value + 1, 2 * value + 2]
+        return [other for other in (value + 1, 2 * value + 2, 0, -1) if other != value]
     if isinstance(value, float):
         return [value / 2 + 0.25]
     if isinstance(value, str):

@@ -204,7 +204,7 @@ class TransformerBlocks(nn.Module):
 
     def __init__(self, size: TransformerSize) -> None:
         super().__init__()
-        if size.width % size.heads:
+        if size.heads < 1 or size.width % size.heads:
             raise ValueError(f"width={size.width} is not a multiple of heads={size.heads}")
         self.blocks = nn.ModuleList(
             Block(

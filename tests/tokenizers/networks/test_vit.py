@@ -135,8 +135,9 @@ def test_block_sizes() -> None:
     blocks = TransformerBlocks(TransformerSize(width=8, depth=3, heads=2))
     assert len(blocks.blocks) == 3
     assert blocks.blocks[0].mlp.expand.out_features == 32
-    with pytest.raises(ValueError, match="width=8 is not a multiple of heads=3"):
-        TransformerBlocks(TransformerSize(width=8, depth=1, heads=3))
+    for heads in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"width=8 is not a multiple of heads={heads}"):
+            TransformerBlocks(TransformerSize(width=8, depth=1, heads=heads))
 
 
 def test_initial_weights() -> None:
