@@ -248,9 +248,9 @@ class ScoreEntropy(DiffusionLoss):
         at_state = level.noise * prior + torch.where(is_clean, level.alpha, 0.0)  # a_x
         of_clean = level.alpha + level.noise * id_probability  # a of x_0
         # Scores are of the size of 1 / (exp(sigma) - 1), so large near t = 0 that only their logarithms are used. e_y
-        # is of the size of 1.
+        # is of the size of 1, unless the clean id is thought to be next to impossible: then float32 has no such number.
         scaled = scores + at_state.log()[..., None].to(scores.dtype)
-        total = scaled.scatter(-1, states[..., None], -torch.inf).exp().sum(dim=-1).double()
+        total = scaled.scatter(-1, states[..., None], -torch.inf).logsumexp(dim=-1).double().exp()
         log_at_state = at_state.log()
 
         def cost(weight: Tensor, log_score: Tensor, count: Tensor | int = 1) -> Tensor:
