@@ -93,7 +93,7 @@ def _mean_over_masks(
         states = loss.corrupt(process, tokens, level, draws)
         logits = clean_log_probabilities(denoiser, network(states, level), states, level)
         cost = loss(logits, tokens, head=head, states=states, process=process, level=level)
-        costs.append(weight[:, 0] * cost.double().sum(dim=1))
+        costs.append(weight[:, 0] * cost.sum(dim=1))
     return _mean(costs)
 
 
@@ -127,7 +127,7 @@ def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: Coun
         logits, head = network(states, level), denoiser.head
         if not isinstance(loss, ScoreEntropy):
             logits, head = clean_log_probabilities(denoiser, logits, states, level), LeaveOneOutHead()
-        cost = loss(logits, tokens, head=head, states=states, process=process, level=level).double()
+        cost = loss(logits, tokens, head=head, states=states, process=process, level=level)
         replaced = draws < chances
         number = replaced.sum(dim=1)
         weight = torch.where(number > 0, 1 / (plain + others * number / total[:, 0]), 0.0)

@@ -78,8 +78,8 @@ class DiffusionLoss(ABC):
         """Return the cost of each token; the loss is the mean over the level of its sum over N.
 
         Args:
-            logits: the network's output, `(B, N, K)`, or `(B, N, S)` of heads with an output for the mask; float32 or
-                float64.
+            logits: the network's output, `(B, N, K)`, or `(B, N, S)` of heads with an output for the mask; of any
+                precision.
             tokens: x_0, `(B, N)` int64.
             head: the meaning of the logits.
             states: x_t, `(B, N)` int64.
@@ -87,7 +87,7 @@ class DiffusionLoss(ABC):
             level: the level of the states, as `level` drew it.
 
         Returns:
-            `(B, N)` nats in the precision of the logits.
+            `(B, N)` nats in float64: next to clean data a rare state costs more than float32 can hold.
 
         Raises:
             ValueError: the loss is not for this head or process.
@@ -248,9 +248,9 @@ class ScoreEntropy(DiffusionLoss):
         at_state = level.noise * prior + torch.where(is_clean, level.alpha, 0.0)  # a_x
         of_clean = level.alpha + level.noise * id_probability  # a of x_0
         # Scores are of the size of 1 / (exp(sigma) - 1), so large near t = 0 that only their logarithms are used. e_y
-        # is of the size of 1.
+        # is of the size of 1, unless the clean id is thought to be next to impossible: then float32 has no such number.
         scaled = scores + at_state.log()[..., None].to(scores.dtype)
-        total = scaled.scatter(-1, states[..., None], -torch.inf).exp().sum(dim=-1).double()
+        total = scaled.scatter(-1, states[..., None], -torch.inf).logsumexp(dim=-1).double().exp()
         log_at_state = at_state.log()
 
         def cost(weight: Tensor, log_score: Tensor, count: Tensor | int = 1) -> Tensor:
@@ -540,7 +540,7 @@ def by_rows(
         together: a divisor of n; each chunk has a multiple of so many rows.
 
     Returns:
-        `(R,)`.
+        `(R,)` float64.
     """
     return _ByRows.apply(logits, positions, function, together)  # pyright: ignore[reportReturnType]
 
@@ -554,7 +554,7 @@ class _ByRows(torch.autograd.Function):
         size = max(_ENTRIES_AT_ONCE // logits.shape[1], -(-count // _MOST_PARTS))
         size = max(1, size // together) * together
         everywhere, wanted = count == len(logits), ctx.needs_input_grad[0]
-        values = logits.new_zeros(len(logits))
+        values = logits.new_zeros(len(logits), dtype=torch.float64)
         # Rows that do not count have the gradient 0.
         gradient = (torch.empty_like if everywhere else torch.zeros_like)(logits) if wanted else None
         for start in range(0, count, size):
@@ -562,12 +562,12 @@ class _ByRows(torch.autograd.Function):
             here = positions[chunk]
             rows = logits[chunk].detach() if everywhere else logits[here]
             if gradient is None:
-                values[here] = function(rows, chunk).to(values.dtype)
+                values[here] = function(rows, chunk).double()
                 continue
             with torch.enable_grad():
                 value = function(rows.requires_grad_(), chunk)
                 gradient[here] = torch.autograd.grad(value.sum(), rows)[0]
-            values[here] = value.detach().to(values.dtype)
+            values[here] = value.detach().double()
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return values
@@ -575,4 +575,4 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0][:, None], None, None, None
+        return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None

@@ -25,6 +25,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from discrete_lit.core.random import CounterRandom, Purpose
 
@@ -228,14 +229,17 @@ def _log_normal_mass(start: Tensor, width: Tensor) -> Tensor:
 
 def _normal_distance(start: Tensor, log_mass: Tensor) -> Tensor:
     """Return the w with Phi(z + w) - Phi(z) = exp(log_mass), of `start` z; for masses up to half of what is above z."""
-    share = torch.exp(log_mass - _log_density(start))  # the mass over the density at z
-    slope = torch.where(start == 0, 1e-9, start)
-    # Next to z the density is an exponential. Farther away a few digits are lost to begin with.
-    linear = -torch.log1p((-slope * share).clamp(min=-1 + 1e-9)) / slope
-    mass = torch.exp(log_mass)
-    below = torch.special.ndtri(torch.special.ndtr(start) + mass)
-    above = -torch.special.ndtri(torch.special.ndtr(-start) - mass)
-    width = torch.where(linear < 0.05, linear, torch.where(start < 0, below, above) - start)
+    # Next to z the density is an exponential. Where it falls, this is good enough up to half of what is above z.
+    steepness = start.abs().clamp(min=1e-9)
+    share = log_mass - _log_density(start) + steepness.log()  # of what is above, in logarithms
+    near = torch.where(start < 0, F.softplus(share), -torch.log1p(-share.exp())) / steepness
+    # Where it rises, Phi(z + w) is known. Its logarithm is concave: Newton's steps from below never go too far.
+    level = torch.logaddexp(torch.special.log_ndtr(start), log_mass)
+    end = -torch.sqrt(-2 * level)
+    for _ in range(6):
+        reached = torch.special.log_ndtr(end)
+        end = end + (level - reached) * torch.exp(reached - _log_density(end))
+    width = torch.where((start < 0) & (near > 0.05), end - start, near)
     for _ in range(4):  # Newton's steps in log w
         gap = _log_normal_mass(start, width) - log_mass
         slope = torch.exp(_log_density(start + width) - log_mass) * width

@@ -127,6 +127,7 @@ class DiscreteDiffusion(Generator):
         x_t = self.objective.corrupt(process, tokens, level, random.uniform(Purpose.MASK_ORDER, self.length))
         logits = self._logits(x_t, labels, level)
         values = self.objective(logits, tokens=tokens, head=head, states=x_t, process=process, level=level)
+        values = values.to(logits.dtype)
         return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
 
     def _logits(self, states: Tensor, labels: Tensor, level: NoiseLevel) -> Tensor:

@@ -527,8 +527,31 @@ def test_float32_is_as_good_as_its_digits(name: str) -> None:
     logits = logits.detach().float()
     found = loss(logits, tokens, head=head, states=states, process=process, level=level)
     expected = loss(logits.double(), tokens, head=head, states=states, process=process, level=level)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("process", [UniformProcess(4), HybridProcess(4, 0.5)])
+def test_scores_of_which_float32_has_no_exponential(process) -> None:
+    tokens = states = torch.zeros(1, 1, dtype=torch.int64)
+    level = level_of_noise(torch.tensor([[1e-10]], dtype=torch.float64))
+    scores = torch.tensor([0.0, 100.0, 90.0, 50.0, 110.0])[: process.states].expand(1, 1, -1)
+    head = ScoreHead(scale_by_noise=False, mask_output=process.masks)
+    given = {"head": head, "states": states, "process": process, "level": level}
+    found, expected = (ScoreEntropy()(values, tokens, **given) for values in (scores, scores.double()))
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("process", [UniformProcess(4), DiscretizedGaussianProcess(4, 0.3)])
+def test_costs_of_rare_states_are_beyond_the_precision_of_the_logits(process, precision: torch.dtype) -> None:
+    tokens, states = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
+    level = level_of_noise(torch.tensor([[1e-44]], dtype=torch.float64))
+    logits = torch.tensor([-92.0, 0.0, 0.5, -1.0], dtype=precision, requires_grad=True)
+    given = {"head": LeaveOneOutHead(), "states": states, "process": process, "level": level}
+    found = ContinuousBound()(logits.expand(1, 4, 4), tokens, **given)
+    expected = ContinuousBound()(logits.detach().double().expand(1, 4, 4), tokens, **given)
+    assert expected.max() > torch.finfo(torch.float32).max
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "steps" not in name])

@@ -230,7 +230,17 @@ def test_truncated_normal_by_scipy(mean: float, deviation: float, lowest: float)
 
 @pytest.mark.parametrize(
     ("mean", "deviation", "lowest"),
-    [(1.0, 0.25, 0.7), (0.55, 0.25, 0.0), (0.5, 0.05, 0.0), (-1.0, 0.25, 0.0), (3.0, 0.25, 0.0), (0.3, 50.0, 0.0)],
+    [
+        (1.0, 0.25, 0.7),
+        (0.55, 0.25, 0.0),
+        (0.5, 0.05, 0.0),
+        (-1.0, 0.25, 0.0),
+        (3.0, 0.25, 0.0),
+        (0.3, 50.0, 0.0),
+        (0.0, 0.1, 0.95),
+        (-0.5, 0.05, 0.0),
+        (1.3, 0.01, 0.0),
+    ],
 )
 def test_truncated_normal_has_all_digits_at_both_ends(mean: float, deviation: float, lowest: float) -> None:
     schedule = TruncatedNormalSchedule(mean=mean, deviation=deviation, lowest=lowest)
