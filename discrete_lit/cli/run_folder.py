@@ -325,18 +325,21 @@ class RemoveSuperseded(Callback):
     does not name it.
 
     What a ModelCheckpoint remembers it removes later, files and folders. A checkpoint may come from anybody, and
-    Lightning checks neither `..` nor another file system: names outside of its folder are forgotten.
+    Lightning checks neither `..` nor another file system: names outside of its folder are forgotten. And it would
+    forget all, the best ones too, where the run folder is given by another path than before.
     """
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for keeper in _keepers(trainer):
-            state = (checkpoint.get("callbacks") or {}).get(keeper.state_key) or {}
+            state, folder = (checkpoint.get("callbacks") or {}).get(keeper.state_key) or {}, str(keeper.dirpath)
+            if os.path.realpath(str(state.get("dirpath"))) == os.path.realpath(folder):
+                state["dirpath"] = folder
             for entry in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                if entry in state and not _lies_in(state[entry], keeper.dirpath):
-                    state[entry] = ""
+                if entry in state:
+                    state[entry] = _inside(folder, state[entry])
             if "best_k_models" in state:
-                kept = state["best_k_models"].items()
-                state["best_k_models"] = {name: score for name, score in kept if _lies_in(name, keeper.dirpath)}
+                named = [(_inside(folder, name), score) for name, score in state["best_k_models"].items()]
+                state["best_k_models"] = {name: score for name, score in named if name}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[_KEPT] = {keeper.state_key: keeper.save_top_k for keeper in _keepers(trainer)}
@@ -374,11 +377,14 @@ class RemoveSuperseded(Callback):
         return own and checkpoint["global_step"] < step
 
 
-def _lies_in(name: Any, folder: Any) -> bool:
-    """Tell whether the file of a name lies below a folder, wherever links and `..` lead."""
-    file, place = str(name), str(folder)
-    same_system = any(mark in file for mark in ("://", "::")) == ("://" in place)
-    return same_system and Path(os.path.realpath(os.path.dirname(file))).is_relative_to(os.path.realpath(place))
+def _inside(folder: str, name: Any) -> str:
+    """Write the name of a file below a folder by the folder's path; empty for one elsewhere, wherever `..` leads."""
+    above, last = os.path.split(str(name))
+    same_system = any(mark in above for mark in ("://", "::")) == ("://" in folder)
+    below = os.path.relpath(os.path.realpath(above), os.path.realpath(folder))
+    if not last or not same_system or below.split(os.sep)[0] == os.pardir:
+        return ""
+    return os.path.join(folder, last) if below == os.curdir else os.path.join(folder, below, last)
 
 
 def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:

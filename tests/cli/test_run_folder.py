@@ -328,6 +328,19 @@ def test_a_checkpoint_cannot_have_files_elsewhere_removed(
     assert Path("precious/file").exists() and MemoryFileSystem().exists("/precious")
 
 
+def test_the_best_checkpoint_stays_where_the_run_folder_is_given_by_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    best = {"monitor": "step", "mode": "min", "save_top_k": 1, "save_last": True, "every_n_train_steps": 1}
+    callbacks = [{"class_path": KEEPER, "init_args": best}]
+    fit(Path("run"), callbacks=callbacks, limit_val_batches=0)
+    (kept,) = Path("run/checkpoints").glob("epoch*")
+    assert step(kept) == 1
+    fit(tmp_path / "run", "--ckpt_path=last", callbacks=callbacks, limit_val_batches=0, max_steps=3)
+    assert list(Path("run/checkpoints").glob("epoch*")) == [kept]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"starts": 5}', '{"starts": [5]}', '{"starts": [{"places": null}]}'])
 def test_a_damaged_record_is_one_message(content: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(content)
