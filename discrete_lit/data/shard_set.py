@@ -101,6 +101,8 @@ def find_shards(
         raise ValueError(f"num_classes is {num_classes}; it must be in 1..{_MOST_CLASSES:,}")
     entries = [location] if isinstance(location, str | os.PathLike) else location
     location = [os.fspath(entry) if isinstance(entry, os.PathLike) else entry for entry in entries]
+    if not location:
+        raise ValueError("the list of shards is empty; name a folder, a file, a pattern or a URL")
     urls = [url for entry in location for url in _expand(entry)]
     _check_urls(urls)
     manifests: dict[str, dict[str, Any] | None] = {}

@@ -704,6 +704,8 @@ def test_what_is_left_out_beside_shards_is_said(
     assert "labels (<key>.cls)" in caplog.text and "num_classes" in caplog.text
     with pytest.raises(ValueError, match=r"0\.tar\.zst is no shard: they end with \.tar, "):
         _ = make_data(f"{folder}/0.tar.zst").shards
+    with pytest.raises(ValueError, match="the list of shards is empty"):
+        _ = make_data([]).shards
 
 
 def test_shards_beside_a_manifest_that_does_not_list_them_are_said(folder: Path, caplog: Any) -> None:
