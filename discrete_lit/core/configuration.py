@@ -62,6 +62,7 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
 _MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 500_000, 1_000, 100
 # At the beginning of a value: the environment variable that a path begins with.
@@ -295,6 +296,8 @@ def _nested(settings: Any, *, dotted: bool = False) -> Any:
         # Beside a whole group the parser would drop it too.
         beside = isinstance(settings.get(str(key).partition(".")[0]), dict)
         first, dot, rest = str(key).partition(".") if dotted or of_class or beside else (key, "", "")
+        if beside and dot and "class_path" in settings[first] and rest.partition(".")[0] not in _CLASS_KEYS:
+            rest = f"init_args.{rest}"  # the shorthand of the command line
         inside = _nested({rest: value} if dot else value, dotted=first == "init_args" or bool(dot))
         _lay_beside(result, first, inside)
     return result

@@ -327,10 +327,12 @@ def test_a_module_below_the_current_folder_is_found(
 
 def test_a_dotted_name_beside_its_group_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("trainer.min_steps: 3\ntrainer: {max_steps: 5}\n")
+    data = "{class_path: ImageFolder, init_args: {image_size: 8, batch_size: 2}}"
+    file.write_text(f"trainer.min_steps: 3\ndata.seed: 7\ntrainer: {{max_steps: 5}}\ndata: {data}\n")
     assert exit_code("fit", "--config", file, "--print_config") == 0
-    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
-    assert (trainer["min_steps"], trainer["max_steps"]) == (3, 5)
+    settings = yaml.safe_load(capsys.readouterr().out)
+    assert (settings["trainer"]["min_steps"], settings["trainer"]["max_steps"]) == (3, 5)
+    assert settings["data"]["init_args"]["seed"] == 7
 
 
 @pytest.mark.parametrize(
