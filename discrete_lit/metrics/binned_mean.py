@@ -1,10 +1,9 @@
 """Means over an epoch, and in bins of a coordinate, such as the loss by mask ratio, by position or by time."""
 
 from collections.abc import Callable, Sequence
-from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 
 
@@ -16,7 +15,7 @@ class SumsInFloat64(Metric):
 
     full_state_update = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         return super()._apply(lambda values: values.to(fn(values).device), exclude_state)
 
 

@@ -42,10 +42,11 @@ def test_reset_forgets_and_nothing_enters_a_checkpoint() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sums_stay_in_float64_in_modules_of_another_precision(dtype: torch.dtype) -> None:
-    module = torch.nn.ModuleDict({"bins": BinnedMean(2), "mean": Mean()}).to(dtype)
+    bins, mean = BinnedMean(2), Mean()
+    torch.nn.ModuleList([bins, mean]).to(dtype)
     for value in (1.0, 3.0):
         for _ in range(300):
-            module["bins"].update(torch.ones(1), torch.zeros(1), torch.ones(1))
-            module["mean"].update(torch.tensor([value]))
-    assert module["bins"].compute()[0].tolist() == [600, 0]
-    assert float(module["mean"].compute()) == 2
+            bins.update(torch.ones(1), torch.zeros(1), torch.ones(1))
+            mean.update(torch.tensor([value]))
+    assert bins.compute()[0].tolist() == [600, 0]
+    assert float(mean.compute()) == 2
