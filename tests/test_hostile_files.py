@@ -623,3 +623,10 @@ def test_the_policy_on_imports_is_put_back() -> None:
     with only_trusted_imports():
         assert parsing_settings["import_path_verdicts"]["*"] is False
     assert parsing_settings == before
+
+
+def test_what_the_users_model_names_of_torch_opens_torch_to_no_checkpoint() -> None:
+    from discrete_lit.core.trust import modules_of, named_by_user
+
+    model = {"class_path": "own.Mine", "init_args": {"dtype": "torch.float32", "activation": "torch.nn.GELU"}}
+    assert modules_of(named_by_user(model)) == ["own"]

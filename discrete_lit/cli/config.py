@@ -324,7 +324,7 @@ def _suggest(given: str, choices: Iterable[str], path: str = "") -> str:
     for nearest in get_close_matches(given.rpartition(".")[2].casefold(), by_name, n=1, cutoff=0.5):
         return f"; did you mean {_join(path, by_name[nearest])}?"
     more = f" and {len(by_name) - _MOST_LISTED} more" if len(by_name) > _MOST_LISTED else ""
-    return f"; accepted: {', '.join(sorted(choices)[:_MOST_LISTED])}{more}"
+    return f"; accepted: {', '.join(sorted(set(choices))[:_MOST_LISTED])}{more}"
 
 
 def _describe(kind: Any) -> str:

@@ -132,8 +132,11 @@ def named_by_user(values: Any) -> list[str]:
 
 
 def modules_of(names: Iterable[str]) -> list[str]:
-    """List the modules that class paths of the user's own model lie in, which are trusted, except Python's own."""
-    return [name.rpartition(".")[0] for name in names if not _is_standard(name)]
+    """List the modules that class paths of the user's own model lie in, which are trusted, except Python's and torch's.
+
+    A name such as `torch.float32` or `torch.nn.GELU` must not open all of torch to a checkpoint.
+    """
+    return [name.rpartition(".")[0] for name in names if not _is_standard(name) and not name.startswith("torch.")]
 
 
 def check_config(config: Any, source: str) -> dict[str, Any]:
