@@ -112,7 +112,12 @@ def evaluate(
         raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
     samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
     _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
-    compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if lpips_weights is not None and not reconstructions:
+        raise ValueError("lpips_weights measure reconstructions: give some, or leave lpips_weights out")
+    try:
+        compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: {error}") from error
 
     # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
     def opened(path: str) -> ImageSet:

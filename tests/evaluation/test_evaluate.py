@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -543,3 +544,10 @@ def test_a_reference_with_nan_is_refused_by_name(sets, tmp_path):
     np.savez(tmp_path / "nan.npz", mu=np.zeros(6), sigma=np.full((6, 6), np.nan))
     with pytest.raises(ValueError, match=r"nan\.npz'.*not finite"):
         evaluate(**{**sets, "reference": str(tmp_path / "nan.npz")})
+
+
+@pytest.mark.parametrize(("name", "words"), [("device", "device='abacus'"), ("lpips_weights", "lpips_weights measure")])
+def test_settings_that_can_have_no_effect(name: str, words: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"samples": {"a": "a.npz"}, "num_images": 8, "image_size": 8, name: "abacus"}
+    with pytest.raises(ValueError, match=words):
+        evaluate("nowhere", str(tmp_path), **settings)
