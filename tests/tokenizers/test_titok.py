@@ -110,7 +110,7 @@ def test_one_stage_learns() -> None:
     colours = torch.tensor([[0.9, 0.9, 0.9], [-0.9, -0.9, -0.9], [0.9, -0.9, -0.9], [-0.9, -0.9, 0.9]])
     images = colours[:, :, None, None].expand(-1, -1, 8, 8)
     optimizer = tokenizer.configure_optimizers()
-    for _ in range(120):
+    for _ in range(240):
         loss = tokenizer.loss(images)[0]
         optimizer.zero_grad()
         loss.backward()

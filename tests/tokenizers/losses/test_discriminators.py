@@ -32,7 +32,7 @@ each = pytest.mark.parametrize("kind", EACH)
 def test_it_learns_to_tell_smooth_from_noisy(kind):
     discriminator = EACH[kind]().train()
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=3e-3, betas=(0.5, 0.9))
-    for _ in range(12):
+    for _ in range(30):
         real = F.interpolate(torch.rand(4, 3, 2, 2) * 2 - 1, size=(16, 16), mode="bilinear")
         fake = torch.rand(4, 3, 16, 16) * 2 - 1
         loss = discriminator_loss("hinge", discriminator(real), discriminator(fake))
