@@ -411,7 +411,7 @@ def test_weights_that_do_not_fit(family: str, change: Any, message: str, load: C
         ("llamagen_gpt_c2i", {"dim": 32}, "has dim=32, but the tensors have 64"),
         ("llamagen_gpt_c2i", {"model_type": "t2i"}, "has model_type=t2i, but the published class-conditional"),
         ("llamagen_gpt_c2i", {"block_size": 60}, "has block_size=60, which is no square grid"),
-        ("halton_maskgit", {"heads": 3}, "queries of 64 channels, which heads=3 does not divide"),
+        ("halton_maskgit", {"heads": 3}, "heads=3, which does not divide the 64 channels"),
         ("halton_maskgit", {"proj": 2}, "has proj=2, but every published model has 1"),
         ("titok_uvitbert", {"num_hidden_layers": 4}, "has num_hidden_layers=4, but the tensors have 3"),
         ("maskbit_lfqbert", {"codebook_splits": 1}, "has codebook_splits=1, but the tensors have 2"),

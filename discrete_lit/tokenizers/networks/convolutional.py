@@ -111,7 +111,8 @@ class ConvAutoencoder(Autoencoder):
         every_width = [channels, *widths, *decoder_widths]
         if not widths or min(every_width) < 1 or norm_groups < 1 or any(width % norm_groups for width in every_width):
             raise ValueError(
-                f"norm_groups={norm_groups} must divide every width of the network, each at least 1, got {every_width}"
+                f"norm_groups={norm_groups} must divide every width of the network, each at least 1, got "
+                f"{sorted(set(every_width)) if widths else []}"
             )
         if len(widths) != len(decoder_widths):
             raise ValueError(

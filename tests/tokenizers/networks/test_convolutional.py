@@ -63,7 +63,9 @@ def test_table_7_of_the_paper() -> None:
 
 
 def test_groups_that_do_not_divide() -> None:
-    with pytest.raises(ValueError, match=r"norm_groups=3 must divide every width of the network, got \[8, 16\]"):
+    with pytest.raises(
+        ValueError, match=r"norm_groups=3 must divide every width of the network, each at least 1, got \[8, 16\]"
+    ):
         tiny(norm_groups=3)
     with pytest.raises(ValueError, match=r"got \[\]"):
         tiny(multipliers=())
