@@ -174,7 +174,7 @@ def test_a_module_of_ones_own_that_lacks_another(
         ("model.init_args.network", None, "model.init_args.network is None, accepted: a class_path of Autoencoder"),
         ("trainer.devices", -5, "`devices`"),
         ("trainer.accumulate_grad_batches", 0, "accumulate_grad_batches is 0"),
-        ("model.init_args.network.init_args.channels", 0, "each at least 1, got [0, 0"),
+        ("model.init_args.network.init_args.channels", 0, "each at least 1, got [0]"),
     ],
 )
 def test_values_that_nothing_can_be_made_of(
