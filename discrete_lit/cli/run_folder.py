@@ -303,10 +303,8 @@ def _unreadable_entries(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, st
     """Name the entries of a checkpoint, and of its callbacks, that `weights_only=True` does not read."""
     parts = {f"the entry {name!r}": value for name, value in checkpoint.items() if name != "callbacks"}
     states = checkpoint.get("callbacks") or {}
-    for name, value in {
-        **parts,
-        **{f"the state of the callback {key}": state for key, state in states.items()},
-    }.items():
+    parts |= {f"the state of the callback {key}": state for key, state in states.items()}
+    for name, value in parts.items():
         buffer = io.BytesIO()
         torch.save(value, buffer)
         buffer.seek(0)

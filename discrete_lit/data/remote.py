@@ -54,7 +54,7 @@ def local_path(url: str) -> str:
     return os.path.expanduser(url.removeprefix("file://").removeprefix("file:"))
 
 
-def printable(url: str) -> str:
+def without_secrets(url: str) -> str:
     """The URL without what may be a secret: a user's name and password, and the signature behind `?`."""
     if is_local(url) or url.startswith("pipe:"):
         return url

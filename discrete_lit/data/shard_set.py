@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import braceexpand
 import numpy as np
 
-from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, printable
+from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
 from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
@@ -50,7 +50,7 @@ class Shard:
     @property
     def name(self) -> str:
         """The URL as messages say it, without a signature."""
-        return printable(self.url)
+        return without_secrets(self.url)
 
     @property
     def local(self) -> bool:
@@ -121,7 +121,7 @@ def holds_shards(folder: Path) -> bool:
 
 
 def _named(location: Sequence[str]) -> str:
-    return ", ".join(map(printable, location))
+    return ", ".join(map(without_secrets, location))
 
 
 # From what is named to the shards.
@@ -155,9 +155,11 @@ def _braces(entry: str) -> list[str]:
         count = _alternatives(entry)
         urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the braces of {printable(entry)} are not closed; write \\{{ for a brace itself") from error
+        raise ValueError(
+            f"the braces of {without_secrets(entry)} are not closed; write \\{{ for a brace itself"
+        ) from error
     if count > _MOST_SHARDS:
-        raise ValueError(f"the braces of {printable(entry)} stand for more than {_MOST_SHARDS:,} shards")
+        raise ValueError(f"the braces of {without_secrets(entry)} stand for more than {_MOST_SHARDS:,} shards")
     return urls
 
 
@@ -217,7 +219,7 @@ def _shards_at(url: str) -> list[str]:
     if files:
         return list(map(str, files))
     raise ValueError(
-        f"no shards in {printable(url)}: it has no {MANIFEST} and no files that end with "
+        f"no shards in {without_secrets(url)}: it has no {MANIFEST} and no files that end with "
         f"{', '.join(_SHARD_SUFFIXES)}. Name a folder of shards, or the shards themselves as in "
         "train-{000000..000099}.tar or, on the disk, train-*.tar"
     )
@@ -259,7 +261,7 @@ def _check_urls(urls: Sequence[str]) -> None:
         )
     for url, times in Counter(urls).items():
         if times > 1:
-            _log.warning("%s is named %d times: its samples are read as often", printable(url), times)
+            _log.warning("%s is named %d times: its samples are read as often", without_secrets(url), times)
 
 
 # The parts of a URL: a presigned one has its signature behind the path.
@@ -319,7 +321,7 @@ def _counts(
         parent = _parent(url)
         if parent in listed:
             if _basename(url) not in listed[parent]:
-                raise ValueError(f"{printable(url)} is not in the {MANIFEST} beside it")
+                raise ValueError(f"{without_secrets(url)} is not in the {MANIFEST} beside it")
             counts.append(listed[parent][_basename(url)])
             continue
         try:
@@ -341,7 +343,7 @@ def _counted(url: str) -> np.ndarray:
     if is_local(url):
         return find_labels(Shard(url, 0))
     raise ValueError(
-        f"there is no {MANIFEST} beside {printable(url)}: give the number of samples (train_count, "
+        f"there is no {MANIFEST} beside {without_secrets(url)}: give the number of samples (train_count, "
         "validation_count) and, where they have labels, num_classes"
     )
 
@@ -392,10 +394,10 @@ def _manifest(folder: str) -> dict[str, Any] | None:
     except OSError as error:
         # The commands behind other URLs tell by their exit status alone that there is no such file.
         if not is_local(url) and urlsplit(url).scheme not in ("http", "https"):
-            _log.info("no %s: %s", printable(url), error)
+            _log.info("no %s: %s", without_secrets(url), error)
             return None
-        raise ValueError(f"cannot read {printable(url)}: {error}") from error
-    return read_manifest(text, printable(url))
+        raise ValueError(f"cannot read {without_secrets(url)}: {error}") from error
+    return read_manifest(text, without_secrets(url))
 
 
 def read_manifest(text: bytes, name: str) -> dict[str, Any]:
