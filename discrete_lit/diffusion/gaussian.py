@@ -300,16 +300,32 @@ class GaussianDenoiser:
         self.clip = clip
         self.smallest_sigma = smallest_sigma
 
-    def __call__(self, output: Tensor, x_t: Tensor, t: Times) -> Estimate:
+    def __call__(self, output: Tensor, x_t: Tensor, t: Times, *, clipped: bool = True) -> Estimate:
         """Read `output`, which the network made of `x_t (B, ...)` at the time `t`, one or `(B,)`."""
         variance = None
         if self.learned_variance:
-            output, variance = output.chunk(2, dim=-1 if x_t.ndim <= 3 else 1)
+            output, variance = output.chunk(2, dim=self.channels(x_t))
         data, noise = self._split(output, x_t, t)
-        if self.clip is not None:
+        if self.clip is not None and clipped:
             data = data.clamp(-self.clip, self.clip)
             noise = self.noise_from_data(data, x_t, t)
         return Estimate(data=data, noise=noise, variance=variance)
+
+    def guide(self, conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+        """Guide outputs `(B, ...)`: `uncond + scale (cond - uncond)` of the prediction; the variance is the first.
+
+        So do DiT and MAR; `scale` is a number, or broadcasts with the outputs.
+        """
+        if not self.learned_variance:
+            return _guided(conditional, unconditional, scale)
+        channels = self.channels(conditional)
+        predicted, variance = conditional.chunk(2, dim=channels)
+        return torch.cat((_guided(predicted, unconditional.chunk(2, dim=channels)[0], scale), variance), dim=channels)
+
+    @staticmethod
+    def channels(x: Tensor) -> int:
+        """Return the dimension of the channels: the second of images, the last of vectors."""
+        return 1 if x.ndim > 3 else -1
 
     def target(self, data: Tensor, noise: Tensor, t: Times) -> Tensor:
         """Return what the network should predict, `(B, ...)`."""
@@ -345,6 +361,11 @@ class GaussianDenoiser:
             return (x_t - alpha * data) / sigma
         # The same, written so that on straight lines the velocity is (x_t - x) over the bounded sigma.
         return data + (x_t - (alpha + sigma) * data) / sigma.clamp(min=self.smallest_sigma)
+
+
+def _guided(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    weight = scale.to(conditional.dtype) if isinstance(scale, Tensor) else scale
+    return torch.lerp(unconditional, conditional, weight)
 
 
 # --- One step backwards ---

@@ -104,17 +104,21 @@ class DenoisingLoss:
         """
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         denoiser = self.denoiser
-        prediction = output.chunk(2, dim=-1 if x_t.ndim <= 3 else 1)[0] if denoiser.learned_variance else output
+        prediction = output.chunk(2, dim=denoiser.channels(x_t))[0] if denoiser.learned_variance else output
         if self.error_of == denoiser.prediction:
             difference = prediction - denoiser.target(data, noise, t)
         else:
-            difference = self._as(denoiser(output, x_t, t), t) - self._as(_true(denoiser, data, x_t, t), t)
+            difference = self._as(denoiser(output, x_t, t, clipped=False), t) - self._as(
+                _true(denoiser, data, x_t, t), t
+            )
         terms = {"error": _mean(difference**2)}
         if denoiser.learned_variance:
             assert isinstance(self.path, SteppedPath)
-            channels = -1 if x_t.ndim <= 3 else 1
+            channels = denoiser.channels(x_t)
             frozen = torch.cat((prediction.detach(), output.chunk(2, dim=channels)[1]), dim=channels)
-            terms["bound"] = _mean(step_bound(denoiser(frozen, x_t, t), data, x_t=x_t, t=t, path=self.path)) / log(2)
+            terms["bound"] = _mean(
+                step_bound(denoiser(frozen, x_t, t, clipped=False), data, x_t=x_t, t=t, path=self.path)
+            ) / log(2)
         return terms
 
     def _as(self, estimate: Estimate, t: Tensor) -> Tensor:
