@@ -1,0 +1,180 @@
+"""MAR's sampler: masked autoregression over vectors (Li et al., "MAR", 2024, section 3.4 and app. B)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
+from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
+from discrete_lit.core.modules import evaluation_mode
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
+from discrete_lit.diffusion.solvers import Solver
+from discrete_lit.samplers.maskgit import masked_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorOutput:
+    """The drawn vectors and what they cost."""
+
+    vectors: Tensor
+    """`(B, N, D)`, in raster order."""
+    network_calls: int
+    """Evaluations of the network for each image; the conditional and the null one of a guided step count as two."""
+    sequential_passes: int
+    """Passes of the network that follow one another."""
+    head_steps: int
+    """Steps of the head's solver that follow one another, over all passes."""
+
+
+class MARSampler:
+    """Draw the vectors of an image in T passes of the network, several places at once, each by its head.
+
+    After pass i, `floor(N m(1 - (i + 1) / T))` places are still masked; which come next is drawn for each image. The
+    places of one pass are drawn independently given what was known before it.
+
+    Args:
+        steps: T, from 1 to N; MAR has 64, and 256 for its best figures.
+        guidance_scale: s of `uncond + s (cond - uncond)` on what the head predicts; 1 is off.
+        guidance_schedule: `"known"`: 1 + (s - 1) times the share of places that are known after the pass (MAR's
+            "linear"), or `"constant"`.
+        order: `"random"`, another one for each image, or `"raster"`.
+        solver: of the head; its own by default.
+        mask_schedule: m; the cosine by default.
+
+    Raises:
+        ValueError: a setting out of its range; in use, more steps than places, or images with different numbers of
+            known places.
+    """
+
+    def __init__(
+        self,
+        steps: int = 64,
+        *,
+        guidance_scale: float = 1.0,
+        guidance_schedule: Literal["known", "constant"] = "known",
+        order: Literal["random", "raster"] = "random",
+        solver: Solver | None = None,
+        mask_schedule: MaskSchedule | None = None,
+    ) -> None:
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if guidance_schedule not in ("known", "constant") or order not in ("random", "raster"):
+            raise ValueError(
+                "guidance_schedule must be 'known' or 'constant' and order 'random' or 'raster', got "
+                f"{guidance_schedule!r} and {order!r}"
+            )
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.guidance_schedule: Literal["known", "constant"] = guidance_schedule
+        self.order: Literal["random", "raster"] = order
+        self.solver = solver
+        self.mask_schedule = mask_schedule or CosineSchedule()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: MaskedAutoencoder,
+        head: TokenDiffusionHead,
+        labels: Tensor,
+        random: CounterRandom,
+        *,
+        grid: Tensor | None = None,
+        vectors: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> VectorOutput:
+        """Draw the vectors of one image for each label.
+
+        Args:
+            network: makes the hidden states; in its mode for evaluation.
+            head: draws a vector of each.
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each image, which alone decides what is drawn.
+            grid: d, `(B, N)` int64, for a network that is given one; guidance drops it together with the label.
+            vectors: `(B, N, D)`, of which those at `known` are kept.
+            known: `(B, N)` bool, as many in each image.
+        """
+        length, batch = network.length, len(labels)
+        if self.steps > length:
+            raise ValueError(
+                f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
+            )
+        if (grid is None) != (network.grid_vocab is None):
+            raise ValueError("grid must be given to a network that has a grid_vocab, and to no other")
+        dtype = next(network.parameters()).dtype
+        drawn = labels.new_zeros((batch, length, network.dim), dtype=dtype)
+        rank = self._order(random, length)  # when each place is drawn
+        given = 0
+        if known is not None:
+            if vectors is None:
+                raise ValueError("known says which vectors are kept: give vectors too")
+            counts = known.sum(dim=1)
+            given = int(counts.max())
+            if bool((counts != given).any()):
+                raise ValueError(f"known must have as many places in each image, got {counts.tolist()}")
+            drawn = torch.where(known[..., None], vectors.to(dtype), drawn)
+            rank = torch.where(known, rank - length, rank).argsort(dim=1).argsort(dim=1)
+        solver = self.solver or head.solver
+        unknown = length - given
+        still_masked, calls, passes, head_steps = unknown, 0, 0, 0
+        with evaluation_mode(network), evaluation_mode(head):
+            for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, unknown)):
+                if stay_masked == still_masked:
+                    continue  # fewer places than steps: there is nothing left to draw
+                # MAR's code counts one place as masked after the last pass too.
+                scale = self._scale(1 - max(stay_masked, 1) / length)
+                guided = scale != 1
+                first, end = length - still_masked, length - stay_masked
+                hidden = self._hidden(network, drawn, rank >= first, labels, grid=grid, known=first, guided=guided)
+                # The places of this pass, in raster order: those whose turn lies in [first, end).
+                here = ((rank >= first) & (rank < end)).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+                here = here[:, : end - first]
+                doubled = here.repeat(1 + guided, 1)
+                z = hidden.gather(1, doubled[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
+
+                def noise(number: int, step: int = step, count: int = end - first) -> Tensor:
+                    numbers = random.normal(
+                        Purpose.LATENT_NOISE, count * network.dim, step * (solver.steps + 1) + number
+                    )
+                    return numbers.to(dtype).view(batch * count, network.dim)
+
+                new = head.sample(
+                    z, noise(0), noise=lambda i, noise=noise: noise(i + 1), guidance_scale=scale, solver=solver
+                )
+                new = new.view(batch, end - first, network.dim).to(dtype)
+                drawn = drawn.scatter(1, here[..., None].expand(-1, -1, network.dim), new)
+                still_masked = stay_masked
+                calls, passes, head_steps = calls + 1 + guided, passes + 1, head_steps + solver.steps
+        return VectorOutput(vectors=drawn, network_calls=calls, sequential_passes=passes, head_steps=head_steps)
+
+    def _hidden(
+        self,
+        network: MaskedAutoencoder,
+        drawn: Tensor,
+        masked: Tensor,
+        labels: Tensor,
+        *,
+        grid: Tensor | None,
+        known: int,
+        guided: bool,
+    ) -> Tensor:
+        """The hidden states `(B, N, W)`, or with the null ones behind them `(2 B, N, W)`."""
+        if not guided:
+            return network(drawn, masked, labels, known=known, grid=grid)
+        labels = torch.cat((labels, torch.full_like(labels, network.num_classes)))
+        if grid is not None:
+            assert network.grid_vocab is not None
+            grid = torch.cat((grid, torch.full_like(grid, network.grid_vocab)))
+        return network(drawn.repeat(2, 1, 1), masked.repeat(2, 1), labels, known=known, grid=grid)
+
+    def _order(self, random: CounterRandom, length: int) -> Tensor:
+        """`(B, N)` int64: when each place is drawn."""
+        if self.order == "raster":
+            return torch.arange(length, device=random.indices.device).expand(len(random.indices), -1)
+        return random.uniform(Purpose.ORDER, length).argsort(dim=1).argsort(dim=1)
+
+    def _scale(self, known: float) -> float:
+        """The guidance scale of a pass, after which this share of the places is known."""
+        return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known

@@ -1,0 +1,103 @@
+"""MAR's network: what it reads, how a grid of ids enters, sequences with different numbers of known places."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.masked_autoencoder import Fusion, MaskedAutoencoder
+
+BATCH, LENGTH, DIM = 3, 6, 4
+
+
+def network(fusion: Fusion | None = None) -> MaskedAutoencoder:
+    torch.manual_seed(0)
+    grid = {} if fusion is None else {"grid_vocab": 5, "fusion": fusion}
+    made = MaskedAutoencoder(
+        DIM, LENGTH, num_classes=3, width=16, depth=2, heads=2, decoder_width=24, buffer=2, **grid
+    ).eval()
+    for parameter in made.parameters():
+        parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    masked = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 0], [1, 1, 0, 0, 1, 1]], dtype=torch.bool)
+    return torch.randn(BATCH, LENGTH, DIM), masked, torch.tensor([0, 1, 3])
+
+
+@torch.no_grad()
+def test_masked_vectors_are_not_read_and_all_known_ones_are() -> None:
+    made, (vectors, masked, labels) = network(), inputs()
+    z = made(vectors, masked, labels, known=2)
+    assert z.shape == (BATCH, LENGTH, 24)
+    other = torch.where(masked[..., None], torch.full_like(vectors, torch.nan), vectors)
+    torch.testing.assert_close(made(other, masked, labels, known=2), z, rtol=0, atol=0)
+    for place in (1, 4):  # the known ones of the first sequence
+        changed = vectors.clone()
+        changed[0, place] += 1
+        moved = made(changed, masked, labels, known=2)
+        assert bool((moved[0] != z[0]).any(dim=-1).all())
+        torch.testing.assert_close(moved[1:], z[1:])
+
+
+@torch.no_grad()
+def test_known_places_carry_their_positions() -> None:
+    made, (vectors, masked, labels) = network(), inputs()
+    # The same vector at another place is another input.
+    vectors[0, :] = vectors[0, 0].clone()
+    moved = masked.clone()
+    moved[0] = torch.tensor([0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    assert (made(vectors, moved, labels, known=2)[0] - made(vectors, masked, labels, known=2)[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_sequences_with_fewer_known_places_see_no_padding() -> None:
+    made, (vectors, masked, labels) = network(), inputs()
+    masked[1] = True  # knows nothing
+    masked[2, 0] = False  # knows three
+    together = made(vectors, masked, labels, known=3, uneven=True)
+    for row, known in enumerate((2, 0, 3)):
+        alone = made(vectors[row : row + 1], masked[row : row + 1], labels[row : row + 1], known=known)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fusion", ["prefix", "mix", "add"])
+def test_a_grid_of_ids_enters_at_its_places(fusion: Fusion) -> None:
+    made, (vectors, masked, labels) = network(fusion), inputs()
+    grid = torch.tensor([[0, 1, 2, 3, 4, 5]] * BATCH)
+    z = made(vectors, masked, labels, known=2, grid=grid)
+    known, unknown = grid.clone(), grid.clone()
+    known[0, 1], unknown[0, 0] = 3, 3
+    by_known = (made(vectors, masked, labels, known=2, grid=known) - z).abs().amax(dim=(1, 2))
+    by_unknown = (made(vectors, masked, labels, known=2, grid=unknown) - z).abs().amax(dim=(1, 2))
+    assert by_unknown[0] > 1e-3
+    # In the place of the mask vector, ids of known places say nothing more.
+    assert (by_known[0] == 0) == (fusion == "mix")
+    assert by_known[1:].max() == by_unknown[1:].max() == 0
+
+
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none() -> None:
+    vectors, masked, labels = inputs()
+    gradients = []
+    for checkpointing in (False, True):
+        made = network("add").train()
+        made.activation_checkpointing = checkpointing
+        made(
+            vectors, masked, labels, known=2, grid=torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+        ).square().sum().backward()
+        gradients.append([parameter.grad for parameter in made.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None
+        assert again is not None
+        torch.testing.assert_close(plain, again)
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="fusion must be"):
+        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=1, fusion="cross")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="buffer must be at least 1"):
+        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=1, buffer=0)
+    with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):
+        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=3)
