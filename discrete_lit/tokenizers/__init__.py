@@ -13,6 +13,7 @@ from discrete_lit.tokenizers.tokenizer import (
     freeze,
     from_checkpoint,
 )
+from discrete_lit.tokenizers.uncoded_latents import LatentGrid, RawPixels
 from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "ContinuousTokenizer",
     "DiagonalGaussian",
     "GaussianBottleneck",
+    "LatentGrid",
     "MultiScaleVQ",
     "PixelLevels",
     "ProxyDecoder",
+    "RawPixels",
     "TiTok",
     "TiTokAutoencoder",
     "TokenGrid",
