@@ -267,7 +267,7 @@ def save(module: LightningModule, path: str | Path) -> None:
 
 
 def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
-    """Load the Tokenizer, Generator or KLVAE of a checkpoint, on the CPU, in eval mode.
+    """Load the Tokenizer, ContinuousTokenizer or Generator of a checkpoint, on the CPU, in eval mode.
 
     Args:
         path: a file written by `discrete-lit fit`.
@@ -293,7 +293,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
         _loading.reset(token)
     if not isinstance(module, tuple(_LOADABLE)):
         kind = f"{type(module).__module__}.{type(module).__name__}"
-        raise ValueError(f"{str(path)!r} holds a {kind}, not a Tokenizer, a Generator or a KLVAE")
+        raise ValueError(f"{str(path)!r} holds a {kind}, not a Tokenizer, a ContinuousTokenizer or a Generator")
     load_weights(module, checkpoint, path)
     return module.eval()
 

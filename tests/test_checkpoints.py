@@ -143,7 +143,7 @@ def test_a_module_of_another_kind(tokenizer_file: Path, tmp_path: Path) -> None:
             "init_args": {"num_classes": 2},
         }
 
-    with pytest.raises(ValueError, match="not a Tokenizer, a Generator or a KLVAE"):
+    with pytest.raises(ValueError, match="not a Tokenizer, a ContinuousTokenizer or a Generator"):
         load(rewritten(tokenizer_file, tmp_path, change))
 
 

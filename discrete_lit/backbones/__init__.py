@@ -1,18 +1,25 @@
-"""The transformer that all generators share, and heads that predict an id in sub-tokens. Plain PyTorch."""
+"""The transformer that all generators of tokens share, heads that predict an id, networks of latents. Plain PyTorch."""
 
 from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout
+from discrete_lit.backbones.dit import DiT
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
 from discrete_lit.backbones.transformer import Transformer
+from discrete_lit.backbones.unet import UNet
 
 __all__ = [
     "Backbone",
     "BlockSettings",
     "Cache",
+    "DenoisingNetwork",
+    "DiT",
     "FactorisedHead",
+    "LatentLayout",
     "MaskedBitHead",
     "SequenceLayout",
     "SubTokenHead",
     "Transformer",
+    "UNet",
 ]

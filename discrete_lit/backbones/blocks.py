@@ -20,7 +20,7 @@ from discrete_lit.core.modules import at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
-MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu", "geglu"]
 Condition = Tensor | tuple[Tensor, ...]
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
@@ -250,28 +250,28 @@ class QueryKeyNorms(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear; or SwiGLU.
+    """Linear, GELU, linear; or SwiGLU, or GEGLU.
 
     Args:
         width: D.
         hidden: inner width.
         kind: GELU exact (`"gelu"`), by its tanh approximation (`"gelu_tanh"`), or as x sigmoid(1.702 x)
-            (`"gelu_quick"`: ImageGPT); `"swiglu"` is the contraction of silu(gate) x value (Shazeer, "GLU Variants
-            Improve Transformer", 2020).
+            (`"gelu_quick"`: ImageGPT); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"` that of
+            gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
     """
 
     def __init__(self, width: int, hidden: int, *, kind: MLPKind, bias: bool) -> None:
         super().__init__()
         self.kind = kind
-        self.expand = Linear(width, (2 if kind == "swiglu" else 1) * hidden, bias=bias)
+        self.expand = Linear(width, (2 if kind in ("swiglu", "geglu") else 1) * hidden, bias=bias)
         self.contract = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
         hidden = self.expand(x)
-        if self.kind == "swiglu":
+        if self.kind in ("swiglu", "geglu"):
             gate, value = hidden.chunk(2, dim=-1)
-            return self.contract(F.silu(gate) * value)
+            return self.contract((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value)
         if self.kind == "gelu_quick":
             return self.contract(hidden * torch.sigmoid(1.702 * hidden))
         return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))

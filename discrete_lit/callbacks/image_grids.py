@@ -21,7 +21,7 @@ from torchvision.utils import make_grid
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.generators import Generator
 from discrete_lit.samplers import Sampler
-from discrete_lit.tokenizers import KLVAE, Tokenizer
+from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 
 class ImageGrid(Callback, ABC):
@@ -105,10 +105,10 @@ class ReconstructionGrid(ImageGrid):
         super().__init__(count, columns, save_png=save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Tokenizer | KLVAE)
+        return isinstance(module, Tokenizer | ContinuousTokenizer)
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(module, Tokenizer | KLVAE)
+        assert isinstance(module, Tokenizer | ContinuousTokenizer)
         originals = batch["image"][: self.count]
         reconstructions = module.decode(module.encode(originals))
         both = torch.stack((self._whole_rows(originals), self._whole_rows(reconstructions)))

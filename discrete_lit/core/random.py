@@ -60,6 +60,10 @@ class Purpose(IntEnum):
     CODE_NOISE = 8
     LATENT_NOISE = 9
     ORDER = 10
+    DIFFUSION_TIME = 11
+    DIFFUSION_NOISE = 12
+    DIFFUSION_START = 13
+    DIFFUSION_STEP = 14
 
 
 class CounterRandom:

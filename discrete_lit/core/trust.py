@@ -38,7 +38,10 @@ _MODEL_PACKAGES = (
 )
 _OPTIMIZERS = "torch.optim"
 # The functions that a configuration may name, by where they are defined.
-_FUNCTIONS = ("discrete_lit.tokenizers.tokenizer.from_checkpoint",)
+_FUNCTIONS = (
+    "discrete_lit.tokenizers.tokenizer.continuous_from_checkpoint",
+    "discrete_lit.tokenizers.tokenizer.from_checkpoint",
+)
 # They do nothing without a function, which no data can give.
 _NEED_A_FUNCTION = ("LambdaLR", "MultiplicativeLR")
 _PLAIN = (type(None), bool, int, float, str)

@@ -218,6 +218,40 @@ class SteppedPath(GaussianPath):
         return self._on_devices[t.device][step.long()]
 
 
+class ScheduledPath(SteppedPath):
+    """The T steps of DDPM with one of the known schedules, named in a configuration.
+
+    Args:
+        schedule: of the betas: `"linear"` (DDPM, DiT), `"scaled_linear"` (LDM, Stable Diffusion) or `"cosine"` (Nichol
+            & Dhariwal, MAR).
+        steps: T.
+        start: the first beta of a linear one, by default as published; of T = 1,000 steps, as for `linear_betas`.
+        end: the last one.
+
+    Raises:
+        ValueError: an unknown schedule, ends of the cosine, or betas out of (0, 1).
+    """
+
+    def __init__(
+        self,
+        schedule: Literal["linear", "scaled_linear", "cosine"] = "linear",
+        *,
+        steps: int = 1000,
+        start: float | None = None,
+        end: float | None = None,
+    ) -> None:
+        makers = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "cosine": cosine_betas}
+        if schedule not in makers:
+            raise ValueError(f"schedule must be one of {', '.join(makers)}, got {schedule!r}")
+        ends = {name: value for name, value in (("start", start), ("end", end)) if value is not None}
+        if schedule == "cosine" and ends:
+            raise ValueError(f"a cosine schedule has no start and end, got {ends}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        super().__init__(makers[schedule](steps, **ends))
+        self.schedule, self.start, self.end = schedule, start, end
+
+
 def linear_betas(steps: int = 1000, *, start: float = 1e-4, end: float = 0.02) -> list[float]:
     """List the betas of DDPM and DiT, which rise linearly; scaled by 1000 / T for other numbers of steps."""
     scale = 1000 / steps

@@ -1,9 +1,19 @@
-"""Generators: objectives over token sequences around one backbone."""
+"""Generators: objectives over token sequences, or over whole latents, around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
+from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_scale import NextScale
 
-__all__ = ["Autoregressive", "DiscreteDiffusion", "Generator", "Likelihood", "Masked", "NextScale", "TokenLosses"]
+__all__ = [
+    "Autoregressive",
+    "DiscreteDiffusion",
+    "Generator",
+    "LatentDiffusion",
+    "Likelihood",
+    "Masked",
+    "NextScale",
+    "TokenLosses",
+]

@@ -1,6 +1,7 @@
 """Training of generators by Lightning: from batches to steps, logs, optimizers, sharded weights and checkpoints.
 
-Nothing here depends on the family. What a family models, and how, is the contract of `generator.py`.
+Nothing here depends on the family. `ClassConditionalTraining` is for whatever is modelled given a class;
+`TokenTraining` for tokens: what a family models, and how, is the contract of `generator.py`.
 """
 
 import warnings
@@ -13,7 +14,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones import Backbone
+from discrete_lit.backbones import Backbone, DenoisingNetwork
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -25,19 +26,18 @@ from discrete_lit.tokenizers.tokenizer import Tokenizer
 _PROFILE_BINS = 4
 
 
-class TokenTraining(LightningModule, ABC):
-    """Trains, validates and predicts on batches of images or of their tokens; `Generator` supplies the objective.
+class ClassConditionalTraining(LightningModule, ABC):
+    """Trains, validates and predicts on batches of images, or of what their tokenizer makes of them, given a class.
 
-    A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the frozen tokenizer encodes, or `{"tokens": (B,
-    *token_shape), "label": (B,)}`, with labels of any integer type or bool; a model of one class needs none. With
-    `"index": (B,)`, each sample's position in the run, label dropout and
-    corruption belong to the sample, and do not depend on the number of ranks.
+    A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the frozen tokenizer encodes, or holds what it would
+    give, with labels of any integer type or bool; a model of one class needs none. With `"index": (B,)`, each sample's
+    position in the run, label dropout and corruption belong to the sample, and do not depend on the number of ranks.
 
     A step of several accumulated micro-batches is that of one batch of all their samples: the loss is the mean over
-    all their tokens, by weight.
+    all that is predicted in them, by weight.
 
     It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
-    of the coordinate of the token losses, and what `validation_figures` makes of it.
+    of the coordinate of the losses, and what `validation_figures` makes of it.
 
     Args:
         label_dropout: probability that a training label is replaced by the null label, for classifier-free guidance.
@@ -49,25 +49,26 @@ class TokenTraining(LightningModule, ABC):
         ValueError: a probability outside [0, 1].
     """
 
-    # `Generator` sets these attributes and defines these four methods; they are described there.
-    tokenizer: Tokenizer
-    backbone: Backbone
+    # A generator sets these attributes and defines these methods.
+    tokenizer: Any
+    backbone: Backbone | DenoisingNetwork
     image_size: ImageSize
     num_classes: int
-    token_shape: tuple[int, ...]
     coordinate_name: str
     loss_weight: Tensor | float
-    """The weight of the newest loss among the micro-batches of a step: the sum of its tokens' weights, over ranks."""
+    """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
 
     @abstractmethod
-    def to_sequence(self, tokens: Tensor) -> Tensor: ...
+    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        """Return what is modelled of a batch, `(B, ...)`, encoded from its images where it holds nothing else."""
 
     @abstractmethod
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]: ...
+    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the cost of each prediction, its weight, and where it stands from 0 to 1: three of one shape."""
 
     @abstractmethod
     def loss(
-        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
@@ -94,24 +95,6 @@ class TokenTraining(LightningModule, ABC):
         self._sharded = False
 
     # Batches.
-
-    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
-
-        Raises:
-            ValueError: a grid other than `token_shape`.
-        """
-        if "tokens" in batch:
-            tokens = batch["tokens"]
-        else:
-            with torch.no_grad():
-                tokens = self.tokenizer.encode(batch["image"])
-        if tuple(tokens.shape[1:]) != self.token_shape:
-            raise ValueError(
-                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
-                f"model.init_args.image_size is {self.image_size}"
-            )
-        return tokens
 
     def random_of(self, batch: dict[str, Any], batch_idx: int) -> CounterRandom:
         """Return one stream of random numbers for each sample of a batch, told apart by its `"index"`.
@@ -189,7 +172,7 @@ class TokenTraining(LightningModule, ABC):
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         labels = self.labels_of(batch)
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
-        loss, terms = self.loss(self.tokens_of(batch), labels, random, dropped=dropped)
+        loss, terms = self.loss(self.data_of(batch, random), labels, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(named, sync_dist=True, batch_size=len(labels))
         return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
@@ -199,10 +182,8 @@ class TokenTraining(LightningModule, ABC):
             self.accumulated.end_step(self.parameters(), self.micro_batches)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        sequences = self.to_sequence(self.tokens_of(batch))
-        values, weights, coordinate = self.token_losses(
-            sequences, self.labels_of(batch), self.random_of(batch, batch_idx)
-        )
+        random = self.random_of(batch, batch_idx)
+        values, weights, coordinate = self.validation_losses(self.data_of(batch, random), self.labels_of(batch), random)
         self.profile.update(values, coordinate, weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -218,7 +199,7 @@ class TokenTraining(LightningModule, ABC):
         self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
 
     def validation_figures(self, mean_loss: Tensor) -> dict[str, Tensor]:
-        """Return further figures to log, by name, given the mean loss of a validation token in nats, float64."""
+        """Return further figures to log, by name, given the mean loss of validation, float64."""
         return {}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -286,11 +267,53 @@ class TokenTraining(LightningModule, ABC):
             )
 
 
+class TokenTraining(ClassConditionalTraining, ABC):
+    """Trains, validates and predicts on batches of images or of their tokens; `Generator` supplies the objective.
+
+    A batch is `{"image", "label"}` or `{"tokens": (B, *token_shape), "label": (B,)}`; the mean loss is that of a token.
+    """
+
+    # `Generator` sets these attributes and defines these two methods; they are described there.
+    tokenizer: Tokenizer
+    backbone: Backbone
+    token_shape: tuple[int, ...]
+
+    @abstractmethod
+    def to_sequence(self, tokens: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
+
+        Raises:
+            ValueError: a grid other than `token_shape`.
+        """
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            with torch.no_grad():
+                tokens = self.tokenizer.encode(batch["image"])
+        if tuple(tokens.shape[1:]) != self.token_shape:
+            raise ValueError(
+                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
+                f"model.init_args.image_size is {self.image_size}"
+            )
+        return tokens
+
+    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        return self.tokens_of(batch)
+
+    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
+        return self.token_losses(self.to_sequence(data), labels, random)
+
+
 def _count_of(batch: dict[str, Any]) -> int | None:
-    """The number of tokens' or images' rows in a batch, where it has any."""
-    return next((len(batch[name]) for name in ("tokens", "image") if name in batch), None)
+    """The number of rows of tokens, latents or images in a batch, where it has any."""
+    return next((len(batch[name]) for name in ("tokens", "latents", "image") if name in batch), None)
 
 
 def _rows_of(batch: dict[str, Any]) -> Tensor:
     """A tensor with a row for each sample of a batch."""
-    return next(batch[name] for name in ("label", "tokens", "image") if name in batch)
+    return next(batch[name] for name in ("label", "tokens", "latents", "image") if name in batch)

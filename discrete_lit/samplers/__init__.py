@@ -11,6 +11,7 @@ from discrete_lit.samplers.diffusion import (
     FirstHittingSampler,
     TauLeapingSampler,
 )
+from discrete_lit.samplers.guided_solver import GuidedSolver
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
 from discrete_lit.samplers.maskgit import (
     HaltonConfidenceSampler,
@@ -30,6 +31,7 @@ __all__ = [
     "DiffusionSampler",
     "EulerSampler",
     "FirstHittingSampler",
+    "GuidedSolver",
     "HaltonConfidenceSampler",
     "HaltonSampler",
     "MaskBitSampler",

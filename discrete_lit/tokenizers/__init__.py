@@ -1,11 +1,19 @@
-"""Tokenizers, and the autoencoder of continuous latents, as LightningModules."""
+"""Tokenizers of ids and of continuous latents, as LightningModules."""
 
 from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
 from discrete_lit.tokenizers.titok import ProxyDecoder, TiTok, TiTokAutoencoder
-from discrete_lit.tokenizers.tokenizer import TokenGrid, Tokenizer, freeze, from_checkpoint
+from discrete_lit.tokenizers.tokenizer import (
+    ContinuousTokenizer,
+    TokenGrid,
+    Tokenizer,
+    continuous_from_checkpoint,
+    freeze,
+    from_checkpoint,
+)
+from discrete_lit.tokenizers.uncoded_latents import LatentGrid, RawPixels
 from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
@@ -18,15 +26,19 @@ __all__ = [
     "VQVAE",
     "Characters",
     "ColourPalette",
+    "ContinuousTokenizer",
     "DiagonalGaussian",
     "GaussianBottleneck",
+    "LatentGrid",
     "MultiScaleVQ",
     "PixelLevels",
     "ProxyDecoder",
+    "RawPixels",
     "TiTok",
     "TiTokAutoencoder",
     "TokenGrid",
     "Tokenizer",
+    "continuous_from_checkpoint",
     "freeze",
     "from_checkpoint",
 ]

@@ -5,7 +5,8 @@ mean and a variance, training decodes a sample of that normal law and keeps it n
 term. Generators of continuous latents work on its latents.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +14,20 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
 from discrete_lit.tokenizers.networks import Autoencoder
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
 
 
-@loadable
-class KLVAE(ImageAutoencoder):
+class KLVAE(ImageAutoencoder, ContinuousTokenizer):
     """Encode images as normal latents near the standard normal, for generators of continuous latents.
 
     Not a `Tokenizer`: it has no ids. Training samples latents; validation takes their means.
+
+    Scaled latents are `(z - latent_mean) / latent_std * scale_factor`, in the settings' names, of the network's z.
 
     Args:
         network: called with `latent_channels` and twice that, for the means and the variances.
@@ -34,6 +36,8 @@ class KLVAE(ImageAutoencoder):
             over pixels: LDM, which sums them, has its 1e-6 as 1e-6 / (C H W) here, 5e-12 at 256 pixels.
         scale_factor: what `encode` multiplies latents by and `decode` divides them by, so that those that a generator
             sees have a deviation near 1: 0.2325 for the KL-16 of MAR, 0.18215 for the KL-8 of Stable Diffusion.
+        latent_mean: of each of the D channels over a data set, which `encode` subtracts first; None subtracts nothing.
+        latent_std: of each channel, which `encode` then divides by, as generators on VA-VAE's latents do.
         seed: of the latents' noise in training, which belongs to (seed, sample) where batches give the sample's number
             in the run as `"index"`; without it, torch's generator draws.
         training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
@@ -49,53 +53,98 @@ class KLVAE(ImageAutoencoder):
         latent_channels: int,
         kl_weight: float,
         scale_factor: float = 1.0,
+        latent_mean: Sequence[float] | None = None,
+        latent_std: Sequence[float] | None = None,
         seed: int = 0,
         **training: Any,
     ) -> None:
-        if not scale_factor > 0:
-            raise ValueError(f"scale_factor must be above 0, got {scale_factor}")
+        if not 0 < scale_factor < math.inf:
+            raise ValueError(f"scale_factor must be above 0 and finite, got {scale_factor}")
         bottleneck = GaussianBottleneck(latent_channels, kl_weight)
         super().__init__(network(bottleneck.dim, bottleneck.latent_dim), **training)
         self.bottleneck = bottleneck
+        self.latent_dim = latent_channels
         self.scale_factor = scale_factor
+        # Numbers, not buffers: they are settings, which every checkpoint holds, and half precision must not round them.
+        self.latent_mean = _per_channel("latent_mean", latent_mean, latent_channels)
+        self.latent_std = _per_channel("latent_std", latent_std, latent_channels)
         self.seed = seed
 
     def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
-        """`(D, *grid)` of images of this size: the side of a square, or (H, W).
-
-        Raises:
-            ValueError: a size that the network cannot divide.
-        """
-        return (self.bottleneck.dim, *self.network.grid(image_size))
+        return (self.latent_dim, *self.network.grid(image_size))
 
     def posterior(self, images: Tensor) -> "DiagonalGaussian":
         """The law of the unscaled latents, `(B, *grid, D)`, of images `(B, C, H, W)` in [-1, 1]."""
         return self.bottleneck.posterior(self.latents(images))
 
     @in_evaluation
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_images(images)
+        posterior = self.posterior(images)
+        logvar = rearrange(posterior.logvar, "b ... d -> b d ...") + 2 * math.log(self.scale_factor)
+        if self.latent_std is not None:
+            logvar = logvar - 2 * self._of_channels(self.latent_std, logvar).log()
+        return self.scaled(rearrange(posterior.mean, "b ... d -> b d ...")), logvar
+
+    @in_evaluation
     def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
-        """Images `(B, C, H, W)` in [-1, 1] to scaled latents `(B, D, *grid)`, float32, or float64 where the network is.
-
-        Args:
-            images: of a size that the network can divide.
-            random: the noise of each image's latents; None takes the means.
-
-        Raises:
-            ValueError: a side that the network cannot divide.
-        """
+        self.check_images(images)
         posterior = self.posterior(images)
         latents = posterior.mode() if random is None else posterior.sample(random)
-        return rearrange(latents, "b ... d -> b d ...") * self.scale_factor
+        return self.scaled(rearrange(latents, "b ... d -> b d ..."))
 
     @in_evaluation
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents `(B, D, *grid)` to images `(B, C, H, W)` in [-1, 1], float32, or float64 of such a network."""
-        return self.to_images(self.outputs(rearrange(latents / self.scale_factor, "b d ... -> b ... d")))
+        self.check_latents(latents)
+        return self.to_images(self.outputs(rearrange(self.unscaled(latents), "b d ... -> b ... d")))
+
+    def scaled(self, latents: Tensor) -> Tensor:
+        """Scale the network's latents `(B, D, *grid)` to those that generators take."""
+        if self.latent_mean is not None:
+            latents = latents - self._of_channels(self.latent_mean, latents)
+        if self.latent_std is not None:
+            latents = latents / self._of_channels(self.latent_std, latents)
+        return latents * self.scale_factor
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Invert `scaled`."""
+        latents = latents / self.scale_factor
+        if self.latent_std is not None:
+            latents = latents * self._of_channels(self.latent_std, latents)
+        if self.latent_mean is not None:
+            latents = latents + self._of_channels(self.latent_mean, latents)
+        return latents
+
+    def _of_channels(self, values: list[float], latents: Tensor) -> Tensor:
+        return latents.new_tensor(values).reshape(-1, *[1] * (latents.ndim - 2))
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The weights of the network, and the scale of the latents: all but what the losses have."""
+        weights = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        scale = {"scale_factor": self.scale_factor, "latent_mean": self.latent_mean, "latent_std": self.latent_std}
+        given = {name: torch.tensor(value, dtype=torch.float64) for name, value in scale.items() if value is not None}
+        return weights | given
 
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         random = None if index is None else CounterRandom(self.seed, index)
         latents, losses = self.bottleneck(self.latents(images), random)
         return Reconstruction(outputs=self.outputs(latents), losses=losses)
+
+
+def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:
+    """The numbers of a setting with one for each latent channel.
+
+    Raises:
+        ValueError: another count, numbers that are not finite, or a deviation that is not above 0.
+    """
+    if values is None:
+        return None
+    found = [float(value) for value in values]
+    if len(found) != channels or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name} must be {channels} finite numbers, one for each latent channel, got {found}")
+    if name == "latent_std" and min(found) <= 0:
+        raise ValueError(f"latent_std must be above 0 in every channel, got {found}")
+    return found
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from discrete_lit import load
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.tokenizers import KLVAE, Tokenizer, from_checkpoint
+from discrete_lit.tokenizers import KLVAE, Tokenizer, continuous_from_checkpoint, from_checkpoint
 
 NETWORK = {
     "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
@@ -199,8 +199,62 @@ def test_a_checkpoint_of_continuous_latents(tmp_path: Path) -> None:
     loaded = load(tmp_path / "klvae.ckpt")
     assert isinstance(loaded, KLVAE) and not loaded.training
     assert torch.equal(loaded.encode(four_images()), autoencoder.encode(four_images()))
-    with pytest.raises(ValueError, match="holds a KLVAE"):
+    frozen = continuous_from_checkpoint(str(tmp_path / "klvae.ckpt"), sha256=autoencoder.fingerprint())
+    assert not any(parameter.requires_grad for parameter in frozen.parameters()) and frozen.latent_dim == 2
+    with pytest.raises(ValueError, match=r"holds a KLVAE.*continuous_from_checkpoint"):
         from_checkpoint(str(tmp_path / "klvae.ckpt"))
+    with pytest.raises(ValueError, match="expected sha256=0000"):
+        continuous_from_checkpoint(str(tmp_path / "klvae.ckpt"), sha256="0000")
+    save(make("FSQ", levels=[4, 4]), tmp_path / "fsq.ckpt")
+    with pytest.raises(ValueError, match="holds a FSQ, which is not a ContinuousTokenizer: it codes ids"):
+        continuous_from_checkpoint(str(tmp_path / "fsq.ckpt"))
+
+
+@torch.no_grad()
+def test_the_scale_of_latents(tmp_path: Path) -> None:
+    statistics = {"latent_mean": [0.5, -3.0], "latent_std": [2.0, 0.25]}
+    plain = make("KLVAE", latent_channels=2, kl_weight=1.0)
+    scaled = make("KLVAE", latent_channels=2, kl_weight=1.0, scale_factor=0.5, **statistics)
+    scaled.load_state_dict(plain.state_dict())
+    images = four_images()
+    raw = plain.encode(images)
+    expected = (raw - torch.tensor([0.5, -3.0])[:, None, None]) / torch.tensor([2.0, 0.25])[:, None, None] * 0.5
+    torch.testing.assert_close(scaled.encode(images), expected)
+    torch.testing.assert_close(scaled.decode(expected), plain.decode(raw))
+    # Moments are those of the latents that `encode` draws.
+    noise = CounterRandom(3, torch.arange(4))
+    mean, logvar = scaled.moments(images)
+    torch.testing.assert_close(mean, expected)
+    unit = (plain.encode(images, noise) - raw) / (plain.moments(images)[1] / 2).exp()
+    torch.testing.assert_close(scaled.encode(images, noise), mean + (logvar / 2).exp() * unit, rtol=1e-4, atol=1e-4)
+    # The scale is part of what codes, and of every checkpoint.
+    save(scaled, tmp_path / "scaled.ckpt")
+    assert load(tmp_path / "scaled.ckpt").fingerprint() == scaled.fingerprint() != plain.fingerprint()
+    assert torch.equal(load(tmp_path / "scaled.ckpt").encode(images), scaled.encode(images))
+
+
+def test_latents_that_cannot_be_decoded() -> None:
+    autoencoder = make("KLVAE", latent_channels=2, kl_weight=1.0)
+    with pytest.raises(ValueError, match=r"decodes latents, floating-point numbers .* are these the ids"):
+        autoencoder.decode(torch.zeros(1, 2, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"are \(B, 2, \*grid\), got \(1, 3, 4, 4\)"):
+        autoencoder.decode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="1 of 4 images have pixels that are not finite"):
+        autoencoder.encode(four_images().index_fill(0, torch.tensor([2]), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latent_mean": [0.0]}, "latent_mean must be 2 finite numbers"),
+        ({"latent_mean": [0.0, float("nan")]}, "latent_mean must be 2 finite numbers"),
+        ({"latent_std": [1.0, 0.0]}, "latent_std must be above 0"),
+        ({"scale_factor": float("inf")}, "scale_factor must be above 0"),
+    ],
+)
+def test_statistics_out_of_range(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make("KLVAE", latent_channels=2, kl_weight=1.0, **settings)
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0])

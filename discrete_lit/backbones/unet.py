@@ -1,0 +1,339 @@
+"""The U-Net of latent diffusion (Rombach et al., 2022) and, with other switches, of ADM (Dhariwal & Nichol, 2021).
+
+Residual blocks that read the time, at halved resolutions on the way down and doubled ones on the way up, where each
+block also reads what the way down has left at its resolution; attention at some of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from discrete_lit.backbones.blocks import MLP, Attention, BlockSettings
+from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout, nearest_grid
+from discrete_lit.backbones.embeddings import TimeEmbedding
+from discrete_lit.backbones.layers import Linear, Norm
+from discrete_lit.core.modules import at_least_float32
+
+_Layer = TypeVar("_Layer", nn.Conv2d, Linear)
+
+
+class UNet(DenoisingNetwork):
+    """Halve the resolution level by level, and come back by way of what was left at each.
+
+    By default it is LDM's of ImageNet (`cin256-v2`): spatial transformers, which read the class as a vector to attend
+    to. ADM's has `attention_kind="self"`, `class_input="time"` and `modulation="scale_shift"`. A context grid is
+    stacked on to the input's channels, as in LDM's super-resolution.
+
+    Args:
+        layout: the latents; a generator gives it.
+        channels: at the full resolution.
+        multipliers: of the channels at each level, from the full resolution down.
+        blocks: residual blocks of each level on the way down; on the way up there is one more.
+        attention: the rates of down-sampling that have attention, such as `[2, 4, 8]`; the middle always has it.
+        attention_kind: `"transformer"`, self-attention, attention to the class and a gated MLP (LDM); or `"self"`,
+            self-attention alone (ADM).
+        heads: attention heads; one of `heads` and `head_dim` is given.
+        head_dim: width of a head.
+        transformer_depth: layers of each spatial transformer.
+        class_input: the label as a vector that transformers attend to (`"context"`), or added to the time (`"time"`).
+        class_width: of that vector.
+        modulation: how a residual block reads the time: as an offset (`"add"`), or as gain and offset of its second
+            norm (`"scale_shift"`).
+        norm_groups: groups of every GroupNorm; must divide every width.
+        dropout: in residual blocks, in [0, 1).
+        activation_checkpointing: keep no activations of the stages for the backward pass, but compute them again.
+
+    Raises:
+        ValueError: settings that do not fit together, or a grid that the levels cannot halve.
+    """
+
+    def __init__(
+        self,
+        layout: LatentLayout,
+        *,
+        channels: int,
+        multipliers: Sequence[int],
+        blocks: int = 2,
+        attention: Sequence[int] = (2, 4, 8),
+        attention_kind: Literal["transformer", "self"] = "transformer",
+        heads: int | None = None,
+        head_dim: int | None = None,
+        transformer_depth: int = 1,
+        class_input: Literal["context", "time"] = "context",
+        class_width: int = 512,
+        modulation: Literal["add", "scale_shift"] = "add",
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(layout)
+        levels = len(multipliers)
+        if not levels or min(channels, blocks, transformer_depth, *multipliers) < 1:
+            raise ValueError(
+                f"channels, blocks, transformer_depth and each of one or more multipliers must be at least 1, got "
+                f"{channels}, {blocks}, {transformer_depth} and {list(multipliers)}"
+            )
+        if (heads is None) == (head_dim is None):
+            raise ValueError(f"one of heads and head_dim must be given, got {heads} and {head_dim}")
+        if any(side % 2 ** (levels - 1) for side in layout.grid):
+            raise ValueError(
+                f"{levels} levels halve the latents {levels - 1} times, which {layout.grid} does not allow"
+            )
+        unknown = [rate for rate in attention if rate not in [2**level for level in range(levels)]]
+        if unknown:
+            raise ValueError(
+                f"attention={list(attention)} holds rates of down-sampling; {levels} levels have "
+                f"{', '.join(str(2**level) for level in range(levels))}"
+            )
+        if class_input == "context" and attention_kind == "self":
+            raise ValueError("class_input='context' needs attention_kind='transformer', which attends to it")
+        if channels % 2:
+            raise ValueError(f"channels={channels} must be even: half are cosines of the time, half are sines")
+        self.class_input: Literal["context", "time"] = class_input
+        self.activation_checkpointing = activation_checkpointing
+        time_width = 4 * channels
+        self.time_embedding = TimeEmbedding(time_width, waves=channels // 2)
+        self.class_embedding = nn.Embedding(
+            layout.num_classes + 1, class_width if class_input == "context" else time_width
+        )
+        context_width = class_width if class_input == "context" else None
+
+        def attend(width: int) -> nn.Module:
+            if width % (heads or head_dim or 1):
+                raise ValueError(f"heads={heads}, head_dim={head_dim} must divide {width} channels")
+            count = heads or width // cast(int, head_dim)
+            if attention_kind == "self":
+                return UNetAttention(width, heads=count, groups=norm_groups)
+            return SpatialTransformer(
+                width, heads=count, depth=transformer_depth, context_width=context_width, groups=norm_groups
+            )
+
+        def stage(inputs: int, width: int, *, attends: bool) -> "UNetStage":
+            block = UNetResidual(
+                inputs, width, time_width=time_width, modulation=modulation, groups=norm_groups, dropout=dropout
+            )
+            return UNetStage(block=block, attention=attend(width) if attends else None)
+
+        self.conv_in = nn.Conv2d(layout.channels + (layout.context_channels or 0), channels, 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        left, width = [channels], channels
+        for level, multiplier in enumerate(multipliers):
+            for _ in range(blocks):
+                self.down.append(stage(width, multiplier * channels, attends=2**level in attention))
+                width = multiplier * channels
+                left.append(width)
+            if level + 1 < levels:
+                self.down.append(UNetStage(resample=nn.Conv2d(width, width, 3, stride=2, padding=1)))
+                left.append(width)
+        self.middle = nn.ModuleList((stage(width, width, attends=True), stage(width, width, attends=False)))
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for number in range(blocks + 1):
+                last = level > 0 and number == blocks
+                step = stage(width + left.pop(), multiplier * channels, attends=2**level in attention)
+                width = multiplier * channels
+                step.resample = nn.Conv2d(width, width, 3, padding=1) if last else None
+                self.up.append(step)
+        self.norm_out = WideGroupNorm(norm_groups, width)
+        self.conv_out = _zero(nn.Conv2d(width, layout.outputs, 3, padding=1))
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None) -> Tensor:
+        self._check_input(x, time, labels, context)
+        hidden = x.to(self.conv_in.weight.dtype)
+        if context is not None:
+            hidden = torch.cat((hidden, nearest_grid(context, self.layout.grid).to(hidden.dtype)), dim=1)
+        times, classes = self.time_embedding(time), self.class_embedding(labels)
+        vectors = None
+        if self.class_input == "time":
+            times = times + classes
+        else:
+            vectors = classes[:, None]
+        times = F.silu(times)
+        hidden = self.conv_in(hidden)
+        left = [hidden]
+        for stage in self.down:
+            hidden = self._run(stage, hidden, times, vectors)
+            if stage.resample is not None:
+                hidden = cast(nn.Module, stage.resample)(hidden)
+            left.append(hidden)
+        for stage in self.middle:
+            hidden = self._run(stage, hidden, times, vectors)
+        for stage in self.up:
+            hidden = self._run(stage, torch.cat((hidden, left.pop()), dim=1), times, vectors)
+            if stage.resample is not None:
+                doubled = F.interpolate(hidden, scale_factor=2, mode="nearest")
+                hidden = cast(nn.Module, stage.resample)(doubled)
+        return self.conv_out(F.silu(self.norm_out(hidden)))
+
+    def _run(self, stage: nn.Module, hidden: Tensor, times: Tensor, vectors: Tensor | None) -> Tensor:
+        if self.activation_checkpointing and self.training:
+            return cast(Tensor, checkpoint(stage, hidden, times, vectors, use_reentrant=False))
+        return stage(hidden, times, vectors)
+
+    def fsdp_units(self) -> Iterable[nn.Module]:
+        return [*self.down, *self.middle, *self.up]
+
+
+class UNetStage(nn.Module):
+    """Hold one step of the way down, of the middle or of the way up: a residual block, attention, a convolution.
+
+    The convolution halves the resolution, or comes after its doubling.
+    """
+
+    def __init__(
+        self,
+        *,
+        block: nn.Module | None = None,
+        attention: nn.Module | None = None,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.block, self.attention, self.resample = block, attention, resample
+
+    def forward(self, x: Tensor, times: Tensor, vectors: Tensor | None) -> Tensor:
+        """Run the block and the attention on `(B, C, H, W)`, given `(B, time_width)` and vectors `(B, n, E)`."""
+        if self.block is not None:
+            x = self.block(x, times)
+        return x if self.attention is None else self.attention(x, vectors)
+
+
+class WideGroupNorm(nn.GroupNorm):
+    """A GroupNorm that is computed in float32, or float64, whatever precision its module is in."""
+
+    def forward(self, input: Tensor) -> Tensor:  # (B, C, ...) -> (B, C, ...)
+        wide = at_least_float32(input)
+        normed = F.group_norm(wide, self.num_groups, self.weight.to(wide.dtype), self.bias.to(wide.dtype), self.eps)
+        return normed.to(input.dtype)
+
+
+class UNetResidual(nn.Module):
+    """Add to its input norm, SiLU and 3-wide convolution, twice, with the time between the two."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        time_width: int,
+        modulation: Literal["add", "scale_shift"],
+        groups: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        for width in (inputs, outputs):
+            if width % groups:
+                raise ValueError(f"norm_groups={groups} must divide every width, {width} among them")
+        self.scale_shift = modulation == "scale_shift"
+        self.norm1 = WideGroupNorm(groups, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.time = Linear(time_width, 2 * outputs if self.scale_shift else outputs)
+        self.norm2 = WideGroupNorm(groups, outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _zero(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:  # (B, inputs, H, W), (B, time_width) -> (B, outputs, H, W)
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        vectors = self.time(times)[..., None, None]
+        if self.scale_shift:
+            scale, shift = vectors.chunk(2, dim=1)
+            hidden = torch.addcmul(shift, self.norm2(hidden), 1 + scale)
+        else:
+            hidden = self.norm2(hidden + vectors)
+        hidden = self.conv2(self.dropout(F.silu(hidden)))
+        return hidden + (x if self.shortcut is None else self.shortcut(x))
+
+
+class UNetAttention(nn.Module):
+    """Add to its input norm and self-attention over all places (ADM)."""
+
+    def __init__(self, width: int, *, heads: int, groups: int) -> None:
+        super().__init__()
+        self.norm = WideGroupNorm(groups, width)
+        self.attention = Attention(_attention_settings(width, heads, biased=True))
+        nn.init.zeros_(self.attention.out.weight)
+
+    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+        places = rearrange(self.norm(x), "b c h w -> b (h w) c")
+        mixed = self.attention(places, None, None, False, None)
+        return x + rearrange(mixed, "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class SpatialTransformer(nn.Module):
+    """Add to its input a small transformer over all places, which attends to vectors too (LDM)."""
+
+    def __init__(self, width: int, *, heads: int, depth: int, context_width: int | None, groups: int) -> None:
+        super().__init__()
+        self.norm = WideGroupNorm(groups, width, eps=1e-6)
+        self.project_in = Linear(width, width)
+        self.layers = nn.ModuleList(CrossLayer(width, heads=heads, context_width=context_width) for _ in range(depth))
+        self.project_out = _zero(Linear(width, width))
+
+    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, C, H, W), (B, n, E) -> (B, C, H, W)
+        places = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
+        for layer in self.layers:
+            places = layer(places, vectors)
+        return x + rearrange(self.project_out(places), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class CrossLayer(nn.Module):
+    """Self-attention, attention to vectors or else to itself once more, and a gated MLP, all residual."""
+
+    def __init__(self, width: int, *, heads: int, context_width: int | None) -> None:
+        super().__init__()
+        self.attention_norm, self.cross_norm, self.mlp_norm = (Norm(width, "layer", epsilon=1e-5) for _ in range(3))
+        self.attention = Attention(_attention_settings(width, heads, biased=False))
+        self.cross_attention = CrossAttention(width, heads=heads, context_width=context_width or width)
+        self.mlp = MLP(width, 4 * width, kind="geglu", bias=True)
+
+    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, N, D), (B, n, E) -> (B, N, D)
+        x = x + self.attention(self.attention_norm(x), None, None, False, None)
+        queries = self.cross_norm(x)
+        x = x + self.cross_attention(queries, queries if vectors is None else vectors)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CrossAttention(nn.Module):
+    """Attention from places to vectors of another width.
+
+    Args:
+        width: D, of the places.
+        heads: attention heads.
+        context_width: E, of the vectors.
+    """
+
+    def __init__(self, width: int, *, heads: int, context_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = Linear(width, width, bias=False)
+        self.key_value = Linear(context_width, 2 * width, bias=False)
+        self.out = Linear(width, width)
+
+    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """Map `(B, N, D)` and vectors `(B, n, E)` to `(B, N, D)`."""
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key, value = self.key_value(vectors).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def _attention_settings(width: int, heads: int, *, biased: bool) -> BlockSettings:
+    return BlockSettings(
+        width=width,
+        heads=heads,
+        head_dim=width // heads,
+        mlp_hidden=width,
+        attention_bias="all" if biased else "none",
+    )
+
+
+def _zero(layer: _Layer) -> _Layer:
+    """Begin a residual branch at 0."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

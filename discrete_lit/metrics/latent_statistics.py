@@ -1,0 +1,92 @@
+"""Mean and deviation of every channel of continuous latents over a data set, and whether generators can take them.
+
+A diffusion model of latents is built for data of unit deviation: its noise schedule says how much signal is left at a
+time. Latents of another scale train without an error and sample badly.
+"""
+
+import torch
+from torch import Tensor
+
+from discrete_lit.metrics.binned_mean import SumsInFloat64
+
+_LEAST, _MOST = 0.5, 2.0
+"""The deviations that are about 1: a factor 2 either way, in which a batch of unlike images still lies."""
+
+
+class LatentStatistics(SumsInFloat64):
+    """Mean and deviation of each channel of latents `(B, D, *grid)`, over samples and grid, all batches and ranks.
+
+    Where latents are random, their own variances count too, by the law of total variance: the variance of a latent is
+    that of its mean plus the mean of its variance. So the statistics are those of sampled latents, without drawing any.
+
+    Args:
+        channels: D.
+
+    `compute` gives the mean and the deviation, `(D,)` float64 each: the root of the unbiased variance, as that of
+    VA-VAE's published statistics.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+    own: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.add_state("count", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        # Of each rank by itself; `compute` merges them.
+        for name in ("mean", "squares", "own"):
+            self.add_state(name, torch.zeros(channels, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, latents: Tensor, logvar: Tensor | None = None) -> None:
+        """Add latents, or their means, and the logarithms of their variances: `(B, D, *grid)` each.
+
+        Raises:
+            ValueError: another number of channels, or numbers that are not finite.
+        """
+        if latents.ndim < 2 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents must be (B, {self.channels}, *grid), got {tuple(latents.shape)}")
+        values = latents.detach().double().transpose(0, 1).flatten(1)
+        if not bool(values.isfinite().all()):
+            raise ValueError("these latents hold numbers that are not finite")
+        self.count += values.shape[1]
+        self.mean += values.sum(dim=1)
+        self.squares += values.square().sum(dim=1)
+        if logvar is not None:
+            self.own += logvar.detach().double().exp().transpose(0, 1).flatten(1).sum(dim=1)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        mean = self.mean / self.count
+        scattered = (self.squares - self.count * mean.square()).clamp(min=0)
+        return mean, ((scattered + self.own) / (self.count - 1).clamp(min=1)).sqrt()
+
+
+def check_latent_scale(latents: Tensor, *, least: float = _LEAST, most: float = _MOST) -> None:
+    """Check that latents have about unit deviation, as a diffusion model's schedule of noise takes for granted.
+
+    Generators of latents call it on their first batch: latents of another tokenizer, or without its scale, train
+    without an error and sample badly (MAR's KL-16 without its factor 0.2325 has a deviation of about 4.3).
+
+    Args:
+        latents: `(B, D, *grid)`, of which all numbers together are looked at, about zero: the root of their mean
+            square.
+        least: the least deviation that passes.
+        most: the largest one.
+
+    Raises:
+        ValueError: ids instead of latents; numbers that are not finite; a deviation outside `[least, most]`.
+    """
+    if not latents.is_floating_point():
+        raise ValueError(
+            f"latents are floating-point numbers, got {latents.dtype} {tuple(latents.shape)}: are these the ids of a "
+            "discrete tokenizer?"
+        )
+    found = float(latents.detach().double().square().mean().sqrt())
+    if not least <= found <= most:
+        known = f"multiply by {1 / found:.4g}" if 0 < found < float("inf") else "there is none of these"
+        raise ValueError(
+            f"latents must have about unit deviation, between {least} and {most}; the first batch has {found:.4g}. "
+            f"Scale them by the tokenizer's scale_factor, or latent_mean and latent_std of its channels ({known} on "
+            "top of what it has): `discrete-lit latent_statistics` measures them"
+        )

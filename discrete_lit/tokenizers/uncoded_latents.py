@@ -1,0 +1,98 @@
+"""Continuous tokenizers that code nothing: pixels as they are, and the shape of latents whose tokenizer is missing."""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.images import ImageSize, check_channels, height_and_width
+from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+
+# Of latents that are no random variable.
+_LEAST_LOGVAR = -30.0
+
+
+class RawPixels(ContinuousTokenizer):
+    """Give a generator of latents the pixels themselves, in [-1, 1].
+
+    Args:
+        image_channels: C of the images.
+        scale: what `encode` multiplies pixels by and `decode` divides them by; pixels have a deviation near 0.5.
+
+    Raises:
+        ValueError: no channels, or a scale that is not above 0.
+    """
+
+    def __init__(self, image_channels: int = 3, *, scale: float = 1.0) -> None:
+        super().__init__()
+        if image_channels < 1 or not 0 < scale < float("inf"):
+            raise ValueError(f"image_channels and scale must be above 0, got {image_channels} and {scale}")
+        self.latent_dim = image_channels
+        self.scale = scale
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        return (self.latent_dim, *height_and_width(image_size))
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.encode(images)
+        return latents, torch.full_like(latents, _LEAST_LOGVAR)
+
+    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
+        check_channels(images, self.latent_dim, "this RawPixels")
+        self.check_images(images)
+        return at_least_float32(images) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.check_latents(latents)
+        return (at_least_float32(latents) / self.scale).clamp(-1, 1)
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The channels and the scale: all that tells two of them apart."""
+        return {"scale": torch.tensor((self.latent_dim, self.scale), dtype=torch.float64)}
+
+
+class LatentGrid(ContinuousTokenizer):
+    """Say how many channels latents have and on what grid, in place of a tokenizer that is not there.
+
+    A generator around it models and samples latents; images need the tokenizer that these are of.
+
+    Args:
+        latent_shape: `(D, *grid)`, whatever the image size.
+
+    Raises:
+        ValueError: an empty shape; in use, whenever images are asked for.
+    """
+
+    makes_images = False
+
+    def __init__(self, latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if len(latent_shape) < 2 or min(latent_shape) < 1:
+            raise ValueError(f"latent_shape must be (D, *grid), positive numbers, got {tuple(latent_shape)}")
+        self.latent_dim = latent_shape[0]
+        self.shape = tuple(latent_shape)
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        return self.shape
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self._refuse()
+
+    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
+        self._refuse()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self._refuse()
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The shape: all that tells two of them apart."""
+        return {"shape": torch.tensor(self.shape)}
+
+    def _refuse(self) -> NoReturn:
+        shape = " x ".join(map(str, self.shape))
+        raise ValueError(
+            f"this generator was loaded without its tokenizer, which codes images as {shape} latents: give it the "
+            "tokenizer that its latents are of to go from or to images"
+        )
