@@ -7,17 +7,37 @@ buffer of slots in front of both.
 A grid of ids d, aligned with the places, may be given too (DisCon, 2025; MixAR, 2026): `Fusion` says how.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings
 from discrete_lit.backbones.layers import Linear, Norm
 
 Fusion = Literal["prefix", "mix", "add"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorLayout:
+    """The places that a generator of vectors models; it asks for a network by calling `backbone(layout)`.
+
+    Attributes:
+        dim: D, of the vector at each place.
+        length: N, places.
+        num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
+        grid_vocab: ids that may be given for every place beside the label; None for none.
+    """
+
+    dim: int
+    length: int
+    num_classes: int
+    grid_vocab: int | None = None
 
 
 class MaskedAutoencoder(nn.Module):
@@ -27,17 +47,15 @@ class MaskedAutoencoder(nn.Module):
     and 16 heads.
 
     Args:
-        dim: D, of the vectors.
-        length: N, places.
-        num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
+        layout: the places; a generator gives it.
         width: of the encoder.
         depth: blocks of the encoder.
         heads: of its attention.
         decoder_width, decoder_depth, decoder_heads: of the decoder; as the encoder's by default.
         buffer: slots of the class in front of the sequence; 64 in MAR.
-        grid_vocab: ids that d may take, where one is given; None for no grid.
-        fusion: what d does: stand in front of the sequence, in slots of their own (`"prefix"`: DisCon), take the place
-            of the mask vector (`"mix"`: MixAR), or be added at every place (`"add"`).
+        fusion: what a grid of ids does, where the layout has one: stand in front of the sequence, in slots of its own
+            (`"prefix"`: DisCon), take the place of the mask vector (`"mix"`: MixAR), or be added at every place
+            (`"add"`).
         dropout: of attention weights and residual branches; 0.1 in MAR's training.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
@@ -47,10 +65,8 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(
         self,
-        dim: int,
-        length: int,
+        layout: VectorLayout,
         *,
-        num_classes: int,
         width: int = 768,
         depth: int = 12,
         heads: int = 12,
@@ -58,7 +74,6 @@ class MaskedAutoencoder(nn.Module):
         decoder_depth: int | None = None,
         decoder_heads: int | None = None,
         buffer: int = 64,
-        grid_vocab: int | None = None,
         fusion: Fusion = "prefix",
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
@@ -69,16 +84,17 @@ class MaskedAutoencoder(nn.Module):
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1: the class stands in it; got {buffer}")
         decoder_width = decoder_width or width
-        self.dim, self.length, self.num_classes = dim, length, num_classes
+        dim, length, grid_vocab = layout.dim, layout.length, layout.grid_vocab
+        self.layout = layout
+        self._flops: dict[tuple[int, int], int] = {}
         self.buffer = buffer
-        self.grid_vocab = grid_vocab
         self.fusion: Fusion = fusion
         self.hidden_width = decoder_width
         self.activation_checkpointing = activation_checkpointing
         prefix = length if grid_vocab is not None and fusion == "prefix" else 0
         self.slots = buffer + prefix
 
-        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
         self.input_projection = Linear(dim, width)
         self.encoder_positions = nn.Parameter(torch.empty(self.slots + length, width))
         self.input_norm = Norm(width, "layer")
@@ -138,7 +154,7 @@ class MaskedAutoencoder(nn.Module):
         Returns:
             `(B, N, W)`.
         """
-        assert (grid is not None) == (self.grid_vocab is not None), (
+        assert (grid is not None) == (self.layout.grid_vocab is not None), (
             "the grid of a network that has one, and of no other"
         )
         # Known places first, in raster order.
@@ -165,7 +181,7 @@ class MaskedAutoencoder(nn.Module):
     def _decode(self, encoded: Tensor, places: Tensor, *, masked: Tensor, grid: Tensor | None) -> Tensor:
         embedded = self.decoder_projection(encoded)
         slots, seen = embedded[:, : self.slots], embedded[:, self.slots :]
-        blank = self.mask_vector.to(embedded.dtype).expand(len(embedded), self.length, -1)
+        blank = self.mask_vector.to(embedded.dtype).expand(len(embedded), self.layout.length, -1)
         if self.grid_embedding is not None and self.fusion == "mix" and grid is not None:
             blank = self.grid_embedding(grid).to(embedded.dtype)
         hidden = torch.where(masked[..., None], blank, blank.scatter(1, _wide(places, blank), seen))
@@ -182,6 +198,20 @@ class MaskedAutoencoder(nn.Module):
             else:
                 hidden = block(hidden, None, None, mask)
         return hidden
+
+    def flops(self, batch: int, known: int) -> int:
+        """Count the floating-point operations of a pass over B sequences with `known` places, once for each shape."""
+        if (batch, known) not in self._flops:
+            self._flops[batch, known] = count_flops(self, lambda network: network.eval()._pass(batch, known))
+        return self._flops[batch, known]
+
+    def _pass(self, batch: int, known: int) -> Callable[[], Tensor]:
+        length, device = self.layout.length, self.mask_vector.device
+        vectors = torch.zeros(batch, length, self.layout.dim, device=device, dtype=self.mask_vector.dtype)
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        grid = None if self.layout.grid_vocab is None else labels[:, None].expand(-1, length)
+        masked = torch.ones(batch, length, dtype=torch.bool, device=device)
+        return partial(self, vectors, masked, labels, known=known, grid=grid)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         """Give the modules that FSDP gathers one after another: the blocks of encoder and decoder."""

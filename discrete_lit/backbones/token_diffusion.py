@@ -5,17 +5,28 @@ its place. `TokenDiffusionHead` trains it, p(x | z) being all that it knows of t
 `BinaryFlowHead` draws signs by flow matching on vectors of ±1 (BitDance, 2026).
 """
 
+from collections.abc import Callable
+from functools import partial
+from math import log
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.embeddings import TimeEmbedding
 from discrete_lit.backbones.layers import Linear, Norm
 from discrete_lit.core.modules import at_least_float32
-from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, RectifiedPath, SteppedPath, cosine_betas
-from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, LogitNormalTimes, TrainingTimes
+from discrete_lit.diffusion.gaussian import (
+    Estimate,
+    GaussianDenoiser,
+    PredictionKind,
+    RectifiedPath,
+    SteppedPath,
+    cosine_betas,
+)
+from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, LogitNormalTimes, TrainingTimes, variational_bound
 from discrete_lit.diffusion.solvers import DDPM, EulerMaruyama, Noise, Solver
 
 
@@ -131,7 +142,7 @@ class TokenDiffusionHead(nn.Module):
         modulations: int | None = None,
         denoiser: GaussianDenoiser | None = None,
         times: TrainingTimes | None = None,
-        error_of: Any = None,
+        error_of: PredictionKind | None = None,
         repeats: int = 4,
         solver: Solver | None = None,
         time_input: Literal["noise", "data"] = "noise",
@@ -147,6 +158,7 @@ class TokenDiffusionHead(nn.Module):
         self.solver = solver or DDPM(100)
         self.time_input: Literal["noise", "data"] = time_input
         self.scale = scale
+        self._flops: dict[int, int] = {}
         outputs = 2 * dim if self.denoiser.learned_variance else dim
         self.network = DenoisingMLP(
             dim, condition_width, width=width, depth=depth, outputs=outputs, mlp=mlp, modulations=modulations
@@ -168,6 +180,32 @@ class TokenDiffusionHead(nn.Module):
         output = self.network.denoise(x_t, self._network_time(t, x_t), projected)
         terms = self.objective(output, data, noise, x_t=x_t, t=t)
         return {name: term.view(self.repeats, -1).mean(dim=0) for name, term in terms.items()}
+
+    @torch.no_grad()
+    def bound(self, condition: Tensor, data: Tensor, *, solver: Solver, noise: Noise) -> Tensor:
+        """Estimate an upper bound of -log p(x | z) of each vector in nats, `(M,)` float64, as `variational_bound` does.
+
+        Args:
+            condition: z `(M, condition_width)`.
+            data: x `(M, D)`.
+            solver: whose steps the model takes.
+            noise: makes the noise `(M, D)` at the i-th time.
+        """
+        projected = self.network.condition_projection(condition)
+
+        def denoise(x: Tensor, t: float) -> Estimate:
+            return self.denoiser(self.network.denoise(x, self._network_time(t, x), projected), x, t)
+
+        bound = variational_bound(
+            denoise,
+            at_least_float32(data) / self.scale,
+            path=self.denoiser.path,
+            times=solver.times(self.denoiser.path)[:-1],
+            noise=noise,
+            variance="learned" if self.denoiser.learned_variance else "smallest",
+        )
+        # The density of x is that of x / scale over scale^D.
+        return bound + self.dim * log(self.scale)
 
     @torch.no_grad()
     def sample(
@@ -204,6 +242,19 @@ class TokenDiffusionHead(nn.Module):
 
         solver = solver or self.solver
         return solver(denoise, at_least_float32(start), path=self.denoiser.path, noise=noise) * self.scale
+
+    def flops(self, rows: int) -> int:
+        """Count the floating-point operations of a step of the solver for so many rows, once for each number."""
+        if rows not in self._flops:
+
+            def prepare(network: DenoisingMLP) -> Callable[[], object]:
+                weight = network.output.weight
+                x = torch.zeros(rows, self.dim, device=weight.device, dtype=weight.dtype)
+                projected = x.new_zeros(rows, network.output.in_features)
+                return partial(network.denoise, x, x.new_zeros(1), projected)
+
+            self._flops[rows] = count_flops(self.network, prepare)
+        return self._flops[rows]
 
     def _network_time(self, t: Tensor | float, like: Tensor) -> Tensor:
         """`(M,)` or `(1,)` on the device of the vectors, in the units that the network reads."""

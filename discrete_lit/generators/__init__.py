@@ -1,17 +1,22 @@
 """Generators: objectives over token sequences, or over whole latents, around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
+from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_scale import NextScale
 
 __all__ = [
     "Autoregressive",
+    "ContinuousMasked",
     "DiscreteDiffusion",
     "Generator",
     "LatentDiffusion",
+    "LatentGenerator",
+    "LatentLosses",
     "Likelihood",
     "Masked",
     "NextScale",

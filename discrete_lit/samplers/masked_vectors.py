@@ -1,6 +1,8 @@
 """MAR's sampler: masked autoregression over vectors (Li et al., "MAR", 2024, section 3.4 and app. B)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -27,6 +29,8 @@ class VectorOutput:
     """Passes of the network that follow one another."""
     head_steps: int
     """Steps of the head's solver that follow one another, over all passes."""
+    count_flops: Callable[[], int]
+    """Measures the floating-point operations for each image, of the network and the head."""
 
 
 class MARSampler:
@@ -96,15 +100,16 @@ class MARSampler:
             vectors: `(B, N, D)`, of which those at `known` are kept.
             known: `(B, N)` bool, as many in each image.
         """
-        length, batch = network.length, len(labels)
+        layout, batch = network.layout, len(labels)
+        length, dim = layout.length, layout.dim
         if self.steps > length:
             raise ValueError(
                 f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
             )
-        if (grid is None) != (network.grid_vocab is None):
+        if (grid is None) != (network.layout.grid_vocab is None):
             raise ValueError("grid must be given to a network that has a grid_vocab, and to no other")
         dtype = next(network.parameters()).dtype
-        drawn = labels.new_zeros((batch, length, network.dim), dtype=dtype)
+        drawn = labels.new_zeros((batch, length, dim), dtype=dtype)
         rank = self._order(random, length)  # when each place is drawn
         given = 0
         if known is not None:
@@ -119,6 +124,7 @@ class MARSampler:
         solver = self.solver or head.solver
         unknown = length - given
         still_masked, calls, passes, head_steps = unknown, 0, 0, 0
+        made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
         with evaluation_mode(network), evaluation_mode(head):
             for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, unknown)):
                 if stay_masked == still_masked:
@@ -135,19 +141,24 @@ class MARSampler:
                 z = hidden.gather(1, doubled[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
                 def noise(number: int, step: int = step, count: int = end - first) -> Tensor:
-                    numbers = random.normal(
-                        Purpose.LATENT_NOISE, count * network.dim, step * (solver.steps + 1) + number
-                    )
-                    return numbers.to(dtype).view(batch * count, network.dim)
+                    numbers = random.normal(Purpose.LATENT_NOISE, count * dim, step * (solver.steps + 1) + number)
+                    return numbers.to(dtype).view(batch * count, dim)
 
                 new = head.sample(
                     z, noise(0), noise=lambda i, noise=noise: noise(i + 1), guidance_scale=scale, solver=solver
                 )
-                new = new.view(batch, end - first, network.dim).to(dtype)
-                drawn = drawn.scatter(1, here[..., None].expand(-1, -1, network.dim), new)
+                new = new.view(batch, end - first, dim).to(dtype)
+                drawn = drawn.scatter(1, here[..., None].expand(-1, -1, dim), new)
                 still_masked = stay_masked
+                made.append((1 + guided, first, end - first))
                 calls, passes, head_steps = calls + 1 + guided, passes + 1, head_steps + solver.steps
-        return VectorOutput(vectors=drawn, network_calls=calls, sequential_passes=passes, head_steps=head_steps)
+        return VectorOutput(
+            vectors=drawn,
+            network_calls=calls,
+            sequential_passes=passes,
+            head_steps=head_steps,
+            count_flops=partial(_flops, network, head, made, solver.steps),
+        )
 
     def _hidden(
         self,
@@ -163,10 +174,10 @@ class MARSampler:
         """The hidden states `(B, N, W)`, or with the null ones behind them `(2 B, N, W)`."""
         if not guided:
             return network(drawn, masked, labels, known=known, grid=grid)
-        labels = torch.cat((labels, torch.full_like(labels, network.num_classes)))
+        labels = torch.cat((labels, torch.full_like(labels, network.layout.num_classes)))
         if grid is not None:
-            assert network.grid_vocab is not None
-            grid = torch.cat((grid, torch.full_like(grid, network.grid_vocab)))
+            assert network.layout.grid_vocab is not None
+            grid = torch.cat((grid, torch.full_like(grid, network.layout.grid_vocab)))
         return network(drawn.repeat(2, 1, 1), masked.repeat(2, 1), labels, known=known, grid=grid)
 
     def _order(self, random: CounterRandom, length: int) -> Tensor:
@@ -178,3 +189,11 @@ class MARSampler:
     def _scale(self, known: float) -> float:
         """The guidance scale of a pass, after which this share of the places is known."""
         return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
+
+
+def _flops(network: MaskedAutoencoder, head: TokenDiffusionHead, made: list[tuple[int, int, int]], steps: int) -> int:
+    """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
+    return sum(
+        network.flops(evaluations, known) + steps * head.flops(evaluations * drawn)
+        for evaluations, known, drawn in made
+    )

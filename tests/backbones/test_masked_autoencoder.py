@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones.masked_autoencoder import Fusion, MaskedAutoencoder
+from discrete_lit.backbones.masked_autoencoder import Fusion, MaskedAutoencoder, VectorLayout
 
 BATCH, LENGTH, DIM = 3, 6, 4
 
 
 def network(fusion: Fusion | None = None) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    grid = {} if fusion is None else {"grid_vocab": 5, "fusion": fusion}
+    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3, grid_vocab=None if fusion is None else 5)
     made = MaskedAutoencoder(
-        DIM, LENGTH, num_classes=3, width=16, depth=2, heads=2, decoder_width=24, buffer=2, **grid
+        layout, width=16, depth=2, heads=2, decoder_width=24, buffer=2, fusion=fusion or "prefix"
     ).eval()
     for parameter in made.parameters():
         parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
@@ -95,9 +95,10 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none() -> Non
 
 
 def test_wrong_settings_are_refused() -> None:
+    layout = VectorLayout(dim=4, length=4, num_classes=1)
     with pytest.raises(ValueError, match="fusion must be"):
-        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=1, fusion="cross")  # type: ignore[arg-type]
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="cross")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="buffer must be at least 1"):
-        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=1, buffer=0)
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, buffer=0)
     with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):
-        MaskedAutoencoder(4, 4, num_classes=1, width=8, depth=1, heads=3)
+        MaskedAutoencoder(layout, width=8, depth=1, heads=3)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
+from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.solvers import DDPM, Euler, Solver
@@ -20,7 +20,7 @@ COVARIANCE = torch.tensor(
 class GaussianNetwork(nn.Module):
     """The exact law of each place given those that are known: hidden states are its mean and deviation."""
 
-    length, dim, num_classes, grid_vocab = 4, 1, 2, None
+    layout = VectorLayout(dim=1, length=4, num_classes=2)
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,9 @@ def test_guidance_grows_with_what_is_known() -> None:
 
 def test_costs_and_a_grid_of_ids() -> None:
     torch.manual_seed(0)
-    network = MaskedAutoencoder(2, 5, num_classes=3, width=8, depth=1, heads=1, buffer=1, grid_vocab=4)
+    network = MaskedAutoencoder(
+        VectorLayout(dim=2, length=5, num_classes=3, grid_vocab=4), width=8, depth=1, heads=1, buffer=1
+    )
     head = TokenDiffusionHead(2, 8, width=8, depth=1, solver=DDPM(3))
     labels, random = torch.tensor([0, 3]), CounterRandom(0, torch.arange(2))
     grid = torch.tensor([[0, 1, 2, 3, 0], [3, 3, 3, 3, 3]])

@@ -1,0 +1,218 @@
+"""Masked autoregression over continuous latents (Li et al., "Autoregressive Image Generation without Vector
+Quantization" (MAR), 2024).
+
+A network makes a hidden state of every place from the latents that are known (`MaskedAutoencoder`), and a small
+diffusion model draws the latent of a place given its hidden state (`TokenDiffusionHead`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
+from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
+from discrete_lit.checkpoints import loadable
+from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import at_least_float32, in_evaluation
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
+from discrete_lit.diffusion.solvers import DDPM
+from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
+from discrete_lit.samplers.masked_vectors import MARSampler
+from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+
+
+@loadable
+class ContinuousMasked(LatentGenerator):
+    """Predict masked latents from the others, each by a diffusion model of its own (section 3).
+
+    For t uniform in (0, 1), `ceil(N m(t))` places of an image are masked, chosen uniformly. The loss is the head's, the
+    mean over the masked places.
+
+    In training one t is drawn for a step, the same for all images and ranks, as in MAR's code for all images of a
+    batch: so all encode as many places. In validation each image has its own.
+
+    Args:
+        tokenizer, image_size, num_classes: as of `LatentGenerator`.
+        backbone: called with the layout of the places.
+        head: called with D and the width of the hidden states.
+        patch_size: side of the squares of latents that are one place together; 1 in MAR.
+        mask_schedule: m of training; MAR's normal law cut to [0.7, 1] by default.
+        sampler: how `sample` draws where nothing else is asked for; `MARSampler()` by default.
+        likelihood_samples: evaluations of the network for each `log_likelihood`.
+        likelihood_steps: of the head whose bound it is; a path of steps has its own at most.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
+            `ClassConditionalTraining`.
+
+    Raises:
+        ValueError: a setting out of its range, or a grid that the patches do not divide.
+    """
+
+    coordinate_name = "mask_ratio"
+
+    def __init__(
+        self,
+        tokenizer: ContinuousTokenizer,
+        image_size: ImageSize,
+        *,
+        num_classes: int,
+        backbone: Callable[[VectorLayout], MaskedAutoencoder],
+        head: Callable[[int, int], TokenDiffusionHead],
+        patch_size: int = 1,
+        mask_schedule: MaskSchedule | None = None,
+        sampler: MARSampler | None = None,
+        likelihood_samples: int = 4,
+        likelihood_steps: int = 100,
+        **training: Any,
+    ) -> None:
+        super().__init__(tokenizer, image_size, num_classes=num_classes, **training)
+        channels, height, width = self.latent_shape
+        if patch_size < 1 or height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size={patch_size} does not divide latents of {height} x {width}")
+        if likelihood_samples < 1 or likelihood_steps < 1:
+            raise ValueError(
+                f"likelihood_samples and likelihood_steps must be at least 1, got {likelihood_samples} and "
+                f"{likelihood_steps}"
+            )
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.length = self.grid[0] * self.grid[1]
+        self.dim = channels * patch_size**2
+        self.backbone = backbone(self.layout())
+        self.head = head(self.dim, self.backbone.hidden_width)
+        self.mask_schedule = mask_schedule or TruncatedNormalSchedule()
+        self.sampler = sampler or MARSampler(min(64, self.length))
+        self.likelihood_samples = likelihood_samples
+        self.likelihood_steps = likelihood_steps
+        solver = self.sampler.solver or self.head.solver
+        solver.times(self.head.denoiser.path)  # refuses what the path does not have
+
+    def layout(self) -> VectorLayout:
+        """The places that the network is asked to read."""
+        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes)
+
+    # The sequence.
+
+    def to_sequence(self, latents: Tensor) -> Tensor:
+        """Cut latents `(B, D, H, W)` into the vectors of their places, `(B, N, D p^2)`, channels first."""
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+
+    def to_grid(self, vectors: Tensor) -> Tensor:
+        """Invert `to_sequence`."""
+        height, width = self.grid
+        p = self.patch_size
+        return rearrange(vectors, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+    # The loss.
+
+    def losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> LatentLosses:
+        vectors = self.to_sequence(data)
+        if self.training:
+            masked, known = self._step_masks(random)
+            hidden = self.hidden(vectors, masked, labels, known=known)
+            count = self.length - known
+            places = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+            weights = None
+        else:
+            masked, known = self._sample_masks(random)
+            hidden = self.hidden(vectors, masked, labels, known=known, uneven=True)
+            places = torch.arange(self.length, device=data.device).expand(len(data), -1)
+            weights = masked.to(hidden.dtype)
+        terms = self._head_losses(hidden, vectors, places, random)
+        ratio = masked.double().mean(dim=1, keepdim=True).expand(places.shape)
+        return LatentLosses(terms, ratio, weights)
+
+    def hidden(self, vectors: Tensor, masked: Tensor, labels: Tensor, *, known: int, uneven: bool = False) -> Tensor:
+        """Make the hidden state of every place `(B, N, W)`; arguments as of `MaskedAutoencoder`."""
+        return self.backbone(vectors, masked, labels, known=known, uneven=uneven)
+
+    def _head_losses(self, hidden: Tensor, vectors: Tensor, places: Tensor, random: CounterRandom) -> dict[str, Tensor]:
+        """The terms of the head's loss at some places `(B, n)`; a place's times and noise do not depend on the others."""
+        repeats, batch, count = self.head.repeats, *places.shape
+        uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * self.length).view(batch, repeats, self.length)
+        noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * self.length * self.dim)
+        noise = noise.to(vectors.dtype).view(batch, repeats, self.length, self.dim)
+        of_repeats = places[:, None].expand(-1, repeats, -1)
+        uniforms = rearrange(uniforms.gather(2, of_repeats), "b r n -> r (b n)")
+        noise = rearrange(noise.gather(2, of_repeats[..., None].expand(-1, -1, -1, self.dim)), "b r n d -> r (b n) d")
+        terms = self.head.losses(
+            at_places(hidden, places).flatten(0, 1),
+            at_places(vectors, places).flatten(0, 1),
+            uniforms=uniforms,
+            noise=noise,
+        )
+        return {name: term.view(batch, count) for name, term in terms.items()}
+
+    def _step_masks(self, random: CounterRandom) -> tuple[Tensor, int]:
+        """Masks `(B, N)` bool of a training step, and how many places are known in each image."""
+        of_step = CounterRandom(self.seed, torch.tensor([self.global_step]))
+        m = self.mask_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1))
+        count = int((self.length * m).ceil().clamp(1, self.length))
+        return random_subset(random.uniform(Purpose.MASK_ORDER, self.length), count), self.length - count
+
+    def _sample_masks(self, random: CounterRandom) -> tuple[Tensor, int]:
+        """Masks `(B, N)` bool of validation, a function of each sample alone, and the most places that are known."""
+        m = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
+        counts = (self.length * m).ceil().clamp(1, self.length)
+        fewest = float(self.mask_schedule.mask_probability(torch.zeros(1, dtype=torch.float64)))
+        most = self.length - max(1, int(self.length * fewest))
+        return random_subset(random.uniform(Purpose.MASK_ORDER, self.length), counts), most
+
+    # The likelihood.
+
+    @torch.no_grad()
+    @in_evaluation
+    def log_likelihood(self, latents: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+        """Estimate a lower bound of the log density of latents, in nats: that of drawing one place at a time.
+
+        Over all orders of the places, the mean of log p is `N E_k[(1 / k) sum of log p(x_i | the others)]` with k
+        masked places, uniform in 1 ... N and chosen uniformly (as of `Masked`); of each log p(x_i | ...) the head gives
+        its variational bound.
+        """
+        self.check_latents(latents)
+        if indices is None:
+            indices = torch.arange(len(latents), device=latents.device)
+        random, vectors = CounterRandom(self.seed, indices), self.to_sequence(at_least_float32(latents))
+        shift = random.uniform(Purpose.LIKELIHOOD, 1)
+        total = latents.new_zeros(len(latents), dtype=torch.float64)
+        for evaluation in range(self.likelihood_samples):
+            k = (((shift + evaluation / self.likelihood_samples) % 1) * self.length).floor() + 1
+            masked = random_subset(random.uniform(Purpose.LIKELIHOOD, self.length, evaluation + 1), k)
+            hidden = self.hidden(vectors, masked, labels, known=self.length - 1, uneven=True)
+
+            def noise(step: int, evaluation: int = evaluation) -> Tensor:
+                numbers = random.normal(
+                    Purpose.DIFFUSION_NOISE, self.length * self.dim, evaluation * (self.likelihood_steps + 1) + step
+                )
+                return numbers.to(vectors.dtype).view(-1, self.dim)
+
+            nats = self.head.bound(
+                hidden.flatten(0, 1), vectors.flatten(0, 1), solver=DDPM(self.likelihood_steps), noise=noise
+            )
+            total -= self.length * (nats.view(masked.shape) * masked).sum(dim=1) / k[:, 0]
+        return Likelihood(total / self.likelihood_samples, "bound")
+
+    # Sampling.
+
+    @torch.no_grad()
+    @in_evaluation
+    def draw(self, labels: Tensor, random: CounterRandom, sampler: MARSampler | None = None) -> SamplerOutput:
+        sampler = sampler or self.sampler
+        self.check_draw(labels, sampler.guidance_scale)
+        output = sampler(self.backbone, self.head, labels.long(), random)
+        return SamplerOutput(
+            tokens=self.to_grid(output.vectors),
+            network_calls=output.network_calls,
+            sequential_passes=output.sequential_passes,
+            count_flops=output.count_flops,
+        )
+
+
+def at_places(vectors: Tensor, places: Tensor) -> Tensor:
+    """Take the vectors `(B, n, D)` of `(B, N, D)` at `places (B, n)`."""
+    return vectors.gather(1, places[..., None].expand(-1, -1, vectors.shape[-1]))

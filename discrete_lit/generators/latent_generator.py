@@ -1,0 +1,239 @@
+"""Generators of the latents of a continuous tokenizer: what `LatentDiffusion` and `ContinuousMasked` have in common.
+
+A family says what it costs to predict a sample's latents, `losses`, and how they are drawn, `draw`. Here are its
+batches, the checks of latents and labels, the mean loss, and `sample`.
+"""
+
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.distributed import all_reduce_sum, world_size
+from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.training import ClassConditionalTraining
+from discrete_lit.metrics.latent_statistics import check_latent_scale
+from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+
+
+class LatentLosses(NamedTuple):
+    """The loss of what is predicted of a batch of latents: of each sample, or of each place of it."""
+
+    terms: dict[str, Tensor]
+    """The terms of each prediction by name, of one shape `(B,)` or `(B, n)`; the loss is their sum."""
+    coordinate: Tensor
+    """Where each prediction stands from 0 to 1: the time of its noise, or the fraction of its image that was masked."""
+    weights: Tensor | None = None
+    """The weight of each prediction in the mean; 1 if None."""
+
+
+class LatentGenerator(ClassConditionalTraining):
+    """Models the latents of a frozen continuous tokenizer, given a class.
+
+    A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the tokenizer encodes, with the noise of its posterior
+    drawn anew in every epoch, or `{"latents": (B, D, *grid), "label": (B,)}`, scaled as the tokenizer scales them.
+
+    Args:
+        tokenizer: frozen here; `discrete_lit.tokenizers.continuous_from_checkpoint` in a YAML, or `RawPixels`.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
+        num_classes: labels lie in [0, num_classes); `num_classes` itself is the null label.
+        check_scale: refuse a first batch of latents whose deviation is not about 1.
+        training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
+
+    Raises:
+        ValueError: no classes, or latents that are no grid of two axes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ContinuousTokenizer,
+        image_size: ImageSize,
+        *,
+        num_classes: int,
+        check_scale: bool = True,
+        **training: Any,
+    ) -> None:
+        super().__init__(**training)
+        if num_classes < 1:
+            raise ValueError(
+                f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
+            )
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.image_size = normal_size(image_size)
+        self.num_classes = num_classes
+        self.latent_shape = tuple(tokenizer.latent_shape(image_size))
+        if len(self.latent_shape) != 3:
+            raise ValueError(
+                f"{type(self).__name__} models a grid (D, H, W), the tokenizer's latents are {self.latent_shape}"
+            )
+        self._unchecked = check_scale
+
+    # Batches.
+
+    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        if "latents" in batch:
+            latents = batch["latents"]
+        elif "image" in batch:
+            with torch.no_grad():
+                latents = self.tokenizer.encode(batch["image"], random)
+        else:
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "image" or "latents"; ids '
+                "are for the generators of tokens"
+            )
+        self.check_latents(latents)
+        if self._unchecked:
+            check_latent_scale(latents)
+            self._unchecked = False
+        return at_least_float32(latents)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """Refuse what is no batch of this generator's latents.
+
+        Raises:
+            ValueError: ids, or latents of another shape.
+        """
+        if not latents.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} models latents, floating-point numbers "
+                f"(B, {', '.join(map(str, self.latent_shape))}), got {latents.dtype} {tuple(latents.shape)}: are these "
+                "the ids of a discrete tokenizer?"
+            )
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            raise ValueError(
+                f"the latents have the shape {tuple(latents.shape[1:])}, this generator models {self.latent_shape}: "
+                f"model.init_args.image_size is {self.image_size}"
+            )
+
+    # The loss.
+
+    @abstractmethod
+    def losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> LatentLosses:
+        """Cost the prediction of latents, in training mode for training, and in eval mode for validation.
+
+        Args:
+            data: `(B, D, H, W)`, scaled latents, float32 or float64.
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each sample; it alone decides times, masks and noise.
+        """
+
+    def loss(
+        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Average the loss of latents over a batch, over all ranks together.
+
+        Args:
+            data: `(B, D, H, W)`, scaled latents.
+            labels: `(B,)` integers in [0, num_classes).
+            random: decides times and noise; by default row i of the batch is sample i of this generator's seed.
+            dropped: bool `(B,)`, the labels that the null label stands for; none by default.
+
+        Returns:
+            The training loss, a scalar, and its terms, by name, where there are several.
+
+        Raises:
+            ValueError: a label that is no class; the null label is one that was `dropped`.
+        """
+        if random is None:
+            random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
+        self.check_latents(data)
+        self.check_labels(labels, count=len(data))
+        labels = labels.long()
+        if dropped is not None:
+            labels = labels.masked_fill(dropped, self.num_classes)
+        losses = self.losses(at_least_float32(data), labels, random)
+        first = next(iter(losses.terms.values()))
+        weights = torch.ones_like(first) if losses.weights is None else losses.weights
+        weight = all_reduce_sum(weights.sum().detach()) / world_size()
+        self.loss_weight = weight
+        means = {name: (term * weights).sum() / weight for name, term in losses.terms.items()}
+        return torch.stack(list(means.values())).sum(), means if len(means) > 1 else {}
+
+    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
+        losses = self.losses(data, labels, random)
+        values = torch.stack(list(losses.terms.values())).sum(dim=0)
+        weights = torch.ones_like(values) if losses.weights is None else losses.weights
+        return values, weights, losses.coordinate
+
+    # The likelihood.
+
+    @abstractmethod
+    def log_likelihood(self, latents: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+        """Estimate the log density of latents, in nats, and say which kind of number it is.
+
+        The density is of the scaled latents, in their own units: it says nothing of images, nor of the likelihood of
+        ids, and may be above 0.
+
+        Args:
+            latents: `(B, D, H, W)`, scaled.
+            labels: `(B,)` int64 in [0, num_classes].
+            indices: `(B,)` int64, each sample's position in its data set, to which its random numbers belong; 0 to
+                B - 1 by default.
+        """
+
+    # Sampling.
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels: Tensor,
+        sampler: Any = None,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Draw the latents of one image for each label.
+
+        Args:
+            labels: `(B,)` int64 in [0, num_classes]; `num_classes` is the null label.
+            sampler: this generator's own by default.
+            seed: with `indices`, it alone decides the draw, whatever the batch.
+            indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
+
+        Returns:
+            `(B, D, H, W)` scaled latents, float32 or float64; `tokenizer.decode` makes images of them.
+
+        Raises:
+            ValueError: the reasons of `draw`.
+        """
+        if indices is None:
+            indices = torch.arange(labels.numel(), device=labels.device)
+        return self.draw(labels, CounterRandom(seed, indices), sampler).tokens
+
+    @abstractmethod
+    def draw(self, labels: Tensor, random: CounterRandom, sampler: Any = None) -> SamplerOutput:
+        """Draw as `sample` does, and report what it cost.
+
+        Args:
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each sample.
+            sampler: this generator's own by default.
+
+        Returns:
+            The sampler's output, with latents as its `tokens`.
+
+        Raises:
+            ValueError: guidance was asked for and the null label was never learned, or labels of another kind.
+        """
+
+    def check_draw(self, labels: Tensor, guidance_scale: float) -> None:
+        """Refuse labels and guidance that this generator cannot be sampled with.
+
+        Raises:
+            ValueError: as for `draw`.
+        """
+        if guidance_scale != 1 and self.label_dropout == 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a generator that learned the null label; this one was "
+                "trained with label_dropout=0"
+            )
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"the labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers in "
+                f"0..{self.num_classes}, one for each sample"
+            )
