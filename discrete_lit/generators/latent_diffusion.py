@@ -138,8 +138,8 @@ class LatentDiffusion(ClassConditionalTraining):
     def _check_latents(self, latents: Tensor) -> None:
         if not latents.is_floating_point():
             raise ValueError(
-                f"LatentDiffusion models latents, floating-point numbers (B, {', '.join(map(str, self.latent_shape))}), "
-                f"got {latents.dtype} {tuple(latents.shape)}: are these the ids of a discrete tokenizer?"
+                f"LatentDiffusion models latents, floating-point numbers, {self.latent_shape} each, got "
+                f"{latents.dtype} {tuple(latents.shape)}: are these the ids of a discrete tokenizer?"
             )
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(
