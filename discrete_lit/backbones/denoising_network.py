@@ -72,7 +72,7 @@ class DenoisingNetwork(nn.Module, ABC):
         """Give the modules that FSDP gathers one after another: the blocks. They are also compiled one by one."""
 
     def flops(self, batch: int) -> int:
-        """Count the floating-point operations of a forward pass over B latents, as `count_flops` does; once for each."""
+        """Count the floating-point operations of a forward pass over B latents, by `count_flops`, once for each B."""
         if batch not in self._flops:
             self._flops[batch] = count_flops(self, lambda network: network.eval()._pass(batch))
         return self._flops[batch]

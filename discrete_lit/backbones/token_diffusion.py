@@ -5,7 +5,7 @@ its place. `TokenDiffusionHead` trains it, p(x | z) being all that it knows of t
 `BinaryFlowHead` draws signs by flow matching on vectors of ±1 (BitDance, 2026).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import log
 from typing import Any, Literal, cast
@@ -131,6 +131,8 @@ class TokenDiffusionHead(nn.Module):
         ValueError: a setting out of its range.
     """
 
+    fsdp_methods = ("losses", "bound", "sample")
+
     def __init__(
         self,
         dim: int,
@@ -242,6 +244,10 @@ class TokenDiffusionHead(nn.Module):
 
         solver = solver or self.solver
         return solver(denoise, at_least_float32(start), path=self.denoiser.path, noise=noise) * self.scale
+
+    def fsdp_units(self) -> Iterable[nn.Module]:
+        """Give the modules that FSDP gathers one after another: the head is small, and gathered at once."""
+        return ()
 
     def flops(self, rows: int) -> int:
         """Count the floating-point operations of a step of the solver for so many rows, once for each number."""

@@ -5,7 +5,7 @@ A network makes a hidden state of every place from the latents that are known (`
 diffusion model draws the latent of a place given its hidden state (`TokenDiffusionHead`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ class ContinuousMasked(LatentGenerator):
         return self.backbone(vectors, masked, labels, known=known, uneven=uneven)
 
     def _head_losses(self, hidden: Tensor, vectors: Tensor, places: Tensor, random: CounterRandom) -> dict[str, Tensor]:
-        """The terms of the head's loss at some places `(B, n)`; a place's times and noise do not depend on the others."""
+        """The terms of the head's loss at some places `(B, n)`; each place has times and noise of its own."""
         repeats, batch, count = self.head.repeats, *places.shape
         uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * self.length).view(batch, repeats, self.length)
         noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * self.length * self.dim)
@@ -196,6 +196,9 @@ class ContinuousMasked(LatentGenerator):
             )
             total -= self.length * (nats.view(masked.shape) * masked).sum(dim=1) / k[:, 0]
         return Likelihood(total / self.likelihood_samples, "bound")
+
+    def trained_networks(self) -> Iterable[Any]:
+        return (self.backbone, self.head)
 
     # Sampling.
 

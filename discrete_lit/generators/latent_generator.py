@@ -100,9 +100,8 @@ class LatentGenerator(ClassConditionalTraining):
         """
         if not latents.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__} models latents, floating-point numbers "
-                f"(B, {', '.join(map(str, self.latent_shape))}), got {latents.dtype} {tuple(latents.shape)}: are these "
-                "the ids of a discrete tokenizer?"
+                f"{type(self).__name__} models latents, floating-point numbers, {self.latent_shape} each, got "
+                f"{latents.dtype} {tuple(latents.shape)}: are these the ids of a discrete tokenizer?"
             )
         if tuple(latents.shape[1:]) != self.latent_shape:
             raise ValueError(

@@ -6,6 +6,7 @@ Nothing here depends on the family. `ClassConditionalTraining` is for whatever i
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones import Backbone, DenoisingNetwork
+from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -51,7 +52,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     # A generator sets these attributes and defines these methods.
     tokenizer: Any
-    backbone: Backbone | DenoisingNetwork
+    backbone: Any
     image_size: ImageSize
     num_classes: int
     coordinate_name: str
@@ -68,7 +69,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     @abstractmethod
     def loss(
-        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, /, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
@@ -221,13 +222,23 @@ class ClassConditionalTraining(LightningModule, ABC):
     def configure_model(self) -> None:
         """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""
         if self.device_mesh is not None and not self._sharded:
-            from torch.distributed.fsdp import fully_shard
+            from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = self.device_mesh["data_parallel"]
-            for block in self.backbone.fsdp_units():
-                fully_shard(block, mesh=mesh)
-            fully_shard(self.backbone, mesh=mesh)
+            for network in self.trained_networks():
+                for block in network.fsdp_units():
+                    fully_shard(block, mesh=mesh)
+                fully_shard(network, mesh=mesh)
+                for method in getattr(network, "fsdp_methods", ()):
+                    register_fsdp_forward_method(network, method)
             self._sharded = True
+
+    def trained_networks(self) -> Iterable[Any]:
+        """Give the networks that are trained, which FSDP shards: here the backbone.
+
+        Each has its `fsdp_units`, and in `fsdp_methods` the names of methods that are called in place of `forward`.
+        """
+        return (self.backbone,)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the tokenizer in the checkpoint, so that it loads without the tokenizer's own."""

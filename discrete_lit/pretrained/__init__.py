@@ -2,6 +2,8 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    compvis_ldm,
+    dit_sit,
     halton_maskgit,
     llamagen,
     mar,

@@ -139,6 +139,8 @@ class Conversion:
     """Patterns of our names whose values follow from the configuration, or only count in training."""
     tokens: "Tokens | None" = None
     """The tokens that a generator models; the names are then those of its backbone. None for a tokenizer."""
+    latents: tuple[int, ...] | None = None
+    """The shape `(D, *grid)` of the latents that a generator models; the names are then those of its backbone."""
     tokenizer: "Conversion | None" = None
     """The conversion of the tokenizer in a generator's file, if there is one."""
 

@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from lightning import LightningModule
+
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.generators.generator import Generator
+from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.pretrained.conversion import Conversion, Tokens, convert, find_family, recognise
 from discrete_lit.pretrained.reading import read_state
 from discrete_lit.pretrained.settings import Reference, read_settings
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
-from discrete_lit.tokenizers.tokenizer import Tokenizer
+from discrete_lit.tokenizers.tokenizer import Coder, ContinuousTokenizer, Tokenizer
 
 _LARGEST_IMAGE = 2048
 
@@ -18,8 +21,8 @@ def load_pretrained(
     weights: str | Path,
     family: str,
     reference_config: Reference | str | Path | None = None,
-    tokenizer: Tokenizer | None = None,
-) -> ImageAutoencoder | Generator:
+    tokenizer: Tokenizer | ContinuousTokenizer | None = None,
+) -> ImageAutoencoder | Generator | LatentDiffusion:
     """Load a published checkpoint: our model, in eval mode, with the outputs of the code that published it.
 
     The model carries its configuration, so `discrete_lit.load` reads a checkpoint of it.
@@ -31,7 +34,8 @@ def load_pretrained(
             or the path of the published YAML or JSON. Without it the published models' values are taken. Every key
             is honoured, compared with the tensors, known to change nothing, or refused.
         tokenizer: a generator's tokenizer, from this function or `discrete_lit.load`; it is copied. Without one the
-            generator has a `TokenGrid`: it models and samples tokens, but makes no images.
+            generator has a `TokenGrid` or a `LatentGrid`: it models and samples tokens or latents, but makes no
+            images.
 
     Returns:
         The tokenizer or generator.
@@ -48,7 +52,13 @@ def load_pretrained(
         conversion = known.convert(state, settings)
         settings.finish()
         if conversion.tokens is not None:
+            if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+                raise ValueError(f"family={family!r} models ids, which a {type(tokenizer).__name__} does not make")
             return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
+        if conversion.latents is not None:
+            if tokenizer is not None and not isinstance(tokenizer, ContinuousTokenizer):
+                raise ValueError(f"family={family!r} models latents, which a {type(tokenizer).__name__} does not make")
+            return _latent_generator(conversion, conversion.latents, state.source, tokenizer).eval()
         if tokenizer is not None:
             raise ValueError(f"family={family!r} is a tokenizer itself: give no tokenizer")
         return _autoencoder(conversion, state.source).eval()
@@ -60,9 +70,14 @@ def load_pretrained(
 
 
 def _autoencoder(conversion: Conversion, source: str) -> ImageAutoencoder:
-    module = instantiate(conversion.config, ImageAutoencoder)
-    module.load_state_dict(convert(module.state_dict(), conversion, source))
+    module = _converted(conversion, source)
     assert isinstance(module, ImageAutoencoder)
+    return module
+
+
+def _converted(conversion: Conversion, source: str) -> LightningModule:
+    module = instantiate(conversion.config)
+    module.load_state_dict(convert(module.state_dict(), conversion, source))
     return module
 
 
@@ -91,7 +106,46 @@ def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: T
     return module
 
 
-def _describe(tokenizer: Tokenizer) -> dict[str, Any]:
+def _latent_generator(
+    conversion: Conversion, latents: tuple[int, ...], source: str, tokenizer: ContinuousTokenizer | None
+) -> LatentDiffusion:
+    if conversion.tokenizer is not None:
+        if tokenizer is not None:
+            raise ValueError(f"{source!r} holds its own tokenizer: give no other")
+        own = _converted(conversion.tokenizer, source)
+        assert isinstance(own, ContinuousTokenizer)
+        tokenizer = own
+    described: dict[str, Any] = {
+        "class_path": "discrete_lit.tokenizers.LatentGrid",
+        "init_args": {"latent_shape": list(latents)},
+    }
+    image_size = max(latents[1:])
+    if tokenizer is not None:
+        image_size, described = _size_of_latents(tokenizer, latents), _describe(tokenizer)
+    arguments = {**conversion.config["init_args"], "tokenizer": described, "image_size": image_size}
+    module = instantiate({**conversion.config, "init_args": arguments}, LatentDiffusion)
+    assert isinstance(module, LatentDiffusion)
+    module.backbone.load_state_dict(convert(module.backbone.state_dict(), conversion, source))
+    if tokenizer is not None:
+        module.tokenizer.load_state_dict(tokenizer.state_dict())
+    return module
+
+
+def _size_of_latents(tokenizer: ContinuousTokenizer, latents: tuple[int, ...]) -> int:
+    """Return the side in pixels of the images whose latents a generator models."""
+    for image_size in range(1, _LARGEST_IMAGE + 1):
+        try:
+            if tuple(tokenizer.latent_shape(image_size)) == latents:
+                return image_size
+        except ValueError:
+            continue
+    raise ValueError(
+        f"the tokenizer gives no square image up to {_LARGEST_IMAGE} pixels latents of the shape {latents}, which the "
+        "generator was trained on"
+    )
+
+
+def _describe(tokenizer: Coder) -> dict[str, Any]:
     if "class_path" not in tokenizer.hparams:
         raise ValueError(f"this {type(tokenizer).__name__} was not built from a configuration, which a generator keeps")
     return {name: tokenizer.hparams[name] for name in ("class_path", "init_args")}

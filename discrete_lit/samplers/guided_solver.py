@@ -1,6 +1,6 @@
 """Draw whole latents: a solver of Gaussian noise around a network, guided by a class.
 
-Guidance is `uncond + s (cond - uncond)` of what the network predicts (Ho & Salimans, 2022), with both halves in one pass.
+Guidance is `uncond + s (cond - uncond)` of what the network predicts (Ho & Salimans, 2022), both halves in one pass.
 The scales of the published repositories:
 
 | source | ours |
@@ -20,7 +20,7 @@ from torch import Tensor
 from discrete_lit.backbones import DenoisingNetwork
 from discrete_lit.core.modules import at_least_float32
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
+from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, Times
 from discrete_lit.diffusion.solvers import Solver
 from discrete_lit.samplers.sampler import SamplerOutput
 
@@ -181,9 +181,9 @@ class GuidedNetwork:
         """Estimate the data and the noise of `x (B, C, H, W)` at the time t."""
         return self.denoiser(self.output(x, t, scale), x, t)
 
-    def output(self, x: Tensor, t: float, scale: float) -> Tensor:
-        """Return the network's output, guided, `(B, outputs, H, W)` float32 or float64."""
-        times = torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+    def output(self, x: Tensor, t: Times, scale: float) -> Tensor:
+        """Return the network's output, guided, `(B, outputs, H, W)` float32 or float64; `t` is one time or `(B,)`."""
+        times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float64, device=x.device)
         time = self.network_time(times).float()
         if scale == 1:
             return at_least_float32(self.network(x, time, self.labels, self.context))

@@ -13,7 +13,7 @@ from discrete_lit.tokenizers.tokenizer import (
     freeze,
     from_checkpoint,
 )
-from discrete_lit.tokenizers.uncoded_latents import LatentGrid, RawPixels
+from discrete_lit.tokenizers.uncoded_latents import CodebookLatents, LatentGrid, RawPixels
 from discrete_lit.tokenizers.vqvae import FSQ, LFQ, RQVAE, VQGAN, VQVAE, MultiScaleVQ
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "VQGAN",
     "VQVAE",
     "Characters",
+    "CodebookLatents",
     "ColourPalette",
     "ContinuousTokenizer",
     "DiagonalGaussian",

@@ -1,13 +1,19 @@
-"""Continuous tokenizers that code nothing: pixels as they are, and the shape of latents whose tokenizer is missing."""
+"""Continuous tokenizers without a network of their own, for generators of latents.
+
+`RawPixels` gives pixels as they are, `CodebookLatents` what another tokenizer has before its codebook, and `LatentGrid`
+the shape of latents whose tokenizer is missing.
+"""
 
 from typing import NoReturn
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize, check_channels, height_and_width
-from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
 
 # Of latents that are no random variable.
@@ -96,3 +102,48 @@ class LatentGrid(ContinuousTokenizer):
             f"this generator was loaded without its tokenizer, which codes images as {shape} latents: give it the "
             "tokenizer that its latents are of to go from or to images"
         )
+
+
+class CodebookLatents(ContinuousTokenizer):
+    """Give a generator of latents what a tokenizer of ids has before its codebook, which then only decodes (LDM).
+
+    Latents are the encoder's; `decode` gives each the nearest code first, as LDM's `VQModelInterface` does.
+
+    Args:
+        tokenizer: with an autoencoder and a quantizer, such as `VQGAN`; frozen here.
+        scale_factor: what `encode` multiplies latents by and `decode` divides them by; 1 in LDM.
+
+    Raises:
+        ValueError: a scale that is not above 0.
+    """
+
+    def __init__(self, tokenizer: AutoencoderTokenizer, *, scale_factor: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < scale_factor < float("inf"):
+            raise ValueError(f"scale_factor must be above 0 and finite, got {scale_factor}")
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.latent_dim = tokenizer.quantizer.latent_dim
+        self.scale_factor = scale_factor
+
+    def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
+        return (self.latent_dim, *self.tokenizer.network.grid(image_size))
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        latents = self.encode(images)
+        return latents, torch.full_like(latents, _LEAST_LOGVAR)
+
+    @in_evaluation
+    def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
+        self.check_images(images)
+        return rearrange(at_least_float32(self.tokenizer.latents(images)), "b ... d -> b d ...") * self.scale_factor
+
+    @in_evaluation
+    def decode(self, latents: Tensor) -> Tensor:
+        self.check_latents(latents)
+        places = rearrange(latents / self.scale_factor, "b d ... -> b ... d")
+        return self.tokenizer.decode(self.tokenizer.quantizer.encode(places))
+
+    def coding_state(self) -> dict[str, Tensor]:
+        """The weights of the tokenizer, and the scale."""
+        weights = {f"tokenizer.{name}": value for name, value in self.tokenizer.coding_state().items()}
+        return weights | {"scale_factor": torch.tensor(self.scale_factor, dtype=torch.float64)}

@@ -173,6 +173,7 @@ def compare(
     without_place: Mapping[str, str],
     compared: Compared,
     tolerance: float = 1e-4,
+    tolerances: Mapping[tuple[str, str], float] | None = None,
 ) -> None:
     """Compare every output of a case, integers exactly, numbers within a share of the largest of the reference.
 
@@ -182,6 +183,7 @@ def compare(
         without_place: patterns of outputs that ours cannot have, with the reasons.
         compared: what is made of an output before it is compared; both sides where `found` has its shape too.
         tolerance: the share.
+        tolerances: of single outputs, by family and output, which the case itself says to be less exact.
     """
     assert case.expected, f"{case} has no outputs"
     excused = {name for name in case.expected for pattern in without_place if re.fullmatch(pattern, name)}
@@ -191,7 +193,8 @@ def compare(
     for name in sorted(case.expected.keys() - excused):
         part = compared.get(case.family, {}).get(name)
         expected = case.expected[name]
-        check(f"{case}: out.{name}", found[name].detach(), part(case, expected) if part else expected, tolerance)
+        share = (tolerances or {}).get((case.family, name), tolerance)
+        check(f"{case}: out.{name}", found[name].detach(), part(case, expected) if part else expected, share)
 
 
 def check(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
