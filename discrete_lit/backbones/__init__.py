@@ -5,21 +5,28 @@ from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout
 from discrete_lit.backbones.dit import DiT
+from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
+from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead
 from discrete_lit.backbones.transformer import Transformer
 from discrete_lit.backbones.unet import UNet
 
 __all__ = [
     "Backbone",
+    "BinaryFlowHead",
     "BlockSettings",
     "Cache",
+    "DenoisingMLP",
     "DenoisingNetwork",
     "DiT",
     "FactorisedHead",
     "LatentLayout",
+    "MaskedAutoencoder",
     "MaskedBitHead",
     "SequenceLayout",
     "SubTokenHead",
+    "TokenDiffusionHead",
     "Transformer",
     "UNet",
+    "VectorLayout",
 ]

@@ -52,6 +52,7 @@ class MaskedAutoencoder(nn.Module):
         depth: blocks of the encoder.
         heads: of its attention.
         decoder_width, decoder_depth, decoder_heads: of the decoder; as the encoder's by default.
+        mlp_ratio: inner width of the MLPs over the width.
         buffer: slots of the class in front of the sequence; 64 in MAR.
         fusion: what a grid of ids does, where the layout has one: stand in front of the sequence, in slots of its own
             (`"prefix"`: DisCon), take the place of the mask vector (`"mix"`: MixAR), or be added at every place
@@ -73,6 +74,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_width: int | None = None,
         decoder_depth: int | None = None,
         decoder_heads: int | None = None,
+        mlp_ratio: float = 4.0,
         buffer: int = 64,
         fusion: Fusion = "prefix",
         dropout: float = 0.0,
@@ -98,7 +100,7 @@ class MaskedAutoencoder(nn.Module):
         self.input_projection = Linear(dim, width)
         self.encoder_positions = nn.Parameter(torch.empty(self.slots + length, width))
         self.input_norm = Norm(width, "layer")
-        self.encoder = _blocks(width, depth=depth, heads=heads, dropout=dropout)
+        self.encoder = _blocks(width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout)
         self.encoder_norm = Norm(width, "layer")
 
         self.decoder_projection = Linear(width, decoder_width)
@@ -108,6 +110,7 @@ class MaskedAutoencoder(nn.Module):
             decoder_width,
             depth=depth if decoder_depth is None else decoder_depth,
             heads=decoder_heads or heads,
+            mlp_ratio=mlp_ratio,
             dropout=dropout,
         )
         self.decoder_norm = Norm(decoder_width, "layer")
@@ -159,12 +162,24 @@ class MaskedAutoencoder(nn.Module):
         )
         # Known places first, in raster order.
         places = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :known]
-        encoded = self._encode(vectors, places, labels, grid=grid, masked=masked if uneven else None)
+        encoded = self.encode(vectors, places, labels, grid=grid, masked=masked if uneven else None)
         return self._decode(encoded, places, masked=masked, grid=grid)
 
-    def _encode(
-        self, vectors: Tensor, places: Tensor, labels: Tensor, *, grid: Tensor | None, masked: Tensor | None
+    def encode(
+        self,
+        vectors: Tensor,
+        places: Tensor,
+        labels: Tensor,
+        *,
+        grid: Tensor | None = None,
+        masked: Tensor | None = None,
     ) -> Tensor:
+        """Encode the slots and the vectors at `places (B, n)`: `(B, slots + n, W)`.
+
+        Args:
+            vectors, labels, grid: as for `forward`.
+            masked: `(B, N)` bool, where some of the places are masked, which nobody then sees.
+        """
         slots = self.class_embedding(labels)[:, None].expand(-1, self.buffer, -1)
         if self.grid_embedding is not None and self.fusion == "prefix" and grid is not None:
             slots = torch.cat((slots, self.grid_embedding(grid)), dim=1)
@@ -218,10 +233,12 @@ class MaskedAutoencoder(nn.Module):
         return (*self.encoder, *self.decoder)
 
 
-def _blocks(width: int, *, depth: int, heads: int, dropout: float) -> nn.ModuleList:
+def _blocks(width: int, *, depth: int, heads: int, mlp_ratio: float, dropout: float) -> nn.ModuleList:
     if width % heads:
         raise ValueError(f"a width of {width} is not a multiple of its {heads} heads")
-    settings = BlockSettings(width=width, heads=heads, head_dim=width // heads, mlp_hidden=4 * width, dropout=dropout)
+    settings = BlockSettings(
+        width=width, heads=heads, head_dim=width // heads, mlp_hidden=round(mlp_ratio * width), dropout=dropout
+    )
     return nn.ModuleList(Block(settings) for _ in range(depth))
 
 

@@ -140,7 +140,8 @@ class Conversion:
     tokens: "Tokens | None" = None
     """The tokens that a generator models; the names are then those of its backbone. None for a tokenizer."""
     latents: tuple[int, ...] | None = None
-    """The shape `(D, *grid)` of the latents that a generator models; the names are then those of its backbone."""
+    """The shape `(D, *grid)` of the latents that a generator models; the names are then those of its backbone,
+    or begin with `backbone.` or `head.` where it has both."""
     tokenizer: "Conversion | None" = None
     """The conversion of the tokenizer in a generator's file, if there is one."""
 

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule
+from torch import nn
 
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.generators.generator import Generator
-from discrete_lit.generators.latent_diffusion import LatentDiffusion
+from discrete_lit.generators.latent_generator import LatentGenerator
 from discrete_lit.pretrained.conversion import Conversion, Tokens, convert, find_family, recognise
 from discrete_lit.pretrained.reading import read_state
 from discrete_lit.pretrained.settings import Reference, read_settings
@@ -22,7 +23,7 @@ def load_pretrained(
     family: str,
     reference_config: Reference | str | Path | None = None,
     tokenizer: Tokenizer | ContinuousTokenizer | None = None,
-) -> ImageAutoencoder | Generator | LatentDiffusion:
+) -> ImageAutoencoder | Generator | LatentGenerator:
     """Load a published checkpoint: our model, in eval mode, with the outputs of the code that published it.
 
     The model carries its configuration, so `discrete_lit.load` reads a checkpoint of it.
@@ -108,7 +109,7 @@ def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: T
 
 def _latent_generator(
     conversion: Conversion, latents: tuple[int, ...], source: str, tokenizer: ContinuousTokenizer | None
-) -> LatentDiffusion:
+) -> LatentGenerator:
     if conversion.tokenizer is not None:
         if tokenizer is not None:
             raise ValueError(f"{source!r} holds its own tokenizer: give no other")
@@ -123,9 +124,13 @@ def _latent_generator(
     if tokenizer is not None:
         image_size, described = _size_of_latents(tokenizer, latents), _describe(tokenizer)
     arguments = {**conversion.config["init_args"], "tokenizer": described, "image_size": image_size}
-    module = instantiate({**conversion.config, "init_args": arguments}, LatentDiffusion)
-    assert isinstance(module, LatentDiffusion)
-    module.backbone.load_state_dict(convert(module.backbone.state_dict(), conversion, source))
+    module = instantiate({**conversion.config, "init_args": arguments}, LatentGenerator)
+    assert isinstance(module, LatentGenerator)
+    networks = set(module.trained_networks())
+    named = nn.ModuleDict({name: network for name, network in module.named_children() if network in networks})
+    # With a head beside the backbone, names begin with either.
+    trained = module.backbone if len(named) == 1 else named
+    trained.load_state_dict(convert(trained.state_dict(), conversion, source))
     if tokenizer is not None:
         module.tokenizer.load_state_dict(tokenizer.state_dict())
     return module

@@ -1,6 +1,10 @@
-"""MAR's tokenizer, of LTH14/mar: KL-16, the continuous autoencoder of latent diffusion."""
+"""MAR, of LTH14/mar, and its tokenizer KL-16, the continuous autoencoder of latent diffusion."""
 
-from discrete_lit.pretrained.conversion import Conversion, register
+import torch
+from torch import Tensor
+
+from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming, arrange, register
+from discrete_lit.pretrained.layouts import IN_TRAINING, TIMM_BLOCK, head_count, in_blocks, square
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
 from discrete_lit.pretrained.taming import DROPPED, LAYOUT, MARKS, same_network
@@ -46,3 +50,138 @@ def mar_kl_vae(state: State, settings: Settings) -> Conversion:
         },
     }
     return Conversion(config=config, tensors=state, renaming=LAYOUT.renaming(LAYOUT.levels(state)), dropped=DROPPED)
+
+
+# The number of heads of MAR-B, L and H, by width.
+_HEADS = {768: 12, 1024: 16, 1280: 16}
+_RULES = [
+    ("backbone.class_embedding.weight", "class_emb.weight"),
+    ("backbone.input_projection.{rest}", "z_proj.{rest}"),
+    ("backbone.input_norm.{rest}", "z_proj_ln.{rest}"),
+    ("backbone.encoder_positions", "encoder_pos_embed_learned"),
+    ("backbone.encoder_norm.{rest}", "encoder_norm.{rest}"),
+    *in_blocks("encoder_blocks.{block}", TIMM_BLOCK, ours="backbone.encoder.{block}"),
+    ("backbone.decoder_projection.{rest}", "decoder_embed.{rest}"),
+    ("backbone.mask_vector", "mask_token"),
+    ("backbone.decoder_positions", "decoder_pos_embed_learned"),
+    ("backbone.decoder_norm.{rest}", "decoder_norm.{rest}"),
+    *in_blocks("decoder_blocks.{block}", TIMM_BLOCK, ours="backbone.decoder.{block}"),
+    ("backbone.hidden_positions", "diffusion_pos_embed_learned"),
+    ("head.network.time_embedding.layers.{layer}.{rest}", "diffloss.net.time_embed.mlp.{layer}.{rest}"),
+    ("head.network.condition_projection.{rest}", "diffloss.net.cond_embed.{rest}"),
+    ("head.network.input_projection.{rest}", "diffloss.net.input_proj.{rest}"),
+    ("head.network.blocks.{block}.norm.{rest}", "diffloss.net.res_blocks.{block}.in_ln.{rest}"),
+    ("head.network.blocks.{block}.expand.{rest}", "diffloss.net.res_blocks.{block}.mlp.0.{rest}"),
+    ("head.network.blocks.{block}.contract.{rest}", "diffloss.net.res_blocks.{block}.mlp.2.{rest}"),
+    ("head.network.modulations.{block}.{rest}", "diffloss.net.res_blocks.{block}.adaLN_modulation.1.{rest}"),
+    ("head.network.final_modulation.{rest}", "diffloss.net.final_layer.adaLN_modulation.1.{rest}"),
+    ("head.network.output.{rest}", "diffloss.net.final_layer.linear.{rest}"),
+]
+
+
+@register(
+    "mar",
+    marks=("fake_latent", "z_proj_ln.weight", "diffloss.net.cond_embed.weight"),
+    wrappers=("model_ema", "model"),
+)
+def mar(state: State, settings: Settings) -> Conversion:
+    """Convert the averaged weights in `checkpoint-last.pth` of `mar_base`, `mar_large` or `mar_huge`."""
+    width, decoder_width = len(state["z_proj.weight"]), len(state["decoder_embed.weight"])
+    length = state["diffusion_pos_embed_learned"].shape[1]
+    slots = state["encoder_pos_embed_learned"].shape[1] - length
+    patch = settings.take("patch_size", 1)
+    dim, left = divmod(state["z_proj.weight"].shape[1], patch**2)
+    grid = square(state, length)
+    if left or slots < 1:
+        raise ValueError(
+            f"{state.source!r} has vectors of {state['z_proj.weight'].shape[1]} numbers and {slots} slots before "
+            f"{length} places, which patch_size={patch} does not explain"
+        )
+    hidden = len(state["encoder_blocks.0.mlp.fc1.weight"])
+    depths = {half: state.count(f"{half}_blocks.{{}}") for half in ("encoder", "decoder")}
+    head = {"width": len(state["diffloss.net.input_proj.weight"]), "depth": state.count("diffloss.net.res_blocks.{}")}
+    settings.agree(
+        {
+            "vae_embed_dim": dim,
+            "encoder_embed_dim": width,
+            "encoder_depth": depths["encoder"],
+            "decoder_embed_dim": decoder_width,
+            "decoder_depth": depths["decoder"],
+            "mlp_ratio": hidden / width,
+            "buffer_size": slots,
+            "class_num": len(state["class_emb.weight"]),
+            "diffloss_w": head["width"],
+            "diffloss_d": head["depth"],
+        }
+    )
+    settings.agree({"img_size": patch * grid[0] * settings.take("vae_stride", 16)})
+    settings.agree({"norm_layer": "LayerNorm eps 1e-6"}, "every model that is read has")
+    settings.without_effect(
+        IN_TRAINING, "attn_dropout", "proj_dropout", "mask_ratio_min", "grad_checkpointing", "diffusion_batch_mul"
+    )
+    sampling = settings.section("sampling")
+    schedule = {"linear": "known", "constant": "constant"}[
+        sampling.take("cfg_schedule", "linear", ("linear", "constant"))
+    ]
+    solver = {
+        "steps": int(settings.take("num_sampling_steps", "100")),
+        "temperature": sampling.take("temperature", 1.0),
+    }
+    arranged = arrange(
+        state,
+        [
+            *(
+                Arrangement([name], [name], lambda table: [table[0]])
+                for name in ("encoder_pos_embed_learned", "decoder_pos_embed_learned", "diffusion_pos_embed_learned")
+            ),
+            Arrangement(["mask_token"], ["mask_token"], lambda vector: [vector.flatten()]),
+            Arrangement(["class_emb.weight", "fake_latent"], ["class_emb.weight"], _with_null),
+        ],
+    )
+    return Conversion(
+        config={
+            "class_path": "discrete_lit.generators.ContinuousMasked",
+            "init_args": {
+                "num_classes": len(state["class_emb.weight"]),
+                "patch_size": patch,
+                "backbone": {
+                    "class_path": "discrete_lit.backbones.MaskedAutoencoder",
+                    "init_args": {
+                        "width": width,
+                        "depth": depths["encoder"],
+                        "heads": head_count(
+                            settings, "encoder_num_heads", _HEADS.get(width, max(1, width // 64)), width
+                        ),
+                        "decoder_width": decoder_width,
+                        "decoder_depth": depths["decoder"],
+                        "decoder_heads": head_count(
+                            settings,
+                            "decoder_num_heads",
+                            _HEADS.get(decoder_width, max(1, decoder_width // 64)),
+                            decoder_width,
+                        ),
+                        "mlp_ratio": hidden / width,
+                        "buffer": slots,
+                    },
+                },
+                "head": {"class_path": "discrete_lit.backbones.TokenDiffusionHead", "init_args": head},
+                "sampler": {
+                    "class_path": "discrete_lit.samplers.MARSampler",
+                    "init_args": {
+                        "steps": min(sampling.take("num_iter", 64), length),
+                        "guidance_scale": float(sampling.take("cfg", 1.0)),
+                        "guidance_schedule": schedule,
+                        "solver": {"class_path": "discrete_lit.diffusion.solvers.DDPM", "init_args": solver},
+                    },
+                },
+                "label_dropout": settings.take("label_drop_prob", 0.1),
+            },
+        },
+        tensors=arranged,
+        renaming=Renaming(_RULES),
+        latents=(dim, *(patch * side for side in grid)),
+    )
+
+
+def _with_null(classes: Tensor, null: Tensor) -> list[Tensor]:
+    return [torch.cat((classes, null))]

@@ -13,6 +13,7 @@ from discrete_lit.samplers.diffusion import (
 )
 from discrete_lit.samplers.guided_solver import GuidedSolver
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
+from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.maskgit import (
     HaltonConfidenceSampler,
     MaskBitSampler,
@@ -34,6 +35,7 @@ __all__ = [
     "GuidedSolver",
     "HaltonConfidenceSampler",
     "HaltonSampler",
+    "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
     "NextScaleSampler",
