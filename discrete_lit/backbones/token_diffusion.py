@@ -204,7 +204,7 @@ class TokenDiffusionHead(nn.Module):
             path=self.denoiser.path,
             times=solver.times(self.denoiser.path)[:-1],
             noise=noise,
-            variance="learned" if self.denoiser.learned_variance else "smallest",
+            variance="learned" if self.denoiser.learned_variance else "largest",
         )
         # The density of x is that of x / scale over scale^D.
         return bound + self.dim * log(self.scale)

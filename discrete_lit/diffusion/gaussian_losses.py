@@ -194,7 +194,7 @@ def variational_bound(
     path: GaussianPath,
     times: Sequence[float],
     noise: Callable[[int], Tensor],
-    variance: Literal["smallest", "largest", "learned"] = "smallest",
+    variance: Literal["smallest", "largest", "learned"] = "largest",
 ) -> Tensor:
     """Estimate an upper bound of -log p(x) in nats, with one draw of the noise at each time (DDPM, eq. 5).
 
@@ -208,7 +208,9 @@ def variational_bound(
         path: of the noise.
         times: falling, from the noise to just above 0.
         noise: makes the noise `(B, ...)` of the draw at the i-th time.
-        variance: of a step of the model: the posterior's, that of x_t given x_s, or the learned one.
+        variance: of a step of the model: the posterior's, which is the best for data that x_t gives away; that of x_t
+            given x_s, the best for data with a density, which are as unsure as the noise where there is little of it;
+            or the learned one.
 
     Returns:
         `(B,)` float64.

@@ -132,7 +132,7 @@ class LatentDiffusion(LatentGenerator):
             path=path,
             times=DDPM(self.likelihood_steps, variance="smallest").times(path)[:-1],
             noise=lambda step: random.normal(Purpose.LIKELIHOOD, data[0].numel(), step).to(data.dtype).view_as(data),
-            variance="learned" if self.denoiser.learned_variance else "smallest",
+            variance="learned" if self.denoiser.learned_variance else "largest",
         )
         return Likelihood(-bound, "bound")
 
