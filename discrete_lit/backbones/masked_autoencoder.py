@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.layers import Linear, Norm
 
 Fusion = Literal["prefix", "mix", "add"]
@@ -137,18 +138,18 @@ class MaskedAutoencoder(nn.Module):
         self,
         vectors: Tensor,
         masked: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         *,
         known: int,
         uneven: bool = False,
-        grid: Tensor | None = None,
     ) -> Tensor:
         """Make the hidden state of every place.
 
         Args:
             vectors: `(B, N, D)`; what stands where `masked` is true is not read.
             masked: `(B, N)` bool, the places that are not known.
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: the labels `(B,)` int64 in [0, num_classes], or these with a grid `(B, N)` int64 of ids in
+                [0, grid_vocab], where the layout has one; `grid_vocab` stands for none.
             known: how many places are known in each sequence, or at most where it is `uneven`. A number that the host
                 knows: nothing waits for a device.
             uneven: whether sequences have different numbers of known places.
@@ -156,33 +157,30 @@ class MaskedAutoencoder(nn.Module):
 
         Returns:
             `(B, N, W)`.
+
+        Raises:
+            ValueError: a grid is missing, or one is given that the network does not read.
         """
-        assert (grid is not None) == (self.layout.grid_vocab is not None), (
-            "the grid of a network that has one, and of no other"
-        )
+        condition = as_condition(condition)
+        self._check_grid(condition.grid)
         # Known places first, in raster order.
         places = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :known]
-        encoded = self.encode(vectors, places, labels, grid=grid, masked=masked if uneven else None)
-        return self._decode(encoded, places, masked=masked, grid=grid)
+        encoded = self.encode(vectors, places, condition, masked=masked if uneven else None)
+        return self._decode(encoded, places, masked=masked, grid=condition.grid)
 
     def encode(
-        self,
-        vectors: Tensor,
-        places: Tensor,
-        labels: Tensor,
-        *,
-        grid: Tensor | None = None,
-        masked: Tensor | None = None,
+        self, vectors: Tensor, places: Tensor, condition: Condition | Tensor, *, masked: Tensor | None = None
     ) -> Tensor:
         """Encode the slots and the vectors at `places (B, n)`: `(B, slots + n, W)`.
 
         Args:
-            vectors, labels, grid: as for `forward`.
+            vectors, condition: as for `forward`.
             masked: `(B, N)` bool, where some of the places are masked, which nobody then sees.
         """
-        slots = self.class_embedding(labels)[:, None].expand(-1, self.buffer, -1)
-        if self.grid_embedding is not None and self.fusion == "prefix" and grid is not None:
-            slots = torch.cat((slots, self.grid_embedding(grid)), dim=1)
+        condition = as_condition(condition)
+        slots = self.class_embedding(condition.labels)[:, None].expand(-1, self.buffer, -1)
+        if self.grid_embedding is not None and self.fusion == "prefix" and condition.grid is not None:
+            slots = torch.cat((slots, self.grid_embedding(condition.grid)), dim=1)
         seen = self.input_projection(vectors.gather(1, _wide(places, vectors)))
         positions = self.encoder_positions[self.slots :][places]
         hidden = torch.cat((slots + self.encoder_positions[: self.slots], seen + positions), dim=1)
@@ -192,6 +190,14 @@ class MaskedAutoencoder(nn.Module):
             visible = ~masked.gather(1, places)
             mask = torch.cat((visible.new_ones(len(visible), self.slots), visible), dim=1)[:, None, None]
         return self.encoder_norm(self._run(self.encoder, self.input_norm(hidden), mask))
+
+    def _check_grid(self, grid: Tensor | None) -> None:
+        vocab, length = self.layout.grid_vocab, self.layout.length
+        if vocab is None and grid is not None:
+            raise ValueError("this network reads no grid of ids beside the label: its layout has no grid_vocab")
+        if vocab is not None and (grid is None or grid.shape[1:] != (length,) or grid.is_floating_point()):
+            given = "none" if grid is None else f"{grid.dtype} {tuple(grid.shape)}"
+            raise ValueError(f"this network reads a grid of {length} ids in [0, {vocab}] for each image, got {given}")
 
     def _decode(self, encoded: Tensor, places: Tensor, *, masked: Tensor, grid: Tensor | None) -> Tensor:
         embedded = self.decoder_projection(encoded)
@@ -226,7 +232,7 @@ class MaskedAutoencoder(nn.Module):
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         grid = None if self.layout.grid_vocab is None else labels[:, None].expand(-1, length)
         masked = torch.ones(batch, length, dtype=torch.bool, device=device)
-        return partial(self, vectors, masked, labels, known=known, grid=grid)
+        return partial(self, vectors, masked, Condition(labels=labels, grid=grid), known=known)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         """Give the modules that FSDP gathers one after another: the blocks of encoder and decoder."""

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
@@ -110,26 +111,22 @@ class ContinuousMasked(LatentGenerator):
 
     # The loss.
 
-    def losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> LatentLosses:
+    def losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> LatentLosses:
         vectors = self.to_sequence(data)
         if self.training:
             masked, known = self._step_masks(random)
-            hidden = self.hidden(vectors, masked, labels, known=known)
+            hidden = self.backbone(vectors, masked, condition, known=known)
             count = self.length - known
             places = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
             weights = None
         else:
             masked, known = self._sample_masks(random)
-            hidden = self.hidden(vectors, masked, labels, known=known, uneven=True)
+            hidden = self.backbone(vectors, masked, condition, known=known, uneven=True)
             places = torch.arange(self.length, device=data.device).expand(len(data), -1)
             weights = masked.to(hidden.dtype)
         terms = self._head_losses(hidden, vectors, places, random)
         ratio = masked.double().mean(dim=1, keepdim=True).expand(places.shape)
         return LatentLosses(terms, ratio, weights)
-
-    def hidden(self, vectors: Tensor, masked: Tensor, labels: Tensor, *, known: int, uneven: bool = False) -> Tensor:
-        """Make the hidden state of every place `(B, N, W)`; arguments as of `MaskedAutoencoder`."""
-        return self.backbone(vectors, masked, labels, known=known, uneven=uneven)
 
     def _head_losses(self, hidden: Tensor, vectors: Tensor, places: Tensor, random: CounterRandom) -> dict[str, Tensor]:
         """The terms of the head's loss at some places `(B, n)`; each place has times and noise of its own."""
@@ -167,7 +164,9 @@ class ContinuousMasked(LatentGenerator):
 
     @torch.no_grad()
     @in_evaluation
-    def log_likelihood(self, latents: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+    def log_likelihood(
+        self, latents: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
+    ) -> Likelihood:
         """Estimate a lower bound of the log density of latents, in nats: that of drawing one place at a time.
 
         Over all orders of the places, the mean of log p is `N E_k[(1 / k) sum of log p(x_i | the others)]` with k
@@ -183,7 +182,7 @@ class ContinuousMasked(LatentGenerator):
         for evaluation in range(self.likelihood_samples):
             k = (((shift + evaluation / self.likelihood_samples) % 1) * self.length).floor() + 1
             masked = random_subset(random.uniform(Purpose.LIKELIHOOD, self.length, evaluation + 1), k)
-            hidden = self.hidden(vectors, masked, labels, known=self.length - 1, uneven=True)
+            hidden = self.backbone(vectors, masked, condition, known=self.length - 1, uneven=True)
 
             def noise(step: int, evaluation: int = evaluation) -> Tensor:
                 numbers = random.normal(
@@ -207,7 +206,11 @@ class ContinuousMasked(LatentGenerator):
     def draw(self, labels: Tensor, random: CounterRandom, sampler: MARSampler | None = None) -> SamplerOutput:
         sampler = sampler or self.sampler
         self.check_draw(labels, sampler.guidance_scale)
-        output = sampler(self.backbone, self.head, labels.long(), random)
+        return self.draw_given(labels.long(), random, sampler)
+
+    def draw_given(self, condition: Condition | Tensor, random: CounterRandom, sampler: MARSampler) -> SamplerOutput:
+        """Draw latents given all that the network reads; arguments as of `MARSampler`."""
+        output = sampler(self.backbone, self.head, condition, random)
         return SamplerOutput(
             tokens=self.to_grid(output.vectors),
             network_calls=output.network_calls,

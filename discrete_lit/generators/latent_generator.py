@@ -112,12 +112,12 @@ class LatentGenerator(ClassConditionalTraining):
     # The loss.
 
     @abstractmethod
-    def losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> LatentLosses:
+    def losses(self, data: Tensor, condition: Any, random: CounterRandom) -> LatentLosses:
         """Cost the prediction of latents, in training mode for training, and in eval mode for validation.
 
         Args:
             data: `(B, D, H, W)`, scaled latents, float32 or float64.
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the family is given.
             random: one stream for each sample; it alone decides times, masks and noise.
         """
 
@@ -162,7 +162,7 @@ class LatentGenerator(ClassConditionalTraining):
     # The likelihood.
 
     @abstractmethod
-    def log_likelihood(self, latents: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+    def log_likelihood(self, latents: Tensor, condition: Any, *, indices: Tensor | None = None) -> Likelihood:
         """Estimate the log density of latents, in nats, and say which kind of number it is.
 
         The density is of the scaled latents, in their own units: it says nothing of images, nor of the likelihood of
@@ -170,7 +170,7 @@ class LatentGenerator(ClassConditionalTraining):
 
         Args:
             latents: `(B, D, H, W)`, scaled.
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the family is given.
             indices: `(B,)` int64, each sample's position in its data set, to which its random numbers belong; 0 to
                 B - 1 by default.
         """

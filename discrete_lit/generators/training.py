@@ -128,6 +128,10 @@ class ClassConditionalTraining(LightningModule, ABC):
             return torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         raise ValueError(f"a batch holds {', '.join(map(str, batch))} and no label: {self._needs_labels()}")
 
+    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Any:
+        """Return what the data of a batch are given: here its labels."""
+        return self.labels_of(batch)
+
     def _needs_labels(self) -> str:
         return (
             f"{type(self).__name__} models {self.num_classes} classes and needs labels, which this data has not. A "
@@ -171,11 +175,11 @@ class ClassConditionalTraining(LightningModule, ABC):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
-        labels = self.labels_of(batch)
+        condition = self.condition_of(batch, random)
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
-        loss, terms = self.loss(self.data_of(batch, random), labels, random, dropped=dropped)
+        loss, terms = self.loss(self.data_of(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=len(labels))
+        self.log_dict(named, sync_dist=True, batch_size=len(condition))
         return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
 
     def on_after_backward(self) -> None:
@@ -184,7 +188,9 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
-        values, weights, coordinate = self.validation_losses(self.data_of(batch, random), self.labels_of(batch), random)
+        values, weights, coordinate = self.validation_losses(
+            self.data_of(batch, random), self.condition_of(batch, random), random
+        )
         self.profile.update(values, coordinate, weights)
 
     def on_validation_epoch_end(self) -> None:

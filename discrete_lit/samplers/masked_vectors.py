@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode
@@ -82,10 +83,9 @@ class MARSampler:
         self,
         network: MaskedAutoencoder,
         head: TokenDiffusionHead,
-        labels: Tensor,
+        condition: Condition | Tensor,
         random: CounterRandom,
         *,
-        grid: Tensor | None = None,
         vectors: Tensor | None = None,
         known: Tensor | None = None,
     ) -> VectorOutput:
@@ -94,22 +94,20 @@ class MARSampler:
         Args:
             network: makes the hidden states; in its mode for evaluation.
             head: draws a vector of each.
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or these with a grid of ids; guidance drops both.
             random: one stream for each image, which alone decides what is drawn.
-            grid: d, `(B, N)` int64, for a network that is given one; guidance drops it together with the label.
             vectors: `(B, N, D)`, of which those at `known` are kept.
             known: `(B, N)` bool, as many in each image.
         """
-        layout, batch = network.layout, len(labels)
+        layout, condition = network.layout, as_condition(condition)
+        batch = len(condition)
         length, dim = layout.length, layout.dim
         if self.steps > length:
             raise ValueError(
                 f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
             )
-        if (grid is None) != (network.layout.grid_vocab is None):
-            raise ValueError("grid must be given to a network that has a grid_vocab, and to no other")
         dtype = next(network.parameters()).dtype
-        drawn = labels.new_zeros((batch, length, dim), dtype=dtype)
+        drawn = condition.labels.new_zeros((batch, length, dim), dtype=dtype)
         rank = self._order(random, length)  # when each place is drawn
         given = 0
         if known is not None:
@@ -133,7 +131,7 @@ class MARSampler:
                 scale = self._scale(1 - max(stay_masked, 1) / length)
                 guided = scale != 1
                 first, end = length - still_masked, length - stay_masked
-                hidden = self._hidden(network, drawn, rank >= first, labels, grid=grid, known=first, guided=guided)
+                hidden = self._hidden(network, drawn, rank >= first, condition, known=first, guided=guided)
                 # The places of this pass, in raster order: those whose turn lies in [first, end).
                 here = ((rank >= first) & (rank < end)).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
                 here = here[:, : end - first]
@@ -165,20 +163,17 @@ class MARSampler:
         network: MaskedAutoencoder,
         drawn: Tensor,
         masked: Tensor,
-        labels: Tensor,
+        condition: Condition,
         *,
-        grid: Tensor | None,
         known: int,
         guided: bool,
     ) -> Tensor:
         """The hidden states `(B, N, W)`, or with the null ones behind them `(2 B, N, W)`."""
         if not guided:
-            return network(drawn, masked, labels, known=known, grid=grid)
-        labels = torch.cat((labels, torch.full_like(labels, network.layout.num_classes)))
-        if grid is not None:
-            assert network.layout.grid_vocab is not None
-            grid = torch.cat((grid, torch.full_like(grid, network.layout.grid_vocab)))
-        return network(drawn.repeat(2, 1, 1), masked.repeat(2, 1), labels, known=known, grid=grid)
+            return network(drawn, masked, condition, known=known)
+        layout = network.layout
+        both = condition.with_null(null_label=layout.num_classes, null_id=layout.grid_vocab)
+        return network(drawn.repeat(2, 1, 1), masked.repeat(2, 1), both, known=known)
 
     def _order(self, random: CounterRandom, length: int) -> Tensor:
         """`(B, N)` int64: when each place is drawn."""

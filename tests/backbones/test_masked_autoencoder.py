@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.masked_autoencoder import Fusion, MaskedAutoencoder, VectorLayout
 
 BATCH, LENGTH, DIM = 3, 6, 4
@@ -67,11 +68,11 @@ def test_sequences_with_fewer_known_places_see_no_padding() -> None:
 def test_a_grid_of_ids_enters_at_its_places(fusion: Fusion) -> None:
     made, (vectors, masked, labels) = network(fusion), inputs()
     grid = torch.tensor([[0, 1, 2, 3, 4, 5]] * BATCH)
-    z = made(vectors, masked, labels, known=2, grid=grid)
+    z = made(vectors, masked, Condition(labels=labels, grid=grid), known=2)
     known, unknown = grid.clone(), grid.clone()
     known[0, 1], unknown[0, 0] = 3, 3
-    by_known = (made(vectors, masked, labels, known=2, grid=known) - z).abs().amax(dim=(1, 2))
-    by_unknown = (made(vectors, masked, labels, known=2, grid=unknown) - z).abs().amax(dim=(1, 2))
+    by_known = (made(vectors, masked, Condition(labels=labels, grid=known), known=2) - z).abs().amax(dim=(1, 2))
+    by_unknown = (made(vectors, masked, Condition(labels=labels, grid=unknown), known=2) - z).abs().amax(dim=(1, 2))
     assert by_unknown[0] > 1e-3
     # In the place of the mask vector, ids of known places say nothing more.
     assert (by_known[0] == 0) == (fusion == "mix")
@@ -84,9 +85,8 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none() -> Non
     for checkpointing in (False, True):
         made = network("add").train()
         made.activation_checkpointing = checkpointing
-        made(
-            vectors, masked, labels, known=2, grid=torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-        ).square().sum().backward()
+        condition = Condition(labels=labels, grid=torch.zeros(BATCH, LENGTH, dtype=torch.int64))
+        made(vectors, masked, condition, known=2).square().sum().backward()
         gradients.append([parameter.grad for parameter in made.parameters()])
     for plain, again in zip(*gradients, strict=True):
         assert plain is not None
@@ -98,6 +98,12 @@ def test_wrong_settings_are_refused() -> None:
     layout = VectorLayout(dim=4, length=4, num_classes=1)
     with pytest.raises(ValueError, match="fusion must be"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="cross")  # type: ignore[arg-type]
+    vectors, masked, labels = inputs()
+    grid = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reads no grid of ids"):
+        network()(vectors, masked, Condition(labels=labels, grid=grid), known=2)
+    with pytest.raises(ValueError, match=r"reads a grid of 6 ids in \[0, 5\] for each image, got none"):
+        network("add")(vectors, masked, labels, known=2)
     with pytest.raises(ValueError, match="buffer must be at least 1"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, buffer=0)
     with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.random import CounterRandom
@@ -26,7 +27,7 @@ class GaussianNetwork(nn.Module):
         super().__init__()
         self.covariance = nn.Parameter(COVARIANCE, requires_grad=False)
 
-    def forward(self, vectors: Tensor, masked: Tensor, labels: Tensor, *, known: int, grid: None) -> Tensor:
+    def forward(self, vectors: Tensor, masked: Tensor, condition: Condition, *, known: int) -> Tensor:
         assert bool(((~masked).sum(dim=1) == known).all())
         rows = []
         for values, hidden in zip(vectors[..., 0], masked, strict=True):
@@ -104,18 +105,19 @@ def test_costs_and_a_grid_of_ids() -> None:
     head = TokenDiffusionHead(2, 8, width=8, depth=1, solver=DDPM(3))
     labels, random = torch.tensor([0, 3]), CounterRandom(0, torch.arange(2))
     grid = torch.tensor([[0, 1, 2, 3, 0], [3, 3, 3, 3, 3]])
-    output = MARSampler(4, guidance_scale=2.0)(network, head, labels, random, grid=grid)
+    condition = Condition(labels=labels, grid=grid)
+    output = MARSampler(4, guidance_scale=2.0)(network, head, condition, random)
     assert output.vectors.shape == (2, 5, 2)
     assert (output.network_calls, output.sequential_passes, output.head_steps) == (8, 4, 12)
-    with pytest.raises(ValueError, match="grid must be given"):
+    with pytest.raises(ValueError, match="reads a grid of 5 ids"):
         MARSampler(4)(network, head, labels, random)
     with pytest.raises(ValueError, match="steps=6 exceeds the 5 places"):
-        MARSampler(6)(network, head, labels, random, grid=grid)
+        MARSampler(6)(network, head, condition, random)
     known = torch.tensor([[True, False, False, False, False], [True, True, False, False, False]])
     with pytest.raises(ValueError, match="as many places in each image"):
-        MARSampler(2)(network, head, labels, random, grid=grid, vectors=torch.zeros(2, 5, 2), known=known)
+        MARSampler(2)(network, head, condition, random, vectors=torch.zeros(2, 5, 2), known=known)
     with pytest.raises(ValueError, match="give vectors too"):
-        MARSampler(2)(network, head, labels, random, grid=grid, known=known)
+        MARSampler(2)(network, head, condition, random, known=known)
     with pytest.raises(ValueError, match="guidance_schedule must be"):
         MARSampler(2, guidance_schedule="linear")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="steps must be at least 1"):
