@@ -26,6 +26,7 @@ from discrete_lit.metrics.latent_statistics import check_latent_scale
 from discrete_lit.samplers.guided_solver import GuidedNetwork, GuidedSolver
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+from discrete_lit.tokenizers.uncoded_latents import RawPixels
 
 
 @loadable
@@ -51,7 +52,7 @@ class LatentDiffusion(ClassConditionalTraining):
         sampler: how `sample` draws where nothing else is asked for; by default 250 steps of DDPM, or of Euler in
             continuous time, without guidance.
         likelihood_steps: of the model whose bound `log_likelihood` is; a path of steps has its own at most.
-        check_scale: refuse a first batch of latents whose deviation is not about 1.
+        check_scale: refuse a first batch of latents whose deviation is not about 1; pixels are not looked at.
         training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
@@ -59,6 +60,8 @@ class LatentDiffusion(ClassConditionalTraining):
     """
 
     coordinate_name = "time"
+    tokenizer: ContinuousTokenizer
+    backbone: DenoisingNetwork
 
     def __init__(
         self,
@@ -114,7 +117,8 @@ class LatentDiffusion(ClassConditionalTraining):
         self.sampler = sampler
         self.sampler.solver.times(path)  # refuses what the path does not have
         self.likelihood_steps = min(likelihood_steps, path.steps) if isinstance(path, SteppedPath) else likelihood_steps
-        self._unchecked = check_scale
+        # Pixels are no latents: their deviation is what it is.
+        self._unchecked = check_scale and not isinstance(tokenizer, RawPixels)
 
     # Batches.
 
@@ -130,10 +134,14 @@ class LatentDiffusion(ClassConditionalTraining):
                 "for the generators of tokens"
             )
         self._check_latents(latents)
+        self.check_scale(latents)
+        return at_least_float32(latents)
+
+    def check_scale(self, latents: Tensor) -> None:
+        """Raise a ValueError where the first batch of latents has another deviation than about 1."""
         if self._unchecked:
             check_latent_scale(latents)
             self._unchecked = False
-        return at_least_float32(latents)
 
     def _check_latents(self, latents: Tensor) -> None:
         if not latents.is_floating_point():
@@ -150,7 +158,7 @@ class LatentDiffusion(ClassConditionalTraining):
     # The loss.
 
     def loss(
-        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, /, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the loss of latents over a batch, over all ranks together.
 

@@ -14,7 +14,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones import Backbone, DenoisingNetwork
+from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -51,7 +51,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     # A generator sets these attributes and defines these methods.
     tokenizer: Any
-    backbone: Backbone | DenoisingNetwork
+    backbone: Any
     image_size: ImageSize
     num_classes: int
     coordinate_name: str
@@ -68,7 +68,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     @abstractmethod
     def loss(
-        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, /, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
