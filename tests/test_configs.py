@@ -63,6 +63,12 @@ def multi_scale_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="module")
+def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
+    return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
+
+
 def write_tokenizer(folder: Path, kind: str, settings: dict[str, Any]) -> Path:
     from discrete_lit.checkpoints import instantiate, save
 
@@ -151,6 +157,13 @@ SMALL: dict[str, dict[str, Any]] = {
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
     "KLVAE": {"latent_channels": 4},
+    # What an untrained tokenizer gives has any deviation.
+    "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "DiT": SMALL_TRANSFORMER,
+    "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2},
+    "DDPM": {"steps": 4},
+    "DDIM": {"steps": 4},
+    "EulerMaruyama": {"steps": 4},
     "LPIPS": {"weights_path": "random"},
     "TimmFeatures": {"model_name": "test_convnext.r160_in1k", "weights_path": "random", "image_size": 32},
     "AdversarialLoss": {"start_step": 0},
@@ -177,7 +190,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def shrink_model(settings: Any, tokenizer_file: Path) -> None:
+def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> None:
     """The same classes and switches at a size that fits in a second."""
     if not isinstance(settings, dict):
         return
@@ -187,6 +200,8 @@ def shrink_model(settings: Any, tokenizer_file: Path) -> None:
         arguments.update(SMALL.get(name, {}))
         if name == "from_checkpoint":
             arguments["checkpoint"] = str(tokenizer_file)
+        if name == "continuous_from_checkpoint":
+            arguments["checkpoint"] = str(continuous_file)
         if name == "ConvAutoencoder":
             arguments.update({key: 1 for key in ("decoder_blocks", "middle_blocks") if key in arguments})
             if "z_channels" in arguments:
@@ -195,7 +210,7 @@ def shrink_model(settings: Any, tokenizer_file: Path) -> None:
             halvings = len(arguments["network"]["init_args"]["multipliers"]) - 1
             arguments["scales"] = [1, 32 // 2**halvings]
     for value in settings.values():
-        shrink_model(value, tokenizer_file)
+        shrink_model(value, tokenizer_file, continuous_file)
 
 
 def write_stages_before(model: dict[str, Any], folder: Path) -> None:
@@ -224,6 +239,7 @@ def test_models_fit_reload_and_sample(
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    continuous_file: Path,
     tmp_path: Path,
 ) -> None:
     import torch
@@ -239,7 +255,7 @@ def test_models_fit_reload_and_sample(
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     shrink_data(settings["data"], images, shards, own_tokens, image_size=8 if is_generator else 32)
-    shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file)
+    shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file, continuous_file)
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)
@@ -347,7 +363,8 @@ def class_paths(settings: Any) -> set[str]:
 def test_recipes_name_classes_by_their_short_names() -> None:
     """Functions have no short name."""
     named = set().union(*(class_paths(read(config)) for config in CONFIGS))
-    assert {path for path in named if "." in path} == {"discrete_lit.tokenizers.from_checkpoint"}
+    functions = ("from_checkpoint", "continuous_from_checkpoint")
+    assert {path for path in named if "." in path} <= {f"discrete_lit.tokenizers.{name}" for name in functions}
 
 
 def test_a_fresh_fit_knows_every_short_name() -> None:

@@ -6,11 +6,11 @@ for all backbones: their floating-point operations are counted, their blocks com
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -433,7 +433,15 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
 # --- Compiled blocks ---
 
 
-def compile_blocks(backbone: Backbone, **options: Any) -> None:
+class InBlocks(Protocol):
+    """A network that is made of blocks: a `Backbone`, or a network of whole latents."""
+
+    def fsdp_units(self) -> Iterable[nn.Module]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+def compile_blocks(backbone: InBlocks, **options: Any) -> None:
     """Compile each block of a backbone on its own, so that checkpoints do not change.
 
     The blocks are alike, so the compiler works through one of them, not through all; what it makes serves the others.
@@ -448,7 +456,7 @@ def compile_blocks(backbone: Backbone, **options: Any) -> None:
         block._compiled_call_impl = partial(compiled, block)
 
 
-def compile_for_sampling(backbone: Backbone) -> None:
+def compile_for_sampling(backbone: InBlocks) -> None:
     """Compile the blocks with the least work between two of them, for passes over few rows.
 
     Args:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from discrete_lit.core.images import displayable, to_uint8
-from discrete_lit.generators import Generator
-from discrete_lit.samplers import Sampler
+from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 
@@ -142,7 +142,7 @@ class SampleGrid(ImageGrid):
         columns: int = 10,
         *,
         seed: int = 0,
-        sampler: Sampler | None = None,
+        sampler: Sampler | GuidedSolver | MARSampler | None = None,
         save_png: bool = False,
     ) -> None:
         super().__init__(count, columns, save_png=save_png)
@@ -150,12 +150,12 @@ class SampleGrid(ImageGrid):
         self.sampler = sampler
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Generator) and module.tokenizer.makes_images
+        return isinstance(module, Generator | LatentGenerator) and module.tokenizer.makes_images
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(module, Generator)
-        labels = self.labels(module.num_classes).to(module.device)
-        return module.tokenizer.decode(module.sample(labels, self.sampler, seed=self.seed))
+        assert isinstance(module, Generator | LatentGenerator)
+        labels, sampler = self.labels(module.num_classes).to(module.device), cast(Any, self.sampler)
+        return module.tokenizer.decode(module.sample(labels, sampler, seed=self.seed))
 
     def labels(self, num_classes: int) -> Tensor:
         """Spread labels evenly over the classes, as many as there are images for, over and over: `(count,)` int64."""

@@ -13,14 +13,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from discrete_lit.backbones import Transformer
+from discrete_lit.backbones import DiT, MaskedAutoencoder, Transformer, UNet
 from discrete_lit.backbones.backbone import compile_blocks, count_flops
 from discrete_lit.core.distributed import all_gather_rows, alone
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
 from discrete_lit.core.modules import RunningStatistics
-from discrete_lit.generators import Generator
+from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.optimization import AccumulatedMean
-from discrete_lit.tokenizers import Tokenizer
+from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
 
@@ -152,7 +152,7 @@ class Compile(Callback):
         self.options: dict[str, Any] = {"backend": backend, "mode": mode}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not isinstance(pl_module, Generator):
+        if not isinstance(pl_module, Generator | LatentGenerator):
             raise ValueError(f"Compile compiles the backbone of a Generator, this is a {type(pl_module).__name__}")
         compile_blocks(pl_module.backbone, **self.options)
 
@@ -240,17 +240,21 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
         for part in copy.modules():
             if isinstance(part, LightningModule):
                 part.log = part.log_dict = _nothing
-            if isinstance(part, Generator | ImageAutoencoder):
+            if isinstance(part, Generator | LatentGenerator | ImageAutoencoder):
                 part.accumulated = AccumulatedMean()
             if isinstance(part, RunningStatistics):
                 part.forget_step()
             if isinstance(part, Tokenizer):
-                part.check_images = part.check_tokens = _nothing
-            if isinstance(part, Generator):
+                part.check_tokens = _nothing
+            if isinstance(part, Tokenizer | ContinuousTokenizer):
+                part.check_images = _nothing
+            if isinstance(part, Generator | LatentGenerator):
                 part.check_labels = _nothing
+            if isinstance(part, LatentGenerator):
+                part.check_scale = _nothing
             if isinstance(part, Codebook):
                 part.prepare = part.observe = _nothing
-            if isinstance(part, Transformer):
+            if isinstance(part, Transformer | DiT | UNet | MaskedAutoencoder):
                 part.activation_checkpointing = False
         inputs = {name: _without_data(value) for name, value in batch.items()}
 

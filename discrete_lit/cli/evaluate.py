@@ -410,7 +410,7 @@ def _load_meters(
             LPIPS's, or images too small for it.
     """
     from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator
+    from discrete_lit.generators import Generator, LatentGenerator
     from discrete_lit.metrics.reconstruction import ReconstructionMeter
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
@@ -422,7 +422,7 @@ def _load_meters(
     meters = {}
     for name, path in checkpoints.items():
         autoencoder = files.load(path)
-        if isinstance(autoencoder, Generator):
+        if isinstance(autoencoder, Generator | LatentGenerator):
             raise ValueError(
                 f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "
                 "checkpoint of a tokenizer or of a continuous autoencoder"

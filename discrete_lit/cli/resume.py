@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from, end_finished_epoch
 from discrete_lit.core.trust import printable
-from discrete_lit.generators.generator import Generator
+from discrete_lit.generators import Generator, LatentGenerator
 
 _log = logging.getLogger(__name__)
 _ABSENT = object()
@@ -67,7 +67,7 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
     Raises:
         ValueError: the weights of the two tokenizers differ.
     """
-    if not isinstance(module, Generator):
+    if not isinstance(module, Generator | LatentGenerator):
         return
     saved = checkpoint["state_dict"]
     own = module.tokenizer.state_dict(prefix="tokenizer.")

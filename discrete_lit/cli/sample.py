@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, fi
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator
-from discrete_lit.samplers import Sampler
-from discrete_lit.tokenizers import Tokenizer
+from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
+from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
 
@@ -34,7 +34,7 @@ def sample(
     *,
     num_samples: int,
     labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
-    sampler: Sampler | None = None,
+    sampler: Sampler | GuidedSolver | MARSampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     accelerator: str = "auto",
@@ -49,17 +49,18 @@ def sample(
     Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` and `run.json` with every
     setting, the network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey
     images, 4 of RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator
-    that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to
-    `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
-    devices do not change it (to the rounding of the network's arithmetic).
+    that was loaded without its tokenizer, the ids are written as `tokens` in place of images, or the latents as
+    `latents`; text itself goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size
+    and the number of devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
-        ckpt_path: checkpoint of a Generator; it carries its tokenizer.
+        ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
         output: folder to write; its earlier samples are replaced.
         num_samples: N.
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
-        sampler: how to draw; the generator's own by default.
+        sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
+            `MARSampler` those of a `ContinuousMasked`.
         seed: of the draw.
         batch_size: images at a time on each device.
         accelerator: Lightning's; `auto` takes a GPU where there is one.
@@ -76,12 +77,17 @@ def sample(
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, a label that is no number or out of range, num_samples or image_size
-            below 1, an image size for text.
+        ValueError: not a generator's checkpoint, a sampler of ids for latents or the other way round, a label that is
+            no number or out of range, num_samples or image_size below 1, an image size for text.
     """
     generator = load(ckpt_path)
-    if not isinstance(generator, Generator):
+    if not isinstance(generator, Generator | LatentGenerator):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
+    if sampler is not None and not isinstance(sampler, generator.sampler_kind):
+        raise ValueError(
+            f"sampler={type(sampler).__name__} does not draw from a {type(generator).__name__}, which needs a "
+            f"{generator.sampler_kind.__name__}"
+        )
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     if image_size is not None:
@@ -118,7 +124,7 @@ def sample(
         begin = time.perf_counter()
         with torch.inference_mode(), fabric.autocast():
             random = CounterRandom(seed, indices.to(fabric.device))
-            drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
+            drawn = generator.draw(all_labels[indices].to(fabric.device), random, cast(Any, sampler))
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             rows = _rows(generator.tokenizer, drawn.tokens, image_size)
@@ -175,8 +181,8 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(tokenizer: Tokenizer, tokens: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
-    """Images `(B, H, W, C)` uint8, or where ids stand for none these; the copy waits for the device."""
+def _rows(tokenizer: Tokenizer | ContinuousTokenizer, tokens: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
+    """Images `(B, H, W, C)` uint8, or where ids or latents stand for none these; the copy waits for the device."""
     if not tokenizer.makes_images:
         return tokens.cpu().numpy()
     decoded = tokenizer.decode(tokens)
@@ -201,16 +207,24 @@ def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None
     return RowFile(path)
 
 
-def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndarray, run: dict[str, Any]) -> None:
+def _write(
+    folder: Path,
+    tokenizer: Tokenizer | ContinuousTokenizer,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    run: dict[str, Any],
+) -> None:
     """samples.npz, grid.png or samples.txt, and run.json, each complete or absent."""
     with atomic_write(folder / "samples.npz") as file:
         if tokenizer.makes_images:
             np.savez(file, arr_0=rows, labels=labels)
-        else:
+        elif isinstance(tokenizer, Tokenizer):
             np.savez(file, tokens=rows, labels=labels)
+        else:
+            np.savez(file, latents=rows, labels=labels)
     if tokenizer.makes_images:
         _write_grid(folder, rows)
-    else:
+    elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
             atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))

@@ -8,11 +8,10 @@ from safetensors.torch import save as to_safetensors
 
 from discrete_lit.checkpoints import load, save
 from discrete_lit.core.files import atomic_write
-from discrete_lit.generators import Generator
+from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.exporting import EXPORTS, export_state
-from discrete_lit.tokenizers import Tokenizer
-from discrete_lit.tokenizers.tokenizer import from_checkpoint
+from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 
 def import_weights(
@@ -35,21 +34,25 @@ def import_weights(
         reference_config: What the weights do not say, in the reference's own argument names, or the published YAML or
             JSON file that says it.
         tokenizer: Checkpoint of discrete-lit with the tokenizer that a generator was trained on; the generator's
-            checkpoint holds it too. Without one a generator makes ids, but no images.
+            checkpoint holds it too. Without one a generator makes ids or latents, but no images.
 
     Raises:
         ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit, a
             tokenizer of other ids.
     """
-    module = load_pretrained(
-        weights, family, reference_config, None if tokenizer is None else from_checkpoint(tokenizer)
-    )
+    own = None if tokenizer is None else load(tokenizer)
+    if own is not None and not isinstance(own, Tokenizer | ContinuousTokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r} holds a {type(own).__name__}, which is no tokenizer")
+    module = load_pretrained(weights, family, reference_config, own)
     save(module, output)
     count = sum(parameter.numel() for parameter in module.parameters())
     what = f"{type(module).__name__}, {count:,} parameters"
     if isinstance(module, Generator):
         shape = " x ".join(map(str, module.token_shape))
         what += f", {shape} tokens of {module.vocab_size:,} ids from a {type(module.tokenizer).__name__}"
+    elif isinstance(module, LatentGenerator):
+        shape = " x ".join(map(str, module.latent_shape))
+        what += f", {shape} latents of a {type(module.tokenizer).__name__}"
     elif isinstance(module, Tokenizer):
         what += f", {module.vocab_size:,} ids, fingerprint {module.fingerprint()}"
     print(f"{output}: {what}")

@@ -54,6 +54,7 @@ class ContinuousMasked(LatentGenerator):
         ValueError: a setting out of its range, or a grid that the patches do not divide.
     """
 
+    sampler_kind = MARSampler
     coordinate_name = "mask_ratio"
 
     def __init__(

@@ -72,6 +72,8 @@ class Generator(TokenTraining):
         ValueError: no classes, or a sampler of backbones with another attention.
     """
 
+    sampler_kind = Sampler
+    """What draws from this generator."""
     coordinate_name: str
     """The name of what `TokenLosses.coordinate` measures: mask_ratio, time, position or scale."""
 

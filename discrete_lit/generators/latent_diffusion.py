@@ -53,7 +53,10 @@ class LatentDiffusion(LatentGenerator):
         ValueError: a setting out of its range; latents that are no grid of two axes.
     """
 
+    sampler_kind = GuidedSolver
     coordinate_name = "time"
+    tokenizer: ContinuousTokenizer
+    backbone: DenoisingNetwork
 
     def __init__(
         self,

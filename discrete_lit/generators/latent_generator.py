@@ -19,6 +19,7 @@ from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.latent_statistics import check_latent_scale
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+from discrete_lit.tokenizers.uncoded_latents import RawPixels
 
 
 class LatentLosses(NamedTuple):
@@ -42,12 +43,15 @@ class LatentGenerator(ClassConditionalTraining):
         tokenizer: frozen here; `discrete_lit.tokenizers.continuous_from_checkpoint` in a YAML, or `RawPixels`.
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
         num_classes: labels lie in [0, num_classes); `num_classes` itself is the null label.
-        check_scale: refuse a first batch of latents whose deviation is not about 1.
+        check_scale: refuse a first batch of latents whose deviation is not about 1; pixels are not looked at.
         training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: no classes, or latents that are no grid of two axes.
     """
+
+    sampler_kind: type
+    """What draws from this generator."""
 
     def __init__(
         self,
@@ -71,7 +75,8 @@ class LatentGenerator(ClassConditionalTraining):
             raise ValueError(
                 f"{type(self).__name__} models a grid (D, H, W), the tokenizer's latents are {self.latent_shape}"
             )
-        self._unchecked = check_scale
+        # Pixels are no latents: their deviation is what it is.
+        self._unchecked = check_scale and not isinstance(tokenizer, RawPixels)
 
     # Batches.
 
@@ -87,10 +92,14 @@ class LatentGenerator(ClassConditionalTraining):
                 "are for the generators of tokens"
             )
         self.check_latents(latents)
+        self.check_scale(latents)
+        return at_least_float32(latents)
+
+    def check_scale(self, latents: Tensor) -> None:
+        """Raise a ValueError where the first batch of latents has another deviation than about 1."""
         if self._unchecked:
             check_latent_scale(latents)
             self._unchecked = False
-        return at_least_float32(latents)
 
     def check_latents(self, latents: Tensor) -> None:
         """Refuse what is no batch of this generator's latents.
@@ -122,7 +131,7 @@ class LatentGenerator(ClassConditionalTraining):
         """
 
     def loss(
-        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, labels: Any, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the loss of latents over a batch, over all ranks together.
 

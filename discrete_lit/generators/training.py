@@ -69,7 +69,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     @abstractmethod
     def loss(
-        self, data: Tensor, labels: Tensor, random: CounterRandom | None = None, /, *, dropped: Tensor | None = None
+        self, data: Tensor, /, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod

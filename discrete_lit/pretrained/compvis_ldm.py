@@ -21,6 +21,7 @@ _FIRST_STAGE = "first_stage_model."
 _CLASSES = "cond_stage_model.embedding.weight"
 # Of configs/latent-diffusion/cin256-v2.yaml.
 _IMAGE_SIZE, _STEPS, _START, _END = 64, 1000, 0.0015, 0.0195
+_IMAGENET, _DROPOUT = 1000, 0.1
 # FID 3.60 of LDM-4-G: guidance 1.5 in 250 steps.
 _GUIDANCE, _SAMPLING_STEPS = 1.5, 250
 # The schedule's tables, of which `alphas_cumprod` is compared, and the counters of EMA.
@@ -39,7 +40,8 @@ _FIXED = "every model that is read has"
 def ldm(state: State, settings: Settings) -> Conversion:
     """Convert `cin/model.ckpt` (cin256-v2); of its two sets of weights, the average.
 
-    The last class stands for none, as in the published model.
+    The last class stands for none, as in the published model; but 1,000 are ImageNet's, with none among them, as in
+    the repository's other configuration (cin-ldm-vq-f8): guidance of such a model is refused.
     """
     settings.class_name("LatentDiffusion", ("LatentDiffusion",))
     stages = [
@@ -73,12 +75,18 @@ def ldm(state: State, settings: Settings) -> Conversion:
             )
         return []
 
+    has_null = rows != _IMAGENET
+
+    def with_null(table: Tensor) -> list[Tensor]:
+        return [table if has_null else torch.cat((table, torch.zeros_like(table[:1])))]
+
     averaged = settings.take("use_ema", True)
     tensors = {name: _averaged(state, name) if averaged else value for name, value in state.items()}
     first = {name.removeprefix(_FIRST_STAGE): value for name, value in state.items() if name.startswith(_FIRST_STAGE)}
     own = State({name: tensors[name] for name in state if not name.startswith(_FIRST_STAGE)}, state.source)
     arrangements = [
         Arrangement(["alphas_cumprod"], [], same_schedule),
+        Arrangement([_CLASSES], [_CLASSES], with_null),
         # The gate comes first in ours.
         *(reorder_chunks(f"{name}.{part}", (1, 0)) for name in _gated(own) for part in ("weight", "bias")),
     ]
@@ -86,7 +94,8 @@ def ldm(state: State, settings: Settings) -> Conversion:
         config={
             "class_path": "discrete_lit.generators.LatentDiffusion",
             "init_args": {
-                "num_classes": rows - 1,
+                "num_classes": rows - int(has_null),
+                "label_dropout": _DROPOUT if has_null else 0.0,
                 "backbone": {
                     "class_path": "discrete_lit.backbones.UNet",
                     "init_args": {**unet, "class_width": class_width},
@@ -113,7 +122,7 @@ def ldm(state: State, settings: Settings) -> Conversion:
                                 "last": "first_step",
                             },
                         },
-                        "guidance_scale": _GUIDANCE,
+                        "guidance_scale": _GUIDANCE if has_null else 1.0,
                     },
                 },
             },

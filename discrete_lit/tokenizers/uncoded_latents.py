@@ -10,11 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from discrete_lit.checkpoints import record_config
 from discrete_lit.core.images import ImageSize, check_channels, height_and_width
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
-from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer
 
 # Of latents that are no random variable.
 _LEAST_LOGVAR = -30.0
@@ -110,20 +111,37 @@ class CodebookLatents(ContinuousTokenizer):
     Latents are the encoder's; `decode` gives each the nearest code first, as LDM's `VQModelInterface` does.
 
     Args:
-        tokenizer: with an autoencoder and a quantizer, such as `VQGAN`; frozen here.
+        tokenizer: with an autoencoder and a quantizer, such as `VQGAN`; frozen here. `from_checkpoint` in a YAML.
         scale_factor: what `encode` multiplies latents by and `decode` divides them by; 1 in LDM.
 
     Raises:
-        ValueError: a scale that is not above 0.
+        ValueError: a tokenizer without them, or a scale that is not above 0.
     """
 
-    def __init__(self, tokenizer: AutoencoderTokenizer, *, scale_factor: float = 1.0) -> None:
+    tokenizer: AutoencoderTokenizer
+
+    def __init__(self, tokenizer: Tokenizer, *, scale_factor: float = 1.0) -> None:
         super().__init__()
+        if not isinstance(tokenizer, AutoencoderTokenizer):
+            raise ValueError(
+                f"CodebookLatents needs a tokenizer with a codebook behind an autoencoder, got a "
+                f"{type(tokenizer).__name__}"
+            )
         if not 0 < scale_factor < float("inf"):
             raise ValueError(f"scale_factor must be above 0 and finite, got {scale_factor}")
         self.tokenizer = tokenizer.eval().requires_grad_(False)
         self.latent_dim = tokenizer.quantizer.latent_dim
         self.scale_factor = scale_factor
+        if "class_path" in tokenizer.hparams:
+            # Not by the file that it came from.
+            inner = {name: tokenizer.hparams[name] for name in ("class_path", "init_args")}
+            record_config(
+                self,
+                {
+                    "class_path": "discrete_lit.tokenizers.CodebookLatents",
+                    "init_args": {"tokenizer": inner, "scale_factor": scale_factor},
+                },
+            )
 
     def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return (self.latent_dim, *self.tokenizer.network.grid(image_size))
