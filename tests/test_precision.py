@@ -223,7 +223,7 @@ def test_every_class_is_in_the_table() -> None:
         name
         for name in tokenizers.__all__
         if isinstance(getattr(tokenizers, name), type)
-        and issubclass(getattr(tokenizers, name), (tokenizers.Tokenizer, tokenizers.KLVAE))
+        and issubclass(getattr(tokenizers, name), (tokenizers.Tokenizer, tokenizers.ContinuousTokenizer))
         and not getattr(getattr(tokenizers, name), "__abstractmethods__", ())
     }
     assert concrete - {name.partition(",")[0] for name in TOKENIZERS} <= {"AutoencoderTokenizer"}

@@ -37,13 +37,13 @@ class ArrayKind:
     """The names of one kind of encoded arrays."""
 
     format: str
-    """What the manifest calls it."""
+    """The word for it in the manifest."""
     word: str
-    """What messages call it: a token array, say."""
+    """The word for it in messages: a token array, say."""
     content: str
     """The name of its codes: of their file, and in batches."""
     entries: tuple[str, ...]
-    """What its manifest has beside what every one has."""
+    """The entries of its manifest beside those that every one has."""
 
     def refused(self, manifest: Any, path: Path) -> str | None:
         """Say why a manifest is not one of this kind; None where it is."""
@@ -221,7 +221,7 @@ class EncodedWriter(ABC):
 
     @classmethod
     def measured(cls, manifest: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-        """What the manifest says of all codes together, once they are there: nothing by default."""
+        """Measure all codes together, once they are there, for the manifest: nothing by default."""
         return {}
 
     @classmethod
@@ -246,7 +246,7 @@ class EncodedFolder(ABC):
     """
 
     writer: ClassVar[type[EncodedWriter]]
-    """Whose folders these are."""
+    """The writer of these folders."""
 
     def __init__(self, folder: str | os.PathLike[str]):
         self.folder = Path(folder).expanduser()
@@ -411,7 +411,7 @@ class EncodedArrays(ResumableDataModule):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """That of the first folder."""
+        """The manifest of the first folder."""
         return next(iter(self.folders.values())).manifest
 
     @property

@@ -24,10 +24,10 @@ from discrete_lit.data.encoded_arrays import ArrayKind, EncodedArrays, EncodedFo
 from discrete_lit.metrics.latent_statistics import LatentStatistics
 
 LatentStorage = Literal["moments", "sample"]
-"""What a row holds: the moments of the latents, of which training draws anew in each epoch, or one sample of them."""
+"""The content of a row: moments of the latents, of which training draws anew in each epoch, or one sample of them."""
 LatentPrecision = Literal["float16", "bfloat16"]
 _BYTES_AT_ONCE = 2**26
-"""Of the rows that are measured at a time."""
+"""The size of the rows that are measured at a time."""
 # As torch computes with them, and as numpy stores them.
 _TYPES: dict[str, tuple[torch.dtype, type[np.generic]]] = {
     "float16": (torch.float16, np.float16),

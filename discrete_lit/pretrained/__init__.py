@@ -3,6 +3,7 @@
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
     halton_maskgit,
+    lightning_dit,
     llamagen,
     mar,
     maskbit,
