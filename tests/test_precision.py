@@ -48,6 +48,7 @@ TOKENIZER_TABLE: dict[str, tuple[Row, Row, Row]] = {
     "PixelLevels, grey": ((0.02, 0.05, 0.02), (2e-03, 0.02, 2e-05), (1e-03, 0.01, 2e-05)),
     "ColourPalette": ((0.02, 0.05, 0.02), (2e-03, 0.02, 2e-05), (1e-03, 0.01, 2e-05)),
     "KLVAE": ((0.05, 0.3, 0.02), (0.06, 0.4, 3e-05), (1e-03, 0.01, 2e-05)),
+    "DimensionwiseTokenizer": ((0.02, 0.1, 0.02), (0.05, 0.4, 3e-05), (1e-03, 0.01, 2e-05)),
 }
 # The largest difference of the log-likelihood, in nats a token, and the relative difference of the training loss.
 GENERATOR_TABLE: dict[str, tuple[Row, Row]] = {
