@@ -2,6 +2,7 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    bitdance,
     halton_maskgit,
     lightning_dit,
     llamagen,

@@ -308,6 +308,31 @@ def va_vae(load: Load, case: Case) -> Tensors:
     }
 
 
+def bitdance_ae(load: Load, case: Case) -> Tensors:
+    """Ids, signs and images; the decoder is given its codes in the reference's layout of memory.
+
+    Behind its adaptive norms channels have means far above their deviations, where torch's GroupNorm of channels-last
+    tensors on a CPU loses half of float32's digits. The reference's codes of images are channels-last, given ones not.
+    """
+    module = load()
+    channels_last = {"memory_format": torch.channels_last}
+    ids = module.encode(case.inputs["x"])
+    groups = case.constructor["num_codebooks"]
+    assert module.quantizer.entropy_groups == groups
+    width = module.quantizer.dim // groups
+    # An id of ours holds those of all codebooks, the first in its lowest bits.
+    parts = torch.stack([ids.flatten(1) >> (width * group) & (2**width - 1) for group in range(groups)], dim=-1)
+    whole = (case.expected["indices"] << width * torch.arange(groups)).sum(dim=-1)
+    return {
+        "h": module.network.encode(case.inputs["x"]),
+        "quant": module.embed(ids),
+        "indices": parts,
+        "reconstruction": module.network.decoder(module.embed(ids).contiguous(**channels_last)),
+        "decoded_bits": module.network.decoder(case.inputs["bits"].contiguous()),
+        "indices_to_bits": module.quantizer.lookup(whole),
+    }
+
+
 def titok(load: Load, case: Case) -> Tensors:
     module = load()
     images = case.inputs["x"] * 2 - 1
@@ -366,6 +391,7 @@ OUTPUTS: dict[str, Outputs] = {
     "maskbit_tokenizer": maskbit_tokenizer,
     "mar_kl_vae": mar_kl_vae,
     "va_vae": va_vae,
+    "bitdance_ae": bitdance_ae,
     "titok": titok,
     "titok_vae": titok_vae,
 }

@@ -16,7 +16,7 @@ from discrete_lit.samplers import FirstHittingSampler, RemaskingSampler
 
 KINDS = (golden_tokenizers, golden_generators, golden_diffusion)
 NOT_YET = (
-    *("bar", "bar_fsq", "bitdance", "bitdance_ae", "bitdance_parallel", "chameleon", "dalle_dvae", "dit", "emu3"),
+    *("bar", "bar_fsq", "bitdance", "bitdance_parallel", "chameleon", "dalle_dvae", "dit", "emu3"),
     *("encodec", "gidd", "hart", "hart_tokenizer", "ibq_ar", "infinity", "janus", "ldm", "llamagen_t2i"),
     *("magvit2_video", "mar", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
     *("rq_transformer", "rq_vae", "showo", "sit", "tokenbridge", "transfusion_mask", "vq_diffusion", "xar"),
