@@ -165,6 +165,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DDIM": {"steps": 4},
     "EulerMaruyama": {"steps": 4},
     "LPIPS": {"weights_path": "random"},
+    "AlignmentLoss": {"model_name": "test_vit.r160_in1k", "weights_path": "random", "image_size": 32},
     "TimmFeatures": {"model_name": "test_convnext.r160_in1k", "weights_path": "random", "image_size": 32},
     "AdversarialLoss": {"start_step": 0},
     "PatchGAN": {"width": 4},
@@ -247,7 +248,7 @@ def test_models_fit_reload_and_sample(
     import discrete_lit
     from discrete_lit.cli.commands import main
     from discrete_lit.evaluation.classifier import load_classifier
-    from discrete_lit.tokenizers import KLVAE
+    from discrete_lit.tokenizers import ContinuousTokenizer
 
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
@@ -277,7 +278,8 @@ def test_models_fit_reload_and_sample(
         return
     images_32 = torch.rand(2, 3, 32, 32) * 2 - 1
     codes = module.encode(images_32)
-    assert codes.shape[1:] == (module.latent_shape(32) if isinstance(module, KLVAE) else module.token_shape(32))
+    continuous = isinstance(module, ContinuousTokenizer)
+    assert codes.shape[1:] == (module.latent_shape(32) if continuous else module.token_shape(32))
     assert module.decode(codes).shape == images_32.shape
 
 

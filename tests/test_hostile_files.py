@@ -313,6 +313,7 @@ RECONSTRUCTIONS = "--reconstructions.mine=hostile.ckpt"
 COMMANDS = {
     "sample": ("--ckpt_path", "hostile.ckpt", "--num_samples=1", "--output=out"),
     "tokenize": ("--config", "images.yaml", "--ckpt_path", "hostile.ckpt", "--output=out"),
+    "measure_latents": ("--config", "images.yaml", "--ckpt_path", "hostile.ckpt"),
     "validate": ("--config", "data.yaml", "--ckpt_path", "hostile.ckpt"),
     "fit": ("--config", "data.yaml", "--ckpt_path", "hostile.ckpt"),
     "predict": ("--config", "data.yaml", "--ckpt_path", "hostile.ckpt"),

@@ -20,7 +20,8 @@ TRAINING_COMMANDS = {
 # Commands that are a function of this package each; those above are one `TrainingCLI`.
 FUNCTION_COMMANDS = {
     "shards": "write a data set as webdataset shards",
-    "tokenize": "encode the images of a data set as token arrays",
+    "tokenize": "encode the images of a data set as arrays of tokens or latents",
+    "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
     "import": "read a published checkpoint",

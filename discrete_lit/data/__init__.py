@@ -1,4 +1,4 @@
-"""Data: images from shards or folders, and token arrays, each as a LightningDataModule that resumes exactly.
+"""Data: images from shards or folders, arrays of tokens or latents, each a LightningDataModule that resumes exactly.
 
 The DataModules are imported when they are asked for: the commands that only write shards need neither torch nor
 Lightning.
@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from discrete_lit.data.image_folder import ImageFolder
     from discrete_lit.data.image_shards import ImageShards
+    from discrete_lit.data.latent_arrays import LatentArrays, LatentWriter
     from discrete_lit.data.token_arrays import TokenArrays, TokenWriter
 
-__all__ = ["ImageFolder", "ImageShards", "TokenArrays", "TokenWriter"]
+__all__ = ["ImageFolder", "ImageShards", "LatentArrays", "LatentWriter", "TokenArrays", "TokenWriter"]
 
 _MODULES = {
     "ImageFolder": "image_folder",
     "ImageShards": "image_shards",
+    "LatentArrays": "latent_arrays",
+    "LatentWriter": "latent_arrays",
     "TokenArrays": "token_arrays",
     "TokenWriter": "token_arrays",
 }

@@ -4,6 +4,9 @@ A diffusion model of latents is built for data of unit deviation: its noise sche
 time. Latents of another scale train without an error and sample badly.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -82,11 +85,31 @@ def check_latent_scale(latents: Tensor, *, least: float = _LEAST, most: float = 
             f"latents are floating-point numbers, got {latents.dtype} {tuple(latents.shape)}: are these the ids of a "
             "discrete tokenizer?"
         )
-    found = float(latents.detach().double().square().mean().sqrt())
-    if not least <= found <= most:
-        known = f"multiply by {1 / found:.4g}" if 0 < found < float("inf") else "there is none of these"
-        raise ValueError(
-            f"latents must have about unit deviation, between {least} and {most}; the first batch has {found:.4g}. "
-            f"Scale them by the tokenizer's scale_factor, or latent_mean and latent_std of its channels ({known} on "
-            "top of what it has): `discrete-lit latent_statistics` measures them"
-        )
+    complaint = scale_complaint(float(latents.detach().double().square().mean().sqrt()), least=least, most=most)
+    if complaint is not None:
+        raise ValueError(f"the first batch of latents: {complaint}")
+
+
+def scale_complaint(deviation: float, *, least: float = _LEAST, most: float = _MOST) -> str | None:
+    """Say what is wrong with latents of this deviation; None where it is about 1."""
+    if least <= deviation <= most:
+        return None
+    factor = f"a factor of {1 / deviation:.4g}" if 0 < deviation < float("inf") else "no factor"
+    return (
+        f"latents must have about unit deviation, between {least} and {most}, and these have {deviation:.4g}; "
+        f"{factor} would do. The scale is the tokenizer's: its scale_factor, or latent_mean and latent_std of its "
+        "channels; `discrete-lit measure_latents` measures them, and writes a checkpoint that has them"
+    )
+
+
+def overall_deviation(mean: Sequence[float], deviation: Sequence[float], *, about: float | None = None) -> float:
+    """The deviation of all latents together, from the mean and the deviation of each channel.
+
+    Args:
+        mean: of each channel.
+        deviation: of each channel.
+        about: the number that it is taken about; None takes the mean of all, as LDM's `1 / std(z)` does.
+    """
+    centre = sum(mean) / len(mean) if about is None else about
+    variances = [each**2 + (of_channel - centre) ** 2 for of_channel, each in zip(mean, deviation, strict=True)]
+    return math.sqrt(sum(variances) / len(variances))

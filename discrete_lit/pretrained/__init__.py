@@ -2,9 +2,11 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    bitdance,
     compvis_ldm,
     dit_sit,
     halton_maskgit,
+    lightning_dit,
     llamagen,
     mar,
     maskbit,

@@ -1,6 +1,7 @@
 """Tokenizers of ids and of continuous latents, as LightningModules."""
 
 from discrete_lit.tokenizers.characters import Characters
+from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
@@ -29,6 +30,7 @@ __all__ = [
     "ColourPalette",
     "ContinuousTokenizer",
     "DiagonalGaussian",
+    "DimensionwiseTokenizer",
     "GaussianBottleneck",
     "LatentGrid",
     "MultiScaleVQ",

@@ -28,7 +28,7 @@ from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
-from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, mean_and_log_scale
+from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, ObjectiveTerms, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Component
@@ -47,6 +47,8 @@ class Reconstruction:
     """`(B, *token_shape)` int64, of a discrete bottleneck."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that are worth a curve and no part of the loss."""
+    latents: Tensor | None = None
+    """`(B, *grid, D)`, those that were decoded, of a continuous bottleneck."""
 
 
 class ImageAutoencoder(LightningModule):
@@ -150,8 +152,22 @@ class ImageAutoencoder(LightningModule):
             made.outputs, images.to(made.outputs.dtype), last_layer=self.network.last_layer, step=step
         )
         made.figures |= compared.figures
+        made.losses |= self.latent_losses(made, compared, images, step=step)
         terms = {**compared.terms, **made.losses}
         return torch.stack([compared.loss, *made.losses.values()]).sum(), terms, made
+
+    def latent_losses(
+        self, made: Reconstruction, compared: ObjectiveTerms, images: Tensor, *, step: int | None
+    ) -> dict[str, Tensor]:
+        """Scalar terms of the latents, weighted, that depend on the loss of the outputs: none by default.
+
+        Args:
+            made: the reconstruction of the images, with its graph.
+            compared: the loss of its outputs, with their graph.
+            images: `(B, C, H, W)` in [-1, 1].
+            step: of the optimizer, in training.
+        """
+        return {}
 
     # Its training by Lightning.
 

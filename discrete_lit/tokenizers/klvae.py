@@ -18,6 +18,10 @@ from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder, Reconstruction
+from discrete_lit.tokenizers.losses import AlignmentLoss
+from discrete_lit.tokenizers.losses.adversarial import take_gradients
+from discrete_lit.tokenizers.losses.alignment import gradient_ratio
+from discrete_lit.tokenizers.losses.objective import ObjectiveTerms
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
 
@@ -38,6 +42,7 @@ class KLVAE(ImageAutoencoder, ContinuousTokenizer):
             sees have a deviation near 1: 0.2325 for the KL-16 of MAR, 0.18215 for the KL-8 of Stable Diffusion.
         latent_mean: of each of the D channels over a data set, which `encode` subtracts first; None subtracts nothing.
         latent_std: of each channel, which `encode` then divides by, as generators on VA-VAE's latents do.
+        alignment_loss: of the latents with the features of a frozen network, in training (VA-VAE); called with D.
         seed: of the latents' noise in training, which belongs to (seed, sample) where batches give the sample's number
             in the run as `"index"`; without it, torch's generator draws.
         training: settings of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
@@ -55,6 +60,7 @@ class KLVAE(ImageAutoencoder, ContinuousTokenizer):
         scale_factor: float = 1.0,
         latent_mean: Sequence[float] | None = None,
         latent_std: Sequence[float] | None = None,
+        alignment_loss: Callable[[int], AlignmentLoss] | None = None,
         seed: int = 0,
         **training: Any,
     ) -> None:
@@ -68,6 +74,9 @@ class KLVAE(ImageAutoencoder, ContinuousTokenizer):
         # Numbers, not buffers: they are settings, which every checkpoint holds, and half precision must not round them.
         self.latent_mean = _per_channel("latent_mean", latent_mean, latent_channels)
         self.latent_std = _per_channel("latent_std", latent_std, latent_channels)
+        self.alignment = None if alignment_loss is None else alignment_loss(latent_channels)
+        if self.alignment is not None and self.alignment.adaptive:
+            _ = self.network.last_encoder_layer  # or it says that it has none
         self.seed = seed
 
     def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
@@ -128,7 +137,38 @@ class KLVAE(ImageAutoencoder, ContinuousTokenizer):
     def reconstruct(self, images: Tensor, *, step: int | None = None, index: Tensor | None = None) -> Reconstruction:
         random = None if index is None else CounterRandom(self.seed, index)
         latents, losses = self.bottleneck(self.latents(images), random)
-        return Reconstruction(outputs=self.outputs(latents), losses=losses)
+        return Reconstruction(outputs=self.outputs(latents), losses=losses, latents=latents)
+
+    def latent_losses(
+        self, made: Reconstruction, compared: ObjectiveTerms, images: Tensor, *, step: int | None
+    ) -> dict[str, Tensor]:
+        """The alignment loss, `alignment`, in training; its weight is the figure `alignment_weight`."""
+        if self.alignment is None or step is None:
+            return {}
+        assert made.latents is not None
+        alignment = self.alignment(made.latents, images)
+        weight = torch.full_like(alignment.detach(), self.alignment.weight)
+        if self.alignment.adaptive:
+            gradient = compared.reconstruction_gradient
+            if gradient is None:
+                reconstruction = torch.stack(list(compared.terms.values())).sum()
+                (gradient,) = take_gradients(reconstruction, [made.outputs], retain_graph=True)
+            weight = weight * gradient_ratio(
+                alignment,
+                made.latents,
+                outputs=made.outputs,
+                reconstruction_gradient=gradient,
+                layer=self.network.last_encoder_layer,
+            )
+        made.figures["alignment_weight"] = weight
+        return {"alignment": weight * alignment}
+
+    # Its training by Lightning.
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.alignment is not None:
+            self.alignment.prepare()
 
 
 def _per_channel(name: str, values: Sequence[float] | None, channels: int) -> list[float] | None:

@@ -26,7 +26,9 @@ OPTIONS = {
     "predict": TRAINING,
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
     "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
-    | {"accelerator", "devices", "num_nodes", "precision"},
+    | {"accelerator", "devices", "num_nodes", "precision", "latents", "latent_dtype", "seed"},
+    "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
+    | {"accelerator", "precision"},
     "sample": {
         "config",
         "ckpt_path",
@@ -127,6 +129,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     **{name: ({"trainer": {"max_steps": 2}}, "trainer.max_steps", 7) for name in cli.TRAINING_COMMANDS},
     "shards": ({"split": "train"}, "split", "test"),
     "tokenize": ({"split": "train"}, "split", "validation"),
+    "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),

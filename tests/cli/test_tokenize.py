@@ -186,6 +186,104 @@ def test_a_generators_checkpoint_is_refused(
     assert "holds a Masked, not a Tokenizer" in capfd.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def klvae_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A KLVAE of two channels on 4x4 grids of 8x8 images, whose latents are far from unit deviation."""
+    import torch
+
+    from discrete_lit.checkpoints import instantiate, save
+
+    network = {
+        "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
+        "init_args": {"channels": 4, "multipliers": [1, 1], "blocks": 1, "attention": False, "norm_groups": 2},
+    }
+    arguments = {"network": network, "latent_channels": 2, "kl_weight": 1e-6, "scale_factor": 20.0}
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("klvae") / "klvae.ckpt"
+    save(instantiate({"class_path": "discrete_lit.tokenizers.KLVAE", "init_args": arguments}).eval(), path)
+    return path
+
+
+def pixels_of(images: Path) -> Any:
+    import torch
+
+    from discrete_lit.core.images import from_uint8
+
+    files = sorted(images.rglob("*.png"))
+    return from_uint8(torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files])).movedim(-1, 1))
+
+
+@pytest.mark.parametrize("storage", ["moments", "sample"])
+def test_latents_of_a_continuous_tokenizer(
+    storage: str, klvae_checkpoint: Path, images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.core.random import CounterRandom
+    from discrete_lit.data import LatentArrays
+
+    given = ["--latents", storage, "--crops", "flip", "--seed", "3"]
+    tokenize(klvae_checkpoint, images, tmp_path / "latents", *given)
+    stored = torch.from_numpy(np.load(tmp_path / "latents" / "latents.npy"))
+    tokenizer, pixels = discrete_lit.load(klvae_checkpoint), pixels_of(images)
+    for variant, shown in enumerate((pixels, pixels.flip(-1))):
+        with torch.no_grad():
+            random = CounterRandom(3, torch.arange(12) * 2 + variant)
+            moments = torch.stack(tokenizer.moments(shown), dim=1)
+            expected = moments if storage == "moments" else tokenizer.encode(shown, random)
+        torch.testing.assert_close(stored[:, variant].float(), expected, rtol=1e-3, atol=1e-3)
+    data = LatentArrays(str(tmp_path / "latents"), batch_size=6)
+    data.check_tokenizer(tokenizer.fingerprint())
+    assert data.latent_shape == tokenizer.latent_shape(8) == (2, 4, 4)
+    assert next(iter(data.training_loader(0, 1)))["latents"].shape == (6, 2, 4, 4)
+    # Its deviation is told where training would fail without a word.
+    assert "latents must have about unit deviation, between 0.5 and 2.0" in caplog.text
+
+
+@pytest.mark.parametrize("scale", ["factor", "channels"])
+def test_the_scale_that_latents_need(scale: str, klvae_checkpoint: Path, images: Path, tmp_path: Path) -> None:
+    import torch
+
+    import discrete_lit
+    from discrete_lit.cli.commands import main
+    from discrete_lit.core.random import CounterRandom
+
+    data = {
+        "class_path": "discrete_lit.data.ImageFolder",
+        "init_args": {"train": str(images), "image_size": 8, "batch_size": 5, "num_workers": 0},
+    }
+    where = ["--ckpt_path", str(klvae_checkpoint), "--data", json.dumps(data), "--accelerator", "cpu"]
+    main(["measure_latents", *where, "--scale", scale, "--output", str(tmp_path / "scaled.ckpt")])
+    scaled = discrete_lit.load(tmp_path / "scaled.ckpt")
+    assert (scaled.scale_factor == 1) == (scale == "channels")
+    repeated = pixels_of(images).repeat(400, 1, 1, 1)
+    with torch.no_grad():
+        drawn = scaled.encode(repeated, CounterRandom(0, torch.arange(len(repeated))))
+    if scale == "factor":
+        assert float(drawn.std()) == pytest.approx(1, abs=0.02)
+    else:
+        torch.testing.assert_close(drawn.std(dim=(0, 2, 3)), torch.ones(2), rtol=0, atol=0.02)
+        torch.testing.assert_close(drawn.mean(dim=(0, 2, 3)), torch.zeros(2), rtol=0, atol=0.02)
+    # Images of the scaled latents are those of the same weights.
+    first = discrete_lit.load(klvae_checkpoint)
+    images_of = pixels_of(images)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled.decode(scaled.encode(images_of)), first.decode(first.encode(images_of)))
+
+
+def test_a_discrete_tokenizer_has_no_latents_to_measure(
+    tokenizer_checkpoint: Path, images: Path, capfd: pytest.CaptureFixture
+) -> None:
+    from discrete_lit.cli.commands import main
+
+    data = {"class_path": "discrete_lit.data.ImageFolder"}
+    data["init_args"] = {"train": str(images), "image_size": 8, "batch_size": 5}
+    with pytest.raises(SystemExit):
+        main(["measure_latents", "--ckpt_path", str(tokenizer_checkpoint), "--data", json.dumps(data)])
+    assert "holds a FSQ, not a KLVAE" in capfd.readouterr().err
+
+
 WIDE = {
     "LFQ of 33 bits": ("LookupFreeQuantizer", {"bits": 33, "entropy_weight": 0.0}),
     "LFQ of 62 bits": ("LookupFreeQuantizer", {"bits": 62, "entropy_weight": 0.0}),

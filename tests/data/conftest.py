@@ -120,3 +120,32 @@ def make_token_folder() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def make_latent_folder() -> Callable[..., Path]:
+    """`make_latent_folder(folder, count=40)`: moments of latents `(2, 1, 3)` in float16, labels row mod 3."""
+
+    def make(folder: Path, count: int = 40) -> Path:
+        folder.mkdir(parents=True)
+        latents = np.random.RandomState(0).standard_normal((count, 2, 2, 1, 3)).astype(np.float16)
+        np.save(folder / "latents.npy", latents)
+        np.save(folder / "labels.npy", np.arange(count) % 3)
+        content = {
+            "format": "discrete-lit-latents-1",
+            "count": count,
+            "latent_shape": [2, 1, 3],
+            "storage": "moments",
+            "dtype": "float16",
+            "image_size": 8,
+            "num_classes": 3,
+            "classes": ["ant", "bee", "cat"],
+            "tokenizer": "a" * 64,
+            "source": "noise",
+            "latent_mean": [0.0, 0.0],
+            "latent_std": [1.0, 1.0],
+        }
+        (folder / "manifest.json").write_text(json.dumps(content))
+        return folder
+
+    return make

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from discrete_lit.cli.resume import ContinueExactly
-from discrete_lit.data import ImageFolder, ImageShards, TokenArrays
+from discrete_lit.data import ImageFolder, ImageShards, LatentArrays, TokenArrays
 from discrete_lit.data.data_module import ResumableDataModule
 from discrete_lit.data.loaders import TrainingLoader
 
@@ -29,19 +29,20 @@ STEPS = 10
 
 
 def seen(batch: dict[str, Any]) -> Seen:
-    """What a batch holds: index, labels, and a hash of the pixels or tokens."""
-    content = batch["image"] if "image" in batch else batch["tokens"]
+    """What a batch holds: index, labels, and a hash of the pixels, tokens or latents."""
+    content = next(batch[name] for name in ("image", "tokens", "latents") if name in batch)
     digest = hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
     return tuple(batch["index"].tolist()), tuple(batch["label"].tolist()), digest
 
 
-@pytest.fixture(params=["shards", "folder", "tokens"])
+@pytest.fixture(params=["shards", "folder", "tokens", "latents"])
 def make_data(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     make_shards: Callable[..., Path],
     make_class_folder: Callable[..., Path],
     make_token_folder: Callable[..., Path],
+    make_latent_folder: Callable[..., Path],
 ) -> Callable[..., ResumableDataModule]:
     """43 training samples in each kind of DataModule; batches of 4, so 10 a process."""
     if request.param == "shards":
@@ -51,9 +52,12 @@ def make_data(
         folder = make_class_folder(tmp_path / "folder", {"ant": 20, "bee": 23})
         (folder / "ant" / "0003.png").write_bytes(b"broken")
         kind, settings = ImageFolder, {"image_size": 6, "max_bad_fraction": 0.1}
-    else:
+    elif request.param == "tokens":
         folder = make_token_folder(tmp_path / "tokens", count=43)
         kind, settings = TokenArrays, {}
+    else:
+        folder = make_latent_folder(tmp_path / "latents", count=43)
+        kind, settings = LatentArrays, {}
 
     def make(**changes: Any) -> ResumableDataModule:
         return kind(str(folder), str(folder), **{"batch_size": 4, "num_workers": 0, **settings, **changes})  # type: ignore[arg-type]
@@ -411,6 +415,6 @@ def test_validation_and_prediction_see_each_sample_once(
     trainer.validate(model, datamodule=data, verbose=False)
     predictions = trainer.predict(model, datamodule=data)
     assert predictions is not None
-    broken = {TokenArrays: set(), ImageFolder: {3}, ImageShards: {7, 30}}[type(data)]  # type: ignore[index]
+    broken = {TokenArrays: set(), LatentArrays: set(), ImageFolder: {3}, ImageShards: {7, 30}}[type(data)]  # type: ignore[index]
     assert sorted(model.validated) == sorted(set(range(43)) - broken)
     assert sorted(index for batch in predictions for index in batch) == sorted(model.validated)

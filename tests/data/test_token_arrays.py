@@ -155,10 +155,10 @@ def test_crops_that_the_manifest_does_not_say_are_refused(crops: Path) -> None:
 
 def test_the_tokens_are_not_copied_to_the_workers(folder: Path) -> None:
     opened = TokenFolder(folder)
-    assert isinstance(opened.tokens, np.memmap)
+    assert isinstance(opened.codes, np.memmap)
     copy = pickle.loads(pickle.dumps(opened))
-    assert copy._tokens is None
-    np.testing.assert_array_equal(copy.tokens, opened.tokens)
+    assert copy._codes is None
+    np.testing.assert_array_equal(copy.codes, opened.codes)
 
 
 def test_tokens_of_another_tokenizer_are_refused(
@@ -388,7 +388,7 @@ def test_ids_that_no_integer_holds(tmp_path: Path) -> None:
 
 def test_an_array_whose_ids_were_cut_is_refused(folder: Path) -> None:
     np.save(folder / "tokens.npy", np.load(folder / "tokens.npy").astype(np.uint32))
-    assert len(TokenFolder(folder).tokens) == 40  # wider than it needs to be
+    assert len(TokenFolder(folder).codes) == 40  # wider than it needs to be
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 2**36}))
     with pytest.raises(ValueError, match=r"holds uint32 \(40, 2, 3\); its manifest says int64 \(40, 2, 3\)"):

@@ -1,13 +1,18 @@
 """What our tokenizers give for the inputs of the golden cases, by the names of the reference's outputs."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from discrete_lit.metrics.latent_statistics import LatentStatistics
 from discrete_lit.tokenizers.klvae import DiagonalGaussian
+from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
+from discrete_lit.tokenizers.losses.discriminators import PatchGAN
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
 from helpers.golden import Case, Compared, Load, Tensors
 
@@ -217,6 +222,117 @@ def mar_kl_vae(load: Load, case: Case) -> Tensors:
     }
 
 
+def va_vae(load: Load, case: Case) -> Tensors:
+    """Latents, their statistics, and the losses and gradients of a training step, with the case's noise and features.
+
+    Pixel losses are means here and sums there: a loss of ours, times the numbers of an image, is the reference's.
+    """
+    statistics, latents = LatentStatistics(case.inputs["latents"].shape[1]), case.inputs["latents"]
+    statistics.update(latents)
+    mean_and_std = [values.float() for values in statistics.compute()]
+    normalised, module = deepcopy(load()), deepcopy(load())
+    normalised.latent_mean, normalised.latent_std = (values.tolist() for values in mean_and_std)
+    assert module.scale_factor == case.constructor["latent_multiplier"]
+    posterior = module.posterior(case.inputs["x"])
+    mean = channels_first(posterior.mean)
+    torch.testing.assert_close(module.encode(case.inputs["x"]), mean)
+    made = {
+        "mean": mean,
+        "logvar": channels_first(posterior.logvar),
+        "kl": posterior.kl(),
+        "rec_from_mean": decode(module, mean),
+        "decoded_z": decode(module, case.inputs["z"]),
+        "latent_mean": mean_and_std[0][:, None, None][None],
+        "latent_std": mean_and_std[1][:, None, None][None],
+        "latents_normalised": normalised.scaled(latents),
+        "latents_back": normalised.unscaled(case.inputs["z"]),
+    }
+
+    losses = case.constructor["lossconfig"]
+    discriminator = {name: value for name, value in case.state.items() if name.startswith("loss.discriminator.")}
+    patches = PatchGAN(
+        width=discriminator["loss.discriminator.main.0.weight"].shape[0], layers=losses["disc_num_layers"], norm="sync"
+    )
+    patches.load_state_dict({name.removeprefix("loss.discriminator."): value for name, value in discriminator.items()})
+    adversarial = AdversarialLoss(patches, losses["disc_weight"], adaptive=True, start_step=losses["disc_start"])
+    # The reference's likelihood has a variance that it never trains: a weight of the pixels, and a constant.
+    logvar = case.state["loss.logvar"]
+    module.objective = Objective({"l1": float((-logvar).exp())}, adversarial_loss=adversarial)
+    module.alignment.features = lambda images: case.inputs["aux_feature"].movedim(1, -1)
+    scale, noise = case.inputs["x"][0].numel(), case.inputs["noise"].movedim(1, -1)
+
+    def step(number: int) -> tuple[Tensor, Tensors, Any]:
+        with patch("torch.randn_like", lambda _: noise):
+            loss, terms, reconstruction = module.train().loss(case.inputs["x"], step=number)
+        return loss, terms, reconstruction
+
+    with torch.enable_grad():
+        early, _, _ = step(3)
+        loss, terms, reconstruction = step(9)
+        parameters = {
+            "encoder.conv_out.weight": module.network.encoder.conv_out.weight,
+            "encoder.conv_in.weight": module.network.encoder.conv_in.weight,
+            "quant_conv.weight": module.network.encoder.to_latents.weight,
+            "decoder.conv_out.weight": module.network.decoder.conv_out.weight,
+            "post_quant_conv.weight": module.network.decoder.from_codes.weight,
+            "linear_proj.weight": module.alignment.projection.weight,
+        }
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    for name, gradient in zip(parameters, gradients, strict=True):
+        made[f"grad.{name}"] = (gradient * scale).reshape(case.expected[f"grad.{name}"].shape)
+    figures = reconstruction.figures
+    z, features = module.alignment.compared(reconstruction.latents, module.alignment.features(case.inputs["x"]))
+    numbers = {
+        "loss_early": (early + logvar) * scale,
+        "log_early.disc_factor": torch.tensor(float(adversarial.trains(3))),
+        "loss_late": (loss - terms["discriminator"] + logvar) * scale,
+        "log.kl_loss": terms["kl"] / module.bottleneck.kl_weight,
+        "log.nll_loss": (terms["reconstruction_l1"] + logvar) * scale,
+        "log.rec_loss": terms["reconstruction_l1"] * logvar.exp(),
+        "log.d_weight": figures["generator_weight"] * scale,
+        "log.disc_factor": torch.tensor(adversarial.warmup(9)),
+        "log.g_loss": terms["generator"] / figures["generator_weight"],
+        "log.vf_loss": terms["alignment"] / figures["alignment_weight"],
+        "log.vf_weight": figures["alignment_weight"] * scale,
+        "vf_distmat": module.alignment.distance_term(z, features),
+        "vf_cos": module.alignment.cosine_term(z, features),
+        "disc_loss": terms["discriminator"],
+    }
+    return {
+        **made,
+        **{name: value.detach().reshape(1) for name, value in numbers.items()},
+        "sample": channels_first(reconstruction.latents),
+        "reconstruction": reconstruction.outputs,
+        "z_vf": channels_first(z),
+        "aux_vf": channels_first(features),
+    }
+
+
+def bitdance_ae(load: Load, case: Case) -> Tensors:
+    """Ids, signs and images; the decoder is given its codes in the reference's layout of memory.
+
+    Behind its adaptive norms channels have means far above their deviations, where torch's GroupNorm of channels-last
+    tensors on a CPU loses half of float32's digits. The reference's codes of images are channels-last, given ones not.
+    """
+    module = load()
+    channels_last = {"memory_format": torch.channels_last}
+    ids = module.encode(case.inputs["x"])
+    groups = case.constructor["num_codebooks"]
+    assert module.quantizer.entropy_groups == groups
+    width = module.quantizer.dim // groups
+    # An id of ours holds those of all codebooks, the first in its lowest bits.
+    parts = torch.stack([ids.flatten(1) >> (width * group) & (2**width - 1) for group in range(groups)], dim=-1)
+    whole = (case.expected["indices"] << width * torch.arange(groups)).sum(dim=-1)
+    return {
+        "h": module.network.encode(case.inputs["x"]),
+        "quant": module.embed(ids),
+        "indices": parts,
+        "reconstruction": module.network.decoder(module.embed(ids).contiguous(**channels_last)),
+        "decoded_bits": module.network.decoder(case.inputs["bits"].contiguous()),
+        "indices_to_bits": module.quantizer.lookup(whole),
+    }
+
+
 def titok(load: Load, case: Case) -> Tensors:
     module = load()
     images = case.inputs["x"] * 2 - 1
@@ -274,6 +390,8 @@ OUTPUTS: dict[str, Outputs] = {
     "vqgan_plus": vqgan_plus,
     "maskbit_tokenizer": maskbit_tokenizer,
     "mar_kl_vae": mar_kl_vae,
+    "va_vae": va_vae,
+    "bitdance_ae": bitdance_ae,
     "titok": titok,
     "titok_vae": titok_vae,
 }

@@ -47,6 +47,7 @@ from discrete_lit.tokenizers import (
     VQVAE,
     Characters,
     ColourPalette,
+    DimensionwiseTokenizer,
     MultiScaleVQ,
     PixelLevels,
     TiTok,
@@ -125,6 +126,9 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "Characters": lambda: Characters(),
     "TokenGrid": lambda: TokenGrid(8, (2, 3)),
     "KLVAE": lambda: KLVAE(convolutional, latent_channels=4, kl_weight=1e-6),
+    "DimensionwiseTokenizer": lambda: DimensionwiseTokenizer(
+        KLVAE(convolutional, latent_channels=4, kl_weight=1e-6), 16
+    ),
 }
 
 

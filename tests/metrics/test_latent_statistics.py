@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from discrete_lit.metrics.latent_statistics import LatentStatistics, check_latent_scale
+from discrete_lit.metrics.latent_statistics import LatentStatistics, check_latent_scale, overall_deviation
 
 
 def test_the_statistics_are_those_of_all_latents_at_once() -> None:
@@ -45,15 +45,29 @@ def test_latents_of_about_unit_deviation_pass(scale: float) -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1 / 0.2325, float("nan"), float("inf")])
 def test_latents_of_another_scale_are_refused(scale: float) -> None:
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match=r"about unit deviation, between 0\.5 and 2\.0; the first batch has"):
+    with pytest.raises(
+        ValueError, match=r"first batch of latents: .* about unit deviation, between 0\.5 and 2\.0, and these"
+    ):
         check_latent_scale(torch.randn(4, 8, 6, 6) * scale)
 
 
 def test_the_message_says_the_factor_that_is_missing() -> None:
-    with pytest.raises(ValueError, match=r"multiply by 0\.25"):
+    with pytest.raises(ValueError, match=r"a factor of 0\.25 would do"):
         check_latent_scale(torch.tensor([[4.0, -4.0]]))
 
 
 def test_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="are these the ids of a discrete tokenizer"):
         check_latent_scale(torch.zeros(2, 4, dtype=torch.int64))
+
+
+def test_the_deviation_of_all_channels_together() -> None:
+    torch.manual_seed(0)
+    latents = torch.randn(50, 3, 4) * torch.tensor([0.5, 1.0, 3.0])[:, None] + torch.tensor([-1.0, 0.0, 4.0])[:, None]
+    mean, deviation = (
+        latents.double().mean(dim=(0, 2)).tolist(),
+        latents.double().std(dim=(0, 2), correction=0).tolist(),
+    )
+    assert overall_deviation(mean, deviation) == pytest.approx(float(latents.double().std(correction=0)))
+    about_zero = float(latents.double().square().mean().sqrt())
+    assert overall_deviation(mean, deviation, about=0.0) == pytest.approx(about_zero)

@@ -16,10 +16,10 @@ from discrete_lit.samplers import FirstHittingSampler, RemaskingSampler
 
 KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents)
 NOT_YET = (
-    *("bar", "bar_fsq", "bitdance", "bitdance_ae", "bitdance_parallel", "chameleon", "dalle_dvae", "emu3"),
+    *("bar", "bar_fsq", "bitdance", "bitdance_parallel", "chameleon", "dalle_dvae", "emu3"),
     *("encodec", "gidd", "hart", "hart_tokenizer", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
-    *("rq_transformer", "rq_vae", "showo", "tokenbridge", "transfusion_mask", "va_vae", "vq_diffusion", "xar"),
+    *("rq_transformer", "rq_vae", "showo", "tokenbridge", "transfusion_mask", "vq_diffusion", "xar"),
 )
 
 

@@ -28,7 +28,7 @@ PixelLoss = Literal["l1", "l2", "logit_laplace"]
 logit-Laplace distribution (`"logit_laplace"`, see `logit_laplace_loss`)."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ObjectiveTerms:
     """The loss of a batch and what it is made of."""
 
@@ -38,6 +38,8 @@ class ObjectiveTerms:
     """Scalars, each already multiplied by its weight."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that are worth a curve and no part of the loss."""
+    reconstruction_gradient: Tensor | None = None
+    """The gradient of the terms of reconstruction at the outputs, `(B, C', H, W)`; None where nobody needed it."""
 
 
 class Objective(FullPrecision):
@@ -106,7 +108,7 @@ class Objective(FullPrecision):
                     return self._with_discriminator(self.adversarial, outputs, images, last_layer, step)
                 return self._before_discriminator(self.adversarial, outputs, images)
             terms = self._reconstruction(outputs, images)
-            return ObjectiveTerms(_sum(terms), terms)
+            return ObjectiveTerms(loss=_sum(terms), terms=terms)
 
     def _reconstruction(self, outputs: Tensor, images: Tensor) -> dict[str, Tensor]:
         terms = {self.names[name]: weight * loss(outputs, images) for name, (loss, weight) in self.pixel_losses.items()}
@@ -120,7 +122,7 @@ class Objective(FullPrecision):
         # Data parallelism waits for a gradient of every parameter, zero or not.
         parameters = adversarial.parameters_to_train()
         zeros = [torch.zeros_like(parameter) for parameter in parameters]
-        return ObjectiveTerms(loss + with_known_gradients(torch.zeros_like(loss), parameters, zeros), terms)
+        return ObjectiveTerms(loss=loss + with_known_gradients(torch.zeros_like(loss), parameters, zeros), terms=terms)
 
     def _with_discriminator(
         self, adversarial: AdversarialLoss, outputs: Tensor, images: Tensor, last_layer: Tensor | None, step: int
@@ -130,6 +132,7 @@ class Objective(FullPrecision):
         y = outputs.detach().requires_grad_()
         terms = self._reconstruction(y, images)
         (gradient,) = take_gradients(_sum(terms), [y])
+        reconstruction_gradient = gradient
         terms = {name: term.detach() for name, term in terms.items()}
 
         players = adversarial(y, images, step)
@@ -152,7 +155,7 @@ class Objective(FullPrecision):
         # The backward pass hands the gradients on: through the decoder, and to the discriminator's weights.
         parameters = adversarial.parameters_to_train()
         loss = with_known_gradients(_sum(terms), [outputs, *parameters], [gradient, *players.gradients])
-        return ObjectiveTerms(loss, terms, figures)
+        return ObjectiveTerms(loss=loss, terms=terms, figures=figures, reconstruction_gradient=reconstruction_gradient)
 
 
 def _sum(terms: dict[str, Tensor]) -> Tensor:

@@ -167,6 +167,10 @@ class ConvAutoencoder(Autoencoder):
     def last_layer(self) -> Tensor:
         return cast(nn.Conv2d, self.decoder.conv_out).weight
 
+    @property
+    def last_encoder_layer(self) -> Tensor:
+        return cast(nn.Conv2d, self.encoder.conv_out).weight
+
     def grid(self, image_size: ImageSize) -> tuple[int, ...]:
         size = height_and_width(image_size)
         grid = tuple(self._latent_side(side) for side in size)

@@ -28,6 +28,18 @@ class Autoencoder(nn.Module, ABC):
     def last_layer(self) -> Tensor:
         """The weight that makes the pixels: an adaptive adversarial weight compares the gradients there."""
 
+    @property
+    def last_encoder_layer(self) -> Tensor:
+        """The weight that makes the latents: an adaptive alignment loss compares the gradients there.
+
+        Raises:
+            ValueError: this network does not say which it is.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} does not say which layer of its encoder is the last: an alignment loss needs "
+            "adaptive: false with it"
+        )
+
     @abstractmethod
     def grid(self, image_size: ImageSize) -> tuple[int, ...]:
         """The latent grid of images of this size: the side of a square, or (H, W).

@@ -8,6 +8,7 @@
     finite_scalar.py        FSQ
     gumbel.py               Gumbel-softmax (DALL-E's dVAE)
     index_backpropagation.py  IBQ
+    normal_levels.py        levels of the normal law for single numbers (TokenBridge); nothing is trained
 
 and what they share:
 
@@ -23,6 +24,7 @@ from discrete_lit.tokenizers.quantizers.gumbel import GumbelQuantizer
 from discrete_lit.tokenizers.quantizers.index_backpropagation import IndexBackpropagationQuantizer
 from discrete_lit.tokenizers.quantizers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
+from discrete_lit.tokenizers.quantizers.normal_levels import NormalLevels
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 from discrete_lit.tokenizers.quantizers.residual import ResidualQuantizer
 from discrete_lit.tokenizers.quantizers.vector import SimVectorQuantizer, VectorQuantizer
@@ -35,6 +37,7 @@ __all__ = [
     "IndexBackpropagationQuantizer",
     "LookupFreeQuantizer",
     "MultiScaleResidualQuantizer",
+    "NormalLevels",
     "Quantized",
     "Quantizer",
     "ResidualQuantizer",
