@@ -2,14 +2,16 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from helpers.recorded_graph import RecordedGraphs
 from torch import Tensor
 
 from discrete_lit.backbones.backbone import compile_blocks, compile_for_sampling
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.generators import Generator
+from discrete_lit.generators import Generator, GraphedDraw
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.categorical import draw_categorical
 from gpu_parts.part import Check, Setting, part
@@ -118,6 +120,37 @@ def compiled_equals_eager(setting: Setting) -> Iterator[Check]:
             found = generator.sample(labels_of(batch, setting), sampler)
             note = f"the first draw compiled for {time.monotonic() - began:.0f} s"
             yield same_images(name, f"batch {batch}", found, expected, dtype, note)
+
+
+# --- CUDA graphs ---
+
+
+@part(
+    "graph_equals_eager", kind="right", seconds=60, what="a draw that was recorded as a CUDA graph against an eager one"
+)
+def graph_equals_eager(setting: Setting) -> Iterator[Check]:
+    """The first batch warms up, the second is recorded, the third replays the record on other labels and indices.
+
+    On a CPU, which has no such graphs, a list of the same operations is replayed on the same memory.
+    """
+    batch = 4 if setting.tiny else 32
+    for name in FAMILIES:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            autocast = torch.autocast(setting.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+            generator, sampler = small_generator(
+                name, setting, torch.float64 if dtype == torch.float64 else torch.float32
+            )
+            recorder = None if setting.device.type == "cuda" else RecordedGraphs()
+            draw = GraphedDraw(generator, sampler, seed=3, batch_size=batch, recorder=recorder)
+            found, expected = [], []
+            with autocast:
+                for number in range(3):
+                    labels = (labels_of(batch, setting) + number) % CLASSES
+                    indices = torch.arange(batch, device=setting.device) + 2**20 * number
+                    found.append(draw(labels, indices).tokens)
+                    expected.append(generator.sample(labels, sampler, seed=3, indices=indices))
+            row = same_images(name, f"3 batches of {batch}", torch.cat(found), torch.cat(expected), dtype)
+            yield row if draw.recorded else replace(row, ok=False, note=f"not recorded: {draw.reason}")
 
 
 # --- Batches ---
