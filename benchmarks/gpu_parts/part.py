@@ -13,6 +13,7 @@ outlives its limit stays in the table. So a long part yields early, most importa
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -55,7 +56,7 @@ class Setting:
         device: `cuda` or `cpu`.
         tiny: sizes that take seconds on a CPU: every line of the part runs, no figure means anything.
         golden: the folder of the reference outputs, `<family>/<case>.safetensors`; None if it is not here.
-        output: a folder for files, which exists.
+        output: a folder for the part's own files; it exists, is empty, and goes after the run.
         machine: what the device does at most.
         seconds: the part's time limit.
         started: when it began, by `time.monotonic()`.
@@ -174,20 +175,18 @@ Row = Check | Measurement
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row as plain values; of a measurement also the share of its floor and the ratio to its peer."""
+    """A row as plain values that JSON has; of a measurement also the share of its floor and the ratio to its peer."""
     values = asdict(row)
     if isinstance(row, Measurement):
         values |= {"share": row.share, "times_the_peer": row.times_the_peer}
-    return values
+    return {name: _writable(value) for name, value in values.items()}
 
 
-def from_json(values: Mapping[str, Any]) -> Row:
-    """The row that `as_json` made the values of."""
-    if "unit" not in values:
-        return Check(**values)
-    left = {name: value for name, value in values.items() if name not in ("share", "times_the_peer", "floor", "peer")}
-    floor, peer = values["floor"], values["peer"]
-    return Measurement(**left, floor=floor and Floor(**floor), peer=peer and Peer(**peer))
+def _writable(value: Any) -> Any:
+    """A number that is not finite becomes its name, which JSON lacks a number for."""
+    if isinstance(value, dict):
+        return {name: _writable(each) for name, each in value.items()}
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
