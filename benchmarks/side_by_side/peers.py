@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +75,12 @@ def generate(llama: nn.Module, prompt: Tensor, count: int, *, compiled: bool = F
             cache_implementation="static",
             disable_compile=not compiled,
         )
+
+
+def vector_quantize_search(codes: Tensor, latents: Tensor) -> Callable[[], Tensor]:
+    """The search of vector-quantize-pytorch for the nearest codes in eval mode: its whole forward, which gives ids."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    theirs = VectorQuantize(dim=codes.shape[1], codebook_size=len(codes)).eval().to(codes.device)
+    theirs._codebook.embed.copy_(codes[None])  # type: ignore[union-attr, operator]
+    return lambda: theirs(latents[None])[1][0]
