@@ -3,23 +3,22 @@
 The networks are those of the recipes in `lightning_configs/generators`, with random weights, in bfloat16 autocast.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from side_by_side.floors import Work, decoding_seconds
-from side_by_side.host_work import HostWork, host_work_between_passes
+from side_by_side.host_work import HostWork, host_work, host_work_between_passes
 from side_by_side.passes import bare_passes
 from side_by_side.peers import generate, installed, transformers_llama
-from side_by_side.published_shapes import LlamaSizes, autocast
+from side_by_side.published_shapes import autocast, sizes_of
 from side_by_side.recipes import make_generator
 from side_by_side.timing import Repeated, repeated, timed
 from torch import Tensor
 
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator
-from discrete_lit.samplers import Sampler
+from discrete_lit.generators import Generator, GraphedDraw
 from discrete_lit.samplers.categorical import draw_categorical
 from discrete_lit.samplers.sampler import SamplerOutput
 from gpu_parts.part import Measurement, Setting, part
@@ -31,125 +30,128 @@ PASSES_FLOOR = "the passes' products at the measured bfloat16 rate"
 
 
 class Draws:
-    """Draws of a generator at one batch size.
+    """Draws of a generator at one batch size, each of the same samples.
 
     Args:
         generator: in eval mode.
         batch: images.
         device: of the generator.
-        sampler: the recipe's by default.
+        graphed: as one CUDA graph each, where the device has them.
     """
 
-    def __init__(self, generator: Generator, batch: int, device: torch.device, sampler: Sampler | None = None) -> None:
+    def __init__(self, generator: Generator, batch: int, device: torch.device, *, graphed: bool = False) -> None:
         self.generator, self.batch, self.device = generator, batch, device
-        self.sampler = sampler or generator.sampler
         self.labels = torch.arange(batch, device=device) % generator.num_classes
+        self.indices = torch.arange(batch, device=device)
+        self.graphed = GraphedDraw(generator, batch_size=batch) if graphed else None
 
     @torch.no_grad()
     def __call__(self) -> SamplerOutput:
-        with autocast(self.device, "bf16-mixed"):
-            return self.generator.draw(self.labels, CounterRandom(0, self.labels), self.sampler)
+        # Samplers cast the weights themselves; without autocast's own memory of casts, what was compiled for a draw
+        # is not compiled again for its recording, in which that memory must be off.
+        with torch.autocast(self.device.type, PRECISION, cache_enabled=False):
+            if self.graphed is not None:
+                return self.graphed(self.labels, self.indices)
+            return self.generator.draw(self.labels, CounterRandom(0, self.indices))
 
-    def rows(self) -> int:
-        """Sequences in a pass: two for each image where the sampler guides."""
-        return self.batch * (2 if self.sampler.guidance_scale != 1 else 1)
+    def measure(self, repeats: int) -> tuple[Repeated, str]:
+        """Seconds of a draw, and a note: what went before the first measured one, or why there is no graph."""
+        first = timed(self).wall
+        if self.graphed is None:
+            return repeated(self, repeats=repeats, warmup=0), f"first draw {first:.1f} s"
+        recording = timed(self).wall
+        if self.graphed.reason is not None:
+            return repeated(self, repeats=repeats, warmup=0), f"no graph: {self.graphed.reason}"
+        return repeated(self, repeats=repeats, warmup=0), f"first draw {first:.1f} s, recorded in {recording:.1f} s"
 
 
 # --- Token by token ---
 
 
-@part("sample_rar", kind="fast", seconds=85, what="RAR-B token by token with guidance, in images a second")
+@part("sample_rar", kind="fast", seconds=80, what="RAR-B token by token with guidance, in images a second")
 def sample_rar(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "RAR-B", "rar_b_imagenet256")
 
 
-@part("sample_llamagen", kind="fast", seconds=60, what="LlamaGen-B token by token with guidance, in images a second")
+@part("sample_llamagen", kind="fast", seconds=55, what="LlamaGen-B token by token with guidance, in images a second")
 def sample_llamagen(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "LlamaGen-B", "llamagen_b_imagenet256")
 
 
-def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[Measurement]:
-    """Measure the arms at one batch size, the peer, what the host does for a token, then the other batch sizes.
+LLAMA = "transformers' Llama, static cache"
+# Seconds of a GPU's host for each block of the peer, which compiles all of its network at once.
+PEER_COMPILES = 3.0
 
-    What has no time left is left out.
+
+def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[Measurement]:
+    """Measure the ways to draw at one batch size beside the peer, what the host does, and the other batch sizes.
+
+    Other batch sizes are drawn by graphs of the blocks as written. The peer is measured compiled, too, where there is
+    time left.
     """
     device, tiny = setting.device, setting.tiny
+    middle, others = (2, (1,)) if tiny else (64, (256, 1))
     generator = make_generator(recipe, device=device, tiny=tiny)
-    middle, others = (2, (1, 3)) if tiny else (64, (256, 1))
+    backbone = generator.backbone
 
-    def row(arm: str, batch: int, taken: Repeated, peer: tuple[str, float] | None = None, **more: object) -> Measurement:
-        backbone = generator.backbone
+    def row(arm: str, batch: int, taken: Repeated, note: str, **more: Any) -> Measurement:
         least = decoding_seconds(
             backbone, 2 * batch, PRECISION, bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(PRECISION)
         )
-        return measurement(
-            setting,
-            f"sample, {arm}",
-            f"{name}, batch {batch}, guided, {backbone.layout.length} tokens, bf16",
-            taken,
-            amount=batch,
-            unit="images/s",
-            least=least,
-            least_of=DECODING_FLOOR,
-            peer=peer,
-            **more,  # type: ignore[arg-type]
-        )
+        case = f"{name}, batch {batch}, guided, {backbone.layout.length} tokens, bf16"
+        floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": DECODING_FLOOR}
+        return measurement(setting, f"sample, {arm}", case, taken, note=note, **floor, **more)
 
-    draws = Draws(generator, middle, device)
-    eager = repeated(draws, repeats=2)
-    yield row("eager", middle, eager)
-    work = host_work_between_passes(generator.backbone, draws, device, passes=_some_passes(generator))
-    yield from host_rows(setting, f"{name}, batch {middle}, eager, a token", work, _passes_between(generator))
-
-    peer_name = "transformers' Llama, static cache"
+    peer: tuple[str, float] | None = None
+    without = missing("transformers")
     if installed("transformers"):
-        llama = _llama_like(generator, setting)
+        llama, without = transformers_llama(device, PRECISION, sizes_of(backbone)), ""
         prompt = torch.randint(generator.vocab_size, (2 * middle, 1), device=device)
-        peer = partial(_no_grad, partial(generate, llama, prompt, generator.length))
-        seconds = repeated(peer, repeats=2).median
+        seconds = repeated(partial(generate, llama, prompt, generator.length), repeats=2).median
         parameters = sum(parameter.numel() for parameter in llama.parameters()) / 1e6
-        yield row("eager", middle, eager, (f"{peer_name}, eager, {parameters:.0f}M, as many rows", seconds))
-    else:
-        yield row("eager", middle, eager, note=missing("transformers"))
+        peer = (f"{LLAMA}, {parameters:.0f}M, {2 * middle} rows, not compiled", seconds)
 
-    compile_backbone(generator.backbone, setting)
-    compiling = timed(draws).wall
-    yield row("compiled", middle, repeated(draws, repeats=2), note=f"compiled in {compiling:.0f} s")
+    eager = Draws(generator, middle, device)
+    yield row("eager", middle, *eager.measure(2), peer=peer)
+    first, steps = generator.length // 2, min(8, generator.length // 4)
+    work = host_work_between_passes(backbone, eager, device, passes=(first, first + steps))
+    yield from host_rows(setting, f"{name}, batch {middle}, eager, a token", work, steps)
+    graph = Draws(generator, middle, device, graphed=True)
+    yield row("CUDA graph", middle, *graph.measure(5), peer=peer, share=0.5, times=3.0)
+    yield graph_row(setting, f"{name}, batch {middle}, CUDA graph, a whole draw", graph)
+
+    del graph
+    compile_backbone(backbone, setting)
+    compiled = Draws(generator, middle, device)
+    yield row("compiled blocks", middle, *compiled.measure(2), peer=peer)
+    graph = Draws(generator, middle, device, graphed=True)
+    taken, note = graph.measure(5)
+    both = "CUDA graph of compiled blocks"
+    yield row(both, middle, taken, "; ".join(text for text in (note, without) if text), peer=peer, share=0.5, times=3.0)
+    del graph
+    uncompile(backbone)
+
     for batch in others:
-        draws = Draws(generator, batch, device)
-        yield row("compiled", batch, repeated(draws, repeats=1 if batch == 1 else 2))
-    uncompile(generator.backbone)
+        yield row("CUDA graph", batch, *Draws(generator, batch, device, graphed=True).measure(5))
+    if peer is not None and setting.seconds_left() > PEER_COMPILES * len(backbone.blocks):  # type: ignore[arg-type]
+        run = partial(generate, llama, prompt, generator.length, compiled=True)
+        compiling = timed(run).wall
+        peer = (peer[0].replace("not compiled", "compiled"), repeated(run, repeats=2).median)
+        yield row(both, middle, taken, f"the peer compiled in {compiling:.0f} s", peer=peer)
 
 
-def _no_grad(run: Callable[[], object]) -> object:
-    with torch.no_grad():
-        return run()
-
-
-def _llama_like(generator: Generator, setting: Setting) -> torch.nn.Module:
-    """`transformers`' Llama with the depth, width and heads of a generator's backbone, and as many parameters."""
-    backbone = generator.backbone
-    width, depth = backbone.width, backbone.depth  # type: ignore[attr-defined]
-    matrices = sum(parameter.numel() for parameter in backbone.blocks.parameters() if parameter.ndim == 2)  # type: ignore[attr-defined]
-    hidden = round((matrices / depth - 4 * width**2) / (3 * width) / 64) * 64
-    sizes = LlamaSizes(
-        width=width,  # type: ignore[arg-type]
-        depth=depth,  # type: ignore[arg-type]
-        heads=backbone.heads,  # type: ignore[arg-type]
-        hidden=max(hidden, 64),
-        codes=generator.vocab_size,
-        length=generator.length,
+def graph_row(setting: Setting, case: str, draws: Draws) -> Measurement:
+    """A row of what the host launches in a whole draw by a graph, which has been recorded."""
+    work = host_work(draws, setting.device)
+    note = f"{work.graphs} graphs and {work.launches} launches beside them, {work.waits} waits"
+    return Measurement(
+        name="host, launches of a draw",
+        case=case,
+        value=work.graphs + work.launches,
+        unit="launches",
+        better="lower",
+        note=note,
     )
-    return transformers_llama(setting.device, PRECISION, sizes)
-
-
-def _some_passes(generator: Generator) -> tuple[int, int]:
-    """Passes in the middle of a sequence."""
-    return generator.length // 2, generator.length // 2 + _passes_between(generator)
-
-
-def _passes_between(generator: Generator) -> int:
-    return min(8, generator.length // 4)
 
 
 def host_rows(setting: Setting, case: str, work: HostWork, steps: int) -> Iterator[Measurement]:
@@ -172,7 +174,7 @@ def host_rows(setting: Setting, case: str, work: HostWork, steps: int) -> Iterat
 # --- Several tokens a pass ---
 
 
-@part("sample_parallel", kind="fast", seconds=50, what="MaskGIT, VAR-d16 and SEDD-186M: a share of the matrix rate")
+@part("sample_parallel", kind="fast", seconds=45, what="MaskGIT, VAR-d16 and SEDD-186M, as a share of the matrix rate")
 def sample_parallel(setting: Setting) -> Iterator[Measurement]:
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "MaskGIT, 8 steps": ("maskgit_imagenet256", {}),
@@ -188,12 +190,11 @@ def sample_parallel(setting: Setting) -> Iterator[Measurement]:
 
 
 def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Iterator[Measurement]:
-    """Measure a sampler and the passes of its network alone, as written and compiled, and what the host does."""
+    """Measure the passes of a network alone and a sampler's draws, as written, compiled and as a graph of that."""
     device, batch = setting.device, 2 if setting.tiny else 64
     draws = Draws(generator, batch, device)
     made = draws()
-    rows, passes = draws.rows(), made.sequential_passes
-    guided = rows > batch
+    guided, passes = generator.sampler.guidance_scale != 1, made.sequential_passes
     least = Work(flops=made.flops * batch).seconds(
         bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(PRECISION)
     )
@@ -204,43 +205,29 @@ def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Itera
         with torch.no_grad(), autocast(device, "bf16-mixed"):
             bare()
 
-    for arm in ("eager", "compiled"):
+    def row(arm: str, taken: Repeated, note: str, share: float | None = None) -> Measurement:
+        floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": PASSES_FLOOR}
+        return measurement(setting, arm, case, taken, share=share, note=note, **floor)  # type: ignore[arg-type]
+
+    repeats = 1 if setting.tiny else 5
+    for blocks in ("as written", "compiled"):
         compiling = ""
-        if arm == "compiled":
+        if blocks == "compiled":
             compile_backbone(generator.backbone, setting)
             compiling = f"compiled in {timed(draws).wall:.0f} s"
-        repeats = 2 if setting.tiny else 5
-        alone, whole = (repeated(run, repeats=repeats) for run in (run_passes, draws))
-        each = 1e3 / passes
-        yield measurement(
-            setting,
-            f"passes alone, {arm}",
-            case,
-            alone,
-            amount=batch,
-            unit="images/s",
-            least=least,
-            least_of=PASSES_FLOOR,
-            note=f"{each * alone.median:.2f} ms a pass",
-        )
-        yield measurement(
-            setting,
-            f"sample, {arm}",
-            case,
-            whole,
-            amount=batch,
-            unit="images/s",
-            least=least,
-            least_of=PASSES_FLOOR,
-            share=0.6 if arm == "compiled" else None,
-            note="; ".join(
-                text for text in (f"{each * (whole.median - alone.median):.2f} ms a pass beside it", compiling) if text
-            ),
-        )
-        if arm == "eager":
+        alone = repeated(run_passes, repeats=repeats)
+        yield row(f"passes alone, blocks {blocks}", alone, f"{1e3 * alone.median / passes:.2f} ms a pass")
+        whole = repeated(draws, repeats=repeats)
+        beside = f"{1e3 * (whole.median - alone.median) / passes:.2f} ms a pass beside it"
+        yield row(f"sample, blocks {blocks}", whole, "; ".join(text for text in (beside, compiling) if text))
+        if blocks == "as written":
             first, last = (1, passes - 1) if passes > 2 else (0, 1)
             work = host_work_between_passes(generator.backbone, draws, device, passes=(first, last))
-            yield from host_rows(setting, f"{name}, batch {batch}, eager, a pass", work, last - first)
+            yield from host_rows(setting, f"{name}, batch {batch}, blocks as written, a pass", work, last - first)
+    graph = Draws(generator, batch, device, graphed=True)
+    taken, note = graph.measure(repeats)
+    yield row("sample, CUDA graph of compiled blocks", taken, note, share=0.6)
+    yield graph_row(setting, f"{name}, batch {batch}, CUDA graph, a whole draw", graph)
 
 
 def draw_precision(setting: Setting) -> Iterator[Measurement]:

@@ -1,8 +1,8 @@
 """The least work of a computation: bytes that must move and operations that must be done, counted on its shapes.
 
 No version runs faster than the larger of bytes over bandwidth and operations over the matrix rate. Bytes are those of
-weights and caches, each read once a pass; activations, which could stay on the chip, are left out, and so is elementwise
-arithmetic. So a floor is what no implementation reaches, and none is unfairly far from.
+weights and caches, each read once a pass; activations, which could stay on the chip, are left out, and so is
+elementwise arithmetic.
 """
 
 from dataclasses import dataclass

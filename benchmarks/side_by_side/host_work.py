@@ -107,6 +107,8 @@ def host_work_between_passes(
         run()
     finally:
         handle.remove()
+        if passes[0] < number <= passes[1]:
+            counting.stop()
     if not counted:
         raise ValueError(f"passes {passes[0]} and {passes[1]} were to be compared, and only {number} were made")
     return counted[0]

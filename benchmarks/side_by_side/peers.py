@@ -33,7 +33,9 @@ def x_transformer(sizes: LlamaSizes = LLAMAGEN_B) -> nn.Module:
         ff_mult=sizes.hidden / sizes.width,
         ff_no_bias=True,
     )
-    return TransformerWrapper(num_tokens=sizes.codes, max_seq_len=sizes.length, attn_layers=layers, use_abs_pos_emb=False)
+    return TransformerWrapper(
+        num_tokens=sizes.codes, max_seq_len=sizes.length, attn_layers=layers, use_abs_pos_emb=False
+    )
 
 
 def transformers_llama(device: torch.device, dtype: torch.dtype, sizes: LlamaSizes = LLAMAGEN_B) -> nn.Module:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.backbones import Backbone, SequenceLayout, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,26 @@ def llama_shape(attention: str = "causal", sizes: LlamaSizes = LLAMAGEN_B) -> Tr
         norm="rms",
         bias=False,
         positions="rope_1d",
+    )
+
+
+def sizes_of(backbone: Backbone) -> LlamaSizes:
+    """The sizes of a transformer of LlamaGen's kind that comes nearest to a backbone.
+
+    Depth, width and heads are the same, and so is the number of weights in the blocks, but for a rounding of the MLP's
+    width to a multiple of 64.
+    """
+    assert isinstance(backbone, Transformer)
+    width, depth = backbone.width, backbone.depth
+    weights = sum(parameter.numel() for parameter in backbone.blocks.parameters() if parameter.ndim == 2)
+    hidden = 64 * round((weights / depth - 4 * width**2) / (3 * width) / 64)
+    return LlamaSizes(
+        width=width,
+        depth=depth,
+        heads=backbone.heads,
+        hidden=max(hidden, 64),
+        codes=backbone.layout.vocab_size,
+        length=backbone.layout.length,
     )
 
 

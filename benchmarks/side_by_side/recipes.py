@@ -39,6 +39,7 @@ def make_generator(
     tiny: bool = False,
     backbone: dict[str, Any] | None = None,
     sampler: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> Generator:
     """Build a recipe's generator on a device, its weights drawn with seed 0, in eval mode.
 
@@ -48,12 +49,14 @@ def make_generator(
         tiny: two blocks of width 32, and 16 places of 32 ids, or three scales.
         backbone: settings that replace the recipe's.
         sampler: settings that replace the recipe's.
+        changes: settings of the generator that replace the recipe's.
     """
     model = read_recipe(f"generators/{name}")["model"]
     settings = model["init_args"]
     settings["tokenizer"], settings["image_size"] = _stand_in(settings["tokenizer"]["init_args"]["checkpoint"], tiny)
     settings["backbone"]["init_args"] |= (TINY_BACKBONE if tiny else {}) | (backbone or {})
     settings.setdefault("sampler", {}).setdefault("init_args", {}).update(sampler or {})
+    settings |= changes
     made = _make(model, device)
     assert isinstance(made, Generator)
     return made
@@ -64,7 +67,7 @@ def make_tokenizer(
 ) -> AutoencoderTokenizer:
     """Build a recipe's tokenizer on a device, its weights drawn with seed 0, in eval mode.
 
-    The weights of a perceptual loss are random: what it costs does not depend on them.
+    Those of a perceptual loss are random too: what it costs does not depend on them.
 
     Args:
         name: such as `llamagen_vq16_imagenet256`.
@@ -75,6 +78,7 @@ def make_tokenizer(
     model = read_recipe(f"tokenizers/{name}")["model"]
     settings = model["init_args"]
     settings["perceptual_loss"]["init_args"] = {"weights_path": "random"}
+    settings["quantizer"]["init_args"]["codebook_init"] = "normal"  # there is no data to begin with
     if tiny:
         settings["network"]["init_args"] |= {"channels": 32, "blocks": 1}
         settings["quantizer"]["init_args"]["codebook_size"] = 256
@@ -89,7 +93,10 @@ def _stand_in(checkpoint: str, tiny: bool) -> tuple[dict[str, Any], int]:
     if checkpoint in VOCABULARIES:
         levels = TINY_VOCABULARY if tiny else VOCABULARIES[checkpoint]
         arguments = {"levels": levels, "image_channels": 1}
-        return {"class_path": "discrete_lit.tokenizers.PixelLevels", "init_args": arguments}, TINY_SIDE if tiny else SIDE
+        return {
+            "class_path": "discrete_lit.tokenizers.PixelLevels",
+            "init_args": arguments,
+        }, TINY_SIDE if tiny else SIDE
     recipe = read_recipe(SCALES[checkpoint])["model"]["init_args"]
     arguments = {name: recipe[name] for name in ("codebook_size", "code_dim", "scales")}
     if tiny:
@@ -113,5 +120,5 @@ def _make(model: dict[str, Any], device: torch.device) -> LightningModule:
 def draw_zeros(module: nn.Module) -> None:
     """Draw the weights that begin at zero: products with zeros are faster than those of a trained network."""
     for parameter in module.parameters():
-        if parameter.ndim >= 2 and parameter.numel() and not bool(parameter.any()):
+        if parameter.ndim >= 2 and not parameter.is_meta and not bool(parameter.any()):
             nn.init.normal_(parameter, std=0.02)

@@ -84,11 +84,11 @@ class Repeated(NamedTuple):
     median: float
     lowest: float
     highest: float
-    count: int
+    repeats: int
 
     def spread(self) -> str:
         """How far the calls were apart, in percent of the median, for a note."""
-        return f"median of {self.count}, {100 * (self.highest - self.lowest) / self.median:.0f}% apart"
+        return f"median of {self.repeats}, {100 * (self.highest - self.lowest) / self.median:.0f}% apart"
 
 
 def repeated(run: Callable[[], object], *, repeats: int = 5, warmup: int = 1, at_least: float = 0.0) -> Repeated:
