@@ -29,7 +29,7 @@ def device_limits(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
         name, memory = properties.name, properties.total_memory
     else:
         name, memory = _processor(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    megabytes, side = (16, 256) if tiny else (1024, 8192) if cuda else (256, 2048)
+    megabytes, side = (16, 256) if tiny else (1024, 8192) if cuda else (256, 512)
     machine = Machine(name=name, memory=memory, bandwidth=_bandwidth(device, megabytes), rates=_rates(device, side))
     yield asdict(machine)
 

@@ -5,6 +5,7 @@ for the imports again. Where an import did touch the GPU, whose driver does not 
 is started for each (`spawn`).
 """
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 Start = Literal["fork", "spawn"]
 _LAST_LINES = 40
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,26 +64,28 @@ def run_in_process(
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     assert process.pid is not None
-    ended, error = False, ""
-    with lines.open() as file:
-        left, pending = "", True
-        while pending:
-            pending = process.is_alive() and time.monotonic() - began < seconds
-            left += file.read()
-            *whole, left = left.split("\n")
-            for line in whole:
-                values = json.loads(line)
-                if "ended" in values:
-                    ended, error, pending = True, values["ended"], False
-                else:
-                    yield values
-            if pending:
-                process.join(0.05)
-    late = not ended and process.is_alive()
-    if ended:
-        process.join(5)  # it has nothing left to do, and what it started is killed
-    _kill(process.pid)
-    process.join()
+    ended, error, late = False, "", False
+    try:
+        with lines.open() as file:
+            left, pending = "", True
+            while pending:
+                pending = process.is_alive() and time.monotonic() - began < seconds
+                left += file.read()
+                *whole, left = left.split("\n")
+                for line in whole:
+                    values = json.loads(line)
+                    if "ended" in values:
+                        ended, error, pending = True, values["ended"], False
+                    else:
+                        yield values
+                if pending:
+                    process.join(0.05)
+        if ended:
+            process.join(5)  # it has nothing left to do but to end
+        late = not ended and process.is_alive()
+    finally:
+        _kill(process.pid)
+        process.join()
     taken = time.monotonic() - began
     if ended and not error:
         yield End(status="done", seconds=taken)
@@ -99,6 +103,8 @@ def _work(
     function: Callable[..., Iterable[dict[str, Any]]], arguments: tuple[Any, ...], lines: Path, log: Path
 ) -> None:
     os.setsid()  # so that the processes it starts can be killed with it
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # so that it does not outlive a run that is killed
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)

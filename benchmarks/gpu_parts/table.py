@@ -13,10 +13,9 @@ def number(value: Any) -> str:
     """Three digits that count, or what stands for a number that is not finite."""
     if not isinstance(value, int | float):
         return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        digits = max(0, 2 - len(str(int(abs(value)))) + (abs(value) >= 1))
-        return f"{value:,.{digits + (abs(value) < 0.1) + (abs(value) < 0.01)}f}" if value else "0"
-    return f"{value:.2e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.2e}"
+    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}"
 
 
 def of_check(row: Values) -> list[str]:
