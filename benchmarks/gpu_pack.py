@@ -39,7 +39,9 @@ def main() -> None:
                 tar.add(ROOT / name, name, filter=without_compiled)
                 print(f"{(tar.offset - before) / 2**20:7.1f} MiB  {name}")
             else:
-                print(f"      no     {name}" + (": see `make gpu-wheels`" if name == "gpu_wheels" else ": see --golden"))
+                print(
+                    f"      no     {name}" + (": see `make gpu-wheels`" if name == "gpu_wheels" else ": see --golden")
+                )
     size = options.output.stat().st_size / 2**20
     print(f"{size:7.1f} MiB  {options.output}")
     if size > options.most:

@@ -12,11 +12,12 @@ from side_by_side.floors import Work, decoding_seconds
 from side_by_side.host_work import HostWork, host_work, host_work_between_passes
 from side_by_side.passes import bare_passes
 from side_by_side.peers import generate, installed, transformers_llama
-from side_by_side.published_shapes import autocast, sizes_of
+from side_by_side.published_shapes import sizes_of
 from side_by_side.recipes import make_generator
 from side_by_side.timing import Repeated, repeated, timed
 from torch import Tensor
 
+from discrete_lit.backbones.backbone import cast_once
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, GraphedDraw
 from discrete_lit.samplers.categorical import draw_categorical
@@ -27,6 +28,15 @@ from gpu_parts.speed import compile_backbone, measurement, missing, uncompile
 PRECISION = torch.bfloat16
 DECODING_FLOOR = "weights and filled cache read once a token at the measured bandwidth, or the products' rate"
 PASSES_FLOOR = "the passes' products at the measured bfloat16 rate"
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bfloat16, as `--precision bf16-mixed` has it.
+
+    Samplers cast the weights themselves, once. Autocast's own memory of casts must be off where a graph is recorded,
+    and what is compiled with it on is compiled again with it off: so it is off throughout.
+    """
+    return torch.autocast(device.type, PRECISION, cache_enabled=False)
 
 
 class Draws:
@@ -47,9 +57,7 @@ class Draws:
 
     @torch.no_grad()
     def __call__(self) -> SamplerOutput:
-        # Samplers cast the weights themselves; without autocast's own memory of casts, what was compiled for a draw
-        # is not compiled again for its recording, in which that memory must be off.
-        with torch.autocast(self.device.type, PRECISION, cache_enabled=False):
+        with precision(self.device):
             if self.graphed is not None:
                 return self.graphed(self.labels, self.indices)
             return self.generator.draw(self.labels, CounterRandom(0, self.indices))
@@ -68,12 +76,12 @@ class Draws:
 # --- Token by token ---
 
 
-@part("sample_rar", kind="fast", seconds=80, what="RAR-B token by token with guidance, in images a second")
+@part("sample_rar", kind="fast", seconds=75, what="RAR-B token by token with guidance, in images a second")
 def sample_rar(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "RAR-B", "rar_b_imagenet256")
 
 
-@part("sample_llamagen", kind="fast", seconds=55, what="LlamaGen-B token by token with guidance, in images a second")
+@part("sample_llamagen", kind="fast", seconds=42, what="LlamaGen-B token by token with guidance, in images a second")
 def sample_llamagen(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "LlamaGen-B", "llamagen_b_imagenet256")
 
@@ -90,54 +98,54 @@ def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[
     time left.
     """
     device, tiny = setting.device, setting.tiny
-    middle, others = (2, (1,)) if tiny else (64, (256, 1))
+    middle, others, few, more = (2, (1,), 1, 1) if tiny else (64, (256, 1), 2, 5)
     generator = make_generator(recipe, device=device, tiny=tiny)
     backbone = generator.backbone
 
-    def row(arm: str, batch: int, taken: Repeated, note: str, **more: Any) -> Measurement:
+    def row(arm: str, batch: int, taken: Repeated, note: str, **settings: Any) -> Measurement:
         least = decoding_seconds(
             backbone, 2 * batch, PRECISION, bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(PRECISION)
         )
         case = f"{name}, batch {batch}, guided, {backbone.layout.length} tokens, bf16"
         floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": DECODING_FLOOR}
-        return measurement(setting, f"sample, {arm}", case, taken, note=note, **floor, **more)
+        return measurement(setting, f"sample, {arm}", case, taken, note=note, **floor, **settings)
 
     peer: tuple[str, float] | None = None
     without = missing("transformers")
     if installed("transformers"):
         llama, without = transformers_llama(device, PRECISION, sizes_of(backbone)), ""
         prompt = torch.randint(generator.vocab_size, (2 * middle, 1), device=device)
-        seconds = repeated(partial(generate, llama, prompt, generator.length), repeats=2).median
+        seconds = repeated(partial(generate, llama, prompt, generator.length), repeats=few).median
         parameters = sum(parameter.numel() for parameter in llama.parameters()) / 1e6
         peer = (f"{LLAMA}, {parameters:.0f}M, {2 * middle} rows, not compiled", seconds)
 
     eager = Draws(generator, middle, device)
-    yield row("eager", middle, *eager.measure(2), peer=peer)
+    yield row("eager", middle, *eager.measure(few), peer=peer)
     first, steps = generator.length // 2, min(8, generator.length // 4)
     work = host_work_between_passes(backbone, eager, device, passes=(first, first + steps))
     yield from host_rows(setting, f"{name}, batch {middle}, eager, a token", work, steps)
     graph = Draws(generator, middle, device, graphed=True)
-    yield row("CUDA graph", middle, *graph.measure(5), peer=peer, share=0.5, times=3.0)
-    yield graph_row(setting, f"{name}, batch {middle}, CUDA graph, a whole draw", graph)
-
+    yield row("CUDA graph", middle, *graph.measure(more), peer=peer, share=0.5, times=3.0)
     del graph
+
     compile_backbone(backbone, setting)
     compiled = Draws(generator, middle, device)
-    yield row("compiled blocks", middle, *compiled.measure(2), peer=peer)
+    yield row("compiled blocks", middle, *compiled.measure(few), peer=peer)
     graph = Draws(generator, middle, device, graphed=True)
-    taken, note = graph.measure(5)
+    taken, note = graph.measure(more)
     both = "CUDA graph of compiled blocks"
     yield row(both, middle, taken, "; ".join(text for text in (note, without) if text), peer=peer, share=0.5, times=3.0)
     del graph
     uncompile(backbone)
 
     for batch in others:
-        yield row("CUDA graph", batch, *Draws(generator, batch, device, graphed=True).measure(5))
+        yield row("CUDA graph", batch, *Draws(generator, batch, device, graphed=True).measure(more))
     if peer is not None and setting.seconds_left() > PEER_COMPILES * len(backbone.blocks):  # type: ignore[arg-type]
         run = partial(generate, llama, prompt, generator.length, compiled=True)
         compiling = timed(run).wall
-        peer = (peer[0].replace("not compiled", "compiled"), repeated(run, repeats=2).median)
-        yield row(both, middle, taken, f"the peer compiled in {compiling:.0f} s", peer=peer)
+        peer = (peer[0].replace("not compiled", "compiled"), repeated(run, repeats=few).median)
+        note = f"the peer compiled in {compiling:.0f} s"
+        yield row(f"{both}, against the compiled peer", middle, taken, note, peer=peer, times=3.0)
 
 
 def graph_row(setting: Setting, case: str, draws: Draws) -> Measurement:
@@ -174,19 +182,19 @@ def host_rows(setting: Setting, case: str, work: HostWork, steps: int) -> Iterat
 # --- Several tokens a pass ---
 
 
-@part("sample_parallel", kind="fast", seconds=45, what="MaskGIT, VAR-d16 and SEDD-186M, as a share of the matrix rate")
+@part("sample_parallel", kind="fast", seconds=62, what="MaskGIT, VAR-d16 and SEDD-186M, as a share of the matrix rate")
 def sample_parallel(setting: Setting) -> Iterator[Measurement]:
+    yield from draw_precision(setting)
     cases: dict[str, tuple[str, dict[str, Any]]] = {
         "MaskGIT, 8 steps": ("maskgit_imagenet256", {}),
-        "VAR-d16, ten scales": ("var_d16_imagenet256", {}),
         # The recipe has 128 steps, which are alike.
         "SEDD-186M, 16 steps": ("sedd_absorb", {"steps": 16}),
+        "VAR-d16, ten scales": ("var_d16_imagenet256", {}),
     }
     for name, (recipe, sampler) in cases.items():
         generator = make_generator(recipe, device=setting.device, tiny=setting.tiny, sampler=sampler)
         yield from passes_and_draws(setting, name, generator)
         del generator
-    yield from draw_precision(setting)
 
 
 def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Iterator[Measurement]:
@@ -195,27 +203,27 @@ def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Itera
     draws = Draws(generator, batch, device)
     made = draws()
     guided, passes = generator.sampler.guidance_scale != 1, made.sequential_passes
+    repeats = 1 if setting.tiny else 4
     least = Work(flops=made.flops * batch).seconds(
         bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(PRECISION)
     )
     case = f"{name}, batch {batch}{', guided' if guided else ''}, {generator.backbone.layout.length} tokens, bf16"
-    bare = bare_passes(generator.backbone, draws.labels, passes, guided=guided)
 
-    def run_passes() -> None:
-        with torch.no_grad(), autocast(device, "bf16-mixed"):
-            bare()
+    def measure_passes() -> Repeated:
+        with torch.no_grad(), precision(device):
+            network = cast_once(generator.backbone)
+            return repeated(bare_passes(network, draws.labels, passes, guided=guided), repeats=repeats)
 
     def row(arm: str, taken: Repeated, note: str, share: float | None = None) -> Measurement:
         floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": PASSES_FLOOR}
         return measurement(setting, arm, case, taken, share=share, note=note, **floor)  # type: ignore[arg-type]
 
-    repeats = 1 if setting.tiny else 5
     for blocks in ("as written", "compiled"):
         compiling = ""
         if blocks == "compiled":
             compile_backbone(generator.backbone, setting)
             compiling = f"compiled in {timed(draws).wall:.0f} s"
-        alone = repeated(run_passes, repeats=repeats)
+        alone = measure_passes()
         yield row(f"passes alone, blocks {blocks}", alone, f"{1e3 * alone.median / passes:.2f} ms a pass")
         whole = repeated(draws, repeats=repeats)
         beside = f"{1e3 * (whole.median - alone.median) / passes:.2f} ms a pass beside it"

@@ -32,7 +32,7 @@ VECTOR_QUANTIZE = "vector-quantize-pytorch"
 DENSE_PAIRS = 2**29
 
 
-@part("tokenizers", kind="fast", seconds=22, what="VQ-16 of LlamaGen: encode, decode, a training step")
+@part("tokenizers", kind="fast", seconds=18, what="VQ-16 of LlamaGen: encode, decode, a training step")
 def tokenizers(setting: Setting) -> Iterator[Measurement]:
     batch, size = (1, 32) if setting.tiny else (64, 256)
     # The discriminator from the first step on, as it is for most of the training.
@@ -126,7 +126,7 @@ def training_step(setting: Setting, tokenizer: VQGAN, images: Tensor) -> Iterato
 # --- Quantizers ---
 
 
-@part("quantizers", kind="fast", seconds=10, what="nearest code at 16,384 and 262,144 codes; LFQ's entropy at 2^18")
+@part("quantizers", kind="fast", seconds=8, what="nearest code at 16,384 and 262,144 codes; LFQ's entropy at 2^18")
 def quantizers(setting: Setting) -> Iterator[Measurement]:
     latents = 512 if setting.tiny else 64 * 256
     for size, dim in ((256, 8),) if setting.tiny else ((16_384, 8), (262_144, 8), (16_384, 256)):

@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-@part("training", kind="fast", seconds=70, what="training steps of transformers: tokens a second, MFU, memory")
+@part("training", kind="fast", seconds=82, what="training steps of transformers: tokens a second, MFU, memory")
 def training(setting: Setting) -> Iterator[Measurement]:
     for name, (recipe, changes, batch) in CASES.items():
         changes = {"dropout": 0.0} if setting.tiny else changes

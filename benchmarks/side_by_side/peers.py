@@ -52,7 +52,9 @@ def transformers_llama(device: torch.device, dtype: torch.dtype, sizes: LlamaSiz
         eos_token_id=None,
         pad_token_id=0,
     )
-    return nn.Module.to(LlamaForCausalLM(config).eval(), device=device, dtype=dtype)
+    with torch.device(device):
+        made = LlamaForCausalLM(config).eval()
+    return nn.Module.to(made, device=device, dtype=dtype)
 
 
 def generate(llama: nn.Module, prompt: Tensor, count: int, *, compiled: bool = False) -> Tensor:
