@@ -35,17 +35,20 @@ class Checks:
         """Remember a flag, bool `()`, and the message of its error, which may read tensors."""
         self._noted.append((flag, message))
 
-    def raise_noted(self) -> None:
+    def flags(self) -> Tensor:
+        """All flags that were noted, bool `(n,)`, on their device."""
+        return torch.stack([flag for flag, _ in self._noted]) if self._noted else torch.zeros(0, dtype=torch.bool)
+
+    def raise_noted(self, flags: Tensor | None = None) -> None:
         """Wait for the device, once.
+
+        Args:
+            flags: what `flags` gave, where the operations behind it have run again.
 
         Raises:
             ValueError: a flag is set; the message is that of the first.
         """
-        if not self._noted:
-            return
-        for wrong, (_, message) in zip(
-            torch.stack([flag for flag, _ in self._noted]).tolist(), self._noted, strict=True
-        ):
+        for wrong, (_, message) in zip((self.flags() if flags is None else flags).tolist(), self._noted, strict=True):
             if wrong:
                 raise ValueError(message())
 
@@ -131,7 +134,8 @@ def on_device(make: Callable[..., Tensor], *arguments: Hashable, device: torch.d
     if key in _tables:
         return _tables[key]
     with torch.inference_mode(False):
-        table = make(*arguments).to(device)
+        host = torch.device("cpu")
+        table = make(*arguments) if device == host else on_device(make, *arguments, device=host).to(device)
     if has_data(table):
         _tables[key] = table
     return table

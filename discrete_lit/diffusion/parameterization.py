@@ -132,7 +132,10 @@ class Denoiser:
         self.head.check(self.process)
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
-        """Return the backbone's `time (B,)`, or `(1,)` of a level of all, float64, or None; sigma never exceeds that of the schedule's end."""
+        """Return the backbone's `time (B,)`, `(1,)` of a level of all, float64, or None.
+
+        Sigma never exceeds that of the schedule's end.
+        """
         if self.time_input == "none":
             return None
         if self.time_input == "time":

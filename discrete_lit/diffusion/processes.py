@@ -207,15 +207,15 @@ class MixtureProcess(ForwardProcess):
         return kept * values + removed * self._prior_like(values) * values.sum(-1, keepdim=True)
 
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-        same = torch.nn.functional.one_hot(states, self.states)
+        same = equals(states, self.states)
         return alpha.double()[..., None] * same + (noise_of(alpha, noise) * self.prior_at(states))[..., None]
 
     def rates_into(self, states: Tensor) -> Tensor:
-        others = 1 - torch.nn.functional.one_hot(states, self.states)
+        others = ~equals(states, self.states)
         return self.prior_at(states)[..., None] * others
 
     def rates_from(self, states: Tensor) -> Tensor:
-        others = 1 - torch.nn.functional.one_hot(states, self.states)
+        others = ~equals(states, self.states)
         return self._prior_like(torch.empty(0, dtype=torch.float64, device=states.device)) * others
 
     def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
@@ -226,8 +226,7 @@ class MixtureProcess(ForwardProcess):
 
     def _prior_like(self, distribution: Tensor) -> Tensor:
         prior = distribution.new_full((self.states,), self.id_probability)
-        if self.masks:
-            prior[-1] = self.mask_fraction
+        prior[self.vocab_size :].fill_(self.mask_fraction)  # to one element a number would be copied by the host
         return prior
 
 
@@ -274,6 +273,14 @@ class HybridProcess(MixtureProcess):
                 f"mask_fraction must lie in (0, 1), got {mask_fraction}; 1 is AbsorbingProcess, 0 UniformProcess"
             )
         super().__init__(vocab_size, mask_fraction)
+
+
+def equals(states: Tensor, count: int) -> Tensor:
+    """Tell of each of `count` states whether it is the one at `states (...)`: `(..., count)` bool.
+
+    `torch.nn.functional.one_hot` would first look for states out of range, for which the host waits, and fill int64.
+    """
+    return states[..., None] == torch.arange(count, device=states.device)
 
 
 def noise_of(alpha: Tensor, noise: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
+from discrete_lit.core.synchronisation import forbid, host_sees, refuse_recording
 from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_leave_one_out
 from discrete_lit.diffusion.processes import DenseProcess, is_absorbing
@@ -35,7 +36,6 @@ from discrete_lit.diffusion.reverse import (
 )
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
-from discrete_lit.core.synchronisation import forbid, host_sees, refuse_recording
 from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
 from discrete_lit.samplers.sampler import Sampler, SamplingContext
 

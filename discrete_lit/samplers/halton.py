@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
-from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.core.synchronisation import on_device
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.samplers.maskgit import as_columns, check_masked_decoding, draw_at, masked_counts
 from discrete_lit.samplers.sampler import Sampler, SamplingContext
 

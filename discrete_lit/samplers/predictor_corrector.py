@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 
 from discrete_lit.core.random import Purpose, random_subset
+from discrete_lit.core.synchronisation import host_sees
 from discrete_lit.diffusion.reverse import Jumps, reverse_rates
 from discrete_lit.diffusion.schedules import NoiseLevel
-from discrete_lit.core.synchronisation import host_sees
 from discrete_lit.samplers.diffusion import (
     DiffusionSampler,
     Interval,
