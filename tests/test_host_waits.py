@@ -6,6 +6,7 @@ After a warm-up, a step by Lightning's Trainer is run on a CPU, and `HostWaits` 
 import logging
 from collections.abc import Iterator
 from functools import partial
+from traceback import extract_stack
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from helpers.host_waits import HostWaits
 from helpers.precision_cases import GENERATORS, SIDE, TOKENIZERS, make_generator, make_tokenizer
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from discrete_lit.callbacks import ExponentialMovingAverage, GradientNorm, Throughput, TrainingGuard
@@ -123,6 +125,21 @@ def test_callbacks_micro_batches_clipping_and_images(make: Any, settings: dict[s
     """A generator that encodes its images, and a tokenizer with a discriminator."""
     callbacks = [TrainingGuard(), ExponentialMovingAverage(), Throughput(), GradientNorm()]
     assert waits_of(make(), images(), callbacks=callbacks, default_root_dir=tmp_path, **settings) == {}
+
+
+def test_no_step_waits_at_a_barrier_of_ranks(monkeypatch) -> None:
+    """Every term that is logged would, if Lightning averaged it over ranks."""
+    callers: list[set[str]] = []
+    monkeypatch.setattr(
+        torch.distributed, "barrier", lambda *_, **__: callers.append({frame.name for frame in extract_stack()})
+    )
+    try:
+        for module in (make_generator("NextScale"), make_tokenizer("VQGAN")):
+            assert waits_of(module, images(), strategy=DDPStrategy(process_group_backend="gloo"), devices=1) == {}
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert callers and not any("training_step" in names for names in callers)
 
 
 def test_broken_images_end_a_run_before_the_optimizer_steps() -> None:

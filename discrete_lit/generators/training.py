@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
-from discrete_lit.core.distributed import all_gather_rows, rank, world_size
+from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
@@ -193,7 +193,7 @@ class TokenTraining(LightningModule, ABC):
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._tokens_checked_later(batch), labels, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=len(labels))
+        self.log_dict(means_over_ranks(named), batch_size=len(labels))
         return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
 
     def _tokens_checked_later(self, batch: dict[str, Any]) -> Tensor:
