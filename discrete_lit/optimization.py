@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from math import cos, pi
 from typing import Any
 
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -77,6 +77,14 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
+def is_trained(module: LightningModule) -> bool:
+    """Say whether a Trainer trains a module, and so calls its hooks."""
+    try:
+        return isinstance(module.trainer, Trainer)
+    except RuntimeError:  # Lightning's, of a module without a Trainer
+        return False
+
+
 def micro_batches_of(module: LightningModule) -> int:
     """Count the batches whose gradients are accumulated for a step of a module; 1 where no Trainer trains it."""
     try:
@@ -113,11 +121,14 @@ class AccumulatedMean:
             micro_batches: k, what Lightning divided by.
         """
         weights, self._weights = self._weights, []
-        factor = micro_batches * float(weights[0]) / sum(float(weight) for weight in weights)
-        if factor != 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        if not isinstance(weights[0], Tensor) and micro_batches * weights[0] == sum(weights):
+            return
+        # Weights on a device stay there: the host would wait for the backward pass to know them.
+        first, *rest = (weight.double() if isinstance(weight, Tensor) else weight for weight in weights)
+        factor = micro_batches * first / sum(rest, first)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 class WarmupDecay(LambdaLR, ABC):

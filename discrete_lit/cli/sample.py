@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, fi
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator
+from discrete_lit.generators import Generator, GraphedDraw
+from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.samplers import Sampler
 from discrete_lit.tokenizers import Tokenizer
 
@@ -42,6 +43,7 @@ def sample(
     num_nodes: int = 1,
     precision: str = "32-true",
     compile: bool = False,
+    graph: bool | Literal["auto"] = "auto",
     image_size: ImageSize | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
@@ -68,6 +70,9 @@ def sample(
         precision: Lightning's: `32-true`; `bf16-mixed` or `16-mixed`, by autocast; `bf16-true`, `16-true` or `64-true`,
             which convert the weights of generator and tokenizer.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
+        graph: replay a whole draw as one CUDA graph for each batch, compiled or not, so that a GPU does not wait for
+            the host; the samples are the same. `auto` does from the third full batch of a process on, see
+            `GraphedDraw`.
         image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
             to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
             The tokenizer's own size by default.
@@ -77,7 +82,7 @@ def sample(
 
     Raises:
         ValueError: not a generator's checkpoint, a label that is no number or out of range, num_samples or image_size
-            below 1, an image size for text.
+            below 1, an image size for text, a graph on another device than CUDA's.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator):
@@ -108,17 +113,23 @@ def sample(
     generator = generator.to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
+    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
+    graphed = None
+    if _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)):
+        graphed = GraphedDraw(generator, sampler, seed=seed, batch_size=batch_size)
     rows_path = folder / "rows.npy.partial"
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
     writer: RowFile | None = None
-    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
         with torch.inference_mode(), fabric.autocast():
-            random = CounterRandom(seed, indices.to(fabric.device))
-            drawn = generator.draw(all_labels[indices].to(fabric.device), random, sampler)
+            batch = all_labels[indices].to(fabric.device), indices.to(fabric.device)
+            if graphed is None:
+                drawn = generator.draw(batch[0], CounterRandom(seed, batch[1]), sampler)
+            else:
+                drawn = graphed(*batch)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             rows = _rows(generator.tokenizer, drawn.tokens, image_size)
@@ -149,6 +160,7 @@ def sample(
         "precision": precision,
         "weights_dtype": _dtype_of(generator.backbone),
         "compile": compile,
+        "graph": graphed is not None and graphed.recorded,
         "image_size": image_size,
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
@@ -167,6 +179,17 @@ def sample(
 def _dtype_of(network: torch.nn.Module) -> str:
     """The precision of a network's weights, as `bfloat16`."""
     return str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _graph_pays(graph: bool | Literal["auto"], device: torch.device, *, full_batches: int) -> bool:
+    """Whether the draws of a process are recorded as a CUDA graph.
+
+    To record one starts every operation once more, which takes as long as a draw whose operations are small; where
+    they are large it saves nothing, and costs as little. So it pays from the first draw on that is only replayed.
+    """
+    if graph is True and device.type != "cuda":
+        raise ValueError(f"graph=true replays CUDA graphs, which a {device.type} has not: use a GPU, or graph=auto")
+    return graph is True or (graph == "auto" and device.type == "cuda" and full_batches >= PAYS_FROM)
 
 
 def _wait_for(device: torch.device) -> None:

@@ -5,6 +5,7 @@ Nothing here depends on the family. What a family models, and how, is the contra
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, Self
 
@@ -14,12 +15,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
-from discrete_lit.core.distributed import all_gather_rows, rank, world_size
+from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, is_trained, micro_batches_of
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _PROFILE_BINS = 4
@@ -92,6 +93,7 @@ class TokenTraining(LightningModule, ABC):
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self._sharded = False
+        self._checks: list[Callable[[], None]] = []
 
     # Batches.
 
@@ -189,12 +191,26 @@ class TokenTraining(LightningModule, ABC):
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         labels = self.labels_of(batch)
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
-        loss, terms = self.loss(self.tokens_of(batch), labels, random, dropped=dropped)
+        loss, terms = self.loss(self._tokens_checked_later(batch), labels, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=len(labels))
+        self.log_dict(means_over_ranks(named), batch_size=len(labels))
         return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
 
+    def _tokens_checked_later(self, batch: dict[str, Any]) -> Tensor:
+        """Return `tokens_of` a training batch, whose images are checked behind its backward pass: until then the host
+        need not wait for the device."""
+        if not is_trained(self):
+            return self.tokens_of(batch)
+        self._checks = self.tokenizer.late_checks = []
+        try:
+            return self.tokens_of(batch)
+        finally:
+            self.tokenizer.late_checks = None
+
     def on_after_backward(self) -> None:
+        checks, self._checks = self._checks, []
+        for check in checks:
+            check()
         if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
             self.accumulated.end_step(self.parameters(), self.micro_batches)
 
