@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -240,7 +241,7 @@ def run_part(name: str, setting: Any) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    yield from map(as_json, PARTS[name].run(setting))
+    yield from map(as_json, PARTS[name].run(replace(setting, started=time.monotonic())))
 
 
 def run_parts(options: argparse.Namespace, parts: "list[Part]", broken: dict[str, str], folder: Path) -> bool:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 Start = Literal["fork", "spawn"]
 _LAST_LINES = 40
 _PR_SET_PDEATHSIG = 1
+# A fresh interpreter imports everything first, which does not count.
+_SECONDS_TO_START = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,13 @@ def run_in_process(
     Args:
         function: of a module, called with the arguments; yields dictionaries of plain values.
         arguments: of the function.
-        seconds: after which the process and those that it started are killed.
+        seconds: after which the process and those that it started are killed, from when the function is called.
         log: the file that gets what the process prints.
         start: how the process begins.
     """
     lines = log.with_suffix(".jsonl")
-    lines.write_text("")
+    for file in (lines, log):
+        file.write_text("")
     process = multiprocessing.get_context(start).Process(target=_work, args=(function, arguments, lines, log))
     began = time.monotonic()
     with warnings.catch_warnings():
@@ -64,17 +67,19 @@ def run_in_process(
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     assert process.pid is not None
-    ended, error, late = False, "", False
+    ended, error, late, limit = False, "", False, _SECONDS_TO_START
     try:
         with lines.open() as file:
             left, pending = "", True
             while pending:
-                pending = process.is_alive() and time.monotonic() - began < seconds
+                pending = process.is_alive() and time.monotonic() - began < limit
                 left += file.read()
                 *whole, left = left.split("\n")
                 for line in whole:
                     values = json.loads(line)
-                    if "ended" in values:
+                    if "began" in values:
+                        began, limit = time.monotonic(), seconds
+                    elif "ended" in values:
                         ended, error, pending = True, values["ended"], False
                     else:
                         yield values
@@ -91,7 +96,7 @@ def run_in_process(
         yield End(status="done", seconds=taken)
         return
     if late:
-        status = f"stopped: it took longer than {seconds:.0f} s"
+        status = f"stopped: it took longer than {limit:.0f} s"
     elif error:
         status = f"failed: {error}"
     else:
@@ -110,6 +115,8 @@ def _work(
     os.dup2(output, 2)
     error = ""
     with lines.open("a") as file:
+        file.write(json.dumps({"began": True}) + "\n")
+        file.flush()
         try:
             for values in function(*arguments):
                 file.write(json.dumps(values) + "\n")
