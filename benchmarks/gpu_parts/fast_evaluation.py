@@ -6,7 +6,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from side_by_side.peers import installed
 from side_by_side.timing import repeated
 from torch import Tensor, nn
 
@@ -15,13 +14,13 @@ from discrete_lit.core.files import file_sha256
 from discrete_lit.metrics.extractors import InceptionV3
 from discrete_lit.metrics.frechet import Moments, frechet_distance
 from gpu_parts.part import Measurement, Setting, part
-from gpu_parts.speed import measurement, missing
+from gpu_parts.speed import measurement
 
 # Seconds that the distance of others, or on the CPU, may take: decompositions of matrices of 2,048 rows.
 OTHERS_NEED = 5.0
 
 
-@part("evaluation", kind="fast", seconds=13, what="Inception's features a second; the distance of 2,048 features")
+@part("evaluation", kind="fast", seconds=12, what="Inception's features a second; the distance of 2,048 features")
 def evaluation(setting: Setting) -> Iterator[Measurement]:
     yield from features(setting)
     yield from distance(setting)
@@ -71,9 +70,8 @@ def distance(setting: Setting) -> Iterator[Measurement]:
     sets = [torch.randn(count, width, device=setting.device) for _ in range(2)]
     on_device = [moments_of(features) for features in sets]
     here = repeated(lambda: frechet_distance(*on_device), repeats=2)
-    note = "" if installed("torchmetrics") else missing("torchmetrics")
-    yield measurement(setting, "Fréchet distance, on the device", case, here, note=note)
-    if installed("torchmetrics") and setting.seconds_left() > OTHERS_NEED:
+    yield measurement(setting, "Fréchet distance, on the device", case, here)
+    if setting.seconds_left() > OTHERS_NEED:
         theirs = repeated(of_torchmetrics(sets, setting.device), repeats=1, warmup=0)
         ours = ("frechet_distance on the device", here.median)
         yield measurement(setting, "Fréchet distance, torchmetrics' compute on the device", case, theirs, peer=ours)

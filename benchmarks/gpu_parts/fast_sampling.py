@@ -11,7 +11,7 @@ import torch
 from side_by_side.floors import Work, decoding_seconds
 from side_by_side.host_work import HostWork, host_work, host_work_between_passes
 from side_by_side.passes import bare_passes
-from side_by_side.peers import generate, installed, transformers_llama
+from side_by_side.peers import generate, transformers_llama
 from side_by_side.published_shapes import sizes_of
 from side_by_side.recipes import make_generator
 from side_by_side.timing import Repeated, repeated, timed
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from discrete_lit.backbones.backbone import cast_once
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.synchronisation import checked_at_the_end
 from discrete_lit.generators import Generator, GraphedDraw
 from discrete_lit.samplers.categorical import draw_categorical
 from discrete_lit.samplers.sampler import SamplerOutput
 from gpu_parts.part import Measurement, Setting, part
-from gpu_parts.speed import compile_backbone, measurement, missing, uncompile
+from gpu_parts.speed import against, compile_backbone, measurement, uncompile
 
 PRECISION = torch.bfloat16
 DECODING_FLOOR = "weights and filled cache read once a token at the measured bandwidth, or the products' rate"
@@ -76,19 +77,19 @@ class Draws:
 # --- Token by token ---
 
 
-@part("sample_rar", kind="fast", seconds=75, what="RAR-B token by token with guidance, in images a second")
+@part("sample_rar", kind="fast", seconds=70, what="RAR-B token by token with guidance, in images a second")
 def sample_rar(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "RAR-B", "rar_b_imagenet256")
 
 
-@part("sample_llamagen", kind="fast", seconds=42, what="LlamaGen-B token by token with guidance, in images a second")
+@part("sample_llamagen", kind="fast", seconds=60, what="LlamaGen-B token by token with guidance, in images a second")
 def sample_llamagen(setting: Setting) -> Iterator[Measurement]:
     yield from sample_token_by_token(setting, "LlamaGen-B", "llamagen_b_imagenet256")
 
 
 LLAMA = "transformers' Llama, static cache"
 # Seconds of a GPU's host for each block of the peer, which compiles all of its network at once.
-PEER_COMPILES = 3.0
+PEER_COMPILES = 1.5
 
 
 def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[Measurement]:
@@ -110,14 +111,10 @@ def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[
         floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": DECODING_FLOOR}
         return measurement(setting, f"sample, {arm}", case, taken, note=note, **floor, **settings)
 
-    peer: tuple[str, float] | None = None
-    without = missing("transformers")
-    if installed("transformers"):
-        llama, without = transformers_llama(device, PRECISION, sizes_of(backbone)), ""
-        prompt = torch.randint(generator.vocab_size, (2 * middle, 1), device=device)
-        seconds = repeated(partial(generate, llama, prompt, generator.length), repeats=few).median
-        parameters = sum(parameter.numel() for parameter in llama.parameters()) / 1e6
-        peer = (f"{LLAMA}, {parameters:.0f}M, {2 * middle} rows, not compiled", seconds)
+    theirs, without = against("transformers", "transformers", lambda: Llama(generator, 2 * middle, device, few))
+    peer = None
+    if theirs is not None:
+        peer = (f"{LLAMA}, {theirs.millions:.0f}M, {2 * middle} rows, not compiled", theirs.seconds.median)
 
     eager = Draws(generator, middle, device)
     yield row("eager", middle, *eager.measure(few), peer=peer)
@@ -140,12 +137,34 @@ def sample_token_by_token(setting: Setting, name: str, recipe: str) -> Iterator[
 
     for batch in others:
         yield row("CUDA graph", batch, *Draws(generator, batch, device, graphed=True).measure(more))
-    if peer is not None and setting.seconds_left() > PEER_COMPILES * len(backbone.blocks):  # type: ignore[arg-type]
-        run = partial(generate, llama, prompt, generator.length, compiled=True)
-        compiling = timed(run).wall
-        peer = (peer[0].replace("not compiled", "compiled"), repeated(run, repeats=few).median)
-        note = f"the peer compiled in {compiling:.0f} s"
-        yield row(f"{both}, against the compiled peer", middle, taken, note, peer=peer, times=3.0)
+    if theirs is not None and setting.seconds_left() > PEER_COMPILES * len(list(backbone.fsdp_units())):
+        compiling, seconds = theirs.compile()
+        peer = (f"{LLAMA}, {2 * middle} rows, compiled in {compiling:.0f} s", seconds.median)
+        yield row(f"{both}, against the compiled peer", middle, taken, "", peer=peer, times=3.0)
+
+
+class Llama:
+    """`transformers`' Llama with the depth, width and weights of a generator's backbone, and what its draws take.
+
+    Args:
+        generator: ours.
+        rows: sequences, which are drawn without guidance.
+        device: where it is made.
+        repeats: draws that are measured.
+    """
+
+    def __init__(self, generator: Generator, rows: int, device: torch.device, repeats: int) -> None:
+        llama = transformers_llama(device, PRECISION, sizes_of(generator.backbone))
+        prompt = torch.randint(generator.vocab_size, (rows, 1), device=device)
+        self.draw = partial(generate, llama, prompt, generator.length)
+        self.millions = sum(parameter.numel() for parameter in llama.parameters()) / 1e6
+        self.repeats = repeats
+        self.seconds = repeated(self.draw, repeats=repeats)
+
+    def compile(self) -> tuple[float, Repeated]:
+        """The seconds until it is compiled, and those of a draw then."""
+        run = partial(self.draw, compiled=True)
+        return timed(run).wall, repeated(run, repeats=self.repeats)
 
 
 def graph_row(setting: Setting, case: str, draws: Draws) -> Measurement:
@@ -182,7 +201,7 @@ def host_rows(setting: Setting, case: str, work: HostWork, steps: int) -> Iterat
 # --- Several tokens a pass ---
 
 
-@part("sample_parallel", kind="fast", seconds=62, what="MaskGIT, VAR-d16 and SEDD-186M, as a share of the matrix rate")
+@part("sample_parallel", kind="fast", seconds=57, what="MaskGIT, VAR-d16 and SEDD-186M, as a share of the matrix rate")
 def sample_parallel(setting: Setting) -> Iterator[Measurement]:
     yield from draw_precision(setting)
     cases: dict[str, tuple[str, dict[str, Any]]] = {
@@ -247,13 +266,16 @@ def draw_precision(setting: Setting) -> Iterator[Measurement]:
         probabilities = logits.softmax(dim=-1)
         singly = repeated(partial(draw_in_float32, logits, uniforms.float()), at_least=0.02)
         race = repeated(partial(torch.multinomial, probabilities, 1), at_least=0.02)
+        # As in a sampler, which looks at the end of a draw whether all logits were numbers.
+        with checked_at_the_end():
+            ours = repeated(partial(draw_categorical, logits, uniforms), at_least=0.02)
         # It reads the logits at least once.
         least = Work(bytes=logits.nbytes).seconds(bandwidth=setting.machine.bandwidth, rate=1)
         yield measurement(
             setting,
             "draw of ids, float64 sums",
             f"{rows:,} rows of {size:,} ids",
-            repeated(partial(draw_categorical, logits, uniforms), at_least=0.02),
+            ours,
             least=least,
             least_of="logits read once",
             peer=("the same with float32 sums", singly.median),

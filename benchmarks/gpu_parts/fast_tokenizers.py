@@ -10,7 +10,7 @@ import torch
 from side_by_side.floors import joint_entropy_work, nearest_code_work
 from side_by_side.memory import peak_of
 from side_by_side.passes import VQGANPasses
-from side_by_side.peers import installed, vector_quantize_search
+from side_by_side.peers import vector_quantize_search
 from side_by_side.published_shapes import autocast
 from side_by_side.recipes import make_tokenizer
 from side_by_side.timing import repeated
@@ -23,7 +23,7 @@ from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import LookupFreeQuantizer, VectorQuantizer
 from gpu_parts.part import Measurement, Setting, part
-from gpu_parts.speed import measurement, missing
+from gpu_parts.speed import against, measurement
 
 PRECISION = torch.bfloat16
 CONVOLUTIONS = "the network's products at the measured bfloat16 rate"
@@ -32,7 +32,7 @@ VECTOR_QUANTIZE = "vector-quantize-pytorch"
 DENSE_PAIRS = 2**29
 
 
-@part("tokenizers", kind="fast", seconds=18, what="VQ-16 of LlamaGen: encode, decode, a training step")
+@part("tokenizers", kind="fast", seconds=16, what="VQ-16 of LlamaGen: encode, decode, a training step")
 def tokenizers(setting: Setting) -> Iterator[Measurement]:
     batch, size = (1, 32) if setting.tiny else (64, 256)
     # The discriminator from the first step on, as it is for most of the training.
@@ -148,11 +148,13 @@ def nearest_code(setting: Setting, latents: int, size: int, dim: int) -> Measure
     notes = [f"{memory:,.0f} MB at most, {differ} ids unlike the dense search's"]
     if size > 2**16:
         notes.append(f"{VECTOR_QUANTIZE} would hold {4e-9 * latents * size:.0f} GB of distances")
-    elif installed("vector_quantize_pytorch"):
-        theirs = repeated(vector_quantize_search(codes, rows), at_least=at_least)
-        notes.append(f"{VECTOR_QUANTIZE} {1e3 * theirs.median:.3g} ms")
     else:
-        notes.append(missing(VECTOR_QUANTIZE))
+        theirs, why = against(
+            "vector_quantize_pytorch",
+            VECTOR_QUANTIZE,
+            lambda: repeated(vector_quantize_search(codes, rows), at_least=at_least),
+        )
+        notes.append(why if theirs is None else f"{VECTOR_QUANTIZE} {1e3 * theirs.median:.3g} ms")
     work = nearest_code_work(latents, size, dim)
     least = work.seconds(bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(torch.float32))
     return measurement(
@@ -186,11 +188,11 @@ def lookup_free(setting: Setting, latents: int, bits: int) -> Measurement:
 
     ours = repeated(lambda: losses(rows), at_least=at_least)
     memory = peak_of(lambda: losses(rows)) / 2**20
-    notes = [f"{memory:,.0f} MB at most"]
-    if installed("vector_quantize_pytorch"):
-        notes.append(_their_lookup_free(setting, rows[:, : min(latents, 1024)], bits, ours.median / latents))
-    else:
-        notes.append(missing(VECTOR_QUANTIZE))
+    few, each = rows[:, : min(latents, 1024)], ours.median / latents
+    theirs, why = against(
+        "vector_quantize_pytorch", VECTOR_QUANTIZE, lambda: _their_lookup_free(setting, few, bits, each)
+    )
+    notes = [f"{memory:,.0f} MB at most", theirs or why]
     work = joint_entropy_work(latents, bits)
     least = work.seconds(bandwidth=setting.machine.bandwidth, rate=setting.machine.rate(torch.float32))
     return measurement(

@@ -1,13 +1,17 @@
 """What the `fast_*` parts share: rows made of seconds, and blocks compiled for a part."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+from side_by_side.peers import installed
 from side_by_side.timing import Repeated
 
 from discrete_lit.backbones import Backbone
 from discrete_lit.backbones.backbone import compile_blocks
 from gpu_parts.part import Floor, Measurement, Peer, Setting
+
+_Result = TypeVar("_Result")
 
 
 def measurement(
@@ -65,9 +69,20 @@ def measurement(
     )
 
 
-def missing(package: str) -> str:
-    """The note of a row whose peer cannot be measured."""
-    return f"peer {package} not installed"
+def against(package: str, name: str, measure: Callable[[], _Result]) -> tuple[_Result | None, str]:
+    """Measure a peer; where that cannot be done, give a note that says why: ours is measured all the same.
+
+    Args:
+        package: by the name that it is imported by.
+        name: by which a reader knows it.
+        measure: what needs it.
+    """
+    if not installed(package):
+        return None, f"peer {name} not installed"
+    try:
+        return measure(), ""
+    except Exception as error:
+        return None, f"peer {name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
 def compiler_options(setting: Setting) -> dict[str, Any]:
