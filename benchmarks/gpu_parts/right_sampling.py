@@ -66,7 +66,7 @@ def labels_of(count: int, setting: Setting) -> Tensor:
 
 
 @part(
-    "cached_equals_uncached", kind="right", seconds=30, what="logits place by place on a cache against one whole pass"
+    "cached_equals_uncached", kind="right", seconds=20, what="logits place by place on a cache against one whole pass"
 )
 @torch.no_grad()
 def cached_equals_uncached(setting: Setting) -> Iterator[Check]:
@@ -101,32 +101,33 @@ def cached_passes(generator: Generator, setting: Setting, dtype: torch.dtype) ->
 # --- Compiled code ---
 
 
-@part("compiled_equals_eager", kind="right", seconds=90, what="compiled blocks against eager ones: logits, and draws")
+@part("compiled_equals_eager", kind="right", seconds=60, what="compiled blocks against eager ones: logits, and draws")
 @torch.no_grad()
 def compiled_equals_eager(setting: Setting) -> Iterator[Check]:
-    names = ("autoregressive, LlamaGen",) if setting.tiny else ONE_OF_EACH
-    batch = 4 if setting.tiny else 32
-    for name in names:
-        for dtype in (torch.float32,) if setting.tiny else (torch.float32, torch.float64):
-            torch.compiler.reset()
-            generator, sampler = small_generator(name, setting, dtype)
-            expected = generator.sample(labels_of(batch, setting), sampler)
-            began = time.monotonic()
-            if setting.tiny:
-                # What is captured is checked; C++ for it takes a minute to compile.
-                compile_blocks(generator.backbone, backend="aot_eager")
-            else:
-                compile_for_sampling(generator.backbone)
-            found = generator.sample(labels_of(batch, setting), sampler)
-            note = f"the first draw compiled for {time.monotonic() - began:.0f} s"
-            yield same_images(name, f"batch {batch}", found, expected, dtype, note)
+    batch, dtype = (4 if setting.tiny else 32), torch.float32
+    for name in ("autoregressive, LlamaGen",) if setting.tiny else ONE_OF_EACH:
+        if setting.seconds_left() < setting.seconds / 4:
+            yield Check(name=name, ok=None, note="no time was left to compile it")
+            continue
+        torch.compiler.reset()
+        generator, sampler = small_generator(name, setting, dtype)
+        expected = generator.sample(labels_of(batch, setting), sampler)
+        began = time.monotonic()
+        if setting.tiny:
+            # What is captured is checked; C++ for it takes a minute to compile.
+            compile_blocks(generator.backbone, backend="aot_eager")
+        else:
+            compile_for_sampling(generator.backbone)
+        found = generator.sample(labels_of(batch, setting), sampler)
+        note = f"the first draw compiled for {time.monotonic() - began:.0f} s"
+        yield same_images(name, f"batch {batch}", found, expected, dtype, note)
 
 
 # --- CUDA graphs ---
 
 
 @part(
-    "graph_equals_eager", kind="right", seconds=60, what="a draw that was recorded as a CUDA graph against an eager one"
+    "graph_equals_eager", kind="right", seconds=45, what="a draw that was recorded as a CUDA graph against an eager one"
 )
 def graph_equals_eager(setting: Setting) -> Iterator[Check]:
     """The first batch warms up, the second is recorded, the third replays the record on other labels and indices.
@@ -156,7 +157,7 @@ def graph_equals_eager(setting: Setting) -> Iterator[Check]:
 # --- Batches ---
 
 
-@part("same_samples_any_batch", kind="right", seconds=45, what="the same seed gives the same samples for every batch")
+@part("same_samples_any_batch", kind="right", seconds=40, what="the same seed gives the same samples for every batch")
 @torch.no_grad()
 def same_samples_any_batch(setting: Setting) -> Iterator[Check]:
     """In float64 the ids are the same, whatever the batch. In float32 the matrix products of another batch take their
@@ -182,7 +183,7 @@ def batches_of(
 # --- Draws ---
 
 
-@part("categorical_draws", kind="right", seconds=20, what="random bits, draws from given numbers, and rare ids")
+@part("categorical_draws", kind="right", seconds=15, what="random bits, draws from given numbers, and rare ids")
 @torch.no_grad()
 def categorical_draws(setting: Setting) -> Iterator[Check]:
     yield from random_bits(setting)
