@@ -303,6 +303,8 @@ def main() -> None:
     check_packages()
     # An import that only asks whether there is a GPU then asks the driver's library, and does not open the device.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if options.device == "cpu":
+        os.environ.setdefault("DISCRETE_LIT_CPU_KERNELS", "0")  # it stands for a GPU, which has none of a CPU's own
     from gpu_parts import discovery
     from gpu_parts.part import PARTS
 

@@ -60,7 +60,8 @@ def run_in_process(
     lines = log.with_suffix(".jsonl")
     for file in (lines, log):
         file.write_text("")
-    process = multiprocessing.get_context(start).Process(target=_work, args=(function, arguments, lines, log))
+    context: Any = multiprocessing.get_context(start)
+    process = context.Process(target=_work, args=(function, arguments, lines, log))
     began = time.monotonic()
     with warnings.catch_warnings():
         # Python 3.12 warns of threads beside a fork. Those here are the idle ones of numpy's matrix library.

@@ -44,7 +44,7 @@ BF16_TOLERANCE = {
 }
 
 
-@part("golden_float32", kind="right", seconds=60, what="outputs of published models against the reference's, float32")
+@part("golden_float32", kind="right", seconds=40, what="outputs of published models against the reference's, float32")
 def golden_float32(setting: Setting) -> Iterator[Check]:
     def check(case: Case, folder: Path) -> Check:
         found = compare(case, published(case, folder) if case.family in FAMILIES else None)
@@ -53,7 +53,7 @@ def golden_float32(setting: Setting) -> Iterator[Check]:
     yield from _each(setting, check)
 
 
-@part("golden_bf16", kind="right", seconds=45, what="the same networks under bfloat16 autocast")
+@part("golden_bf16", kind="right", seconds=30, what="the same networks under bfloat16 autocast")
 def golden_bf16(setting: Setting) -> Iterator[Check]:
     def check(case: Case, folder: Path) -> Check | None:
         if case.family not in FAMILIES:

@@ -13,7 +13,7 @@ from gpu_parts.part import Check, Setting, part
 FLOAT32 = 2.0**-24
 
 
-@part("nearest_code", kind="right", seconds=30, what="ids of the nearest codes against a search in float64")
+@part("nearest_code", kind="right", seconds=20, what="ids of the nearest codes against a search in float64")
 @torch.no_grad()
 def nearest_code(setting: Setting) -> Iterator[Check]:
     cases = [(512, 8), (1000, 64)] if setting.tiny else [(16_384, 8), (16_384, 256), (262_144, 18), (262_144, 256)]
@@ -56,7 +56,7 @@ def excess(latents: Tensor, codes: Tensor, found: Tensor, expected: Tensor) -> T
     return (scores[0] - scores[1]) / (latents.shape[1] * FLOAT32 * sizes)
 
 
-@part("float32_logits", kind="right", seconds=20, what="logits under bfloat16 autocast against float64")
+@part("float32_logits", kind="right", seconds=15, what="logits under bfloat16 autocast against float64")
 @torch.no_grad()
 def float32_logits(setting: Setting) -> Iterator[Check]:
     """Each logit is exact to 2^-15 of the sum of its products' sizes, and to the rounding of a float32 sum."""

@@ -82,7 +82,7 @@ def trainable(name: str, setting: Setting) -> Any:
     return module.train()
 
 
-@part("training_steps", kind="right", seconds=60, what="steps in 16-mixed and bf16-mixed: finite, and they train")
+@part("training_steps", kind="right", seconds=40, what="steps in 16-mixed and bf16-mixed: finite, and they train")
 def training_steps(setting: Setting) -> Iterator[Check]:
     for name in (*ONE_OF_EACH, *TOKENIZERS):
         for precision in ("bf16-mixed",) if setting.device.type == "cpu" else ("bf16-mixed", "16-mixed"):
@@ -103,7 +103,7 @@ def training_steps(setting: Setting) -> Iterator[Check]:
             )
 
 
-@part("one_device_strategies", kind="right", seconds=45, what="DDP and FSDP2 on one device against plain training")
+@part("one_device_strategies", kind="right", seconds=30, what="DDP and FSDP2 on one device against plain training")
 def one_device_strategies(setting: Setting) -> Iterator[Check]:
     backend = "nccl" if setting.device.type == "cuda" else "gloo"
     for name in ("autoregressive, LlamaGen", "masked"):
@@ -127,7 +127,7 @@ def one_device_strategies(setting: Setting) -> Iterator[Check]:
             torch.distributed.destroy_process_group()
 
 
-@part("checkpoint_moves", kind="right", seconds=30, what="a checkpoint goes to a CPU and back, and training goes on")
+@part("checkpoint_moves", kind="right", seconds=20, what="a checkpoint goes to a CPU and back, and training goes on")
 def checkpoint_moves(setting: Setting) -> Iterator[Check]:
     settings = {
         "tokenizer": {

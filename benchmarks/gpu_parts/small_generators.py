@@ -41,7 +41,7 @@ def _on_grid(setting: Setting, kind: Callable[..., Generator], **settings: Any) 
 
 
 def _next_scale(setting: Setting) -> Generator:
-    codes, scales = (TINY_CODES, [1, 2, 4]) if setting.tiny else (CODES, [1, 2, 3, 4, 6, 8])
+    codes, scales = (TINY_CODES, (1, 2, 4)) if setting.tiny else (CODES, (1, 2, 3, 4, 6, 8))
     # Half the side in codes.
     tokenizer = randomise(MultiScaleVQ(convolutional, codes, code_dim=8, scales=scales), 0.3)
     switches: dict[str, Any] = {"conditioning": "prefix_adaln", "attention_bias": "query_value", "qk_norm": "unit"}

@@ -9,15 +9,19 @@ goes on, with ids that stay in range whatever the numbers are, and `raise_noted`
 A copy from the host to the device waits too: fixed tables are copied once (`on_device`).
 
 `host_sees` is the other half: what a sampler saves by looking at its tensors, it saves only where looking is free.
+`HostWaits` finds what still waits.
 """
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Checks:
@@ -124,8 +128,19 @@ def has_data(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
+_copying_tables: ContextVar[bool] = ContextVar("whether a table is copied", default=False)
 # They stay: a recorded draw goes on reading them.
 _tables: dict[Hashable, Tensor] = {}
+
+
+@contextmanager
+def copying_tables() -> Iterator[None]:
+    """Say that what is copied inside is copied once, and stays."""
+    token = _copying_tables.set(True)
+    try:
+        yield
+    finally:
+        _copying_tables.reset(token)
 
 
 def on_device(make: Callable[..., Tensor], *arguments: Hashable, device: torch.device) -> Tensor:
@@ -133,9 +148,67 @@ def on_device(make: Callable[..., Tensor], *arguments: Hashable, device: torch.d
     key = make, arguments, device
     if key in _tables:
         return _tables[key]
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), copying_tables():
         host = torch.device("cpu")
         table = make(*arguments) if device == host else on_device(make, *arguments, device=host).to(device)
     if has_data(table):
         _tables[key] = table
     return table
+
+
+# --- What waits ---
+
+_aten = torch.ops.aten
+_READING = {
+    _aten._local_scalar_dense,
+    _aten.item,
+    _aten.nonzero,
+    _aten.masked_select,
+    _aten.equal,
+    _aten.is_nonzero,
+    _aten.unique_consecutive,
+    _aten.unique_dim,
+    _aten._unique,
+    _aten._unique2,
+    _aten.bincount,
+    _aten.repeat_interleave,
+    _aten.argwhere,
+}
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+_COPYING = {_aten._to_copy, _aten.copy_}
+
+
+def reads_numbers(operator: Any, arguments: Any) -> bool:
+    """Tell whether an operator gives the host a number of a tensor, or a shape that its numbers decide, as masks do."""
+    packet = getattr(operator, "overloadpacket", None)
+    if packet in _INDEXING:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
+    return packet in _READING
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """Give the tensors among nested arguments."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class HostWaits(TorchDispatchMode):
+    """Lists the operators inside for which the host waits for a GPU: `seen`.
+
+    They are those that read numbers of its tensors, and copies between it and the host but of `on_device`'s tables. In
+    a `FakeTensorMode`, tensors can say that they are on a GPU where there is none; to read one then raises.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_gpu = any(each.is_cuda for each in tensors((args, kwargs)))
+        if on_gpu and reads_numbers(func, args):
+            self.seen.append(str(func))
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "overloadpacket", None) in _COPYING and not _copying_tables.get():
+            devices = {each.device.type for each in tensors((args, kwargs, result))}
+            if len(devices) > 1:
+                self.seen.append(f"{func} between {' and '.join(sorted(devices))}")
+        return result

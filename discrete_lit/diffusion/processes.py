@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from discrete_lit.core.synchronisation import has_data, host_may_wait
+from discrete_lit.core.synchronisation import copying_tables, has_data, host_may_wait
 
 
 class ForwardProcess(ABC):
@@ -501,7 +501,8 @@ class DenseProcess(ForwardProcess):
         They are copied there at the first use.
         """
         if device not in self._copies:
-            with torch.inference_mode(False):  # validation may come first, and training cannot use its tensors
+            # Validation may come first, and training cannot use tensors of inference mode.
+            with torch.inference_mode(False), copying_tables():
                 parts = self.rates - self.rates.diagonal().diag(), self.eigenvalues, self.eigenvectors
                 rates, values, vectors = (part.to(device) for part in parts)
                 copies = rates, values, vectors, self._powers(rates)

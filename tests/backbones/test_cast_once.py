@@ -76,7 +76,9 @@ def test_every_linear_layer_but_the_full_precision_ones(name: str) -> None:
         full = isinstance(layer, Linear) and not layer.autocast
         assert other is layer if full else isinstance(other, CastLinear) and other.weight is layer.weight
     assert any(layer is other for layer, other in zip(before, after, strict=True)), "a head in full precision"
-    assert fast.cache_flops(2) == backbone.cache_flops(2) and not any(isinstance(x, CastLinear) for x in backbone.modules())
+    assert fast.cache_flops(2) == backbone.cache_flops(2) and not any(
+        isinstance(x, CastLinear) for x in backbone.modules()
+    )
 
 
 @torch.no_grad()

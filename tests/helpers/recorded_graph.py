@@ -1,43 +1,17 @@
 """What a CUDA graph does, on any device: a draw's operations, recorded once and made again on the same memory."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from discrete_lit.core.synchronisation import reads_numbers, tensors
 
 aten = torch.ops.aten
-# Operators after which the host, or the shape of the result, waits for the data.
-WAITING = {
-    aten._local_scalar_dense,
-    aten.item,
-    aten.nonzero,
-    aten.nonzero_static,
-    aten.masked_select,
-    aten.equal,
-    aten.is_nonzero,
-    aten.unique_consecutive,
-    aten.unique_dim,
-    aten._unique2,
-    aten._unique,
-    aten.bincount,
-    aten.repeat_interleave,
-    aten.argwhere,
-}
-INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 # Operators that start nothing on a device.
 EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.lift_fresh}
-
-
-def waits(func: Any, args: Any) -> bool:
-    """Whether the host waits for an operator: one that gives it a number, or selects by a mask."""
-    packet = getattr(func, "overloadpacket", func)
-    if packet in INDEXING:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return packet in WAITING
 
 
 def starts_something(func: Any, args: Any, result: Any) -> bool:
@@ -70,7 +44,7 @@ class RecordedGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         lifted = func is aten.lift_fresh.default
         of_the_host = lifted or all(id(each) in self._of_the_host for each in tensors((args, kwargs)))
-        if waits(func, args) and not of_the_host:
+        if reads_numbers(func, args) and not of_the_host:
             raise RuntimeError(f"{func} is not permitted while a stream is captured")
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, result))  # all tensors stay, and so their names
@@ -83,7 +57,8 @@ class RecordedGraph(TorchDispatchMode):
         for func, args, kwargs, result in self.calls:
             if not starts_something(func, args, result):
                 continue
-            again = func(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):  # what it casts was recorded with the rest
+                again = func(*args, **kwargs)
             for held, new in zip(tensors(result), tensors(again), strict=True):
                 if held is not new and held.data_ptr() != new.data_ptr():
                     held.copy_(new)
@@ -91,10 +66,6 @@ class RecordedGraph(TorchDispatchMode):
     def operators(self) -> Counter[str]:
         """How often each operator is made that starts something."""
         return Counter(str(func) for func, args, _, result in self.calls if starts_something(func, args, result))
-
-
-def tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class RecordedGraphs:

@@ -5,56 +5,22 @@ device are counted.
 """
 
 import inspect
-import sys
-from typing import Any
 
 import pytest
 import torch
 from helpers.every_sampler import Drawer, make_drawer, names
-from helpers.recorded_graph import tensors, waits
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from discrete_lit import samplers
 from discrete_lit.backbones.backbone import outline
 from discrete_lit.core import synchronisation
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.core.synchronisation import Checks, has_data
+from discrete_lit.core.synchronisation import Checks, HostWaits, has_data
 from discrete_lit.samplers import MaskGITSampler, Sampler, SamplingContext
 
-# Tables that are copied at their first use alone.
-ONCE = {"on_device", "_on"}
 # It has to be told how often tokens jump; see `refuse_recording`.
 ASKS = "tau-gaussian"
-
-
-class Waiting(TorchDispatchMode):
-    """Lists the operators for which a host waits: copies from and to a GPU, and those that read from one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        devices = {each.device.type for each in tensors((args, kwargs))}
-        if "cuda" in devices and waits(func, args):
-            self.seen.append(str(func))
-        result = func(*args, **(kwargs or {}))
-        if getattr(func, "overloadpacket", None) in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
-            devices |= {each.device.type for each in tensors(result)}
-            if len(devices) > 1 and not _inside(ONCE):
-                self.seen.append(f"{func} between {sorted(devices)}")
-        return result
-
-
-def _inside(functions: set[str]) -> bool:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in functions:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def on_a_gpu(module: nn.Module) -> nn.Module:
@@ -82,7 +48,7 @@ def waiting(drawer: Drawer, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | 
             drawer.denoiser,
         )
         labels, indices = torch.zeros(5, dtype=torch.int64, device="cuda"), torch.arange(5, device="cuda")
-        with Waiting() as mode:
+        with HostWaits() as mode:
             output = on_gpu.draw(labels, CounterRandom(0, indices))
     assert output.tokens.device.type == "cuda" and not has_data(output.tokens) and output.network_calls > 0
     return mode.seen, sum(number > 0 for number in asked)
