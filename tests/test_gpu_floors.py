@@ -9,6 +9,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from gpu_parts import speed
+from gpu_parts.part import Machine, Setting
 from side_by_side.floors import (
     Work,
     cache_bytes,
@@ -19,9 +21,10 @@ from side_by_side.floors import (
     training_flops,
     weight_bytes,
 )
-from side_by_side.host_work import host_work, host_work_between_passes
+from side_by_side.host_work import host_work, host_work_between_passes, of_runtime_calls
 from side_by_side.passes import bare_passes
 from side_by_side.recipes import make_generator, make_tokenizer
+from side_by_side.timing import Repeated
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.core.random import CounterRandom
@@ -146,3 +149,48 @@ def test_what_the_host_does_is_counted_between_two_passes():
     assert host_work_between_passes(network, run, CPU, passes=(1, 4)).waits == 1
     with pytest.raises(ValueError, match="only 5 were made"):
         host_work_between_passes(network, run, CPU, passes=(1, 9))
+
+
+def test_calls_of_cuda_are_told_apart_by_their_names():
+    calls = {
+        "cudaLaunchKernel": 3,
+        "cuLaunchKernelEx": 2,
+        "cudaMemcpyAsync": 1,
+        "cudaMemsetAsync": 1,
+        "cudaGraphLaunch": 1,
+        "cudaStreamSynchronize": 2,
+        "cudaDeviceSynchronize": 5,
+        "cudaStreamIsCapturing": 7,
+        "aten::mm": 9,
+        "Memcpy DtoD (Device -> Device)": 1,
+    }
+    assert of_runtime_calls(name for name, count in calls.items() for _ in range(count)) == (7, 1, 2)
+
+
+def setting(device: str, tmp_path: Path) -> Setting:
+    machine = Machine(name="a card", bandwidth=1e12, rates={"bfloat16": 1e15}, memory=1)
+    return Setting(device=torch.device(device), tiny=False, golden=None, output=tmp_path, machine=machine, seconds=60.0)
+
+
+def test_rows_hold_amounts_a_second_against_the_floor_and_the_peer(tmp_path: Path):
+    taken = Repeated(2.0, 1.9, 2.1, 5)
+    more = {"least": 1.0, "least_of": "bytes", "peer": ("theirs", 5.0)}
+    row = speed.measurement(
+        setting("cuda", tmp_path), "draw", "", taken, amount=64, unit="images/s", share=0.5, times=2.5, **more
+    )
+    assert (row.value, row.floor and row.floor.value, row.peer and row.peer.value) == (32.0, 64.0, 12.8)
+    assert row.met and row.share == 0.5 and row.times_the_peer == 2.5
+    assert row.target == "at least 50% of the floor, at least 2.5 times theirs"
+    for missed in ({"share": 0.51}, {"times": 2.6}, {"share": 0.5, "times": 2.6}):
+        assert speed.measurement(setting("cuda", tmp_path), "", "", taken, **missed, **more).met is False
+    in_milliseconds = speed.measurement(setting("cpu", tmp_path), "", "", taken, share=0.5, **more)
+    assert (in_milliseconds.value, in_milliseconds.share, in_milliseconds.met) == (2000.0, 0.5, None)
+
+
+def test_a_peer_that_is_missing_or_fails_is_named_in_a_note():
+    assert speed.against("torch", "torch", lambda: 3) == (3, "")
+    assert speed.against("no_such_package", "theirs", lambda: 3) == (None, "peer theirs not installed")
+    assert speed.against("torch", "theirs", lambda: 1 // 0) == (
+        None,
+        "peer theirs failed: ZeroDivisionError: integer division or modulo by zero",
+    )

@@ -1,12 +1,16 @@
 """Parameter groups and learning-rate schedules."""
 
+from copy import deepcopy
 from functools import partial
 from math import cos, pi
 
 import pytest
 import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
 
-from discrete_lit.optimization import WarmupCosine, WarmupLinear, configure_optimizers
+from discrete_lit import optimization
+from discrete_lit.optimization import WarmupCosine, WarmupLinear, configure_optimizers, fuse_steps
 
 ADAMW = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
 
@@ -72,6 +76,95 @@ def test_the_scheduler_steps_after_every_batch(make_generator) -> None:
 def test_no_optimizer(make_tokenizer) -> None:
     with pytest.raises(ValueError, match=r"FSQ has no optimizer: set model.init_args.optimizer, .*torch.optim.AdamW"):
         configure_optimizers(make_tokenizer(), None, None)
+
+
+def steps_of(optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    """The parameters after steps along fixed random gradients, of sizes far apart."""
+    random = torch.Generator().manual_seed(1)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=random) * 10.0 ** (3 * len(parameter) - 12)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def groups_of_parameters() -> list[dict]:
+    random = torch.Generator().manual_seed(0)
+    matrix, vector = (torch.randn(shape, generator=random).requires_grad_() for shape in ((4, 30), (5,)))
+    return [{"params": [matrix]}, {"params": [vector], "weight_decay": 0.0, "lr": 0.03}, {"params": []}]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_fused_steps_are_the_same_and_go_on_from_the_others(kind, monkeypatch) -> None:
+    """Run on a CPU, which has this kernel too; a checkpoint of either kind is resumed by either."""
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    plain = kind(groups_of_parameters(), **settings)
+    expected = steps_of(plain, 6)
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    fused = kind(groups_of_parameters(), **settings)
+    fuse_steps(fused)
+    assert [group["fused"] for group in fused.param_groups] == [True] * 3
+    assert not getattr(fused, "_step_supports_amp_scaling", False), "or Lightning clips no gradients"
+    torch.testing.assert_close(steps_of(fused, 6), expected, rtol=1e-5, atol=1e-6)
+    for first, second in ((plain, fused), (fused, plain)):
+        resumed = kind(groups_of_parameters(), **settings)
+        (fuse_steps if second is fused else lambda _: None)(resumed)
+        for parameter, value in zip(parameters_of(resumed), parameters_of(first), strict=True):
+            parameter.data.copy_(value)
+        resumed.load_state_dict(deepcopy(first.state_dict()))
+        torch.testing.assert_close(steps_of(resumed, 2), steps_of(first, 2), rtol=1e-5, atol=1e-6)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def test_which_steps_are_fused(monkeypatch) -> None:
+    def fused(kind=torch.optim.AdamW, **settings) -> list[bool | None]:
+        built = kind(groups_of_parameters(), lr=0.1, **settings)
+        fuse_steps(built)
+        return [group.get("fused") for group in built.param_groups]
+
+    assert fused() == [None] * 3, "on a CPU"
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    assert fused() == [True] * 3
+    assert fused(fused=False) == [False] * 3 and fused(foreach=True) == fused(differentiable=True) == [None] * 3
+    assert fused(torch.optim.SGD) == [None] * 3
+
+    class Mine(torch.optim.AdamW):
+        pass
+
+    assert fused(Mine) == [None] * 3
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer` in `LightningModule`")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_fused_steps_are_clipped(make_generator, monkeypatch, precision: str, tmp_path) -> None:
+    """Lightning refuses to where an optimizer was constructed as a fused one, under autocast in bfloat16 too."""
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *found, **more: norms.append(clip(*found, **more)) or norms[-1]
+    )
+    generator = make_generator("masked", optimizer=ADAMW)
+    batch = {"tokens": torch.randint(4, (4, 3)), "label": torch.arange(4) % 2, "index": torch.arange(4)}
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=2,
+        gradient_clip_val=1e-3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(generator.train(), DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.optimizers[0].param_groups[0]["fused"] and len(norms) == 2
+    assert sum(float(p.grad.square().sum()) for p in generator.backbone.parameters()) ** 0.5 == pytest.approx(1e-3)
 
 
 def rates(steps: int, schedule: type = WarmupCosine, **arguments) -> list[float]:

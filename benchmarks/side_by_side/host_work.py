@@ -5,7 +5,7 @@ operations that would be kernels on a GPU are counted, and those that would wait
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -39,10 +39,19 @@ class HostWork(NamedTuple):
     """Times that the host waited for the device."""
 
 
+def of_runtime_calls(names: Iterable[str]) -> HostWork:
+    """Count the calls of CUDA's runtime and driver among the names of events."""
+    calls = Counter(names)
+
+    def count(*beginnings: str) -> int:
+        return sum(times for name, times in calls.items() if name.startswith(beginnings))
+
+    return HostWork(count(*_LAUNCHES, _COPIES), count(_GRAPHS), count(*_WAITS) + calls["cudaMemcpy"])
+
+
 class _Counting:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
-        # Without the GPU's own records, which a part of a run cannot begin with, the runtime's calls are still there.
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
         self.profile = profile(activities=activities)
 
@@ -56,12 +65,7 @@ class _Counting:
         events = self.profile.events()
         assert events is not None
         if self.on_gpu:
-            names = Counter(event.name for event in events)
-            return HostWork(
-                sum(count for name, count in names.items() if name.startswith((*_LAUNCHES, _COPIES))),
-                sum(count for name, count in names.items() if name.startswith(_GRAPHS)),
-                sum(count for name, count in names.items() if name.startswith(_WAITS)) + names["cudaMemcpy"],
-            )
+            return of_runtime_calls(event.name for event in events)
         leaves = [event.name for event in events if event.name.startswith("aten::") and not _operations_in(event)]
         waits = sum(name in _CPU_WAITS for name in leaves)
         return HostWork(sum(name not in _VIEWS for name in leaves) - waits, 0, waits)

@@ -388,16 +388,20 @@ class _EveryElement(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline(module: _Module) -> _Module:
+def outline(module: _Module, *, device: str | None = None) -> _Module:
     """Copy a module with parameters and buffers that are made anew: without data in a `FakeTensorMode`.
 
     Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
     is shared.
+
+    Args:
+        module: any.
+        device: of the copy; that of the module by default.
     """
-    return _outline(module, {})
+    return _outline(module, device, {})
 
 
-def _outline(module: Any, known: dict[int, Any]) -> Any:
+def _outline(module: Any, device: str | None, known: dict[int, Any]) -> Any:
     if id(module) in known:
         return known[id(module)]
     # Sharded modules (FSDP2) have a class that cannot be copied.
@@ -416,7 +420,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         if value is None:
             return None
         if id(value) not in known:
-            empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            empty = torch.empty(value.shape, dtype=value.dtype, device=device or value.device)
             parameter = isinstance(value, nn.Parameter)
             known[id(value)] = nn.Parameter(empty, value.requires_grad) if parameter else empty
         return known[id(value)]
@@ -426,7 +430,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
     for name, buffer in module._buffers.items():
         copy.register_buffer(name, tensor(buffer))
     for name, child in module._modules.items():
-        copy.add_module(name, None if child is None else _outline(child, known))
+        copy.add_module(name, None if child is None else _outline(child, device, known))
     return copy
 
 

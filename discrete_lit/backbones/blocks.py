@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +15,7 @@ from discrete_lit.backbones import cpu_kernels
 from discrete_lit.backbones.cache import LayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
-from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.modules import FullPrecision, at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
@@ -91,7 +90,7 @@ class Block(nn.Module):
         if settings.modulation == "own":
             self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
-        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), DropPath(settings.drop_path))
+        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), StochasticDepth(settings.drop_path))
 
     def forward(
         self,
@@ -140,6 +139,31 @@ def _block_norm(settings: BlockSettings) -> Norm:
         bias=settings.norm_bias and settings.norm == "layer",
         epsilon=settings.norm_epsilon,
     )
+
+
+class StochasticDepth(FullPrecision):
+    """Leaves the residual branches of some samples out, and scales up the others (Huang et al., 2016).
+
+    timm's `DropPath` has its probability as a number, which compiled code contains: the blocks, whose probabilities
+    differ, would be compiled one by one, and from the ninth on not at all.
+
+    Args:
+        probability: that a sample's branch is left out in training, in [0, 1).
+    """
+
+    kept: Tensor
+    """Scalar: the probability that it is not."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.active = probability > 0
+        self.register_buffer("kept", torch.tensor(1.0 - probability), persistent=False)
+
+    def forward(self, branch: Tensor) -> Tensor:  # (B, ...) -> (B, ...)
+        if not (self.active and self.training):
+            return branch
+        uniforms = torch.rand(len(branch), *(1,) * (branch.ndim - 1), dtype=self.kept.dtype, device=branch.device)
+        return branch * ((uniforms < self.kept) / self.kept).to(branch.dtype)
 
 
 class Attention(nn.Module):

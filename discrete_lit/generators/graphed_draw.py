@@ -133,13 +133,13 @@ class GraphedDraw:
         precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         if precision != self._precision:
             self._recorded, self._precision = None, precision
-            output = self._recorder.warm_up(lambda: self._plain(self._labels, self._indices))
+            output = self._recorder.warm_up(self._draw_held)
             return replace(output, tokens=output.tokens[: len(labels)].clone())
         if self._recorded is None:
             try:
                 self._recorded = self._record()
             except RuntimeError as error:
-                self.reason = str(error).partition("\n")[0]
+                self.reason = _first_cause(error)
                 warnings.warn(f"the draw is not recorded as a CUDA graph: {self.reason}", stacklevel=2)
                 return self._plain(labels, indices)
         recorded = self._recorded
@@ -150,17 +150,21 @@ class GraphedDraw:
     def _plain(self, labels: Tensor, indices: Tensor) -> SamplerOutput:
         return self.generator.draw(labels, CounterRandom(self.seed, indices), self.sampler)
 
+    def _draw_held(self) -> SamplerOutput:
+        """Draw the labels and indices that are held, in a way that can be recorded."""
+        device = self._labels.device.type
+        enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        # Weights that autocast keeps for the next operation would be freed behind the graph's back. Without them while
+        # the kernels warm up, too: compiled blocks are compiled for the one or the other.
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+            return self._plain(self._labels, self._indices)
+
     def _record(self) -> "_Recorded":
-        recorded, device = _Recorded(), self._labels.device.type
+        recorded = _Recorded()
 
         def run() -> None:
-            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            # Weights that autocast keeps for the next operation would be freed behind the graph's back.
-            with (
-                noting(recorded.checks),
-                torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False),
-            ):
-                recorded.output = self._plain(self._labels, self._indices)
+            with noting(recorded.checks):
+                recorded.output = self._draw_held()
                 recorded.flags = recorded.checks.flags()
 
         recorded.replay = self._recorder.record(run)
@@ -181,3 +185,10 @@ class _Recorded:
 def _is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is more than a plain one: FSDP2's are."""
     return type(parameter) is not nn.Parameter
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of the error that others followed: the end of a broken recording is one itself."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return str(error).partition("\n")[0]

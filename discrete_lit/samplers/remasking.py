@@ -97,7 +97,8 @@ class RemaskingSampler(DiffusionSampler):
         before = 1 - (1 - held) * (done / max(first, 1e-12)).clamp(max=1)
         after = held * (1 - (done - end).clamp(min=0) / max(1 - end, 1e-12)).clamp(min=0)
         times = torch.where(done < end, before, after)
-        times[:1].zero_(), times[-1:].fill_(1)
+        times[:1].zero_()
+        times[-1:].fill_(1)
         return times
 
     def check(self, denoiser: Denoiser) -> None:

@@ -211,7 +211,7 @@ def test_drop_path_leaves_out_whole_branches_in_training_alone() -> None:
     """Every sample's branch is left out with the probability of its block, which grows from 0 to `drop_path`."""
     layout = SequenceLayout(5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True)
     backbone = Transformer(layout, width=16, depth=3, heads=2, drop_path=0.5)
-    assert [block.dropout[1].drop_prob for block in backbone.blocks] == [0, 0.25, 0.5]
+    assert [float(block.dropout[1].kept) for block in backbone.blocks] == [1, 0.75, 0.5]
     torch.manual_seed(0)
     branches = backbone.blocks[1].train()._drop(torch.ones(20_000, 2, 3)).flatten(1)
     assert torch.equal(branches, branches[:, :1].expand_as(branches))

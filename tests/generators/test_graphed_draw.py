@@ -72,7 +72,10 @@ def test_a_failing_recorder_is_named_once() -> None:
     class Failing(RecordedGraphs):
         def record(self, run):
             run()
-            raise RuntimeError("CUDA error: out of graphs\nlong explanation")
+            try:
+                raise RuntimeError("CUDA error: out of graphs\nlong explanation")
+            finally:
+                raise RuntimeError("the recording was broken by an earlier error")
 
     drawer = make_drawer("maskgit")
     draw = GraphedDraw(drawer, batch_size=5, recorder=Failing())

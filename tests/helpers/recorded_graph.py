@@ -11,7 +11,15 @@ from discrete_lit.core.synchronisation import reads_numbers, tensors
 
 aten = torch.ops.aten
 # Operators that start nothing on a device.
-EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.lift_fresh}
+EMPTY = {
+    aten.empty,
+    aten.empty_like,
+    aten.new_empty,
+    aten.empty_strided,
+    aten.new_empty_strided,
+    aten.lift_fresh,
+    aten.promote_types,
+}
 
 
 def starts_something(func: Any, args: Any, result: Any) -> bool:

@@ -9,7 +9,6 @@ import inspect
 import pytest
 import torch
 from helpers.every_sampler import Drawer, make_drawer, names
-from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from discrete_lit import samplers
@@ -23,18 +22,6 @@ from discrete_lit.samplers import MaskGITSampler, Sampler, SamplingContext
 ASKS = "tau-gaussian"
 
 
-def on_a_gpu(module: nn.Module) -> nn.Module:
-    """A copy without data that says it is on a GPU."""
-    copy = outline(module)
-    for part in copy.modules():
-        for kept in (part._parameters, part._buffers):
-            for name, value in kept.items():
-                if value is not None:
-                    moved = torch.empty_like(value, device="cuda")
-                    kept[name] = nn.Parameter(moved) if isinstance(value, nn.Parameter) else moved
-    return copy
-
-
 def waiting(drawer: Drawer, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | None = None) -> tuple[list[str], int]:
     """What a draw of five images waits for on a GPU, and how often it asks for what was noted."""
     drawer.draw(torch.zeros(1, dtype=torch.int64), CounterRandom(0, torch.zeros(1, dtype=torch.int64)))  # with data
@@ -42,9 +29,9 @@ def waiting(drawer: Drawer, monkeypatch: pytest.MonkeyPatch, sampler: Sampler | 
     monkeypatch.setattr(Checks, "raise_noted", lambda self, flags=None: asked.append(len(self._noted)))
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_gpu = Drawer(
-            on_a_gpu(drawer.backbone),
+            outline(drawer.backbone, device="cuda"),
             sampler or drawer.sampler,
-            None if drawer.quantizer is None else on_a_gpu(drawer.quantizer),
+            None if drawer.quantizer is None else outline(drawer.quantizer, device="cuda"),
             drawer.denoiser,
         )
         labels, indices = torch.zeros(5, dtype=torch.int64, device="cuda"), torch.arange(5, device="cuda")
