@@ -172,10 +172,24 @@ class _FullPrecisionLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
-        grad = grad_outputs[0].to(input.dtype)
+        missing = split_products.missing_rows(weight)
+        grad = _padded(grad_outputs[0], input.dtype, columns=missing)
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_input = (grad @ weight.to(input.dtype)).to(ctx.input_dtype)
+            grad_input = (grad @ _padded(weight, input.dtype, rows=missing)).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).T @ input.flatten(0, -2)).to(weight.dtype)
+            product = grad.flatten(0, -2).T @ input.flatten(0, -2)
+            grad_weight = product[: len(weight)].to(weight.dtype)
         return grad_input, grad_weight, None, None
+
+
+def _padded(values: Tensor, dtype: torch.dtype, *, rows: int = 0, columns: int = 0) -> Tensor:
+    """Convert `(..., n, m)` to a precision, with so many rows and columns of zeros more, in one pass."""
+    if rows == columns == 0:
+        return values.to(dtype)
+    *batch, n, m = values.shape
+    padded = values.new_empty(*batch, n + rows, m + columns, dtype=dtype)
+    padded[..., n:, :] = 0
+    padded[..., m:] = 0
+    padded[..., :n, :m] = values
+    return padded
