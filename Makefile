@@ -11,7 +11,7 @@ LIT := $(BIN)/discrete-lit
 # bfloat16 where the processor multiplies matrices of it (or a GPU does), float32 elsewhere.
 PRECISION := $(shell if grep -qs amx_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1; then echo bf16-mixed; else echo 32-true; fi)
 
-.PHONY: help setup quickstart comparison trained test test-slow lint format types bench
+.PHONY: help setup quickstart comparison trained test test-slow lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,7 +44,26 @@ types: .venv/installed ## check types
 
 bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a quiet machine
 	$(BIN)/pip install --quiet --editable '.[dev,bench]'
-	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in $(filter-out benchmarks/gpu%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark || exit 1; done
+
+# What follows is for a GPU; docs/gpu.md explains it. ARGS are those of benchmarks/gpu.py.
+gpu: ## check on a GPU that the results are right, then measure how fast they come, 8 minutes; ARGS="--device cpu --tiny"
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(ARGS)
+
+# Small packages that a machine with torch, lightning and timm may lack, with what they need themselves.
+GPU_WHEELS := jsonargparse docstring-parser typeshed-client webdataset braceexpand torch-fidelity \
+	x-transformers vector-quantize-pytorch torch-einops-utils einx frozendict loguru
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+gpu-wheels: ## download the packages that a bare GPU machine lacks, for GPU_PYTHON (3.12), to gpu_wheels/
+	rm -rf gpu_wheels
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: \
+		--implementation cp --python-version $(or $(GPU_PYTHON),3.12) $(GPU_PLATFORMS:%=--platform %) \
+		--dest gpu_wheels $(GPU_WHEELS)
+	@du -sh gpu_wheels
+
+gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds the reference outputs
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_pack.py $(if $(GOLDEN),--golden $(GOLDEN))
 
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.

@@ -501,7 +501,7 @@ def cast_once(module: _Module) -> _Module:
     Args:
         module: a backbone, or any other; its weights must not change while the other is used.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not isinstance(module, nn.Module):  # a function that stands for a network has none
         return module
 
     def cast(layer: nn.Linear) -> nn.Module | None:

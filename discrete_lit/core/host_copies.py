@@ -21,7 +21,8 @@ class HostCopy:
     def __init__(self, value: Tensor) -> None:
         self._value, self._copied = value.detach(), None
         if value.is_cuda:
-            pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)  # a copy to other memory waits
+            # A copy to other memory waits; and a default device may be set, which is not the host.
+            pinned = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
             self._value = pinned.copy_(self._value, non_blocking=True)
             self._copied = torch.cuda.Event()
             self._copied.record(torch.cuda.current_stream(value.device))

@@ -65,7 +65,8 @@ class RecordedGraph(TorchDispatchMode):
         for func, args, kwargs, result in self.calls:
             if not starts_something(func, args, result):
                 continue
-            again = func(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):  # what it casts was recorded with the rest
+                again = func(*args, **kwargs)
             for held, new in zip(tensors(result), tensors(again), strict=True):
                 if held is not new and held.data_ptr() != new.data_ptr():
                     held.copy_(new)
