@@ -269,3 +269,15 @@ def test_run_json_says_what_ran(
     assert run["precision"] == precision and seen == {run["weights_dtype"]} == {names.get(precision, "float32")}
     tokenizer = discrete_lit.load(generator_checkpoints[family]).tokenizer
     assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()
+
+
+def test_run_json_says_what_the_automatic_precision_became(
+    generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from discrete_lit.core import auto_precision
+
+    for flags, became in (("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
+        settings = ("--num_samples", 2, "--precision", "auto", "--accelerator", "cpu")
+        assert draw(generator_checkpoints[FAMILIES[0]], tmp_path / flags, *settings)["run"]["precision"] == became
