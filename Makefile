@@ -8,8 +8,6 @@ BIN := .venv/bin
 RUNS := runs/quickstart
 CONFIGS := lightning_configs/quickstart
 LIT := $(BIN)/discrete-lit
-# bfloat16 where the processor multiplies matrices of it (or a GPU does), float32 elsewhere.
-PRECISION := $(shell if grep -qs amx_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1; then echo bf16-mixed; else echo 32-true; fi)
 
 .PHONY: help setup quickstart comparison trained test test-slow lint format types bench
 
@@ -67,11 +65,11 @@ $(RUNS)/classifier/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/t
 	@touch $@
 
 $(RUNS)/tokenizer/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --trainer.precision $(PRECISION) --ckpt_path last
+	$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --ckpt_path last
 	@touch $@
 
 $(RUNS)/tokenizer_%/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/tokenizer_$*.yaml --trainer.precision $(PRECISION) --ckpt_path last
+	$(LIT) fit --config $(CONFIGS)/tokenizer_$*.yaml --ckpt_path last
 	@touch $@
 
 define tokenize
@@ -92,7 +90,7 @@ $(RUNS)/tokens_%/test/manifest.json: $(RUNS)/tokenizer_%/finished
 	$(call tokenize,validation)
 
 $(RUNS)/%/finished: $(RUNS)/tokens/train/manifest.json $(RUNS)/tokens/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/$*.yaml --trainer.precision $(PRECISION) --ckpt_path last
+	$(LIT) fit --config $(CONFIGS)/$*.yaml --ckpt_path last
 	@touch $@
 
 $(RUNS)/%/samples.npz: $(RUNS)/%/finished

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
@@ -66,7 +67,8 @@ def sample(
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
         precision: Lightning's: `32-true`; `bf16-mixed` or `16-mixed`, by autocast; `bf16-true`, `16-true` or `64-true`,
-            which convert the weights of generator and tokenizer.
+            which convert the weights of generator and tokenizer; or `auto`, bfloat16 by autocast where the device
+            multiplies it and float32 elsewhere.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
         image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
             to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
@@ -101,6 +103,7 @@ def sample(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
+    precision = resolve_precision(precision, accelerator)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
