@@ -73,7 +73,9 @@ def compare_means(first: Spread, second: Spread) -> Difference | None:
     deviations = first.standard_deviation, second.standard_deviation
     if deviations[0] is None or deviations[1] is None:
         return None
-    parts = [deviation**2 / len(row.values) for deviation, row in zip(deviations, (first, second), strict=True)]
+    parts = [
+        float(deviation or 0) ** 2 / len(row.values) for deviation, row in zip(deviations, (first, second), strict=True)
+    ]
     variance = sum(parts)
     value = second.mean - first.mean
     if variance == 0:
