@@ -269,3 +269,18 @@ def test_run_json_says_what_ran(
     assert run["precision"] == precision and seen == {run["weights_dtype"]} == {names.get(precision, "float32")}
     tokenizer = discrete_lit.load(generator_checkpoints[family]).tokenizer
     assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize(("cycle", "columns", "rows"), [(9, 9, 10), (12, 12, 10), (1, 10, 10), (1000, 10, 10)])
+def test_a_column_of_the_grid_is_a_label(cycle: int, columns: int, rows: int, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    labels = np.arange(130) % cycle
+    _write_grid(
+        tmp_path, np.broadcast_to(labels[:, None, None, None] % 256, (130, 2, 2, 3)).astype(np.uint8), cycle=cycle
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)[::2, ::2, 0]
+    assert shown.shape == (rows, columns)
+    if cycle == columns:
+        assert (shown == np.arange(columns)).all()
