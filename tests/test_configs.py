@@ -186,6 +186,8 @@ def shrink_model(settings: Any, tokenizer_file: Path) -> None:
         name = settings["class_path"].rpartition(".")[2]
         arguments = settings.setdefault("init_args", {})
         arguments.update(SMALL.get(name, {}))
+        if name == "ImageClassifier" and "network" in arguments:
+            del arguments["channels"]
         if name == "from_checkpoint":
             arguments["checkpoint"] = str(tokenizer_file)
         if name == "ConvAutoencoder":

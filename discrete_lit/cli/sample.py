@@ -27,6 +27,7 @@ from discrete_lit.samplers import Sampler
 from discrete_lit.tokenizers import Tokenizer
 
 _GRID_SIDE = 10
+_MOST_COLUMNS = 20
 
 
 def sample(
@@ -47,12 +48,13 @@ def sample(
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
-    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey
-    images, 4 of RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator
-    that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to
-    `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
-    devices do not change it (to the rounding of the network's arithmetic).
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` (of the first images, with a
+    column for each of the labels where those are 5 to 20, or else ten columns) and `run.json` with every setting, the
+    network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey images, 4 of
+    RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
+    without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to `samples.txt`, a line
+    each. Sample i is a function of (seed, i) alone: the batch size and the number of devices do not change it (to the
+    rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator; it carries its tokenizer.
@@ -212,7 +214,7 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
         else:
             np.savez(file, tokens=rows, labels=labels)
     if tokenizer.makes_images:
-        _write_grid(folder, rows)
+        _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     else:
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
@@ -224,8 +226,10 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
     atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
 
 
-def _write_grid(folder: Path, pixels: np.ndarray) -> None:
-    side = min(_GRID_SIDE, len(pixels))
+def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) -> None:
+    """Write the first images in ten rows at most, with a column for each of `cycle` labels where that is a width."""
+    columns = cycle if _GRID_SIDE // 2 <= cycle <= _MOST_COLUMNS else _GRID_SIDE
+    side = min(columns, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
     shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
     rows = shown.reshape(-1, side, *shown.shape[1:])  # (rows, side, H, W, C)

@@ -281,3 +281,18 @@ def test_run_json_says_what_the_automatic_precision_became(
         monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
         settings = ("--num_samples", 2, "--precision", "auto", "--accelerator", "cpu")
         assert draw(generator_checkpoints[FAMILIES[0]], tmp_path / flags, *settings)["run"]["precision"] == became
+
+
+@pytest.mark.parametrize(("cycle", "columns", "rows"), [(9, 9, 10), (12, 12, 10), (1, 10, 10), (1000, 10, 10)])
+def test_a_column_of_the_grid_is_a_label(cycle: int, columns: int, rows: int, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    labels = np.arange(130) % cycle
+    _write_grid(
+        tmp_path, np.broadcast_to(labels[:, None, None, None] % 256, (130, 2, 2, 3)).astype(np.uint8), cycle=cycle
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)[::2, ::2, 0]
+    assert shown.shape == (rows, columns)
+    if cycle == columns:
+        assert (shown == np.arange(columns)).all()
