@@ -19,7 +19,7 @@ from discrete_lit.core.modules import FullPrecision, at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
-MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu"]
 Condition = Tensor | tuple[Tensor, ...]
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
@@ -274,14 +274,15 @@ class QueryKeyNorms(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear; or SwiGLU.
+    """Linear, GELU or squared ReLU, linear; or SwiGLU.
 
     Args:
         width: D.
         hidden: inner width.
         kind: GELU exact (`"gelu"`), by its tanh approximation (`"gelu_tanh"`), or as x sigmoid(1.702 x)
-            (`"gelu_quick"`: ImageGPT); `"swiglu"` is the contraction of silu(gate) x value (Shazeer, "GLU Variants
-            Improve Transformer", 2020).
+            (`"gelu_quick"`: ImageGPT); `"relu_squared"` is max(0, x)^2 (So et al., "Primer: Searching for Efficient
+            Transformers for Language Modeling", 2021); `"swiglu"` is the contraction of silu(gate) x value (Shazeer,
+            "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
     """
 
@@ -296,6 +297,8 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, value = hidden.chunk(2, dim=-1)
             return self.contract(F.silu(gate) * value)
+        if self.kind == "relu_squared":
+            return self.contract(F.relu(hidden).square())
         if self.kind == "gelu_quick":
             return self.contract(hidden * torch.sigmoid(1.702 * hidden))
         return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))

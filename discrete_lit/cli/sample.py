@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
@@ -27,6 +28,7 @@ from discrete_lit.samplers import Sampler
 from discrete_lit.tokenizers import Tokenizer
 
 _GRID_SIDE = 10
+_MOST_COLUMNS = 20
 
 
 def sample(
@@ -48,12 +50,13 @@ def sample(
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
-    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey
-    images, 4 of RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator
-    that was loaded without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to
-    `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
-    devices do not change it (to the rounding of the network's arithmetic).
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` (of the first images, with a
+    column for each of the labels where those are 5 to 20, or else ten columns) and `run.json` with every setting, the
+    network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey images, 4 of
+    RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
+    without its tokenizer, the ids are written as `tokens` in place of images; text itself goes to `samples.txt`, a line
+    each. Sample i is a function of (seed, i) alone: the batch size and the number of devices do not change it (to the
+    rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator; it carries its tokenizer.
@@ -68,7 +71,8 @@ def sample(
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
         precision: Lightning's: `32-true`; `bf16-mixed` or `16-mixed`, by autocast; `bf16-true`, `16-true` or `64-true`,
-            which convert the weights of generator and tokenizer.
+            which convert the weights of generator and tokenizer; or `auto`, bfloat16 by autocast where the device
+            multiplies it and float32 elsewhere.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
         graph: replay a whole draw as one CUDA graph for each batch, compiled or not, so that a GPU does not wait for
             the host; the samples are the same. `auto` does from the third full batch of a process on, see
@@ -106,6 +110,7 @@ def sample(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
+    precision = resolve_precision(precision, accelerator)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
@@ -232,7 +237,7 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
         else:
             np.savez(file, tokens=rows, labels=labels)
     if tokenizer.makes_images:
-        _write_grid(folder, rows)
+        _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     else:
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
@@ -244,8 +249,10 @@ def _write(folder: Path, tokenizer: Tokenizer, rows: np.ndarray, labels: np.ndar
     atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
 
 
-def _write_grid(folder: Path, pixels: np.ndarray) -> None:
-    side = min(_GRID_SIDE, len(pixels))
+def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) -> None:
+    """Write the first images in ten rows at most, with a column for each of `cycle` labels where that is a width."""
+    columns = cycle if _GRID_SIDE // 2 <= cycle <= _MOST_COLUMNS else _GRID_SIDE
+    side = min(columns, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
     shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
     rows = shown.reshape(-1, side, *shown.shape[1:])  # (rows, side, H, W, C)

@@ -7,6 +7,7 @@ from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
@@ -69,6 +70,7 @@ def tokenize(
             f"it is {data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
+    precision = resolve_precision(precision, accelerator)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     if fabric.global_rank == 0:

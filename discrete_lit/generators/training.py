@@ -251,7 +251,7 @@ class TokenTraining(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer, self.scheduler)
+        return configure_optimizers(self, self.optimizer, self.scheduler, hidden_layers=self.backbone.fsdp_units())
 
     def configure_model(self) -> None:
         """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""

@@ -204,7 +204,13 @@ class ImageAutoencoder(LightningModule):
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
         ratios = [] if adversarial is None else [(adversarial.discriminator, adversarial.learning_rate_factor)]
-        return configure_optimizers(self, self.optimizer, self.scheduler, learning_rate_ratios=ratios)
+        return configure_optimizers(
+            self,
+            self.optimizer,
+            self.scheduler,
+            learning_rate_ratios=ratios,
+            hidden_layers=self.network.hidden_layers(),
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         adversarial = self.objective.adversarial

@@ -314,3 +314,30 @@ def test_run_json_says_what_ran(
     assert run["precision"] == precision and seen == {run["weights_dtype"]} == {names.get(precision, "float32")}
     tokenizer = discrete_lit.load(generator_checkpoints[family]).tokenizer
     assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()
+
+
+def test_run_json_says_what_the_automatic_precision_became(
+    generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from discrete_lit.core import auto_precision
+
+    for flags, became in (("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
+        settings = ("--num_samples", 2, "--precision", "auto", "--accelerator", "cpu")
+        assert draw(generator_checkpoints[FAMILIES[0]], tmp_path / flags, *settings)["run"]["precision"] == became
+
+
+@pytest.mark.parametrize(("cycle", "columns", "rows"), [(9, 9, 10), (12, 12, 10), (1, 10, 10), (1000, 10, 10)])
+def test_a_column_of_the_grid_is_a_label(cycle: int, columns: int, rows: int, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    labels = np.arange(130) % cycle
+    _write_grid(
+        tmp_path, np.broadcast_to(labels[:, None, None, None] % 256, (130, 2, 2, 3)).astype(np.uint8), cycle=cycle
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)[::2, ::2, 0]
+    assert shown.shape == (rows, columns)
+    if cycle == columns:
+        assert (shown == np.arange(columns)).all()
