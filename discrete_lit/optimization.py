@@ -54,7 +54,8 @@ def configure_optimizers(
             weights are what `MuonAdamW` trains by Muon.
 
     Raises:
-        ValueError: no optimizer was given, or Muon for a module without hidden layers.
+        ValueError: no optimizer was given, Muon for a module without hidden layers, or torch's Muon, which trains
+            nothing but matrices.
     """
     if optimizer is None:
         raise ValueError(
@@ -66,7 +67,15 @@ def configure_optimizers(
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
     parts = [(rest, 1.0), *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios)]
     groups, ratios = _groups(parts, decayed, hidden=())
-    built = optimizer(groups)
+    try:
+        built = optimizer(groups)
+    except ValueError as error:
+        if "Muon only supports" not in str(error):
+            raise
+        raise ValueError(
+            f"torch.optim.Muon trains matrices alone, and {type(module).__name__} has other weights too: set "
+            "model.init_args.optimizer to {class_path: MuonAdamW}, which trains those by AdamW"
+        ) from error
     if isinstance(built, MuonAdamW):
         hidden = {
             id(layer.weight)

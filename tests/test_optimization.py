@@ -184,6 +184,11 @@ def test_muon_needs_hidden_layers(make_tokenizer) -> None:
         make_tokenizer(optimizer=MUON).configure_optimizers()
 
 
+def test_muon_alone_is_not_enough(make_generator) -> None:
+    with pytest.raises(ValueError, match=r"Masked has other weights too: set .* \{class_path: MuonAdamW\}"):
+        make_generator("masked", optimizer=partial(torch.optim.Muon, lr=0.1)).configure_optimizers()
+
+
 def gradients(model: torch.nn.Module, step: int) -> None:
     random = torch.Generator().manual_seed(step)
     for parameter in model.parameters():

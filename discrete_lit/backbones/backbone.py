@@ -119,6 +119,7 @@ class Backbone(nn.Module, ABC):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
         """Make logits for the tokens.
 
@@ -137,10 +138,12 @@ class Backbone(nn.Module, ABC):
             order: `(B, N)` int64, of an any-order layout: the position in the grid of each token in turn; raster order
                 by default.
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
+            predicted: `(M,)` int64, of a bidirectional layout: the ids whose logits are asked for, numbered through all
+                sequences from 0 to B N - 1.
 
         Returns:
             float32 or float64 logits over the K ids, the mask id not among them unless the layout has its output; of a
-            `place_head` what it reads, `(B, rows, D)`.
+            `place_head` what it reads, `(B, rows, D)`. Where some are `predicted`, those `(M, K)`.
 
         Raises:
             ValueError: more tokens than the layout has, or an incomplete scale.

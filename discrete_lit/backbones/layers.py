@@ -112,9 +112,10 @@ class LogitHead(nn.Module):
         self.project = None if tied else Linear(width, outputs, bias=False, autocast=False)
         shape = (positions, outputs) if bias == "place" else (outputs,)
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+        self.of_positions = bias == "place"
 
     def forward(self, hidden: Tensor, tied: Tensor | None = None) -> Tensor:
-        """Map `(B, n, D)` to logits `(B, n, outputs)`; `tied` is the embedding's weight `(outputs, D)`."""
+        """Map `(..., D)` to logits `(..., outputs)`; `tied` is the embedding's weight `(outputs, D)`."""
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.project is not None:

@@ -301,6 +301,7 @@ class Transformer(Backbone):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
         assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
         if labels.shape != tokens.shape[:1]:
@@ -324,13 +325,19 @@ class Transformer(Backbone):
         if self.final_modulation is not None:
             shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
             hidden = hidden * (1 + scale) + shift
+        # A head that is the same for all positions is spared those that nobody asks for.
+        early = predicted is not None and self.layout.sub_tokens == 1 and not self.head.of_positions
+        if early:
+            hidden = hidden.flatten(0, 1)[predicted]
         tied = None
         if self.tied:
             tied = cast(TokenTable, self.token_embedding).logit_weight()
         logits = self.head(hidden, tied)
-        if self.layout.sub_tokens == 1:
+        if early:
             return logits
-        return rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
+        if self.layout.sub_tokens > 1:
+            logits = rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
+        return logits if predicted is None else logits.flatten(0, 1)[predicted]
 
     def _with_start(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, bool]:
         """Put the tokens of a visible start, which see those that follow them, before these, to compute them again."""

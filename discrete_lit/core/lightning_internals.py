@@ -11,7 +11,7 @@ from itertools import count
 from pathlib import Path
 
 from lightning import Trainer
-from lightning.fabric.connector import _PRECISION_INPUT as PrecisionInput
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT as PrecisionInput
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter

@@ -271,6 +271,18 @@ def test_run_json_says_what_ran(
     assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()
 
 
+def test_run_json_says_what_the_automatic_precision_became(
+    generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from discrete_lit.core import auto_precision
+
+    for flags, became in (("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
+        settings = ("--num_samples", 2, "--precision", "auto", "--accelerator", "cpu")
+        assert draw(generator_checkpoints[FAMILIES[0]], tmp_path / flags, *settings)["run"]["precision"] == became
+
+
 @pytest.mark.parametrize(("cycle", "columns", "rows"), [(9, 9, 10), (12, 12, 10), (1, 10, 10), (1000, 10, 10)])
 def test_a_column_of_the_grid_is_a_label(cycle: int, columns: int, rows: int, tmp_path: Path) -> None:
     from discrete_lit.cli.sample import _write_grid
