@@ -7,14 +7,17 @@ PYTHON ?= $(shell for name in python3 python python3.14 python3.13 python3.12 py
 BIN := .venv/bin
 RUNS := runs/quickstart
 CONFIGS := lightning_configs/quickstart
+COLOUR := runs/quickstart_colour
+COLOUR_CONFIGS := lightning_configs/quickstart_colour
 LIT := $(BIN)/discrete-lit
-# bfloat16 where the processor multiplies matrices of it (or a GPU does), float32 elsewhere.
-PRECISION := $(shell if grep -qs amx_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1; then echo bf16-mixed; else echo 32-true; fi)
+# What training sees; the table's images are those of the split `test`.
+SHARDS := train validation
+CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 
-.PHONY: help setup quickstart comparison trained test test-slow lint format types bench
+.PHONY: help setup quickstart quickstart-seeds quickstart-select quickstart-colour seeded comparison trained test test-slow lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: .venv/installed ## make .venv and install the project with everything for its checks
 
@@ -44,7 +47,26 @@ types: .venv/installed ## check types
 
 bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a quiet machine
 	$(BIN)/pip install --quiet --editable '.[dev,bench]'
-	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark || exit 1; done
+	for benchmark in $(filter-out benchmarks/gpu%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$benchmark || exit 1; done
+
+# What follows is for a GPU; docs/gpu.md explains it. ARGS are those of benchmarks/gpu.py.
+gpu: ## check on a GPU that the results are right, then measure how fast they come, 8 minutes; ARGS="--device cpu --tiny"
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py $(ARGS)
+
+# Small packages that a machine with torch, lightning and timm may lack, with what they need themselves.
+GPU_WHEELS := jsonargparse docstring-parser typeshed-client webdataset braceexpand torch-fidelity \
+	x-transformers vector-quantize-pytorch torch-einops-utils einx frozendict loguru
+GPU_PLATFORMS := manylinux_2_28_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64
+
+gpu-wheels: ## download the packages that a bare GPU machine lacks, for GPU_PYTHON (3.12), to gpu_wheels/
+	rm -rf gpu_wheels
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m pip download --quiet --no-deps --only-binary=:all: \
+		--implementation cp --python-version $(or $(GPU_PYTHON),3.12) $(GPU_PLATFORMS:%=--platform %) \
+		--dest gpu_wheels $(GPU_WHEELS)
+	@du -sh gpu_wheels
+
+gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds the reference outputs
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_pack.py $(if $(GOLDEN),--golden $(GOLDEN))
 
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.
@@ -56,56 +78,89 @@ quickstart: $(RUNS)/evaluation/report.md ## train two generators on real images 
 	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
 	@echo "training log: $(BIN)/tensorboard --logdir $(RUNS)"
 
-$(RUNS)/shards/train/manifest.json: | .venv/installed
-	$(LIT) shards --config $(CONFIGS)/shards.yaml
-
-$(RUNS)/shards/test/manifest.json: | .venv/installed
-	$(LIT) shards --config $(CONFIGS)/shards_test.yaml
-
-$(RUNS)/classifier/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/classifier.yaml --ckpt_path last
-	@touch $@
-
-$(RUNS)/tokenizer/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --trainer.precision $(PRECISION) --ckpt_path last
-	@touch $@
-
-$(RUNS)/tokenizer_%/finished: $(RUNS)/shards/train/manifest.json $(RUNS)/shards/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/tokenizer_$*.yaml --trainer.precision $(PRECISION) --ckpt_path last
-	@touch $@
-
-define tokenize
-rm -rf $(@D)
-$(LIT) tokenize --config $(CONFIGS)/tokens.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --split $(1) --output $(@D)
-endef
-
-$(RUNS)/tokens/train/manifest.json: $(RUNS)/tokenizer/finished
-	$(call tokenize,train)
-
-$(RUNS)/tokens/test/manifest.json: $(RUNS)/tokenizer/finished
-	$(call tokenize,validation)
-
-$(RUNS)/tokens_%/train/manifest.json: $(RUNS)/tokenizer_%/finished
-	$(call tokenize,train)
-
-$(RUNS)/tokens_%/test/manifest.json: $(RUNS)/tokenizer_%/finished
-	$(call tokenize,validation)
-
-$(RUNS)/%/finished: $(RUNS)/tokens/train/manifest.json $(RUNS)/tokens/test/manifest.json
-	$(LIT) fit --config $(CONFIGS)/$*.yaml --trainer.precision $(PRECISION) --ckpt_path last
-	@touch $@
-
-$(RUNS)/%/samples.npz: $(RUNS)/%/finished
-	$(LIT) sample --config $(CONFIGS)/sample.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
-
-$(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz $(RUNS)/classifier/finished
+$(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz \
+		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
 
-# The comparison goes on from the quickstart. While it trains, two commands share the processors, which keeps them busier
-# than one does; it samples one by one, so that the speeds in the table are of the whole machine.
+# The quickstart is seed 0. The others share its shards and classifiers. While they train, two commands share the
+# processors, which keeps them busier than one does.
+HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
+SEEDS := 1 2
+SEEDED := masked autoregressive
+OF_SEEDS := $(foreach seed,$(SEEDS),$(SEEDED:%=$(RUNS)/seed_$(seed)/%))
+
+quickstart-seeds: ## the quickstart's figures over three training seeds: means, spread, which differences are within it
+	$(MAKE) --jobs 2 seeded OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(RUNS)/evaluation_seeds/report.md
+	@echo
+	@cat $(RUNS)/evaluation_seeds/report.md
+
+seeded: $(SEEDED:%=$(RUNS)/%/finished) $(OF_SEEDS:%=%/finished) $(CLASSIFIERS)
+
+$(RUNS)/evaluation_seeds/report.md: $(SEEDED:%=$(RUNS)/%/samples.npz) $(OF_SEEDS:%=%/samples.npz) \
+		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
+	$(LIT) evaluate --config $(CONFIGS)/evaluate_seeds.yaml
+
+# $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
+define seed
+$(RUNS)/seed_$(1)/tokenizer/finished: $(SHARDS:%=$(RUNS)/shards/%/manifest.json)
+	$$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --seed_everything $(1) --data.init_args.seed $(1) --run_dir $$(@D) --ckpt_path last
+	@touch $$@
+
+$(SHARDS:%=$(RUNS)/seed_$(1)/tokens/%/manifest.json): $(RUNS)/seed_$(1)/tokens/%/manifest.json: $(RUNS)/seed_$(1)/tokenizer/finished
+	$$(call tokenize,$(CONFIGS),$$*)
+
+$(SEEDED:%=$(RUNS)/seed_$(1)/%/finished): $(RUNS)/seed_$(1)/%/finished: $(SHARDS:%=$(RUNS)/seed_$(1)/tokens/%/manifest.json)
+	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+		--run_dir $$(@D) \
+		--model.init_args.tokenizer.init_args.checkpoint $(RUNS)/seed_$(1)/tokenizer/checkpoints/last.ckpt \
+		--data.init_args.train $(RUNS)/seed_$(1)/tokens/train \
+		--data.init_args.validation $(RUNS)/seed_$(1)/tokens/validation --ckpt_path last
+	@touch $$@
+
+$(SEEDED:%=$(RUNS)/seed_$(1)/%/samples.npz): $(RUNS)/seed_$(1)/%/samples.npz: $(RUNS)/seed_$(1)/%/finished
+	$$(LIT) sample --config $(CONFIGS)/sample.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
+
+endef
+
+$(foreach number,$(SEEDS),$(eval $(call seed,$(number))))
+
+# A sampler's settings are chosen on images that the table does not use: docs/quickstart.md has the loop over settings
+# for which this makes what it needs.
+quickstart-select: $(SEEDED:%=$(RUNS)/%/finished) $(CLASSIFIERS) $(RUNS)/shards/validation_reference/manifest.json
+
+# The same in colour, on the Noto emoji of npm.
+EMOJI := emoji-datasource-google-16.0.0.tgz
+REGISTRY = $(patsubst %/,%,$(or $(npm_config_registry),https://registry.npmjs.org))
+
+quickstart-colour: $(COLOUR)/evaluation/report.md ## the same on 64-pixel colour emoji, about 25 minutes on 2 cores
+	@echo
+	@cat $(COLOUR)/evaluation/report.md
+	@echo
+	@echo "pictures:     $(COLOUR)/masked_grid/grid.png $(COLOUR)/autoregressive_grid/grid.png"
+	@echo "training log: $(BIN)/tensorboard --logdir $(COLOUR)"
+
+$(COLOUR)/package/package.json:
+	mkdir -p $(COLOUR)
+	curl --fail --location --silent --show-error --output $(COLOUR)/$(EMOJI) $(REGISTRY)/emoji-datasource-google/-/$(EMOJI)
+	tar xzf $(COLOUR)/$(EMOJI) -C $(COLOUR)
+	rm $(COLOUR)/$(EMOJI)
+	@touch $@
+
+$(COLOUR)/shards/train/manifest.json $(COLOUR)/shards/validation/manifest.json $(COLOUR)/shards/test/manifest.json: \
+		| $(COLOUR)/package/package.json
+
+$(COLOUR)/%_grid/samples.npz: $(COLOUR)/%/finished
+	$(LIT) sample --config $(COLOUR_CONFIGS)/grid.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
+
+$(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$(COLOUR)/%_grid/samples.npz) \
+		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
+	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
+
+# The comparison goes on from the quickstart. It samples one by one, so that the speeds in the table are of the whole
+# machine.
 FAMILIES := next_scale bar maskbit masked autoregressive rar
 SAMPLERS := halton titok random_order
-HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
 comparison: ## train all families of generators on one backbone and compare them, 36 minutes on 2 cores
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
@@ -113,18 +168,72 @@ comparison: ## train all families of generators on one backbone and compare them
 	@echo
 	@cat $(RUNS)/comparison/report.md
 
-trained: $(RUNS)/classifier/finished $(FAMILIES:%=$(RUNS)/%/finished)
+trained: $(CLASSIFIERS) $(FAMILIES:%=$(RUNS)/%/finished)
 
-$(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(RUNS)/tokens_lfq/train/manifest.json $(RUNS)/tokens_lfq/test/manifest.json
+$(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
 
-$(RUNS)/next_scale/finished: $(RUNS)/tokens_multi_scale/train/manifest.json $(RUNS)/tokens_multi_scale/test/manifest.json
+$(RUNS)/next_scale/finished: $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
 
 $(RUNS)/masked_%/samples.npz: $(RUNS)/masked/finished
 	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
 
-$(RUNS)/comparison/report.md: $(FAMILIES:%=$(RUNS)/%/samples.npz) $(SAMPLERS:%=$(RUNS)/masked_%/samples.npz) $(RUNS)/classifier/finished
+$(RUNS)/comparison/report.md: $(FAMILIES:%=$(RUNS)/%/samples.npz) $(SAMPLERS:%=$(RUNS)/masked_%/samples.npz) \
+		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml
 
+# A pipeline: shards, classifiers, tokenizers, their tokens, generators on these, samples. $(1) is the folder of its
+# runs, which its recipes name too, and $(2) that of its recipes.
+define pipeline
+$(1)/shards/train/manifest.json: | .venv/installed
+	$$(LIT) shards --config $(2)/shards.yaml
+
+$(1)/shards/%/manifest.json: | .venv/installed
+	$$(LIT) shards --config $(2)/shards_$$*.yaml
+
+$(1)/classifier/finished: $(SHARDS:%=$(1)/shards/%/manifest.json)
+	$$(LIT) fit --config $(2)/classifier.yaml --ckpt_path last
+	@touch $$@
+
+$(1)/classifier_apart/finished: $(1)/shards/apart/manifest.json $(1)/shards/validation/manifest.json
+	$$(LIT) fit --config $(2)/classifier_apart.yaml --ckpt_path last
+	@touch $$@
+
+$(1)/tokenizer/finished: $(SHARDS:%=$(1)/shards/%/manifest.json)
+	$$(LIT) fit --config $(2)/tokenizer.yaml --ckpt_path last
+	@touch $$@
+
+$(1)/tokenizer_%/finished: $(SHARDS:%=$(1)/shards/%/manifest.json)
+	$$(LIT) fit --config $(2)/tokenizer_$$*.yaml --ckpt_path last
+	@touch $$@
+
+$(1)/tokens/%/manifest.json: $(1)/tokenizer/finished
+	$$(call tokenize,$(2),$$*)
+
+$(1)/tokens_%/train/manifest.json: $(1)/tokenizer_%/finished
+	$$(call tokenize,$(2),train)
+
+$(1)/tokens_%/validation/manifest.json: $(1)/tokenizer_%/finished
+	$$(call tokenize,$(2),validation)
+
+$(1)/%/finished: $(SHARDS:%=$(1)/tokens/%/manifest.json)
+	$$(LIT) fit --config $(2)/$$*.yaml --ckpt_path last
+	@touch $$@
+
+$(1)/%/samples.npz: $(1)/%/finished
+	$$(LIT) sample --config $(2)/sample.yaml --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
+
 # What a pattern makes is kept, also on the way to something else.
-.PRECIOUS: $(RUNS)/%/finished $(RUNS)/tokenizer_%/finished $(RUNS)/%/samples.npz $(RUNS)/masked_%/samples.npz \
-	$(RUNS)/tokens_%/train/manifest.json $(RUNS)/tokens_%/test/manifest.json
+.PRECIOUS: $(1)/%/finished $(1)/tokenizer_%/finished $(1)/%/samples.npz $(1)/tokens/%/manifest.json \
+	$(1)/tokens_%/train/manifest.json $(1)/tokens_%/validation/manifest.json $(1)/shards/%/manifest.json
+endef
+
+# Of a split, $(2), by the tokenizer of the first prerequisite.
+define tokenize
+rm -rf $(@D)
+$(LIT) tokenize --config $(1)/tokens.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --split $(2) --output $(@D)
+endef
+
+$(eval $(call pipeline,$(RUNS),$(CONFIGS)))
+$(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
+
+.PRECIOUS: $(RUNS)/masked_%/samples.npz $(COLOUR)/%_grid/samples.npz

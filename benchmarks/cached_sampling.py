@@ -31,7 +31,6 @@ transformers; in bf16 1.13, 1.11 and 1.02, and 1.52, 1.74 and 2.07. Freezing the
 """
 
 import argparse
-import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -40,6 +39,7 @@ from typing import Any
 
 import torch
 from side_by_side.machine import bandwidth, matmul_peak
+from side_by_side.peers import generate, transformers_llama
 from side_by_side.published_shapes import CODES, DEPTH, HEADS, HIDDEN, WIDTH, autocast, llama_shape
 from side_by_side.timing import Seconds, clock, milliseconds, ratio, since
 from torch import nn
@@ -122,21 +122,8 @@ class Case:
 
     def transformers(self) -> list[Seconds]:
         prompt = torch.cat((self.tokens, self.tokens))[:, : self.first + 1]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return between_passes(
-                self.llama,
-                lambda: self.llama.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    max_new_tokens=LENGTH - self.first,
-                    do_sample=True,
-                    top_k=0,
-                    cache_implementation="static",
-                    disable_compile=True,
-                ),
-                self.count,
-            )
+        draw = partial(generate, self.llama, prompt, LENGTH - self.first)
+        return between_passes(self.llama, draw, self.count)
 
     def no_cache(self, places: list[int]) -> dict[int, Seconds]:
         labels, tokens = torch.cat((self.labels, self.labels)), torch.cat((self.tokens, self.tokens))
@@ -157,22 +144,6 @@ class Case:
         logits = 2 * self.rows * self.weights[-1].numel()
         arithmetic = products / matmul_peak(self.device, self.dtype) + logits / matmul_peak(self.device, torch.float32)
         return max(read / bandwidth(self.device, torch.float32), arithmetic)
-
-
-def make_llama(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=CODES,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        max_position_embeddings=2 * LENGTH,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return nn.Module.to(LlamaForCausalLM(config).eval(), device=device, dtype=dtype)
 
 
 def measure(case: Case, rounds: int, recomputed: int) -> None:
@@ -221,7 +192,7 @@ def main() -> None:
     if options.compile:
         compile_for_sampling(backbone)
     for precision in [options.precision] if options.precision else ["32-true", "bf16-mixed"]:
-        llama = make_llama(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
+        llama = transformers_llama(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
         for batch in options.batch:
             case = Case(backbone, llama, batch, precision, options.first, options.tokens)
             measure(case, options.rounds, options.recomputed)

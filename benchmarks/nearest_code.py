@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 import torch
 from side_by_side.memory import in_own_process, peak_of
+from side_by_side.peers import vector_quantize_search
 from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor
 
@@ -41,14 +42,6 @@ def build(size: int, dim: int) -> tuple[VectorQuantizer, Tensor]:
     quantizer = VectorQuantizer(size, dim, codebook_init="uniform").eval()
     quantizer.codebook.codes.normal_()
     return quantizer, torch.randn(LATENTS, dim)
-
-
-def their_search(codes: Tensor, latents: Tensor) -> Callable[[], Tensor]:
-    from vector_quantize_pytorch import VectorQuantize
-
-    theirs = VectorQuantize(dim=codes.shape[1], codebook_size=len(codes)).eval()
-    theirs._codebook.embed.copy_(codes[None])  # type: ignore[union-attr, operator]
-    return lambda: theirs(latents[None])[1][0]
 
 
 def bare_products(codes: Tensor, latents: Tensor, tile: tuple[int, int]) -> Callable[[], None]:
@@ -90,7 +83,7 @@ def measure(size: int, dim: int, rounds: int) -> None:
         "bare products in tiles": bare_products(codes, latents, TILE),
     }
     if size <= 2**16:
-        arms["vector-quantize-pytorch"] = their_search(codes, latents)
+        arms["vector-quantize-pytorch"] = vector_quantize_search(codes, latents)
     with torch.no_grad():
         taken = alternate(arms, rounds, at_least=TURN)
     wrong, excess = wrong_ids(quantizer.encode(latents), codes, latents)

@@ -14,12 +14,11 @@ float32 MaskGIT 1.05, Halton 0.99 and next scale 0.92 times the bare passes; in 
 """
 
 import argparse
-from collections.abc import Callable
 
 import torch
+from side_by_side.passes import bare_passes
 from side_by_side.published_shapes import autocast, llama_shape, var_shape
 from side_by_side.timing import alternate, milliseconds, ratio
-from torch import Tensor
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.core.random import CounterRandom
@@ -32,25 +31,6 @@ CASES: dict[str, Sampler] = {
     "Halton 32": HaltonSampler(steps=32, guidance_scale=2.0),
     "next scale": NextScaleSampler(guidance_scale=2.5, top_k=900, top_p=0.96),
 }
-
-
-def bare_passes(backbone: Transformer, labels: Tensor, passes: int) -> Callable[[], None]:
-    """The forward passes that a draw needs, over the labels and as many null labels."""
-    layout, labels = backbone.layout, torch.cat((labels, torch.full_like(labels, backbone.layout.null_label)))
-    tokens = torch.full((len(labels), layout.length), layout.mask_id, device=labels.device)
-    inputs = [torch.randn(len(labels), count, layout.input_dim or 0, device=labels.device) for count in layout.scales]
-
-    def masked() -> None:
-        cache = backbone.new_cache(labels)
-        for _ in range(passes):
-            backbone(tokens, labels, cache)
-
-    def scales() -> None:
-        cache = backbone.new_cache(labels)
-        for number, vectors in enumerate(inputs):
-            backbone(vectors[:, : 0 if number == 0 else None], labels, cache)
-
-    return scales if layout.scales else masked
 
 
 def measure(name: str, backbone: Transformer, batch: int, precision: str, rounds: int) -> None:

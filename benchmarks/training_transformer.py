@@ -23,33 +23,14 @@ from statistics import median
 import torch
 from side_by_side.machine import matmul_peak
 from side_by_side.memory import in_own_process, peak_of
-from side_by_side.published_shapes import CODES, DEPTH, HEADS, HIDDEN, WIDTH, autocast, llama_shape
+from side_by_side.peers import x_transformer
+from side_by_side.published_shapes import CODES, autocast, llama_shape
 from side_by_side.timing import alternate, milliseconds, ratio
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LENGTH = 256
 ARMS = ("ours", "x-transformers")
-
-
-def x_transformer() -> nn.Module:
-    from x_transformers import Decoder, TransformerWrapper
-
-    layers = Decoder(
-        dim=WIDTH,
-        depth=DEPTH,
-        heads=HEADS,
-        attn_dim_head=WIDTH // HEADS,
-        attn_flash=True,
-        rotary_pos_emb=True,
-        rotary_emb_dim=WIDTH // HEADS,
-        use_rmsnorm=True,
-        ff_glu=True,
-        ff_swish=True,
-        ff_mult=HIDDEN / WIDTH,
-        ff_no_bias=True,
-    )
-    return TransformerWrapper(num_tokens=CODES, max_seq_len=LENGTH, attn_layers=layers, use_abs_pos_emb=False)
 
 
 def training_step(arm: str, batch: int, precision: str, device: torch.device) -> tuple[nn.Module, Callable[[], float]]:

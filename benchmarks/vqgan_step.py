@@ -29,7 +29,7 @@ import torch
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from side_by_side.between_steps import BetweenSteps
-from torch import Tensor
+from side_by_side.passes import VQGANPasses
 from torch.utils.data import DataLoader
 
 from discrete_lit.callbacks import GradientNorm, Throughput, TrainingGuard
@@ -55,31 +55,6 @@ def build(options: argparse.Namespace) -> VQGAN:
     )
 
 
-class BarePasses:
-    """The passes through the networks of a module, one after the other."""
-
-    def __init__(self, module: VQGAN, images: Tensor) -> None:
-        self.module = module
-        self.images = images
-        assert module.objective.perceptual is not None and module.objective.adversarial is not None
-        self.perceptual = module.objective.perceptual
-        self.discriminator = module.objective.adversarial.discriminator
-
-    def run(self, steps: int) -> None:
-        network, judge, weights = self.module.network, self.discriminator, list(self.module.network.parameters())
-        for _ in range(steps):
-            latents = network.encode(self.images)
-            codes = latents.detach().requires_grad_()
-            outputs = network.decode(codes)
-            seen = outputs.detach().requires_grad_()
-            (at_outputs,) = torch.autograd.grad(self.perceptual(seen, self.images), seen)
-            fake, real = judge(seen), judge(self.images)
-            torch.autograd.grad(fake.mean(), seen, retain_graph=True)
-            torch.autograd.grad(fake.mean() - real.mean(), list(judge.parameters()))
-            at_codes, *_ = torch.autograd.grad(outputs, [codes, *weights], at_outputs, allow_unused=True)
-            torch.autograd.grad(latents, weights, at_codes, allow_unused=True)
-
-
 def measure(options: argparse.Namespace, folder: Path) -> BetweenSteps:
     total = WARMUP + options.rounds * options.steps + 1
     images = torch.rand(options.batch_size, 3, options.image_size, options.image_size) * 2 - 1
@@ -87,7 +62,7 @@ def measure(options: argparse.Namespace, folder: Path) -> BetweenSteps:
 
     def bare(trainer: Trainer, module: LightningModule) -> Callable[[int], None]:
         assert isinstance(module, VQGAN)
-        return BarePasses(module, images.to(module.device)).run
+        return VQGANPasses(module, images.to(module.device)).run
 
     between = BetweenSteps(bare, options.steps, WARMUP)
     trainer = Trainer(

@@ -1,18 +1,22 @@
 """Optimizers and learning-rate schedules of everything that is trained: generators, tokenizers, classifiers.
 
-`configure_optimizers` says which weights decay and at which rate each module learns. `AccumulatedMean` makes one step
-of several micro-batches what it would be of one batch. `WarmupCosine` and `WarmupLinear`
-are the schedules of the published recipes: a warm-up, a full rate, and a decay to a smaller rate that stays.
+`configure_optimizers` says which weights decay and at which rate each module learns. `MuonAdamW` trains the matrices of
+hidden layers by Muon and everything else by AdamW. `AccumulatedMean` makes one step of several micro-batches what it
+would be of one batch. `WarmupCosine` and `WarmupLinear` are the schedules of the published recipes: a warm-up, a full
+rate, and a decay to a smaller rate that stays.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import cos, pi
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning import LightningModule
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -33,6 +37,7 @@ def configure_optimizers(
     scheduler: LRSchedulerCallable | None,
     *,
     learning_rate_ratios: Sequence[tuple[nn.Module, float]] = (),
+    hidden_layers: Iterable[nn.Module] = (),
 ) -> Any:
     """Build what Lightning's `configure_optimizers` returns: one optimizer, and a scheduler that steps by the batch.
 
@@ -46,35 +51,168 @@ def configure_optimizers(
         scheduler: from an optimizer to a scheduler.
         learning_rate_ratios: submodules with parameter groups of their own, and the ratio of their learning rate to
             the optimizer's.
+        hidden_layers: the modules whose linear layers are hidden ones, as the blocks of a transformer are; their
+            weights are what `MuonAdamW` trains by Muon.
 
     Raises:
-        ValueError: no optimizer was given.
+        ValueError: no optimizer was given, Muon for a module without hidden layers, or torch's Muon, which trains
+            nothing but matrices.
     """
     if optimizer is None:
         raise ValueError(
             f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
-    matrices = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    decayed = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
     separate = {id(parameter) for submodule, _ in learning_rate_ratios for parameter in submodule.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
-    groups, ratios = [], []
-    for parameters, ratio in [
-        (rest, 1.0),
-        *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios),
-    ]:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        groups += [
-            {"params": [parameter for parameter in trained if id(parameter) in matrices]},
-            {"params": [parameter for parameter in trained if id(parameter) not in matrices], "weight_decay": 0.0},
-        ]
-        ratios += [ratio, ratio]
-    built = optimizer(groups)
+    parts = [(rest, 1.0), *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios)]
+    groups, ratios = _groups(parts, decayed, hidden=())
+    try:
+        built = optimizer(groups)
+    except ValueError as error:
+        if "Muon only supports" not in str(error):
+            raise
+        raise ValueError(
+            f"torch.optim.Muon trains matrices alone, and {type(module).__name__} has other weights too: set "
+            "model.init_args.optimizer to {class_path: MuonAdamW}, which trains those by AdamW"
+        ) from error
+    if isinstance(built, MuonAdamW):
+        hidden = {
+            id(layer.weight)
+            for unit in hidden_layers
+            for layer in unit.modules()
+            if isinstance(layer, nn.Linear) and layer.weight.requires_grad
+        }
+        if not hidden - separate:
+            raise ValueError(
+                f"{type(module).__name__} names no hidden linear layers for MuonAdamW to train by Muon: set "
+                "model.init_args.optimizer to {class_path: AdamW} or another"
+            )
+        groups, ratios = _groups(parts, decayed, hidden=hidden - separate)
+        built = optimizer(groups)
     for group, ratio in zip(built.param_groups, ratios, strict=True):
         group["lr"] *= ratio
+    fuse_steps(built)
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def _groups(
+    parts: Sequence[tuple[list[nn.Parameter], float]], decayed: Collection[int], *, hidden: Collection[int]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Divide the trained parameters into groups, and give the learning-rate ratio of each group.
+
+    Args:
+        parts: parameters and their ratio.
+        decayed: identities of the parameters with weight decay.
+        hidden: of those that Muon trains, which have a group of their own, the first of its part.
+    """
+    groups: list[dict[str, Any]] = []
+    ratios: list[float] = []
+    for parameters, ratio in parts:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if id(parameter) in hidden]
+        others = [parameter for parameter in trained if id(parameter) not in hidden]
+        if matrices:
+            groups.append({"params": matrices, "muon": True})
+        groups += [
+            {"params": [parameter for parameter in others if id(parameter) in decayed]},
+            {"params": [parameter for parameter in others if id(parameter) not in decayed], "weight_decay": 0.0},
+        ]
+        ratios += [ratio] * (2 + bool(matrices))
+    return groups, ratios
+
+
+class MuonAdamW(Optimizer):
+    """Trains hidden matrices by Muon and all other parameters by AdamW, as one optimizer.
+
+    Muon (Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024) steps along the momentum of a
+    matrix with its singular values brought to about 1, by five Newton-Schulz iterations. It is meant for the matrices
+    of hidden layers: embeddings, heads, gains, biases and positions belong to AdamW. The two are `torch.optim.Muon` and
+    `torch.optim.AdamW`; this class is what a Trainer, a learning-rate schedule, a gradient clip and a checkpoint take
+    for a single optimizer.
+
+    In a configuration, `optimizer: {class_path: MuonAdamW, init_args: {lr: 3.0e-3}}` is enough: `configure_optimizers`
+    forms the groups of what the model names as its hidden layers. Elsewhere, a group with `"muon": True` is Muon's.
+
+    The step of an A x B matrix is multiplied as `adjust_lr_fn` says: `"original"` by sqrt(max(1, A / B)), Jordan's;
+    `"match_rms_adamw"` by 0.2 sqrt(max(A, B)), with which Muon takes AdamW's learning rate and decay (Liu et al., "Muon
+    is Scalable for LLM Training", 2025); `"spectral_unclamped"` by sqrt(A / B) (Bernstein, "Deriving Muon", 2025).
+
+    Args:
+        params: parameters, or groups of them; Muon's are marked `"muon": True`. A group may have settings of its own.
+        lr: learning rate of Muon's groups.
+        weight_decay: of Muon's groups, decoupled.
+        momentum: of Muon, in [0, 1); Nesterov's.
+        ns_steps: Newton-Schulz iterations.
+        adjust_lr_fn: how the shape of a matrix changes its step.
+        adamw_lr: learning rate of the other groups; `lr` by default.
+        adamw_betas: of the other groups.
+        adamw_eps: of the other groups.
+        adamw_weight_decay: of the other groups, decoupled; `weight_decay` by default.
+
+    Raises:
+        ValueError: a setting out of its range, a parameter of Muon's that is no matrix, or one that is sharded (FSDP):
+            the iterations need a whole matrix.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_unclamped"] = "original",
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float | None = None,
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum of MuonAdamW must lie in [0, 1), got {momentum}")
+        # A parameter that is of no group: an optimizer wants one, and what counts here are its settings and its step.
+        none = [nn.Parameter(torch.zeros(1, 1))]
+        self._muon = torch.optim.Muon(
+            none, lr=lr, weight_decay=weight_decay, momentum=momentum, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn
+        )
+        self._adamw = torch.optim.AdamW(
+            none,
+            lr=lr if adamw_lr is None else adamw_lr,
+            betas=adamw_betas,
+            eps=adamw_eps,
+            weight_decay=weight_decay if adamw_weight_decay is None else adamw_weight_decay,
+        )
+        super().__init__(params, {"muon": False})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        by_muon = param_group.get("muon", False)
+        # The settings of a group that it does not give itself; a copy, as of betas.
+        settings = {**(self._muon if by_muon else self._adamw).defaults, "muon": by_muon}
+        super().add_param_group({**settings, **param_group})
+        for parameter in self.param_groups[-1]["params"] if by_muon else ():
+            if isinstance(parameter, DTensor) or parameter.ndim != 2:
+                reason = "is sharded" if isinstance(parameter, DTensor) else "is no matrix"
+                raise ValueError(
+                    f"MuonAdamW trains whole matrices by Muon, and a parameter of the shape {tuple(parameter.shape)} "
+                    f"{reason}: sharded training (FSDP) needs another optimizer, as {{class_path: AdamW}}"
+                )
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Make a step of all groups; `closure` computes the loss and the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for inner, by_muon in ((self._muon, True), (self._adamw, False)):
+            # The same dictionaries: schedules, checkpoints and resumes see and set what the steps read.
+            inner.param_groups = [group for group in self.param_groups if group["muon"] is by_muon]
+            inner.state = self.state
+            inner.step()
+        return loss
 
 
 def micro_batches_of(module: LightningModule) -> int:
@@ -83,6 +221,40 @@ def micro_batches_of(module: LightningModule) -> int:
         return getattr(module.trainer, "accumulate_grad_batches", 1)
     except RuntimeError:  # Lightning's, of a module without a Trainer
         return 1
+
+
+def is_trained(module: LightningModule) -> bool:
+    """Say whether a Trainer trains a module, and so calls its hooks."""
+    try:
+        return isinstance(module.trainer, Trainer)
+    except RuntimeError:  # Lightning's, of a module without a Trainer
+        return False
+
+
+# Where torch has one kernel for a step of Adam that is worth it; tests add the CPU's.
+_FUSED_ON = frozenset({"cuda"})
+
+
+def fuse_steps(optimizer: Optimizer) -> None:
+    """Let `torch.optim.Adam` and `AdamW` step by one kernel where all their parameters lie on a CUDA device.
+
+    It reads and writes each number once, where torch's default makes about ten passes over all of them. What the
+    configuration says of `fused`, `foreach`, `capturable` or `differentiable` stands. The option is set in the groups,
+    not in the constructor: one that was constructed so also takes over the scaling of float16, and Lightning then
+    refuses to clip gradients, even in bfloat16.
+
+    Args:
+        optimizer: changed in place; others than these two stay as they are.
+    """
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    chosen = ("fused", "foreach", "capturable", "differentiable")
+    for group in optimizer.param_groups:
+        simple = not any(group[name] for name in chosen) and group["fused"] is None and group["foreach"] is None
+        if not simple or any(p.device.type not in _FUSED_ON or not p.is_floating_point() for p in group["params"]):
+            return
+    for group in optimizer.param_groups:
+        group["fused"] = True
 
 
 class AccumulatedMean:
@@ -113,11 +285,14 @@ class AccumulatedMean:
             micro_batches: k, what Lightning divided by.
         """
         weights, self._weights = self._weights, []
-        factor = micro_batches * float(weights[0]) / sum(float(weight) for weight in weights)
-        if factor != 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(factor)
+        if not isinstance(weights[0], Tensor) and micro_batches * weights[0] == sum(weights):
+            return
+        # Weights on a device stay there: the host would wait for the backward pass to know them.
+        first, *rest = (weight.double() if isinstance(weight, Tensor) else weight for weight in weights)
+        factor = micro_batches * first / sum(rest, first)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
 
 class WarmupDecay(LambdaLR, ABC):

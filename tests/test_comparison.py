@@ -39,8 +39,8 @@ def test_each_generator_reads_the_tokens_of_its_tokenizer() -> None:
         tokenizer = Path(settings["model"]["init_args"]["tokenizer"]["init_args"]["checkpoint"]).parts[2]
         tokens = tokenizer.replace("tokenizer", "tokens")
         assert tokenizer in TOKENIZERS and settings["run_dir"] == f"runs/quickstart/{name}"
-        for split, part in (("train", "train"), ("validation", "test")):
-            assert settings["data"]["init_args"][split] == f"runs/quickstart/{tokens}/{part}"
+        for split in ("train", "validation"):
+            assert settings["data"]["init_args"][split] == f"runs/quickstart/{tokens}/{split}"
 
 
 def test_each_likelihood_is_of_the_generator_of_the_samples() -> None:
@@ -64,7 +64,8 @@ def test_make_makes_every_file_that_is_compared(tmp_path: Path) -> None:
         output = re.search(r"--output (\S+)", step)
         folder = output[1] if output else settings.get("run_dir") or settings["output"]
         made.add(str(folder).replace(str(runs), "runs/quickstart"))
-    for path in (*COMPARISON["samples"].values(), *COMPARISON["likelihoods"].values(), COMPARISON["classifier"]):
+    classifiers = COMPARISON["classifier"].values()
+    for path in (*COMPARISON["samples"].values(), *COMPARISON["likelihoods"].values(), *classifiers):
         assert path.removesuffix("/samples.npz").removesuffix("/checkpoints/last.ckpt") in made
     for path in COMPARISON["reconstructions"].values():
         assert path.removesuffix("/checkpoints/last.ckpt") in made

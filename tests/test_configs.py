@@ -141,6 +141,7 @@ SMALL_CODEBOOK = {"codebook_size": 16, "code_dim": 4}
 # By class, what makes it fit in a second; settings that a recipe does not name are set only where they must be.
 SMALL: dict[str, dict[str, Any]] = {
     "ConvAutoencoder": {"channels": 4, "blocks": 1, "norm_groups": 4},
+    "LowResolutionAutoencoder": {"widths": [4, 4], "decoder_widths": [4, 4, 4]},
     "ViTAutoencoder": {"encoder": SMALL_TRANSFORMER, "decoder": SMALL_TRANSFORMER},
     "TiTokAutoencoder": {
         "image_size": 32,
@@ -199,6 +200,8 @@ def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> 
         name = settings["class_path"].rpartition(".")[2]
         arguments = settings.setdefault("init_args", {})
         arguments.update(SMALL.get(name, {}))
+        if name == "ImageClassifier" and "network" in arguments:
+            del arguments["channels"]
         if name == "from_checkpoint":
             arguments["checkpoint"] = str(tokenizer_file)
         if name == "continuous_from_checkpoint":
@@ -208,10 +211,19 @@ def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> 
             if "z_channels" in arguments:
                 arguments["z_channels"] = 4
         if name == "MultiScaleVQ":
-            halvings = len(arguments["network"]["init_args"]["multipliers"]) - 1
-            arguments["scales"] = [1, 32 // 2**halvings]
+            arguments["scales"] = [1, latent_side(arguments["network"])]
+        if "embedded_digits" in arguments:
+            # Of the ids of `tokenizer_file`.
+            arguments["embedded_digits"] = [4, 4]
     for value in settings.values():
         shrink_model(value, tokenizer_file, continuous_file)
+
+
+def latent_side(network: dict[str, Any]) -> int:
+    """The side of the latent grid of images of 32 pixels."""
+    arguments = network["init_args"]
+    halvings = len(arguments["widths"]) if "widths" in arguments else len(arguments["multipliers"]) - 1
+    return (32 - 2 * arguments.get("border", 0)) // 2**halvings
 
 
 def write_stages_before(model: dict[str, Any], folder: Path) -> None:
@@ -276,7 +288,7 @@ def test_models_fit_reload_and_sample(
         with np.load(output / "samples.npz") as samples:
             assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
         return
-    images_32 = torch.rand(2, 3, 32, 32) * 2 - 1
+    images_32 = torch.rand(2, module.image_channels, 32, 32) * 2 - 1
     codes = module.encode(images_32)
     continuous = isinstance(module, ContinuousTokenizer)
     assert codes.shape[1:] == (module.latent_shape(32) if continuous else module.token_shape(32))

@@ -19,6 +19,8 @@ FOLDERS = {
     "docs": ["docs"],
     "tests": ["dev"],
 }
+# The benchmark of a GPU checks the cases that tests have, and tests run it.
+BESIDE = {"benchmarks": "tests", "tests": "benchmarks"}
 
 
 def normal(distribution: str) -> str:
@@ -58,6 +60,8 @@ def test_every_import_is_declared(folder: str) -> None:
     own = {"discrete_lit"}
     if folder != "discrete_lit":  # the others are folders of scripts, which import one another by their names
         own |= {"data", *(path.stem for path in (ROOT / folder).rglob("*"))}
+    if folder in BESIDE:
+        own |= {path.stem for path in (ROOT / BESIDE[folder]).iterdir()}
     distributions = packages_distributions()
     undeclared = {
         module: file

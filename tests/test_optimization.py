@@ -1,12 +1,21 @@
 """Parameter groups and learning-rate schedules."""
 
+from copy import deepcopy
 from functools import partial
 from math import cos, pi
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning import Trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
 
-from discrete_lit.optimization import WarmupCosine, WarmupLinear, configure_optimizers
+from discrete_lit import optimization
+from discrete_lit.optimization import MuonAdamW, WarmupCosine, WarmupLinear, configure_optimizers, fuse_steps
+from discrete_lit.tokenizers import FSQ
+from discrete_lit.tokenizers.networks import TransformerSize, ViTAutoencoder
 
 ADAMW = partial(torch.optim.AdamW, lr=0.1, weight_decay=0.5)
 
@@ -74,6 +83,95 @@ def test_no_optimizer(make_tokenizer) -> None:
         configure_optimizers(make_tokenizer(), None, None)
 
 
+def steps_of(optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+    """The parameters after steps along fixed random gradients, of sizes far apart."""
+    random = torch.Generator().manual_seed(1)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for _ in range(count):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=random) * 10.0 ** (3 * len(parameter) - 12)
+        optimizer.step()
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+def groups_of_parameters() -> list[dict]:
+    random = torch.Generator().manual_seed(0)
+    matrix, vector = (torch.randn(shape, generator=random).requires_grad_() for shape in ((4, 30), (5,)))
+    return [{"params": [matrix]}, {"params": [vector], "weight_decay": 0.0, "lr": 0.03}, {"params": []}]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_fused_steps_are_the_same_and_go_on_from_the_others(kind, monkeypatch) -> None:
+    """Run on a CPU, which has this kernel too; a checkpoint of either kind is resumed by either."""
+    settings = {"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    plain = kind(groups_of_parameters(), **settings)
+    expected = steps_of(plain, 6)
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    fused = kind(groups_of_parameters(), **settings)
+    fuse_steps(fused)
+    assert [group["fused"] for group in fused.param_groups] == [True] * 3
+    assert not getattr(fused, "_step_supports_amp_scaling", False), "or Lightning clips no gradients"
+    torch.testing.assert_close(steps_of(fused, 6), expected, rtol=1e-5, atol=1e-6)
+    for first, second in ((plain, fused), (fused, plain)):
+        resumed = kind(groups_of_parameters(), **settings)
+        (fuse_steps if second is fused else lambda _: None)(resumed)
+        for parameter, value in zip(parameters_of(resumed), parameters_of(first), strict=True):
+            parameter.data.copy_(value)
+        resumed.load_state_dict(deepcopy(first.state_dict()))
+        torch.testing.assert_close(steps_of(resumed, 2), steps_of(first, 2), rtol=1e-5, atol=1e-6)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def test_which_steps_are_fused(monkeypatch) -> None:
+    def fused(kind=torch.optim.AdamW, **settings) -> list[bool | None]:
+        built = kind(groups_of_parameters(), lr=0.1, **settings)
+        fuse_steps(built)
+        return [group.get("fused") for group in built.param_groups]
+
+    assert fused() == [None] * 3, "on a CPU"
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    assert fused() == [True] * 3
+    assert fused(fused=False) == [False] * 3 and fused(foreach=True) == fused(differentiable=True) == [None] * 3
+    assert fused(torch.optim.SGD) == [None] * 3
+
+    class Mine(torch.optim.AdamW):
+        pass
+
+    assert fused(Mine) == [None] * 3
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:You have overridden `on_before_batch_transfer` in `LightningModule`")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_fused_steps_are_clipped(make_generator, monkeypatch, precision: str, tmp_path) -> None:
+    """Lightning refuses to where an optimizer was constructed as a fused one, under autocast in bfloat16 too."""
+    monkeypatch.setattr(optimization, "_FUSED_ON", {"cpu"})
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda *found, **more: norms.append(clip(*found, **more)) or norms[-1]
+    )
+    generator = make_generator("masked", optimizer=ADAMW)
+    batch = {"tokens": torch.randint(4, (4, 3)), "label": torch.arange(4) % 2, "index": torch.arange(4)}
+    trainer = Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        max_steps=2,
+        gradient_clip_val=1e-3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(generator.train(), DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    assert trainer.optimizers[0].param_groups[0]["fused"] and len(norms) == 2
+    assert sum(float(p.grad.square().sum()) for p in generator.backbone.parameters()) ** 0.5 == pytest.approx(1e-3)
+
+
 def rates(steps: int, schedule: type = WarmupCosine, **arguments) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = schedule(optimizer, **arguments)
@@ -128,3 +226,165 @@ def test_cosine_over_the_last_tenth() -> None:
 def test_settings_out_of_range(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rates(1, **arguments)
+
+
+# Muon for hidden matrices, AdamW for everything else.
+
+MUON = partial(
+    MuonAdamW, lr=0.02, weight_decay=0.1, momentum=0.9, adamw_lr=0.01, adamw_betas=(0.8, 0.9), adamw_weight_decay=0.3
+)
+
+
+def muon_names(module) -> dict[str, set[str]]:
+    optimizer = module.configure_optimizers()
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found: dict[str, set[str]] = {"muon": set(), "decayed": set(), "others": set()}
+    for group in optimizer.param_groups:
+        kind = "muon" if group["muon"] else "decayed" if group["weight_decay"] else "others"
+        assert group["lr"] == (0.02 if group["muon"] else 0.01)
+        assert group["weight_decay"] == {"muon": 0.1, "decayed": 0.3, "others": 0.0}[kind]
+        found[kind] |= {names[id(parameter)] for parameter in group["params"]}
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert sorted(trained) == sorted(name for kind in found.values() for name in kind)
+    return found
+
+
+@pytest.mark.parametrize("conditioning", ["added", "adaln"])
+def test_muon_trains_the_matrices_of_the_blocks_alone(make_generator, conditioning: str) -> None:
+    """The modulations of adaLN are linear layers of the blocks too."""
+    generator = make_generator("autoregressive", backbone={"conditioning": conditioning}, optimizer=MUON)
+    found = muon_names(generator)
+    layers = {"attention.query_key_value", "attention.out", "mlp.expand", "mlp.contract"}
+    layers |= {"modulation.project"} if conditioning == "adaln" else set()
+    assert found["muon"] == {f"backbone.blocks.{block}.{layer}.weight" for block in (0, 1) for layer in layers}
+    assert "backbone.head.project.weight" in found["decayed"]
+    assert {"backbone.token_embedding.table.weight", "backbone.blocks.0.mlp.expand.bias"} <= found["others"]
+
+
+def test_muon_of_a_transformer_tokenizer() -> None:
+    def network(code_dim: int, latent_dim: int) -> ViTAutoencoder:
+        size = TransformerSize(8, 1, heads=2)
+        return ViTAutoencoder(code_dim, latent_dim, patch_size=4, encoder=size, decoder=size)
+
+    found = muon_names(FSQ(network, levels=[4, 3], optimizer=MUON))
+    assert len(found["muon"]) == 2 * 4
+    assert all(".blocks.0." in name for name in found["muon"])
+
+
+def test_muon_needs_hidden_layers(make_tokenizer) -> None:
+    """Convolutions have none."""
+    with pytest.raises(ValueError, match="FSQ names no hidden linear layers for MuonAdamW"):
+        make_tokenizer(optimizer=MUON).configure_optimizers()
+
+
+def test_muon_alone_is_not_enough(make_generator) -> None:
+    with pytest.raises(ValueError, match=r"Masked has other weights too: set .* \{class_path: MuonAdamW\}"):
+        make_generator("masked", optimizer=partial(torch.optim.Muon, lr=0.1)).configure_optimizers()
+
+
+def gradients(model: torch.nn.Module, step: int) -> None:
+    random = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+
+
+def two_layers() -> torch.nn.Sequential:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3))
+
+
+def muon_of(model: torch.nn.Sequential, adjust: str = "original") -> tuple[MuonAdamW, WarmupLinear]:
+    first, second = model[0], model[1]
+    groups = [
+        {"params": [second.weight, second.bias], "weight_decay": 0.05},
+        {"params": [first.weight], "muon": True},
+        {"params": [first.bias], "lr": 0.5},
+    ]
+    optimizer = MUON(groups, adjust_lr_fn=adjust)
+    return optimizer, WarmupLinear(optimizer, warmup_steps=2, total_steps=8)
+
+
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw", "spectral_unclamped"])
+def test_both_optimizers_are_torchs_side_by_side(adjust: str) -> None:
+    model, expected = two_layers(), two_layers()
+    optimizer, schedule = muon_of(model, adjust)
+    first, second = expected[0], expected[1]
+    muon = torch.optim.Muon([first.weight], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn=adjust)
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [second.weight, second.bias], "weight_decay": 0.05},
+            {"params": [first.bias], "lr": 0.5, "weight_decay": 0.3},
+        ],
+        lr=0.01,
+        betas=(0.8, 0.9),
+    )
+    schedules = [WarmupLinear(each, warmup_steps=2, total_steps=8) for each in (muon, adamw)]
+    for step in range(5):
+        gradients(model, step)
+        gradients(expected, step)
+        for each in (optimizer, schedule, muon, adamw, *schedules):
+            each.step()
+        assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    assert schedule.get_last_lr() == [
+        schedules[1].get_last_lr()[0],
+        schedules[0].get_last_lr()[0],
+        schedules[1].get_last_lr()[1],
+    ]
+
+
+def test_muon_goes_on_exactly_from_its_state(tmp_path) -> None:
+    model = two_layers()
+    optimizer, schedule = muon_of(model)
+    for step in range(6):
+        if step == 3:
+            state = [each.state_dict() for each in (model, optimizer, schedule)]
+            torch.save(state, tmp_path / "state.pt")
+        gradients(model, step)
+        optimizer.step()
+        schedule.step()
+    again = two_layers()
+    resumed, its_schedule = muon_of(again)
+    for each, state in zip((again, resumed, its_schedule), torch.load(tmp_path / "state.pt"), strict=True):
+        each.load_state_dict(state)
+    for step in range(3, 6):
+        gradients(again, step)
+        resumed.step()
+        its_schedule.step()
+    assert all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_muon_calls_a_closure_once_with_gradients() -> None:
+    model = two_layers()
+    optimizer, _ = muon_of(model)
+    calls = []
+
+    def closure() -> float:
+        calls.append(torch.is_grad_enabled())
+        gradients(model, 0)
+        return 3.0
+
+    before = [parameter.clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        assert optimizer.step(closure) == 3.0
+    assert calls == [True]
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+def test_what_muon_refuses() -> None:
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"momentum of MuonAdamW must lie in \[0, 1\), got 1"):
+        MuonAdamW(layer.parameters(), momentum=1.0)
+    with pytest.raises(ValueError, match=r"whole matrices by Muon, and a parameter of the shape \(2,\) is no matrix"):
+        MuonAdamW([{"params": [layer.bias], "muon": True}])
+
+
+def test_muon_refuses_sharded_weights() -> None:
+    """As FSDP2 makes them: the iterations need a whole matrix."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = two_layers()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"the shape \(6, 4\) is sharded: sharded training \(FSDP\) needs another"):
+            MuonAdamW([{"params": [model[0].weight], "muon": True}])
+    finally:
+        dist.destroy_process_group()

@@ -1,33 +1,70 @@
 """Networks of published sizes with random weights."""
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
-from discrete_lit.backbones import SequenceLayout, Transformer
-
-WIDTH, DEPTH, HEADS, HIDDEN, CODES, CLASSES = 768, 12, 12, 2048, 16_384, 1000
+from discrete_lit.backbones import Backbone, SequenceLayout, Transformer
 
 
-def llama_shape(attention: str = "causal") -> Transformer:
-    """LlamaGen-B's: 12 blocks of width 768, SwiGLU, RMSNorm, rotary positions, 256 tokens of 16,384 ids."""
+@dataclass(frozen=True, kw_only=True)
+class LlamaSizes:
+    """Sizes of a causal transformer with SwiGLU, RMSNorm and rotary positions; `hidden` is the MLP's inner width."""
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    codes: int = 16_384
+    length: int = 256
+
+
+LLAMAGEN_B = LlamaSizes(width=768, depth=12, heads=12, hidden=2048)
+WIDTH, DEPTH, HEADS, HIDDEN = LLAMAGEN_B.width, LLAMAGEN_B.depth, LLAMAGEN_B.heads, LLAMAGEN_B.hidden
+CODES, CLASSES = LLAMAGEN_B.codes, 1000
+
+
+def llama_shape(attention: str = "causal", sizes: LlamaSizes = LLAMAGEN_B) -> Transformer:
+    """LlamaGen's kind, by default its B: 12 blocks of width 768, rotary positions, 256 tokens of 16,384 ids."""
+    side = round(sizes.length**0.5)
     layout = SequenceLayout(
-        CODES,
-        (16, 16),
+        sizes.codes,
+        (side, side),
         num_classes=CLASSES,
         attention=attention,  # type: ignore[arg-type]
         mask_token=attention == "bidirectional",
     )
     return Transformer(
         layout,
-        width=WIDTH,
-        depth=DEPTH,
-        heads=HEADS,
-        mlp_hidden=HIDDEN,
+        width=sizes.width,
+        depth=sizes.depth,
+        heads=sizes.heads,
+        mlp_hidden=sizes.hidden,
         mlp="swiglu",
         norm="rms",
         bias=False,
         positions="rope_1d",
+    )
+
+
+def sizes_of(backbone: Backbone) -> LlamaSizes:
+    """The sizes of a transformer of LlamaGen's kind that comes nearest to a backbone.
+
+    Depth, width and heads are the same, and so is the number of weights in the blocks, but for a rounding of the MLP's
+    width to a multiple of 64.
+    """
+    assert isinstance(backbone, Transformer)
+    width, depth = backbone.width, backbone.depth
+    weights = sum(parameter.numel() for parameter in backbone.blocks.parameters() if parameter.ndim == 2)
+    hidden = 64 * round((weights / depth - 4 * width**2) / (3 * width) / 64)
+    return LlamaSizes(
+        width=width,
+        depth=depth,
+        heads=backbone.heads,
+        hidden=max(hidden, 64),
+        codes=backbone.layout.vocab_size,
+        length=backbone.layout.length,
     )
 
 

@@ -76,3 +76,31 @@ def ratio(numerator: Sequence[Seconds], denominator: Sequence[Seconds], target: 
         spread = f" (quartiles {low:.3f} to {high:.3f})"
     wanted = f"; target {target}" if target else ""
     return f"{median(wall):.3f}{spread}, {processor:.3f} by processor time{wanted}"
+
+
+class Repeated(NamedTuple):
+    """Wall-clock seconds of a call that was repeated."""
+
+    median: float
+    lowest: float
+    highest: float
+    repeats: int
+
+    def spread(self) -> str:
+        """How far the calls were apart, in percent of the median, for a note."""
+        return f"median of {self.repeats}, {100 * (self.highest - self.lowest) / self.median:.0f}% apart"
+
+
+def repeated(run: Callable[[], object], *, repeats: int = 5, warmup: int = 1, at_least: float = 0.0) -> Repeated:
+    """What a call takes, by the median of `repeats`, each of which waits for the device before and after.
+
+    Args:
+        run: what is measured.
+        repeats: at least 1.
+        warmup: calls before.
+        at_least: seconds of a repeat; calls that take less follow one another without waiting, and their mean counts.
+    """
+    for _ in range(warmup):
+        run()
+    taken = [timed(run, at_least).wall for _ in range(repeats)]
+    return Repeated(median(taken), min(taken), max(taken), repeats)

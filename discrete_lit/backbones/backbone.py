@@ -119,6 +119,7 @@ class Backbone(nn.Module, ABC):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
         """Make logits for the tokens.
 
@@ -137,10 +138,12 @@ class Backbone(nn.Module, ABC):
             order: `(B, N)` int64, of an any-order layout: the position in the grid of each token in turn; raster order
                 by default.
             time: `(B,)` float, of a timed layout: how noisy the input is, in the units that the generator chose.
+            predicted: `(M,)` int64, of a bidirectional layout: the ids whose logits are asked for, numbered through all
+                sequences from 0 to B N - 1.
 
         Returns:
             float32 or float64 logits over the K ids, the mask id not among them unless the layout has its output; of a
-            `place_head` what it reads, `(B, rows, D)`.
+            `place_head` what it reads, `(B, rows, D)`. Where some are `predicted`, those `(M, K)`.
 
         Raises:
             ValueError: more tokens than the layout has, or an incomplete scale.
@@ -388,16 +391,20 @@ class _EveryElement(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def outline(module: _Module) -> _Module:
+def outline(module: _Module, *, device: str | None = None) -> _Module:
     """Copy a module with parameters and buffers that are made anew: without data in a `FakeTensorMode`.
 
     Hooks, compiled code and wrapped methods are left out; containers of other attributes are copied, everything else
     is shared.
+
+    Args:
+        module: any.
+        device: of the copy; that of the module by default.
     """
-    return _outline(module, {})
+    return _outline(module, device, {})
 
 
-def _outline(module: Any, known: dict[int, Any]) -> Any:
+def _outline(module: Any, device: str | None, known: dict[int, Any]) -> Any:
     if id(module) in known:
         return known[id(module)]
     # Sharded modules (FSDP2) have a class that cannot be copied.
@@ -416,7 +423,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
         if value is None:
             return None
         if id(value) not in known:
-            empty = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+            empty = torch.empty(value.shape, dtype=value.dtype, device=device or value.device)
             parameter = isinstance(value, nn.Parameter)
             known[id(value)] = nn.Parameter(empty, value.requires_grad) if parameter else empty
         return known[id(value)]
@@ -426,7 +433,7 @@ def _outline(module: Any, known: dict[int, Any]) -> Any:
     for name, buffer in module._buffers.items():
         copy.register_buffer(name, tensor(buffer))
     for name, child in module._modules.items():
-        copy.add_module(name, None if child is None else _outline(child, known))
+        copy.add_module(name, None if child is None else _outline(child, device, known))
     return copy
 
 
@@ -482,21 +489,85 @@ def packed(module: _Module, *, rows: int) -> _Module:
         module: a backbone, or any other; its weights must not change while the packed one is used.
         rows: of the inputs to most products.
     """
-    return module if torch.is_grad_enabled() else _packed(module, rows, {})
+    if torch.is_grad_enabled():
+        return module
+
+    def pack(layer: nn.Linear) -> nn.Module | None:
+        if not isinstance(layer, Linear) or not enabled(layer.weight.device):
+            return None
+        pays = packing_pays(layer.weight, layer.product_dtype, rows=rows)
+        return PackedLinear(layer, layer.product_dtype, rows=rows) if pays else None
+
+    return _with_layers(cast_once(module), pack, {})
 
 
-def _packed(module: Any, rows: int, known: dict[int, Any]) -> Any:
+def cast_once(module: _Module) -> _Module:
+    """Give a module like this one whose linear layers do not cast their weights at each pass under autocast.
+
+    The weights and biases are cast here, to the precision that products have now, in which the module is then to be
+    called: its outputs are autocast's, bit for bit. Everything else is shared with the module, as by `packed`, and what
+    multiplies in full precision whatever autocast says. The module itself comes back without autocast, on a CPU (whose
+    way is `packed`), for sharded weights, and while gradients are recorded.
+
+    Args:
+        module: a backbone, or any other; its weights must not change while the other is used.
+    """
+    if torch.is_grad_enabled() or not isinstance(module, nn.Module):  # a function that stands for a network has none
+        return module
+
+    def cast(layer: nn.Linear) -> nn.Module | None:
+        device = layer.weight.device.type
+        if type(layer) not in (nn.Linear, Linear) or not getattr(layer, "autocast", True):
+            return None
+        if not casting_pays(layer.weight.device) or not torch.is_autocast_enabled(device):
+            return None
+        dtype = torch.get_autocast_dtype(device)
+        # Autocast leaves float64 alone, and a sharded weight is no plain parameter.
+        if type(layer.weight) is not nn.Parameter or layer.weight.dtype in (dtype, torch.float64):
+            return None
+        return CastLinear(layer, dtype)
+
+    return _with_layers(module, cast, {})
+
+
+def casting_pays(device: torch.device) -> bool:
+    """Say whether `cast_once` casts the weights of a device."""
+    return device.type != "cpu" and torch.amp.is_autocast_available(device.type)
+
+
+class CastLinear(nn.Linear):
+    """A linear layer that multiplies by a copy of another one's weight in the precision of autocast.
+
+    It shares parameters, hooks and attributes with the other layer, whose weight must not change meanwhile.
+
+    Args:
+        layer: the other one; it stays as it is.
+        dtype: precision of the product.
+    """
+
+    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(layer))
+        self.cast_weight = layer.weight.detach().to(dtype)
+        self.cast_bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        return nn.functional.linear(input.to(self.cast_weight.dtype), self.cast_weight, self.cast_bias)
+
+
+def _with_layers(module: Any, replace: Callable[[nn.Linear], nn.Module | None], known: dict[int, Any]) -> Any:
+    """Give a module like this one, with other linear layers where `replace` makes one; all else is shared."""
     if id(module) in known:
         return known[id(module)]
     known[id(module)] = module
     compiled = vars(module).get("_compiled_call_impl")
-    if isinstance(module, Linear):
-        if enabled(module.weight.device) and packing_pays(module.weight, module.product_dtype, rows=rows):
-            known[id(module)] = PackedLinear(module, module.product_dtype, rows=rows)
+    if isinstance(module, nn.Linear):
+        known[id(module)] = replace(module) or module
     # Code that `compile_blocks` has not made belongs to the module itself.
     elif compiled is None or isinstance(compiled, partial):
         children = {
-            name: None if child is None else _packed(child, rows, known) for name, child in module._modules.items()
+            name: None if child is None else _with_layers(child, replace, known)
+            for name, child in module._modules.items()
         }
         if any(child is not module._modules[name] for name, child in children.items()):
             copy = known[id(module)] = object.__new__(type(module))

@@ -8,7 +8,6 @@ from typing import Literal
 
 import torch
 from einops import rearrange
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +15,11 @@ from discrete_lit.backbones import cpu_kernels
 from discrete_lit.backbones.cache import LayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
-from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.modules import FullPrecision, at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
-MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "swiglu", "geglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
 Condition = Tensor | tuple[Tensor, ...]
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
@@ -91,7 +90,7 @@ class Block(nn.Module):
         if settings.modulation == "own":
             self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
-        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), DropPath(settings.drop_path))
+        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), StochasticDepth(settings.drop_path))
 
     def forward(
         self,
@@ -140,6 +139,31 @@ def _block_norm(settings: BlockSettings) -> Norm:
         bias=settings.norm_bias and settings.norm == "layer",
         epsilon=settings.norm_epsilon,
     )
+
+
+class StochasticDepth(FullPrecision):
+    """Leaves the residual branches of some samples out, and scales up the others (Huang et al., 2016).
+
+    timm's `DropPath` has its probability as a number, which compiled code contains: the blocks, whose probabilities
+    differ, would be compiled one by one, and from the ninth on not at all.
+
+    Args:
+        probability: that a sample's branch is left out in training, in [0, 1).
+    """
+
+    kept: Tensor
+    """Scalar: the probability that it is not."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.active = probability > 0
+        self.register_buffer("kept", torch.tensor(1.0 - probability), persistent=False)
+
+    def forward(self, branch: Tensor) -> Tensor:  # (B, ...) -> (B, ...)
+        if not (self.active and self.training):
+            return branch
+        uniforms = torch.rand(len(branch), *(1,) * (branch.ndim - 1), dtype=self.kept.dtype, device=branch.device)
+        return branch * ((uniforms < self.kept) / self.kept).to(branch.dtype)
 
 
 class Attention(nn.Module):
@@ -250,14 +274,15 @@ class QueryKeyNorms(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear; or SwiGLU, or GEGLU.
+    """Linear, GELU or squared ReLU, linear; or SwiGLU, or GEGLU.
 
     Args:
         width: D.
         hidden: inner width.
         kind: GELU exact (`"gelu"`), by its tanh approximation (`"gelu_tanh"`), or as x sigmoid(1.702 x)
-            (`"gelu_quick"`: ImageGPT); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"` that of
-            gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
+            (`"gelu_quick"`: ImageGPT); `"relu_squared"` is max(0, x)^2 (So et al., "Primer: Searching for Efficient
+            Transformers for Language Modeling", 2021); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"`
+            that of gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
     """
 
@@ -272,6 +297,8 @@ class MLP(nn.Module):
         if self.kind in ("swiglu", "geglu"):
             gate, value = hidden.chunk(2, dim=-1)
             return self.contract((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value)
+        if self.kind == "relu_squared":
+            return self.contract(F.relu(hidden).square())
         if self.kind == "gelu_quick":
             return self.contract(hidden * torch.sigmoid(1.702 * hidden))
         return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))

@@ -5,7 +5,7 @@ or rotations of queries and keys along the sequence or along each axis of the gr
 The fixed sines and cosines of Vaswani et al., "Attention Is All You Need", 2017, stand at the end.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self, cast
 
 import torch
@@ -20,7 +20,12 @@ PositionKind = Literal["learned", "rope_1d", "rope_2d"]
 
 
 def embed_tokens(
-    layout: SequenceLayout, width: int, *, kind: InputKind, sub_tokens: SubTokens | None
+    layout: SequenceLayout,
+    width: int,
+    *,
+    kind: InputKind,
+    sub_tokens: SubTokens | None,
+    digits: Sequence[int] | None = None,
 ) -> "TokenTable | BitProjection | SubTokenTables | VectorProjection":
     """Make the embedding that a layout needs.
 
@@ -29,11 +34,17 @@ def embed_tokens(
         width: D.
         kind: of ids: `"table"`, `"bits"`, or `"parts"`, a table for each sub-token.
         sub_tokens: that a `place_head` predicts an id in; None without one.
+        digits: sizes of the digits of an id, each with a table that is added to that of the ids.
 
     Raises:
-        ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, or a table of all
-            ids beside a `place_head`.
+        ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, a table of all
+            ids beside a `place_head`, or digits that do not make up the vocabulary, or of other than one id.
     """
+    if digits is not None and (kind != "table" or layout.input_dim is not None or layout.sub_tokens > 1):
+        raise ValueError(
+            f"embedded_digits={list(digits)} belong to token_embedding='table' of one id at each position, which this "
+            "sequence does not have"
+        )
     if layout.input_dim is not None:
         return VectorProjection(layout, width)
     if kind == "bits":
@@ -47,30 +58,54 @@ def embed_tokens(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
             "to avoid: use 'bits' or 'parts'"
         )
-    return TokenTable(layout, width)
+    return TokenTable(layout, width, digits=None if digits is None else SubTokens(digits, layout.vocab_size))
 
 
 class TokenTable(nn.Module):
     """A learned vector for each id, the mask id among them; the sum of one for each of several ids at a position.
 
-    The several ids, of which each has a table of its own, are the groups of bits of MaskBit's BERT.
+    The several ids, of which each has a table of its own, are the groups of bits of MaskBit's BERT. With digits, the
+    vector of an id is the sum of its own and one for each of its digits, so that ids whose codes are alike in one
+    component share what is learned of it: as a word is embedded with its parts (Bojanowski et al., "Enriching Word
+    Vectors with Subword Information", 2017). The mask id has no digits.
+
+    Args:
+        layout: the sequence.
+        width: D.
+        digits: of an id, as FSQ's components are: that of `levels: [8, 6, 5]` has the sizes 8, 6 and 5.
     """
 
-    def __init__(self, layout: SequenceLayout, width: int) -> None:
+    def __init__(self, layout: SequenceLayout, width: int, *, digits: SubTokens | None = None) -> None:
         super().__init__()
         self.sub_tokens = layout.sub_tokens
         self.rows = layout.vocab_size + int(layout.mask_token)
         self.outputs = layout.outputs
+        self.mask_id = layout.mask_id
         self.table = nn.Embedding(self.sub_tokens * self.rows, width)
+        self.digits = digits
+        self.digit_tables = None
+        if digits is not None:
+            self.digit_tables = nn.ModuleList(nn.Embedding(size, width) for size in digits.sizes)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
+        if self.digits is not None:
+            return self.table(tokens) + self._of_digits(tokens)
         if self.sub_tokens == 1:
             return self.table(tokens)
         ids = rearrange(tokens, "b (n sub) -> b n sub", sub=self.sub_tokens)
         return self.table(ids + self.rows * torch.arange(self.sub_tokens, device=tokens.device)).sum(dim=2)
 
+    def _of_digits(self, tokens: Tensor) -> Tensor:  # (...) -> (..., D)
+        assert self.digits is not None and self.digit_tables is not None
+        digits = self.digits.split(tokens).unbind(dim=-1)
+        vectors = [table(digit) for table, digit in zip(self.digit_tables, digits, strict=True)]
+        return torch.stack(vectors).sum(dim=0).masked_fill((tokens == self.mask_id)[..., None], 0)
+
     def logit_weight(self) -> Tensor:
         """The rows of the ids that are predicted, `(sub_tokens * outputs, D)`, to which logits may be tied."""
+        if self.digits is not None:
+            ids = torch.arange(self.outputs, device=self.table.weight.device)
+            return self.table.weight[: self.outputs] + self._of_digits(ids)
         if self.sub_tokens == 1:
             return self.table.weight[: self.outputs]
         return self.table.weight.unflatten(0, (self.sub_tokens, self.rows))[:, : self.outputs].flatten(0, 1)

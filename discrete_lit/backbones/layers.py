@@ -1,7 +1,8 @@
 """The layers that every block is built of: a linear layer, LayerNorm and RMSNorm, and the head that makes logits.
 
 Norms and logits are computed in float32 under autocast and in half-precision modules, in float64 in modules of float64.
-What a CPU computes in a way of its own stands in `cpu_kernels.py`.
+What a CPU computes in a way of its own stands in `cpu_kernels.py`, the logits' way on tensor cores in
+`split_products.py`.
 """
 
 from typing import Any, Literal, cast
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones import cpu_kernels
+from discrete_lit.backbones import cpu_kernels, split_products
 from discrete_lit.core.modules import at_least_float32, widened
 
 NormKind = Literal["layer", "rms"]
@@ -112,9 +113,10 @@ class LogitHead(nn.Module):
         self.project = None if tied else Linear(width, outputs, bias=False, autocast=False)
         shape = (positions, outputs) if bias == "place" else (outputs,)
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None
+        self.of_positions = bias == "place"
 
     def forward(self, hidden: Tensor, tied: Tensor | None = None) -> Tensor:
-        """Map `(B, n, D)` to logits `(B, n, outputs)`; `tied` is the embedding's weight `(outputs, D)`."""
+        """Map `(..., D)` to logits `(..., outputs)`; `tied` is the embedding's weight `(outputs, D)`."""
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.project is not None:
@@ -129,7 +131,9 @@ def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
     """Multiply in the precision of the weight, at least float32, also under autocast.
 
     The product and its operands are not rounded to half precision; under autocast the gradients are products in its
-    precision, as those of every other layer.
+    precision, as those of every other layer. On GPUs whose float32 is slow beside their tensor cores, the product of
+    float32 numbers under autocast, and of a layer in half precision, is a `split_product`, exact to
+    `2^-15 sum |x| |w|`; the gradients of a layer in half precision are then products in that.
 
     Args:
         input: `(..., in_features)`.
@@ -138,31 +142,55 @@ def full_precision_linear(input: Tensor, weight: Tensor) -> Tensor:
     Returns:
         `(..., out_features)` in the weight's dtype, or float32 where that is narrower.
     """
-    device, weight = input.device.type, at_least_float32(weight)
-    if not torch.is_autocast_enabled(device):
-        return F.linear(input.to(weight.dtype), weight)
-    gradients = torch.get_autocast_dtype(device)
+    device, dtype = input.device.type, widened(weight.dtype)
+    autocast = torch.is_autocast_enabled(device)
+    split = (autocast or weight.dtype != dtype) and split_products.pays(input, weight)
+    if not (autocast or split):
+        return F.linear(input.to(dtype), weight.to(dtype))
+    gradients = torch.get_autocast_dtype(device) if autocast else weight.dtype
     with torch.autocast(device, enabled=False):
         if not torch.is_grad_enabled():
-            return F.linear(input.to(weight.dtype), weight)
-        return cast(Tensor, _FullPrecisionLinear.apply(input.to(weight.dtype), weight, gradients))
+            return _wide_product(input, weight, split)
+        return cast(Tensor, _FullPrecisionLinear.apply(input, weight, gradients, split))
+
+
+def _wide_product(input: Tensor, weight: Tensor, split: bool) -> Tensor:
+    if split:
+        return split_products.split_product(input, weight)
+    weight = at_least_float32(weight)
+    return F.linear(input.to(weight.dtype), weight)
 
 
 class _FullPrecisionLinear(torch.autograd.Function):
-    """The product in its operands' precision, its gradients in another."""
+    """The product in float32 or float64, its gradients in another precision."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, gradients: torch.dtype) -> Tensor:
+    def forward(ctx: Any, input: Tensor, weight: Tensor, gradients: torch.dtype, split: bool) -> Tensor:
         ctx.save_for_backward(input.to(gradients), weight)
-        return F.linear(input, weight)
+        ctx.input_dtype = input.dtype
+        return _wide_product(input, weight, split)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input, weight = ctx.saved_tensors
-        grad = grad_outputs[0].to(input.dtype)
+        missing = split_products.missing_rows(weight)
+        grad = _padded(grad_outputs[0], input.dtype, columns=missing)
         grad_input = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_input = (grad @ weight.to(input.dtype)).to(weight.dtype)
+            grad_input = (grad @ _padded(weight, input.dtype, rows=missing)).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.flatten(0, -2).T @ input.flatten(0, -2)).to(weight.dtype)
-        return grad_input, grad_weight, None
+            product = grad.flatten(0, -2).T @ input.flatten(0, -2)
+            grad_weight = product[: len(weight)].to(weight.dtype)
+        return grad_input, grad_weight, None, None
+
+
+def _padded(values: Tensor, dtype: torch.dtype, *, rows: int = 0, columns: int = 0) -> Tensor:
+    """Convert `(..., n, m)` to a precision, with so many rows and columns of zeros more, in one pass."""
+    if rows == columns == 0:
+        return values.to(dtype)
+    *batch, n, m = values.shape
+    padded = values.new_empty(*batch, n + rows, m + columns, dtype=dtype)
+    padded[..., n:, :] = 0
+    padded[..., m:] = 0
+    padded[..., :n, :m] = values
+    return padded

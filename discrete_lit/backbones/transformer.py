@@ -4,7 +4,7 @@
 the models that use them; which of them go together is checked at the end of the file.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal, cast
@@ -40,8 +40,9 @@ class Transformer(Backbone):
     """One transformer with the switches of the published models.
 
     The condition is a class embedding: an element in front of the sequence (`conditioning="prefix"`), a modulation of
-    every norm (`"adaln"`), in which case a causal sequence begins with a learned vector instead, or both. Where the
-    layout is timed, an embedding of the time is added to it.
+    every norm (`"adaln"`), or both; or a vector that is added to every element (`"added"`), as BERT's segment embedding
+    is. A causal sequence without the element in front begins with a learned vector instead. Where the layout is timed,
+    an embedding of the time is added to what modulates.
 
     By default it is GPT-2's, with the class in front (taming-transformers). The published models set, among others:
 
@@ -59,6 +60,9 @@ class Transformer(Backbone):
       in attention and norms.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
 
+    What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
+    `zero_outputs`, `norm="rms"`, `qk_norm="rms"` and `bias=False`.
+
     Args:
         layout: the sequence; a generator gives it.
         width: D; a multiple of `heads` unless `head_dim` is given.
@@ -66,7 +70,7 @@ class Transformer(Backbone):
         heads: attention heads.
         head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
-        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), or SwiGLU.
+        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or SwiGLU.
         norm: `"layer"` or `"rms"`.
         norm_epsilon: of every norm.
         norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
@@ -82,7 +86,9 @@ class Transformer(Backbone):
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
             linear map of their bits (MaskBit), or the sum of a table for each of the sub-tokens that `place_head`
             predicts (`"parts"`: Open-MAGVIT2).
-        conditioning: `"prefix"`, `"adaln"` or `"prefix_adaln"`.
+        embedded_digits: sizes of the digits of an id, least significant first, each with a table that is added to the
+            table of ids: for FSQ the tokenizer's `levels`.
+        conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
         condition_width: of the class and time embeddings that modulate; `width` by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
@@ -94,6 +100,8 @@ class Transformer(Backbone):
         head_bias: of the logits; as `bias` by default; `"place"` has one of each position.
         head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
         tied: the logits' weight is the token embedding's.
+        zero_outputs: the last layer of every residual branch and the head are 0 at the start (Zhang, Dauphin and Ma,
+            "Fixup Initialization", 2019), where GPT-2's are small.
         visible_start: elements at the beginning of a causal sequence, the class among them, that see each other both
             ways, as far as there are so many (taming's `n_unmasked`). A pass over the whole sequence then shows the
             first of them what they predict, as it did in the training of such models; samplers and likelihoods go on
@@ -133,7 +141,8 @@ class Transformer(Backbone):
         start_rotation: Literal["none", "zero"] = "none",
         target_positions: bool = False,
         token_embedding: InputKind = "table",
-        conditioning: Literal["prefix", "adaln", "prefix_adaln"] = "prefix",
+        embedded_digits: Sequence[int] | None = None,
+        conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
         condition_width: int | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
@@ -145,6 +154,7 @@ class Transformer(Backbone):
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool = False,
         tied: bool = False,
+        zero_outputs: bool = False,
         visible_start: int = 0,
         place_head: Callable[[BlockSettings, int], SubTokenHead] | None = None,
         long_skips: bool = False,
@@ -153,14 +163,15 @@ class Transformer(Backbone):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__(layout)
-        self.modulated = conditioning != "prefix"
-        self.prefix = conditioning != "adaln"
+        self.modulated = conditioning in ("adaln", "prefix_adaln")
+        self.prefix = conditioning in ("prefix", "prefix_adaln")
+        self.added = conditioning == "added"
         self.causal = layout.attention != "bidirectional"
         _check_sizes(width=width, depth=depth, heads=heads, head_dim=head_dim, long_skips=long_skips)
         _check_conditioning(
             layout,
             modulated=self.modulated,
-            prefix=self.prefix,
+            own_width=self.prefix or self.added,
             norm_first=norm_first,
             offsets=condition_positions,
             shared=shared_modulation,
@@ -169,7 +180,7 @@ class Transformer(Backbone):
         _check_layout(layout, target_positions=target_positions, tied=tied, token_embedding=token_embedding)
         if place_head is not None:
             _check_place_head(layout, head_transform=head_transform, head_bias=head_bias)
-        if visible_start and (layout.attention != "causal" or registers or self.modulated):
+        if visible_start and (layout.attention != "causal" or registers or conditioning != "prefix"):
             raise ValueError(
                 f"visible_start={visible_start} needs a causal sequence that begins with its class alone: "
                 "conditioning='prefix', without registers"
@@ -211,7 +222,11 @@ class Transformer(Backbone):
 
         # The input.
         self.token_embedding = embed_tokens(
-            layout, width, kind=token_embedding, sub_tokens=None if head is None else head.sub_tokens
+            layout,
+            width,
+            kind=token_embedding,
+            sub_tokens=None if head is None else head.sub_tokens,
+            digits=embedded_digits,
         )
         self.class_embedding = nn.Embedding(layout.num_classes + 1, condition_width)
         self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
@@ -259,17 +274,21 @@ class Transformer(Backbone):
                 epsilon=norm_epsilon,
             )
         self.tied = tied
+        self.zero_outputs = zero_outputs
         self.activation_checkpointing = activation_checkpointing
         mask = _start_mask(self.elements, visible_start) if visible_start else _scale_mask(layout)
         self.register_buffer("mask", mask, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as GPT-2: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth)."""
+        """Initialise as GPT-2: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth), or zero."""
         for name, parameter in self.named_parameters():
             if "modulation" in name or parameter.ndim < 2 or name.endswith(("bias", "log_sharpness", "start")):
                 continue
             residual = name.endswith(("out.weight", "contract.weight"))
+            if self.zero_outputs and (residual or name == "head.project.weight"):
+                nn.init.zeros_(parameter)
+                continue
             nn.init.normal_(parameter, std=0.02 / (2 * self.depth) ** 0.5 if residual else 0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -282,6 +301,7 @@ class Transformer(Backbone):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
         assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
         if labels.shape != tokens.shape[:1]:
@@ -305,13 +325,19 @@ class Transformer(Backbone):
         if self.final_modulation is not None:
             shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
             hidden = hidden * (1 + scale) + shift
+        # A head that is the same for all positions is spared those that nobody asks for.
+        early = predicted is not None and self.layout.sub_tokens == 1 and not self.head.of_positions
+        if early:
+            hidden = hidden.flatten(0, 1)[predicted]
         tied = None
         if self.tied:
             tied = cast(TokenTable, self.token_embedding).logit_weight()
         logits = self.head(hidden, tied)
-        if self.layout.sub_tokens == 1:
+        if early:
             return logits
-        return rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
+        if self.layout.sub_tokens > 1:
+            logits = rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
+        return logits if predicted is None else logits.flatten(0, 1)[predicted]
 
     def _with_start(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, bool]:
         """Put the tokens of a visible start, which see those that follow them, before these, to compute them again."""
@@ -333,6 +359,8 @@ class Transformer(Backbone):
                 starts.append(class_vectors[:, None])
             embedded = torch.cat((*(start.to(embedded.dtype) for start in starts), embedded), dim=1)
         self._check_count(filled, embedded.shape[1])
+        if self.added:
+            embedded = embedded + class_vectors[:, None]
         embedded = self.positions.add(embedded, filled, order)
         if self.target_embedding is not None:
             embedded = embedded + self._targets(self.target_embedding, filled, embedded.shape[1], order)
@@ -470,7 +498,7 @@ def _check_conditioning(
     layout: SequenceLayout,
     *,
     modulated: bool,
-    prefix: bool,
+    own_width: bool,
     norm_first: bool,
     offsets: bool,
     shared: bool,
@@ -480,7 +508,7 @@ def _check_conditioning(
         raise ValueError("norm_first=false has no modulation: conditioning must be 'prefix'")
     if (offsets or shared) and not modulated:
         raise ValueError("condition_positions and shared_modulation need conditioning='adaln' or 'prefix_adaln'")
-    if condition_width is not None and (prefix or offsets or shared):
+    if condition_width is not None and (own_width or offsets or shared):
         raise ValueError("condition_width is of conditioning='adaln' with neither offsets nor a shared modulation")
     if layout.timed and not modulated:
         raise ValueError("a generator that tells the time needs conditioning='adaln' or 'prefix_adaln'")

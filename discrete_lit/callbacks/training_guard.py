@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
+from discrete_lit.core.host_copies import HostCopy
 from discrete_lit.core.lightning_internals import logs_this_step
 from discrete_lit.core.modules import forget_statistics_step
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
@@ -43,7 +44,8 @@ class TrainingGuard(Callback):
     `<default_root_dir>/alarms/`, with the images in it that are not finite, and into the log and TensorBoard. Then the
     run ends before the optimizer's step, or the batch is skipped on all ranks: buffers are put back as they were before
     it, and the optimizer leaves all weights and its own state alone; with accumulated batches, those of the same step
-    are lost too. The check waits for the device once a batch.
+    are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass to do
+    meanwhile.
 
     Args:
         min_codebook_usage: in [0, 1]; 0 never warns.
@@ -83,7 +85,7 @@ class TrainingGuard(Callback):
         self._figures: dict[str, Tensor] = {}
         self._skips_step = False
         self._skipped_in_a_row = 0
-        self._bad = torch.zeros((), device=pl_module.device)
+        self._is_bad = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch = batch
@@ -91,11 +93,12 @@ class TrainingGuard(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
-        self._bad = all_reduce_sum((~loss.detach().isfinite()).float())
+        self._bad_ranks = HostCopy(all_reduce_sum((~loss.detach().isfinite()).float()))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asked behind the backward pass, so that the device has it to do while the host waits.
-        if not self._bad:
+        self._is_bad = self._bad_ranks.values() > 0
+        if not self._is_bad:
             self._skipped_in_a_row = 0
             if self._skips_step:
                 forget_statistics_step(pl_module)
@@ -134,7 +137,7 @@ class TrainingGuard(Callback):
         if self._batches_left == 0:
             of_a_batch = int(all_reduce_sum(torch.tensor(tokens.numel(), device=tokens.device)))
             self._batches_left = max(self.window, ceil(_DRAWS_FOR_EACH_ID * vocab_size / max(of_a_batch, 1)))
-        if self._bad:
+        if self._is_bad:
             return
         self._usage.update(tokens)
         self._batches_left -= 1

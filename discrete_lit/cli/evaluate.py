@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,13 +41,13 @@ def evaluate(
     image_size: ImageSize,
     image_channels: int = 3,
     num_images: int | None = None,
-    samples: dict[str, str] | None = None,
-    reconstructions: dict[str, str] | None = None,
-    likelihoods: dict[str, str] | None = None,
+    samples: dict[str, str | list[str]] | None = None,
+    reconstructions: dict[str, str | list[str]] | None = None,
+    likelihoods: dict[str, str | list[str]] | None = None,
     held_out: str | None = None,
     num_reference: int | None = None,
     extractor: FeatureExtractor | None = None,
-    classifier: str | None = None,
+    classifier: str | dict[str, str] | None = None,
     lpips_weights: str | None = None,
     apply_exif: bool = False,
     batch_size: int = 16,
@@ -62,6 +63,10 @@ def evaluate(
     or images alone) or a `.npz` with uint8 `arr_0` (N, H, W, C) and `labels`. Files get ADM's centre crop to
     `image_size`. Of a labelled set the first `num_images / num_classes` of each class are taken, in order; of samples
     that have too few of a class, such as ones with random labels, images at even distances over the whole set.
+
+    A row may have several runs, such as those of three training seeds: a list of sample sets, or of checkpoints, under
+    its name. Each run is measured by itself; the table gives means ± standard deviations, a sentence for each pair of
+    rows says which of their differences lie within the spread, and `report.json` holds every value.
 
     Classes of folders and shards are matched by name: those of the reference, or else of the held-out images, number
     them. The labels of an `.npz` are matched by position; the label after the last, a generator's null label, means no
@@ -79,14 +84,17 @@ def evaluate(
             saw colour images alone (the extractor, LPIPS) is shown grey repeated and RGBA laid over white.
         num_images: images of each row; a set with fewer is refused. By default as many as there are held-out images,
             which are then all taken, whatever their classes.
-        samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`.
-        reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images.
+        samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`, or to those of
+            several runs, `{masked: [seed_0/masked/samples.npz, seed_1/masked/samples.npz]}`.
+        reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images, or to
+            those of several runs.
         likelihoods: name of samples to the checkpoint of their generator, to measure its log-likelihood of the held-out
-            images; a checkpoint that is named several times is measured once.
+            images, or to one for each run, in their order; a checkpoint that is named several times is measured once.
         held_out: real images that are not in the reference; their own row is the floor of the distance.
         num_reference: images of the reference; all by default.
         extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
-        classifier: checkpoint of an ImageClassifier.
+        classifier: checkpoint of an ImageClassifier, or name to checkpoint of several, each with its own label
+            accuracy: a generator that pleases one classifier need not please another, trained on other images.
         lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
         apply_exif: turn image files as their EXIF orientation says: give it where the DataModule of the training has
             `apply_exif: true`. Published figures do not.
@@ -99,7 +107,7 @@ def evaluate(
     Raises:
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
             a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
-            of another extractor, or a checkpoint of the wrong kind.
+            of another extractor, a checkpoint of the wrong kind, or a row without runs, or with one of them twice.
     """
     from discrete_lit.evaluation.feature_statistics import measure, reference_from_images, reference_from_moments
     from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
@@ -110,9 +118,10 @@ def evaluate(
     image_size = normal_size(image_size)
     if image_channels not in MODES:
         raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
-    samples, reconstructions, likelihoods = samples or {}, reconstructions or {}, likelihoods or {}
-    _check_arguments(samples, reconstructions, likelihoods, held_out, num_images, num_reference, batch_size)
-    if lpips_weights is not None and not reconstructions:
+    sample_runs, made_runs = _runs("samples", samples), _runs("reconstructions", reconstructions)
+    likelihood_runs = _runs("likelihoods", likelihoods)
+    _check_arguments(sample_runs, made_runs, likelihood_runs, held_out, num_images, num_reference, batch_size)
+    if lpips_weights is not None and not made_runs:
         raise ValueError("lpips_weights measure reconstructions: give some, or leave lpips_weights out")
     try:
         compute_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -125,15 +134,21 @@ def evaluate(
 
     reference_images = None if holds_moments(reference) else opened(reference)
     real = None if held_out is None else opened(held_out)
-    generated = {name: opened(path) for name, path in samples.items()}
-    runs = {name: _read_run(path) for name, path in samples.items()}
+    generated = {run.label: opened(run.path) for run in sample_runs}
+    beside = {run.label: _read_run(run.path) for run in sample_runs}
     real_sets = {"reference": reference_images, "held_out": real}
-    sample_sets = {f"samples.{name}": images for name, images in generated.items()}
-    if classifier is not None:
+    sample_sets = {f"samples.{label}": images for label, images in generated.items()}
+    checkpoints = {"": classifier} if isinstance(classifier, str) else dict(classifier or {})
+    if checkpoints:
         _check_labels(generated, {})
-    predict = None if classifier is None else _load_classifier(classifier, real_sets, compute_device, image_channels)
-    classes = match_classes(real_sets, sample_sets, None if predict is None else predict.num_classes)
-    if classifier is not None:
+    classifiers = {
+        name: _load_classifier(path, real_sets, compute_device, image_channels) for name, path in checkpoints.items()
+    }
+    known = {path: classifiers[name].num_classes for name, path in checkpoints.items()}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"the classifiers are of different numbers of classes: {known}")
+    classes = match_classes(real_sets, sample_sets, next(iter(known.values()), None))
+    if checkpoints:
         _check_labels(generated, classes.numbering)
 
     def selected(name: str, num_images: int | None, **settings: Any) -> Selection | None:
@@ -147,8 +162,8 @@ def evaluate(
     count = num_images if real is None else (num_images or real.count)
     selections = [selected(name, count, allow_uneven=True) for name in sample_sets]
     reference_selection = selected("reference", num_reference)
-    meters = _load_meters(reconstructions, lpips_weights, compute_device, image_size, image_channels)
-    generators = _load_generators(likelihoods, image_size, image_channels)
+    meters = _load_meters(made_runs, lpips_weights, compute_device, image_size, image_channels)
+    generators = _load_generators(likelihood_runs, image_size, image_channels)
     extractor = (extractor or EfficientNetLite0()).to(compute_device)
 
     def run(selection: Selection, name: str, transform: Callable[[Tensor], Tensor] | None = None) -> Measurement:
@@ -159,11 +174,11 @@ def evaluate(
             batch_size=batch_size,
             device=compute_device,
             transform=transform,
-            classifier=predict,
+            classifiers=classifiers,
             description=name,
         )
 
-    notes = list(classes.notes)
+    notes = [*classes.notes, *_setting_notes(sample_runs, beside)]
     if reference_selection is None:
         measured_against = reference_from_moments(reference, extractor, apply_exif=apply_exif)
     else:
@@ -186,26 +201,27 @@ def evaluate(
     rows: list[Row] = []
     floor: Measurement | None = None
 
-    def add(name: str, kind: Any, source: str, selection: Selection, measured: Measurement, **figures: Any) -> None:
+    def add(run: _Run, kind: Any, selection: Selection, measured: Measurement, **figures: Any) -> None:
         found = compare(extractor, measured.moments.compute(), measured_against.moments, reference)
         if manifold is not None:
             precision, recall = precision_and_recall(measured.features.compute(), manifold)
             figures |= {"precision": precision, "recall": recall}
-        rows.append(_row(name, kind, source, found, measured, floor, figures))
+        rows.append(_row(run.row, kind, run.path, found, measured, floor, figures))
         if kind != "reconstructions":
-            notes.extend(selection.notes(name))
+            notes.extend(selection.notes(run.label))
         if kind == "samples":
-            notes.extend(_class_notes(name, selection, classes.count, rows[-1]))
+            notes.extend(_class_notes(run.label, selection, classes.count, rows[-1]))
 
     likelihood: dict[str, LikelihoodFigures] = {}
     if real_selection is not None:
         assert held_out is not None
-        floor = run(real_selection, "held-out real images")
-        add("held-out real images", "real", held_out, real_selection, floor)
-        for name, meter in meters.items():
-            measured = run(real_selection, name, meter)
-            figures = meter.figures()
-            add(name, "reconstructions", reconstructions[name], real_selection, measured, reconstruction=figures)
+        real_run = _Run("held-out real images", "held-out real images", held_out)
+        floor = run(real_selection, real_run.label)
+        add(real_run, "real", real_selection, floor)
+        for made in made_runs:
+            meter = meters[made.label]
+            measured = run(real_selection, made.label, meter)
+            add(made, "reconstructions", real_selection, measured, reconstruction=meter.figures())
         for path, generator in generators.items():
             likelihood[path] = measure_likelihood(
                 generator.to(compute_device),
@@ -215,17 +231,18 @@ def evaluate(
                 device=compute_device,
                 description=path,
             )
-    for name, selection in zip(samples, selections, strict=True):
+    generator_of = {run.label: run.path for run in likelihood_runs}
+    for sampled, selection in zip(sample_runs, selections, strict=True):
         assert selection is not None
-        figures = {"likelihood": likelihood.get(likelihoods.get(name, "")), **runs[name]}
-        add(name, "samples", samples[name], selection, run(selection, name), **figures)
+        figures = {"likelihood": likelihood.get(generator_of.get(sampled.label, "")), **beside[sampled.label]}
+        add(sampled, "samples", selection, run(selection, sampled.label), **figures)
 
     report = Report(
         rows,
         measured_against,
         manifold=manifold,
         image_size=image_size,
-        classifier=classifier,
+        classifiers=checkpoints,
         image_channels=image_channels,
         apply_exif=apply_exif,
         notes=notes,
@@ -236,10 +253,51 @@ def evaluate(
     return report.to_dict()
 
 
+class _Run(NamedTuple):
+    """One run of a row: a set of samples, or a checkpoint."""
+
+    row: str
+    label: str
+    """The name of the row, and of which run where it has several."""
+    path: str
+
+
+def _runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[_Run]:
+    """List the runs of each row that a setting names, in order.
+
+    Raises:
+        ValueError: a row without runs.
+    """
+    from discrete_lit.evaluation.report import run_name
+
+    found = []
+    for name, given in (rows or {}).items():
+        paths = [given] if isinstance(given, str) else list(given)
+        if not paths:
+            raise ValueError(f"{setting}.{name} is empty: give a path, or a list with one for each run")
+        found += [_Run(name, run_name(name, run, len(paths)), path) for run, path in enumerate(paths, start=1)]
+    return found
+
+
+def _setting_notes(sample_runs: list[_Run], beside: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Say where the runs of one row were not drawn alike: then their spread is not one over seeds alone."""
+    notes = []
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for run in sample_runs:
+        rows.setdefault(run.row, []).append(beside[run.label].get("sampling", {}))
+    for name, settings in rows.items():
+        different = [
+            key for key in ("generator", "sampler") if any(s.get(key) != settings[0].get(key) for s in settings)
+        ]
+        if different:
+            notes.append(f"{name}: its runs differ in {' and '.join(different)}, so their spread is not that of seeds")
+    return notes
+
+
 def _check_arguments(
-    samples: dict[str, str],
-    reconstructions: dict[str, str],
-    likelihoods: dict[str, str],
+    samples: list[_Run],
+    reconstructions: list[_Run],
+    likelihoods: list[_Run],
     held_out: str | None,
     num_images: int | None,
     num_reference: int | None,
@@ -251,8 +309,19 @@ def _check_arguments(
         raise ValueError("reconstructions are made of the held-out images: give held_out")
     if likelihoods and held_out is None:
         raise ValueError("likelihoods are of the held-out images: give held_out")
-    if unknown := sorted(set(likelihoods) - set(samples)):
-        raise ValueError(f"likelihoods.{unknown[0]} is of no row: its name must be one of samples, {sorted(samples)}")
+    for setting, runs in (("samples", samples), ("reconstructions", reconstructions)):
+        for (name, path), times in Counter((run.row, run.path) for run in runs).items():
+            if times > 1:
+                raise ValueError(f"{setting}.{name} has {path!r} {times} times: each run of a row is another one")
+    sampled, modelled = (Counter(run.row for run in runs) for runs in (samples, likelihoods))
+    if unknown := sorted(set(modelled) - set(sampled)):
+        raise ValueError(f"likelihoods.{unknown[0]} is of no row: its name must be one of samples, {sorted(sampled)}")
+    for name, count in modelled.items():
+        if count != sampled[name]:
+            raise ValueError(
+                f"likelihoods.{name} has {count} checkpoints, samples.{name} has {sampled[name]} runs: give one for "
+                "each"
+            )
     if num_images is None and held_out is None:
         raise ValueError("num_images is as many as there are held-out images by default: give num_images or held_out")
     if (
@@ -264,9 +333,8 @@ def _check_arguments(
             f"num_images and num_reference must be at least 2 and batch_size at least 1, got "
             f"num_images={num_images}, num_reference={num_reference}, batch_size={batch_size}"
         )
-    names = [*reconstructions, *samples]
-    if len(set(names)) < len(names):
-        raise ValueError(f"a name stands for one row, got {names}")
+    if both := {run.row for run in reconstructions} & {run.row for run in samples}:
+        raise ValueError(f"a name stands for one row, {sorted(both)} is of reconstructions and of samples")
 
 
 def _check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndarray]) -> None:
@@ -369,11 +437,13 @@ def _row(
     from discrete_lit.evaluation.report import Row
     from discrete_lit.metrics.precision_recall import within_class_diversity
 
-    accuracy = by_class = diversity = diversity_by_class = None
-    if measured.correct is not None and measured.spread is not None:
+    diversity = diversity_by_class = None
+    accuracy: dict[str, float | None] = {}
+    by_class: dict[str, list[float | None]] = {}
+    if measured.spread is not None:
         counts = measured.spread.count
-        by_class = _finite(measured.correct / counts)
-        accuracy = _finite(measured.correct.sum() / counts.sum())
+        by_class = {name: _finite(correct / counts) for name, correct in measured.correct.items()}
+        accuracy = {name: _finite(correct.sum() / counts.sum()) for name, correct in measured.correct.items()}
     if measured.spread is not None and floor is not None and floor.spread is not None:
         ratios = within_class_diversity(measured.spread, floor.spread)
         diversity_by_class = _finite(ratios)
@@ -397,13 +467,13 @@ def _finite(values: Tensor) -> Any:
 
 
 def _load_meters(
-    checkpoints: dict[str, str],
+    checkpoints: list[_Run],
     lpips_weights: str | None,
     device: torch.device,
     image_size: ImageSize,
     image_channels: int,
 ) -> dict[str, ReconstructionMeter]:
-    """Make a meter on `device` for each named checkpoint of an autoencoder, all with LPIPS where its weights are given.
+    """Make a meter on `device` for each checkpoint of an autoencoder, all with LPIPS where its weights are given.
 
     Raises:
         ValueError: a checkpoint that cannot be read, holds a generator or takes other channels; weights that are not
@@ -420,7 +490,7 @@ def _load_meters(
         lpips.prepare()
         lpips.check_size(image_size)
     meters = {}
-    for name, path in checkpoints.items():
+    for _, name, path in checkpoints:
         autoencoder = files.load(path)
         if isinstance(autoencoder, Generator | LatentGenerator):
             raise ValueError(
@@ -465,8 +535,8 @@ def _load_classifier(
     return classifier.to(device)
 
 
-def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
-    """Load the generator of each checkpoint of a dictionary from names to checkpoints, on the CPU.
+def _load_generators(likelihoods: list[_Run], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
+    """Load the generator of each checkpoint, on the CPU.
 
     Raises:
         ValueError: a checkpoint that holds no generator, or one of another image size or other channels.
@@ -475,7 +545,7 @@ def _load_generators(likelihoods: dict[str, str], image_size: ImageSize, image_c
     from discrete_lit.generators import Generator
 
     generators: dict[str, Generator] = {}
-    for name, path in likelihoods.items():
+    for _, name, path in likelihoods:
         if path in generators:
             continue
         module = files.load(path)

@@ -5,7 +5,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -16,16 +16,19 @@ from tqdm import tqdm
 
 from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator
+from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
+_MOST_COLUMNS = 20
 
 
 def sample(
@@ -42,16 +45,18 @@ def sample(
     num_nodes: int = 1,
     precision: str = "32-true",
     compile: bool = False,
+    graph: bool | Literal["auto"] = "auto",
     image_size: ImageSize | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
-    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` and `run.json` with every
-    setting, the network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey
-    images, 4 of RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator
-    that was loaded without its tokenizer, the ids are written as `tokens` in place of images, or the latents as
-    `latents`; text itself goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size
-    and the number of devices do not change it (to the rounding of the network's arithmetic).
+    Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` (of the first images, with a
+    column for each of the labels where those are 5 to 20, or else ten columns) and `run.json` with every setting, the
+    network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey images, 4 of
+    RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
+    without its tokenizer, the ids are written as `tokens` in place of images, or the latents as `latents`; text itself
+    goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
+    devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
@@ -67,8 +72,12 @@ def sample(
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
         precision: Lightning's: `32-true`; `bf16-mixed` or `16-mixed`, by autocast; `bf16-true`, `16-true` or `64-true`,
-            which convert the weights of generator and tokenizer.
+            which convert the weights of generator and tokenizer; or `auto`, bfloat16 by autocast where the device
+            multiplies it and float32 elsewhere.
         compile: compile the blocks of the backbone first, which takes a minute: for many samples.
+        graph: replay a whole draw as one CUDA graph for each batch, compiled or not, so that a GPU does not wait for
+            the host; the samples are the same. `auto` does from the third full batch of a process on, see
+            `GraphedDraw`.
         image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
             to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
             The tokenizer's own size by default.
@@ -78,7 +87,8 @@ def sample(
 
     Raises:
         ValueError: not a generator's checkpoint, a sampler of ids for latents or the other way round, a label that is
-            no number or out of range, num_samples or image_size below 1, an image size for text.
+            no number or out of range, num_samples or image_size below 1, an image size for text, a graph on another
+            device than CUDA's or of latents.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator):
@@ -102,11 +112,12 @@ def sample(
             f"{generator.num_classes} stands for no class"
         )
     cycle = torch.tensor(given)
-    sampler = sampler or generator.sampler
+    drawer = cast(Any, sampler or generator.sampler)
     all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
+    precision = resolve_precision(precision, accelerator)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
@@ -114,17 +125,26 @@ def sample(
     generator = generator.to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
+    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
+    graphed = None
+    if isinstance(generator, LatentGenerator):
+        if graph is True:
+            raise ValueError("graph=true is for generators of ids; latents are drawn without one")
+    elif _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)):
+        graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
     rows_path = folder / "rows.npy.partial"
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
     writer: RowFile | None = None
-    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
         with torch.inference_mode(), fabric.autocast():
-            random = CounterRandom(seed, indices.to(fabric.device))
-            drawn = generator.draw(all_labels[indices].to(fabric.device), random, cast(Any, sampler))
+            batch = all_labels[indices].to(fabric.device), indices.to(fabric.device)
+            if graphed is None:
+                drawn = generator.draw(batch[0], CounterRandom(seed, batch[1]), drawer)
+            else:
+                drawn = graphed(*batch)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             rows = _rows(generator.tokenizer, drawn.tokens, image_size)
@@ -145,7 +165,7 @@ def sample(
         "checkpoint_sha256": file_sha256(ckpt_path),
         "generator": type(generator).__name__,
         "tokenizer_fingerprint": fingerprint,
-        "sampler": describe(sampler),
+        "sampler": describe(drawer),
         "num_samples": num_samples,
         "labels": labels,
         "num_classes": generator.num_classes,
@@ -155,6 +175,7 @@ def sample(
         "precision": precision,
         "weights_dtype": _dtype_of(generator.backbone),
         "compile": compile,
+        "graph": graphed is not None and graphed.recorded,
         "image_size": image_size,
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
@@ -173,6 +194,17 @@ def sample(
 def _dtype_of(network: torch.nn.Module) -> str:
     """The precision of a network's weights, as `bfloat16`."""
     return str(next(network.parameters()).dtype).removeprefix("torch.")
+
+
+def _graph_pays(graph: bool | Literal["auto"], device: torch.device, *, full_batches: int) -> bool:
+    """Whether the draws of a process are recorded as a CUDA graph.
+
+    To record one starts every operation once more, which takes as long as a draw whose operations are small; where
+    they are large it saves nothing, and costs as little. So it pays from the first draw on that is only replayed.
+    """
+    if graph is True and device.type != "cuda":
+        raise ValueError(f"graph=true replays CUDA graphs, which a {device.type} has not: use a GPU, or graph=auto")
+    return graph is True or (graph == "auto" and device.type == "cuda" and full_batches >= PAYS_FROM)
 
 
 def _wait_for(device: torch.device) -> None:
@@ -223,7 +255,7 @@ def _write(
         else:
             np.savez(file, latents=rows, labels=labels)
     if tokenizer.makes_images:
-        _write_grid(folder, rows)
+        _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
@@ -235,8 +267,10 @@ def _write(
     atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
 
 
-def _write_grid(folder: Path, pixels: np.ndarray) -> None:
-    side = min(_GRID_SIDE, len(pixels))
+def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) -> None:
+    """Write the first images in ten rows at most, with a column for each of `cycle` labels where that is a width."""
+    columns = cycle if _GRID_SIDE // 2 <= cycle <= _MOST_COLUMNS else _GRID_SIDE
+    side = min(columns, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
     shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
     rows = shown.reshape(-1, side, *shown.shape[1:])  # (rows, side, H, W, C)

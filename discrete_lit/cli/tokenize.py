@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.encoded_arrays import EncodedWriter
 from discrete_lit.data.image_batches import EvaluationCrops
@@ -85,6 +86,7 @@ def tokenize(
             f"it is {data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
+    precision = resolve_precision(precision, accelerator)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     writes: type[EncodedWriter] = TokenWriter if isinstance(tokenizer, Tokenizer) else LatentWriter

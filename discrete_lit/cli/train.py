@@ -10,7 +10,7 @@ import sys
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import yaml
 from jsonargparse import Namespace
@@ -52,8 +52,9 @@ from discrete_lit.cli.run_folder import (
     holds_a_run,
     logged_steps,
 )
+from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.configuration import build, current_names
-from discrete_lit.core.lightning_internals import continue_csv_log
+from discrete_lit.core.lightning_internals import PrecisionInput, continue_csv_log
 from discrete_lit.core.locks import FolderInUse, sole_writer
 from discrete_lit.core.trust import check_plain
 
@@ -121,6 +122,16 @@ def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
+class AutoPrecisionTrainer(Trainer):
+    """Lightning's Trainer, in whose settings `precision` may be `auto`: see `resolve_precision`."""
+
+    def __init__(self, *, precision: PrecisionInput | Literal["auto"] | None = None, **settings: Any) -> None:
+        accelerator = settings.get("accelerator", "auto")
+        if precision == "auto":
+            precision = cast(PrecisionInput, resolve_precision("auto", str(accelerator)))
+        super().__init__(precision=precision, **settings)
+
+
 class TrainingCLI(LightningCLI):
     """Parse the settings of one command, build model, data and trainer, and run the command.
 
@@ -144,6 +155,7 @@ class TrainingCLI(LightningCLI):
             LightningModule,
             LightningDataModule,
             save_config_callback=None,
+            trainer_class=AutoPrecisionTrainer,
             seed_everything_default=0,
             trainer_defaults={"use_distributed_sampler": False, "log_every_n_steps": 10},
             parser_kwargs={
@@ -206,6 +218,9 @@ class TrainingCLI(LightningCLI):
             raise ValueError(explain(parser, arguments, error)) from error
         if not isinstance(self.config.trainer, Namespace):  # of a group the parser takes anything
             raise ValueError(f"trainer is {self.config.trainer!r}, accepted: settings of the Trainer")
+        if self.config.trainer.precision == "auto":
+            # From here on it is what it became: in the run's record too.
+            self.config.trainer.precision = resolve_precision("auto", str(self.config.trainer.accelerator))
         if self.command == "predict" and not self.config.run_dir:
             raise ValueError("predict needs --run_dir FOLDER: predictions are written into FOLDER/predictions")
         self.folder = RunFolder(self.config.run_dir, given.values) if self.config.run_dir else None

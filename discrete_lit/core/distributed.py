@@ -47,6 +47,21 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return total
 
 
+def means_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Average scalars over ranks, as new tensors without gradient; in a single process, give them back.
+
+    One reduction serves all, and the host goes on meanwhile: for the metrics of a training step. (Lightning's
+    `sync_dist` waits at a barrier for each of them.)
+
+    Args:
+        values: scalars, the same names in the same order on every rank.
+    """
+    if world_size() == 1 or not values:
+        return values
+    means = all_reduce_sum(torch.stack([value.detach().double() for value in values.values()])) / world_size()
+    return {name: mean.to(value.dtype) for (name, value), mean in zip(values.items(), means.unbind(), strict=True)}
+
+
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows `(n_r, ...)` of every rank, in rank order; `n_r` may differ between ranks."""
     if world_size() == 1:

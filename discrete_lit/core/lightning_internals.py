@@ -11,12 +11,22 @@ from itertools import count
 from pathlib import Path
 
 from lightning import Trainer
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT as PrecisionInput
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch.optim.swa_utils import AveragedModel
 
 from discrete_lit.core.files import atomic_write_text
+
+__all__ = [
+    "PrecisionInput",
+    "accumulates_gradients",
+    "averaged_model",
+    "continue_csv_log",
+    "log_batch_now",
+    "logs_this_step",
+]
 
 
 def logs_this_step(trainer: Trainer) -> bool:

@@ -3,7 +3,7 @@
 Precision. Sensitive parts (norms, logits, log-probabilities, distances to codes, running means, fixed tables) are
 computed in float32 at least: under autocast, and in modules whose weights are in half precision. In a module of float64
 nothing is rounded to float32. `at_least_float32` widens a tensor, `FullPrecision` keeps weights and buffers from being
-narrowed.
+narrowed, and within `full_precision` products of float32 numbers are what they are called.
 
 Mode. Samples, likelihoods and codes are those of evaluation mode, whatever mode the module is in: `in_evaluation`.
 
@@ -11,7 +11,7 @@ Statistics. Those that drive training move once an optimizer step, by all of its
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -31,6 +31,55 @@ def at_least_float32(values: Tensor) -> Tensor:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """Give the precision that sensitive parts have beside numbers of a dtype: float32, or float64 beside float64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute in the precision of the operands: without autocast, and without TF32 or bfloat16 in float32's place.
+
+    A GPU convolves float32 numbers in TF32 unless it is told otherwise, and multiplies matrices so where a user allowed
+    it for speed: with 11 bits, of which ids are not sure. These settings are the process's: meanwhile they hold for
+    other threads too, and the compiler does not look inside.
+
+    Args:
+        device: what is computed on; the settings of others stay.
+    """
+    with torch.autocast(device.type, enabled=False), ExitStack() as stack:
+        for backend, name, exact in _settings_of_float32(device.type):
+            allowed = getattr(backend, name)
+            if allowed not in (exact, "none"):  # none: the default of products, which are exact
+                stack.callback(setattr, backend, name, allowed)
+                setattr(backend, name, exact)
+        yield
+
+
+def _settings_of_float32(device: str) -> list[tuple[Any, str, Any]]:
+    """List the settings of float32 products and convolutions on a kind of device: of what, its name, and "exactly".
+
+    They have other names since torch 2.9, which are what it looks at; those of before can be read no more where a user
+    has set the new, but where he has not they go with them.
+    """
+    backends: Any = torch.backends
+    if not hasattr(backends.cudnn, "conv"):
+        return [(_legacy_products, "precision", "highest"), (backends.cudnn, "allow_tf32", False)]
+    if device == "cuda":
+        return [(backend, "fp32_precision", "ieee") for backend in (backends.cuda.matmul, backends.cudnn.conv)]
+    return [(backends.mkldnn.matmul, "fp32_precision", "ieee")] if device == "cpu" else []
+
+
+class _LegacyProducts:
+    """Holds the setting of torch 2.8 for products of float32 matrices as an attribute."""
+
+    @property
+    def precision(self) -> str:
+        return torch.get_float32_matmul_precision()
+
+    @precision.setter
+    def precision(self, precision: str) -> None:
+        torch.set_float32_matmul_precision(precision)
+
+
+_legacy_products = _LegacyProducts()
 
 
 class FullPrecision(nn.Module):

@@ -20,6 +20,11 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
+# `CounterRandom.ahead` draws blocks of at most so many numbers (8 MB of float64), unless one step needs more, and keeps
+# as many as the purposes of a loop and of the corrector steps inside it.
+_NUMBERS_AHEAD = 2**20
+_BLOCKS_KEPT = 8
+
 
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
@@ -34,7 +39,8 @@ def philox4x32(
     Returns:
         Four int64 tensors with words in [0, 2^32).
     """
-    c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
+    # Each word is of its own shape as long as it can be: the first rounds then have little to compute.
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
         # int64 products wrap modulo 2^64, which keeps every bit; masking makes the arithmetic shift a logical one.
@@ -43,6 +49,7 @@ def philox4x32(
         high1, low1 = (product1 >> 32) & _WORD, product1 & _WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)
     return c0, c1, c2, c3
 
 
@@ -98,19 +105,31 @@ class CounterRandom:
         Returns:
             `(B, count)` float64 on the device of the indices.
         """
-        assert 0 <= step < 2**24, step
-        device = self.indices.device
-        pairs = torch.arange((count + 1) // 2, device=device)[None]
+        return self._uniform(purpose, count, step, 1)[0]
+
+    def _uniform(self, purpose: Purpose, count: int, first: int, steps: int) -> Tensor:
+        """Draw the numbers of some steps that follow one another: `(steps, B, count)`."""
+        assert 0 <= first <= first + steps <= 2**24, (first, steps)
+        # Nothing here is copied from the host: that would make it wait for the device.
+        device, stream = self.indices.device, int(purpose) << 24 | first
+        pairs = torch.arange((count + 1) // 2, device=device)
+        streams = torch.arange(stream, stream + steps, device=device)[:, None, None]
         index = self.indices[:, None]
-        stream = torch.tensor(int(purpose) << 24 | step, device=device)
-        words = philox4x32((pairs, stream, index & _WORD, (index >> 32) & _WORD), self.key)
-        high = torch.stack((words[0], words[2]), dim=-1).flatten(1)[:, :count]
-        low = torch.stack((words[1], words[3]), dim=-1).flatten(1)[:, :count]
+        words = philox4x32((pairs, streams, index & _WORD, (index >> 32) & _WORD), self.key)
+        high = torch.stack((words[0], words[2]), dim=-1).flatten(-2)[..., :count]
+        low = torch.stack((words[1], words[3]), dim=-1).flatten(-2)[..., :count]
         # 32 + 20 bits: a 53rd would round the last midpoint up to 1. Of all 64, float64 holds those of numbers that
         # begin with 12 zeros.
         coarse = (((high << 20) | (low >> 12)).double() + 0.5) * 2.0**-52
         fine = (((high << 32) | low).double() + 0.5) * 2.0**-64
         return torch.where(high < 2**20, fine, coarse)
+
+    def ahead(self, steps: int) -> "CounterRandom":
+        """Give the same streams for a loop over the steps 0 to `steps` - 1: they draw the numbers of many at once.
+
+        Philox is some 150 operations, whatever it draws; in a loop of its own each step would make them again.
+        """
+        return _AheadRandom(self.seed, self.indices, steps=steps)
 
     def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Draw standard Gumbel numbers -log(-log u), `(B, count)` float64; arguments as for `uniform`."""
@@ -119,6 +138,27 @@ class CounterRandom:
     def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Draw standard normal numbers Phi^-1(u), `(B, count)` float64; arguments as for `uniform`."""
         return torch.special.ndtri(self.uniform(purpose, count, step))
+
+
+class _AheadRandom(CounterRandom):
+    """Draws the numbers of a block of steps when one of them is asked for, and keeps the blocks that a loop is at."""
+
+    def __init__(self, seed: int, indices: Tensor, *, steps: int) -> None:
+        super().__init__(seed, indices)
+        self._steps = steps
+        self._blocks: dict[tuple[Purpose, int, int], Tensor] = {}
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        size = max(1, min(self._steps, _NUMBERS_AHEAD // max(1, len(self.indices) * count)))
+        first = step - step % size
+        key = purpose, count, first
+        block = self._blocks.pop(key, None)
+        if block is None:
+            block = self._uniform(purpose, count, first, min(size, 2**24 - first))
+        self._blocks[key] = block  # the last to be forgotten
+        if len(self._blocks) > _BLOCKS_KEPT:
+            del self._blocks[next(iter(self._blocks))]
+        return block[step - first]
 
 
 def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:

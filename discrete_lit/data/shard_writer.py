@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256, file_sha256
 from discrete_lit.core.locks import sole_writer
-from discrete_lit.data.sources.source import Sample, Source
+from discrete_lit.data.sources.source import Sample, Source, shuffled
 
 FORMAT = "discrete-lit-shards-1"
 MANIFEST = "manifest.json"
@@ -100,7 +100,7 @@ def write_shards(
 def _order(source: Source, seed: int | None) -> list[int]:
     if seed is None:
         return list(range(len(source)))
-    return sorted(range(len(source)), key=lambda index: content_sha256(f"{seed} {source.entries[index].key}"))
+    return shuffled(source, seed)
 
 
 def _read(source: Source, indices: Sequence[int]) -> list[Sample]:

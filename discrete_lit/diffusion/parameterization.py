@@ -132,7 +132,10 @@ class Denoiser:
         self.head.check(self.process)
 
     def network_time(self, level: NoiseLevel) -> Tensor | None:
-        """Return the backbone's `time (B,)`, float64, or None; sigma never exceeds that of the schedule's end."""
+        """Return the backbone's `time (B,)`, `(1,)` of a level of all, float64, or None.
+
+        Sigma never exceeds that of the schedule's end.
+        """
         if self.time_input == "none":
             return None
         if self.time_input == "time":
@@ -143,7 +146,7 @@ class Denoiser:
     def level_of_masks(self, masked: Tensor) -> NoiseLevel:
         """Return the level at which the expected fraction of masked tokens is that of `masked (B, N)`, bool."""
         fraction = masked.double().mean(dim=1, keepdim=True)
-        ends = self.schedule.mask_probability(fraction.new_tensor([0.0, 1.0]))
+        ends = self.schedule.mask_probability(torch.linspace(0, 1, 2, dtype=torch.float64, device=masked.device))
         return NoiseLevel.at(self.schedule, self.schedule.inverse(fraction.clamp(ends[0], ends[1])))
 
 

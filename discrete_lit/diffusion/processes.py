@@ -15,11 +15,13 @@ selects. A level of noise is given as `alpha = exp(-sigma)`, in (0, 1], and the 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from math import exp, lgamma, log
+from math import ceil, exp, lgamma, log, log2
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+
+from discrete_lit.core.synchronisation import copying_tables, has_data, host_may_wait
 
 
 class ForwardProcess(ABC):
@@ -205,16 +207,16 @@ class MixtureProcess(ForwardProcess):
         return kept * values + removed * self._prior_like(values) * values.sum(-1, keepdim=True)
 
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
-        same = torch.nn.functional.one_hot(states, self.states)
+        same = equals(states, self.states)
         return alpha.double()[..., None] * same + (noise_of(alpha, noise) * self.prior_at(states))[..., None]
 
     def rates_into(self, states: Tensor) -> Tensor:
-        others = 1 - torch.nn.functional.one_hot(states, self.states)
+        others = ~equals(states, self.states)
         return self.prior_at(states)[..., None] * others
 
     def rates_from(self, states: Tensor) -> Tensor:
-        others = 1 - torch.nn.functional.one_hot(states, self.states)
-        return self.prior().to(states.device) * others
+        others = ~equals(states, self.states)
+        return self._prior_like(torch.empty(0, dtype=torch.float64, device=states.device)) * others
 
     def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
         # Every state but x_0 has the probability (1 - alpha) pi.
@@ -224,8 +226,7 @@ class MixtureProcess(ForwardProcess):
 
     def _prior_like(self, distribution: Tensor) -> Tensor:
         prior = distribution.new_full((self.states,), self.id_probability)
-        if self.masks:
-            prior[-1] = self.mask_fraction
+        prior[self.vocab_size :].fill_(self.mask_fraction)  # to one element a number would be copied by the host
         return prior
 
 
@@ -272,6 +273,14 @@ class HybridProcess(MixtureProcess):
                 f"mask_fraction must lie in (0, 1), got {mask_fraction}; 1 is AbsorbingProcess, 0 UniformProcess"
             )
         super().__init__(vocab_size, mask_fraction)
+
+
+def equals(states: Tensor, count: int) -> Tensor:
+    """Tell of each of `count` states whether it is the one at `states (...)`: `(..., count)` bool.
+
+    `torch.nn.functional.one_hot` would first look for states out of range, for which the host waits, and fill int64.
+    """
+    return states[..., None] == torch.arange(count, device=states.device)
 
 
 def noise_of(alpha: Tensor, noise: Tensor | None) -> Tensor:
@@ -412,10 +421,12 @@ class DenseProcess(ForwardProcess):
         self, drawn: Callable[[Tensor, Tensor, Tensor], Tensor], tokens: Tensor, sigma: Tensor, uniforms: Tensor
     ) -> Tensor:
         """Call `drawn(tokens, uniforms, rows of the kernel)` for some sequences at a time."""
-        levels = sigma.expand(len(tokens), 1)
+        one, levels = sigma.numel() == 1, sigma.expand(len(tokens), 1)
         count = max(1, _ENTRIES_AT_ONCE // (tokens.shape[1] * self.states))  # sequences
         chunks = zip(*(values.split(count) for values in (tokens, uniforms, levels)), strict=True)
-        return torch.cat([drawn(ids, numbers, self._rows(ids, level)) for ids, numbers, level in chunks])
+        return torch.cat(
+            [drawn(ids, numbers, self._rows(ids, sigma if one else level)) for ids, numbers, level in chunks]
+        )
 
     def _rows(self, states: Tensor, sigma: Tensor) -> Tensor:
         """Return the rows of the kernel, which are its columns too, since it is symmetric: `(..., K)`."""
@@ -434,9 +445,11 @@ class DenseProcess(ForwardProcess):
         if spread or not shape:  # one level a place
             one_place = [value.unsqueeze(-2) for value in values]
             return self._by_level(function, sigma[..., None], *one_place).squeeze(len(shape))
-        sigma = sigma.expand(*shape[:-1], 1).reshape(-1)
+        one, sigma = sigma.numel() == 1, sigma.expand(*shape[:-1], 1).reshape(-1)
         values = tuple(value.expand(*shape, -1).reshape(len(sigma), shape[-1], -1) for value in values)
-        if has_data(sigma) and len(sigma) > 1 and bool((sigma == sigma[0]).all()):  # as in a step of a sampler
+        if one and len(sigma):  # as in a step of a sampler
+            found = function(*values, self._kernels(sigma[:1]))
+        elif len(sigma) > 1 and host_may_wait(sigma) and bool((sigma == sigma[0]).all()):
             found = function(*values, self._kernels(sigma[:1]))
         else:
             count = max(1, _ENTRIES_AT_ONCE // self.states**2)
@@ -449,7 +462,7 @@ class DenseProcess(ForwardProcess):
 
         The last are kept: a training step needs them twice, to draw the noise and to cost the prediction.
         """
-        if not has_data(sigma):
+        if not host_may_wait(sigma):
             return self._new_kernels(sigma)
         levels, kernels = self._last or (None, None)
         if levels is None or kernels is None or levels.device != sigma.device or not torch.equal(levels, sigma):
@@ -471,12 +484,15 @@ class DenseProcess(ForwardProcess):
         part = (jumps * torch.exp2(-squarings))[order, None]
         weights = torch.exp(torch.xlogy(numbers, part) - part - log_factorials)
         kernels = (weights @ powers.flatten(1)).unflatten(1, powers.shape[1:])
+        if not host_may_wait(sigma):
+            # As often as any level may need it.
+            longest = ceil(log2(max(_ENDLESS * self.fastest / most, 1))) if has_data(sigma) else _USUAL_SQUARINGS
+            for number in range(longest):
+                kernels = torch.where((squarings[order] > number)[:, None, None], _doubled(kernels), kernels)
+            return kernels[order.argsort()]
         # The levels with the most noise stand first, and are doubled the longest.
-        rounds = squarings.long().bincount().flip(0).cumsum(0).flip(0)[1:].tolist() if has_data(sigma) else []
-        for active in rounds or [len(kernels)] * (0 if has_data(sigma) else _USUAL_SQUARINGS):
-            doubled = kernels[:active] @ kernels[:active]
-            # Rows sum to 1: it keeps the rounding of one doubling out of the next.
-            kernels[:active] = doubled / doubled.sum(dim=-1, keepdim=True)
+        for active in squarings.long().bincount().flip(0).cumsum(0).flip(0)[1:].tolist():
+            kernels[:active] = _doubled(kernels[:active])
         return kernels[order.argsort()]
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -485,7 +501,8 @@ class DenseProcess(ForwardProcess):
         They are copied there at the first use.
         """
         if device not in self._copies:
-            with torch.inference_mode(False):  # validation may come first, and training cannot use its tensors
+            # Validation may come first, and training cannot use tensors of inference mode.
+            with torch.inference_mode(False), copying_tables():
                 parts = self.rates - self.rates.diagonal().diag(), self.eigenvalues, self.eigenvectors
                 rates, values, vectors = (part.to(device) for part in parts)
                 copies = rates, values, vectors, self._powers(rates)
@@ -509,16 +526,18 @@ class DenseProcess(ForwardProcess):
         return powers
 
 
+def _doubled(kernels: Tensor) -> Tensor:
+    """Return kernels of twice the noise."""
+    doubled = kernels @ kernels
+    # Rows sum to 1: it keeps the rounding of one doubling out of the next.
+    return doubled / doubled.sum(dim=-1, keepdim=True)
+
+
 def _rows_of(kernels: Tensor, ids: Tensor) -> Tensor:
     """Return the rows `(b, n, K)` of kernels `(b, K, K)`, or of one `(1, K, K)`, at `ids (b, n)`."""
     if len(kernels) == 1:
         return kernels[0][ids]
     return kernels[torch.arange(len(kernels), device=ids.device)[:, None], ids]
-
-
-def has_data(tensor: Tensor) -> bool:
-    """Tell whether a tensor's entries can be read, which they cannot while operations are counted."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 class DiscretizedGaussianProcess(DenseProcess):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, is_absorbing
+from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, equals, is_absorbing
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def euler_weights(score: Tensor, states: Tensor, process: ForwardProcess, noise:
         process: the noise.
         noise: `(B, 1)` float64, dt sigma'(t).
     """
-    stay = torch.nn.functional.one_hot(states, process.states)
-    return stay + noise[..., None] * reverse_rates(score, states, process)
+    return equals(states, process.states) + noise[..., None] * reverse_rates(score, states, process)
 
 
 def reverse_rates(score: Tensor, states: Tensor, process: ForwardProcess) -> Tensor:

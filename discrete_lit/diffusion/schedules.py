@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.synchronisation import on_device
 
 
 class MaskSchedule(ABC):
@@ -202,7 +203,12 @@ class TruncatedNormalSchedule(MaskSchedule):
 
 # More deviations than this away, float64 has no density of a normal distribution.
 _FARTHEST = 37.0
-_NODES, _WEIGHTS = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(24))
+
+
+def _gauss_legendre() -> Tensor:
+    """Return the nodes and weights of the quadrature on [0, 1], `(2, 24)`."""
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(24))
+    return torch.stack(((nodes + 1) / 2, weights / 2))
 
 
 def _log_density(score: Tensor) -> Tensor:
@@ -213,8 +219,8 @@ def _log_density(score: Tensor) -> Tensor:
 def _log_normal_mass(start: Tensor, width: Tensor) -> Tensor:
     """Return log(Phi(z + w) - Phi(z)) with all digits, of `start` z and `width` w >= 0 of one shape; -inf at w = 0."""
     # Where the density hardly changes: by quadrature, in which nothing cancels.
-    places = width[..., None] * (_NODES.to(width.device) + 1) / 2
-    weights = _WEIGHTS.to(width.device) / 2
+    nodes, weights = on_device(_gauss_legendre, device=width.device)
+    places = width[..., None] * nodes
     near = (torch.exp(-start[..., None] * places - places**2 / 2) * weights).sum(dim=-1) * width
     # Beyond: on the falling side by the scaled complementary error function, on the rising one by Phi itself.
     falls = torch.exp(-start * width - width**2 / 2)
@@ -522,7 +528,7 @@ class NoiseLevel:
         """The weight of a masked token's cross-entropy, m'(t) / m(t)."""
         return self.rate * self.odds
 
-    def take(self, rows: Tensor | slice) -> Self:
+    def take(self, rows: Tensor | slice | int) -> Self:
         """Select the levels of some of the sequences, in any number and order."""
         return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 

@@ -13,27 +13,35 @@ from torch.nn import functional as F
 from discrete_lit.core.images import check_channels, size_of, size_text
 from discrete_lit.optimization import configure_optimizers
 
+PLAIN_CHANNELS = (16, 32, 64, 128)
+
 
 class ImageClassifier(LightningModule):
-    """Classify images by convolutions with batch norm, a mean over positions, and a linear layer.
+    """Classify images by convolutions with batch norm, a mean over positions, and a linear layer, or by any network.
 
     There is one convolution for each entry of `channels`, and each halves the image. Logs `train/loss` (cross-entropy
     in nats), `validation/loss` and `validation/accuracy` (fraction in [0, 1]).
 
     Args:
         num_classes: K.
-        channels: width of each stage; n stages need images of at least 2^n pixels.
+        channels: width of each stage; n stages need images of at least 2^n pixels. By default (16, 32, 64, 128).
+        network: timm's name of another network, such as `resnet18`, which is trained from random weights; it says what
+            sizes of images it takes.
         image_channels: C of the images.
         dropout: probability that a pooled feature is dropped in training.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
+
+    Raises:
+        ValueError: `network` is none of timm's, or `channels` are given besides it.
     """
 
     def __init__(
         self,
         num_classes: int,
-        channels: tuple[int, ...] = (16, 32, 64, 128),
+        channels: tuple[int, ...] | None = None,
         *,
+        network: str | None = None,
         image_channels: int = 3,
         dropout: float = 0.1,
         optimizer: OptimizerCallable | None = None,
@@ -44,19 +52,17 @@ class ImageClassifier(LightningModule):
         self.scheduler = scheduler
         self.num_classes = num_classes
         self.image_channels = image_channels
-        # Behind the first convolution there must be a pixel left for each halving.
-        self.smallest = 2 ** len(channels) - 1
-        stages = [nn.Conv2d(image_channels, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
-        for width_in, width_out in pairwise(channels):
-            stages += [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), *_normalized(width_out)]
-            stages += [nn.MaxPool2d(2)]
-        self.network = nn.Sequential(
-            *stages,
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Dropout(dropout),
-            nn.Linear(channels[-1], num_classes),
-        ).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if network is None:
+            made = _plain_network(num_classes, channels or PLAIN_CHANNELS, image_channels, dropout)
+            # Behind the first convolution there must be a pixel left for each halving.
+            self.smallest = 2 ** len(channels or PLAIN_CHANNELS) - 1
+        elif channels is not None:
+            raise ValueError(
+                f"channels={channels} are those of the plain network, network={network!r} is another: give one of both"
+            )
+        else:
+            made, self.smallest = _timm_network(network, num_classes, image_channels, dropout), 1
+        self.network = made.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute float32 logits `(B, num_classes)` of images `(B, C, H, W)` in [-1, 1]."""
@@ -81,6 +87,24 @@ class ImageClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)
+
+
+def _plain_network(num_classes: int, channels: tuple[int, ...], image_channels: int, dropout: float) -> nn.Module:
+    stages = [nn.Conv2d(image_channels, channels[0], 3, stride=2, padding=1, bias=False), *_normalized(channels[0])]
+    for width_in, width_out in pairwise(channels):
+        stages += [nn.Conv2d(width_in, width_out, 3, padding=1, bias=False), *_normalized(width_out)]
+        stages += [nn.MaxPool2d(2)]
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(channels[-1], num_classes))
+    return nn.Sequential(*stages, *head)
+
+
+def _timm_network(name: str, num_classes: int, image_channels: int, dropout: float) -> nn.Module:
+    from timm.models import create_model, is_model
+
+    # A name that timm itself registered: others are addresses, which create_model would fetch and load.
+    if not is_model(name):
+        raise ValueError(f"network={name!r} is not a network of timm, such as resnet18: see timm.list_models()")
+    return create_model(name, pretrained=False, num_classes=num_classes, in_chans=image_channels, drop_rate=dropout)
 
 
 def _normalized(width: int) -> list[nn.Module]:

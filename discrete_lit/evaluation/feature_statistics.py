@@ -7,7 +7,7 @@ them, or images that were measured once and whose statistics are kept.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ MOST_FEATURES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Statistics of a set of images; the last two are None for a set without labels.
+    """Statistics of a set of images; of a set without labels the last two are None and empty.
 
     Images without a class, of a set that has labels, count for the first two alone.
     """
@@ -40,8 +40,8 @@ class Measurement:
     features: EvenSample
     """Features of all images, or of as many as were asked for."""
     spread: ClassSpread | None
-    correct: Tensor | None
-    """`(K,)`: the images of each class that the classifier recognised; None without a classifier."""
+    correct: Mapping[str, Tensor]
+    """By the name of each classifier `(K,)`: the images of each class that it recognised."""
 
 
 def measure(
@@ -53,10 +53,10 @@ def measure(
     device: torch.device | str,
     most_features: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
-    classifier: Callable[[Tensor], Tensor] | None = None,
+    classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     description: str = "",
 ) -> Measurement:
-    """Run the extractor, and the classifier where labels are known, over a selection.
+    """Run the extractor, and the classifiers where labels are known, over a selection.
 
     Args:
         selection: which images.
@@ -66,7 +66,7 @@ def measure(
         device: where networks run.
         most_features: how many features are kept; all by default.
         transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
-        classifier: from images in [-1, 1] to logits `(B, K)`.
+        classifiers: by name, each from images in [-1, 1] to logits `(B, K)`.
         description: of the progress bar.
 
     Raises:
@@ -75,7 +75,7 @@ def measure(
     moments = FeatureMoments(extractor)
     kept = EvenSample(most_features, selection.count)
     spread: ClassSpread | None = None
-    correct = torch.zeros(num_classes or 0, dtype=torch.float64)
+    correct = {name: torch.zeros(num_classes or 0, dtype=torch.float64) for name in classifiers or {}}
     with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
         for images, labels in selection.batches(batch_size):
             images = images.to(device)
@@ -93,12 +93,11 @@ def measure(
                     spread = ClassSpread(num_classes, extractor.dim)
                 known = labels != NO_CLASS
                 spread.update(features[known.to(features.device)], labels[known])
-                if classifier is not None:
+                for name, classifier in (classifiers or {}).items():
                     hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
-                    correct.index_add_(0, labels[known], hits[known].double())
+                    correct[name].index_add_(0, labels[known], hits[known].double())
             progress.update(len(images))
-    classified = spread is not None and classifier is not None
-    return Measurement(moments=moments, features=kept, spread=spread, correct=correct if classified else None)
+    return Measurement(moments=moments, features=kept, spread=spread, correct={} if spread is None else correct)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """The report of an evaluation: its rows as a table in Markdown and, with all that they say of themselves, as JSON."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.images import ImageSize, size_text
 from discrete_lit.evaluation.feature_statistics import Reference
 from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
+from discrete_lit.evaluation.seed_spread import CONFIDENCE, Difference, compare_means, spread_of
 from discrete_lit.metrics.frechet import FrechetResult
 from discrete_lit.metrics.precision_recall import Manifold
 from discrete_lit.metrics.reconstruction import ReconstructionFigures
@@ -18,7 +20,10 @@ from discrete_lit.metrics.reconstruction import ReconstructionFigures
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The figures of one set of images; None where one does not apply."""
+    """The figures of one set of images; None where one does not apply.
+
+    Sets of one name are the runs of one row of the table, such as training seeds.
+    """
 
     name: str
     kind: Literal["real", "reconstructions", "samples"]
@@ -29,9 +34,10 @@ class Row:
     """Fraction of the images that the reference's manifold covers, in [0, 1]."""
     recall: float | None = None
     """Fraction of the reference's images that the manifold of these covers, in [0, 1]."""
-    label_accuracy: float | None = None
-    """Fraction of images whose predicted class is the intended one, in [0, 1]."""
-    label_accuracy_by_class: list[float | None] | None = None
+    label_accuracy: Mapping[str, float | None] = field(default_factory=dict)
+    """By the name of each classifier the fraction of images whose predicted class is the intended one, in [0, 1]; a
+    classifier that is the only one has the name ""."""
+    label_accuracy_by_class: Mapping[str, list[float | None]] = field(default_factory=dict)
     within_class_diversity: float | None = None
     """Mean over classes of `discrete_lit.metrics.precision_recall.within_class_diversity`."""
     within_class_diversity_by_class: list[float | None] | None = None
@@ -50,40 +56,83 @@ class Row:
         return min((value for value in classes if value is not None), default=None)
 
 
-Columns = dict[str, Callable[[Row], str]]
-"""The cell of a row under each header; empty where there is nothing to say."""
+@dataclass(frozen=True)
+class Column:
+    """One figure of the table: from a row to a number, and how it is written."""
+
+    value: Callable[[Row], float | None]
+    form: str
+    """A format specification."""
+    text: Callable[[Row], str] | None = None
+    """What to write of a row of one run, where it is more than the number."""
+    sign: Callable[[Row], str] = lambda row: ""
+    """What stands before the mean over several runs."""
+    compared: bool = False
+    """Whether the differences between rows are judged by it."""
+
+    def cell(self, runs: Sequence[Row]) -> str:
+        """Write the figure of one run, or its mean ± standard deviation over several; empty where there is none."""
+        if len(runs) == 1 and self.text is not None:
+            return self.text(runs[0])
+        spread = spread_of([self.value(run) for run in runs])
+        if spread is None:
+            return ""
+        mean, deviation = format(spread.mean, self.form), spread.standard_deviation
+        if len(runs) > 1:
+            mean = self.sign(runs[0]) + mean
+        # A setting, such as the network calls, is the same in every run: it has no spread to speak of.
+        return f"{mean} ± {format(deviation, self.form)}" if deviation else mean
 
 
-def _columns(metric: str) -> Columns:
+Columns = dict[str, Column]
+"""The figure under each header."""
+
+
+def _columns(metric: str, classifiers: Sequence[str]) -> Columns:
+    accuracies = {
+        f"label accuracy ({name})" if name else "label accuracy": Column(
+            lambda row, name=name: row.label_accuracy.get(name), ".1%", compared=True
+        )
+        for name in classifiers
+    }
     return {
-        "images of": lambda row: row.name,
-        "count": lambda row: f"{row.frechet.count:,}",
-        metric: lambda row: _number(row.frechet.value, ".2f"),
-        "precision": lambda row: _number(row.precision, ".3f"),
-        "recall": lambda row: _number(row.recall, ".3f"),
-        "label accuracy": lambda row: _number(row.label_accuracy, ".1%"),
-        "within-class diversity": lambda row: _number(row.within_class_diversity, ".2f"),
-        "lowest class": lambda row: _number(row.least_diversity, ".2f"),
-        "-log p (nats)": lambda row: _nats(row.likelihood),
-        "bits/token": lambda row: _number(row.likelihood and row.likelihood.bits_per_token, ".2f"),
-        "network calls": lambda row: _number(row.sampling.get("network_calls"), ","),
-        "sequential passes": lambda row: _number(row.sampling.get("sequential_passes"), ","),
-        "GFLOPs/image": lambda row: _number(_giga(row.sampling.get("flops_per_image")), ",.2f"),
-        "images/s": lambda row: _number(row.sampling.get("images_per_second"), ",.1f"),
-        "images/s of tokens": lambda row: _number(row.sampling.get("images_per_second_without_decoding"), ",.1f"),
+        "count": Column(lambda row: row.frechet.count, ",.0f"),
+        metric: Column(lambda row: row.frechet.value, ".2f", compared=True),
+        "precision": Column(lambda row: row.precision, ".3f", compared=True),
+        "recall": Column(lambda row: row.recall, ".3f", compared=True),
+        **accuracies,
+        "within-class diversity": Column(lambda row: row.within_class_diversity, ".2f", compared=True),
+        "lowest class": Column(lambda row: row.least_diversity, ".2f"),
+        "-log p (nats)": Column(lambda row: row.likelihood and row.likelihood.nats, ",.1f", text=_nats, sign=_sign),
+        "bits/token": Column(lambda row: row.likelihood and row.likelihood.bits_per_token, ".2f"),
+        "network calls": _cost("network_calls", ",.0f"),
+        "sequential passes": _cost("sequential_passes", ",.0f"),
+        "GFLOPs/image": _cost("flops_per_image", ",.2f", unit=1e9),
+        "images/s": _cost("images_per_second", ",.1f"),
+        "images/s of tokens": _cost("images_per_second_without_decoding", ",.1f"),
     }
 
 
-def _made(number: Callable[[ReconstructionFigures], float | None], form: str) -> Callable[[Row], str]:
-    return lambda row: "" if row.reconstruction is None else _number(number(row.reconstruction), form)
+def _cost(key: str, form: str, unit: float = 1) -> Column:
+    def value(row: Row) -> float | None:
+        known = row.sampling.get(key)
+        return None if known is None else known / unit
+
+    return Column(value, form)
+
+
+def _made(number: Callable[[ReconstructionFigures], float | None], form: str, compared: bool = False) -> Column:
+    return Column(
+        lambda row: None if row.reconstruction is None else number(row.reconstruction), form, compared=compared
+    )
 
 
 _RECONSTRUCTION_COLUMNS: Columns = {
-    "PSNR": _made(lambda made: made.psnr, ".2f"),
-    "SSIM": _made(lambda made: made.ssim, ".3f"),
-    "LPIPS": _made(lambda made: made.lpips, ".3f"),
-    "tokens L": _made(lambda made: made.tokens, ","),
-    "ids K": _made(lambda made: made.vocab_size, ","),
+    "PSNR": _made(lambda made: made.psnr, ".2f", compared=True),
+    "SSIM": _made(lambda made: made.ssim, ".3f", compared=True),
+    "LPIPS": _made(lambda made: made.lpips, ".3f", compared=True),
+    "tokens L": _made(lambda made: made.tokens, ",.0f"),
+    "ids K": _made(lambda made: made.vocab_size, ",.0f"),
     "usage": _made(lambda made: made.ids and made.ids.usage, ".1%"),
     "perplexity": _made(lambda made: made.ids and made.ids.perplexity, ",.1f"),
     "L log2 K": _made(lambda made: made.capacity_bits, ",.0f"),
@@ -108,11 +157,11 @@ class Report:
     """Report rows that were measured at one count against one reference.
 
     Args:
-        rows: in the order of the table; at least one.
+        rows: in the order of the table, at least one; several of one name are the runs of one row of it.
         reference: what they were measured against.
         manifold: the manifold of its features, where they are known.
         image_size: of the measured images in pixels.
-        classifier: checkpoint of the classifier that label accuracy is by.
+        classifiers: name to checkpoint of each classifier that label accuracy is by; "" names the only one.
         image_channels: of the measured images.
         apply_exif: whether image files were turned as their EXIF orientation says.
         notes: what else limits the figures, in words.
@@ -126,7 +175,7 @@ class Report:
         *,
         manifold: Manifold | None,
         image_size: ImageSize,
-        classifier: str | None,
+        classifiers: Mapping[str, str] | None = None,
         image_channels: int = 3,
         apply_exif: bool = False,
         notes: Sequence[str] = (),
@@ -137,7 +186,7 @@ class Report:
         self.manifold = manifold
         self.image_size = image_size
         self.image_channels = image_channels
-        self.classifier = classifier
+        self.classifiers = dict(classifiers or {})
         self.apply_exif = apply_exif
         self.further_notes = tuple(notes)
         self.environment = environment
@@ -167,20 +216,21 @@ class Report:
             "image_size": self.image_size,
             "image_channels": self.image_channels,
             "apply_exif": self.apply_exif,
-            "classifier": self.classifier,
+            "classifier": _unnamed(self.classifiers),
             "notes": self.notes(),
             "environment": self.environment,
             "rows": [
                 {
                     "name": row.name,
+                    "run": run,
                     "kind": row.kind,
                     "source": row.source,
                     "count": row.frechet.count,
                     first.metric: row.frechet.value,
                     "precision": row.precision,
                     "recall": row.recall,
-                    "label_accuracy": row.label_accuracy,
-                    "label_accuracy_by_class": row.label_accuracy_by_class,
+                    "label_accuracy": _unnamed(row.label_accuracy),
+                    "label_accuracy_by_class": _unnamed(row.label_accuracy_by_class),
                     "within_class_diversity": row.within_class_diversity,
                     "within_class_diversity_by_class": row.within_class_diversity_by_class,
                     "sampling": row.sampling,
@@ -188,7 +238,27 @@ class Report:
                     "reconstruction": None if row.reconstruction is None else row.reconstruction.to_dict(),
                     "likelihood": None if row.likelihood is None else row.likelihood.to_dict(),
                 }
-                for row in self.rows
+                for runs in self.grouped().values()
+                for run, row in enumerate(runs, start=1)
+            ],
+            "spread": {
+                name: {
+                    header: spread.to_dict()
+                    for header, column in self._all_columns().items()
+                    if (spread := spread_of([column.value(run) for run in runs])) is not None
+                }
+                for name, runs in self.grouped().items()
+                if len(runs) > 1
+            },
+            "differences": [
+                {
+                    "rows": [first, second],
+                    "figures": {
+                        header: {"difference": found.value, "margin": found.margin, "within_the_spread": found.within}
+                        for header, found in figures.items()
+                    },
+                }
+                for first, second, figures in self.differences()
             ],
         }
         replaced: dict[str, float] = {}
@@ -204,27 +274,99 @@ class Report:
         notes += self.further_notes
         if len({row.frechet.count for row in self.rows}) > 1:
             notes.append("the rows are of different counts, at which distances are not comparable: see the column")
-        for row in self.rows:
+        for name, row in self._named_runs():
             if row.reconstruction is not None and row.reconstruction.psnr == inf:
-                notes.append(
-                    f"{row.name}: a reconstruction equals its image in every pixel, so the mean PSNR is infinite"
-                )
+                notes.append(f"{name}: a reconstruction equals its image in every pixel, so the mean PSNR is infinite")
             if row.likelihood is not None:
-                notes += [f"{row.name}: {note}" for note in row.likelihood.notes]
+                notes += [f"{name}: {note}" for note in row.likelihood.notes]
         return list(dict.fromkeys(notes))
+
+    def grouped(self) -> dict[str, list[Row]]:
+        """Gather the runs of each row of the table, by its name, in the order of the table."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.name, []).append(row)
+        return groups
+
+    def _named_runs(self) -> list[tuple[str, Row]]:
+        return [
+            (run_name(name, run, len(runs)), row)
+            for name, runs in self.grouped().items()
+            for run, row in enumerate(runs, start=1)
+        ]
+
+    def differences(self) -> list[tuple[str, str, dict[str, Difference]]]:
+        """Compare the means of every two rows of one kind that have several runs.
+
+        Returns:
+            For each pair the two names and, by header, the difference of each figure that both have.
+        """
+        several = {name: runs for name, runs in self.grouped().items() if len(runs) > 1}
+        found = []
+        for (first, own), (second, others) in combinations(several.items(), 2):
+            if own[0].kind != others[0].kind:
+                continue
+            figures = {}
+            for header, column in self._all_columns().items():
+                spreads = [spread_of([column.value(run) for run in runs]) for runs in (own, others)]
+                if column.compared and spreads[0] is not None and spreads[1] is not None:
+                    difference = compare_means(spreads[0], spreads[1])
+                    if difference is not None:
+                        figures[header] = difference
+            if figures:
+                found.append((first, second, figures))
+        return found
+
+    def _columns(self) -> Columns:
+        return _columns(self.rows[0].frechet.metric, list(self.classifiers))
+
+    def _all_columns(self) -> Columns:
+        return {**self._columns(), **_RECONSTRUCTION_COLUMNS}
 
     def table(self) -> str:
         """Write the rows as aligned Markdown, without columns that are empty in every row.
 
-        The figures of reconstructions stand in a table of their own where there are samples too.
+        A row of several runs gives means ± standard deviations. The figures of reconstructions stand in a table of
+        their own where there are samples too.
         """
-        columns = _columns(self.rows[0].frechet.metric)
+        groups = self.grouped()
         if all(row.kind != "samples" for row in self.rows):
-            return _table(self.rows, {**columns, **_RECONSTRUCTION_COLUMNS})
-        tables = [_table(self.rows, columns)]
-        if reconstructions := [row for row in self.rows if row.reconstruction is not None]:
-            tables.append(_table(reconstructions, {"images of": columns["images of"], **_RECONSTRUCTION_COLUMNS}))
+            return _table(groups, self._all_columns())
+        tables = [_table(groups, self._columns())]
+        if made := {name: runs for name, runs in groups.items() if runs[0].reconstruction is not None}:
+            tables.append(_table(made, _RECONSTRUCTION_COLUMNS))
         return "\n\n".join(tables)
+
+    def _spread_facts(self) -> list[str]:
+        """Say what the ± of the table is, or that there is none."""
+        groups = self.grouped()
+        if all(len(runs) == 1 for runs in groups.values()):
+            if all(row.kind == "real" for row in self.rows):
+                return []
+            return [
+                "one run of each row: the spread over training seeds is not measured, and a difference between rows "
+                "may be no more than that"
+            ]
+        return [
+            "a row of several runs, such as training seeds: mean ± sample standard deviation over them, their number "
+            "in the column 'runs'; every value is in report.json; a row of one run says nothing of its spread"
+        ]
+
+    def _judgements(self) -> list[str]:
+        """Say of each pair of rows, in a sentence, which differences lie within the spread over their runs."""
+        columns, groups = self._all_columns(), self.grouped()
+        judgements = []
+        for first, second, figures in self.differences():
+            parts = []
+            for words, inside in (("beyond the spread", False), ("within it", True)):
+                said = [
+                    f"{header} ({columns[header].cell(groups[first])} and {columns[header].cell(groups[second])})"
+                    for header, difference in figures.items()
+                    if difference.within == inside
+                ]
+                parts.append(f"{words}: {', '.join(said) or 'none'}")
+            judgements.append(f"{first} and {second}: {'; '.join(parts)}")
+        return judgements
 
     def markdown(self) -> str:
         """Write the table and what its figures are."""
@@ -241,8 +383,12 @@ class Report:
                 f"precision and recall (Kynkäänniemi et al., 2019): k = {self.manifold.neighbours} nearest neighbours, "
                 f"the features of {len(self.manifold.features):,} images of the reference and of all images of a row"
             )
-        if self.classifier is not None:
-            facts.append(f"label accuracy: fraction whose class, according to {self.classifier}, is the intended one")
+        facts[1:1] = self._spread_facts()
+        facts += [
+            f"label accuracy{f' ({name})' if name else ''}: fraction whose class, according to {path}, is the intended "
+            "one"
+            for name, path in self.classifiers.items()
+        ]
         if any(row.within_class_diversity is not None for row in self.rows):
             facts.append(
                 "within-class diversity: mean squared feature distance between two images of a class, as a ratio to "
@@ -256,20 +402,28 @@ class Report:
             )
         if any(row.likelihood is not None for row in self.rows):
             facts.append(
-                "-log p: of the tokens of held-out images given their labels, in nats an image, mean and its standard "
-                "error; exact, or ≤ where its expectation is an upper bound (noise is drawn for it: one value may lie "
-                "below, by about its standard error), ≈ where it is estimated; comparable between generators of one "
-                "tokenizer alone"
+                "-log p: of the tokens of held-out images given their labels, in nats an image; of one run mean ± its "
+                "standard error over the images; exact, or ≤ where its expectation is an upper bound (noise is drawn "
+                "for it: one value may lie below, by about its standard error), ≈ where it is estimated; comparable "
+                "between generators of one tokenizer alone"
             )
         costs = [text for key, text in COSTS.items() if any(key in row.sampling for row in self.rows)]
         if costs:
             facts.append("; ".join(costs))
         facts += [
-            f"{row.name}, of each component of its ids: {_components(row)}" for row in self.rows if _components(row)
+            f"{name}, of each component of its ids: {_components(row)}"
+            for name, row in self._named_runs()
+            if _components(row)
         ]
-        pictures = [f"{row.name}: {row.picture}" for row in self.rows if row.picture]
+        pictures = [f"{name}: {row.picture}" for name, row in self._named_runs() if row.picture]
         lines = [*facts, *(f"note: {note}" for note in self.notes())]
         text = self.table() + "\n\n" + "\n".join(f"- {line}" for line in lines) + "\n"
+        if judgements := self._judgements():
+            text += (
+                f"\nDifferences between rows, at {CONFIDENCE:.0%} (Welch's t-test: within the spread where the means "
+                "differ by at most t · √(s₁²/n₁ + s₂²/n₂); each a comparison of its own):\n\n"
+            )
+            text += "\n".join(f"- {judgement}" for judgement in judgements) + "\n"
         if pictures:
             text += "\nPictures:\n\n" + "\n".join(f"- {picture}" for picture in pictures) + "\n"
         return text
@@ -302,24 +456,31 @@ def _components(row: Row) -> str:
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+def run_name(name: str, run: int, runs: int) -> str:
+    """Name run 1 to `runs` of a row."""
+    return name if runs == 1 else f"{name}, run {run}"
 
 
-def _giga(value: float | None) -> float | None:
-    return None if value is None else value / 1e9
+def _unnamed(by_classifier: Mapping[str, Any]) -> Any:
+    """Give what is of the only classifier, which has no name, as it is; of named ones, by their names."""
+    return by_classifier.get("") if set(by_classifier) <= {""} else dict(by_classifier)
 
 
-def _nats(likelihood: LikelihoodFigures | None) -> str:
-    """Write -log p with its kind: a bound on log p makes it an upper bound."""
-    if likelihood is None:
-        return ""
-    sign = {"exact": "", "bound": "≤ ", "estimate": "≈ "}[likelihood.kind]
-    return f"{sign}{likelihood.nats:,.1f} ± {likelihood.standard_error:.1f}"
+def _sign(row: Row) -> str:
+    """What stands before -log p: a bound on log p makes it an upper bound."""
+    return "" if row.likelihood is None else {"exact": "", "bound": "≤ ", "estimate": "≈ "}[row.likelihood.kind]
 
 
-def _table(rows: list[Row], columns: Columns) -> str:
-    cells = [(header, *(cell(row) for row in rows)) for header, cell in columns.items()]
+def _nats(row: Row) -> str:
+    found = row.likelihood
+    return "" if found is None else f"{_sign(row)}{found.nats:,.1f} ± {found.standard_error:.1f}"
+
+
+def _table(groups: Mapping[str, Sequence[Row]], columns: Columns) -> str:
+    cells = [("images of", *groups)]
+    if any(len(runs) > 1 for runs in groups.values()):
+        cells.append(("runs", *(str(len(runs)) for runs in groups.values())))
+    cells += [(header, *map(column.cell, groups.values())) for header, column in columns.items()]
     cells = [column for column in cells if any(column[1:])]
     widths = [max(3, *map(len, column)) for column in cells]
     lines = [_line(line, widths) for line in zip(*cells, strict=True)]

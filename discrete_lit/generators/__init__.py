@@ -4,6 +4,7 @@ from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
+from discrete_lit.generators.graphed_draw import GraphedDraw
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
@@ -14,6 +15,7 @@ __all__ = [
     "ContinuousMasked",
     "DiscreteDiffusion",
     "Generator",
+    "GraphedDraw",
     "LatentDiffusion",
     "LatentGenerator",
     "LatentLosses",

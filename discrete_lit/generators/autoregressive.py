@@ -194,8 +194,9 @@ class OrderedBackbone(Backbone):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
-        assert order is None, "the order is fixed"
+        assert order is None and predicted is None, "the order is fixed"
         return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
 
     def fsdp_units(self) -> Iterable[nn.Module]:

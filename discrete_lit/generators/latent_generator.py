@@ -50,6 +50,7 @@ class LatentGenerator(ClassConditionalTraining):
         ValueError: no classes, or latents that are no grid of two axes.
     """
 
+    sampler: Any
     sampler_kind: type
     """What draws from this generator."""
 

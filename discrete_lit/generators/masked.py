@@ -105,7 +105,9 @@ class Masked(Generator):
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         masked = self._draw_masks(random)
         smoothing, unmasked_weight = (self.label_smoothing, self.unmasked_weight) if self.training else (0.0, 0.0)
-        values = self._cross_entropies(tokens, labels, masked, label_smoothing=smoothing)
+        # Tokens without a weight need no logits. On a device, the host would have to wait for their number.
+        alone = self.training and not unmasked_weight and tokens.device.type == "cpu"
+        values = self._cross_entropies(tokens, labels, masked, label_smoothing=smoothing, masked_alone=alone)
         weights = masked.to(values.dtype).clamp(min=unmasked_weight)
         return TokenLosses(values, weights, masked.double().mean(dim=1, keepdim=True).expand_as(values))
 
@@ -119,10 +121,25 @@ class Masked(Generator):
         return random_subset(uniforms, (self.length * m).ceil().clamp(1, self.length))
 
     def _cross_entropies(
-        self, tokens: Tensor, labels: Tensor, masked: Tensor, *, label_smoothing: float = 0.0
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        masked: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        masked_alone: bool = False,
     ) -> Tensor:
-        """Return -log p of every token of a sequence, `(B, N)` nats, given the sequence with masks at `masked`."""
+        """Return -log p of every token of a sequence, `(B, N)` nats, given the sequence with masks at `masked`.
+
+        With `masked_alone` those of the others are 0.
+        """
         corrupted = tokens.masked_fill(masked, self.backbone.layout.mask_id)
+        if masked_alone:
+            predicted = masked.flatten().nonzero()[:, 0]
+            logits = self.backbone(corrupted, labels, predicted=predicted)[None]  # (1, M, K)
+            targets = tokens.flatten()[None, predicted]
+            values = cross_entropies(logits, targets, label_smoothing=label_smoothing)[0]
+            return values.new_zeros(tokens.numel()).scatter(0, predicted, values).view_as(tokens)
         logits = self.backbone(corrupted, labels)  # (B, N, K)
         return cross_entropies(logits, tokens, label_smoothing=label_smoothing)
 

@@ -36,6 +36,8 @@ class NextScale(Generator):
     """
 
     coordinate_name = "scale"
+    scale_coordinates: Tensor
+    """`(N,)`: the middle of each id's scale on a line from 0 to 1, in which all scales are as long."""
 
     def __init__(
         self,
@@ -63,15 +65,16 @@ class NextScale(Generator):
             sampler=sampler or NextScaleSampler(),
             **common,
         )
+        lengths = torch.tensor(quantizer.lengths)
+        middles = (torch.arange(len(lengths)) + 0.5) / len(lengths)
+        self.register_buffer("scale_coordinates", middles.repeat_interleave(lengths), persistent=False)
 
     def scale_quantizer(self) -> MultiScaleResidualQuantizer:
         return _quantizer_of(self.tokenizer)
 
     def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
         values = self._cross_entropies(tokens, labels)
-        lengths = torch.tensor(self.scale_quantizer().lengths, device=tokens.device)
-        k = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)  # (N,), the scale of each id
-        return TokenLosses(values, torch.ones_like(values), ((k.float() + 0.5) / len(lengths)).expand_as(values))
+        return TokenLosses(values, torch.ones_like(values), self.scale_coordinates.expand_as(values))
 
     @torch.no_grad()
     @in_evaluation

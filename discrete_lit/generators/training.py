@@ -6,7 +6,7 @@ Nothing here depends on the family. `ClassConditionalTraining` is for whatever i
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Self
 
@@ -16,12 +16,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone
-from discrete_lit.core.distributed import all_gather_rows, rank, world_size
+from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers, micro_batches_of
+from discrete_lit.optimization import AccumulatedMean, configure_optimizers, is_trained, micro_batches_of
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _PROFILE_BINS = 4
@@ -94,6 +94,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self._sharded = False
+        self._checks: list[Callable[[], None]] = []
 
     # Batches.
 
@@ -177,12 +178,26 @@ class ClassConditionalTraining(LightningModule, ABC):
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
-        loss, terms = self.loss(self.data_of(batch, random), condition, random, dropped=dropped)
+        loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=len(condition))
+        self.log_dict(means_over_ranks(named), batch_size=len(condition))
         return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
 
+    def _data_checked_later(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        """Return `data_of` a training batch, whose images are checked behind its backward pass: until then the host
+        need not wait for the device."""
+        if not is_trained(self):
+            return self.data_of(batch, random)
+        self._checks = self.tokenizer.late_checks = []
+        try:
+            return self.data_of(batch, random)
+        finally:
+            self.tokenizer.late_checks = None
+
     def on_after_backward(self) -> None:
+        checks, self._checks = self._checks, []
+        for check in checks:
+            check()
         if self.micro_batches > 1 and not accumulates_gradients(self.trainer):
             self.accumulated.end_step(self.parameters(), self.micro_batches)
 
@@ -223,7 +238,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer, self.scheduler)
+        return configure_optimizers(self, self.optimizer, self.scheduler, hidden_layers=self.backbone.fsdp_units())
 
     def configure_model(self) -> None:
         """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""

@@ -16,6 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from discrete_lit.core.files import file_sha256
 from discrete_lit.core.images import to_rgb
+from discrete_lit.core.modules import full_precision
 
 
 class FeatureExtractor(nn.Module, ABC):
@@ -57,7 +58,7 @@ class FeatureExtractor(nn.Module, ABC):
                 "discrete_lit.core.images.to_uint8 makes them from floats in [-1, 1]"
             )
         tf32_off = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), tf32_off:
+        with torch.no_grad(), tf32_off, full_precision(images.device):
             features = self.extract(to_rgb(images, type(self).__name__))
         assert features.shape == (len(images), self.dim), (features.shape, self.dim)
         return features.float()

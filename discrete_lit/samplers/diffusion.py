@@ -11,6 +11,7 @@ s < t, every token for itself. The samplers differ in the law of that step:
 `FirstHittingSampler` needs no grid: it goes from one unmasking to the next. Guidance is in `diffusion_guidance.py`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
+from discrete_lit.core.synchronisation import forbid, host_sees, refuse_recording
 from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_leave_one_out
 from discrete_lit.diffusion.processes import DenseProcess, is_absorbing
@@ -42,7 +44,7 @@ GuidanceLaw = Literal["clean", "transition", "score"]
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """One step of the time grid, from the noise at t back to that at s < t."""
+    """One step of the time grid, from the noise at t back to that at s < t; all sequences are at the same."""
 
     number: int
     """From 0 for the noisiest; it names the step's random numbers."""
@@ -51,23 +53,23 @@ class Interval:
     s: NoiseLevel
     """The noise at its end."""
     slope: Tensor
-    """`(B, 1)` float64, m'(t)."""
+    """`(1, 1)` float64, m'(t)."""
     last: bool
     """Whether the step takes all noise away."""
 
     @property
     def alpha_t(self) -> Tensor:
-        """`(B, 1)` float64, the probability that noise has left a token alone at the start."""
+        """`(1, 1)` float64, the probability that noise has left a token alone at the start."""
         return self.t.alpha
 
     @property
     def alpha_s(self) -> Tensor:
-        """`(B, 1)` float64, the same at the end."""
+        """`(1, 1)` float64, the same at the end."""
         return self.s.alpha
 
     @property
     def dt(self) -> Tensor:
-        """`(B, 1)` float64, t - s."""
+        """`(1, 1)` float64, t - s."""
         return self.t.t - self.s.t
 
 
@@ -76,7 +78,8 @@ class DiffusionSampler(Sampler):
 
     Each token first decides whether it leaves its state, then, if so, where to: float64 decides both. The law of a step
     is the ancestral one, unless a subclass says otherwise; that of the last step, which takes away all noise that is
-    left, always is. Where a step of an absorbing process unmasks nothing, the network is not asked.
+    left, always is. Where a step of an absorbing process unmasks nothing, the network is not asked on a CPU; a GPU,
+    which would have to wait for the answer, asks it and draws the same.
 
     Known tokens are kept as they are by absorbing processes, which is the model's own conditional law. Other processes
     see them with the noise of each step (Song et al., "Score-Based Generative Modeling", 2021, appendix I.2), which is
@@ -128,20 +131,24 @@ class DiffusionSampler(Sampler):
         denoiser = checked_denoiser(context, self)
         self.check(denoiser)
         intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
-        x = NoisyTokens(context, denoiser, level=intervals[0].t)
-        if bool(x.known.all()):
+        x = NoisyTokens(context, denoiser, level=intervals[0].t, steps=self.last_number() + 1)
+        if not any(context.unknown_counts()):
             return context.start()
         for interval, scale in zip(intervals, scales, strict=True):
             self.step(x, interval, scale)  # x_t to x_s
             x.restore_known(interval.s)
         return x.tokens
 
+    def last_number(self) -> int:
+        """The largest number that names the random numbers of a step."""
+        return self.steps - 1
+
     def step(self, x: "NoisyTokens", interval: Interval, scale: float) -> None:
         """Take the tokens x_t of `x` to x_s, with the guidance scale `scale`."""
         # One uniform number a token decides whether it leaves its state, or is masked again.
-        uniforms = x.context.random.uniform(Purpose.CONFIDENCE, x.length, interval.number)
+        uniforms = x.random.uniform(Purpose.CONFIDENCE, x.length, interval.number)
         remasked = self.remask(x, interval, uniforms)
-        if x.absorbing and self.guidance_law == "clean":
+        if x.absorbing and self.guidance_law == "clean" and host_sees(uniforms):
             # Which tokens are unmasked is not the network's to say: where none is, it is not asked.
             certain = self.unmask_probability(interval, torch.ones_like(interval.alpha_t))
             if not bool((x.masked & (uniforms < certain)).any()):
@@ -149,9 +156,8 @@ class DiffusionSampler(Sampler):
                 return
         jumps = self.jumps(x.predict(finite_noise(interval.t), scale), interval)
         if interval.last and self.clean_up == "argmax":
-            most_probable = jumps.most_probable(x.tokens)
-            jumping = most_probable != x.tokens
-            ids, log_probability = most_probable[jumping], jumps.log_probability(most_probable)[jumping]
+            ids = jumps.most_probable(x.tokens)
+            jumping, log_probability = ids != x.tokens, jumps.log_probability(ids)
         else:
             jumping = (uniforms < jumps.probability) & ~x.known
             ids, log_probability = self.draw_targets(x, jumps, jumping, interval.number)
@@ -164,18 +170,14 @@ class DiffusionSampler(Sampler):
         Args:
             x: the tokens before.
             jumps: where each token may go to.
-            jumping: `(B, N)` bool, the n tokens that leave their state.
+            jumping: `(B, N)` bool, the tokens that leave their state.
             number: names the random numbers.
 
         Returns:
-            The ids `(n,)`, and their log-probabilities `(n,)`.
+            The ids `(B, N)`, and their log-probabilities `(B, N)`; without meaning where no token jumps.
         """
-        targets = jumps.targets[jumping]
-        uniforms = x.context.random.uniform(Purpose.TOKEN, x.length, number)[jumping]
-        if x.absorbing:
-            return self.choose(targets, uniforms)
-        ids = draw_categorical(targets, uniforms)
-        return ids, targets.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
+        uniforms = x.random.uniform(Purpose.TOKEN, x.length, number)
+        return draw_where(jumping, self.choose if x.absorbing else draw_jumps, jumps.targets, uniforms)
 
     def remask(self, x: "NoisyTokens", interval: Interval, uniforms: Tensor) -> Tensor:
         """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`; none, as a rule."""
@@ -190,7 +192,7 @@ class DiffusionSampler(Sampler):
 
         Args:
             interval: the step.
-            weight: `(B, 1)` or `(B, N)` float64, the sum of `Prediction.clean_weights`: 1 where they are normalised.
+            weight: `(1, 1)` or `(B, N)` float64, the sum of `Prediction.clean_weights`: 1 where they are normalised.
 
         Returns:
             `weight`'s shape, float64.
@@ -276,27 +278,59 @@ class DiffusionSampler(Sampler):
 
     # The time grid.
 
-    def times(self, schedule: MaskSchedule) -> Tensor:
+    def times(self, schedule: MaskSchedule, device: torch.device | None = None) -> Tensor:
         """The `(T + 1,)` times of the grid, float64, from 0 to 1."""
-        times = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64)
+        times = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64, device=device)
         if self.grid is None:
             return times
-        ends = schedule.mask_probability(times[[0, -1]])
-        times[1:-1] = schedule.inverse(self.grid.mask_probability(times[1:-1]).clamp(ends[0], ends[1]))
+        first, last = schedule.mask_probability(times[:: self.steps])
+        times[1:-1] = schedule.inverse(self.grid.mask_probability(times[1:-1]).clamp(first, last))
         return times
 
     def intervals(self, schedule: MaskSchedule, context: SamplingContext) -> list[Interval]:
         """The T steps in turn, the noisiest first."""
-        times = self.times(schedule).flip(0).to(context.labels.device)
-        moments = [time.expand(len(context.labels), 1) for time in times]
-        levels = [NoiseLevel.at(schedule, moment) for moment in moments]
+        # Made on the device, all in one: a copy would wait for it, and each level of its own takes many operations.
+        times = self.times(schedule, context.labels.device).flip(0)[:, None, None]
+        levels = NoiseLevel.at(schedule, times)
+        each = [levels.take(number) for number in range(self.steps + 1)]
         # Schedules that keep away from 0 would leave masks at the end.
-        clean = torch.ones_like(levels[-1].alpha)
-        levels[-1] = replace(levels[-1], alpha=clean, noise=torch.zeros_like(clean))
+        clean = torch.ones_like(each[-1].alpha)
+        each[-1] = replace(each[-1], alpha=clean, noise=torch.zeros_like(clean))
+        slopes = schedule.derivative(times)
         return [
-            Interval(number=number, t=t, s=s, slope=schedule.derivative(t.t), last=number == self.steps - 1)
-            for number, (t, s) in enumerate(pairwise(levels))
+            Interval(number=number, t=t, s=s, slope=slopes[number], last=number == self.steps - 1)
+            for number, (t, s) in enumerate(pairwise(each))
         ]
+
+
+def draw_where(
+    where: Tensor, draw: Callable[..., tuple[Tensor, Tensor]], logits: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draw ids at some positions: at these alone where the host sees which they are, else at all of them.
+
+    Args:
+        where: `(B, N)` bool, n positions.
+        draw: makes ids and log-probabilities `(...)` of logits `(..., K)` and uniform numbers `(...)`, and is told by
+            `where` which rows are needed.
+        logits: `(B, N, K)`.
+        uniforms: `(B, N)` float64.
+
+    Returns:
+        Ids `(B, N)` int64, and their log-probabilities `(B, N)`; without meaning at other positions.
+    """
+    if not host_sees(where):
+        return draw(logits, uniforms, where=where)
+    ids, log_probability = draw(logits[where], uniforms[where])
+    return (
+        torch.zeros_like(where, dtype=ids.dtype).masked_scatter(where, ids),
+        torch.zeros_like(where, dtype=log_probability.dtype).masked_scatter(where, log_probability),
+    )
+
+
+def draw_jumps(targets: Tensor, uniforms: Tensor, *, where: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Draw states, unfiltered, with their log-probabilities; arguments as of `draw_categorical`."""
+    ids = draw_categorical(targets, uniforms, where=where)
+    return ids, targets.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0]
 
 
 class AncestralSampler(DiffusionSampler):
@@ -388,24 +422,26 @@ class TauLeapingSampler(DiffusionSampler):
         last = number == self.steps - 1
         if last or not isinstance(x.denoiser.process, DenseProcess):
             return super().draw_targets(x, jumps, jumping, number)
-        uniforms = x.context.random.uniform(Purpose.CONFIDENCE, x.length, number)
+        refuse_recording("TauLeapingSampler waits to be told how often the ids of an order jump in each step")
+        uniforms = x.random.uniform(Purpose.CONFIDENCE, x.length, number)
         counts = poisson(-torch.log1p(-jumps.probability), uniforms) * jumping
         moved, total = x.tokens.clone(), torch.zeros_like(uniforms)
+        # Nothing bounds the jumps of a token: the host waits, also on a GPU, for how many rounds of them there are.
         for jump in range(int(counts.max()) if counts.numel() else 0):
             here = counts > jump
             ids, log_probability = super().draw_targets(x, jumps, here, number + jump * self.steps)
-            moved[here] += ids - x.tokens[here]
-            total[here] += log_probability
-        return moved.clamp(0, x.denoiser.process.vocab_size - 1)[jumping], total[jumping]
+            moved = torch.where(here, moved + ids - x.tokens, moved)
+            total = torch.where(here, total + log_probability, total)
+        return moved.clamp(0, x.denoiser.process.vocab_size - 1), total
 
 
 def unmasking_hazard(interval: Interval) -> Tensor:
-    """`dt m'(t) / m(t)`, `(B, 1)`: the rate of unmasking at t times the length of the step."""
+    """`dt m'(t) / m(t)`, `(1, 1)`: the rate of unmasking at t times the length of the step."""
     return interval.dt * interval.slope / (1 - interval.alpha_t)
 
 
 def noise_of_step(interval: Interval, prediction: Prediction) -> Tensor:
-    """`dt d sigma / dt`, `(B, 1)`: the noise of a step, with sigma's slope at t."""
+    """`dt d sigma / dt`, `(1, 1)`: the noise of a step, with sigma's slope at t."""
     return interval.dt * interval.slope / prediction.level.alpha
 
 
@@ -462,20 +498,23 @@ class FirstHittingSampler(Sampler):
         scales = self.scales(length)
         start = NoiseLevel.at(schedule, torch.ones(len(context.labels), 1, device=context.labels.device))
         x = NoisyTokens(context, denoiser, level=start)
-        rank = random.uniform(Purpose.ORDER, length).masked_fill(x.known, 2.0).argsort(dim=1).argsort(dim=1)
+        order = random.uniform(Purpose.ORDER, length).masked_fill(x.known, 2.0).argsort(dim=1)
         hits = random.uniform(Purpose.CONFIDENCE, length)
         uniforms = random.uniform(Purpose.TOKEN, length)
         masked = x.masked.sum(dim=1, keepdim=True)
         mask_probability, lowest = start.noise, schedule.mask_probability(start.t.new_zeros(()))
-        for number in range(int(masked.max()) if masked.numel() else 0):
+        for number in range(max(context.unknown_counts(), default=0)):
             # The next hitting time, of n masked tokens: m U^(1 / n).
             n = (masked - number).clamp(min=1).double()
             mask_probability = mask_probability * hits[:, number : number + 1] ** (1 / n)
             level = NoiseLevel.at(schedule, schedule.inverse(mask_probability.clamp(min=lowest)))
-            # The token that is unmasked there.
+            # The token that is unmasked there, if its sequence has one left.
             clean = x.predict(level, scales[number]).clean()
-            here = x.masked & (rank == number)
-            x.write(here, *self.choose(clean[here], uniforms[here]))
+            place = order[:, number : number + 1]
+            logits = clean.gather(1, place[..., None].expand(-1, -1, clean.shape[-1]))
+            ids, log_probability = self.choose(logits, uniforms.gather(1, place))
+            here = torch.zeros_like(x.known).scatter(1, place, True) & x.masked
+            x.write(here, ids.expand(here.shape), log_probability.expand(here.shape))
         return x.tokens
 
 
@@ -488,8 +527,10 @@ class NoisyTokens:
         context: of this call.
         denoiser: process, schedule and head.
         level: the noise at the start.
+        steps: how many numbers name the random numbers of steps.
 
     Attributes:
+        random: the streams of the steps.
         tokens: `(B, N)` int64, x_t.
         known: `(B, N)` bool, the tokens that are given.
         log_probability: `(B, N)` float64, that of each id when it was drawn; 0 where none was.
@@ -497,8 +538,9 @@ class NoisyTokens:
         length: N.
     """
 
-    def __init__(self, context: SamplingContext, denoiser: Denoiser, *, level: NoiseLevel) -> None:
+    def __init__(self, context: SamplingContext, denoiser: Denoiser, *, level: NoiseLevel, steps: int = 1) -> None:
         self.context = context
+        self.random = context.random.ahead(steps)
         self.denoiser = denoiser
         self.absorbing = is_absorbing(denoiser.process)
         self.length = context.layout.length
@@ -526,11 +568,13 @@ class NoisyTokens:
         for logits in self.context.evaluate(self.tokens, scale != 1, level):
             if logits is None:
                 continue
-            if bool(logits.sum(dim=-1).isnan().any()):
-                raise ValueError(
+            forbid(
+                logits.sum(dim=-1).isnan().any(),
+                lambda: (
                     f"the backbone's logits are NaN at t = {float(level.t.max()):.4g}: its weights or its precision "
                     "are broken, nothing can be drawn from them"
-                )
+                ),
+            )
             outputs.append(self.denoiser.head(logits, self.tokens, level))
         return Prediction(denoiser=self.denoiser, x_t=self.tokens, level=level, outputs=tuple(outputs), scale=scale)
 
@@ -542,18 +586,18 @@ class NoisyTokens:
         """Put the ids that a pass drew, and record the step.
 
         Args:
-            where: `(B, N)` bool, n positions.
-            ids: `(n,)` int64.
-            log_probability: `(n,)`, that of each when it was drawn.
+            where: `(B, N)` bool, the positions.
+            ids: `(B, N)` int64, of which those at the positions are taken.
+            log_probability: `(B, N)`, that of each when it was drawn.
         """
-        drawn = torch.zeros_like(self.log_probability).masked_scatter(where, log_probability.double())
-        self.tokens = self.tokens.masked_scatter(where, ids)
-        self.log_probability = torch.where(where, drawn, self.log_probability)
-        self.context.record(self.tokens, drawn.masked_fill(~where, torch.nan))
+        self.tokens = torch.where(where, ids, self.tokens)
+        self.log_probability = torch.where(where, log_probability.double(), self.log_probability)
+        if self.context.traced:
+            self.context.record(self.tokens, log_probability.double().masked_fill(~where, torch.nan))
 
     def restore_known(self, level: NoiseLevel) -> None:
         """Put the known tokens back, with the noise of a level, where noise is not masks alone."""
-        if self.absorbing or not bool(self.known.any()):
+        if self.absorbing or self.context.known is None:
             return
         given = torch.where(self.known, self.context.start(), 0)
         # The same numbers at every level: what is given gets rid of its noise as the rest does.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
+from discrete_lit.core.synchronisation import on_device
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
-from discrete_lit.samplers.maskgit import as_column, check_masked_decoding, draw_at, masked_counts
+from discrete_lit.samplers.maskgit import as_columns, check_masked_decoding, draw_at, masked_counts
 from discrete_lit.samplers.sampler import Sampler, SamplingContext
 
 # The loop, which both samplers share.
@@ -40,20 +41,21 @@ def unmask_in_order(
         `(B, N)` int64.
     """
     scales, tokens, to_draw = sampler.scales(steps), context.start(), context.unknown()
-    rank = _rank(order, to_draw)
-    unknown: list[int] = to_draw.sum(dim=1).tolist()
+    rank, random = _rank(order, to_draw), context.random.ahead(steps)
+    unknown = context.unknown_counts()
     schedules = {count: unmasked_counts(count) for count in set(unknown)}
+    counts = [[schedules[count][step] for count in unknown] for step in range(steps)]
+    columns = as_columns([[0] * len(unknown), *counts], tokens)
     before = [0] * len(unknown)
-    for step in range(steps):
-        after = [schedules[count][step] for count in unknown]
+    for step, after in enumerate(counts):
         first = [0] * len(unknown) if rewrite else before
         before = after
         most = max((end - begin for begin, end in zip(first, after, strict=True)), default=0)
         if most == 0:
             continue
-        now = (rank >= as_column(first, tokens)) & (rank < as_column(after, tokens))
+        now = (rank >= columns[0 if rewrite else step]) & (rank < columns[step + 1])
         logits = context.predict(tokens, scales[step])  # (B, N, K)
-        uniforms = context.random.uniform(Purpose.TOKEN, context.layout.length, step)
+        uniforms = random.uniform(Purpose.TOKEN, context.layout.length, step)
         drawn, log_probability = draw_at(now, most, logits, uniforms, sampler.choose)
         tokens = torch.where(now, drawn, tokens)
         context.record(tokens, log_probability.masked_fill(~now, torch.nan))
@@ -107,7 +109,7 @@ class HaltonSampler(Sampler):
                 f"HaltonSampler needs a grid of rows and columns with one id at a position, "
                 f"this generator has the grid {tuple(layout.grid)} and {layout.sub_tokens} ids at a position"
             )
-        order = halton_order(*layout.grid).to(context.labels.device)[None]
+        order = on_device(halton_order, *layout.grid, device=context.labels.device)[None]
         if self.roll:
             shift = (context.random.uniform(Purpose.CONFIDENCE, 1) * layout.length).long()
             turns = torch.arange(layout.length, device=order.device)

@@ -65,14 +65,15 @@ class MaskGITSampler(Sampler):
 
     def draw(self, context: SamplingContext) -> Tensor:
         check_masked_decoding(context, self, self.steps)
-        mask_id, length, random = context.layout.mask_id, context.layout.length, context.random
+        mask_id, length, random = context.layout.mask_id, context.layout.length, context.random.ahead(self.steps)
         scales, tokens = self.scales(self.steps), context.start()
-        unknown: list[int] = context.unknown().sum(dim=1).tolist()
+        # Mask schedule: how many tokens of each sequence stay masked after each step.
+        unknown = context.unknown_counts()
         schedules = {count: self.masked_counts(count) for count in set(unknown)}
+        masked_after = [[schedules[count][step] for count in unknown] for step in range(self.steps)]
+        columns = as_columns(masked_after, tokens)
         still_masked = unknown
-        for step in range(self.steps):
-            # Mask schedule: how many tokens of each sequence stay masked after this step.
-            stay_masked = [schedules[count][step] for count in unknown]
+        for step, stay_masked in enumerate(masked_after):
             if stay_masked == still_masked:
                 continue  # fewer unknown tokens than steps: there is nothing left to draw
 
@@ -90,7 +91,7 @@ class MaskGITSampler(Sampler):
 
             # Keep the drawn ids, but mask the least confident again.
             rank = confidence.argsort(dim=1).argsort(dim=1)
-            tokens = torch.where(masked, drawn, tokens).masked_fill(rank < as_column(stay_masked, tokens), mask_id)
+            tokens = torch.where(masked, drawn, tokens).masked_fill(rank < columns[step], mask_id)
             context.record(tokens, confidence)
             still_masked = stay_masked
         return tokens
@@ -292,6 +293,9 @@ def draw_at(
     Returns:
         Ids `(B, N)` int64 and scores `(B, N)` float64; without meaning where `where` is false.
     """
+    if most == where.shape[1]:
+        ids, score = draw(logits, uniforms)
+        return ids, score.double()
     positions = where.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
     gathered = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
     ids, score = draw(gathered, uniforms.gather(1, positions))
@@ -301,9 +305,18 @@ def draw_at(
     )
 
 
-def as_column(counts: Sequence[int], like: Tensor) -> Tensor:
-    """`(B, 1)` int64 on the device of `like`: one count for each sequence."""
-    return torch.tensor(counts, dtype=torch.int64, device=like.device)[:, None]
+def as_columns(counts: Sequence[Sequence[int]], like: Tensor) -> Sequence[Tensor | int]:
+    """Give the counts of each step: one for each sequence, `(B, 1)` int64, or a number where all have the same.
+
+    What differs is copied to the device of `like`, once, before the loop: the host waits for such a copy.
+
+    Args:
+        counts: for each step one of each sequence.
+        like: any tensor of the device.
+    """
+    if all(len(set(each)) == 1 for each in counts):
+        return [each[0] for each in counts]
+    return torch.tensor(counts, dtype=torch.int64).to(like.device)[..., None].unbind()
 
 
 def check_masked_decoding(context: SamplingContext, sampler: Sampler, steps: int) -> None:

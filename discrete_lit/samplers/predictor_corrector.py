@@ -1,14 +1,23 @@
 """Predictor-corrector sampling: steps back in time, each followed by steps at its end that mend what it drew apart."""
 
+from math import expm1
 from typing import Any, Literal
 
 import torch
 
 from discrete_lit.core.random import Purpose, random_subset
+from discrete_lit.core.synchronisation import host_sees
 from discrete_lit.diffusion.reverse import Jumps, reverse_rates
 from discrete_lit.diffusion.schedules import NoiseLevel
-from discrete_lit.samplers.categorical import draw_categorical
-from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTokens, finite_noise, scores_of_clean
+from discrete_lit.samplers.diffusion import (
+    DiffusionSampler,
+    Interval,
+    NoisyTokens,
+    draw_jumps,
+    draw_where,
+    finite_noise,
+    scores_of_clean,
+)
 from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
@@ -59,6 +68,9 @@ class PredictorCorrectorSampler(DiffusionSampler):
         self.corrector_noise = corrector_noise
         self.corrector_tokens = corrector_tokens
 
+    def last_number(self) -> int:
+        return self.steps * (1 + self.corrector_steps) - 1
+
     def step(self, x: NoisyTokens, interval: Interval, scale: float) -> None:
         super().step(x, interval, scale)  # the predictor
         if interval.last:
@@ -79,12 +91,11 @@ class PredictorCorrectorSampler(DiffusionSampler):
             number: names the random numbers.
             scale: guidance scale.
         """
-        uniforms, level = x.context.random.uniform(Purpose.CONFIDENCE, x.length, number), finite_noise(level)
+        uniforms, level = x.random.uniform(Purpose.CONFIDENCE, x.length, number), finite_noise(level)
         if x.absorbing:
-            noise = uniforms.new_tensor(self.corrector_noise)
-            remasked = ~x.masked & ~x.known & (uniforms < -torch.expm1(-noise))
-            jumping = x.masked & (uniforms < -torch.expm1(-noise * level.odds))
-            if not bool(jumping.any()):
+            remasked = ~x.masked & ~x.known & (uniforms < -expm1(-self.corrector_noise))
+            jumping = x.masked & (uniforms < -torch.expm1(-self.corrector_noise * level.odds))
+            if host_sees(jumping) and not bool(jumping.any()):
                 x.mask(remasked)
                 return
             jumps = Jumps(jumping.double(), x.predict(level, scale).clean())
@@ -112,7 +123,7 @@ class PredictorCorrectorSampler(DiffusionSampler):
             number: names the random numbers.
             scale: guidance scale.
         """
-        process, random = x.denoiser.process, x.context.random
+        process, random = x.denoiser.process, x.random
         order = random.uniform(Purpose.ORDER, x.length, number).masked_fill(x.known, 2.0)
         chosen = random_subset(order, self.corrector_tokens) & ~x.known
         uniforms = random.uniform(Purpose.TOKEN, x.length, number)
@@ -120,12 +131,11 @@ class PredictorCorrectorSampler(DiffusionSampler):
             # The network must not see the tokens that are drawn again. Masks are left of 1 - alpha of them.
             x.mask(chosen)
             chosen = chosen & (random.uniform(Purpose.CONFIDENCE, x.length, number) < level.alpha)
-            if not bool(chosen.any()):
+            if host_sees(chosen) and not bool(chosen.any()):
                 return
             clean = x.predict(finite_noise(level), scale).clean()
-            x.write(chosen, *self.choose(clean[chosen], uniforms[chosen]))
+            x.write(chosen, *draw_where(chosen, self.choose, clean, uniforms))
         else:
             clean = self.filtered(x.predict(finite_noise(level), scale).clean())
-            marginal = process.marginal(clean.exp(), level.alpha)[chosen].log()
-            ids = draw_categorical(marginal, uniforms[chosen])
-            x.write(chosen, ids, marginal.gather(-1, ids[:, None])[:, 0])
+            marginal = process.marginal(clean.exp(), level.alpha).log()
+            x.write(chosen, *draw_where(chosen, draw_jumps, marginal, uniforms))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SubTokenHead
 from discrete_lit.core.random import Purpose
+from discrete_lit.core.synchronisation import on_device
 from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
 from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplingContext
 
@@ -61,7 +62,8 @@ class RasterSampler(Sampler):
         tokens = context.start() if order is None else context.start().gather(1, order)  # in the order drawn
         known = tokens != mask_id
         read = 0  # the cache holds the tokens before this position
-        for position in range(_common_prefix(known), length):
+        first = 0 if context.known is None else _common_prefix(known)
+        for position in range(first, length):
             output = decoder(tokens[:, read:position], position)[:, -1:]  # (B, 1, K), or (B, 1, D) for a head
             read = position
             here = slice(position, position + 1)
@@ -127,7 +129,7 @@ class RasterSampler(Sampler):
             return (context.random.uniform(Purpose.CONFIDENCE, layout.length) + context.unknown()).argsort(dim=1)
         if len(self.order) != layout.length:
             raise ValueError(f"order has {len(self.order)} positions, this generator's sequences have {layout.length}")
-        return torch.tensor(self.order, device=labels.device).expand(len(labels), -1)
+        return on_device(torch.tensor, tuple(self.order), device=labels.device).expand(len(labels), -1)
 
 
 def _common_prefix(known: Tensor) -> int:
@@ -136,6 +138,7 @@ def _common_prefix(known: Tensor) -> int:
     Raises:
         ValueError: a token is known after one that is not.
     """
+    # Asked before the first pass, and where tokens are known alone.
     if bool((known[:, 1:] & ~known[:, :-1]).any()):
         raise ValueError(
             "known must be the first tokens in the generator's order (a prefix): what is drawn cannot depend on "

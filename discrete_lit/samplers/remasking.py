@@ -67,11 +67,11 @@ class RemaskingSampler(DiffusionSampler):
         self.loop_alpha = loop_alpha
 
     def sigma(self, interval: Interval) -> Tensor:
-        """The remasking probability sigma, `(B, 1)` float64; for `conf` the total to be divided."""
+        """The remasking probability sigma, `(1, 1)` float64; for `conf` the total to be divided."""
         largest = ((1 - interval.alpha_s) / interval.alpha_t).clamp(max=1)
-        if self.strategy == "loop" and not torch.equal(interval.alpha_t, interval.alpha_s):
-            return torch.zeros_like(largest)
-        return largest.clamp(max=self.eta) if self.strategy in ("cap", "loop") else self.eta * largest
+        if self.strategy == "loop":
+            return torch.where(interval.alpha_t == interval.alpha_s, largest.clamp(max=self.eta), 0.0)
+        return largest.clamp(max=self.eta) if self.strategy == "cap" else self.eta * largest
 
     def remask(self, x: NoisyTokens, interval: Interval, uniforms: Tensor) -> Tensor:
         unmasked = ~x.masked & ~x.known
@@ -87,17 +87,18 @@ class RemaskingSampler(DiffusionSampler):
         alpha_s, alpha_t, sigma = interval.alpha_s, interval.alpha_t, self.sigma(interval)
         return ((alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t) * weight).clamp(max=1)
 
-    def times(self, schedule: MaskSchedule) -> Tensor:
-        times = super().times(schedule)
+    def times(self, schedule: MaskSchedule, device: torch.device | None = None) -> Tensor:
+        times = super().times(schedule, device)
         if self.strategy != "loop":
             return times
         # Down to the time at which the fraction loop_alpha is unmasked, along it, and down to 0.
         done, (first, end) = 1 - times, self.loop
-        held = schedule.inverse(times.new_tensor(1 - self.loop_alpha))
+        held = schedule.inverse(times.new_full((), 1 - self.loop_alpha))
         before = 1 - (1 - held) * (done / max(first, 1e-12)).clamp(max=1)
         after = held * (1 - (done - end).clamp(min=0) / max(1 - end, 1e-12)).clamp(min=0)
         times = torch.where(done < end, before, after)
-        times[0], times[-1] = 0, 1
+        times[:1].zero_()
+        times[-1:].fill_(1)
         return times
 
     def check(self, denoiser: Denoiser) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
-from discrete_lit.backbones.backbone import packed
+from discrete_lit.backbones.backbone import cast_once, packed
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.synchronisation import checked_at_the_end, forbid, host_sees
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_filtered
@@ -98,7 +99,8 @@ class Sampler(ABC):
 
         Raises:
             ValueError: a backbone that this sampler cannot serve; labels, random streams or known tokens that do not
-                fit; a guidance interval or steps that the sequence is too short for.
+                fit; a guidance interval or steps that the sequence is too short for; a network whose logits are NaN,
+                which is told at the end of the draw, the one moment at which the host waits for the device.
         """
         layout = backbone.layout
         if layout.attention != self.attention:
@@ -106,25 +108,25 @@ class Sampler(ABC):
                 f"{type(self).__name__} needs a backbone with {self.attention} attention, "
                 f"this generator's is {layout.attention}"
             )
-        if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) <= layout.null_label):
-            raise ValueError(
-                f"labels must lie in [0, {layout.null_label}] ({layout.null_label} is the null label), "
-                f"got [{int(labels.min())}, {int(labels.max())}]"
-            )
         if len(random.indices) != len(labels):
             raise ValueError(
                 f"random has {len(random.indices)} streams for {len(labels)} labels: one for each is needed"
             )
         if known is not None:
             _check_known(known, (len(labels), layout.length), layout.vocab_size)
-        with evaluation_mode(backbone):
-            if self.attention == "causal":
-                # A pass over one position has few rows for each weight, and there is one for each token.
-                backbone = packed(backbone, rows=2 * len(labels))
+        with evaluation_mode(backbone), checked_at_the_end():
             context = SamplingContext(
-                backbone, labels, random=random, known=known, quantizer=quantizer, denoiser=denoiser, trace=trace
+                # A pass over one position has few rows for each weight, and there is one for each token.
+                packed(backbone, rows=2 * len(labels)) if self.attention == "causal" else cast_once(backbone),
+                _checked_labels(labels, layout.null_label),
+                random=random,
+                known=known,
+                quantizer=quantizer,
+                denoiser=denoiser,
+                trace=trace,
             )
-            return context.output(self.draw(context))
+            output = context.output(self.draw(context))
+        return output
 
     @abstractmethod
     def draw(self, context: "SamplingContext") -> Tensor:
@@ -141,7 +143,12 @@ class Sampler(ABC):
         )
 
     def choose(
-        self, log_probabilities: Tensor, uniforms: Tensor, temperature: float | None = None
+        self,
+        log_probabilities: Tensor,
+        uniforms: Tensor,
+        temperature: float | None = None,
+        *,
+        where: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Apply temperature and filters, then draw an id from each row.
 
@@ -149,6 +156,7 @@ class Sampler(ABC):
             log_probabilities: `(..., K)` guided, unnormalised.
             uniforms: `(...)` float64, one uniform number for each row.
             temperature: the sampler's own by default.
+            where: `(...)` bool, the rows that are needed; all by default.
 
         Returns:
             Ids `(...)` int64, and their log-probabilities `(...)` at the temperature, before the filters: after them
@@ -156,7 +164,30 @@ class Sampler(ABC):
         """
         temperature = temperature or self.temperature
         logits = log_probabilities if temperature == 1 else log_probabilities / temperature
-        return draw_filtered(logits, uniforms, self.top_k, self.top_p)
+        return draw_filtered(logits, uniforms, self.top_k, self.top_p, where=where)
+
+
+def _checked_labels(labels: Tensor, null_label: int) -> Tensor:
+    """Give the labels back, in range: those that are not would end a GPU's whole process before it can say why.
+
+    Raises:
+        ValueError: a label out of [0, null_label]; at the end of the draw, unless the host sees them.
+    """
+    if not len(labels):
+        return labels
+
+    def message() -> str:
+        return (
+            f"labels must lie in [0, {null_label}] ({null_label} is the null label), "
+            f"got [{int(labels.min())}, {int(labels.max())}]"
+        )
+
+    outside = ((labels < 0) | (labels > null_label)).any()
+    if not host_sees(outside):
+        forbid(outside, message)
+    elif bool(outside):
+        raise ValueError(message())
+    return labels.clamp(0, null_label)
 
 
 def _check_known(known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:
@@ -258,6 +289,12 @@ class SamplingContext:
         """`(B, N)` bool: the positions to be drawn."""
         return self.start() == self.layout.mask_id
 
+    def unknown_counts(self) -> list[int]:
+        """How many tokens of each sequence are to be drawn; the device is asked where some may be known."""
+        if self.known is None:
+            return [self.layout.length] * len(self.labels)
+        return self.unknown().sum(dim=1).tolist()
+
     # Passes of the network.
 
     def predict(self, tokens: Tensor, scale: float = 1.0) -> Tensor:
@@ -286,7 +323,7 @@ class SamplingContext:
         Args:
             tokens: `(B, N)`.
             guided: whether the null label's logits are wanted too.
-            level: how noisy the tokens are, for a timed backbone.
+            level: how noisy the tokens are, for a timed backbone; of each sequence, or of all.
 
         Returns:
             Logits `(B, N, outputs)` given the labels, and given the null label or None.
@@ -294,6 +331,7 @@ class SamplingContext:
         labels, cache = self.prepare(guided)
         self.count(1 + guided, tokens.shape[1], cache)
         time = None if self.denoiser is None or level is None else self.denoiser.network_time(level)
+        time = None if time is None else time.expand(len(tokens))
         if not guided:
             return self.backbone(tokens, labels, cache, None, time), None
         doubled = None if time is None else time.repeat(2)

@@ -49,9 +49,10 @@ class NextScaleSampler(Sampler):
             logits = decoder.guide(decoder(inputs, number), scales[number])  # (B, s^2, K)
             drawn, log_probability = self.choose(logits, uniforms[:, here])
             tokens[:, here] = torch.where(known[:, here], tokens[:, here], drawn)
-            confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
-            confidence[:, here] = log_probability.double().masked_fill(known[:, here], torch.nan)
-            context.record(tokens, confidence)
+            if context.traced:
+                confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
+                confidence[:, here] = log_probability.double().masked_fill(known[:, here], torch.nan)
+                context.record(tokens, confidence)
             start += count
             if number + 1 < len(lengths):
                 with torch.autocast(tokens.device.type, enabled=False):

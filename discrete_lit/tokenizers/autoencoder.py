@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from discrete_lit.core.distributed import means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
@@ -211,12 +212,21 @@ class ImageAutoencoder(LightningModule):
 
     def _log_terms(self, stage: str, loss: Tensor, terms: dict[str, Tensor], batch_size: int) -> None:
         named = {f"{stage}/loss": loss, **{f"{stage}/{name}": term for name, term in terms.items()}}
-        self.log_dict(named, sync_dist=True, batch_size=batch_size)
+        if stage == "train":
+            self.log_dict(means_over_ranks(named), batch_size=batch_size)
+        else:
+            self.log_dict(named, sync_dist=True, batch_size=batch_size)
 
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
         ratios = [] if adversarial is None else [(adversarial.discriminator, adversarial.learning_rate_factor)]
-        return configure_optimizers(self, self.optimizer, self.scheduler, learning_rate_ratios=ratios)
+        return configure_optimizers(
+            self,
+            self.optimizer,
+            self.scheduler,
+            learning_rate_ratios=ratios,
+            hidden_layers=self.network.hidden_layers(),
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         adversarial = self.objective.adversarial

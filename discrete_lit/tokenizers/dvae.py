@@ -89,7 +89,7 @@ class DVAE(AutoencoderTokenizer):
         annealed = self.annealed(step)
         quantized = self.quantizer(self.latents(images), **annealed)
         outputs = self.outputs(quantized.z_q)
-        figures = {name: outputs.new_tensor(value) for name, value in annealed.items()}
+        figures = {name: outputs.new_full((), value) for name, value in annealed.items()}
         return Reconstruction(outputs=outputs, losses=quantized.losses, tokens=quantized.tokens, figures=figures)
 
 

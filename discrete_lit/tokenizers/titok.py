@@ -7,7 +7,7 @@ network, `TiTok` the tokenizer, which can be trained in the paper's two stages: 
 tokenizer, a *proxy*, whose decoder makes the pixels (`ProxyDecoder`), then on the pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any, Self, cast
 
@@ -30,6 +30,7 @@ from discrete_lit.tokenizers.networks.vit import (
     layer_norm,
     patch_grid,
     tanh_head,
+    transformer_blocks,
 )
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.tokenizer import from_checkpoint
@@ -120,6 +121,9 @@ class TiTokAutoencoder(Autoencoder):
         if self.proxy is not None:
             return self.proxy(self.proxy_logits(latents))
         return self.pixels(self.decoder(latents)) * 2 - 1
+
+    def hidden_layers(self) -> Iterable[nn.Module]:
+        return transformer_blocks(self)
 
     def proxy_logits(self, latents: Tensor) -> Tensor:
         """Turn codes `(B, code_dim, N)` into logits `(B, K', h, w)` over the other tokenizer's ids, for each patch."""

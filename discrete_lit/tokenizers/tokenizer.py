@@ -6,7 +6,7 @@ generator's tokenizer is missing: it knows the shape of the ids, and codes nothi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.files import content_sha256
+from discrete_lit.core.host_copies import HostCopy
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.tokenizers.quantizers.quantizer import Component
@@ -26,18 +27,30 @@ class Coder(LightningModule, ABC):
     makes_images: bool = True
     """Whether what it codes is images; text, and grids without their tokenizer, have none."""
 
+    late_checks: list[Callable[[], None]] | None = None
+    """Where a list is set, `check_images` puts into it what raises its error, for whoever set it to call later: so that
+    the host does not wait for the device in between."""
+
     def coding_state(self) -> dict[str, Tensor]:
         """The weights and buffers, by name, that `encode` and `decode` depend on: all unless a subclass says less."""
         return self.state_dict()
 
     def check_images(self, images: Tensor) -> None:
         """Raise a ValueError that names the images `(B, C, H, W)` in which a pixel is not a finite number."""
-        broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-        if broken:
-            raise ValueError(
-                f"{len(broken)} of {len(images)} images have pixels that are not finite numbers; their positions in "
-                f"the batch: {', '.join(map(str, broken[:10]))}{', ...' if len(broken) > 10 else ''}"
-            )
+        finite = HostCopy(images.isfinite().flatten(1).all(dim=1))
+
+        def check() -> None:
+            broken = [str(place) for place, is_finite in enumerate(finite.values()) if not is_finite]
+            if broken:
+                raise ValueError(
+                    f"{len(broken)} of {len(images)} images have pixels that are not finite numbers; their positions "
+                    f"in the batch: {', '.join(broken[:10])}{', ...' if len(broken) > 10 else ''}"
+                )
+
+        if self.late_checks is None:
+            check()
+        else:
+            self.late_checks.append(check)
 
     def fingerprint(self) -> str:
         """SHA-256 of the class's name and of `coding_state`, the same on any device: equal ones code alike."""

@@ -36,6 +36,8 @@ SWITCHES: dict[str, tuple[SequenceLayout, dict[str, Any]]] = {
     "masked_bert": (MASKED, {"norm_first": False, "head_transform": True, "tied": True, "head_bias": "place"}),
     "masked_adaln": (MASKED, {"conditioning": "adaln", "condition_width": 9}),
     "masked_registers": (MASKED, {"conditioning": "prefix_adaln", "registers": 1}),
+    "masked_added": (MASKED, {"conditioning": "added", "mlp": "relu_squared", "embedded_digits": [5]}),
+    "causal_added": (CAUSAL, {"conditioning": "added", "zero_outputs": True}),
     "long_skips": (MASKED, {"long_skips": True}),
     "bits": (BITS, {"token_embedding": "bits"}),
     "scales": (SCALES, {"conditioning": "prefix_adaln"}),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.backbones.blocks import MLP
 
 SWITCHES = [
     {"positions": positions, "conditioning": conditioning, "norm": norm, "mlp": mlp, "qk_norm": qk_norm}
@@ -211,7 +212,7 @@ def test_drop_path_leaves_out_whole_branches_in_training_alone() -> None:
     """Every sample's branch is left out with the probability of its block, which grows from 0 to `drop_path`."""
     layout = SequenceLayout(5, (2, 3), num_classes=2, attention="bidirectional", mask_token=True)
     backbone = Transformer(layout, width=16, depth=3, heads=2, drop_path=0.5)
-    assert [block.dropout[1].drop_prob for block in backbone.blocks] == [0, 0.25, 0.5]
+    assert [float(block.dropout[1].kept) for block in backbone.blocks] == [1, 0.75, 0.5]
     torch.manual_seed(0)
     branches = backbone.blocks[1].train()._drop(torch.ones(20_000, 2, 3)).flatten(1)
     assert torch.equal(branches, branches[:, :1].expand_as(branches))
@@ -219,3 +220,90 @@ def test_drop_path_leaves_out_whole_branches_in_training_alone() -> None:
     torch.testing.assert_close(branches[~left_out], torch.full_like(branches[~left_out], 1 / 0.75))
     assert abs(left_out.float().mean() - 0.25) < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     assert torch.equal(backbone.blocks[1].eval()._drop(branches), branches)
+
+
+# Squared ReLU, digits of ids, a class that is added, and outputs that begin at 0.
+
+QUICK = {
+    "mlp": "relu_squared",
+    "norm": "rms",
+    "qk_norm": "rms",
+    "bias": False,
+    "embedded_digits": [3, 2],
+    "conditioning": "added",
+}
+
+
+@torch.no_grad()
+def test_squared_relu() -> None:
+    mlp = MLP(4, 8, kind="relu_squared", bias=True)
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(mlp(x), mlp.contract(mlp.expand(x).clamp(min=0) ** 2))
+
+
+@torch.no_grad()
+def test_an_added_class_and_digits_in_a_cache(make_backbone) -> None:
+    backbone = make_backbone("causal", vocab_size=6, **QUICK)
+    tokens = ids(5, 6)
+    full = backbone(tokens, LABELS)
+    assert full.shape == (2, 6, 6)
+    cache, rows = backbone.new_cache(LABELS), []
+    for start, end in ((0, 2), (2, 3), (3, 5)):
+        rows.append(backbone(tokens[:, start:end], LABELS, cache))
+    torch.testing.assert_close(torch.cat(rows, dim=1), full, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_added_class_stands_at_every_position(make_backbone) -> None:
+    """It is what another table of ids would be, each of whose rows has the class added; and takes no element."""
+    backbone = make_backbone("bidirectional", conditioning="added")
+    assert backbone.starts == 0 and backbone.elements == 6
+    tokens, labels = ids(6), torch.tensor([1, 1])
+    expected = backbone(tokens, labels)
+    table, classes = backbone.token_embedding.table.weight, backbone.class_embedding.weight
+    table.add_(classes[1])
+    classes.zero_()
+    torch.testing.assert_close(backbone(tokens, labels), expected)
+
+
+@torch.no_grad()
+def test_digits_are_added_to_the_table_of_ids() -> None:
+    layout = SequenceLayout(6, (2, 2), num_classes=2, attention="bidirectional", mask_token=True)
+    backbone = Transformer(layout, width=8, depth=1, heads=2, embedded_digits=[3, 2], tied=True)
+    embedding = backbone.token_embedding
+    first, second = embedding.digit_tables
+    rows = [embedding.table.weight[k] + first.weight[k % 3] + second.weight[k // 3] for k in range(6)]
+    # The mask id has no digits.
+    torch.testing.assert_close(embedding(torch.arange(7)), torch.stack([*rows, embedding.table.weight[6]]))
+    torch.testing.assert_close(embedding.logit_weight(), torch.stack(rows))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"embedded_digits": [2, 2]}, "multiply to 4"),
+        ({"embedded_digits": [4, 2], "token_embedding": "bits"}, r"embedded_digits=\[4, 2\] belong to .*'table'"),
+        ({"conditioning": "added", "condition_width": 4}, "condition_width is of conditioning='adaln'"),
+        ({"conditioning": "added", "visible_start": 2}, "visible_start=2 needs a causal sequence that begins with"),
+    ],
+)
+def test_digits_and_an_added_class_that_do_not_fit(settings, message: str) -> None:
+    layout = SequenceLayout(8, (2, 2), num_classes=2, attention="causal")
+    with pytest.raises(ValueError, match=message):
+        Transformer(layout, width=16, depth=1, heads=2, **settings)
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_outputs_that_begin_at_zero(make_backbone, attention: str) -> None:
+    """All ids are equally probable, whatever the input, and every weight is trained after two steps."""
+    backbone = make_backbone(attention, vocab_size=6, spread=None, zero_outputs=True, **QUICK).train()
+    tokens = ids(5 if attention == "causal" else 6, 6)
+    assert torch.equal(backbone(tokens, LABELS), torch.zeros(2, 6, 6))
+    assert torch.equal(backbone.blocks[1](torch.ones(1, 6, 16)), torch.ones(1, 6, 16))
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        backbone(tokens, LABELS)[..., 0].square().sub(1).square().sum().backward()
+        backbone(tokens, LABELS)[..., 0].sum().backward()
+        optimizer.step()
+    assert not [name for name, weight in backbone.named_parameters() if not weight.grad.abs().sum() > 0]

@@ -4,11 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 from lightning import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from discrete_lit.backbones import Transformer
-from discrete_lit.callbacks import Compile
+from discrete_lit.callbacks import Compile, throughput
+from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.generators import Autoregressive
 
 pytestmark = [
@@ -72,6 +74,16 @@ def test_compiled_runs_and_plain_ones_go_on_from_each_other(fit) -> None:
     assert set(torch.load(path)["state_dict"]) == set(plain.state_dict())
     rest, _, _ = fit(compiled=False, steps=4, ckpt_path=path)
     assert whole + rest == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_setting_of_the_command_compiles(tmp_path, monkeypatch) -> None:
+    """The line that `lightning_configs/trainer/gpu.yaml` gives, in its precision."""
+    compiled = []
+    monkeypatch.setattr(throughput, "compile_blocks", lambda backbone, **options: compiled.append(options))
+    save(instantiate(TOKENIZER["model"]), tmp_path / "tokenizer.ckpt")
+    file = write_settings(tmp_path / "settings.yaml", generator_settings(tmp_path / "tokenizer.ckpt"))
+    run("fit", "--config", file, "--trainer.callbacks+=Compile", "--trainer.precision=bf16-mixed")
+    assert compiled == [{"backend": "inductor", "mode": None}]
 
 
 def test_a_tokenizer_has_no_blocks_to_compile(make_tokenizer) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.precision_cases import GENERATORS, make_generator
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -146,6 +147,9 @@ def test_a_step_without_data_counts_as_much_as_a_real_one(module, make_loader):
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(parameter.grad is None for parameter in module.parameters())
     assert torch.equal(torch.get_rng_state(), random)
+    if isinstance(module, Masked):
+        # How many tokens are masked is data: all of them count.
+        module._draw_masks = lambda random: torch.ones(len(batch["label"]), module.length, dtype=torch.bool)
     assert measured == counted(module, batch) > 0
 
 
@@ -161,6 +165,13 @@ def test_utilisation(module, make_loader, make_trainer, read_scalars):
     assert read_scalars("throughput/mfu") == pytest.approx({1: 2 * each / 7 / 1e9, 3: each / 4 / 1e9})
     teraflops = read_scalars("throughput/teraflops_per_device")
     assert teraflops == pytest.approx({1: 2 * each / 7 / 1e12, 3: each / 4 / 1e12})
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_step_of_every_generator_is_counted(name: str) -> None:
+    generator = make_generator(name).train()
+    tokens = torch.zeros(4, *generator.token_shape, dtype=torch.int64)
+    assert count_step(generator, {"tokens": tokens, "label": torch.zeros(4, dtype=torch.int64)}) > 0
 
 
 def test_each_kind_of_step_is_counted_once(module, make_loader, make_trainer, monkeypatch):

@@ -97,6 +97,42 @@ def test_a_new_learning_rate_wins_at_its_place_of_the_schedule(
     assert {float(state["step"]) for state in fit.checkpoint()["optimizer_states"][0]["state"].values()} == {4.0}
 
 
+def test_muon_and_adamw_resume_exactly_under_a_trainer(two_tokenizers: tuple[Path, Path], tmp_path: Path) -> None:
+    """With clipped and accumulated gradients, an average of the weights and a schedule, which scales both rates."""
+    settings = generator_settings(two_tokenizers[0])
+    settings["model"]["init_args"] |= {
+        "optimizer": {"class_path": "MuonAdamW", "init_args": {"lr": 0.02, "adamw_lr": 0.01}},
+        "scheduler": WARMUP,
+    }
+    settings["trainer"] |= {
+        "gradient_clip_val": 0.5,
+        "accumulate_grad_batches": 2,
+        "limit_val_batches": 0,
+        "callbacks": [
+            {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.5}},
+            {"class_path": "test_resuming.RecordSettings"},
+        ],
+    }
+
+    def fit(name: str, steps: int) -> dict[str, Any]:
+        settings["trainer"]["max_steps"] = steps
+        file = write_settings(tmp_path / "settings.yaml", settings)
+        run("fit", "--config", file, "--run_dir", tmp_path / name, "--ckpt_path", "last")
+        return torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+
+    whole = fit("whole", 4)
+    assert [settings["lr"] for settings in RecordSettings.taken[:3]] == [0.01, 0.02, 0.02]
+    muon, adamw, _ = whole["optimizer_states"][0]["param_groups"]
+    assert muon["muon"] and not adamw["muon"] and muon["lr"] == 2 * adamw["lr"]
+    buffers = [set(state) for state in whole["optimizer_states"][0]["state"].values()]
+    assert {"momentum_buffer"} in buffers and {"step", "exp_avg", "exp_avg_sq"} in buffers
+    fit("halves", 2)
+    resumed = fit("halves", 4)
+    for part in ("state_dict", "current_model_state"):
+        assert all(torch.equal(value, resumed[part][name]) for name, value in whole[part].items())
+    assert str(resumed["optimizer_states"]) == str(whole["optimizer_states"])
+
+
 def test_a_new_schedule_wins(fit: Runs) -> None:
     changed = copy.deepcopy(STEPS)
     changed["init_args"] = {"step_size": 1, "gamma": 0.1}

@@ -14,10 +14,12 @@ import torch
 import torch.distributed.checkpoint
 import yaml
 from helpers.tiny_runs import QUIET, TOKENIZER, run, write_settings
+from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from discrete_lit.cli.run_folder import RunFolder
+from discrete_lit.core import auto_precision
 from discrete_lit.core.locks import sole_writer
 
 
@@ -448,3 +450,23 @@ def test_a_users_own_callbacks_replace_the_standing_ones(tmp_path: Path) -> None
     ]
     fit(tmp_path / "run", callbacks=callbacks)
     assert [file.name for file in RunFolder(tmp_path / "run").checkpoints()] == ["mine.ckpt"]
+
+
+@pytest.mark.parametrize(("flags", "became"), [("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")])
+def test_a_record_says_what_the_automatic_precision_became(
+    flags: str, became: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
+    seen = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, *_, **__: seen.append(self.precision))
+    fit(tmp_path / "run", precision="auto")
+    assert seen == [became]
+    fit(tmp_path / "other", "--trainer.precision", "64-true", precision="auto")
+    assert seen == [became, "64-true"]
+
+
+def test_the_automatic_precision_is_in_the_configuration_of_a_run(tmp_path: Path) -> None:
+    fit(tmp_path / "run", precision="auto")
+    recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["precision"]
+    assert recorded == auto_precision.resolve_precision("auto", "cpu") != "auto"

@@ -175,12 +175,57 @@ def test_compiled_blocks_draw_the_same(generator_checkpoints: dict[str, Path], t
     assert compiled["run"]["compile"] and not plain["run"]["compile"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recorded_draws_are_the_same(
+    family: str, generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded and replayed as CUDA graphs are, by a stand-in; the last batch is smaller."""
+    from functools import partial
+
+    from helpers.recorded_graph import RecordedGraphs
+
+    from discrete_lit.backbones import cpu_kernels
+    from discrete_lit.cli import sample as command
+
+    monkeypatch.setattr(cpu_kernels, "_SWITCH", "0")  # packed weights are no tensors to write to
+    settings = ("--num_samples", 7, "--batch_size", 2, "--seed", 3)
+    plain = draw(generator_checkpoints[family], tmp_path / "plain", *settings)
+    recorder = RecordedGraphs()
+    monkeypatch.setattr(
+        command, "_graph_pays", lambda graph, device, full_batches: (graph, full_batches) == ("auto", 3)
+    )
+    monkeypatch.setattr(command, "GraphedDraw", partial(command.GraphedDraw, recorder=recorder))
+    found = draw(generator_checkpoints[family], tmp_path / "graph", *settings)
+    assert np.array_equal(found["arr_0"], plain["arr_0"]) and len(recorder.graphs) == 1
+    assert found["run"]["graph"] is True and plain["run"]["graph"] is False
+    assert found["run"]["network_calls"] == plain["run"]["network_calls"]
+
+
+def test_when_a_draw_is_recorded() -> None:
+    import torch
+
+    from discrete_lit.cli.sample import _graph_pays
+
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for graph, device, batches, expected in (
+        ("auto", gpu, 2, False),
+        ("auto", gpu, 3, True),
+        ("auto", cpu, 100, False),
+        (True, gpu, 1, True),
+        (False, gpu, 100, False),
+        (False, cpu, 100, False),
+    ):
+        assert _graph_pays(graph, device, full_batches=batches) is expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--num_samples", 0], "num_samples and batch_size must be at least 1"),
         (["--num_samples", 2, "--labels", "[0, 4]"], r"labels holds 4, accepted: int in \[0, 3\]"),
         (["--num_samples", 2, "--image_size", 0], "image_size=0: it must be"),
+        (["--num_samples", 2, "--graph", "true"], "graph=true replays CUDA graphs, which a cpu has not"),
+        (["--num_samples", 2, "--graph", "sometimes"], "graph"),
         (["--num_samples", 2, "--labels", "[0, cat]"], r"labels holds 'cat', accepted: int in"),
         (["--num_samples", 2, "--labels", "[]"], r"labels holds nothing, accepted"),
         (["--num_samples", 2, "--sampler", "discrete_lit.samplers.RasterSampler"], "needs a backbone with causal"),
@@ -269,3 +314,30 @@ def test_run_json_says_what_ran(
     assert run["precision"] == precision and seen == {run["weights_dtype"]} == {names.get(precision, "float32")}
     tokenizer = discrete_lit.load(generator_checkpoints[family]).tokenizer
     assert run["tokenizer_fingerprint"] == tokenizer.fingerprint()
+
+
+def test_run_json_says_what_the_automatic_precision_became(
+    generator_checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from discrete_lit.core import auto_precision
+
+    for flags, became in (("avx512_bf16", "bf16-mixed"), ("avx2", "32-true")):
+        (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(auto_precision, "_CPU_FLAGS", tmp_path / "cpuinfo")
+        settings = ("--num_samples", 2, "--precision", "auto", "--accelerator", "cpu")
+        assert draw(generator_checkpoints[FAMILIES[0]], tmp_path / flags, *settings)["run"]["precision"] == became
+
+
+@pytest.mark.parametrize(("cycle", "columns", "rows"), [(9, 9, 10), (12, 12, 10), (1, 10, 10), (1000, 10, 10)])
+def test_a_column_of_the_grid_is_a_label(cycle: int, columns: int, rows: int, tmp_path: Path) -> None:
+    from discrete_lit.cli.sample import _write_grid
+
+    labels = np.arange(130) % cycle
+    _write_grid(
+        tmp_path, np.broadcast_to(labels[:, None, None, None] % 256, (130, 2, 2, 3)).astype(np.uint8), cycle=cycle
+    )
+    with Image.open(tmp_path / "grid.png") as grid:
+        shown = np.asarray(grid)[::2, ::2, 0]
+    assert shown.shape == (rows, columns)
+    if cycle == columns:
+        assert (shown == np.arange(columns)).all()

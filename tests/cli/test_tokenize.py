@@ -344,6 +344,16 @@ def test_precision(precision: str, tokenizer_checkpoint: Path, images: Path, tmp
     assert same.mean() > (0.99 if precision == "64-true" else 0.8)
 
 
+def test_the_manifest_says_what_the_automatic_precision_became(
+    tokenizer_checkpoint: Path, images: Path, tmp_path: Path
+) -> None:
+    from discrete_lit.core.auto_precision import resolve_precision
+
+    tokenize(tokenizer_checkpoint, images, tmp_path / "t", "--precision", "auto", "--accelerator", "cpu")
+    manifest = json.loads((tmp_path / "t" / "manifest.json").read_text())
+    assert manifest["precision"] == resolve_precision("auto", "cpu") != "auto"
+
+
 def observed(method, seen: list):
     """The method, which notes the precision of what it gives."""
 

@@ -132,3 +132,49 @@ def test_a_classifier_of_grey_images() -> None:
     assert module(torch.rand(2, 1, 3, 4)).isfinite().all()
     with pytest.raises(ValueError, match="halves images too often for 2x12 pixels: give it fewer channels"):
         module(torch.rand(2, 1, 2, 12))
+
+
+def test_any_network_of_timm() -> None:
+    torch.manual_seed(0)
+    config = {"class_path": CONFIG["class_path"], "init_args": {"num_classes": 3, "network": "test_resnet"}}
+    module = instantiate(config).eval()
+    assert module(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    grey = ImageClassifier(4, network="test_resnet", image_channels=1).eval()
+    assert grey(torch.rand(2, 1, 32, 32)).shape == (2, 4)
+    with pytest.raises(ValueError, match="network='hf-hub:somebody/something' is not a network of timm"):
+        ImageClassifier(3, network="hf-hub:somebody/something")
+    with pytest.raises(ValueError, match=r"channels=\(4, 8\) are those of the plain network"):
+        ImageClassifier(3, (4, 8), network="test_resnet")
+
+
+def test_label_accuracy_by_two_classifiers(checkpoint, trained, tmp_path) -> None:
+    """The second knows nothing of class 2: samples that please the first need not please it."""
+    blind = json.loads(json.dumps(CONFIG))
+    state = {name: value.clone() for name, value in trained.state_dict().items()}
+    state["network.10.bias"][2] = -100.0
+    torch.save({"state_dict": state, "hyper_parameters": blind}, tmp_path / "blind.ckpt")
+    labels = np.arange(30) % 3
+    reference = save_npz(tmp_path / "reference.npz", colours(labels, 3), labels)
+    samples = [save_npz(tmp_path / f"{seed}" / "s.npz", colours(labels, seed), labels) for seed in (4, 5)]
+    from test_evaluate import Means
+
+    arguments = {"image_size": 8, "num_images": 30, "extractor": Means(), "held_out": reference}
+    classifiers = {"first": checkpoint, "blind": str(tmp_path / "blind.ckpt")}
+    output = tmp_path / "report"
+    report = evaluate(reference, str(output), samples={"mine": samples}, classifier=classifiers, **arguments)
+    floor, one, two = report["rows"]
+    for row in (floor, one, two):
+        assert row["label_accuracy"]["first"] > 0.9 > 0.7 > row["label_accuracy"]["blind"]
+        assert row["label_accuracy_by_class"]["blind"][2] == 0.0
+    assert report["classifier"] == classifiers
+    values = report["spread"]["mine"]["label accuracy (blind)"]["values"]
+    assert values == [one["label_accuracy"]["blind"], two["label_accuracy"]["blind"]]
+    text = (output / "report.md").read_text()
+    assert "| label accuracy (first) |" in text and "| label accuracy (blind) |" in text
+    assert f"label accuracy (blind): fraction whose class, according to {classifiers['blind']}, is the intended" in text
+
+    other = {**CONFIG, "init_args": {"num_classes": 4, "channels": [4, 8]}}
+    torch.save({"state_dict": instantiate(other).state_dict(), "hyper_parameters": other}, tmp_path / "four.ckpt")
+    classifiers["four"] = str(tmp_path / "four.ckpt")
+    with pytest.raises(ValueError, match="the classifiers are of different numbers of classes"):
+        evaluate(samples[0], str(output), samples={"mine": samples}, classifier=classifiers, **arguments)

@@ -551,3 +551,110 @@ def test_settings_that_can_have_no_effect(name: str, words: str, tmp_path: Path)
     settings: dict[str, Any] = {"samples": {"a": "a.npz"}, "num_images": 8, "image_size": 8, name: "abacus"}
     with pytest.raises(ValueError, match=words):
         evaluate("nowhere", str(tmp_path), **settings)
+
+
+def several_runs(sets: dict, tmp_path: Path, name: str, seeds: range, darker: int) -> list[str]:
+    labels = np.arange(12) % 3
+    paths = []
+    for seed in seeds:
+        paths.append(save_npz(tmp_path / f"{name}{seed}" / "samples.npz", pixels(12, seed) // darker, labels))
+        run = {"network_calls": 8, "images_per_second": 2.0 + seed, "sampler": {"class_path": name}}
+        (tmp_path / f"{name}{seed}" / "run.json").write_text(json.dumps(run))
+    return paths
+
+
+def test_a_row_of_several_runs_has_a_mean_and_a_spread(sets, tmp_path):
+    near = several_runs(sets, tmp_path, "near", range(10, 13), 1)
+    also = several_runs(sets, tmp_path, "also", range(20, 22), 1)
+    dark = several_runs(sets, tmp_path, "dark", range(30, 33), 4)
+    sets["samples"] = {"near": near, "also": also, "dark": dark, **sets["samples"]}
+    report = evaluate(**sets)
+    rows = report["rows"]
+    assert [(row["name"], row["run"], row["source"]) for row in rows] == [
+        ("held-out real images", 1, sets["held_out"]),
+        *(("near", run, path) for run, path in enumerate(near, start=1)),
+        *(("also", run, path) for run, path in enumerate(also, start=1)),
+        *(("dark", run, path) for run, path in enumerate(dark, start=1)),
+        ("mine", 1, sets["samples"]["mine"]),
+    ]
+    assert set(report["spread"]) == {"near", "also", "dark"}
+    distances = [row["FD-Means"] for row in rows if row["name"] == "near"]
+    found = report["spread"]["near"]["FD-Means"]
+    assert found["values"] == distances and found["mean"] == pytest.approx(np.mean(distances))
+    assert found["standard_deviation"] == pytest.approx(np.std(distances, ddof=1))
+    differences = {tuple(pair["rows"]): pair["figures"] for pair in report["differences"]}
+    assert set(differences) == {("near", "also"), ("near", "dark"), ("also", "dark")}
+    assert not differences["near", "dark"]["FD-Means"]["within_the_spread"]
+    assert differences["near", "also"]["FD-Means"]["within_the_spread"]
+
+    text = (Path(sets["output"]) / "report.md").read_text()
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.split("\n\n")[0].split("\n")
+    }
+    header = lines["images of"]
+    cells = {name: dict(zip(header, cells, strict=True)) for name, cells in lines.items()}
+    assert [cells[name]["runs"] for name in ("held-out real images", "near", "also", "mine")] == ["1", "3", "2", "1"]
+    assert cells["near"]["FD-Means"] == f"{np.mean(distances):.2f} ± {np.std(distances, ddof=1):.2f}"
+    assert cells["near"]["network calls"] == "8" and cells["near"]["images/s"] == "13.0 ± 1.0"
+    assert "±" not in "".join(lines["held-out real images"] + lines["mine"])
+    assert f"- near and dark: beyond the spread: FD-Means ({cells['near']['FD-Means']} and " in text
+    assert "one run of each row" not in text and "mean ± sample standard deviation" in text
+
+
+def test_one_run_of_each_row_shows_no_spread(sets, tmp_path):
+    sets["samples"] = {"mine": [sets["samples"]["mine"]]}
+    report = evaluate(**sets)
+    text = (Path(sets["output"]) / "report.md").read_text()
+    assert report["spread"] == {} and report["differences"] == []
+    assert "one run of each row: the spread over training seeds is not measured" in text
+    assert "| runs |" not in text and "±" not in text.split("\n\n")[0] and "Differences between rows" not in text
+
+
+def test_runs_of_other_settings_are_no_seeds(sets, tmp_path):
+    paths = several_runs(sets, tmp_path, "a", range(2), 1) + several_runs(sets, tmp_path, "b", range(1), 2)
+    sets["samples"] = {"mine": paths}
+    assert "mine: its runs differ in sampler, so their spread is not that of seeds" in notes(evaluate(**sets))
+    sets["samples"] = {"mine": paths[:2]}
+    assert "its runs differ" not in notes(evaluate(**sets))
+
+
+def test_reconstructions_and_likelihoods_of_several_runs(
+    sets, tmp_path, make_generator, make_grid_tokenizer, monkeypatch
+):
+    import discrete_lit.checkpoints as files
+
+    def loaded(path: str) -> Any:
+        kind, seed = path.split("-")
+        torch.manual_seed(int(seed))
+        tokenizer = make_grid_tokenizer(4, (8, 8))
+        if kind == "tokenizer":
+            tokenizer.decode = lambda tokens: torch.full((len(tokens), 3, 8, 8), 0.1 * int(seed))
+            return tokenizer
+        return make_generator(kind, 4, (8, 8), 3, spread=0.5 * int(seed), tokenizer=tokenizer, image_size=8)
+
+    monkeypatch.setattr(files, "load", loaded)
+    sets["samples"] = {"mine": several_runs(sets, tmp_path, "a", range(2), 1)}
+    sets["reconstructions"] = {"tokenizer": ["tokenizer-1", "tokenizer-2"]}
+    report = evaluate(**sets, likelihoods={"mine": ["autoregressive-1", "autoregressive-2"]})
+    mine = [row["likelihood"] for row in report["rows"] if row["name"] == "mine"]
+    assert [found["checkpoint"] for found in mine] == ["autoregressive-1", "autoregressive-2"]
+    nats = [found["nats"] for found in mine]
+    assert nats[0] != nats[1] and report["spread"]["mine"]["-log p (nats)"]["values"] == nats
+    text = (Path(sets["output"]) / "report.md").read_text()
+    assert f" {np.mean(nats):,.1f} ± {np.std(nats, ddof=1):,.1f} |" in text
+    made = [row["reconstruction"]["psnr"] for row in report["rows"] if row["name"] == "tokenizer"]
+    assert made[0] != made[1] and report["spread"]["tokenizer"]["PSNR"]["values"] == made
+    assert f"| tokenizer |    2 | {np.mean(made):.2f} ± {np.std(made, ddof=1):.2f} |" in text
+    with pytest.raises(ValueError, match=r"likelihoods\.mine has 1 checkpoints, samples\.mine has 2 runs"):
+        evaluate(**sets, likelihoods={"mine": "autoregressive-1"})
+
+
+def test_runs_that_are_none_or_the_same_are_refused(sets):
+    mine = sets["samples"]["mine"]
+    with pytest.raises(ValueError, match=r"samples\.mine is empty: give a path, or a list"):
+        evaluate(**{**sets, "samples": {"mine": []}})
+    with pytest.raises(ValueError, match=r"samples\.mine has .*samples\.npz' 2 times"):
+        evaluate(**{**sets, "samples": {"mine": [mine, mine]}})
+    with pytest.raises(ValueError, match=r"reconstructions\.t has 'a\.ckpt' 2 times"):
+        evaluate(**sets, reconstructions={"t": ["a.ckpt", "a.ckpt"]})

@@ -8,11 +8,10 @@ from helpers.precision_cases import GENERATORS
 from helpers.precision_cases import make_generator as make_precision_generator
 from jsonargparse import ArgumentParser
 from lightning import LightningModule
-from timm.layers.drop import DropPath
 from torch import nn
 
 from discrete_lit.backbones import FactorisedHead, MaskedBitHead, Transformer
-from discrete_lit.backbones.blocks import Attention
+from discrete_lit.backbones.blocks import Attention, StochasticDepth
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
 from discrete_lit.samplers import BARSampler, HaltonSampler, MaskGITSampler, RasterSampler
@@ -179,8 +178,9 @@ def with_dropout(generator: Generator) -> Generator:
             module.p = 0.5
         if isinstance(module, Attention):
             module.dropout = 0.5
-        if isinstance(module, DropPath):
-            module.drop_prob = 0.5
+        if isinstance(module, StochasticDepth):
+            module.active = True
+            module.kept.fill_(0.5)
     return generator
 
 

@@ -73,7 +73,9 @@ def test_label_smoothing_in_training_alone(make_generator) -> None:
     log_probabilities = logits.log_softmax(dim=-1)
     chosen = log_probabilities.gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(plain.values, -chosen)
-    torch.testing.assert_close(smooth.values, -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1)))
+    # Training has values of masked tokens alone.
+    expected = -(0.8 * chosen + 0.2 * log_probabilities.mean(dim=-1))
+    torch.testing.assert_close(smooth.values, expected * smooth.weights)
 
 
 @pytest.mark.parametrize("weight", [0.1, 1.0])
@@ -100,3 +102,30 @@ def test_weight_of_what_is_not_masked_in_training_alone(make_generator, weight: 
 def test_settings_out_of_range(make_generator, arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_generator("masked", **arguments)
+
+
+@pytest.mark.parametrize("backbone", [{}, {"head_bias": "place"}, {"conditioning": "adaln"}, {"tied": True}])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_the_loss_of_masked_tokens_alone(make_generator, backbone, label_smoothing: float) -> None:
+    """Training makes logits of masked tokens alone; the loss and its gradients are those of all."""
+    generator = make_generator(
+        "masked", token_shape=(5,), spread=0.3, backbone=backbone, label_smoothing=label_smoothing
+    )
+    tokens, labels = torch.randint(4, (6, 5)), torch.arange(6) % 3
+    random = CounterRandom(0, torch.arange(6))
+    generator.train()
+    losses = generator.token_losses(tokens, labels, random)
+    alone = torch.autograd.grad((losses.values * losses.weights).sum(), list(generator.backbone.parameters()))
+    masked = losses.weights.bool()
+    assert 0 < masked.sum() < masked.numel() and not losses.values[~masked].any()
+    values = generator._cross_entropies(tokens, labels, masked, label_smoothing=label_smoothing)
+    torch.testing.assert_close(losses.values, values * masked)
+    whole = torch.autograd.grad((values * masked).sum(), list(generator.backbone.parameters()))
+    torch.testing.assert_close(alone, whole)
+
+
+def test_the_loss_of_masked_bits_alone(make_generator) -> None:
+    """Whose groups are masked one by one."""
+    generator = make_generator("masked", vocab_size=16, bit_groups=2, spread=0.3).train()
+    losses = generator.token_losses(torch.randint(4, (6, 6)), torch.zeros(6).long(), CounterRandom(0, torch.arange(6)))
+    assert losses.values.shape == (6, 6) and losses.values[losses.weights.bool()].all()

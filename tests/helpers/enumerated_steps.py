@@ -63,7 +63,8 @@ def predict(backbone, denoiser, states, interval, scale=1.0) -> Prediction:
     labels, level = [torch.zeros(len(states), dtype=torch.int64)], finite_noise(interval.t)
     if scale != 1:
         labels.append(torch.full_like(labels[0], backbone.layout.null_label))
-    outputs = tuple(denoiser.head(backbone.logits_at(states, label, level.alpha), states, level) for label in labels)
+    alpha = level.alpha.expand(len(states), 1)
+    outputs = tuple(denoiser.head(backbone.logits_at(states, label, alpha), states, level) for label in labels)
     return Prediction(denoiser=denoiser, x_t=states, level=level, outputs=outputs, scale=scale)
 
 

@@ -134,7 +134,9 @@ class ExactBackbone(Backbone):
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> Tensor:
+        assert predicted is None
         sigma = torch.full((len(tokens),), self.blind_sigma) if time is None else time
         return self.logits_at(tokens, labels, torch.exp(-sigma.double())[:, None])
 

@@ -7,15 +7,14 @@ Every setting is read there or from the tensors' shapes; what neither says stand
 """
 
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import cached_property
+from math import isnan
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +25,6 @@ Tensors = dict[str, Tensor]
 # `load(**reference)`: the module of a case, with some of the reference's arguments in place of the case's own.
 Load = Callable[..., Any]
 
-UNSET = "DISCRETE_LIT_GOLDEN, the folder of the reference outputs, is not set"
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 
 DEFAULTS: dict[tuple[str, str], Any] = {
@@ -42,10 +40,15 @@ DEFAULTS: dict[tuple[str, str], Any] = {
 
 
 class Case:
-    """One case: `state`, `inputs` and `expected` by the names of the reference, without their prefixes."""
+    """One case: `state`, `inputs` and `expected` by the names of the reference, without their prefixes.
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.family = file, file.parent.name
+    Args:
+        file: of the tensors; the one that says what they are lies beside it.
+        device: of inputs, expected outputs, and the module that `published` loads.
+    """
+
+    def __init__(self, file: Path, device: torch.device | str = "cpu") -> None:
+        self.file, self.family, self.device = file, file.parent.name, torch.device(device)
 
     def __str__(self) -> str:
         return f"{self.family}-{self.file.stem}"
@@ -67,11 +70,11 @@ class Case:
 
     @cached_property
     def inputs(self) -> Tensors:
-        return self._under("in.")
+        return {name: value.to(self.device) for name, value in self._under("in.").items()}
 
     @cached_property
     def expected(self) -> Tensors:
-        return self._under("out.")
+        return {name: value.to(self.device) for name, value in self._under("out.").items()}
 
     @property
     def constructor(self) -> dict[str, Any]:
@@ -126,19 +129,11 @@ class Case:
         return self.constructor.get(argument, DEFAULTS[self.family, argument])
 
 
-def cases() -> list[Any]:
-    """Every case of the folder, as parameters of a test; one that is skipped where no folder is named."""
-    folder = os.environ.get("DISCRETE_LIT_GOLDEN")
-    if not folder:
-        return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
-    found = [Case(file) for file in sorted(Path(folder).glob("*/*.safetensors"))]
-    assert found, f"DISCRETE_LIT_GOLDEN={folder!r} has no case <family>/<name>.safetensors"
-    return [pytest.param(case, id=str(case)) for case in found]
-
-
-def cases_of(families: Collection[str]) -> list[Any]:
-    """The cases of some families, as parameters of a test."""
-    return [case for case in cases() if case.values[0] is None or case.values[0].family in families]
+def cases_in(folder: Path, device: torch.device | str = "cpu") -> list[Case]:
+    """Every case of a folder; an AssertionError if there is none."""
+    found = [Case(file, device) for file in sorted(folder.glob("*/*.safetensors"))]
+    assert found, f"{folder} has no case <family>/<name>.safetensors"
+    return found
 
 
 def published_state(case: Case, part: str = "var.") -> Tensors:
@@ -158,7 +153,9 @@ def published(case: Case, folder: Path) -> Load:
 
     def load(**reference: Any) -> Any:
         arguments = {**case.arguments, **reference}
-        return load_pretrained(folder / "published.safetensors", case.family, arguments, tokenizer)
+        with torch.device("cpu"):
+            module = load_pretrained(folder / "published.safetensors", case.family, arguments, tokenizer)
+        return module.to(case.device)
 
     return load
 
@@ -167,23 +164,30 @@ def published(case: Case, folder: Path) -> Load:
 Compared = Mapping[str, Mapping[str, Callable[[Case, Tensor], Tensor]]]
 
 
-def compare(
-    case: Case,
-    found: Mapping[str, Tensor],
-    without_place: Mapping[str, str],
-    compared: Compared,
-    tolerance: float = 1e-4,
-    tolerances: Mapping[tuple[str, str], float] | None = None,
-) -> None:
-    """Compare every output of a case, integers exactly, numbers within a share of the largest of the reference.
+class Difference(NamedTuple):
+    """How far one output is from the reference's."""
+
+    name: str
+    error: float
+    """Of numbers the largest difference as a share of the largest value; of integers how many differ."""
+    whole: bool
+    """Whether these are integers, which must be equal."""
+
+    def within(self, tolerance: float) -> bool:
+        """Whether integers are equal and numbers within a share of the largest; NaN never is."""
+        return self.error == 0 if self.whole else self.error <= tolerance
+
+
+def differences(
+    case: Case, found: Mapping[str, Tensor], without_place: Mapping[str, str], compared: Compared
+) -> Iterator[Difference]:
+    """Compare every output of a case.
 
     Args:
         case: the case.
         found: our outputs; those that the case does not have are left aside.
         without_place: patterns of outputs that ours cannot have, with the reasons.
         compared: what is made of an output before it is compared; both sides where `found` has its shape too.
-        tolerance: the share.
-        tolerances: of single outputs, by family and output, which the case itself says to be less exact.
     """
     assert case.expected, f"{case} has no outputs"
     excused = {name for name in case.expected for pattern in without_place if re.fullmatch(pattern, name)}
@@ -193,17 +197,16 @@ def compare(
     for name in sorted(case.expected.keys() - excused):
         part = compared.get(case.family, {}).get(name)
         expected = case.expected[name]
-        share = (tolerances or {}).get((case.family, name), tolerance)
-        check(f"{case}: out.{name}", found[name].detach(), part(case, expected) if part else expected, share)
+        yield difference(f"{case}: out.{name}", found[name].detach(), part(case, expected) if part else expected)
 
 
-def check(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Compare one output; fails with its name."""
+def difference(name: str, found: Tensor, expected: Tensor) -> Difference:
+    """Compare one output; fails, with its name, where the shapes or the kinds of numbers differ."""
     found = found.reshape(expected.shape) if found.dim() == 0 else found
     assert found.shape == expected.shape, f"{name}: {tuple(found.shape)} is not {tuple(expected.shape)}"
     if not expected.is_floating_point():
         assert not found.is_floating_point(), name
-        assert torch.equal(found.long(), expected.long()), name
-        return
+        return Difference(name, float((found.long() != expected.long()).sum()), True)
     error, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    assert error <= tolerance * largest, f"{name}: {error} off, where the largest is {largest}"
+    share = error / largest if largest else error and float("inf")
+    return Difference(name, float("inf") if isnan(share) else share, False)

@@ -1,6 +1,7 @@
 """MaskGIT's own decoding on the toy network of its golden cases, which have no checkpoint, only noise."""
 
 from types import SimpleNamespace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,6 +53,9 @@ class GivenNoise(CounterRandom):
         super().__init__(0, torch.arange(noise.shape[1]))
         self.noise = noise
 
+    def ahead(self, steps: int) -> Self:
+        return self
+
     def gumbel(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         assert purpose == Purpose.CONFIDENCE and count == self.noise.shape[2]
         return self.noise[step].double()
@@ -67,7 +71,11 @@ class GivenDraws(MaskGITSampler):
 
     def choose(self, log_probabilities: Tensor, uniforms: Tensor, temperature: float | None = None):
         masked = self.backbone.inputs[-1] == self.backbone.layout.mask_id
-        places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, : log_probabilities.shape[1]]
+        drawn_at = log_probabilities.shape[1]
+        if drawn_at == masked.shape[1]:  # all positions, in their own order
+            places = torch.arange(drawn_at).expand(len(masked), -1)
+        else:
+            places = masked.byte().argsort(dim=1, descending=True, stable=True)[:, :drawn_at]
         noise = self.noise[len(self.drawn)].gather(1, places[..., None].expand(-1, -1, self.noise.shape[-1]))
         ids = (log_probabilities + noise).argmax(dim=-1)
         drawn = torch.where(masked, self.backbone.inputs[-1].scatter(1, places, ids), self.backbone.inputs[-1])
@@ -113,6 +121,7 @@ def masked_by_confidence(case: Case) -> Tensor:
             denoiser=None,
             start=lambda: start,
             unknown=lambda: start == layout.mask_id,
+            unknown_counts=lambda: [length],
             predict=lambda tokens, scale: torch.zeros(1, length, 1),
             record=lambda tokens, confidence: None,
         )

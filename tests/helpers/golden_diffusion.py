@@ -280,14 +280,20 @@ def compared(outputs: Callable[[Load, Case], Tensors], load: Load, case: Case) -
     return {name: parts[name](case, value) if name in parts else value for name, value in outputs(load, case).items()}
 
 
-def again(generator: Any, case: Case) -> Tensors:
-    """What a module that was saved and loaded again must give bit for bit."""
+def network_outputs(generator: Any, case: Case) -> Tensors:
+    """The logits of the noisy ids, as the head reads them where the reference's network has a head."""
     parts = generator.denoiser()
     level = NoiseLevel.at(parts.schedule, case.inputs["t"][:, None])
-    states = case.inputs["xt"]
     if case.family == "mdlm":
-        states = exchanged(case, states, parts.process.mask_id)
-    return {"logits": logits(generator, states, level)}
+        network = logits(generator, exchanged(case, case.inputs["xt"], parts.process.mask_id), level)
+        return {"backbone_logits": without_mask(case, network) if mask_within(case) else network}
+    states = case.inputs["xt"]
+    return {"log_score": parts.head(logits(generator, states, level), states, level)}
+
+
+def again(generator: Any, case: Case) -> Tensors:
+    """What a module that was saved and loaded again must give bit for bit."""
+    return network_outputs(generator, case)
 
 
 OUTPUTS = {

@@ -387,6 +387,18 @@ def outputs(load: Load, case: Case) -> Tensors:
     return forward(generator, case) | samples(generator, case)
 
 
+def network_outputs(generator: Any, case: Case) -> Tensors:
+    """The logits of given ids."""
+    if case.family == "taming_net2net":
+        # Not of the ids that our encoder chooses.
+        tokens, prefix = case.expected["z_indices"], int(case.inputs["seq_len"])
+        labels = torch.zeros(len(tokens), dtype=torch.int64) if generator.num_classes == 1 else case.inputs["c"]
+        backbone = generator.sampled_backbone()
+        passes = {"logits": tokens[:, :-1], "raw_logits_prefix": tokens[:, : prefix - 1]}
+        return {name: backbone(given, labels) for name, given in passes.items()}
+    return PASSES[case.family][0](generator, case)
+
+
 def again(generator: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
     return PASSES[case.family][0](generator, case)

@@ -374,6 +374,30 @@ def unit(outputs: Tensor) -> Tensor:
     return (outputs + 1) / 2
 
 
+def network_outputs(module: Any, case: Case) -> Tensors:
+    """What the encoder makes of the images, and the decoder of given ids or latents."""
+    network = module.network
+    unit_range = case.family.startswith("titok") or network.pixels == "unit"
+    images = case.inputs["x"] * 2 - 1 if unit_range else case.inputs["x"]
+    encoded = network.encode(images)
+    if case.family == "mar_kl_vae":
+        return {"mean": encoded.chunk(2, dim=1)[0], "decoded_z": decode(module, case.inputs["z"])}
+    if case.family == "titok_vae":
+        return {"moments": encoded[:, :, None], "decoded_z": unit(network.decode(case.inputs["z"][:, :, 0]))}
+    if case.family == "taming_gumbelvq":
+        chosen = module.embed(case.expected["indices_argmax"])
+        return {"prequant": encoded, "xrec_argmax": decode(module, chosen)}
+    codes = module.embed(case.inputs["codes"].reshape(-1, *module.token_shape(images.shape[-1])))
+    if case.family == "titok":
+        return {"z": encoded[:, :, None], "decoded_codes": unit(network.decode(codes))}
+    images = decode(module, codes)
+    if case.family == "var_vqvae":
+        return {"f": encoded, "decoded_codes": images.clamp(-1, 1)}
+    suffix = "_ema" if case.expects("prequant_ema") else ""
+    unclamped = case.family != "maskgit_vqgan"
+    return {f"prequant{suffix}": encoded, f"decoded_codes{suffix}": images if unclamped else images.clamp(0, 1)}
+
+
 def again(module: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
     return {"encoded": module.encode(case.inputs["x"] * 2 - 1)}

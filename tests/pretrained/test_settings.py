@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.golden import Case, cases_of, published, published_state
+from helpers.golden import Case, published, published_state
+from helpers.golden_cases import cases_of
 from torch import Tensor
 
 from discrete_lit.pretrained import FAMILIES

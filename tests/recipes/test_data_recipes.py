@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from discrete_lit.data.sources.emoji import Emoji, split_of
+
 DATA = Path(__file__).parents[2] / "data"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
@@ -140,3 +142,14 @@ def test_emoji_into_both_splits(tmp_path: Path) -> None:
 
     ended = recipe("emoji", "--package", tmp_path, "--output", tmp_path / "other")
     assert ended.returncode == 1 and "npm pack emoji-datasource-google" in ended.stderr
+
+
+def test_emoji_that_choices_are_made_on_are_neither_trained_nor_tested() -> None:
+    names = [f"{0x1F400 + number:x}" for number in range(400)]
+    splits = {split_of(name, 0.2) for name in names}
+    assert splits == {"train", "validation", "test"}
+    for name in names:
+        assert split_of(f"{name}-1f3fb", 0.2) == split_of(name, 0.2)
+        assert (split_of(name) == "test") == (split_of(name, 0.2) == "test") and split_of(name) != "validation"
+    with pytest.raises(ValueError, match=r"validation_fraction is 1\.5"):
+        Emoji("package", "train", validation_fraction=1.5)

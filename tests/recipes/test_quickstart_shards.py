@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
 
 from discrete_lit.cli.shards import shards
-from discrete_lit.data.sources import EmbeddedSet
+from discrete_lit.data.sources import EmbeddedSet, Source
+from discrete_lit.data.sources.source import shuffled
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,15 +22,50 @@ def parser() -> ArgumentParser:
     return result
 
 
-@pytest.mark.parametrize(("name", "split", "count"), [("shards", "train", 20_000), ("shards_test", "test", 10_000)])
-def test_yaml_names_the_embedded_set(monkeypatch: pytest.MonkeyPatch, name: str, split: str, count: int) -> None:
+PARTS = {"": 20_000, "_test": 1_000, "_validation": 1_000, "_apart": 8_000, "_validation_reference": 1_000}
+
+
+def source_of(name: str) -> tuple[Source, str]:
+    """The source of a file of the quickstart, and the split that it says."""
+    config = parser().parse_args([f"--config=lightning_configs/quickstart/shards{name}.yaml"])
+    assert config.output == f"runs/quickstart/shards/{config.split}"
+    return parser().instantiate(config).source, config.split
+
+
+@pytest.mark.parametrize(("name", "count"), PARTS.items())
+def test_yaml_names_the_embedded_set(monkeypatch: pytest.MonkeyPatch, name: str, count: int) -> None:
     monkeypatch.chdir(ROOT)
-    config = parser().parse_args([f"--config=lightning_configs/quickstart/{name}.yaml"])
-    assert (config.split, config.output) == (split, f"runs/quickstart/shards/{split}")
-    source = parser().instantiate(config).source
-    assert isinstance(source, EmbeddedSet)
-    assert len(source) == count
-    assert source.entries[0].key.startswith(split)
+    source, split = source_of(name)
+    assert split == (name.removeprefix("_") or "train")
+    assert len(source) == count and set(Counter(entry.label for entry in source.entries).values()) == {count // 10}
+    assert source.entries[0].key.startswith("train" if name in ("", "_validation_reference") else "test")
+
+
+def test_no_image_of_the_table_is_seen_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The parts of the test images are disjoint; the two references are; the table's images are the first of all."""
+    monkeypatch.chdir(ROOT)
+    keys = {name: [entry.key for entry in source_of(name)[0].entries] for name in PARTS}
+    tested = [key for name in ("_test", "_validation", "_apart") for key in keys[name]]
+    assert len(tested) == len(set(tested)) == 10_000
+
+    whole = EmbeddedSet("data/fashion_mnist.npz", "test")
+    first = Counter()
+    table = set()
+    for index in shuffled(whole, 0):
+        label = whole.entries[index].label
+        if first[label] < 100:
+            table.add(whole.entries[index].key)
+        first[label] += 1
+    assert table == set(keys["_test"])
+
+    training = EmbeddedSet("data/fashion_mnist.npz", "train")
+    reference, seen = set(), Counter()
+    for index in shuffled(training, 0):
+        label = training.entries[index].label
+        if seen[label] < 100:
+            reference.add(training.entries[index].key)
+        seen[label] += 1
+    assert not reference & set(keys["_validation_reference"])
 
 
 def test_the_command_writes_shards_and_says_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,17 @@ from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
+from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
 
-__all__ = ["ClassFolders", "EmbeddedSet", "Emoji", "Entry", "ImageNetTrain", "ImageNetValidation", "Sample", "Source"]
+__all__ = [
+    "ClassFolders",
+    "EmbeddedSet",
+    "Emoji",
+    "Entry",
+    "ImageNetTrain",
+    "ImageNetValidation",
+    "PartOfSource",
+    "Sample",
+    "Source",
+]

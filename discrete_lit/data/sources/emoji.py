@@ -19,19 +19,29 @@ class Emoji(Source):
 
     An emoji and its variations in skin tone, gender or profession begin with the same code point and look alike, so
     the split goes by the first code point: a tenth of those, chosen by a hash, are the test set with all that begins
-    with them. Keys are the code points in hexadecimal, `1f469-1f3fd-200d-1f680`.
+    with them, and as many as `validation_fraction` says of all are another set, for choices that the test set must not
+    decide. Keys are the code points in hexadecimal, `1f469-1f3fd-200d-1f680`.
     Source: https://github.com/iamcal/emoji-data (the files), https://github.com/googlefonts/noto-emoji (the pictures,
     Apache-2.0).
 
     Args:
         package: the package's folder, which holds `emoji.json` and `img/google/64`.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
+        validation_fraction: of the first code points, at most 0.9; they are taken from the training images.
 
     Raises:
-        ValueError: the folder is not that of the package.
+        ValueError: the folder is not that of the package, or the fraction is out of its range.
     """
 
-    def __init__(self, package: str | os.PathLike[str], split: Literal["train", "test"]) -> None:
+    def __init__(
+        self,
+        package: str | os.PathLike[str],
+        split: Literal["train", "validation", "test"],
+        *,
+        validation_fraction: float = 0.0,
+    ) -> None:
+        if not 0 <= validation_fraction <= 1 - _TEST_FRACTION:
+            raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, {1 - _TEST_FRACTION}]")
         root = Path(package)
         table, self._images = root / "emoji.json", root / "img" / "google" / "64"
         if not table.is_file() or not self._images.is_dir():
@@ -46,7 +56,7 @@ class Emoji(Source):
         entries = [
             Entry(path.stem, "png", classes.index(category_of[path.stem]), path.stat().st_size)
             for path in paths
-            if is_test(path.stem) == (split == "test")
+            if split_of(path.stem, validation_fraction) == split
         ]
         super().__init__(f"emoji-datasource-google {version} {split}", classes=classes, entries=entries)
 
@@ -58,10 +68,12 @@ class Emoji(Source):
         return buffer.getvalue()
 
 
-def is_test(key: str) -> bool:
-    """Whether an emoji, given by its code points in hexadecimal and hyphens, belongs to the test set."""
-    first = key.split("-")[0]
-    return int(content_sha256(first)[:8], 16) < _TEST_FRACTION * 2**32
+def split_of(key: str, validation_fraction: float = 0.0) -> str:
+    """The split of an emoji, given by its code points in hexadecimal and hyphens: `train`, `validation` or `test`."""
+    place = int(content_sha256(key.split("-")[0])[:8], 16) / 2**32
+    if place < _TEST_FRACTION:
+        return "test"
+    return "validation" if place < _TEST_FRACTION + validation_fraction else "train"
 
 
 def _categories(table: list[dict]) -> dict[str, str]:

@@ -114,6 +114,11 @@ class Source(ABC):
         return content_sha256(json.dumps(item) for item in (self.classes, *self.entries))
 
 
+def shuffled(source: Source, seed: int) -> list[int]:
+    """Order the samples by SHA-256 of seed and key, so that it depends on no library and not on the source's order."""
+    return sorted(range(len(source)), key=lambda index: content_sha256(f"{seed} {source.entries[index].key}"))
+
+
 def file_change(path: Path) -> int:
     """The time in nanoseconds of a file's last change, be it of its content or of its entry in the folder.
 

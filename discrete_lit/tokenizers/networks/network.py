@@ -1,6 +1,7 @@
 """The contract of an autoencoder network: images to a grid of latents, and codes back to images."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -59,3 +60,10 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Decode codes `(B, code_dim, *grid)` to images `(B, C, H, W)`, about [-1, 1] and not clamped."""
+
+    def hidden_layers(self) -> Iterable[nn.Module]:
+        """Give the modules whose linear layers are hidden ones, for optimizers that treat their weights as matrices.
+
+        None by default.
+        """
+        return ()

@@ -5,6 +5,7 @@
 `TransformerBlocks` and what stands below it are TiTok's too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Literal, cast
@@ -130,6 +131,9 @@ class ViTAutoencoder(Autoencoder):
         patches = self.decoder(self.decoder_positions(embedded, (height, width)))
         return F.pixel_shuffle(rearrange(patches, "b (h w) d -> b d h w", h=height), self.patch_size)
 
+    def hidden_layers(self) -> Iterable[nn.Module]:
+        return transformer_blocks(self)
+
 
 def patch_grid(image_size: ImageSize, patch_size: int) -> tuple[int, int]:
     """Rows and columns of the patches of images of a size.
@@ -193,6 +197,11 @@ class PatchPositions(nn.Module):
                 table = sine_cosine_table(grid_coordinates(grid), self.width, dtype=torch.float64)
                 self._made[key] = table.to(like.device, like.dtype)
         return self._made[key]
+
+
+def transformer_blocks(module: nn.Module) -> list[Block]:
+    """List the transformer blocks of a network."""
+    return [block for block in module.modules() if isinstance(block, Block)]
 
 
 class TransformerBlocks(nn.Module):

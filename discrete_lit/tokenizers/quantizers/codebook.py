@@ -191,7 +191,8 @@ class Codebook(RunningStatistics):
             seen.sums = torch.zeros_like(self.embedding_sum) if seen.sums is None else seen.sums
             seen.sums.index_add_(0, ids, rows)
         if self.revive_below is not None:
-            seen.rows.append(rows[finite])
+            seen.rows.append(rows)
+            seen.finite.append(finite)
         if not self.accumulating:
             self.end_step()
 
@@ -213,7 +214,7 @@ class Codebook(RunningStatistics):
             self.codes.copy_(self._means())
         if self.revive_below is not None:
             self.steps += 1
-            self._revive(torch.cat(seen.rows))
+            self._revive(torch.cat(seen.rows), torch.cat(seen.finite))
 
     def _means(self) -> Tensor:
         """Eq. 8: e = m / N."""
@@ -226,12 +227,14 @@ class Codebook(RunningStatistics):
         size = (self.cluster_size + smoothing) / (total + self.size * smoothing) * total
         return self.embedding_sum / size[:, None]
 
-    def _revive(self, rows: Tensor) -> None:
-        """Replace dead codes by latents drawn without replacement from the rows `(n, D)` of all ranks."""
+    def _revive(self, rows: Tensor, finite: Tensor) -> None:
+        """Replace dead codes by latents drawn without replacement from the `finite (n,)` rows `(n, D)` of all ranks."""
         assert self.revive_below is not None
+        # The host waits for the device here, once a step: with nothing to revive, there is nothing else to do.
         dead = (self.cluster_size < self.revive_below).nonzero()[:, 0]
         if len(dead) == 0:
             return
+        rows = rows[finite]
         lengths = all_gather_rows(torch.tensor([len(rows)], device=rows.device))
         order = sort_order(all_gather_rows(sort_keys(rows)))
         random = CounterRandom(self.seed, self.steps[None])
@@ -259,7 +262,9 @@ class _Seen:
     sums: Tensor | None = None
     """`(K, D)`: the sum of those that chose it; with `"ema"` only."""
     rows: list[Tensor] = field(default_factory=list)
-    """`(n, D)` of each batch, those that are finite; with revival only."""
+    """`(n, D)` of each batch, zeros where they are not finite; with revival only."""
+    finite: list[Tensor] = field(default_factory=list)
+    """`(n,)` bool of each batch: which of the rows are finite; with revival only."""
 
 
 # First codes from latents, the same however these are split over ranks: the latents of all ranks are sorted first.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 FiniteScalarFormula = Literal["paper", "atanh"]
@@ -94,7 +95,7 @@ class FiniteScalarQuantizer(Quantizer):
         self._made: dict[tuple[torch.device, torch.dtype, int], _Constants] = {}
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             latents = latents.to(self.precision.dtype)
             together = gcd(latents.shape[:-1].numel(), _POSITIONS_TOGETHER) if latents.is_contiguous() else 1
             rows = latents.reshape(-1, together * self.dim) if together > 1 else latents

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.distributed import rank, world_size
-from discrete_lit.core.modules import RunningStatistics
+from discrete_lit.core.modules import RunningStatistics, full_precision
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
@@ -111,7 +111,7 @@ class GumbelQuantizer(Quantizer, RunningStatistics):
             raise ValueError(
                 f"noise must have the shape of the logits, {(*grid, self.vocab_size)}, got {tuple(noise.shape)}"
             )
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             logits = self.to_logits(rearrange(latents.to(self.precision.dtype), "... d -> (...) d"))  # (n, K)
             log_q = logits.log_softmax(dim=1)
             kl = (log_q.exp() * (log_q + log(self.vocab_size))).sum(dim=1).mean()
@@ -156,7 +156,7 @@ class GumbelQuantizer(Quantizer, RunningStatistics):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the largest logits of latents `(B, *grid, latent_dim)`."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             return self.to_logits(latents.to(self.precision.dtype)).argmax(dim=-1)
 
     def lookup(self, tokens: Tensor) -> Tensor:

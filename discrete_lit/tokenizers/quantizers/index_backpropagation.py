@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
 from discrete_lit.tokenizers.quantizers.gradient_estimators import through_probabilities
 from discrete_lit.tokenizers.quantizers.nearest import largest_product
@@ -71,7 +72,7 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.codes = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             z = rearrange(latents.to(self.precision.dtype), "... d -> (...) d")
             logits = z @ self.codes.T  # (n, K)
             ids = largest_product(z, self.codes)
@@ -91,7 +92,7 @@ class IndexBackpropagationQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes with the largest dot product with latents `(B, *grid, D)`."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             ids = largest_product(rearrange(latents.to(self.precision.dtype), "... d -> (...) d"), self.codes)
             return ids.reshape(latents.shape[:-1])
 

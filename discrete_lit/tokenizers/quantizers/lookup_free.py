@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.entropy import bits_entropy, joint_bits_entropy
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
@@ -103,7 +104,7 @@ class LookupFreeQuantizer(Quantizer):
         self.register_buffer("shifts", shifts)
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             u = self.project(latents.to(self.precision.dtype))
             code = self._signs(u) * self.scale
             losses = {"commitment": self.commitment_weight * self.commitment(u, code)}

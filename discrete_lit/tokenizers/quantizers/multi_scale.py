@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import height_and_width, normal_size, size_text
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
@@ -123,7 +124,7 @@ class MultiScaleResidualQuantizer(Quantizer):
         return (sum(self.lengths),)
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
             latents = latents.to(self.precision.dtype)
             self.codebook.prepare(latents)
@@ -155,7 +156,7 @@ class MultiScaleResidualQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
             return _in_sequence([step.ids for step in self._algorithm_1(latents.to(self.precision.dtype))])
 
@@ -179,7 +180,8 @@ class MultiScaleResidualQuantizer(Quantizer):
             z = F.interpolate(z, size=self.sizes[-1], mode="bicubic")
         if not self.phi_ratio:
             return z
-        convolved = self.phi[self.phi_of_scale[number]](z)
+        with full_precision(z.device):
+            convolved = self.phi[self.phi_of_scale[number]](z)
         return (1 - self.phi_ratio) * z + self.phi_ratio * convolved
 
     # Sequences of ids: what a next-scale predictor needs, in training and while sampling.

@@ -5,13 +5,13 @@ tiles that stay in the cache, and of each block of codes only the maximum is kep
 best is then looked for among few numbers, and the products with the codes of that block are formed once more.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from discrete_lit.core.modules import full_precision
 
 
 class _Tiling(NamedTuple):
@@ -75,7 +75,7 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
     columns += -columns % 16
     tiles = F.pad(rows, (0, 0, 0, -len(rows) % columns)).view(-1, columns, rows.shape[1])
     search = _Search(codes, tiling)
-    with _full_precision():
+    with full_precision(rows.device):
         ids = torch.cat([search(part) for part in tiles.split(search.tiles_at_once(columns))])
     return ids[: len(rows)].clamp_(max=count - 1)
 
@@ -125,14 +125,3 @@ class _Search:
         tile, column = (torch.arange(size, device=maxima.device) for size in (tiles, columns))
         inside = grouped[tile[:, None], group, :, column].max(dim=2).indices
         return torch.add(inside, group, alpha=self.blocks)
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Multiply float32 matrices in float32, also where TF32 or bfloat16 was allowed in its place."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)

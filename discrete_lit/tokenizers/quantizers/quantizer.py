@@ -42,7 +42,8 @@ class Component(NamedTuple):
 class Quantizer(FullPrecision, ABC):
     """Map the last dimension of latents on any grid, `(B, *grid, latent_dim)`, to ids and code vectors.
 
-    Computes in float32, or in float64 where it was put into it, whatever the autocast and the precision of the latents.
+    Computes in float32, or in float64 where it was put into it, whatever the autocast and the precision of the latents,
+    and not in TF32 where that is allowed in float32's place.
     Its codes and statistics stay in float32 in a tokenizer in half precision: distances between near codes, and running
     means that move by a thousandth, would be lost.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
@@ -86,7 +87,7 @@ class ResidualQuantizer(Quantizer):
         return codebook
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             z = latents.to(self.precision.dtype)
             residual, z_d = z.detach(), torch.zeros_like(z)
             tokens, commitments, codebook_terms = [], [], []
@@ -109,7 +110,7 @@ class ResidualQuantizer(Quantizer):
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             residual, tokens = latents.to(self.precision.dtype), []
             for number in range(self.depth):
                 tokens.append(self.codebook(number).search(residual))

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.entropy import softmax_entropies
 from discrete_lit.tokenizers.quantizers.gradient_estimators import GRADIENTS
@@ -107,7 +108,7 @@ class VectorQuantizer(Quantizer):
         self.entropy_log_offset = entropy_log_offset
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             latents = latents.to(self.precision.dtype)
             self.codebook.prepare(latents)
             tokens = self.codebook.search(latents)  # eq. 1
@@ -132,7 +133,7 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             return self.codebook.search(latents.to(self.precision.dtype))
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -184,7 +185,7 @@ class SimVectorQuantizer(Quantizer):
         self.to_codes = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, latents: Tensor) -> Quantized:
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             z_e = latents.to(self.precision.dtype)
             tokens = self.encode(z_e)
             e = self.lookup(tokens)
@@ -197,10 +198,10 @@ class SimVectorQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         """Ids `(B, *grid)` of the codes nearest in Euclidean distance to latents `(B, *grid, D)`."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with full_precision(latents.device):
             rows = rearrange(latents.to(self.precision.dtype), "... d -> (...) d")
             return nearest_codes(rows, self.to_codes(self.coefficients)).reshape(latents.shape[:-1])
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        with torch.autocast(tokens.device.type, enabled=False):
+        with full_precision(tokens.device):
             return self.to_codes(F.embedding(tokens, self.coefficients))
