@@ -61,7 +61,7 @@ def test_every_import_is_declared(folder: str) -> None:
     if folder != "discrete_lit":  # the others are folders of scripts, which import one another by their names
         own |= {"data", *(path.stem for path in (ROOT / folder).rglob("*"))}
     if folder in BESIDE:
-        own |= {path.stem for path in (ROOT / BESIDE[folder]).iterdir()}
+        own |= {path.stem for path in (ROOT / BESIDE[folder]).rglob("*")}
     distributions = packages_distributions()
     undeclared = {
         module: file

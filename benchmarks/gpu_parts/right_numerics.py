@@ -16,8 +16,8 @@ FLOAT32 = 2.0**-24
 @part("nearest_code", kind="right", seconds=20, what="ids of the nearest codes against a search in float64")
 @torch.no_grad()
 def nearest_code(setting: Setting) -> Iterator[Check]:
-    cases = [(512, 8), (1000, 64)] if setting.tiny else [(16_384, 8), (16_384, 256), (262_144, 18), (262_144, 256)]
-    rows = 64 if setting.tiny else 4096
+    cases = [(4096, 8), (1000, 64)] if setting.tiny else [(16_384, 8), (16_384, 256), (262_144, 18), (262_144, 256)]
+    rows = 2048 if setting.tiny else 4096
     for codes, dim in cases:
         generator = torch.Generator().manual_seed(codes + dim)
         latents, table = (torch.randn(count, dim, generator=generator).to(setting.device) for count in (rows, codes))

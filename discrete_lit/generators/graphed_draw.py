@@ -140,7 +140,7 @@ class GraphedDraw:
                 self._recorded = self._record()
             except RuntimeError as error:
                 self.reason = _first_cause(error)
-                warnings.warn(f"the draw is not recorded as a CUDA graph: {self.reason}", stacklevel=2)
+                warnings.warn(f"the draw is not recorded as a CUDA graph: {self.reason}", stacklevel=3)
                 return self._plain(labels, indices)
         recorded = self._recorded
         recorded.replay()

@@ -26,7 +26,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "argmax": {"clean_up": "argmax", "grid": CosineSchedule()},
     "normal": {"grid": TruncatedNormalSchedule(lowest=0.0)},
 }
-WAYS_OF = [("ancestral", "absorbing"), ("euler", "uniform"), ("cap", "absorbing")]
+WAYS_OF = [("ancestral", "absorbing"), ("euler", "uniform")]
+# These take the ways of the same sampler with other noise.
+ALIKE = {("euler", "hybrid"), ("tau", "hybrid"), ("gibbs", "hybrid"), ("forward_backward", "gaussian")}
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Drawer:
 def names() -> list[str]:
     """The name of each case, and of each way through the loops of diffusion."""
     found = [*sampler_cases.CASES, "adaln", "fixed_order"]
-    found += [f"{sampler}-{process}" for sampler, process in diffusion_cases.CASES]
+    found += [f"{sampler}-{process}" for sampler, process in diffusion_cases.CASES if (sampler, process) not in ALIKE]
     found += [f"{sampler}-{process}-{way}" for sampler, process in WAYS_OF for way in WAYS if way]
     return [*found, "ancestral-gaussian-score_head", "ancestral-hybrid-score_head", "tau-gaussian"]
 
