@@ -82,17 +82,18 @@ $(RUNS)/evaluation_seeds/report.md: $(SEEDED:%=$(RUNS)/%/samples.npz) $(OF_SEEDS
 		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/evaluate_seeds.yaml
 
-# $(1) is the seed.
+# $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
 define seed
 $(RUNS)/seed_$(1)/tokenizer/finished: $(SHARDS:%=$(RUNS)/shards/%/manifest.json)
-	$$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --seed_everything $(1) --run_dir $$(@D) --ckpt_path last
+	$$(LIT) fit --config $(CONFIGS)/tokenizer.yaml --seed_everything $(1) --data.init_args.seed $(1) --run_dir $$(@D) --ckpt_path last
 	@touch $$@
 
 $(SHARDS:%=$(RUNS)/seed_$(1)/tokens/%/manifest.json): $(RUNS)/seed_$(1)/tokens/%/manifest.json: $(RUNS)/seed_$(1)/tokenizer/finished
 	$$(call tokenize,$(CONFIGS),$$*)
 
 $(SEEDED:%=$(RUNS)/seed_$(1)/%/finished): $(RUNS)/seed_$(1)/%/finished: $(SHARDS:%=$(RUNS)/seed_$(1)/tokens/%/manifest.json)
-	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --run_dir $$(@D) \
+	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+		--run_dir $$(@D) \
 		--model.init_args.tokenizer.init_args.checkpoint $(RUNS)/seed_$(1)/tokenizer/checkpoints/last.ckpt \
 		--data.init_args.train $(RUNS)/seed_$(1)/tokens/train \
 		--data.init_args.validation $(RUNS)/seed_$(1)/tokens/validation --ckpt_path last

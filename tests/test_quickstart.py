@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,16 @@ def test_seeds_differ_in_the_seed_alone_and_read_their_own_tokens(tmp_path: Path
         for step in own:
             used = [argument for argument in step if argument.startswith("runs/quickstart/")]
             assert used and all(argument.startswith(f"runs/quickstart/seed_{seed}/") for argument in used)
-            if step[0] != "tokenize":
-                assert option(step, "--seed_everything" if step[0] == "fit" else "--seed") == seed
+            seeds = {
+                name: value
+                for name, value in pairwise(step)
+                if name.rpartition(".")[2] in ("--seed_everything", "seed")
+            }
+            if step[0] == "fit":
+                of_model = [] if "tokenizer" in made_by(step) else ["--model.init_args.seed"]
+                assert seeds == dict.fromkeys(["--seed_everything", "--data.init_args.seed", *of_model], seed)
+            elif step[0] == "sample":
+                assert option(step, "--seed") == seed
     first = [step for step in commands if "seed_" not in " ".join(step) and step[0] in ("fit", "sample")]
     assert not any("--seed" in argument for step in first for argument in step)
 

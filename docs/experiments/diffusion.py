@@ -89,6 +89,7 @@ def measure(checkpoint: Path, samples: dict[str, Path], images: int, folder: Pat
             likelihoods={next(iter(samples)): str(checkpoint)},
             classifier=str(QUICKSTART / "classifier" / "checkpoints" / "last.ckpt"),
             image_size=32,
+            image_channels=1,
             batch_size=10,
             output=str(folder / "evaluation"),
         )
