@@ -141,7 +141,12 @@ SMALL_CODEBOOK = {"codebook_size": 16, "code_dim": 4}
 # By class, what makes it fit in a second; settings that a recipe does not name are set only where they must be.
 SMALL: dict[str, dict[str, Any]] = {
     "ConvAutoencoder": {"channels": 4, "blocks": 1, "norm_groups": 4},
-    "LowResolutionAutoencoder": {"widths": [4, 4], "decoder_widths": [4, 4, 4]},
+    "LowResolutionAutoencoder": {
+        "widths": [4, 4],
+        "blocks": [0, 1],
+        "decoder_widths": [4, 4, 4],
+        "decoder_blocks": [0, 1, 1],
+    },
     "ViTAutoencoder": {"encoder": SMALL_TRANSFORMER, "decoder": SMALL_TRANSFORMER},
     "TiTokAutoencoder": {
         "image_size": 32,
