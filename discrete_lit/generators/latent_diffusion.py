@@ -25,6 +25,9 @@ from discrete_lit.samplers.guided_solver import GuidedNetwork, GuidedSolver
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
 
+# How near the times of a likelihood come to 0 and to 1, where the noise or the data are nothing.
+_NEAREST = 1e-3
+
 
 @loadable
 class LatentDiffusion(LatentGenerator):
@@ -133,11 +136,22 @@ class LatentDiffusion(LatentGenerator):
             denoise,
             data,
             path=path,
-            times=DDPM(self.likelihood_steps, variance="smallest").times(path)[:-1],
+            times=self._likelihood_times(),
             noise=lambda step: random.normal(Purpose.LIKELIHOOD, data[0].numel(), step).to(data.dtype).view_as(data),
             variance="learned" if self.denoiser.learned_variance else "largest",
         )
         return Likelihood(-bound, "bound")
+
+    def _likelihood_times(self) -> list[float]:
+        """List falling times above 0: steps of a path of steps; else such that the noise falls evenly in its logarithm.
+
+        Even times would leave a gap near 0, where the ratio of noise to data halves in a step however many there are.
+        """
+        path = self.denoiser.path
+        if isinstance(path, SteppedPath):
+            return DDPM(self.likelihood_steps).times(path)[:-1]
+        end = torch.logit(torch.tensor(1 - _NEAREST, dtype=torch.float64)).item()
+        return torch.sigmoid(torch.linspace(end, -end, self.likelihood_steps, dtype=torch.float64)).tolist()
 
     # Sampling.
 
