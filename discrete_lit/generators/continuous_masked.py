@@ -6,7 +6,7 @@ diffusion model draws the latent of a place given its hidden state (`TokenDiffus
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -205,7 +205,7 @@ class ContinuousMasked(LatentGenerator):
     @torch.no_grad()
     @in_evaluation
     def draw(self, labels: Tensor, random: CounterRandom, sampler: MARSampler | None = None) -> SamplerOutput:
-        sampler = sampler or self.sampler
+        sampler = sampler or cast(MARSampler, self.sampler)
         self.check_draw(labels, sampler.guidance_scale)
         return self.draw_given(labels.long(), random, sampler)
 

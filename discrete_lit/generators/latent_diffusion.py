@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ class LatentDiffusion(LatentGenerator):
     @torch.no_grad()
     @in_evaluation
     def draw(self, labels: Tensor, random: CounterRandom, sampler: GuidedSolver | None = None) -> SamplerOutput:
-        sampler = sampler or self.sampler
+        sampler = sampler or cast(GuidedSolver, self.sampler)
         self.check_draw(labels, sampler.guidance_scale)
         return sampler(self.backbone, labels.long(), random, denoiser=self.denoiser, network_time=self.network_time)
 

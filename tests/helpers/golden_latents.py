@@ -345,6 +345,19 @@ def mar(load: Load, case: Case) -> Tensors:
     return made
 
 
+def network_outputs(generator: Any, case: Case) -> Tensors:
+    """What the network makes of given noisy latents, or for MAR of those that are known, and its head of noisy ones."""
+    inputs, labels = case.inputs, case.inputs["y"]
+    if case.family == "mar":
+        vectors, masked = generator.to_sequence(inputs["latents"]), inputs["mask"].bool()
+        z = generator.backbone(vectors, masked, labels, known=int((~masked).sum(dim=1).max()))
+        return {"z": z, "diffloss_net": generator.head.network(vectors.flatten(0, 1), inputs["t"], z.flatten(0, 1))}
+    path = generator.denoiser.path
+    t = 1 - inputs["t"].double() if case.family == "sit" else (inputs["t"].double() + 1) / path.steps
+    output = generator.backbone(inputs["x"], generator.network_time(t), labels)
+    return {"sit": {"velocity": -output}, "dit": {"out": output}, "ldm": {"eps": output}}[case.family]
+
+
 def again(module: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
     if case.family == "mar":
