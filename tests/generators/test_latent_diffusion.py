@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import discrete_lit
 from discrete_lit.backbones import DenoisingNetwork, DiT, LatentLayout
 from discrete_lit.callbacks import ExponentialMovingAverage
+from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.random import CounterRandom
@@ -176,6 +177,13 @@ def test_the_second_evaluation_is_made_where_guidance_is() -> None:
 
 
 # Training.
+
+
+@pytest.mark.parametrize("make", [best, learner])
+def test_the_operations_of_a_step_are_counted(make: Any) -> None:
+    generator = make(backbone=lambda layout: DiT(layout, width=16, depth=1, heads=2))
+    batch = {"latents": torch.randn(4, *SHAPE), "label": torch.zeros(4, dtype=torch.int64), "index": torch.arange(4)}
+    assert 2.8 < count_step(generator, batch) / generator.backbone.flops(4) <= 3
 
 
 def pixels(**settings: Any) -> dict[str, Any]:
