@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import discrete_lit
 from discrete_lit.backbones import DenoisingNetwork, DiT, LatentLayout
 from discrete_lit.callbacks import ExponentialMovingAverage
+from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.random import CounterRandom
@@ -178,6 +179,15 @@ def test_the_second_evaluation_is_made_where_guidance_is() -> None:
 # Training.
 
 
+@pytest.mark.parametrize("make", [best, learner])
+def test_the_operations_of_a_step_are_counted(make: Any) -> None:
+    generator = make(backbone=lambda layout: DiT(layout, width=16, depth=1, heads=2))
+    batch = {"latents": torch.randn(4, *SHAPE), "label": torch.zeros(4, dtype=torch.int64), "index": torch.arange(4)}
+    # Twice as many backwards, but for what has no gradient: the inputs of the patches' layer and of the time's first.
+    inputs = 2 * 4 * (2 * 12 * 16 + 256 * 16)
+    assert count_step(generator, batch) == 3 * generator.backbone.flops(4) - inputs
+
+
 def pixels(**settings: Any) -> dict[str, Any]:
     """A configuration of a small DiT on raw pixels."""
     return {
@@ -208,7 +218,7 @@ def pixels(**settings: Any) -> dict[str, Any]:
 
 
 def test_it_trains_on_pixels_reloads_and_is_sampled(tmp_path: Path) -> None:
-    generator = instantiate(pixels())
+    generator: Any = instantiate(pixels())
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=2,

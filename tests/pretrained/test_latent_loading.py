@@ -192,11 +192,12 @@ def test_averaged_weights_are_taken_unless_the_model_has_none(load: Callable[...
 def test_the_first_stage_of_the_file_is_the_tokenizer(
     load: Callable[..., Any], taming_state: Callable[[], Tensors], tmp_path: Path
 ) -> None:
-    first = {f"first_stage_model.{name}": value for name, value in taming_state().items()}
+    vqgan = taming_state()
+    first = {f"first_stage_model.{name}": value for name, value in vqgan.items()}
     stage = {"target": "ldm.models.autoencoder.VQModelInterface", "params": {"n_embed": 16, "embed_dim": 4}}
     generator = load({**ldm_state(), **first}, "ldm", image_size=4, first_stage_config=stage)
     assert isinstance(generator.tokenizer, CodebookLatents) and generator.image_size == 8
-    inner = load(taming_state(), "taming_vqgan")
+    inner = load(vqgan, "taming_vqgan")
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     latents = generator.tokenizer.encode(images)
     assert latents.shape == (2, 4, 4, 4)
