@@ -17,11 +17,15 @@ TINY = ("maskgit_jax_decode", "rar", "sedd_absorb", "titok")
 # About three times what a CPU gives (AMD EPYC, torch 2.14.1, 28 November 2026); weights are random, so activations
 # grow from layer to layer as they do in no trained network.
 BF16_TOLERANCE = {
+    "bitdance_ae": 0.11,
+    "dit": 0.02,
     "halton_maskgit": 0.015,
     "ibq": 0.05,
+    "ldm": 0.03,
     "llamagen_gpt_c2i": 0.04,
     "llamagen_vq": 0.1,
     "magvit2_lfq": 0.03,
+    "mar": 0.03,
     "mar_kl_vae": 0.045,
     "maskbit_bert": 0.025,
     "maskbit_lfqbert": 0.025,
@@ -31,6 +35,7 @@ BF16_TOLERANCE = {
     "rar": 0.02,
     "sedd_absorb": 0.006,
     "sedd_uniform": 0.012,
+    "sit": 0.02,
     "taming_gumbelvq": 0.07,
     "taming_net2net": 0.02,
     "taming_vqgan": 0.07,
@@ -38,6 +43,7 @@ BF16_TOLERANCE = {
     "titok_imagebert": 0.025,
     "titok_uvitbert": 0.03,
     "titok_vae": 0.025,
+    "va_vae": 0.04,
     "var_transformer": 0.02,
     "var_vqvae": 0.25,
     "vqgan_plus": 0.05,

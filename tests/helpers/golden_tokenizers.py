@@ -380,8 +380,10 @@ def network_outputs(module: Any, case: Case) -> Tensors:
     unit_range = case.family.startswith("titok") or network.pixels == "unit"
     images = case.inputs["x"] * 2 - 1 if unit_range else case.inputs["x"]
     encoded = network.encode(images)
-    if case.family == "mar_kl_vae":
+    if case.family in ("mar_kl_vae", "va_vae"):
         return {"mean": encoded.chunk(2, dim=1)[0], "decoded_z": decode(module, case.inputs["z"])}
+    if case.family == "bitdance_ae":
+        return {"h": encoded, "decoded_bits": network.decoder(case.inputs["bits"].contiguous())}
     if case.family == "titok_vae":
         return {"moments": encoded[:, :, None], "decoded_z": unit(network.decode(case.inputs["z"][:, :, 0]))}
     if case.family == "taming_gumbelvq":
