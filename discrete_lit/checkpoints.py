@@ -145,6 +145,7 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "state_dict": (Mapping, "weights by their names"),
     "hyper_parameters": (Mapping | None, "settings by their names"),
     "tokenizer_config": (Mapping, "settings by their names"),
+    "discrete_config": (Mapping, "settings by their names"),
     "epoch": (int, "a number"),
     "global_step": (int, "a number"),
     "loops": (Mapping, "the state of each loop by its name"),
@@ -210,7 +211,8 @@ def _check_shards(folder: Path) -> None:
 def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return the configuration of the module in a checkpoint, in today's names, self-contained, and safe to build.
 
-    A frozen tokenizer is described by its own configuration, not by the file that it came from.
+    A frozen tokenizer, or generator of discrete tokens, is described by its own configuration, not by the file that it
+    came from.
 
     Raises:
         ValueError: the module was not built from a configuration, or from one that names what no checkpoint may build.
@@ -224,8 +226,9 @@ def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     init_args = config.get("init_args") or {}
     if not isinstance(init_args, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(init_args).__name__} for the arguments of its module")
-    if "tokenizer_config" in checkpoint:
-        init_args = {**init_args, "tokenizer": checkpoint["tokenizer_config"]}
+    for part in ("tokenizer", "discrete"):
+        if f"{part}_config" in checkpoint:
+            init_args = {**init_args, part: checkpoint[f"{part}_config"]}
     return check_config({"class_path": config["class_path"], "init_args": init_args}, str(path))
 
 

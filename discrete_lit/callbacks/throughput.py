@@ -225,7 +225,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
     Every position counts where which ones do depends on the data.
 
     Args:
-        module: a `Generator`, a `LatentDiffusion`, a `Tokenizer` or an `ImageAutoencoder`; it stays as it is.
+        module: a `Generator`, a `LatentGenerator`, a `Tokenizer` or an `ImageAutoencoder`; it stays as it is.
         batch: its tensors give their shapes alone.
         batch_idx: of the step.
 
@@ -233,7 +233,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
         ValueError: another module, or one that steps its optimizers itself.
         Exception: whatever a step raises that needs to see data.
     """
-    known = (Generator, LatentDiffusion, Tokenizer, ImageAutoencoder)
+    known = (Generator, LatentGenerator, Tokenizer, ImageAutoencoder)
     if not isinstance(module, known) or not module.automatic_optimization:
         raise ValueError("not a generator, tokenizer or autoencoder whose loss the trainer minimises")
 

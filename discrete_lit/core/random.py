@@ -71,6 +71,7 @@ class Purpose(IntEnum):
     DIFFUSION_NOISE = 12
     DIFFUSION_START = 13
     DIFFUSION_STEP = 14
+    EXPOSURE = 15
 
 
 class CounterRandom:

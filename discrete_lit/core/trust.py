@@ -39,6 +39,7 @@ _MODEL_PACKAGES = (
 _OPTIMIZERS = "torch.optim"
 # The functions that a configuration may name, by where they are defined.
 _FUNCTIONS = (
+    "discrete_lit.generators.generator.generator_from_checkpoint",
     "discrete_lit.tokenizers.tokenizer.continuous_from_checkpoint",
     "discrete_lit.tokenizers.tokenizer.from_checkpoint",
 )

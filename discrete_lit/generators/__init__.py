@@ -2,8 +2,9 @@
 
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
-from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
+from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, generator_from_checkpoint
 from discrete_lit.generators.graphed_draw import GraphedDraw
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
@@ -13,6 +14,7 @@ from discrete_lit.generators.next_scale import NextScale
 __all__ = [
     "Autoregressive",
     "ContinuousMasked",
+    "DisCon",
     "DiscreteDiffusion",
     "Generator",
     "GraphedDraw",
@@ -23,4 +25,5 @@ __all__ = [
     "Masked",
     "NextScale",
     "TokenLosses",
+    "generator_from_checkpoint",
 ]

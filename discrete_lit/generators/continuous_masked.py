@@ -112,7 +112,7 @@ class ContinuousMasked(LatentGenerator):
 
     # The loss.
 
-    def losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> LatentLosses:
+    def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         vectors = self.to_sequence(data)
         if self.training:
             masked, known = self._step_masks(random)

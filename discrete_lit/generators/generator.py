@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Backbone, SequenceLayout
-from discrete_lit.checkpoints import loadable
+from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import CounterRandom
@@ -268,6 +268,20 @@ class Generator(TokenTraining):
     def scale_quantizer(self) -> ScaleQuantizer | None:
         """Give the sampler of scales the quantizer that makes a scale's input; None for sequences without scales."""
         return None
+
+
+def generator_from_checkpoint(checkpoint: str) -> Generator:
+    """Load the frozen generator of a checkpoint, which another one is built on: the `discrete` of `DisCon`.
+
+    Raises:
+        ValueError: the file is missing, broken, or holds no Generator.
+    """
+    generator = load(checkpoint)
+    if not isinstance(generator, Generator):
+        raise ValueError(
+            f"discrete.checkpoint={checkpoint!r} holds a {type(generator).__name__}, not a Generator of discrete tokens"
+        )
+    return generator.eval().requires_grad_(False)
 
 
 def cross_entropies(logits: Tensor, tokens: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

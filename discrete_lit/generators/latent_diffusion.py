@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import DenoisingNetwork, LatentLayout
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
@@ -103,11 +104,11 @@ class LatentDiffusion(LatentGenerator):
         self.sampler.solver.times(path)  # refuses what the path does not have
         self.likelihood_steps = min(likelihood_steps, path.steps) if isinstance(path, SteppedPath) else likelihood_steps
 
-    def losses(self, data: Tensor, condition: Tensor, random: CounterRandom) -> LatentLosses:
+    def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         t = self.objective.times(random.uniform(Purpose.DIFFUSION_TIME, 1)[:, 0])
         noise = random.normal(Purpose.DIFFUSION_NOISE, data[0].numel()).to(data.dtype).view_as(data)
         x_t = self.denoiser.path.add_noise(data, noise, t)
-        output = self.backbone(x_t, self.network_time(t), condition)
+        output = self.backbone(x_t, self.network_time(t), condition.labels)
         return LatentLosses(self.objective(output, data, noise, x_t=x_t, t=t), t)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -121,13 +122,15 @@ class LatentDiffusion(LatentGenerator):
 
     @torch.no_grad()
     @in_evaluation
-    def log_likelihood(self, latents: Tensor, condition: Tensor, *, indices: Tensor | None = None) -> Likelihood:
+    def log_likelihood(
+        self, latents: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
+    ) -> Likelihood:
         """Estimate a lower bound of the log density of latents, in nats: the variational bound of DDPM (eq. 5)."""
         self.check_latents(latents)
         if indices is None:
             indices = torch.arange(len(latents), device=latents.device)
         random, data = CounterRandom(self.seed, indices), at_least_float32(latents)
-        path, guide = self.denoiser.path, self._network(condition)
+        path, guide = self.denoiser.path, self._network(as_condition(condition).labels)
 
         def denoise(x: Tensor, t: float) -> Estimate:
             return guide(x, t, 1.0)

@@ -5,11 +5,13 @@ batches, the checks of latents and labels, the mean loss, and `sample`.
 """
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import at_least_float32
@@ -50,6 +52,8 @@ class LatentGenerator(ClassConditionalTraining):
         ValueError: no classes, or latents that are no grid of two axes.
     """
 
+    null_id: int | None = None
+    """The id that stands for none in a grid of ids; None for a family that is given no grid."""
     sampler: Any
     sampler_kind: type
     """What draws from this generator."""
@@ -122,25 +126,31 @@ class LatentGenerator(ClassConditionalTraining):
     # The loss.
 
     @abstractmethod
-    def losses(self, data: Tensor, condition: Any, random: CounterRandom) -> LatentLosses:
+    def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         """Cost the prediction of latents, in training mode for training, and in eval mode for validation.
 
         Args:
             data: `(B, D, H, W)`, scaled latents, float32 or float64.
-            condition: labels `(B,)` int64 in [0, num_classes], or all that the family is given.
+            condition: labels in [0, num_classes], with what else the family is given.
             random: one stream for each sample; it alone decides times, masks and noise.
         """
 
     def loss(
-        self, data: Tensor, labels: Any, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self,
+        data: Tensor,
+        /,
+        condition: Condition | Tensor,
+        random: CounterRandom | None = None,
+        *,
+        dropped: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the loss of latents over a batch, over all ranks together.
 
         Args:
             data: `(B, D, H, W)`, scaled latents.
-            labels: `(B,)` integers in [0, num_classes).
+            condition: labels `(B,)`, integers in [0, num_classes), or these with what else the family is given.
             random: decides times and noise; by default row i of the batch is sample i of this generator's seed.
-            dropped: bool `(B,)`, the labels that the null label stands for; none by default.
+            dropped: bool `(B,)`, the samples whose condition the null one stands for; none by default.
 
         Returns:
             The training loss, a scalar, and its terms, by name, where there are several.
@@ -151,11 +161,12 @@ class LatentGenerator(ClassConditionalTraining):
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
         self.check_latents(data)
-        self.check_labels(labels, count=len(data))
-        labels = labels.long()
+        condition = as_condition(condition)
+        self.check_labels(condition.labels, count=len(data))
+        condition = replace(condition, labels=condition.labels.long())
         if dropped is not None:
-            labels = labels.masked_fill(dropped, self.num_classes)
-        losses = self.losses(at_least_float32(data), labels, random)
+            condition = condition.dropped(dropped, null_label=self.num_classes, null_id=self.null_id)
+        losses = self.losses(at_least_float32(data), condition, random)
         first = next(iter(losses.terms.values()))
         weights = torch.ones_like(first) if losses.weights is None else losses.weights
         weight = all_reduce_sum(weights.sum().detach()) / world_size()
@@ -163,8 +174,10 @@ class LatentGenerator(ClassConditionalTraining):
         means = {name: (term * weights).sum() / weight for name, term in losses.terms.items()}
         return torch.stack(list(means.values())).sum(), means if len(means) > 1 else {}
 
-    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
-        losses = self.losses(data, labels, random)
+    def validation_losses(
+        self, data: Tensor, condition: Condition | Tensor, random: CounterRandom
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses = self.losses(data, as_condition(condition), random)
         values = torch.stack(list(losses.terms.values())).sum(dim=0)
         weights = torch.ones_like(values) if losses.weights is None else losses.weights
         return values, weights, losses.coordinate
@@ -172,7 +185,9 @@ class LatentGenerator(ClassConditionalTraining):
     # The likelihood.
 
     @abstractmethod
-    def log_likelihood(self, latents: Tensor, condition: Any, *, indices: Tensor | None = None) -> Likelihood:
+    def log_likelihood(
+        self, latents: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
+    ) -> Likelihood:
         """Estimate the log density of latents, in nats, and say which kind of number it is.
 
         The density is of the scaled latents, in their own units: it says nothing of images, nor of the likelihood of

@@ -64,12 +64,12 @@ class ClassConditionalTraining(LightningModule, ABC):
         """Return what is modelled of a batch, `(B, ...)`, encoded from its images where it holds nothing else."""
 
     @abstractmethod
-    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
+    def validation_losses(self, data: Tensor, condition: Any, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
         """Return the cost of each prediction, its weight, and where it stands from 0 to 1: three of one shape."""
 
     @abstractmethod
     def loss(
-        self, data: Tensor, /, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self, data: Tensor, condition: Any, random: CounterRandom | None = None, /, *, dropped: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
@@ -337,8 +337,8 @@ class TokenTraining(ClassConditionalTraining, ABC):
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         return self.tokens_of(batch)
 
-    def validation_losses(self, data: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
-        return self.token_losses(self.to_sequence(data), labels, random)
+    def validation_losses(self, data: Tensor, condition: Any, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
+        return self.token_losses(self.to_sequence(data), condition, random)
 
 
 def _count_of(batch: dict[str, Any]) -> int | None:

@@ -1,0 +1,182 @@
+"""DisCon: continuous latents given discrete tokens (Zheng et al., "Rethinking Discrete Tokens: Treating Them as
+Conditions for Continuous Autoregressive Image Synthesis", ICCV 2025).
+
+p(x) = sum over d of p(d) p(x | d): a generator of discrete tokens draws d, and a masked model of continuous latents
+draws x given d and the class. The paper's code was not released. From the paper are both parts, all discrete tokens in
+front of the known latents, and groups of latents that are drawn together. From MixAR (2025) are mask vectors that
+become the embeddings of d, and training on d that a generator drew. The rest are choices of this project: embeddings
+that are added, the share of d that is replaced at random, and guidance that drops d together with the class.
+"""
+
+from typing import Any, Literal, Self, cast
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.condition import Condition
+from discrete_lit.backbones.masked_autoencoder import VectorLayout
+from discrete_lit.checkpoints import loadable
+from discrete_lit.core.images import ImageSize
+from discrete_lit.core.modules import in_evaluation
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.generator import Generator
+from discrete_lit.samplers.masked_vectors import MARSampler
+from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+
+Exposure = Literal["none", "replace", "mixture"]
+
+
+@loadable
+class DisCon(ContinuousMasked):
+    """Predict masked latents from the others, the class, and a grid of discrete tokens d of the same image.
+
+    A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`.
+
+    Args:
+        tokenizer, image_size, num_classes, backbone, head: as of `ContinuousMasked`; the backbone's `fusion` says how d
+            enters.
+        discrete: the generator that draws d, frozen here; its tokenizer makes d of images in training.
+        exposure: on which d it is trained, so that drawn d are no surprise: the true one (`"none"`), the true one with
+            ids replaced by random ones (`"replace"`), or for some images d that the generator drew for their class
+            (`"mixture"`).
+        exposure_probability: of a replaced id, or of an image with a drawn d.
+        settings: further ones of `ContinuousMasked`.
+
+    Raises:
+        ValueError: a setting out of its range; a grid of d that the places do not divide, or other classes.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ContinuousTokenizer,
+        image_size: ImageSize,
+        *,
+        num_classes: int,
+        discrete: Generator,
+        exposure: Exposure = "none",
+        exposure_probability: float = 0.1,
+        **settings: Any,
+    ) -> None:
+        if exposure not in ("none", "replace", "mixture") or not 0 <= exposure_probability <= 1:
+            raise ValueError(
+                "exposure must be 'none', 'replace' or 'mixture' and exposure_probability in [0, 1], got "
+                f"{exposure!r} and {exposure_probability}"
+            )
+        if discrete.num_classes != num_classes:
+            raise ValueError(f"the generator of d knows {discrete.num_classes} classes, num_classes is {num_classes}")
+        self.null_id = discrete.vocab_size
+        super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
+        self.discrete = discrete.eval().requires_grad_(False)
+        self.exposure: Exposure = exposure
+        self.exposure_probability = exposure_probability
+        shape = discrete.token_shape
+        if len(shape) != 2 or any(side % rows for side, rows in zip(self.grid, shape, strict=True)):
+            raise ValueError(
+                f"the places of the latents are {self.grid[0]} x {self.grid[1]}, d is a grid of {tuple(shape)}: its "
+                "sides must divide those of the places"
+            )
+
+    def layout(self) -> VectorLayout:
+        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes, grid_vocab=self.null_id)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but keep the frozen generator of d in eval mode."""
+        super().train(mode)
+        if "discrete" in self._modules:
+            self.discrete.eval()
+        return self
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe tokenizer and generator of d in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        if self.discrete.hparams:
+            described, tokenizer = dict(self.discrete.hparams), self.discrete.tokenizer.hparams
+            if tokenizer:
+                described["init_args"] = {**described["init_args"], "tokenizer": dict(tokenizer)}
+            checkpoint["discrete_config"] = described
+
+    def aligned(self, tokens: Tensor) -> Tensor:
+        """Spread ids `(B, h, w)` over the places, `(B, N)`: each over the square of places that it stands for."""
+        if tuple(tokens.shape[1:]) != self.discrete.token_shape or tokens.is_floating_point():
+            raise ValueError(
+                f"d must be ids of the shape {self.discrete.token_shape} for each image, got {tokens.dtype} "
+                f"{tuple(tokens.shape[1:])}: is it of another tokenizer?"
+            )
+        rows, columns = (side // of for side, of in zip(self.grid, tokens.shape[1:], strict=True))
+        return tokens.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2).flatten(1)
+
+    # Batches.
+
+    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Condition:
+        labels = self.labels_of(batch)
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        elif "image" in batch:
+            with torch.no_grad():
+                tokens = self.discrete.tokenizer.encode(batch["image"])
+        else:
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))}: DisCon needs "image", or "latents" and "tokens" of '
+                "the same images"
+            )
+        grid = self.aligned(tokens)
+        if self.training:
+            grid = self._exposed(grid, labels, random)
+        return Condition(labels=labels, grid=grid)
+
+    def _exposed(self, grid: Tensor, labels: Tensor, random: CounterRandom) -> Tensor:
+        """What training sees in the place of the true d `(B, N)`; a function of the samples alone."""
+        if self.exposure == "none" or self.exposure_probability == 0:
+            return grid
+        if self.exposure == "replace":
+            numbers = random.uniform(Purpose.EXPOSURE, 2 * self.length).view(len(grid), 2, self.length)
+            others = (numbers[:, 1] * self.discrete.vocab_size).long()
+            return torch.where(numbers[:, 0] < self.exposure_probability, others, grid)
+        chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
+        with torch.no_grad():
+            drawn = self.discrete.draw(labels, random).tokens
+        return torch.where(chosen, self.aligned(drawn), grid)
+
+    # Sampling.
+
+    @torch.no_grad()
+    @in_evaluation
+    def draw(
+        self,
+        labels: Tensor,
+        random: CounterRandom,
+        sampler: MARSampler | None = None,
+        *,
+        tokens: Tensor | None = None,
+    ) -> SamplerOutput:
+        """Draw d, then latents given it.
+
+        Args:
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each sample, for both.
+            sampler: of the latents; this generator's own by default. d is drawn by its own generator's.
+            tokens: d `(B, h, w)`, drawn if None: that of real images, or of others, to see what d decides.
+
+        Returns:
+            The sampler's output, with latents as its `tokens`; the network calls are those of both generators.
+
+        Raises:
+            ValueError: as of `LatentGenerator.draw`, or d of another shape.
+        """
+        sampler = sampler or cast(MARSampler, self.sampler)
+        self.check_draw(labels, sampler.guidance_scale)
+        first = None
+        if tokens is None:
+            first = self.discrete.draw(labels, random)
+            tokens = first.tokens
+        output = self.draw_given(Condition(labels=labels.long(), grid=self.aligned(tokens)), random, sampler)
+        if first is None:
+            return output
+        return SamplerOutput(
+            tokens=output.tokens,
+            network_calls=first.network_calls + output.network_calls,
+            sequential_passes=first.sequential_passes + output.sequential_passes,
+            count_flops=lambda: first.flops + output.flops,
+        )
