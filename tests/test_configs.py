@@ -166,7 +166,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "DiT": SMALL_TRANSFORMER,
-    "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2},
+    "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2, "head_dim": 2},
     "DDPM": {"steps": 4},
     "DDIM": {"steps": 4},
     "EulerMaruyama": {"steps": 4},
