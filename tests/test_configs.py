@@ -165,6 +165,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "KLVAE": {"latent_channels": 4},
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
+    "TokenDiffusionHead": {"width": 16, "depth": 1},
+    "MARSampler": {"steps": 2},
     "DiT": SMALL_TRANSFORMER,
     "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2, "head_dim": 2},
     "DDPM": {"steps": 4},

@@ -1,4 +1,4 @@
-"""What a sequence is given: a class, and beside it, where a network reads one, a grid of ids.
+"""Conditions: what a sequence is given, a class, and beside it, where a network reads one, a grid of ids.
 
 A plain tensor of labels is a condition too: `as_condition` makes one of it.
 """

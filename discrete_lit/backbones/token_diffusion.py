@@ -64,7 +64,7 @@ class DenoisingMLP(nn.Module):
         self.time_embedding = TimeEmbedding(width)
         self.condition_projection = Linear(condition_width, width)
         self.input_projection = Linear(dim, width)
-        self.blocks = nn.ModuleList(_Block(width, kind=mlp) for _ in range(depth))
+        self.blocks = nn.ModuleList(_ModulatedBlock(width, kind=mlp) for _ in range(depth))
         self.modulations = nn.ModuleList(Linear(width, 3 * width) for _ in range(modulations or depth))
         self.final_norm = Norm(width, "layer", affine=False)
         self.final_modulation = Linear(width, 2 * width)
@@ -90,7 +90,7 @@ class DenoisingMLP(nn.Module):
         return self.output(torch.addcmul(shift, self.final_norm(x), 1 + scale))
 
 
-class _Block(nn.Module):
+class _ModulatedBlock(nn.Module):
     def __init__(self, width: int, *, kind: Literal["silu", "swiglu"]) -> None:
         super().__init__()
         self.kind = kind

@@ -1,4 +1,4 @@
-"""What makes the host wait for its device, and how sampling does without.
+"""Waits of the host for its device, and how sampling does without.
 
 What goes wrong in a draw is noted on its device, and asked for once, at the draw's end.
 

@@ -285,7 +285,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a network thinks of x_t: the data and the noise that it is made of, `x_t = alpha data + sigma noise`."""
+    """The data and the noise that x_t is made of, as a network thinks: `x_t = alpha data + sigma noise`."""
 
     data: Tensor
     """The expected x, `(B, ...)`."""
@@ -416,7 +416,7 @@ class Posterior:
     state_weight: Tensor
     variance: Tensor
     largest_variance: Tensor
-    """Of x_t given x_s, beta in DDPM: the variance of x_s given x_t alone if the data were standard normal."""
+    """The variance of x_t given x_s, beta in DDPM: that of x_s given x_t alone if the data were standard normal."""
 
     @classmethod
     def between(cls, path: GaussianPath, t: Times, s: Times, *, like: Tensor) -> "Posterior":

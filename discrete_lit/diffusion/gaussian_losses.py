@@ -1,4 +1,4 @@
-"""What training on Gaussian noise minimises, how its times are drawn, and the bound of -log p.
+"""Losses of training on Gaussian noise, the times that it draws, and the bound of -log p.
 
 `DenoisingLoss` is the squared error of flow matching, of DDPM and of whatever else a network predicts, with the
 learned variance's term where it has one; `variational_bound` is an upper bound of -log p in nats, of any path.
@@ -26,7 +26,7 @@ from discrete_lit.diffusion.gaussian import (
 
 
 class TrainingTimes(ABC):
-    """How times of training are drawn; a function of uniform numbers, so that the sample decides and not the batch."""
+    """A law of the times of training; a function of uniform numbers, so that the sample decides and not the batch."""
 
     @abstractmethod
     def __call__(self, uniforms: Tensor) -> Tensor:

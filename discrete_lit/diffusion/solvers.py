@@ -38,7 +38,7 @@ class Step:
     noise: Callable[[], Tensor]
     """Makes fresh noise of the shape of x; called once at most."""
     smallest_variance: Tensor | None = None
-    """Of a path of steps: the posterior's variance of this step, or where that is 0 of the one before it."""
+    """The posterior's variance of this step, or where that is 0 of the one before it; of a path of steps alone."""
 
 
 class Solver(ABC):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import combinations
 from math import inf, isfinite
 from pathlib import Path
@@ -63,10 +63,11 @@ class Column:
     value: Callable[[Row], float | None]
     form: str
     """A format specification."""
+    _: KW_ONLY
     text: Callable[[Row], str] | None = None
-    """What to write of a row of one run, where it is more than the number."""
+    """Writes a row of one run, where that is more than the number."""
     sign: Callable[[Row], str] = lambda row: ""
-    """What stands before the mean over several runs."""
+    """Writes what stands before the mean over several runs."""
     compared: bool = False
     """Whether the differences between rows are judged by it."""
 
@@ -467,7 +468,7 @@ def _unnamed(by_classifier: Mapping[str, Any]) -> Any:
 
 
 def _sign(row: Row) -> str:
-    """What stands before -log p: a bound on log p makes it an upper bound."""
+    """Write what stands before -log p: a bound on log p makes it an upper bound."""
     return "" if row.likelihood is None else {"exact": "", "bound": "≤ ", "estimate": "≈ "}[row.likelihood.kind]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 CONFIDENCE = 0.95
-"""Of the interval that a difference of means must leave to lie beyond the spread."""
+"""The level of the interval that a difference of means must leave to lie beyond the spread."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class DisCon(ContinuousMasked):
         return Condition(labels=labels, grid=grid)
 
     def _exposed(self, grid: Tensor, labels: Tensor, random: CounterRandom) -> Tensor:
-        """What training sees in the place of the true d `(B, N)`; a function of the samples alone."""
+        """Give what training sees in the place of the true d `(B, N)`; a function of the samples alone."""
         if self.exposure == "none" or self.exposure_probability == 0:
             return grid
         if self.exposure == "replace":

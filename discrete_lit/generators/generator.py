@@ -73,7 +73,7 @@ class Generator(TokenTraining):
     """
 
     sampler_kind = Sampler
-    """What draws from this generator."""
+    """The class of the samplers that draw from this generator."""
     coordinate_name: str
     """The name of what `TokenLosses.coordinate` measures: mask_ratio, time, position or scale."""
 

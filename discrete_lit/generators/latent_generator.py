@@ -56,7 +56,7 @@ class LatentGenerator(ClassConditionalTraining):
     """The id that stands for none in a grid of ids; None for a family that is given no grid."""
     sampler: Any
     sampler_kind: type
-    """What draws from this generator."""
+    """The class of the samplers that draw from this generator."""
 
     def __init__(
         self,

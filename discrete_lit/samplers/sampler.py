@@ -290,7 +290,7 @@ class SamplingContext:
         return self.start() == self.layout.mask_id
 
     def unknown_counts(self) -> list[int]:
-        """How many tokens of each sequence are to be drawn; the device is asked where some may be known."""
+        """Count the tokens of each sequence that are to be drawn; the device is asked where some may be known."""
         if self.known is None:
             return [self.layout.length] * len(self.labels)
         return self.unknown().sum(dim=1).tolist()

@@ -31,7 +31,7 @@ class AlignmentLoss(FullPrecision):
     """Compare latents with the features of a frozen network of timm at the same places.
 
     The features are those behind the network's last layer and norm, without class or register tokens. Images are
-    resized and normalised as the network was trained; the authors' code leaves them in [-1, 1].
+    resized and normalised as the network was trained.
 
     Args:
         latent_dim: D of the latents; the autoencoder gives it.

@@ -185,7 +185,7 @@ class Codebook(RunningStatistics):
         rows, ids = self.project(rearrange(latents.detach(), "... d -> (...) d")), ids.reshape(-1)
         finite = rows.isfinite().all(dim=1)
         rows = torch.where(finite[:, None], rows, 0.0)
-        seen = self._seen.setdefault(depth, _Seen(torch.zeros_like(self.cluster_size)))
+        seen = self._seen.setdefault(depth, _Seen(counts=torch.zeros_like(self.cluster_size)))
         seen.counts.index_add_(0, ids, finite.to(self.cluster_size.dtype))
         if self.update == "ema":
             seen.sums = torch.zeros_like(self.embedding_sum) if seen.sums is None else seen.sums
@@ -253,7 +253,7 @@ class Codebook(RunningStatistics):
             self.embedding_sum[dead] = values * self.first_usage
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Seen:
     """The latents of this rank since the last step."""
 
