@@ -227,12 +227,14 @@ def test_every_class_is_in_the_table() -> None:
         and issubclass(getattr(tokenizers, name), (tokenizers.Tokenizer, tokenizers.ContinuousTokenizer))
         and not getattr(getattr(tokenizers, name), "__abstractmethods__", ())
     }
-    assert concrete - {name.partition(",")[0] for name in TOKENIZERS} <= {"AutoencoderTokenizer"}
+    # The others code nothing, or look codes up behind a network that is in the table.
+    without_a_row = {"AutoencoderTokenizer", "RawPixels", "LatentGrid", "CodebookLatents"}
+    assert concrete - {name.partition(",")[0] for name in TOKENIZERS} <= without_a_row
     generators_in_table = {name.partition(",")[0] for name in GENERATOR_TABLE}
     assert {"Autoregressive", "DiscreteDiffusion", "Masked", "NextScale"} == generators_in_table
     assert generators_in_table == classes(generators, generators_in_table)
     samplers = {name for name in discrete_lit.samplers.__all__ if name.endswith("Sampler")} - {"Sampler"}
-    assert samplers == set(SAMPLER_TABLE)
+    assert samplers - {"MARSampler"} == set(SAMPLER_TABLE)  # that one draws vectors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -66,6 +66,7 @@ _PACKAGES = (
     "callbacks",
     "data.image_folder",
     "data.image_shards",
+    "data.latent_arrays",
     "data.token_arrays",
     "diffusion.losses",
     "evaluation.classifier",

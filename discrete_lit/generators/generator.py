@@ -26,7 +26,7 @@ from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.parameterization import Denoiser
-from discrete_lit.generators.training import TokenTraining
+from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.sampler import SamplerOutput, ScaleQuantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
@@ -56,8 +56,11 @@ class Likelihood(NamedTuple):
 
 
 @loadable
-class Generator(TokenTraining):
+class Generator(ClassConditionalTraining):
     """Models the tokens of a frozen tokenizer, given a class.
+
+    A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the tokenizer encodes, or `{"tokens": (B, *token_shape),
+    "label": (B,)}`; the mean loss is that of a token.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
@@ -66,7 +69,7 @@ class Generator(TokenTraining):
         layout: the sequence that the family makes of a token grid.
         backbone: called with the layout.
         sampler: how `sample` draws where nothing else is asked for.
-        training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `TokenTraining`.
+        training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: no classes, or a sampler of backbones with another attention.
@@ -106,6 +109,29 @@ class Generator(TokenTraining):
         self.length = layout.length
         self.backbone = backbone(layout)
         self.sampler = sampler
+
+    # Batches.
+
+    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
+        """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
+
+        Raises:
+            ValueError: a grid other than `token_shape`.
+        """
+        if "tokens" in batch:
+            tokens = batch["tokens"]
+        else:
+            with torch.no_grad():
+                tokens = self.tokenizer.encode(batch["image"])
+        if tuple(tokens.shape[1:]) != self.token_shape:
+            raise ValueError(
+                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
+                f"model.init_args.image_size is {self.image_size}"
+            )
+        return tokens
+
+    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        return self.tokens_of(batch)
 
     # The sequence.
 
@@ -165,6 +191,9 @@ class Generator(TokenTraining):
         mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
         self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
+
+    def validation_losses(self, data: Tensor, condition: Tensor, random: CounterRandom) -> TokenLosses:
+        return self.token_losses(self.to_sequence(data), condition, random)
 
     # The likelihood.
 

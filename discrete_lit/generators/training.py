@@ -1,7 +1,7 @@
 """Training of generators by Lightning: from batches to steps, logs, optimizers, sharded weights and checkpoints.
 
-Nothing here depends on the family. `ClassConditionalTraining` is for whatever is modelled given a class;
-`TokenTraining` for tokens: what a family models, and how, is the contract of `generator.py`.
+Nothing here depends on the family. What a family models, and how, is the contract of `generator.py` for tokens, and of
+`latent_generator.py` for continuous latents.
 """
 
 import warnings
@@ -15,14 +15,12 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones import Backbone
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import AccumulatedMean, configure_optimizers, is_trained, micro_batches_of
-from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 _PROFILE_BINS = 4
 
@@ -297,48 +295,6 @@ class ClassConditionalTraining(LightningModule, ABC):
                 f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
                 f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
             )
-
-
-class TokenTraining(ClassConditionalTraining, ABC):
-    """Trains, validates and predicts on batches of images or of their tokens; `Generator` supplies the objective.
-
-    A batch is `{"image", "label"}` or `{"tokens": (B, *token_shape), "label": (B,)}`; the mean loss is that of a token.
-    """
-
-    # `Generator` sets these attributes and defines these two methods; they are described there.
-    tokenizer: Tokenizer
-    backbone: Backbone
-    token_shape: tuple[int, ...]
-
-    @abstractmethod
-    def to_sequence(self, tokens: Tensor) -> Tensor: ...
-
-    @abstractmethod
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]: ...
-
-    def tokens_of(self, batch: dict[str, Any]) -> Tensor:
-        """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
-
-        Raises:
-            ValueError: a grid other than `token_shape`.
-        """
-        if "tokens" in batch:
-            tokens = batch["tokens"]
-        else:
-            with torch.no_grad():
-                tokens = self.tokenizer.encode(batch["image"])
-        if tuple(tokens.shape[1:]) != self.token_shape:
-            raise ValueError(
-                f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "
-                f"model.init_args.image_size is {self.image_size}"
-            )
-        return tokens
-
-    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
-        return self.tokens_of(batch)
-
-    def validation_losses(self, data: Tensor, condition: Any, random: CounterRandom) -> tuple[Tensor, Tensor, Tensor]:
-        return self.token_losses(self.to_sequence(data), condition, random)
 
 
 def _count_of(batch: dict[str, Any]) -> int | None:

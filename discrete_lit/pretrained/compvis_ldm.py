@@ -65,6 +65,8 @@ def ldm(state: State, settings: Settings) -> Conversion:
     prediction = {"eps": "noise", "x0": "data"}[settings.take("parameterization", "eps", ("eps", "x0"))]
     steps = settings.take("timesteps", _STEPS)
     start, end = settings.take("linear_start", _START), settings.take("linear_end", _END)
+    if steps < 1:
+        raise ValueError(f"reference_config has timesteps={steps}, a schedule has at least 1")
 
     def same_schedule(table: Tensor) -> list[Any]:
         expected = torch.cumprod(1 - torch.tensor(scaled_linear_betas(steps, start=start, end=end)), dim=0)
@@ -81,6 +83,8 @@ def ldm(state: State, settings: Settings) -> Conversion:
         return [table if has_null else torch.cat((table, torch.zeros_like(table[:1])))]
 
     averaged = settings.take("use_ema", True)
+    if "use_ema" in settings and averaged and not any(name.startswith(_EMA) for name in state):
+        raise ValueError(f"reference_config has use_ema=True, but {state.source!r} has no averaged weights")
     tensors = {name: _averaged(state, name) if averaged else value for name, value in state.items()}
     first = {name.removeprefix(_FIRST_STAGE): value for name, value in state.items() if name.startswith(_FIRST_STAGE)}
     own = State({name: tensors[name] for name in state if not name.startswith(_FIRST_STAGE)}, state.source)

@@ -95,7 +95,12 @@ def _alignment(state: State, settings: Settings, losses: Settings) -> dict[str, 
     given, taken = state[_PROJECTION].shape[1], state[_PROJECTION].shape[0]
     reverse = settings.take("reverse_proj", True)
     feature_dim = taken if reverse else given
-    settings.agree({"vf_feature_dim": feature_dim})
+    said = settings.optional("vf_feature_dim", int)
+    if said is not None and said != feature_dim:
+        raise ValueError(
+            f"reference_config has vf_feature_dim={said}, but with reverse_proj={reverse} the tensors have "
+            f"{feature_dim}"
+        )
     settings.agree({"proj_fix": False}, "every model that is read has")
     losses.agree({"distmat_weight": 1.0, "cos_weight": 1.0}, "every model that is read has")
     model_name = _NETWORKS[settings.take("use_vf", "dinov2", tuple(_NETWORKS))]

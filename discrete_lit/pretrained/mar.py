@@ -90,19 +90,25 @@ def mar(state: State, settings: Settings) -> Conversion:
     length = state["diffusion_pos_embed_learned"].shape[1]
     slots = state["encoder_pos_embed_learned"].shape[1] - length
     patch = settings.take("patch_size", 1)
-    dim, left = divmod(state["z_proj.weight"].shape[1], patch**2)
-    grid = square(state, length)
-    if left or slots < 1:
+    if patch < 1 or state["z_proj.weight"].shape[1] % patch**2:
         raise ValueError(
-            f"{state.source!r} has vectors of {state['z_proj.weight'].shape[1]} numbers and {slots} slots before "
-            f"{length} places, which patch_size={patch} does not explain"
+            f"reference_config has patch_size={patch}, whose square does not divide the "
+            f"{state['z_proj.weight'].shape[1]} numbers of a place"
         )
+    dim = state["z_proj.weight"].shape[1] // patch**2
+    grid = square(state, length)
+    said = settings.optional("vae_embed_dim", int)
+    if said is not None and said != dim:
+        raise ValueError(
+            f"reference_config has vae_embed_dim={said}, but with patch_size={patch} the tensors have {dim} channels"
+        )
+    if slots < 1:
+        raise ValueError(f"{state.source!r} has {slots} slots for the class before {length} places")
     hidden = len(state["encoder_blocks.0.mlp.fc1.weight"])
     depths = {half: state.count(f"{half}_blocks.{{}}") for half in ("encoder", "decoder")}
     head = {"width": len(state["diffloss.net.input_proj.weight"]), "depth": state.count("diffloss.net.res_blocks.{}")}
     settings.agree(
         {
-            "vae_embed_dim": dim,
             "encoder_embed_dim": width,
             "encoder_depth": depths["encoder"],
             "decoder_embed_dim": decoder_width,
@@ -114,7 +120,12 @@ def mar(state: State, settings: Settings) -> Conversion:
             "diffloss_d": head["depth"],
         }
     )
-    settings.agree({"img_size": patch * grid[0] * settings.take("vae_stride", 16)})
+    stride, side = settings.take("vae_stride", 16), settings.optional("img_size", int)
+    if side is not None and side != patch * grid[0] * stride:
+        raise ValueError(
+            f"reference_config has img_size={side} and vae_stride={stride}, but the tensors have {grid[0]} x {grid[1]} "
+            f"places of patch_size={patch}"
+        )
     settings.agree({"norm_layer": "LayerNorm eps 1e-6"}, "every model that is read has")
     settings.without_effect(
         IN_TRAINING, "attn_dropout", "proj_dropout", "mask_ratio_min", "grad_checkpointing", "diffusion_batch_mul"
@@ -123,8 +134,11 @@ def mar(state: State, settings: Settings) -> Conversion:
     schedule = {"linear": "known", "constant": "constant"}[
         sampling.take("cfg_schedule", "linear", ("linear", "constant"))
     ]
+    steps = settings.take("num_sampling_steps", "100")
+    if not steps.isdecimal() or int(steps) < 1:
+        raise ValueError(f"reference_config has num_sampling_steps={steps!r}, but a whole number above 0 is read")
     solver = {
-        "steps": int(settings.take("num_sampling_steps", "100")),
+        "steps": int(steps),
         "temperature": sampling.take("temperature", 1.0),
     }
     arranged = arrange(

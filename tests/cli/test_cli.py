@@ -39,6 +39,7 @@ OPTIONS = {
         "seed",
         "batch_size",
         "compile",
+        "graph",
         "image_size",
     }
     | {"accelerator", "devices", "num_nodes", "precision"},

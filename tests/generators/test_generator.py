@@ -99,7 +99,7 @@ def test_default_randomness_of_the_objective_is_of_rows(make_generator, family: 
 @pytest.mark.parametrize("family", [Autoregressive, DiscreteDiffusion, Masked, NextScale])
 def test_two_classes_stand_between_a_family_and_lightning(family: type[Generator]) -> None:
     between = family.__mro__[1 : family.__mro__.index(LightningModule)]
-    assert [each.__name__ for each in between] == ["Generator", "TokenTraining"]
+    assert [each.__name__ for each in between] == ["Generator", "ClassConditionalTraining"]
 
 
 @pytest.mark.parametrize("family", [Autoregressive, DiscreteDiffusion, Masked, NextScale])

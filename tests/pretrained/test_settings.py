@@ -88,13 +88,17 @@ def leaves(arguments: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[A
 
 
 def others(value: Any) -> list[Any]:
-    """Values of the same kind, and of none."""
+    """Other values of the same kind, and of none."""
+    return [other for other in _changes(value) if other != value or type(other) is not type(value)]
+
+
+def _changes(value: Any) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int):
         return [other for other in (value + 1, 2 * value + 2, 0, -1) if other != value]
     if isinstance(value, float):
-        return [value / 2 + 0.25]
+        return [value / 2 + 0.25, value + 1]
     if isinstance(value, str):
         return [f"{value}x", "unknown"]
     if isinstance(value, list):

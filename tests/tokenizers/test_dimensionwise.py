@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.golden import Case, cases_of, check
+from helpers.golden import Case, difference
+from helpers.golden_cases import cases_of
 from scipy.stats import norm
 
 from discrete_lit import load
@@ -157,13 +158,13 @@ def test_levels_and_ids_of_tokenbridge(case: Case) -> None:
             "indices": ids,
             "dequant": mapped.lookup(ids),
         }.items():
-            check(f"{name}_{count}", found, case.expected[f"{name}_{count}"], 1e-4)
+            assert difference(f"{name}_{count}", found, case.expected[f"{name}_{count}"]).within(1e-4)
     published = levels(case.constructor["quant_levels"], low, high)
     ids = published(case.inputs["latents"]).flatten(2).transpose(1, 2)
-    check("quant_indices", ids, case.expected["quant_indices"], 0.0)
-    check("quant_values", published.lookup(ids), case.expected["quant_values"], 1e-4)
+    assert difference("quant_indices", ids, case.expected["quant_indices"]).within(0.0)
+    assert difference("quant_values", published.lookup(ids), case.expected["quant_values"]).within(1e-4)
     table = levels(case.constructor["quant_levels"], -std_range, std_range).values
-    check("reconstruction_values", table, case.state["reconstruction_values"], 1e-4)
+    assert difference("reconstruction_values", table, case.state["reconstruction_values"]).within(1e-4)
 
 
 @pytest.mark.parametrize("family", ["Masked", "Autoregressive"])
