@@ -74,7 +74,7 @@ gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds
 # that was interrupted goes on from its last checkpoint.
 # While it trains, two commands share the processors, which keeps them busier than one does; it samples one by one, so that
 # the speeds in the table are of the whole machine.
-quickstart: ## train two generators on real images and compare them, about 15 minutes on 2 cores
+quickstart: ## train two generators on real images and compare them, 12 minutes on 2 cores
 	$(MAKE) --jobs 2 learned OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(RUNS)/evaluation/report.md
 	@echo
@@ -138,7 +138,7 @@ quickstart-select: $(SEEDED:%=$(RUNS)/%/finished) $(CLASSIFIERS) $(RUNS)/shards/
 EMOJI := emoji-datasource-google-16.0.0.tgz
 REGISTRY = $(patsubst %/,%,$(or $(npm_config_registry),https://registry.npmjs.org))
 
-quickstart-colour: $(COLOUR)/evaluation/report.md ## the same on 64-pixel colour emoji, about 25 minutes on 2 cores
+quickstart-colour: $(COLOUR)/evaluation/report.md ## the same on 64-pixel colour emoji
 	@echo
 	@cat $(COLOUR)/evaluation/report.md
 	@echo
@@ -167,7 +167,7 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 FAMILIES := next_scale bar maskbit masked autoregressive rar
 SAMPLERS := halton titok random_order
 
-comparison: ## train all families of generators on one backbone and compare them, 36 minutes on 2 cores
+comparison: ## train all families of generators on one backbone and compare them
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(RUNS)/comparison/report.md
 	@echo
