@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -164,9 +164,9 @@ class DDPM(Solver):
         *,
         variance: Literal["learned", "smallest", "largest"] = "learned",
         temperature: float = 1.0,
-        **settings: object,
+        **settings: Any,
     ) -> None:
-        super().__init__(steps, **settings)  # type: ignore[arg-type]
+        super().__init__(steps, **settings)
         if temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {temperature}")
         self.variance: Literal["learned", "smallest", "largest"] = variance
@@ -202,8 +202,8 @@ class DDIM(Solver):
         settings: of `Solver`.
     """
 
-    def __init__(self, steps: int, *, eta: float = 0.0, temperature: float = 1.0, **settings: object) -> None:
-        super().__init__(steps, **settings)  # type: ignore[arg-type]
+    def __init__(self, steps: int, *, eta: float = 0.0, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(steps, **settings)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
         self.eta = eta
@@ -236,8 +236,8 @@ class Heun(Solver):
         settings: of `Solver`.
     """
 
-    def __init__(self, steps: int, *, euler_last: bool = False, **settings: object) -> None:
-        super().__init__(steps, **settings)  # type: ignore[arg-type]
+    def __init__(self, steps: int, *, euler_last: bool = False, **settings: Any) -> None:
+        super().__init__(steps, **settings)
         self.euler_last = euler_last
 
     def step(self, x: Tensor, step: Step) -> Tensor:
@@ -273,9 +273,9 @@ class EulerMaruyama(Solver):
         last_step: float = 0.04,
         temperature: float = 1.0,
         last_drift: Literal["score", "velocity"] = "score",
-        **settings: object,
+        **settings: Any,
     ) -> None:
-        super().__init__(steps, **settings)  # type: ignore[arg-type]
+        super().__init__(steps, **settings)
         if strength <= 0 or not 0 < last_step < 1:
             raise ValueError(f"strength must be above 0 and last_step in (0, 1), got {strength} and {last_step}")
         if steps < 2:

@@ -68,7 +68,7 @@ def test_the_alignment_of_a_training_file(load: Callable[..., Any], reverse: boo
     ("reference", "message"),
     [
         ({"use_vf": "clip"}, "use_vf='clip'; dinov2 and mae are read"),
-        ({"vf_feature_dim": 1024}, "vf_feature_dim=1024, but the tensors have 12"),
+        ({"vf_feature_dim": 1024}, "vf_feature_dim=1024, but with reverse_proj=True the tensors have 12"),
         ({"embed_dim": 32}, "embed_dim=32, but the tensors have 4"),
         ({"lossconfig": {"params": {"distmat_weight": 2.0}}}, r"distmat_weight=2\.0, but every model"),
         ({"proj_fix": True}, "proj_fix=True, but every model"),
