@@ -265,16 +265,7 @@ class Generator(ClassConditionalTraining):
             ValueError: guidance was asked for and the null label was never learned, or the sampler refuses its input.
         """
         sampler = sampler or self.sampler
-        if sampler.guidance_scale != 1 and self.label_dropout == 0:
-            raise ValueError(
-                f"guidance_scale={sampler.guidance_scale} needs a generator that learned the null label; this one was "
-                "trained with label_dropout=0"
-            )
-        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(
-                f"the labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers in "
-                f"0..{self.num_classes}, one for each sample"
-            )
+        self.check_draw(labels, sampler.guidance_scale)
         output = sampler(
             self.sampled_backbone(),
             labels.long(),

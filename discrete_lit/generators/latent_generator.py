@@ -244,20 +244,3 @@ class LatentGenerator(ClassConditionalTraining):
         Raises:
             ValueError: guidance was asked for and the null label was never learned, or labels of another kind.
         """
-
-    def check_draw(self, labels: Tensor, guidance_scale: float) -> None:
-        """Refuse labels and guidance that this generator cannot be sampled with.
-
-        Raises:
-            ValueError: as for `draw`.
-        """
-        if guidance_scale != 1 and self.label_dropout == 0:
-            raise ValueError(
-                f"guidance_scale={guidance_scale} needs a generator that learned the null label; this one was "
-                "trained with label_dropout=0"
-            )
-        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
-            raise ValueError(
-                f"the labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers in "
-                f"0..{self.num_classes}, one for each sample"
-            )

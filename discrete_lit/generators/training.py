@@ -165,6 +165,23 @@ class ClassConditionalTraining(LightningModule, ABC):
                     f"{int(labels[outside[0]])} of sample {name!r}; {expected}"
                 )
 
+    def check_draw(self, labels: Tensor, guidance_scale: float) -> None:
+        """Refuse labels and guidance that this generator cannot be sampled with.
+
+        Raises:
+            ValueError: as for `draw`.
+        """
+        if guidance_scale != 1 and self.label_dropout == 0:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} needs a generator that learned the null label; this one was "
+                "trained with label_dropout=0"
+            )
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"the labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers in "
+                f"0..{self.num_classes}, one for each sample"
+            )
+
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Check the labels while they are on the host: on a device it would wait for all that was queued before."""
         return {**batch, "label": self.labels_of(batch)} if isinstance(batch, dict) and "label" in batch else batch
