@@ -1,6 +1,6 @@
 """A training step of every family leaves the host free to run ahead of a GPU; a table says where it must wait, and why.
 
-After a warm-up, a step by Lightning's Trainer is run on a CPU, and `HostWaits` counts what would wait on a GPU.
+After a warm-up, a step by Lightning's Trainer is run on a CPU, and `CountedWaits` counts what would wait on a GPU.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.host_waits import HostWaits
+from helpers.host_waits import CountedWaits
 from helpers.precision_cases import GENERATORS, SIDE, TOKENIZERS, make_generator, make_tokenizer
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -53,7 +53,7 @@ class OneStep(Callback):
     """Counts the waits of one optimizer step that is not the first, from its first batch to the end of the last."""
 
     def __init__(self, first: int, batches: int) -> None:
-        self.waits = HostWaits()
+        self.waits = CountedWaits()
         self.first, self.last = first, first + batches - 1
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
@@ -176,14 +176,14 @@ def test_broken_images_end_a_run_before_the_optimizer_steps() -> None:
     ],
 )
 def test_what_waits_is_counted(waits: Any, operation: str) -> None:
-    with HostWaits() as found:
+    with CountedWaits() as found:
         waits(torch.arange(4.0))
     assert [place.split(" at ")[0] for place in found.found] == [operation]
 
 
 def test_what_does_not_wait_is_not_counted() -> None:
     x = torch.arange(4.0, requires_grad=True)
-    with HostWaits() as waits:
+    with CountedWaits() as waits:
         y = x[torch.arange(2)].where(x[:2] > 0, 0.0) + x.new_full((), 2.0)
         y.masked_fill(y > 1, 0).repeat_interleave(torch.full((2,), 2), output_size=4).sum().backward()
     assert not waits.found

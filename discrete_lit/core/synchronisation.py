@@ -174,7 +174,14 @@ _READING = {
     _aten.repeat_interleave,
     _aten.argwhere,
 }
-_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index}
+_INDEXING = {
+    _aten.index,
+    _aten.index_put,
+    _aten.index_put_,
+    _aten._index_put_impl_,
+    _aten._unsafe_index,
+    _aten._unsafe_index_put,
+}
 _COPYING = {_aten._to_copy, _aten.copy_}
 
 

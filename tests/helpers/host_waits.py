@@ -17,26 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import discrete_lit
+from discrete_lit.core.synchronisation import reads_numbers
 
 _PACKAGE = Path(discrete_lit.__file__).parent
 _aten = torch.ops.aten
-# Operators that need a number of their input on the host, or make a tensor of the host's numbers.
-_WAITING = {
-    _aten._local_scalar_dense,
-    _aten.nonzero,
-    _aten.masked_select,
-    _aten.equal,
-    _aten.is_nonzero,
-    _aten.bincount,
-    _aten._unique2,
-    _aten.unique_dim,
-    _aten.unique_consecutive,
-    _aten.lift_fresh,
-}
 _METHODS = {Tensor.cpu, Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
-class HostWaits:
+class CountedWaits:
     """Counts the waits of what runs inside, by operation and by the place in this package that asks for it.
 
     `found` counts `"operation at file.py:function"`; a place outside of the package, as in Lightning, is named by its
@@ -61,7 +49,7 @@ class HostWaits:
 
 
 class _Methods(TorchFunctionMode):
-    def __init__(self, waits: HostWaits) -> None:
+    def __init__(self, waits: CountedWaits) -> None:
         super().__init__()
         self.waits = waits
 
@@ -72,19 +60,17 @@ class _Methods(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    def __init__(self, waits: HostWaits) -> None:
+    def __init__(self, waits: CountedWaits) -> None:
         super().__init__()
         self.waits = waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         packet = func.overloadpacket
-        masked = packet in (_aten.index, _aten.index_put, _aten.index_put_, _aten._unsafe_index_put) and any(
-            isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1]
-        )
-        counted = func is _aten.repeat_interleave.Tensor and kwargs.get("output_size") is None
-        if packet in _WAITING or masked or counted:
-            self.waits.count("index by a mask" if masked else packet.__name__)
+        # A known size is read of nothing; `lift_fresh` makes a tensor of the host's numbers.
+        sized = packet is _aten.repeat_interleave and kwargs.get("output_size") is not None
+        if (reads_numbers(func, args) and not sized) or packet is _aten.lift_fresh:
+            self.waits.count("index by a mask" if "index" in packet.__name__ else packet.__name__)
         return func(*args, **kwargs)
 
 
