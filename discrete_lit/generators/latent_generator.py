@@ -20,7 +20,7 @@ from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.latent_statistics import check_latent_scale
 from discrete_lit.samplers.sampler import SamplerOutput
-from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, freeze
 from discrete_lit.tokenizers.uncoded_latents import RawPixels
 
 
@@ -72,7 +72,7 @@ class LatentGenerator(ClassConditionalTraining):
             raise ValueError(
                 f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
             )
-        self.tokenizer = tokenizer.eval().requires_grad_(False)
+        self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.num_classes = num_classes
         self.latent_shape = tuple(tokenizer.latent_shape(image_size))
