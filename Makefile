@@ -162,18 +162,22 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
-# The comparison goes on from the quickstart. It samples one by one, so that the speeds in the table are of the whole
+# The comparison goes on from the quickstart, whose runs are its seed 0. The other seeds are of the generators and of their
+# samples; tokenizers and classifiers are shared. It samples one by one, so that the speeds in the table are of the whole
 # machine.
+COMPARED := $(RUNS)/comparison
 FAMILIES := next_scale bar maskbit masked autoregressive rar
 SAMPLERS := halton titok random_order
+DRAWN := $(FAMILIES) $(SAMPLERS:%=masked_%)
 
-comparison: ## train all families of generators on one backbone and compare them
+comparison: ## train all families of generators on one backbone, with three seeds, and compare them
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
-	$(MAKE) $(RUNS)/comparison/report.md
+	$(MAKE) $(COMPARED)/report.md
 	@echo
-	@cat $(RUNS)/comparison/report.md
+	@cat $(COMPARED)/report.md
 
-trained: $(CLASSIFIERS) $(FAMILIES:%=$(RUNS)/%/finished)
+trained: $(CLASSIFIERS) $(FAMILIES:%=$(RUNS)/%/finished) \
+	$(foreach seed,$(SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/finished))
 
 $(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
 
@@ -182,7 +186,27 @@ $(RUNS)/next_scale/finished: $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.js
 $(RUNS)/masked_%/samples.npz: $(RUNS)/masked/finished
 	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
 
-$(RUNS)/comparison/report.md: $(FAMILIES:%=$(RUNS)/%/samples.npz) $(SAMPLERS:%=$(RUNS)/masked_%/samples.npz) \
+# $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
+# Seed 0 comes first, and with it the tokens.
+define compared
+$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished: $(RUNS)/%/finished
+	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+		--run_dir $$(@D) --ckpt_path last
+	@touch $$@
+
+$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/samples.npz): $(COMPARED)/seed_$(1)/%/samples.npz: $(COMPARED)/seed_$(1)/%/finished
+	$$(LIT) sample --config $(CONFIGS)/sample.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
+
+$(SAMPLERS:%=$(COMPARED)/seed_$(1)/masked_%/samples.npz): $(COMPARED)/seed_$(1)/masked_%/samples.npz: \
+		$(COMPARED)/seed_$(1)/masked/finished
+	$$(LIT) sample --config $(CONFIGS)/sample_$$*.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
+
+endef
+
+$(foreach number,$(SEEDS),$(eval $(call compared,$(number))))
+
+$(COMPARED)/report.md: $(DRAWN:%=$(RUNS)/%/samples.npz) \
+		$(foreach seed,$(SEEDS),$(DRAWN:%=$(COMPARED)/seed_$(seed)/%/samples.npz)) \
 		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml
 
