@@ -162,13 +162,17 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
-# The comparison goes on from the quickstart, whose runs are its seed 0. The other seeds are of the generators and of their
-# samples; tokenizers and classifiers are shared. It samples one by one, so that the speeds in the table are of the whole
-# machine.
+# The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
+# generators, all of them trained on equally many batches, and of their samples. It samples one by one, so that the speeds
+# in the table are of the whole machine.
 COMPARED := $(RUNS)/comparison
-FAMILIES := next_scale bar maskbit masked autoregressive rar
+BATCHES := 400
+ON_FSQ := masked autoregressive rar
+ON_LFQ := bar maskbit
+ON_SCALES := next_scale
+FAMILIES := $(ON_SCALES) $(ON_LFQ) $(ON_FSQ)
 SAMPLERS := halton titok random_order
-DRAWN := $(FAMILIES) $(SAMPLERS:%=masked_%)
+COMPARED_SEEDS := 0 $(SEEDS)
 
 comparison: ## train all families of generators on one backbone, with three seeds, and compare them
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
@@ -176,21 +180,17 @@ comparison: ## train all families of generators on one backbone, with three seed
 	@echo
 	@cat $(COMPARED)/report.md
 
-trained: $(CLASSIFIERS) $(FAMILIES:%=$(RUNS)/%/finished) \
-	$(foreach seed,$(SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/finished))
-
-$(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
-
-$(RUNS)/next_scale/finished: $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
-
-$(RUNS)/masked_%/samples.npz: $(RUNS)/masked/finished
-	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
+trained: $(foreach seed,$(COMPARED_SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/finished)) $(CLASSIFIERS)
 
 # $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
-# Seed 0 comes first, and with it the tokens.
 define compared
-$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished: $(RUNS)/%/finished
+$(ON_FSQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens/%/manifest.json)
+$(ON_LFQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
+$(ON_SCALES:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
+
+$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished:
 	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+		--trainer.max_steps $(BATCHES) --model.init_args.scheduler.init_args.total_steps $(BATCHES) \
 		--run_dir $$(@D) --ckpt_path last
 	@touch $$@
 
@@ -203,11 +203,10 @@ $(SAMPLERS:%=$(COMPARED)/seed_$(1)/masked_%/samples.npz): $(COMPARED)/seed_$(1)/
 
 endef
 
-$(foreach number,$(SEEDS),$(eval $(call compared,$(number))))
+$(foreach number,$(COMPARED_SEEDS),$(eval $(call compared,$(number))))
 
-$(COMPARED)/report.md: $(DRAWN:%=$(RUNS)/%/samples.npz) \
-		$(foreach seed,$(SEEDS),$(DRAWN:%=$(COMPARED)/seed_$(seed)/%/samples.npz)) \
-		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
+$(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) \
+		$(foreach seed,$(COMPARED_SEEDS),$(patsubst %,$(COMPARED)/seed_$(seed)/%/samples.npz,$(FAMILIES) $(SAMPLERS:%=masked_%)))
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml
 
 # A pipeline: shards, classifiers, tokenizers, their tokens, generators on these, samples. $(1) is the folder of its
@@ -265,4 +264,4 @@ endef
 $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
 
-.PRECIOUS: $(RUNS)/masked_%/samples.npz $(COLOUR)/%_grid/samples.npz
+.PRECIOUS: $(COLOUR)/%_grid/samples.npz
