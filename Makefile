@@ -162,28 +162,51 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
-# The comparison goes on from the quickstart. It samples one by one, so that the speeds in the table are of the whole
-# machine.
-FAMILIES := next_scale bar maskbit masked autoregressive rar
+# The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
+# generators, all of them trained on equally many batches, and of their samples. It samples one by one, so that the speeds
+# in the table are of the whole machine.
+COMPARED := $(RUNS)/comparison
+BATCHES := 400
+ON_FSQ := masked autoregressive rar
+ON_LFQ := bar maskbit
+ON_SCALES := next_scale
+FAMILIES := $(ON_SCALES) $(ON_LFQ) $(ON_FSQ)
 SAMPLERS := halton titok random_order
+COMPARED_SEEDS := 0 $(SEEDS)
 
-comparison: ## train all families of generators on one backbone and compare them
+comparison: ## train all families of generators on one backbone, with three seeds, and compare them
 	$(MAKE) --jobs 2 trained OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
-	$(MAKE) $(RUNS)/comparison/report.md
+	$(MAKE) $(COMPARED)/report.md
 	@echo
-	@cat $(RUNS)/comparison/report.md
+	@cat $(COMPARED)/report.md
 
-trained: $(CLASSIFIERS) $(FAMILIES:%=$(RUNS)/%/finished)
+trained: $(foreach seed,$(COMPARED_SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/finished)) $(CLASSIFIERS)
 
-$(RUNS)/bar/finished $(RUNS)/maskbit/finished: $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
+# $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
+define compared
+$(ON_FSQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens/%/manifest.json)
+$(ON_LFQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
+$(ON_SCALES:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
 
-$(RUNS)/next_scale/finished: $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
+$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished:
+	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
+		--trainer.max_steps $(BATCHES) --model.init_args.scheduler.init_args.total_steps $(BATCHES) \
+		--run_dir $$(@D) --ckpt_path last
+	@touch $$@
 
-$(RUNS)/masked_%/samples.npz: $(RUNS)/masked/finished
-	$(LIT) sample --config $(CONFIGS)/sample_$*.yaml
+$(FAMILIES:%=$(COMPARED)/seed_$(1)/%/samples.npz): $(COMPARED)/seed_$(1)/%/samples.npz: $(COMPARED)/seed_$(1)/%/finished
+	$$(LIT) sample --config $(CONFIGS)/sample.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
 
-$(RUNS)/comparison/report.md: $(FAMILIES:%=$(RUNS)/%/samples.npz) $(SAMPLERS:%=$(RUNS)/masked_%/samples.npz) \
-		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
+$(SAMPLERS:%=$(COMPARED)/seed_$(1)/masked_%/samples.npz): $(COMPARED)/seed_$(1)/masked_%/samples.npz: \
+		$(COMPARED)/seed_$(1)/masked/finished
+	$$(LIT) sample --config $(CONFIGS)/sample_$$*.yaml --seed $(1) --ckpt_path $$(<D)/checkpoints/last.ckpt --output $$(@D)
+
+endef
+
+$(foreach number,$(COMPARED_SEEDS),$(eval $(call compared,$(number))))
+
+$(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) \
+		$(foreach seed,$(COMPARED_SEEDS),$(patsubst %,$(COMPARED)/seed_$(seed)/%/samples.npz,$(FAMILIES) $(SAMPLERS:%=masked_%)))
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml
 
 # A pipeline: shards, classifiers, tokenizers, their tokens, generators on these, samples. $(1) is the folder of its
@@ -241,4 +264,4 @@ endef
 $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
 
-.PRECIOUS: $(RUNS)/masked_%/samples.npz $(COLOUR)/%_grid/samples.npz
+.PRECIOUS: $(COLOUR)/%_grid/samples.npz

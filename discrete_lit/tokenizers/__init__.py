@@ -4,6 +4,7 @@ from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
+from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
 from discrete_lit.tokenizers.titok import ProxyDecoder, TiTok, TiTokAutoencoder
 from discrete_lit.tokenizers.tokenizer import (
@@ -34,6 +35,7 @@ __all__ = [
     "GaussianBottleneck",
     "LatentGrid",
     "MultiScaleVQ",
+    "PerturbedTokenizer",
     "PixelLevels",
     "ProxyDecoder",
     "RawPixels",

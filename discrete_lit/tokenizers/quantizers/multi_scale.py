@@ -192,6 +192,10 @@ class MultiScaleResidualQuantizer(Quantizer):
         split = zip(names, self.split(tokens), strict=True)
         return {name: Component(ids, self.vocab_size) for name, ids in split}
 
+    def code_table(self) -> Tensor:
+        """List the codes `(K, D)` that all scales share, before they are enlarged and convolved."""
+        return self.codebook.lookup(torch.arange(self.vocab_size, device=self.precision.device))
+
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Split ids `(B, sum of h w)` into `(B, h w)` for each scale.
 

@@ -80,6 +80,28 @@ def largest_product(rows: Tensor, codes: Tensor, offsets: Tensor | None = None) 
     return ids[: len(rows)].clamp_(max=count - 1)
 
 
+@torch.no_grad()
+def near_codes(ids: Tensor, codes: Tensor, count: int) -> Tensor:
+    """Find the codes nearest in Euclidean distance to the code of each id, other than itself.
+
+    Args:
+        ids: int64 of any shape, in [0, K).
+        codes: `(K, D)` float32 or float64.
+        count: how many, in [1, K).
+
+    Returns:
+        `(*ids.shape, count)` int64 ids, the nearest first.
+    """
+    asked, place = ids.unique(return_inverse=True)
+    found = []
+    for some in asked.split(max(1, _LARGEST // len(codes))):
+        # By differences, not by products: codes that are as far away then have equal distances.
+        distances = torch.cdist(codes[some], codes, compute_mode="donot_use_mm_for_euclid_dist")
+        distances[torch.arange(len(some), device=some.device), some] = torch.inf
+        found.append(distances.topk(count, largest=False).indices)
+    return torch.cat(found)[place]
+
+
 class _Search:
     """The search among codes `(K, D)` for the rows of some tiles at once."""
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.modules import FullPrecision
+from discrete_lit.tokenizers.quantizers.nearest import near_codes
+
+_LARGEST_TABLE = 2**20
 
 
 @dataclass
@@ -87,3 +90,34 @@ class Quantizer(FullPrecision, ABC):
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the components of ids `(B, *token_shape(grid))` whose usage is reported beside the whole: none here."""
         return {}
+
+    @torch.no_grad()
+    def near_ids(self, tokens: Tensor, count: int) -> Tensor:
+        """Find the other ids whose codes are nearest to those of ids `(B, *token_shape(grid))`, in Euclidean distance.
+
+        Args:
+            tokens: int64 in [0, K).
+            count: how many, in [1, K).
+
+        Returns:
+            `(B, *token_shape(grid), count)` int64, the nearest first.
+
+        Raises:
+            ValueError: a count out of its range, or more codes than can be compared, 2^20.
+        """
+        self.check_near(count)
+        return near_codes(tokens, self.code_table(), count)
+
+    def check_near(self, count: int) -> None:
+        """Raise the errors of `near_ids`."""
+        if not 1 <= count < self.vocab_size:
+            raise ValueError(f"count must be in [1, {self.vocab_size}), the number of other codes, got {count}")
+        if self.vocab_size > _LARGEST_TABLE:
+            raise ValueError(
+                f"near codes are looked for among at most {_LARGEST_TABLE:,}, this {type(self).__name__} has "
+                f"{self.vocab_size:,}"
+            )
+
+    def code_table(self) -> Tensor:
+        """List the codes of all ids, `(K, D)`, where an id stands for one whatever its place."""
+        return self.lookup(torch.arange(self.vocab_size, device=self.precision.device))

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from discrete_lit.core.modules import full_precision
 from discrete_lit.tokenizers.quantizers.codebook import Codebook, CodebookInit, CodebookUpdate
 from discrete_lit.tokenizers.quantizers.gradient_estimators import straight_through
+from discrete_lit.tokenizers.quantizers.nearest import near_codes
 from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantized, Quantizer
 
 
@@ -127,3 +128,14 @@ class ResidualQuantizer(Quantizer):
         """Name the ids of each depth: `depth_0`, ..."""
         split = enumerate(tokens.unbind(dim=-1))
         return {f"depth_{number}": Component(ids, self.vocab_size) for number, ids in split}
+
+    @torch.no_grad()
+    def near_ids(self, tokens: Tensor, count: int) -> Tensor:
+        """Find the other ids whose codes are nearest, among the codes of each id's own depth."""
+        self.check_near(count)
+        every = torch.arange(self.vocab_size, device=tokens.device)
+        near = (
+            near_codes(ids, self.codebook(number).lookup(every), count)
+            for number, ids in enumerate(tokens.unbind(dim=-1))
+        )
+        return torch.stack(list(near), dim=-2)
