@@ -170,7 +170,9 @@ BATCHES := 400
 ON_FSQ := masked autoregressive rar
 ON_LFQ := bar maskbit
 ON_SCALES := next_scale
-FAMILIES := $(ON_SCALES) $(ON_LFQ) $(ON_FSQ)
+ON_LATENTS := mar dit
+ON_BOTH := discon
+FAMILIES := $(ON_SCALES) $(ON_LFQ) $(ON_FSQ) $(ON_LATENTS) $(ON_BOTH)
 SAMPLERS := halton titok random_order
 COMPARED_SEEDS := 0 $(SEEDS)
 
@@ -187,11 +189,15 @@ define compared
 $(ON_FSQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens/%/manifest.json)
 $(ON_LFQ:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_lfq/%/manifest.json)
 $(ON_SCALES:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/tokens_multi_scale/%/manifest.json)
+$(ON_LATENTS:%=$(COMPARED)/seed_$(1)/%/finished): $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json)
+$(ON_BOTH:%=$(COMPARED)/seed_$(1)/%/finished): $(RUNS)/tokenizer_kl/scaled.ckpt $(COMPARED)/seed_$(1)/masked/finished
+$(ON_BOTH:%=$(COMPARED)/seed_$(1)/%/finished): private GIVEN := \
+	--model.init_args.discrete.init_args.checkpoint $(COMPARED)/seed_$(1)/masked/checkpoints/last.ckpt
 
 $(FAMILIES:%=$(COMPARED)/seed_$(1)/%/finished): $(COMPARED)/seed_$(1)/%/finished:
 	$$(LIT) fit --config $(CONFIGS)/$$*.yaml --seed_everything $(1) --model.init_args.seed $(1) --data.init_args.seed $(1) \
 		--trainer.max_steps $(BATCHES) --model.init_args.scheduler.init_args.total_steps $(BATCHES) \
-		--run_dir $$(@D) --ckpt_path last
+		--run_dir $$(@D) $$(GIVEN) --ckpt_path last
 	@touch $$@
 
 $(FAMILIES:%=$(COMPARED)/seed_$(1)/%/samples.npz): $(COMPARED)/seed_$(1)/%/samples.npz: $(COMPARED)/seed_$(1)/%/finished
@@ -204,6 +210,13 @@ $(SAMPLERS:%=$(COMPARED)/seed_$(1)/masked_%/samples.npz): $(COMPARED)/seed_$(1)/
 endef
 
 $(foreach number,$(COMPARED_SEEDS),$(eval $(call compared,$(number))))
+
+$(RUNS)/tokenizer_kl/scaled.ckpt: $(RUNS)/tokenizer_kl/finished
+	$(LIT) measure_latents --config $(CONFIGS)/latents_scale.yaml
+
+$(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.json: $(RUNS)/tokenizer_kl/scaled.ckpt
+	rm -rf $(@D)
+	$(LIT) tokenize --config $(CONFIGS)/latents.yaml --split $* --output $(@D)
 
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) \
 		$(foreach seed,$(COMPARED_SEEDS),$(patsubst %,$(COMPARED)/seed_$(seed)/%/samples.npz,$(FAMILIES) $(SAMPLERS:%=masked_%)))

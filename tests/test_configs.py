@@ -448,7 +448,11 @@ def class_paths(settings: Any) -> set[str]:
 def test_recipes_name_classes_by_their_short_names() -> None:
     """Functions have no short name."""
     named = set().union(*(class_paths(read(config)) for config in CONFIGS))
-    functions = ("tokenizers.from_checkpoint", "tokenizers.continuous_from_checkpoint", "generators.generator_from_checkpoint")
+    functions = (
+        "tokenizers.from_checkpoint",
+        "tokenizers.continuous_from_checkpoint",
+        "generators.generator_from_checkpoint",
+    )
     assert {path for path in named if "." in path} <= {f"discrete_lit.{name}" for name in functions}
 
 
