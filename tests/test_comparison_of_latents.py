@@ -1,4 +1,4 @@
-"""The generators of continuous latents in `make comparison`: of the size and training of the others, on one tokenizer."""
+"""Generators of continuous latents in `make comparison`: of the size and training of the others, on one tokenizer."""
 
 import re
 import subprocess

@@ -77,9 +77,12 @@ class DenoisingMLP(nn.Module):
         """Map `x (M, D)` to `(M, outputs)`, given `time (M,)` or `(1,)` and `condition (M, condition_width)`."""
         return self.denoise(x, time, self.condition_projection(condition))
 
-    def denoise(self, x: Tensor, time: Tensor, projected: Tensor) -> Tensor:
-        """Do as `forward`, with a condition that is projected already, `(M, width)`: it is the same at every step."""
-        condition = F.silu(self.time_embedding(time) + projected)
+    def denoise(self, x: Tensor, time: Tensor, projected: Tensor, *, embedded: bool = False) -> Tensor:
+        """Do as `forward`, with a condition that is projected already, `(M, width)`: it is the same at every step.
+
+        So may the time be `embedded`, `(1, width)`: it is the same in every draw.
+        """
+        condition = F.silu((time if embedded else self.time_embedding(time)) + projected)
         x = self.input_projection(x)
         shared = len(self.blocks) // len(self.modulations)
         for number, modulation in enumerate(self.modulations):
@@ -234,15 +237,22 @@ class TokenDiffusionHead(nn.Module):
         guided = len(condition) == 2 * len(start)
         assert guided or len(condition) == len(start), "a condition for each vector, or two"
         projected = self.network.condition_projection(condition)
+        solver = solver or self.solver
+        # All steps at once; what a solver visits between them is embedded when it is asked for.
+        times = solver.times(self.denoiser.path)
+        at_once = torch.cat([self._network_time(t, projected) for t in times])
+        vectors = dict(zip(times, self.network.time_embedding(at_once).split(1), strict=True))
 
         def denoise(x: Tensor, t: float) -> Estimate:
-            time = self._network_time(t, x)
-            if not guided:
-                return self.denoiser(self.network.denoise(x, time, projected), x, t)
-            conditional, unconditional = self.network.denoise(x.repeat(2, 1), time, projected).chunk(2)
-            return self.denoiser(self.denoiser.guide(conditional, unconditional, guidance_scale), x, t)
+            time = vectors.get(t)
+            if time is None:
+                time = self.network.time_embedding(self._network_time(t, x))
+            both = x.repeat(2, 1) if guided else x  # one call for both halves
+            output = self.network.denoise(both, time, projected, embedded=True)
+            if guided:
+                output = self.denoiser.guide(*output.chunk(2), guidance_scale)
+            return self.denoiser(output, x, t)
 
-        solver = solver or self.solver
         return solver(denoise, at_least_float32(start), path=self.denoiser.path, noise=noise) * self.scale
 
     def fsdp_units(self) -> Iterable[nn.Module]:

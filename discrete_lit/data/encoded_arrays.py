@@ -415,6 +415,11 @@ class EncodedArrays(ResumableDataModule):
         return next(iter(self.folders.values())).manifest
 
     @property
+    def content(self) -> str:
+        """The name of the codes in batches: tokens or latents."""
+        return next(iter(self.folders.values())).writer.kind.content
+
+    @property
     def image_size(self) -> ImageSize:
         """Size in pixels of the images that were encoded: the side of a square, or (H, W)."""
         return normal_size(self.manifest["image_size"])

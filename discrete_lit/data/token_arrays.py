@@ -99,6 +99,8 @@ class TokenWriter(EncodedWriter):
         return tuple(int(side) for side in manifest["token_shape"])
 
     def stored(self, codes: Tensor) -> np.ndarray:
+        if codes.is_floating_point():
+            raise ValueError(f"tokens are integers, got {codes.dtype}: are these the latents of a ContinuousTokenizer?")
         values, vocab_size = codes.cpu().numpy(), self.manifest["vocab_size"]
         if values.min() < 0 or values.max() >= vocab_size:
             raise ValueError(f"tokens {values.min()}..{values.max()} are outside 0..{vocab_size - 1}")

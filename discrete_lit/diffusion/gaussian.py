@@ -19,7 +19,7 @@ BitDance run from noise at 0 to data at 1, so that their t is `1 - t` here and t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import pi
 from typing import Literal
@@ -34,6 +34,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 PredictionKind = Literal["noise", "data", "v", "velocity"]
 Times = Tensor | float
 Denoise = Callable[[Tensor, float], "Estimate"]
+# Far more than the times of a solver, and than one in a training that takes floats for its times should fill.
+_MOST_KEPT = 2**14
 
 
 class GaussianPath(ABC):
@@ -82,15 +84,34 @@ class GaussianPath(ABC):
 
     def number(self, function: Callable[[Tensor], Tensor], t: float) -> float:
         """Compute a function of one time, on the host."""
-        return function(torch.tensor(t, dtype=torch.float64)).item()
+        return self._at_number(function, t).item()
+
+    def kept(self, key: Hashable, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+        """Give numbers of the host that `compute` made when they were first asked for, float64: a solver asks for those
+        of its times again in every draw."""
+        known: dict[Hashable, list[float]] = self.__dict__.setdefault("_kept", {})
+        if key not in known:
+            made = list(compute())
+            if any(isinstance(value, FakeTensor) for value in made):
+                return made
+            if len(known) >= _MOST_KEPT:
+                known.clear()
+            known[key] = [value.item() for value in made]
+        return [torch.tensor(value, dtype=torch.float64) for value in known[key]]
 
     def at(self, function: Callable[[Tensor], Tensor], t: Times, like: Tensor) -> Tensor:
         """Compute a function of t in float64, and shape it to be multiplied with `like (B, ...)` in its precision."""
-        return _shaped(function, t, like.ndim).to(like.dtype)
+        value = _shaped(function, t, like.ndim) if isinstance(t, Tensor) else self._at_number(function, t)
+        return value.to(like.dtype)
+
+    def _at_number(
+        self, function: Callable[[Tensor], Tensor], t: float
+    ) -> Tensor:  # on the host: no device is waited for
+        return self.kept((function.__name__, t), lambda: [function(torch.tensor(t, dtype=torch.float64))])[0]
 
 
 def _shaped(function: Callable[[Tensor], Tensor], t: Times, dimensions: int) -> Tensor:
-    """A function of t in float64: of a number on the host, where no device is waited for; of `(B,)` as `(B, 1, …)`."""
+    """A function of t in float64: of a number on the host, of `(B,)` as `(B, 1, …)`."""
     if not isinstance(t, Tensor):
         return function(torch.tensor(t, dtype=torch.float64))
     return function(t.double()).reshape(t.shape + (1,) * (dimensions - t.ndim))
@@ -421,16 +442,18 @@ class Posterior:
     @classmethod
     def between(cls, path: GaussianPath, t: Times, s: Times, *, like: Tensor) -> "Posterior":
         """Compute the law at s given t, in float64; each weight is shaped to be multiplied with `like (B, ...)`."""
-        alpha_t, alpha_s = (_shaped(path.alpha, time, like.ndim) for time in (t, s))
-        sigma_t, sigma_s = (_shaped(path.sigma, time, like.ndim) for time in (t, s))
-        ratio = alpha_t / alpha_s
-        added = sigma_t**2 - (ratio * sigma_s) ** 2
-        return cls(
-            data_weight=alpha_s * added / sigma_t**2,
-            state_weight=ratio * sigma_s**2 / sigma_t**2,
-            variance=added * sigma_s**2 / sigma_t**2,
-            largest_variance=added,
-        )
+
+        def compute() -> tuple[Tensor, ...]:
+            alpha_t, alpha_s = (_shaped(path.alpha, time, like.ndim) for time in (t, s))
+            sigma_t, sigma_s = (_shaped(path.sigma, time, like.ndim) for time in (t, s))
+            ratio = alpha_t / alpha_s
+            added = sigma_t**2 - (ratio * sigma_s) ** 2
+            data_weight, state_weight = alpha_s * added / sigma_t**2, ratio * sigma_s**2 / sigma_t**2
+            return data_weight, state_weight, added * sigma_s**2 / sigma_t**2, added
+
+        numbers = isinstance(t, float | int) and isinstance(s, float | int)
+        weights = path.kept(("posterior", t, s), compute) if numbers else compute()
+        return cls(**dict(zip(("data_weight", "state_weight", "variance", "largest_variance"), weights, strict=True)))
 
     def mean(self, data: Tensor, x_t: Tensor) -> Tensor:
         """Return the mean `(B, ...)`."""

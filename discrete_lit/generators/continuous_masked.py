@@ -20,6 +20,7 @@ from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
+from discrete_lit.diffusion.gaussian import SteppedPath
 from discrete_lit.diffusion.solvers import DDPM
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
@@ -90,7 +91,8 @@ class ContinuousMasked(LatentGenerator):
         self.mask_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or MARSampler(min(64, self.length))
         self.likelihood_samples = likelihood_samples
-        self.likelihood_steps = likelihood_steps
+        path = self.head.denoiser.path
+        self.likelihood_steps = min(likelihood_steps, path.steps) if isinstance(path, SteppedPath) else likelihood_steps
         solver = self.sampler.solver or self.head.solver
         solver.times(self.head.denoiser.path)  # refuses what the path does not have
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.masked_autoencoder import VectorLayout
 from discrete_lit.checkpoints import loadable
-from discrete_lit.core.images import ImageSize
+from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.continuous_masked import ContinuousMasked
@@ -45,7 +45,8 @@ class DisCon(ContinuousMasked):
         settings: further ones of `ContinuousMasked`.
 
     Raises:
-        ValueError: a setting out of its range; a grid of d that the places do not divide, or other classes.
+        ValueError: a setting out of its range; a generator of d of other images, of other classes, or with a grid that
+            the places do not divide.
     """
 
     def __init__(
@@ -66,6 +67,17 @@ class DisCon(ContinuousMasked):
             )
         if discrete.num_classes != num_classes:
             raise ValueError(f"the generator of d knows {discrete.num_classes} classes, num_classes is {num_classes}")
+        if discrete.image_size != normal_size(image_size):
+            raise ValueError(
+                f"the generator of d models images of {discrete.image_size} pixels, image_size is {image_size}: both "
+                "tokenizers encode the same images"
+            )
+        channels = [getattr(coder, "image_channels", None) for coder in (tokenizer, discrete.tokenizer)]
+        if None not in channels and channels[0] != channels[1]:
+            raise ValueError(
+                f"the tokenizer of latents takes images of {channels[0]} channels, that of d {channels[1]}: both "
+                "encode the same images"
+            )
         self.null_id = discrete.vocab_size
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
         self.discrete = discrete.eval().requires_grad_(False)
@@ -103,6 +115,13 @@ class DisCon(ContinuousMasked):
             raise ValueError(
                 f"d must be ids of the shape {self.discrete.token_shape} for each image, got {tokens.dtype} "
                 f"{tuple(tokens.shape[1:])}: is it of another tokenizer?"
+            )
+        ids = self.discrete.vocab_size
+        # On a device their values are not looked at: it would wait for all that was queued before.
+        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < ids:
+            raise ValueError(
+                f"d has ids in [{int(tokens.min())}, {int(tokens.max())}], its generator has those in [0, {ids}): is "
+                "it of another tokenizer?"
             )
         rows, columns = (side // of for side, of in zip(self.grid, tokens.shape[1:], strict=True))
         return tokens.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2).flatten(1)

@@ -29,7 +29,7 @@ from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.sampler import SamplerOutput, ScaleQuantizer
-from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
 
 class TokenLosses(NamedTuple):
@@ -72,7 +72,7 @@ class Generator(ClassConditionalTraining):
         training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: no classes, or a sampler of backbones with another attention.
+        ValueError: no classes, a tokenizer of latents, or a sampler of backbones with another attention.
     """
 
     sampler_kind = Sampler
@@ -92,6 +92,11 @@ class Generator(ClassConditionalTraining):
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if isinstance(tokenizer, ContinuousTokenizer) and not isinstance(tokenizer, Tokenizer):
+            raise ValueError(
+                f"{type(self).__name__} models ids, tokenizer is a {type(tokenizer).__name__}, which makes latents: "
+                "give a Tokenizer such as FSQ, or take a generator of latents"
+            )
         if num_classes < 1:
             raise ValueError(
                 f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
@@ -116,13 +121,23 @@ class Generator(ClassConditionalTraining):
         """Return the ids `(B, *token_shape)` of a batch, encoded from its images where it holds no tokens.
 
         Raises:
-            ValueError: a grid other than `token_shape`.
+            ValueError: a batch without either, latents in place of ids, or a grid other than `token_shape`.
         """
         if "tokens" in batch:
             tokens = batch["tokens"]
-        else:
+        elif "image" in batch:
             with torch.no_grad():
                 tokens = self.tokenizer.encode(batch["image"])
+        else:
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "image" or "tokens"; latents '
+                "are for the generators of latents, as ContinuousMasked"
+            )
+        if tokens.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} models ids, integers in [0, {self.vocab_size}), got {tokens.dtype} "
+                f"{tuple(tokens.shape)}: are these the latents of a continuous tokenizer?"
+            )
         if tuple(tokens.shape[1:]) != self.token_shape:
             raise ValueError(
                 f"the batch has token grids {tuple(tokens.shape[1:])}, this generator models {self.token_shape}: "

@@ -20,7 +20,7 @@ from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.latent_statistics import check_latent_scale
 from discrete_lit.samplers.sampler import SamplerOutput
-from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, freeze
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 from discrete_lit.tokenizers.uncoded_latents import RawPixels
 
 
@@ -49,9 +49,10 @@ class LatentGenerator(ClassConditionalTraining):
         training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: no classes, or latents that are no grid of two axes.
+        ValueError: no classes, a tokenizer of ids, or latents that are no grid of two axes.
     """
 
+    content = "latents"
     null_id: int | None = None
     """The id that stands for none in a grid of ids; None for a family that is given no grid."""
     sampler: Any
@@ -68,6 +69,11 @@ class LatentGenerator(ClassConditionalTraining):
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if isinstance(tokenizer, Tokenizer) and not isinstance(tokenizer, ContinuousTokenizer):
+            raise ValueError(
+                f"{type(self).__name__} models latents, tokenizer is a {type(tokenizer).__name__}, which makes ids: "
+                "give a ContinuousTokenizer such as KLVAE, or take a generator of tokens"
+            )
         if num_classes < 1:
             raise ValueError(
                 f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
@@ -117,10 +123,17 @@ class LatentGenerator(ClassConditionalTraining):
                 f"{type(self).__name__} models latents, floating-point numbers, {self.latent_shape} each, got "
                 f"{latents.dtype} {tuple(latents.shape)}: are these the ids of a discrete tokenizer?"
             )
-        if tuple(latents.shape[1:]) != self.latent_shape:
+        shape = tuple(latents.shape[1:])
+        if shape != self.latent_shape:
+            channels, *grid = self.latent_shape
+            moments = shape in ((2 * channels, *grid), (2, channels, *grid))
             raise ValueError(
-                f"the latents have the shape {tuple(latents.shape[1:])}, this generator models {self.latent_shape}: "
-                f"model.init_args.image_size is {self.image_size}"
+                f"the latents have the shape {shape}, this generator models {self.latent_shape}: "
+                + (
+                    "are these means and variances? A batch holds samples of them, as LatentArrays draws"
+                    if moments
+                    else f"model.init_args.image_size is {self.image_size}"
+                )
             )
 
     # The loss.

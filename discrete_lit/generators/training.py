@@ -54,6 +54,8 @@ class ClassConditionalTraining(LightningModule, ABC):
     image_size: ImageSize
     num_classes: int
     coordinate_name: str
+    content = "tokens"
+    """The name, in batches and of the arrays that `discrete-lit tokenize` makes, of what is modelled."""
     loss_weight: Tensor | float
     """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
 
@@ -284,10 +286,18 @@ class ClassConditionalTraining(LightningModule, ABC):
     # Checks before a run.
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another image size, token arrays of another tokenizer, and labels without a class here."""
+        """Refuse latents for ids and the other way round, data of another image size, arrays of another tokenizer, and
+        labels without a class here."""
         # That labels are looked at before the transfer concerns nobody; a DataModule's own hook still goes first.
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer` in `LightningModule`")
         data = getattr(self.trainer, "datamodule", None)
+        content = getattr(data, "content", None)
+        if content not in (None, self.content):
+            raise ValueError(
+                f"data is {type(data).__name__}, which holds {content}, and {type(self).__name__} models "
+                f"{self.content}: make arrays of them by `discrete-lit tokenize` with the checkpoint of "
+                "model.init_args.tokenizer"
+            )
         check_tokenizer = getattr(data, "check_tokenizer", None)
         if check_tokenizer is not None:
             check_tokenizer(self.tokenizer.fingerprint())

@@ -14,6 +14,8 @@ from discrete_lit.metrics.binned_mean import SumsInFloat64
 
 _LEAST, _MOST = 0.5, 2.0
 """The deviations that are about 1: a factor 2 either way, in which a batch of unlike images still lies."""
+_FARTHEST_MEAN = 1.0
+"""The root mean square of the channels' means above which they are not about 0: there is more of them than of noise."""
 
 
 class LatentStatistics(SumsInFloat64):
@@ -66,7 +68,7 @@ class LatentStatistics(SumsInFloat64):
 
 
 def check_latent_scale(latents: Tensor, *, least: float = _LEAST, most: float = _MOST) -> None:
-    """Check that latents have about unit deviation, as a diffusion model's schedule of noise takes for granted.
+    """Check that latents have about unit deviation, and means about 0, as a schedule of noise takes for granted.
 
     Generators of latents call it on their first batch: latents of another tokenizer, or without its scale, train
     without an error and sample badly (MAR's KL-16 without its factor 0.2325 has a deviation of about 4.3).
@@ -78,14 +80,26 @@ def check_latent_scale(latents: Tensor, *, least: float = _LEAST, most: float = 
         most: the largest one.
 
     Raises:
-        ValueError: ids instead of latents; numbers that are not finite; a deviation outside `[least, most]`.
+        ValueError: ids instead of latents; numbers that are not finite; a deviation outside `[least, most]`; channels
+            whose means are together farther from 0 than 1.
     """
     if not latents.is_floating_point():
         raise ValueError(
             f"latents are floating-point numbers, got {latents.dtype} {tuple(latents.shape)}: are these the ids of a "
             "discrete tokenizer?"
         )
-    complaint = scale_complaint(float(latents.detach().double().square().mean().sqrt()), least=least, most=most)
+    values = latents.detach().double().transpose(0, 1).flatten(1)
+    complaint = scale_complaint(float(values.square().mean().sqrt()), least=least, most=most)
+    if complaint is None:
+        means = values.mean(dim=1)
+        shift = float(means.square().mean().sqrt())
+        if shift > _FARTHEST_MEAN:
+            complaint = (
+                f"latents must have means about 0 in their channels, and these have {means.min().item():.4g} to "
+                f"{means.max().item():.4g}, a root mean square of {shift:.4g} where at most {_FARTHEST_MEAN} passes: "
+                "was the tokenizer's latent_mean not subtracted? `discrete-lit measure_latents --scale channels` "
+                "writes a checkpoint that does"
+            )
     if complaint is not None:
         raise ValueError(f"the first batch of latents: {complaint}")
 

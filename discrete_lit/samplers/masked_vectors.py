@@ -120,6 +120,8 @@ class MARSampler:
             drawn = torch.where(known[..., None], vectors.to(dtype), drawn)
             rank = torch.where(known, rank - length, rank).argsort(dim=1).argsort(dim=1)
         solver = self.solver or head.solver
+        # The numbers of all steps of a pass at once.
+        of_passes = random.ahead(solver.steps + 1)
         unknown = length - given
         still_masked, calls, passes, head_steps = unknown, 0, 0, 0
         made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
@@ -139,7 +141,7 @@ class MARSampler:
                 z = hidden.gather(1, doubled[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
                 def noise(number: int, step: int = step, count: int = end - first) -> Tensor:
-                    numbers = random.normal(Purpose.LATENT_NOISE, count * dim, step * (solver.steps + 1) + number)
+                    numbers = of_passes.normal(Purpose.LATENT_NOISE, count * dim, step * (solver.steps + 1) + number)
                     return numbers.to(dtype).view(batch * count, dim)
 
                 new = head.sample(

@@ -124,7 +124,12 @@ class Tokenizer(Coder):
     # What every tokenizer has.
 
     def check_tokens(self, tokens: Tensor) -> None:
-        """Raise a ValueError unless every id is in [0, K)."""
+        """Raise a ValueError unless these are integers in [0, K)."""
+        if tokens.is_floating_point():
+            raise ValueError(
+                f"a {type(self).__name__} decodes ids, integers in [0, {self.vocab_size}), got {tokens.dtype} "
+                f"{tuple(tokens.shape)}: are these the latents of a continuous tokenizer?"
+            )
         if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.vocab_size):
             raise ValueError(
                 f"token ids must lie in [0, {self.vocab_size}), got [{int(tokens.min())}, {int(tokens.max())}]: "

@@ -20,11 +20,21 @@ from discrete_lit.tokenizers.tokenizer import TokenGrid
 IDS = 6
 
 
-def generator(fusion: Any = "mix", grid: tuple[int, int] = (2, 4), **settings: Any) -> DisCon:
+def generator(
+    fusion: Any = "mix",
+    grid: tuple[int, int] = (2, 4),
+    image_size: int = 4,
+    image_channels: int | None = None,
+    **settings: Any,
+) -> DisCon:
+    """DisCon of images of 4 pixels and one channel; the sizes given are those of d."""
     torch.manual_seed(0)
+    tokenizer = TokenGrid(IDS, grid)
+    if image_channels is not None:
+        tokenizer.image_channels = image_channels  # type: ignore[assignment]
     discrete = Masked(
-        TokenGrid(IDS, grid),
-        4,
+        tokenizer,
+        image_size,
         num_classes=2,
         backbone=lambda layout: Transformer(layout, width=8, depth=1, heads=1),
         sampler=MaskGITSampler(2),
@@ -115,6 +125,16 @@ def test_bad_input_is_refused_by_name() -> None:
         made.condition_of({**data, "tokens": data["tokens"][:, :, :2]}, random)
     with pytest.raises(ValueError, match='DisCon needs "image", or "latents" and "tokens"'):
         made.condition_of({"latents": data["latents"], "label": data["label"]}, random)
+    with pytest.raises(
+        ValueError, match=r"d has ids in \[0, 6\], its generator has those in \[0, 6\): is it of another"
+    ):
+        made.condition_of({**data, "tokens": torch.arange(8).view(1, 2, 4).repeat(6, 1, 1) % (IDS + 1)}, random)
+    with pytest.raises(ValueError, match="d has ids in .* is it of another tokenizer"):
+        made.draw(data["label"], random, tokens=data["tokens"] + IDS)
+    with pytest.raises(ValueError, match="the generator of d models images of 8 pixels, image_size is 4"):
+        generator(image_size=8)
+    with pytest.raises(ValueError, match="takes images of 1 channels, that of d 3"):
+        generator(image_channels=3)
     with pytest.raises(ValueError, match="its sides must divide"):
         generator(grid=(3, 4))
     with pytest.raises(ValueError, match="knows 2 classes, num_classes is 3"):

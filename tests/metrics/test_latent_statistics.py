@@ -56,6 +56,20 @@ def test_the_message_says_the_factor_that_is_missing() -> None:
         check_latent_scale(torch.tensor([[4.0, -4.0]]))
 
 
+@pytest.mark.parametrize(("shift", "passes"), [(0.5, True), (1.2, False)])
+def test_latents_whose_mean_was_not_subtracted_are_refused(shift: float, passes: bool) -> None:
+    """Their deviation about 0 is still below 2: it does not tell."""
+    torch.manual_seed(0)
+    signs = torch.tensor([1.0, -1.0]).repeat(4)[None, :, None, None]
+    latents = torch.randn(4, 8, 6, 6) + shift * signs
+    if passes:
+        check_latent_scale(latents)
+        return
+    assert latents.square().mean().sqrt() < 2
+    with pytest.raises(ValueError, match=r"means about 0 in their channels, and these have -1\.\d+ to 1\.\d+"):
+        check_latent_scale(latents)
+
+
 def test_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="are these the ids of a discrete tokenizer"):
         check_latent_scale(torch.zeros(2, 4, dtype=torch.int64))
