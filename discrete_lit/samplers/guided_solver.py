@@ -118,6 +118,7 @@ class GuidedSolver:
             raise ValueError(f"guided_channels={self.guided_channels}, but the latents have {layout.channels}")
         like = at_least_float32(torch.empty((), device=labels.device, dtype=next(network.parameters()).dtype))
         calls, passes = [0], [0]
+        random = random.ahead(self.solver.steps)
         guide = GuidedNetwork(
             network,
             labels,

@@ -129,7 +129,7 @@ def test_bad_input_is_refused_by_name() -> None:
         ValueError, match=r"d has ids in \[0, 6\], its generator has those in \[0, 6\): is it of another"
     ):
         made.condition_of({**data, "tokens": torch.arange(8).view(1, 2, 4).repeat(6, 1, 1) % (IDS + 1)}, random)
-    with pytest.raises(ValueError, match="d has ids in .* is it of another tokenizer"):
+    with pytest.raises(ValueError, match=r"d has ids in .* is it of another tokenizer"):
         made.draw(data["label"], random, tokens=data["tokens"] + IDS)
     with pytest.raises(ValueError, match="the generator of d models images of 8 pixels, image_size is 4"):
         generator(image_size=8)

@@ -91,7 +91,7 @@ def refused(settings: dict[str, Any], data: dict[str, Any], folder: Path, capfd:
     """What `fit` says before it fails with the code of a user's mistake."""
     file = write_settings(folder / "settings.yaml", {**settings, "data": data})
     with pytest.raises(SystemExit) as stopped:
-        run("fit", "--config", file, "--run_dir", folder / "run")
+        run("fit", "--config", file, "--run_dir", folder / f"run_{len(list(folder.iterdir()))}")
     assert stopped.value.code == 2
     return capfd.readouterr().err
 
@@ -189,24 +189,28 @@ def test_unscaled_latents_of_kl16_are_refused_in_the_first_batch() -> None:
     made.data_of({"latents": latents}, random)
 
 
+def saved(settings: dict[str, Any], file: Path) -> Path:
+    """The checkpoint of an untrained generator."""
+    model = settings["model"]
+    arguments = {name: value for name, value in model["init_args"].items() if name != "optimizer"}
+    for name in {"backbone", "head"} & set(arguments):
+        kind = arguments[name]["class_path"].rpartition(".")[2]
+        arguments[name] = {**arguments[name], "class_path": f"discrete_lit.backbones.{kind}"}
+    kind = model["class_path"].rpartition(".")[2]
+    save(instantiate({"class_path": f"discrete_lit.generators.{kind}", "init_args": arguments}), file)
+    return file
+
+
 def test_sample_refuses_a_sampler_of_the_other_kind(
     of_ids: Path, of_latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
-    made = {"ids": generator_settings(of_ids)["model"], "latents": of_latents_settings(of_latents)["model"]}
-    kinds = {"ids": ("MARSampler", "Masked"), "latents": ("MaskGITSampler", "ContinuousMasked")}
-    for name, (sampler, generator) in kinds.items():
-        model = made[name]
-        arguments = {key: value for key, value in model["init_args"].items() if key != "optimizer"}
-        path = generator if "." not in model["class_path"] else model["class_path"].rpartition(".")[2]
-        for key in ("backbone", "head"):
-            if key in arguments:
-                part = arguments[key]["class_path"].rpartition(".")[2]
-                arguments[key] = {**arguments[key], "class_path": f"discrete_lit.backbones.{part}"}
-        save(instantiate({"class_path": f"discrete_lit.generators.{path}", "init_args": arguments}), tmp_path / name)
+    for settings, sampler, generator in (
+        (generator_settings(of_ids), "MARSampler", "Masked"),
+        (of_latents_settings(of_latents), "MaskGITSampler", "ContinuousMasked"),
+    ):
+        file = saved(settings, tmp_path / f"{generator}.ckpt")
         with pytest.raises(SystemExit):
-            run(
-                "sample", "--ckpt_path", tmp_path / name, "--sampler", sampler, "--num_samples", 2, "--output", tmp_path
-            )
+            run("sample", "--ckpt_path", file, "--sampler", sampler, "--num_samples", 2, "--output", tmp_path)
         assert f"sampler={sampler} does not draw from a {generator}" in capfd.readouterr().err
 
 
@@ -230,9 +234,9 @@ def test_tokenizers_decode_and_arrays_store_their_own_kind_alone(
 def test_a_likelihood_of_latents_has_no_place_in_the_table(of_latents: Path, tmp_path: Path) -> None:
     from discrete_lit.cli.evaluate import _load_generators, _Run
 
-    save(continuous(discrete_lit.load(of_latents)), tmp_path / "mar.ckpt")
+    file = saved(of_latents_settings(of_latents), tmp_path / "mar.ckpt")
     with pytest.raises(ValueError, match="holds a ContinuousMasked, not a Generator"):
-        _load_generators([_Run("mar", "mar", str(tmp_path / "mar.ckpt"))], 8, 3)
+        _load_generators([_Run("mar", "mar", str(file))], 8, 3)
 
 
 def test_more_steps_than_were_trained_are_refused_and_a_bound_takes_what_there_is() -> None:
