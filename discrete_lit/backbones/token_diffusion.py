@@ -250,7 +250,8 @@ class TokenDiffusionHead(nn.Module):
             both = x.repeat(2, 1) if guided else x  # one call for both halves
             output = self.network.denoise(both, time, projected, embedded=True)
             if guided:
-                output = self.denoiser.guide(*output.chunk(2), guidance_scale)
+                conditional, unconditional = output.chunk(2)
+                output = self.denoiser.guide(conditional, unconditional, guidance_scale)
             return self.denoiser(output, x, t)
 
         return solver(denoise, at_least_float32(start), path=self.denoiser.path, noise=noise) * self.scale

@@ -89,7 +89,7 @@ class GaussianPath(ABC):
     def kept(self, key: Hashable, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         """Give numbers of the host that `compute` made when they were first asked for, float64: a solver asks for those
         of its times again in every draw."""
-        known: dict[Hashable, list[float]] = self.__dict__.setdefault("_kept", {})
+        known: dict[Hashable, list[float]] = vars(self).setdefault("_kept", {})
         if key not in known:
             made = list(compute())
             if any(isinstance(value, FakeTensor) for value in made):

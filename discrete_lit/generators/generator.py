@@ -29,7 +29,7 @@ from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.sampler import SamplerOutput, ScaleQuantizer
-from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
+from discrete_lit.tokenizers.tokenizer import Tokenizer, freeze
 
 
 class TokenLosses(NamedTuple):
@@ -72,7 +72,7 @@ class Generator(ClassConditionalTraining):
         training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: no classes, a tokenizer of latents, or a sampler of backbones with another attention.
+        ValueError: no classes, or a sampler of backbones with another attention.
     """
 
     sampler_kind = Sampler
@@ -92,11 +92,6 @@ class Generator(ClassConditionalTraining):
         **training: Any,
     ) -> None:
         super().__init__(**training)
-        if isinstance(tokenizer, ContinuousTokenizer) and not isinstance(tokenizer, Tokenizer):
-            raise ValueError(
-                f"{type(self).__name__} models ids, tokenizer is a {type(tokenizer).__name__}, which makes latents: "
-                "give a Tokenizer such as FSQ, or take a generator of latents"
-            )
         if num_classes < 1:
             raise ValueError(
                 f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"

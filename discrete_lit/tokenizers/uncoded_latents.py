@@ -36,7 +36,7 @@ class RawPixels(ContinuousTokenizer):
         super().__init__()
         if image_channels < 1 or not 0 < scale < float("inf"):
             raise ValueError(f"image_channels and scale must be above 0, got {image_channels} and {scale}")
-        self.latent_dim = image_channels
+        self.latent_dim = self.image_channels = image_channels
         self.scale = scale
 
     def latent_shape(self, image_size: ImageSize) -> tuple[int, ...]:
