@@ -167,5 +167,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     settings.pop("config")
     if settings.get("output") == "":  # of a shell variable that is not set: the current folder was not meant
         raise ValueError("output is '', accepted: a path")
-    with sole_writer(settings["output"], name) if name in _FILLING else nullcontext():
+    # The jobs of an array fill one folder at a time, each its own part.
+    purpose = name if settings.get("part") is None else f"{name}.part-{str(settings['part']).replace('/', '-of-')}"
+    with sole_writer(settings["output"], purpose) if name in _FILLING else nullcontext():
         function(**settings)
