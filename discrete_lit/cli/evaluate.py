@@ -7,6 +7,8 @@ Everything is opened and checked first (`evaluation/inputs.py`), then each set i
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from discrete_lit.core.files import file_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.provenance import environment
 from discrete_lit.data.transforms import MODES
-from discrete_lit.evaluation.image_sets import ImageSet, Selection, match_classes, open_image_set
+from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, match_classes, open_image_set
 from discrete_lit.evaluation.inputs import (
     Run,
     check_arguments,
@@ -28,6 +30,7 @@ from discrete_lit.evaluation.inputs import (
     read_run,
     setting_notes,
 )
+from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs, ProtocolName, labels_of
 from discrete_lit.evaluation.shares import Shares, whole_metrics
 from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 
@@ -59,6 +62,7 @@ def evaluate(
     accelerator: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
+    protocol: ProtocolName | None = None,
     part: str | None = None,
     join: int | None = None,
 ) -> dict[str, Any]:
@@ -117,6 +121,8 @@ def evaluate(
         accelerator: Lightning's; `auto` takes a GPU where there is one.
         devices: on each node; more than one starts a process for each.
         num_nodes: nodes that run this command.
+        protocol: name of a published protocol, which then names the distance; inputs that do not meet it are refused.
+            See `discrete_lit.evaluation.protocols`.
         part: `i/n`, to measure the i-th of n parts of every set, i from 1, and report nothing.
         join: n, to report what n parts measured; the images and networks are read, but no image is measured again.
 
@@ -126,8 +132,9 @@ def evaluate(
     Raises:
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
             a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
-            of another extractor, a checkpoint of the wrong kind, or a row without runs, or with one of them twice; parts that are
-            not there.
+            of another extractor, a checkpoint of the wrong kind, a row without runs, or with one of them twice, or
+            parts that are not there;
+            inputs that do not meet the protocol.
     """
     from lightning.fabric import Fabric
 
@@ -139,6 +146,8 @@ def evaluate(
     from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
     image_size = normal_size(image_size)
+    rules = None if protocol is None else PROTOCOLS[protocol]
+    num_images = num_images if rules is None or num_images is not None else rules.count
     if image_channels not in MODES:
         raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
     sample_runs, made_runs = list_runs("samples", samples), list_runs("reconstructions", reconstructions)
@@ -184,16 +193,39 @@ def evaluate(
     autoencoders, lpips = load_autoencoders(made_runs, image_channels), load_lpips(lpips_weights, image_size)
     generators = load_generators(likelihood_runs, image_size, image_channels)
     extractor = extractor or EfficientNetLite0()
-    reference_moments = None
+    if rules is not None:
+        rules.check(
+            EvaluationInputs(
+                extractor=extractor,
+                reference=reference,
+                reference_images=reference_images,
+                held_out=real,
+                samples=tuple(run.row for run in sample_runs),
+                reconstructions=tuple(run.row for run in made_runs),
+                count=count,
+                num_reference=num_reference,
+                image_size=image_size,
+                image_channels=image_channels,
+                apply_exif=apply_exif,
+            )
+        )
+    reference_moments = reference_batch = None
     if reference_selection is None:
         reference_moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)
+    if rules is not None and rules.reference == "adm":
+        # Its images serve precision and recall, its moments the distance.
+        reference_batch = Selection(NpzImages(Path(reference), image_size), None, num_classes=None)
 
     # From here on every rank goes its own way through its shares.
     fabric.launch()
     device = fabric.device
     extractor = extractor.to(device)
     classifiers = {name: network.to(device) for name, network in classifiers.items()}
-    classifier_hashes = [(name, _hash(path)) for name, path in checkpoints.items()]
+    classifier_hashes = [(name, path, _hash(path)) for name, path in checkpoints.items()]
+
+    @cache
+    def fingerprint(selection: Selection) -> str:
+        return on_first_rank(selection.images.fingerprint)
 
     def run(selection: Selection, name: str, transform: Any = None, made_by: object = None) -> Measurement | None:
         return measure(
@@ -203,11 +235,11 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             # Precision and recall alone need them, and they need those of the reference.
-            most_features=None if reference_selection is not None else 0,
+            most_features=None if reference_selection is not None or reference_batch is not None else 0,
             transform=transform,
             classifiers=classifiers,
             shares=shares,
-            identity=(on_first_rank(selection.images.fingerprint), made_by, classifier_hashes),
+            identity=(fingerprint(selection), made_by, classifier_hashes),
             description=name,
         )
 
@@ -227,6 +259,10 @@ def evaluate(
         left_out = reference_selection.count - (measured_against.moments.count or 0) if measured_against else 0
         if left_out:
             notes.append(f"reference: {left_out:,} broken images were left out")
+    if reference_batch is not None:
+        assert reference_moments is not None
+        batch = run(reference_batch, "images of the reference")
+        measured_against = None if batch is None else replace(reference_moments, features=batch.features)
     manifold, reason = None, ""
     if measured_against is not None and rank() == 0:
         manifold, reason = reference_manifold(measured_against, count, device)
@@ -238,6 +274,8 @@ def evaluate(
     def add(run: Run, kind: Any, selection: Selection, measured: Measurement | None, **figures: Any) -> None:
         if measured is None or measured_against is None:
             return
+        figures["source_sha256"] = _hash(run.path) if kind == "reconstructions" else fingerprint(selection)
+        figures["labels"] = labels_of(selection, classes.count)
         found = on_first_rank(
             lambda: make_row(
                 (run.row, kind, run.path), extractor, measured, measured_against, manifold, floor=floor, figures=figures
@@ -260,7 +298,7 @@ def evaluate(
             meter = ReconstructionMeter(
                 autoencoders[made.label].to(device), None if lpips is None else lpips.to(device)
             )
-            measured = run(real_selection, made.label, meter, (_hash(made.path), _hash(lpips_weights)))
+            measured = run(real_selection, made.label, meter, (made.path, _hash(made.path), _hash(lpips_weights)))
             with whole_metrics():
                 reconstruction = None if measured is None else meter.figures()
             add(made, "reconstructions", real_selection, measured, reconstruction=reconstruction)
@@ -272,7 +310,7 @@ def evaluate(
                 batch_size=batch_size,
                 device=device,
                 shares=shares,
-                identity=(on_first_rank(real_selection.images.fingerprint), _hash(path)),
+                identity=(fingerprint(real_selection), path, _hash(path)),
                 description=path,
             )
     generator_of = {run.label: run.path for run in likelihood_runs}
@@ -295,6 +333,7 @@ def evaluate(
             classifiers=checkpoints,
             image_channels=image_channels,
             apply_exif=apply_exif,
+            protocol=protocol,
             notes=notes,
             environment=environment(device),
         )
@@ -328,5 +367,5 @@ def _shares(folder: Path, part: str | None, join: int | None) -> Shares:
 
 
 def _hash(path: str | None) -> str | None:
-    """Hash a checkpoint; a name that is no file's stays."""
-    return file_sha256(path) if path is not None and Path(path).is_file() else path
+    """Hash a file of weights; None where there is none."""
+    return file_sha256(path) if path is not None and Path(path).is_file() else None

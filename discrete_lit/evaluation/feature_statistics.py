@@ -98,8 +98,11 @@ class FeatureMeter:
         features = self.extractor(images)
         if not bool(features.isfinite().all()):
             raise ValueError(f"{self.extractor.name} gives features of {self.source} that are not finite")
+        if features.device.type == "cuda":  # float64 is there, and the features need not be waited for
+            self._moments.to(features.device)
         self._moments.update(features)
-        self._kept.append(features.detach().cpu()[self._even.chosen(indices)])
+        if self._even.limit:
+            self._kept.append(features.detach().cpu()[self._even.chosen(indices)])
         if labels is not None and self.num_classes is not None:
             self._count_classes(images, features, labels, self.num_classes)
 
@@ -141,9 +144,8 @@ class FeatureMeter:
         """Give the statistics of what was counted."""
         with whole_metrics():
             moments = self._moments.compute()
-        return Measurement(
-            moments=moments, features=torch.cat(self._kept), spread=self._spread, correct=dict(self._correct)
-        )
+        features = self.tally().rows["features"]
+        return Measurement(moments=moments, features=features, spread=self._spread, correct=dict(self._correct))
 
 
 def _metrics_of(transform: Any) -> dict[str, Any]:
