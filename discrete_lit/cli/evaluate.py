@@ -132,9 +132,8 @@ def evaluate(
     Raises:
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
             a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
-            of another extractor, a checkpoint of the wrong kind, a row without runs, or with one of them twice, or
-            parts that are not there;
-            inputs that do not meet the protocol.
+            of another extractor, a checkpoint of the wrong kind, a row without runs, or with one of them twice,
+            parts that are not there, or inputs that do not meet the protocol.
     """
     from lightning.fabric import Fabric
 
@@ -168,6 +167,25 @@ def evaluate(
     beside = {run.label: read_run(run.path) for run in sample_runs}
     real_sets = {"reference": reference_images, "held_out": real}
     sample_sets = {f"samples.{label}": images for label, images in generated.items()}
+    count = num_images if real is None else (num_images or real.count)
+    extractor = extractor or EfficientNetLite0()
+    if rules is not None:
+        rules.check(
+            EvaluationInputs(
+                extractor=extractor,
+                reference=reference,
+                reference_images=reference_images,
+                held_out=real,
+                samples=tuple(run.row for run in sample_runs),
+                reconstructions=tuple(run.row for run in made_runs),
+                count=count,
+                sizes={name: images.count for name, images in sample_sets.items()},
+                num_reference=num_reference,
+                image_size=image_size,
+                image_channels=image_channels,
+                apply_exif=apply_exif,
+            )
+        )
     checkpoints = {"": classifier} if isinstance(classifier, str) else dict(classifier or {})
     if checkpoints:
         check_labels(generated, {})
@@ -187,28 +205,10 @@ def evaluate(
         return Selection(images, num_images, num_classes=classes.count, numbering=numbering, **settings)
 
     real_selection = selected("held_out", num_images)
-    count = num_images if real is None else (num_images or real.count)
     selections = [selected(name, count, allow_uneven=True) for name in sample_sets]
     reference_selection = selected("reference", num_reference)
     autoencoders, lpips = load_autoencoders(made_runs, image_channels), load_lpips(lpips_weights, image_size)
     generators = load_generators(likelihood_runs, image_size, image_channels)
-    extractor = extractor or EfficientNetLite0()
-    if rules is not None:
-        rules.check(
-            EvaluationInputs(
-                extractor=extractor,
-                reference=reference,
-                reference_images=reference_images,
-                held_out=real,
-                samples=tuple(run.row for run in sample_runs),
-                reconstructions=tuple(run.row for run in made_runs),
-                count=count,
-                num_reference=num_reference,
-                image_size=image_size,
-                image_channels=image_channels,
-                apply_exif=apply_exif,
-            )
-        )
     reference_moments = reference_batch = None
     if reference_selection is None:
         reference_moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)

@@ -42,6 +42,8 @@ class EvaluationInputs:
     reconstructions: tuple[str, ...]
     count: int | None
     """Images of a row."""
+    sizes: dict[str, int]
+    """Images of each set of samples."""
     num_reference: int | None
     image_size: ImageSize
     image_channels: int
@@ -77,6 +79,9 @@ class Protocol:
             )
         if self.count is not None and given.count != self.count:
             self._refuse(f"it is of {self.count:,} images a row, num_images is {given.count or 0:,}")
+        if small := {name: size for name, size in given.sizes.items() if size < (self.count or 0)}:
+            name, size = next(iter(small.items()))
+            self._refuse(f"it is of {self.count:,} images a row, {name} has {size:,}")
         if given.image_channels != 3 and self.metric == "FID":
             self._refuse(f"it is of colour images, image_channels is {given.image_channels}")
         if given.apply_exif and self.metric == "FID":

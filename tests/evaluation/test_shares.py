@@ -19,7 +19,7 @@ from discrete_lit.evaluation.shares import Tally
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """12 samples and 12 held-out images against 24, three batches each; an image of each folder is broken."""
+    """120 samples and held-out images, three batches each, against 240; an image of each folder is broken."""
     save_folder(tmp_path / "reference", pixels(303, 0), np.arange(303) % 3)
     save_folder(tmp_path / "held_out", pixels(303, 1), np.arange(303) % 3)
     for name in ("reference", "held_out"):
@@ -107,7 +107,8 @@ def test_it_goes_on_after_an_interruption(settings: dict[str, Any], monkeypatch:
     # 240 of the reference, all of the held-out images, two batches of the samples.
     with pytest.raises(KeyboardInterrupt):
         evaluate(**{**settings, "extractor": Interrupted(240 + 120 + 100)})
-    left = Interrupted(20)
+    # The last batch of the samples, and the one image that took the place of a broken one of the held-out images.
+    left = Interrupted(20 + 1)
     assert evaluate(**{**settings, "extractor": left})["rows"] == alone["rows"]
     assert left.left == 0 and not Path(settings["output"], "shares").exists()
 
