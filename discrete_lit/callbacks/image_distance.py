@@ -7,7 +7,7 @@ images, and so the figures, are the same for any number of ranks, and training g
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.image_grids import undisturbed
-from discrete_lit.core.distributed import on_first_rank, rank, world_size
+from discrete_lit.core.distributed import on_first_rank
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, size_of, size_text, to_uint8
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import (
     FeatureMeter,
     Measurement,
@@ -275,7 +275,8 @@ class ImageDistance(Callback):
         with undisturbed(module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             if not isinstance(module, ImageAutoencoder):
                 meter = FeatureMeter(self._extractor(module), self.num_samples, most_features=most_features)
-                for indices, counted in self._own_batches(trainer):
+                sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+                for indices, counted in own_numbers(self.num_samples, self.batch_size, together=sharded):
                     images = self._draw(module, indices)
                     if counted:
                         meter.update(images, None, indices)
@@ -293,33 +294,16 @@ class ImageDistance(Callback):
                 description="reconstructions",
             )
 
-    def _own_batches(self, trainer: Trainer) -> Iterator[tuple[Tensor, bool]]:
-        """Give the numbers of this rank's samples, batch by batch, and whether they count.
-
-        Batches are the same for any number of ranks. Where weights are sharded every rank must take part in every pass:
-        one that has nothing left draws what it throws away.
-        """
-        batches = -(-self.num_samples // self.batch_size)
-        first, last = (batches * number // world_size() for number in (rank(), rank() + 1))
-        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        rounds = -(-batches // world_size()) if sharded else last - first
-        for number in range(first, first + rounds):
-            counted = number < last
-            start = number * self.batch_size if counted else 0
-            yield torch.arange(start, min(start + self.batch_size, self.num_samples)), counted
-
     def _draw(self, module: LightningModule, indices: Tensor) -> Tensor:
         """Draw samples of some numbers: uint8 `(B, C, H, W)`."""
         assert isinstance(module, Generator | LatentGenerator)
-        indices = indices.to(module.device)
-        drawn = module.draw(indices % module.num_classes, CounterRandom(self.seed, indices), cast(Any, self.sampler))
-        images = module.tokenizer.decode(drawn.tokens)
+        images, _ = draw_images(module, indices.to(module.device), seed=self.seed, sampler=self.sampler)
         if self._selection is not None and normal_size(size_of(images)) != self._selection.images.image_size:
             raise ValueError(
                 f"ImageDistance: samples are of {size_text(size_of(images))} pixels, image_size of the reference is "
                 f"{size_text(self._selection.images.image_size)}"
             )
-        return to_uint8(images)
+        return images
 
     # How it is compared and called.
 

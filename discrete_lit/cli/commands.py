@@ -25,11 +25,12 @@ FUNCTION_COMMANDS = {
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
     "compare": "put the reports of evaluations into one table",
+    "sweep": "find the best settings of a sampler",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
-_FILLING = ("tokenize", "sample", "evaluate", "compare")
+_FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Module and function, where they do not have the command's name: `import` cannot be one.
 _FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}

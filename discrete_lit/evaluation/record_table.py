@@ -306,7 +306,7 @@ class RecordTable:
                 points.append((name, place, spread.mean, spread.training or spread.sampling or 0.0))
         if len(points) < 2:
             return None
-        return _scatter(points, x_name=cost, y_name=metric, logarithmic="log p" not in cost)
+        return scatter(points, x_name=cost, y_name=metric, logarithmic="log p" not in cost)
 
     def to_dict(self) -> dict[str, Any]:
         """Give every figure as data that JSON holds."""
@@ -361,8 +361,15 @@ def _number(value: float) -> str:
     return f"{value:,.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
-def _scatter(points: Sequence[tuple[str, float, float, float]], *, x_name: str, y_name: str, logarithmic: bool) -> str:
-    """Draw named points (name, x, y, deviation of y) as SVG."""
+def scatter(points: Sequence[tuple[str, float, float, float]], *, x_name: str, y_name: str, logarithmic: bool) -> str:
+    """Draw points as an SVG figure of HTML.
+
+    Args:
+        points: name, x, y, and deviation of y of each.
+        x_name: of the axis.
+        y_name: of the other.
+        logarithmic: whether x, above 0, is.
+    """
     width, height, left, bottom, top, right = 520, 340, 60, 45, 20, 130
     xs = [log10(x) if logarithmic else x for _, x, _, _ in points]
     lows, highs = [y - d for _, _, y, d in points], [y + d for _, _, y, d in points]

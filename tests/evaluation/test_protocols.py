@@ -151,7 +151,7 @@ def test_rfid_is_against_the_same_crops(validation: dict[str, Any], tmp_path: Pa
 def test_moments_of_an_unknown_network_are_refused(adm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     extractor = ColourMeans()
     extractor.name = "EffNetLite0"
-    with pytest.raises(ValueError, match="protocol=fd_efficientnet: .*does not say which network its moments are of"):
+    with pytest.raises(ValueError, match=r"protocol=fd_efficientnet: .*does not say which network its moments are of"):
         evaluate(**{**adm, "protocol": "fd_efficientnet", "extractor": extractor, "num_images": 12})
     known = moments_of(pixels(40, 0))
     known.extractor, known.weights_sha256 = extractor.name, extractor.weights_sha256
