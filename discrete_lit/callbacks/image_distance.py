@@ -150,7 +150,7 @@ class ImageDistance(Callback):
                 "takes images of any"
             )
         channels = getattr(getattr(pl_module, "tokenizer", pl_module), "image_channels", 3)
-        images = open_image_set(self.reference, size, image_channels=channels, apply_exif=self.apply_exif)
+        images = open_image_set(self.reference, normal_size(size), image_channels=channels, apply_exif=self.apply_exif)
         self._selection = Selection(images, self.num_reference, num_classes=images.num_classes)
 
     def on_train_batch_end(

@@ -8,38 +8,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from discrete_lit.core.distributed import on_first_rank, rank
 from discrete_lit.core.files import file_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.provenance import environment
-from discrete_lit.data.transforms import MODES
-from discrete_lit.evaluation.image_sets import ImageSet, NpzImages, Selection, match_classes, open_image_set
-from discrete_lit.evaluation.inputs import (
-    Run,
-    check_arguments,
-    check_labels,
-    list_runs,
-    load_autoencoders,
-    load_generators,
-    load_lpips,
-    open_classifier,
-    read_run,
-    setting_notes,
-)
-from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs, ProtocolName, labels_of
+from discrete_lit.evaluation.image_sets import Selection
+from discrete_lit.evaluation.inputs import OpenedInputs, Run, open_inputs
+from discrete_lit.evaluation.protocols import ProtocolName, labels_of
 from discrete_lit.evaluation.shares import Shares, whole_metrics
-from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
+from discrete_lit.metrics.extractors import FeatureExtractor
 
-# The other imports stand in the function: torchmetrics and Lightning take seconds, which
+# The other imports stand in the functions: torchmetrics and Lightning take seconds, which
 # `discrete-lit evaluate --help` does not wait for.
 if TYPE_CHECKING:
-    from discrete_lit.evaluation.feature_statistics import Measurement
+    from discrete_lit.evaluation.feature_statistics import Measurement, Reference
     from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
     from discrete_lit.evaluation.report import Row
+    from discrete_lit.metrics.precision_recall import ClassSpread, Manifold
 
 
 def evaluate(
@@ -137,205 +127,49 @@ def evaluate(
     """
     from lightning.fabric import Fabric
 
-    from discrete_lit.evaluation.feature_statistics import measure, reference_from_images, reference_from_moments
-    from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
     from discrete_lit.evaluation.report import Report
-    from discrete_lit.evaluation.rows import class_notes, make_row, reference_manifold
-    from discrete_lit.metrics.frechet import holds_moments
-    from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
-    image_size = normal_size(image_size)
-    rules = None if protocol is None else PROTOCOLS[protocol]
-    num_images = num_images if rules is None or num_images is not None else rules.count
-    if image_channels not in MODES:
-        raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
-    sample_runs, made_runs = list_runs("samples", samples), list_runs("reconstructions", reconstructions)
-    likelihood_runs = list_runs("likelihoods", likelihoods)
-    check_arguments(sample_runs, made_runs, likelihood_runs, held_out, num_images, num_reference, batch_size)
-    if lpips_weights is not None and not made_runs:
-        raise ValueError("lpips_weights measure reconstructions: give some, or leave lpips_weights out")
     shares = _shares(Path(output) / "shares", part, join)
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)  # type: ignore[arg-type]
-
-    # Everything is opened before anything is computed: a mistake in the last row must not cost the time of the first.
-    def opened(path: str) -> ImageSet:
-        return open_image_set(path, image_size, image_channels=image_channels, apply_exif=apply_exif)
-
-    reference_images = None if holds_moments(reference) else opened(reference)
-    real = None if held_out is None else opened(held_out)
-    generated = {run.label: opened(run.path) for run in sample_runs}
-    beside = {run.label: read_run(run.path) for run in sample_runs}
-    real_sets = {"reference": reference_images, "held_out": real}
-    sample_sets = {f"samples.{label}": images for label, images in generated.items()}
-    count = num_images if real is None else (num_images or real.count)
-    extractor = extractor or EfficientNetLite0()
-    if rules is not None:
-        rules.check(
-            EvaluationInputs(
-                extractor=extractor,
-                reference=reference,
-                reference_images=reference_images,
-                held_out=real,
-                samples=tuple(run.row for run in sample_runs),
-                reconstructions=tuple(run.row for run in made_runs),
-                count=count,
-                sizes={name: images.count for name, images in sample_sets.items()},
-                num_reference=num_reference,
-                image_size=image_size,
-                image_channels=image_channels,
-                apply_exif=apply_exif,
-            )
-        )
-    checkpoints = {"": classifier} if isinstance(classifier, str) else dict(classifier or {})
-    if checkpoints:
-        check_labels(generated, {})
-    classifiers = {name: open_classifier(path, real_sets, image_channels) for name, path in checkpoints.items()}
-    known = {path: classifiers[name].num_classes for name, path in checkpoints.items()}
-    if len(set(known.values())) > 1:
-        raise ValueError(f"the classifiers are of different numbers of classes: {known}")
-    classes = match_classes(real_sets, sample_sets, next(iter(known.values()), None))
-    if checkpoints:
-        check_labels(generated, classes.numbering)
-
-    def selected(name: str, num_images: int | None, **settings: Any) -> Selection | None:
-        images = (real_sets | sample_sets)[name]
-        if images is None:
-            return None
-        numbering = classes.numbering.get(name)
-        return Selection(images, num_images, num_classes=classes.count, numbering=numbering, **settings)
-
-    real_selection = selected("held_out", num_images)
-    selections = [selected(name, count, allow_uneven=True) for name in sample_sets]
-    reference_selection = selected("reference", num_reference)
-    autoencoders, lpips = load_autoencoders(made_runs, image_channels), load_lpips(lpips_weights, image_size)
-    generators = load_generators(likelihood_runs, image_size, image_channels)
-    reference_moments = reference_batch = None
-    if reference_selection is None:
-        reference_moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)
-    if rules is not None and rules.reference == "adm":
-        # Its images serve precision and recall, its moments the distance.
-        reference_batch = Selection(NpzImages(Path(reference), image_size), None, num_classes=None)
-
+    opened = open_inputs(
+        reference,
+        image_size=image_size,
+        image_channels=image_channels,
+        num_images=num_images,
+        samples=samples,
+        reconstructions=reconstructions,
+        likelihoods=likelihoods,
+        held_out=held_out,
+        num_reference=num_reference,
+        extractor=extractor,
+        classifier=classifier,
+        lpips_weights=lpips_weights,
+        apply_exif=apply_exif,
+        batch_size=batch_size,
+        protocol=protocol,
+    )
     # From here on every rank goes its own way through its shares.
     fabric.launch()
-    device = fabric.device
-    extractor = extractor.to(device)
-    classifiers = {name: network.to(device) for name, network in classifiers.items()}
-    classifier_hashes = [(name, path, _hash(path)) for name, path in checkpoints.items()]
-
-    @cache
-    def fingerprint(selection: Selection) -> str:
-        return on_first_rank(selection.images.fingerprint)
-
-    def run(selection: Selection, name: str, transform: Any = None, made_by: object = None) -> Measurement | None:
-        return measure(
-            selection,
-            extractor,
-            num_classes=classes.count,
-            batch_size=batch_size,
-            device=device,
-            # Precision and recall alone need them, and they need those of the reference.
-            most_features=None if reference_selection is not None or reference_batch is not None else 0,
-            transform=transform,
-            classifiers=classifiers,
-            shares=shares,
-            identity=(fingerprint(selection), made_by, classifier_hashes),
-            description=name,
-        )
-
-    notes = [*classes.notes, *setting_notes(sample_runs, beside)]
-    measured_against = reference_moments
-    if reference_selection is not None:
-        measured_against = reference_from_images(
-            reference,
-            reference_selection,
-            extractor=extractor,
-            image_size=image_size,
-            batch_size=batch_size,
-            device=device,
-            folder=Path(output),
-            shares=shares,
-        )
-        left_out = reference_selection.count - (measured_against.moments.count or 0) if measured_against else 0
-        if left_out:
-            notes.append(f"reference: {left_out:,} broken images were left out")
-    if reference_batch is not None:
-        assert reference_moments is not None
-        batch = run(reference_batch, "images of the reference")
-        measured_against = None if batch is None else replace(reference_moments, features=batch.features)
-    manifold, reason = None, ""
-    if measured_against is not None and rank() == 0:
-        manifold, reason = reference_manifold(measured_against, count, device)
-        if manifold is None:
-            notes.append(f"precision and recall are not measured: {reason}")
-    rows: list[Row] = []
-    floor = None
-
-    def add(run: Run, kind: Any, selection: Selection, measured: Measurement | None, **figures: Any) -> None:
-        if measured is None or measured_against is None:
-            return
-        figures["source_sha256"] = _hash(run.path) if kind == "reconstructions" else fingerprint(selection)
-        figures["labels"] = labels_of(selection, classes.count)
-        found = on_first_rank(
-            lambda: make_row(
-                (run.row, kind, run.path), extractor, measured, measured_against, manifold, floor=floor, figures=figures
-            )
-        )
-        rows.append(found)
-        if kind != "reconstructions":
-            notes.extend(selection.notes(run.label))
-        if kind == "samples":
-            notes.extend(class_notes(run.label, selection, classes.count, found))
-
-    likelihood: dict[str, LikelihoodFigures | None] = {}
-    if real_selection is not None:
-        assert held_out is not None
-        real_run = Run("held-out real images", "held-out real images", held_out)
-        measured = run(real_selection, real_run.label)
-        floor = measured and measured.spread
-        add(real_run, "real", real_selection, measured)
-        for made in made_runs:
-            meter = ReconstructionMeter(
-                autoencoders[made.label].to(device), None if lpips is None else lpips.to(device)
-            )
-            measured = run(real_selection, made.label, meter, (made.path, _hash(made.path), _hash(lpips_weights)))
-            with whole_metrics():
-                reconstruction = None if measured is None else meter.figures()
-            add(made, "reconstructions", real_selection, measured, reconstruction=reconstruction)
-        for path, generator in generators.items():
-            likelihood[path] = measure_likelihood(
-                generator.to(device),
-                real_selection,
-                checkpoint=path,
-                batch_size=batch_size,
-                device=device,
-                shares=shares,
-                identity=(fingerprint(real_selection), path, _hash(path)),
-                description=path,
-            )
-    generator_of = {run.label: run.path for run in likelihood_runs}
-    for sampled, selection in zip(sample_runs, selections, strict=True):
-        assert selection is not None
-        figures = {"likelihood": likelihood.get(generator_of.get(sampled.label, "")), **beside[sampled.label]}
-        add(sampled, "samples", selection, run(selection, sampled.label), **figures)
+    measured = _Evaluation(opened, reference, folder=Path(output), batch_size=batch_size, shares=shares)
+    measured.run(fabric.device, held_out=held_out, lpips_weights=lpips_weights)
     if shares.partial:
         if rank() == 0:
             print(f"Part {part} of {output!r}: `--join {shares.parts}` reports when all {shares.parts} parts are there")
         return {}
-    assert measured_against is not None
 
     def write() -> dict[str, Any]:
+        assert measured.reference is not None
         report = Report(
-            rows,
-            measured_against,
-            manifold=manifold,
-            image_size=image_size,
-            classifiers=checkpoints,
+            measured.rows,
+            measured.reference,
+            manifold=measured.manifold,
+            image_size=normal_size(image_size),
+            classifiers=opened.classifier_paths,
             image_channels=image_channels,
             apply_exif=apply_exif,
             protocol=protocol,
-            notes=notes,
-            environment=environment(device),
+            notes=measured.notes,
+            environment=environment(fabric.device),
         )
         report.write(Path(output))
         shares.clear()
@@ -343,6 +177,166 @@ def evaluate(
         return report.to_dict()
 
     return on_first_rank(write)
+
+
+class _Evaluation:
+    """Measure what was opened, set by set, and gather rows and notes; those of a part alone stay empty."""
+
+    def __init__(
+        self, opened: OpenedInputs, reference_name: str, *, folder: Path, batch_size: int, shares: Shares
+    ) -> None:
+        self.opened, self.reference_name = opened, reference_name
+        self.folder, self.batch_size, self.shares = folder, batch_size, shares
+        self.device = torch.device("cpu")
+        self.reference: Reference | None = None
+        self.manifold: Manifold | None = None
+        """Of the reference's features, on rank 0."""
+        self.floor: ClassSpread | None = None
+        """The spread of the classes of the held-out images."""
+        self.rows: list[Row] = []
+        self.notes = list(opened.notes)
+        self._fingerprints: dict[Path, str] = {}
+
+    def run(self, device: torch.device, *, held_out: str | None, lpips_weights: str | None) -> None:
+        """Measure the reference, the held-out images and what is made of them, and the samples."""
+        opened, self.device = self.opened, device
+        opened.extractor.to(device)
+        for classifier in opened.classifiers.values():
+            classifier.to(device)
+        self._measure_reference()
+        likelihoods: dict[str, LikelihoodFigures | None] = {}
+        if opened.held_out is not None:
+            assert held_out is not None
+            self._measure_held_out(opened.held_out, held_out, lpips_weights)
+            likelihoods = self._measure_likelihoods(opened.held_out)
+        generator_of = {run.label: run.path for run in opened.likelihoods}
+        for sampled in opened.samples:
+            selection = opened.selections[sampled.label]
+            figures = {
+                "likelihood": likelihoods.get(generator_of.get(sampled.label, "")),
+                **opened.beside[sampled.label],
+            }
+            self._add(sampled, "samples", selection, self._measure(selection, sampled.label), **figures)
+
+    def _measure_reference(self) -> None:
+        from discrete_lit.evaluation.feature_statistics import reference_from_images
+        from discrete_lit.evaluation.rows import reference_manifold
+
+        opened = self.opened
+        self.reference = opened.reference_moments
+        if opened.reference_images is not None:
+            self.reference = reference_from_images(
+                self.reference_name,
+                opened.reference_images,
+                extractor=opened.extractor,
+                image_size=opened.reference_images.images.image_size,
+                batch_size=self.batch_size,
+                device=self.device,
+                folder=self.folder,
+                shares=self.shares,
+            )
+            if self.reference is not None:
+                left_out = opened.reference_images.count - (self.reference.moments.count or 0)
+                if left_out:
+                    self.notes.append(f"reference: {left_out:,} broken images were left out")
+        if opened.reference_batch is not None:
+            assert self.reference is not None
+            batch = self._measure(opened.reference_batch, "images of the reference")
+            self.reference = None if batch is None else replace(self.reference, features=batch.features)
+        if self.reference is not None and rank() == 0:
+            self.manifold, reason = reference_manifold(self.reference, self.opened.count, self.device)
+            if self.manifold is None:
+                self.notes.append(f"precision and recall are not measured: {reason}")
+
+    def _measure_held_out(self, selection: Selection, path: str, lpips_weights: str | None) -> None:
+        """Measure the held-out images, the floor of the distance, and their reconstructions."""
+        from discrete_lit.metrics.reconstruction import ReconstructionMeter
+
+        real = Run("held-out real images", "held-out real images", path)
+        measured = self._measure(selection, real.label)
+        self.floor = None if measured is None else measured.spread
+        self._add(real, "real", selection, measured)
+        lpips = None if self.opened.lpips is None else self.opened.lpips.to(self.device)
+        for made in self.opened.reconstructions:
+            meter = ReconstructionMeter(self.opened.autoencoders[made.label].to(self.device), lpips)
+            made_by = made.path, _hash(made.path), _hash(lpips_weights)
+            measured = self._measure(selection, made.label, meter, made_by)
+            with whole_metrics():
+                figures = None if measured is None else meter.figures()
+            self._add(made, "reconstructions", selection, measured, reconstruction=figures)
+
+    def _measure_likelihoods(self, selection: Selection) -> dict[str, LikelihoodFigures | None]:
+        from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
+
+        return {
+            path: measure_likelihood(
+                generator.to(self.device),
+                selection,
+                checkpoint=path,
+                batch_size=self.batch_size,
+                device=self.device,
+                shares=self.shares,
+                identity=(self._fingerprint(selection), path, _hash(path)),
+                description=path,
+            )
+            for path, generator in self.opened.generators.items()
+        }
+
+    def _measure(
+        self, selection: Selection, name: str, transform: Any = None, made_by: object = None
+    ) -> Measurement | None:
+        from discrete_lit.evaluation.feature_statistics import measure
+
+        opened = self.opened
+        # Precision and recall alone need features, and they need those of the reference.
+        keeps = opened.reference_images is not None or opened.reference_batch is not None
+        classifiers = [(name, path, _hash(path)) for name, path in opened.classifier_paths.items()]
+        return measure(
+            selection,
+            opened.extractor,
+            num_classes=opened.classes.count,
+            batch_size=self.batch_size,
+            device=self.device,
+            most_features=None if keeps else 0,
+            transform=transform,
+            classifiers=opened.classifiers,
+            shares=self.shares,
+            identity=(self._fingerprint(selection), made_by, classifiers),
+            description=name,
+        )
+
+    def _fingerprint(self, selection: Selection) -> str:
+        path = selection.images.path
+        if path not in self._fingerprints:
+            self._fingerprints[path] = on_first_rank(selection.images.fingerprint)
+        return self._fingerprints[path]
+
+    def _add(self, run: Run, kind: Any, selection: Selection, measured: Measurement | None, **figures: Any) -> None:
+        """Make a row of what was measured of a set, where that is the whole of it."""
+        from discrete_lit.evaluation.rows import class_notes, make_row
+
+        reference = self.reference
+        if measured is None or reference is None:
+            return
+        classes = self.opened.classes.count
+        figures["source_sha256"] = _hash(run.path) if kind == "reconstructions" else self._fingerprint(selection)
+        figures["labels"] = labels_of(selection, classes)
+        row = on_first_rank(
+            lambda: make_row(
+                (run.row, kind, run.path),
+                self.opened.extractor,
+                measured,
+                reference,
+                self.manifold,
+                floor=self.floor,
+                figures=figures,
+            )
+        )
+        self.rows.append(row)
+        if kind != "reconstructions":
+            self.notes.extend(selection.notes(run.label))
+        if kind == "samples":
+            self.notes.extend(class_notes(run.label, selection, classes, row))
 
 
 def _shares(folder: Path, part: str | None, join: int | None) -> Shares:

@@ -1,7 +1,7 @@
 """The inputs of an evaluation: runs of each row, sets of images, classes, checkpoints; checked before one is measured.
 
-A mistake in the last row must not cost the time of the first: `cli/evaluate.py` opens everything through this file, and
-measures then.
+A mistake in the last row must not cost the time of the first: `open_inputs` opens and checks everything, and
+`cli/evaluate.py` measures then.
 """
 
 from __future__ import annotations
@@ -9,20 +9,180 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from discrete_lit.core.images import ImageSize
-from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet
+from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.data.transforms import MODES
+from discrete_lit.evaluation.image_sets import (
+    NO_CLASS,
+    ClassMatch,
+    ImageSet,
+    NpzImages,
+    Selection,
+    match_classes,
+    open_image_set,
+)
+from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs
+from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
 
 # The other imports stand in the functions: torchmetrics and Lightning take seconds, which
 # `discrete-lit evaluate --help` does not wait for.
 if TYPE_CHECKING:
     from discrete_lit.evaluation.classifier import ImageClassifier
+    from discrete_lit.evaluation.feature_statistics import Reference
     from discrete_lit.generators import Generator
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedInputs:
+    """What an evaluation compares: sets whose images are known and not yet read, and networks on the CPU."""
+
+    samples: list[Run]
+    reconstructions: list[Run]
+    likelihoods: list[Run]
+    selections: dict[str, Selection]
+    """The images of each run of samples, by its label."""
+    beside: dict[str, dict[str, Any]]
+    """What stands beside each run of samples, by its label: fields of its row."""
+    held_out: Selection | None
+    count: int | None
+    """Images of a row."""
+    reference_images: Selection | None
+    reference_moments: Reference | None
+    """Of a reference that is a file of moments."""
+    reference_batch: Selection | None
+    """Images that such a file holds too, for precision and recall."""
+    classes: ClassMatch
+    extractor: FeatureExtractor
+    classifiers: dict[str, ImageClassifier]
+    classifier_paths: dict[str, str]
+    autoencoders: dict[str, Any]
+    """The autoencoder of each run of reconstructions, by its label."""
+    lpips: LPIPS | None
+    generators: dict[str, Generator]
+    """The generator of each checkpoint of a likelihood, by its path."""
+    notes: list[str]
+
+
+def open_inputs(
+    reference: str,
+    *,
+    image_size: ImageSize,
+    image_channels: int,
+    num_images: int | None,
+    samples: dict[str, str | list[str]] | None,
+    reconstructions: dict[str, str | list[str]] | None,
+    likelihoods: dict[str, str | list[str]] | None,
+    held_out: str | None,
+    num_reference: int | None,
+    extractor: FeatureExtractor | None,
+    classifier: str | dict[str, str] | None,
+    lpips_weights: str | None,
+    apply_exif: bool,
+    batch_size: int,
+    protocol: str | None,
+) -> OpenedInputs:
+    """Open everything that an evaluation names; arguments as for `evaluate`.
+
+    Raises:
+        ValueError: the reasons of `evaluate` that are known before an image is read.
+    """
+    from discrete_lit.evaluation.feature_statistics import reference_from_moments
+    from discrete_lit.metrics.frechet import holds_moments
+
+    image_size = normal_size(image_size)
+    rules = None if protocol is None else PROTOCOLS[protocol]
+    num_images = num_images if rules is None or num_images is not None else rules.count
+    if image_channels not in MODES:
+        raise ValueError(f"image_channels is {image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
+    sample_runs, made_runs = _list_runs("samples", samples), _list_runs("reconstructions", reconstructions)
+    likelihood_runs = _list_runs("likelihoods", likelihoods)
+    _check_arguments(sample_runs, made_runs, likelihood_runs, held_out, num_images, num_reference, batch_size)
+    if lpips_weights is not None and not made_runs:
+        raise ValueError("lpips_weights measure reconstructions: give some, or leave lpips_weights out")
+
+    def opened(path: str) -> ImageSet:
+        return open_image_set(path, image_size, image_channels=image_channels, apply_exif=apply_exif)
+
+    reference_images = None if holds_moments(reference) else opened(reference)
+    real = None if held_out is None else opened(held_out)
+    generated = {run.label: opened(run.path) for run in sample_runs}
+    beside = {run.label: _read_run(run.path) for run in sample_runs}
+    count = num_images if real is None else (num_images or real.count)
+    extractor = extractor or EfficientNetLite0()
+    if rules is not None:
+        rules.check(
+            EvaluationInputs(
+                extractor=extractor,
+                reference=reference,
+                reference_images=reference_images,
+                held_out=real,
+                samples=tuple(run.row for run in sample_runs),
+                reconstructions=tuple(run.row for run in made_runs),
+                count=count,
+                sizes={f"samples.{label}": images.count for label, images in generated.items()},
+                num_reference=num_reference,
+                image_size=image_size,
+                image_channels=image_channels,
+                apply_exif=apply_exif,
+            )
+        )
+
+    real_sets = {"reference": reference_images, "held_out": real}
+    sample_sets = {f"samples.{label}": images for label, images in generated.items()}
+    checkpoints = {"": classifier} if isinstance(classifier, str) else dict(classifier or {})
+    if checkpoints:
+        _check_labels(generated, {})
+    classifiers = {name: _open_classifier(path, real_sets, image_channels) for name, path in checkpoints.items()}
+    known = {path: classifiers[name].num_classes for name, path in checkpoints.items()}
+    if len(set(known.values())) > 1:
+        raise ValueError(f"the classifiers are of different numbers of classes: {known}")
+    classes = match_classes(real_sets, sample_sets, next(iter(known.values()), None))
+    if checkpoints:
+        _check_labels(generated, classes.numbering)
+
+    def selected(name: str, images: ImageSet, num_images: int | None, *, allow_uneven: bool = False) -> Selection:
+        numbering = classes.numbering.get(name)
+        return Selection(images, num_images, num_classes=classes.count, numbering=numbering, allow_uneven=allow_uneven)
+
+    real_selection = None if real is None else selected("held_out", real, num_images)
+    selections = {
+        label: selected(f"samples.{label}", images, count, allow_uneven=True) for label, images in generated.items()
+    }
+    of_reference = None if reference_images is None else selected("reference", reference_images, num_reference)
+    autoencoders, lpips = _load_autoencoders(made_runs, image_channels), _load_lpips(lpips_weights, image_size)
+    generators = _load_generators(likelihood_runs, image_size, image_channels)
+    moments = batch = None
+    if reference_images is None:
+        moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)
+        if rules is not None and rules.reference == "adm":
+            # Its images serve precision and recall, its moments the distance.
+            batch = Selection(NpzImages(Path(reference), image_size), None, num_classes=None)
+    return OpenedInputs(
+        samples=sample_runs,
+        reconstructions=made_runs,
+        likelihoods=likelihood_runs,
+        selections=selections,
+        beside=beside,
+        held_out=real_selection,
+        count=count,
+        reference_images=of_reference,
+        reference_moments=moments,
+        reference_batch=batch,
+        classes=classes,
+        extractor=extractor,
+        classifiers=classifiers,
+        classifier_paths=checkpoints,
+        autoencoders=autoencoders,
+        lpips=lpips,
+        generators=generators,
+        notes=[*classes.notes, *_setting_notes(sample_runs, beside)],
+    )
 
 
 class Run(NamedTuple):
@@ -34,7 +194,7 @@ class Run(NamedTuple):
     path: str
 
 
-def list_runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[Run]:
+def _list_runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[Run]:
     """List the runs of each row that a setting names, in order.
 
     Raises:
@@ -51,7 +211,7 @@ def list_runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[Run
     return found
 
 
-def setting_notes(sample_runs: list[Run], beside: Mapping[str, dict[str, Any]]) -> list[str]:
+def _setting_notes(sample_runs: list[Run], beside: Mapping[str, dict[str, Any]]) -> list[str]:
     """Say where the runs of one row were not drawn alike: then their spread is not one over seeds alone."""
     notes = []
     rows: dict[str, list[dict[str, Any]]] = {}
@@ -66,7 +226,7 @@ def setting_notes(sample_runs: list[Run], beside: Mapping[str, dict[str, Any]]) 
     return notes
 
 
-def check_arguments(
+def _check_arguments(
     samples: list[Run],
     reconstructions: list[Run],
     likelihoods: list[Run],
@@ -109,7 +269,7 @@ def check_arguments(
         raise ValueError(f"a name stands for one row, {sorted(both)} is of reconstructions and of samples")
 
 
-def check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndarray]) -> None:
+def _check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndarray]) -> None:
     """Refuse a classifier where not one of the samples has a class, as far as that is known."""
     reasons = []
     for name, images in generated.items():
@@ -128,7 +288,7 @@ def check_labels(generated: dict[str, ImageSet], numbering: Mapping[str, np.ndar
         )
 
 
-def read_run(samples: str) -> dict[str, Any]:
+def _read_run(samples: str) -> dict[str, Any]:
     """Read `run.json` beside an npz of samples, and find the picture there: fields of its row.
 
     Raises:
@@ -154,7 +314,7 @@ def read_run(samples: str) -> dict[str, Any]:
     return found
 
 
-def load_autoencoders(checkpoints: list[Run], image_channels: int) -> dict[str, Any]:
+def _load_autoencoders(checkpoints: list[Run], image_channels: int) -> dict[str, Any]:
     """Load the autoencoder of each checkpoint, on the CPU.
 
     Raises:
@@ -176,7 +336,7 @@ def load_autoencoders(checkpoints: list[Run], image_channels: int) -> dict[str, 
     return autoencoders
 
 
-def load_lpips(weights: str | None, image_size: ImageSize) -> LPIPS | None:
+def _load_lpips(weights: str | None, image_size: ImageSize) -> LPIPS | None:
     """Load LPIPS, on the CPU, where its weights are given.
 
     Raises:
@@ -199,7 +359,7 @@ def _check_channels(module: Any, image_channels: int, what: str) -> None:
         raise ValueError(f"{what} takes images of {expected} channels, image_channels is {image_channels}")
 
 
-def open_classifier(checkpoint: str, sets: dict[str, ImageSet | None], image_channels: int) -> ImageClassifier:
+def _open_classifier(checkpoint: str, sets: dict[str, ImageSet | None], image_channels: int) -> ImageClassifier:
     """Load a classifier, on the CPU.
 
     Raises:
@@ -223,7 +383,7 @@ def open_classifier(checkpoint: str, sets: dict[str, ImageSet | None], image_cha
     return classifier
 
 
-def load_generators(likelihoods: list[Run], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
+def _load_generators(likelihoods: list[Run], image_size: ImageSize, image_channels: int) -> dict[str, Generator]:
     """Load the generator of each checkpoint, on the CPU.
 
     Raises:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from discrete_lit.callbacks import ExponentialMovingAverage, ImageDistance
 from discrete_lit.checkpoints import instantiate
@@ -120,7 +121,7 @@ def make_masked(tokenizer: Any) -> Any:
         8,
         num_classes=4,
         backbone=partial(Transformer, width=16, depth=2, heads=2),
-        optimizer=partial(torch.optim.SGD, lr=0.1),
+        optimizer=partial(torch.optim.SGD, lr=0.5),
     )
 
 
@@ -155,6 +156,24 @@ def test_the_best_is_kept_by_it(tokenizer, make_trainer, make_loader, read_scala
     logged = read_scalars("validation/gFD-Means_8")
     assert len(logged) == 4 and len(set(logged.values())) > 1
     assert Path(keeper.best_model_path).stem == f"step={min(logged, key=lambda step: logged[step])}"
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_run_logs_what_the_whole_one_does(
+    tokenizer, make_trainer, make_loader, read_scalars, reference, tmp_path
+) -> None:
+    logged = []
+    batches = DataLoader(list(make_loader(1)) * 4, batch_size=None)  # equal ones: a plain loader begins anew
+    for steps, resumed in ((4, None), (2, None), (4, tmp_path / "2.ckpt")):
+        seed_everything(0, verbose=False)
+        distance = ImageDistance(reference, 8, extractor=ColourMeans(), every_n_steps=1)
+        trainer = make_trainer(
+            callbacks=[ExponentialMovingAverage(0.5), distance], max_steps=steps, limit_val_batches=0
+        )
+        trainer.fit(make_masked(tokenizer), batches, ckpt_path=resumed)
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        logged.append(float(trainer.callback_metrics["validation/gFD-Means_8"]))
+    assert logged[0] == logged[2] != logged[1]
 
 
 def test_reconstructions_of_the_validation_batches(tokenizer, make_trainer, make_loader, read_scalars) -> None:
@@ -229,7 +248,7 @@ def test_mistakes_are_refused(tokenizer, make_trainer, make_loader, reference, t
         validate(ImageDistance(reference, 4, extractor=ColourMeans(), image_size=16))
     tokens = [{"tokens": torch.zeros(2, 4, 4, dtype=torch.int64), "label": torch.zeros(2, dtype=torch.int64)}]
     with pytest.raises(ValueError, match="and these hold none: give reference"):
-        validate(ImageDistance(extractor=ColourMeans(), num_samples=4), batches=tokens)
+        validate(ImageDistance(extractor=ColourMeans(), num_samples=4), batches=DataLoader(tokens, batch_size=None))
 
 
 # Several ranks.

@@ -1,4 +1,4 @@
-"""A sweep: the same random numbers for every setting, golden section on a parabola, and a best setting that can be used."""
+"""A sweep: equal random numbers for every setting, golden section on a parabola, a best setting that can be used."""
 
 import json
 from pathlib import Path
