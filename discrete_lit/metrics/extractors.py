@@ -397,10 +397,13 @@ class TimmExtractor(FeatureExtractor):
         if self.output == "head":
             return self.network.forward_head(hidden)
         if hidden.ndim == 4:
-            return hidden.mean((2, 3))
-        if self.network.num_prefix_tokens:
+            channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
+            return hidden.mean((1, 2) if channels_last else (2, 3))
+        if getattr(self.network, "has_class_token", False):
             return hidden[:, 0]
-        return hidden.mean(1) if self.network.attn_pool is None else self.network.pool(hidden)
+        if getattr(self.network, "attn_pool", None) is not None:
+            return self.network.pool(hidden)
+        return hidden[:, getattr(self.network, "num_prefix_tokens", 0) :].mean(1)
 
 
 def _timm_network(model_name: str, **arguments: Any) -> Any:

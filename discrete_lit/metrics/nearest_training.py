@@ -64,7 +64,7 @@ class NearestTraining(ComparedFeatures):
       image to its own, in [0, 1], ties by half: the statistic of Mann and Whitney that Meehan et al. 2020 test (C_T,
       without cells). 0.5 without memorisation.
     - `authenticity`: the fraction of samples that are further from their nearest training image than this is from its
-      own nearest training image (Alaa et al. 2022); of new real images about a half.
+      own nearest training image (Alaa et al. 2022); of new real images a little below a half.
 
     Args:
         extractor: where the features come from; only read.
