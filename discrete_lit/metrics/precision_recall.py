@@ -179,11 +179,17 @@ class PrecisionRecall(ComparedFeatures):
         if neighbours < 1:
             raise ValueError(f"neighbours={neighbours} must be at least 1")
         self.neighbours = neighbours
+        self._manifold: Manifold | None = None
+
+    def manifolds(self) -> tuple[Tensor, Manifold]:
+        """Give the features of all ranks and the reference's manifold, which is computed once for a device."""
+        samples, reference = self.both(self.neighbours + 1)
+        if self._manifold is None or self._manifold.features.device != samples.device:
+            self._manifold = Manifold(reference, self.neighbours, device=samples.device)
+        return samples, self._manifold
 
     def compute(self) -> dict[str, Tensor]:
-        samples, reference = self.both(self.neighbours + 1)
-        manifold = Manifold(reference, self.neighbours, device=self.device)
-        return _named(("precision", "recall"), precision_and_recall(samples, manifold))
+        return _named(("precision", "recall"), precision_and_recall(*self.manifolds()))
 
 
 class DensityCoverage(PrecisionRecall):
@@ -212,9 +218,7 @@ class DensityCoverage(PrecisionRecall):
         super().__init__(extractor, reference, neighbours=neighbours, reference_name=reference_name, dtype=dtype)
 
     def compute(self) -> dict[str, Tensor]:
-        samples, reference = self.both(self.neighbours + 1)
-        manifold = Manifold(reference, self.neighbours, device=self.device)
-        return _named(("density", "coverage"), density_and_coverage(samples, manifold))
+        return _named(("density", "coverage"), density_and_coverage(*self.manifolds()))
 
 
 def _named(names: tuple[str, str], values: tuple[float, float]) -> dict[str, Tensor]:

@@ -37,6 +37,21 @@ def test_it_is_torch_fidelitys_over_consecutive_splits(count: int) -> None:
     assert float(found["inception_score_std"]) == pytest.approx(expected["inception_score_std"], rel=1e-10)
 
 
+def test_it_is_that_of_torchmetrics_but_for_its_permutation() -> None:
+    from torchmetrics.image.inception import InceptionScore as Theirs
+
+    with pytest.warns(UserWarning, match="save all extracted features"):
+        theirs = Theirs(feature=torch.nn.Identity())
+    theirs.update(logits(100).double())
+    torch.manual_seed(0)
+    mean, deviation = theirs.compute()
+    torch.manual_seed(0)
+    found = score(logits(100)[torch.randperm(100)])
+    assert float(found["inception_score"]) == pytest.approx(float(mean), rel=1e-12)
+    # Theirs divides by the number of splits less one.
+    assert float(found["inception_score_std"]) == pytest.approx(float(deviation) * 0.9**0.5, rel=1e-10)
+
+
 def test_the_order_of_arrival_does_not_matter() -> None:
     order = torch.randperm(103, generator=torch.Generator().manual_seed(1))
     for name, value in score(logits(103), order=order).items():

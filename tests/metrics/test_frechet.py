@@ -303,6 +303,17 @@ def test_the_metric_is_that_of_torchmetrics() -> None:
     assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-6)
 
 
+def test_the_metric_is_that_of_torch_fidelity() -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    samples, reference = (torch.from_numpy(random_features(90, 7, seed)) for seed in (0, 1))
+    statistics = [fid_features_to_statistics(features) for features in (samples, reference)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    metric = FrechetDistance(Flatten(7), moments_of(reference.numpy()))
+    metric.update(samples)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-9)
+
+
 def test_the_metric_refuses_what_has_no_distance() -> None:
     reference = moments_of(random_features(70, 5, 1))
     reference.weights_sha256, reference.extractor = "b" * 64, "Other"

@@ -66,6 +66,16 @@ def test_a_file_of_other_features_is_refused(tmp_path: Path) -> None:
         FeatureSet.load(written(features=np.zeros((4, 3)), weights_sha256=np.array("b" * 64)), EXTRACTOR)
 
 
+def test_a_truncated_and_a_pickled_file_are_refused(tmp_path: Path) -> None:
+    FeatureSet(features(50)).save(tmp_path / "whole.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"cut\.npz"):
+        FeatureSet.load(tmp_path / "cut.npz")
+    np.savez(tmp_path / "pickled.npz", features=np.array([[{}]], dtype=object))
+    with pytest.raises(ValueError, match=r"pickled\.npz.*must be floats"):
+        FeatureSet.load(tmp_path / "pickled.npz")
+
+
 def test_a_set_is_a_matrix_with_as_many_labels() -> None:
     with pytest.raises(ValueError, match=r"must be \(n, D\) of a floating type"):
         FeatureSet(torch.zeros(3))
