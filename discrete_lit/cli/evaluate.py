@@ -21,7 +21,7 @@ from discrete_lit.evaluation.image_sets import Selection
 from discrete_lit.evaluation.inputs import OpenedInputs, Run, open_inputs
 from discrete_lit.evaluation.protocols import ProtocolName, labels_of
 from discrete_lit.evaluation.shares import Shares, whole_metrics
-from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.extractors import LOGITS, SPATIAL, FeatureExtractor
 
 # The other imports stand in the functions: torchmetrics and Lightning take seconds, which
 # `discrete-lit evaluate --help` does not wait for.
@@ -286,10 +286,16 @@ class _Evaluation:
         self, selection: Selection, name: str, transform: Any = None, made_by: object = None
     ) -> Measurement | None:
         from discrete_lit.evaluation.feature_statistics import measure
+        from discrete_lit.metrics.classifier_scores import InceptionScore
+        from discrete_lit.metrics.frechet import FeatureMoments
 
         opened = self.opened
         # Precision and recall alone need features, and they need those of the reference.
         keeps = opened.reference_images is not None or opened.reference_batch is not None
+        scores = {}
+        if opened.reference_spatial is not None and selection is not opened.reference_batch:
+            scores["spatial"] = FeatureMoments(opened.extractor.space(SPATIAL))
+            scores["inception"] = InceptionScore(opened.extractor.space(LOGITS), selection.count)
         classifiers = [(name, path, _hash(path)) for name, path in opened.classifier_paths.items()]
         return measure(
             selection,
@@ -300,6 +306,7 @@ class _Evaluation:
             most_features=None if keeps else 0,
             transform=transform,
             classifiers=opened.classifiers,
+            scores=scores,
             shares=self.shares,
             identity=(self._fingerprint(selection), made_by, classifiers),
             description=name,
@@ -321,6 +328,7 @@ class _Evaluation:
         classes = self.opened.classes.count
         figures["source_sha256"] = _hash(run.path) if kind == "reconstructions" else self._fingerprint(selection)
         figures["labels"] = labels_of(selection, classes)
+        spatial = self.opened.reference_spatial
         row = on_first_rank(
             lambda: make_row(
                 (run.row, kind, run.path),
@@ -329,6 +337,7 @@ class _Evaluation:
                 reference,
                 self.manifold,
                 floor=self.floor,
+                spatial=spatial,
                 figures=figures,
             )
         )

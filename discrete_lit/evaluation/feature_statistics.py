@@ -29,7 +29,7 @@ from discrete_lit.evaluation.shares import (
     whole_metrics,
 )
 from discrete_lit.metrics.codebook_usage import CodebookUsage
-from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.extractors import LOGITS, POOL, FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
 from discrete_lit.metrics.precision_recall import ClassSpread
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
@@ -42,15 +42,17 @@ MOST_FEATURES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Statistics of a set of images; of a set without labels the last two are None and empty.
+    """Statistics of a set of images; of a set without labels `spread` is None and `correct` empty.
 
-    Images without a class, of a set that has labels, count for the first two alone.
+    Images without a class, of a set that has labels, do not count for these two.
     """
 
     moments: Moments
     features: Tensor
     """Features `(n, D)` of all images, or of as many as were asked for."""
     spread: ClassSpread | None
+    scores: Mapping[str, Any]
+    """Results of further measures of the features, by their names."""
     correct: Mapping[str, Tensor]
     """By the name of each classifier `(K,)`: the images of each class that it recognised."""
 
@@ -65,6 +67,8 @@ class FeatureMeter:
         most_features: how many features are kept, evenly spaced; all by default, 0 keeps none.
         transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
         classifiers: by name, each from images in [-1, 1] to logits `(B, K)`.
+        scores: further measures by name, such as `FeatureMoments` of spatial features or an `InceptionScore`; each
+            takes the part of the features that it was made for.
         source: names the images in an error.
     """
 
@@ -77,10 +81,12 @@ class FeatureMeter:
         most_features: int | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        scores: Mapping[str, Any] | None = None,
         source: str = "the images",
     ) -> None:
         self.extractor, self.num_classes, self.transform, self.source = extractor, num_classes, transform, source
         self.classifiers = dict(classifiers or {})
+        self.scores = dict(scores or {})
         self._even = EvenSample(most_features, count)
         self._moments = FeatureMoments(extractor)
         self._kept: list[Tensor] = []
@@ -95,12 +101,17 @@ class FeatureMeter:
         """
         if self.transform is not None:
             images = self.transform(images)
-        features = self.extractor(images)
+        parts = self.extractor.features(images, {POOL, *(score.part for score in self.scores.values())})
+        features = parts[POOL]
         if not bool(features.isfinite().all()):
             raise ValueError(f"{self.extractor.name} gives features of {self.source} that are not finite")
         if features.device.type == "cuda":  # float64 is there, and the features need not be waited for
             self._moments.to(features.device)
         self._moments.update(features)
+        for score in self.scores.values():
+            # The splits of an Inception Score go by the number of the image.
+            numbers = {"indices": indices} if score.part == LOGITS else {}
+            score.to(self._moments.total.device).update(parts[score.part], **numbers)
         if self._even.limit:
             self._kept.append(features.detach().cpu()[self._even.chosen(indices)])
         if labels is not None and self.num_classes is not None:
@@ -119,7 +130,8 @@ class FeatureMeter:
 
     def _metrics(self) -> dict[str, Any]:
         spread = {} if self._spread is None else {"spread": self._spread}
-        return {"moments": self._moments, **spread, **_metrics_of(self.transform)}
+        scores = {f"score.{name}": score for name, score in self.scores.items()}
+        return {"moments": self._moments, **scores, **spread, **_metrics_of(self.transform)}
 
     def tally(self) -> Tally:
         sums = states_of(self._metrics())
@@ -144,8 +156,11 @@ class FeatureMeter:
         """Give the statistics of what was counted."""
         with whole_metrics():
             moments = self._moments.compute()
+            scores = {name: score.compute() for name, score in self.scores.items()}
         features = self.tally().rows["features"]
-        return Measurement(moments=moments, features=features, spread=self._spread, correct=dict(self._correct))
+        return Measurement(
+            moments=moments, features=features, spread=self._spread, scores=scores, correct=dict(self._correct)
+        )
 
 
 def _metrics_of(transform: Any) -> dict[str, Any]:
@@ -193,6 +208,7 @@ def measure(
     most_features: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    scores: Mapping[str, Any] | None = None,
     shares: Shares | None = None,
     identity: Iterable[object] = (),
     description: str = "",
@@ -208,6 +224,7 @@ def measure(
         most_features: how many features are kept; all by default.
         transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
         classifiers: by name, each from images in [-1, 1] to logits `(B, K)`.
+        scores: further measures by name, see `FeatureMeter`.
         shares: which share is this job's; everything by default.
         identity: what names the images, the transform and the classifiers, for shares that are kept.
         description: of the progress bar.
@@ -225,12 +242,13 @@ def measure(
         most_features=most_features,
         transform=transform,
         classifiers=classifiers,
+        scores=scores,
         source=repr(str(selection.images.path)),
     )
     images = selection.images
     settings = (
         *(normal_size(images.image_size), images.image_channels, images.apply_exif, num_classes, most_features),
-        *(extractor.name, extractor.weights_sha256, extractor.protocol, extractor.dim),
+        *(extractor.name, extractor.weights_sha256, extractor.protocol, extractor.dim, sorted(scores or {})),
     )
     whole = measure_in_shares(
         selection,

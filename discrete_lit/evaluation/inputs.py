@@ -27,7 +27,7 @@ from discrete_lit.evaluation.image_sets import (
     open_image_set,
 )
 from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs
-from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor
+from discrete_lit.metrics.extractors import SPATIAL, EfficientNetLite0, FeatureExtractor
 
 # The other imports stand in the functions: torchmetrics and Lightning take seconds, which
 # `discrete-lit evaluate --help` does not wait for.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from discrete_lit.evaluation.classifier import ImageClassifier
     from discrete_lit.evaluation.feature_statistics import Reference
     from discrete_lit.generators import Generator
+    from discrete_lit.metrics.frechet import Moments
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
 
@@ -56,7 +57,9 @@ class OpenedInputs:
     reference_moments: Reference | None
     """Of a reference that is a file of moments."""
     reference_batch: Selection | None
-    """Images that such a file holds too, for precision and recall."""
+    """Images that such a file of ADM holds too, for precision and recall."""
+    reference_spatial: Moments | None
+    """Moments of spatial features of such a file, for sFID."""
     classes: ClassMatch
     extractor: FeatureExtractor
     classifiers: dict[str, ImageClassifier]
@@ -93,7 +96,7 @@ def open_inputs(
         ValueError: the reasons of `evaluate` that are known before an image is read.
     """
     from discrete_lit.evaluation.feature_statistics import reference_from_moments
-    from discrete_lit.metrics.frechet import holds_moments
+    from discrete_lit.metrics.frechet import Moments, holds_moments
 
     image_size = normal_size(image_size)
     rules = None if protocol is None else PROTOCOLS[protocol]
@@ -157,12 +160,13 @@ def open_inputs(
     of_reference = None if reference_images is None else selected("reference", reference_images, num_reference)
     autoencoders, lpips = _load_autoencoders(made_runs, image_channels), _load_lpips(lpips_weights, image_size)
     generators = _load_generators(likelihood_runs, image_size, image_channels)
-    moments = batch = None
+    moments = batch = spatial = None
     if reference_images is None:
         moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)
         if rules is not None and rules.reference == "adm":
             # Its images serve precision and recall, its moments the distance.
             batch = Selection(NpzImages(Path(reference), image_size), None, num_classes=None)
+            spatial = Moments.load(reference, extractor.space(SPATIAL))
     return OpenedInputs(
         samples=sample_runs,
         reconstructions=made_runs,
@@ -174,6 +178,7 @@ def open_inputs(
         reference_images=of_reference,
         reference_moments=moments,
         reference_batch=batch,
+        reference_spatial=spatial,
         classes=classes,
         extractor=extractor,
         classifiers=classifiers,

@@ -3,7 +3,8 @@
 Most disputes about a distance are mix-ups of the reference, the crop, the resize or the count. A protocol fixes all of
 them, and its name stands over the column of the report in place of the metric's:
 
-- `gfid_adm50k`: FID of 50,000 samples against the statistics of ADM's reference file (Dhariwal & Nichol 2021).
+- `gfid_adm50k`: FID of 50,000 samples against the statistics of ADM's reference file (Dhariwal & Nichol 2021), with
+  sFID, the Inception Score, and precision and recall against the file's images.
 - `rfid_val50k`: FID of the reconstructions of the 50,000 validation images against the same crops of these images.
 - `fd_dinov2`: distance of 50,000 samples over the features of DINOv2 (Stein et al. 2023).
 - `fd_efficientnet`: distance over the features of EfficientNet-Lite0, which need no download; it is no FID.
@@ -77,11 +78,6 @@ class Protocol:
                 f"its extractor is {self.extractor}, whose distance is called {self.metric}; extractor gives "
                 f"{extractor.metric_name} (weights {extractor.weights_sha256[:16]})"
             )
-        if self.count is not None and given.count != self.count:
-            self._refuse(f"it is of {self.count:,} images a row, num_images is {given.count or 0:,}")
-        if small := {name: size for name, size in given.sizes.items() if size < (self.count or 0)}:
-            name, size = next(iter(small.items()))
-            self._refuse(f"it is of {self.count:,} images a row, {name} has {size:,}")
         if given.image_channels != 3 and self.metric == "FID":
             self._refuse(f"it is of colour images, image_channels is {given.image_channels}")
         if given.apply_exif and self.metric == "FID":
@@ -90,6 +86,11 @@ class Protocol:
             self._refuse(f"it is of samples, {given.reconstructions[0]!r} is of reconstructions: see rfid_val50k")
         if self.rows == "reconstructions" and given.samples:
             self._refuse(f"it is of reconstructions, {given.samples[0]!r} is of samples: see gfid_adm50k")
+        if self.count is not None and given.count != self.count:
+            self._refuse(f"it is of {self.count:,} images a row, num_images is {given.count or 0:,}")
+        if small := {name: size for name, size in given.sizes.items() if size < (self.count or 0)}:
+            name, size = next(iter(small.items()))
+            self._refuse(f"it is of {self.count:,} images a row, {name} has {size:,}")
         {"adm": self._check_adm, "held_out": self._check_held_out, "known": self._check_known}[self.reference](given)
 
     def _check_adm(self, given: EvaluationInputs) -> None:

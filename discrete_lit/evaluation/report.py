@@ -35,6 +35,9 @@ class Row:
     """The hash of the images themselves, or of the checkpoint's file."""
     labels: str | None = None
     """How the labels of the images are distributed, in words."""
+    sfid: float | None = None
+    """The distance over spatial features."""
+    inception_score: float | None = None
     precision: float | None = None
     """Fraction of the images that the reference's manifold covers, in [0, 1]."""
     recall: float | None = None
@@ -104,6 +107,8 @@ def _columns(metric: str, classifiers: Sequence[str]) -> Columns:
     return {
         "count": Column(lambda row: row.frechet.count, ",.0f"),
         metric: Column(lambda row: row.frechet.value, ".2f", compared=True),
+        "sFID": Column(lambda row: row.sfid, ".2f", compared=True),
+        "Inception Score": Column(lambda row: row.inception_score, ".2f", compared=True),
         "precision": Column(lambda row: row.precision, ".3f", compared=True),
         "recall": Column(lambda row: row.recall, ".3f", compared=True),
         **accuracies,
@@ -239,6 +244,8 @@ class Report:
                     "source": row.source,
                     "count": row.frechet.count,
                     self.metric: row.frechet.value,
+                    "sfid": row.sfid,
+                    "inception_score": row.inception_score,
                     "precision": row.precision,
                     "recall": row.recall,
                     "label_accuracy": _unnamed(row.label_accuracy),
@@ -425,6 +432,11 @@ class Report:
             f"{first.reference}",
             f"extractor: {first.extractor}, weights sha256 {first.weights_sha256[:16]}; {first.protocol}",
         ]
+        if any(row.sfid is not None for row in self.rows):
+            facts.append(
+                "sFID (Nash et al., 2021): over the first 7 channels of mixed_6/conv at 17x17 positions; Inception "
+                "Score (Salimans et al., 2016): mean over 10 consecutive splits, not permuted; both as in ADM's evaluator"
+            )
         if self.manifold is not None:
             facts.append(
                 f"precision and recall (Kynkäänniemi et al., 2019): k = {self.manifold.neighbours} nearest neighbours, "

@@ -12,7 +12,7 @@ from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 from discrete_lit.evaluation.report import Row
 from discrete_lit.evaluation.shares import whole_metrics
 from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import compare
+from discrete_lit.metrics.frechet import Moments, compare, frechet_distance
 from discrete_lit.metrics.precision_recall import ClassSpread, Manifold, precision_and_recall, within_class_diversity
 
 NEIGHBOURS = 3
@@ -37,6 +37,7 @@ def make_row(
     manifold: Manifold | None,
     *,
     floor: ClassSpread | None,
+    spatial: Moments | None = None,
     figures: dict[str, Any],
 ) -> Row:
     """Compare what was measured of a set with the reference.
@@ -48,6 +49,7 @@ def make_row(
         reference: what it is compared with.
         manifold: of the reference's features, where precision and recall are measured.
         floor: spread of the classes of held-out real images.
+        spatial: moments of the reference's spatial features, where sFID and the Inception Score are measured.
         figures: what else is known of the row.
 
     Raises:
@@ -58,6 +60,11 @@ def make_row(
     if manifold is not None:
         precision, recall = precision_and_recall(measured.features, manifold)
         figures = figures | {"precision": precision, "recall": recall}
+    if spatial is not None:
+        figures = figures | {
+            "sfid": frechet_distance(measured.scores["spatial"], spatial, names=("the samples", reference.name)),
+            "inception_score": float(measured.scores["inception"]["inception_score"]),
+        }
     diversity = diversity_by_class = None
     accuracy: dict[str, float | None] = {}
     by_class: dict[str, list[float | None]] = {}

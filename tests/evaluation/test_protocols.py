@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.means_extractor import ColourMeans
 from helpers.stored_images import pixels, save_folder, save_npz
+from torch import Tensor
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from discrete_lit.cli.evaluate import evaluate
@@ -25,6 +26,14 @@ class Inception(ColourMeans):
     @property
     def metric_name(self) -> str:
         return "FID"
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {"pool": 6, "spatial": 3, "logits": 4}
+
+    def extract_parts(self, images: Tensor, parts: Any) -> dict[str, Tensor]:
+        corner = images[:, :, 0, 0].double()
+        return {"pool": self.extract(images), "spatial": corner, "logits": torch.cat((corner, corner[:, :1]), 1) / 50}
 
 
 def moments_of(images: np.ndarray) -> Moments:
@@ -67,6 +76,16 @@ def test_gfid_is_against_the_statistics_of_adms_file(adm: dict[str, Any]) -> Non
     ]
     assert (row["precision"], row["recall"]) == pytest.approx(calculate_precision_recall_full(*features))
     assert row["record"]["labels"] == "4 of each of 3 classes"
+    corners = torch.from_numpy((pixels(12, 2) // 2)[:, 0, 0]).double()
+    spatial = Moments(corners.mean(0), corners.T.cov(), count=12)
+    expected = frechet_distance(spatial, Moments(torch.zeros(3).double(), torch.eye(3).double()))
+    assert row["sfid"] == pytest.approx(expected, rel=1e-6)
+    # Ten consecutive splits of one or two images.
+    probabilities = (torch.cat((corners, corners[:, :1]), 1) / 50).softmax(1)
+    splits = [probabilities[[i for i in range(12) if i * 10 // 12 == split]] for split in range(10)]
+    assert all(1 <= len(split) <= 2 for split in splits)
+    scores = [(split * (split / split.mean(0)).log()).sum(1).mean().exp() for split in splits]
+    assert row["inception_score"] == pytest.approx(float(torch.stack(scores).mean()), rel=1e-6)
     text = (Path(adm["output"]) / "report.md").read_text()
     assert "| gfid_adm50k |" in text and "labels: 4 of each of 3 classes" in text and "(FID)" in text
 
