@@ -435,7 +435,8 @@ class Report:
         if any(row.sfid is not None for row in self.rows):
             facts.append(
                 "sFID (Nash et al., 2021): over the first 7 channels of mixed_6/conv at 17x17 positions; Inception "
-                "Score (Salimans et al., 2016): mean over 10 consecutive splits, not permuted; both as in ADM's evaluator"
+                "Score (Salimans et al., 2016): mean over 10 consecutive splits, not permuted; both as ADM's evaluator "
+                "has them"
             )
         if self.manifold is not None:
             facts.append(
