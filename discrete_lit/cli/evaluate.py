@@ -101,7 +101,7 @@ def evaluate(
             images, or to one for each run, in their order; a checkpoint that is named several times is measured once.
         held_out: real images that are not in the reference; their own row is the floor of the distance.
         num_reference: images of the reference; all by default.
-        extractor: EfficientNetLite0 by default; `InceptionV3` with its weight file gives FID.
+        extractor: that of the protocol, or else EfficientNetLite0, by default; `InceptionV3` gives FID.
         classifier: checkpoint of an ImageClassifier, or name to checkpoint of several, each with its own label
             accuracy: a generator that pleases one classifier need not please another, trained on other images.
         lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
@@ -190,7 +190,7 @@ class _Evaluation:
         self.device = torch.device("cpu")
         self.reference: Reference | None = None
         self.manifold: Manifold | None = None
-        """Of the reference's features, on rank 0."""
+        """The manifold of the reference's features, on rank 0."""
         self.floor: ClassSpread | None = None
         """The spread of the classes of the held-out images."""
         self.rows: list[Row] = []

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedInputs:
-    """What an evaluation compares: sets whose images are known and not yet read, and networks on the CPU."""
+    """Everything that an evaluation compares: sets whose images are not yet read, and networks on the CPU."""
 
     samples: list[Run]
     reconstructions: list[Run]
@@ -49,13 +49,13 @@ class OpenedInputs:
     selections: dict[str, Selection]
     """The images of each run of samples, by its label."""
     beside: dict[str, dict[str, Any]]
-    """What stands beside each run of samples, by its label: fields of its row."""
+    """The cost and the picture that stand beside each run of samples, by its label: fields of its row."""
     held_out: Selection | None
     count: int | None
     """Images of a row."""
     reference_images: Selection | None
     reference_moments: Reference | None
-    """Of a reference that is a file of moments."""
+    """None of a reference of images."""
     reference_batch: Selection | None
     """Images that such a file of ADM holds too, for precision and recall."""
     reference_spatial: Moments | None
@@ -117,7 +117,8 @@ def open_inputs(
     generated = {run.label: opened(run.path) for run in sample_runs}
     beside = {run.label: _read_run(run.path) for run in sample_runs}
     count = num_images if real is None else (num_images or real.count)
-    extractor = extractor or EfficientNetLite0()
+    if extractor is None:
+        extractor = EfficientNetLite0() if rules is None else rules.default_extractor()
     if rules is not None:
         rules.check(
             EvaluationInputs(

@@ -18,12 +18,12 @@ from typing import Literal
 from discrete_lit.core.files import Npz
 from discrete_lit.core.images import ImageSize, height_and_width, size_text
 from discrete_lit.evaluation.image_sets import NO_CLASS, ImageSet, Selection
-from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.extractors import DINOv2, EfficientNetLite0, FeatureExtractor, InceptionV3
 
 ProtocolName = Literal["gfid_adm50k", "rfid_val50k", "fd_dinov2", "fd_efficientnet"]
 
 ADM_ARRAYS = ("arr_0", "mu", "mu_s", "sigma", "sigma_s")
-"""What a reference file of ADM holds: 10,000 images, and the moments of all training images, pooled and spatial."""
+"""The arrays of a reference file of ADM: 10,000 images, and moments of all training images, pooled and spatial."""
 
 CROP = "ADM's centre crop of image files (box filter by halves, then bicubic); arrays of images as they are"
 QUANTISATION = "clamp to [-1, 1], round to 8 bits"
@@ -31,7 +31,7 @@ QUANTISATION = "clamp to [-1, 1], round to 8 bits"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationInputs:
-    """What an evaluation was asked to compare, opened and not yet measured."""
+    """The inputs that a protocol looks at, opened and not yet measured."""
 
     extractor: FeatureExtractor
     reference: str
@@ -56,15 +56,22 @@ class Protocol:
     """One way to make a number that others make too."""
 
     name: str
-    extractor: str
-    """How the name of the extractor begins."""
+    extractor: type[FeatureExtractor]
     metric: str
-    """How the extractor's metric is called: `FID` for the 2015 weights of Inception alone."""
+    """The name of the extractor's metric: `FID` and `FD-DINOv2` with the published weights alone."""
     rows: Literal["samples", "reconstructions", "both"]
     count: int | None
     """Images of a row; None where any number goes, all rows alike."""
     reference: Literal["adm", "held_out", "known"]
     """A file of ADM; the held-out images themselves; or images, or moments that say which network made them."""
+
+    def default_extractor(self) -> FeatureExtractor:
+        """Build the protocol's extractor, with its published weights.
+
+        Raises:
+            ValueError: they are not there.
+        """
+        return self.extractor()
 
     def check(self, given: EvaluationInputs) -> None:
         """Refuse inputs that do not meet the protocol.
@@ -73,9 +80,9 @@ class Protocol:
             ValueError: names the protocol, and what differs.
         """
         extractor = given.extractor
-        if not (extractor.name.startswith(self.extractor) and extractor.metric_name.startswith(self.metric)):
+        if extractor.metric_name != self.metric:
             self._refuse(
-                f"its extractor is {self.extractor}, whose distance is called {self.metric}; extractor gives "
+                f"its extractor is {self.extractor.__name__}, whose distance is called {self.metric}; extractor gives "
                 f"{extractor.metric_name} (weights {extractor.weights_sha256[:16]})"
             )
         if given.image_channels != 3 and self.metric == "FID":
@@ -153,22 +160,22 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(
-            name="gfid_adm50k", extractor="InceptionV3", metric="FID", rows="samples", count=50_000, reference="adm"
+            name="gfid_adm50k", extractor=InceptionV3, metric="FID", rows="samples", count=50_000, reference="adm"
         ),
         Protocol(
             name="rfid_val50k",
-            extractor="InceptionV3",
+            extractor=InceptionV3,
             metric="FID",
             rows="reconstructions",
             count=50_000,
             reference="held_out",
         ),
         Protocol(
-            name="fd_dinov2", extractor="DINOv2", metric="FD-DINOv2", rows="samples", count=50_000, reference="known"
+            name="fd_dinov2", extractor=DINOv2, metric="FD-DINOv2", rows="samples", count=50_000, reference="known"
         ),
         Protocol(
             name="fd_efficientnet",
-            extractor="EffNetLite0",
+            extractor=EfficientNetLite0,
             metric="FD-EffNetLite0",
             rows="both",
             count=None,

@@ -120,7 +120,7 @@ def golden_section(
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPoint:
-    """What one combination of settings gives, and what it costs."""
+    """The quality and the cost of one combination of settings."""
 
     settings: Settings
     distance: float

@@ -37,14 +37,14 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass(kw_only=True)
 class Tally:
-    """What was counted of some images."""
+    """Holds the counts of some images, and what was met on the way."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     """By name what adds up over shares; one that is missing is 0."""
     rows: dict[str, Tensor] = field(default_factory=dict)
     """By name what stands one behind the other, `(n, ...)`."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What JSON holds and all shares that know it say alike."""
+    """Plain values that JSON holds, which all shares that know them say alike."""
     broken: dict[int, str] = field(default_factory=dict)
     """Position of each image that cannot be read, and why."""
 
@@ -105,7 +105,9 @@ class Tally:
         with Npz(path) as file:
             if "text" not in file.headers:
                 raise ValueError(f"{str(path)!r} holds {sorted(file.headers)}: it is no share of an evaluation")
-            said = json.loads(file.read("text").item())
+            said = json.loads(str(file.read("text")))
+            if not isinstance(said, dict) or said.keys() != {"facts", "broken"}:
+                raise ValueError(f"{str(path)!r} is no share of an evaluation")
             arrays = {name: torch.from_numpy(file.read(name)) for name in file.headers if name != "text"}
         kinds = {
             kind: {
