@@ -164,13 +164,14 @@ class Shares:
         return self.parts > 1 and not self.join
 
     def part_file(self, name: str, part: int) -> Path:
+        """Name the file of a finished part."""
         assert self.folder is not None
         return self.folder / f"{name}.part-{part}-of-{self.parts}.npz"
 
-    def share_file(self) -> str:
-        """Name the unfinished share of this rank of this job."""
+    def share_file(self, name: str) -> Path | None:
+        """Name the file of the unfinished share of this rank of this job; None where nothing is kept."""
         worker, workers = self.worker()
-        return f"share-{worker + 1}-of-{workers}.npz"
+        return None if self.folder is None else self.folder / f"{name}.share-{worker + 1}-of-{workers}.npz"
 
     def clear(self) -> None:
         """Remove what was kept of a finished evaluation for an interruption; the parts of an array stay."""
@@ -236,7 +237,7 @@ def measure_in_shares(
         worker, workers = shares.worker()
         batches = -(-len(plan) // batch_size)
         first, last = (batches * number // workers * batch_size for number in (worker, worker + 1))
-        kept = None if shares.folder is None else shares.folder / f"{key}.{shares.share_file()}"
+        kept = shares.share_file(key)
         progress.run(plan[first:last], first, kept)
         whole = progress.tally().over_ranks(device)
         if finished is not None:
@@ -271,8 +272,14 @@ class _Progress:
     ) -> None:
         self.meter, self.selection, self.batch_size, self.device = meter, selection, batch_size, device
         self.description = description
-        self.met = Tally(sums={"unturned": torch.zeros((), dtype=torch.int64)}, rows={"classes": _classes([])})
-        self.done = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count from nothing."""
+        self.meter.restore(Tally())
+        self.classes: list[Tensor] = []
+        self.broken: dict[int, str] = {}
+        self.unturned = self.done = 0
 
     def run(self, positions: np.ndarray, first: int, kept: Path | None) -> None:
         """Measure the images of some positions, the first of which is number `first` of the selection.
@@ -301,9 +308,9 @@ class _Progress:
                     indices = torch.tensor(read) + first + self.done
                     self.meter.update(batch.images.to(self.device), batch.labels, indices)
                 labels = [NO_CLASS] * len(read) if batch.labels is None else batch.labels.tolist()
-                self.met.rows["classes"] = torch.cat((self.met.rows["classes"], _classes(labels)))
-                self.met.sums["unturned"] += batch.unturned
-                self.met.broken |= batch.broken
+                self.classes.append(torch.tensor(labels, dtype=torch.int64))
+                self.unturned += batch.unturned
+                self.broken |= batch.broken
                 self.done += len(taken)
                 since += len(taken)
                 bar.update(len(taken))
@@ -316,29 +323,19 @@ class _Progress:
     def tally(self) -> Tally:
         """Give what was counted and met so far."""
         counted = self.meter.tally()
+        classes = torch.cat([torch.zeros(0, dtype=torch.int64), *self.classes])
         return Tally(
-            sums=counted.sums | self.met.sums,
-            rows=counted.rows | self.met.rows,
+            sums=counted.sums | {"unturned": torch.tensor(self.unturned)},
+            rows=counted.rows | {"classes": classes},
             facts=counted.facts | {"done": self.done},
-            broken=self.met.broken,
+            broken=dict(self.broken),
         )
 
     def _restore(self, tally: Tally) -> None:
         self.meter.restore(tally)
-        self.met = Tally(
-            sums={"unturned": tally.sums["unturned"]}, rows={"classes": tally.rows["classes"]}, broken=tally.broken
-        )
+        self.classes = [tally.rows["classes"]]
+        self.broken, self.unturned = dict(tally.broken), int(tally.sums["unturned"])
         self.done = int(tally.facts["done"])
-
-    def restart(self) -> None:
-        """Begin to count from nothing."""
-        self.meter.restore(Tally())
-        self.met = Tally(sums={"unturned": torch.zeros((), dtype=torch.int64)}, rows={"classes": _classes([])})
-        self.done = 0
-
-
-def _classes(labels: list[int]) -> Tensor:
-    return torch.tensor(labels, dtype=torch.int64)
 
 
 def states_of(metrics: Mapping[str, Any]) -> dict[str, Tensor]:
