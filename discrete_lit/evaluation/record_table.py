@@ -261,6 +261,9 @@ class RecordTable:
             "means differ by less than t · √(s₁²/n₁ + s₂²/n₂), Welch's 95% interval over checkpoints, or over sampling "
             "seeds where each row has one checkpoint (the spread over training seeds is then not in it)"
         )
+        for name, runs in self.rows.items():
+            if any(run.record.get("sampler") != runs[0].record.get("sampler") for run in runs):
+                facts.append(f"{name}: its runs differ in their sampler, so their spread is not that of seeds")
         tokenizers: dict[str, list[str]] = {}
         for name, runs in self.rows.items():
             fingerprint = runs[0].likelihood.get("tokenizer_fingerprint")

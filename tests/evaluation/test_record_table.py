@@ -128,6 +128,15 @@ def test_two_protocols_never_stand_in_one_column(tmp_path: Path, change: dict[st
     assert RecordTable(read_records([first, other])).metrics == ["FD-Means", "gfid_adm50k"]
 
 
+def test_runs_of_other_samplers_and_other_labels_are_said(tmp_path: Path) -> None:
+    first = write_report(tmp_path / "a", ("mine", record(1.0, images_sha256="1", sampler={"steps": 8})))
+    second = write_report(tmp_path / "b", ("mine", record(2.0, images_sha256="2", sampler={"steps": 9}, labels="even")))
+    facts = RecordTable(read_records([first, second])).facts()
+    assert "mine: its runs differ in their sampler, so their spread is not that of seeds" in facts
+    assert "FD-Means: the labels of the rows differ: even; no labels" in facts
+    assert not any("differ in" in fact for fact in RecordTable(read_records([first])).facts())
+
+
 def test_the_same_images_of_two_reports_count_once(tmp_path: Path) -> None:
     paths = [write_report(tmp_path / name, ("real", record(3.0, images_sha256="same"))) for name in "ab"]
     assert len(read_records(paths)) == 1
