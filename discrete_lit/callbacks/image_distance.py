@@ -115,6 +115,7 @@ class ImageDistance(Callback):
         self._manifold: Manifold | None = None
         self._made: Measurement | None = None
         self._last_step = 0
+        self._at_last_step: Measurement | None = None
         # Of the validation batches: the real images, and what is made of them.
         self._real_meter: FeatureMeter | None = None
         self._made_meter: FeatureMeter | None = None
@@ -169,6 +170,7 @@ class ImageDistance(Callback):
         with _on_averages(trainer, pl_module):
             made = self._measure(trainer, pl_module)
         assert made is not None
+        self._at_last_step = made
         values = self._compare(pl_module, made, self._measured_reference(trainer, pl_module), "validation")
         pl_module.log_dict(values, logger=False, on_step=True, sync_dist=True, reduce_fx="max")
         # The logger's own schedule would leave out what falls between two of its steps.
@@ -178,11 +180,16 @@ class ImageDistance(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._at_last_step = None
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Inside the validation loop, where averaged weights are in place if the run keeps any.
         if trainer.sanity_checking or not _makes_images(pl_module):
             return
-        self._made = self._measure(trainer, pl_module)
+        # Where a validation follows upon a step that was measured, the images are the same.
+        known, self._at_last_step = self._at_last_step, None
+        self._made = known if known and self._last_step == trainer.global_step else self._measure(trainer, pl_module)
         extractor = self._extractor(pl_module)
         real = self.reference is None
         self._real_meter = FeatureMeter(extractor, 1, most_features=0) if real else None

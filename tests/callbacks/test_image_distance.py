@@ -51,13 +51,16 @@ def samples(generator: Any, count: int, seed: int = 0) -> Tensor:
 
 def test_samples_every_n_steps_and_in_validation(generator, make_trainer, make_loader, read_scalars, reference) -> None:
     callback = ImageDistance(reference, 10, extractor=ColourMeans(), every_n_steps=2, batch_size=4, seed=3)
+    watched = Images()
+    watched.watch(callback)
     trainer = make_trainer(
         callbacks=[callback], max_steps=4, log_every_n_steps=50, val_check_interval=4, limit_val_batches=1
     )
     trainer.fit(generator, make_loader(4), make_loader(1))
     name = "validation/gFD-Means_10"
     logged = read_scalars(name)
-    assert list(logged) == [2, 4]  # of step 4 the value of both the step and the validation, which are one
+    assert list(logged) == [2, 4]
+    assert watched.batches == 2 * 3  # the validation behind step 4 draws nothing again
 
     made, real = statistics(samples(generator, 10, seed=3)), statistics(stored(reference))
     assert logged[4] == pytest.approx(frechet_distance(made.moments, real.moments), rel=1e-5)
@@ -259,12 +262,14 @@ class Images(Callback):
 
     def __init__(self) -> None:
         self.seen: dict[int, bytes] = {}
+        self.batches = 0
 
     def watch(self, distance: ImageDistance) -> None:
         draw = distance._draw
 
         def watched(module: Any, indices: Tensor) -> Tensor:
             images = draw(module, indices)
+            self.batches += 1
             self.seen |= {int(i): image.numpy().tobytes() for i, image in zip(indices, images, strict=True)}
             return images
 
