@@ -26,7 +26,9 @@ def with_settings(sampler: Any, changes: Mapping[str, Any]) -> Any:
         ValueError: a setting that it does not have, or a value out of its range.
     """
     names = _arguments(type(sampler))
-    arguments = {name: getattr(sampler, name) for name in names if hasattr(sampler, name)}
+    if lost := [name for name in names if not hasattr(sampler, name)]:
+        raise ValueError(f"a {type(sampler).__name__} does not keep its {', '.join(lost)}: it cannot be swept")
+    arguments = {name: getattr(sampler, name) for name in names}
     inner: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         first, _, rest = name.partition(".")

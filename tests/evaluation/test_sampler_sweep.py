@@ -48,11 +48,18 @@ def test_a_sampler_but_for_some_settings(sampler: Any) -> None:
     assert not takes_whole_numbers(sampler, "temperature")
 
 
+def test_a_sampler_that_cannot_be_built_anew() -> None:
+    from discrete_lit.samplers import OpenMAGVIT2Sampler, SubTokenSettings
+
+    with pytest.raises(ValueError, match="a OpenMAGVIT2Sampler does not keep its parts: it cannot be swept"):
+        with_settings(OpenMAGVIT2Sampler([SubTokenSettings(), SubTokenSettings()]), {"guidance_power": 2.0})
+
+
 def test_settings_of_an_object_inside() -> None:
-    from discrete_lit.diffusion.solvers import EulerSolver
+    from discrete_lit.diffusion.solvers import Euler
     from discrete_lit.samplers import GuidedSolver
 
-    base = GuidedSolver(EulerSolver(steps=5))
+    base = GuidedSolver(Euler(steps=5))
     changed: Any = with_settings(base, {"solver.steps": 9, "guidance_scale": 2.0})
     assert (changed.solver.steps, changed.guidance_scale, base.solver.steps) == (9, 2.0, 5)
     assert takes_whole_numbers(base, "solver.steps")
