@@ -18,6 +18,7 @@ from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.image_grids import undisturbed
 from discrete_lit.core.distributed import on_first_rank
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, size_of, size_text, to_uint8
+from discrete_lit.core.lightning_internals import log_step
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import (
     FeatureMeter,
@@ -175,7 +176,7 @@ class ImageDistance(Callback):
         pl_module.log_dict(values, logger=False, on_step=True, sync_dist=True, reduce_fx="max")
         # The logger's own schedule would leave out what falls between two of its steps.
         for logger in trainer.loggers:
-            logger.log_metrics(values, step)
+            logger.log_metrics(values, log_step(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last_step = trainer.global_step

@@ -59,18 +59,18 @@ def test_samples_every_n_steps_and_in_validation(generator, make_trainer, make_l
     trainer.fit(generator, make_loader(4), make_loader(1))
     name = "validation/gFD-Means_10"
     logged = read_scalars(name)
-    assert list(logged) == [2, 4]
+    assert list(logged) == [1, 3]  # as the logger counts steps, from 0
     assert watched.batches == 2 * 3  # the validation behind step 4 draws nothing again
 
     made, real = statistics(samples(generator, 10, seed=3)), statistics(stored(reference))
-    assert logged[4] == pytest.approx(frechet_distance(made.moments, real.moments), rel=1e-5)
-    assert logged[2] != logged[4]
+    assert logged[3] == pytest.approx(frechet_distance(made.moments, real.moments), rel=1e-5)
+    assert logged[1] != logged[3]
     mean = (made.moments.mean - real.moments.mean).square().sum()
-    assert read_scalars(f"{name}_mean_term")[4] == pytest.approx(float(mean), rel=1e-5)
-    assert read_scalars(f"{name}_covariance_term")[4] == pytest.approx(logged[4] - float(mean), rel=1e-4)
+    assert read_scalars(f"{name}_mean_term")[3] == pytest.approx(float(mean), rel=1e-5)
+    assert read_scalars(f"{name}_covariance_term")[3] == pytest.approx(logged[3] - float(mean), rel=1e-4)
     precision, recall = precision_and_recall(made.features, Manifold(real.features, 3))
-    assert read_scalars("validation/gprecision-Means_10")[4] == pytest.approx(precision)
-    assert read_scalars("validation/grecall-Means_10")[4] == pytest.approx(recall)
+    assert read_scalars("validation/gprecision-Means_10")[3] == pytest.approx(precision)
+    assert read_scalars("validation/grecall-Means_10")[3] == pytest.approx(recall)
     assert len(list((Path(trainer.default_root_dir) / "references").iterdir())) == 2
 
 
@@ -144,7 +144,7 @@ def test_the_averaged_weights_are_measured(tokenizer, make_trainer, make_loader,
     averaged = frechet_distance(statistics(samples(module, 8)).moments, real)  # which it has after training
     raw = {name: value for name, value in follow.weights[-1].items() if name != "random"}
     module.load_state_dict(raw)
-    assert read_scalars("validation/gFD-Means_8")[3] == pytest.approx(averaged, rel=1e-5)
+    assert read_scalars("validation/gFD-Means_8")[2] == pytest.approx(averaged, rel=1e-5)
     assert frechet_distance(statistics(samples(module, 8)).moments, real) != pytest.approx(averaged, rel=1e-5)
 
 
@@ -158,7 +158,7 @@ def test_the_best_is_kept_by_it(tokenizer, make_trainer, make_loader, read_scala
     trainer.fit(module, make_loader(4))
     logged = read_scalars("validation/gFD-Means_8")
     assert len(logged) == 4 and len(set(logged.values())) > 1
-    assert Path(keeper.best_model_path).stem == f"step={min(logged, key=lambda step: logged[step])}"
+    assert Path(keeper.best_model_path).stem == f"step={min(logged, key=lambda step: logged[step]) + 1}"
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -203,8 +203,8 @@ def test_reconstructions_of_the_reference(tokenizer, make_trainer, make_loader, 
     with torch.no_grad():
         rebuilt = to_uint8(tokenizer.decode(tokenizer.encode(images.float() / 127.5 - 1)))
     expected = frechet_distance(statistics(rebuilt).moments, statistics(images).moments)
-    assert read_scalars("validation/rFD-Means_12")[1] == pytest.approx(expected, rel=1e-4)
-    assert 0 <= read_scalars("validation/rprecision-Means_12")[1] <= 1
+    assert read_scalars("validation/rFD-Means_12")[0] == pytest.approx(expected, rel=1e-4)
+    assert 0 <= read_scalars("validation/rprecision-Means_12")[0] <= 1
 
 
 def test_validate_and_test_measure_too(tokenizer, make_trainer, make_loader, reference, tmp_path) -> None:

@@ -149,12 +149,13 @@ def test_a_grid_is_measured_once_and_its_best_can_be_sampled(given: dict[str, An
     from jsonargparse import ArgumentParser
 
     from discrete_lit.cli.sample import sample
+    from discrete_lit.core.configuration import build
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--config", action="config")
     parser.add_function_arguments(sample)
     required = ["--ckpt_path=g.ckpt", "--output=o", "--num_samples=2"]
-    sampler = parser.instantiate_classes(parser.parse_args([f"--config={folder / 'best.yaml'}", *required])).sampler
+    sampler = build(parser, parser.parse_args([f"--config={folder / 'best.yaml'}", *required]))["sampler"]
     assert isinstance(sampler, MaskGITSampler) and sampler.steps == best["settings"]["steps"]
     assert sampler.temperature == best["settings"]["temperature"]
 
