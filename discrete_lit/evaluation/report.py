@@ -31,6 +31,8 @@ class Row:
     source: str
     """Path of the images, or of the tokenizer's checkpoint."""
     frechet: FrechetResult
+    mean_term: float | None = None
+    """The part of the distance that is between the means; the rest is between the covariances."""
     source_sha256: str | None = None
     """The hash of the images themselves, or of the checkpoint's file."""
     labels: str | None = None
@@ -297,6 +299,8 @@ class Report:
         made = row.kind == "reconstructions"
         return {
             "value": found.value,
+            "mean_term": row.mean_term,
+            "covariance_term": None if row.mean_term is None else found.value - row.mean_term,
             "protocol": self.protocol,
             "metric": self.metric,
             "extractor": found.extractor,

@@ -56,6 +56,7 @@ def make_row(
         ValueError: a reference of another extractor.
     """
     name, kind, source = run
+    mean_term = float((measured.moments.mean - reference.moments.mean).square().sum())
     found = compare(extractor, measured.moments, reference.moments, reference.name)
     if manifold is not None:
         precision, recall = precision_and_recall(measured.features, manifold)
@@ -82,6 +83,7 @@ def make_row(
         kind=kind,
         source=source,
         frechet=found,
+        mean_term=mean_term,
         label_accuracy=accuracy,
         label_accuracy_by_class=by_class,
         within_class_diversity=diversity,

@@ -86,6 +86,9 @@ def test_report_has_the_floor_and_the_samples_at_one_count(sets, capsys):
     assert report["metric"] == "FD-Means" and floor["count"] == mine["count"] == report["num_images"] == 12
     assert mine["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
     assert floor["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 1), pixels(24, 0)), rel=1e-6)
+    means = [numpy_features(images).mean(0) for images in (pixels(12, 2) // 2, pixels(24, 0))]
+    assert mine["record"]["mean_term"] == pytest.approx(np.sum((means[0] - means[1]) ** 2), rel=1e-6)
+    assert mine["record"]["mean_term"] + mine["record"]["covariance_term"] == pytest.approx(mine["FD-Means"])
     fingerprint = open_image_set(sets["reference"], 8).fingerprint()
     assert report["reference"] == {
         "name": sets["reference"],
