@@ -52,7 +52,7 @@ class EvaluationInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Protocol:
+class EvaluationProtocol:
     """One way to make a number that others make too."""
 
     name: str
@@ -159,10 +159,10 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol(
+        EvaluationProtocol(
             name="gfid_adm50k", extractor=InceptionV3, metric="FID", rows="samples", count=50_000, reference="adm"
         ),
-        Protocol(
+        EvaluationProtocol(
             name="rfid_val50k",
             extractor=InceptionV3,
             metric="FID",
@@ -170,10 +170,10 @@ PROTOCOLS = {
             count=50_000,
             reference="held_out",
         ),
-        Protocol(
+        EvaluationProtocol(
             name="fd_dinov2", extractor=DINOv2, metric="FD-DINOv2", rows="samples", count=50_000, reference="known"
         ),
-        Protocol(
+        EvaluationProtocol(
             name="fd_efficientnet",
             extractor=EfficientNetLite0,
             metric="FD-EffNetLite0",
