@@ -318,6 +318,7 @@ COMMANDS = {
     "fit": ("--config", "data.yaml", "--ckpt_path", "hostile.ckpt"),
     "predict": ("--config", "data.yaml", "--ckpt_path", "hostile.ckpt"),
     "evaluate": ("--reference=set.npz", "--held_out=set.npz", "--output=out", "--image_size=8", RECONSTRUCTIONS),
+    "sweep": ("--ckpt_path=hostile.ckpt", "--reference=set.npz", "--output=out", "--settings={temperature: [1.0]}"),
     "export": ("--ckpt_path", "hostile.ckpt", "--family=taming_vqgan", "--output=out"),
     "import": ("--weights=none.pt", "--family=maskgit", "--tokenizer=hostile.ckpt", "--output=out"),
 }

@@ -4,8 +4,9 @@ import warnings
 from typing import Any
 
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
+from discrete_lit.callbacks.image_distance import ImageDistance
 from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
-from discrete_lit.callbacks.monitors import GradientNorm, ReconstructionFrechet
+from discrete_lit.callbacks.monitors import GradientNorm
 from discrete_lit.callbacks.preemption import Preemption
 from discrete_lit.callbacks.throughput import Compile, Throughput
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
@@ -14,8 +15,8 @@ __all__ = [
     "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",
+    "ImageDistance",
     "Preemption",
-    "ReconstructionFrechet",
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",

@@ -3,6 +3,7 @@
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -99,6 +100,21 @@ class ExponentialMovingAverage(WeightAveraging):
             raw, average = checkpoint["state_dict"], checkpoint["current_model_state"]
             average = {name: self._unrounded.get(_plain(name), value) for name, value in average.items()}
             checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
+
+    @contextmanager
+    def in_use(self, module: LightningModule) -> Iterator[None]:
+        """Let the module have the averages meanwhile; afterwards it has its raw weights again, to the bit.
+
+        Nothing changes where there are no averages, or the module has them already, as in validation.
+        """
+        if averaged_model(self) is None or self._average_is_in_use:
+            yield
+            return
+        self._exchange(module)
+        try:
+            yield
+        finally:
+            self._exchange(module)
 
     @torch.no_grad()
     def _move(self, model: nn.Module) -> None:

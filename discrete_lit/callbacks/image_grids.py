@@ -71,7 +71,7 @@ class ImageGrid(Callback, ABC):
         sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
         if not (trainer.is_global_zero or sharded):
             return
-        with _undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
+        with undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             pixels = to_uint8(displayable(self.make_images(pl_module, batch))).cpu()
         if trainer.is_global_zero:
             self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
@@ -165,8 +165,8 @@ class SampleGrid(ImageGrid):
 
 
 @contextmanager
-def _undisturbed(module: LightningModule) -> Iterator[None]:
-    """Eval mode inside; afterwards every submodule's mode and the random states of host and device as before."""
+def undisturbed(module: LightningModule) -> Iterator[None]:
+    """Put a module into eval mode; afterwards every submodule's mode and the random states are as before."""
     training = {part: part.training for part in module.modules()}
     devices = [module.device] if module.device.type == "cuda" else []
     with torch.random.fork_rng(devices):

@@ -24,11 +24,13 @@ FUNCTION_COMMANDS = {
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
+    "compare": "put the reports of evaluations into one table",
+    "sweep": "find the best settings of a sampler",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
-_FILLING = ("tokenize", "sample", "evaluate")
+_FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Module and function, where they do not have the command's name: `import` cannot be one.
 _FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}
@@ -167,5 +169,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     settings.pop("config")
     if settings.get("output") == "":  # of a shell variable that is not set: the current folder was not meant
         raise ValueError("output is '', accepted: a path")
-    with sole_writer(settings["output"], name) if name in _FILLING else nullcontext():
+    # The jobs of an array fill one folder at a time, each its own part.
+    purpose = name if settings.get("part") is None else f"{name}.part-{str(settings['part']).replace('/', '-of-')}"
+    with sole_writer(settings["output"], purpose) if name in _FILLING else nullcontext():
         function(**settings)

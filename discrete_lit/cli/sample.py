@@ -177,6 +177,7 @@ def sample(
         "compile": compile,
         "graph": graphed is not None and graphed.recorded,
         "image_size": image_size,
+        "parameters": sum(parameter.numel() for parameter in generator.backbone.parameters()),
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
         "flops_per_image": drawn.flops if drawn else 0,

@@ -42,6 +42,7 @@ _CLASSES = {
     "PartSettings": "discrete_lit.samplers.SubTokenSettings",
     "PlaceHead": "discrete_lit.backbones.SubTokenHead",
     "ProxyDecoder": "discrete_lit.tokenizers.ProxyDecoder",
+    "ReconstructionFrechet": "discrete_lit.callbacks.ImageDistance",
     "ShortSchedule": "discrete_lit.diffusion.schedules.ClippedSchedule",
     "TiTokAutoencoder": "discrete_lit.tokenizers.TiTokAutoencoder",
     "TrainingAlarm": "discrete_lit.callbacks.TrainingGuard",

@@ -4,15 +4,17 @@ Lightning starts the process group after the modules are constructed, so anythin
 whether it must synchronise is silently local.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 _is_alone = ContextVar("_is_alone", default=False)
+_Result = TypeVar("_Result")
 
 
 @contextmanager
@@ -74,3 +76,28 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(gathered, padded)
     return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Give every rank the plain values of all ranks, in rank order."""
+    if world_size() == 1:
+        return [value]
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def on_first_rank(compute: Callable[[], _Result]) -> _Result:
+    """Compute plain values on rank 0 alone, and give them to every rank; an error is raised on every rank."""
+    if world_size() == 1:
+        return compute()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found[0] = compute()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]

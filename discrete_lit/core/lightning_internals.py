@@ -25,6 +25,7 @@ __all__ = [
     "averaged_model",
     "continue_csv_log",
     "log_batch_now",
+    "log_step",
     "logs_this_step",
 ]
 
@@ -52,6 +53,15 @@ def log_batch_now(trainer: Trainer) -> None:
     """
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
+
+
+def log_step(trainer: Trainer) -> int:
+    """Give the step that a batch's metrics are logged at, in a callback's `on_train_batch_end`.
+
+    There is no public way: the log counts the batches that stepped, and counts this one only after the callbacks and
+    the validation behind it.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def begin_next_epoch(trainer: Trainer) -> None:

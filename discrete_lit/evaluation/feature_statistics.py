@@ -1,27 +1,38 @@
 """Statistics of a set of images in one pass: moments of the features, the features, spread and accuracy of each class.
 
-`measure` makes the pass. A `Reference` is what other sets are compared with: moments from a file, as ADM publishes
-them, or images that were measured once and whose statistics are kept.
+`measure` makes the pass, on all ranks. A `Reference` is what other sets are compared with: moments from a file, as ADM
+publishes them, or images that were measured once and whose statistics are kept.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from discrete_lit.core.distributed import gather_objects, on_first_rank, rank
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
-from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.evaluation.shares import (
+    Shares,
+    Tally,
+    measure_in_shares,
+    restore_states,
+    states_of,
+    whole_metrics,
+)
+from discrete_lit.metrics.codebook_usage import CodebookUsage
+from discrete_lit.metrics.extractors import LOGITS, POOL, FeatureExtractor
 from discrete_lit.metrics.frechet import FeatureMoments, Moments, check_reference
 from discrete_lit.metrics.precision_recall import ClassSpread
+from discrete_lit.metrics.reconstruction import ReconstructionMeter
 
 _log = logging.getLogger(__name__)
 
@@ -31,17 +42,160 @@ MOST_FEATURES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Statistics of a set of images; of a set without labels the last two are None and empty.
+    """Statistics of a set of images; of a set without labels `spread` is None and `correct` empty.
 
-    Images without a class, of a set that has labels, count for the first two alone.
+    Images without a class, of a set that has labels, do not count for these two.
     """
 
-    moments: FeatureMoments
-    features: EvenSample
-    """Features of all images, or of as many as were asked for."""
+    moments: Moments
+    features: Tensor
+    """Features `(n, D)` of all images, or of as many as were asked for."""
     spread: ClassSpread | None
+    scores: Mapping[str, Any]
+    """Results of further measures of the features, by their names."""
     correct: Mapping[str, Tensor]
     """By the name of each classifier `(K,)`: the images of each class that it recognised."""
+
+
+class FeatureMeter:
+    """Count features of images: their moments, the features, and of labelled sets each class and what is recognised.
+
+    Args:
+        extractor: on the device of the images.
+        count: images of the selection.
+        num_classes: K, to measure each class of a labelled set; None measures none.
+        most_features: how many features are kept, evenly spaced; all by default, 0 keeps none.
+        transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
+        classifiers: by name, each from images in [-1, 1] to logits `(B, K)`.
+        scores: further measures by name, such as `FeatureMoments` of spatial features or an `InceptionScore`; each
+            takes the part of the features that it was made for.
+        source: names the images in an error.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureExtractor,
+        count: int,
+        *,
+        num_classes: int | None = None,
+        most_features: int | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+        classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+        scores: Mapping[str, Any] | None = None,
+        source: str = "the images",
+    ) -> None:
+        self.extractor, self.num_classes, self.transform, self.source = extractor, num_classes, transform, source
+        self.classifiers = dict(classifiers or {})
+        self.scores = dict(scores or {})
+        self._even = EvenSample(most_features, count)
+        self._moments = FeatureMoments(extractor)
+        self._kept: list[Tensor] = []
+        self._spread: ClassSpread | None = None
+        self._correct: dict[str, Tensor] = {}
+
+    def update(self, images: Tensor, labels: Tensor | None, indices: Tensor) -> None:
+        """Extract and count a batch, see `Meter`.
+
+        Raises:
+            ValueError: features that are not finite.
+        """
+        if self.transform is not None:
+            images = self.transform(images)
+        parts = self.extractor.features(images, {POOL, *(score.part for score in self.scores.values())})
+        features = parts[POOL]
+        if not bool(features.isfinite().all()):
+            raise ValueError(f"{self.extractor.name} gives features of {self.source} that are not finite")
+        if features.device.type == "cuda":  # float64 is there, and the features need not be waited for
+            self._moments.to(features.device)
+        self._moments.update(features)
+        for score in self.scores.values():
+            # The splits of an Inception Score go by the number of the image.
+            numbers = {"indices": indices} if score.part == LOGITS else {}
+            score.to(self._moments.total.device).update(parts[score.part], **numbers)
+        if self._even.limit:
+            self._kept.append(features.detach().cpu()[self._even.chosen(indices)])
+        if labels is not None and self.num_classes is not None:
+            self._count_classes(images, features, labels, self.num_classes)
+
+    def _count_classes(self, images: Tensor, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        if self._spread is None:
+            self._spread = ClassSpread(num_classes, self.extractor.dim)
+            zeros = torch.zeros(num_classes, dtype=torch.float64)
+            self._correct = {name: zeros.clone() for name in self.classifiers}
+        known = labels != NO_CLASS
+        self._spread.update(features[known.to(features.device)], labels[known])
+        for name, classifier in self.classifiers.items():
+            hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
+            self._correct[name].index_add_(0, labels[known], hits[known].double())
+
+    def _metrics(self) -> dict[str, Any]:
+        spread = {} if self._spread is None else {"spread": self._spread}
+        scores = {f"score.{name}": score for name, score in self.scores.items()}
+        return {"moments": self._moments, **scores, **spread, **_metrics_of(self.transform)}
+
+    def tally(self) -> Tally:
+        sums = states_of(self._metrics())
+        sums |= {f"correct.{name}": value.clone() for name, value in self._correct.items()}
+        kept = torch.cat(self._kept) if self._kept else torch.zeros(0, self.extractor.dim)
+        return Tally(sums=sums, rows={"features": kept}, facts=_facts_of(self.transform))
+
+    def restore(self, tally: Tally) -> None:
+        correct = {
+            name.removeprefix("correct."): value.clone()
+            for name, value in tally.sums.items()
+            if name.startswith("correct.")
+        }
+        labelled = self.num_classes is not None and any(name.startswith("spread.") for name in tally.sums)
+        self._spread = ClassSpread(self.num_classes or 0, self.extractor.dim) if labelled else None
+        self._correct = correct
+        _prepare(self.transform, tally.facts)
+        restore_states(self._metrics(), tally.sums)
+        self._kept = [tally.rows["features"]] if "features" in tally.rows else []
+
+    def measurement(self) -> Measurement:
+        """Give the statistics of what was counted."""
+        with whole_metrics():
+            moments = self._moments.compute()
+            scores = {name: score.compute() for name, score in self.scores.items()}
+        features = self.tally().rows["features"]
+        return Measurement(
+            moments=moments, features=features, spread=self._spread, scores=scores, correct=dict(self._correct)
+        )
+
+
+def _metrics_of(transform: Any) -> dict[str, Any]:
+    """List the metrics of a meter of reconstructions by name; none of another transform."""
+    if not isinstance(transform, ReconstructionMeter):
+        return {}
+    usage = {} if transform.usage is None else {"usage": transform.usage}
+    components = {f"component.{name}": metric for name, metric in transform.components.items()}
+    return {"fidelity": transform.fidelity, **usage, **components}
+
+
+def _facts_of(transform: Any) -> dict[str, Any]:
+    """Say what a meter of reconstructions found out from its first batch."""
+    if not isinstance(transform, ReconstructionMeter) or not transform.pixels:
+        return {}
+    return {
+        "pixels": transform.pixels,
+        "token_shape": list(transform.token_shape),
+        "usage": None if transform.usage is None else transform.usage.vocab_size,
+        "components": {name: metric.vocab_size for name, metric in transform.components.items()},
+    }
+
+
+def _prepare(transform: Any, facts: Mapping[str, Any]) -> None:
+    """Make a meter of reconstructions ready for sums: in a process that measured no image it knows nothing yet."""
+    if not isinstance(transform, ReconstructionMeter):
+        return
+    transform.pixels = facts.get("pixels", 0)
+    transform.token_shape = tuple(facts.get("token_shape", ()))
+    weight = next(iter(transform.autoencoder.parameters()), torch.zeros(()))
+    if facts.get("usage") is not None and transform.usage is None:
+        transform.usage = CodebookUsage(facts["usage"]).to(weight.device)
+    for name, size in facts.get("components", {}).items():
+        if name not in transform.components:
+            transform.components[name] = CodebookUsage(size).to(weight.device)
 
 
 def measure(
@@ -54,9 +208,12 @@ def measure(
     most_features: int | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     classifiers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+    scores: Mapping[str, Any] | None = None,
+    shares: Shares | None = None,
+    identity: Iterable[object] = (),
     description: str = "",
-) -> Measurement:
-    """Run the extractor, and the classifiers where labels are known, over a selection.
+) -> Measurement | None:
+    """Run the extractor, and the classifiers where labels are known, over a selection; each rank over its share.
 
     Args:
         selection: which images.
@@ -67,37 +224,42 @@ def measure(
         most_features: how many features are kept; all by default.
         transform: from uint8 images `(B, C, H, W)` to the uint8 images that are measured, such as a reconstruction.
         classifiers: by name, each from images in [-1, 1] to logits `(B, K)`.
+        scores: further measures by name, see `FeatureMeter`.
+        shares: which share is this job's; everything by default.
+        identity: what names the images, the transform and the classifiers, for shares that are kept.
         description: of the progress bar.
 
+    Returns:
+        The statistics, on every rank; None where this job measured one part alone.
+
     Raises:
-        ValueError: features that are not finite, or what `Selection.batches` raises.
+        ValueError: features that are not finite, or what `measure_in_shares` raises.
     """
-    moments = FeatureMoments(extractor)
-    kept = EvenSample(most_features, selection.count)
-    spread: ClassSpread | None = None
-    correct = {name: torch.zeros(num_classes or 0, dtype=torch.float64) for name in classifiers or {}}
-    with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
-        for images, labels in selection.batches(batch_size):
-            images = images.to(device)
-            if transform is not None:
-                images = transform(images)
-            features = extractor(images)
-            if not bool(features.isfinite().all()):
-                raise ValueError(
-                    f"{extractor.name} gives features of {str(selection.images.path)!r} that are not finite"
-                )
-            moments.update(features)
-            kept.update(features)
-            if labels is not None and num_classes is not None:
-                if spread is None:
-                    spread = ClassSpread(num_classes, extractor.dim)
-                known = labels != NO_CLASS
-                spread.update(features[known.to(features.device)], labels[known])
-                for name, classifier in (classifiers or {}).items():
-                    hits = classifier(from_uint8(images)).argmax(1).cpu() == labels
-                    correct[name].index_add_(0, labels[known], hits[known].double())
-            progress.update(len(images))
-    return Measurement(moments=moments, features=kept, spread=spread, correct={} if spread is None else correct)
+    meter = FeatureMeter(
+        extractor,
+        selection.count,
+        num_classes=num_classes,
+        most_features=most_features,
+        transform=transform,
+        classifiers=classifiers,
+        scores=scores,
+        source=repr(str(selection.images.path)),
+    )
+    images = selection.images
+    settings = (
+        *(normal_size(images.image_size), images.image_channels, images.apply_exif, num_classes, most_features),
+        *(extractor.name, extractor.weights_sha256, extractor.protocol, extractor.dim, sorted(scores or {})),
+    )
+    whole = measure_in_shares(
+        selection,
+        meter,
+        batch_size=batch_size,
+        device=device,
+        shares=shares,
+        identity=(*identity, *settings),
+        description=description,
+    )
+    return meter.measurement() if whole else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +306,8 @@ def reference_from_images(
     batch_size: int,
     device: torch.device,
     folder: Path,
-) -> Reference:
+    shares: Shares | None = None,
+) -> Reference | None:
     """Measure reference images, or take what an earlier evaluation kept of the same ones in `folder`.
 
     Args:
@@ -155,12 +318,16 @@ def reference_from_images(
         batch_size: images at once.
         device: where the extractor runs.
         folder: where the statistics are kept for the next evaluation.
+        shares: which share is this job's; everything by default.
+
+    Returns:
+        The reference, on every rank; None where this job measured one part of it alone.
 
     Raises:
         ValueError: images that cannot be read.
     """
     images = selection.images
-    sha256 = images.fingerprint()
+    sha256 = on_first_rank(images.fingerprint)
     # All that the features depend on: a file that was kept for anything else has another name.
     settings = (
         *(sha256, selection.settings, normal_size(image_size), images.image_channels, images.apply_exif),
@@ -169,7 +336,8 @@ def reference_from_images(
     key = content_sha256(repr(settings))
     kept_moments = folder / f"reference-{key[:16]}.npz"
     kept_features = kept_moments.with_suffix(".features.npy")
-    if kept_moments.is_file() and kept_features.is_file():
+    # The ranks must agree, and a file of another machine may not be seen yet.
+    if all(gather_objects(kept_moments.is_file() and kept_features.is_file())):
         try:
             features = _read_features(kept_features, extractor.dim)
             moments = Moments.load(kept_moments, extractor)
@@ -183,14 +351,19 @@ def reference_from_images(
         batch_size=batch_size,
         device=device,
         most_features=MOST_FEATURES,
+        shares=shares,
+        identity=("reference", sha256),
         description="reference",
     )
-    moments, features = measured.moments.compute(), measured.features.compute()
+    if measured is None:
+        return None
+    moments, features = measured.moments, measured.features
     moments.apply_exif = images.apply_exif
-    folder.mkdir(parents=True, exist_ok=True)
-    moments.save(kept_moments)
-    with atomic_write(kept_features) as file:
-        np.save(file, features.numpy())
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        moments.save(kept_moments)
+        with atomic_write(kept_features) as file:
+            np.save(file, features.numpy())
     return Reference(name=name, sha256=sha256, moments=moments, features=features)
 
 
@@ -210,27 +383,18 @@ def _read_features(path: Path, dim: int) -> Tensor:
 
 
 class EvenSample:
-    """Keep up to `limit` rows of a stream of known length, evenly spaced, so that of sorted classes each is among them.
+    """Choose up to `limit` rows of a set of known size, evenly spaced, so that of sorted classes each is among them.
 
     Args:
-        limit: the most rows to keep; all by default.
-        total: rows of the stream.
+        limit: the most rows to choose; all by default.
+        total: rows of the set.
     """
 
     def __init__(self, limit: int | None, total: int) -> None:
         self.limit = total if limit is None else min(limit, total)
         self.total = total
-        self._seen = 0
-        self._kept: list[Tensor] = []
 
-    def update(self, rows: Tensor) -> None:
-        """Take the next rows `(B, D)` of the stream."""
-        index = torch.arange(self._seen, self._seen + len(rows))
+    def chosen(self, indices: Tensor) -> Tensor:
+        """Tell which of the rows of some numbers, int64 `(B,)` from 0, are chosen: bool `(B,)`."""
         # The first of every total / limit rows: there the whole part of index * limit / total goes up.
-        chosen = (index * self.limit) // self.total != ((index - 1) * self.limit) // self.total
-        self._seen += len(rows)
-        self._kept.append(rows.detach().cpu()[chosen])
-
-    def compute(self) -> Tensor:
-        """Give the rows so far, `(n, D)` on the CPU; after the whole stream n is the limit."""
-        return torch.cat(self._kept)
+        return (indices * self.limit) // self.total != ((indices - 1) * self.limit) // self.total

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from math import inf, log, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from discrete_lit.core.images import from_uint8
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
+from discrete_lit.evaluation.shares import Shares, Tally, measure_in_shares
 
 if TYPE_CHECKING:
     from discrete_lit.generators import Generator
@@ -71,6 +73,50 @@ class LikelihoodFigures:
         return {**asdict(self), **bits}
 
 
+class LikelihoodMeter:
+    """Encode images by a generator's tokenizer, and gather their likelihoods given their labels.
+
+    Images without a class are given the null label.
+
+    Args:
+        generator: on the device of the images, in eval mode.
+        checkpoint: the generator's, for messages.
+        source: names the images in an error.
+    """
+
+    def __init__(self, generator: Generator, checkpoint: str, *, source: str) -> None:
+        self.generator, self.checkpoint, self.source = generator, checkpoint, source
+        self.values: list[Tensor] = []
+        self.kind = ""
+
+    def update(self, images: Tensor, labels: Tensor | None, indices: Tensor) -> None:
+        """Compute the likelihood of a batch, see `Meter`.
+
+        Raises:
+            ValueError: a label that the generator has no class for.
+        """
+        generator = self.generator
+        if labels is None:
+            labels = torch.full((len(images),), NO_CLASS)
+        if int(labels.max()) >= generator.num_classes:
+            raise ValueError(
+                f"{self.source} has label {int(labels.max())}, {self.checkpoint!r} has {generator.num_classes} classes"
+            )
+        labels = torch.where(labels == NO_CLASS, generator.num_classes, labels).to(images.device)
+        tokens = generator.tokenizer.encode(from_uint8(images))
+        found = generator.log_likelihood(tokens, labels, indices=indices.to(images.device))
+        self.values.append(found.nats.double().cpu())
+        self.kind = found.kind
+
+    def tally(self) -> Tally:
+        values = torch.cat(self.values) if self.values else torch.zeros(0, dtype=torch.float64)
+        return Tally(rows={"nats": values}, facts={"kind": self.kind} if self.kind else {})
+
+    def restore(self, tally: Tally) -> None:
+        self.values = [tally.rows["nats"]] if "nats" in tally.rows else []
+        self.kind = tally.facts.get("kind", "")
+
+
 def measure_likelihood(
     generator: Generator,
     selection: Selection,
@@ -78,11 +124,11 @@ def measure_likelihood(
     checkpoint: str,
     batch_size: int,
     device: torch.device | str,
+    shares: Shares | None = None,
+    identity: Iterable[object] = (),
     description: str = "",
-) -> LikelihoodFigures:
+) -> LikelihoodFigures | None:
     """Encode a selection's images by the generator's tokenizer, and average their likelihoods given their labels.
-
-    Images without a class are given the null label.
 
     Args:
         generator: on `device`, in eval mode.
@@ -90,36 +136,35 @@ def measure_likelihood(
         checkpoint: the generator's, for the report.
         batch_size: images at once.
         device: where the generator runs.
+        shares: which share is this job's; everything by default.
+        identity: what names the images and the generator, for shares that are kept.
         description: of the progress bar.
 
+    Returns:
+        The figures, on every rank; None where this job measured one part alone.
+
     Raises:
-        ValueError: a label that the generator has no class for, or what `Selection.batches` raises.
+        ValueError: a label that the generator has no class for, or what `measure_in_shares` raises.
     """
     # Its import takes seconds, which `discrete-lit evaluate --help` does not have to wait for.
     from discrete_lit.tokenizers import PixelLevels
 
-    values: list[torch.Tensor] = []
-    kind, done = "", 0
-    with torch.inference_mode(), tqdm(total=selection.count, desc=description, unit="image", disable=None) as progress:
-        for images, labels in selection.batches(batch_size):
-            if labels is None:
-                labels = torch.full((len(images),), NO_CLASS)
-            if int(labels.max()) >= generator.num_classes:
-                raise ValueError(
-                    f"{str(selection.images.path)!r} has label {int(labels.max())}, "
-                    f"{checkpoint!r} has {generator.num_classes} classes"
-                )
-            labels = torch.where(labels == NO_CLASS, generator.num_classes, labels)
-            tokens = generator.tokenizer.encode(from_uint8(images.to(device)))
-            indices = torch.arange(done, done + len(images), device=device)
-            found = generator.log_likelihood(tokens, labels.to(device), indices=indices)
-            values.append(found.nats.double().cpu())
-            kind, done = found.kind, done + len(images)
-            progress.update(len(images))
-    nats = -torch.cat(values)
+    meter = LikelihoodMeter(generator, checkpoint, source=repr(str(selection.images.path)))
+    whole = measure_in_shares(
+        selection,
+        meter,
+        batch_size=batch_size,
+        device=device,
+        shares=shares,
+        identity=("likelihood", *identity),
+        description=description,
+    )
+    if not whole:
+        return None
+    nats = -torch.cat(meter.values)
     return LikelihoodFigures(
         checkpoint=checkpoint,
-        kind=kind,
+        kind=meter.kind,
         nats=float(nats.mean()),
         standard_error=float(nats.std() / len(nats) ** 0.5),
         count=len(nats),

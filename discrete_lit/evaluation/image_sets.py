@@ -9,9 +9,11 @@ import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,10 +77,13 @@ class ImageSet(ABC):
         """Compute the SHA-256 of the stored images, which are all read."""
 
     @abstractmethod
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        """Give every image in order: its label, and a function that decodes it.
+    def stream(self, positions: np.ndarray | None = None) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        """Give images in order: the label of each, and a function that decodes it.
 
         That function raises `UndecodableImage` for a broken file.
+
+        Args:
+            positions: which images, int64 in ascending order; all by default. Others are passed over unread.
         """
 
     def _decoded(self, data: bytes) -> Pixels:
@@ -165,11 +170,17 @@ class NpzImages(ImageSet):
     def fingerprint(self) -> str:
         return file_sha256(self.path)
 
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+    def stream(self, positions: np.ndarray | None = None) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        wanted = _wanted(self.count, positions)
+        last = self.count - 1 if positions is None else int(positions[-1])
         with Npz(self.path) as file:
             for index, pixels in enumerate(file.rows("arr_0")):
-                label = None if self.labels is None else int(self.labels[index])
-                yield label, lambda pixels=pixels: self._coloured(pixels)
+                if wanted[index]:
+                    label = None if self.labels is None else int(self.labels[index])
+                    yield label, lambda pixels=pixels: self._coloured(pixels)
+                # Beyond the last one of all the checksum is compared.
+                if index == last < self.count - 1:
+                    return
 
     def _coloured(self, pixels: Pixels) -> Pixels:
         return np.repeat(pixels, 3, axis=2) if (pixels.shape[2], self.image_channels) == (1, 3) else pixels
@@ -194,9 +205,13 @@ class ShardImages(ImageSet):
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+    def stream(self, positions: np.ndarray | None = None) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        wanted, first = _wanted(self.count, positions), 0
         for shard in self._shards:
-            for _, sample in read_samples(shard, np.ones(shard.count, dtype=bool)):
+            inside, first = wanted[first : first + shard.count], first + shard.count
+            if not inside.any():
+                continue
+            for _, sample in read_samples(shard, inside):
                 problem = sample.problem
                 if problem is None and sample.label is None and self.num_classes is not None:
                     problem = "it has no .cls entry"
@@ -230,15 +245,23 @@ class FolderImages(ImageSet):
                 digest.update(str(error).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-    def stream(self) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
-        for index, entry in enumerate(self._source.entries):
-            yield entry.label, lambda index=index: self._decoded(self._read(index))
+    def stream(self, positions: np.ndarray | None = None) -> Iterator[tuple[int | None, Callable[[], Pixels]]]:
+        for index in range(self.count) if positions is None else positions.tolist():
+            yield self._source.entries[index].label, lambda index=index: self._decoded(self._read(index))
 
     def _read(self, index: int) -> bytes:
         try:
             return self._source.read(index)
         except OSError as error:
             raise UndecodableImage(f"image {self._source.entries[index].key!r}: {error}") from error
+
+
+def _wanted(count: int, positions: np.ndarray | None) -> np.ndarray:
+    """Mark some of `count` images, all by default: bool `(count,)`."""
+    wanted = np.full(count, positions is None)
+    if positions is not None:
+        wanted[positions] = True
+    return wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +347,8 @@ class Selection:
 
     Of each class the first are taken, in order. Where `num_images / num_classes` leaves a remainder r, the first r
     classes give one image more. Where that is the whole set it is taken as it is, whatever its labels. A broken image
-    is left out, counted and logged, and the next of its class is taken instead.
+    is left out and logged, and the next of its class is taken instead. `positions` says which images these are before
+    one is decoded, so that several processes can share them; `read` decodes some.
 
     Args:
         images: the set.
@@ -350,11 +374,13 @@ class Selection:
         self.images = images
         self.count = images.count if num_images is None else num_images
         self.broken = 0
-        """Images that could not be read in the last pass."""
+        """Images that could not be read when the selection was measured."""
+        self.unturned = 0
+        """Images whose EXIF orientation was not applied."""
         self.uneven = False
         """Whether images are taken at even distances, because a class has too few."""
         self.by_class: Counter[int] = Counter()
-        """Images of each class in the last pass; those without one under `NO_CLASS`."""
+        """Images of each class that were measured; those without one under `NO_CLASS`."""
         self._whole = num_images is None
         self._num_classes, self._numbering = num_classes, numbering
         if images.count < self.count:
@@ -411,7 +437,7 @@ class Selection:
                 )
 
     def notes(self, name: str) -> list[str]:
-        """Say what limits the last pass over the images, for a report.
+        """Say what limits a measurement of the images, for a report.
 
         Args:
             name: of the set.
@@ -424,64 +450,118 @@ class Selection:
                 f"{name}: a class has fewer images than {self.count:,} over the number of classes, so images were "
                 "taken at even distances over the whole set, whatever their labels"
             )
-        if self.images.unturned:
+        if self.unturned:
             notes.append(
-                f"{name}: {self.images.unturned:,} images were read without turning them as their EXIF orientation "
+                f"{name}: {self.unturned:,} images were read without turning them as their EXIF orientation "
                 "says; set apply_exif where the data of the training did"
             )
         return notes
 
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Give images, uint8 `(B, C, H, W)`, and their classes, int64 `(B,)`, or None for a set without labels.
+    def positions(self, broken: Collection[int] = ()) -> np.ndarray:
+        """Find the images that are taken, int64 in ascending order, given those that are known to be broken.
+
+        Where more become known, those that stay are the same: each broken one is replaced by a later one of its class.
 
         Raises:
-            ValueError: too few readable images, or more than 1% broken ones.
+            ValueError: too few images of a class.
         """
-        pixels: list[np.ndarray] = []
-        labels: list[int] = []
-        taken = self.by_class = Counter()
-        self.broken = self.images.unturned = total = 0
-        reason = ""
-        for index, (own_label, decode) in enumerate(self.images.stream()):
+        left_out = set(broken)
+        if self._quota is None and not self.uneven:
+            kept = (index for index in range(self.images.count) if index not in left_out)
+            return np.fromiter(islice(kept, self.count), np.int64)
+        taken: list[int] = []
+        by_class: Counter[int] = Counter()
+        counted = 0
+        for index, own_label in enumerate(self._labels()):
             label = NO_CLASS if own_label is None else self._class_of(own_label)
-            if self._quota is not None and own_label is not None and taken[label] >= self._quota[label]:
+            if self._quota is not None and own_label is not None and by_class[label] >= self._quota[label]:
                 continue
-            if self.uneven and total > index * self.count // self.images.count:
+            if (self.uneven and counted > index * self.count // self.images.count) or index in left_out:
                 continue
-            try:
-                pixels.append(decode())
-            except UndecodableImage as error:
-                self.broken, reason = self.broken + 1, str(error)
-                _log.warning("left out a broken image of %s: %s", self.images.path, error)
-                continue
-            total += 1
-            taken[label] += 1
-            if own_label is not None:
-                labels.append(label)
-            if len(pixels) == batch_size:
-                yield _tensors(pixels, labels)
-                pixels, labels = [], []
-            if total == self.count:
+            taken.append(index)
+            # A sample of a labelled set without a label cannot be read: it takes nobody's place.
+            counted += own_label is not None
+            by_class[label] += 1
+            if counted == self.count:
                 break
-        if pixels:
-            yield _tensors(pixels, labels)
-        if self.images.unturned:
+        if counted < self.count:
+            self._check_classes(by_class)
+        return np.array(taken, np.int64)
+
+    def _labels(self) -> Iterator[int | None]:
+        """Give the label of every image in order; those of shards are read for it."""
+        if self.images.labels is not None:
+            yield from self.images.labels.tolist()
+        else:
+            yield from (label for label, _ in self.images.stream())
+
+    def read(self, positions: np.ndarray, batch_size: int) -> Iterator["ImageBatch"]:
+        """Decode images of the set, batch by batch; what cannot be decoded is logged and missing from its batch.
+
+        Args:
+            positions: which, int64 in ascending order.
+            batch_size: images of a batch, of which broken ones are missing.
+        """
+        stream = self.images.stream(positions) if len(positions) else iter(())
+        for start in range(0, len(positions), batch_size):
+            pixels: list[np.ndarray] = []
+            labels: list[int] = []
+            broken: dict[int, str] = {}
+            before = self.images.unturned
+            for position in positions[start : start + batch_size].tolist():
+                own_label, decode = next(stream)
+                try:
+                    pixels.append(decode())
+                except UndecodableImage as error:
+                    broken[position] = str(error)
+                    _log.warning("left out a broken image of %s: %s", self.images.path, error)
+                    continue
+                labels.append(NO_CLASS if own_label is None else self._class_of(own_label))
+            images = None
+            if pixels:
+                images = rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w").contiguous()
+            known = None if self.images.num_classes is None else torch.tensor(labels)
+            yield ImageBatch(images, known, broken, self.images.unturned - before)
+        # Behind the last one the checksum of a file is compared.
+        next(stream, None)
+
+    def finish(self, classes: np.ndarray, broken: Mapping[int, str], unturned: int) -> None:
+        """Take down what a measurement of the whole selection met.
+
+        Args:
+            classes: int64, of each image that was measured; `NO_CLASS` for those without one.
+            broken: position of each image that could not be read, and why.
+            unturned: images whose EXIF orientation was not applied.
+
+        Raises:
+            ValueError: more than 1% broken images, or too few readable ones.
+        """
+        self.by_class, self.broken, self.unturned = Counter(classes.tolist()), len(broken), unturned
+        total = len(classes)
+        if unturned:
             _log.warning(
                 "%d images of %s say by EXIF that they are stored turned, and were read as they are stored; apply_exif "
                 "turns them",
-                self.images.unturned,
+                unturned,
                 self.images.path,
             )
         if self.broken > MAX_BROKEN_FRACTION * (total + self.broken):
             raise ValueError(
                 f"{str(self.images.path)!r}: {self.broken} of {total + self.broken} images are broken, the last: "
-                f"{reason}"
+                f"{broken[max(broken)]}"
             )
         if total < self.count and not self._whole:
-            self._check_classes(taken)
             raise ValueError(f"{str(self.images.path)!r} gave {total:,} readable images, {self.count:,} are needed")
 
 
-def _tensors(pixels: list[np.ndarray], labels: list[int]) -> tuple[Tensor, Tensor | None]:
-    images = rearrange(torch.from_numpy(np.stack(pixels)), "b h w c -> b c h w")
-    return images.contiguous(), torch.tensor(labels) if labels else None
+class ImageBatch(NamedTuple):
+    """A batch of a selection."""
+
+    images: Tensor | None
+    """uint8 `(B, C, H, W)`; None where every one is broken."""
+    labels: Tensor | None
+    """int64 `(B,)`, the class of each or `NO_CLASS`; None of a set without labels."""
+    broken: dict[int, str]
+    """Position of each image that cannot be read, and why."""
+    unturned: int
+    """Images whose EXIF orientation was not applied."""

@@ -12,6 +12,7 @@ from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.images import ImageSize, size_text
 from discrete_lit.evaluation.feature_statistics import Reference
 from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
+from discrete_lit.evaluation.protocols import CROP, QUANTISATION
 from discrete_lit.evaluation.seed_spread import CONFIDENCE, Difference, compare_means, spread_of
 from discrete_lit.metrics.frechet import FrechetResult
 from discrete_lit.metrics.precision_recall import Manifold
@@ -30,6 +31,15 @@ class Row:
     source: str
     """Path of the images, or of the tokenizer's checkpoint."""
     frechet: FrechetResult
+    mean_term: float | None = None
+    """The part of the distance that is between the means; the rest is between the covariances."""
+    source_sha256: str | None = None
+    """The hash of the images themselves, or of the checkpoint's file."""
+    labels: str | None = None
+    """How the labels of the images are distributed, in words."""
+    sfid: float | None = None
+    """The distance over spatial features."""
+    inception_score: float | None = None
     precision: float | None = None
     """Fraction of the images that the reference's manifold covers, in [0, 1]."""
     recall: float | None = None
@@ -99,6 +109,8 @@ def _columns(metric: str, classifiers: Sequence[str]) -> Columns:
     return {
         "count": Column(lambda row: row.frechet.count, ",.0f"),
         metric: Column(lambda row: row.frechet.value, ".2f", compared=True),
+        "sFID": Column(lambda row: row.sfid, ".2f", compared=True),
+        "Inception Score": Column(lambda row: row.inception_score, ".2f", compared=True),
         "precision": Column(lambda row: row.precision, ".3f", compared=True),
         "recall": Column(lambda row: row.recall, ".3f", compared=True),
         **accuracies,
@@ -165,6 +177,7 @@ class Report:
         classifiers: name to checkpoint of each classifier that label accuracy is by; "" names the only one.
         image_channels: of the measured images.
         apply_exif: whether image files were turned as their EXIF orientation says.
+        protocol: name of the protocol that the inputs met; it stands over the distance's column.
         notes: what else limits the figures, in words.
         environment: versions, commit, device and date.
     """
@@ -179,10 +192,13 @@ class Report:
         classifiers: Mapping[str, str] | None = None,
         image_channels: int = 3,
         apply_exif: bool = False,
+        protocol: str | None = None,
         notes: Sequence[str] = (),
         environment: dict[str, Any],
     ) -> None:
         self.rows = rows
+        self.protocol = protocol
+        self.metric = protocol or rows[0].frechet.metric
         self.reference = reference
         self.manifold = manifold
         self.image_size = image_size
@@ -199,13 +215,15 @@ class Report:
         """
         first = self.rows[0].frechet
         report = {
-            "metric": first.metric,
+            "protocol": self.protocol,
+            "metric": self.metric,
             "extractor": {
                 "name": first.extractor,
                 "weights_sha256": first.weights_sha256,
                 "protocol": first.protocol,
             },
-            "quantisation": "clamp to [-1, 1], round to 8 bits",
+            "quantisation": QUANTISATION,
+            "crop": CROP,
             "reference": {
                 "name": first.reference,
                 "sha256": self.reference.sha256,
@@ -227,7 +245,9 @@ class Report:
                     "kind": row.kind,
                     "source": row.source,
                     "count": row.frechet.count,
-                    first.metric: row.frechet.value,
+                    self.metric: row.frechet.value,
+                    "sfid": row.sfid,
+                    "inception_score": row.inception_score,
                     "precision": row.precision,
                     "recall": row.recall,
                     "label_accuracy": _unnamed(row.label_accuracy),
@@ -238,6 +258,7 @@ class Report:
                     "picture": row.picture,
                     "reconstruction": None if row.reconstruction is None else row.reconstruction.to_dict(),
                     "likelihood": None if row.likelihood is None else row.likelihood.to_dict(),
+                    "record": self.record(row),
                 }
                 for runs in self.grouped().values()
                 for run, row in enumerate(runs, start=1)
@@ -268,6 +289,41 @@ class Report:
             f"{where} is {value}, which JSON has no number for: it is null" for where, value in replaced.items()
         ]
         return finite
+
+    def record(self, row: Row) -> dict[str, Any]:
+        """Give all that the distance of a row depends on: two numbers are comparable where these agree.
+
+        `protocol` to `count` say how it was measured, the others of what.
+        """
+        found, sampling = row.frechet, row.sampling
+        made = row.kind == "reconstructions"
+        return {
+            "value": found.value,
+            "mean_term": row.mean_term,
+            "covariance_term": None if row.mean_term is None else found.value - row.mean_term,
+            "protocol": self.protocol,
+            "metric": self.metric,
+            "extractor": found.extractor,
+            "extractor_sha256": found.weights_sha256,
+            "resize": found.protocol,
+            "crop": CROP,
+            "quantisation": QUANTISATION,
+            "image_size": self.image_size,
+            "image_channels": self.image_channels,
+            "apply_exif": self.apply_exif,
+            "reference": found.reference,
+            "reference_sha256": self.reference.sha256,
+            "reference_count": found.reference_count,
+            "count": found.count,
+            "labels": row.labels,
+            "images_sha256": None if made else row.source_sha256,
+            "checkpoint": row.source if made else sampling.get("checkpoint"),
+            "checkpoint_sha256": row.source_sha256 if made else sampling.get("checkpoint_sha256"),
+            "sampler": sampling.get("sampler"),
+            "seed": sampling.get("seed"),
+            "sampled_by_commit": sampling.get("commit"),
+            "evaluated_by_commit": self.environment.get("commit"),
+        }
 
     def notes(self) -> list[str]:
         """List what limits the figures, each said once."""
@@ -319,7 +375,7 @@ class Report:
         return found
 
     def _columns(self) -> Columns:
-        return _columns(self.rows[0].frechet.metric, list(self.classifiers))
+        return _columns(self.metric, list(self.classifiers))
 
     def _all_columns(self) -> Columns:
         return {**self._columns(), **_RECONSTRUCTION_COLUMNS}
@@ -372,18 +428,28 @@ class Report:
     def markdown(self) -> str:
         """Write the table and what its figures are."""
         first = self.rows[0].frechet
+        named = "" if self.protocol is None else f" ({first.metric})"
         size = "an unrecorded number of" if first.reference_count is None else f"{first.reference_count:,}"
         facts = [
-            f"{first.metric}: squared Fréchet distance, lower is better; {first.count:,} images a row of "
+            f"{self.metric}: squared Fréchet distance{named}, lower is better; {first.count:,} images a row of "
             f"{size_text(self.image_size)} pixels{_SHOWN_AS.get(self.image_channels, '')} against {size} images of "
             f"{first.reference}",
             f"extractor: {first.extractor}, weights sha256 {first.weights_sha256[:16]}; {first.protocol}",
         ]
+        if any(row.sfid is not None for row in self.rows):
+            facts.append(
+                "sFID (Nash et al., 2021): over the first 7 channels of mixed_6/conv at 17x17 positions; Inception "
+                "Score (Salimans et al., 2016): mean over 10 consecutive splits, not permuted; both as ADM's evaluator "
+                "has them"
+            )
         if self.manifold is not None:
             facts.append(
                 f"precision and recall (Kynkäänniemi et al., 2019): k = {self.manifold.neighbours} nearest neighbours, "
                 f"the features of {len(self.manifold.features):,} images of the reference and of all images of a row"
             )
+        if self.protocol is not None:
+            labels = sorted({row.labels for row in self.rows if row.kind == "samples" and row.labels})
+            facts.append(f"protocol {self.protocol}: {CROP}; {QUANTISATION}; labels: {'; '.join(labels) or 'none'}")
         facts[1:1] = self._spread_facts()
         facts += [
             f"label accuracy{f' ({name})' if name else ''}: fraction whose class, according to {path}, is the intended "

@@ -1,7 +1,10 @@
 """Streaming measures of images, features and ids: they know no model, and every running sum is a `torchmetrics.Metric`.
 
-FID and its kin are in `frechet` and `extractors`, precision, recall and diversity in `precision_recall`, PSNR, SSIM and
-rates in `reconstruction`, usage and perplexity of ids in `codebook_usage`, curves over time or position in
+`extractors` has the networks whose features are measured, `image_metrics` runs one for several measures at once. FID
+and its kin are in `frechet`; KID, CMMD, MIND and the distance of each class in `feature_distances`, over the features
+that `kept_features` keeps; precision, recall, density, coverage and diversity in `precision_recall`; the Inception
+Score and the accuracy of labels in `classifier_scores`; the nearest training image in `nearest_training`; PSNR, SSIM
+and rates in `reconstruction`; usage and perplexity of ids in `codebook_usage`; curves over time or position in
 `binned_mean`. The names below are imported when they are asked for: torchmetrics takes seconds, which
 `discrete-lit evaluate --help` does not wait for.
 """
@@ -10,23 +13,77 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from discrete_lit.metrics.extractors import EfficientNetLite0, FeatureExtractor, InceptionV3
-    from discrete_lit.metrics.frechet import FeatureMoments, FrechetResult, Moments, compare, frechet_distance
+    from discrete_lit.metrics.classifier_scores import ClassAccuracy, InceptionScore
+    from discrete_lit.metrics.extractors import (
+        DINOv2,
+        EfficientNetLite0,
+        FeatureExtractor,
+        FeatureSpace,
+        InceptionV3,
+        TimmExtractor,
+    )
+    from discrete_lit.metrics.feature_distances import (
+        ClassFrechetDistance,
+        GaussianDistance,
+        KernelDistance,
+        SlicedWasserstein,
+    )
+    from discrete_lit.metrics.frechet import (
+        FeatureMoments,
+        FrechetDistance,
+        FrechetRatio,
+        FrechetResult,
+        Moments,
+        compare,
+        frechet_distance,
+    )
+    from discrete_lit.metrics.image_metrics import ImageMetrics
+    from discrete_lit.metrics.kept_features import FeatureSet, KeptFeatures
+    from discrete_lit.metrics.nearest_training import NearestTraining
+    from discrete_lit.metrics.precision_recall import DensityCoverage, PrecisionRecall, WithinClassDiversity
 
 __all__ = [
+    "ClassAccuracy",
+    "ClassFrechetDistance",
+    "DINOv2",
+    "DensityCoverage",
     "EfficientNetLite0",
     "FeatureExtractor",
     "FeatureMoments",
+    "FeatureSet",
+    "FeatureSpace",
+    "FrechetDistance",
+    "FrechetRatio",
     "FrechetResult",
+    "GaussianDistance",
+    "ImageMetrics",
+    "InceptionScore",
     "InceptionV3",
+    "KeptFeatures",
+    "KernelDistance",
     "Moments",
+    "NearestTraining",
+    "PrecisionRecall",
+    "SlicedWasserstein",
+    "TimmExtractor",
+    "WithinClassDiversity",
     "compare",
     "frechet_distance",
 ]
+
+_FILES = {
+    "classifier_scores": ("ClassAccuracy", "InceptionScore"),
+    "extractors": ("DINOv2", "EfficientNetLite0", "FeatureExtractor", "FeatureSpace", "InceptionV3", "TimmExtractor"),
+    "feature_distances": ("ClassFrechetDistance", "GaussianDistance", "KernelDistance", "SlicedWasserstein"),
+    "image_metrics": ("ImageMetrics",),
+    "kept_features": ("FeatureSet", "KeptFeatures"),
+    "nearest_training": ("NearestTraining",),
+    "precision_recall": ("DensityCoverage", "PrecisionRecall", "WithinClassDiversity"),
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'discrete_lit.metrics' has no attribute {name!r}")
-    file = "extractors" if name in ("EfficientNetLite0", "FeatureExtractor", "InceptionV3") else "frechet"
-    return getattr(import_module(f"discrete_lit.metrics.{file}"), name)
+    return getattr(import_module(f"discrete_lit.metrics.{_FILE_OF.get(name, 'frechet')}"), name)

@@ -8,23 +8,27 @@ compares two of them, and `compare` gives the distance together with all that a 
     for images in batches:
         moments.update(extractor(to_uint8(images)))
     result = compare(extractor, moments.compute(), Moments.load("reference.npz"), "reference.npz")
+
+`FrechetDistance` is the same as a metric with a reference, `FrechetRatio` the mean over several extractors.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchmetrics import Metric
+from torch import Tensor, nn
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import Npz, atomic_write
-from discrete_lit.metrics.extractors import FeatureExtractor
+from discrete_lit.metrics.binned_mean import SumsInFloat64
+from discrete_lit.metrics.extractors import SPATIAL, FeatureSource
 
 _LARGEST = 1e100
 
@@ -69,15 +73,23 @@ class Moments:
         """The largest rank that the covariance can have: n samples span at most n - 1 directions."""
         return self.dim if self.count is None else min(self.dim, self.count - 1)
 
-    def save(self, path: str | Path) -> None:
-        """Write an npz, whole or not at all: `mu` and `sigma`, as ADM names them, and what is known of the others."""
+    def save(self, path: str | Path, spatial: Moments | None = None) -> None:
+        """Write an npz, whole or not at all: `mu` and `sigma`, as ADM names them, and what is known of the others.
+
+        Args:
+            path: of the file.
+            spatial: moments of the spatial features of the same images, for sFID: written as `mu_s` and `sigma_s`.
+        """
         known = {
             key: np.asarray(value)
             for key in ("count", "extractor", "weights_sha256", "apply_exif")
             if (value := getattr(self, key)) is not None
         }
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if spatial is not None:
+            arrays |= {"mu_s": spatial.mean.numpy(), "sigma_s": spatial.covariance.numpy()}
         with atomic_write(path) as file:
-            np.savez(file, allow_pickle=False, mu=self.mean.numpy(), sigma=self.covariance.numpy(), **known)
+            np.savez(file, allow_pickle=False, **arrays, **known)
 
     def check(self, what: str) -> None:
         """Refuse what is no mean and covariance of finite features.
@@ -105,6 +117,8 @@ class Moments:
             raise ValueError(
                 f"{what}: its covariance is not symmetric: two values that should agree differ by {asymmetry:.3g}"
             )
+        if self.rank == self.dim and not _lowest_is_below(self.covariance, -rounding):
+            return
         values = torch.linalg.eigvalsh(self.covariance)
         if float(values[0]) < -rounding:
             raise ValueError(
@@ -118,26 +132,32 @@ class Moments:
             )
 
     @staticmethod
-    def load(path: str | Path, extractor: FeatureExtractor | None = None) -> Moments:
+    def load(path: str | Path, extractor: FeatureSource | None = None) -> Moments:
         """Read moments from an npz: our own, or one with `mu` and `sigma` alone, like ADM's reference batches.
 
         Args:
             path: the file.
-            extractor: whose features the moments must be of, by their width; any by default.
+            extractor: whose features the moments must be of, by their width; any by default. Of a `FeatureSpace` of
+                spatial features, `mu_s` and `sigma_s` are read.
 
         Raises:
             ValueError: a file that cannot be read, holds no moments, moments of inconsistent shapes or another width,
                 or ones that `check` refuses.
         """
         name = repr(os.fspath(path))
+        is_spatial = extractor is not None and extractor.part == SPATIAL
+        mu, sigma = ("mu_s", "sigma_s") if is_spatial else ("mu", "sigma")
         with Npz(path) as file:
-            if "mu" not in file.headers or "sigma" not in file.headers:
+            if mu not in file.headers or sigma not in file.headers:
                 raise ValueError(
-                    f"{name} holds {sorted(file.headers)}; a moments file holds 'mu' (D,) and 'sigma' (D, D)"
+                    f"{name} holds {sorted(file.headers)}; a file of {'spatial ' if is_spatial else ''}moments holds "
+                    f"{mu!r} (D,) and {sigma!r} (D, D)"
                 )
-            mean_shape, covariance_shape = file.headers["mu"].shape, file.headers["sigma"].shape
+            mean_shape, covariance_shape = file.headers[mu].shape, file.headers[sigma].shape
             if len(mean_shape) != 1 or mean_shape[0] < 1 or covariance_shape != mean_shape * 2:
-                raise ValueError(f"{name}: 'mu' {mean_shape} and 'sigma' {covariance_shape} are not (D,) and (D, D)")
+                raise ValueError(
+                    f"{name}: {mu!r} {mean_shape} and {sigma!r} {covariance_shape} are not (D,) and (D, D)"
+                )
             if extractor is not None:
                 _check_width(extractor, mean_shape[0], name)
             facts = {}
@@ -153,7 +173,9 @@ class Moments:
                 if header.shape != () or header.dtype.kind not in kinds:
                     raise ValueError(f"{name}: its {key} is {header.dtype} {header.shape}, it must be {wanted}")
                 facts[key] = file.read(key).item()
-            arrays = {key: file.read(key) for key in ("mu", "sigma")}
+            arrays = {key: file.read(key) for key in (mu, sigma)}
+        if is_spatial and "extractor" in facts:
+            facts["extractor"] = f"{facts['extractor']}-{SPATIAL}"
         for key, array in arrays.items():
             if array.dtype.kind not in "fiu":
                 raise ValueError(f"{name}: {key!r} is of {array.dtype}, it must be of real numbers")
@@ -175,24 +197,25 @@ def holds_moments(path: str | Path) -> bool:
         return "mu" in file.headers
 
 
-class FeatureMoments(Metric):
+class FeatureMoments(SumsInFloat64):
     """Sum features up to their `Moments`, over all batches and ranks, in float64.
 
     Any split into batches or ranks gives the same moments, to the rounding of float64. The sums lie on the CPU until
     `.to(device)`; devices without float64 leave them there.
 
     Args:
-        extractor: where the features come from: gives their width D, and the name in what is saved.
+        extractor: where the features come from: gives their width D, and the name in what is saved. Only read: a
+            checkpoint of a module that holds the metric does not hold the network.
     """
 
-    full_state_update = False
     count: Tensor
     total: Tensor
     outer: Tensor
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
+    def __init__(self, extractor: FeatureSource) -> None:
         # Summed on the way: gathered, the outer products would take 8 D² bytes of each rank, 32 MB with Inception.
         super().__init__(dist_sync_fn=_summed)
+        self.part = extractor.part
         self.extractor_name = extractor.name
         self.weights_sha256 = extractor.weights_sha256
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -201,17 +224,22 @@ class FeatureMoments(Metric):
 
     def update(self, features: Tensor) -> None:
         """Add features `(B, D)`."""
+        check_width(features, len(self.total), self.extractor_name)
         features = features.detach().to(self.total.device).double()
         self.count += len(features)
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def compute(self) -> Moments:
-        """The moments so far, of all ranks, on the CPU.
+    def compute(self) -> Any:
+        """The `Moments` so far, of all ranks, on the CPU.
 
         Raises:
             ValueError: fewer than two samples.
         """
+        return self.moments()
+
+    def moments(self) -> Moments:
+        """Make moments of the sums as they are; within `compute`, those of all ranks."""
         count = int(self.count)
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got {count}")
@@ -231,14 +259,48 @@ def _summed(state: Tensor, group: Any = None) -> list[Tensor]:
     return [all_reduce_sum(state)]
 
 
+class FrechetDistance(FeatureMoments):
+    """Measure the Fréchet distance of images to a reference, over all batches and ranks: `compute` gives it, float64.
+
+    FID with `InceptionV3`; sFID with its spatial features, `FrechetDistance(inception.space("spatial"), reference)`.
+    The reference is no state: it is neither summed over ranks nor saved with a checkpoint.
+
+        self.fid = FrechetDistance(extractor, Moments.load("reference.npz", extractor))     # in a LightningModule
+        self.fid.update(extractor(to_uint8(images)))                                        # in validation_step
+        self.log("validation/fid", self.fid)
+
+    Args:
+        extractor: where the features come from; only read.
+        reference: moments of its features.
+        reference_name: what the reference is, for errors.
+
+    Raises:
+        ValueError: a reference of another extractor or width. In `compute`: fewer than two images, or features that
+            are not finite.
+    """
+
+    def __init__(self, extractor: FeatureSource, reference: Moments, *, reference_name: str = "reference") -> None:
+        super().__init__(extractor)
+        check_reference(extractor, reference, reference_name)
+        self.metric_name = extractor.metric_name
+        self.reference = reference
+        self.reference_name = reference_name
+
+    def compute(self) -> Tensor:
+        names = ("the samples", f"reference {self.reference_name!r}")
+        distance = frechet_distance(self.moments(), self.reference, names=names)
+        return torch.tensor(distance, dtype=torch.float64)
+
+
 def frechet_distance(
     first: Moments, second: Moments, *, names: tuple[str, str] = ("the first moments", "the second moments")
 ) -> float:
     """Compute the squared Fréchet distance between two Gaussians (Dowson & Landau 1982), in float64.
 
-        |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1^1/2 S2 S1^1/2)^1/2
+        |m1 - m2|² + tr S1 + tr S2 - 2 tr (S1 S2)^1/2
 
-    The symmetric form needs only eigenvalues of symmetric matrices: real, and three times as fast as the general root.
+    With any factor S1 = F F', S1 S2 has the eigenvalues of F' S2 F: those of a symmetric matrix, real, several times
+    faster than the general root, and fewer where S1 has a low rank. F is Cholesky's where S1 has full rank.
     Eigenvalues that the sample counts rule out (`Moments.rank`) are rounding noise, whose roots would add up, and are
     left out.
 
@@ -256,10 +318,11 @@ def frechet_distance(
         moments.check(name)
     if torch.equal(first.mean, second.mean) and torch.equal(first.covariance, second.covariance):
         return 0.0
-    root = _square_root(first.covariance, first.rank)
-    # S1^1/2 S2 S1^1/2 is symmetric but for rounding; eigvalsh reads one triangle.
-    spectrum = torch.linalg.eigvalsh(root @ second.covariance @ root)
-    cross = _largest(spectrum, min(first.rank, second.rank)).sqrt().sum()
+    # The one of lower rank gives the smaller problem, with as many eigenvalues as can be there.
+    low, high = (first, second) if first.rank <= second.rank else (second, first)
+    factor = _factor(low)
+    spectrum = torch.linalg.eigvalsh(factor.T @ high.covariance @ factor)
+    cross = spectrum.clamp(min=0).sqrt().sum()
     difference = first.mean - second.mean
     distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
     assert bool(distance.isfinite())
@@ -267,16 +330,22 @@ def frechet_distance(
     return max(0.0, float(distance))
 
 
-def _square_root(matrix: Tensor, rank: int) -> Tensor:
-    """The root of a positive semi-definite `(D, D)` matrix of at most the given rank."""
-    values, vectors = torch.linalg.eigh(matrix)
-    vectors = vectors[:, len(values) - rank :]
-    return vectors * _largest(values, rank).sqrt() @ vectors.T
+def _factor(moments: Moments) -> Tensor:
+    """A factor `(D, rank)` of the covariance, F F', of as many columns as the covariance can have directions."""
+    if moments.rank == moments.dim:
+        factor, failed = torch.linalg.cholesky_ex(moments.covariance)
+        if not int(failed):
+            return factor
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    kept = slice(moments.dim - moments.rank, None)
+    return vectors[:, kept] * values[kept].clamp(min=0).sqrt()
 
 
-def _largest(ascending: Tensor, count: int) -> Tensor:
-    """The largest eigenvalues of a positive semi-definite matrix, from all of them in ascending order."""
-    return ascending[len(ascending) - count :].clamp(min=0)
+def _lowest_is_below(covariance: Tensor, bound: float) -> bool:
+    """Tell whether the lowest eigenvalue may be below a bound: without it Cholesky's factorisation succeeds."""
+    shifted = covariance.clone()
+    shifted.diagonal().sub_(bound)
+    return bool(torch.linalg.cholesky_ex(shifted).info)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +368,7 @@ class FrechetResult:
     """Limits of the number, in words."""
 
 
-def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, reference_name: str) -> FrechetResult:
+def compare(extractor: FeatureSource, samples: Moments, reference: Moments, reference_name: str) -> FrechetResult:
     """Compute the Fréchet distance of samples to a reference, with what it says about itself.
 
     Args:
@@ -335,16 +404,36 @@ def compare(extractor: FeatureExtractor, samples: Moments, reference: Moments, r
     )
 
 
-def _check_width(extractor: FeatureExtractor, dim: int, reference: str) -> None:
+def check_width(features: Tensor, dim: int, extractor: str) -> None:
+    """Refuse features that are not `(B, D)` of the width that a measure was made for.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if features.ndim != 2 or features.shape[1] != dim:
+        raise ValueError(f"features {tuple(features.shape)} are not (B, {dim}), which {extractor} gives")
+
+
+def _check_width(extractor: FeatureSource, dim: int, reference: str) -> None:
     if dim != extractor.dim:
         raise ValueError(f"reference {reference} has {dim} features, {extractor.name} gives {extractor.dim}")
 
 
-def check_reference(extractor: FeatureExtractor, reference: Moments, reference_name: str) -> None:
+class KnownFeatures(Protocol):
+    """Says what features are of: `Moments`, or a set of features."""
+
+    extractor: str | None
+    weights_sha256: str | None
+
+    @property
+    def dim(self) -> int: ...
+
+
+def check_reference(extractor: FeatureSource, reference: KnownFeatures, reference_name: str) -> None:
     """Refuse a reference whose features are not the extractor's.
 
     Raises:
-        ValueError: moments of another width, or of other weights.
+        ValueError: features of another width, or of other weights.
     """
     _check_width(extractor, reference.dim, repr(reference_name))
     if reference.weights_sha256 not in (None, extractor.weights_sha256):
@@ -352,3 +441,76 @@ def check_reference(extractor: FeatureExtractor, reference: Moments, reference_n
             f"reference {reference_name!r} was made by {reference.extractor} with weights {reference.weights_sha256}; "
             f"this is {extractor.name} with weights {extractor.weights_sha256}"
         )
+
+
+FDR6_DENOMINATORS = {
+    "InceptionV3": 1.68,
+    "convnextv2_base.fcmae_ft_in22k_in1k@224": 56.87,
+    "vit_large_patch14_dinov2.lvd142m@256": 14.19,
+    "vit_large_patch16_224.mae@224": 0.04,
+    "vit_so400m_patch16_siglip_256.v2_webli@256": 0.60,
+    "vit_large_patch14_clip_224.openai@224": 5.60,
+}
+"""The Fréchet distances between ImageNet's validation and training images at 256 pixels, of FD-Loss (arXiv:2604.28190),
+to as many digits as the authors print, by the names of the extractors here: the denominators of FDr6."""
+
+
+class FrechetRatio(WrapperMetric):
+    """Average the Fréchet distances of several extractors, each over that of real validation images (FDr).
+
+        FDr = mean over k of FD_k / FD_k(validation)
+
+    1 is as far from the training images as validation images are. With the six extractors of `FDR6_DENOMINATORS` it is
+    FDr6 (FD-Loss, arXiv:2604.28190). `compute` gives `frechet_ratio`, and `frechet_ratio/<name>` of each extractor.
+
+    Args:
+        distances: a `FrechetDistance` for each extractor, by any names.
+        denominators: FD_k(validation), by the same names.
+
+    Raises:
+        ValueError: other names, or a denominator that is not above 0.
+    """
+
+    full_state_update = False
+
+    def __init__(self, distances: Mapping[str, FrechetDistance], denominators: Mapping[str, float]) -> None:
+        super().__init__()
+        if not distances or set(distances) != set(denominators):
+            raise ValueError(
+                f"distances {sorted(distances)} and denominators {sorted(denominators)} must be of the same"
+            )
+        if bad := {name: value for name, value in denominators.items() if not value > 0}:
+            raise ValueError(f"denominators must be above 0, got {bad}")
+        self.names = list(distances)
+        # A name of timm has dots, which a module's may not.
+        self.members = nn.ModuleList(distances.values())
+        self.denominators = [float(denominators[name]) for name in self.names]
+
+    @property
+    def distances(self) -> list[FrechetDistance]:
+        """The distance of each extractor, in the order of `names`."""
+        return cast(list[FrechetDistance], list(self.members))
+
+    def update(self, features: Mapping[str, Tensor]) -> None:
+        """Add features `(B, D_k)` of the same images, by the name of each extractor.
+
+        Raises:
+            ValueError: names other than those of the distances.
+        """
+        if set(features) != set(self.names):
+            raise ValueError(f"features of {sorted(features)}, the distances are of {sorted(self.names)}")
+        for name, distance in zip(self.names, self.distances, strict=True):
+            distance.update(features[name])
+
+    def compute(self) -> dict[str, Tensor]:
+        ratios = [
+            distance.compute() / denominator
+            for distance, denominator in zip(self.distances, self.denominators, strict=True)
+        ]
+        named = {f"frechet_ratio/{name}": ratio for name, ratio in zip(self.names, ratios, strict=True)}
+        return {"frechet_ratio": torch.stack(ratios).mean(), **named}
+
+    def reset(self) -> None:
+        for distance in self.distances:
+            distance.reset()
+        super().reset()

@@ -1,15 +1,22 @@
-"""Precision and recall of samples, and their diversity within a class.
+"""Precision and recall, density and coverage of samples, and their diversity within a class.
 
 Precision and recall are the improved ones (Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing
 Generative Models", NeurIPS 2019): `Manifold` is what a set of features covers, `precision_and_recall` compares two.
-`ClassSpread` measures how far the images of a class lie apart, `within_class_diversity` compares that with real images.
+`density_and_coverage` counts in the same balls what a single outlier does not move (Naeem et al., "Reliable Fidelity
+and Diversity Metrics for Generative Models", ICML 2020). `ClassSpread` measures how far the images of a class lie
+apart, `within_class_diversity` compares that with real images. `PrecisionRecall`, `DensityCoverage` and
+`WithinClassDiversity` are the metrics.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from discrete_lit.metrics.binned_mean import SumsInFloat64
+from discrete_lit.metrics.extractors import FeatureSource
+from discrete_lit.metrics.feature_distances import ComparedFeatures
+from discrete_lit.metrics.kept_features import FeatureSet
 
 # Distances that are held at once: 256 MB.
 _DISTANCES_AT_ONCE = 2**25
@@ -59,12 +66,27 @@ class Manifold:
         """
         features = _finite(features.to(self.features.device).double())
         points, repeats = features.unique(dim=0, return_counts=True)
-        covered = []
-        for rows in _blocks(points, self._centres):
-            squares, rounding = self._squared_distances(rows, self._centres)
-            _refine(squares, rows, self._centres, (squares - self._squared_radii).abs() <= rounding)
-            covered.append((squares <= self._squared_radii).any(dim=1))
+        covered = [self._covers(rows).any(dim=1) for rows in _blocks(points, self._centres)]
         return float((torch.cat(covered) * repeats).sum()) / len(features)
+
+    def ball_counts(self, features: Tensor) -> Tensor:
+        """Count the features `(m, D)` that lie in the ball of each feature of the set, `(n,)` int64.
+
+        Raises:
+            ValueError: values that are not finite.
+        """
+        features = _finite(features.to(self.features.device).double())
+        points, repeats = features.unique(dim=0, return_counts=True)
+        counts = torch.zeros(len(self._centres), dtype=torch.float64, device=points.device)
+        for rows, copies in zip(_blocks(points, self._centres), _blocks(repeats, self._centres), strict=True):
+            counts += copies.double() @ self._covers(rows).double()
+        return counts.long()[self._centre_of]
+
+    def _covers(self, rows: Tensor) -> Tensor:
+        """Tell which balls, of the features without their repeats, hold each of some features: bool `(b, centres)`."""
+        squares, rounding = self._squared_distances(rows, self._centres)
+        _refine(squares, rows, self._centres, (squares - self._squared_radii).abs() <= rounding)
+        return squares <= self._squared_radii
 
     def _squared_radii_of(self, rows: Tensor, copies: Tensor) -> Tensor:
         squares, rounding = self._squared_distances(rows, copies)
@@ -114,7 +136,96 @@ def precision_and_recall(samples: Tensor, reference: Manifold) -> tuple[float, f
     return reference.fraction_covered(samples), covering.fraction_covered(reference.features)
 
 
-class ClassSpread(Metric):
+def density_and_coverage(samples: Tensor, reference: Manifold) -> tuple[float, float]:
+    """Compute density and coverage of samples `(m, D)`, with the reference's k (Naeem et al. 2020, eq. 4 and 5).
+
+    Density is the mean over samples of the number of reference balls that hold one, over k: 1 where samples are as
+    dense as the reference, and above it where they crowd at its dense places. Coverage is the fraction of the
+    reference balls that hold a sample, in [0, 1]. The border belongs to its ball, as for precision; the authors' code
+    leaves it out.
+
+    Raises:
+        ValueError: values that are not finite.
+    """
+    counts = reference.ball_counts(samples)
+    density = float(counts.sum()) / (reference.neighbours * len(samples))
+    return density, float((counts > 0).double().mean())
+
+
+class PrecisionRecall(ComparedFeatures):
+    """Measure precision and recall: `compute` gives them, `precision` and `recall`, float64 in [0, 1].
+
+    Args:
+        extractor: where the features come from; only read.
+        reference: features of it; 10,000 of them in ADM's evaluator.
+        neighbours: k, 3 in the paper and in ADM's evaluator.
+        reference_name: what the reference is, for errors.
+        dtype: in which features are kept.
+
+    Raises:
+        ValueError: what `ComparedFeatures` raises, k below 1, or not more than k images in either set.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureSource,
+        reference: FeatureSet,
+        *,
+        neighbours: int = 3,
+        reference_name: str = "reference",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__(extractor, reference, reference_name=reference_name, dtype=dtype)
+        if neighbours < 1:
+            raise ValueError(f"neighbours={neighbours} must be at least 1")
+        self.neighbours = neighbours
+        self._manifold: Manifold | None = None
+
+    def manifolds(self) -> tuple[Tensor, Manifold]:
+        """Give the features of all ranks and the reference's manifold, which is computed once for a device."""
+        samples, reference = self.both(self.neighbours + 1)
+        if self._manifold is None or self._manifold.features.device != samples.device:
+            self._manifold = Manifold(reference, self.neighbours, device=samples.device)
+        return samples, self._manifold
+
+    def compute(self) -> dict[str, Tensor]:
+        return _named(("precision", "recall"), precision_and_recall(*self.manifolds()))
+
+
+class DensityCoverage(PrecisionRecall):
+    """Measure density and coverage: `compute` gives them, `density` at least 0 and `coverage` in [0, 1], float64.
+
+    Args:
+        extractor: where the features come from; only read.
+        reference: features of it.
+        neighbours: k, 5 in the paper.
+        reference_name: what the reference is, for errors.
+        dtype: in which features are kept.
+
+    Raises:
+        ValueError: what `PrecisionRecall` raises.
+    """
+
+    def __init__(
+        self,
+        extractor: FeatureSource,
+        reference: FeatureSet,
+        *,
+        neighbours: int = 5,
+        reference_name: str = "reference",
+        dtype: torch.dtype = torch.float16,
+    ) -> None:
+        super().__init__(extractor, reference, neighbours=neighbours, reference_name=reference_name, dtype=dtype)
+
+    def compute(self) -> dict[str, Tensor]:
+        return _named(("density", "coverage"), density_and_coverage(*self.manifolds()))
+
+
+def _named(names: tuple[str, str], values: tuple[float, float]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in zip(names, values, strict=True)}
+
+
+class ClassSpread(SumsInFloat64):
     """Measure the mean squared distance between two images of a class in feature space, over all batches and ranks.
 
     For class c with n images x_i it is the mean over all pairs i ≠ j of |x_i - x_j|², which equals
@@ -126,7 +237,6 @@ class ClassSpread(Metric):
         dim: D, width of the features.
     """
 
-    full_state_update = False
     count: Tensor
     """`(K,)`, images of each class so far."""
     total: Tensor
@@ -146,6 +256,10 @@ class ClassSpread(Metric):
         self.squares.index_add_(0, labels, features.square().sum(1))
 
     def compute(self) -> Tensor:
+        """The `spread` of each class, of all ranks."""
+        return self.spread()
+
+    def spread(self) -> Tensor:
         """The spread of each class, `(K,)` float64; NaN for a class with fewer than two images.
 
         A difference that is within the rounding of its two terms is 0: one image repeated has no spread.
@@ -166,3 +280,41 @@ def within_class_diversity(samples: ClassSpread, real: ClassSpread) -> Tensor:
     spread = real.compute()
     # torchmetrics makes a scalar of a single class.
     return torch.where(spread > 0, samples.compute() / spread, torch.nan).reshape(-1)
+
+
+class WithinClassDiversity(ClassSpread):
+    """Measure the spread of the images of a class as a ratio to that of real images: `within_class_diversity`.
+
+    `compute` gives the mean over the classes that have a ratio, float64, or the ratio of each.
+
+    Args:
+        extractor: where the features come from; only read.
+        reference: `(K,)`, what `ClassSpread.compute` gave of real images.
+        per_class: give `(K,)` float64, NaN for a class without a ratio, instead of the mean.
+
+    Raises:
+        ValueError: in `update`, labels that are missing or beyond K; in `compute`, no class with a ratio.
+    """
+
+    def __init__(self, extractor: FeatureSource, reference: Tensor, *, per_class: bool = False) -> None:
+        reference = reference.double().reshape(-1)
+        super().__init__(len(reference), extractor.dim)
+        self.part = extractor.part
+        self.reference = reference
+        self.per_class = per_class
+
+    def update(self, features: Tensor, labels: Tensor | None = None) -> None:
+        """Add features `(B, D)` of images with labels `(B,)` in [0, K); images with label -1 are left out."""
+        if labels is None:
+            raise ValueError("the diversity within a class needs the labels of the images, which are missing")
+        if len(labels) and int(labels.max()) >= len(self.reference):
+            raise ValueError(f"label {int(labels.max())} is none of {len(self.reference)} classes")
+        known = labels >= 0
+        super().update(features[known.to(features.device)], labels[known])
+
+    def compute(self) -> Tensor:
+        reference = self.reference.to(self.total.device)
+        ratios = torch.where(reference > 0, self.spread() / reference, torch.nan)
+        if bool(ratios.isnan().all()):
+            raise ValueError("no class has two images that differ in both sets: none has a diversity")
+        return ratios if self.per_class else ratios.nanmean()

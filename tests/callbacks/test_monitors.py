@@ -1,13 +1,10 @@
-"""Gradient norms against plain ones, and the Fréchet distance of reconstructions against one computed by hand."""
+"""Gradient norms against plain ones."""
 
 import pytest
 import torch
 from lightning import Callback
 
-from discrete_lit.callbacks import GradientNorm, ReconstructionFrechet
-from discrete_lit.core.images import to_uint8
-from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import FeatureMoments, frechet_distance
+from discrete_lit.callbacks import GradientNorm
 
 
 class PlainNorm(Callback):
@@ -56,37 +53,3 @@ def test_a_tokenizer_is_split_below_its_network(tokenizer, make_loader, make_tra
     make_trainer(max_steps=1, log_every_n_steps=1, callbacks=[GradientNorm()]).fit(tokenizer, make_loader(1))
     parts = [read_scalars(f"gradient_norm/network.{half}")[0] for half in ("encoder", "decoder")]
     assert torch.tensor(parts).norm() == pytest.approx(read_scalars("gradient_norm/total")[0], rel=1e-5)
-
-
-class Corners(FeatureExtractor):
-    """The first pixel and the last."""
-
-    name, dim, protocol, weights_sha256 = "Corners", 6, "as it is", "0" * 64
-
-    def extract(self, images: torch.Tensor) -> torch.Tensor:
-        return torch.cat((images[:, :, 0, 0], images[:, :, -1, -1]), dim=1).float()
-
-
-def test_distance_over_all_validation_batches(tokenizer, make_trainer, make_loader, read_scalars) -> None:
-    callback = ReconstructionFrechet(Corners())
-    trainer = make_trainer(callbacks=[callback], max_epochs=2)
-    trainer.fit(tokenizer, make_loader(2), make_loader(3))
-    logged = read_scalars("validation/rFD-Corners")
-    assert len(logged) == 2
-
-    extractor = Corners()
-    real, rebuilt = FeatureMoments(extractor), FeatureMoments(extractor)
-    tokenizer.eval()
-    with torch.no_grad():
-        for batch in make_loader(3):
-            real.update(extractor(to_uint8(batch["image"])))
-            rebuilt.update(extractor(to_uint8(tokenizer.decode(tokenizer.encode(batch["image"])))))
-    expected = frechet_distance(rebuilt.compute(), real.compute())
-    torch.testing.assert_close(logged[max(logged)], expected, rtol=1e-4, atol=1e-4)
-    assert logged[max(logged)] != logged[min(logged)]
-
-
-def test_nothing_for_a_generator(generator, make_trainer, make_loader, read_scalars) -> None:
-    trainer = make_trainer(callbacks=[ReconstructionFrechet(Corners())], max_epochs=1)
-    trainer.fit(generator, make_loader(1), make_loader(1))
-    assert not [name for name in trainer.callback_metrics if "rFD" in name]

@@ -44,8 +44,21 @@ OPTIONS = {
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
-    | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size", "device"}
-    | {"image_channels"},
+    | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
+    | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"},
+    "compare": {"config", "reports", "output"},
+    "sweep": {
+        "config",
+        "ckpt_path",
+        "reference",
+        "output",
+        "settings",
+        "search",
+        "evaluations",
+        "sampler",
+        "num_samples",
+    }
+    | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
@@ -133,6 +146,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "compare": ({"output": "here"}, "output", "there"),
+    "sweep": ({"num_samples": 2}, "num_samples", 7),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
     "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
 }

@@ -125,6 +125,13 @@ def test_log_batch_now(tmp_path: Path) -> None:
 
 
 @advised
+def test_log_step(tmp_path: Path) -> None:
+    logger, asked = Steps(), AtBatchEnd(internals.log_step)
+    fit(tmp_path, asked, batches=3, logger=logger)
+    assert asked.answers == logger.found == [0, 1, 2]
+
+
+@advised
 def test_begin_next_epoch(tmp_path: Path) -> None:
     class Begin(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -86,6 +86,9 @@ def test_report_has_the_floor_and_the_samples_at_one_count(sets, capsys):
     assert report["metric"] == "FD-Means" and floor["count"] == mine["count"] == report["num_images"] == 12
     assert mine["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 2) // 2, pixels(24, 0)), rel=1e-6)
     assert floor["FD-Means"] == pytest.approx(numpy_distance(pixels(12, 1), pixels(24, 0)), rel=1e-6)
+    means = [numpy_features(images).mean(0) for images in (pixels(12, 2) // 2, pixels(24, 0))]
+    assert mine["record"]["mean_term"] == pytest.approx(np.sum((means[0] - means[1]) ** 2), rel=1e-6)
+    assert mine["record"]["mean_term"] + mine["record"]["covariance_term"] == pytest.approx(mine["FD-Means"])
     fingerprint = open_image_set(sets["reference"], 8).fingerprint()
     assert report["reference"] == {
         "name": sets["reference"],
@@ -375,8 +378,9 @@ def test_exif_orientation_is_applied_where_the_training_does(sets, tmp_path, kin
     if kind == "shards":
         write_shards(ClassFolders(turned), tmp_path / "shards", split="train", shuffle_seed=None)
         turned = tmp_path / "shards"
-    read = next(iter(Selection(open_image_set(turned, 8, apply_exif=True), None, num_classes=3).batches(12)))[0]
-    assert torch.equal(read, seen) and not torch.equal(read, read.transpose(2, 3))
+    upright_set = Selection(open_image_set(turned, 8, apply_exif=True), None, num_classes=3)
+    read = next(upright_set.read(upright_set.positions(), 12)).images
+    assert read is not None and torch.equal(read, seen) and not torch.equal(read, read.transpose(2, 3))
     sets |= {"reference": str(turned), "held_out": None, "extractor": Rows()}
     sets["samples"] = {"upright": save_npz(tmp_path / "upright.npz", variants)}
     ignored, applied = evaluate(**sets), evaluate(**sets, apply_exif=True)
@@ -546,7 +550,7 @@ def test_a_reference_with_nan_is_refused_by_name(sets, tmp_path):
         evaluate(**{**sets, "reference": str(tmp_path / "nan.npz")})
 
 
-@pytest.mark.parametrize(("name", "words"), [("device", "device='abacus'"), ("lpips_weights", "lpips_weights measure")])
+@pytest.mark.parametrize(("name", "words"), [("accelerator", "abacus"), ("lpips_weights", "lpips_weights measure")])
 def test_settings_that_can_have_no_effect(name: str, words: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"samples": {"a": "a.npz"}, "num_images": 8, "image_size": 8, name: "abacus"}
     with pytest.raises(ValueError, match=words):

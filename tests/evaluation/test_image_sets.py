@@ -16,16 +16,40 @@ from discrete_lit.core.images import from_uint8, to_uint8
 from discrete_lit.data import ImageShards
 from discrete_lit.data.transforms import UndecodableImage, center_crop
 from discrete_lit.evaluation.image_sets import Selection, match_classes, open_image_set
+from discrete_lit.evaluation.shares import Tally, measure_in_shares
 
 
 def everything(images) -> list[tuple[int | None, bytes]]:
     return [(label, decode().tobytes()) for label, decode in images.stream()]
 
 
+class Gather:
+    """Keeps the images and labels that it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tally] = []
+
+    def update(self, images, labels, indices):
+        known = {} if labels is None else {"labels": labels}
+        self.kept.append(Tally(rows={"images": images, "indices": indices, **known}))
+
+    def tally(self):
+        return Tally.joined(self.kept)
+
+    def restore(self, tally):
+        self.kept = [tally]
+
+
+def gather(selection, batch_size=4):
+    meter = Gather()
+    assert measure_in_shares(selection, meter, batch_size=batch_size, device="cpu")
+    return meter.tally().rows
+
+
 def select(images, num_images, num_classes=3, batch_size=4):
-    batches = list(Selection(images, num_images, num_classes=num_classes).batches(batch_size))
-    labels = None if batches[0][1] is None else torch.cat([labels for _, labels in batches])
-    return torch.cat([part for part, _ in batches]), labels
+    rows = gather(Selection(images, num_images, num_classes=num_classes), batch_size)
+    assert len(set(rows["indices"].tolist())) == len(rows["images"])
+    return rows["images"], rows.get("labels")
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -276,7 +300,7 @@ def test_labels_beyond_all_class_ids_take_no_memory(tmp_path):
     with pytest.raises(ValueError, match="at most 1,048,576 classes"):
         match_classes({"held_out": images}, {})
     assert match_classes({}, {"mine": images}).count is None
-    assert len(list(Selection(images, 2, num_classes=None).batches(2))) == 1
+    assert len(gather(Selection(images, 2, num_classes=None))["images"]) == 2
 
 
 def test_selection_of_samples_alone_is_balanced_over_their_own_classes(tmp_path):
@@ -349,4 +373,4 @@ def test_of_samples_without_a_class_the_first_are_taken(tmp_path):
     plain = select(open_image_set(save_npz(tmp_path / "plain.npz", images), 8), 5)[0]
     null = open_image_set(save_npz(tmp_path / "null.npz", images, np.full(7, 3)), 8)
     selection = Selection(null, 5, num_classes=3, numbering=match_classes({}, {"null": null}, 3).numbering["null"])
-    assert torch.equal(torch.cat([batch for batch, _ in selection.batches(4)]), plain) and not selection.uneven
+    assert torch.equal(gather(selection)["images"], plain) and not selection.uneven

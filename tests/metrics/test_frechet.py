@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from discrete_lit.metrics.extractors import FeatureExtractor
-from discrete_lit.metrics.frechet import FeatureMoments, Moments, compare, frechet_distance
+from discrete_lit.metrics.frechet import (
+    FDR6_DENOMINATORS,
+    FeatureMoments,
+    FrechetDistance,
+    FrechetRatio,
+    Moments,
+    compare,
+    frechet_distance,
+)
 
 
 class Flatten(FeatureExtractor):
@@ -256,3 +264,149 @@ def test_moments_whose_distance_is_not_finite_are_refused(mean, scale):
 def test_the_largest_moments_have_a_finite_distance():
     first, second = (Moments(torch.full((3,), m, dtype=torch.float64), torch.eye(3).double() * 9e99) for m in (0, 9e99))
     assert 0 < frechet_distance(first, second) < 1e202
+
+
+def test_the_metric_is_the_distance_of_all_batches() -> None:
+    features, reference = random_features(90, 5, 0), moments_of(random_features(70, 5, 1))
+    metric = FrechetDistance(Flatten(5), reference)
+    for batch in torch.from_numpy(features).split(31):
+        metric.update(batch)
+    expected = frechet_distance(moments_of(features), reference)
+    found = metric.compute()
+    assert found.dtype == torch.float64 and float(found) == pytest.approx(expected, rel=1e-12)
+    assert metric.metric_name == "FD-Pixels"
+    metric.reset()
+    metric.update(torch.from_numpy(features))
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_metric_is_that_of_torchmetrics() -> None:
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Network(torch.nn.Module):
+        num_features = 12
+
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1).double()
+
+    random = torch.Generator().manual_seed(0)
+    sets = [torch.randint(0, 256, (60, 3, 2, 2), dtype=torch.uint8, generator=random) // part for part in (1, 2)]
+    theirs = FrechetInceptionDistance(feature=Network()).set_dtype(torch.float64)
+    moments = FeatureMoments(Flatten(12))
+    for images in sets[0].split(17):
+        theirs.update(images, real=True)
+        moments.update(images.flatten(1))
+    ours = FrechetDistance(Flatten(12), moments.compute())
+    for images in sets[1].split(17):
+        theirs.update(images, real=False)
+        ours.update(images.flatten(1))
+    assert float(ours.compute()) == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_the_metric_is_that_of_torch_fidelity() -> None:
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    samples, reference = (torch.from_numpy(random_features(90, 7, seed)) for seed in (0, 1))
+    statistics = [fid_features_to_statistics(features) for features in (samples, reference)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    metric = FrechetDistance(Flatten(7), moments_of(reference.numpy()))
+    metric.update(samples)
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_metric_refuses_what_has_no_distance() -> None:
+    reference = moments_of(random_features(70, 5, 1))
+    reference.weights_sha256, reference.extractor = "b" * 64, "Other"
+    with pytest.raises(ValueError, match="'stored' was made by Other"):
+        FrechetDistance(Flatten(5), reference, reference_name="stored")
+    with pytest.raises(ValueError, match="reference 'reference' has 5 features, Pixels gives 4"):
+        FrechetDistance(Flatten(4), reference)
+    metric = FrechetDistance(Flatten(5), moments_of(random_features(70, 5, 1)))
+    with pytest.raises(ValueError, match=r"are not \(B, 5\), which Pixels gives"):
+        metric.update(torch.zeros(3, 4))
+    metric.update(torch.zeros(1, 5))
+    with pytest.raises(ValueError, match="needs at least 2 samples, got 1"):
+        metric.compute()
+    metric.update(torch.full((2, 5), torch.nan))
+    with pytest.raises(ValueError, match="the samples: 5 values of its mean are not finite"):
+        metric.compute()
+
+
+def test_sums_stay_in_float64_in_a_module_of_half_precision() -> None:
+    module = torch.nn.ModuleDict({"fd": FrechetDistance(Flatten(5), moments_of(random_features(70, 5, 1)))})
+    module.to(torch.bfloat16)
+    module["fd"].update(torch.from_numpy(random_features(90, 5, 0)))
+    assert module["fd"].outer.dtype == torch.float64 and not module.state_dict()
+
+
+def test_the_halves_of_one_set_are_at_the_floor() -> None:
+    """It is not 0, as the halves are two samples, and far below a shift of the mean by 0.3, which adds 4 · 0.3²."""
+    features = torch.randn(4000, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    halves = [moments_of(half.numpy()) for half in features.chunk(2)]
+    assert 0 < frechet_distance(*halves) < 0.02
+    assert frechet_distance(halves[0], moments_of(features[2000:].numpy() + 0.3)) > 0.3
+
+
+def test_spatial_moments_are_those_with_an_s(tmp_path) -> None:
+    """As in the references of ADM: mu, sigma of the pooled features, mu_s, sigma_s of the spatial ones."""
+    pooled, spatial = moments_of(random_features(70, 5, 1)), moments_of(random_features(70, 3, 2))
+    pooled.save(tmp_path / "both.npz", spatial)
+    space = SpatialFlatten(5).space("spatial")
+    found = Moments.load(tmp_path / "both.npz", space)
+    assert torch.equal(found.mean, spatial.mean) and torch.equal(found.covariance, spatial.covariance)
+    assert found.extractor == "Pixels-spatial" and found.count == 70
+    assert torch.equal(Moments.load(tmp_path / "both.npz", Flatten(5)).mean, pooled.mean)
+    pooled.save(tmp_path / "pooled.npz")
+    with pytest.raises(ValueError, match=r"a file of spatial moments holds 'mu_s'"):
+        Moments.load(tmp_path / "pooled.npz", space)
+
+
+class SpatialFlatten(Flatten):
+    """Pixels as features, of which the first three are a part of their own."""
+
+    @property
+    def dims(self) -> dict[str, int]:
+        return {"pool": self.dim, "spatial": 3}
+
+    def extract_parts(self, images: Tensor, parts) -> dict[str, Tensor]:
+        features = self.extract(images)
+        return {"pool": features, "spatial": features[:, :3]}
+
+
+def test_the_ratio_is_the_mean_over_extractors() -> None:
+    extractors = {"small": Flatten(3), "large.timm": Flatten(5)}
+    features = {name: torch.from_numpy(random_features(40, each.dim, 0)) for name, each in extractors.items()}
+    references = {name: moments_of(random_features(50, each.dim, 1)) for name, each in extractors.items()}
+    denominators = {"large.timm": 4.0, "small": 0.5}
+    distances = {name: FrechetDistance(each, references[name]) for name, each in extractors.items()}
+    ratio = FrechetRatio(distances, denominators)
+    for index in torch.arange(40).split(13):
+        ratio.update({name: rows[index] for name, rows in features.items()})
+    expected = {
+        name: frechet_distance(moments_of(rows.numpy()), references[name]) / denominators[name]
+        for name, rows in features.items()
+    }
+    found = {name: float(value) for name, value in ratio.compute().items()}
+    assert found["frechet_ratio"] == pytest.approx(sum(expected.values()) / 2, rel=1e-9)
+    assert found["frechet_ratio/large.timm"] == pytest.approx(expected["large.timm"], rel=1e-9)
+    ratio.reset()
+    with pytest.raises(ValueError, match="needs at least 2 samples, got 0"):
+        ratio.members[0].moments()
+
+
+def test_a_ratio_of_other_names_or_by_nothing_is_refused() -> None:
+    distance = FrechetDistance(Flatten(3), moments_of(random_features(50, 3, 1)))
+    with pytest.raises(ValueError, match=r"distances \['a'\] and denominators \['b'\]"):
+        FrechetRatio({"a": distance}, {"b": 1.0})
+    for value in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="denominators must be above 0"):
+            FrechetRatio({"a": distance}, {"a": value})
+    with pytest.raises(ValueError, match=r"features of \['b'\], the distances are of \['a'\]"):
+        FrechetRatio({"a": distance}, {"a": 1.0}).update({"b": torch.zeros(2, 3)})
+
+
+def test_the_denominators_of_fdr6_name_networks_of_timm() -> None:
+    from timm.models import is_model_pretrained
+
+    names = [name.rpartition("@")[0] for name in FDR6_DENOMINATORS if name != "InceptionV3"]
+    assert len(names) == 5 and all(map(is_model_pretrained, names))

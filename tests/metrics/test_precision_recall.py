@@ -4,10 +4,21 @@ import itertools
 
 import pytest
 import torch
+from test_frechet import Flatten
 
 from discrete_lit.evaluation.feature_statistics import EvenSample
 from discrete_lit.metrics import precision_recall
-from discrete_lit.metrics.precision_recall import ClassSpread, Manifold, precision_and_recall, within_class_diversity
+from discrete_lit.metrics.kept_features import FeatureSet
+from discrete_lit.metrics.precision_recall import (
+    ClassSpread,
+    DensityCoverage,
+    Manifold,
+    PrecisionRecall,
+    WithinClassDiversity,
+    density_and_coverage,
+    precision_and_recall,
+    within_class_diversity,
+)
 
 
 def column(*values: float) -> torch.Tensor:
@@ -94,9 +105,7 @@ def test_mistakes_are_refused(count: int, neighbours: int) -> None:
 @pytest.mark.parametrize("batch", [1, 3, 10])
 def test_an_even_sample_has_its_size_whatever_the_batches(limit: int | None, total: int, batch: int) -> None:
     sample = EvenSample(limit, total)
-    for rows in torch.arange(total)[:, None].split(batch):
-        sample.update(rows)
-    kept = sample.compute()[:, 0].tolist()
+    kept = torch.cat([rows[sample.chosen(rows)] for rows in torch.arange(total).split(batch)]).tolist()
     wanted = total if limit is None else min(limit, total)
     assert len(kept) == wanted and kept[0] == 0
     # A k-th of the rows lies in each k-th of the stream.
@@ -207,3 +216,107 @@ def test_a_class_whose_real_images_are_equal_has_no_ratio() -> None:
         ratios = within_class_diversity(spread(features, labels), spread(equal, labels))
         assert ratios.isnan().tolist() == [False, True, False]
         assert within_class_diversity(spread(equal, labels), spread(features, labels))[1] == 0
+
+
+def by_loop(samples: torch.Tensor, reference: torch.Tensor, k: int) -> tuple[float, float]:
+    """Density and coverage by their definitions, with one ball after the other."""
+    inside = []
+    for centre in reference.double():
+        radius = (reference.double() - centre).square().sum(1).sort().values[k]
+        inside.append((samples.double() - centre).square().sum(1) <= radius)
+    counts = torch.stack(inside)
+    return float(counts.sum()) / (k * len(samples)), float(counts.any(1).double().mean())
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize("whole", [False, True])
+def test_density_and_coverage_are_those_of_their_definitions(k: int, whole: bool) -> None:
+    random = torch.Generator().manual_seed(k)
+    reference, samples = torch.randn(80, 4, generator=random), 0.8 * torch.randn(50, 4, generator=random) + 0.2
+    if whole:  # repeated images, and borders that are met
+        reference, samples = (2 * reference).round(), (2 * samples).round()
+    found = density_and_coverage(samples, Manifold(reference, k))
+    assert found == pytest.approx(by_loop(samples, reference, k), rel=1e-12)
+    assert 0 < found[1] < 1
+
+
+@pytest.mark.parametrize("k", [3, 5])
+def test_the_reference_itself_is_in_k_and_one_balls_of_each_image(k: int) -> None:
+    reference = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    assert density_and_coverage(reference, Manifold(reference, k)) == (pytest.approx((k + 1) / k), 1.0)
+
+
+def test_an_outlier_of_the_reference_raises_precision_and_not_density() -> None:
+    """The example of Naeem et al.: its ball holds samples that are nowhere near real images."""
+    random = torch.Generator().manual_seed(0)
+    reference = torch.randn(200, 4, generator=random)
+    outlier = torch.cat((reference, torch.full((1, 4), 30.0)))
+    samples = torch.randn(100, 4, generator=random) + 12
+    before, after = (precision_and_recall(samples, Manifold(each, 3))[0] for each in (reference, outlier))
+    assert before == 0 and after == 1
+    assert density_and_coverage(samples, Manifold(outlier, 3))[0] < 0.5
+
+
+def test_the_metrics_give_what_the_functions_do() -> None:
+    random = torch.Generator().manual_seed(0)
+    reference, samples = torch.randn(80, 4, generator=random), torch.randn(50, 4, generator=random) + 0.3
+    made = {"dtype": torch.float32}
+    both = [
+        PrecisionRecall(Flatten(4), FeatureSet(reference), **made),
+        DensityCoverage(Flatten(4), FeatureSet(reference), **made),
+    ]
+    for metric in both:
+        for batch in samples.split(13):
+            metric.update(batch)
+    assert tuple(map(float, both[0].compute().values())) == precision_and_recall(samples, Manifold(reference, 3))
+    assert tuple(map(float, both[1].compute().values())) == density_and_coverage(samples, Manifold(reference, 5))
+    assert list(both[0].compute()) == ["precision", "recall"] and list(both[1].compute()) == ["density", "coverage"]
+
+
+def test_precision_and_recall_are_those_of_torch_fidelity() -> None:
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    random = torch.Generator().manual_seed(0)
+    reference, samples = torch.randn(150, 6, generator=random), torch.randn(120, 6, generator=random) + 0.5
+    expected = prc_features_to_metric(samples, reference, prc_neighborhood=3, verbose=False, save_cpu_ram=False)
+    metric = PrecisionRecall(Flatten(6), FeatureSet(reference), dtype=torch.float32)
+    metric.update(samples)
+    found = metric.compute()
+    assert float(found["precision"]) == pytest.approx(expected["precision"], abs=1e-6)
+    assert float(found["recall"]) == pytest.approx(expected["recall"], abs=1e-6)
+    assert 0 < found["precision"] < 1 and 0 < found["recall"] < 1
+
+
+def test_too_few_images_and_no_neighbours_are_refused() -> None:
+    reference = FeatureSet(torch.randn(9, 4))
+    for made in (PrecisionRecall, DensityCoverage):
+        with pytest.raises(ValueError, match="neighbours=0 must be at least 1"):
+            made(Flatten(4), reference, neighbours=0)
+        metric = made(Flatten(4), reference, neighbours=3)
+        metric.update(torch.randn(1, 4))
+        with pytest.raises(ValueError, match=f"{made.__name__} needs at least 4 images, samples are 1"):
+            metric.compute()
+
+
+def test_the_diversity_metric_is_the_mean_of_the_ratios() -> None:
+    features, labels = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+    real = spread(2 * features, labels)
+    for per_class in (True, False):
+        metric = WithinClassDiversity(Flatten(4), real.compute(), per_class=per_class)
+        for index in torch.arange(30).split(7):
+            metric.update(features[index], labels[index])
+        # An image without a class counts for nothing.
+        metric.update(1e3 * features[:1], torch.tensor([-1]))
+        expected = torch.full((3,), 0.25, dtype=torch.float64)
+        torch.testing.assert_close(metric.compute(), expected if per_class else expected[0], rtol=1e-10, atol=0)
+
+
+def test_a_diversity_without_labels_or_a_class_is_refused() -> None:
+    metric = WithinClassDiversity(Flatten(4), torch.ones(3))
+    with pytest.raises(ValueError, match=r"needs the labels.*missing"):
+        metric.update(torch.randn(2, 4))
+    with pytest.raises(ValueError, match="label 3 is none of 3 classes"):
+        metric.update(torch.randn(2, 4), torch.tensor([0, 3]))
+    metric.update(torch.randn(2, 4), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="no class has two images"):
+        metric.compute()

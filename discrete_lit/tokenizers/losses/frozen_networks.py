@@ -1,10 +1,9 @@
 """Frozen networks that a loss looks through: never trained, never saved, read from files when training starts.
 
-`FrozenNetwork` holds one; below it stand the reading of weights, networks of timm, and images as those expect them.
+`FrozenNetwork` holds one; below it stand networks of timm, and images as those expect them.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 from discrete_lit.core.images import to_rgb
 from discrete_lit.core.modules import at_least_float32, widened
+from discrete_lit.core.weight_files import read_weights
 
 RANDOM_WEIGHTS = "random"
 """The path of weights that stands for the network's own random initialisation, for tests."""
@@ -54,36 +54,6 @@ class FrozenNetwork:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "FrozenNetwork":
         return self
-
-
-def read_weights(path: str, setting: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a PyTorch file read without executing code.
-
-    Args:
-        path: of the file.
-        setting: where the user gave the path, for the message.
-
-    Raises:
-        ValueError: no such file, or no state dict in it.
-    """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ValueError(f"{setting}={path!r}: there is no such file, and nothing is downloaded while training")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights: Any = load_file(file)
-        else:
-            from discrete_lit.core.files import check_published
-
-            check_published(file)
-            weights = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{setting}={path!r} is not a readable file of weights: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{setting}={path!r} does not hold a flat state dict of tensors")
-    return weights
 
 
 def load_frozen(network: nn.Module, weights: dict[str, Tensor], setting: str) -> nn.Module:

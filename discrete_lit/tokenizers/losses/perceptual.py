@@ -15,13 +15,13 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from discrete_lit.core.images import ImageSize, height_and_width, size_of, size_text, to_rgb
 from discrete_lit.core.modules import at_least_float32
+from discrete_lit.core.weight_files import read_weights
 from discrete_lit.tokenizers.losses.frozen_networks import (
     RANDOM_WEIGHTS,
     FrozenNetwork,
     load_frozen,
     make_timm,
     pixels_for,
-    read_weights,
     with_pixel_statistics,
 )
 

@@ -1,0 +1,53 @@
+"""Images that a generator draws to be measured: the same ones for any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from discrete_lit.core.distributed import rank, world_size
+from discrete_lit.core.images import to_uint8
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.samplers.sampler import SamplerOutput
+
+
+def own_numbers(count: int, batch_size: int, *, together: bool = False) -> Iterator[tuple[Tensor, bool]]:
+    """Give the numbers of this rank's samples, batch by batch, int64 `(B,)`, and whether they count.
+
+    The batches are the same for any number of ranks, and each is one rank's.
+
+    Args:
+        count: samples of all ranks.
+        batch_size: of a batch.
+        together: every rank takes part in every pass, as sharded weights need it: one that has nothing left draws what
+            does not count.
+    """
+    batches = -(-count // batch_size)
+    first, last = (batches * number // world_size() for number in (rank(), rank() + 1))
+    rounds = -(-batches // world_size()) if together else last - first
+    for number in range(first, first + rounds):
+        counted = number < last
+        start = number * batch_size if counted else 0
+        yield torch.arange(start, min(start + batch_size, count)), counted
+
+
+def draw_images(
+    generator: Generator | LatentGenerator, numbers: Tensor, *, seed: int, sampler: Any = None
+) -> tuple[Tensor, SamplerOutput]:
+    """Draw the samples of some numbers, whose labels are these modulo the number of classes.
+
+    Args:
+        generator: in eval mode.
+        numbers: `(B,)` int64 on the generator's device.
+        seed: with the number it alone decides a sample.
+        sampler: the generator's own by default.
+
+    Returns:
+        uint8 images `(B, C, H, W)`, and what the draw cost.
+    """
+    drawn = generator.draw(numbers % generator.num_classes, CounterRandom(seed, numbers), sampler)
+    return to_uint8(generator.tokenizer.decode(drawn.tokens)), drawn
