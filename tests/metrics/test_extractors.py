@@ -274,6 +274,21 @@ def test_a_network_of_timm_that_is_none_or_of_other_weights_is_refused(tmp_path)
         TimmExtractor(name, str(path), output="logits")  # type: ignore[arg-type]
 
 
+def test_weights_of_timm_are_found_by_name_in_one_folder(tmp_path, monkeypatch) -> None:
+    name = "test_vit.r160_in1k"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv(extractors.TIMM_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match=rf"huggingface\.co/timm/{name}/.*{extractors.TIMM_VARIABLE}"):
+        TimmExtractor(name)
+    cached = tmp_path / "hub" / "checkpoints" / f"{name}.pth"
+    cached.parent.mkdir(parents=True)
+    random_weights(timm.create_model(name), cached)
+    assert TimmExtractor(name).weights_sha256 == file_sha256(cached)
+    monkeypatch.setenv(extractors.TIMM_VARIABLE, str(tmp_path))
+    random_weights(timm.create_model(name), tmp_path / f"{name}.safetensors")
+    assert TimmExtractor(name).weights_sha256 == file_sha256(tmp_path / f"{name}.safetensors")
+
+
 def test_position_embeddings_are_resized_with_the_offset_of_the_authors() -> None:
     """A cubic kernel reproduces a line: away from the border its values tell where the grid was read."""
     old, new = 37, 16
