@@ -437,10 +437,17 @@ def _timm_network(model_name: str, **arguments: Any) -> Any:
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], setting: str) -> None:
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{setting} holds the weights of another network: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    # Counts of batches, which nothing reads, are not in every file.
+    wanted = {name: shape for name, shape in wanted.items() if name in weights or not name.endswith("batches_tracked")}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        name = wrong[0]
+        raise ValueError(
+            f"{setting} holds the weights of another network: {len(wrong):,} tensors are not those of this one, the "
+            f"first is {name!r}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} in the network"
+        )
+    network.load_state_dict(weights, strict=False)
 
 
 def _add_pixel_statistics(extractor: nn.Module, network: Any) -> None:
