@@ -103,6 +103,7 @@ def measured(rows: slice) -> dict[str, Tensor]:
 
 
 def gather(rank: int, ranks: int, address: str, output: str) -> None:
+    torch.set_num_threads(1)  # as in the tests
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     torch.save(measured(SHARES[ranks][rank]), f"{output}/{rank}.pt")
     dist.destroy_process_group()
