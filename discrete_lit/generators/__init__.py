@@ -9,6 +9,7 @@ from discrete_lit.generators.graphed_draw import GraphedDraw
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
+from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LatentLosses",
     "Likelihood",
     "Masked",
+    "NextCell",
     "NextScale",
     "TokenLosses",
     "generator_from_checkpoint",

@@ -15,6 +15,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     taming,
     titok_rar,
     var,
+    xar,
 )
 from discrete_lit.pretrained.conversion import FAMILIES
 from discrete_lit.pretrained.loading import load_pretrained

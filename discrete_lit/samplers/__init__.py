@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
+from discrete_lit.samplers.cell_by_cell import NextCellSampler
 from discrete_lit.samplers.diffusion import (
     AncestralSampler,
     DiffusionSampler,
@@ -38,6 +39,7 @@ __all__ = [
     "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
+    "NextCellSampler",
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "PredictorCorrectorSampler",
