@@ -20,8 +20,8 @@ from discrete_lit.backbones.layers import Linear, LogitHead, Norm
 # CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).
 _MOST_ROWS = 2**16 - 1
 
-Choose = Callable[[int, Tensor], Tensor]
-"""From the number of a step and its logits `(M, B)` to an id of each row, `(M,)` int64."""
+Choose = Callable[[Tensor, Tensor], Tensor]
+"""From logits `(M, B)` and uniform numbers `(M,)` to an id of each row, `(M,)` int64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +174,21 @@ class ChannelHead(nn.Module):
         return self.final_norm(self.norm(x)) * (1 + scale) + shift
 
     @torch.no_grad()
-    def sample(self, hidden: Tensor, choose: Choose) -> Tensor:
+    def sample(self, hidden: Tensor, uniforms: Tensor, choose: Choose) -> Tensor:
         """Draw the ids of each place, one channel after another, on a cache of keys and values.
 
         Args:
-            hidden: z `(M, condition_width)`, M below 2^16.
+            hidden: z `(M, condition_width)`.
+            uniforms: `(M, D)` float64 in (0, 1), a number for each step.
             choose: draws an id from each row's logits.
 
         Returns:
             `(M, D)` int64 in [0, B), in the order of the latents' channels.
         """
-        assert len(hidden) <= _MOST_ROWS, "attention takes fewer sequences"
+        pairs = zip(hidden.split(_MOST_ROWS), uniforms.split(_MOST_ROWS), strict=True)
+        return torch.cat([self._sample(rows, numbers, choose) for rows, numbers in pairs])
+
+    def _sample(self, hidden: Tensor, uniforms: Tensor, choose: Choose) -> Tensor:
         projected = self.condition_projection(hidden)
         cache = self._new_cache(len(hidden), projected.dtype)
         drawn: list[Tensor] = []
@@ -195,7 +199,7 @@ class ChannelHead(nn.Module):
             for number, block in enumerate(self.blocks):
                 element = block(element, condition, None, None, True, cache.layer(number))
             cache.advance(1)
-            drawn.append(choose(step, head(self._last(element, condition)[:, 0])))
+            drawn.append(choose(head(self._last(element, condition)[:, 0]), uniforms[:, step]))
             if step < len(self.tables):
                 x = self.tables[step](drawn[-1]).to(projected.dtype)
         return torch.stack([drawn[turn] for turn in self.turn], dim=1)
@@ -219,7 +223,8 @@ class ChannelHead(nn.Module):
             def prepare(head: ChannelHead) -> Callable[[], object]:
                 weight = head.condition_projection.weight
                 hidden = torch.zeros(rows, head.layout.condition_width, device=weight.device, dtype=weight.dtype)
-                return partial(head.eval().sample, hidden, lambda step, logits: logits.argmax(dim=-1))
+                uniforms = torch.zeros(rows, head.layout.channels, device=weight.device)
+                return partial(head.eval().sample, hidden, uniforms, lambda logits, _: logits.argmax(dim=-1))
 
             self._flops[rows] = count_flops(self, prepare)
         return self._flops[rows]

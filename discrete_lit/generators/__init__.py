@@ -2,6 +2,7 @@
 
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
 from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, generator_from_checkpoint
@@ -15,6 +16,7 @@ from discrete_lit.generators.next_scale import NextScale
 __all__ = [
     "Autoregressive",
     "ContinuousMasked",
+    "DimensionwiseMasked",
     "DisCon",
     "DiscreteDiffusion",
     "Generator",

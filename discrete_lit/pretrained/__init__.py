@@ -14,6 +14,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     seed_voken,
     taming,
     titok_rar,
+    tokenbridge,
     var,
     xar,
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.cell_by_cell import NextCellSampler
+from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
 from discrete_lit.samplers.diffusion import (
     AncestralSampler,
     DiffusionSampler,
@@ -31,6 +32,7 @@ __all__ = [
     "AncestralSampler",
     "BARSampler",
     "DiffusionSampler",
+    "DimensionwiseSampler",
     "EulerSampler",
     "FirstHittingSampler",
     "GuidedSolver",

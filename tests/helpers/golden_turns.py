@@ -1,4 +1,4 @@
-"""What our generators of latents that are drawn in turn give for the inputs of the golden cases: cells, and channels."""
+"""What our generators of latents in turn, of cells or of channels, give for the inputs of the golden cases."""
 
 from typing import Any
 
@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
+from discrete_lit.samplers import DimensionwiseSampler
+from discrete_lit.tokenizers.quantizers import NormalLevels
 from helpers.golden import Case, Compared, Load, Tensors
 from helpers.golden_latents import gradients
 
@@ -59,9 +61,139 @@ def xar(load: Load, case: Case) -> Tensors:
     return made | {"sampled_clusters": layout.to_cells(made["sampled"])}
 
 
+class PlaceDraws:
+    """TokenBridge's orders in the place of random numbers: the last of an order is drawn first."""
+
+    def __init__(self, case: Case) -> None:
+        self.orders = case.inputs["orders"]
+        self.indices = torch.arange(len(self.orders))
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        if purpose != Purpose.ORDER:
+            return torch.full((len(self.orders), count), 0.5, dtype=torch.float64)  # which nobody reads
+        turns = torch.arange(count, dtype=torch.float64).flip(0).expand_as(self.orders)
+        return torch.empty_like(turns).scatter(1, self.orders, turns)
+
+
+class RacedSampler(DimensionwiseSampler):
+    """Draws by the race of exponentials that the case stores, or greedily, and keeps what it drew."""
+
+    def race(self, case: Case, *, greedy: bool) -> None:
+        self.case, self.greedy, self.ids = case, greedy, list[Tensor]()
+
+    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        exponentials = self.case.inputs["exp"]
+        if self.greedy:
+            # What is drawn with a single id is checked beside the race.
+            assert (self.temperature, self.top_k) == (1.0, 1)
+            ids = super().choose(logits, uniforms)
+        else:
+            iteration, step = divmod(len(self.ids), exponentials.shape[1])
+            law = (logits / self.temperature).softmax(dim=-1)
+            ids = (law / exponentials[iteration, step, : len(law)]).argmax(dim=-1)
+        self.ids.append(ids)
+        return ids
+
+    def tokens(self, channels: int) -> Tensor:
+        """All that was drawn, in turn, in the order of the head: `(B N, D)`."""
+        steps = [torch.stack(self.ids[first : first + channels], 1) for first in range(0, len(self.ids), channels)]
+        return torch.cat(steps)
+
+
+def raced(generator: Any, case: Case, *, greedy: bool) -> tuple[Tensor, Tensor]:
+    """The latents and the tokens of a draw by the generator's own sampler."""
+    sampler = RacedSampler.__new__(RacedSampler)
+    vars(sampler).update(vars(generator.sampler))
+    sampler.race(case, greedy=greedy)
+    draws: Any = PlaceDraws(case)
+    return generator.draw(case.inputs["y"], draws, sampler).tokens, sampler.tokens(generator.dim)
+
+
+def tokenbridge(load: Load, case: Case) -> Tensors:
+    generator, inputs, made = load(), case.inputs, Tensors()
+    # The tables of the quantiser, before they are mapped to the latents' range.
+    low, high, std_range = (case.constructor[name] for name in ("quant_min", "quant_max", "std_range"))
+    for match in case.matching(r"values_(\d+)").values():
+        count = int(match[1])
+        table = NormalLevels(count, low=-std_range, high=std_range, std_range=std_range)
+        mapped = NormalLevels(count, low=low, high=high, std_range=std_range)
+        made |= {
+            f"boundaries_{count}": table.boundaries,
+            f"values_{count}": table.values,
+            f"indices_{count}": mapped(inputs["x"]),
+            f"dequant_{count}": mapped.lookup(mapped(inputs["x"])),
+            f"bucket_{count}": torch.bucketize(inputs["x"], mapped.boundaries[1:-1]),
+        }
+    ids, masked = generator.to_ids(inputs["latents"]), masks(case)
+    made |= {"quant_indices": ids, "quant_values": generator.quantizer.lookup(ids), "mask": masked.float()}
+    head = generator.head
+    with gradients(generator):
+        z = hidden(generator, case)
+        losses = head.losses(z[masked], ids[masked])
+        losses.mean().backward()
+        made |= {"loss": losses.mean().detach()[None], "z": z.detach()}
+        parameters = dict(generator.named_parameters())
+        made |= {
+            f"grad.{theirs}": parameters[ours].grad
+            for theirs, ours in {
+                "z_proj.weight": "backbone.input_projection.weight",
+                "condition_proj.weight": "head.condition_projection.weight",
+                "token_embeddings.0.weight": "head.tables.0.weight",
+                "channel_blocks.0.adaLN_modulation.1.weight": "head.blocks.0.modulation.project.weight",
+                "channel_heads.15.weight": "head.logits.15.project.weight",
+            }.items()
+        }
+        made["grad.class_emb.weight"] = parameters["backbone.class_embedding.weight"].grad[:-1]
+        made["grad.timesteps_embeddings"] = parameters["head.steps"].grad[None]
+        made["grad.channel_embed"] = parameters["head.positions"].grad[None]
+    made["logits"] = head.all_logits(made["z"][masked], ids[masked])
+
+    seen: list[Tensor] = []
+
+    def greedily(logits: Tensor, uniforms: Tensor) -> Tensor:
+        seen.append(logits)
+        return logits.argmax(dim=-1)
+
+    rows = made["z"].flatten(0, 1)[: len(case.expected["channel_greedy"])]
+    drawn = head.sample(rows, torch.zeros(len(rows), generator.dim), greedily)
+    made |= {
+        "channel_greedy": drawn[:, head.order],
+        "channel_logits": torch.stack(seen, dim=1),
+        "channel_logits_tf": head.all_logits(rows, drawn),
+    }
+    # Both ways of the head's own law to these logits are one.
+    torch.testing.assert_close(made["channel_logits"], head.all_logits(rows, drawn, drawn=True))
+
+    sampling = case.constructor["sampling"]
+    for name, module, greedy in (
+        ("greedy_nocfg", load(sampling={**sampling, "cfg": 1.0, "temperature": 0.0}), True),
+        ("greedy_cfg", load(sampling={**sampling, "temperature": 0.0}), True),
+        ("sampled_cfg", generator, False),
+    ):
+        made[name], made[f"{name}_tokens"] = raced(module, case, greedy=greedy)
+    return made
+
+
+def masks(case: Case) -> Tensor:
+    """The masked places `(B, N)` bool: the first of each order."""
+    orders = case.inputs["orders"]
+    count = int((orders.shape[1] * case.inputs["mask_rate"]).ceil())
+    return torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :count], True)
+
+
+def hidden(generator: Any, case: Case) -> Tensor:
+    masked = masks(case)
+    vectors = generator.quantizer.lookup(generator.to_ids(case.inputs["latents"]))
+    return generator.backbone(vectors, masked, case.inputs["y"], known=int((~masked[0]).sum()))
+
+
 def network_outputs(generator: Any, case: Case) -> Tensors:
-    """What the network makes of the case's noisy latents."""
-    inputs, draws = case.inputs, CellDraws(case)
+    """What the network makes of the case's noisy latents, or of those that are known, and its head of true ids."""
+    inputs = case.inputs
+    if case.family == "tokenbridge":
+        ids, masked, z = generator.to_ids(inputs["latents"]), masks(case), hidden(generator, case)
+        return {"z": z, "logits": generator.head.all_logits(z[masked], ids[masked])}
+    draws = CellDraws(case)
     cells = generator.layout.to_cells(inputs["latents"])
     times, noise = inputs["t"].view(draws.cells, -1).T, inputs["noise"].transpose(0, 1)
     x_t = (1 - times[..., None, None]) * cells + times[..., None, None] * noise
@@ -73,4 +205,4 @@ def again(module: Any, case: Case) -> Tensors:
     return {"output": module.sample(case.inputs["y"])}
 
 
-OUTPUTS = {"xar": xar}
+OUTPUTS = {"xar": xar, "tokenbridge": tokenbridge}
