@@ -128,11 +128,63 @@ def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...
     return folder
 
 
-def shrink_data(data: dict[str, Any], images: Path, shards: Path, tokens: Path, image_size: int) -> None:
-    place = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": tokens}[data["class_path"].rpartition(".")[2]]
-    arguments = data["init_args"]
-    arguments.update(train=str(place), validation=str(place), batch_size=4, num_workers=0)
-    if place != tokens:
+@pytest.fixture(scope="module")
+def latents(continuous_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of latents of the continuous tokenizer, of two classes."""
+    import torch
+
+    import discrete_lit
+    from discrete_lit.data.latent_arrays import LatentWriter
+
+    folder = tmp_path_factory.mktemp("latent_rows")
+    LatentWriter.create(
+        folder,
+        count=12,
+        latent_shape=(4, 4, 4),
+        storage="moments",
+        dtype="float16",
+        image_size=8,
+        num_classes=2,
+        classes=["zero", "one"],
+        tokenizer=discrete_lit.load(continuous_file).fingerprint(),
+        source="noise",
+    )
+    writer = LatentWriter(folder)
+    means = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    writer.write(torch.arange(12), torch.stack((means, torch.full_like(means, -4.0)), dim=1), torch.arange(12) % 2)
+    writer.close()
+    LatentWriter.finalise(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def discrete_file(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained generator of the tokens of `tokenizer_file`, of two classes."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    settings = {
+        "class_path": "discrete_lit.generators.Masked",
+        "init_args": {
+            "tokenizer": {
+                "class_path": "discrete_lit.tokenizers.from_checkpoint",
+                "init_args": {"checkpoint": str(tokenizer_file)},
+            },
+            "image_size": 8,
+            "num_classes": 2,
+            "backbone": {"class_path": "discrete_lit.backbones.Transformer", "init_args": SMALL_TRANSFORMER},
+        },
+    }
+    file = tmp_path_factory.mktemp("discrete") / "generator.ckpt"
+    save(instantiate(settings), file)
+    return file
+
+
+def shrink_data(data: dict[str, Any], folders: dict[str, Path], image_size: int) -> None:
+    """Read tiny folders, by the name of the DataModule."""
+    kind, arguments = data["class_path"].rpartition(".")[2], data["init_args"]
+    place = str(folders[kind])
+    arguments.update(train=place, validation=place, batch_size=4, num_workers=0)
+    if kind.startswith("Image"):
         arguments["image_size"] = image_size
 
 
@@ -166,6 +218,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "DisCon": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
     "TokenDiffusionHead": {"width": 16, "depth": 1},
     "MARSampler": {"steps": 2},
@@ -174,6 +227,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DDPM": {"steps": 4},
     "DDIM": {"steps": 4},
     "EulerMaruyama": {"steps": 4},
+    "Heun": {"steps": 2},
     "LPIPS": {"weights_path": "random"},
     "AlignmentLoss": {"model_name": "test_vit.r160_in1k", "weights_path": "random", "image_size": 32},
     "TimmFeatures": {"model_name": "test_convnext.r160_in1k", "weights_path": "random", "image_size": 32},
@@ -201,8 +255,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> None:
-    """The same classes and switches at a size that fits in a second."""
+def shrink_model(settings: Any, files: dict[str, Path]) -> None:
+    """The same classes and switches at a size that fits in a second, on the checkpoints that `files` has by loader."""
     if not isinstance(settings, dict):
         return
     if "class_path" in settings:
@@ -211,10 +265,8 @@ def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> 
         arguments.update(SMALL.get(name, {}))
         if name == "ImageClassifier" and "network" in arguments:
             del arguments["channels"]
-        if name == "from_checkpoint":
-            arguments["checkpoint"] = str(tokenizer_file)
-        if name == "continuous_from_checkpoint":
-            arguments["checkpoint"] = str(continuous_file)
+        if name in files:
+            arguments["checkpoint"] = str(files[name])
         if name == "ConvAutoencoder":
             arguments.update({key: 1 for key in ("decoder_blocks", "middle_blocks") if key in arguments})
             if "z_channels" in arguments:
@@ -225,7 +277,7 @@ def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> 
             # Of the ids of `tokenizer_file`.
             arguments["embedded_digits"] = [4, 4]
     for value in settings.values():
-        shrink_model(value, tokenizer_file, continuous_file)
+        shrink_model(value, files)
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -262,6 +314,8 @@ def test_models_fit_reload_and_sample(
     tokenizer_file: Path,
     multi_scale_file: Path,
     continuous_file: Path,
+    latents: Path,
+    discrete_file: Path,
     tmp_path: Path,
 ) -> None:
     import torch
@@ -276,8 +330,16 @@ def test_models_fit_reload_and_sample(
     of_scales = settings["model"]["class_path"].endswith("NextScale")
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
-    shrink_data(settings["data"], images, shards, own_tokens, image_size=8 if is_generator else 32)
-    shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file, continuous_file)
+    folders = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
+    shrink_data(settings["data"], folders, image_size=8 if is_generator else 32)
+    if is_generator and "image_channels" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["image_channels"] = 3  # of the tiny tokenizers
+    files = {
+        "from_checkpoint": multi_scale_file if of_scales else tokenizer_file,
+        "continuous_from_checkpoint": continuous_file,
+        "generator_from_checkpoint": discrete_file,
+    }
+    shrink_model(settings["model"], files)
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)
@@ -386,8 +448,8 @@ def class_paths(settings: Any) -> set[str]:
 def test_recipes_name_classes_by_their_short_names() -> None:
     """Functions have no short name."""
     named = set().union(*(class_paths(read(config)) for config in CONFIGS))
-    functions = ("from_checkpoint", "continuous_from_checkpoint")
-    assert {path for path in named if "." in path} <= {f"discrete_lit.tokenizers.{name}" for name in functions}
+    functions = ("tokenizers.from_checkpoint", "tokenizers.continuous_from_checkpoint", "generators.generator_from_checkpoint")
+    assert {path for path in named if "." in path} <= {f"discrete_lit.{name}" for name in functions}
 
 
 def test_a_fresh_fit_knows_every_short_name() -> None:

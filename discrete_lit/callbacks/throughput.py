@@ -97,7 +97,7 @@ class Throughput(Callback):
         now = self._clock()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
-        images = len(batch["tokens" if "tokens" in batch else "image"])
+        images = next(len(batch[name]) for name in ("tokens", "latents", "image") if name in batch)
         self._window.images += images
         self._window.tokens += images * _tokens_per_image(pl_module, batch)
         if logs_now:
