@@ -218,10 +218,15 @@ SMALL: dict[str, dict[str, Any]] = {
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "NextCell": {"image_size": 8, "num_classes": 2, "check_scale": False, "cell_size": 2},
+    "DimensionwiseMasked": {"image_size": 8, "num_classes": 2, "check_scale": False, "levels": 4},
     "DisCon": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
+    "CellTransformer": SMALL_TRANSFORMER,
+    "ChannelHead": {**SMALL_TRANSFORMER, "order": [2, 0, 3, 1]},
     "TokenDiffusionHead": {"width": 16, "depth": 1},
     "MARSampler": {"steps": 2},
+    "DimensionwiseSampler": {"steps": 2},
     "DiT": SMALL_TRANSFORMER,
     "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2, "head_dim": 2},
     "DDPM": {"steps": 4},
@@ -448,7 +453,11 @@ def class_paths(settings: Any) -> set[str]:
 def test_recipes_name_classes_by_their_short_names() -> None:
     """Functions have no short name."""
     named = set().union(*(class_paths(read(config)) for config in CONFIGS))
-    functions = ("tokenizers.from_checkpoint", "tokenizers.continuous_from_checkpoint", "generators.generator_from_checkpoint")
+    functions = (
+        "tokenizers.from_checkpoint",
+        "tokenizers.continuous_from_checkpoint",
+        "generators.generator_from_checkpoint",
+    )
     assert {path for path in named if "." in path} <= {f"discrete_lit.{name}" for name in functions}
 
 

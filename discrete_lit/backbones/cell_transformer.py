@@ -1,6 +1,6 @@
 """The network of xAR (Ren et al., "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation", 2025).
 
-A grid of latents is cut into cells of k x k places, which stand one after another, row by row, and their places row by
+A grid of latents is cut into cells, squares of k x k places as a rule, which stand one after another, row by row, and their places row by
 row inside. Each place sees its own cell and those before it. A cell has a time of its own, which says how noisy it is:
 in training all are noisy, in sampling those before are clean.
 """
@@ -28,20 +28,20 @@ class CellLayout:
 
     Attributes:
         channels: C, of the latent at each place.
-        grid: (H, W), places; `cell_size` divides both.
-        cell_size: k, the side of a cell.
+        grid: (H, W), places.
+        cell_size: height and width of a cell, (k, k) in xAR, which divide those of the grid.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
     """
 
     channels: int
     grid: tuple[int, int]
-    cell_size: int
+    cell_size: tuple[int, int]
     num_classes: int
 
     @property
     def places(self) -> int:
         """P, places of a cell."""
-        return self.cell_size**2
+        return self.cell_size[0] * self.cell_size[1]
 
     @property
     def cells(self) -> int:
@@ -50,13 +50,13 @@ class CellLayout:
 
     def to_cells(self, latents: Tensor) -> Tensor:
         """Cut latents `(B, C, H, W)` into cells `(B, M, P, C)`."""
-        k = self.cell_size
-        return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q) c", p=k, q=k)
+        height, width = self.cell_size
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q) c", p=height, q=width)
 
     def to_grid(self, cells: Tensor) -> Tensor:
         """Invert `to_cells`."""
-        k, rows = self.cell_size, self.grid[0] // self.cell_size
-        return rearrange(cells, "b (h w) (p q) c -> b c (h p) (w q)", h=rows, p=k, q=k)
+        height, width = self.cell_size
+        return rearrange(cells, "b (h w) (p q) c -> b c (h p) (w q)", h=self.grid[0] // height, p=height, q=width)
 
 
 class CellTransformer(nn.Module):

@@ -1,11 +1,11 @@
-"""xAR: next-X prediction of latents by flow matching, X a cell of k x k latents (Ren et al., "Beyond Next-Token: Next-X
+"""xAR: next-X prediction of latents by flow matching, X a cell of k x k of them (Ren et al., "Beyond Next-Token: Next-X
 Prediction for Autoregressive Visual Generation", 2025).
 
 p(x) is a product over cells, each given those before it, and each factor is a flow from noise. "Noisy context
 learning": in training the cells before are as noisy as any other, each with a time of its own, so that one pass trains
 all factors, and what a drawn cell has wrong is no surprise to the next.
 
-With `cell_size` 1 it is next-token prediction, with that of the whole grid one flow over the image.
+With `cell_size` 1 it is next-token prediction, and with the size of the grid one flow over the whole image.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch import Tensor
 from discrete_lit.backbones.cell_transformer import CellLayout, CellTransformer
 from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.checkpoints import loadable
-from discrete_lit.core.images import ImageSize
+from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, RectifiedPath, SteppedPath
@@ -40,7 +40,7 @@ class NextCell(LatentGenerator):
     Args:
         tokenizer, image_size, num_classes: as of `LatentGenerator`.
         backbone: called with the layout of the cells.
-        cell_size: k; 8 in xAR, which makes four cells of a grid of 16 x 16.
+        cell_size: of a cell in latents: its side, or `[height, width]`; 8 in xAR, which makes four of 16 x 16.
         denoiser: how the network's output is read, and the path of its noise; the velocity on straight lines by
             default.
         times: how times of training are drawn; with a standard normal logit by default, as in xAR.
@@ -63,7 +63,7 @@ class NextCell(LatentGenerator):
         *,
         num_classes: int,
         backbone: Callable[[CellLayout], CellTransformer],
-        cell_size: int = 8,
+        cell_size: ImageSize = 8,
         denoiser: GaussianDenoiser | None = None,
         times: TrainingTimes | None = None,
         sampler: NextCellSampler | None = None,
@@ -72,15 +72,16 @@ class NextCell(LatentGenerator):
     ) -> None:
         super().__init__(tokenizer, image_size, num_classes=num_classes, **training)
         channels, height, width = self.latent_shape
-        if cell_size < 1 or height % cell_size or width % cell_size:
-            raise ValueError(f"cell_size={cell_size} does not divide latents of {height} x {width}")
+        cell = height_and_width(cell_size, "cell_size")
+        if height % cell[0] or width % cell[1]:
+            raise ValueError(f"cells of {cell[0]} x {cell[1]} latents do not divide the {height} x {width} of an image")
         if likelihood_steps < 1:
             raise ValueError(f"likelihood_steps must be at least 1, got {likelihood_steps}")
         self.denoiser = denoiser or GaussianDenoiser(RectifiedPath(), prediction="velocity")
         if isinstance(self.denoiser.path, SteppedPath):
             raise ValueError("cells are clean at time 0, which a path of steps has no step for: give another path")
         self.objective = DenoisingLoss(self.denoiser, times=times or LogitNormalTimes())
-        self.layout = CellLayout(channels=channels, grid=(height, width), cell_size=cell_size, num_classes=num_classes)
+        self.layout = CellLayout(channels=channels, grid=(height, width), cell_size=cell, num_classes=num_classes)
         self.backbone = backbone(self.layout)
         self.sampler = sampler or NextCellSampler()
         self.sampler.solver.times(self.denoiser.path)  # refuses what the path does not have

@@ -49,10 +49,11 @@ def xar(state: State, settings: Settings) -> Conversion:
     width, channels = state["z_proj.weight"].shape
     length = state["encoder_pos_embed_learned"].shape[1]
     grid = square(state, length)
+    cell_side = _cell_side(state, grid)
     layout = CellLayout(
         channels=channels,
         grid=grid,
-        cell_size=_cell_size(state, grid),
+        cell_size=(cell_side, cell_side),
         num_classes=class_count(state, state["class_emb.weight"]),
     )
     head_dim = state["encoder_blocks.0.attn.rope.freqs_cos"].shape[1]
@@ -129,7 +130,7 @@ def xar(state: State, settings: Settings) -> Conversion:
             "class_path": "discrete_lit.generators.NextCell",
             "init_args": {
                 "num_classes": layout.num_classes,
-                "cell_size": layout.cell_size,
+                "cell_size": cell_side,
                 "backbone": {
                     "class_path": "discrete_lit.backbones.CellTransformer",
                     "init_args": {
@@ -160,7 +161,7 @@ def xar(state: State, settings: Settings) -> Conversion:
     )
 
 
-def _cell_size(state: State, grid: tuple[int, int]) -> int:
+def _cell_side(state: State, grid: tuple[int, int]) -> int:
     """Read the side of a cell from the mask, `(1, 1, N, N)`: 0 where a place sees another, else minus infinity.
 
     Raises:
@@ -170,13 +171,8 @@ def _cell_size(state: State, grid: tuple[int, int]) -> int:
     length = grid[0] * grid[1]
     if seen.shape == (length, length):
         places = int(seen[0].sum())
-        cell_size = isqrt(places)
+        side = isqrt(places)
         cell = torch.arange(length) // max(places, 1)
-        if (
-            cell_size > 0
-            and cell_size**2 == places
-            and not grid[0] % cell_size
-            and torch.equal(seen, cell[:, None] >= cell)
-        ):
-            return cell_size
+        if side > 0 and side**2 == places and not grid[0] % side and torch.equal(seen, cell[:, None] >= cell):
+            return side
     raise ValueError(f"{state.source!r} has a 'mask' that is not that of square cells one after another")
