@@ -1,8 +1,8 @@
 """The network of xAR (Ren et al., "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation", 2025).
 
-A grid of latents is cut into cells, squares of k x k places as a rule, which stand one after another, row by row, and their places row by
-row inside. Each place sees its own cell and those before it. A cell has a time of its own, which says how noisy it is:
-in training all are noisy, in sampling those before are clean.
+A grid of latents is cut into cells, squares of k x k places as a rule, which stand one after another, row by row, and
+their places row by row inside. Each place sees its own cell and those before it. A cell has a time of its own, which
+says how noisy it is: in training all are noisy, in sampling those before are clean.
 """
 
 from collections.abc import Callable, Iterable
