@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.host_waits import CountedWaits
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor
 
@@ -167,6 +168,14 @@ def test_guidance_acts_on_hidden_states_and_the_first_place_has_little() -> None
     given, null = (made.backbone(*nothing, each, known=0)[:, 0] for each in (labels, torch.full_like(labels, 2)))
     # After the first of four passes a quarter is known: 1 + 2 / 4.
     torch.testing.assert_close(seen[0], null + 1.5 * (given - null), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_draw_waits_for_its_end_alone() -> None:
+    made = generator().eval()
+    with CountedWaits() as waits:
+        made.draw(torch.tensor([0, 1]), _random(2), DimensionwiseSampler(4, guidance_scale=2.0))
+    assert waits.found == {"tolist at core/synchronisation.py:raise_noted": 1}
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.host_waits import CountedWaits
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor, nn
 
@@ -129,6 +130,14 @@ def test_a_draw_belongs_to_its_index_and_says_what_it_costs() -> None:
     torch.testing.assert_close(alone[0], drawn.tokens[2], rtol=1e-4, atol=1e-4)
     unguided = made.draw(labels, CounterRandom(0, indices), sampler())
     assert (unguided.sequential_passes, unguided.network_calls) == (15, 15)
+
+
+@torch.no_grad()
+def test_a_draw_lets_the_host_run_ahead() -> None:
+    made, random = generator().eval(), CounterRandom(0, torch.arange(2))
+    with CountedWaits() as waits:
+        made.draw(torch.tensor([0, 1]), random, sampler(guidance_scale=2.0))
+    assert not waits.found
 
 
 class Pair:
