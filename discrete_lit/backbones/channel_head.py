@@ -63,6 +63,7 @@ class ChannelHead(nn.Module):
     """
 
     fsdp_methods = ("losses", "log_likelihood", "sample")
+    _channels: Tensor
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class ChannelHead(nn.Module):
         self.order = order
         self.turn = [order.index(channel) for channel in range(channels)]
         self.shifted_start = shifted_start
+        self.register_buffer("_channels", torch.tensor(order), persistent=False)
         self._flops: dict[int, int] = {}
         settings = BlockSettings(
             width=width,
@@ -143,7 +145,7 @@ class ChannelHead(nn.Module):
     def _cross_entropies(self, hidden: Tensor, ids: Tensor, *, drawn: bool) -> Tensor:  # (M, D)
         nats = []
         for rows, targets in zip(hidden.split(_MOST_ROWS), ids.split(_MOST_ROWS), strict=True):
-            logits, targets = self.all_logits(rows, targets, drawn=drawn), targets[:, self.order]
+            logits, targets = self.all_logits(rows, targets, drawn=drawn), targets.index_select(1, self._channels)
             nats.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape))
         return torch.cat(nats)
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Literal
 
 import torch
@@ -114,7 +113,7 @@ class NextCellSampler:
                         denoise,
                         noise(Purpose.DIFFUSION_START, 0),
                         path=denoiser.path,
-                        noise=partial(noise, Purpose.DIFFUSION_STEP),
+                        noise=lambda step, noise=noise: noise(Purpose.DIFFUSION_STEP, step),
                     )
                 )
                 if number + 1 < layout.cells:

@@ -1,5 +1,7 @@
 """CellTransformer: the order of cells, what a place sees, the cache, and what it costs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -61,7 +63,8 @@ def test_a_cell_sees_itself_and_those_before() -> None:
 
 @torch.no_grad()
 def test_the_cache_gives_what_a_pass_over_all_gives() -> None:
-    made, (cells, times, labels) = network(), inputs()
+    made, (cells, times, labels) = network().double(), inputs()
+    cells = cells.double()
     output, cache = made(cells, times, labels), made.new_cache(2)
     for cell in range(4):
         here = slice(cell, cell + 1)
@@ -92,6 +95,7 @@ def test_operations_grow_with_the_cells_before() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"width": 18}, {"heads": 0}, {"depth": 0}, {"width": 20, "heads": 2}])
-def test_settings_out_of_range_are_refused(settings: dict[str, int]) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
+    given: dict[str, Any] = {"width": 16, "depth": 1, "heads": 2, **settings}
     with pytest.raises(ValueError, match=r"at least 1, and width a multiple of 4 x heads, got"):
-        CellTransformer(LAYOUT, **{"width": 16, "depth": 1, "heads": 2, **settings})
+        CellTransformer(LAYOUT, **given)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.host_waits import CountedWaits
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor
 
@@ -156,42 +155,6 @@ def test_a_draw_belongs_to_its_index_and_says_what_it_costs() -> None:
     assert not torch.equal(made.sample(labels, indices=indices, seed=1), drawn.tokens)
 
 
-@torch.no_grad()
-def test_guidance_acts_on_hidden_states_and_the_first_place_has_little() -> None:
-    seen: list[Tensor] = []
-    made, labels = generator().eval(), torch.tensor([0, 1])
-    made.head.register_forward_pre_hook(lambda *_: None)
-    sample = made.head.sample
-    made.head.sample = lambda hidden, *rest: (seen.append(hidden), sample(hidden, *rest))[1]  # type: ignore[method-assign]
-    made.draw(labels, _random(2), DimensionwiseSampler(4, guidance_scale=3.0, order="raster"))
-    nothing = torch.zeros(2, 4, 3), torch.ones(2, 4, dtype=torch.bool)
-    given, null = (made.backbone(*nothing, each, known=0)[:, 0] for each in (labels, torch.full_like(labels, 2)))
-    # After the first of four passes a quarter is known: 1 + 2 / 4.
-    torch.testing.assert_close(seen[0], null + 1.5 * (given - null), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_draw_waits_for_its_end_alone() -> None:
-    made = generator().eval()
-    with CountedWaits() as waits:
-        made.draw(torch.tensor([0, 1]), _random(2), DimensionwiseSampler(4, guidance_scale=2.0))
-    assert waits.found == {"tolist at core/synchronisation.py:raise_noted": 1}
-
-
-@torch.no_grad()
-def test_temperature_and_filters() -> None:
-    made, labels = generator().eval(), torch.zeros(200, dtype=torch.int64)
-
-    def spread(**settings: Any) -> int:
-        return len(
-            made.to_ids(made.draw(labels, _random(200), DimensionwiseSampler(4, **settings)).tokens).unique(dim=0)
-        )
-
-    assert spread(top_k=1, order="raster") == 1
-    assert 1 < spread(order="raster", temperature=0.3) < spread(order="raster", temperature=3.0)
-    assert spread(order="raster", top_p=1e-6) == 1
-
-
 # Bad input.
 
 
@@ -227,22 +190,6 @@ def test_latents_of_another_scale_or_kind_are_refused() -> None:
         made.data_of({"latents": made.to_ids(latents), "label": labels}, random)
     with pytest.raises(ValueError, match=r"the latents have the shape \(3, 4, 1\)"):
         made.loss(latents.view(5, 3, 4, 1), labels)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"steps": 0}, "steps and top_k must be at least 1"),
-        ({"temperature": 0.0}, r"temperature above 0 \(top_k=1 is the greedy choice\)"),
-        ({"top_k": 0}, "steps and top_k must be at least 1"),
-        ({"top_p": 1.5}, r"top_p in \(0, 1\], got 64, None, 1.0 and 1.5"),
-        ({"order": "halton"}, "order 'random' or 'raster', got 'known' and 'halton'"),
-        ({"guidance_schedule": "linear"}, "guidance_schedule must be 'known' or 'constant'"),
-    ],
-)
-def test_bad_settings_of_the_sampler_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DimensionwiseSampler(**settings)
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

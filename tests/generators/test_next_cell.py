@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.host_waits import CountedWaits
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor, nn
 
@@ -48,12 +47,12 @@ def sampler(**settings: Any) -> NextCellSampler:
 @torch.no_grad()
 def test_the_loss_is_that_of_a_loop_over_cells() -> None:
     """Each cell is predicted in a pass of its own, from the noisy cells before it and its own."""
-    made, (latents, labels) = generator().eval(), batch()
-    random = CounterRandom(0, torch.arange(5))
+    made, (latents, labels) = generator().double().eval(), batch()
+    latents, random = latents.double(), CounterRandom(0, torch.arange(5))
     losses = made.losses(latents, as_condition(labels), random)
     assert losses.terms["error"].shape == losses.coordinate.shape == (5, 4)
-    noise = random.normal(Purpose.DIFFUSION_NOISE, 16).float().view(5, 4, 4, 1)
-    t = losses.coordinate[..., None, None].float()
+    noise = random.normal(Purpose.DIFFUSION_NOISE, 16).view(5, 4, 4, 1)
+    t = losses.coordinate[..., None, None]
     # Of a normal logit, one for each cell.
     uniforms = random.uniform(Purpose.DIFFUSION_TIME, 4)
     torch.testing.assert_close(losses.coordinate, torch.sigmoid(torch.special.ndtri(uniforms)))
@@ -132,19 +131,12 @@ def test_a_draw_belongs_to_its_index_and_says_what_it_costs() -> None:
     assert (unguided.sequential_passes, unguided.network_calls) == (15, 15)
 
 
-@torch.no_grad()
-def test_a_draw_lets_the_host_run_ahead() -> None:
-    made, random = generator().eval(), CounterRandom(0, torch.arange(2))
-    with CountedWaits() as waits:
-        made.draw(torch.tensor([0, 1]), random, sampler(guidance_scale=2.0))
-    assert not waits.found
-
-
 class Pair:
     """What the network below knows of the first cell: its clean values, once it was read."""
 
     def __init__(self, rows: int) -> None:
-        self.rows, self.clean, self.read = rows, list[Tensor](), None
+        self.rows, self.clean = rows, list[Tensor]()
+        self.read: Tensor | None = None
 
     def advance(self, places: int) -> None:
         assert places == 1 and self.read is not None
@@ -198,10 +190,10 @@ def exact_pair(**settings: Any) -> NextCell:
 @torch.no_grad()
 def test_the_best_denoiser_gives_the_law_of_a_pair_of_cells() -> None:
     made = exact_pair()
-    labels = torch.zeros(20_000, dtype=torch.int64)
+    labels = torch.zeros(10_000, dtype=torch.int64)
     random = CounterRandom(3, torch.arange(len(labels)))
 
-    drawn = made.draw(labels, random, NextCellSampler(EulerMaruyama(200, last_step=0.01))).tokens.view(-1, 2)
+    drawn = made.draw(labels, random, NextCellSampler(EulerMaruyama(120, last_step=0.01))).tokens.view(-1, 2)
     mean, covariance = drawn.mean(dim=0), torch.cov(drawn.T)
     first, second = ExactPair.DEVIATIONS
     between = ExactPair.CORRELATION * first * second
@@ -246,10 +238,6 @@ def test_bad_settings_are_refused() -> None:
         generator(denoiser=GaussianDenoiser(ScheduledPath()))
     with pytest.raises(ValueError, match="a learned variance is of the steps of a SteppedPath"):
         generator(denoiser=GaussianDenoiser(RectifiedPath(), prediction="velocity", learned_variance=True))
-    with pytest.raises(ValueError, match="guidance_schedule must be one of linear, constant"):
-        sampler(guidance_schedule="known")
-    with pytest.raises(ValueError, match=r"guidance_scale at least 0, got 'linear' and -1"):
-        sampler(guidance_scale=-1.0)
     with pytest.raises(ValueError, match=r"guidance_scale=3\.0 needs a generator that learned the null label"):
         generator(label_dropout=0.0).sample(torch.zeros(1, dtype=torch.int64), sampler(guidance_scale=3.0))
 
