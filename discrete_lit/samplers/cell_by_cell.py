@@ -85,37 +85,33 @@ class NextCellSampler:
         like = at_least_float32(torch.empty((), device=labels.device, dtype=next(network.parameters()).dtype))
         shape = (batch, layout.places, layout.channels)
         made: Counter[tuple[int, int]] = Counter()  # how often so many evaluations for an image, behind so many cells
+
+        def draw_cell(number: int, scale: float, cache: Cache) -> Tensor:
+            guided = scale != 1
+            count = batch * (1 + guided)
+
+            def noise(purpose: Purpose, step: int) -> Tensor:
+                numbers = random.normal(purpose, shape[1] * shape[2], number * self.solver.steps + step)
+                return numbers.to(like).view(shape)
+
+            def denoise(x: Tensor, t: float) -> Estimate:
+                time = network_time(torch.full((count, 1), t, dtype=torch.float64, device=x.device))
+                cell = x.repeat(1 + guided, 1, 1)[:, None]
+                output = at_least_float32(network(cell, time, rows[:count], cache))[:, 0]
+                made[1 + guided, number] += 1
+                return denoiser(denoiser.guide(*output.chunk(2), scale) if guided else output, x, t)
+
+            start = noise(Purpose.DIFFUSION_START, 0)
+            return self.solver(
+                denoise, start, path=denoiser.path, noise=lambda step: noise(Purpose.DIFFUSION_STEP, step)
+            )
+
         drawn: list[Tensor] = []
         with evaluation_mode(network):
             cache = network.new_cache(len(rows))
             for number, scale in enumerate(scales):
-                guided = scale != 1
-                here = cache if guided or not doubled else cache.first_rows(batch)
-
-                def noise(purpose: Purpose, step: int, number: int = number) -> Tensor:
-                    numbers = random.normal(purpose, shape[1] * shape[2], number * self.solver.steps + step)
-                    return numbers.to(like).view(shape)
-
-                def denoise(
-                    x: Tensor, t: float, number: int = number, scale: float = scale, guided: bool = guided, here=here
-                ) -> Estimate:
-                    count = batch * (1 + guided)
-                    time = network_time(torch.full((count, 1), t, dtype=torch.float64, device=x.device))
-                    cell = x.repeat(1 + guided, 1, 1)[:, None]
-                    output = at_least_float32(network(cell, time, rows[:count], here))[:, 0]
-                    made[1 + guided, number] += 1
-                    if guided:
-                        output = denoiser.guide(*output.chunk(2), scale)
-                    return denoiser(output, x, t)
-
-                drawn.append(
-                    self.solver(
-                        denoise,
-                        noise(Purpose.DIFFUSION_START, 0),
-                        path=denoiser.path,
-                        noise=lambda step, noise=noise: noise(Purpose.DIFFUSION_STEP, step),
-                    )
-                )
+                here = cache if scale != 1 or not doubled else cache.first_rows(batch)
+                drawn.append(draw_cell(number, scale, here))
                 if number + 1 < layout.cells:
                     read_cell(network, drawn[-1].repeat(1 + doubled, 1, 1), rows, cache, network_time=network_time)
                     made[1 + doubled, number] += 1
