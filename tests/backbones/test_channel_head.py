@@ -17,7 +17,7 @@ def head(channels: int = 2, levels: int = 3, **settings: Any) -> ChannelHead:
     layout = ChannelLayout(channels=channels, levels=levels, condition_width=5)
     made = ChannelHead(layout, **{"width": 8, "depth": 2, "heads": 2, **settings}).eval()
     for parameter in made.parameters():
-        parameter.data = parameter.data + 0.5 * torch.randn_like(parameter)
+        parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
     return made
 
 
@@ -36,7 +36,7 @@ def test_the_probabilities_of_all_ids_sum_to_one(shifted: bool) -> None:
     made, ids = head(order=[1, 0], shifted_start=shifted).double(), all_ids(2, 3)
     for z in hidden().double():
         law = made.log_likelihood(z.expand(len(ids), -1), ids).exp()
-        assert law.dtype == torch.float64 and law.min() > 1e-4 and law.std() > 0.01
+        assert law.dtype == torch.float64 and law.min() > 0 and law.std() > 0.01
         torch.testing.assert_close(law.sum(), torch.ones((), dtype=torch.float64))
 
 

@@ -109,10 +109,11 @@ def test_the_likelihoods_of_all_grids_sum_to_one_in_every_order() -> None:
         along.append(likelihood.nats)
     assert not torch.isclose(*along).any()
     # Over many draws of the masks, the bound is the mean of both.
-    many = generator((2, 1, 2), levels=2, likelihood_samples=400).double().eval()
-    bound = many.log_likelihood(latents, labels)
+    many = generator((2, 1, 2), levels=2, likelihood_samples=2).eval()
+    bound = many.log_likelihood(latents.float().repeat(2000, 1, 1, 1), labels.repeat(2000))
     assert bound.kind == "bound"
-    torch.testing.assert_close(bound.nats, torch.stack(along).mean(dim=0), rtol=0, atol=0.05)
+    mean = bound.nats.view(2000, 16).mean(dim=0)
+    torch.testing.assert_close(mean, torch.stack(along).mean(dim=0), rtol=0, atol=0.15)
     with pytest.raises(ValueError, match="order must have each of the 2 positions"):
         made.log_likelihood(latents, labels, order=torch.tensor([0, 0]))
 
