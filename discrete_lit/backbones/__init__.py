@@ -3,6 +3,8 @@
 from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.cell_transformer import CellLayout, CellTransformer
+from discrete_lit.backbones.channel_head import ChannelHead, ChannelLayout
 from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout
 from discrete_lit.backbones.dit import DiT
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
@@ -16,6 +18,10 @@ __all__ = [
     "BinaryFlowHead",
     "BlockSettings",
     "Cache",
+    "CellLayout",
+    "CellTransformer",
+    "ChannelHead",
+    "ChannelLayout",
     "DenoisingMLP",
     "DenoisingNetwork",
     "DiT",

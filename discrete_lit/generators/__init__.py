@@ -2,6 +2,7 @@
 
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
 from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, generator_from_checkpoint
@@ -9,11 +10,13 @@ from discrete_lit.generators.graphed_draw import GraphedDraw
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
+from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
 
 __all__ = [
     "Autoregressive",
     "ContinuousMasked",
+    "DimensionwiseMasked",
     "DisCon",
     "DiscreteDiffusion",
     "Generator",
@@ -23,6 +26,7 @@ __all__ = [
     "LatentLosses",
     "Likelihood",
     "Masked",
+    "NextCell",
     "NextScale",
     "TokenLosses",
     "generator_from_checkpoint",

@@ -146,15 +146,11 @@ class LatentDiffusion(LatentGenerator):
         return Likelihood(-bound, "bound")
 
     def _likelihood_times(self) -> list[float]:
-        """List falling times above 0: steps of a path of steps; else such that the noise falls evenly in its logarithm.
-
-        Even times would leave a gap near 0, where the ratio of noise to data halves in a step however many there are.
-        """
+        """List falling times above 0: steps of a path of steps, or those of `times_of_a_bound`."""
         path = self.denoiser.path
         if isinstance(path, SteppedPath):
             return DDPM(self.likelihood_steps).times(path)[:-1]
-        end = torch.logit(torch.tensor(1 - _NEAREST, dtype=torch.float64)).item()
-        return torch.sigmoid(torch.linspace(end, -end, self.likelihood_steps, dtype=torch.float64)).tolist()
+        return times_of_a_bound(self.likelihood_steps)
 
     # Sampling.
 
@@ -167,3 +163,12 @@ class LatentDiffusion(LatentGenerator):
 
     def _network(self, labels: Tensor) -> GuidedNetwork:
         return GuidedNetwork(self.backbone, labels, denoiser=self.denoiser, network_time=self.network_time)
+
+
+def times_of_a_bound(steps: int) -> list[float]:
+    """List falling times of a path in continuous time such that the noise falls evenly in its logarithm.
+
+    Even times would leave a gap near 0, where the ratio of noise to data halves in a step however many there are.
+    """
+    end = torch.logit(torch.tensor(1 - _NEAREST, dtype=torch.float64)).item()
+    return torch.sigmoid(torch.linspace(end, -end, steps, dtype=torch.float64)).tolist()

@@ -14,7 +14,9 @@ from discrete_lit.pretrained import (  # noqa: F401
     seed_voken,
     taming,
     titok_rar,
+    tokenbridge,
     var,
+    xar,
 )
 from discrete_lit.pretrained.conversion import FAMILIES
 from discrete_lit.pretrained.loading import load_pretrained

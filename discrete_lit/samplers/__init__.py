@@ -4,6 +4,8 @@ import warnings
 from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
+from discrete_lit.samplers.cell_by_cell import NextCellSampler
+from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
 from discrete_lit.samplers.diffusion import (
     AncestralSampler,
     DiffusionSampler,
@@ -30,6 +32,7 @@ __all__ = [
     "AncestralSampler",
     "BARSampler",
     "DiffusionSampler",
+    "DimensionwiseSampler",
     "EulerSampler",
     "FirstHittingSampler",
     "GuidedSolver",
@@ -38,6 +41,7 @@ __all__ = [
     "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
+    "NextCellSampler",
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "PredictorCorrectorSampler",

@@ -1,0 +1,179 @@
+"""TokenBridge's sampler: masked autoregression over places, and over the channels of each (Wang et al., 2025).
+
+The places are drawn as by MAR: several in each pass of the network, in an order of its own for each image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.channel_head import ChannelHead
+from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
+from discrete_lit.core.modules import evaluation_mode
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
+from discrete_lit.samplers.categorical import draw_filtered
+from discrete_lit.samplers.maskgit import masked_counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelOutput:
+    """The drawn ids and what they cost."""
+
+    ids: Tensor
+    """`(B, N, D)` int64, in raster order."""
+    network_calls: int
+    """Evaluations of the network for each image; the conditional and the null one of a guided step count as two."""
+    sequential_passes: int
+    """Passes of the network that follow one another."""
+    count_flops: Callable[[], int]
+    """Measures the floating-point operations for each image, of the network and the head."""
+
+
+class DimensionwiseSampler:
+    """Draw the ids of an image in T passes of the network, several places at once, the channels of each in turn.
+
+    After pass i, `floor(N m(1 - (i + 1) / T))` places are still masked; which come next is drawn for each image. The
+    places of one pass are drawn independently given what was known before it.
+
+    Guidance acts on the hidden states, `uncond + s (cond - uncond)`, so that the head runs once (TokenBridge).
+
+    Args:
+        steps: T, from 1 to N; TokenBridge has 256, which is N.
+        temperature: divides the logits of the head, > 0.
+        top_k: keep the k most probable ids, >= 1; all by default. 1 is the greedy choice.
+        top_p: keep the nucleus of this probability mass, in (0, 1]; all by default.
+        guidance_scale: s; 1 is off.
+        guidance_schedule: `"known"`: 1 + (s - 1) times the share of places that are known after the pass (TokenBridge's
+            "linear"), or `"constant"`.
+        order: `"random"`, another one for each image, or `"raster"`.
+        mask_schedule: m; the cosine by default.
+
+    Raises:
+        ValueError: a setting out of its range; in use, more steps than places.
+    """
+
+    def __init__(
+        self,
+        steps: int = 64,
+        temperature: float = 1.0,
+        *,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance_scale: float = 1.0,
+        guidance_schedule: Literal["known", "constant"] = "known",
+        order: Literal["random", "raster"] = "random",
+        mask_schedule: MaskSchedule | None = None,
+    ) -> None:
+        if (
+            steps < 1
+            or temperature <= 0
+            or (top_k is not None and top_k < 1)
+            or (top_p is not None and not 0 < top_p <= 1)
+        ):
+            raise ValueError(
+                "steps and top_k must be at least 1, temperature above 0 (top_k=1 is the greedy choice) and top_p in "
+                f"(0, 1], got {steps}, {top_k}, {temperature} and {top_p}"
+            )
+        if guidance_schedule not in ("known", "constant") or order not in ("random", "raster"):
+            raise ValueError(
+                "guidance_schedule must be 'known' or 'constant' and order 'random' or 'raster', got "
+                f"{guidance_schedule!r} and {order!r}"
+            )
+        self.steps = steps
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.guidance_scale = guidance_scale
+        self.guidance_schedule: Literal["known", "constant"] = guidance_schedule
+        self.order: Literal["random", "raster"] = order
+        self.mask_schedule = mask_schedule or CosineSchedule()
+
+    def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw an id `(M,)` from each row of logits `(M, B)` by its uniform number `(M,)`."""
+        return draw_filtered(logits / self.temperature, uniforms, self.top_k, self.top_p)[0]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: MaskedAutoencoder,
+        head: ChannelHead,
+        labels: Tensor,
+        random: CounterRandom,
+        *,
+        lookup: Callable[[Tensor], Tensor],
+    ) -> ChannelOutput:
+        """Draw the ids of one image for each label.
+
+        Args:
+            network: makes the hidden states; in eval mode here, and left in its own.
+            head: draws the ids of each.
+            labels: `(B,)` int64 in [0, num_classes].
+            random: one stream for each image, which alone decides what is drawn.
+            lookup: from ids to the numbers that they stand for, which the network reads.
+
+        Raises:
+            ValueError: more steps than places; logits that are NaN, which is told at the end of the draw.
+        """
+        layout, batch = network.layout, len(labels)
+        length, channels = layout.length, head.layout.channels
+        if self.steps > length:
+            raise ValueError(
+                f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
+            )
+        drawn = labels.new_zeros((batch, length, channels))
+        rank = self._order(random, length)  # when each place is drawn
+        still_masked, calls, passes = length, 0, 0
+        made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
+        with evaluation_mode(network), evaluation_mode(head), checked_at_the_end():
+            for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, length)):
+                # MAR's code counts one place as masked after the last pass too.
+                scale = self._scale(1 - max(stay_masked, 1) / length)
+                guided = scale != 1
+                first, end = length - still_masked, length - stay_masked
+                labels_here = torch.cat((labels, torch.full_like(labels, layout.num_classes))) if guided else labels
+                hidden = network(
+                    lookup(drawn).repeat(1 + guided, 1, 1),
+                    (rank >= first).repeat(1 + guided, 1),
+                    labels_here,
+                    known=first,
+                )
+                # The places of this pass, in raster order: those whose turn lies in [first, end).
+                here = ((rank >= first) & (rank < end)).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+                here = here[:, : end - first]
+                places = here.repeat(1 + guided, 1)[..., None]
+                z = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+                if guided:
+                    conditional, unconditional = z.chunk(2)
+                    z = torch.lerp(unconditional, conditional, scale)
+                uniforms = random.uniform(Purpose.TOKEN, (end - first) * channels, step)
+                uniforms = uniforms.view(batch * (end - first), channels)
+                new = head.sample(z.flatten(0, 1), uniforms, self.choose)
+                new = new.view(batch, end - first, channels)
+                drawn = drawn.scatter(1, here[..., None].expand(-1, -1, channels), new)
+                still_masked = stay_masked
+                made.append((1 + guided, first, end - first))
+                calls, passes = calls + 1 + guided, passes + 1
+        return ChannelOutput(
+            ids=drawn, network_calls=calls, sequential_passes=passes, count_flops=partial(_flops, network, head, made)
+        )
+
+    def _order(self, random: CounterRandom, length: int) -> Tensor:
+        """`(B, N)` int64: when each place is drawn."""
+        if self.order == "raster":
+            return torch.arange(length, device=random.indices.device).expand(len(random.indices), -1)
+        return random.uniform(Purpose.ORDER, length).argsort(dim=1).argsort(dim=1)
+
+    def _scale(self, known: float) -> float:
+        """The guidance scale of a pass, after which this share of the places is known."""
+        return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
+
+
+def _flops(network: MaskedAutoencoder, head: ChannelHead, made: list[tuple[int, int, int]]) -> int:
+    """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
+    return sum(network.flops(evaluations, known) + head.flops(drawn) for evaluations, known, drawn in made)
