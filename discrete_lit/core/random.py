@@ -72,6 +72,7 @@ class Purpose(IntEnum):
     DIFFUSION_START = 13
     DIFFUSION_STEP = 14
     EXPOSURE = 15
+    RESIDUAL = 16
 
 
 class CounterRandom:
