@@ -6,6 +6,7 @@ from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, generator_from_checkpoint
 from discrete_lit.generators.graphed_draw import GraphedDraw
+from discrete_lit.generators.hybrid_next_scale import ContinuousNextScale, HybridNextScale, VectorPyramid
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
@@ -14,10 +15,12 @@ from discrete_lit.generators.next_scale import NextScale
 __all__ = [
     "Autoregressive",
     "ContinuousMasked",
+    "ContinuousNextScale",
     "DisCon",
     "DiscreteDiffusion",
     "Generator",
     "GraphedDraw",
+    "HybridNextScale",
     "LatentDiffusion",
     "LatentGenerator",
     "LatentLosses",
@@ -25,5 +28,6 @@ __all__ = [
     "Masked",
     "NextScale",
     "TokenLosses",
+    "VectorPyramid",
     "generator_from_checkpoint",
 ]

@@ -24,7 +24,7 @@ from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
-from discrete_lit.samplers.scale_by_scale import NextScaleSampler
+from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
 
 __all__ = [
     "AncestralSampler",
@@ -35,6 +35,7 @@ __all__ = [
     "GuidedSolver",
     "HaltonConfidenceSampler",
     "HaltonSampler",
+    "HybridScaleSampler",
     "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
@@ -47,6 +48,7 @@ __all__ = [
     "Sampler",
     "SamplerOutput",
     "SamplingContext",
+    "ScaleVectors",
     "SubTokenSettings",
     "TauLeapingSampler",
     "TiTokSampler",
