@@ -64,6 +64,14 @@ def multi_scale_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hybrid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with residuals."""
+    return write_tokenizer(
+        tmp_path_factory.mktemp("hybrid"), "HybridVQ", {"codebook_size": 16, "code_dim": 4, "scales": [1, 4]}
+    )
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -160,12 +168,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "VQVAE": SMALL_CODEBOOK,
     "RQVAE": SMALL_CODEBOOK,
     "MultiScaleVQ": SMALL_CODEBOOK,
+    "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
     "KLVAE": {"latent_channels": 4},
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "HybridNextScale": {"image_size": 8, "num_classes": 2, "check_scale": False, "least_kept": 4},
+    "ScaleTransformer": {**SMALL_TRANSFORMER, "mlp_hidden": 16},
+    "HybridScaleSampler": {"top_k": 8},
     "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
     "TokenDiffusionHead": {"width": 16, "depth": 1},
     "MARSampler": {"steps": 2},
@@ -219,7 +231,7 @@ def shrink_model(settings: Any, tokenizer_file: Path, continuous_file: Path) -> 
             arguments.update({key: 1 for key in ("decoder_blocks", "middle_blocks") if key in arguments})
             if "z_channels" in arguments:
                 arguments["z_channels"] = 4
-        if name == "MultiScaleVQ":
+        if name in ("MultiScaleVQ", "HybridVQ"):
             arguments["scales"] = [1, latent_side(arguments["network"])]
         if "embedded_digits" in arguments:
             # Of the ids of `tokenizer_file`.
@@ -236,10 +248,16 @@ def latent_side(network: dict[str, Any]) -> int:
 
 
 def write_stages_before(model: dict[str, Any], folder: Path) -> None:
-    """The checkpoints that a shrunk TiTok begins with."""
+    """The checkpoints that a shrunk tokenizer begins with."""
     from discrete_lit.checkpoints import instantiate, save
 
     arguments = model["init_args"]
+    if model["class_path"].endswith("HybridVQ"):
+        arguments["first_stage"] = str(folder / "first.ckpt")
+        parts = {key: arguments[key] for key in ("network", "codebook_size", "code_dim", "scales")}
+        first = {"class_path": "discrete_lit.tokenizers.MultiScaleVQ", "init_args": parts}
+        save(instantiate(copy.deepcopy(first)), folder / "first.ckpt")
+        return
     if "proxy_tokenizer" in arguments:
         arguments["proxy_tokenizer"] = str(folder / "proxy.ckpt")
         proxy = copy.deepcopy(arguments["network"]["init_args"]["proxy"])
@@ -261,6 +279,7 @@ def test_models_fit_reload_and_sample(
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    hybrid_file: Path,
     continuous_file: Path,
     tmp_path: Path,
 ) -> None:
@@ -273,11 +292,13 @@ def test_models_fit_reload_and_sample(
 
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
-    of_scales = settings["model"]["class_path"].endswith("NextScale")
+    kind = settings["model"]["class_path"].rpartition(".")[2]
+    of_scales = kind == "NextScale"
+    own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     shrink_data(settings["data"], images, shards, own_tokens, image_size=8 if is_generator else 32)
-    shrink_model(settings["model"], multi_scale_file if of_scales else tokenizer_file, continuous_file)
+    shrink_model(settings["model"], own_file, continuous_file)
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)

@@ -57,6 +57,7 @@ class HybridNextScale(LatentGenerator):
         backbone: called with the layout of the scales.
         head: called with D and the width of the hidden states; HART's clips at 1 behind a scale of 0.6.
         context: T and E of the vectors in front; None for a class alone.
+        scales: that the tokenizer must have, where this is to be checked: sides of squares, or `[height, width]` each.
         drop_schedule: m, of the last scale's places that training leaves out; HART's is a normal law cut to [0.5, 1].
         least_kept: places of the last scale that training keeps at least; 32 in HART.
         drawn_ids: give the head drawn ids in training, or the true ones.
@@ -84,6 +85,7 @@ class HybridNextScale(LatentGenerator):
         backbone: Callable[[ScaleLayout], ScaleTransformer],
         head: Callable[[int, int], TokenDiffusionHead],
         context: tuple[int, int] | None = None,
+        scales: list[int | tuple[int, int]] | None = None,
         drop_schedule: MaskSchedule | None = None,
         least_kept: int = 32,
         drawn_ids: bool = True,
@@ -104,6 +106,11 @@ class HybridNextScale(LatentGenerator):
             )
         super().__init__(tokenizer, image_size, num_classes=num_classes, **training)
         quantizer = tokenizer.quantizer
+        if scales is not None and [height_and_width(scale) for scale in scales] != list(quantizer.sizes):
+            raise ValueError(
+                f"the tokenizer's scales are {list(quantizer.scales)}, this generator models {list(scales)}: its ids "
+                "are others"
+            )
         layout = ScaleLayout(
             dim=quantizer.dim,
             sizes=tuple(quantizer.sizes),

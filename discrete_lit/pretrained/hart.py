@@ -218,6 +218,7 @@ def hart(state: State, settings: Settings) -> Conversion:
         "init_args": {
             "num_classes": 1,
             "context": [length, context],
+            "scales": sides,
             "backbone": {"class_path": "discrete_lit.backbones.ScaleTransformer", "init_args": backbone},
             "head": {"class_path": "discrete_lit.backbones.TokenDiffusionHead", "init_args": head},
             "sampler": {"class_path": "discrete_lit.samplers.HybridScaleSampler", "init_args": sampler},
