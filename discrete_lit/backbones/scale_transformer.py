@@ -56,24 +56,20 @@ class PrefixCondition(Condition):
     """Vectors that stand in front of the sequence, such as a text encoder's hidden states.
 
     Attributes:
-        vectors: `(B, T, E)`.
-        visible: `(B, T)` bool, the vectors that are no padding. Padding is seen too, as in HART, but does not count
-            positions.
+        context: `(B, T, E)`.
+        context_mask: `(B, T)` bool, which vectors are valid. The others are seen too, as in HART, but do not count as
+            positions; a sequence without a valid one is given zeros, the null condition.
     """
 
-    vectors: Tensor
-    visible: Tensor
-
-    def positions(self) -> Tensor:
-        """Count the position of each vector, `(B, T)` int64."""
-        return (self.visible.long().cumsum(dim=1) - 1).clamp(min=0)
+    context: Tensor
+    context_mask: Tensor
 
     def dropped(self, where: Tensor, *, null_label: int, null_id: int | None) -> "PrefixCondition":
-        """Give the condition in which some sequences `where (B,)` have vectors of zeros, all at position 0."""
+        """Give the condition in which some sequences `where (B,)` have the null label and no valid vector."""
         return PrefixCondition(
             labels=self.labels.masked_fill(where, null_label),
-            vectors=self.vectors.masked_fill(where[:, None, None], 0),
-            visible=self.visible & ~where[:, None],
+            context=self.context,
+            context_mask=self.context_mask & ~where[:, None],
         )
 
     def with_null(self, *, null_label: int, null_id: int | None) -> "PrefixCondition":
@@ -82,9 +78,14 @@ class PrefixCondition(Condition):
         null = self.dropped(everywhere, null_label=null_label, null_id=null_id)
         return PrefixCondition(
             labels=torch.cat((self.labels, null.labels)),
-            vectors=torch.cat((self.vectors, null.vectors)),
-            visible=torch.cat((self.visible, null.visible)),
+            context=torch.cat((self.context, null.context)),
+            context_mask=torch.cat((self.context_mask, null.context_mask)),
         )
+
+
+def context_positions(valid: Tensor) -> Tensor:
+    """Count the positions of vectors, of which some are valid `(B, T)`: `(B, T)` int64."""
+    return (valid.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class ScaleStates(NamedTuple):
@@ -320,17 +321,18 @@ class ScaleTransformer(nn.Module):
         length, width = self.layout.context
         if not isinstance(condition, PrefixCondition):
             raise ValueError(f"this network is given {length} vectors of width {width} in front: a PrefixCondition")
-        given = condition.vectors
-        if given.shape[1:] != (length, width) or condition.visible.shape != given.shape[:2]:
+        context, valid = condition.context, condition.context_mask
+        if context.shape[1:] != (length, width) or valid.shape != context.shape[:2]:
             raise ValueError(
-                f"the vectors in front are {tuple(given.shape)} with visible {tuple(condition.visible.shape)}, this "
-                f"network reads (B, {length}, {width}): is the text of another encoder, or padded to another length?"
+                f"the vectors in front are {tuple(context.shape)} with a mask {tuple(valid.shape)}, this network reads "
+                f"(B, {length}, {width}): is the text of another encoder, or padded to another length?"
             )
-        vectors = given.to(self.context_embedding.weight.dtype)
+        nothing = ~valid.any(dim=1)[:, None, None]
+        vectors = context.to(self.context_embedding.weight.dtype).masked_fill(nothing, 0)
         if self.context_norm is not None:
             vectors = self.context_norm(vectors)
         elements = self.context_embedding(vectors)
-        return _Start(elements, elements.amax(dim=1, keepdim=True), condition.positions())
+        return _Start(elements, elements.amax(dim=1, keepdim=True), context_positions(valid))
 
     # Where elements stand.
 
@@ -449,9 +451,9 @@ class ScaleTransformer(nn.Module):
         weight, layout = self.vector_embedding.weight, self.layout
         condition = Condition(labels=torch.zeros(batch, dtype=torch.int64, device=weight.device))
         if layout.context is not None:
-            given = torch.zeros(batch, *layout.context, device=weight.device, dtype=weight.dtype)
-            visible = torch.ones(batch, layout.context[0], dtype=torch.bool, device=weight.device)
-            condition = PrefixCondition(labels=condition.labels, vectors=given, visible=visible)
+            context = torch.zeros(batch, *layout.context, device=weight.device, dtype=weight.dtype)
+            mask = torch.ones(batch, layout.context[0], dtype=torch.bool, device=weight.device)
+            condition = PrefixCondition(labels=condition.labels, context=context, context_mask=mask)
         cache = self.new_cache(condition)
         cache.advance(filled)
         read = torch.zeros(batch, vectors, layout.dim, device=weight.device, dtype=weight.dtype)

@@ -49,7 +49,7 @@ class HybridNextScale(LatentGenerator):
     meets in sampling.
 
     A batch is as of `LatentGenerator`; with a `context` also `"context"`, `(B, T, E)` vectors in front such as a text
-    encoder's, and `"context_mask"`, `(B, T)`, which of them are no padding; all by default.
+    encoder's, and `"context_mask"`, `(B, T)`, which of them are valid; all by default.
 
     Args:
         tokenizer: `HybridLatents`, frozen here.
@@ -148,11 +148,10 @@ class HybridNextScale(LatentGenerator):
                 f"a batch holds {', '.join(map(str, batch))}: this generator has {self.context[0]} vectors in front, "
                 'and needs "context"'
             )
-        vectors = batch["context"]
-        visible = batch.get("context_mask")
-        if visible is None:
-            visible = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-        return PrefixCondition(labels=labels, vectors=vectors, visible=visible.bool())
+        context, mask = batch["context"], batch.get("context_mask")
+        if mask is None:
+            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
+        return PrefixCondition(labels=labels, context=context, context_mask=mask.bool())
 
     def check_scale(self, latents: Tensor) -> None:
         """Raise a ValueError where the residuals of the first batch have another deviation than about the head's

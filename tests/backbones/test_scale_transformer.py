@@ -10,6 +10,7 @@ from torch import Tensor
 from discrete_lit.backbones import PrefixCondition, ScaleLayout, ScaleTransformer
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.embeddings import rotate
+from discrete_lit.backbones.scale_transformer import context_positions
 
 SIZES = ((1, 1), (2, 2), (3, 4))
 
@@ -21,10 +22,9 @@ def network(context: tuple[int, int] | None = None, vocab_size: int | None = 5, 
 
 
 def text(count: int = 3) -> PrefixCondition:
-    visible = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])[:count].bool()
-    return PrefixCondition(
-        labels=torch.zeros(count, dtype=torch.int64), vectors=torch.randn(count, 4, 6), visible=visible
-    )
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])[:count].bool()
+    labels = torch.zeros(count, dtype=torch.int64)
+    return PrefixCondition(labels=labels, context=torch.randn(count, 4, 6), context_mask=mask)
 
 
 CASES: list[tuple[dict[str, Any], Any]] = [
@@ -125,7 +125,8 @@ def test_a_dropped_text_says_nothing() -> None:
     assert not torch.equal(made(vectors, first).hidden, made(vectors, second).hidden)
     nulls = [given.null(null_label=2, null_id=None) for given in (first, second)]
     assert torch.equal(made(vectors, nulls[0]).hidden, made(vectors, nulls[1]).hidden)
-    assert nulls[0].positions().eq(0).all() and first.positions()[0].tolist() == [0, 1, 2, 2]
+    assert context_positions(nulls[0].context_mask).eq(0).all()
+    assert context_positions(first.context_mask)[0].tolist() == [0, 1, 2, 2]
     both = first.with_null(null_label=2, null_id=None)
     torch.testing.assert_close(
         made(vectors.repeat(2, 1, 1), both).hidden,
@@ -134,7 +135,7 @@ def test_a_dropped_text_says_nothing() -> None:
         atol=1e-5,
     )
     some = first.dropped(torch.tensor([True, False, False]), null_label=2, null_id=None)
-    assert torch.equal(some.vectors[1:], first.vectors[1:]) and some.labels.tolist() == [2, 0, 0]
+    assert some.context_mask.any(dim=1).tolist() == [False, True, True] and some.labels.tolist() == [2, 0, 0]
 
 
 @torch.no_grad()
@@ -171,9 +172,10 @@ def test_bad_input() -> None:
     given = text()
     with pytest.raises(ValueError, match="is the text of another encoder, or padded to another length"):
         wide: Tensor = torch.randn(3, 4, 7)
-        reads_text(vectors, PrefixCondition(labels=labels, vectors=wide, visible=given.visible))
+        reads_text(vectors, PrefixCondition(labels=labels, context=wide, context_mask=given.context_mask))
     with pytest.raises(ValueError, match="is the text of another encoder, or padded to another length"):
-        reads_text(vectors, PrefixCondition(labels=labels, vectors=given.vectors[:, :3], visible=given.visible[:, :3]))
+        short = given.context[:, :3], given.context_mask[:, :3]
+        reads_text(vectors, PrefixCondition(labels=labels, context=short[0], context_mask=short[1]))
     with pytest.raises(ValueError, match="must be heads=2 times a multiple of 4"):
         network(width=12)
     with pytest.raises(ValueError, match="depth must be at least 1"):

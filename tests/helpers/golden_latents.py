@@ -5,13 +5,16 @@ SiT's time and velocity run from noise to data, and those of ours back.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from discrete_lit.backbones import PrefixCondition
+from discrete_lit.backbones.scale_transformer import context_positions
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import Estimate, Posterior
 from discrete_lit.diffusion.solvers import (
@@ -370,7 +373,8 @@ def hart(load: Load, case: Case) -> Tensors:
     hidden, _ = network.elements(read, condition)
     last = generator.lengths[-1]
     tokenizer = generator.tokenizer.tokenizer
-    generator.sampler.top_k = 1
+    greedy = copy(generator.sampler)
+    greedy.top_k = 1
     conditions: list[Tensor] = []
     sample = generator.head.sample
 
@@ -378,10 +382,9 @@ def hart(load: Load, case: Case) -> Tensors:
         conditions.append(z)
         return sample(z, *arguments, **named)
 
-    generator.head.sample = watched
     draws: Any = StoredNoise(case, generator.head.solver)
-    drawn = generator.sampler(network, generator.head, condition, draws, pyramid=HybridPyramid(generator.quantizer))
-    generator.head.sample = sample
+    with patch.object(generator.head, "sample", watched):
+        drawn = greedy(network, generator.head, condition, draws, pyramid=HybridPyramid(generator.quantizer))
     *coarse, finest = generator.quantizer.split(drawn.tokens)
     return {
         "hidden": hidden,
@@ -398,11 +401,10 @@ def hart(load: Load, case: Case) -> Tensors:
 
 def text_in_front(case: Case) -> PrefixCondition:
     """The case's text, whose positions the reference is given and ours counts."""
-    vectors, visible = case.inputs["context"], case.inputs["context_mask"].bool()
-    labels = torch.zeros(len(vectors), dtype=torch.int64)
-    condition = PrefixCondition(labels=labels, vectors=vectors, visible=visible)
-    assert torch.equal(condition.positions(), case.inputs["context_position_ids"])
-    return condition
+    context, valid = case.inputs["context"], case.inputs["context_mask"].bool()
+    assert torch.equal(context_positions(valid), case.inputs["context_position_ids"])
+    labels = torch.zeros(len(context), dtype=torch.int64)
+    return PrefixCondition(labels=labels, context=context, context_mask=valid)
 
 
 def hart_head(head: Any, case: Case) -> Tensors:

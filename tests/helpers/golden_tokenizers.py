@@ -336,7 +336,6 @@ def bitdance_ae(load: Load, case: Case) -> Tensors:
 def hart_tokenizer(load: Load, case: Case) -> Tensors:
     """Ids, residuals and the three sums of codes: of training, of VAR's decoding, and of a draw with its residual."""
     module = load()
-    module.skip_residual = 0.0
     images, given, quantizer = case.inputs["x"], case.inputs["idx"], module.quantizer
     encoded = module.encode_with_residual(images)
     last = quantizer.split(encoded.tokens)[-1]

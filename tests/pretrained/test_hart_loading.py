@@ -94,8 +94,9 @@ def load(folder: Path, state: Tensors, config: Any = None, own: Any = None) -> H
 
 def text() -> PrefixCondition:
     torch.manual_seed(3)
-    visible = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    return PrefixCondition(labels=torch.zeros(2, dtype=torch.int64), vectors=torch.randn(2, 4, 6), visible=visible)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    labels = torch.zeros(2, dtype=torch.int64)
+    return PrefixCondition(labels=labels, context=torch.randn(2, 4, 6), context_mask=mask)
 
 
 @pytest.mark.parametrize(
