@@ -78,7 +78,7 @@ def tokenizer(scales: list[int] | None = None, kind: str = "HybridVQ", code_dim:
     """Of images of 12 pixels, with random weights."""
     network = {
         "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
-        "init_args": {"channels": 8, "multipliers": [1, 1, 2], "blocks": 1, "norm_groups": 4, "latent_kernel": 3},
+        "init_args": {"channels": 32, "multipliers": [1, 1, 1], "blocks": 1, "latent_kernel": 3},
     }
     settings = {"network": network, "codebook_size": 7, "code_dim": code_dim, "scales": scales or SIDES}
     return randomise(instantiate({"class_path": f"discrete_lit.tokenizers.{kind}", "init_args": settings}), 0.3).eval()
@@ -195,7 +195,7 @@ def test_a_published_tokenizer_with_its_discriminator(tmp_path: Path) -> None:
         "v_patch_nums": SIDES,
         "quantizer_type": "var_hybrid",
         "hybrid": True,
-        "ch": 8,
+        "ch": 32,
         "transformers_version": "4",
     }
     with pytest.warns(UserWarning, match=r"the part vae\.\* is read; the others are not: disc"):
