@@ -64,6 +64,14 @@ def multi_scale_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def hybrid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with residuals."""
+    return write_tokenizer(
+        tmp_path_factory.mktemp("hybrid"), "HybridVQ", {"codebook_size": 16, "code_dim": 4, "scales": [1, 4]}
+    )
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -212,6 +220,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "VQVAE": SMALL_CODEBOOK,
     "RQVAE": SMALL_CODEBOOK,
     "MultiScaleVQ": SMALL_CODEBOOK,
+    "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
     "KLVAE": {"latent_channels": 4},
@@ -221,6 +230,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "NextCell": {"image_size": 8, "num_classes": 2, "check_scale": False, "cell_size": 2},
     "DimensionwiseMasked": {"image_size": 8, "num_classes": 2, "check_scale": False, "levels": 4},
     "DisCon": {"image_size": 8, "num_classes": 2, "check_scale": False},
+    "HybridNextScale": {"image_size": 8, "num_classes": 2, "check_scale": False, "least_kept": 4},
+    "ScaleTransformer": {**SMALL_TRANSFORMER, "mlp_hidden": 16},
+    "HybridScaleSampler": {"top_k": 8},
     "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
     "CellTransformer": SMALL_TRANSFORMER,
     "ChannelHead": {**SMALL_TRANSFORMER, "order": [2, 0, 3, 1]},
@@ -276,7 +288,7 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
             arguments.update({key: 1 for key in ("decoder_blocks", "middle_blocks") if key in arguments})
             if "z_channels" in arguments:
                 arguments["z_channels"] = 4
-        if name == "MultiScaleVQ":
+        if name in ("MultiScaleVQ", "HybridVQ"):
             arguments["scales"] = [1, latent_side(arguments["network"])]
         if "embedded_digits" in arguments:
             # Of the ids of `tokenizer_file`.
@@ -293,10 +305,16 @@ def latent_side(network: dict[str, Any]) -> int:
 
 
 def write_stages_before(model: dict[str, Any], folder: Path) -> None:
-    """The checkpoints that a shrunk TiTok begins with."""
+    """The checkpoints that a shrunk tokenizer begins with."""
     from discrete_lit.checkpoints import instantiate, save
 
     arguments = model["init_args"]
+    if model["class_path"].endswith("HybridVQ"):
+        arguments["first_stage"] = str(folder / "first.ckpt")
+        parts = {key: arguments[key] for key in ("network", "codebook_size", "code_dim", "scales")}
+        first = {"class_path": "discrete_lit.tokenizers.MultiScaleVQ", "init_args": parts}
+        save(instantiate(copy.deepcopy(first)), folder / "first.ckpt")
+        return
     if "proxy_tokenizer" in arguments:
         arguments["proxy_tokenizer"] = str(folder / "proxy.ckpt")
         proxy = copy.deepcopy(arguments["network"]["init_args"]["proxy"])
@@ -318,6 +336,7 @@ def test_models_fit_reload_and_sample(
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    hybrid_file: Path,
     continuous_file: Path,
     latents: Path,
     discrete_file: Path,
@@ -332,7 +351,9 @@ def test_models_fit_reload_and_sample(
 
     settings = layered(config)
     is_generator = "backbone" in settings["model"]["init_args"]
-    of_scales = settings["model"]["class_path"].endswith("NextScale")
+    kind = settings["model"]["class_path"].rpartition(".")[2]
+    of_scales = kind == "NextScale"
+    own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     folders = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
@@ -340,7 +361,7 @@ def test_models_fit_reload_and_sample(
     if is_generator and "image_channels" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["image_channels"] = 3  # of the tiny tokenizers
     files = {
-        "from_checkpoint": multi_scale_file if of_scales else tokenizer_file,
+        "from_checkpoint": own_file,
         "continuous_from_checkpoint": continuous_file,
         "generator_from_checkpoint": discrete_file,
     }

@@ -40,6 +40,7 @@ TOKENIZER_TABLE: dict[str, tuple[Row, Row, Row]] = {
     "VQGAN with BSQ": ((0.04, 0.1, 0.02), (0.04, 0.4, 3e-05), (4e-03, 0.04, 2e-05)),
     "RQVAE": ((0.02, 0.2, 0.02), (0.04, 0.3, 2e-05), (1e-03, 0.01, 2e-05)),
     "MultiScaleVQ": ((0.02, 0.06, 0.02), (0.05, 0.4, 2e-05), (2e-03, 0.02, 2e-05)),
+    "HybridVQ": ((0.02, 0.06, 0.02), (0.05, 0.4, 2e-05), (2e-03, 0.02, 2e-05)),
     "LFQ": ((0.04, 0.1, 0.02), (0.04, 0.4, 2e-05), (0.03, 0.02, 2e-05)),
     "FSQ": ((0.02, 0.2, 0.02), (0.04, 0.4, 2e-05), (1e-03, 0.05, 2e-05)),
     "DVAE": ((0.02, 0.05, 0.02), (0.03, 0.2, 2e-05), (4e-03, 0.01, 2e-05)),
@@ -228,13 +229,13 @@ def test_every_class_is_in_the_table() -> None:
         and not getattr(getattr(tokenizers, name), "__abstractmethods__", ())
     }
     # The others code nothing, or look codes up behind a network that is in the table.
-    without_a_row = {"AutoencoderTokenizer", "RawPixels", "LatentGrid", "CodebookLatents"}
+    without_a_row = {"AutoencoderTokenizer", "RawPixels", "LatentGrid", "CodebookLatents", "HybridLatents"}
     assert concrete - {name.partition(",")[0] for name in TOKENIZERS} <= without_a_row
     generators_in_table = {name.partition(",")[0] for name in GENERATOR_TABLE}
     assert {"Autoregressive", "DiscreteDiffusion", "Masked", "NextScale"} == generators_in_table
     assert generators_in_table == classes(generators, generators_in_table)
     samplers = {name for name in discrete_lit.samplers.__all__ if name.endswith("Sampler")} - {"Sampler"}
-    of_latents = {"MARSampler", "NextCellSampler", "DimensionwiseSampler"}
+    of_latents = {"MARSampler", "NextCellSampler", "DimensionwiseSampler", "HybridScaleSampler"}
     assert samplers - of_latents == set(SAMPLER_TABLE)
 
 

@@ -305,11 +305,16 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn neighbouring channel pairs of `x (..., heads, n, head_dim)` by `table`.
 
     Args:
-        table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+        table: cosine and sine, `(n, head_dim / 2, 2)`, or with a batch and a head dimension before. With four numbers,
+            cosine and sine of the first of a pair, then of the second, which are turned by angles of their own (HART).
     """
     # Not by einops: this runs for every token that is drawn.
     pairs = at_least_float32(x).unflatten(-1, (-1, 2))
     angles = table.to(pairs.dtype)
+    if angles.shape[-1] == 4:
+        (even, odd), (cosine, sine, other_cosine, other_sine) = pairs.unbind(-1), angles.unbind(-1)
+        turned = torch.stack((even * cosine - odd * sine, even * other_sine + odd * other_cosine), dim=-1)
+        return turned.flatten(-2).to(x.dtype)
     if torch.compiler.is_compiling():
         # A compiler joins these; it has no code for complex numbers.
         (even, odd), (cosine, sine) = pairs.unbind(-1), angles.unbind(-1)

@@ -13,7 +13,6 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from discrete_lit.backbones import CellTransformer, DiT, MaskedAutoencoder, Transformer, UNet
 from discrete_lit.backbones.backbone import compile_blocks, count_flops
 from discrete_lit.core.distributed import all_gather_rows, alone
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
@@ -255,7 +254,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
                 part.check_scale = _nothing
             if isinstance(part, Codebook):
                 part.prepare = part.observe = _nothing
-            if isinstance(part, Transformer | DiT | UNet | MaskedAutoencoder | CellTransformer):
+            if hasattr(part, "activation_checkpointing"):
                 part.activation_checkpointing = False
         inputs = {name: _without_data(value) for name, value in batch.items()}
 

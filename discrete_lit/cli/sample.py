@@ -24,7 +24,7 @@ from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator
 from discrete_lit.generators.graphed_draw import PAYS_FROM
-from discrete_lit.samplers import DimensionwiseSampler, GuidedSolver, MARSampler, NextCellSampler, Sampler
+from discrete_lit.samplers import AnySampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
@@ -37,7 +37,7 @@ def sample(
     *,
     num_samples: int,
     labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
-    sampler: Sampler | GuidedSolver | MARSampler | NextCellSampler | DimensionwiseSampler | None = None,
+    sampler: AnySampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     accelerator: str = "auto",
@@ -65,8 +65,8 @@ def sample(
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
         sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
-            `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, and a
-            `DimensionwiseSampler` of a `DimensionwiseMasked`.
+            `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler` of a
+            `DimensionwiseMasked`, and a `HybridScaleSampler` those of HART and of scales of vectors.
         seed: of the draw.
         batch_size: images at a time on each device.
         accelerator: Lightning's; `auto` takes a GPU where there is one.

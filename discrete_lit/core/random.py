@@ -73,6 +73,7 @@ class Purpose(IntEnum):
     DIFFUSION_STEP = 14
     EXPOSURE = 15
     ID_PERTURBATION = 16
+    RESIDUAL = 17
 
 
 class CounterRandom:

@@ -7,6 +7,7 @@ from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, generator_from_checkpoint
 from discrete_lit.generators.graphed_draw import GraphedDraw
+from discrete_lit.generators.hybrid_next_scale import ContinuousNextScale, HybridNextScale, VectorPyramid
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
@@ -16,11 +17,13 @@ from discrete_lit.generators.next_scale import NextScale
 __all__ = [
     "Autoregressive",
     "ContinuousMasked",
+    "ContinuousNextScale",
     "DimensionwiseMasked",
     "DisCon",
     "DiscreteDiffusion",
     "Generator",
     "GraphedDraw",
+    "HybridNextScale",
     "LatentDiffusion",
     "LatentGenerator",
     "LatentLosses",
@@ -29,5 +32,6 @@ __all__ = [
     "NextCell",
     "NextScale",
     "TokenLosses",
+    "VectorPyramid",
     "generator_from_checkpoint",
 ]

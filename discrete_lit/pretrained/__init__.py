@@ -6,6 +6,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     compvis_ldm,
     dit_sit,
     halton_maskgit,
+    hart,
     lightning_dit,
     llamagen,
     mar,

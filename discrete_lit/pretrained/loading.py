@@ -13,6 +13,7 @@ from discrete_lit.pretrained.conversion import Conversion, Tokens, convert, find
 from discrete_lit.pretrained.reading import read_state
 from discrete_lit.pretrained.settings import Reference, read_settings
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
+from discrete_lit.tokenizers.hybrid import HybridLatents, HybridVQ
 from discrete_lit.tokenizers.tokenizer import Coder, ContinuousTokenizer, Tokenizer
 
 _LARGEST_IMAGE = 2048
@@ -57,6 +58,8 @@ def load_pretrained(
                 raise ValueError(f"family={family!r} models ids, which a {type(tokenizer).__name__} does not make")
             return _generator(conversion, conversion.tokens, state.source, tokenizer).eval()
         if conversion.latents is not None:
+            if isinstance(tokenizer, HybridVQ):
+                tokenizer = HybridLatents(tokenizer)
             if tokenizer is not None and not isinstance(tokenizer, ContinuousTokenizer):
                 raise ValueError(f"family={family!r} models latents, which a {type(tokenizer).__name__} does not make")
             return _latent_generator(conversion, conversion.latents, state.source, tokenizer).eval()

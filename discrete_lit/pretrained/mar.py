@@ -54,6 +54,18 @@ def mar_kl_vae(state: State, settings: Settings) -> Conversion:
 
 # The number of heads of MAR-B, L and H, by width.
 _HEADS = {768: 12, 1024: 16, 1280: 16}
+# The head of MAR, which HART has too.
+HEAD_RULES = (
+    ("head.network.time_embedding.layers.{layer}.{rest}", "diffloss.net.time_embed.mlp.{layer}.{rest}"),
+    ("head.network.condition_projection.{rest}", "diffloss.net.cond_embed.{rest}"),
+    ("head.network.input_projection.{rest}", "diffloss.net.input_proj.{rest}"),
+    ("head.network.blocks.{block}.norm.{rest}", "diffloss.net.res_blocks.{block}.in_ln.{rest}"),
+    ("head.network.blocks.{block}.expand.{rest}", "diffloss.net.res_blocks.{block}.mlp.0.{rest}"),
+    ("head.network.blocks.{block}.contract.{rest}", "diffloss.net.res_blocks.{block}.mlp.2.{rest}"),
+    ("head.network.modulations.{block}.{rest}", "diffloss.net.res_blocks.{block}.adaLN_modulation.1.{rest}"),
+    ("head.network.final_modulation.{rest}", "diffloss.net.final_layer.adaLN_modulation.1.{rest}"),
+    ("head.network.output.{rest}", "diffloss.net.final_layer.linear.{rest}"),
+)
 _RULES = [
     ("backbone.class_embedding.weight", "class_emb.weight"),
     ("backbone.input_projection.{rest}", "z_proj.{rest}"),
@@ -67,15 +79,7 @@ _RULES = [
     ("backbone.decoder_norm.{rest}", "decoder_norm.{rest}"),
     *in_blocks("decoder_blocks.{block}", TIMM_BLOCK, ours="backbone.decoder.{block}"),
     ("backbone.hidden_positions", "diffusion_pos_embed_learned"),
-    ("head.network.time_embedding.layers.{layer}.{rest}", "diffloss.net.time_embed.mlp.{layer}.{rest}"),
-    ("head.network.condition_projection.{rest}", "diffloss.net.cond_embed.{rest}"),
-    ("head.network.input_projection.{rest}", "diffloss.net.input_proj.{rest}"),
-    ("head.network.blocks.{block}.norm.{rest}", "diffloss.net.res_blocks.{block}.in_ln.{rest}"),
-    ("head.network.blocks.{block}.expand.{rest}", "diffloss.net.res_blocks.{block}.mlp.0.{rest}"),
-    ("head.network.blocks.{block}.contract.{rest}", "diffloss.net.res_blocks.{block}.mlp.2.{rest}"),
-    ("head.network.modulations.{block}.{rest}", "diffloss.net.res_blocks.{block}.adaLN_modulation.1.{rest}"),
-    ("head.network.final_modulation.{rest}", "diffloss.net.final_layer.adaLN_modulation.1.{rest}"),
-    ("head.network.output.{rest}", "diffloss.net.final_layer.linear.{rest}"),
+    *HEAD_RULES,
 ]
 
 

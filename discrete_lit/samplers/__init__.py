@@ -26,7 +26,7 @@ from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
-from discrete_lit.samplers.scale_by_scale import NextScaleSampler
+from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
 
 __all__ = [
     "AncestralSampler",
@@ -38,6 +38,7 @@ __all__ = [
     "GuidedSolver",
     "HaltonConfidenceSampler",
     "HaltonSampler",
+    "HybridScaleSampler",
     "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
@@ -51,11 +52,15 @@ __all__ = [
     "Sampler",
     "SamplerOutput",
     "SamplingContext",
+    "ScaleVectors",
     "SubTokenSettings",
     "TauLeapingSampler",
     "TiTokSampler",
     "TraceStep",
 ]
+
+AnySampler = Sampler | GuidedSolver | MARSampler | NextCellSampler | DimensionwiseSampler | HybridScaleSampler
+"""What draws from one generator or another: of ids the first, of latents the others."""
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
+from discrete_lit.tokenizers.hybrid import HybridLatents, HybridTokens, HybridVQ
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
@@ -33,6 +34,9 @@ __all__ = [
     "DiagonalGaussian",
     "DimensionwiseTokenizer",
     "GaussianBottleneck",
+    "HybridLatents",
+    "HybridTokens",
+    "HybridVQ",
     "LatentGrid",
     "MultiScaleVQ",
     "PerturbedTokenizer",

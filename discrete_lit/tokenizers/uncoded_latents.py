@@ -18,7 +18,7 @@ from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer
 
 # Of latents that are no random variable.
-_LEAST_LOGVAR = -30.0
+LEAST_LOGVAR = -30.0
 
 
 class RawPixels(ContinuousTokenizer):
@@ -44,7 +44,7 @@ class RawPixels(ContinuousTokenizer):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.encode(images)
-        return latents, torch.full_like(latents, _LEAST_LOGVAR)
+        return latents, torch.full_like(latents, LEAST_LOGVAR)
 
     def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:
         check_channels(images, self.latent_dim, "this RawPixels")
@@ -148,7 +148,7 @@ class CodebookLatents(ContinuousTokenizer):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         latents = self.encode(images)
-        return latents, torch.full_like(latents, _LEAST_LOGVAR)
+        return latents, torch.full_like(latents, LEAST_LOGVAR)
 
     @in_evaluation
     def encode(self, images: Tensor, random: CounterRandom | None = None) -> Tensor:

@@ -138,7 +138,9 @@ def cases_in(folder: Path, device: torch.device | str = "cpu") -> list[Case]:
 
 def published_state(case: Case, part: str = "var.") -> Tensors:
     """The tensors of a published file: the case's, or those of a part, where there are two files."""
-    if case.family != "var_transformer":
+    if case.family == "hart" and part == "var.":
+        return {name: value for name, value in case.state.items() if not name.startswith("vae.")}
+    if case.family not in ("hart", "var_transformer"):
         return case.state
     return {name.removeprefix(part): value for name, value in case.state.items() if name.startswith(part)}
 
@@ -146,6 +148,9 @@ def published_state(case: Case, part: str = "var.") -> Tensors:
 def published(case: Case, folder: Path) -> Load:
     """Write a case's weights into `folder` as they are published; how they are loaded."""
     tokenizer: Any = None
+    if case.family == "hart":
+        save_file(published_state(case, "vae."), folder / "tokenizer.safetensors")
+        tokenizer = load_pretrained(folder / "tokenizer.safetensors", "hart_tokenizer", case.constructor["tokenizer"])
     if case.family == "var_transformer":
         save_file(published_state(case, "vae."), folder / "tokenizer.safetensors")
         tokenizer = load_pretrained(folder / "tokenizer.safetensors", "var_vqvae", case.constructor["vae"])

@@ -5,13 +5,17 @@ SiT's time and velocity run from noise to data, and those of ours back.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from discrete_lit.core.random import Purpose
+from discrete_lit.backbones import PrefixCondition
+from discrete_lit.backbones.scale_transformer import context_positions
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import Estimate, Posterior
 from discrete_lit.diffusion.solvers import (
     DDIM,
@@ -23,6 +27,7 @@ from discrete_lit.diffusion.solvers import (
     Solver,
     even_steps,
 )
+from discrete_lit.generators.hybrid_next_scale import HybridPyramid
 from discrete_lit.samplers.guided_solver import GuidedNetwork
 from helpers.golden import Case, Compared, Load, Tensors
 
@@ -345,8 +350,120 @@ def mar(load: Load, case: Case) -> Tensors:
     return made
 
 
+class StoredNoise:
+    """The noise of HART's case in the place of random numbers; its ids are the most probable ones."""
+
+    def __init__(self, case: Case, solver: Solver) -> None:
+        self.indices = torch.arange(len(case.inputs["context"]))
+        self.noise, self.steps = case.inputs["gen_noise"], solver.steps
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        return torch.full((len(self.indices), count), 0.5, dtype=torch.float64)
+
+    def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        iteration, number = divmod(step, self.steps + 1)
+        rows = len(self.indices) * count // self.noise.shape[-1]
+        return self.noise[iteration, number, :rows].reshape(len(self.indices), count)
+
+
+def hart(load: Load, case: Case) -> Tensors:
+    generator, inputs = load(), case.inputs
+    network, read = generator.backbone, inputs["var_input"]
+    condition = text_in_front(case)
+    hidden, _ = network.elements(read, condition)
+    last = generator.lengths[-1]
+    tokenizer = generator.tokenizer.tokenizer
+    greedy = copy(generator.sampler)
+    greedy.top_k = 1
+    conditions: list[Tensor] = []
+    sample = generator.head.sample
+
+    def watched(z: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        conditions.append(z)
+        return sample(z, *arguments, **named)
+
+    draws: Any = StoredNoise(case, generator.head.solver)
+    with patch.object(generator.head, "sample", watched):
+        drawn = greedy(network, generator.head, condition, draws, pyramid=HybridPyramid(generator.quantizer))
+    *coarse, finest = generator.quantizer.split(drawn.tokens)
+    return {
+        "hidden": hidden,
+        "logits": network(read, condition).logits,
+        "head_condition": network.head_condition(hidden[:, -last:], read[:, -last:]),
+        **{f"greedy_idx_{number}": ids for number, ids in enumerate(coarse)},
+        "greedy_idx_last_first_iter": finest,
+        "greedy_head_condition": conditions[0],
+        "greedy_fhat": drawn.latents,
+        "greedy_image": (tokenizer.decode_latents(drawn.latents) + 1) / 2,
+        **hart_head(generator.head, case),
+    }
+
+
+def text_in_front(case: Case) -> PrefixCondition:
+    """The case's text, whose positions the reference is given and ours counts."""
+    context, valid = case.inputs["context"], case.inputs["context_mask"].bool()
+    assert torch.equal(context_positions(valid), case.inputs["context_position_ids"])
+    labels = torch.zeros(len(context), dtype=torch.int64)
+    return PrefixCondition(labels=labels, context=context, context_mask=valid)
+
+
+def hart_head(head: Any, case: Case) -> Tensors:
+    """The head's loss with its gradients, its outputs, and what it draws; null conditions are the second half."""
+    inputs, denoiser, path, network = case.inputs, head.denoiser, head.denoiser.path, head.network
+    target, t, z = inputs["target"], inputs["t"], inputs["z"]
+    half, dim = len(target) // 2, target.shape[1]
+    repeats, head.repeats = head.repeats, 1
+    # A time of training is the middle of its step's share of uniform numbers.
+    uniforms = (t.double() + 0.5) / path.steps
+    with gradients(head):
+        terms = head.losses(z, target, uniforms=uniforms[None], noise=inputs["noise"][None])
+        loss = (terms["error"] + terms["bound"]).mean()
+        loss.backward()
+        made = {
+            "diff_loss": loss.detach(),
+            "grad.diffloss.net.cond_embed.weight": network.condition_projection.weight.grad,
+            "grad.diffloss.net.input_proj.weight": network.input_projection.weight.grad,
+            "grad.diffloss.net.final_layer.linear.weight": network.output.weight.grad,
+        }
+    head.repeats = repeats
+
+    def in_both_halves(output: Tensor, scale: float) -> Tensor:
+        """The reference's doubled batch: the guided noise for both halves, the variance of each one's own."""
+        guided = denoiser.guide(*output.chunk(2), scale)[:, :dim]
+        return torch.cat((guided.repeat(2, 1), output[:, dim:]), dim=1)
+
+    scale = 1 + case_number(case, "head_out_cfg", r"cfg_scale=(\d+\.\d+)")
+    first_twice = target[:half].repeat(2, 1)
+    made |= {
+        "head_out": network(target, t, z),
+        "head_out_cfg": in_both_halves(network(first_twice, t, z), scale),
+    }
+    noise = inputs["head_noise"]
+    made["head_sample"] = head.sample(z, noise[0], noise=lambda step: noise[step + 1])
+    scale = 1 + case_number(case, "head_sample_cfg", r"cfg=(\d+\.\d+)")
+    projected = network.condition_projection(z)
+
+    def denoise(x: Tensor, time: float) -> Estimate:
+        step = path.network_time(torch.tensor([time], dtype=torch.float64)).round()
+        output = network.denoise(x[:half].repeat(2, 1), step, projected)
+        return denoiser(in_both_halves(output, scale), x, time)
+
+    start = noise[0, :half].repeat(2, 1)
+    both = head.solver(denoise, start, path=path, noise=lambda step: noise[step + 1]) * head.scale
+    guided = head.sample(z, noise[0, :half], noise=lambda step: noise[step + 1, :half], guidance_scale=scale)
+    return made | {"head_sample_cfg": torch.cat((guided, both[half:]))}
+
+
+def case_number(case: Case, output: str, pattern: str) -> float:
+    return float(case.read(output, pattern)[1])
+
+
 def network_outputs(generator: Any, case: Case) -> Tensors:
     """What the network makes of given noisy latents, or for MAR of those that are known, and its head of noisy ones."""
+    if case.family == "hart":
+        states = generator.backbone(case.inputs["var_input"], text_in_front(case))
+        noisy = case.inputs["target"], case.inputs["t"], case.inputs["z"]
+        return {"logits": states.logits, "head_out": generator.head.network(*noisy)}
     inputs, labels = case.inputs, case.inputs["y"]
     if case.family == "mar":
         vectors, masked = generator.to_sequence(inputs["latents"]), inputs["mask"].bool()
@@ -360,10 +477,13 @@ def network_outputs(generator: Any, case: Case) -> Tensors:
 
 def again(module: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
+    if case.family == "hart":
+        random = CounterRandom(0, torch.arange(len(case.inputs["context"])))
+        return {"output": module.draw_given(text_in_front(case), random).tokens}
     if case.family == "mar":
         return {"output": module.sample(case.inputs["y"])}
     times = case.inputs["t"].float()
     return {"output": module.backbone(case.inputs["x"], times, case.inputs["y"])}
 
 
-OUTPUTS = {"dit": dit, "sit": sit, "ldm": ldm, "mar": mar}
+OUTPUTS = {"dit": dit, "sit": sit, "ldm": ldm, "mar": mar, "hart": hart}

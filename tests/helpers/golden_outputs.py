@@ -21,7 +21,7 @@ from helpers.golden import Case, Difference, Load, Tensors, differences, publish
 KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns)
 NOT_YET = (
     *("bar", "bar_fsq", "bitdance", "bitdance_parallel", "chameleon", "dalle_dvae", "emu3"),
-    *("encodec", "gidd", "hart", "hart_tokenizer", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
+    *("encodec", "gidd", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
     *("rq_transformer", "rq_vae", "showo", "transfusion_mask", "vq_diffusion"),
 )

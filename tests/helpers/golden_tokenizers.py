@@ -333,6 +333,56 @@ def bitdance_ae(load: Load, case: Case) -> Tensors:
     }
 
 
+def hart_tokenizer(load: Load, case: Case) -> Tensors:
+    """Ids, residuals and the three sums of codes: of training, of VAR's decoding, and of a draw with its residual."""
+    module = load()
+    images, given, quantizer = case.inputs["x"], case.inputs["idx"], module.quantizer
+    encoded = module.encode_with_residual(images)
+    last = quantizer.split(encoded.tokens)[-1]
+    before_last = encoded.residual + quantizer.raw_codes(last)
+    f_hats, made = quantizer.cumulative(given), {}
+    for number in range(len(quantizer.scales) - 1):
+        at_next = quantizer.at_scale(number + 1, f_hats[number])
+        height, _ = quantizer.sizes[number + 1]
+        made[f"next_input_{number}"] = at_next.unflatten(1, (height, -1)).movedim(-1, 1)
+    made |= {
+        "f": module.network.encode(images),
+        "idx": encoded.tokens,
+        "idx_plain": module.encode(images),
+        "frest": before_last.flatten(2).movedim(1, -1),
+        "var_input": quantizer.teacher_forcing(encoded.tokens),
+        "fhat_embed": module.embed(given),
+        "fhat_ar": module.join(given, before_last),
+        "img_ar": module.decode_with_residual(given, before_last),
+    }
+    # The case's gradients are those of a tokenizer that is trained as a whole.
+    whole = load(freeze_codebook_for_hybrid=False).train()
+    whole.skip_residual = 0.0
+    with torch.enable_grad():
+        loss, terms, reconstruction = whole.loss(images)
+        parameters = {
+            "encoder.conv_in.weight": whole.network.encoder.conv_in.weight,
+            "quantize.embedding.weight": quantizer_codes(whole),
+            "quantize.quant_resi.qresi_ls.0.weight": whole.quantizer.phi[0].weight,
+            "post_quant_conv.weight": whole.network.decoder.from_codes.weight,
+        }
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    made |= {f"grad.{name}": gradient for name, gradient in zip(parameters, gradients, strict=True)}
+    whole.skip_residual = 1.0
+    return made | {
+        "recon_discrete": whole.reconstruct(images).outputs,
+        "recon_continuous": reconstruction.outputs.detach(),
+        "vq_loss": (terms["commitment"] + terms["codebook"]).detach(),
+        "loss_recon": terms["reconstruction"].detach(),
+        "loss_total": loss.detach(),
+    }
+
+
+def quantizer_codes(module: Any) -> Tensor:
+    """The codes themselves, a parameter where gradients move them."""
+    return module.quantizer.codebook.codes
+
+
 def titok(load: Load, case: Case) -> Tensors:
     module = load()
     images = case.inputs["x"] * 2 - 1
@@ -382,6 +432,8 @@ def network_outputs(module: Any, case: Case) -> Tensors:
     encoded = network.encode(images)
     if case.family in ("mar_kl_vae", "va_vae"):
         return {"mean": encoded.chunk(2, dim=1)[0], "decoded_z": decode(module, case.inputs["z"])}
+    if case.family == "hart_tokenizer":
+        return {"f": encoded, "fhat_embed": module.embed(case.inputs["idx"])}
     if case.family == "bitdance_ae":
         return {"h": encoded, "decoded_bits": network.decoder(case.inputs["bits"].contiguous())}
     if case.family == "titok_vae":
@@ -418,6 +470,7 @@ OUTPUTS: dict[str, Outputs] = {
     "mar_kl_vae": mar_kl_vae,
     "va_vae": va_vae,
     "bitdance_ae": bitdance_ae,
+    "hart_tokenizer": hart_tokenizer,
     "titok": titok,
     "titok_vae": titok_vae,
 }

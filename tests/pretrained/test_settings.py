@@ -12,7 +12,7 @@ from helpers.golden_cases import cases_of
 from torch import Tensor
 
 from discrete_lit.pretrained import FAMILIES
-from discrete_lit.pretrained.conversion import Conversion
+from discrete_lit.pretrained.conversion import Conversion, recognise
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings, read_settings
 
@@ -118,7 +118,7 @@ def changed(arguments: dict[str, Any], path: tuple[Any, ...], value: Any) -> dic
 def convert(case: Case, arguments: dict[str, Any]) -> tuple[Conversion, Settings]:
     family = FAMILIES[case.family]
     settings = read_settings(arguments, family.section)
-    conversion = family.convert(State(published_state(case), str(case)), settings)
+    conversion = family.convert(recognise(family, State(published_state(case), str(case))), settings)
     settings.finish()
     return conversion, settings
 

@@ -4,10 +4,15 @@ import pytest
 import torch
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.random_weights import randomise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from discrete_lit.backbones import SequenceLayout
+from discrete_lit.backbones import ScaleLayout, ScaleTransformer, SequenceLayout, TokenDiffusionHead
+from discrete_lit.backbones.backbone import outline
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.samplers import NextScaleSampler
+from discrete_lit.core.synchronisation import Checks, HostWaits, has_data
+from discrete_lit.diffusion.solvers import DDPM
+from discrete_lit.generators.hybrid_next_scale import HybridPyramid
+from discrete_lit.samplers import HybridScaleSampler, NextScaleSampler
 from discrete_lit.samplers.categorical import filter_logits
 from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
 
@@ -97,3 +102,51 @@ def test_quantizers_that_do_not_fit(model, make_quantizer) -> None:
         ValueError, match=r"of another tokenizer: .* \(\(1, 4\), 3, 4\), the generator's \(\(1, 4\), 3, 3"
     ):
         draw((backbone, make_quantizer(4)), NextScaleSampler(), 0, 1)
+
+
+# --- Ids with residuals; its law is tested with its generator ---
+
+
+@pytest.fixture
+def hybrid():
+    """A network over 7 ids at scales 1, 2 and 3, a head, and the quantizer."""
+    quantizer = randomise(MultiScaleResidualQuantizer(7, 3, scales=(1, 2, 3)), 0.8).eval()
+    layout = ScaleLayout(dim=3, sizes=tuple(quantizer.sizes), num_classes=2, vocab_size=7)
+    network = randomise(ScaleTransformer(layout, width=16, depth=1, heads=2, mlp_hidden=16), 0.4)
+    return network.eval(), TokenDiffusionHead(3, 16, width=16, depth=1, solver=DDPM(2)).eval(), quantizer
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 3.0, "top_k": 5, "top_p": 0.9, "last_steps": 3}])
+def test_a_draw_with_residuals_waits_once(hybrid, settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; of the head's solver, whose times are computed on the host, the noise alone is drawn here."""
+    asked: list[int] = []
+    monkeypatch.setattr(Checks, "raise_noted", lambda self, flags=None: asked.append(len(self._noted)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network, head, quantizer = (outline(module, device="cuda") for module in hybrid)
+        head.sample = lambda z, start, *, noise, **_: start + noise(0)
+        labels, indices = torch.zeros(5, dtype=torch.int64, device="cuda"), torch.arange(5, device="cuda")
+        sampler, random = HybridScaleSampler(**settings), CounterRandom(0, indices)
+        with HostWaits() as mode:
+            drawn = sampler(network, head, labels, random, pyramid=HybridPyramid(quantizer))
+    assert drawn.latents.device.type == "cuda" and not has_data(drawn.latents)
+    assert mode.seen == [] and sum(number > 0 for number in asked) == 1
+
+
+def test_bad_settings_of_draws_with_residuals(hybrid) -> None:
+    network, head, quantizer = hybrid
+    random, labels = CounterRandom(0, torch.arange(2)), torch.zeros(2, dtype=torch.int64)
+
+    def draw_with(**settings) -> None:
+        HybridScaleSampler(**settings)(network, head, labels, random, pyramid=HybridPyramid(quantizer))
+
+    for settings, message in (
+        ({"temperature": 0}, "temperature must be > 0"),
+        ({"top_k": 0}, "top_k at least 1"),
+        ({"top_k": [3, 0, 3]}, "top_k at least 1"),
+        ({"top_p": 1.5}, r"top_p in \(0, 1\]"),
+        ({"last_steps": 0}, "last_steps must be at least 1"),
+        ({"last_steps": 10}, "last_steps=10 exceeds the 9 places of the last scale"),
+        ({"top_k": [3, 3]}, "top_k has 2 numbers for 3 scales"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw_with(**settings)

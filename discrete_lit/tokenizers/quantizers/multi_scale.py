@@ -217,6 +217,29 @@ class MultiScaleResidualQuantizer(Quantizer):
         """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, h w, D)`."""
         return rearrange(self._average(number, f_hat), "b d h w -> b (h w) d")
 
+    def raw_codes(self, ids: Tensor) -> Tensor:
+        """Look up ids `(B, H W)` of the last scale without phi: `(B, D, H, W)`, what a residual is added to (HART)."""
+        height, _ = self.sizes[-1]
+        return rearrange(self.codebook.lookup(ids), "b (h w) d -> b d h w", h=height)
+
+    def before_residual(self, tokens: Tensor) -> Tensor:
+        """Add up what a residual is added to: f_hat of all scales but the last, and the last one's codes without phi.
+
+        HART's residual is what this leaves of the latents (Tang et al., "HART", 2024). It is no f_hat of `lookup`,
+        whose last codes go through phi.
+
+        Args:
+            tokens: `(B, sum of h w)`.
+
+        Returns:
+            `(B, D, H, W)`.
+        """
+        *coarse, last = self.split(tokens)
+        total = self.raw_codes(last)
+        for number, ids in enumerate(coarse):
+            total = total + self.contribution(number, ids)
+        return total
+
     def cumulative(self, tokens: Tensor) -> Tensor:
         """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of h w)`."""
         contributions = [self.contribution(number, ids) for number, ids in enumerate(self.split(tokens))]
