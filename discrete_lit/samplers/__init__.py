@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
+from discrete_lit.samplers.binary_flow import BinaryFlowSampler
 from discrete_lit.samplers.diffusion import (
     AncestralSampler,
     DiffusionSampler,
@@ -29,6 +30,7 @@ from discrete_lit.samplers.scale_by_scale import NextScaleSampler
 __all__ = [
     "AncestralSampler",
     "BARSampler",
+    "BinaryFlowSampler",
     "DiffusionSampler",
     "EulerSampler",
     "FirstHittingSampler",
