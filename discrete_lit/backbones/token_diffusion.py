@@ -8,7 +8,7 @@ rest, and draws from it. `BinaryFlowHead` draws the bits of ids by flow matching
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import log
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -34,6 +34,8 @@ from discrete_lit.diffusion.solvers import DDPM, EulerMaruyama, Noise, Solver
 
 # The last step of BitDance's sampler, and the smallest sigma that a velocity is divided by.
 _LAST_STEP = 0.05
+# The time at which a bound of the likelihood takes bits of ±1 by their noisy values: 1 of 30,000 is then another.
+_DECIDED = 0.2
 
 
 class DenoisingMLP(nn.Module):
@@ -98,7 +100,7 @@ class DenoisingMLP(nn.Module):
         """Do as `forward`, with a condition that is projected already, `(M, width)`: it is the same at every step."""
         of_time = self.time_embedding(time)
         condition = F.silu((of_time if x.ndim == 2 else of_time[:, None]) + projected)
-        x = self.input_projection(x)
+        x = self.input_projection(x.to(projected.dtype))
         shared = len(self.blocks) // len(self.modulations)
         for number, modulation in enumerate(self.modulations):
             vectors = modulation(condition).chunk(self.vectors, dim=-1)
@@ -239,7 +241,8 @@ class TokenDiffusionHead(nn.Module):
             t: one time, or `(M,)`.
             projected: `(M, width)`, conditions behind the network's `condition_projection`.
         """
-        return self.denoiser(self.network.denoise(x, self._network_time(t, x), projected), x, t)
+        output = at_least_float32(self.network.denoise(x, self._network_time(t, x), projected))
+        return self.denoiser(output, x, t)
 
     @torch.no_grad()
     def bound(self, condition: Tensor, data: Tensor, *, solver: Solver, noise: Noise) -> Tensor:
@@ -294,7 +297,8 @@ class TokenDiffusionHead(nn.Module):
             if not guided:
                 return self.estimate(x, t, projected)
             time = self._network_time(t, x)
-            conditional, unconditional = self.network.denoise(torch.cat((x, x)), time, projected).chunk(2)
+            output = at_least_float32(self.network.denoise(torch.cat((x, x)), time, projected))
+            conditional, unconditional = output.chunk(2)
             return self.denoiser(self.denoiser.guide(conditional, unconditional, guidance_scale), x, t)
 
         solver = solver or self.solver
@@ -342,8 +346,9 @@ class BinaryFlowHead(IdHead):
         block_size: p, as the generator's.
         heads: of the attention among p > 1 positions; by default of 64 channels each.
         solver: 100 steps of Euler and Maruyama and a last one of 0.05 without noise, by default.
+        times: of training; by default a normal logit of mean 0.8 and deviation 0.8.
+        repeats: draws of time and noise for each id, or block of them, and step of training.
         likelihood_draws: noisy vectors for each bound of the likelihood, in eval mode.
-        settings: further ones of `TokenDiffusionHead`: `repeats`, `times`.
 
     Raises:
         ValueError: a vocabulary that is no power of two, or a setting out of its range.
@@ -364,8 +369,9 @@ class BinaryFlowHead(IdHead):
         block_size: int = 1,
         heads: int | None = None,
         solver: Solver | None = None,
+        times: TrainingTimes | None = None,
+        repeats: int = 4,
         likelihood_draws: int = 16,
-        **settings: Any,
     ) -> None:
         bits = bits_of_vocabulary(vocab_size, "BinaryFlowHead")
         super().__init__((2,) * bits, vocab_size, width=block.width)
@@ -378,14 +384,6 @@ class BinaryFlowHead(IdHead):
         self.bits = bits
         self.block_size = block_size
         self.likelihood_draws = likelihood_draws
-        given: dict[str, Any] = {
-            "denoiser": GaussianDenoiser(RectifiedPath(), prediction="data", smallest_sigma=_LAST_STEP),
-            # Time runs from noise to data in the paper, where the mean is -0.8.
-            "times": LogitNormalTimes(0.8, 0.8),
-            "error_of": "velocity",
-            "mlp": "swiglu",
-            "time_input": "data",
-        }
         self.flow = TokenDiffusionHead(
             bits,
             block.width,
@@ -393,8 +391,14 @@ class BinaryFlowHead(IdHead):
             depth=depth,
             modulations=modulations,
             heads=None if block_size == 1 else heads or max(1, width // 64),
+            mlp="swiglu",
+            denoiser=GaussianDenoiser(RectifiedPath(), prediction="data", smallest_sigma=_LAST_STEP),
+            # Time runs from noise to data in the paper, where the mean is -0.8.
+            times=times or LogitNormalTimes(0.8, 0.8),
+            error_of="velocity",
+            repeats=repeats,
             solver=solver or EulerMaruyama(101, last_step=_LAST_STEP, last_drift="velocity"),
-            **{**given, **settings},
+            time_input="data",
         )
 
     def signs(self, ids: Tensor) -> Tensor:
@@ -428,10 +432,10 @@ class BinaryFlowHead(IdHead):
         """Estimate a lower bound of log p of each id in nats, that of diffusion in continuous time; see `IdHead`.
 
         With gamma the ratio of signal to noise at time t, -log p(x) is at most half the integral of |x - x_hat(x_t)|^2
-        over gamma (Kingma et al., "Variational Diffusion Models", 2021, eq. 15), here up to t = 0.05, where each bit is
-        drawn given its noisy value alone, which leaves nothing in doubt. With the best x_hat it is -log p(x) itself
-        (Kong et al., "Information-Theoretic Diffusion", 2023). The law that it bounds is the one that the sampler
-        reaches with many steps. Of positions that are drawn together each has an equal share.
+        over gamma (Kingma et al., "Variational Diffusion Models", 2021, eq. 15), here down to t = 0.2, where each bit
+        is drawn given its noisy value alone: one of 30,000 is then another. With the best x_hat it is -log p(x) itself
+        (Kong et al., "Information-Theoretic Diffusion", 2023). The law that it bounds is the one that many steps reach,
+        not that of a sampler with few. Of positions that are drawn together each has an equal share.
         """
         assert random is not None, "a bound is estimated by drawing"
         rows, data = self._blocks(hidden), self._blocks(self.signs(ids))
@@ -442,14 +446,14 @@ class BinaryFlowHead(IdHead):
         for number in range(self.likelihood_draws):
             noise = random.normal(Purpose.DIFFUSION_NOISE, numbers, number).to(data.dtype).view(data.shape)
             # Stratified times: their mean over the draws has little variance.
-            t = _LAST_STEP + (1 - _LAST_STEP) * (number + shift) / self.likelihood_draws
+            t = _DECIDED + (1 - _DECIDED) * (number + shift) / self.likelihood_draws
             x_t = self.flow.denoiser.path.add_noise(data, noise, t)
             estimate = self.flow.estimate(x_t, t, projected)
             error = (data - estimate.data).double().square().flatten(1).sum(dim=1)
-            total = total + (1 - _LAST_STEP) * (1 - t) / t**3 * error / self.likelihood_draws
+            total = total + (1 - _DECIDED) * (1 - t) / t**3 * error / self.likelihood_draws
         noise = random.normal(Purpose.DIFFUSION_NOISE, numbers, self.likelihood_draws).to(data.dtype).view(data.shape)
-        last = self.flow.denoiser.path.add_noise(data, noise, _LAST_STEP)
-        odds = 2 * (1 - _LAST_STEP) / _LAST_STEP**2 * last * data
+        last = self.flow.denoiser.path.add_noise(data, noise, _DECIDED)
+        odds = 2 * (1 - _DECIDED) / _DECIDED**2 * last * data
         total = total + F.softplus(-odds).double().flatten(1).sum(dim=1)
         nats = (total / self.block_size).view(len(ids), count)
         return -nats.repeat_interleave(self.block_size, dim=1)
