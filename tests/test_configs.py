@@ -267,6 +267,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "MaskBitSampler": {"steps": 4},
     "BARSampler": {"bit_counts": [2, 2]},
     "MaskedBitHead": {"width": 8, "depth": 1},
+    "BinaryFlowHead": {"width": 16, "depth": 1, "modulations": 1},
     "FactorisedHead": {"sizes": [4, 4]},
     "ImageClassifier": {"channels": [4, 4], "num_classes": 2},
 }

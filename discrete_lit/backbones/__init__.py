@@ -1,6 +1,6 @@
 """The transformer that all generators of tokens share, heads that predict an id, networks of latents. Plain PyTorch."""
 
-from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
+from discrete_lit.backbones.backbone import Backbone, IdHead, SequenceLayout, SubTokenHead
 from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.cache import Cache
 from discrete_lit.backbones.cell_transformer import CellLayout, CellTransformer
@@ -10,7 +10,7 @@ from discrete_lit.backbones.dit import DiT
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.scale_transformer import PrefixCondition, ScaleLayout, ScaleTransformer
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
-from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead
+from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
 from discrete_lit.backbones.unet import UNet
 
@@ -27,6 +27,7 @@ __all__ = [
     "DenoisingNetwork",
     "DiT",
     "FactorisedHead",
+    "IdHead",
     "LatentLayout",
     "MaskedAutoencoder",
     "MaskedBitHead",
@@ -39,4 +40,5 @@ __all__ = [
     "Transformer",
     "UNet",
     "VectorLayout",
+    "ids_of_signs",
 ]

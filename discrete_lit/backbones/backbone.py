@@ -1,8 +1,9 @@
 """The contract between a generator and its network, and what can be done with any such network.
 
 A generator describes its sequence (`SequenceLayout`) and is given a `Backbone`, which makes logits of token ids. A
-vocabulary too large for one softmax is predicted in sub-tokens (`SubTokens`, `SubTokenHead`). The rest of the file is
-for all backbones: their floating-point operations are counted, their blocks compiled, their weights packed for a CPU.
+vocabulary too large for one softmax is predicted by a head of its own (`IdHead`), in sub-tokens (`SubTokens`,
+`SubTokenHead`) or otherwise. The rest of the file is for all backbones: their floating-point operations are counted,
+their blocks compiled, their weights packed for a CPU.
 """
 
 from abc import ABC, abstractmethod
@@ -48,6 +49,7 @@ class SequenceLayout:
         any_order: whether a causal sequence may come in an order of its own.
         timed: whether the backbone is told how noisy its input is.
         mask_output: whether it has a logit of the mask id too, as the last; ratios of probabilities have one.
+        block_size: p, positions of a causal sequence that are predicted together, from the blocks before theirs.
     """
 
     vocab_size: int
@@ -62,6 +64,7 @@ class SequenceLayout:
     any_order: bool = False
     timed: bool = False
     mask_output: bool = False
+    block_size: int = 1
 
     @property
     def positions(self) -> int:
@@ -96,13 +99,13 @@ class Backbone(nn.Module, ABC):
         layout: the sequence.
 
     Attributes:
-        place_head: the `SubTokenHead` of a causal backbone that predicts an id in sub-tokens: it reads the hidden
-            states that `forward` then gives in the place of logits. None for others.
+        place_head: the `IdHead` of a causal backbone that predicts ids otherwise than by logits of them all: it reads
+            the hidden states that `forward` then gives in the place of logits. None for others.
         visible_start: elements at the beginning of a causal sequence that see each other both ways; 0 where each sees
             those before it alone.
     """
 
-    place_head: "SubTokenHead | None"
+    place_head: "IdHead | None"
     visible_start: int
 
     def __init__(self, layout: SequenceLayout) -> None:
@@ -126,7 +129,8 @@ class Backbone(nn.Module, ABC):
         Bidirectional: `tokens (B, N)` to `(B, N, K)`, the prediction of each id.
         Causal: a prefix `tokens (B, n)`, 0 <= n < N, to `(B, n + 1, K)`; row i predicts token i from the tokens before
         it. With a cache, `tokens` are those that follow what the cache holds, and one row is returned for each; the
-        first call on an empty cache also returns row 0, so it may be given no token at all.
+        first call on an empty cache also returns row 0, so it may be given no token at all. In blocks of p: whole
+        blocks, `(B, n + p, K)`, and with a cache one block at a time behind the first call.
         Block-causal: the same with whole scales: row i predicts position i from the input at that position, which is
         made of the scales before; the first scale has no input of its own.
 
@@ -146,7 +150,7 @@ class Backbone(nn.Module, ABC):
             `place_head` what it reads, `(B, rows, D)`. Where some are `predicted`, those `(M, K)`.
 
         Raises:
-            ValueError: more tokens than the layout has, or an incomplete scale.
+            ValueError: more tokens than the layout has, or an incomplete scale or block.
         """
 
     @abstractmethod
@@ -191,18 +195,20 @@ class Backbone(nn.Module, ABC):
         return counted[batch,]
 
     def head_flops(self, batch: int, known: int) -> int:
-        """Count the operations of `place_head.sub_token_logits` at one position of B sequences, given the
-        first `known` sub-tokens."""
+        """Count the operations of one pass of the `place_head` at one position, or block of positions, of B sequences.
+
+        Args:
+            batch: sequences B.
+            known: sub-tokens of the id that a `SubTokenHead` is given; 0 for other heads.
+        """
         assert self.place_head is not None
         counted = _counted.setdefault(self.place_head, {})
         if (batch, known) not in counted:
 
-            def prepare(head: SubTokenHead) -> Callable[[], object]:
+            def prepare(head: IdHead) -> Callable[[], object]:
                 device, dtype = (weight := next(head.parameters())).device, weight.dtype
-                hidden = torch.zeros(batch, 1, head.width, device=device, dtype=dtype)
-                return partial(
-                    head.sub_token_logits, hidden, torch.zeros(batch, 1, known, dtype=torch.int64, device=device)
-                )
+                hidden = torch.zeros(batch, self.layout.block_size, head.width, device=device, dtype=dtype)
+                return head.one_pass(hidden, known)
 
             counted[batch, known] = count_flops(self.place_head, prepare)
         return counted[batch, known]
@@ -224,12 +230,80 @@ class Backbone(nn.Module, ABC):
         return partial(self, inputs, labels, cache, None, time)
 
 
-class SubTokenHead(nn.Module, ABC):
+class IdHead(nn.Module, ABC):
+    """A head that predicts ids from hidden states, where there are too many ids (2^18, say) for a softmax over all.
+
+    The transformer makes it by calling `place_head(settings of its blocks, K)`, and gives hidden states instead of
+    logits. Heads that predict an id in sub-tokens are `SubTokenHead`s; `BinaryFlowHead` draws all bits of an id at
+    once.
+
+    Args:
+        sizes: of the P sub-tokens of an id, least significant first; their product is K.
+        vocab_size: K.
+        width: D, of the hidden states.
+
+    Attributes:
+        reads_norm: whether the transformer ends with its norm; else the head has one of its own.
+        initialised: whether its weights stay as it made them; else the transformer initialises them as its own.
+        block_size: p, positions that it predicts together, as the generator's.
+        likelihood_kind: of `log_likelihood`.
+
+    Raises:
+        ValueError: sub-tokens that do not make up the vocabulary.
+    """
+
+    reads_norm = False
+    initialised = False
+    likelihood_kind: Literal["exact", "bound"] = "exact"
+
+    def __init__(self, sizes: Sequence[int], vocab_size: int, *, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.sub_tokens = SubTokens(sizes, vocab_size)
+        self.block_size = 1
+
+    @abstractmethod
+    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """Compute what training minimises in training mode, and in eval mode -log p of each id, or an estimate of its
+        bound.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+            random: one stream for each of the B sequences.
+
+        Returns:
+            Nats of each id (in training what stands for them) and the weights of their mean, both `(B, n)` float32 or
+            float64.
+        """
+
+    @abstractmethod
+    def log_likelihood(self, hidden: Tensor, ids: Tensor, random: CounterRandom | None = None) -> Tensor:
+        """Compute log p of each id in nats, or a lower bound of it, as `likelihood_kind` says.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K).
+            random: one stream for each sequence, for a bound that is estimated by drawing.
+
+        Returns:
+            `(B, n)` float32 or float64.
+        """
+
+    @abstractmethod
+    def one_pass(self, hidden: Tensor, known: int) -> Callable[[], object]:
+        """Prepare one pass as a sampler makes it, to be counted.
+
+        Args:
+            hidden: `(B, p, D)`.
+            known: sub-tokens that are known.
+        """
+
+
+class SubTokenHead(IdHead):
     """A head that predicts an id as a product: each sub-token given those before it and the hidden state.
 
-    It replaces the softmax over all K ids where there are too many of them (2^18, say). The transformer makes
-    it by calling `place_head(settings of its blocks, K)`, ends without a norm, and gives hidden states instead of
-    logits. Two heads stand in `sub_token_heads.py`.
+    The transformer ends without a norm. Two heads stand in `sub_token_heads.py`.
 
     Args:
         sizes: of the P sub-tokens of an id, least significant first; their product is K.
@@ -239,11 +313,6 @@ class SubTokenHead(nn.Module, ABC):
     Raises:
         ValueError: sub-tokens that do not make up the vocabulary.
     """
-
-    def __init__(self, sizes: Sequence[int], vocab_size: int, *, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.sub_tokens = SubTokens(sizes, vocab_size)
 
     @abstractmethod
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
@@ -257,30 +326,11 @@ class SubTokenHead(nn.Module, ABC):
             `(B, n, size of sub-token p)` float32 or float64.
         """
 
-    @abstractmethod
-    def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
-        """Compute what training minimises in training mode, and in eval mode -log p of each id, or an estimate of its
-        bound.
+    def one_pass(self, hidden: Tensor, known: int) -> Callable[[], object]:
+        return partial(self.sub_token_logits, hidden, hidden.new_zeros(*hidden.shape[:2], known, dtype=torch.int64))
 
-        Args:
-            hidden: `(B, n, D)`.
-            ids: `(B, n)` int64 in [0, K).
-            random: one stream for each of the B sequences.
-
-        Returns:
-            Nats of each id and the weights of their mean, both `(B, n)` float32 or float64.
-        """
-
-    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
-        """Compute log p of each id in nats, exactly: the sum over sub-tokens in turn.
-
-        Args:
-            hidden: `(B, n, D)`.
-            ids: `(B, n)` int64 in [0, K).
-
-        Returns:
-            `(B, n)` float32 or float64.
-        """
+    def log_likelihood(self, hidden: Tensor, ids: Tensor, random: CounterRandom | None = None) -> Tensor:
+        """Compute log p of each id in nats, exactly: the sum over sub-tokens in turn; arguments as of `IdHead`."""
         sub_tokens = self.sub_tokens.split(ids)
         total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
         for number in range(len(self.sub_tokens)):

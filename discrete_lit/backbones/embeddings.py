@@ -11,11 +11,12 @@ from typing import Literal, Self, cast
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 from discrete_lit.core.modules import at_least_float32, widened
 
-InputKind = Literal["table", "bits", "parts"]
+InputKind = Literal["table", "bits", "bits_mlp", "parts"]
 PositionKind = Literal["learned", "rope_1d", "rope_2d"]
 
 
@@ -26,13 +27,13 @@ def embed_tokens(
     kind: InputKind,
     sub_tokens: SubTokens | None,
     digits: Sequence[int] | None = None,
-) -> "TokenTable | BitProjection | SubTokenTables | VectorProjection":
+) -> "TokenTable | BitProjection | BitMLP | SubTokenTables | VectorProjection":
     """Make the embedding that a layout needs.
 
     Args:
         layout: the sequence.
         width: D.
-        kind: of ids: `"table"`, `"bits"`, or `"parts"`, a table for each sub-token.
+        kind: of ids: `"table"`; `"bits"`, or `"bits_mlp"`; or `"parts"`, a table for each sub-token.
         sub_tokens: that a `place_head` predicts an id in; None without one.
         digits: sizes of the digits of an id, each with a table that is added to that of the ids.
 
@@ -49,6 +50,8 @@ def embed_tokens(
         return VectorProjection(layout, width)
     if kind == "bits":
         return BitProjection(layout, width)
+    if kind == "bits_mlp":
+        return BitMLP(layout, width)
     if kind == "parts":
         if sub_tokens is None:
             raise ValueError("token_embedding='parts' embeds the sub-tokens that a place_head predicts: give one")
@@ -56,7 +59,7 @@ def embed_tokens(
     if sub_tokens is not None:
         raise ValueError(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
-            "to avoid: use 'bits' or 'parts'"
+            "to avoid: use 'bits', 'bits_mlp' or 'parts'"
         )
     return TokenTable(layout, width, digits=None if digits is None else SubTokens(digits, layout.vocab_size))
 
@@ -124,11 +127,32 @@ class BitProjection(nn.Module):
         self.project = nn.Linear(layout.sub_tokens * self.bits, width)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
-        shifts = torch.arange(self.bits, device=tokens.device)
-        signs = ((tokens[..., None] >> shifts) & 1) * 2 - 1
-        signs = signs.masked_fill((tokens == self.layout.mask_id)[..., None], 0)
-        signs = rearrange(signs, "b (n sub) bits -> b n (sub bits)", sub=self.layout.sub_tokens)
-        return self.project(signs.to(self.project.weight.dtype))
+        return self.project(_signs(tokens, self.bits, self.layout).to(self.project.weight.dtype))
+
+
+class BitMLP(nn.Module):
+    """A SwiGLU of the bits of a position's ids as -1 and 1, one and a half times as wide as D (BitDance, 2026)."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bits_mlp'")
+        hidden = int(1.5 * width)
+        self.expand = nn.Linear(layout.sub_tokens * self.bits, 2 * hidden)
+        self.contract = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
+        signs = _signs(tokens, self.bits, self.layout).to(self.expand.weight.dtype)
+        gate, value = self.expand(signs).chunk(2, dim=-1)
+        return self.contract(F.silu(gate) * value)
+
+
+def _signs(tokens: Tensor, bits: int, layout: SequenceLayout) -> Tensor:
+    """The bits of ids `(B, n * sub_tokens)` as -1 and 1, least significant first, `(B, n, sub_tokens * bits)`; 0 of the
+    mask id."""
+    signs = ((tokens[..., None] >> torch.arange(bits, device=tokens.device)) & 1) * 2 - 1
+    signs = signs.masked_fill((tokens == layout.mask_id)[..., None], 0)
+    return rearrange(signs, "b (n sub) bits -> b n (sub bits)", sub=layout.sub_tokens)
 
 
 class SubTokenTables(nn.Module):
@@ -193,6 +217,7 @@ class Positions(nn.Module):
         head_dim: width of a head.
         zero_starts: on a grid, turn the elements before the first position to 0 instead of leaving them alone.
         rotary_base: of the wavelengths of rotary positions.
+        rotary_offset: on a grid, how far along each axis its first position lies from what stands before it.
     """
 
     table: Tensor | None
@@ -207,16 +232,20 @@ class Positions(nn.Module):
         head_dim: int,
         zero_starts: bool = False,
         rotary_base: float = 10000.0,
+        rotary_offset: float = 0.0,
     ) -> None:
         super().__init__()
         self.starts = starts
+        self.rotary_offset = rotary_offset
         self.kind: PositionKind = kind
         self.grid = layout.grid
         self.head_dim = head_dim
         self.zero_starts = zero_starts
         self.rotary_base = rotary_base
         # An order of its own may put any position into the input.
-        self.read = layout.positions - int(layout.attention != "bidirectional" and not layout.any_order)
+        self.read = layout.positions
+        if layout.attention != "bidirectional" and not layout.any_order:
+            self.read -= layout.block_size
         self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if kind == "learned" else None
         self.register_buffer("table", None if kind == "learned" else self._make().float(), persistent=False)
 
@@ -227,7 +256,10 @@ class Positions(nn.Module):
             return rotary_table(coordinates, self.head_dim, base=self.rotary_base, dtype=torch.float64)
         still = torch.tensor((0.0, 0.0) if self.zero_starts else (1.0, 0.0), dtype=torch.float64)
         on_grid = rotary_table(
-            grid_coordinates(self.grid)[: self.read], self.head_dim, base=self.rotary_base, dtype=torch.float64
+            grid_coordinates(self.grid)[: self.read] + self.rotary_offset,
+            self.head_dim,
+            base=self.rotary_base,
+            dtype=torch.float64,
         )
         return torch.cat((still.expand(self.starts, self.head_dim // 2, 2), on_grid))
 
@@ -267,7 +299,7 @@ def rotary_table(
     """Compute the angles of positions with one or more coordinates; each turns an equal fraction of the pairs.
 
     Args:
-        coordinates: `(n, axes)`, integer.
+        coordinates: `(n, axes)`.
         head_dim: a multiple of 2 x axes.
         base: the wavelengths are 2 pi base^(2i / d).
         dtype: of the table; the angles are float64.

@@ -66,7 +66,7 @@ class FactorisedHead(SubTokenHead):
         values = -self.log_likelihood(hidden, ids)
         return values, torch.ones_like(values)
 
-    def log_likelihood(self, hidden: Tensor, ids: Tensor) -> Tensor:
+    def log_likelihood(self, hidden: Tensor, ids: Tensor, random: CounterRandom | None = None) -> Tensor:
         sub_tokens = self.sub_tokens.split(ids)
         read = self._read(hidden, sub_tokens[..., :-1])  # (B, n, P, D)
         total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))

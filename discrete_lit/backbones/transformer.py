@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import Backbone, SequenceLayout, SubTokenHead
+from discrete_lit.backbones.backbone import Backbone, IdHead, SequenceLayout
 from discrete_lit.backbones.blocks import (
     AttentionBias,
     Block,
@@ -42,7 +42,8 @@ class Transformer(Backbone):
     The condition is a class embedding: an element in front of the sequence (`conditioning="prefix"`), a modulation of
     every norm (`"adaln"`), or both; or a vector that is added to every element (`"added"`), as BERT's segment embedding
     is. A causal sequence without the element in front begins with a learned vector instead. Where the layout is timed,
-    an embedding of the time is added to what modulates.
+    an embedding of the time is added to what modulates. Where it has blocks of p positions, p - 1 learned queries
+    follow what stands in front, so that the first block has p elements to be predicted from (BitDance).
 
     By default it is GPT-2's, with the class in front (taming-transformers). The published models set, among others:
 
@@ -50,6 +51,8 @@ class Transformer(Backbone):
       `conditioning="prefix_adaln"`; Open-MAGVIT2 `token_embedding="parts"` and a `FactorisedHead` as its `place_head`.
     - RAR: `conditioning="prefix_adaln"`, `target_positions`, `condition_positions`, `registers=1`, `qk_norm="layer"`;
       BAR also has `token_embedding="bits"` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`, `mlp="swiglu"`.
+    - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
+      `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
       largest also `shared_modulation`.
     - MaskGIT: BERT's `norm_first=False`, `embedding_norm`, `head_transform` and `tied`, with `head_bias="place"` in
@@ -77,18 +80,20 @@ class Transformer(Backbone):
         norm_affine: gains of the norms; by default where nothing modulates them.
         norm_bias: offsets of LayerNorms with gains; as `bias` by default.
         final_norm_bias: an offset in the last norm; by default as in the others.
-        embedding_norm: LayerNorm of the embedded sequence (BERT).
+        embedding_norm: a norm of the embedded sequence: a LayerNorm (BERT), or `"rms"`.
         positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
             grid; what stands before the first position of the sequence is not rotated on a grid.
         rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
+        rotary_offset: on a grid, how far along each axis its first position lies from what stands there (BitDance).
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
         target_positions: learned embeddings of the position that each element predicts (RAR).
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
-            linear map of their bits (MaskBit), or the sum of a table for each of the sub-tokens that `place_head`
-            predicts (`"parts"`: Open-MAGVIT2).
+            linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), or the sum of a table for
+            each of the sub-tokens that `place_head` predicts (`"parts"`: Open-MAGVIT2).
         embedded_digits: sizes of the digits of an id, least significant first, each with a table that is added to the
             table of ids: for FSQ the tokenizer's `levels`.
         conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
+        class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         condition_width: of the class and time embeddings that modulate; `width` by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
@@ -107,7 +112,9 @@ class Transformer(Backbone):
             first of them what they predict, as it did in the training of such models; samplers and likelihoods go on
             from what is known.
         place_head: of a causal sequence, in the place of logits of all ids, for vocabularies too large for them: a
-            `FactorisedHead` or a `MaskedBitHead`. The transformer then ends without a norm.
+            `FactorisedHead` or a `MaskedBitHead`, for which the transformer ends without a norm, or a `BinaryFlowHead`.
+        hidden_positions: learned embeddings of the position that is predicted, added to what a `place_head` reads
+            (BitDance).
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
         dropout: on embeddings, attention weights and residual branches, in [0, 1).
         drop_path: stochastic depth of the last block, growing linearly from the first.
@@ -135,14 +142,16 @@ class Transformer(Backbone):
         norm_affine: bool | None = None,
         norm_bias: bool | None = None,
         final_norm_bias: bool | None = None,
-        embedding_norm: bool = False,
+        embedding_norm: bool | Literal["rms"] = False,
         positions: PositionKind = "learned",
         rotary_base: float = 10000.0,
+        rotary_offset: float = 0.0,
         start_rotation: Literal["none", "zero"] = "none",
         target_positions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
+        class_slots: int = 1,
         condition_width: int | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
@@ -156,7 +165,8 @@ class Transformer(Backbone):
         tied: bool = False,
         zero_outputs: bool = False,
         visible_start: int = 0,
-        place_head: Callable[[BlockSettings, int], SubTokenHead] | None = None,
+        place_head: Callable[[BlockSettings, int], IdHead] | None = None,
+        hidden_positions: bool = False,
         long_skips: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
@@ -180,21 +190,32 @@ class Transformer(Backbone):
         _check_layout(layout, target_positions=target_positions, tied=tied, token_embedding=token_embedding)
         if place_head is not None:
             _check_place_head(layout, head_transform=head_transform, head_bias=head_bias)
-        if visible_start and (layout.attention != "causal" or registers or conditioning != "prefix"):
-            raise ValueError(
-                f"visible_start={visible_start} needs a causal sequence that begins with its class alone: "
-                "conditioning='prefix', without registers"
-            )
+        _check_starts(
+            layout,
+            visible=visible_start,
+            registers=registers,
+            class_alone=conditioning == "prefix",
+            class_slots=class_slots,
+            hidden_positions=hidden_positions,
+            place_head=place_head is not None,
+        )
+        if rotary_offset and positions != "rope_2d":
+            raise ValueError(f"rotary_offset={rotary_offset} is of positions='rope_2d', got {positions!r}")
         self.visible_start = visible_start
+        # Positions that are predicted together: the elements that a block of them is predicted from.
+        self.block_size = layout.block_size if self.causal else 0
 
         if mlp_hidden is None:
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads if head_dim is None else head_dim
-        # What stands before the tokens: registers, and the class or what a first token is predicted from.
-        self.starts = registers + int(self.prefix or self.causal)
-        # What stands in the sequence at most: a causal backbone never reads the last token.
-        self.elements = self.starts + layout.positions - int(self.causal)
+        self.class_slots = class_slots
+        # What stands before the tokens: registers, and the class or what a first token is predicted from; in blocks
+        # also what the others of the first block are predicted from.
+        queries = max(self.block_size - 1, 0)
+        self.starts = registers + (class_slots if self.prefix else int(self.causal)) + queries
+        # What stands in the sequence at most: a causal backbone never reads the last block.
+        self.elements = self.starts + layout.positions - self.block_size
         condition_width = condition_width or width
         affine = not self.modulated if norm_affine is None else norm_affine
         norm_bias = bias if norm_bias is None else norm_bias
@@ -219,6 +240,7 @@ class Transformer(Backbone):
             dropout=dropout,
         )
         head = None if place_head is None else place_head(settings, layout.vocab_size)
+        _check_blocks(layout, head)
 
         # The input.
         self.token_embedding = embed_tokens(
@@ -228,10 +250,11 @@ class Transformer(Backbone):
             sub_tokens=None if head is None else head.sub_tokens,
             digits=embedded_digits,
         )
-        self.class_embedding = nn.Embedding(layout.num_classes + 1, condition_width)
+        self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
         self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
-        learned = self.starts - int(self.prefix)
+        learned = registers + int(self.causal and not self.prefix)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
+        self.queries = nn.Parameter(torch.empty(1, queries, width)) if queries else None
         self.positions = Positions(
             layout,
             positions,
@@ -240,9 +263,12 @@ class Transformer(Backbone):
             head_dim=self.head_dim,
             zero_starts=start_rotation == "zero",
             rotary_base=rotary_base,
+            rotary_offset=rotary_offset,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
-        self.embedding_norm = Norm(width, "layer", epsilon=norm_epsilon) if embedding_norm else None
+        self.embedding_norm = None
+        if embedding_norm:
+            self.embedding_norm = Norm(width, "rms" if embedding_norm == "rms" else "layer", epsilon=norm_epsilon)
         self.dropout = nn.Dropout(dropout)
 
         # The blocks.
@@ -257,12 +283,14 @@ class Transformer(Backbone):
 
         # The output.
         self.final_norm = self.final_modulation = self.head = None
+        if norm_first and (head is None or head.reads_norm):
+            offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
+            # What a head reads is modulated by none: it has gains whatever the blocks have.
+            self.final_norm = Norm(width, norm, affine=affine or head is not None, bias=offset, epsilon=norm_epsilon)
+        self.hidden_positions = nn.Parameter(torch.empty(layout.positions, width)) if hidden_positions else None
         if head is not None:
             self.place_head = head
         else:
-            if norm_first:
-                offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
-                self.final_norm = Norm(width, norm, affine=affine, bias=offset, epsilon=norm_epsilon)
             self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
             self.head = LogitHead(
                 width,
@@ -277,12 +305,16 @@ class Transformer(Backbone):
         self.zero_outputs = zero_outputs
         self.activation_checkpointing = activation_checkpointing
         mask = _start_mask(self.elements, visible_start) if visible_start else _scale_mask(layout)
+        if self.block_size > 1:
+            mask = _block_mask(self.elements, before=self.starts - self.block_size, size=self.block_size)
         self.register_buffer("mask", mask, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
         """Initialise as GPT-2: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth), or zero."""
         for name, parameter in self.named_parameters():
+            if name.startswith("place_head.") and self.place_head is not None and self.place_head.initialised:
+                continue
             if "modulation" in name or parameter.ndim < 2 or name.endswith(("bias", "log_sharpness", "start")):
                 continue
             residual = name.endswith(("out.weight", "contract.weight"))
@@ -315,9 +347,14 @@ class Transformer(Backbone):
         hidden = self._embed(tokens, class_vectors, filled, order)
         condition = self._condition(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, condition, order, cache)
-        # Row i of a causal sequence, which predicts token i, is the element before it.
-        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - int(self.causal) - filled, 0) :]
+        # Row i of a causal sequence, which predicts token i, is the element a block before it.
+        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
+            if self.final_norm is not None:
+                hidden = self.final_norm(hidden)
+            if self.hidden_positions is not None:
+                predicts = self._predicted(self.hidden_positions, filled, hidden.shape[1], order)
+                return hidden + predicts.to(hidden.dtype)
             # Sharding (FSDP2) hooks on to what comes back, which must not be a view of something else.
             return hidden.clone()
         if self.final_norm is not None:
@@ -356,7 +393,9 @@ class Transformer(Backbone):
         if filled == 0 and self.starts:
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
-                starts.append(class_vectors[:, None])
+                starts.append(class_vectors.unflatten(1, (self.class_slots, -1)))
+            if self.queries is not None:
+                starts.append(self.queries.expand(len(class_vectors), -1, -1))
             embedded = torch.cat((*(start.to(embedded.dtype) for start in starts), embedded), dim=1)
         self._check_count(filled, embedded.shape[1])
         if self.added:
@@ -374,6 +413,12 @@ class Transformer(Backbone):
                 f"the sequence has positions for {self.elements} elements (start included), got {filled + count}: "
                 f"a {self.layout.attention} backbone reads at most {self.elements - self.starts} tokens"
             )
+        blocks = self.block_size
+        if blocks > 1 and ((filled + count - self.starts) % blocks or (filled and count != blocks)):
+            raise ValueError(
+                f"this backbone reads whole blocks of {blocks} tokens, one at a time behind the first pass with a "
+                f"cache, got {count - (0 if filled else self.starts)} tokens"
+            )
         ends = list(accumulate(self.layout.scales))
         if ends and filled + count not in ends:
             raise ValueError(
@@ -384,13 +429,16 @@ class Transformer(Backbone):
 
     def _targets(self, table: Tensor, filled: int, count: int, order: Tensor | None) -> Tensor:
         """Embed the position that each element predicts: `(B or 1, count, D)`, zeros for those before the first."""
-        before = max(self.starts - 1 - filled, 0)
-        first = max(filled - self.starts + 1, 0)
-        predicted = slice(first, first + count - before)
-        positions = (
-            torch.arange(len(table), device=table.device)[None, predicted] if order is None else order[:, predicted]
-        )
-        return nn.functional.pad(table[positions], (0, 0, before, 0))
+        before = max(self.starts - self.block_size - filled, 0)
+        return nn.functional.pad(self._predicted(table, filled, count - before, order), (0, 0, before, 0))
+
+    def _predicted(self, table: Tensor, filled: int, rows: int, order: Tensor | None) -> Tensor:
+        """Take the vectors of the next `rows` positions that are predicted behind `filled` elements:
+        `(B or 1, rows, D)`."""
+        first = max(filled - self.starts + self.block_size, 0)
+        if order is None:
+            return table[None, first : first + rows]
+        return table[order[:, first : first + rows]]
 
     def _condition(self, class_vectors: Tensor, time: Tensor | None, filled: int, count: int) -> Tensor | None:
         """Add up the condition: `(B, 1, D)`, or `(B, count, D)` where it changes along the sequence; None for a prefix
@@ -410,7 +458,8 @@ class Transformer(Backbone):
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
         rotary = self.positions.rotary(filled, count, order)
         mask = None if self.mask is None else self.mask[:count, :count]
-        causal = self.layout.attention == "causal"
+        # Of blocks, the mask says all of a first pass, and a later one sees everything.
+        causal = self.layout.attention == "causal" and self.block_size == 1
         prepared = [] if cache is None else cache.modulations
         shared: Condition | None = condition
         if condition is not None and self.shared_modulation is not None and not prepared:
@@ -473,6 +522,13 @@ def _start_mask(elements: int, visible: int) -> Tensor:
     return mask
 
 
+def _block_mask(elements: int, *, before: int, size: int) -> Tensor:
+    """Mask `(n, n)` bool: `before` elements see those before them and themselves, then each block also itself."""
+    number = torch.arange(elements)
+    block = torch.where(number < before, number, before + (number - before).div(size, rounding_mode="floor"))
+    return block[:, None] >= block
+
+
 def _scale_mask(layout: SequenceLayout) -> Tensor | None:
     """Mask `(N, N)` bool: each position sees the scales before its own, and its own."""
     if not layout.scales:
@@ -527,6 +583,38 @@ def _check_layout(layout: SequenceLayout, *, target_positions: bool, tied: bool,
         raise ValueError(
             f"several ids at a position need bidirectional attention, this sequence is {layout.attention}: a "
             "place_head predicts the sub-tokens of an id"
+        )
+
+
+def _check_starts(
+    layout: SequenceLayout,
+    *,
+    visible: int,
+    registers: int,
+    class_alone: bool,
+    class_slots: int,
+    hidden_positions: bool,
+    place_head: bool,
+) -> None:
+    blocks = layout.block_size
+    if visible and (layout.attention != "causal" or registers or not class_alone or class_slots > 1 or blocks > 1):
+        raise ValueError(
+            f"visible_start={visible} needs a causal sequence that begins with its class alone: "
+            "conditioning='prefix', without registers, class_slots or blocks"
+        )
+    if class_slots < 1 or (class_slots > 1 and not class_alone):
+        raise ValueError(f"class_slots={class_slots} must be at least 1, and more than one need conditioning='prefix'")
+    if hidden_positions and (not place_head or visible):
+        raise ValueError("hidden_positions are added to what a place_head reads, without visible_start: give one")
+
+
+def _check_blocks(layout: SequenceLayout, head: IdHead | None) -> None:
+    found = 1 if head is None else head.block_size
+    if found != layout.block_size:
+        name = "logits of each position" if head is None else f"{type(head).__name__}(block_size={found})"
+        raise ValueError(
+            f"the generator predicts {layout.block_size} positions at a time (its block_size), the backbone has "
+            f"{name}: set block_size of both alike"
         )
 
 

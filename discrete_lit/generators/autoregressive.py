@@ -3,18 +3,22 @@
 In raster order (Esser et al., "Taming Transformers", 2021, section 3.2; Sun et al., "LlamaGen", 2024), in another fixed
 order, or in random orders that give way to the raster order (RAR; Yu et al., "Randomized Autoregressive Visual
 Generation", 2024). Where the vocabulary is too large for one softmax, a token is predicted by the backbone's sub-token
-head: next sub-token prediction (Luo et al., "Open-MAGVIT2", 2024) or masked bits (BAR; Yu et al., "Autoregressive Image
-Generation with Masked Bit Modeling", 2026).
+head: next sub-token prediction (Luo et al., "Open-MAGVIT2", 2024), masked bits (BAR; Yu et al., "Autoregressive Image
+Generation with Masked Bit Modeling", 2026), or bits drawn together by flow matching, of one token or of a block of them
+(BitDance, 2026).
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import isqrt
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
+from discrete_lit.backbones.backbone import bits_of_vocabulary
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
@@ -34,20 +38,29 @@ class Autoregressive(Generator):
     raster order.
 
     A backbone with a `place_head` makes no softmax over all ids: the head predicts the sub-tokens of an id in turn
-    (`FactorisedHead`: Open-MAGVIT2, or groups of bits), or its bits (`MaskedBitHead`: BAR, drawn by the `BARSampler`).
+    (`FactorisedHead`: Open-MAGVIT2, or groups of bits), or its bits (`MaskedBitHead`: BAR, drawn by the `BARSampler`;
+    `BinaryFlowHead`: BitDance, drawn by the `BinaryFlowSampler`, whose likelihood is a bound).
+
+    With `block_size` p (BitDance's parallel form), the p tokens of a block are predicted together from the blocks
+    before it, by a `BinaryFlowHead` with the same `block_size`.
 
     Arguments that are not listed are those of every `Generator`.
 
     Args:
         order: `"raster"`; the N positions of the grid, numbered in raster order, in the order in which they are
-            predicted; or `"random_annealed"`, RAR's random orders that give way to the raster order.
+            predicted; `"blocks"`, squares of `block_size` positions in raster order, and so within each; or
+            `"random_annealed"`, RAR's random orders that give way to the raster order.
+        block_size: p, tokens that are predicted together.
+        perturb_rate: in training, each bit of the input (not of what is predicted) is flipped with a probability of its
+            own, uniform in [0, perturb_rate]: as sampling reads what it drew, which may be wrong (BitDance has 0.1).
         anneal_steps: optimizer steps until which every order is random and from which none is; the probability falls
             linearly between them. RAR's by default, of 250,000.
         sampler: `RasterSampler()` by default; it draws in this generator's order.
         common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
 
     Raises:
-        ValueError: an order that is no permutation of the positions, or steps that fall.
+        ValueError: an order that is no permutation of the positions, steps that fall, blocks that do not divide the
+            grid, or a `perturb_rate` for ids without bits.
     """
 
     coordinate_name = "position"
@@ -59,7 +72,9 @@ class Autoregressive(Generator):
         image_size: ImageSize,
         *,
         num_classes: int,
-        order: Literal["raster", "random_annealed"] | tuple[int, ...] = "raster",
+        order: Literal["raster", "blocks", "random_annealed"] | tuple[int, ...] = "raster",
+        block_size: int = 1,
+        perturb_rate: float = 0.0,
         anneal_steps: tuple[int, int] = (125_000, 187_500),
         sampler: Sampler | None = None,
         **common: Any,
@@ -70,12 +85,21 @@ class Autoregressive(Generator):
             num_classes=num_classes,
             attention="causal",
             any_order=order != "raster",
+            block_size=block_size,
         )
+        if block_size < 1 or layout.length % block_size:
+            raise ValueError(
+                f"block_size={block_size} must divide the {layout.length} tokens of an image, a grid of {layout.grid}"
+            )
+        if not 0 <= perturb_rate <= 1:
+            raise ValueError(f"perturb_rate must lie in [0, 1], got {perturb_rate}")
         if isinstance(order, str):
-            if order not in ("raster", "random_annealed"):
+            if order not in ("raster", "blocks", "random_annealed"):
                 raise ValueError(
-                    f"order must be 'raster', 'random_annealed' or a permutation of positions, got {order!r}"
+                    f"order must be 'raster', 'blocks', 'random_annealed' or a permutation of positions, got {order!r}"
                 )
+            if order == "blocks":
+                order = block_order(layout.grid, block_size)
         else:
             check_permutation(order, layout.length)
         if not 0 <= anneal_steps[0] <= anneal_steps[1]:
@@ -90,6 +114,9 @@ class Autoregressive(Generator):
         )
         self.annealed = order == "random_annealed"
         self.anneal_steps = anneal_steps
+        self.block_size = block_size
+        self.perturb_rate = perturb_rate
+        self.bits = bits_of_vocabulary(self.vocab_size, f"perturb_rate={perturb_rate}") if perturb_rate else 0
         fixed = None if isinstance(order, str) else torch.tensor(order)
         self.register_buffer("fixed_order", fixed, persistent=False)
 
@@ -107,7 +134,8 @@ class Autoregressive(Generator):
         if self.annealed and self.training:
             orders = self._training_orders(random)
             tokens = tokens.gather(1, orders)
-        outputs = self.backbone(tokens[:, :-1], labels, order=orders)  # (B, N, K), or (B, N, D) for a sub-token head
+        read = self._perturbed(tokens, random)[:, : -self.block_size]
+        outputs = self.backbone(read, labels, order=orders)  # (B, N, K), or (B, N, D) for a place_head
         head = self.backbone.place_head
         if head is None:
             values = cross_entropies(outputs, tokens)
@@ -124,12 +152,13 @@ class Autoregressive(Generator):
     ) -> Likelihood:
         """Give log p(tokens | label) in nats, exact, in this generator's order or along another.
 
-        The sub-tokens or bits of an id come in turn, the least significant first.
+        The sub-tokens or bits of an id come in turn, the least significant first. Of bits that are drawn by flow
+        matching it is a bound, see `BinaryFlowHead.log_likelihood`.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
             labels: `(B,)` int64 in [0, num_classes].
-            indices: not needed here.
+            indices: of the random numbers of a bound; see `Generator`.
             order: `(N,)` int64, a permutation of the positions; raster order for a generator of random orders by
                 default.
 
@@ -143,13 +172,17 @@ class Autoregressive(Generator):
                 raise ValueError("this generator knows the raster order alone: train it with order='random_annealed'")
             check_permutation(order.tolist(), self.length)
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
-        outputs = self.backbone(sequences[:, :-1], labels, order=orders)
+        outputs = self.backbone(sequences[:, : -self.block_size], labels, order=orders)
         # A visible start sees what it predicts: its rows are those of what was known.
         for row in range(min(self.backbone.visible_start, self.length) - 1):
             outputs[:, row] = self.backbone(sequences[:, :row], labels, order=orders)[:, -1]
         head = self.backbone.place_head
-        nats = -cross_entropies(outputs, sequences) if head is None else head.log_likelihood(outputs, sequences)
-        return Likelihood(nats.double().sum(dim=1), "exact")
+        if head is None:
+            return Likelihood(-cross_entropies(outputs, sequences).double().sum(dim=1), "exact")
+        if indices is None:
+            indices = torch.arange(len(tokens), device=tokens.device)
+        nats = head.log_likelihood(outputs, sequences, CounterRandom(self.seed, indices))
+        return Likelihood(nats.double().sum(dim=1), head.likelihood_kind)
 
     def sampled_backbone(self) -> Backbone:
         return self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
@@ -161,6 +194,15 @@ class Autoregressive(Generator):
             return 1.0
         return 0.0 if self.global_step >= end else 1 - (self.global_step - start) / (end - start)
 
+    def _perturbed(self, tokens: Tensor, random: CounterRandom) -> Tensor:
+        """Flip bits of the input of training `(B, N)`, each where u < perturb_rate v for uniform u and v."""
+        if not (self.training and self.perturb_rate):
+            return tokens
+        numbers = random.uniform(Purpose.EXPOSURE, 2 * tokens.shape[1] * self.bits)
+        u, v = numbers.view(len(tokens), 2, tokens.shape[1], self.bits).unbind(dim=1)
+        flipped = (u < self.perturb_rate * v).long() << torch.arange(self.bits, device=tokens.device)
+        return tokens ^ flipped.sum(dim=-1)
+
     def _training_orders(self, random: CounterRandom) -> Tensor:
         """Draw each sample's order o `(B, N)`: a function of the sample and the step alone."""
         uniforms = random.uniform(Purpose.ORDER, self.length + 1)
@@ -170,6 +212,22 @@ class Autoregressive(Generator):
     def _fixed_orders(self, batch: int) -> Tensor | None:
         """Return the fixed order, `(B, N)`; None for raster order."""
         return None if self.fixed_order is None else self.fixed_order.expand(batch, -1)
+
+
+def block_order(grid: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """List the positions of a grid by squares of `block_size`, in raster order as the positions within each are.
+
+    Raises:
+        ValueError: no grid of two axes, no square number, or squares that do not divide the grid.
+    """
+    side = isqrt(block_size)
+    if len(grid) != 2 or side**2 != block_size or grid[0] % side or grid[1] % side:
+        raise ValueError(
+            f"order='blocks' needs a block_size that is a square whose side divides both sides of a grid, got "
+            f"block_size={block_size} for a grid of {grid}"
+        )
+    positions = torch.arange(grid[0] * grid[1]).view(grid)
+    return tuple(rearrange(positions, "(h p) (w q) -> (h w p q)", p=side, q=side).tolist())
 
 
 class OrderedBackbone(Backbone):

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from discrete_lit.samplers.bar import BARSampler
+from discrete_lit.samplers.binary_flow import BinaryFlowSampler
 from discrete_lit.samplers.cell_by_cell import NextCellSampler
 from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
 from discrete_lit.samplers.diffusion import (
@@ -31,6 +32,7 @@ from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSa
 __all__ = [
     "AncestralSampler",
     "BARSampler",
+    "BinaryFlowSampler",
     "DiffusionSampler",
     "DimensionwiseSampler",
     "EulerSampler",

@@ -13,7 +13,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from discrete_lit.backbones import SubTokenHead
+from discrete_lit.backbones import IdHead, SubTokenHead
 from discrete_lit.core.random import Purpose
 from discrete_lit.core.synchronisation import on_device
 from discrete_lit.samplers.guidance import GuidanceSchedule, guided_steps
@@ -52,7 +52,8 @@ class RasterSampler(Sampler):
         self.order = order
 
     def draw(self, context: SamplingContext) -> Tensor:
-        length, mask_id, head = context.layout.length, context.layout.mask_id, context.backbone.place_head
+        length, mask_id = context.layout.length, context.layout.mask_id
+        head = self._sub_token_head(context.backbone.place_head)
         order = self._order(context)  # (B, N), or None for raster order
         scales = self.sub_token_scales(length, head)  # of each sub-token at each position
         uniforms = context.random.uniform(Purpose.TOKEN, length * self.uniforms_per_id(head))
@@ -62,7 +63,7 @@ class RasterSampler(Sampler):
         tokens = context.start() if order is None else context.start().gather(1, order)  # in the order drawn
         known = tokens != mask_id
         read = 0  # the cache holds the tokens before this position
-        first = 0 if context.known is None else _common_prefix(known)
+        first = 0 if context.known is None else common_prefix(known)
         for position in range(first, length):
             output = decoder(tokens[:, read:position], position)[:, -1:]  # (B, 1, K), or (B, 1, D) for a head
             read = position
@@ -115,6 +116,14 @@ class RasterSampler(Sampler):
         """The sampler whose temperature and filters a sub-token is drawn with."""
         return self
 
+    def _sub_token_head(self, head: IdHead | None) -> SubTokenHead | None:
+        if head is None or isinstance(head, SubTokenHead):
+            return head
+        raise ValueError(
+            f"{type(self).__name__} draws ids by their probabilities, or sub-token by sub-token; this generator has a "
+            f"{type(head).__name__}, which gives neither: BinaryFlowSampler draws from a BinaryFlowHead"
+        )
+
     def _order(self, context: SamplingContext) -> Tensor | None:
         """`(B, N)`: the positions in turn, or None for the raster order."""
         layout, labels = context.layout, context.labels
@@ -132,7 +141,7 @@ class RasterSampler(Sampler):
         return on_device(torch.tensor, tuple(self.order), device=labels.device).expand(len(labels), -1)
 
 
-def _common_prefix(known: Tensor) -> int:
+def common_prefix(known: Tensor) -> int:
     """Count the first tokens that are known in every row of `known (B, N)` bool.
 
     Raises:

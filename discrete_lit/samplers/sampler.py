@@ -441,12 +441,13 @@ class CachedDecoder:
         self.labels, self.cache = context.prepare(self.doubled)
         self.order = None if order is None else order.repeat(1 + self.doubled, 1)
 
-    def __call__(self, tokens: Tensor, step: int) -> Tensor:
+    def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None) -> Tensor:
         """Read the next tokens.
 
         Args:
             tokens: `(B, n)` ids, or `(B, n, D)` vectors, which follow those of the calls before.
             step: from 0; it decides whether the null rows are still needed.
+            null_tokens: what the null rows read instead, while there are any; the same tokens by default.
 
         Returns:
             `(B, rows, K)` logits, or hidden states for a sub-token head; or `(2 B, rows, ...)`, the null rows last.
@@ -456,7 +457,10 @@ class CachedDecoder:
             self.doubled, self.labels, self.cache = False, self.labels[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
         self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
-        return self.context.backbone(self.rows(tokens), self.labels, self.cache, self.order)
+        rows = self.rows(tokens)
+        if self.doubled and null_tokens is not None:
+            rows = torch.cat((tokens, null_tokens))
+        return self.context.backbone(rows, self.labels, self.cache, self.order)
 
     def rows(self, values: Tensor) -> Tensor:
         """Repeat `values (B, ...)` for the null rows, while there are any."""

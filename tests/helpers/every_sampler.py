@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones import Transformer
+from discrete_lit.backbones import BinaryFlowHead, SequenceLayout, Transformer
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import CosineSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.parameterization import Denoiser
-from discrete_lit.samplers import Sampler, SamplerOutput
+from discrete_lit.diffusion.solvers import EulerMaruyama
+from discrete_lit.samplers import BinaryFlowSampler, Sampler, SamplerOutput
 from helpers import diffusion_cases, sampler_cases
 from helpers.sampler_cases import Case, build_backbone, build_quantizer
 
@@ -51,10 +52,22 @@ class Drawer:
 
 def names() -> list[str]:
     """The name of each case, and of each way through the loops of diffusion."""
-    found = [*sampler_cases.CASES, "adaln", "fixed_order"]
+    found = [*sampler_cases.CASES, "adaln", "fixed_order", "binary_flow", "binary_flow_in_blocks"]
     found += [f"{sampler}-{process}" for sampler, process in diffusion_cases.CASES if (sampler, process) not in ALIKE]
     found += [f"{sampler}-{process}-{way}" for sampler, process in WAYS_OF for way in WAYS if way]
     return [*found, "ancestral-gaussian-score_head", "ancestral-hybrid-score_head", "tau-gaussian"]
+
+
+def bit_backbone(block_size: int, spread: float = 0.3, **switches: Any) -> Transformer:
+    """A tiny backbone that predicts three bits of each of six positions, in blocks."""
+    layout = SequenceLayout(8, (2, 3), num_classes=2, attention="causal", block_size=block_size)
+
+    def head(block: Any, size: int) -> BinaryFlowHead:
+        solver = EulerMaruyama(4, last_step=0.05, last_drift="velocity")
+        return BinaryFlowHead(block, size, width=16, depth=2, modulations=1, block_size=block_size, solver=solver)
+
+    given: dict[str, Any] = {"class_slots": 2, "token_embedding": "bits_mlp", "hidden_positions": True, **switches}
+    return build_backbone(layout, spread, place_head=head, **given)
 
 
 def make_drawer(name: str) -> Drawer:
@@ -65,6 +78,9 @@ def make_drawer(name: str) -> Drawer:
     if name == "fixed_order":
         backbone = build_backbone(sampler_cases.ANY_ORDER, conditioning="prefix_adaln", target_positions=True)
         return Drawer(backbone, sampler_cases.RasterSampler(order=(3, 1, 2, 0, 5, 4), **GUIDED))
+    if name.startswith("binary_flow"):
+        size = 3 if name.endswith("in_blocks") else 1
+        return Drawer(bit_backbone(size), BinaryFlowSampler(guidance_scale=2.0, null_rows="own"))
     if name in sampler_cases.CASES:
         sampler, layout, settings = sampler_cases.CASES[name]
         quantizer = build_quantizer(layout.vocab_size) if layout.scales else None

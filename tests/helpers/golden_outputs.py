@@ -9,6 +9,7 @@ import torch
 
 from discrete_lit.pretrained import FAMILIES
 from helpers import (
+    golden_bits,
     golden_decoding,
     golden_diffusion,
     golden_generators,
@@ -18,9 +19,9 @@ from helpers import (
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
-KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns)
+KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns, golden_bits)
 NOT_YET = (
-    *("bar", "bar_fsq", "bitdance", "bitdance_parallel", "chameleon", "dalle_dvae", "emu3"),
+    *("bar", "bar_fsq", "chameleon", "dalle_dvae", "emu3"),
     *("encodec", "gidd", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
     *("rq_transformer", "rq_vae", "showo", "transfusion_mask", "vq_diffusion"),

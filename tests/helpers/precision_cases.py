@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from discrete_lit.backbones import FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
+from discrete_lit.backbones import BinaryFlowHead, FactorisedHead, MaskedBitHead, SequenceLayout, Transformer
 from discrete_lit.diffusion import (
     DiscretizedGaussianProcess,
     HybridProcess,
@@ -15,10 +15,12 @@ from discrete_lit.diffusion import (
     UniformProcess,
 )
 from discrete_lit.diffusion.losses import ContinuousBound, ScoreEntropy
+from discrete_lit.diffusion.solvers import EulerMaruyama
 from discrete_lit.generators import Autoregressive, DiscreteDiffusion, Generator, Masked, NextScale
 from discrete_lit.samplers import (
     AncestralSampler,
     BARSampler,
+    BinaryFlowSampler,
     DiffusionSampler,
     EulerSampler,
     FirstHittingSampler,
@@ -158,6 +160,23 @@ def bits(block: Any, vocab_size: int) -> MaskedBitHead:
     return MaskedBitHead(block, vocab_size, width=12, depth=1)
 
 
+def flow(block_size: int) -> Callable[[Any, int], BinaryFlowHead]:
+    solver = EulerMaruyama(4, last_step=0.05, last_drift="velocity")
+    settings: Any = {"width": 16, "depth": 2, "modulations": 1, "block_size": block_size, "solver": solver}
+    return lambda block, vocab_size: BinaryFlowHead(block, vocab_size, **settings)
+
+
+def bit_dance(block_size: int) -> Generator:
+    switches: Any = {"class_slots": 2, "token_embedding": "bits_mlp", "embedding_norm": "rms", "norm": "rms"}
+    return on_grid(
+        Autoregressive,
+        block_size=block_size,
+        perturb_rate=0.2,
+        sampler=BinaryFlowSampler(guidance_scale=2.0),
+        backbone=network(**switches, hidden_positions=True, place_head=flow(block_size)),
+    )
+
+
 def on_grid(kind: type[Generator], **settings: Any) -> Generator:
     fixed = {"tokenizer": TokenGrid(8, GRID), "image_size": 4, "num_classes": 2}
     return kind(**{**fixed, "backbone": network(), **settings})
@@ -189,6 +208,8 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "Autoregressive, BAR": lambda: on_grid(
         Autoregressive, backbone=network(token_embedding="bits", place_head=bits, norm="rms", qk_norm="rms")
     ),
+    "Autoregressive, BitDance": lambda: bit_dance(1),
+    "Autoregressive, BitDance in blocks": lambda: bit_dance(3),
     "Masked": lambda: on_grid(Masked, sampler=MaskGITSampler(steps=3)),
     "Masked, BERT": lambda: on_grid(
         Masked,
@@ -254,6 +275,7 @@ def make_generator(name: str, spread: float = 0.3) -> Generator:
 SAMPLERS: dict[str, tuple[str, Callable[[], Sampler]]] = {
     "RasterSampler": ("Autoregressive", lambda: RasterSampler(guidance_scale=2.0)),
     "BARSampler": ("Autoregressive, BAR", lambda: BARSampler(bit_counts=(1, 2))),
+    "BinaryFlowSampler": ("Autoregressive, BitDance", lambda: BinaryFlowSampler(guidance_scale=2.0)),
     "OpenMAGVIT2Sampler": (
         "Autoregressive, Open-MAGVIT2",
         lambda: OpenMAGVIT2Sampler(parts=[SubTokenSettings(guidance_scale=2.0), SubTokenSettings(top_k=3)]),
