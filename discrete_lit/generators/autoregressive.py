@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
@@ -102,12 +103,12 @@ class Autoregressive(Generator):
         raster = sequences if self.fixed_order is None else sequences[:, self.fixed_order.argsort()]
         return super().to_grid(raster)
 
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         orders = self._fixed_orders(len(tokens))
         if self.annealed and self.training:
             orders = self._training_orders(random)
             tokens = tokens.gather(1, orders)
-        outputs = self.backbone(tokens[:, :-1], labels, order=orders)  # (B, N, K), or (B, N, D) for a sub-token head
+        outputs = self.backbone(tokens[:, :-1], condition, order=orders)  # (B, N, K), or (B, N, D) for a sub-token head
         head = self.backbone.place_head
         if head is None:
             values = cross_entropies(outputs, tokens)
@@ -120,15 +121,20 @@ class Autoregressive(Generator):
     @torch.no_grad()
     @in_evaluation
     def log_likelihood(
-        self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition | Tensor,
+        *,
+        indices: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> Likelihood:
-        """Give log p(tokens | label) in nats, exact, in this generator's order or along another.
+        """Give log p(tokens | condition) in nats, exact, in this generator's order or along another.
 
         The sub-tokens or bits of an id come in turn, the least significant first.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the generator is given.
             indices: not needed here.
             order: `(N,)` int64, a permutation of the positions; raster order for a generator of random orders by
                 default.
@@ -143,10 +149,10 @@ class Autoregressive(Generator):
                 raise ValueError("this generator knows the raster order alone: train it with order='random_annealed'")
             check_permutation(order.tolist(), self.length)
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
-        outputs = self.backbone(sequences[:, :-1], labels, order=orders)
+        outputs = self.backbone(sequences[:, :-1], condition, order=orders)
         # A visible start sees what it predicts: its rows are those of what was known.
         for row in range(min(self.backbone.visible_start, self.length) - 1):
-            outputs[:, row] = self.backbone(sequences[:, :row], labels, order=orders)[:, -1]
+            outputs[:, row] = self.backbone(sequences[:, :row], condition, order=orders)[:, -1]
         head = self.backbone.place_head
         nats = -cross_entropies(outputs, sequences) if head is None else head.log_likelihood(outputs, sequences)
         return Likelihood(nats.double().sum(dim=1), "exact")
@@ -185,28 +191,29 @@ class OrderedBackbone(Backbone):
         self.backbone = backbone
         self.place_head = backbone.place_head
         self.visible_start = backbone.visible_start
+        self.grid_vocab, self.context_dim = backbone.grid_vocab, backbone.context_dim
         self.order = order
 
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
         predicted: Tensor | None = None,
     ) -> Tensor:
         assert order is None and predicted is None, "the order is fixed"
-        return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
+        return self.backbone(tokens, condition, cache, self.order.expand(len(tokens), -1), time)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         return self.backbone.fsdp_units()
 
-    def new_cache(self, labels: Tensor) -> Cache:
-        return self.backbone.new_cache(labels)
+    def new_cache(self, condition: Condition | Tensor) -> Cache:
+        return self.backbone.new_cache(condition)
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
-        return self.backbone.flops(batch, tokens, filled)
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
+        return self.backbone.flops(batch, tokens, filled, context)
 
-    def cache_flops(self, batch: int) -> int:
-        return self.backbone.cache_flops(batch)
+    def cache_flops(self, batch: int, context: int = 0) -> int:
+        return self.backbone.cache_flops(batch, context)
