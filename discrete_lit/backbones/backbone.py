@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.cache import Cache
+from discrete_lit.backbones.condition import Condition, plain
 from discrete_lit.backbones.cpu_kernels import PackedLinear, enabled, packing_pays
 from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.modules import widened
@@ -93,7 +94,7 @@ class SequenceLayout:
 
 
 class Backbone(nn.Module, ABC):
-    """A network from token ids and a label to logits.
+    """A network from token ids and what they are given, a label and where it reads them more, to logits.
 
     Args:
         layout: the sequence.
@@ -103,22 +104,28 @@ class Backbone(nn.Module, ABC):
             the hidden states that `forward` then gives in the place of logits. None for others.
         visible_start: elements at the beginning of a causal sequence that see each other both ways; 0 where each sees
             those before it alone.
+        grid_vocab: ids that its condition has for each position beside the label; None where it reads no grid. The id
+            `grid_vocab` stands for none.
+        context_dim: E, width of the vectors that it attends to; None where it attends to none.
     """
 
     place_head: "IdHead | None"
     visible_start: int
+    grid_vocab: int | None
+    context_dim: int | None
 
     def __init__(self, layout: SequenceLayout) -> None:
         super().__init__()
         self.layout = layout
         self.place_head = None
         self.visible_start = 0
+        self.grid_vocab = self.context_dim = None
 
     @abstractmethod
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
@@ -137,7 +144,9 @@ class Backbone(nn.Module, ABC):
         Args:
             tokens: int64 ids, the mask id K only where the layout allows it; `(B, n, input_dim)` vectors where the
                 layout has them.
-            labels: `(B,)` int64 in [0, num_classes], the null label included; ignored where the cache knows them.
+            condition: labels `(B,)` int64 in [0, num_classes], the null label included, or these with a grid
+                `(B, positions)` in raster order and vectors, where the backbone reads them; what the cache knows of it
+                is taken from there.
             cache: of `new_cache`; filled as a causal sequence grows.
             order: `(B, N)` int64, of an any-order layout: the position in the grid of each token in turn; raster order
                 by default.
@@ -150,7 +159,8 @@ class Backbone(nn.Module, ABC):
             `place_head` what it reads, `(B, rows, D)`. Where some are `predicted`, those `(M, K)`.
 
         Raises:
-            ValueError: more tokens than the layout has, or an incomplete scale or block.
+            ValueError: more tokens than the layout has, an incomplete scale or block, or a condition with other parts
+                than the backbone reads.
         """
 
     @abstractmethod
@@ -158,11 +168,11 @@ class Backbone(nn.Module, ABC):
         """Give the modules that FSDP gathers one after another: the blocks. They are also compiled one by one."""
 
     @abstractmethod
-    def new_cache(self, labels: Tensor) -> Cache:
-        """Compute what can be computed once for labels `(B,)`, and make room for the keys and values of B sequences of
-        N tokens."""
+    def new_cache(self, condition: Condition | Tensor) -> Cache:
+        """Compute what can be computed once for labels `(B,)` or all that B sequences are given, and make room for the
+        keys and values of their N tokens."""
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
         """Count the floating-point operations of a forward pass by `count_flops`, once for each shape.
 
         A causal pass must cost an amount that is linear in what its cache holds: two such passes are measured, the
@@ -172,27 +182,29 @@ class Backbone(nn.Module, ABC):
             batch: sequences B.
             tokens: input ids, or vectors, of each.
             filled: elements that the cache holds before the pass; None for a pass without a cache.
+            context: vectors that each sequence is given to attend to.
         """
         counted = _counted.setdefault(self, {})
-        key = batch, tokens, filled
+        key = batch, tokens, context, filled
         if key not in counted:
             line: list[tuple[Any, ...]] = []
             if filled and self.layout.attention == "causal":
-                line = [other for other in counted if other[:2] == key[:2] and other[2]]
+                line = [other for other in counted if other[:3] == key[:3] and other[3]]
             if filled and len(line) >= 2:
-                (_, _, first), (_, _, second) = line[:2]
+                (*_, first), (*_, second) = line[:2]
                 slope = (counted[line[1]] - counted[line[0]]) // (second - first)
                 counted[key] = counted[line[0]] + (filled - first) * slope
             else:
-                counted[key] = count_flops(self, lambda network: network.eval()._pass(batch, tokens, filled))
+                counted[key] = count_flops(self, lambda network: network.eval()._pass(batch, tokens, filled, context))
         return counted[key]
 
-    def cache_flops(self, batch: int) -> int:
-        """Count the floating-point operations of `new_cache` for B labels, as `flops` does."""
+    def cache_flops(self, batch: int, context: int = 0) -> int:
+        """Count the floating-point operations of `new_cache` for B sequences, as `flops` does."""
         counted = _counted.setdefault(self, {})
-        if (batch,) not in counted:
-            counted[batch,] = count_flops(self, lambda network: partial(network.new_cache, network._labels(batch)))
-        return counted[batch,]
+        key = batch, context
+        if key not in counted:
+            counted[key] = count_flops(self, lambda network: partial(network.new_cache, network._given(*key)))
+        return counted[key]
 
     def head_flops(self, batch: int, known: int) -> int:
         """Count the operations of one pass of the `place_head` at one position, or block of positions, of B sequences.
@@ -213,21 +225,30 @@ class Backbone(nn.Module, ABC):
             counted[batch, known] = count_flops(self.place_head, prepare)
         return counted[batch, known]
 
-    def _labels(self, batch: int) -> Tensor:
-        return torch.zeros(batch, dtype=torch.int64, device=next(self.parameters()).device)
+    def _given(self, batch: int, context: int) -> Condition | Tensor:
+        """A condition with the parts that the backbone reads, all zeros, of so many vectors to attend to."""
+        weight = next(self.parameters())
+        labels = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        grid = None if self.grid_vocab is None else labels[:, None].expand(-1, self.layout.positions)
+        vectors = mask = None
+        if self.context_dim is not None:
+            vectors = torch.zeros(batch, context, self.context_dim, device=weight.device, dtype=weight.dtype)
+            mask = torch.ones(batch, context, dtype=torch.bool, device=weight.device)
+        return plain(Condition(labels=labels, grid=grid, context=vectors, context_mask=mask))
 
-    def _pass(self, batch: int, tokens: int, filled: int | None) -> Callable[[], Tensor]:
+    def _pass(self, batch: int, tokens: int, filled: int | None, context: int) -> Callable[[], Tensor]:
         """A forward pass of these shapes, not yet made."""
-        labels, vectors = self._labels(batch), self.layout.input_dim
-        inputs = labels[:, None].expand(batch, tokens)
+        given, vectors = self._given(batch, context), self.layout.input_dim
+        device = next(self.parameters()).device
+        inputs = torch.zeros(batch, 1, dtype=torch.int64, device=device).expand(batch, tokens)
         if vectors is not None:
-            inputs = torch.zeros(batch, tokens, vectors, device=labels.device)
-        time = labels.float() if self.layout.timed else None
+            inputs = torch.zeros(batch, tokens, vectors, device=device)
+        time = torch.zeros(batch, device=device) if self.layout.timed else None
         cache = None
         if filled is not None:
-            cache = self.new_cache(labels)
+            cache = self.new_cache(given)
             cache.advance(filled)
-        return partial(self, inputs, labels, cache, None, time)
+        return partial(self, inputs, given, cache, None, time)
 
 
 class IdHead(nn.Module, ABC):

@@ -1,6 +1,6 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `MLP` and `Modulation` (adaLN-Zero) read them.
+`BlockSettings` has the switches; `Block`, `Attention`, `CrossAttention`, `MLP` and `Modulation` (adaLN-Zero) read them.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ from discrete_lit.core.modules import FullPrecision, at_least_float32
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
-Condition = Tensor | tuple[Tensor, ...]
+Modulating = Tensor | tuple[Tensor, ...]
+Context = Tensor | tuple[Tensor, Tensor]
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
 _LARGEST_LOG_SHARPNESS = 4.605170185988092
@@ -47,6 +48,7 @@ class BlockSettings:
         dropout: on the attention weights and both residual branches, in [0, 1).
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
+        context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
     """
 
     width: int
@@ -67,16 +69,19 @@ class BlockSettings:
     condition_width: int | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
+    context_dim: int | None = None
 
     def __post_init__(self) -> None:
         if not self.norm_epsilon > 0:
             raise ValueError(f"norm_epsilon must be > 0, got {self.norm_epsilon}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        if self.context_dim is not None and self.context_dim < 1:
+            raise ValueError(f"context_dim must be at least 1, got {self.context_dim}")
 
 
 class Block(nn.Module):
-    """Attention, then an MLP, both residual."""
+    """Attention, then an MLP, both residual; between them attention to a context, where there is one."""
 
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
@@ -84,6 +89,11 @@ class Block(nn.Module):
         self.norm_first = settings.norm_first
         self.attention_norm = _block_norm(settings)
         self.attention = Attention(settings)
+        self.context_norm = self.context_attention = None
+        if settings.context_dim is not None:
+            # Nothing modulates it, so that its norm has gains of its own (PixArt's branch is not modulated either).
+            self.context_norm = _block_norm(settings, affine=True)
+            self.context_attention = CrossAttention(settings)
         self.mlp_norm = _block_norm(settings)
         self.mlp = MLP(width, settings.mlp_hidden, kind=settings.mlp, bias=settings.bias)
         self.modulation = None
@@ -95,23 +105,34 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Condition | None = None,
+        condition: Modulating | None = None,
         rotary: Tensor | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
+        context: Context | None = None,
+        context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Map `(B, n, D)` to the same; `condition` as for `modulate`, or what it gave; the rest as for `Attention`."""
+        """Map `(B, n, D)` to the same.
+
+        Args:
+            condition: as for `modulate`, or what it gave.
+            rotary, mask, causal, cache: as for `Attention`.
+            context, context_mask: as for `CrossAttention`, of a block that attends to a context.
+        """
         if condition is None:
             if not self.norm_first:
                 x = self.attention_norm(x + self._drop(self.attention(x, rotary, mask, causal, cache)))
+                x = self._attend(x, context, context_mask)
                 return self.mlp_norm(x + self._drop(self.mlp(x)))
             x = x + self._drop(self.attention(self.attention_norm(x), rotary, mask, causal, cache))
+            x = self._attend(x, context, context_mask)
             return x + self._drop(self.mlp(self.mlp_norm(x)))
         vectors = self.modulate(condition) if isinstance(condition, Tensor) else condition
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         hidden = self.attention_norm(x) * (1 + scale1) + shift1
         x = x + self._drop(gate1 * self.attention(hidden, rotary, mask, causal, cache))
+        x = self._attend(x, context, context_mask)
         hidden = self.mlp_norm(x) * (1 + scale2) + shift2
         return x + self._drop(gate2 * self.mlp(hidden))
 
@@ -126,16 +147,25 @@ class Block(nn.Module):
         assert self.modulation_offset is not None
         return (condition + self.modulation_offset.flatten()).chunk(6, dim=-1)
 
+    def _attend(self, x: Tensor, context: Context | None, mask: Tensor | None) -> Tensor:
+        """Attend to the context, where the block has one."""
+        if self.context_attention is None or self.context_norm is None:
+            return x
+        assert context is not None, "a block with a context_dim is given a context"
+        if not self.norm_first:
+            return self.context_norm(x + self._drop(self.context_attention(x, context, mask)))
+        return x + self._drop(self.context_attention(self.context_norm(x), context, mask))
+
     def _drop(self, branch: Tensor) -> Tensor:
         """Leave out what training leaves out of a residual branch."""
         return self.dropout(branch) if self.training else branch
 
 
-def _block_norm(settings: BlockSettings) -> Norm:
+def _block_norm(settings: BlockSettings, *, affine: bool | None = None) -> Norm:
     return Norm(
         settings.width,
         settings.norm,
-        affine=settings.norm_affine,
+        affine=settings.norm_affine if affine is None else affine,
         bias=settings.norm_bias and settings.norm == "layer",
         epsilon=settings.norm_epsilon,
     )
@@ -235,6 +265,55 @@ class Attention(nn.Module):
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
         # Not by einops: this runs for every token that is drawn.
         return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from a sequence to vectors that it is given, its context.
+
+    Where none of a sequence's vectors is valid it attends to a learned one in their place, `null`: that is what it is
+    given where the condition was dropped, and what the null half of guidance reads. Elsewhere nobody sees that vector,
+    so that the attention is the ordinary one over the valid vectors. `qk_norm` of the block is of its self-attention.
+
+    Args:
+        settings: of the block; `context_dim` is the width E of the vectors.
+    """
+
+    def __init__(self, settings: BlockSettings) -> None:
+        super().__init__()
+        assert settings.context_dim is not None
+        inner, bias = settings.heads * settings.head_dim, settings.attention_bias == "all"
+        self.heads = settings.heads
+        self.dropout = settings.dropout
+        self.query = Linear(settings.width, inner, bias=bias)
+        self.key_value = Linear(settings.context_dim, 2 * inner, bias=bias)
+        self.null = nn.Parameter(torch.zeros(1, settings.context_dim))
+        self.out = Linear(inner, settings.width, bias=settings.out_bias)
+
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None) -> Tensor:
+        """Map `(B, n, D)` to the same.
+
+        Args:
+            context: `(B, M, E)`, or the keys and values that `keys_and_values` made of it.
+            mask: `(B, M)` bool, which of the vectors are valid; all if None.
+        """
+        key, value = self.keys_and_values(context) if isinstance(context, Tensor) else context
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        if key.dtype != query.dtype:
+            key, value = key.to(query.dtype), value.to(query.dtype)
+        if mask is None:
+            if key.shape[2] > 1:
+                key, value = key[:, :, :-1], value[:, :, :-1]
+        else:
+            mask = torch.cat((mask, ~mask.any(dim=1, keepdim=True)), dim=1)[:, None, None]
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Make keys and values of `(B, M, E)`, those of the null vector behind them: `(B, heads, M + 1, head_dim)`."""
+        rows = torch.cat((context.to(self.null.dtype), self.null.expand(len(context), 1, -1)), dim=1)
+        key, value = self.key_value(rows).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        return key, value
 
 
 class QueryKeyNorms(nn.Module):

@@ -1,7 +1,7 @@
 """The cache of a backbone: what is computed once while one batch of sequences is sampled.
 
 A causal backbone keeps the keys and values of the tokens so far (the KV cache); every backbone may keep the modulations
-(adaLN) of the labels.
+(adaLN) of the labels, and the keys and values of the vectors that it attends to.
 """
 
 from typing import NamedTuple
@@ -35,16 +35,23 @@ class LayerCache(NamedTuple):
 
 
 class Cache:
-    """The modulations of a batch's labels, computed once; and of a causal backbone the keys and values so far.
+    """What is computed once of a batch's condition; and of a causal backbone the keys and values so far.
 
     Args:
         modulations: of each block, then of the head; empty where nothing is modulated.
         keys_and_values: `(layers, 2, B, heads, length, head_dim)`, preallocated; None for a backbone that sees
             everything at every pass.
+        context: keys and values of the vectors to attend to, of each block; empty where there are none.
     """
 
-    def __init__(self, modulations: list[tuple[Tensor, ...]], keys_and_values: Tensor | None) -> None:
+    def __init__(
+        self,
+        modulations: list[tuple[Tensor, ...]],
+        keys_and_values: Tensor | None,
+        context: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.modulations = modulations
+        self.context = context or []
         self.filled = 0
         self.tokens: Tensor | None = None
         self._buffers = keys_and_values
@@ -68,7 +75,8 @@ class Cache:
     def first_rows(self, count: int) -> "Cache":
         """Give the cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
         modulations = [tuple(vector[:count] for vector in vectors) for vectors in self.modulations]
-        rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count])
+        context = [(keys[:count], values[:count]) for keys, values in self.context]
+        rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count], context)
         rows.advance(self.filled)
         rows.tokens = None if self.tokens is None else self.tokens[:count]
         return rows

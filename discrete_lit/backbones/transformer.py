@@ -19,12 +19,15 @@ from discrete_lit.backbones.blocks import (
     AttentionBias,
     Block,
     BlockSettings,
-    Condition,
+    Context,
+    CrossAttention,
     MLPKind,
+    Modulating,
     Modulation,
     QueryKeyNorm,
 )
 from discrete_lit.backbones.cache import Cache, new_buffers
+from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import (
     InputKind,
     PositionKind,
@@ -44,6 +47,10 @@ class Transformer(Backbone):
     is. A causal sequence without the element in front begins with a learned vector instead. Where the layout is timed,
     an embedding of the time is added to what modulates. Where it has blocks of p positions, p - 1 learned queries
     follow what stands in front, so that the first block has p elements to be predicted from (BitDance).
+
+    Beside the class it may be given a grid of ids, whose embedding is added to the element that predicts the place
+    (`grid_vocab`): in a causal sequence an element sees the ids of its own place and those before. And every block may
+    attend to vectors, between its attention and its MLP (`context_dim`), all of them at every place.
 
     By default it is GPT-2's, with the class in front (taming-transformers). The published models set, among others:
 
@@ -95,6 +102,9 @@ class Transformer(Backbone):
         conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         condition_width: of the class and time embeddings that modulate; `width` by default.
+        grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
+            grid, where the condition is dropped.
+        context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
         condition_positions: learned offsets of the condition along the sequence (RAR).
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
         registers: learned elements before everything else.
@@ -153,6 +163,8 @@ class Transformer(Backbone):
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
         class_slots: int = 1,
         condition_width: int | None = None,
+        grid_vocab: int | None = None,
+        context_dim: int | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
         registers: int = 0,
@@ -204,6 +216,9 @@ class Transformer(Backbone):
         self.visible_start = visible_start
         # Positions that are predicted together: the elements that a block of them is predicted from.
         self.block_size = layout.block_size if self.causal else 0
+        if grid_vocab is not None and grid_vocab < 1:
+            raise ValueError(f"grid_vocab must be at least 1, got {grid_vocab}")
+        self.grid_vocab, self.context_dim = grid_vocab, context_dim
 
         if mlp_hidden is None:
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
@@ -238,6 +253,7 @@ class Transformer(Backbone):
             bias=bias,
             condition_width=condition_width,
             dropout=dropout,
+            context_dim=context_dim,
         )
         head = None if place_head is None else place_head(settings, layout.vocab_size)
         _check_blocks(layout, head)
@@ -252,6 +268,7 @@ class Transformer(Backbone):
         )
         self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
         self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
+        self.grid_embedding = None if grid_vocab is None else nn.Embedding(grid_vocab + 1, width)
         learned = registers + int(self.causal and not self.prefix)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
         self.queries = nn.Parameter(torch.empty(1, queries, width)) if queries else None
@@ -329,12 +346,14 @@ class Transformer(Backbone):
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
         predicted: Tensor | None = None,
     ) -> Tensor:
+        given = self._checked(condition)
+        labels = given.labels
         assert (time is not None) == self.layout.timed, "the time of a timed layout, and of no other"
         if labels.shape != tokens.shape[:1]:
             raise ValueError(
@@ -344,23 +363,24 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
-        hidden = self._embed(tokens, class_vectors, filled, order)
-        condition = self._condition(class_vectors, time, filled, hidden.shape[1])
-        hidden = self._run_blocks(hidden, condition, order, cache)
+        hidden = self._embed(tokens, class_vectors, filled, order, given.grid)
+        modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
+        hidden = self._run_blocks(hidden, modulating, order, cache, given)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
         hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
             if self.final_norm is not None:
                 hidden = self.final_norm(hidden)
             if self.hidden_positions is not None:
-                predicts = self._predicted(self.hidden_positions, filled, hidden.shape[1], order)
+                places = self._places(order, hidden.device)
+                predicts = self._predicted(self.hidden_positions, places, filled, hidden.shape[1])
                 return hidden + predicts.to(hidden.dtype)
             # Sharding (FSDP2) hooks on to what comes back, which must not be a view of something else.
             return hidden.clone()
         if self.final_norm is not None:
             hidden = self.final_norm(hidden)
         if self.final_modulation is not None:
-            shift, scale = self._final_modulation(condition, cache, hidden.shape[1])
+            shift, scale = self._final_modulation(modulating, cache, hidden.shape[1])
             hidden = hidden * (1 + scale) + shift
         # A head that is the same for all positions is spared those that nobody asks for.
         early = predicted is not None and self.layout.sub_tokens == 1 and not self.head.of_positions
@@ -376,6 +396,13 @@ class Transformer(Backbone):
             logits = rearrange(logits, "b n (sub k) -> b (n sub) k", sub=self.layout.sub_tokens)
         return logits if predicted is None else logits.flatten(0, 1)[predicted]
 
+    def _checked(self, given: Condition | Tensor) -> Condition:
+        """Make a condition of labels, and refuse one of other parts than are read."""
+        condition = as_condition(given)
+        places = self.layout.positions
+        check_parts(condition, places=places, grid_vocab=self.grid_vocab, context_dim=self.context_dim)
+        return condition
+
     def _with_start(self, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, bool]:
         """Put the tokens of a visible start, which see those that follow them, before these, to compute them again."""
         if cache is None or cache.filled >= self.visible_start:
@@ -386,7 +413,9 @@ class Transformer(Backbone):
         cache.begin_again(tokens)
         return tokens, again
 
-    def _embed(self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None) -> Tensor:
+    def _embed(
+        self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None, grid: Tensor | None
+    ) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
         assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
@@ -402,7 +431,11 @@ class Transformer(Backbone):
             embedded = embedded + class_vectors[:, None]
         embedded = self.positions.add(embedded, filled, order)
         if self.target_embedding is not None:
-            embedded = embedded + self._targets(self.target_embedding, filled, embedded.shape[1], order)
+            places = self._places(order, tokens.device)
+            embedded = embedded + self._of_targets(self.target_embedding, places, filled, embedded.shape[1])
+        if self.grid_embedding is not None and grid is not None:
+            ids = grid if order is None else grid.gather(1, order)
+            embedded = embedded + self._of_targets(self.grid_embedding.weight, ids, filled, embedded.shape[1])
         if self.embedding_norm is not None:
             embedded = self.embedding_norm(embedded)
         return self.dropout(embedded)
@@ -427,21 +460,24 @@ class Transformer(Backbone):
         if filled and ends and ends.index(filled + count) != ends.index(filled) + 1:
             raise ValueError("a block-causal backbone with a cache reads one scale at a time")
 
-    def _targets(self, table: Tensor, filled: int, count: int, order: Tensor | None) -> Tensor:
-        """Embed the position that each element predicts: `(B or 1, count, D)`, zeros for those before the first."""
+    def _of_targets(self, table: Tensor, ids: Tensor, filled: int, count: int) -> Tensor:
+        """Embed the ids `(B or 1, N)` of what each element predicts, in the sequence's order: `(B or 1, count, D)`,
+        zeros for the elements before the first."""
         before = max(self.starts - self.block_size - filled, 0)
-        return nn.functional.pad(self._predicted(table, filled, count - before, order), (0, 0, before, 0))
+        return nn.functional.pad(self._predicted(table, ids, filled, count - before), (0, 0, before, 0))
 
-    def _predicted(self, table: Tensor, filled: int, rows: int, order: Tensor | None) -> Tensor:
-        """Take the vectors of the next `rows` positions that are predicted behind `filled` elements:
+    def _predicted(self, table: Tensor, ids: Tensor, filled: int, rows: int) -> Tensor:
+        """Embed the ids `(B or 1, N)` of the next `rows` positions that are predicted behind `filled` elements:
         `(B or 1, rows, D)`."""
         first = max(filled - self.starts + self.block_size, 0)
-        if order is None:
-            return table[None, first : first + rows]
-        return table[order[:, first : first + rows]]
+        return table[ids[:, first : first + rows]]
 
-    def _condition(self, class_vectors: Tensor, time: Tensor | None, filled: int, count: int) -> Tensor | None:
-        """Add up the condition: `(B, 1, D)`, or `(B, count, D)` where it changes along the sequence; None for a prefix
+    def _places(self, order: Tensor | None, device: torch.device) -> Tensor:
+        """List the positions in the sequence's order, `(B or 1, N)`."""
+        return torch.arange(self.layout.positions, device=device)[None] if order is None else order
+
+    def _modulating(self, class_vectors: Tensor, time: Tensor | None, filled: int, count: int) -> Tensor | None:
+        """Add up what modulates: `(B, 1, D)`, or `(B, count, D)` where it changes along the sequence; None for a prefix
         alone."""
         if not self.modulated:
             return None
@@ -453,7 +489,7 @@ class Transformer(Backbone):
         return condition
 
     def _run_blocks(
-        self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None
+        self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None, given: Condition
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
         rotary = self.positions.rotary(filled, count, order)
@@ -461,7 +497,7 @@ class Transformer(Backbone):
         # Of blocks, the mask says all of a first pass, and a later one sees everything.
         causal = self.layout.attention == "causal" and self.block_size == 1
         prepared = [] if cache is None else cache.modulations
-        shared: Condition | None = condition
+        shared: Modulating | None = condition
         if condition is not None and self.shared_modulation is not None and not prepared:
             shared = torch.cat(self.shared_modulation(condition), dim=-1)
         checkpointed, kept = self.activation_checkpointing and self.training, []
@@ -469,7 +505,9 @@ class Transformer(Backbone):
             if self.skips is not None and layer > self.depth // 2:
                 hidden = self.skips[layer - self.depth // 2 - 1](torch.cat((hidden, kept.pop()), dim=-1))
             modulation = prepared[layer] if prepared else shared
-            arguments = (hidden, modulation, rotary, mask, causal, None if cache is None else cache.layer(layer))
+            context: Context | None = cache.context[layer] if cache is not None and cache.context else given.context
+            keys = None if cache is None else cache.layer(layer)
+            arguments = (hidden, modulation, rotary, mask, causal, keys, context, given.context_mask)
             if checkpointed:
                 hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
             else:
@@ -489,18 +527,24 @@ class Transformer(Backbone):
     def fsdp_units(self) -> Iterable[nn.Module]:
         return self.blocks
 
-    def new_cache(self, labels: Tensor) -> Cache:
+    def new_cache(self, condition: Condition | Tensor) -> Cache:
+        given = self._checked(condition)
+        labels, vectors = given.labels, given.context
+        blocks = cast(Sequence[Block], self.blocks)
+        context: list[tuple[Tensor, Tensor]] = []
+        if vectors is not None:
+            context = [cast(CrossAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
         modulations: list[tuple[Tensor, ...]] = []
         if self.modulated and self.condition_positions is None and not self.layout.timed:
-            condition = self.class_embedding(labels)[:, None]
-            shared = condition
+            modulating = self.class_embedding(labels)[:, None]
+            shared = modulating
             if self.shared_modulation is not None:
-                shared = torch.cat(self.shared_modulation(condition), dim=-1)
-            modulations = [cast(Block, block).modulate(shared) for block in self.blocks]
+                shared = torch.cat(self.shared_modulation(modulating), dim=-1)
+            modulations = [block.modulate(shared) for block in blocks]
             if self.final_modulation is not None:
-                modulations.append(self.final_modulation(condition))
+                modulations.append(self.final_modulation(modulating))
         if not self.causal:
-            return Cache(modulations, None)
+            return Cache(modulations, None, context)
         weight = self.class_embedding.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         buffers = new_buffers(
@@ -512,7 +556,7 @@ class Transformer(Backbone):
             device=weight.device,
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
         )
-        return Cache(modulations, buffers)
+        return Cache(modulations, buffers, context)
 
 
 def _start_mask(elements: int, visible: int) -> Tensor:

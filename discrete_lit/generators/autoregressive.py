@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
 from discrete_lit.backbones.backbone import bits_of_vocabulary
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
@@ -129,13 +130,13 @@ class Autoregressive(Generator):
         raster = sequences if self.fixed_order is None else sequences[:, self.fixed_order.argsort()]
         return super().to_grid(raster)
 
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         orders = self._fixed_orders(len(tokens))
         if self.annealed and self.training:
             orders = self._training_orders(random)
             tokens = tokens.gather(1, orders)
         read = self._perturbed(tokens, random)[:, : -self.block_size]
-        outputs = self.backbone(read, labels, order=orders)  # (B, N, K), or (B, N, D) for a place_head
+        outputs = self.backbone(read, condition, order=orders)  # (B, N, K), or (B, N, D) for a place_head
         head = self.backbone.place_head
         if head is None:
             values = cross_entropies(outputs, tokens)
@@ -148,16 +149,21 @@ class Autoregressive(Generator):
     @torch.no_grad()
     @in_evaluation
     def log_likelihood(
-        self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition | Tensor,
+        *,
+        indices: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> Likelihood:
-        """Give log p(tokens | label) in nats, exact, in this generator's order or along another.
+        """Give log p(tokens | condition) in nats, exact, in this generator's order or along another.
 
         The sub-tokens or bits of an id come in turn, the least significant first. Of bits that are drawn by flow
         matching it is a bound, see `BinaryFlowHead.log_likelihood`.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the generator is given.
             indices: of the random numbers of a bound; see `Generator`.
             order: `(N,)` int64, a permutation of the positions; raster order for a generator of random orders by
                 default.
@@ -172,10 +178,10 @@ class Autoregressive(Generator):
                 raise ValueError("this generator knows the raster order alone: train it with order='random_annealed'")
             check_permutation(order.tolist(), self.length)
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
-        outputs = self.backbone(sequences[:, : -self.block_size], labels, order=orders)
+        outputs = self.backbone(sequences[:, : -self.block_size], condition, order=orders)
         # A visible start sees what it predicts: its rows are those of what was known.
         for row in range(min(self.backbone.visible_start, self.length) - 1):
-            outputs[:, row] = self.backbone(sequences[:, :row], labels, order=orders)[:, -1]
+            outputs[:, row] = self.backbone(sequences[:, :row], condition, order=orders)[:, -1]
         head = self.backbone.place_head
         if head is None:
             return Likelihood(-cross_entropies(outputs, sequences).double().sum(dim=1), "exact")
@@ -243,28 +249,29 @@ class OrderedBackbone(Backbone):
         self.backbone = backbone
         self.place_head = backbone.place_head
         self.visible_start = backbone.visible_start
+        self.grid_vocab, self.context_dim = backbone.grid_vocab, backbone.context_dim
         self.order = order
 
     def forward(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         cache: Cache | None = None,
         order: Tensor | None = None,
         time: Tensor | None = None,
         predicted: Tensor | None = None,
     ) -> Tensor:
         assert order is None and predicted is None, "the order is fixed"
-        return self.backbone(tokens, labels, cache, self.order.expand(len(labels), -1), time)
+        return self.backbone(tokens, condition, cache, self.order.expand(len(tokens), -1), time)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         return self.backbone.fsdp_units()
 
-    def new_cache(self, labels: Tensor) -> Cache:
-        return self.backbone.new_cache(labels)
+    def new_cache(self, condition: Condition | Tensor) -> Cache:
+        return self.backbone.new_cache(condition)
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
-        return self.backbone.flops(batch, tokens, filled)
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
+        return self.backbone.flops(batch, tokens, filled, context)
 
-    def cache_flops(self, batch: int) -> int:
-        return self.backbone.cache_flops(batch)
+    def cache_flops(self, batch: int, context: int = 0) -> int:
+        return self.backbone.cache_flops(batch, context)

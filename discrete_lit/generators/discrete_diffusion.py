@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.distributed import world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
@@ -119,20 +120,20 @@ class DiscreteDiffusion(Generator):
         self.likelihood_samples = likelihood_samples
         self._denoiser = Denoiser(process=noise, schedule=schedule, head=head, time_input=time_input)
 
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         process, schedule, head = self._denoiser.process, self._denoiser.schedule, self._denoiser.head
         joint = len(tokens) * world_size() * self.micro_batches
         t = stratified_times(random, joint) if self.training else spread_times(random)  # (B, 1)
         level = self.objective.level(schedule, t, self.length)
         x_t = self.objective.corrupt(process, tokens, level, random.uniform(Purpose.MASK_ORDER, self.length))
-        logits = self._logits(x_t, labels, level)
+        logits = self._logits(x_t, condition, level)
         values = self.objective(logits, tokens=tokens, head=head, states=x_t, process=process, level=level)
         values = values.to(logits.dtype)
         return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
 
-    def _logits(self, states: Tensor, labels: Tensor, level: NoiseLevel) -> Tensor:
+    def _logits(self, states: Tensor, condition: Condition | Tensor, level: NoiseLevel) -> Tensor:
         """Return the backbone's output for noisy states `(B, N)`: `(B, N, K)`, or one more with the mask's."""
-        return self.backbone(states, labels, time=self._denoiser.network_time(level))
+        return self.backbone(states, condition, time=self._denoiser.network_time(level))
 
     @property
     def objective_kind(self) -> LossKind:
@@ -154,7 +155,7 @@ class DiscreteDiffusion(Generator):
     def log_likelihood(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         *,
         indices: Tensor | None = None,
         method: Literal["mask_count", "mask_ratio", "enumeration"] = "mask_count",
@@ -167,7 +168,7 @@ class DiscreteDiffusion(Generator):
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the generator is given.
             indices: `(B,)` int64, each image's position in its data set, to which the estimate's random numbers
                 belong; 0 to B - 1 by default.
             method: what the mean is over; or `"enumeration"`, exact for unmasking one token at a time, with 2^N passes
@@ -179,7 +180,7 @@ class DiscreteDiffusion(Generator):
         sequences = self.to_sequence(tokens)
 
         def network(states: Tensor, level: NoiseLevel) -> Tensor:
-            return self._logits(states, labels, level)
+            return self._logits(states, condition, level)
 
         if method == "enumeration":
             return Likelihood(enumerated_log_likelihood(network, self._denoiser, sequences), "exact")

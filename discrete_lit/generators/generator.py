@@ -1,6 +1,7 @@
 """Generators: objectives over token sequences around one backbone. Here is the contract that every family keeps.
 
-A generator models the tokens x of a frozen tokenizer given a class y. A family says
+A generator models the tokens x of a frozen tokenizer given a class y; where its backbone reads more than a class, given
+a `Condition`, which is accepted wherever labels are. A family says
 
 - which sequence it makes of a grid of tokens: its `SequenceLayout`, `to_sequence` and `to_grid`;
 - what it costs to predict each token: `token_losses`, which corrupts a sequence and scores what the backbone predicts;
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Backbone, SequenceLayout
+from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
@@ -60,7 +62,10 @@ class Generator(ClassConditionalTraining):
     """Models the tokens of a frozen tokenizer, given a class.
 
     A batch is `{"image": (B, C, H, W), "label": (B,)}`, which the tokenizer encodes, or `{"tokens": (B, *token_shape),
-    "label": (B,)}`; the mean loss is that of a token.
+    "label": (B,)}`; the mean loss is that of a token. For a backbone with a `grid_vocab` it also has a `"grid"` of ids,
+    aligned with the positions of the tokens, `(B, *token_shape)` or `(B, positions)`; for one with a `context_dim` a
+    `"context"` of vectors to attend to, `(B, M, E)`, and a `"context_mask": (B, M)` of the valid ones unless all are.
+    Label dropout drops all of it together.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
@@ -143,6 +148,12 @@ class Generator(ClassConditionalTraining):
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         return self.tokens_of(batch)
 
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        random = self.random_of(batch, batch_idx)
+        return self.tokenizer.decode(
+            self.sample(self.condition_of(batch, random), seed=self.seed, indices=random.indices)
+        )
+
     # The sequence.
 
     def to_sequence(self, tokens: Tensor) -> Tensor:
@@ -163,17 +174,22 @@ class Generator(ClassConditionalTraining):
     # The loss.
 
     @abstractmethod
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         """Cost the prediction of each token: for training in training mode, and in eval mode for validation.
 
         Args:
             tokens: `(B, N)` int64, sequences as `to_sequence` makes them.
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or these with what else the backbone reads.
             random: one stream for each sequence; it alone decides the corruption.
         """
 
     def loss(
-        self, tokens: Tensor, labels: Tensor, random: CounterRandom | None = None, *, dropped: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition | Tensor,
+        random: CounterRandom | None = None,
+        *,
+        dropped: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Average the token losses of a batch, by their weights, over all ranks together.
 
@@ -181,9 +197,9 @@ class Generator(ClassConditionalTraining):
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` integers in [0, num_classes).
+            condition: labels `(B,)`, integers in [0, num_classes), or these with what else the backbone reads.
             random: decides the corruption; by default row i of the batch is sample i of this generator's seed.
-            dropped: bool `(B,)`, the labels that the null label stands for; none by default.
+            dropped: bool `(B,)`, the samples whose condition the null one stands for; none by default.
 
         Returns:
             The training loss, a scalar, and further terms to log, by name.
@@ -193,27 +209,30 @@ class Generator(ClassConditionalTraining):
         """
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(tokens), device=tokens.device))
-        self.check_labels(labels, count=len(tokens))
-        labels = labels.long()
+        condition = as_condition(condition)
+        self.check_labels(condition.labels, count=len(tokens))
+        condition = replace(condition, labels=condition.labels.long())
         if dropped is not None:
-            labels = labels.masked_fill(dropped, self.num_classes)
-        losses = self.token_losses(self.to_sequence(tokens), labels, random)
+            condition = condition.dropped(dropped, null_label=self.num_classes, null_id=self.backbone.grid_vocab)
+        losses = self.token_losses(self.to_sequence(tokens), plain(condition), random)
         mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
         self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
-    def validation_losses(self, data: Tensor, condition: Tensor, random: CounterRandom) -> TokenLosses:
+    def validation_losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         return self.token_losses(self.to_sequence(data), condition, random)
 
     # The likelihood.
 
     @abstractmethod
-    def log_likelihood(self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
-        """Give log p(tokens | label) in nats, and say whether it is exact.
+    def log_likelihood(
+        self, tokens: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
+    ) -> Likelihood:
+        """Give log p(tokens | condition) in nats, and say whether it is exact.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the backbone reads.
             indices: `(B,)` int64, each image's position in its data set. Where the value is estimated, its random
                 numbers belong to the index, whatever the batch; 0 to B - 1 by default.
         """
@@ -223,7 +242,7 @@ class Generator(ClassConditionalTraining):
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor,
+        condition: Condition | Tensor,
         sampler: Sampler | None = None,
         *,
         seed: int = 0,
@@ -233,7 +252,8 @@ class Generator(ClassConditionalTraining):
         """Draw the tokens of one image for each label.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes]; `num_classes` is the null label.
+            condition: labels `(B,)` int64 in [0, num_classes], of which `num_classes` is the null label, or these with
+                what else the backbone reads.
             sampler: this generator's own by default.
             seed: with `indices`, it alone decides the draw, whatever the batch.
             indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
@@ -246,13 +266,14 @@ class Generator(ClassConditionalTraining):
             ValueError: the reasons of `draw`.
         """
         if indices is None:
+            labels = as_condition(condition).labels
             indices = torch.arange(labels.numel(), device=labels.device)
-        return self.draw(labels, CounterRandom(seed, indices), sampler, known=known).tokens
+        return self.draw(condition, CounterRandom(seed, indices), sampler, known=known).tokens
 
     @torch.no_grad()
     def draw(
         self,
-        labels: Tensor,
+        condition: Condition | Tensor,
         random: CounterRandom,
         sampler: Sampler | None = None,
         *,
@@ -262,7 +283,7 @@ class Generator(ClassConditionalTraining):
         """Draw as `sample` does, and report what it cost.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the backbone reads.
             random: one stream for each image.
             sampler: this generator's own by default.
             known: `(B, *token_shape)` int64, tokens to keep and -1 where one is to be drawn.
@@ -275,17 +296,18 @@ class Generator(ClassConditionalTraining):
             ValueError: guidance was asked for and the null label was never learned, or the sampler refuses its input.
         """
         sampler = sampler or self.sampler
-        self.check_draw(labels, sampler.guidance_scale)
+        condition = as_condition(condition)
+        self.check_draw(condition.labels, sampler.guidance_scale)
         output = sampler(
             self.sampled_backbone(),
-            labels.long(),
+            plain(replace(condition, labels=condition.labels.long())),
             random,
             known=None if known is None else self.to_sequence(known),
             quantizer=self.scale_quantizer(),
             denoiser=self.denoiser(),
             trace=trace,
         )
-        return replace(output, tokens=self.to_grid(output.tokens))
+        return output.with_tokens(self.to_grid(output.tokens))
 
     def sampled_backbone(self) -> Backbone:
         """Give samplers the backbone, in this generator's own order where it has one."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, noting
 from discrete_lit.generators.generator import Generator
@@ -57,10 +58,11 @@ class CUDAGraphRecorder:
 
 
 class GraphedDraw:
-    """Draw batch after batch as `generator.draw(labels, CounterRandom(seed, indices), sampler)` does, by a CUDA graph.
+    """Draw batch after batch as `draw(condition, CounterRandom(seed, indices), sampler)` does, by a CUDA graph.
 
     The first batch is drawn as ever, the second recorded; a smaller one is filled up to `batch_size`, which changes no
-    sample. The precision of autocast is that of the call; where it changes, the draw is recorded anew. Weights may
+    sample. The precision of autocast is that of the call; where it changes, or the shape of a grid or of vectors beside
+    the labels, the draw is recorded anew. Weights may
     change between two batches in place, but not be replaced, nor may the sampler's settings change.
 
     What cannot be recorded is drawn as ever, and `reason` says why: on other devices than CUDA's, with sharded weights
@@ -98,7 +100,7 @@ class GraphedDraw:
             self.reason = "the weights are sharded"
         self._recorder = recorder or CUDAGraphRecorder()
         with torch.inference_mode(False):  # written to in any mode
-            self._labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self._held = Condition(labels=torch.zeros(batch_size, dtype=torch.int64, device=device))
             self._indices = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self._precision: tuple[bool, torch.dtype] | None = None
         self._recorded: _Recorded | None = None
@@ -109,11 +111,12 @@ class GraphedDraw:
         return self._recorded is not None
 
     @torch.no_grad()
-    def __call__(self, labels: Tensor, indices: Tensor) -> SamplerOutput:
+    def __call__(self, condition: Condition | Tensor, indices: Tensor) -> SamplerOutput:
         """Draw one image for each label.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes], B at most `batch_size`.
+            condition: labels `(B,)` int64 in [0, num_classes], B at most `batch_size`, or all that the generator is
+                given.
             indices: `(B,)` int64, each sample's index among all that are drawn.
 
         Returns:
@@ -122,16 +125,17 @@ class GraphedDraw:
         Raises:
             ValueError: more rows than `batch_size`, or the reasons of `Generator.draw`.
         """
+        condition = as_condition(condition)
+        labels = condition.labels
         if len(labels) > self.batch_size:
             raise ValueError(f"GraphedDraw was made for {self.batch_size} labels at a time, got {len(labels)}")
         if self.reason is not None or not len(labels) or labels.shape != indices.shape:
-            return self._plain(labels, indices)
-        for held, given in ((self._labels, labels), (self._indices, indices)):
-            held[: len(given)].copy_(given)
-            held[len(given) :].copy_(given[:1].expand(self.batch_size - len(given)))
-        device = self._labels.device.type
+            return self._plain(condition, indices)
+        same = self._hold(condition)
+        self._fill(self._indices, indices)
+        device = self._indices.device.type
         precision = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        if precision != self._precision:
+        if precision != self._precision or not same:
             self._recorded, self._precision = None, precision
             output = self._recorder.warm_up(self._draw_held)
             return replace(output, tokens=output.tokens[: len(labels)].clone())
@@ -141,23 +145,50 @@ class GraphedDraw:
             except RuntimeError as error:
                 self.reason = _first_cause(error)
                 warnings.warn(f"the draw is not recorded as a CUDA graph: {self.reason}", stacklevel=3)
-                return self._plain(labels, indices)
+                return self._plain(condition, indices)
         recorded = self._recorded
         recorded.replay()
         recorded.checks.raise_noted(recorded.flags)
         return replace(recorded.output, tokens=recorded.output.tokens[: len(labels)].clone())
 
-    def _plain(self, labels: Tensor, indices: Tensor) -> SamplerOutput:
-        return self.generator.draw(labels, CounterRandom(self.seed, indices), self.sampler)
+    def _hold(self, condition: Condition) -> bool:
+        """Copy a condition to where the recorded draw reads it; say whether there was one of its shape before."""
+
+        def kind(of: Condition) -> dict[str, tuple[torch.Size, torch.dtype]]:
+            beside = ((name, part) for name, part in of.parts().items() if name != "labels" and part is not None)
+            return {name: (part.shape[1:], part.dtype) for name, part in beside}
+
+        kinds = kind(condition)
+        same = kinds == kind(self._held)
+        if not same:
+            rows, device = self.batch_size, self._indices.device
+            with torch.inference_mode(False):
+                held = {
+                    name: torch.zeros(rows, *shape, dtype=dtype, device=device)
+                    for name, (shape, dtype) in kinds.items()
+                }
+                self._held = Condition(labels=self._held.labels, **held)
+        for held_part, part in zip(self._held.parts().values(), condition.parts().values(), strict=True):
+            if held_part is not None and part is not None:
+                self._fill(held_part, part)
+        return same
+
+    def _fill(self, held: Tensor, given: Tensor) -> None:
+        """Copy the rows that are given, and the first of them to all that are left."""
+        held[: len(given)].copy_(given)
+        held[len(given) :].copy_(given[:1].expand(self.batch_size - len(given), *given.shape[1:]))
+
+    def _plain(self, condition: Condition, indices: Tensor) -> SamplerOutput:
+        return self.generator.draw(plain(condition), CounterRandom(self.seed, indices), self.sampler)
 
     def _draw_held(self) -> SamplerOutput:
-        """Draw the labels and indices that are held, in a way that can be recorded."""
-        device = self._labels.device.type
+        """Draw what is held, in a way that can be recorded."""
+        device = self._indices.device.type
         enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         # Weights that autocast keeps for the next operation would be freed behind the graph's back. Without them while
         # the kernels warm up, too: compiled blocks are compiled for the one or the other.
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
-            return self._plain(self._labels, self._indices)
+            return self._plain(self._held, self._indices)
 
     def _record(self) -> "_Recorded":
         recorded = _Recorded()

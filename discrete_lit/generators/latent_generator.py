@@ -218,7 +218,7 @@ class LatentGenerator(ClassConditionalTraining):
     @torch.no_grad()
     def sample(
         self,
-        labels: Tensor,
+        labels: Condition | Tensor,
         sampler: Any = None,
         *,
         seed: int = 0,
@@ -227,7 +227,8 @@ class LatentGenerator(ClassConditionalTraining):
         """Draw the latents of one image for each label.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes]; `num_classes` is the null label.
+            labels: `(B,)` int64 in [0, num_classes], of which `num_classes` is the null label; or these with what else
+                the family draws from.
             sampler: this generator's own by default.
             seed: with `indices`, it alone decides the draw, whatever the batch.
             indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
@@ -239,15 +240,16 @@ class LatentGenerator(ClassConditionalTraining):
             ValueError: the reasons of `draw`.
         """
         if indices is None:
-            indices = torch.arange(labels.numel(), device=labels.device)
+            only = as_condition(labels).labels
+            indices = torch.arange(only.numel(), device=only.device)
         return self.draw(labels, CounterRandom(seed, indices), sampler).tokens
 
     @abstractmethod
-    def draw(self, labels: Tensor, random: CounterRandom, sampler: Any = None) -> SamplerOutput:
+    def draw(self, labels: Any, random: CounterRandom, sampler: Any = None) -> SamplerOutput:
         """Draw as `sample` does, and report what it cost.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes].
+            labels: `(B,)` int64 in [0, num_classes], or these with what else the family draws from.
             random: one stream for each sample.
             sampler: this generator's own by default.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.backbones.backbone import bits_of_vocabulary
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -102,12 +103,12 @@ class Masked(Generator):
     def to_grid(self, sequences: Tensor) -> Tensor:
         return super().to_grid(sequences if self.bit_groups is None else self.bit_groups.join(sequences))
 
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         masked = self._draw_masks(random)
         smoothing, unmasked_weight = (self.label_smoothing, self.unmasked_weight) if self.training else (0.0, 0.0)
         # Tokens without a weight need no logits. On a device, the host would have to wait for their number.
         alone = self.training and not unmasked_weight and tokens.device.type == "cpu"
-        values = self._cross_entropies(tokens, labels, masked, label_smoothing=smoothing, masked_alone=alone)
+        values = self._cross_entropies(tokens, condition, masked, label_smoothing=smoothing, masked_alone=alone)
         weights = masked.to(values.dtype).clamp(min=unmasked_weight)
         return TokenLosses(values, weights, masked.double().mean(dim=1, keepdim=True).expand_as(values))
 
@@ -123,7 +124,7 @@ class Masked(Generator):
     def _cross_entropies(
         self,
         tokens: Tensor,
-        labels: Tensor,
+        condition: Condition | Tensor,
         masked: Tensor,
         *,
         label_smoothing: float = 0.0,
@@ -136,17 +137,22 @@ class Masked(Generator):
         corrupted = tokens.masked_fill(masked, self.backbone.layout.mask_id)
         if masked_alone:
             predicted = masked.flatten().nonzero()[:, 0]
-            logits = self.backbone(corrupted, labels, predicted=predicted)[None]  # (1, M, K)
+            logits = self.backbone(corrupted, condition, predicted=predicted)[None]  # (1, M, K)
             targets = tokens.flatten()[None, predicted]
             values = cross_entropies(logits, targets, label_smoothing=label_smoothing)[0]
             return values.new_zeros(tokens.numel()).scatter(0, predicted, values).view_as(tokens)
-        logits = self.backbone(corrupted, labels)  # (B, N, K)
+        logits = self.backbone(corrupted, condition)  # (B, N, K)
         return cross_entropies(logits, tokens, label_smoothing=label_smoothing)
 
     @torch.no_grad()
     @in_evaluation
     def log_likelihood(
-        self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None, order: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition | Tensor,
+        *,
+        indices: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> Likelihood:
         """Estimate the any-order bound without bias; with `order`, give the exact value of unmasking along it.
 
@@ -159,7 +165,7 @@ class Masked(Generator):
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
-            labels: `(B,)` int64 in [0, num_classes].
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the generator is given.
             indices: `(B,)` int64, each image's position in its data set, to which the estimate's random numbers
                 belong; 0 to B - 1 by default.
             order: `(N,)` int64, a permutation of the sequence's positions (bit groups one by one).
@@ -169,7 +175,7 @@ class Masked(Generator):
         """
         sequences = self.to_sequence(tokens)
         if order is not None:
-            return Likelihood(self._log_likelihood_along(sequences, labels, order), "exact")
+            return Likelihood(self._log_likelihood_along(sequences, condition, order), "exact")
         if indices is None:
             indices = torch.arange(len(tokens), device=tokens.device)
         random = CounterRandom(self.seed, indices)
@@ -180,16 +186,16 @@ class Masked(Generator):
             k = (stratified * self.length).floor() + 1  # (B, 1), uniform in 1 ... N
             uniforms = random.uniform(Purpose.LIKELIHOOD, self.length, step=evaluation + 1)
             masked = random_subset(uniforms, k)
-            values = self._cross_entropies(sequences, labels, masked)
+            values = self._cross_entropies(sequences, condition, masked)
             total -= self.length * (values * masked).double().sum(dim=1) / k[:, 0]
         return Likelihood(total / self.likelihood_samples, "bound")
 
-    def _log_likelihood_along(self, sequences: Tensor, labels: Tensor, order: Tensor) -> Tensor:
+    def _log_likelihood_along(self, sequences: Tensor, condition: Condition | Tensor, order: Tensor) -> Tensor:
         check_permutation(order.tolist(), self.length)
         masked = torch.ones_like(sequences, dtype=torch.bool)
         total = sequences.new_zeros(len(sequences), dtype=torch.float64)
         for position in order.tolist():
-            total -= self._cross_entropies(sequences, labels, masked)[:, position].double()
+            total -= self._cross_entropies(sequences, condition, masked)[:, position].double()
             masked[:, position] = False
         return total
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom
@@ -72,20 +73,22 @@ class NextScale(Generator):
     def scale_quantizer(self) -> MultiScaleResidualQuantizer:
         return _quantizer_of(self.tokenizer)
 
-    def token_losses(self, tokens: Tensor, labels: Tensor, random: CounterRandom) -> TokenLosses:
-        values = self._cross_entropies(tokens, labels)
+    def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+        values = self._cross_entropies(tokens, condition)
         return TokenLosses(values, torch.ones_like(values), self.scale_coordinates.expand_as(values))
 
     @torch.no_grad()
     @in_evaluation
-    def log_likelihood(self, tokens: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Likelihood:
-        return Likelihood(-self._cross_entropies(tokens, labels).double().sum(dim=1), "exact")
+    def log_likelihood(
+        self, tokens: Tensor, condition: Condition | Tensor, *, indices: Tensor | None = None
+    ) -> Likelihood:
+        return Likelihood(-self._cross_entropies(tokens, condition).double().sum(dim=1), "exact")
 
-    def _cross_entropies(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropies(self, tokens: Tensor, condition: Condition | Tensor) -> Tensor:
         """Return -log p of every id given the scales before its own, `(B, N)` nats."""
         with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
             vectors = self.scale_quantizer().teacher_forcing(tokens)  # (B, N - 1, D)
-        return cross_entropies(self.backbone(vectors, labels), tokens)
+        return cross_entropies(self.backbone(vectors, condition), tokens)
 
 
 def _quantizer_of(tokenizer: Tokenizer) -> MultiScaleResidualQuantizer:

@@ -7,6 +7,7 @@ Nothing here depends on the family. What a family models, and how, is the contra
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from discrete_lit.backbones.condition import Condition, check_parts
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -73,7 +75,7 @@ class ClassConditionalTraining(LightningModule, ABC):
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     @abstractmethod
-    def sample(self, labels: Tensor, *, seed: int = 0, indices: Tensor | None = None) -> Tensor: ...
+    def sample(self, condition: Any, /, *, seed: int = 0, indices: Tensor | None = None) -> Tensor: ...
 
     def __init__(
         self,
@@ -130,8 +132,40 @@ class ClassConditionalTraining(LightningModule, ABC):
         raise ValueError(f"a batch holds {', '.join(map(str, batch))} and no label: {self._needs_labels()}")
 
     def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Any:
-        """Return what the data of a batch are given: here its labels."""
-        return self.labels_of(batch)
+        """Return the labels `(B,)` of a batch, or these with the grid and the vectors that the backbone reads.
+
+        Raises:
+            ValueError: no labels, a part that is missing or that the backbone does not read, or ids out of range.
+        """
+        labels, vocab = self.labels_of(batch), getattr(self.backbone, "grid_vocab", None)
+        dim = getattr(self.backbone, "context_dim", None)
+        parts = ("grid", "context", "context_mask")
+        given = {name: torch.as_tensor(batch[name]) for name in parts if name in batch}
+        for name, setting, size in (("grid", "grid_vocab", vocab), ("context", "context_dim", dim)):
+            if (name in given) != (size is not None):
+                raise ValueError(
+                    f'a batch holds {", ".join(map(str, batch))}, {"with a" if size is None else "and no"} "{name}"; '
+                    f"backbone.init_args.{setting} of this {type(self).__name__} is {size or 'not set'}"
+                )
+        if not given:
+            return labels
+        if "grid" in given:
+            given["grid"] = given["grid"].flatten(1)
+            self._check_grid(given["grid"])
+        condition = Condition(labels=labels, **given)
+        check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
+        return condition if condition.grid is None else replace(condition, grid=condition.grid.long())
+
+    def _check_grid(self, grid: Tensor) -> None:
+        """Raise a ValueError for ids of a grid that are out of range, where they lie on the host."""
+        vocab = getattr(self.backbone, "grid_vocab", None)
+        if vocab is None or grid.device.type != "cpu" or not grid.numel():
+            return
+        if int(grid.min()) < 0 or int(grid.max()) >= vocab:
+            raise ValueError(
+                f'the "grid" of a batch has ids in [{int(grid.min())}, {int(grid.max())}], they must lie in '
+                f"[0, {vocab}): backbone.init_args.grid_vocab"
+            )
 
     def _needs_labels(self) -> str:
         return (
@@ -185,8 +219,12 @@ class ClassConditionalTraining(LightningModule, ABC):
             )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Check the labels while they are on the host: on a device it would wait for all that was queued before."""
-        return {**batch, "label": self.labels_of(batch)} if isinstance(batch, dict) and "label" in batch else batch
+        """Check labels and ids while they are on the host: on a device it would wait for all that was queued before."""
+        if not isinstance(batch, dict):
+            return batch
+        if "grid" in batch:
+            self._check_grid(torch.as_tensor(batch["grid"]))
+        return {**batch, "label": self.labels_of(batch)} if "label" in batch else batch
 
     # Steps and what they log.
 

@@ -1,14 +1,14 @@
 """A sampler draws token sequences from a backbone: the contract, and what one call of it works with.
 
 `Sampler` holds the settings that all samplers share and no state; a subclass is one algorithm, its `draw`. A call makes
-a `SamplingContext` (backbone, labels, random numbers, known tokens, cost, trace), hands it to `draw`, and returns a
+a `SamplingContext` (backbone, condition, random numbers, known tokens, cost, trace), hands it to `draw`, and returns a
 `SamplerOutput`. `CachedDecoder` runs a causal backbone step by step on a key-value cache.
 """
 
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
 from discrete_lit.backbones.backbone import cast_once, packed
+from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import checked_at_the_end, forbid, host_sees
@@ -77,7 +78,7 @@ class Sampler(ABC):
     def __call__(
         self,
         backbone: Backbone,
-        labels: Tensor,
+        condition: Condition | Tensor,
         random: CounterRandom,
         *,
         known: Tensor | None = None,
@@ -89,7 +90,8 @@ class Sampler(ABC):
 
         Args:
             backbone: with the attention that this sampler needs; it is sampled in eval mode, and left in its own.
-            labels: `(B,)` int64 in [0, num_classes], the null label included.
+            condition: labels `(B,)` int64 in [0, num_classes], the null label included, or all that the backbone reads;
+                guidance drops all of it.
             random: one stream of random numbers for each sequence; it alone decides what is drawn.
             known: `(B, N)` int64, tokens to keep, and -1 where one is to be drawn: in-painting, out-painting, or
                 another class for one region of an image. Each sampler says which positions it can keep.
@@ -98,9 +100,9 @@ class Sampler(ABC):
             trace: also record what every step did.
 
         Raises:
-            ValueError: a backbone that this sampler cannot serve; labels, random streams or known tokens that do not
-                fit; a guidance interval or steps that the sequence is too short for; a network whose logits are NaN,
-                which is told at the end of the draw, the one moment at which the host waits for the device.
+            ValueError: a backbone that this sampler cannot serve; a condition, random streams or known tokens that do
+                not fit; a guidance interval or steps that the sequence is too short for; a network whose logits are
+                NaN, which is told at the end of the draw, the one moment at which the host waits for the device.
         """
         layout = backbone.layout
         if layout.attention != self.attention:
@@ -108,17 +110,17 @@ class Sampler(ABC):
                 f"{type(self).__name__} needs a backbone with {self.attention} attention, "
                 f"this generator's is {layout.attention}"
             )
-        if len(random.indices) != len(labels):
+        if len(random.indices) != len(condition):
             raise ValueError(
-                f"random has {len(random.indices)} streams for {len(labels)} labels: one for each is needed"
+                f"random has {len(random.indices)} streams for {len(condition)} labels: one for each is needed"
             )
         if known is not None:
-            _check_known(known, (len(labels), layout.length), layout.vocab_size)
+            _check_known(known, (len(condition), layout.length), layout.vocab_size)
         with evaluation_mode(backbone), checked_at_the_end():
             context = SamplingContext(
                 # A pass over one position has few rows for each weight, and there is one for each token.
-                packed(backbone, rows=2 * len(labels)) if self.attention == "causal" else cast_once(backbone),
-                _checked_labels(labels, layout.null_label),
+                packed(backbone, rows=2 * len(condition)) if self.attention == "causal" else cast_once(backbone),
+                _checked_ids(as_condition(condition), layout.null_label, backbone.grid_vocab),
                 random=random,
                 known=known,
                 quantizer=quantizer,
@@ -167,27 +169,33 @@ class Sampler(ABC):
         return draw_filtered(logits, uniforms, self.top_k, self.top_p, where=where)
 
 
-def _checked_labels(labels: Tensor, null_label: int) -> Tensor:
-    """Give the labels back, in range: those that are not would end a GPU's whole process before it can say why.
+def _checked_ids(condition: Condition, null_label: int, null_id: int | None) -> Condition:
+    """Give a condition back, its ids in range: others would end a GPU's whole process before it can say why.
 
     Raises:
-        ValueError: a label out of [0, null_label]; at the end of the draw, unless the host sees them.
+        ValueError: a label out of [0, null_label], or an id of the grid out of [0, null_id]; at the end of the draw,
+            unless the host sees them.
     """
-    if not len(labels):
-        return labels
+    labels, grid = condition.labels, condition.grid
+    labels = _in_range(labels, null_label, "labels", "label")
+    if grid is not None and null_id is not None:
+        grid = _in_range(grid, null_id, "the ids of a grid", "id")
+    return replace(condition, labels=labels, grid=grid)
+
+
+def _in_range(ids: Tensor, null: int, names: str, name: str) -> Tensor:
+    if not ids.numel():
+        return ids
 
     def message() -> str:
-        return (
-            f"labels must lie in [0, {null_label}] ({null_label} is the null label), "
-            f"got [{int(labels.min())}, {int(labels.max())}]"
-        )
+        return f"{names} must lie in [0, {null}] ({null} is the null {name}), got [{int(ids.min())}, {int(ids.max())}]"
 
-    outside = ((labels < 0) | (labels > null_label)).any()
+    outside = ((ids < 0) | (ids > null)).any()
     if not host_sees(outside):
         forbid(outside, message)
     elif bool(outside):
         raise ValueError(message())
-    return labels.clamp(0, null_label)
+    return ids.clamp(0, null)
 
 
 def _check_known(known: Tensor, shape: tuple[int, int], vocab_size: int) -> None:
@@ -214,10 +222,11 @@ class TraceStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOutput:
-    """The drawn tokens and what they cost."""
+    """What was drawn and what it cost."""
 
     tokens: Tensor
-    """`(B, N)` int64 ids in [0, K), in raster order."""
+    """`(B, N)` int64 ids in [0, K), in raster order; of a sampler of vectors `(B, N, D)`; of a generator a grid of
+    these."""
     network_calls: int
     """Network evaluations for each image; the conditional and the null one of a guided step count as two."""
     sequential_passes: int
@@ -226,6 +235,10 @@ class SamplerOutput:
     """Measures `flops`."""
     trace: tuple[TraceStep, ...] | None = None
     """One entry for each pass, where it was asked for."""
+
+    def with_tokens(self, tokens: Tensor) -> "SamplerOutput":
+        """Give the same output with its tokens laid out in another way."""
+        return replace(self, tokens=tokens)
 
     @property
     def flops(self) -> int:
@@ -242,7 +255,7 @@ class SamplingContext:
 
     Args:
         backbone: in eval mode.
-        labels: `(B,)` int64.
+        condition: what each sequence is given; or its labels `(B,)` int64 alone.
         random: one stream of random numbers for each sequence.
         known: `(B, N)` int64, tokens to keep, -1 elsewhere; None where nothing is known.
         quantizer: of the tokenizer, for next-scale samplers.
@@ -253,7 +266,7 @@ class SamplingContext:
     def __init__(
         self,
         backbone: Backbone,
-        labels: Tensor,
+        condition: Condition | Tensor,
         *,
         random: CounterRandom,
         known: Tensor | None = None,
@@ -263,7 +276,8 @@ class SamplingContext:
     ) -> None:
         self.backbone = backbone
         self.layout = backbone.layout
-        self.labels = labels
+        self.condition = as_condition(condition)
+        self.labels = self.condition.labels
         self.random = random
         self.known = known
         self.quantizer = quantizer
@@ -274,7 +288,7 @@ class SamplingContext:
         self._made: Counter[tuple[Callable[..., int], tuple[int | None, ...]]] = Counter()
         self._trace: list[TraceStep] | None = [] if trace else None
         self._before = self.start()
-        self._prepared: dict[bool, tuple[Tensor, Cache]] = {}
+        self._prepared: dict[bool, tuple[Condition | Tensor, Cache]] = {}
 
     # What is known.
 
@@ -300,7 +314,8 @@ class SamplingContext:
     def predict(self, tokens: Tensor, scale: float = 1.0) -> Tensor:
         """Predict every position of partly masked tokens with a bidirectional backbone, guided.
 
-        The null pass is left out where the scale is 1; what depends on the labels alone is computed once for all steps.
+        The null pass is left out where the scale is 1; what depends on the condition alone is computed once for all
+        steps.
 
         Args:
             tokens: `(B, N)`, the mask id where nothing is drawn yet.
@@ -322,30 +337,37 @@ class SamplingContext:
 
         Args:
             tokens: `(B, N)`.
-            guided: whether the null label's logits are wanted too.
+            guided: whether the logits given nothing are wanted too.
             level: how noisy the tokens are, for a timed backbone; of each sequence, or of all.
 
         Returns:
-            Logits `(B, N, outputs)` given the labels, and given the null label or None.
+            Logits `(B, N, outputs)` given the condition, and given the null one or None.
         """
-        labels, cache = self.prepare(guided)
+        condition, cache = self.prepare(guided)
         self.count(1 + guided, tokens.shape[1], cache)
         time = None if self.denoiser is None or level is None else self.denoiser.network_time(level)
         time = None if time is None else time.expand(len(tokens))
         if not guided:
-            return self.backbone(tokens, labels, cache, None, time), None
+            return self.backbone(tokens, condition, cache, None, time), None
         doubled = None if time is None else time.repeat(2)
-        conditional, unconditional = self.backbone(tokens.repeat(2, 1), labels, cache, None, doubled).chunk(2)
+        conditional, unconditional = self.backbone(tokens.repeat(2, 1), condition, cache, None, doubled).chunk(2)
         return conditional, unconditional
 
-    def prepare(self, guided: bool) -> tuple[Tensor, Cache]:
-        """The labels `(B,)`, or `(2 B,)` with null labels behind them, and the backbone's cache for them."""
+    def prepare(self, guided: bool) -> tuple[Condition | Tensor, Cache]:
+        """What B sequences are given, or 2 B with the null condition behind, and the backbone's cache for it."""
         if guided not in self._prepared:
-            null = torch.full_like(self.labels, self.layout.null_label)
-            labels = torch.cat((self.labels, null)) if guided else self.labels
-            self._prepared[guided] = labels, self.backbone.new_cache(labels)
-            self._made[self.backbone.cache_flops, (1 + guided,)] += 1
+            condition = self.condition
+            if guided:
+                condition = condition.with_null(null_label=self.layout.null_label, null_id=self.backbone.grid_vocab)
+            given = plain(condition)
+            self._prepared[guided] = given, self.backbone.new_cache(given)
+            self._made[self.backbone.cache_flops, (1 + guided, *self._attended)] += 1
         return self._prepared[guided]
+
+    @property
+    def _attended(self) -> tuple[int, ...]:
+        """How many vectors each sequence attends to, where it does."""
+        return () if self.condition.context is None else (self.condition.context.shape[1],)
 
     # What they cost.
 
@@ -359,7 +381,8 @@ class SamplingContext:
         """
         self._calls += evaluations
         self._passes += 1
-        self._made[self.backbone.flops, (evaluations, tokens, None if cache is None else cache.filled)] += 1
+        filled = None if cache is None else cache.filled
+        self._made[self.backbone.flops, (evaluations, tokens, filled, *self._attended)] += 1
 
     def count_head(self, evaluations: int, known: int) -> None:
         """Count one pass of a sub-token head over one position.
@@ -424,12 +447,12 @@ class ScaleQuantizer(Protocol):
 class CachedDecoder:
     """Run a causal backbone step by step on one key-value cache, with classifier-free guidance.
 
-    As long as a guided step is to come, the batch is doubled: the rows of the labels first, those of the null label
-    behind them. The null rows read every token from the first step on, also while the scale is still 1, since later
+    As long as a guided step is to come, the batch is doubled: the rows of the condition first, those of the null
+    one behind them. The null rows read every token from the first step on, also while the scale is still 1, since later
     steps attend to their keys and values; after the last guided step they are dropped.
 
     Args:
-        context: backbone, labels and cost of this call.
+        context: backbone, condition and cost of this call.
         guided_steps: how many steps there are up to the last guided one, itself included; 0 without guidance.
         order: `(B, N)` for an any-order backbone.
     """
@@ -438,7 +461,7 @@ class CachedDecoder:
         self.context = context
         self.guided_steps = guided_steps
         self.doubled = guided_steps > 0
-        self.labels, self.cache = context.prepare(self.doubled)
+        self.condition, self.cache = context.prepare(self.doubled)
         self.order = None if order is None else order.repeat(1 + self.doubled, 1)
 
     def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None) -> Tensor:
@@ -454,13 +477,13 @@ class CachedDecoder:
         """
         if self.doubled and step >= self.guided_steps:
             batch = len(tokens)
-            self.doubled, self.labels, self.cache = False, self.labels[:batch], self.cache.first_rows(batch)
+            self.doubled, self.condition, self.cache = False, self.condition[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
         self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
         rows = self.rows(tokens)
         if self.doubled and null_tokens is not None:
             rows = torch.cat((tokens, null_tokens))
-        return self.context.backbone(rows, self.labels, self.cache, self.order)
+        return self.context.backbone(rows, self.condition, self.cache, self.order)
 
     def rows(self, values: Tensor) -> Tensor:
         """Repeat `values (B, ...)` for the null rows, while there are any."""

@@ -24,6 +24,8 @@ NO_PLACE = {
 class ToyBackbone:
     """The net of the golden decoding: tanh(M E[ids]) O + P."""
 
+    grid_vocab = None
+
     def __init__(self, inputs: Tensors) -> None:
         embedded, self.mixing, self.out, self.bias = (inputs[f"toy_{name}"] for name in "EMOP")
         self.embedded = embedded
