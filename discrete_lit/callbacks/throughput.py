@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from math import prod
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -255,7 +255,7 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
             if isinstance(part, Codebook):
                 part.prepare = part.observe = _nothing
             if hasattr(part, "activation_checkpointing"):
-                part.activation_checkpointing = False
+                cast(Any, part).activation_checkpointing = False
         inputs = {name: _without_data(value) for name, value in batch.items()}
 
         def step() -> None:

@@ -65,8 +65,8 @@ def sample(
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
         sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
-            `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler` of a
-            `DimensionwiseMasked`, and a `HybridScaleSampler` those of HART and of scales of vectors.
+            `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler`
+            of a `DimensionwiseMasked`, and a `HybridScaleSampler` those of HART and of scales of vectors.
         seed: of the draw.
         batch_size: images at a time on each device.
         accelerator: Lightning's; `auto` takes a GPU where there is one.
