@@ -111,9 +111,8 @@ def measure_few(width: int) -> None:
     few, reference = features(width // 2, width, 0), features(5000, width, 1)
     compute, *moments = ours(few, reference)
     theirs, exact = of_torchmetrics(few, reference)(), of_scipy(*moments)
-    print(
-        f"\n{width:,} features of {len(few):,} images: ours {compute():.9f}, torchmetrics {theirs:.9f}, SciPy {exact:.9f}"
-    )
+    print(f"\n{width:,} features of {len(few):,} images")
+    print(f"  ours {compute():.9f}, torchmetrics {theirs:.9f}, SciPy {exact:.9f}")
 
 
 def random_inception(folder: str) -> InceptionV3:
