@@ -10,10 +10,12 @@ else is said, and with Inception also `spatial` and `logits`. A measure is told 
 are, and holds no network.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
@@ -207,7 +209,7 @@ class InceptionV3(FeatureExtractor):
         named = super().space(part)
         if part != SPATIAL or not self.is_original:
             return named
-        return FeatureSpace(**{**vars(named), "metric_name": "sFID"})
+        return replace(named, metric_name="sFID")
 
     def extract(self, images: Tensor) -> Tensor:
         return self.extract_parts(images, (POOL,))[POOL]
@@ -342,12 +344,15 @@ def resized_positions(positions: Tensor, side: int) -> Tensor:
 class TimmExtractor(FeatureExtractor):
     """Extract the features of any network of timm, as FDr6 does (FD-Loss, arXiv:2604.28190).
 
-    The pooled feature is the class token of a network that has one, else the result of its attention pooling, else the
-    mean over positions. Images are resized, antialiased and bicubic, and normalised as timm says for the weights.
+    The pooled feature is what timm gives to the network's last layer: a class token, attention pooling, a mean. Of a
+    network of feature maps it is their mean, before any norm of the head, as there. Images are resized, antialiased
+    and bicubic, and normalised as timm says for the weights.
 
     Args:
         model_name: timm's, with the tag that says how pixels are normalised: `vit_large_patch16_224.mae`.
-        weights: path of the weight file in timm's layout, safetensors or a state dict.
+        weights: path of the weight file in timm's layout, safetensors or a state dict. By default
+            `<model_name>.safetensors` or `.pth` in the folder that the environment variable `DISCRETE_LIT_TIMM_WEIGHTS`
+            names, or in torch hub's cache.
         image_size: side of the network's input; timm's for the weights by default.
         sha256: SHA-256 that the file must have; any by default, and the report names it.
         output: `pool`, or `head` for the result of the network's last layer: the projection of CLIP, which CMMD takes,
@@ -363,7 +368,7 @@ class TimmExtractor(FeatureExtractor):
     def __init__(
         self,
         model_name: str,
-        weights: str,
+        weights: str | None = None,
         *,
         image_size: int | None = None,
         sha256: str | None = None,
@@ -373,7 +378,8 @@ class TimmExtractor(FeatureExtractor):
         if output not in ("pool", "head"):
             raise ValueError(f"extractor.output={output!r} must be 'pool' or 'head'")
         setting = "extractor.weights"
-        self.weights_sha256 = checked_sha256(weights, sha256, setting)
+        path = weights or _timm_file(model_name)
+        self.weights_sha256 = checked_sha256(path, sha256, setting)
         self.network = _timm_network(model_name, **({} if output == "head" else {"num_classes": 0}))
         self.output = output
         self.dim = self.network.num_classes if output == "head" else self.network.num_features
@@ -383,7 +389,7 @@ class TimmExtractor(FeatureExtractor):
             f"float32 pixels, antialiased bicubic resize to {self.image_size}x{self.image_size}, mean and deviation of "
             "the network's training"
         )
-        state = read_weights(weights, setting)
+        state = read_weights(path, setting)
         if output == "pool":
             classifier = f"{self.network.pretrained_cfg.get('classifier')}."
             state = {name: value for name, value in state.items() if not name.startswith(classifier)}
@@ -399,11 +405,23 @@ class TimmExtractor(FeatureExtractor):
         if hidden.ndim == 4:
             channels_last = str(getattr(self.network, "output_fmt", "NCHW")).endswith("NHWC")
             return hidden.mean((1, 2) if channels_last else (2, 3))
-        if getattr(self.network, "has_class_token", False):
-            return hidden[:, 0]
-        if getattr(self.network, "attn_pool", None) is not None:
-            return self.network.pool(hidden)
-        return hidden[:, getattr(self.network, "num_prefix_tokens", 0) :].mean(1)
+        return self.network.forward_head(hidden, pre_logits=True)
+
+
+TIMM_VARIABLE = "DISCRETE_LIT_TIMM_WEIGHTS"
+"""An environment variable with the folder of weight files of timm's networks, by their names."""
+
+
+def _timm_file(model_name: str) -> str:
+    folder = Path(os.environ.get(TIMM_VARIABLE) or Path(torch.hub.get_dir()) / "checkpoints")
+    for suffix in (".safetensors", ".pth"):
+        if (file := folder / f"{model_name}{suffix}").is_file():
+            return str(file)
+    raise ValueError(
+        f"{folder} holds no weights of {model_name}, and nothing is downloaded here: download "
+        f"https://huggingface.co/timm/{model_name}/resolve/main/model.safetensors and give its path as "
+        f"extractor.weights, or put it as {model_name}.safetensors into the folder that {TIMM_VARIABLE} names"
+    )
 
 
 def _timm_network(model_name: str, **arguments: Any) -> Any:
@@ -419,10 +437,17 @@ def _timm_network(model_name: str, **arguments: Any) -> Any:
 
 
 def _load(network: nn.Module, weights: dict[str, Tensor], setting: str) -> None:
-    try:
-        network.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{setting} holds the weights of another network: {error}") from error
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    # Counts of batches, which nothing reads, are not in every file.
+    wanted = {name: shape for name, shape in wanted.items() if name in weights or not name.endswith("batches_tracked")}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if wrong := [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]:
+        name = wrong[0]
+        raise ValueError(
+            f"{setting} holds the weights of another network: {len(wrong):,} tensors are not those of this one, the "
+            f"first is {name!r}: {found.get(name, 'absent')} in the file, {wanted.get(name, 'absent')} in the network"
+        )
+    network.load_state_dict(weights, strict=False)
 
 
 def _add_pixel_statistics(extractor: nn.Module, network: Any) -> None:

@@ -274,15 +274,41 @@ def test_a_network_of_timm_that_is_none_or_of_other_weights_is_refused(tmp_path)
         TimmExtractor(name, str(path), output="logits")  # type: ignore[arg-type]
 
 
+def test_weights_of_timm_are_found_by_name_in_one_folder(tmp_path, monkeypatch) -> None:
+    name = "test_vit.r160_in1k"
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv(extractors.TIMM_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match=rf"huggingface\.co/timm/{name}/.*{extractors.TIMM_VARIABLE}"):
+        TimmExtractor(name)
+    cached = tmp_path / "hub" / "checkpoints" / f"{name}.pth"
+    cached.parent.mkdir(parents=True)
+    random_weights(timm.create_model(name), cached)
+    assert TimmExtractor(name).weights_sha256 == file_sha256(cached)
+    monkeypatch.setenv(extractors.TIMM_VARIABLE, str(tmp_path))
+    random_weights(timm.create_model(name), tmp_path / f"{name}.safetensors")
+    assert TimmExtractor(name).weights_sha256 == file_sha256(tmp_path / f"{name}.safetensors")
+
+
 def test_position_embeddings_are_resized_with_the_offset_of_the_authors() -> None:
-    """A cubic kernel reproduces a line: away from the border its values tell where the grid was read."""
-    old, new = 37, 16
-    grid = torch.arange(old, dtype=torch.float32).expand(old, old)
-    positions = torch.cat((torch.full((1, 1, 1), -5.0), grid.reshape(1, -1, 1)), dim=1)
+    """The cubic kernel of Keys with a = -0.75, read at (i + 0.5) · 37 / 16.1 - 0.5 along each side."""
+    old, new, a = 37, 16, -0.75
+
+    def kernel(distance: Tensor) -> Tensor:
+        near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+        far = a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
+        return torch.where(distance <= 1, near, torch.where(distance < 2, far, 0.0))
+
+    places = (torch.arange(new) + 0.5) * old / (new + 0.1) - 0.5
+    # Beyond the border the outermost values go on.
+    taps = torch.arange(-3, old + 3)
+    weights = kernel((places[:, None] - taps).abs())
+    matrix = torch.zeros(new, old).index_add_(1, taps.clamp(0, old - 1), weights)
+    grid = torch.randn(old, old, 3, generator=torch.Generator().manual_seed(0))
+    positions = torch.cat((torch.full((1, 1, 3), -5.0), grid.reshape(1, -1, 3)), dim=1)
     found = resized_positions(positions, new)
-    assert found.shape == (1, 1 + new**2, 1) and found[0, 0, 0] == -5
-    expected = (torch.arange(new) + 0.5) * old / (new + 0.1) - 0.5
-    torch.testing.assert_close(found[0, 1:, 0].reshape(new, new)[4, 1:-1], expected[1:-1], rtol=0, atol=1e-4)
+    assert found.shape == (1, 1 + new**2, 3) and found[0, 0].eq(-5).all()
+    expected = torch.einsum("ia,jb,abd->ijd", matrix, matrix, grid)
+    torch.testing.assert_close(found[0, 1:].reshape(new, new, 3), expected, rtol=0, atol=1e-4)
     assert resized_positions(positions, old) is positions
 
 
@@ -302,7 +328,7 @@ def test_dinov2_gives_the_class_token_of_timms_network(tmp_path) -> None:
     with torch.no_grad():
         expected = network.forward_features(normalized(resized, network))[:, 0]
     torch.testing.assert_close(extractor(pixels), expected, rtol=1e-4, atol=1e-4)
-    assert expected.std() > 0.1 and extractor.dim == 384
+    assert expected.std() > 0.01 and extractor.dim == 384
     assert extractor.metric_name == f"FD-DINOv2-{file_sha256(path)[:8]}"
 
 

@@ -150,6 +150,7 @@ class Generator(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_lightning_module_measures_and_its_checkpoint_does_not_grow(tmp_path: Path) -> None:
     extractor = TinyConvolution()
     images, real = pictures(40, 0), pictures(50, 1)
@@ -157,7 +158,6 @@ def test_a_lightning_module_measures_and_its_checkpoint_does_not_grow(tmp_path: 
     moments.update(extractor(real))
     features = FeatureSet(extractor(real))
     module = Generator(extractor, moments.compute(), features)
-    loaders = DataLoader(list(images), batch_size=8), DataLoader(list(images), batch_size=16)
     trainer = lightning.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -169,7 +169,7 @@ def test_a_lightning_module_measures_and_its_checkpoint_does_not_grow(tmp_path: 
         default_root_dir=tmp_path,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, *loaders)
+    trainer.fit(module, *(DataLoader(list(images), batch_size=size) for size in (8, 16)))
     alone = FrechetDistance(extractor, moments.compute())
     alone.update(extractor(images))
     # The same number in the second epoch, in half-precision training, as alone in full precision.

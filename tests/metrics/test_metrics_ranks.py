@@ -103,6 +103,7 @@ def measured(rows: slice) -> dict[str, Tensor]:
 
 
 def gather(rank: int, ranks: int, address: str, output: str) -> None:
+    torch.set_num_threads(1)  # as in the tests
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
     torch.save(measured(SHARES[ranks][rank]), f"{output}/{rank}.pt")
     dist.destroy_process_group()
@@ -117,7 +118,7 @@ def test_measures_over_ranks_are_those_of_the_whole(tmp_path, ranks: int) -> Non
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=600)
     assert [process.exitcode for process in processes] == [0] * ranks
     expected = measured(slice(None))
     assert expected["count"] == 17 and all(value.isfinite().all() for value in expected.values())
