@@ -291,6 +291,11 @@ class ImageDistance(Callback):
                 return _over_ranks(meter, module.device)
             if self._selection is None:
                 return None
+            autoencoder: ImageAutoencoder = module
+
+            def reconstruct(images: Tensor) -> Tensor:
+                return to_uint8(autoencoder.decode(autoencoder.encode(from_uint8(images))))
+
             return measure(
                 self._selection,
                 self._extractor(module),
@@ -298,7 +303,7 @@ class ImageDistance(Callback):
                 batch_size=self.batch_size,
                 device=module.device,
                 most_features=most_features,
-                transform=lambda images: to_uint8(module.decode(module.encode(from_uint8(images)))),
+                transform=reconstruct,
                 description="reconstructions",
             )
 
@@ -319,10 +324,11 @@ class ImageDistance(Callback):
         self, module: LightningModule, made: Measurement, reference: Reference, stage: str
     ) -> dict[str, float]:
         """Compute all figures on rank 0, by the names that they are logged under."""
-        assert self.extractor is not None
+        extractor = self.extractor
+        assert extractor is not None
         kind = "r" if isinstance(module, ImageAutoencoder) else "g"
         count = made.moments.count
-        name = f"{stage}/{kind}{self.extractor.metric_name}_{count}"
+        name = f"{stage}/{kind}{extractor.metric_name}_{count}"
 
         def compute() -> dict[str, float]:
             distance = frechet_distance(made.moments, reference.moments)
@@ -336,7 +342,7 @@ class ImageDistance(Callback):
                 if self._manifold is not None:
                     both = precision_and_recall(made.features, self._manifold)
                     for word, value in zip(("precision", "recall"), both, strict=True):
-                        values[f"{stage}/{kind}{word}-{self.extractor.name}_{count}"] = value
+                        values[f"{stage}/{kind}{word}-{extractor.name}_{count}"] = value
             return values
 
         return on_first_rank(compute)

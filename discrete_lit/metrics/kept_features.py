@@ -65,14 +65,14 @@ class FeatureSet:
 
     def save(self, path: str | Path) -> None:
         """Write an npz, whole or not at all: `features` as they are, `labels`, `extractor` and `weights_sha256`."""
-        labels = {} if self.labels is None else {"labels": self.labels.numpy()}
+        labels = {} if self.labels is None else {"labels": self.labels.cpu().numpy()}
         known = {
             key: np.asarray(value)
             for key in ("extractor", "weights_sha256")
             if (value := getattr(self, key)) is not None
         }
         with atomic_write(path) as file:
-            np.savez(file, allow_pickle=False, features=self.features.numpy(), **labels, **known)
+            np.savez(file, allow_pickle=False, features=self.features.cpu().numpy(), **labels, **known)
 
     @staticmethod
     def load(path: str | Path, extractor: FeatureSource | None = None) -> FeatureSet:

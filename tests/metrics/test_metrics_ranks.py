@@ -118,7 +118,7 @@ def test_measures_over_ranks_are_those_of_the_whole(tmp_path, ranks: int) -> Non
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=600)
     assert [process.exitcode for process in processes] == [0] * ranks
     expected = measured(slice(None))
     assert expected["count"] == 17 and all(value.isfinite().all() for value in expected.values())
