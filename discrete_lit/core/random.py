@@ -72,7 +72,7 @@ class Purpose(IntEnum):
     DIFFUSION_START = 13
     DIFFUSION_STEP = 14
     EXPOSURE = 15
-    RESIDUAL = 16
+    RESIDUAL = 17
 
 
 class CounterRandom:
