@@ -20,7 +20,7 @@ from torchvision.utils import make_grid
 
 from discrete_lit.core.images import displayable, to_uint8
 from discrete_lit.generators import Generator, LatentGenerator
-from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
+from discrete_lit.samplers import CausalVectorSampler, GuidedSolver, MARSampler, Sampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 
@@ -142,7 +142,7 @@ class SampleGrid(ImageGrid):
         columns: int = 10,
         *,
         seed: int = 0,
-        sampler: Sampler | GuidedSolver | MARSampler | None = None,
+        sampler: Sampler | GuidedSolver | MARSampler | CausalVectorSampler | None = None,
         save_png: bool = False,
     ) -> None:
         super().__init__(count, columns, save_png=save_png)

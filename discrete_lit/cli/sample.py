@@ -24,7 +24,7 @@ from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator
 from discrete_lit.generators.graphed_draw import PAYS_FROM
-from discrete_lit.samplers import GuidedSolver, MARSampler, Sampler
+from discrete_lit.samplers import CausalVectorSampler, GuidedSolver, MARSampler, Sampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
@@ -37,7 +37,7 @@ def sample(
     *,
     num_samples: int,
     labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
-    sampler: Sampler | GuidedSolver | MARSampler | None = None,
+    sampler: Sampler | GuidedSolver | MARSampler | CausalVectorSampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
     accelerator: str = "auto",

@@ -1,6 +1,7 @@
 """Generators: objectives over token sequences, or over whole latents, around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.continuous_autoregressive import ContinuousAutoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
@@ -13,6 +14,7 @@ from discrete_lit.generators.next_scale import NextScale
 
 __all__ = [
     "Autoregressive",
+    "ContinuousAutoregressive",
     "ContinuousMasked",
     "DisCon",
     "DiscreteDiffusion",

@@ -140,7 +140,9 @@ class Generator(ClassConditionalTraining):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)
-        return self.tokenizer.decode(self.sample(self.condition_of(batch, random), seed=self.seed, indices=random.indices))
+        return self.tokenizer.decode(
+            self.sample(self.condition_of(batch, random), seed=self.seed, indices=random.indices)
+        )
 
     # The sequence.
 

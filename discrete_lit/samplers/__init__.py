@@ -25,10 +25,12 @@ from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubT
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import NextScaleSampler
+from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 
 __all__ = [
     "AncestralSampler",
     "BARSampler",
+    "CausalVectorSampler",
     "DiffusionSampler",
     "EulerSampler",
     "FirstHittingSampler",
