@@ -73,6 +73,8 @@ CASES: dict[str, tuple[Sampler, Callable[[int], ForwardProcess], Head]] = {
 class RecordedNetwork(torch.nn.Module):
     """Gives the same logits at every pass."""
 
+    grid_vocab = None
+
     def __init__(self, layout: SequenceLayout, batch: int, device: torch.device) -> None:
         super().__init__()
         self.layout = layout

@@ -48,6 +48,7 @@ class Cache:
         self,
         modulations: list[tuple[Tensor, ...]],
         keys_and_values: Tensor | None,
+        *,
         context: list[tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.modulations = modulations
@@ -76,7 +77,7 @@ class Cache:
         """Give the cache of the first `count` sequences, which goes on where this one is; it shares its memory."""
         modulations = [tuple(vector[:count] for vector in vectors) for vectors in self.modulations]
         context = [(keys[:count], values[:count]) for keys, values in self.context]
-        rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count], context)
+        rows = Cache(modulations, None if self._buffers is None else self._buffers[:, :, :count], context=context)
         rows.advance(self.filled)
         rows.tokens = None if self.tokens is None else self.tokens[:count]
         return rows

@@ -52,7 +52,8 @@ class Condition:
 
     def __getitem__(self, rows: slice) -> "Condition":
         """Give the condition of some of the sequences."""
-        return Condition(**{name: None if part is None else part[rows] for name, part in self.parts().items()})
+        given = {name: part[rows] for name, part in self.parts().items() if part is not None}
+        return Condition(**given)
 
     def valid(self) -> Tensor:
         """Say which vectors of the context are valid: `(B, M)` bool."""

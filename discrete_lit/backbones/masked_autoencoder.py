@@ -4,13 +4,14 @@ An encoder reads the places that are known and nothing else, a decoder reads all
 others, and gives a hidden state z for each, of which a head draws its vector (`token_diffusion.py`). The class fills a
 buffer of slots in front of both.
 
-A grid of ids d, aligned with the places, may be given too (DisCon, 2025; MixAR, 2026): `Fusion` says how.
+A grid of ids d may be given too (DisCon, 2025; MixAR, 2026): `Fusion` says how. Or vectors that all blocks attend to,
+such as the features of a text (Fan et al., "Fluid", 2024).
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings
-from discrete_lit.backbones.condition import Condition, as_condition
+from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.layers import Linear, Norm
 
-Fusion = Literal["prefix", "mix", "add"]
+Fusion = Literal["prefix", "mix", "add", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +33,20 @@ class VectorLayout:
         dim: D, of the vector at each place.
         length: N, places.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
-        grid_vocab: ids that may be given for every place beside the label; None for none.
+        grid_vocab: ids that may be given beside the label; None for none.
+        grid_length: how many of them, where they are not one for each place.
     """
 
     dim: int
     length: int
     num_classes: int
     grid_vocab: int | None = None
+    grid_length: int | None = None
+
+    @property
+    def grid_ids(self) -> int:
+        """How many ids may be given beside the label."""
+        return self.length if self.grid_length is None else self.grid_length
 
 
 class MaskedAutoencoder(nn.Module):
@@ -56,13 +64,14 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: inner width of the MLPs over the width.
         buffer: slots of the class in front of the sequence; 64 in MAR.
         fusion: what a grid of ids does, where the layout has one: stand in front of the sequence, in slots of its own
-            (`"prefix"`: DisCon), take the place of the mask vector (`"mix"`: MixAR), or be added at every place
-            (`"add"`).
+            (`"prefix"`: DisCon), take the place of the mask vector (`"mix"`: MixAR), be added at every place
+            (`"add"`), or be attended to by every block (`"cross"`). `"mix"` and `"add"` need an id for each place.
+        context_dim: E, width of the vectors that the condition has for every block to attend to; none by default.
         dropout: of attention weights and residual branches; 0.1 in MAR's training.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or a fusion that the layout cannot hold.
     """
 
     def __init__(
@@ -78,30 +87,35 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
         buffer: int = 64,
         fusion: Fusion = "prefix",
+        context_dim: int | None = None,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if fusion not in ("prefix", "mix", "add"):
-            raise ValueError(f"fusion must be 'prefix', 'mix' or 'add', got {fusion!r}")
+        _check_fusion(layout, fusion, context_dim)
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1: the class stands in it; got {buffer}")
         decoder_width = decoder_width or width
         dim, length, grid_vocab = layout.dim, layout.length, layout.grid_vocab
         self.layout = layout
-        self._flops: dict[tuple[int, int], int] = {}
+        self._flops: dict[tuple[int, int, int], int] = {}
         self.buffer = buffer
         self.fusion: Fusion = fusion
+        self.context_dim = context_dim
         self.hidden_width = decoder_width
         self.activation_checkpointing = activation_checkpointing
-        prefix = length if grid_vocab is not None and fusion == "prefix" else 0
+        prefix = layout.grid_ids if grid_vocab is not None and fusion == "prefix" else 0
+        crossed = grid_vocab is not None and fusion == "cross"
+        attended = width if crossed else context_dim
         self.slots = buffer + prefix
 
         self.class_embedding = nn.Embedding(layout.num_classes + 1, width)
         self.input_projection = Linear(dim, width)
         self.encoder_positions = nn.Parameter(torch.empty(self.slots + length, width))
         self.input_norm = Norm(width, "layer")
-        self.encoder = _blocks(width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout)
+        self.encoder = _blocks(
+            width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, context_dim=attended
+        )
         self.encoder_norm = Norm(width, "layer")
 
         self.decoder_projection = Linear(width, decoder_width)
@@ -113,13 +127,16 @@ class MaskedAutoencoder(nn.Module):
             heads=decoder_heads or heads,
             mlp_ratio=mlp_ratio,
             dropout=dropout,
+            context_dim=attended,
         )
         self.decoder_norm = Norm(decoder_width, "layer")
         self.hidden_positions = nn.Parameter(torch.empty(length, decoder_width))
         # Its last row is that of no grid, for guidance.
         self.grid_embedding = None
         if grid_vocab is not None:
-            self.grid_embedding = nn.Embedding(grid_vocab + 1, width if fusion == "prefix" else decoder_width)
+            of_encoder = fusion in ("prefix", "cross")
+            self.grid_embedding = nn.Embedding(grid_vocab + 1, width if of_encoder else decoder_width)
+        self.context_positions = nn.Parameter(torch.empty(layout.grid_ids, width)) if crossed else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -148,25 +165,25 @@ class MaskedAutoencoder(nn.Module):
         Args:
             vectors: `(B, N, D)`; what stands where `masked` is true is not read.
             masked: `(B, N)` bool, the places that are not known.
-            condition: the labels `(B,)` int64 in [0, num_classes], or these with a grid `(B, N)` int64 of ids in
-                [0, grid_vocab], where the layout has one; `grid_vocab` stands for none.
+            condition: the labels `(B,)` int64 in [0, num_classes]; or these with a grid `(B, grid_ids)` int64 of ids in
+                [0, grid_vocab], where the layout has one, of which `grid_vocab` stands for none, and vectors, where the
+                network attends to some.
             known: how many places are known in each sequence, or at most where it is `uneven`. A number that the host
                 knows: nothing waits for a device.
             uneven: whether sequences have different numbers of known places.
-            grid: d, `(B, N)` int64 in [0, grid_vocab]; `grid_vocab` stands for none.
 
         Returns:
             `(B, N, W)`.
 
         Raises:
-            ValueError: a grid is missing, or one is given that the network does not read.
+            ValueError: a part of the condition is missing, or one is given that the network does not read.
         """
-        condition = as_condition(condition)
-        self._check_grid(condition.grid)
+        condition, layout = as_condition(condition), self.layout
+        check_parts(condition, places=layout.grid_ids, grid_vocab=layout.grid_vocab, context_dim=self.context_dim)
         # Known places first, in raster order.
         places = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :known]
         encoded = self.encode(vectors, places, condition, masked=masked if uneven else None)
-        return self._decode(encoded, places, masked=masked, grid=condition.grid)
+        return self._decode(encoded, places, condition, masked=masked)
 
     def encode(
         self, vectors: Tensor, places: Tensor, condition: Condition | Tensor, *, masked: Tensor | None = None
@@ -189,17 +206,17 @@ class MaskedAutoencoder(nn.Module):
             # Behind the known places of a sequence that has fewer stand masked ones, which nobody sees.
             visible = ~masked.gather(1, places)
             mask = torch.cat((visible.new_ones(len(visible), self.slots), visible), dim=1)[:, None, None]
-        return self.encoder_norm(self._run(self.encoder, self.input_norm(hidden), mask))
+        return self.encoder_norm(self._run(self.encoder, self.input_norm(hidden), mask, condition))
 
-    def _check_grid(self, grid: Tensor | None) -> None:
-        vocab, length = self.layout.grid_vocab, self.layout.length
-        if vocab is None and grid is not None:
-            raise ValueError("this network reads no grid of ids beside the label: its layout has no grid_vocab")
-        if vocab is not None and (grid is None or grid.shape[1:] != (length,) or grid.is_floating_point()):
-            given = "none" if grid is None else f"{grid.dtype} {tuple(grid.shape)}"
-            raise ValueError(f"this network reads a grid of {length} ids in [0, {vocab}] for each image, got {given}")
+    def _attended(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
+        """What the blocks attend to, `(B, M, E)`, and which of it is valid."""
+        if self.context_positions is None or self.grid_embedding is None or condition.grid is None:
+            return condition.context, condition.context_mask
+        # The id of no grid has an embedding of its own: nothing is masked.
+        return self.grid_embedding(condition.grid) + self.context_positions, None
 
-    def _decode(self, encoded: Tensor, places: Tensor, *, masked: Tensor, grid: Tensor | None) -> Tensor:
+    def _decode(self, encoded: Tensor, places: Tensor, condition: Condition, *, masked: Tensor) -> Tensor:
+        grid = condition.grid
         embedded = self.decoder_projection(encoded)
         slots, seen = embedded[:, : self.slots], embedded[:, self.slots :]
         blank = self.mask_vector.to(embedded.dtype).expand(len(embedded), self.layout.length, -1)
@@ -209,41 +226,72 @@ class MaskedAutoencoder(nn.Module):
         if self.grid_embedding is not None and self.fusion == "add" and grid is not None:
             hidden = hidden + self.grid_embedding(grid)
         hidden = torch.cat((slots, hidden), dim=1) + self.decoder_positions
-        hidden = self.decoder_norm(self._run(self.decoder, hidden, None))
+        hidden = self.decoder_norm(self._run(self.decoder, hidden, None, condition))
         return hidden[:, self.slots :] + self.hidden_positions
 
-    def _run(self, blocks: nn.ModuleList, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, hidden: Tensor, mask: Tensor | None, condition: Condition) -> Tensor:
+        context, valid = self._attended(condition)
         for block in blocks:
+            arguments = (hidden, None, None, mask, False, None, context, valid)
             if self.activation_checkpointing and self.training:
-                hidden = checkpoint(block, hidden, None, None, mask, use_reentrant=False)
+                hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
             else:
-                hidden = block(hidden, None, None, mask)
+                hidden = block(*arguments)
         return hidden
 
-    def flops(self, batch: int, known: int) -> int:
-        """Count the floating-point operations of a pass over B sequences with `known` places, once for each shape."""
-        if (batch, known) not in self._flops:
-            self._flops[batch, known] = count_flops(self, lambda network: network.eval()._pass(batch, known))
-        return self._flops[batch, known]
+    def flops(self, batch: int, known: int, context: int = 0) -> int:
+        """Count the floating-point operations of a pass over B sequences with `known` places, which are given `context`
+        vectors each, once for each shape."""
+        key = batch, known, context
+        if key not in self._flops:
+            self._flops[key] = count_flops(self, lambda network: network.eval()._pass(*key))
+        return self._flops[key]
 
-    def _pass(self, batch: int, known: int) -> Callable[[], Tensor]:
+    def _pass(self, batch: int, known: int, context: int) -> Callable[[], Tensor]:
         length, device = self.layout.length, self.mask_vector.device
         vectors = torch.zeros(batch, length, self.layout.dim, device=device, dtype=self.mask_vector.dtype)
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        grid = None if self.layout.grid_vocab is None else labels[:, None].expand(-1, length)
+        grid = None if self.layout.grid_vocab is None else labels[:, None].expand(-1, self.layout.grid_ids)
+        given = None if self.context_dim is None else vectors.new_zeros(batch, context, self.context_dim)
         masked = torch.ones(batch, length, dtype=torch.bool, device=device)
-        return partial(self, vectors, masked, Condition(labels=labels, grid=grid), known=known)
+        return partial(self, vectors, masked, Condition(labels=labels, grid=grid, context=given), known=known)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         """Give the modules that FSDP gathers one after another: the blocks of encoder and decoder."""
         return (*self.encoder, *self.decoder)
 
 
-def _blocks(width: int, *, depth: int, heads: int, mlp_ratio: float, dropout: float) -> nn.ModuleList:
+def _check_fusion(layout: VectorLayout, fusion: Fusion, context_dim: int | None) -> None:
+    if fusion not in ("prefix", "mix", "add", "cross"):
+        raise ValueError(f"fusion must be 'prefix', 'mix', 'add' or 'cross', got {fusion!r}")
+    if layout.grid_vocab is None:
+        if fusion != "prefix":  # the default
+            raise ValueError(f"fusion={fusion!r} says how a grid of ids enters, and this network is given none")
+        return
+    if fusion == "cross" and context_dim is not None:
+        raise ValueError(
+            f"fusion='cross' attends to the grid of ids, context_dim={context_dim} to other vectors: a block attends "
+            "to one of them"
+        )
+    if fusion in ("mix", "add") and layout.grid_ids != layout.length:
+        raise ValueError(
+            f"fusion={fusion!r} needs an id for each of the {layout.length} places, d has {layout.grid_ids} ids, which "
+            "do not stand for squares of places: use fusion='prefix' or 'cross'"
+        )
+
+
+def _blocks(
+    width: int, *, depth: int, heads: int, mlp_ratio: float, dropout: float, context_dim: int | None
+) -> nn.ModuleList:
     if width % heads:
         raise ValueError(f"a width of {width} is not a multiple of its {heads} heads")
     settings = BlockSettings(
-        width=width, heads=heads, head_dim=width // heads, mlp_hidden=round(mlp_ratio * width), dropout=dropout
+        width=width,
+        heads=heads,
+        head_dim=width // heads,
+        mlp_hidden=round(mlp_ratio * width),
+        dropout=dropout,
+        context_dim=context_dim,
     )
     return nn.ModuleList(Block(settings) for _ in range(depth))
 

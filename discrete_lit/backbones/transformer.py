@@ -255,7 +255,8 @@ class Transformer(Backbone):
             dropout=dropout,
             context_dim=context_dim,
         )
-        head = None if place_head is None else place_head(settings, layout.vocab_size)
+        # The head reads hidden states, which have seen what there is to attend to.
+        head = None if place_head is None else place_head(replace(settings, context_dim=None), layout.vocab_size)
         _check_blocks(layout, head)
 
         # The input.
@@ -544,7 +545,7 @@ class Transformer(Backbone):
             if self.final_modulation is not None:
                 modulations.append(self.final_modulation(modulating))
         if not self.causal:
-            return Cache(modulations, None, context)
+            return Cache(modulations, None, context=context)
         weight = self.class_embedding.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         buffers = new_buffers(
@@ -556,7 +557,7 @@ class Transformer(Backbone):
             device=weight.device,
             dtype=torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype,
         )
-        return Cache(modulations, buffers, context)
+        return Cache(modulations, buffers, context=context)
 
 
 def _start_mask(elements: int, visible: int) -> Tensor:

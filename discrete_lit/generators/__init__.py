@@ -1,6 +1,7 @@
 """Generators: objectives over token sequences, or over whole latents, around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.continuous_autoregressive import ContinuousAutoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
 from discrete_lit.generators.discon import DisCon
@@ -16,6 +17,7 @@ from discrete_lit.generators.next_scale import NextScale
 
 __all__ = [
     "Autoregressive",
+    "ContinuousAutoregressive",
     "ContinuousMasked",
     "ContinuousNextScale",
     "DimensionwiseMasked",

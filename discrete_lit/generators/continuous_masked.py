@@ -6,13 +6,14 @@ diffusion model draws the latent of a place given its hidden state (`TokenDiffus
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from discrete_lit.backbones.condition import Condition
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
@@ -74,18 +75,13 @@ class ContinuousMasked(LatentGenerator):
         **training: Any,
     ) -> None:
         super().__init__(tokenizer, image_size, num_classes=num_classes, **training)
-        channels, height, width = self.latent_shape
-        if patch_size < 1 or height % patch_size or width % patch_size:
-            raise ValueError(f"patch_size={patch_size} does not divide latents of {height} x {width}")
+        self.patches = Patches(self.latent_shape, patch_size)
         if likelihood_samples < 1 or likelihood_steps < 1:
             raise ValueError(
                 f"likelihood_samples and likelihood_steps must be at least 1, got {likelihood_samples} and "
                 f"{likelihood_steps}"
             )
-        self.patch_size = patch_size
-        self.grid = (height // patch_size, width // patch_size)
-        self.length = self.grid[0] * self.grid[1]
-        self.dim = channels * patch_size**2
+        self.grid, self.length, self.dim = self.patches.grid, self.patches.length, self.patches.dim
         self.backbone = backbone(self.layout())
         self.head = head(self.dim, self.backbone.hidden_width)
         self.mask_schedule = mask_schedule or TruncatedNormalSchedule()
@@ -104,13 +100,11 @@ class ContinuousMasked(LatentGenerator):
 
     def to_sequence(self, latents: Tensor) -> Tensor:
         """Cut latents `(B, D, H, W)` into the vectors of their places, `(B, N, D p^2)`, channels first."""
-        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+        return self.patches.cut(latents)
 
     def to_grid(self, vectors: Tensor) -> Tensor:
         """Invert `to_sequence`."""
-        height, width = self.grid
-        p = self.patch_size
-        return rearrange(vectors, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+        return self.patches.join(vectors)
 
     # The loss.
 
@@ -127,26 +121,11 @@ class ContinuousMasked(LatentGenerator):
             hidden = self.backbone(vectors, masked, condition, known=known, uneven=True)
             places = torch.arange(self.length, device=data.device).expand(len(data), -1)
             weights = masked.to(hidden.dtype)
-        terms = self._head_losses(hidden, vectors, places, random)
+        terms = head_losses(
+            self.head, at_places(hidden, places), at_places(vectors, places), places, random, length=self.length
+        )
         ratio = masked.double().mean(dim=1, keepdim=True).expand(places.shape)
         return LatentLosses(terms, ratio, weights)
-
-    def _head_losses(self, hidden: Tensor, vectors: Tensor, places: Tensor, random: CounterRandom) -> dict[str, Tensor]:
-        """The terms of the head's loss at some places `(B, n)`; each place has times and noise of its own."""
-        repeats, batch, count = self.head.repeats, *places.shape
-        uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * self.length).view(batch, repeats, self.length)
-        noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * self.length * self.dim)
-        noise = noise.to(vectors.dtype).view(batch, repeats, self.length, self.dim)
-        of_repeats = places[:, None].expand(-1, repeats, -1)
-        uniforms = rearrange(uniforms.gather(2, of_repeats), "b r n -> r (b n)")
-        noise = rearrange(noise.gather(2, of_repeats[..., None].expand(-1, -1, -1, self.dim)), "b r n d -> r (b n) d")
-        terms = self.head.losses(
-            at_places(hidden, places).flatten(0, 1),
-            at_places(vectors, places).flatten(0, 1),
-            uniforms=uniforms,
-            noise=noise,
-        )
-        return {name: term.view(batch, count) for name, term in terms.items()}
 
     def _step_masks(self, random: CounterRandom) -> tuple[Tensor, int]:
         """Masks `(B, N)` bool of a training step, and how many places are known in each image."""
@@ -206,20 +185,79 @@ class ContinuousMasked(LatentGenerator):
 
     @torch.no_grad()
     @in_evaluation
-    def draw(self, labels: Tensor, random: CounterRandom, sampler: MARSampler | None = None) -> SamplerOutput:
-        sampler = sampler or cast(MARSampler, self.sampler)
-        self.check_draw(labels, sampler.guidance_scale)
-        return self.draw_given(labels.long(), random, sampler)
+    def draw(
+        self, labels: Condition | Tensor, random: CounterRandom, sampler: MARSampler | None = None
+    ) -> SamplerOutput:
+        sampler, condition = sampler or cast(MARSampler, self.sampler), as_condition(labels)
+        self.check_draw(condition.labels, sampler.guidance_scale)
+        return self.draw_given(replace(condition, labels=condition.labels.long()), random, sampler)
 
     def draw_given(self, condition: Condition | Tensor, random: CounterRandom, sampler: MARSampler) -> SamplerOutput:
         """Draw latents given all that the network reads; arguments as of `MARSampler`."""
         output = sampler(self.backbone, self.head, condition, random)
-        return SamplerOutput(
-            tokens=self.to_grid(output.vectors),
-            network_calls=output.network_calls,
-            sequential_passes=output.sequential_passes,
-            count_flops=output.count_flops,
-        )
+        return output.with_tokens(self.to_grid(output.tokens))
+
+
+class Patches:
+    """Cut latents into the vectors of their places, and join them again.
+
+    Args:
+        latent_shape: `(D, H, W)`.
+        patch_size: p, side of the squares that are one place together.
+
+    Attributes:
+        grid: places along each axis.
+        length: N, places.
+        dim: D p^2, of the vector of each.
+
+    Raises:
+        ValueError: patches that do not divide the latents.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], patch_size: int) -> None:
+        channels, height, width = latent_shape
+        if patch_size < 1 or height % patch_size or width % patch_size:
+            raise ValueError(f"patch_size={patch_size} does not divide latents of {height} x {width}")
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.length = self.grid[0] * self.grid[1]
+        self.dim = channels * patch_size**2
+
+    def cut(self, latents: Tensor) -> Tensor:
+        """Cut `(B, D, H, W)` into `(B, N, D p^2)`, in raster order, channels first."""
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch_size, q=self.patch_size)
+
+    def join(self, vectors: Tensor) -> Tensor:
+        """Invert `cut`."""
+        height, width, p = *self.grid, self.patch_size
+        return rearrange(vectors, "b (h w) (c p q) -> b c (h p) (w q)", h=height, w=width, p=p, q=p)
+
+
+def head_losses(
+    head: TokenDiffusionHead, hidden: Tensor, vectors: Tensor, places: Tensor, random: CounterRandom, *, length: int
+) -> dict[str, Tensor]:
+    """Return the terms of a head's loss at some places; each place of a sample has times and noise of its own.
+
+    Args:
+        head: draws a vector of a hidden state.
+        hidden: `(B, n, W)`, of those places.
+        vectors: `(B, n, D)`, what it is to draw there.
+        places: `(B, n)` int64 in [0, N).
+        random: one stream for each sample.
+        length: N.
+
+    Returns:
+        Each term by name, `(B, n)`.
+    """
+    repeats, dim, batch, count = head.repeats, head.dim, *places.shape
+    uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * length).view(batch, repeats, length)
+    noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * length * dim)
+    noise = noise.to(vectors.dtype).view(batch, repeats, length, dim)
+    of_repeats = places[:, None].expand(-1, repeats, -1)
+    uniforms = rearrange(uniforms.gather(2, of_repeats), "b r n -> r (b n)")
+    noise = rearrange(noise.gather(2, of_repeats[..., None].expand(-1, -1, -1, dim)), "b r n d -> r (b n) d")
+    terms = head.losses(hidden.flatten(0, 1), vectors.flatten(0, 1), uniforms=uniforms, noise=noise)
+    return {name: term.view(batch, count) for name, term in terms.items()}
 
 
 def at_places(vectors: Tensor, places: Tensor) -> Tensor:

@@ -5,15 +5,17 @@ p(x) = sum over d of p(d) p(x | d): a generator of discrete tokens draws d, and 
 draws x given d and the class. The paper's code was not released. From the paper are both parts, all discrete tokens in
 front of the known latents, and groups of latents that are drawn together. From MixAR (2025) are mask vectors that
 become the embeddings of d, and training on d that a generator drew. The rest are choices of this project: embeddings
-that are added, the share of d that is replaced at random, and guidance that drops d together with the class.
+that are added or attended to, the share of d that is replaced at random, and guidance that drops d together with the
+class.
 """
 
+from math import prod
 from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones.condition import Condition
+from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.masked_autoencoder import VectorLayout
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, normal_size
@@ -45,8 +47,8 @@ class DisCon(ContinuousMasked):
         settings: further ones of `ContinuousMasked`.
 
     Raises:
-        ValueError: a setting out of its range; a generator of d of other images, of other classes, or with a grid that
-            the places do not divide.
+        ValueError: a setting out of its range; a generator of d of other images or of other classes; or a `fusion` that d
+            does not allow: `"mix"` and `"add"` need a grid of d whose sides divide those of the places.
     """
 
     def __init__(
@@ -78,20 +80,25 @@ class DisCon(ContinuousMasked):
                 f"the tokenizer of latents takes images of {channels[0]} channels, that of d {channels[1]}: both "
                 "encode the same images"
             )
-        self.null_id = discrete.vocab_size
+        self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
-        shape = discrete.token_shape
-        if len(shape) != 2 or any(side % rows for side, rows in zip(self.grid, shape, strict=True)):
-            raise ValueError(
-                f"the places of the latents are {self.grid[0]} x {self.grid[1]}, d is a grid of {tuple(shape)}: its "
-                "sides must divide those of the places"
-            )
 
     def layout(self) -> VectorLayout:
-        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes, grid_vocab=self.null_id)
+        return VectorLayout(
+            dim=self.dim,
+            length=self.length,
+            num_classes=self.num_classes,
+            grid_vocab=self.null_id,
+            grid_length=None if self._stand_for_squares() else prod(self.discrete_shape),
+        )
+
+    def _stand_for_squares(self) -> bool:
+        """Whether each id of d stands for a square of places: its grid divides theirs."""
+        shape = self.discrete_shape
+        return len(shape) == 2 and not any(side % rows for side, rows in zip(self.grid, shape, strict=True))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, but keep the frozen generator of d in eval mode."""
@@ -110,7 +117,8 @@ class DisCon(ContinuousMasked):
             checkpoint["discrete_config"] = described
 
     def aligned(self, tokens: Tensor) -> Tensor:
-        """Spread ids `(B, h, w)` over the places, `(B, N)`: each over the square of places that it stands for."""
+        """Spread ids `(B, h, w)` over the places, `(B, N)`, each over the square of places that it stands for; ids of
+        another shape than that stay in their own order, `(B, ids)`."""
         if tuple(tokens.shape[1:]) != self.discrete.token_shape or tokens.is_floating_point():
             raise ValueError(
                 f"d must be ids of the shape {self.discrete.token_shape} for each image, got {tokens.dtype} "
@@ -123,6 +131,8 @@ class DisCon(ContinuousMasked):
                 f"d has ids in [{int(tokens.min())}, {int(tokens.max())}], its generator has those in [0, {ids}): is "
                 "it of another tokenizer?"
             )
+        if not self._stand_for_squares():
+            return tokens.flatten(1)
         rows, columns = (side // of for side, of in zip(self.grid, tokens.shape[1:], strict=True))
         return tokens.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2).flatten(1)
 
@@ -146,11 +156,12 @@ class DisCon(ContinuousMasked):
         return Condition(labels=labels, grid=grid)
 
     def _exposed(self, grid: Tensor, labels: Tensor, random: CounterRandom) -> Tensor:
-        """Give what training sees in the place of the true d `(B, N)`; a function of the samples alone."""
+        """Give what training sees in the place of the true d `(B, ids)`; a function of the samples alone."""
         if self.exposure == "none" or self.exposure_probability == 0:
             return grid
         if self.exposure == "replace":
-            numbers = random.uniform(Purpose.EXPOSURE, 2 * self.length).view(len(grid), 2, self.length)
+            count = grid.shape[1]
+            numbers = random.uniform(Purpose.EXPOSURE, 2 * count).view(len(grid), 2, count)
             others = (numbers[:, 1] * self.discrete.vocab_size).long()
             return torch.where(numbers[:, 0] < self.exposure_probability, others, grid)
         chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
@@ -164,7 +175,7 @@ class DisCon(ContinuousMasked):
     @in_evaluation
     def draw(
         self,
-        labels: Tensor,
+        labels: Condition | Tensor,
         random: CounterRandom,
         sampler: MARSampler | None = None,
         *,
@@ -173,7 +184,7 @@ class DisCon(ContinuousMasked):
         """Draw d, then latents given it.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes].
+            labels: `(B,)` int64 in [0, num_classes], or these with a grid of d as `aligned` makes it.
             random: one stream for each sample, for both.
             sampler: of the latents; this generator's own by default. d is drawn by its own generator's.
             tokens: d `(B, h, w)`, drawn if None: that of real images, or of others, to see what d decides.
@@ -185,12 +196,15 @@ class DisCon(ContinuousMasked):
             ValueError: as of `LatentGenerator.draw`, or d of another shape.
         """
         sampler = sampler or cast(MARSampler, self.sampler)
-        self.check_draw(labels, sampler.guidance_scale)
-        first = None
-        if tokens is None:
-            first = self.discrete.draw(labels, random)
-            tokens = first.tokens
-        output = self.draw_given(Condition(labels=labels.long(), grid=self.aligned(tokens)), random, sampler)
+        condition, first = as_condition(labels), None
+        self.check_draw(condition.labels, sampler.guidance_scale)
+        grid = condition.grid
+        if tokens is not None:
+            grid = self.aligned(tokens)
+        elif grid is None:
+            first = self.discrete.draw(condition.labels, random)
+            grid = self.aligned(first.tokens)
+        output = self.draw_given(Condition(labels=condition.labels.long(), grid=grid), random, sampler)
         if first is None:
             return output
         return SamplerOutput(

@@ -28,11 +28,13 @@ from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubT
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
+from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 
 __all__ = [
     "AncestralSampler",
     "BARSampler",
     "BinaryFlowSampler",
+    "CausalVectorSampler",
     "DiffusionSampler",
     "DimensionwiseSampler",
     "EulerSampler",
@@ -61,7 +63,15 @@ __all__ = [
     "TraceStep",
 ]
 
-AnySampler = Sampler | GuidedSolver | MARSampler | NextCellSampler | DimensionwiseSampler | HybridScaleSampler
+AnySampler = (
+    Sampler
+    | GuidedSolver
+    | MARSampler
+    | CausalVectorSampler
+    | NextCellSampler
+    | DimensionwiseSampler
+    | HybridScaleSampler
+)
 """What draws from one generator or another: of ids the first, of latents the others."""
 
 

@@ -1,7 +1,5 @@
 """MAR's sampler: masked autoregression over vectors (Li et al., "MAR", 2024, section 3.4 and app. B)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -16,22 +14,7 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.solvers import Solver
 from discrete_lit.samplers.maskgit import masked_counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class VectorOutput:
-    """The drawn vectors and what they cost."""
-
-    vectors: Tensor
-    """`(B, N, D)`, in raster order."""
-    network_calls: int
-    """Evaluations of the network for each image; the conditional and the null one of a guided step count as two."""
-    sequential_passes: int
-    """Passes of the network that follow one another."""
-    head_steps: int
-    """Steps of the head's solver that follow one another, over all passes."""
-    count_flops: Callable[[], int]
-    """Measures the floating-point operations for each image, of the network and the head."""
+from discrete_lit.samplers.sampler import SamplerOutput
 
 
 class MARSampler:
@@ -88,16 +71,19 @@ class MARSampler:
         *,
         vectors: Tensor | None = None,
         known: Tensor | None = None,
-    ) -> VectorOutput:
+    ) -> SamplerOutput:
         """Draw the vectors of one image for each label.
 
         Args:
             network: makes the hidden states; in its mode for evaluation.
             head: draws a vector of each.
-            condition: labels `(B,)` int64 in [0, num_classes], or these with a grid of ids; guidance drops both.
+            condition: labels `(B,)` int64 in [0, num_classes], or all that the network reads; guidance drops all of it.
             random: one stream for each image, which alone decides what is drawn.
             vectors: `(B, N, D)`, of which those at `known` are kept.
             known: `(B, N)` bool, as many in each image.
+
+        Returns:
+            The output, with vectors `(B, N, D)` in raster order as its `tokens`.
         """
         layout, condition = network.layout, as_condition(condition)
         batch = len(condition)
@@ -123,7 +109,7 @@ class MARSampler:
         # The numbers of all steps of a pass at once.
         of_passes = random.ahead(solver.steps + 1)
         unknown = length - given
-        still_masked, calls, passes, head_steps = unknown, 0, 0, 0
+        still_masked, calls, passes = unknown, 0, 0
         made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
         with evaluation_mode(network), evaluation_mode(head):
             for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, unknown)):
@@ -151,13 +137,19 @@ class MARSampler:
                 drawn = drawn.scatter(1, here[..., None].expand(-1, -1, dim), new)
                 still_masked = stay_masked
                 made.append((1 + guided, first, end - first))
-                calls, passes, head_steps = calls + 1 + guided, passes + 1, head_steps + solver.steps
-        return VectorOutput(
-            vectors=drawn,
+                calls, passes = calls + 1 + guided, passes + 1
+        return SamplerOutput(
+            tokens=drawn,
             network_calls=calls,
             sequential_passes=passes,
-            head_steps=head_steps,
-            count_flops=partial(_flops, network, head, made, solver.steps),
+            count_flops=partial(
+                _flops,
+                network,
+                head,
+                made,
+                solver.steps,
+                0 if condition.context is None else condition.context.shape[1],
+            ),
         )
 
     def _hidden(
@@ -188,9 +180,11 @@ class MARSampler:
         return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
 
 
-def _flops(network: MaskedAutoencoder, head: TokenDiffusionHead, made: list[tuple[int, int, int]], steps: int) -> int:
+def _flops(
+    network: MaskedAutoencoder, head: TokenDiffusionHead, made: list[tuple[int, int, int]], steps: int, context: int
+) -> int:
     """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
     return sum(
-        network.flops(evaluations, known) + steps * head.flops(evaluations * drawn)
+        network.flops(evaluations, known, context) + steps * head.flops(evaluations * drawn)
         for evaluations, known, drawn in made
     )

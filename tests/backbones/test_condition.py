@@ -7,7 +7,7 @@ import torch
 from helpers.random_weights import randomise
 from torch import Tensor, nn
 
-from discrete_lit.backbones import SequenceLayout, Transformer
+from discrete_lit.backbones import FactorisedHead, SequenceLayout, Transformer
 from discrete_lit.backbones.blocks import BlockSettings, CrossAttention
 from discrete_lit.backbones.condition import Condition, as_condition, plain
 
@@ -136,6 +136,16 @@ def test_masked_vectors_and_other_sequences_do_not_matter(make_backbone, attenti
     context[:, 0] += 1
     changed = (backbone(tokens, other) - logits).abs().amax(dim=-1)
     assert bool((changed > 1e-4).all())
+
+
+def test_a_head_of_sub_tokens_is_not_given_the_vectors(make_backbone) -> None:
+    def head(settings: BlockSettings, vocab_size: int) -> FactorisedHead:
+        return FactorisedHead(settings, vocab_size, sizes=(2, 3))
+
+    backbone = make_backbone("causal", vocab_size=6, token_embedding="parts", place_head=head, **PARTS)
+    hidden = backbone(torch.randint(6, (2, 5)), given())
+    ids = torch.randint(6, (2, 6))
+    assert backbone.place_head.log_likelihood(hidden, ids).shape == (2, 6)
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ def test_sequences_with_fewer_known_places_see_no_padding() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fusion", ["prefix", "mix", "add"])
+@pytest.mark.parametrize("fusion", ["prefix", "mix", "add", "cross"])
 def test_a_grid_of_ids_enters_at_its_places(fusion: Fusion) -> None:
     made, (vectors, masked, labels) = network(fusion), inputs()
     grid = torch.tensor([[0, 1, 2, 3, 4, 5]] * BATCH)
@@ -79,11 +79,43 @@ def test_a_grid_of_ids_enters_at_its_places(fusion: Fusion) -> None:
     assert by_known[1:].max() == by_unknown[1:].max() == 0
 
 
-def test_gradients_reach_every_parameter_and_checkpointing_changes_none() -> None:
+@torch.no_grad()
+def test_the_ids_that_are_attended_to_are_not_alike_in_all_places() -> None:
+    made, (vectors, masked, labels) = network("cross"), inputs()
+    grid = torch.tensor([[0, 1, 2, 3, 4, 5]] * BATCH)
+    z = made(vectors, masked, Condition(labels=labels, grid=grid), known=2)
+    swapped = made(vectors, masked, Condition(labels=labels, grid=grid[:, [1, 0, 2, 3, 4, 5]]), known=2)
+    assert (swapped - z).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_vectors_are_attended_to_by_every_block_and_masked_ones_are_not() -> None:
+    torch.manual_seed(0)
+    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3)
+    made = MaskedAutoencoder(layout, width=16, depth=1, heads=2, decoder_width=24, buffer=2, context_dim=5).eval()
+    vectors, masked, labels = inputs()
+    context, mask = torch.randn(BATCH, 4, 5), torch.ones(BATCH, 4, dtype=torch.bool)
+    mask[1, 2:] = False
+    z = made(vectors, masked, Condition(labels=labels, context=context, context_mask=mask), known=2)
+    other = torch.where(mask[..., None], context, 7.0)
+    same = made(vectors, masked, Condition(labels=labels, context=other, context_mask=mask), known=2)
+    torch.testing.assert_close(same, z)
+    other[:, 0] += 1
+    moved = made(vectors, masked, Condition(labels=labels, context=other, context_mask=mask), known=2)
+    assert bool(((moved - z).abs().amax(dim=-1) > 1e-4).all())
+    alone = Condition(labels=labels, context=context, context_mask=mask)[1:2]
+    torch.testing.assert_close(made(vectors[1:2], masked[1:2], alone, known=2), z[1:2], rtol=1e-4, atol=1e-5)
+    assert made.flops(2, 3, 8) > made.flops(2, 3, 4) > 0
+    with pytest.raises(ValueError, match="attends to vectors"):
+        made(vectors, masked, labels, known=2)
+
+
+@pytest.mark.parametrize("fusion", ["add", "cross"])
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(fusion: Fusion) -> None:
     vectors, masked, labels = inputs()
     gradients = []
     for checkpointing in (False, True):
-        made = network("add").train()
+        made = network(fusion).train()
         made.activation_checkpointing = checkpointing
         condition = Condition(labels=labels, grid=torch.zeros(BATCH, LENGTH, dtype=torch.int64))
         made(vectors, masked, condition, known=2).square().sum().backward()
@@ -97,7 +129,16 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none() -> Non
 def test_wrong_settings_are_refused() -> None:
     layout = VectorLayout(dim=4, length=4, num_classes=1)
     with pytest.raises(ValueError, match="fusion must be"):
-        MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="cross")  # type: ignore[arg-type]
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="sum")  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match="fusion='cross' says how a grid of ids enters, and this network is given none"
+    ):
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="cross")
+    of_another_shape = VectorLayout(dim=4, length=4, num_classes=1, grid_vocab=3, grid_length=6)
+    with pytest.raises(ValueError, match="fusion='add' needs an id for each of the 4 places, d has 6 ids"):
+        MaskedAutoencoder(of_another_shape, width=8, depth=1, heads=1, fusion="add")
+    with pytest.raises(ValueError, match="a block attends to one of them"):
+        MaskedAutoencoder(of_another_shape, width=8, depth=1, heads=1, fusion="cross", context_dim=4)
     vectors, masked, labels = inputs()
     grid = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
     with pytest.raises(ValueError, match="reads no grid of ids"):

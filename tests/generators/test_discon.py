@@ -68,7 +68,7 @@ def test_an_id_stands_for_its_square_of_places() -> None:
     assert grid.view(4, 4).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 0, 1], [4, 5, 0, 1]]
 
 
-@pytest.mark.parametrize("fusion", ["prefix", "mix", "add"])
+@pytest.mark.parametrize("fusion", ["prefix", "mix", "add", "cross"])
 def test_d_decides_what_is_drawn_and_its_null_is_dropped_with_the_class(fusion: Any) -> None:
     made, data = generator(fusion).eval(), batch()
     random = CounterRandom(0, torch.arange(6))
@@ -84,6 +84,21 @@ def test_d_decides_what_is_drawn_and_its_null_is_dropped_with_the_class(fusion: 
     assert (
         made.loss(data["latents"], other, random)[0] - made.loss(data["latents"], condition, random)[0]
     ).abs() > 1e-4
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross"])
+def test_d_of_any_shape_stands_in_front_or_is_attended_to(fusion: Any) -> None:
+    made, data = generator(fusion, grid=(3, 4), exposure="replace").train(), batch()
+    data["tokens"] = torch.randint(IDS, (6, 3, 4))
+    random = CounterRandom(0, torch.arange(6))
+    condition = made.condition_of(data, random)
+    assert condition.grid is not None and condition.grid.shape == (6, 12)
+    assert (condition.grid == data["tokens"].flatten(1)).double().mean() == pytest.approx(1 - 0.1 * 5 / 6, abs=0.1)
+    assert made.loss(data["latents"], condition, random)[0].isfinite()
+    made.eval()
+    true = made.draw(data["label"], random, tokens=data["tokens"]).tokens
+    assert torch.equal(made.draw(made.condition_of(data, random), random).tokens, true)
+    assert not torch.allclose(made.draw(data["label"], random, tokens=data["tokens"].roll(1, dims=0)).tokens, true)
 
 
 def test_a_draw_counts_both_generators_and_belongs_to_its_index() -> None:
@@ -135,8 +150,9 @@ def test_bad_input_is_refused_by_name() -> None:
         generator(image_size=8)
     with pytest.raises(ValueError, match="takes images of 1 channels, that of d 3"):
         generator(image_channels=3)
-    with pytest.raises(ValueError, match="its sides must divide"):
-        generator(grid=(3, 4))
+    for fusion in ("mix", "add"):
+        with pytest.raises(ValueError, match=f"fusion='{fusion}' needs an id for each of the 16 places, d has 12 ids"):
+            generator(fusion, grid=(3, 4))
     with pytest.raises(ValueError, match="knows 2 classes, num_classes is 3"):
         generator(num_classes=3)
     with pytest.raises(ValueError, match="exposure must be"):

@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.random_weights import randomise
 from helpers.recorded_graph import RecordedGraphs
 from torch import Tensor
 
+from discrete_lit.backbones import SequenceLayout, Transformer, cpu_kernels
 from discrete_lit.backbones import backbone as backbones
-from discrete_lit.backbones import cpu_kernels
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import GraphedDraw
-from discrete_lit.samplers import AncestralSampler, MaskGITSampler, RasterSampler
+from discrete_lit.generators import DiscreteDiffusion, GraphedDraw
+from discrete_lit.samplers import AncestralSampler, MaskGITSampler, NextScaleSampler, RasterSampler
 from discrete_lit.samplers.guidance import guide
 from discrete_lit.samplers.sampler import SamplingContext
 
@@ -132,6 +133,29 @@ def test_a_dropped_condition_is_all_dropped(make_generator) -> None:
     torch.testing.assert_close(dropped[0], dropped[1])
     kept = [made.loss(tokens, given, random)[0] for given in (one, other)]
     assert (kept[0] - kept[1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["next_scale", "diffusion"])
+def test_other_families_are_given_all_parts_too(make_next_scale, make_grid_tokenizer, family) -> None:
+    def build(layout: SequenceLayout) -> Transformer:
+        network = Transformer(layout, width=16, depth=1, heads=2, conditioning="prefix_adaln", **PARTS)
+        return randomise(network, 0.4)
+
+    if family == "next_scale":
+        made = make_next_scale(backbone=build, sampler=NextScaleSampler(guidance_scale=2.0))
+    else:
+        sampler = AncestralSampler(steps=3, guidance_scale=2.0)
+        made = DiscreteDiffusion(
+            make_grid_tokenizer(4, (3,)), 16, num_classes=2, backbone=build, time_input="time", sampler=sampler
+        ).eval()
+    one, other = condition_of(4, places=made.length), condition_of(4, places=made.length)
+    drawn = made.sample(one)
+    alone = [made.sample(one[row : row + 1], indices=torch.tensor([row])) for row in range(4)]
+    assert torch.equal(torch.cat(alone), drawn)
+    random, everything = CounterRandom(0, torch.arange(4)), torch.ones(4, dtype=torch.bool)
+    dropped = [made.loss(drawn, given, random, dropped=everything)[0] for given in (one, other)]
+    torch.testing.assert_close(dropped[0], dropped[1])
+    assert (made.log_likelihood(drawn, one).nats - made.log_likelihood(drawn, other).nats).abs().max() > 1e-2
 
 
 def test_every_parameter_is_trained_given_all_parts(make_generator) -> None:

@@ -57,7 +57,7 @@ def draw(sampler: MARSampler, indices: Tensor, **known: Any) -> tuple[Tensor, li
     head = ExactHead()
     labels = torch.zeros(len(indices), dtype=torch.int64)
     output = sampler(GaussianNetwork(), head, labels, CounterRandom(3, indices), **known)  # type: ignore[arg-type]
-    return output.vectors[..., 0], head.scales
+    return output.tokens[..., 0], head.scales
 
 
 @pytest.mark.parametrize("order", ["random", "raster"])
@@ -107,8 +107,8 @@ def test_costs_and_a_grid_of_ids() -> None:
     grid = torch.tensor([[0, 1, 2, 3, 0], [3, 3, 3, 3, 3]])
     condition = Condition(labels=labels, grid=grid)
     output = MARSampler(4, guidance_scale=2.0)(network, head, condition, random)
-    assert output.vectors.shape == (2, 5, 2)
-    assert (output.network_calls, output.sequential_passes, output.head_steps) == (8, 4, 12)
+    assert output.tokens.shape == (2, 5, 2)
+    assert (output.network_calls, output.sequential_passes) == (8, 4)
     with pytest.raises(ValueError, match="reads a grid of 5 ids"):
         MARSampler(4)(network, head, labels, random)
     with pytest.raises(ValueError, match="steps=6 exceeds the 5 places"):
