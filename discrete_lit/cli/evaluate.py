@@ -86,8 +86,8 @@ def evaluate(
             which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`, or to those of
             several runs, `{masked: [seed_0/masked/samples.npz, seed_1/masked/samples.npz]}`.
-        reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images, or to
-            those of several runs.
+        reconstructions: name in the table to the checkpoint of a tokenizer, or of a diffusion decoder of its tokens,
+            which reconstructs the held-out images, or to those of several runs.
         likelihoods: name of samples to the checkpoint of their generator, to measure its log-likelihood of the held-out
             images, or to one for each run, in their order; a checkpoint that is named several times is measured once.
         held_out: real images that are not in the reference; their own row is the floor of the distance.
@@ -480,7 +480,7 @@ def _load_meters(
             LPIPS's, or images too small for it.
     """
     from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator, LatentGenerator
+    from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder
     from discrete_lit.metrics.reconstruction import ReconstructionMeter
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
 
@@ -492,6 +492,8 @@ def _load_meters(
     meters = {}
     for _, name, path in checkpoints:
         autoencoder = files.load(path)
+        if isinstance(autoencoder, TokenDiffusionDecoder):
+            autoencoder = autoencoder.autoencoder()
         if isinstance(autoencoder, Generator | LatentGenerator):
             raise ValueError(
                 f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "

@@ -72,6 +72,8 @@ class Purpose(IntEnum):
     DIFFUSION_START = 13
     DIFFUSION_STEP = 14
     EXPOSURE = 15
+    DECODER_START = 20
+    DECODER_STEP = 21
 
 
 class CounterRandom:

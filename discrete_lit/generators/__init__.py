@@ -10,6 +10,7 @@ from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_scale import NextScale
+from discrete_lit.generators.token_diffusion_decoder import TokenDiffusionDecoder
 
 __all__ = [
     "Autoregressive",
@@ -24,6 +25,7 @@ __all__ = [
     "Likelihood",
     "Masked",
     "NextScale",
+    "TokenDiffusionDecoder",
     "TokenLosses",
     "generator_from_checkpoint",
 ]
