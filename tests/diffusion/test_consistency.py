@@ -1,5 +1,6 @@
 """ConsistencyLoss and ConsistencySampler on Gaussian data, where the consistency function is known."""
 
+from itertools import pairwise
 from math import sqrt
 from typing import Any
 
@@ -74,7 +75,7 @@ def test_training_stands_still_at_the_best_linear_function(moved: float) -> None
 def test_more_intervals_lead_to_the_consistency_function() -> None:
     """At t = 1 f has the slope of the ODE's, the deviation itself, with an error that halves with the interval."""
     errors = [abs(gains(count)[-1] - DEVIATION) for count in (64, 128, 256)]
-    assert all(1.8 < coarse / fine < 2.2 for coarse, fine in zip(errors, errors[1:], strict=False)), errors
+    assert all(1.8 < coarse / fine < 2.2 for coarse, fine in pairwise(errors)), errors
 
 
 def test_the_distance_is_pseudo_huber_times_the_intervals() -> None:
@@ -133,7 +134,7 @@ def test_settings_that_make_no_consistency_function_are_refused() -> None:
         loss(first_intervals=1, huber=0.0)
     with pytest.raises(ValueError, match="needs a path in continuous time, this one has steps"):
         ConsistencyLoss(GaussianDenoiser(ScheduledPath(), prediction="v"))
-    with pytest.raises(ValueError, match="a prediction of 'v' or 'velocity' without a variance.*got 'noise'"):
+    with pytest.raises(ValueError, match=r"a prediction of 'v' or 'velocity' without a variance.*got 'noise'"):
         ConsistencyLoss(GaussianDenoiser(RectifiedPath()))
     with pytest.raises(ValueError, match="temperature must be >= 0"):
         ConsistencySampler(1, temperature=-1.0)
