@@ -233,6 +233,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "HybridNextScale": {"image_size": 8, "num_classes": 2, "check_scale": False, "least_kept": 4},
     "ScaleTransformer": {**SMALL_TRANSFORMER, "mlp_hidden": 16},
     "HybridScaleSampler": {"top_k": 8},
+    "TokenDiffusionDecoder": {"image_size": 8, "check_scale": False},
     "MaskedAutoencoder": {**SMALL_TRANSFORMER, "buffer": 2},
     "CellTransformer": SMALL_TRANSFORMER,
     "ChannelHead": {**SMALL_TRANSFORMER, "order": [2, 0, 3, 1]},
@@ -350,6 +351,7 @@ def test_models_fit_reload_and_sample(
     import discrete_lit
     from discrete_lit.cli.commands import main
     from discrete_lit.evaluation.classifier import load_classifier
+    from discrete_lit.generators import TokenDiffusionDecoder
     from discrete_lit.tokenizers import ContinuousTokenizer
 
     settings = layered(config)
@@ -382,6 +384,9 @@ def test_models_fit_reload_and_sample(
         assert load_classifier(checkpoint).training is False
         return
     module = discrete_lit.load(checkpoint)
+    if isinstance(module, TokenDiffusionDecoder):
+        assert module.decode(torch.randint(16, (3, *module.token_shape))).shape == (3, 3, 8, 8)
+        return
     if is_generator:
         output = tmp_path / "samples"
         main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output)])

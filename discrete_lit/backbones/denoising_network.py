@@ -26,6 +26,7 @@ class LatentLayout:
         outputs: channels that the network makes: C, or 2 C with a learned variance.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
         context_channels: of a grid that the network is conditioned on beside the label; None without one.
+        vectors: number n and width E of vectors in no spatial order that it attends to; None without any.
     """
 
     channels: int
@@ -33,6 +34,7 @@ class LatentLayout:
     outputs: int
     num_classes: int
     context_channels: int | None = None
+    vectors: tuple[int, int] | None = None
 
     @property
     def null_label(self) -> int:
@@ -53,7 +55,14 @@ class DenoisingNetwork(nn.Module, ABC):
         self._flops: dict[int, int] = {}
 
     @abstractmethod
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        labels: Tensor,
+        context: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
         """Map noisy latents to `(B, outputs, H, W)`.
 
         Args:
@@ -62,9 +71,10 @@ class DenoisingNetwork(nn.Module, ABC):
             labels: `(B,)` int64 in [0, num_classes], the null label included.
             context: `(B, context_channels, h, w)`, of a layout that has one: a grid of any size, whose nearest vector
                 each place is given.
+            vectors: `(B, n, E)`, of a layout that has them: every place can attend to every one.
 
         Raises:
-            ValueError: another shape, or a context where the layout has none.
+            ValueError: another shape, or a context or vectors where the layout has none.
         """
 
     @abstractmethod
@@ -83,10 +93,13 @@ class DenoisingNetwork(nn.Module, ABC):
         context = None
         if layout.context_channels is not None:
             context = torch.zeros(batch, layout.context_channels, 1, 1, device=weight.device, dtype=weight.dtype)
+        vectors = None if layout.vectors is None else x.new_zeros(batch, *layout.vectors)
         zeros = torch.zeros(batch, device=weight.device)
-        return partial(self, x, zeros, zeros.long(), context)
+        return partial(self, x, zeros, zeros.long(), context, vectors)
 
-    def _check_input(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None) -> None:
+    def _check_input(
+        self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None, vectors: Tensor | None
+    ) -> None:
         layout = self.layout
         if tuple(x.shape[1:]) != (layout.channels, *layout.grid):
             raise ValueError(
@@ -101,6 +114,9 @@ class DenoisingNetwork(nn.Module, ABC):
         channels = None if context is None else context.shape[1]
         if channels != layout.context_channels:
             raise ValueError(f"the context has {channels} channels, the layout has {layout.context_channels}")
+        shape = None if vectors is None else tuple(vectors.shape[1:])
+        if shape != layout.vectors:
+            raise ValueError(f"the vectors are {shape} (number, width), the layout has {layout.vectors}")
 
 
 def nearest_grid(context: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -29,7 +29,8 @@ class DiT(DenoisingNetwork):
 
     By default it is DiT's and SiT's. LightningDiT (Yao et al., "Reconstruction vs. Generation", 2025) has
     `norm="rms"`, `mlp="swiglu"`, `qk_norm="rms"` and `rotary=True`. A context is added to the patches' embeddings, as
-    the ids of a grid are in GLM-Image (2026).
+    the ids of a grid are in GLM-Image (2026). Vectors stand in front of the patches in one sequence ("in-context
+    conditioning" of the paper, section 3.2), without positions of their own.
 
     Args:
         layout: the latents; a generator gives it.
@@ -116,6 +117,8 @@ class DiT(DenoisingNetwork):
         self.context_embedding = None
         if layout.context_channels is not None:
             self.context_embedding = Linear(layout.context_channels, width)
+        self.vector_embedding = None if layout.vectors is None else Linear(layout.vectors[1], width)
+        self.prefix = 0 if layout.vectors is None else layout.vectors[0]
         length = self.grid[0] * self.grid[1]
         self.position_embedding = nn.Parameter(torch.empty(length, width)) if positions == "learned" else None
         self.register_buffer(
@@ -152,7 +155,9 @@ class DiT(DenoisingNetwork):
         return sine_cosine_table(grid_coordinates(self.grid).flip(1), self.width, dtype=torch.float64)
 
     def _rotations(self) -> Tensor:
-        return rotary_table(grid_coordinates(self.grid), self.head_dim, base=self.rotary_base, dtype=torch.float64)
+        on_grid = rotary_table(grid_coordinates(self.grid), self.head_dim, base=self.rotary_base, dtype=torch.float64)
+        still = torch.tensor((1.0, 0.0), dtype=torch.float64)
+        return torch.cat((still.expand(self.prefix, self.head_dim // 2, 2), on_grid))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -162,9 +167,19 @@ class DiT(DenoisingNetwork):
             self.rotary_table = made_again(self._rotations(), like=self.rotary_table)
         return self
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None) -> Tensor:
-        self._check_input(x, time, labels, context)
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        labels: Tensor,
+        context: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
+        self._check_input(x, time, labels, context, vectors)
         hidden = self._embed(x, context)
+        if vectors is not None:
+            assert self.vector_embedding is not None
+            hidden = torch.cat((self.vector_embedding(vectors.to(hidden.dtype)), hidden), dim=1)
         condition = (self.time_embedding(time) + self.class_embedding(labels))[:, None]
         checkpointed = self.activation_checkpointing and self.training
         for block in self.blocks:
@@ -172,6 +187,7 @@ class DiT(DenoisingNetwork):
                 hidden = cast(Tensor, checkpoint(block, hidden, condition, self.rotary_table, use_reentrant=False))
             else:
                 hidden = block(hidden, condition, self.rotary_table)
+        hidden = hidden[:, self.prefix :]
         shift, scale = self.final_modulation(condition)
         predicted = self.output(self.final_norm(hidden) * (1 + scale) + shift)
         height, patch = self.grid[0], self.patch_size

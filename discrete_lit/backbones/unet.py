@@ -27,7 +27,8 @@ class UNet(DenoisingNetwork):
 
     By default it is LDM's of ImageNet (`cin256-v2`): spatial transformers, which read the class as a vector to attend
     to. ADM's has `attention_kind="self"`, `class_input="time"` and `modulation="scale_shift"`. A context grid is
-    stacked on to the input's channels, as in LDM's super-resolution.
+    stacked on to the input's channels, as in LDM's super-resolution; vectors are attended to beside the class, as text
+    is in LDM.
 
     Args:
         layout: the latents; a generator gives it.
@@ -41,7 +42,7 @@ class UNet(DenoisingNetwork):
         head_dim: width of a head.
         transformer_depth: layers of each spatial transformer.
         class_input: the label as a vector that transformers attend to (`"context"`), or added to the time (`"time"`).
-        class_width: of that vector.
+        class_width: of that vector, and of what other vectors are mapped to.
         modulation: how a residual block reads the time: as an offset (`"add"`), or as gain and offset of its second
             norm (`"scale_shift"`).
         norm_groups: groups of every GroupNorm; must divide every width.
@@ -92,6 +93,8 @@ class UNet(DenoisingNetwork):
             )
         if class_input == "context" and attention_kind == "self":
             raise ValueError("class_input='context' needs attention_kind='transformer', which attends to it")
+        if layout.vectors is not None and attention_kind == "self":
+            raise ValueError("vectors to attend to, as rows of tokens are, need attention_kind='transformer'")
         if channels % 2:
             raise ValueError(f"channels={channels} must be even: half are cosines of the time, half are sines")
         self.class_input: Literal["context", "time"] = class_input
@@ -101,7 +104,8 @@ class UNet(DenoisingNetwork):
         self.class_embedding = nn.Embedding(
             layout.num_classes + 1, class_width if class_input == "context" else time_width
         )
-        context_width = class_width if class_input == "context" else None
+        self.vector_embedding = None if layout.vectors is None else Linear(layout.vectors[1], class_width)
+        context_width = class_width if class_input == "context" or layout.vectors is not None else None
 
         def attend(width: int) -> nn.Module:
             if width % (heads or head_dim or 1):
@@ -141,17 +145,26 @@ class UNet(DenoisingNetwork):
         self.norm_out = WideGroupNorm(norm_groups, width)
         self.conv_out = _zero(nn.Conv2d(width, layout.outputs, 3, padding=1))
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None) -> Tensor:
-        self._check_input(x, time, labels, context)
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        labels: Tensor,
+        context: Tensor | None = None,
+        vectors: Tensor | None = None,
+    ) -> Tensor:
+        self._check_input(x, time, labels, context, vectors)
         hidden = x.to(self.conv_in.weight.dtype)
         if context is not None:
             hidden = torch.cat((hidden, nearest_grid(context, self.layout.grid).to(hidden.dtype)), dim=1)
         times, classes = self.time_embedding(time), self.class_embedding(labels)
-        vectors = None
+        if vectors is not None:
+            assert self.vector_embedding is not None
+            vectors = self.vector_embedding(vectors.to(hidden.dtype))
         if self.class_input == "time":
             times = times + classes
         else:
-            vectors = classes[:, None]
+            vectors = classes[:, None] if vectors is None else torch.cat((classes[:, None], vectors), dim=1)
         times = F.silu(times)
         hidden = self.conv_in(hidden)
         left = [hidden]

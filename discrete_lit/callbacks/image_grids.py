@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from discrete_lit.core.images import displayable, to_uint8
-from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder
 from discrete_lit.samplers import AnySampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
@@ -88,10 +88,10 @@ class ImageGrid(Callback, ABC):
 
 
 class ReconstructionGrid(ImageGrid):
-    """Show rows of original images, each above the row of its reconstructions; for autoencoders alone.
+    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders alone.
 
-    The images are the first ones of the first validation batch. Written as in `ImageGrid`, tag
-    `images/reconstructions`.
+    A `TokenDiffusionDecoder` decodes the tokens of each image, with the same noise at every validation. The images are
+    the first ones of the first validation batch. Written as in `ImageGrid`, tag `images/reconstructions`.
 
     Args:
         count: originals at most.
@@ -105,12 +105,17 @@ class ReconstructionGrid(ImageGrid):
         super().__init__(count, columns, save_png=save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Tokenizer | ContinuousTokenizer)
+        return isinstance(module, Tokenizer | ContinuousTokenizer | TokenDiffusionDecoder)
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(module, Tokenizer | ContinuousTokenizer)
         originals = batch["image"][: self.count]
-        reconstructions = module.decode(module.encode(originals))
+        if isinstance(module, TokenDiffusionDecoder):
+            shown = {name: values[: self.count] for name, values in batch.items() if isinstance(values, Tensor)}
+            labels = module.labels_of(shown)
+            reconstructions = module.decode(module.tokens_of(shown), labels, seed=module.seed)
+        else:
+            assert isinstance(module, Tokenizer | ContinuousTokenizer)
+            reconstructions = module.decode(module.encode(originals))
         both = torch.stack((self._whole_rows(originals), self._whole_rows(reconstructions)))
         return rearrange(both, "kind (row column) c h w -> (row kind column) c h w", column=self.columns)
 
@@ -150,7 +155,9 @@ class SampleGrid(ImageGrid):
         self.sampler = sampler
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Generator | LatentGenerator) and module.tokenizer.makes_images
+        if not isinstance(module, Generator | LatentGenerator) or isinstance(module, TokenDiffusionDecoder):
+            return False
+        return module.tokenizer.makes_images
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         assert isinstance(module, Generator | LatentGenerator)

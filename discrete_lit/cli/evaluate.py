@@ -95,8 +95,8 @@ def evaluate(
             which are then all taken, whatever their classes.
         samples: name in the table to generated images, for instance `{masked: runs/masked/samples.npz}`, or to those of
             several runs, `{masked: [seed_0/masked/samples.npz, seed_1/masked/samples.npz]}`.
-        reconstructions: name in the table to a tokenizer's checkpoint, which reconstructs the held-out images, or to
-            those of several runs.
+        reconstructions: name in the table to the checkpoint of a tokenizer, or of a diffusion decoder of its tokens,
+            which reconstructs the held-out images, or to those of several runs.
         likelihoods: name of samples to the checkpoint of their generator, to measure its log-likelihood of the held-out
             images, or to one for each run, in their order; a checkpoint that is named several times is measured once.
         held_out: real images that are not in the reference; their own row is the floor of the distance.

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,9 +23,10 @@ from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, fi
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator
+from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder
 from discrete_lit.generators.graphed_draw import PAYS_FROM
-from discrete_lit.samplers import AnySampler
+from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
+from discrete_lit.samplers import AnySampler, GuidedSolver
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
@@ -47,6 +49,9 @@ def sample(
     compile: bool = False,
     graph: bool | Literal["auto"] = "auto",
     image_size: ImageSize | None = None,
+    decoder: str | None = None,
+    decoder_sampler: GuidedSolver | None = None,
+    decoder_steps: int | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
@@ -82,6 +87,10 @@ def sample(
         image_size: of the written images in pixels, H = W or `[H, W]`, as published evaluations shrink samples of 384
             to 256; the decoded ones are resized before they are rounded (bicubic without anti-aliasing, LlamaGen's).
             The tokenizer's own size by default.
+        decoder: checkpoint of a `TokenDiffusionDecoder`, which decodes in place of the generator's tokenizer. It must
+            be made for the same tokens: grid, vocabulary, and hash of the tokenizer's weights.
+        decoder_sampler: how the decoder draws; its own by default.
+        decoder_steps: steps of the decoder's own sampler, in place of those that it was trained with.
 
     Returns:
         What `run.json` holds.
@@ -89,11 +98,22 @@ def sample(
     Raises:
         ValueError: not a generator's checkpoint, a sampler of ids for latents or the other way round, a label that is
             no number or out of range, num_samples or image_size below 1, an image size for text, a graph on another
-            device than CUDA's or of latents.
+            device than CUDA's or of latents, or a decoder of other tokens than the generator's.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
+    if isinstance(generator, TokenDiffusionDecoder):
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} holds a TokenDiffusionDecoder, which decodes tokens and draws none: give it as "
+            "decoder, and the generator of its tokens as ckpt_path"
+        )
+    if decoder is None and not (decoder_sampler is None and decoder_steps is None):
+        raise ValueError("decoder_sampler and decoder_steps are of a decoder: give decoder too")
+    decoding = None
+    if decoder is not None:
+        decoding = _load_decoder(decoder, generator, decoder_sampler, decoder_steps)
+    makes_images = decoding is not None or generator.tokenizer.makes_images
     if sampler is not None and not isinstance(sampler, generator.sampler_kind):
         raise ValueError(
             f"sampler={type(sampler).__name__} does not draw from a {type(generator).__name__}, which needs a "
@@ -103,7 +123,7 @@ def sample(
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     if image_size is not None:
         image_size = normal_size(image_size)
-    if image_size is not None and not generator.tokenizer.makes_images:
+    if image_size is not None and not makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
     given = list(range(generator.num_classes)) if labels is None else labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
@@ -124,6 +144,9 @@ def sample(
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
     fabric.strategy.precision.convert_module(generator)  # in place
     generator = generator.to(fabric.device)
+    if decoding is not None:
+        fabric.strategy.precision.convert_module(decoding)
+        decoding = decoding.to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
     own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
@@ -148,7 +171,12 @@ def sample(
                 drawn = graphed(*batch)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
-            rows = _rows(generator.tokenizer, drawn.tokens, image_size)
+            if decoding is None:
+                decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
+            else:
+                given = batch[0] if decoding.num_classes > 1 else None
+                decoded = decoding.decode(drawn.tokens, given, seed=seed, indices=batch[1])
+            rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
         if writer is None:
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
@@ -182,12 +210,21 @@ def sample(
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
         "flops_per_image": drawn.flops if drawn else 0,
+        "decoder": None
+        if decoding is None
+        else {"checkpoint": str(decoder), "sha256": file_sha256(str(decoder)), "sampler": describe(decoding.sampler)},
         "images_per_second": rate,
         "images_per_second_without_decoding": rate_undecoded,
         **environment(fabric.device),
     }
     if fabric.global_rank == 0:
-        _write(folder, generator.tokenizer, np.load(rows_path, mmap_mode="c"), all_labels.numpy(), run)
+        _write(
+            folder,
+            None if decoding else generator.tokenizer,
+            np.load(rows_path, mmap_mode="c"),
+            all_labels.numpy(),
+            run,
+        )
         rows_path.unlink()
     fabric.barrier()
     return run
@@ -215,11 +252,36 @@ def _wait_for(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(tokenizer: Tokenizer | ContinuousTokenizer, tokens: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
-    """Images `(B, H, W, C)` uint8, or where ids or latents stand for none these; the copy waits for the device."""
-    if not tokenizer.makes_images:
-        return tokens.cpu().numpy()
-    decoded = tokenizer.decode(tokens)
+def _load_decoder(
+    path: str, generator: Generator | LatentGenerator, sampler: GuidedSolver | None, steps: int | None
+) -> TokenDiffusionDecoder:
+    """The decoder of a checkpoint, checked against the generator, with the sampler that was asked for.
+
+    Raises:
+        ValueError: another kind of checkpoint, a generator of latents, a decoder of other tokens, a sampler that does
+            not fit its path, or steps beside a sampler.
+    """
+    if not isinstance(generator, Generator):
+        raise ValueError(f"decoder is for generators of ids, and this one is a {type(generator).__name__}")
+    if sampler is not None and steps is not None:
+        raise ValueError(f"decoder_steps={steps} is of the decoder's own sampler: give it or decoder_sampler")
+    decoder = decoder_from_checkpoint(path)
+    try:
+        decoder.check_source(generator.tokenizer, generator.image_size, num_classes=generator.num_classes)
+    except ValueError as error:
+        raise ValueError(f"decoder={path!r} does not fit this {type(generator).__name__}: {error}") from error
+    if sampler is None and steps is not None:
+        sampler = copy(cast(GuidedSolver, decoder.sampler))
+        sampler.solver = sampler.solver.with_steps(steps)
+    if sampler is not None:
+        sampler.solver.times(decoder.denoiser.path)  # refuses what the path does not have
+        decoder.check_draw(torch.zeros(1, dtype=torch.int64), sampler.guidance_scale)
+        decoder.sampler = sampler
+    return decoder
+
+
+def _rows(decoded: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
+    """Images `(B, H, W, C)` uint8 of decoded ones `(B, C, H, W)`; the copy waits for the device."""
     if image_size is not None:
         decoded = F.interpolate(decoded.float(), size=height_and_width(image_size), mode="bicubic")
     return to_uint8(decoded).movedim(1, -1).cpu().numpy()
@@ -243,20 +305,21 @@ def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None
 
 def _write(
     folder: Path,
-    tokenizer: Tokenizer | ContinuousTokenizer,
+    tokenizer: Tokenizer | ContinuousTokenizer | None,
     rows: np.ndarray,
     labels: np.ndarray,
     run: dict[str, Any],
 ) -> None:
-    """samples.npz, grid.png or samples.txt, and run.json, each complete or absent."""
+    """samples.npz, grid.png or samples.txt, and run.json, each complete or absent; of images no tokenizer is needed."""
+    makes_images = tokenizer is None or tokenizer.makes_images
     with atomic_write(folder / "samples.npz") as file:
-        if tokenizer.makes_images:
+        if makes_images:
             np.savez(file, arr_0=rows, labels=labels)
         elif isinstance(tokenizer, Tokenizer):
             np.savez(file, tokens=rows, labels=labels)
         else:
             np.savez(file, latents=rows, labels=labels)
-    if tokenizer.makes_images:
+    if makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))

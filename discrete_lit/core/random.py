@@ -74,6 +74,8 @@ class Purpose(IntEnum):
     EXPOSURE = 15
     ID_PERTURBATION = 16
     RESIDUAL = 17
+    DECODER_START = 20
+    DECODER_STEP = 21
 
 
 class CounterRandom:

@@ -6,6 +6,7 @@ reads the network at t, once or twice, as an `Estimate` of the data and the nois
 - `DDPM`: draw x_s from its law given x_t (Ho et al., 2020, algorithm 2), on fewer steps than in training too.
 - `DDIM`: the same noise, or some of it anew (Song et al., 2021, eq. 12).
 - `Euler`, `Heun`: the probability-flow ODE dx/dt = u(x, t), to first and second order.
+- `ConsistencySampler`: jump to the data, and back to less noise (Song et al., "Consistency Models", 2023, algorithm 1).
 - `EulerMaruyama`, `HeunMaruyama`: the SDE of the same laws, with fresh noise at every step (SiT, Ma et al., 2024, eq.
   7-10).
 
@@ -14,10 +15,11 @@ Noise comes from outside, so that a sample has its own whatever the batch; nothi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +41,16 @@ class Step:
     """Makes fresh noise of the shape of x; called once at most."""
     smallest_variance: Tensor | None = None
     """The posterior's variance of this step, or where that is 0 of the one before it; of a path of steps alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Hold the times of a solver on a path, and what goes with each step: the same in every draw."""
+
+    path: GaussianPath
+    settings: list[object]
+    times: list[float]
+    smallest_variances: list[Tensor | None]
 
 
 class Solver(ABC):
@@ -68,18 +80,33 @@ class Solver(ABC):
         offset: int = 0,
         last: Literal["clean", "first_step"] = "clean",
     ) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
         if shift <= 0 or not 0 < start <= 1:
             raise ValueError(f"shift must be above 0 and start in (0, 1], got {shift} and {start}")
         if spacing not in ("even", "strided"):
             raise ValueError(f"spacing must be 'even' or 'strided', got {spacing!r}")
         self.steps = steps
+        self._check_steps()
         self.shift = shift
         self.start = start
         self.spacing: Literal["even", "strided"] = spacing
         self.offset = offset
         self.last: Literal["clean", "first_step"] = last
+        self._plan: _Plan | None = None
+
+    def with_steps(self, steps: int) -> Self:
+        """Make the same solver of another number of steps.
+
+        Raises:
+            ValueError: fewer steps than it needs.
+        """
+        made = copy(self)
+        made.steps = steps
+        made._check_steps()
+        return made
+
+    def _check_steps(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def times(self, path: GaussianPath) -> list[float]:
         """List the T + 1 times, from noise to data.
@@ -121,22 +148,33 @@ class Solver(ABC):
         Raises:
             ValueError: no noise where some is needed.
         """
-        x, times = start, self.times(path)
-        smallest = self._smallest_variances(path, times)
-        for number, (t, s) in enumerate(pairwise(times)):
+        x, plan = start, self._planned(path)
+        for number, (t, s) in enumerate(pairwise(plan.times)):
 
             def fresh(number: int = number) -> Tensor:
                 if noise is None:
                     raise ValueError(f"{type(self).__name__} adds noise at every step: give noise")
                 return noise(number)
 
-            at_hand = Step(t=t, s=s, path=path, denoise=denoise, noise=fresh, smallest_variance=smallest[number])
+            at_hand = Step(
+                t=t, s=s, path=path, denoise=denoise, noise=fresh, smallest_variance=plan.smallest_variances[number]
+            )
             x = self.step(x, at_hand)
         return x
 
     @abstractmethod
     def step(self, x: Tensor, step: Step) -> Tensor:
         """Return x_s, given x_t `(B, ...)`."""
+
+    def _planned(self, path: GaussianPath) -> _Plan:
+        """Give the plan of the newest path, made once for it, and again where a setting was changed since."""
+        settings = [value for name, value in sorted(vars(self).items()) if name != "_plan"]
+        plan = self._plan
+        if plan is None or plan.path is not path or plan.settings != settings:
+            times = self.times(path)
+            variances = self._smallest_variances(path, times)
+            self._plan = plan = _Plan(path=path, settings=settings, times=times, smallest_variances=variances)
+        return plan
 
     def _smallest_variances(self, path: GaussianPath, times: list[float]) -> list[Tensor | None]:
         if not isinstance(path, SteppedPath):
@@ -249,6 +287,32 @@ class Heun(Solver):
         return x + (step.s - step.t) * (first + second) / 2
 
 
+class ConsistencySampler(Solver):
+    """Jump from noise to the data, add noise of the next time anew, and jump again (Song et al., 2023, algorithm 1).
+
+    x_s = alpha_s f(x_t, t) + sigma_s z, where f, the estimate of the data, is a consistency function: `ConsistencyLoss`
+    trains one. One step is one evaluation; more cost more and are nearer to the data.
+
+    Args:
+        steps: T; by default the times are 1, 1 - 1/T, ..., before `shift`.
+        temperature: multiplies the fresh noise.
+        settings: of `Solver`.
+    """
+
+    def __init__(self, steps: int = 1, *, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(steps, **settings)
+        if temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {temperature}")
+        self.temperature = temperature
+
+    def step(self, x: Tensor, step: Step) -> Tensor:
+        path, data = step.path, step.denoise(x, step.t).data
+        if step.s == 0:
+            return data
+        alpha, sigma = (path.at(function, step.s, x) for function in (path.alpha, path.sigma))
+        return alpha * data + self.temperature * sigma * step.noise()
+
+
 class EulerMaruyama(Solver):
     """Follow the velocity and the score, and add fresh noise (SiT, eq. 7 with w = sigma, its default).
 
@@ -278,12 +342,14 @@ class EulerMaruyama(Solver):
         super().__init__(steps, **settings)
         if strength <= 0 or not 0 < last_step < 1:
             raise ValueError(f"strength must be above 0 and last_step in (0, 1), got {strength} and {last_step}")
-        if steps < 2:
-            raise ValueError(f"steps must be at least 2, the last among them, got {steps}")
         self.strength = strength
         self.last_step = last_step
         self.temperature = temperature
         self.last_drift: Literal["score", "velocity"] = last_drift
+
+    def _check_steps(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, the last among them, got {self.steps}")
 
     def times(self, path: GaussianPath) -> list[float]:
         if isinstance(path, SteppedPath):

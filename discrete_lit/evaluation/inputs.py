@@ -327,11 +327,13 @@ def _load_autoencoders(checkpoints: list[Run], image_channels: int) -> dict[str,
         ValueError: a checkpoint that cannot be read, holds a generator or takes other channels.
     """
     from discrete_lit import checkpoints as files
-    from discrete_lit.generators import Generator, LatentGenerator
+    from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder
 
     autoencoders = {}
     for _, name, path in checkpoints:
         autoencoder = files.load(path)
+        if isinstance(autoencoder, TokenDiffusionDecoder):
+            autoencoder = autoencoder.autoencoder()
         if isinstance(autoencoder, Generator | LatentGenerator):
             raise ValueError(
                 f"reconstructions.{name}={path!r} holds a {type(autoencoder).__name__}, which is a generator; give the "

@@ -14,6 +14,7 @@ from discrete_lit.generators.latent_generator import LatentGenerator, LatentLoss
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
+from discrete_lit.generators.token_diffusion_decoder import TokenDiffusionDecoder
 
 __all__ = [
     "Autoregressive",
@@ -33,6 +34,7 @@ __all__ = [
     "Masked",
     "NextCell",
     "NextScale",
+    "TokenDiffusionDecoder",
     "TokenLosses",
     "VectorPyramid",
     "generator_from_checkpoint",

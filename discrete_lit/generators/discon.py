@@ -47,8 +47,8 @@ class DisCon(ContinuousMasked):
         settings: further ones of `ContinuousMasked`.
 
     Raises:
-        ValueError: a setting out of its range; a generator of d of other images or of other classes; or a `fusion` that d
-            does not allow: `"mix"` and `"add"` need a grid of d whose sides divide those of the places.
+        ValueError: a setting out of its range; a generator of d of other images or classes; or a `fusion` that d does
+            not allow: `"mix"` and `"add"` need a grid of d whose sides divide those of the places.
     """
 
     def __init__(

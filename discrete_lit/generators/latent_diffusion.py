@@ -17,9 +17,10 @@ from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion.consistency import ConsistencyLoss
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, PredictionKind, ScheduledPath, SteppedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes, variational_bound
-from discrete_lit.diffusion.solvers import DDPM, Euler
+from discrete_lit.diffusion.solvers import DDPM, ConsistencySampler, Euler
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.samplers.guided_solver import GuidedNetwork, GuidedSolver
@@ -43,12 +44,14 @@ class LatentDiffusion(LatentGenerator):
             learned variance, on 1,000 linear steps.
         times: how times of training are drawn; uniformly by default.
         error_of: what the squared error is of, see `DenoisingLoss`.
+        consistency: train a consistency function in place of a denoiser, for samples in one step or a few by
+            `ConsistencySampler`; called with the denoiser, whose estimate of the data it is.
         time_input: what the network reads where the path is in continuous time: `"noise"`, time_scale x t, or `"data"`,
             time_scale x (1 - t), as networks whose authors count time from noise to data. On a path of steps it is the
             step's number.
         time_scale: 1 for SiT, 1,000 for most others.
         sampler: how `sample` draws where nothing else is asked for; by default 250 steps of DDPM, or of Euler in
-            continuous time, without guidance.
+            continuous time, without guidance; of a consistency function one step of `ConsistencySampler`.
         likelihood_steps: of the model whose bound `log_likelihood` is; a path of steps has its own at most.
         training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
             `ClassConditionalTraining`.
@@ -72,6 +75,7 @@ class LatentDiffusion(LatentGenerator):
         denoiser: GaussianDenoiser | None = None,
         times: TrainingTimes | None = None,
         error_of: PredictionKind | None = None,
+        consistency: Callable[[GaussianDenoiser], ConsistencyLoss] | None = None,
         time_input: Literal["noise", "data"] = "noise",
         time_scale: float = 1000.0,
         sampler: GuidedSolver | None = None,
@@ -85,18 +89,16 @@ class LatentDiffusion(LatentGenerator):
             )
         self.denoiser = denoiser or GaussianDenoiser(ScheduledPath(), learned_variance=True)
         self.objective = DenoisingLoss(self.denoiser, times=times, error_of=error_of)
-        channels, height, width = self.latent_shape
-        layout = LatentLayout(
-            channels=channels,
-            grid=(height, width),
-            outputs=2 * channels if self.denoiser.learned_variance else channels,
-            num_classes=num_classes,
-        )
-        self.backbone = backbone(layout)
+        self.consistency = None if consistency is None else consistency(self.denoiser)
+        if self.consistency is not None and error_of is not None:
+            raise ValueError(f"error_of={error_of!r} is of the denoising loss, which consistency takes the place of")
+        self.backbone = backbone(self.layout())
         self.time_input: Literal["noise", "data"] = time_input
         self.time_scale = time_scale
         path = self.denoiser.path
-        if sampler is None:
+        if sampler is None and self.consistency is not None:
+            sampler = GuidedSolver(ConsistencySampler(1))
+        elif sampler is None:
             stepped = isinstance(path, SteppedPath)
             variance: Literal["learned", "smallest"] = "learned" if self.denoiser.learned_variance else "smallest"
             sampler = GuidedSolver(DDPM(min(250, path.steps), variance=variance) if stepped else Euler(250))
@@ -104,11 +106,26 @@ class LatentDiffusion(LatentGenerator):
         self.sampler.solver.times(path)  # refuses what the path does not have
         self.likelihood_steps = min(likelihood_steps, path.steps) if isinstance(path, SteppedPath) else likelihood_steps
 
+    def layout(self) -> LatentLayout:
+        """Describe the latents that the network is asked to read."""
+        channels, height, width = self.latent_shape
+        outputs = 2 * channels if self.denoiser.learned_variance else channels
+        return LatentLayout(channels=channels, grid=(height, width), outputs=outputs, num_classes=self.num_classes)
+
+    def given(self, condition: Condition) -> dict[str, Tensor]:
+        """Return what the network reads beside the label, by its names: `context` or `vectors`; here nothing."""
+        return {}
+
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         t = self.objective.times(random.uniform(Purpose.DIFFUSION_TIME, 1)[:, 0])
         noise = random.normal(Purpose.DIFFUSION_NOISE, data[0].numel()).to(data.dtype).view_as(data)
+        given = self.given(condition)
+        if self.consistency is not None:
+            step = self.global_step if self.training else None
+            predict = lambda x, t: self.backbone(x, self.network_time(t), condition.labels, **given)  # noqa: E731
+            return LatentLosses({"error": self.consistency(predict, data, noise, t=t, step=step)}, t)
         x_t = self.denoiser.path.add_noise(data, noise, t)
-        output = self.backbone(x_t, self.network_time(t), condition.labels)
+        output = self.backbone(x_t, self.network_time(t), condition.labels, **given)
         return LatentLosses(self.objective(output, data, noise, x_t=x_t, t=t), t)
 
     def network_time(self, t: Tensor) -> Tensor:
@@ -130,7 +147,9 @@ class LatentDiffusion(LatentGenerator):
         if indices is None:
             indices = torch.arange(len(latents), device=latents.device)
         random, data = CounterRandom(self.seed, indices), at_least_float32(latents)
-        path, guide = self.denoiser.path, self._network(as_condition(condition).labels)
+        if self.consistency is not None:
+            raise ValueError("a consistency function draws by jumps, and has no density: measure the model before it")
+        path, guide = self.denoiser.path, self._network(as_condition(condition))
 
         def denoise(x: Tensor, t: float) -> Estimate:
             return guide(x, t, 1.0)
@@ -161,8 +180,14 @@ class LatentDiffusion(LatentGenerator):
         self.check_draw(labels, sampler.guidance_scale)
         return sampler(self.backbone, labels.long(), random, denoiser=self.denoiser, network_time=self.network_time)
 
-    def _network(self, labels: Tensor) -> GuidedNetwork:
-        return GuidedNetwork(self.backbone, labels, denoiser=self.denoiser, network_time=self.network_time)
+    def _network(self, condition: Condition) -> GuidedNetwork:
+        return GuidedNetwork(
+            self.backbone,
+            condition.labels,
+            denoiser=self.denoiser,
+            network_time=self.network_time,
+            given=self.given(condition),
+        )
 
 
 def times_of_a_bound(steps: int) -> list[float]:

@@ -10,7 +10,7 @@ The scales of the published repositories:
 | LightningDiT `cfg_interval_start` a, time from noise to data | `guidance_interval=(0, 1 - a)` |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import cos, pi
 from typing import Literal
 
@@ -94,7 +94,9 @@ class GuidedSolver:
         *,
         denoiser: GaussianDenoiser,
         network_time: NetworkTime,
-        context: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        null: Mapping[str, Tensor] | None = None,
+        purposes: tuple[Purpose, Purpose] = (Purpose.DIFFUSION_START, Purpose.DIFFUSION_STEP),
     ) -> SamplerOutput:
         """Draw latents.
 
@@ -104,7 +106,9 @@ class GuidedSolver:
             random: one stream for each sample: its first noise, and the fresh noise of each step.
             denoiser: how the network's output is read, and the path of its noise.
             network_time: from times t `(B,)` float64 to the units that the network reads.
-            context: `(B, E, h, w)`, of a network that reads one; it is the same in both halves of guidance.
+            given: the `context` or the `vectors` of a network that reads them, `(B, ...)`.
+            null: what stands for them in the unconditional half of guidance; the same by default.
+            purposes: that the first noise and the fresh noise of the steps are drawn for.
 
         Returns:
             The output, with latents `(B, C, H, W)` float32 or float64 as its `tokens`.
@@ -124,7 +128,8 @@ class GuidedSolver:
             labels,
             denoiser=denoiser,
             network_time=network_time,
-            context=context,
+            given=given,
+            null=null,
             channels=self.guided_channels,
         )
 
@@ -140,9 +145,9 @@ class GuidedSolver:
 
         latents = self.solver(
             denoise,
-            noise(Purpose.DIFFUSION_START, 0),
+            noise(purposes[0], 0),
             path=denoiser.path,
-            noise=lambda step: noise(Purpose.DIFFUSION_STEP, step),
+            noise=lambda step: noise(purposes[1], step),
         )
         return SamplerOutput(
             tokens=latents,
@@ -156,7 +161,7 @@ class GuidedNetwork:
     """Say what a network thinks of noisy latents, given labels and a guidance scale.
 
     Args:
-        network, labels, denoiser, network_time, context: as for `GuidedSolver`.
+        network, labels, denoiser, network_time, given, null: as for `GuidedSolver`.
         channels: how many are guided; all if None.
     """
 
@@ -167,13 +172,15 @@ class GuidedNetwork:
         *,
         denoiser: GaussianDenoiser,
         network_time: NetworkTime,
-        context: Tensor | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        null: Mapping[str, Tensor] | None = None,
         channels: int | None = None,
     ) -> None:
         self.network, self.denoiser, self.network_time = network, denoiser, network_time
-        self.labels, self.context = labels, context
+        self.labels, self.given = labels, dict(given or {})
         self.both_labels = torch.cat((labels, torch.full_like(labels, network.layout.null_label)))
-        self.both_contexts = None if context is None else context.repeat(2, 1, 1, 1)
+        absent = self.given if null is None else null
+        self.given_to_both = {name: torch.cat((value, absent[name])) for name, value in self.given.items()}
         self.guided: Tensor | None = None
         if channels is not None and channels < network.layout.channels:
             self.guided = (torch.arange(network.layout.channels, device=labels.device) < channels)[:, None, None]
@@ -187,8 +194,8 @@ class GuidedNetwork:
         times = t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float64, device=x.device)
         time = self.network_time(times).float()
         if scale == 1:
-            return at_least_float32(self.network(x, time, self.labels, self.context))
-        both = self.network(x.repeat(2, 1, 1, 1), time.repeat(2), self.both_labels, self.both_contexts)
+            return at_least_float32(self.network(x, time, self.labels, **self.given))
+        both = self.network(x.repeat(2, 1, 1, 1), time.repeat(2), self.both_labels, **self.given_to_both)
         conditional, unconditional = at_least_float32(both).chunk(2)
         weight: float | Tensor = scale
         if self.guided is not None:

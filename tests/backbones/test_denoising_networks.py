@@ -92,6 +92,22 @@ def test_a_context_is_read_at_the_nearest_place(name: str) -> None:
         make(name)(*inputs(), context)
 
 
+@pytest.mark.parametrize("name", ["dit", "lightning dit", "unet"])
+def test_vectors_are_attended_to_in_no_order(name: str) -> None:
+    layout = LatentLayout(channels=3, grid=(4, 8), outputs=6, num_classes=2, vectors=(4, 5))
+    network = randomise((UNet if name == "unet" else DiT)(layout, **SMALL[name]), 0.3).eval()
+    vectors = torch.randn(3, 4, 5)
+    output = network(*inputs(), vectors=vectors)
+    assert output.shape == (3, 6, 4, 8)
+    torch.testing.assert_close(network(*inputs(), vectors=vectors.flip(1)), output, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(network(*inputs(), vectors=vectors + 1), output, atol=1e-3)
+    assert network.flops(1) > make(name).flops(1)
+    with pytest.raises(ValueError, match=r"the vectors are \(3, 5\) \(number, width\), the layout has \(4, 5\)"):
+        network(*inputs(), vectors=vectors[:, :3])
+    with pytest.raises(ValueError, match="the vectors are None"):
+        network(*inputs())
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_inputs_of_another_shape_are_refused(name: str) -> None:
     network, (x, time, labels) = make(name), inputs()

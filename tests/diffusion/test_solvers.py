@@ -19,6 +19,7 @@ from discrete_lit.diffusion.gaussian import (
     GaussianPath,
     LinearRatePath,
     RectifiedPath,
+    ScheduledPath,
     SteppedPath,
     TrigonometricPath,
     cosine_betas,
@@ -281,3 +282,32 @@ def test_shapes_of_images_and_precision_are_kept() -> None:
         assert drawn.shape == start.shape
         assert drawn.dtype == torch.float32
         assert bool(drawn.isfinite().all())
+
+
+def test_what_depends_on_the_path_alone_is_computed_once() -> None:
+    made: list[int] = []
+
+    class Counted(DDPM):
+        def times(self, path: GaussianPath) -> list[float]:
+            made.append(self.steps)
+            return super().times(path)
+
+    solver, path = Counted(4, variance="smallest"), ScheduledPath("linear", steps=10)
+
+    def draw(solver: Solver, path: GaussianPath) -> None:
+        start = torch.zeros(2, 3, dtype=torch.float64)
+        solver(lambda x, t: Estimate(data=x, noise=x), start, path=path, noise=lambda step: torch.zeros_like(start))
+
+    draw(solver, path)
+    draw(solver, path)
+    assert made == [4]
+    draw(solver, ScheduledPath("linear", steps=12))
+    draw(solver.with_steps(3), path)
+    assert made == [4, 4, 3] and solver.steps == 4
+    solver.offset = 1  # a setting that was changed is not forgotten
+    draw(solver, path)
+    assert made == [4, 4, 3, 4]
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        solver.with_steps(0)
+    with pytest.raises(ValueError, match="steps must be at least 2, the last among them, got 1"):
+        EulerMaruyama(3).with_steps(1)

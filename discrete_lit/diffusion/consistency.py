@@ -1,0 +1,104 @@
+"""Consistency training: a network that leads from any point of a path to its data in one evaluation.
+
+The probability-flow ODE leads from each x_t to one x_0, and the consistency function f(x_t, t) = x_0 is the same all
+along the way (Song et al., "Consistency Models", 2023, definition 1). Two neighbouring points of a path with one noise,
+
+    x_t = alpha(t) x + sigma(t) eps,        x_s = alpha(s) x + sigma(s) eps,        t - s = 1 / N,
+
+stand for two of the ODE, up to a bias that vanishes with 1 / N (theorem 2), so that f is learned without a teacher:
+f(x_t, t) is pulled to f(x_s, s), which is held fixed, and f(x_0, 0) = x_0 by construction. N doubles in training, and
+the distance is Pseudo-Huber, as in Song and Dhariwal, "Improved Techniques for Training Consistency Models", 2024.
+
+f is the estimate of the data that a `GaussianDenoiser` reads of an output: of the velocity on straight lines,
+x_t - t u, whose boundary at t = 0 holds whatever the network says. `ConsistencySampler` draws by it.
+"""
+
+from collections.abc import Callable
+from math import floor, log2, sqrt
+
+import torch
+from torch import Tensor
+
+from discrete_lit.diffusion.gaussian import GaussianDenoiser, SteppedPath
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""From x_t `(B, ...)` and times `(B,)` to a network's output."""
+
+
+class ConsistencyLoss:
+    """Cost how far f moves between neighbouring points of a path (Song et al., 2023, eq. 10, with theta- = theta).
+
+    Args:
+        denoiser: of a prediction of v or of the velocity, on a path in continuous time.
+        intervals: N, into which the times are cut when training ends, and in validation.
+        first_intervals: N of the first steps; it doubles at even distances over `doubling_steps` (Song and Dhariwal,
+            2024, section 3.4).
+        doubling_steps: training steps until N is `intervals`.
+        huber: c of the distance sqrt(|a - b|^2 + c^2) - c, over the root of the number of dimensions, > 0.
+
+    Raises:
+        ValueError: a setting out of its range; a prediction or a path without f(x_0, 0) = x_0.
+    """
+
+    def __init__(
+        self,
+        denoiser: GaussianDenoiser,
+        *,
+        intervals: int = 160,
+        first_intervals: int = 10,
+        doubling_steps: int = 100_000,
+        huber: float = 0.00054,
+    ) -> None:
+        if not 1 <= first_intervals <= intervals:
+            raise ValueError(
+                f"1 <= first_intervals <= intervals must hold, got {first_intervals} and intervals={intervals}"
+            )
+        if doubling_steps < 0 or huber <= 0:
+            raise ValueError(
+                f"doubling_steps must be at least 0 and huber above 0, got {doubling_steps} and huber={huber}"
+            )
+        if isinstance(denoiser.path, SteppedPath):
+            raise ValueError("a consistency function needs a path in continuous time, this one has steps")
+        if denoiser.prediction not in ("v", "velocity") or denoiser.learned_variance:
+            raise ValueError(
+                "a consistency function is read of a prediction of 'v' or 'velocity' without a variance: at t = 0 it "
+                f"must be the data themselves; got {denoiser.prediction!r}"
+            )
+        self.denoiser = denoiser
+        self.intervals = intervals
+        self.first_intervals = first_intervals
+        self.doubling_steps = doubling_steps
+        self.huber = huber
+
+    def intervals_at(self, step: int | None) -> int:
+        """Return N at a training step, from 0; None stands for the end of training."""
+        if step is None or step >= self.doubling_steps:
+            return self.intervals
+        # N is reached with one doubling more than fit whole, as in the paper: each lasts as long.
+        each = floor(self.doubling_steps / (floor(log2(self.intervals / self.first_intervals)) + 1))
+        return min(self.first_intervals * 2 ** (step // max(each, 1)), self.intervals)
+
+    def __call__(self, predict: Predict, data: Tensor, noise: Tensor, *, t: Tensor, step: int | None = None) -> Tensor:
+        """Return the loss of each sample, `(B,)`: the distance of f at neighbouring times, times N.
+
+        Args:
+            predict: the network, given everything else that it reads.
+            data: x `(B, ...)`.
+            noise: eps, the same shape.
+            t: `(B,)` in (0, 1], rounded up to the next of the N times.
+            step: of training, which decides N; None in validation.
+        """
+        count = self.intervals_at(step)
+        later = torch.ceil(t.double() * count).clamp(1, count)
+        t, s = later / count, (later - 1) / count
+        student = self.function(predict, self.denoiser.path.add_noise(data, noise, t), t)
+        with torch.no_grad():
+            target = self.function(predict, self.denoiser.path.add_noise(data, noise, s), s)
+        difference = (student - target).flatten(1)
+        c = self.huber * sqrt(difference.shape[1])
+        return count * (torch.sqrt((difference**2).sum(dim=1) + c**2) - c)
+
+    def function(self, predict: Predict, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return f(x_t, t), `(B, ...)`, float32 or better."""
+        output = predict(x_t, t)
+        return self.denoiser(output.to(torch.promote_types(output.dtype, torch.float32)), x_t, t, clipped=False).data
