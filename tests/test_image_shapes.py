@@ -99,7 +99,7 @@ def test_they_are_evaluated_against_a_reference_of_their_shape(chain: Path, tmp_
         "likelihoods": {"mine": str(chain / "generator" / "checkpoints" / "last.ckpt")},
         "num_images": 6,
         "extractor": Means(),
-        "device": "cpu",
+        "accelerator": "cpu",
     }
     report = evaluate(str(chain / "images"), str(tmp_path), image_size=(16, 24), image_channels=1, **settings)
     assert tuple(report["image_size"]) == (16, 24) and report["image_channels"] == 1

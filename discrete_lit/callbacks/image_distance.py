@@ -7,7 +7,7 @@ images, and so the figures, are the same for any number of ranks, and training g
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -291,7 +291,7 @@ class ImageDistance(Callback):
                 return _over_ranks(meter, module.device)
             if self._selection is None:
                 return None
-            autoencoder: ImageAutoencoder = module
+            autoencoder = cast(Any, module)  # a tokenizer of ids or of latents
 
             def reconstruct(images: Tensor) -> Tensor:
                 return to_uint8(autoencoder.decode(autoencoder.encode(from_uint8(images))))

@@ -218,7 +218,7 @@ def measure_in_shares(
     shares, device = shares or Shares(), torch.device(device)
     plan = selection.positions()
     key = content_sha256(repr((*identity, selection.settings, batch_size)))[:16]
-    progress = _Progress(meter, selection, batch_size, device, description)
+    progress = _Progress(meter, selection, batch_size=batch_size, device=device, description=description)
 
     if shares.join:
         files = [shares.part_file(key, part) for part in range(1, shares.parts + 1)]
@@ -268,7 +268,7 @@ class _Progress:
     """Run a meter over images, and note what is met on the way."""
 
     def __init__(
-        self, meter: Meter, selection: Selection, batch_size: int, device: torch.device, description: str
+        self, meter: Meter, selection: Selection, *, batch_size: int, device: torch.device, description: str
     ) -> None:
         self.meter, self.selection, self.batch_size, self.device = meter, selection, batch_size, device
         self.description = description
