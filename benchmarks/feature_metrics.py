@@ -87,8 +87,8 @@ def of_torchmetrics(samples: Tensor, reference: Tensor) -> Callable[[], float]:
 
 
 def of_scipy(first: Moments, second: Moments) -> float:
-    root = scipy.linalg.sqrtm(first.covariance.numpy() @ second.covariance.numpy())
-    traces = np.trace(first.covariance.numpy() + second.covariance.numpy() - 2 * root.real)
+    root = np.real(np.asarray(scipy.linalg.sqrtm(first.covariance.numpy() @ second.covariance.numpy())))
+    traces = np.trace(first.covariance.numpy() + second.covariance.numpy() - 2 * root)
     return float((first.mean - second.mean).square().sum()) + float(traces)
 
 
