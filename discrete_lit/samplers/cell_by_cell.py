@@ -99,7 +99,10 @@ class NextCellSampler:
                 cell = x.repeat(1 + guided, 1, 1)[:, None]
                 output = at_least_float32(network(cell, time, rows[:count], cache))[:, 0]
                 made[1 + guided, number] += 1
-                return denoiser(denoiser.guide(*output.chunk(2), scale) if guided else output, x, t)
+                if guided:
+                    conditional, unconditional = output.chunk(2)
+                    output = denoiser.guide(conditional, unconditional, scale)
+                return denoiser(output, x, t)
 
             start = noise(Purpose.DIFFUSION_START, 0)
             return self.solver(

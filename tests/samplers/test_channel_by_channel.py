@@ -36,9 +36,9 @@ class WatchedHead(ChannelHead):
 
     seen: list[Tensor]
 
-    def sample(self, hidden: Tensor, *rest: Any) -> Tensor:
+    def sample(self, hidden: Tensor, uniforms: Tensor, choose: Any) -> Tensor:
         self.seen.append(hidden)
-        return super().sample(hidden, *rest)
+        return super().sample(hidden, uniforms, choose)
 
 
 @torch.no_grad()
