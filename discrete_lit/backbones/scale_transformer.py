@@ -89,7 +89,7 @@ def context_positions(valid: Tensor) -> Tensor:
 
 
 class ScaleStates(NamedTuple):
-    """What the network makes of some places."""
+    """Hold the states of some places, and the logits of their ids."""
 
     hidden: Tensor
     """`(B, n, W)`, the blocks' output."""

@@ -24,7 +24,7 @@ from discrete_lit.pretrained.var import DROPPED, LAYOUT
 _OF_THE_FILE = "it is about the file, and about Hugging Face's reader of it"
 _FILE_KEYS = ("architectures", "model_type", "torch_dtype", "transformers_version", "_name_or_path")
 # Sides of the scales at 256 pixels, VAR's; `v_patch_nums` of the published configuration says others.
-_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+_SCALES: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 
 @register("hart_tokenizer", marks=(*MARKS, "quantize.embedding.weight", "quantize.ema_vocab_hit_SV"))
@@ -145,6 +145,7 @@ def hart(state: State, settings: Settings) -> Conversion:
     ratio = settings.take("mlp_ratio", 4.0)
     if int(width * ratio * 2 / 3 + 255) // 256 * 256 != hidden:
         raise ValueError(f"reference_config has mlp_ratio={ratio}, but the tensors have {hidden} channels in the MLP")
+    settings.without_effect("it is rounded to the width that the tensors tell", "mlp_ratio")
     settings.agree(
         {
             "mlp_type": "llama",

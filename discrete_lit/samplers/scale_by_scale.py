@@ -114,7 +114,7 @@ class ScaleVectors:
 
 
 class ScalePyramid(Protocol):
-    """How scales add up to latents: of ids and residuals, or of vectors alone."""
+    """Add scales up to latents: of ids and residuals, or of vectors alone."""
 
     def draws_vectors(self, number: int) -> bool:
         """Say whether the head draws at scale `number`, counted from 0."""
@@ -217,7 +217,7 @@ class HybridScaleSampler:
             raise ValueError(f"top_k has {len(self.top_k)} numbers for {len(lengths)} scales")
         if self.last_steps > lengths[-1]:
             raise ValueError(f"last_steps={self.last_steps} exceeds the {lengths[-1]} places of the last scale")
-        drawing = _ScaleDrawing(self, cast_once(network), cast_once(head), condition, random=random)
+        drawing = _ScaleDrawing(self, cast_once(network), head=cast_once(head), condition=condition, random=random)
         with evaluation_mode(network), evaluation_mode(head), checked_at_the_end():
             tokens: list[Tensor] = []
             inputs = f_hat = None
@@ -246,9 +246,9 @@ class _ScaleDrawing:
         self,
         sampler: HybridScaleSampler,
         network: ScaleTransformer,
+        *,
         head: TokenDiffusionHead,
         condition: Condition,
-        *,
         random: CounterRandom,
     ) -> None:
         layout = network.layout
