@@ -1,19 +1,13 @@
 """Bits three ways on a CPU: a softmax, a masked-bit head and a binary flow head on the same bits; table and figure.
 
-  python docs/experiments/bits.py law
-  python docs/experiments/bits.py tokens
+  python docs/experiments/bits.py
 
-`law`: one id of eight bits with a known law, drawn from a softmax of random numbers, so that its bits depend on one
-another in no simple way. Three heads learn it from its draws on the same small backbone; the total variation between
-the law and what a sampler draws is set against the calls of the head.
-
-`tokens`: the LFQ tokens of the embedded set (`make comparison` makes them, and the classifier), by the backbone,
-batches and optimizer of `lightning_configs/quickstart/bar.yaml`: likelihood, Fréchet distance and label accuracy
-against the calls of the head at each token, without guidance. Finished runs are kept. Needs matplotlib.
+One id of eight bits with a known law, a softmax of random numbers, so that its bits depend on one another in no simple
+way. Three heads learn it from its draws on the same small backbone; the total variation between the law and what a
+sampler draws is set against the calls of the head. Time on one core: about five minutes. Needs matplotlib.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from datetime import date
@@ -25,9 +19,6 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import BinaryFlowHead, MaskedBitHead, SequenceLayout, Transformer
-from discrete_lit.cli.commands import main as discrete_lit
-from discrete_lit.cli.evaluate import evaluate
-from discrete_lit.cli.sample import sample
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.solvers import EulerMaruyama
 from discrete_lit.generators import Autoregressive
@@ -40,7 +31,6 @@ HEADS = ("softmax", "masked bits", "binary flow")
 # How many bits are unmasked in each step, by the number of steps.
 BIT_COUNTS = {1: (8,), 2: (4, 4), 4: (2, 2, 2, 2), 8: (1,) * 8}
 FLOW_STEPS = (2, 4, 8, 16, 32, 64, 101)
-QUICKSTART = Path("runs/quickstart")
 
 
 def samplers(head: str) -> dict[str, dict[int, Sampler]]:
@@ -172,102 +162,6 @@ def law_page(found: dict[str, Any], command: str) -> list[str]:
     return lines
 
 
-# --- The tokens of the embedded set ---
-
-
-def fit_on_tokens(head: str, seed: int, batches: int, folder: Path) -> Path:
-    """The checkpoint of a run, and beside it `minutes.txt`, the processor time of its training."""
-    run = folder / f"{head.replace(' ', '_')}_{seed}"
-    checkpoint, minutes = run / "checkpoints" / "last.ckpt", run / "minutes.txt"
-    if not minutes.is_file():
-        begun = time.process_time()
-        settings: dict[str, Any] = {
-            "seed_everything": seed,
-            "run_dir": run,
-            "model.init_args.seed": seed,
-            "model.init_args.scheduler.init_args.total_steps": batches,
-            "data.init_args.seed": seed,
-            "trainer.max_steps": batches,
-            "trainer.val_check_interval": batches,
-            "trainer.enable_progress_bar": "false",
-            "trainer.enable_model_summary": "false",
-        }
-        if head == "softmax":
-            settings |= {
-                "model.init_args.backbone.init_args.place_head": "null",
-                "model.init_args.sampler": "RasterSampler",
-            }
-        recipe = "binary_flow" if head == "binary flow" else "bar"
-        config = f"--config=lightning_configs/quickstart/{recipe}.yaml"
-        discrete_lit(["fit", config, *(f"--{key}={value}" for key, value in settings.items())])
-        minutes.write_text(f"{(time.process_time() - begun) / 60:.1f}\n")
-    return checkpoint
-
-
-def measure_tokens(given: argparse.Namespace) -> dict[str, Any]:
-    """Reports by head, and minutes of training: a list over the seeds each."""
-    reports: dict[str, list[Any]] = {}
-    minutes: dict[str, list[float]] = {}
-    for seed in given.seeds:
-        for head in HEADS:
-            checkpoint = fit_on_tokens(head, seed, given.batches, given.runs)
-            file = checkpoint.parents[1] / f"report_{given.images}.json"
-            if not file.is_file():
-                drawn = {}
-                for way, by_calls in samplers(head).items():
-                    for calls, sampler in by_calls.items():
-                        output = checkpoint.parents[1] / f"{way.replace(', ', '_').replace(' ', '_')}_{calls}"
-                        if not (output / "run.json").is_file():
-                            sample(
-                                str(checkpoint), str(output), given.images, sampler=sampler, seed=seed, batch_size=100
-                            )
-                        drawn[f"{way}: {calls}"] = str(output / "samples.npz")
-                report = evaluate(
-                    reference=str(QUICKSTART / "shards" / "train"),
-                    num_reference=1000,
-                    held_out=str(QUICKSTART / "shards" / "test"),
-                    num_images=given.images,
-                    samples=drawn,
-                    likelihoods={next(iter(drawn)): str(checkpoint)},
-                    classifier=str(QUICKSTART / "classifier" / "checkpoints" / "last.ckpt"),
-                    image_size=32,
-                    image_channels=1,
-                    batch_size=10,
-                    output=str(given.runs / "evaluation"),
-                )
-                file.write_text(json.dumps(report))
-            reports.setdefault(head, []).append(json.loads(file.read_text()))
-            minutes.setdefault(head, []).append(float((checkpoint.parents[1] / "minutes.txt").read_text()))
-    return {"reports": reports, "minutes": minutes, "images": given.images}
-
-
-def tokens_page(found: dict[str, Any], command: str) -> list[str]:
-    first = next(iter(found["reports"].values()))[0]
-    metric, real = first["metric"], first["rows"][0]
-    lines = [
-        f"`{command}`, {stamp()}. Mean ± standard deviation over the seeds.",
-        "",
-        f"{metric} of {found['images']} samples without guidance, lower is better: {real[metric]:.2f} of as many "
-        f"held-out images. Label accuracy in per cent: {100 * real['label_accuracy']:.1f} of held-out images.",
-        "",
-        f"| head | calls of it for a token | {metric} | label accuracy (%) |",
-        "|:--|--:|--:|--:|",
-    ]
-    for head, reports in found["reports"].items():
-        for way, by_calls in samplers(head).items():
-            for calls in by_calls:
-                rows = [row for report in reports for row in report["rows"] if row["name"] == f"{way}: {calls}"]
-                distance = spread([row[metric] for row in rows], ".1f")
-                accuracy = spread([100 * row["label_accuracy"] for row in rows], ".1f")
-                lines.append(f"| {way} | {calls} | {distance} | {accuracy} |")
-    lines += ["", "| head | bits per token of held-out images | minutes to train |", "|:--|--:|--:|"]
-    for head, reports in found["reports"].items():
-        own = [next(row["likelihood"] for row in report["rows"] if row.get("likelihood")) for report in reports]
-        bits, kind = spread([one["bits_per_token"] for one in own]), own[0]["kind"]
-        lines.append(f"| {head} | {bits} ({kind}) | {mean(found['minutes'][head]):.1f} |")
-    return lines
-
-
 # --- The page ---
 
 
@@ -299,48 +193,19 @@ def draw_figure(found: dict[str, Any], path: Path) -> None:
     pyplot.savefig(path, dpi=100)
 
 
-def write_page(page: Path, runs: Path) -> None:
-    """Write what there is of both parts."""
-    lines = ["# Bits three ways", ""]
-    for part, title, make in (
-        ("law", "A known law", law_page),
-        ("tokens", "LFQ tokens of the embedded set", tokens_page),
-    ):
-        file = runs / f"{part}.json"
-        if not file.is_file():
-            continue
-        kept = json.loads(file.read_text())
-        found = kept["found"]
-        if part == "law":
-            found["variations"] = {
-                head: {int(calls): values for calls, values in of_calls.items()}
-                for head, of_calls in found["variations"].items()
-            }
-            draw_figure(found, page.with_suffix(".png"))
-        lines += [f"## {title}", "", *make(found, kept["command"]), ""]
-        if part == "law":
-            lines += [f"![]({page.with_suffix('.png').name})", ""]
-    page.write_text("\n".join(lines))
-    print(f"Wrote {page}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["law", "tokens"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, default=1500, help="of training; 256 ids of the law, 128 images")
-    parser.add_argument("--draws", type=int, default=50_000, help="of each sampler of the law")
-    parser.add_argument("--images", type=int, default=300, help="of each set of samples, a multiple of 10")
-    parser.add_argument("--runs", type=Path, default=Path("runs/experiments/bits"), help="folder of the runs")
+    parser.add_argument("--batches", type=int, default=1000, help="of training, of 256 ids")
+    parser.add_argument("--draws", type=int, default=20_000, help="of each sampler")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
-    own = f"--draws {given.draws}" if given.part == "law" else f"--images {given.images}"
-    options = f"--seeds {' '.join(map(str, given.seeds))} --batches {given.batches} {own}"
-    command = f"python docs/experiments/bits.py {given.part} {options}"
-    found = measure_law(given) if given.part == "law" else measure_tokens(given)
-    given.runs.mkdir(parents=True, exist_ok=True)
-    (given.runs / f"{given.part}.json").write_text(json.dumps({"command": command, "found": found}))
-    write_page(given.page, given.runs)
+    options = f"--seeds {' '.join(map(str, given.seeds))} --batches {given.batches} --draws {given.draws}"
+    found = measure_law(given)
+    draw_figure(found, given.page.with_suffix(".png"))
+    lines = ["# Bits three ways", "", *law_page(found, f"python docs/experiments/bits.py {options}")]
+    given.page.write_text("\n".join([*lines, "", f"![]({given.page.with_suffix('.png').name})", ""]))
+    print(f"Wrote {given.page} and {given.page.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

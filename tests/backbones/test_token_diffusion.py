@@ -253,12 +253,13 @@ def test_vectors_that_are_drawn_together_see_one_another() -> None:
     """And no others; their order does not matter."""
     network = DenoisingMLP(3, 4, width=8, depth=2, heads=2, mlp="swiglu", modulations=1)
     for number, parameter in enumerate(network.parameters()):
-        parameter.data = 0.5 * normal(1, parameter.numel(), number).view(parameter.shape)
+        parameter.data = 0.2 * normal(1, parameter.numel(), number).view(parameter.shape)
     x, condition, time = normal(2, 9, 0).view(2, 3, 3), normal(2, 12, 1).view(2, 3, 4), torch.tensor([300.0, 700.0])
     with torch.no_grad():
         output = network(x, time, condition)
         order = torch.tensor([2, 0, 1])
-        torch.testing.assert_close(network(x[:, order], time, condition[:, order]), output[:, order])
+        again = network(x[:, order], time, condition[:, order])
+        torch.testing.assert_close(again, output[:, order], rtol=1e-4, atol=1e-4)
         moved = x.clone()
         moved[0, 1] += 1
         changed = (network(moved, time, condition) - output).abs().amax(dim=-1) > 1e-6

@@ -97,7 +97,7 @@ def test_a_new_head_keeps_its_own_first_weights(make_generator) -> None:
     head = bit_generator(make_generator, spread=None).backbone.place_head
     network = head.flow.network
     assert not bool(network.output.weight.any()) and not bool(network.modulations[0].weight.any())
-    assert float(network.input_projection.weight.std()) > 0.1
+    assert float(network.input_projection.weight.detach().std()) > 0.1
 
 
 def test_each_bit_of_the_input_flips_with_a_probability_of_its_own(make_generator) -> None:

@@ -160,7 +160,10 @@ def test_order_is_not_in_the_weights(make_generator) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"order": "spiral"}, "order must be 'raster', 'random_annealed' or a permutation of positions, got 'spiral'"),
+        (
+            {"order": "spiral"},
+            "order must be 'raster', 'blocks', 'random_annealed' or a permutation of positions, got 'spiral'",
+        ),
         ({"order": (0, 1)}, "order must have each of the 3 positions 0 to 2 once"),
         ({"order": (0, 1, 1)}, "order must have each of the 3 positions 0 to 2 once"),
         ({"anneal_steps": (3, 2)}, r"anneal_steps must not fall and be >= 0, got \(3, 2\)"),
