@@ -174,7 +174,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     return float(2 * torch.cdist(x, y).double().mean() - own[0] - own[1])
 
 
-COUNT = 4000
+COUNT = 2000
 
 
 def measured(draw: Draw, seed: int) -> tuple[float, float]:
@@ -233,8 +233,8 @@ def draw_figure(seed: int, made: dict[str, Draw], found: dict[str, list[float]],
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, default=3000, help="of 512 vectors")
-    parser.add_argument("--sides", type=int, nargs="+", default=[4, 8, 16, 32, 64], help="of the grids of cells")
+    parser.add_argument("--batches", type=int, default=1500, help="of 512 vectors")
+    parser.add_argument("--sides", type=int, nargs="+", default=[4, 16, 64], help="of the grids of cells")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 25, 100], help="of the diffusion head")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
