@@ -9,6 +9,9 @@ those steps alone, on weights and inputs of the same shapes. The sampler draws t
 blocks of width 768 in the encoder and in the decoder, in 64 passes; its bare arm makes the same passes of the network
 and the same draws of the head, on inputs and noise that are there. A round of both takes minutes on a CPU; `--passes`
 and `--steps` make fewer passes of the network, and steps of the head.
+
+Measured on 28 November 2026, 1 thread of an AMD EPYC that had much other work, so by processor time, 3 rounds: the head
+takes 1.18 times its products at 4 places, 1.21 times at 16. The sampler was not measured.
 """
 
 import argparse

@@ -11,7 +11,9 @@ from helpers.recipe_files import ROOT, read
 FOLDER = "lightning_configs/quickstart"
 COMPARISON = read(f"{FOLDER}/comparison.yaml")
 # The recipe of a run is named after its folder.
-GENERATORS = sorted({Path(path).parts[2] for path in COMPARISON["likelihoods"].values()})
+GENERATORS = sorted({Path(path).parents[1].name for paths in COMPARISON["likelihoods"].values() for path in paths})
+# Generators of latents have no likelihood in the table; `test_comparison_of_latents.py` has their tests.
+WITH_LIKELIHOOD = {name: paths for name, paths in COMPARISON["samples"].items() if "latents" not in name}
 TOKENIZERS = sorted({Path(path).parts[2] for path in COMPARISON["reconstructions"].values()})
 
 
@@ -23,6 +25,8 @@ def sizes_and_training(name: str) -> dict[str, Any]:
         {key: model["backbone"]["init_args"][key] for key in ("width", "depth", "heads")} if name in GENERATORS else 0
     )
     common = {key: model.get(key) for key in ("network", "reconstruction_loss", "optimizer", "scheduler")}
+    if name in GENERATORS:  # `make comparison` says how many batches: a test below
+        del settings["trainer"]["max_steps"], common["scheduler"]["init_args"]["total_steps"]
     return {**common, "backbone": backbone, "batch_size": data["batch_size"], "trainer": settings["trainer"]}
 
 
@@ -44,30 +48,40 @@ def test_each_generator_reads_the_tokens_of_its_tokenizer() -> None:
 
 
 def test_each_likelihood_is_of_the_generator_of_the_samples() -> None:
-    own = {name: path for name, path in COMPARISON["samples"].items() if not re.search("masked_", path)}
-    assert {name: Path(path).parent for name, path in own.items()} == {
-        name: Path(path).parents[1] for name, path in COMPARISON["likelihoods"].items()
+    own = {name: paths for name, paths in WITH_LIKELIHOOD.items() if not re.search("masked_", paths[0])}
+    assert {name: [Path(path).parent for path in paths] for name, paths in own.items()} == {
+        name: [Path(path).parents[1] for path in paths] for name, paths in COMPARISON["likelihoods"].items()
     }
 
 
-def test_make_makes_every_file_that_is_compared(tmp_path: Path) -> None:
-    runs = tmp_path / "runs"
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The commands of `make comparison` for a checkout without runs, in order."""
+    runs = tmp_path_factory.mktemp("make") / "runs"
     command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/comparison/report.md"]
-    commands = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    steps = [line.split("discrete-lit ")[1] for line in commands if "bin/discrete-lit " in line]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in printed.replace("\\\n", " ").splitlines() if "bin/discrete-lit " in line]
+    return [line.split("discrete-lit ")[1].replace(str(runs), "runs/quickstart") for line in lines]
+
+
+def test_make_makes_every_file_that_is_compared(steps: list[str]) -> None:
     assert steps[-1] == f"evaluate --config {FOLDER}/comparison.yaml"
     made = set()
     for step in steps[:-1]:
         settings = {}
         for config in re.findall(r"--config (\S+)", step):
             settings |= read(config)
-        output = re.search(r"--output (\S+)", step)
-        folder = output[1] if output else settings.get("run_dir") or settings["output"]
-        made.add(str(folder).replace(str(runs), "runs/quickstart"))
-    classifiers = COMPARISON["classifier"].values()
-    for path in (*COMPARISON["samples"].values(), *COMPARISON["likelihoods"].values(), *classifiers):
+        output = re.search(r"--(?:output|run_dir) (\S+)", step)
+        made.add(output[1] if output else str(settings.get("run_dir") or settings["output"]))
+    runs = [path for kind in ("samples", "likelihoods") for paths in COMPARISON[kind].values() for path in paths]
+    for path in (*runs, *COMPARISON["reconstructions"].values(), *COMPARISON["classifier"].values()):
         assert path.removesuffix("/samples.npz").removesuffix("/checkpoints/last.ckpt") in made
-    for path in COMPARISON["reconstructions"].values():
-        assert path.removesuffix("/checkpoints/last.ckpt") in made
     for name in GENERATORS:
         assert set(read(f"{FOLDER}/{name}.yaml")["data"]["init_args"].values()) & made
+
+
+def test_all_generators_see_as_many_batches(steps: list[str]) -> None:
+    trained = [step for step in steps if step.startswith("fit") and "/comparison/seed_" in step]
+    assert {re.search(r"/seed_\d/(\w+)", step)[1] for step in trained} >= set(GENERATORS)  # type: ignore[index]
+    counts = {tuple(re.findall(r"(?:max_steps|total_steps) (\d+)", step)) for step in trained}
+    assert len(counts) == 1 and len(set(*counts)) == 1 and len(*counts) == 2

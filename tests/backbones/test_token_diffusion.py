@@ -312,3 +312,18 @@ def test_wrong_settings_are_refused() -> None:
         TokenDiffusionHead(4, 4, repeats=0, **SMALL)
     with pytest.raises(ValueError, match="scale above 0"):
         TokenDiffusionHead(4, 4, scale=0.0, **SMALL)
+
+
+@pytest.mark.parametrize("solver", [DDPM(6), Heun(3)])
+def test_a_step_with_guidance_is_one_call_of_the_network_and_embeds_no_time(solver: Any) -> None:
+    path: Any = SteppedPath(cosine_betas(20)) if isinstance(solver, DDPM) else RectifiedPath()
+    prediction: Any = "noise" if isinstance(solver, DDPM) else "velocity"
+    denoiser = GaussianDenoiser(path, prediction=prediction, learned_variance=isinstance(solver, DDPM))
+    head = randomised(TokenDiffusionHead(3, 5, denoiser=denoiser, solver=solver, **SMALL))
+    rows: list[int] = []
+    embedded: list[int] = []
+    head.network.input_projection.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    head.network.time_embedding.register_forward_hook(lambda _, inputs, __: embedded.append(len(inputs[0])))
+    head.sample(normal(8, 5, 90), normal(4, 3, 0), noise=fresh(4, 3), guidance_scale=2.0)
+    assert rows == [8] * 6
+    assert embedded == [solver.steps + 1]

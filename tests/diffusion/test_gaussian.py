@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from discrete_lit.diffusion import gaussian
 from discrete_lit.diffusion.gaussian import (
     Denoise,
     Estimate,
@@ -337,3 +338,27 @@ def test_times_of_a_bound_must_fall_and_stay_above_zero() -> None:
                 times=times,
                 noise=lambda _: torch.zeros(1, 1),
             )
+
+
+def test_the_numbers_of_a_time_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver asks for those of its times in every draw; a training that takes floats must not fill the memory."""
+    path, asked = RectifiedPath(), []
+
+    def alpha(t: torch.Tensor) -> torch.Tensor:
+        asked.append(t.tolist())
+        return 1 - t
+
+    monkeypatch.setattr(path, "alpha", alpha)
+    like = torch.zeros(2, 3)
+    for _ in range(3):
+        assert path.at(path.alpha, 0.25, like) == 0.75 and path.at(path.alpha, 0.5, like) == 0.5
+        posterior = Posterior.between(path, 0.5, 0.25, like=like)
+    assert asked == [0.25, 0.5, 0.5, 0.25]
+    times = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    of_each = Posterior.between(path, times, times / 2, like=like)
+    for name in ("data_weight", "state_weight", "variance", "largest_variance"):
+        torch.testing.assert_close(getattr(posterior, name).expand(2, 1), getattr(of_each, name))
+    monkeypatch.setattr(gaussian, "_MOST_KEPT", 5)
+    for number in range(20):
+        path.number(path.sigma, number / 20)
+    assert len(vars(path)["_kept"]) <= 5
