@@ -1,6 +1,7 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read them.
+`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read
+them.
 """
 
 from dataclasses import dataclass
