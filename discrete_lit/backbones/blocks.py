@@ -1,6 +1,7 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `CrossAttention`, `MLP` and `Modulation` (adaLN-Zero) read them.
+`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read
+them.
 """
 
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Block(nn.Module):
         if settings.context_dim is not None:
             # Nothing modulates it, so that its norm has gains of its own (PixArt's branch is not modulated either).
             self.context_norm = _block_norm(settings, affine=True)
-            self.context_attention = CrossAttention(settings)
+            self.context_attention = ContextAttention(settings)
         self.mlp_norm = _block_norm(settings)
         self.mlp = MLP(width, settings.mlp_hidden, kind=settings.mlp, bias=settings.bias)
         self.modulation = None
@@ -118,7 +119,7 @@ class Block(nn.Module):
         Args:
             condition: as for `modulate`, or what it gave.
             rotary, mask, causal, cache: as for `Attention`.
-            context, context_mask: as for `CrossAttention`, of a block that attends to a context.
+            context, context_mask: as for `ContextAttention`, of a block that attends to a context.
         """
         if condition is None:
             if not self.norm_first:
@@ -267,7 +268,7 @@ class Attention(nn.Module):
         return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
-class CrossAttention(nn.Module):
+class ContextAttention(nn.Module):
     """Multi-head attention from a sequence to vectors that it is given, its context.
 
     Where none of a sequence's vectors is valid it attends to a learned one in their place, `null`: that is what it is

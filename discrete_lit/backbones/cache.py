@@ -35,7 +35,7 @@ class LayerCache(NamedTuple):
 
 
 class Cache:
-    """What is computed once of a batch's condition; and of a causal backbone the keys and values so far.
+    """The part of a batch's condition that is computed once; and of a causal backbone the keys and values so far.
 
     Args:
         modulations: of each block, then of the head; empty where nothing is modulated.

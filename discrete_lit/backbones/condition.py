@@ -2,7 +2,7 @@
 
 A plain tensor of labels is a condition too: `as_condition` makes one of it, and `plain` gives it back. All parts are
 dropped together for guidance, each by what stands for nothing in it: the null label, the null id at every place, and
-vectors of which none is valid, in whose place a network attends to a learned vector of its own (`CrossAttention`).
+vectors of which none is valid, in whose place a network attends to a learned vector of its own (`ContextAttention`).
 """
 
 from dataclasses import dataclass, fields

@@ -45,7 +45,7 @@ class VectorLayout:
 
     @property
     def grid_ids(self) -> int:
-        """How many ids may be given beside the label."""
+        """The number of ids that may be given beside the label."""
         return self.length if self.grid_length is None else self.grid_length
 
 
@@ -209,7 +209,7 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder_norm(self._run(self.encoder, self.input_norm(hidden), mask, condition))
 
     def _attended(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
-        """What the blocks attend to, `(B, M, E)`, and which of it is valid."""
+        """Give the vectors that the blocks attend to, `(B, M, E)`, and which of them are valid."""
         if self.context_positions is None or self.grid_embedding is None or condition.grid is None:
             return condition.context, condition.context_mask
         # The id of no grid has an embedding of its own: nothing is masked.

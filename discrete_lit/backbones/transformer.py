@@ -20,7 +20,7 @@ from discrete_lit.backbones.blocks import (
     Block,
     BlockSettings,
     Context,
-    CrossAttention,
+    ContextAttention,
     MLPKind,
     Modulating,
     Modulation,
@@ -534,7 +534,7 @@ class Transformer(Backbone):
         blocks = cast(Sequence[Block], self.blocks)
         context: list[tuple[Tensor, Tensor]] = []
         if vectors is not None:
-            context = [cast(CrossAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
+            context = [cast(ContextAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
         modulations: list[tuple[Tensor, ...]] = []
         if self.modulated and self.condition_positions is None and not self.layout.timed:
             modulating = self.class_embedding(labels)[:, None]

@@ -222,7 +222,7 @@ class TraceStep:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerOutput:
-    """What was drawn and what it cost."""
+    """The drawn tokens or vectors and what they cost."""
 
     tokens: Tensor
     """`(B, N)` int64 ids in [0, K), in raster order; of a sampler of vectors `(B, N, D)`; of a generator a grid of
@@ -354,7 +354,7 @@ class SamplingContext:
         return conditional, unconditional
 
     def prepare(self, guided: bool) -> tuple[Condition | Tensor, Cache]:
-        """What B sequences are given, or 2 B with the null condition behind, and the backbone's cache for it."""
+        """The condition of B sequences, or of 2 B with the null one behind, and the backbone's cache for it."""
         if guided not in self._prepared:
             condition = self.condition
             if guided:
@@ -366,7 +366,7 @@ class SamplingContext:
 
     @property
     def _attended(self) -> tuple[int, ...]:
-        """How many vectors each sequence attends to, where it does."""
+        """The number of vectors that each sequence attends to, where it does."""
         return () if self.condition.context is None else (self.condition.context.shape[1],)
 
     # What they cost.

@@ -8,7 +8,7 @@ from helpers.random_weights import randomise
 from torch import Tensor, nn
 
 from discrete_lit.backbones import FactorisedHead, SequenceLayout, Transformer
-from discrete_lit.backbones.blocks import BlockSettings, CrossAttention
+from discrete_lit.backbones.blocks import BlockSettings, ContextAttention
 from discrete_lit.backbones.condition import Condition, as_condition, plain
 
 PARTS: dict[str, Any] = {"grid_vocab": 3, "context_dim": 5}
@@ -70,7 +70,7 @@ def test_parts_that_do_not_fit_each_other_are_refused() -> None:
 
 @torch.no_grad()
 def test_cross_attention_is_torchs() -> None:
-    ours = CrossAttention(BlockSettings(width=8, heads=2, head_dim=4, mlp_hidden=8, context_dim=5)).eval()
+    ours = ContextAttention(BlockSettings(width=8, heads=2, head_dim=4, mlp_hidden=8, context_dim=5)).eval()
     theirs = nn.MultiheadAttention(8, 2, kdim=5, vdim=5, batch_first=True).eval()
     for parameter in ours.parameters():
         parameter.normal_()
