@@ -168,6 +168,9 @@ def test_tokens_are_those_of_the_images() -> None:
     batch = {"image": images, "index": torch.arange(3)}
     condition = made.condition_of(dict(batch), made.random_of(batch, 0))
     assert condition.grid is not None and torch.equal(condition.grid, made.discrete.encode(images).flatten(1))
+    labelled = {**batch, "label": torch.tensor([0, 7, 2])}
+    assert made.condition_of(labelled, made.random_of(batch, 0)).labels.tolist() == [0, 0, 0]
+    assert decoder(num_classes=8).condition_of(labelled, made.random_of(batch, 0)).labels.tolist() == [0, 7, 2]
     cached = {**batch, "tokens": ids(3)}
     given = made.condition_of(cached, made.random_of(cached, 0)).grid
     assert given is not None and torch.equal(given, ids(3).flatten(1))
