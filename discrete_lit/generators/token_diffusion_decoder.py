@@ -93,6 +93,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
         # Of what the network reads: (E, *grid).
         self.read_shape = _shape_read(discrete, self.token_shape, token_input, token_width)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
+        self.reads_labels = num_classes > 1  # others are trained on the images of any classes
         self.discrete = freeze(discrete)
         self.token_input: TokenInput = token_input
         self.token_embedding = TokenEmbedding(

@@ -58,6 +58,8 @@ class ClassConditionalTraining(LightningModule, ABC):
     coordinate_name: str
     content = "tokens"
     """The name, in batches and of the arrays that `discrete-lit tokenize` makes, of what is modelled."""
+    reads_labels: bool = True
+    """Whether the labels of data are looked at; False for a model of one class that any data will do for."""
     loss_weight: Tensor | float
     """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
 
@@ -122,7 +124,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         Raises:
             ValueError: a batch without labels, or labels that are no whole numbers in [0, num_classes).
         """
-        if "label" in batch:
+        if "label" in batch and self.reads_labels:
             labels = torch.as_tensor(batch["label"])
             self.check_labels(labels, names=batch.get("key", batch.get("index")), count=_count_of(batch))
             return labels.long()
@@ -343,7 +345,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         size = getattr(data, "image_size", None)
         if size is not None and size != self.image_size:
             raise ValueError(f"the data has images of {size} pixels, model.init_args.image_size is {self.image_size}")
-        classes = getattr(data, "num_classes", None)
+        classes = getattr(data, "num_classes", None) if self.reads_labels else None
         if classes == 0 and self.num_classes > 1:
             raise ValueError(self._needs_labels())
         if classes is not None and classes > self.num_classes:

@@ -292,7 +292,7 @@ def test_what_depends_on_the_path_alone_is_computed_once() -> None:
             made.append(self.steps)
             return super().times(path)
 
-    solver, path = Counted(4, variance="smallest"), ScheduledPath("linear", steps=10)
+    solver, path = Counted(4, variance="smallest"), ScheduledPath("cosine", steps=10)
 
     def draw(solver: Solver, path: GaussianPath) -> None:
         start = torch.zeros(2, 3, dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_what_depends_on_the_path_alone_is_computed_once() -> None:
     draw(solver, path)
     draw(solver, path)
     assert made == [4]
-    draw(solver, ScheduledPath("linear", steps=12))
+    draw(solver, ScheduledPath("cosine", steps=12))
     draw(solver.with_steps(3), path)
     assert made == [4, 4, 3] and solver.steps == 4
     solver.offset = 1  # a setting that was changed is not forgotten

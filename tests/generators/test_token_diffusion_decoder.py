@@ -16,9 +16,10 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.denoising_network import nearest_grid
 from discrete_lit.callbacks import ReconstructionGrid, SampleGrid
 from discrete_lit.checkpoints import instantiate, save
+from discrete_lit.cli.evaluate import _load_meters, _Run
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.images import to_uint8
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.consistency import ConsistencyLoss
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDIM, ConsistencySampler, Euler
@@ -168,6 +169,9 @@ def test_tokens_are_those_of_the_images() -> None:
     batch = {"image": images, "index": torch.arange(3)}
     condition = made.condition_of(dict(batch), made.random_of(batch, 0))
     assert condition.grid is not None and torch.equal(condition.grid, made.discrete.encode(images).flatten(1))
+    labelled = {**batch, "label": torch.tensor([0, 7, 2])}
+    assert made.condition_of(labelled, made.random_of(batch, 0)).labels.tolist() == [0, 0, 0]
+    assert decoder(num_classes=8).condition_of(labelled, made.random_of(batch, 0)).labels.tolist() == [0, 7, 2]
     cached = {**batch, "tokens": ids(3)}
     given = made.condition_of(cached, made.random_of(cached, 0)).grid
     assert given is not None and torch.equal(given, ids(3).flatten(1))
@@ -202,6 +206,19 @@ def test_a_consistency_function_is_drawn_in_one_step() -> None:
         made.log_likelihood(torch.randn(2, 3, 8, 8), condition)
     with pytest.raises(ValueError, match="error_of='data' is of the denoising loss"):
         decoder(consistency=ConsistencyLoss, error_of="data")
+
+
+def test_its_noise_is_drawn_by_no_generator() -> None:
+    drawn: set[Purpose] = set()
+
+    class Recorded(CounterRandom):
+        def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+            drawn.add(purpose)
+            return super().normal(purpose, count, step)
+
+    labels, sampler = torch.zeros(2).long(), GuidedSolver(ConsistencySampler(2))
+    decoder().draw(labels, Recorded(0, torch.arange(2)), sampler, tokens=ids(2))
+    assert drawn == {Purpose.DECODER_START, Purpose.DECODER_STEP}
 
 
 def test_reconstructions_do_not_depend_on_the_batch() -> None:
@@ -373,3 +390,14 @@ def test_batches_and_tokens_that_do_not_fit_are_refused() -> None:
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decoder(**settings)
+
+
+def test_evaluation_measures_its_reconstructions(tmp_path: Path) -> None:
+    _, file, made = saved(tmp_path)
+    meter = _load_meters([_Run("decoder", "decoder", file)], None, torch.device("cpu"), 8, 3)["decoder"]
+    images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    both = made.autoencoder()
+    expected = to_uint8(both.decode(both.encode(images / 127.5 - 1)))
+    assert (meter(images).int() - expected.int()).abs().max() <= 1
+    figures = meter.figures()
+    assert figures.vocab_size == 16 and figures.tokens == 16 and figures.psnr > 0
