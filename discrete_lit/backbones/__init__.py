@@ -8,7 +8,7 @@ from discrete_lit.backbones.channel_head import ChannelHead, ChannelLayout
 from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout
 from discrete_lit.backbones.dit import DiT
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
-from discrete_lit.backbones.scale_transformer import PrefixCondition, ScaleLayout, ScaleTransformer
+from discrete_lit.backbones.scale_transformer import ScaleLayout, ScaleTransformer
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
@@ -31,7 +31,6 @@ __all__ = [
     "LatentLayout",
     "MaskedAutoencoder",
     "MaskedBitHead",
-    "PrefixCondition",
     "ScaleLayout",
     "ScaleTransformer",
     "SequenceLayout",

@@ -4,7 +4,9 @@ Its sequence is the condition, then every scale but the first, each read from ve
 All places of a scale see one another and what stands before. The last element of the condition predicts the first
 scale, of one place. It gives hidden states, of which a head draws vectors, and logits where places have ids.
 
-The condition is a class or, in front of the sequence, vectors such as a text encoder's (`PrefixCondition`).
+The condition is a class or, in front of the sequence, vectors such as a text encoder's: its `context`. Those that are not
+valid are seen too, as in HART, but do not count as positions; a sequence without a valid one is given zeros, which is
+the null condition.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -49,38 +51,6 @@ class ScaleLayout:
     def lengths(self) -> list[int]:
         """Places of each scale."""
         return [height * width for height, width in self.sizes]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixCondition(Condition):
-    """Vectors that stand in front of the sequence, such as a text encoder's hidden states.
-
-    Attributes:
-        context: `(B, T, E)`.
-        context_mask: `(B, T)` bool, which vectors are valid. The others are seen too, as in HART, but do not count as
-            positions; a sequence without a valid one is given zeros, the null condition.
-    """
-
-    context: Tensor
-    context_mask: Tensor
-
-    def dropped(self, where: Tensor, *, null_label: int, null_id: int | None) -> "PrefixCondition":
-        """Give the condition in which some sequences `where (B,)` have the null label and no valid vector."""
-        return PrefixCondition(
-            labels=self.labels.masked_fill(where, null_label),
-            context=self.context,
-            context_mask=self.context_mask & ~where[:, None],
-        )
-
-    def with_null(self, *, null_label: int, null_id: int | None) -> "PrefixCondition":
-        """Give a condition of twice as many sequences, the null one behind: for guidance."""
-        everywhere = torch.ones_like(self.labels, dtype=torch.bool)
-        null = self.dropped(everywhere, null_label=null_label, null_id=null_id)
-        return PrefixCondition(
-            labels=torch.cat((self.labels, null.labels)),
-            context=torch.cat((self.context, null.context)),
-            context_mask=torch.cat((self.context_mask, null.context_mask)),
-        )
 
 
 def context_positions(valid: Tensor) -> Tensor:
@@ -252,7 +222,7 @@ class ScaleTransformer(nn.Module):
         Args:
             vectors: `(B, n, D)`, those of whole scales from the second on; with a cache, of the one after what it
                 holds, and none at all in the first call.
-            condition: labels `(B,)` int64 in [0, num_classes], or a `PrefixCondition` where the layout has a context.
+            condition: labels `(B,)` int64 in [0, num_classes], or a condition with a context where the layout has one.
             cache: of `new_cache`; filled as the scales grow.
             places: `(B, m)` int64, where only some of the last scale's places are read: which, in the order of their
                 vectors. They see one another and what stands before; with a cache also those of calls before.
@@ -313,20 +283,23 @@ class ScaleTransformer(nn.Module):
 
     def _start(self, condition: Condition) -> _Start:
         if self.class_embedding is not None:
-            if isinstance(condition, PrefixCondition):
+            if condition.context is not None:
                 raise ValueError("this network is given classes and no vectors: its layout has no context")
             elements = self.class_embedding(condition.labels)[:, None]
             return _Start(elements, elements, torch.zeros_like(condition.labels)[:, None])
         assert self.layout.context is not None and self.context_embedding is not None
         length, width = self.layout.context
-        if not isinstance(condition, PrefixCondition):
-            raise ValueError(f"this network is given {length} vectors of width {width} in front: a PrefixCondition")
-        context, valid = condition.context, condition.context_mask
-        if context.shape[1:] != (length, width) or valid.shape != context.shape[:2]:
+        context = condition.context
+        if context is None:
             raise ValueError(
-                f"the vectors in front are {tuple(context.shape)} with a mask {tuple(valid.shape)}, this network reads "
-                f"(B, {length}, {width}): is the text of another encoder, or padded to another length?"
+                f"this network is given {length} vectors of width {width} in front, the context of a condition"
             )
+        if context.shape[1:] != (length, width):
+            raise ValueError(
+                f"the vectors in front are {tuple(context.shape)}, this network reads (B, {length}, {width}): is the "
+                "text of another encoder, or padded to another length?"
+            )
+        valid = condition.valid()
         nothing = ~valid.any(dim=1)[:, None, None]
         vectors = context.to(self.context_embedding.weight.dtype).masked_fill(nothing, 0)
         if self.context_norm is not None:
@@ -453,7 +426,7 @@ class ScaleTransformer(nn.Module):
         if layout.context is not None:
             context = torch.zeros(batch, *layout.context, device=weight.device, dtype=weight.dtype)
             mask = torch.ones(batch, layout.context[0], dtype=torch.bool, device=weight.device)
-            condition = PrefixCondition(labels=condition.labels, context=context, context_mask=mask)
+            condition = Condition(labels=condition.labels, context=context, context_mask=mask)
         cache = self.new_cache(condition)
         cache.advance(filled)
         read = torch.zeros(batch, vectors, layout.dim, device=weight.device, dtype=weight.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from discrete_lit.backbones.condition import Condition, as_condition
-from discrete_lit.backbones.scale_transformer import PrefixCondition, ScaleLayout, ScaleStates, ScaleTransformer
+from discrete_lit.backbones.scale_transformer import ScaleLayout, ScaleStates, ScaleTransformer
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, height_and_width
@@ -148,10 +148,8 @@ class HybridNextScale(LatentGenerator):
                 f"a batch holds {', '.join(map(str, batch))}: this generator has {self.context[0]} vectors in front, "
                 'and needs "context"'
             )
-        context, mask = batch["context"], batch.get("context_mask")
-        if mask is None:
-            mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-        return PrefixCondition(labels=labels, context=context, context_mask=mask.bool())
+        mask = batch.get("context_mask")
+        return Condition(labels=labels, context=batch["context"], context_mask=None if mask is None else mask.bool())
 
     def check_scale(self, latents: Tensor) -> None:
         """Raise a ValueError where the residuals of the first batch have another deviation than about the head's
@@ -286,7 +284,7 @@ class HybridNextScale(LatentGenerator):
     def draw_given(
         self, condition: Condition | Tensor, random: CounterRandom, sampler: HybridScaleSampler | None = None
     ) -> SamplerOutput:
-        """Draw latents given labels, or the vectors in front of a `PrefixCondition`; arguments as of the sampler."""
+        """Draw latents given labels, or a condition with the vectors in front; arguments as of the sampler."""
         sampler = sampler or cast(HybridScaleSampler, self.sampler)
         drawn = sampler(
             self.backbone, self.head, as_condition(condition), random, pyramid=HybridPyramid(self.quantizer)

@@ -205,7 +205,7 @@ class HybridScaleSampler:
         Args:
             network: makes hidden states and logits.
             head: draws vectors.
-            condition: labels `(B,)` int64 in [0, num_classes], or a `PrefixCondition`.
+            condition: labels `(B,)` int64 in [0, num_classes], or a condition with a context.
             random: one stream for each image, which alone decides what is drawn.
             pyramid: makes of what is drawn what the next scale reads.
 

@@ -7,7 +7,7 @@ import torch
 from helpers.random_weights import randomise
 from torch import Tensor
 
-from discrete_lit.backbones import PrefixCondition, ScaleLayout, ScaleTransformer
+from discrete_lit.backbones import ScaleLayout, ScaleTransformer
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.scale_transformer import context_positions
@@ -21,10 +21,10 @@ def network(context: tuple[int, int] | None = None, vocab_size: int | None = 5, 
     return randomise(made, 0.4).double().eval()
 
 
-def text(count: int = 3) -> PrefixCondition:
+def text(count: int = 3) -> Condition:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]])[:count].bool()
     labels = torch.zeros(count, dtype=torch.int64)
-    return PrefixCondition(labels=labels, context=torch.randn(count, 4, 6).double(), context_mask=mask)
+    return Condition(labels=labels, context=torch.randn(count, 4, 6).double(), context_mask=mask)
 
 
 CASES: list[tuple[dict[str, Any], Any]] = [
@@ -172,10 +172,10 @@ def test_bad_input() -> None:
     given = text()
     with pytest.raises(ValueError, match="is the text of another encoder, or padded to another length"):
         wide: Tensor = torch.randn(3, 4, 7)
-        reads_text(vectors, PrefixCondition(labels=labels, context=wide, context_mask=given.context_mask))
+        reads_text(vectors, Condition(labels=labels, context=wide, context_mask=given.context_mask))
     with pytest.raises(ValueError, match="is the text of another encoder, or padded to another length"):
         short = given.context[:, :3], given.context_mask[:, :3]
-        reads_text(vectors, PrefixCondition(labels=labels, context=short[0], context_mask=short[1]))
+        reads_text(vectors, Condition(labels=labels, context=short[0], context_mask=short[1]))
     with pytest.raises(ValueError, match="must be heads=2 times a multiple of 4"):
         network(width=12)
     with pytest.raises(ValueError, match="depth must be at least 1"):

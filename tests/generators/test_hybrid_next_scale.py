@@ -10,7 +10,8 @@ from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbe
 from helpers.random_weights import randomise
 from torch import Tensor
 
-from discrete_lit.backbones import PrefixCondition, ScaleLayout, ScaleTransformer, TokenDiffusionHead
+from discrete_lit.backbones import ScaleLayout, ScaleTransformer, TokenDiffusionHead
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
@@ -279,17 +280,17 @@ def test_given_text() -> None:
     made = hybrid(context=(4, 6), num_classes=1, sampler=HybridScaleSampler(3.0))
     vectors = torch.randn(2, 4, 6)
     condition = made.condition_of({"latents": torch.zeros(2, 3, 2, 2), "context": vectors}, None)  # type: ignore[arg-type]
-    assert isinstance(condition, PrefixCondition) and condition.context_mask.all()
+    assert isinstance(condition, Condition) and condition.valid().all()
     random = CounterRandom(0, torch.arange(2))
     drawn = made.draw_given(condition, random).tokens
     assert drawn.shape == (2, 3, 2, 2)
     other = made.draw_given(
-        PrefixCondition(labels=condition.labels, context=vectors.flip(0), context_mask=condition.context_mask), random
+        Condition(labels=condition.labels, context=vectors.flip(0), context_mask=condition.context_mask), random
     )
     assert not torch.equal(drawn, other.tokens)
     mask = torch.tensor([[1, 1, 1, 0]] * 2)
     masked = made.condition_of({"latents": drawn, "context": vectors, "context_mask": mask}, None)  # type: ignore[arg-type]
-    assert isinstance(masked, PrefixCondition) and torch.equal(masked.context_mask, mask.bool())
+    assert isinstance(masked, Condition) and torch.equal(masked.context_mask, mask.bool())
 
 
 def test_bad_input() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones import PrefixCondition
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.scale_transformer import context_positions
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import Estimate, Posterior
@@ -399,12 +399,12 @@ def hart(load: Load, case: Case) -> Tensors:
     }
 
 
-def text_in_front(case: Case) -> PrefixCondition:
+def text_in_front(case: Case) -> Condition:
     """The case's text, whose positions the reference is given and ours counts."""
     context, valid = case.inputs["context"], case.inputs["context_mask"].bool()
     assert torch.equal(context_positions(valid), case.inputs["context_position_ids"])
     labels = torch.zeros(len(context), dtype=torch.int64)
-    return PrefixCondition(labels=labels, context=context, context_mask=valid)
+    return Condition(labels=labels, context=context, context_mask=valid)
 
 
 def hart_head(head: Any, case: Case) -> Tensors:

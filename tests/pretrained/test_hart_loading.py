@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import discrete_lit
-from discrete_lit.backbones import PrefixCondition
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import HybridNextScale
@@ -92,11 +92,11 @@ def load(folder: Path, state: Tensors, config: Any = None, own: Any = None) -> H
     return made
 
 
-def text() -> PrefixCondition:
+def text() -> Condition:
     torch.manual_seed(3)
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]).bool()
     labels = torch.zeros(2, dtype=torch.int64)
-    return PrefixCondition(labels=labels, context=torch.randn(2, 4, 6), context_mask=mask)
+    return Condition(labels=labels, context=torch.randn(2, 4, 6), context_mask=mask)
 
 
 @pytest.mark.parametrize(
