@@ -4,9 +4,9 @@ Its sequence is the condition, then every scale but the first, each read from ve
 All places of a scale see one another and what stands before. The last element of the condition predicts the first
 scale, of one place. It gives hidden states, of which a head draws vectors, and logits where places have ids.
 
-The condition is a class or, in front of the sequence, vectors such as a text encoder's: its `context`. Those that are not
-valid are seen too, as in HART, but do not count as positions; a sequence without a valid one is given zeros, which is
-the null condition.
+The condition is a class or, in front of the sequence, vectors such as a text encoder's: its `context`. Those that are
+not valid are seen too, as in HART, but do not count as positions; a sequence without a valid one is given zeros, which
+is the null condition.
 """
 
 from collections.abc import Callable, Iterable, Sequence

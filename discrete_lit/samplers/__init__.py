@@ -72,7 +72,7 @@ AnySampler = (
     | DimensionwiseSampler
     | HybridScaleSampler
 )
-"""What draws from one generator or another: of ids the first, of latents the others."""
+"""Any class that draws from a generator: of ids the first, of vectors the others."""
 
 
 def __getattr__(name: str) -> Any:
