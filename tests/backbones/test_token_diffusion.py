@@ -128,10 +128,10 @@ class OptimalNetwork(nn.Module):
     def __init__(self, laws: Tensor, codes: Tensor) -> None:
         super().__init__()
         self.laws, self.codes = laws.double(), codes.double()
-        self.condition_projection = nn.Identity()
+        self.condition_projection = self.time_embedding = nn.Identity()
         self.seen = 0
 
-    def denoise(self, x: Tensor, time: Tensor, projected: Tensor) -> Tensor:
+    def denoise(self, x: Tensor, time: Tensor, projected: Tensor, *, embedded: bool = False) -> Tensor:
         self.seen += 1
         t = (1 - time.double() / 1000).clamp(min=1e-3)  # the network reads 1,000 times the time from the noise on
         strength = ((1 - t) / t**2).reshape(-1, *(1,) * (x.ndim - 1)).flatten(1)

@@ -41,6 +41,9 @@ OPTIONS = {
         "compile",
         "graph",
         "image_size",
+        "decoder",
+        "decoder_steps",
+        "decoder_sampler",
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}

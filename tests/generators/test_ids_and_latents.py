@@ -230,11 +230,11 @@ def test_tokenizers_decode_and_arrays_store_their_own_kind_alone(
 
 
 def test_a_likelihood_of_latents_has_no_place_in_the_table(of_latents: Path, tmp_path: Path) -> None:
-    from discrete_lit.cli.evaluate import _load_generators, _Run
+    from discrete_lit.evaluation.inputs import Run, _load_generators
 
     file = saved(of_latents_settings(of_latents), tmp_path / "mar.ckpt")
     with pytest.raises(ValueError, match="holds a ContinuousMasked, not a Generator"):
-        _load_generators([_Run("mar", "mar", str(file))], 8, 3)
+        _load_generators([Run("mar", "mar", str(file))], 8, 3)
 
 
 def test_more_steps_than_were_trained_are_refused_and_a_bound_takes_what_there_is() -> None:

@@ -16,14 +16,15 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.denoising_network import nearest_grid
 from discrete_lit.callbacks import ReconstructionGrid, SampleGrid
 from discrete_lit.checkpoints import instantiate, save
-from discrete_lit.cli.evaluate import _load_meters, _Run
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.images import to_uint8
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.consistency import ConsistencyLoss
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDIM, ConsistencySampler, Euler
+from discrete_lit.evaluation.inputs import Run, _load_autoencoders
 from discrete_lit.generators import TokenDiffusionDecoder
+from discrete_lit.metrics.reconstruction import ReconstructionMeter
 from discrete_lit.samplers import GuidedSolver
 from discrete_lit.tokenizers import FSQ, RawPixels, TokenGrid
 from discrete_lit.tokenizers.networks import ConvAutoencoder
@@ -216,6 +217,9 @@ def test_its_noise_is_drawn_by_no_generator() -> None:
             drawn.add(purpose)
             return super().normal(purpose, count, step)
 
+        def ahead(self, steps: int) -> CounterRandom:
+            return self
+
     labels, sampler = torch.zeros(2).long(), GuidedSolver(ConsistencySampler(2))
     decoder().draw(labels, Recorded(0, torch.arange(2)), sampler, tokens=ids(2))
     assert drawn == {Purpose.DECODER_START, Purpose.DECODER_STEP}
@@ -394,7 +398,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message:
 
 def test_evaluation_measures_its_reconstructions(tmp_path: Path) -> None:
     _, file, made = saved(tmp_path)
-    meter = _load_meters([_Run("decoder", "decoder", file)], None, torch.device("cpu"), 8, 3)["decoder"]
+    meter = ReconstructionMeter(_load_autoencoders([Run("decoder", "decoder", file)], 3)["decoder"])
     images = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     both = made.autoencoder()
     expected = to_uint8(both.decode(both.encode(images / 127.5 - 1)))

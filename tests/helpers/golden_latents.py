@@ -293,6 +293,9 @@ class StoredDraws:
         self.orders, self.noise = case.inputs["orders"], case.inputs["sample_noise"]
         self.steps, self.dim = solver.steps, dim
 
+    def ahead(self, steps: int) -> "StoredDraws":
+        return self
+
     def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         """Numbers that sort the places by their turn: the last of an order is drawn first."""
         turns = torch.arange(count, dtype=torch.float64).flip(0).expand_as(self.orders)
