@@ -179,6 +179,23 @@ def random_subset(uniforms: Tensor, counts: Tensor | int) -> Tensor:
     return uniforms.argsort(dim=-1).argsort(dim=-1) < counts
 
 
+def places_of(subset: Tensor, count: int) -> Tensor:
+    """List the first `count` places of each subset `(B, n)` bool in rising order, `(B, count)` int64.
+
+    Of a smaller subset the places that follow are not in it.
+    """
+    return subset.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def indices_of_ids(ids: Tensor) -> Tensor:
+    """Hash ids `(B, N)` int64 to indices of streams, `(B,)` int64 in [0, 2^63): what is drawn belongs to the ids."""
+    # Each id is mixed by itself, then with its place; products are modulo 2^64.
+    mixed = (ids + 1) * 0x1E3779B97F4A7C15
+    places = 2 * torch.arange(mixed.shape[1], device=mixed.device) + 1
+    mixed = (mixed ^ (mixed >> 31)) * (places * 0x3F58476D1CE4E5B9)
+    return (mixed ^ (mixed >> 29)).sum(dim=1) & (2**63 - 1)
+
+
 def numpy_stream(*words: int) -> np.random.RandomState:
     """Open numpy's random stream that belongs to non-negative integers such as (seed, epoch).
 

@@ -19,11 +19,11 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.gaussian import SteppedPath
 from discrete_lit.diffusion.solvers import DDPM
-from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.generator import Likelihood, subsets_of_all_sizes
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.sampler import SamplerOutput
@@ -111,14 +111,13 @@ class ContinuousMasked(LatentGenerator):
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         vectors = self.to_sequence(data)
         if self.training:
-            masked, known = self._step_masks(random)
-            hidden = self.backbone(vectors, masked, condition, known=known)
-            count = self.length - known
-            places = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+            masked, count = step_masks(self.mask_schedule, random, self.length, seed=self.seed, step=self.global_step)
+            hidden = self.backbone(vectors, masked, condition, known=self.length - count)
+            places = places_of(masked, count)
             weights = None
         else:
-            masked, known = self._sample_masks(random)
-            hidden = self.backbone(vectors, masked, condition, known=known, uneven=True)
+            masked = sample_masks(self.mask_schedule, random, self.length)
+            hidden = self.backbone(vectors, masked, condition, known=self._most_known(), uneven=True)
             places = torch.arange(self.length, device=data.device).expand(len(data), -1)
             weights = masked.to(hidden.dtype)
         terms = head_losses(
@@ -127,20 +126,10 @@ class ContinuousMasked(LatentGenerator):
         ratio = masked.double().mean(dim=1, keepdim=True).expand(places.shape)
         return LatentLosses(terms, ratio, weights)
 
-    def _step_masks(self, random: CounterRandom) -> tuple[Tensor, int]:
-        """Masks `(B, N)` bool of a training step, and how many places are known in each image."""
-        of_step = CounterRandom(self.seed, torch.tensor([self.global_step]))
-        m = self.mask_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1))
-        count = int((self.length * m).ceil().clamp(1, self.length))
-        return random_subset(random.uniform(Purpose.MASK_ORDER, self.length), count), self.length - count
-
-    def _sample_masks(self, random: CounterRandom) -> tuple[Tensor, int]:
-        """Masks `(B, N)` bool of validation, a function of each sample alone, and the most places that are known."""
-        m = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
-        counts = (self.length * m).ceil().clamp(1, self.length)
+    def _most_known(self) -> int:
+        """The most places that are known in validation."""
         fewest = float(self.mask_schedule.mask_probability(torch.zeros(1, dtype=torch.float64)))
-        most = self.length - max(1, int(self.length * fewest))
-        return random_subset(random.uniform(Purpose.MASK_ORDER, self.length), counts), most
+        return self.length - max(1, int(self.length * fewest))
 
     # The likelihood.
 
@@ -159,11 +148,8 @@ class ContinuousMasked(LatentGenerator):
         if indices is None:
             indices = torch.arange(len(latents), device=latents.device)
         random, vectors = CounterRandom(self.seed, indices), self.to_sequence(at_least_float32(latents))
-        shift = random.uniform(Purpose.LIKELIHOOD, 1)
         total = latents.new_zeros(len(latents), dtype=torch.float64)
-        for evaluation in range(self.likelihood_samples):
-            k = (((shift + evaluation / self.likelihood_samples) % 1) * self.length).floor() + 1
-            masked = random_subset(random.uniform(Purpose.LIKELIHOOD, self.length, evaluation + 1), k)
+        for evaluation, (masked, k) in enumerate(subsets_of_all_sizes(random, self.length, self.likelihood_samples)):
             hidden = self.backbone(vectors, masked, condition, known=self.length - 1, uneven=True)
 
             def noise(step: int, evaluation: int = evaluation) -> Tensor:
@@ -196,6 +182,32 @@ class ContinuousMasked(LatentGenerator):
         """Draw latents given all that the network reads; arguments as of `MARSampler`."""
         output = sampler(self.backbone, self.head, condition, random)
         return output.with_tokens(self.to_grid(output.tokens))
+
+
+def step_masks(
+    schedule: MaskSchedule, random: CounterRandom, length: int, *, seed: int, step: int
+) -> tuple[Tensor, int]:
+    """Draw the masks of a training step: one m for all images and ranks, `ceil(N m)` places of each image.
+
+    Args:
+        schedule: of m.
+        random: one stream for each image, which decides its places.
+        length: N.
+        seed: with the step, it decides m.
+        step: of training.
+
+    Returns:
+        `(B, N)` bool, and how many places are masked in each image.
+    """
+    m = schedule.mask_probability(CounterRandom(seed, torch.tensor([step])).uniform(Purpose.MASK_RATIO, 1))
+    count = int((length * m).ceil().clamp(1, length))
+    return random_subset(random.uniform(Purpose.MASK_ORDER, length), count), count
+
+
+def sample_masks(schedule: MaskSchedule, random: CounterRandom, length: int) -> Tensor:
+    """Draw the masks of validation `(B, N)` bool, a function of each sample alone, with an m of its own."""
+    m = schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
+    return random_subset(random.uniform(Purpose.MASK_ORDER, length), (length * m).ceil().clamp(1, length))
 
 
 class Patches:

@@ -19,10 +19,10 @@ from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorL
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, places_of
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
-from discrete_lit.generators.continuous_masked import at_places
-from discrete_lit.generators.generator import Likelihood, check_permutation
+from discrete_lit.generators.continuous_masked import at_places, sample_masks, step_masks
+from discrete_lit.generators.generator import Likelihood, check_permutation, subsets_of_all_sizes
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
 from discrete_lit.samplers.sampler import SamplerOutput
@@ -107,18 +107,13 @@ class DimensionwiseMasked(LatentGenerator):
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         ids = self.to_ids(data)
         if self.training:
-            of_step = CounterRandom(self.seed, torch.tensor([self.global_step]))
-            m = self.mask_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1))
-            count = int((self.length * m).ceil().clamp(1, self.length))
-            masked = random_subset(random.uniform(Purpose.MASK_ORDER, self.length), count)
+            masked, count = step_masks(self.mask_schedule, random, self.length, seed=self.seed, step=self.global_step)
             hidden = self.backbone(self.quantizer.lookup(ids), masked, condition, known=self.length - count)
-            places = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+            places = places_of(masked, count)
             values = self.head.losses(at_places(hidden, places).flatten(0, 1), at_places(ids, places).flatten(0, 1))
             values, weights = values.view(places.shape), None
         else:
-            m = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
-            counts = (self.length * m).ceil().clamp(1, self.length)
-            masked = random_subset(random.uniform(Purpose.MASK_ORDER, self.length), counts)
+            masked = sample_masks(self.mask_schedule, random, self.length)
             hidden = self._hidden(ids, masked, condition)
             values = self.head.losses(hidden.flatten(0, 1), ids.flatten(0, 1)).view(masked.shape)
             weights = masked.to(values.dtype)
@@ -171,10 +166,7 @@ class DimensionwiseMasked(LatentGenerator):
         if indices is None:
             indices = torch.arange(len(ids), device=ids.device)
         random = CounterRandom(self.seed, indices)
-        shift = random.uniform(Purpose.LIKELIHOOD, 1)
-        for evaluation in range(self.likelihood_samples):
-            k = (((shift + evaluation / self.likelihood_samples) % 1) * self.length).floor() + 1
-            masked = random_subset(random.uniform(Purpose.LIKELIHOOD, self.length, evaluation + 1), k)
+        for masked, k in subsets_of_all_sizes(random, self.length, self.likelihood_samples):
             nats = self.head.log_likelihood(self._hidden(ids, masked, given).flatten(0, 1), ids.flatten(0, 1))
             total += self.length * (nats.view(masked.shape) * masked).double().sum(dim=1) / k[:, 0]
         return Likelihood(total / self.likelihood_samples, "bound")
@@ -190,9 +182,4 @@ class DimensionwiseMasked(LatentGenerator):
         sampler = sampler or cast(DimensionwiseSampler, self.sampler)
         self.check_draw(labels, sampler.guidance_scale)
         output = sampler(self.backbone, self.head, labels.long(), random, lookup=self.quantizer.lookup)
-        return SamplerOutput(
-            tokens=self.to_latents(output.ids),
-            network_calls=output.network_calls,
-            sequential_passes=output.sequential_passes,
-            count_flops=output.count_flops,
-        )
+        return output.with_tokens(self.to_latents(output.tokens))

@@ -12,7 +12,7 @@ a `Condition`, which is accepted wherever labels are. A family says
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +26,7 @@ from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.samplers import Sampler
@@ -341,6 +341,25 @@ def cross_entropies(logits: Tensor, tokens: Tensor, *, label_smoothing: float = 
     rows = rearrange(logits, "b n k -> (b n) k")
     values = F.cross_entropy(rows, tokens.flatten(), reduction="none", label_smoothing=label_smoothing)
     return values.view_as(tokens)
+
+
+def subsets_of_all_sizes(random: CounterRandom, length: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draw masked positions for a bound of log p over all orders: k of them, uniform in 1 ... N, chosen uniformly.
+
+    The sizes of the evaluations are stratified: each lies in a part of 1 ... N of its own.
+
+    Args:
+        random: one stream for each sequence.
+        length: N.
+        count: evaluations.
+
+    Yields:
+        The positions `(B, N)` bool, and k `(B, 1)` float64.
+    """
+    shift = random.uniform(Purpose.LIKELIHOOD, 1)
+    for evaluation in range(count):
+        k = (((shift + evaluation / count) % 1) * length).floor() + 1
+        yield random_subset(random.uniform(Purpose.LIKELIHOOD, length, evaluation + 1), k), k
 
 
 def check_permutation(order: Iterable[int], length: int) -> None:

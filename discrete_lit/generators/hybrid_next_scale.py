@@ -22,10 +22,10 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.core.random import CounterRandom, Purpose, places_of, random_subset
 from discrete_lit.diffusion import MaskSchedule, TruncatedNormalSchedule
 from discrete_lit.diffusion.solvers import DDPM
-from discrete_lit.generators.continuous_masked import at_places
+from discrete_lit.generators.continuous_masked import at_places, head_losses
 from discrete_lit.generators.generator import Likelihood, cross_entropies
 from discrete_lit.generators.latent_generator import LatentGenerator, LatentLosses
 from discrete_lit.metrics.latent_statistics import scale_complaint
@@ -202,7 +202,7 @@ class HybridNextScale(LatentGenerator):
         dropped = self.drop_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1))
         kept = min(count, max(self.least_kept, count - int((count * dropped).ceil())))
         chosen = random_subset(random.uniform(Purpose.MASK_ORDER, count), kept)
-        return chosen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :kept]
+        return places_of(chosen, kept)
 
     def _at_kept(self, sequences: Tensor, places: Tensor) -> Tensor:
         """Leave out the places of the last scale that are not kept, of `(B, n)` or `(B, n, D)`."""
@@ -222,7 +222,7 @@ class HybridNextScale(LatentGenerator):
             residual = residual + self._codes(ids) - self._codes(drawn)
             ids = drawn
         z = self.backbone.head_condition(hidden, self._codes(ids))
-        return head_terms(self.head, z, residual, places=places, length=self.lengths[-1], random=random)
+        return head_losses(self.head, z, residual, places, random, length=self.lengths[-1])
 
     @torch.no_grad()
     def _drawn(self, logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -289,12 +289,7 @@ class HybridNextScale(LatentGenerator):
         drawn = sampler(
             self.backbone, self.head, as_condition(condition), random, pyramid=HybridPyramid(self.quantizer)
         )
-        return SamplerOutput(
-            tokens=drawn.latents,
-            network_calls=drawn.network_calls,
-            sequential_passes=drawn.sequential_passes,
-            count_flops=drawn.count_flops,
-        )
+        return drawn.as_output()
 
 
 class HybridPyramid(ScalePyramid):
@@ -389,7 +384,7 @@ class ContinuousNextScale(LatentGenerator):
         hidden = self.backbone(inputs, condition).hidden
         places = torch.arange(vectors.shape[1], device=data.device).expand(len(data), -1)
         z = self.backbone.head_condition(hidden)
-        terms = head_terms(self.head, z, vectors, places=places, length=vectors.shape[1], random=random)
+        terms = head_losses(self.head, z, vectors, places, random, length=vectors.shape[1])
         return LatentLosses(terms, self.scale_coordinates.expand(places.shape))
 
     def log_likelihood(
@@ -417,12 +412,7 @@ class ContinuousNextScale(LatentGenerator):
         sampler = sampler or cast(HybridScaleSampler, self.sampler)
         self.check_draw(labels, sampler.guidance_scale)
         drawn = sampler(self.backbone, self.head, labels.long(), random, pyramid=self.pyramid)
-        return SamplerOutput(
-            tokens=drawn.latents,
-            network_calls=drawn.network_calls,
-            sequential_passes=drawn.sequential_passes,
-            count_flops=drawn.count_flops,
-        )
+        return drawn.as_output()
 
 
 class VectorPyramid(ScalePyramid):
@@ -499,36 +489,6 @@ class VectorPyramid(ScalePyramid):
         if number < len(self.sizes) - 1:
             averaged = F.interpolate(f_hat, size=self.sizes[number], mode="area")
         return rearrange(averaged, "b d h w -> b (h w) d")
-
-
-def head_terms(
-    head: TokenDiffusionHead, z: Tensor, vectors: Tensor, *, places: Tensor, length: int, random: CounterRandom
-) -> dict[str, Tensor]:
-    """Compute the terms of a head's loss; each place has times and noise of its own, whichever others are read.
-
-    Args:
-        head: of the vectors.
-        z: `(B, m, W)`, its conditions.
-        vectors: `(B, m, D)`, the data.
-        places: `(B, m)` int64 in [0, length), where these stand.
-        length: places that there are.
-        random: one stream for each of the B samples.
-
-    Returns:
-        `(B, m)` each.
-    """
-    repeats, dim, (batch, count) = head.repeats, head.dim, places.shape
-    uniforms = random.uniform(Purpose.DIFFUSION_TIME, repeats * length).view(batch, repeats, length)
-    noise = random.normal(Purpose.DIFFUSION_NOISE, repeats * length * dim).to(vectors.dtype)
-    noise = noise.view(batch, repeats, length, dim)
-    here = places[:, None].expand(-1, repeats, -1)
-    terms = head.losses(
-        z.flatten(0, 1),
-        vectors.flatten(0, 1),
-        uniforms=rearrange(uniforms.gather(2, here), "b r n -> r (b n)"),
-        noise=rearrange(noise.gather(2, here[..., None].expand(-1, -1, -1, dim)), "b r n d -> r (b n) d"),
-    )
-    return {name: term.view(batch, count) for name, term in terms.items()}
 
 
 def _middles(lengths: list[int]) -> Tensor:

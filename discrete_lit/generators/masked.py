@@ -19,7 +19,14 @@ from discrete_lit.core.random import CounterRandom, Purpose, random_subset
 from discrete_lit.diffusion import CosineSchedule, LinearSchedule, MaskSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
 from discrete_lit.diffusion.processes import AbsorbingProcess
-from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses, check_permutation, cross_entropies
+from discrete_lit.generators.generator import (
+    Generator,
+    Likelihood,
+    TokenLosses,
+    check_permutation,
+    cross_entropies,
+    subsets_of_all_sizes,
+)
 from discrete_lit.samplers import MaskGITSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
@@ -179,13 +186,8 @@ class Masked(Generator):
         if indices is None:
             indices = torch.arange(len(tokens), device=tokens.device)
         random = CounterRandom(self.seed, indices)
-        shift = random.uniform(Purpose.LIKELIHOOD, 1)
         total = tokens.new_zeros(len(tokens), dtype=torch.float64)
-        for evaluation in range(self.likelihood_samples):
-            stratified = (shift + evaluation / self.likelihood_samples) % 1
-            k = (stratified * self.length).floor() + 1  # (B, 1), uniform in 1 ... N
-            uniforms = random.uniform(Purpose.LIKELIHOOD, self.length, step=evaluation + 1)
-            masked = random_subset(uniforms, k)
+        for masked, k in subsets_of_all_sizes(random, self.length, self.likelihood_samples):
             values = self._cross_entropies(sequences, condition, masked)
             total -= self.length * (values * masked).double().sum(dim=1) / k[:, 0]
         return Likelihood(total / self.likelihood_samples, "bound")

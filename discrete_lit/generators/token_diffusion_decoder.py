@@ -22,7 +22,7 @@ from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, indices_of_ids
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.latent_diffusion import LatentDiffusion
 from discrete_lit.metrics.latent_statistics import scale_complaint
@@ -377,11 +377,7 @@ class RedecodedTokenizer(Tokenizer):
         return self.decoder.discrete.components(tokens)
 
     def decode(self, tokens: Tensor) -> Tensor:
-        # A hash of the ids: each mixed by itself, then with its place; products are modulo 2^64.
-        mixed = (tokens.flatten(1) + 1) * 0x1E3779B97F4A7C15
-        places = 2 * torch.arange(mixed.shape[1], device=mixed.device) + 1
-        mixed = (mixed ^ (mixed >> 31)) * (places * 0x3F58476D1CE4E5B9)
-        return self.decoder.decode(tokens, indices=(mixed ^ (mixed >> 29)).sum(dim=1) & (2**63 - 1))
+        return self.decoder.decode(tokens, indices=indices_of_ids(tokens.flatten(1)))
 
 
 class TokenEmbedding(nn.Module):

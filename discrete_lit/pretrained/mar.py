@@ -53,7 +53,7 @@ def mar_kl_vae(state: State, settings: Settings) -> Conversion:
 
 
 # The number of heads of MAR-B, L and H, by width.
-_HEADS = {768: 12, 1024: 16, 1280: 16}
+HEADS = {768: 12, 1024: 16, 1280: 16}
 # The head of MAR, which HART has too.
 HEAD_RULES = (
     ("head.network.time_embedding.layers.{layer}.{rest}", "diffloss.net.time_embed.mlp.{layer}.{rest}"),
@@ -66,7 +66,8 @@ HEAD_RULES = (
     ("head.network.final_modulation.{rest}", "diffloss.net.final_layer.adaLN_modulation.1.{rest}"),
     ("head.network.output.{rest}", "diffloss.net.final_layer.linear.{rest}"),
 )
-_RULES = [
+# The network of MAR, which TokenBridge has too, but for the vectors that are added to its hidden states.
+NETWORK_RULES = (
     ("backbone.class_embedding.weight", "class_emb.weight"),
     ("backbone.input_projection.{rest}", "z_proj.{rest}"),
     ("backbone.input_norm.{rest}", "z_proj_ln.{rest}"),
@@ -78,9 +79,8 @@ _RULES = [
     ("backbone.decoder_positions", "decoder_pos_embed_learned"),
     ("backbone.decoder_norm.{rest}", "decoder_norm.{rest}"),
     *in_blocks("decoder_blocks.{block}", TIMM_BLOCK, ours="backbone.decoder.{block}"),
-    ("backbone.hidden_positions", "diffusion_pos_embed_learned"),
-    *HEAD_RULES,
-]
+)
+_RULES = [*NETWORK_RULES, ("backbone.hidden_positions", "diffusion_pos_embed_learned"), *HEAD_RULES]
 
 
 @register(
@@ -168,14 +168,14 @@ def mar(state: State, settings: Settings) -> Conversion:
                         "width": width,
                         "depth": depths["encoder"],
                         "heads": head_count(
-                            settings, "encoder_num_heads", _HEADS.get(width, max(1, width // 64)), width
+                            settings, "encoder_num_heads", HEADS.get(width, max(1, width // 64)), width
                         ),
                         "decoder_width": decoder_width,
                         "decoder_depth": depths["decoder"],
                         "decoder_heads": head_count(
                             settings,
                             "decoder_num_heads",
-                            _HEADS.get(decoder_width, max(1, decoder_width // 64)),
+                            HEADS.get(decoder_width, max(1, decoder_width // 64)),
                             decoder_width,
                         ),
                         "mlp_ratio": hidden / width,

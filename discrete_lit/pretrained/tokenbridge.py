@@ -7,12 +7,11 @@ from torch import Tensor
 
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Renaming, arrange, register, reorder_chunks
 from discrete_lit.pretrained.layouts import IN_TRAINING, TIMM_BLOCK, head_count, in_blocks, square
+from discrete_lit.pretrained.mar import HEADS, NETWORK_RULES
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
 from discrete_lit.tokenizers.quantizers.normal_levels import NormalLevels
 
-# The number of heads of B, L and H, by width.
-_HEADS = {768: 12, 1024: 16, 1280: 16}
 _CHANNEL_HEADS = 8
 # The channel that each step predicts; it stands in the code alone.
 _ORDER = (8, 1, 10, 9, 6, 12, 4, 0, 3, 11, 7, 14, 2, 15, 13, 5)
@@ -25,17 +24,7 @@ _CHANNEL_BLOCK = [
     ("modulation.project.{rest}", "adaLN_modulation.1.{rest}"),
 ]
 _RULES = [
-    ("backbone.class_embedding.weight", "class_emb.weight"),
-    ("backbone.input_projection.{rest}", "z_proj.{rest}"),
-    ("backbone.input_norm.{rest}", "z_proj_ln.{rest}"),
-    ("backbone.encoder_positions", "encoder_pos_embed_learned"),
-    ("backbone.encoder_norm.{rest}", "encoder_norm.{rest}"),
-    *in_blocks("encoder_blocks.{block}", TIMM_BLOCK, ours="backbone.encoder.{block}"),
-    ("backbone.decoder_projection.{rest}", "decoder_embed.{rest}"),
-    ("backbone.mask_vector", "mask_token"),
-    ("backbone.decoder_positions", "decoder_pos_embed_learned"),
-    ("backbone.decoder_norm.{rest}", "decoder_norm.{rest}"),
-    *in_blocks("decoder_blocks.{block}", TIMM_BLOCK, ours="backbone.decoder.{block}"),
+    *NETWORK_RULES,
     ("backbone.hidden_positions", "output_pos_embed"),
     ("head.condition_projection.{rest}", "condition_proj.{rest}"),
     ("head.tables.{step}.weight", "token_embeddings.{step}.weight"),
@@ -194,4 +183,4 @@ def tokenbridge(state: State, settings: Settings) -> Conversion:
 
 
 def _heads(settings: Settings, half: str, width: int) -> int:
-    return head_count(settings, f"{half}_num_heads", _HEADS.get(width, max(1, width // 64)), width)
+    return head_count(settings, f"{half}_num_heads", HEADS.get(width, max(1, width // 64)), width)

@@ -4,7 +4,6 @@ The places are drawn as by MAR: several in each pass of the network, in an order
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -14,25 +13,13 @@ from torch import Tensor
 from discrete_lit.backbones.channel_head import ChannelHead
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
 from discrete_lit.core.modules import evaluation_mode
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, places_of
 from discrete_lit.core.synchronisation import checked_at_the_end
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.samplers.categorical import draw_filtered
+from discrete_lit.samplers.masked_vectors import check_turns, scale_of_known, turns
 from discrete_lit.samplers.maskgit import masked_counts
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChannelOutput:
-    """The drawn ids and what they cost."""
-
-    ids: Tensor
-    """`(B, N, D)` int64, in raster order."""
-    network_calls: int
-    """Evaluations of the network for each image; the conditional and the null one of a guided step count as two."""
-    sequential_passes: int
-    """Passes of the network that follow one another."""
-    count_flops: Callable[[], int]
-    """Measures the floating-point operations for each image, of the network and the head."""
+from discrete_lit.samplers.sampler import SamplerOutput
 
 
 class DimensionwiseSampler:
@@ -80,11 +67,7 @@ class DimensionwiseSampler:
                 "steps and top_k must be at least 1, temperature above 0 (top_k=1 is the greedy choice) and top_p in "
                 f"(0, 1], got {steps}, {top_k}, {temperature} and {top_p}"
             )
-        if guidance_schedule not in ("known", "constant") or order not in ("random", "raster"):
-            raise ValueError(
-                "guidance_schedule must be 'known' or 'constant' and order 'random' or 'raster', got "
-                f"{guidance_schedule!r} and {order!r}"
-            )
+        check_turns(guidance_schedule, order)
         self.steps = steps
         self.temperature = temperature
         self.top_k = top_k
@@ -107,7 +90,7 @@ class DimensionwiseSampler:
         random: CounterRandom,
         *,
         lookup: Callable[[Tensor], Tensor],
-    ) -> ChannelOutput:
+    ) -> SamplerOutput:
         """Draw the ids of one image for each label.
 
         Args:
@@ -116,6 +99,9 @@ class DimensionwiseSampler:
             labels: `(B,)` int64 in [0, num_classes].
             random: one stream for each image, which alone decides what is drawn.
             lookup: from ids to the numbers that they stand for, which the network reads.
+
+        Returns:
+            The output, with ids `(B, N, D)` int64 in raster order as its `tokens`.
 
         Raises:
             ValueError: more steps than places; logits that are NaN, which is told at the end of the draw.
@@ -127,13 +113,13 @@ class DimensionwiseSampler:
                 f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
             )
         drawn = labels.new_zeros((batch, length, channels))
-        rank = self._order(random, length)  # when each place is drawn
+        rank = turns(self.order, random, length)  # when each place is drawn
         still_masked, calls, passes = length, 0, 0
         made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
         with evaluation_mode(network), evaluation_mode(head), checked_at_the_end():
             for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, length)):
                 # MAR's code counts one place as masked after the last pass too.
-                scale = self._scale(1 - max(stay_masked, 1) / length)
+                scale = scale_of_known(self.guidance_scale, self.guidance_schedule, 1 - max(stay_masked, 1) / length)
                 guided = scale != 1
                 first, end = length - still_masked, length - stay_masked
                 labels_here = torch.cat((labels, torch.full_like(labels, layout.num_classes))) if guided else labels
@@ -144,8 +130,7 @@ class DimensionwiseSampler:
                     known=first,
                 )
                 # The places of this pass, in raster order: those whose turn lies in [first, end).
-                here = ((rank >= first) & (rank < end)).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-                here = here[:, : end - first]
+                here = places_of((rank >= first) & (rank < end), end - first)
                 places = here.repeat(1 + guided, 1)[..., None]
                 z = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
                 if guided:
@@ -159,19 +144,12 @@ class DimensionwiseSampler:
                 still_masked = stay_masked
                 made.append((1 + guided, first, end - first))
                 calls, passes = calls + 1 + guided, passes + 1
-        return ChannelOutput(
-            ids=drawn, network_calls=calls, sequential_passes=passes, count_flops=partial(_flops, network, head, made)
+        return SamplerOutput(
+            tokens=drawn,
+            network_calls=calls,
+            sequential_passes=passes,
+            count_flops=partial(_flops, network, head, made),
         )
-
-    def _order(self, random: CounterRandom, length: int) -> Tensor:
-        """`(B, N)` int64: when each place is drawn."""
-        if self.order == "raster":
-            return torch.arange(length, device=random.indices.device).expand(len(random.indices), -1)
-        return random.uniform(Purpose.ORDER, length).argsort(dim=1).argsort(dim=1)
-
-    def _scale(self, known: float) -> float:
-        """The guidance scale of a pass, after which this share of the places is known."""
-        return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
 
 
 def _flops(network: MaskedAutoencoder, head: ChannelHead, made: list[tuple[int, int, int]]) -> int:

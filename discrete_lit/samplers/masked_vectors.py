@@ -10,7 +10,7 @@ from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, places_of
 from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.solvers import Solver
 from discrete_lit.samplers.maskgit import masked_counts
@@ -49,11 +49,7 @@ class MARSampler:
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        if guidance_schedule not in ("known", "constant") or order not in ("random", "raster"):
-            raise ValueError(
-                "guidance_schedule must be 'known' or 'constant' and order 'random' or 'raster', got "
-                f"{guidance_schedule!r} and {order!r}"
-            )
+        check_turns(guidance_schedule, order)
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.guidance_schedule: Literal["known", "constant"] = guidance_schedule
@@ -94,7 +90,7 @@ class MARSampler:
             )
         dtype = next(network.parameters()).dtype
         drawn = condition.labels.new_zeros((batch, length, dim), dtype=dtype)
-        rank = self._order(random, length)  # when each place is drawn
+        rank = turns(self.order, random, length)  # when each place is drawn
         given = 0
         if known is not None:
             if vectors is None:
@@ -116,13 +112,12 @@ class MARSampler:
                 if stay_masked == still_masked:
                     continue  # fewer places than steps: there is nothing left to draw
                 # MAR's code counts one place as masked after the last pass too.
-                scale = self._scale(1 - max(stay_masked, 1) / length)
+                scale = scale_of_known(self.guidance_scale, self.guidance_schedule, 1 - max(stay_masked, 1) / length)
                 guided = scale != 1
                 first, end = length - still_masked, length - stay_masked
                 hidden = self._hidden(network, drawn, rank >= first, condition, known=first, guided=guided)
                 # The places of this pass, in raster order: those whose turn lies in [first, end).
-                here = ((rank >= first) & (rank < end)).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-                here = here[:, : end - first]
+                here = places_of((rank >= first) & (rank < end), end - first)
                 doubled = here.repeat(1 + guided, 1)
                 z = hidden.gather(1, doubled[..., None].expand(-1, -1, hidden.shape[-1])).flatten(0, 1)
 
@@ -169,15 +164,29 @@ class MARSampler:
         both = condition.with_null(null_label=layout.num_classes, null_id=layout.grid_vocab)
         return network(drawn.repeat(2, 1, 1), masked.repeat(2, 1), both, known=known)
 
-    def _order(self, random: CounterRandom, length: int) -> Tensor:
-        """`(B, N)` int64: when each place is drawn."""
-        if self.order == "raster":
-            return torch.arange(length, device=random.indices.device).expand(len(random.indices), -1)
-        return random.uniform(Purpose.ORDER, length).argsort(dim=1).argsort(dim=1)
 
-    def _scale(self, known: float) -> float:
-        """The guidance scale of a pass, after which this share of the places is known."""
-        return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
+# What samplers of masked places share, whatever their heads draw.
+
+
+def check_turns(guidance_schedule: str, order: str) -> None:
+    """Raise a ValueError unless a guidance schedule and an order are known."""
+    if guidance_schedule not in ("known", "constant") or order not in ("random", "raster"):
+        raise ValueError(
+            "guidance_schedule must be 'known' or 'constant' and order 'random' or 'raster', got "
+            f"{guidance_schedule!r} and {order!r}"
+        )
+
+
+def turns(order: Literal["random", "raster"], random: CounterRandom, length: int) -> Tensor:
+    """Say when each place is drawn, `(B, N)` int64: in raster order, or in one of its own for each image."""
+    if order == "raster":
+        return torch.arange(length, device=random.indices.device).expand(len(random.indices), -1)
+    return random.uniform(Purpose.ORDER, length).argsort(dim=1).argsort(dim=1)
+
+
+def scale_of_known(scale: float, schedule: Literal["known", "constant"], known: float) -> float:
+    """Give the guidance scale of a pass, after which this share of the places is known."""
+    return scale if schedule == "constant" else 1 + (scale - 1) * known
 
 
 def _flops(

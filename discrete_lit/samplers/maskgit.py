@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.core.random import Purpose
+from discrete_lit.core.random import Purpose, places_of
 from discrete_lit.diffusion import ArccosSchedule, CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
@@ -296,7 +296,7 @@ def draw_at(
     if most == where.shape[1]:
         ids, score = draw(logits, uniforms)
         return ids, score.double()
-    positions = where.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    positions = places_of(where, most)
     gathered = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
     ids, score = draw(gathered, uniforms.gather(1, positions))
     return (

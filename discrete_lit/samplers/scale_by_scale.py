@@ -24,7 +24,7 @@ from discrete_lit.diffusion.solvers import Solver
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import GuidanceSchedule, guidance_scales, guide, guided_steps
 from discrete_lit.samplers.maskgit import masked_counts
-from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplingContext, ScaleQuantizer
+from discrete_lit.samplers.sampler import CachedDecoder, Sampler, SamplerOutput, SamplingContext, ScaleQuantizer
 
 
 class NextScaleSampler(Sampler):
@@ -111,6 +111,15 @@ class ScaleVectors:
     """Passes of the network that follow one another."""
     count_flops: Callable[[], int]
     """Measures the floating-point operations for each image, of the network and the head."""
+
+    def as_output(self) -> SamplerOutput:
+        """Give the latents as the tokens of a sampler's output."""
+        return SamplerOutput(
+            tokens=self.latents,
+            network_calls=self.network_calls,
+            sequential_passes=self.sequential_passes,
+            count_flops=self.count_flops,
+        )
 
 
 class ScalePyramid(Protocol):

@@ -12,6 +12,7 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.solvers import Solver
+from discrete_lit.samplers.masked_vectors import scale_of_known
 from discrete_lit.samplers.sampler import SamplerOutput
 
 
@@ -93,7 +94,7 @@ class CausalVectorSampler:
                     z,
                     noise(0),
                     noise=lambda i, noise=noise: noise(i + 1),
-                    guidance_scale=self._scale(known),
+                    guidance_scale=scale_of_known(self.guidance_scale, self.guidance_schedule, known),
                     solver=solver,
                 )
                 newest = new.to(dtype)[:, None]
@@ -108,9 +109,6 @@ class CausalVectorSampler:
             sequential_passes=length,
             count_flops=partial(_flops, backbone, head, rows, made, solver.steps, attended),
         )
-
-    def _scale(self, known: float) -> float:
-        return self.guidance_scale if self.guidance_schedule == "constant" else 1 + (self.guidance_scale - 1) * known
 
 
 def _flops(

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, indices_of_ids
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 from discrete_lit.tokenizers.tokenizer import Tokenizer
-
-# Odd, so that multiplying by it loses nothing modulo 2^64.
-_HASH = 0x5851F42D4C957F2D
 
 
 class PerturbedTokenizer(Tokenizer):
@@ -63,7 +60,7 @@ class PerturbedTokenizer(Tokenizer):
     def perturb(self, tokens: Tensor) -> Tensor:
         """Replace some of the ids `(B, *token_shape)` by near ones."""
         rows = tokens.flatten(1)
-        random = CounterRandom(self.seed, _key(rows))
+        random = CounterRandom(self.seed, indices_of_ids(rows))
         count = rows.shape[1]
         chance, choice = random.uniform(Purpose.ID_PERTURBATION, 2 * count).view(len(rows), 2, count).unbind(1)
         near = self.tokenizer.quantizer.near_ids(tokens, self.neighbours).flatten(1, -2)
@@ -78,12 +75,3 @@ class PerturbedTokenizer(Tokenizer):
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         return self.tokenizer.components(tokens)
-
-
-def _key(rows: Tensor) -> Tensor:
-    """Hash ids `(B, N)` to whole numbers `(B,)` in [0, 2^63)."""
-    key = torch.zeros_like(rows[:, 0])
-    for ids in rows.unbind(1):
-        key = (key + ids + 1) * _HASH
-        key = key ^ ((key >> 29) & 0x7FFFFFFFF)
-    return key & 0x7FFFFFFFFFFFFFFF

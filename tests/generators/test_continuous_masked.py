@@ -14,6 +14,7 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
 from discrete_lit.generators import ContinuousMasked
+from discrete_lit.generators.continuous_masked import step_masks
 from discrete_lit.samplers import MARSampler
 from discrete_lit.tokenizers import LatentGrid, RawPixels
 
@@ -51,7 +52,12 @@ def test_patches_are_places_and_back() -> None:
 def test_in_training_a_step_masks_as_many_places_in_each_image() -> None:
     made, (latents, labels) = generator().train(), batch()
     random = CounterRandom(0, torch.arange(5))
-    masked, known = made._step_masks(random)
+
+    def masks(of_images: CounterRandom) -> tuple[torch.Tensor, int]:
+        masked, count = step_masks(made.mask_schedule, of_images, 16, seed=made.seed, step=made.global_step)
+        return masked, 16 - count
+
+    masked, known = masks(random)
     assert masked.sum(dim=1).tolist() == [16 - known] * 5
     assert 0.7 * 16 <= 16 - known <= 16
     assert not torch.equal(masked[0], masked[1])
@@ -59,7 +65,7 @@ def test_in_training_a_step_masks_as_many_places_in_each_image() -> None:
     assert losses.terms["error"].shape == (5, 16 - known)
     assert losses.weights is None
     # The ratio belongs to the step: other images have the same.
-    assert made._step_masks(CounterRandom(0, torch.arange(90, 95)))[1] == known
+    assert masks(CounterRandom(0, torch.arange(90, 95)))[1] == known
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from discrete_lit.backbones import ChannelHead, ChannelLayout, MaskedAutoencoder, VectorLayout
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.samplers import DimensionwiseSampler
-from discrete_lit.samplers.channel_by_channel import ChannelOutput
+from discrete_lit.samplers import DimensionwiseSampler, SamplerOutput
 from discrete_lit.tokenizers.quantizers import NormalLevels
 
 LEVELS = NormalLevels(4)
@@ -25,7 +24,7 @@ def networks() -> tuple[MaskedAutoencoder, ChannelHead]:
     return network.eval(), head.eval()
 
 
-def draw(labels: Tensor, sampler: DimensionwiseSampler, *, modules: Any = None, first: int = 0) -> ChannelOutput:
+def draw(labels: Tensor, sampler: DimensionwiseSampler, *, modules: Any = None, first: int = 0) -> SamplerOutput:
     network, head = modules or networks()
     random = CounterRandom(11, torch.arange(first, first + len(labels)))
     return sampler(network, head, labels, random, lookup=LEVELS.lookup)
@@ -64,7 +63,7 @@ def test_temperature_and_filters() -> None:
 
     def spread(**settings: Any) -> int:
         sampler = DimensionwiseSampler(4, order="raster", **settings)
-        return len(draw(labels, sampler, modules=modules).ids.unique(dim=0))
+        return len(draw(labels, sampler, modules=modules).tokens.unique(dim=0))
 
     assert spread(top_k=1) == spread(top_p=1e-6) == 1
     assert 1 < spread(temperature=0.2) < spread(temperature=2.0)
@@ -75,9 +74,9 @@ def test_each_image_has_an_order_of_its_own() -> None:
     """Greedy draws of one class differ by their orders alone, of which four places have 24."""
     modules, labels = networks(), torch.zeros(100, dtype=torch.int64)
     sampler = DimensionwiseSampler(4, top_k=1)
-    drawn = draw(labels, sampler, modules=modules).ids
+    drawn = draw(labels, sampler, modules=modules).tokens
     assert 2 < len(drawn.unique(dim=0)) <= 24
-    assert torch.equal(draw(labels[:10], sampler, modules=modules, first=30).ids, drawn[30:40])
+    assert torch.equal(draw(labels[:10], sampler, modules=modules, first=30).tokens, drawn[30:40])
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -86,7 +85,7 @@ def test_a_draw_waits_once(scale: float, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def drawn(modules: Any, labels: Tensor, random: CounterRandom) -> Tensor:
         network, head, levels = modules
-        return sampler(network, head, labels, random, lookup=levels.lookup).ids
+        return sampler(network, head, labels, random, lookup=levels.lookup).tokens
 
     assert waits_of_a_draw([*networks(), LEVELS], drawn, monkeypatch) == ([], 1)
 
