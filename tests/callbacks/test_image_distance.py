@@ -11,6 +11,7 @@ from helpers.means_extractor import ColourMeans
 from helpers.several_ranks import on_ranks
 from helpers.stored_images import pixels, save_folder
 from helpers.synthetic_data import SyntheticImages
+from helpers.tiny_runs import TOKENIZER
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from discrete_lit.callbacks import ExponentialMovingAverage, ImageDistance
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.images import to_uint8
+from discrete_lit.data import ImageFolder
 from discrete_lit.evaluation.feature_statistics import FeatureMeter, Measurement
 from discrete_lit.metrics.frechet import Moments, frechet_distance
 from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
@@ -209,13 +211,9 @@ def test_reconstructions_of_the_reference(tokenizer, make_trainer, make_loader, 
 
 def test_validate_and_test_measure_too(tokenizer, make_trainer, make_loader, reference, tmp_path) -> None:
     module = make_masked(tokenizer)
-    type(module).test_step = lambda self, batch, batch_idx: None
-    try:
-        callback = ImageDistance(reference, 8, extractor=ColourMeans())
-        (validated,) = make_trainer(callbacks=[callback]).validate(module, make_loader(1), verbose=False)
-        (tested,) = make_trainer(callbacks=[callback]).test(module, make_loader(1), verbose=False)
-    finally:
-        del type(module).test_step
+    callback = ImageDistance(reference, 8, extractor=ColourMeans())
+    (validated,) = make_trainer(callbacks=[callback]).validate(module, make_loader(1), verbose=False)
+    (tested,) = make_trainer(callbacks=[callback]).test(module, make_loader(1), verbose=False)
     expected = frechet_distance(statistics(samples(module, 8)).moments, statistics(stored(reference)).moments)
     assert validated["validation/gFD-Means_8"] == tested["test/gFD-Means_8"] == pytest.approx(expected, rel=1e-5)
 
@@ -308,6 +306,40 @@ def train(config: dict[str, Any], reference: str, folder: str, ranks: int, strat
     }
 
 
+def evaluate_tokenizer(config: dict[str, Any], folder: str, ranks: int, command: str, count: int) -> dict[str, float]:
+    """Validate or test a tokenizer on images of the data alone, with their distance."""
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        callbacks=[ImageDistance(extractor=ColourMeans())],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    seed_everything(0, verbose=False)
+    images = save_folder(Path(folder) / f"images{trainer.global_rank}", pixels(count, 4), np.arange(count) % 2)
+    data = ImageFolder(images, images, image_size=8, batch_size=2, num_workers=0)
+    (found,) = getattr(trainer, command)(instantiate(config), data, verbose=False)
+    return found
+
+
+@pytest.mark.ddp
+def test_reconstructions_of_the_data_on_three_ranks(tmp_path: Path) -> None:
+    """Seven images: the last rank has three. Two images: one rank has none, and all say so instead of waiting."""
+    config = TOKENIZER["model"]
+    for command, stage in (("validate", "validation"), ("test", "test")):
+        (alone,) = on_ranks(1, evaluate_tokenizer, tmp_path / "a", config, str(tmp_path / "one"), 1, command, 7)
+        several = on_ranks(3, evaluate_tokenizer, tmp_path / "b", config, str(tmp_path / "three"), 3, command, 7)
+        names = [f"{stage}/{name}" for name in ("rFD-Means_7", "rFD-Means_7_mean_term", "psnr", "codebook_usage")]
+        for found in several:
+            assert [found[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-5)
+    with pytest.raises(AssertionError, match=r"has 2 samples, and 1 of the 3 ranks get none"):
+        on_ranks(3, evaluate_tokenizer, tmp_path / "c", config, str(tmp_path / "few"), 3, "validate", 2)
+
+
 def masked_config(tmp_path: Path) -> dict[str, Any]:
     from discrete_lit.checkpoints import save
 
@@ -331,7 +363,7 @@ def masked_config(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "ddp"), (4, "ddp"), (3, "fsdp")])
 def test_the_same_images_and_figures_on_several_ranks(
     tmp_path: Path, reference: str, ranks: int, strategy: str
 ) -> None:
