@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.distributed import logged_batch_size
 from discrete_lit.core.images import check_channels, size_of, size_text
 from discrete_lit.optimization import configure_optimizers, evaluation_stage
 
@@ -85,7 +86,7 @@ class ImageClassifier(LightningModule):
         correct = (logits.argmax(1) == batch["label"]).float().mean()
         stage = evaluation_stage(self)
         terms = {f"{stage}/loss": F.cross_entropy(logits, batch["label"]), f"{stage}/accuracy": correct}
-        self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=len(logits))
+        self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=logged_batch_size(len(logits)))
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Measure what validation does, and log it under `test/`."""

@@ -72,7 +72,7 @@ class OpenedInputs:
     autoencoders: dict[str, Any]
     """The autoencoder of each run of reconstructions, by its label."""
     perturbed: dict[str, list[PerturbedTokenizer]]
-    """Those among them whose ids have codes, at each rate of perturbed ids that was asked for."""
+    """Tokenizers among them whose ids have codes, at each rate of perturbed ids that was asked for."""
     lpips: LPIPS | None
     generators: dict[str, Generator]
     """The generator of each checkpoint of a likelihood, by its path."""

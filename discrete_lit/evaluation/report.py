@@ -29,12 +29,12 @@ class PerturbedDistance:
     neighbours: int
     """How many near ids it may become."""
     seed: int
-    """Of the choices."""
+    """Seed of the choices."""
     value: float
 
     @property
     def perturbation(self) -> dict[str, float]:
-        """How the ids were perturbed."""
+        """Rate, neighbours and seed, for records."""
         return {"rate": self.rate, "neighbours": self.neighbours, "seed": self.seed}
 
 

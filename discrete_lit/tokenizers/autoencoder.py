@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from discrete_lit.core.distributed import means_over_ranks
+from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
@@ -219,7 +219,7 @@ class ImageAutoencoder(LightningModule):
         if stage == "train":
             self.log_dict(means_over_ranks(named), batch_size=batch_size)
         else:
-            self.log_dict(named, sync_dist=True, batch_size=batch_size)
+            self.log_dict(named, sync_dist=True, batch_size=logged_batch_size(batch_size))
 
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
