@@ -307,7 +307,8 @@ def measure_callback(folder: str, count: int, rounds: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    quietly(lambda: trainer.fit(generator, torch.utils.data.DataLoader([batch] * (rounds + 1), batch_size=None)))
+    batches: Any = [batch] * (rounds + 1)
+    quietly(lambda: trainer.fit(generator, torch.utils.data.DataLoader(batches, batch_size=None)))
     taken, parts = distance.taken[1:], distance.parts[1:]
     print(f"\nImageDistance of {count:,} samples, {torch.get_num_threads()} threads, {rounds} rounds")
     print(f"  callback                 {milliseconds(taken)}\n  draw, decode, extract    {milliseconds(parts)}")
