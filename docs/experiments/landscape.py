@@ -5,7 +5,7 @@
 
 Twelve tokenizers, of several grids, vocabularies and quantizers, are trained alike by the recipe
 `lightning_configs/experiments/landscape.yaml`, and on the tokens of each the same small autoregressive model, by
-`lightning_configs/quickstart/autoregressive.yaml` at a smaller size. Measured are
+`landscape_autoregressive.yaml` beside it. Measured are
 
     rFD    the Fréchet distance between held-out images and their reconstructions
     pFD    the same where a share of the ids is replaced by near ones (`PerturbedTokenizer`)
@@ -35,7 +35,6 @@ from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.cli.sample import sample
 from discrete_lit.cli.tokenize import tokenize
 from discrete_lit.data import ImageShards
-from discrete_lit.samplers import RasterSampler
 
 CONFIGS = Path("lightning_configs")
 LEVELS = {64: [8, 8], 1000: [8, 5, 5, 5], 15360: [8, 8, 8, 6, 5]}
@@ -192,13 +191,11 @@ def train(variant: Variant, seed: int, data: DataSet, given: argparse.Namespace)
     generator = train_generator(run, tokenizer, seed, data, given)
     output = run / f"samples_{data.images}"
     if not (output / "run.json").is_file():
-        sampler = RasterSampler(guidance_scale=1.0)
         sample(
             str(generator),
             str(output),
             num_samples=data.images,
             labels=data.labels,
-            sampler=sampler,
             seed=seed,
             batch_size=100,
             precision="auto",
@@ -231,7 +228,7 @@ def train_tokenizer(run: Path, variant: Variant, seed: int, data: DataSet, given
 
 
 def train_generator(run: Path, tokenizer: Path, seed: int, data: DataSet, given: argparse.Namespace) -> Path:
-    """Train the quickstart's autoregressive model at a smaller size, on all tokens alike: without digits of the ids."""
+    """Encode the images, and train the autoregressive model on their tokens."""
     for split in ("train", "validation"):
         images = ImageShards(
             train=f"{data.shards}/train",
@@ -249,22 +246,18 @@ def train_generator(run: Path, tokenizer: Path, seed: int, data: DataSet, given:
     settings = {
         "seed_everything": seed,
         "model.init_args.seed": seed,
-        "model.init_args.tokenizer": json.dumps(from_checkpoint(tokenizer)),
+        "model.init_args.tokenizer.init_args.checkpoint": tokenizer,
         "model.init_args.image_size": data.image_size,
         "model.init_args.num_classes": num_classes,
-        "model.init_args.label_dropout": 0.0,
-        "model.init_args.backbone.init_args.width": 96,
-        "model.init_args.backbone.init_args.depth": 3,
-        "model.init_args.backbone.init_args.embedded_digits": "null",
         "model.init_args.scheduler.init_args.total_steps": given.generator_batches,
         "data.init_args.train": tokens / "train",
         "data.init_args.validation": tokens / "validation",
-        "data.init_args.batch_size": 64,
         "data.init_args.seed": seed,
         "trainer.max_steps": given.generator_batches,
         "trainer.val_check_interval": given.generator_batches,
     }
-    return fit(run, [CONFIGS / "quickstart" / "autoregressive.yaml"], settings)
+    recipes = ("quickstart/autoregressive.yaml", "experiments/landscape_autoregressive.yaml")
+    return fit(run, [CONFIGS / recipe for recipe in recipes], settings)
 
 
 def from_checkpoint(path: Path) -> dict[str, Any]:
@@ -493,8 +486,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=("fashion_mnist", "emoji"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--batches", type=int, default=500, help="of training of a tokenizer, at least 51")
-    parser.add_argument("--generator-batches", type=int, default=300, help="of training of a generator, at least 41")
+    parser.add_argument("--batches", type=int, default=300, help="of training of a tokenizer, at least 51")
+    parser.add_argument("--generator-batches", type=int, default=250, help="of training of a generator, at least 41")
     parser.add_argument("--rate", type=float, default=0.2, help="of ids that pFD replaces")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="tokenizers, such as 'FSQ 64x64'; all by default")
     parser.add_argument("--runs", type=Path, help="folder of the runs; runs/experiments/landscape_DATA by default")
