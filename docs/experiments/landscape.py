@@ -41,6 +41,7 @@ LEVELS = {64: [8, 8], 1000: [8, 5, 5, 5], 15360: [8, 8, 8, 6, 5]}
 # Channels from the highest resolution down, of the encoder and of the decoder.
 WIDTHS, DECODER_WIDTHS = [32, 64, 128, 128], [16, 48, 96, 128, 128]
 EMA_CODES = {"codebook_update": "ema", "codebook_init": "kmeans", "decay": 0.95}
+Box = tuple[float, float, float, float]
 # The colours of Okabe and Ito, which colour-blind readers tell apart, and a marker for each kind.
 STYLES = {
     "FSQ": ("#0072B2", "o"),
@@ -440,46 +441,95 @@ def draw_figure(chosen: Sequence[Variant], by_seed: Sequence[dict[str, Any]], pa
 
     value = averages(by_seed)
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 9.5), constrained_layout=True)
+    for axis in axes.flat:
+        axis.margins(x=0.2, y=0.1)
+        axis.spines[["top", "right"]].set_visible(False)
+    compression, carried, *predictions = axes.flat
+    labels: dict[Any, list[Label]] = {axis: [] for axis in axes.flat}
 
-    def point(axis: Any, variant: Variant, x: float, y: float, *, label: str) -> None:
+    def point(axis: Any, variant: Variant, x: float, y: float, label: str, end: float | None = None) -> None:
         colour, marker = STYLES[variant.kind]
         axis.scatter(x, y, color=colour, marker=marker, s=55, zorder=3)
-        axis.annotate(label, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=colour)
+        labels[axis].append(Label(text=label, x=x, y=y, end=x if end is None else end, colour=colour))
 
     for variant in chosen:
-        tokens, ids = variant.tokens, variant.vocab_size
-        point(axes[0, 0], variant, tokens, value(variant, "rFD"), label=f"{variant.kind}, K {ids:,}")
         used, capacity, distance = (value(variant, key) for key in ("bits", "L log2 K", "rFD"))
         colour, marker = STYLES[variant.kind]
-        axes[0, 1].plot((used, capacity), (distance, distance), color=colour, linewidth=1, alpha=0.6)
-        axes[0, 1].scatter(capacity, distance, facecolors="none", edgecolors=colour, marker=marker, s=45)
-        point(axes[0, 1], variant, used, distance, label=variant.name)
-        for axis, key in zip(axes[1], ("rFD", "pFD"), strict=True):
-            point(axis, variant, value(variant, key), value(variant, "gFD"), label=variant.name)
-    floor = mean(found["held-out images"]["gFD"] for found in by_seed)
-    axes[0, 0].set(xlabel="tokens of an image, L", ylabel="rFD", title="More compression, worse reconstruction?")
-    axes[0, 0].set_xscale("log", base=2)
+        point(compression, variant, variant.tokens, distance, f"{variant.kind}, K {variant.vocab_size:,}")
+        carried.plot((used, capacity), (distance, distance), color=colour, linewidth=1, alpha=0.6)
+        carried.scatter(capacity, distance, facecolors="none", edgecolors=colour, marker=marker, s=45)
+        point(carried, variant, used, distance, variant.name, end=capacity)
+        for axis, key in zip(predictions, ("rFD", "pFD"), strict=True):
+            point(axis, variant, value(variant, key), value(variant, "gFD"), variant.name)
+    compression.set(xlabel="tokens of an image, L", ylabel="rFD", title="More compression, worse reconstruction?")
+    compression.set_xscale("log", base=2)
     ticks = sorted({variant.tokens for variant in chosen})
-    axes[0, 0].set_xticks(ticks, [str(tick) for tick in ticks])
-    axes[0, 1].set(
-        xlabel="bits of an image: autoregressive model (filled) to L log2 K (hollow)",
-        ylabel="rFD",
-        xscale="log",
-        title="What the tokens carry, and what they could",
-    )
-    for axis, key in zip(axes[1], ("rFD", "pFD"), strict=True):
-        axis.axhline(floor, color="grey", linewidth=0.8)
-        axis.annotate(
-            "held-out images", (0.99, floor), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-        )
+    compression.set_xticks(ticks, [str(tick) for tick in ticks])
+    bits = "bits of an image: of the autoregressive model (filled), L log2 K (hollow)"
+    carried.set(xlabel=bits, ylabel="rFD", xscale="log", title="What the tokens carry, and what they could")
+    floor = mean(found["held-out images"]["gFD"] for found in by_seed)
+    for axis, key in zip(predictions, ("rFD", "pFD"), strict=True):
         title = f"Does {key} predict gFD?"
         if len(chosen) > 2:
             title += f" Rank correlation {predicted(key, 1, chosen, by_seed)['all']:.2f}"
-        axis.set(xlabel=key, ylabel="gFD", title=title)
-    for axis in axes.flat:
-        axis.margins(x=0.16, y=0.08)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set(xlabel=key, ylabel=f"gFD (of held-out images: {floor:.0f})", title=title)
+    figure.canvas.draw()
+    figure.set_layout_engine("none")
+    for axis, of_axis in labels.items():
+        place_labels(axis, of_axis)
     figure.savefig(path, dpi=100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """The name of a point, or of a line from it to the right."""
+
+    text: str
+    x: float
+    y: float
+    end: float
+    """Where the line ends."""
+    colour: str
+
+
+def place_labels(axis: Any, labels: Sequence[Label]) -> None:
+    """Write labels beside their points, where they cover no point, line or label, as far as there is room."""
+    starts = axis.transData.transform([(label.x, label.y) for label in labels])
+    ends = axis.transData.transform([(label.end, label.y) for label in labels])
+    # Boxes in pixels: left, bottom, right, top.
+    taken = [(left - 6, y - 6, right + 6, y + 6) for (left, y), (right, _) in zip(starts, ends, strict=True)]
+    inside = axis.get_window_extent()
+    ways = [
+        (side * reach, rise) for reach in (9, 24, 40) for rise in (0, 12, -12, 25, -25, 38, -38) for side in (1, -1)
+    ]
+    for label, (left, y) in zip(labels, starts, strict=True):
+        written = axis.annotate(label.text, (label.x, label.y), xytext=(0, 0), textcoords="offset pixels", fontsize=8)
+        written.set(va="center", color=label.colour)
+        extent = written.get_window_extent()
+
+        def box_of(way: tuple[float, float], left: float = left, y: float = y, extent: Any = extent) -> Box:
+            begin, height = left + way[0] - (extent.width if way[0] < 0 else 0), extent.height / 2
+            return begin, y + way[1] - height, begin + extent.width, y + way[1] + height
+
+        def badness(way: tuple[float, float], box_of: Callable[[tuple[float, float]], Box] = box_of) -> Any:
+            box = box_of(way)
+            covered = sum(overlap(box, other) for other in taken)
+            outside = max(0.0, inside.x0 - box[0]) + max(0.0, box[2] - inside.x1)
+            return outside > 0, covered > 0, covered, abs(way[0]) + 2 * abs(way[1])
+
+        way = min(ways, key=badness)
+        written.set(position=way, ha="right" if way[0] < 0 else "left")
+        if abs(way[0]) + abs(way[1]) > 25:
+            line = {"arrowstyle": "-", "color": label.colour, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
+            axis.annotate("", (label.x, label.y), xytext=way, textcoords="offset pixels", arrowprops=line)
+        taken.append(box_of(way))
+
+
+def overlap(one: Box, other: Box) -> float:
+    """Compute the area that two boxes share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
 
 
 def main() -> None:
