@@ -8,7 +8,7 @@ Twelve tokenizers, of several grids, vocabularies and quantizers, are trained al
 `landscape_autoregressive.yaml` beside it. Measured are
 
     rFD    the Fréchet distance between held-out images and their reconstructions
-    pFD    the same where a share of the ids is replaced by near ones (`PerturbedTokenizer`)
+    pFD    the same where a share of the ids is replaced by near ones
     bits   -log2 p of the ids of a held-out image, given its class, against the L log2 K that they could carry
     gFD    the Fréchet distance between training images and samples of the model, without guidance
 
@@ -30,7 +30,6 @@ import numpy as np
 import yaml
 from shared import fit, minutes_of, processor_minutes, spread, stamp
 
-from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.cli.sample import sample
 from discrete_lit.cli.tokenize import tokenize
@@ -64,12 +63,17 @@ class DataSet:
     image_channels: int
     batch_size: int
     """Images of a batch of the tokenizers."""
-    images: int
-    """Held-out images, and as many samples."""
+    images: int | None
+    """Held-out images, and as many samples; None for all of the test split."""
     reference: int | None
     """Training images that samples are compared with; None for all."""
     labels: list[int] | None
     """Classes of the samples, in turn; None for all classes."""
+
+    @property
+    def samples(self) -> int:
+        """How many images are drawn of each model."""
+        return self.images or json.loads(Path(self.shards, "test", "manifest.json").read_text())["count"]
 
 
 def data_set(name: str) -> DataSet:
@@ -90,7 +94,7 @@ def data_set(name: str) -> DataSet:
         image_size=64,
         image_channels=3,
         batch_size=32,
-        images=409,
+        images=None,
         reference=None,
         labels=labels,
     )
@@ -172,8 +176,6 @@ class Run:
 
     variant: Variant
     tokenizer: Path
-    perturbed: Path
-    """Checkpoint of the tokenizer whose ids are disturbed."""
     generator: Path
     samples: Path
 
@@ -182,20 +184,14 @@ def train(variant: Variant, seed: int, data: DataSet, given: argparse.Namespace)
     """Train a tokenizer and the model on its tokens, and sample from that, as far as it is not done."""
     folder = given.runs / variant.name.replace(" ", "_")
     tokenizer = train_tokenizer(folder / f"tokenizer_{given.batches}_{seed}", variant, seed, data, given)
-    perturbed = tokenizer.with_name(f"perturbed_{given.rate}.ckpt")
-    if not perturbed.is_file():
-        settings = {"tokenizer": from_checkpoint(tokenizer), "rate": given.rate}
-        save(
-            instantiate({"class_path": "discrete_lit.tokenizers.PerturbedTokenizer", "init_args": settings}), perturbed
-        )
     run = folder / f"autoregressive_{given.batches}_{given.generator_batches}_{seed}"
     generator = train_generator(run, tokenizer, seed, data, given)
-    output = run / f"samples_{data.images}"
+    output = run / f"samples_{data.samples}"
     if not (output / "run.json").is_file():
         sample(
             str(generator),
             str(output),
-            num_samples=data.images,
+            num_samples=data.samples,
             labels=data.labels,
             seed=seed,
             batch_size=100,
@@ -204,7 +200,6 @@ def train(variant: Variant, seed: int, data: DataSet, given: argparse.Namespace)
     return Run(
         variant=variant,
         tokenizer=tokenizer,
-        perturbed=perturbed,
         generator=generator,
         samples=output / "samples.npz",
     )
@@ -261,10 +256,6 @@ def train_generator(run: Path, tokenizer: Path, seed: int, data: DataSet, given:
     return fit(run, [CONFIGS / recipe for recipe in recipes], settings)
 
 
-def from_checkpoint(path: Path) -> dict[str, Any]:
-    return {"class_path": "discrete_lit.tokenizers.from_checkpoint", "init_args": {"checkpoint": str(path)}}
-
-
 # --- Measuring ---
 
 
@@ -279,13 +270,13 @@ def measure(runs: Sequence[Run], seed: int, data: DataSet, given: argparse.Names
         "batch_size": 10,
     }
     names = [run.variant.name for run in runs]
-    disturbed = {f"{run.variant.name}, disturbed": str(run.perturbed) for run in runs}
     made = report(
         given.runs / f"reconstructions_{lengths}_{given.rate}",
-        {*names, *disturbed},
+        set(names),
         reference=f"{data.shards}/test",
         num_reference=data.images,
-        reconstructions={**{run.variant.name: str(run.tokenizer) for run in runs}, **disturbed},
+        reconstructions={run.variant.name: str(run.tokenizer) for run in runs},
+        perturbed=[given.rate],
         **common,
     )
     drawn = report(
@@ -313,7 +304,7 @@ def measure(runs: Sequence[Run], seed: int, data: DataSet, given: argparse.Names
             "perplexity": 2 ** likelihood["bits_per_token"],
             "PSNR": reconstruction["psnr"],
             "rFD": of_made[name][metric],
-            "pFD": of_made[f"{name}, disturbed"][metric],
+            "pFD": of_made[name]["perturbed"][0]["value"],
             "gFD": of_drawn[name][metric],
             "minutes": minutes_of(run.tokenizer) + minutes_of(run.generator),
         }
