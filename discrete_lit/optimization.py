@@ -231,6 +231,11 @@ def is_trained(module: LightningModule) -> bool:
         return False
 
 
+def evaluation_stage(module: LightningModule) -> str:
+    """Name what a module measures now, as its logs begin: `"test"` in a Trainer's test, else `"validation"`."""
+    return "test" if is_trained(module) and module.trainer.testing else "validation"
+
+
 # Where torch has one kernel for a step of Adam that is worth it; tests add the CPU's.
 _FUSED_ON = frozenset({"cuda"})
 
