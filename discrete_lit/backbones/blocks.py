@@ -232,7 +232,7 @@ class Attention(nn.Module):
             causal: each position sees those before it and itself.
             cache: keys and values so far.
         """
-        query, key, value = self._project(x).unbind()
+        query, key, value = self._project(x)
         if self.norms is not None:
             query, key = self.norms(query, key)
         if rotary is not None:
@@ -259,13 +259,15 @@ class Attention(nn.Module):
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
 
-    def _project(self, x: Tensor) -> Tensor:  # (B, n, D) -> queries, keys and values (3, B, heads, n, head_dim)
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each."""
         projected = self.query_key_value(x)
         if self.query_value_bias is not None:
             query_bias, value_bias = self.query_value_bias.to(projected.dtype)
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
-        # Not by einops: this runs for every token that is drawn.
-        return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Not by einops: this runs for every token that is drawn. Taken apart before heads and positions change places,
+        # the three gradients are put together once, in the layout that the linear layer's products read.
+        return tuple(part.transpose(1, 2) for part in projected.unflatten(-1, (3, self.heads, -1)).unbind(2))
 
 
 class ContextAttention(nn.Module):
