@@ -9,7 +9,7 @@ unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Ima
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, pi
-from typing import Self
+from typing import Literal, Self, cast
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SubTokenHead, bits_of_vocabulary
 from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
-from discrete_lit.backbones.embeddings import first_weight
+from discrete_lit.backbones.embeddings import SubTokenTables, first_weight
 from discrete_lit.backbones.layers import LogitHead, Norm
 from discrete_lit.core.modules import never_narrower, widened
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -42,21 +42,53 @@ class FactorisedHead(SubTokenHead):
         vocab_size: K.
         sizes: of the sub-tokens, least significant first; (2^6, 2^12) in Open-MAGVIT2.
         depth: blocks, at least 1.
+        start_rotation: of the hidden state's element: `"none"`, or `"zero"`, which makes its queries and keys 0: those
+            after it then attend to it with the logit 0 (Open-MAGVIT2's code, which takes the first two rows of the
+            grid's rotary table; the second row turns nothing).
+        shared_tables: embed sub-tokens by the tables of the transformer's input, which has `token_embedding="parts"`
+            (Open-MAGVIT2), in the place of own ones.
 
     Raises:
-        ValueError: sub-tokens that do not make up the vocabulary, or a depth below 1.
+        ValueError: sub-tokens that do not make up the vocabulary, a depth below 1, or tables that the input does not
+            have.
     """
 
-    def __init__(self, block: BlockSettings, vocab_size: int, *, sizes: Sequence[int], depth: int = 2) -> None:
+    rotations: Tensor | None
+
+    def __init__(
+        self,
+        block: BlockSettings,
+        vocab_size: int,
+        *,
+        sizes: Sequence[int],
+        depth: int = 2,
+        start_rotation: Literal["none", "zero"] = "none",
+        shared_tables: bool = False,
+    ) -> None:
         super().__init__(sizes, vocab_size, width=block.width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
+        if start_rotation not in ("none", "zero"):
+            raise ValueError(f"start_rotation must be 'none' or 'zero', got {start_rotation!r}")
         width, epsilon = block.width, block.norm_epsilon
         own = replace(block, norm_affine=True, modulation=None, condition_width=None, drop_path=0.0)
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        self.tables = None if shared_tables else nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        self.shared: tuple[nn.Embedding, ...] = ()
+        rotations = None
+        if start_rotation == "zero":
+            rotations = torch.tensor((1.0, 0.0)).repeat(len(sizes), block.head_dim // 2, 1)
+            rotations[0] = 0
+        self.register_buffer("rotations", rotations, persistent=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(depth))
         self.norm = Norm(width, block.norm, bias=block.norm_bias and block.norm == "layer", epsilon=epsilon)
         self.heads = nn.ModuleList(LogitHead(width, size, bias=block.bias) for size in sizes)
+
+    def read_input(self, embedding: nn.Module) -> None:
+        if self.tables is None:
+            if not isinstance(embedding, SubTokenTables):
+                raise ValueError("shared_tables=true needs the tables of token_embedding='parts'")
+            # In a tuple they are parameters of the transformer's input alone.
+            self.shared = tuple(cast(Sequence[nn.Embedding], embedding.tables))[:-1]
 
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         read = self._read(hidden, known)
@@ -78,15 +110,17 @@ class FactorisedHead(SubTokenHead):
 
     def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
         """Map `(B, n, D)` and the first p sub-tokens `(B, n, p)` to `(B, n, p + 1, D)`: element p predicts the next."""
-        pairs = zip(self.tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
+        tables = self.shared if self.tables is None else self.tables
+        pairs = zip(tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
         vectors = (table(sub_token).to(hidden.dtype) for table, sub_token in pairs)
         elements = torch.stack((hidden, *vectors), dim=2).flatten(0, 1)  # (B n, p + 1, D)
         read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
         return torch.cat(read).unflatten(0, hidden.shape[:2])
 
     def _run_blocks(self, elements: Tensor) -> Tensor:
+        rotary = None if self.rotations is None else self.rotations[: elements.shape[1]]
         for block in self.blocks:
-            elements = block(elements, causal=True)
+            elements = block(elements, rotary=rotary, causal=True)
         return self.norm(elements)
 
 

@@ -307,6 +307,7 @@ class Transformer(Backbone):
             self.final_norm = Norm(width, norm, affine=affine or head is not None, bias=offset, epsilon=norm_epsilon)
         self.hidden_positions = nn.Parameter(torch.empty(layout.positions, width)) if hidden_positions else None
         if head is not None:
+            head.read_input(self.token_embedding)
             self.place_head = head
         else:
             self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
