@@ -140,13 +140,22 @@ class MaskedBitHead(SubTokenHead):
         width: of the MLP; 2048 in BAR.
         depth: its blocks, at least 1; 3 in BAR.
         unmasked_weight: in [0, 1]; 0.1 in BAR's code.
+        told_ratio: what the MLP is told of the masked bits in training: the fraction that is masked (`"masked"`), as in
+            sampling, or what it was rounded from (`"drawn"`: BAR's code).
 
     Raises:
         ValueError: a vocabulary that is no power of two, or a setting out of its range.
     """
 
     def __init__(
-        self, block: BlockSettings, vocab_size: int, *, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
+        self,
+        block: BlockSettings,
+        vocab_size: int,
+        *,
+        width: int = 2048,
+        depth: int = 3,
+        unmasked_weight: float = 0.1,
+        told_ratio: Literal["masked", "drawn"] = "masked",
     ) -> None:
         bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
         super().__init__((2,) * bits, vocab_size, width=block.width)
@@ -154,9 +163,12 @@ class MaskedBitHead(SubTokenHead):
             raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= unmasked_weight <= 1:
             raise ValueError(f"unmasked_weight must lie in [0, 1], got {unmasked_weight}")
+        if told_ratio not in ("masked", "drawn"):
+            raise ValueError(f"told_ratio must be 'masked' or 'drawn', got {told_ratio!r}")
         self.bits = bits
         self.masked_bit = 2
         self.unmasked_weight = unmasked_weight
+        self.told_ratio = told_ratio
         each = ceil(width / bits)
         self.hidden_norm = Norm(block.width, "rms", epsilon=_EPSILON)
         self.hidden_projection = nn.Linear(block.width, width)
@@ -168,17 +180,19 @@ class MaskedBitHead(SubTokenHead):
         self.last = ModulatedNorm(width)
         self.output = LogitHead(width, 2 * bits, bias=True)
 
-    def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
+    def bit_logits(self, hidden: Tensor, bits: Tensor, ratio: Tensor | None = None) -> Tensor:
         """Make logits of every bit.
 
         Args:
             hidden: `(B, n, D)`.
             bits: `(B, n, b)` int64, the least significant first: 0, 1, or `masked_bit`.
+            ratio: `(B, n)`, what the MLP is told of the fraction of masked bits; that fraction by default.
 
         Returns:
             `(B, n, b, 2)` float32 or float64.
         """
-        ratio = (bits == self.masked_bit).double().mean(dim=-1)
+        if ratio is None:
+            ratio = (bits == self.masked_bit).double().mean(dim=-1)
         condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
         embedded = rearrange(self.bit_embedding(bits), "b n bits d -> b n (bits d)")
         x = self.input_norm(self.input_projection(embedded))
@@ -193,24 +207,29 @@ class MaskedBitHead(SubTokenHead):
 
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
         bits = self.sub_tokens.split(ids)
-        masked = self._masks(ids.shape[1], random)
-        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
+        masked, ratio = self._masks(ids.shape[1], random)
+        told = ratio if self.training and self.told_ratio == "drawn" else None
+        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit), told)
         nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
         weights = masked.to(nats.dtype).clamp(min=self.unmasked_weight if self.training else 0.0)
         total = weights.sum(dim=-1)
         values = self.bits * (nats * weights).sum(dim=-1) / total
         return values, total / self.bits if self.training else torch.ones_like(total)
 
-    def _masks(self, positions: int, random: CounterRandom) -> Tensor:
-        """Draw masks `(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
+    def _masks(self, positions: int, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """Draw masks `(B, n, b)` bool, one masked bit at least in each id, and the ratios `(B, n)` that gave their
+        numbers; a function of the samples alone."""
         if self.training:
-            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, positions))
-            counts = (self.bits * ratio).round().clamp(min=1)
+            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, positions)).clamp(
+                min=1 / self.bits
+            )
+            counts = (self.bits * ratio).round()
         else:
-            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, positions)).ceil()
+            ratio = random.uniform(Purpose.MASK_RATIO, positions)
+            counts = (self.bits * ratio).ceil()
         uniforms = random.uniform(Purpose.MASK_ORDER, positions * self.bits)
         uniforms = rearrange(uniforms, "b (n bits) -> b n bits", bits=self.bits)
-        return random_subset(uniforms, counts[..., None])
+        return random_subset(uniforms, counts[..., None]), ratio
 
 
 class BitBlock(nn.Module):

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from discrete_lit.samplers import OpenMAGVIT2Sampler, RasterSampler
+from discrete_lit.core.random import Purpose
+from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, RasterSampler
 from discrete_lit.samplers.raster import SubTokenSettings
 from discrete_lit.tokenizers.quantizers import LookupFreeQuantizer
 from helpers.golden import Case, Compared, Load, Tensors
@@ -17,7 +18,7 @@ from helpers.golden_generators import greedy, guided, null, with_and_without_cla
 from helpers.golden_latents import gradients
 
 TOLERANCE = 2e-5
-NO_PLACE: dict[str, dict[str, str]] = {}
+NO_PLACE = {"bar": {"condition_ids": "classes have a table of their own, and ids of their own"}}
 COMPARED: Compared = {}
 
 # Our parameter whose gradient is a published one's, and what makes theirs of it.
@@ -154,8 +155,134 @@ def ibq_ar(load: Load, case: Case) -> Tensors:
     return made
 
 
-PASSES: dict[str, Callable[[Any, Case], Tensors]] = {"open_magvit2_ar": open_magvit2_passes, "ibq_ar": ibq_passes}
-OUTPUTS = {"open_magvit2_ar": open_magvit2_ar, "ibq_ar": ibq_ar}
+class BitDraws:
+    """The numbers of a BAR case in the place of random ones, of training."""
+
+    def __init__(self, case: Case) -> None:
+        self.inputs = case.inputs
+        self.batch, self.places = case.inputs["orders"].shape
+        self.bits = case.inputs["mask_uniform"].shape[1]
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        if purpose == Purpose.ORDER:
+            # The first number decides that the order is random, the others sort to it.
+            turns = torch.arange(1, count, dtype=torch.float64).expand(self.batch, -1) / count
+            made = torch.zeros(self.batch, count - 1, dtype=torch.float64).scatter(1, self.inputs["orders"], turns)
+            return torch.cat((torch.zeros(self.batch, 1, dtype=torch.float64), made), dim=1)
+        assert purpose == Purpose.MASK_ORDER and count == self.places * self.bits
+        # Theirs compares the places of the sorted numbers with the count, ours their ranks.
+        return (self.inputs["mask_uniform"].argsort(dim=-1).double() / self.bits).view(self.batch, -1)
+
+    def normal(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        assert purpose == Purpose.MASK_RATIO and count == self.places
+        return -self.inputs["t_normal"].double().view(self.batch, -1)
+
+
+class NoisyBARSampler(BARSampler):
+    """Draws bits by the Gumbel noise of a case, or greedily, and keeps the guided logits of every step."""
+
+    def watch(self, case: Case, *, noise: bool) -> None:
+        self.case, self.noise, self.logits = case, noise, list[Tensor]()
+
+    def draw_id(self, head: Any, decoder: Any, hidden: Tensor, scales: Any, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        if self.noise:
+            steps = len(self.bit_counts)
+            of_confidence = uniforms.unflatten(-1, (steps, 2, head.bits))
+            place = len(self.logits) // steps
+            # The last step unmasks what is left, whatever its confidence.
+            of_confidence[:, 0, :-1, 1] = self.case.inputs["conf_noise"][place].double().transpose(0, 1)
+        return super().draw_id(head, decoder, hidden, scales, uniforms)
+
+    def _draw_bits(self, logits: Tensor, uniforms: Tensor, tau: float) -> Tensor:
+        place, step = divmod(len(self.logits), len(self.bit_counts))
+        self.logits.append(logits[:, 0])
+        if not self.noise:
+            return super()._draw_bits(logits, uniforms, tau)
+        gumbel = -torch.log(-torch.log(self.case.inputs["bit_noise"][place, step].double()))
+        return (logits + tau * gumbel[:, None]).argmax(dim=-1)
+
+
+def noisily(generator: Any, case: Case, *, scale: float, temperature: float) -> tuple[Tensor, Tensor]:
+    """The bits of the ids in raster order `(B, N b)`; the guided logits `(N, T, B, b, 2)`."""
+    own = generator.sampler
+    sampler = NoisyBARSampler(
+        own.bit_counts, temperature, guidance_scale=scale, guidance_schedule=own.guidance_schedule
+    )
+    sampler.watch(case, noise=temperature > 0)
+    drawn = generator.sample(case.inputs["y"], sampler).flatten(1)
+    bits = generator.backbone.place_head.sub_tokens.split(drawn).flatten(1)
+    return bits, torch.stack(sampler.logits).unflatten(0, (generator.length, -1)).float()
+
+
+def bar_ids(generator: Any, case: Case) -> Tensor:
+    sub_tokens = generator.backbone.place_head.sub_tokens
+    return sub_tokens.join(case.inputs["z"].unflatten(1, (-1, len(sub_tokens))))
+
+
+def head_conditions(generator: Any, ids: Tensor, labels: Tensor, order: Tensor | None = None) -> Tensor:
+    head = generator.backbone.place_head
+    hidden = generator.backbone(ids[:, :-1], labels, order=order)
+    return head.hidden_projection(head.hidden_norm(hidden)).flatten(0, 1)
+
+
+def bar_passes(generator: Any, case: Case) -> Tensors:
+    ids, labels, orders = bar_ids(generator, case), case.inputs["y"], case.inputs["orders"]
+    return {
+        "conditions_raster": head_conditions(generator, ids, labels),
+        "conditions_raster_null": head_conditions(generator, ids, null(generator, labels)),
+        "conditions_orders": head_conditions(generator, ids.gather(1, orders), labels, orders),
+    }
+
+
+def bar(load: Load, case: Case) -> Tensors:
+    generator, labels = load(), case.inputs["y"]
+    any_draws: Any = BitDraws(case)
+    head, ids, orders = generator.backbone.place_head, bar_ids(generator, case), case.inputs["orders"]
+    made = bar_passes(generator, case)
+    ordered = ids.gather(1, orders)
+    target = head.sub_tokens.split(ordered)
+    generator.train()
+    masked, ratio = head._masks(generator.length, any_draws)
+    hidden = generator.backbone(ordered[:, :-1], labels, order=orders)
+    made |= {
+        "target_bits": target.flatten(0, 1),
+        "masked_bits": target.masked_fill(masked, head.masked_bit).flatten(0, 1),
+        "mask_ratio": ratio.float().flatten(),
+        "bit_logits": head.bit_logits(hidden, target.masked_fill(masked, head.masked_bit), ratio).flatten(0, 1),
+    }
+    with torch.enable_grad():
+        loss, _ = generator.loss(
+            generator.to_grid(ids), labels, any_draws, dropped=torch.zeros(len(labels), dtype=torch.bool)
+        )
+        # Ours is in nats of an id, theirs of a bit.
+        loss = loss / head.bits
+        made["loss"] = loss.detach()[None]
+        made |= grads(
+            generator,
+            loss,
+            {
+                # Their third row is of the mask, which no input has.
+                "input_embeddings.weight": (
+                    "token_embedding.table.weight",
+                    lambda grad: torch.cat((grad, torch.zeros_like(grad[:1]))),
+                ),
+                "lm_head.input_embed.weight": "place_head.bit_embedding.weight",
+                "blocks.0.attn.qkv.weight": "blocks.0.attention.query_key_value.weight",
+                "lm_head.output_embed.weight": "place_head.output.project.weight",
+                "latent_condition_proj.weight": "place_head.hidden_projection.weight",
+            },
+        )
+    generator.eval()
+    scale = case.number("greedy_cfg", "guidance_scale")
+    made["greedy_cfg"], made["greedy_cfg_logits"] = noisily(generator, case, scale=scale, temperature=0.0)
+    made["greedy_nocfg"], _ = noisily(generator, case, scale=1.0, temperature=0.0)
+    temperature = case.number("sampled_cfg", "randomize_temperature")
+    made["sampled_cfg"], _ = noisily(generator, case, scale=scale, temperature=temperature)
+    return made
+
+
+PASSES: dict[str, Callable[[Any, Case], Tensors]] = {"open_magvit2_ar": open_magvit2_passes, "ibq_ar": ibq_passes, "bar": bar_passes}
+OUTPUTS = {"open_magvit2_ar": open_magvit2_ar, "ibq_ar": ibq_ar, "bar": bar}
 
 
 def network_outputs(generator: Any, case: Case) -> Tensors:
