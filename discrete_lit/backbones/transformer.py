@@ -122,7 +122,8 @@ class Transformer(Backbone):
         out_bias: of the attention's last projection; as `bias` by default.
         bias: of the other linear layers.
         head_bias: of the logits; as `bias` by default; `"place"` has one of each position.
-        head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
+        head_transform: BERT's linear layer, GELU and LayerNorm before the logits; with `"gelu_tanh"` that GELU's
+            approximation (MaskGIT's code).
         tied: the logits' weight is the token embedding's.
         zero_outputs: the last layer of every residual branch and the head are 0 at the start (Zhang, Dauphin and Ma,
             "Fixup Initialization", 2019), where GPT-2's are small.
@@ -184,7 +185,7 @@ class Transformer(Backbone):
         out_bias: bool | None = None,
         bias: bool = True,
         head_bias: bool | Literal["place"] | None = None,
-        head_transform: bool = False,
+        head_transform: bool | Literal["gelu_tanh"] = False,
         tied: bool = False,
         zero_outputs: bool = False,
         visible_start: int = 0,
@@ -219,7 +220,7 @@ class Transformer(Backbone):
             token_embedding=token_embedding,
         )
         if place_head is not None:
-            _check_place_head(layout, head_transform=head_transform, head_bias=head_bias)
+            _check_place_head(layout, head_transform=bool(head_transform), head_bias=head_bias)
         _check_starts(
             layout,
             visible=visible_start,

@@ -12,6 +12,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    maskgit_flax,
     sedd_mdlm,
     seed_voken,
     taming,
