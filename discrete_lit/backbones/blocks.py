@@ -23,6 +23,7 @@ AttentionBias = Literal["all", "query_value", "none"]
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
 Modulating = Tensor | tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]
+Rotary = Tensor | tuple[Tensor, Tensor]
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
 _LARGEST_LOG_SHARPNESS = 4.605170185988092
@@ -107,7 +108,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         condition: Modulating | None = None,
-        rotary: Tensor | None = None,
+        rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
@@ -219,7 +220,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Tensor | None,
+        rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
         cache: LayerCache | None,
@@ -227,7 +228,8 @@ class Attention(nn.Module):
         """Map `(B, n, D)` to the same.
 
         Args:
-            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
+                keys where they differ.
             mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
             causal: each position sees those before it and itself.
             cache: keys and values so far.
@@ -236,7 +238,8 @@ class Attention(nn.Module):
         if self.norms is not None:
             query, key = self.norms(query, key)
         if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
+            query, key = rotate(query, of_query), rotate(key, of_key)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]

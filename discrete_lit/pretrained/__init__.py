@@ -2,6 +2,7 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    bar,
     bitdance,
     compvis_ldm,
     dit_sit,
@@ -11,6 +12,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    maskgit_flax,
     sedd_mdlm,
     seed_voken,
     taming,
