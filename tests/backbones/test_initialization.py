@@ -188,7 +188,7 @@ def test_a_scheme_that_is_not_known() -> None:
 
 
 def test_gates_of_a_scheme_without() -> None:
-    with pytest.raises(ValueError, match="initial_gates=0.001 is of initialization='var' and 'ibq', got 'gpt2'"):
+    with pytest.raises(ValueError, match=r"initial_gates=0\.001 is of initialization='var' and 'ibq', got 'gpt2'"):
         scales(initial_gates=1e-3)
-    with pytest.raises(ValueError, match="initial_gates=0.1 needs conditioning"):
+    with pytest.raises(ValueError, match=r"initial_gates=0\.1 needs conditioning"):
         causal(initialization="ibq", initial_gates=0.1)
