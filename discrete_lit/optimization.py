@@ -99,6 +99,64 @@ def configure_optimizers(
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
 
 
+def configure_apart(
+    configured: Any,
+    parameters: Iterable[nn.Parameter],
+    *,
+    weight_decay: float | None = None,
+    scheduler: Callable[[Optimizer], LambdaLR] | None = None,
+    first_step: int = 0,
+) -> Any:
+    """Give the parameter groups of a part, as a discriminator, a weight decay and a learning-rate schedule of its own.
+
+    Args:
+        configured: what `configure_optimizers` gave, with the part in groups of its own.
+        parameters: those of the part.
+        weight_decay: of those of its groups that decay; None leaves it.
+        scheduler: from an optimizer to a scheduler, whose steps count from `first_step` on; None leaves the common one.
+        first_step: the step of the Trainer that is the part's step 0.
+
+    Returns:
+        `configured`, changed.
+
+    Raises:
+        ValueError: a scheduler that is no `LambdaLR`, or beside one that is none; a `weight_decay` where the optimizer
+            has none to replace.
+    """
+    optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    own = {id(parameter) for parameter in parameters}
+    places = [place for place, group in enumerate(optimizer.param_groups) if any(id(p) in own for p in group["params"])]
+    if weight_decay is not None:
+        decaying = [group for group in (optimizer.param_groups[place] for place in places) if group.get("weight_decay")]
+        if not decaying:
+            raise ValueError(
+                f"weight_decay={weight_decay} of a discriminator replaces the optimizer's, and "
+                f"{type(optimizer).__name__} has none here: set weight_decay in optimizer.init_args too"
+            )
+        for group in decaying:
+            group["weight_decay"] = weight_decay
+    if scheduler is None:
+        return configured
+    if not isinstance(configured, dict):
+        common: Any = LambdaLR(optimizer, lambda step: 1.0)
+        configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": common, "interval": "step"}}
+    common = configured["lr_scheduler"]["scheduler"]
+    # The ratio of its rate at each step, from a scheduler of an optimizer that trains nothing.
+    apart = scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    for found in (common, apart):
+        if not isinstance(found, LambdaLR):
+            raise ValueError(
+                "a learning-rate schedule of its own needs schedulers of the kind LambdaLR on both sides, as "
+                f"WarmupCosine or WarmupLinear, got {type(found).__name__}"
+            )
+    (ratio,) = apart.lr_lambdas
+    for place in places:
+        common.lr_lambdas[place] = lambda step: ratio(max(step - first_step, 0))
+        optimizer.param_groups[place]["lr"] = common.base_lrs[place] * common.lr_lambdas[place](0)
+    common._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return configured
+
+
 def _groups(
     parts: Sequence[tuple[list[nn.Parameter], float]], decayed: Collection[int], *, hidden: Collection[int]
 ) -> tuple[list[dict[str, Any]], list[float]]:

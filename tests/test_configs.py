@@ -250,7 +250,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "LPIPS": {"weights_path": "random"},
     "AlignmentLoss": {"model_name": "test_vit.r160_in1k", "weights_path": "random", "image_size": 32},
     "TimmFeatures": {"model_name": "test_convnext.r160_in1k", "weights_path": "random", "image_size": 32},
+    "TorchvisionLogits": {"model_name": "squeezenet1_1", "weights_path": "random", "image_size": 32},
     "AdversarialLoss": {"start_step": 0},
+    "BlurPoolDiscriminator": {"width": 4},
     "PatchGAN": {"width": 4},
     "StyleGANDiscriminator": {"image_size": 32, "width": 4, "max_width": 8},
     "DINODiscriminator": {

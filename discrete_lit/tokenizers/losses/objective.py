@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from discrete_lit.core.modules import FullPrecision
 from discrete_lit.tokenizers.losses.adversarial import (
     AdversarialLoss,
-    adaptive_weight,
     take_gradients,
     with_known_gradients,
 )
@@ -139,9 +138,9 @@ class Objective(FullPrecision):
         figures = players.figures
         if players.generator is not None and players.generator_gradient is not None:
             weight = torch.full_like(players.generator, adversarial.weight * adversarial.warmup(step))
-            if adversarial.adaptive:
+            if adversarial.adaptive is not None:
                 assert last_layer is not None
-                weight = weight * adaptive_weight(
+                weight = weight * adversarial.adaptive(
                     outputs,
                     last_layer,
                     reconstruction_gradient=gradient,
