@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -63,7 +64,7 @@ def configure_optimizers(
             f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
-    decayed = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
     separate = {id(parameter) for submodule, _ in learning_rate_ratios for parameter in submodule.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
     parts = [(rest, 1.0), *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios)]
@@ -97,6 +98,13 @@ def configure_optimizers(
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def _trained_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer, or what it is computed from under a spectral norm."""
+    if is_parametrized(layer, "weight"):
+        return layer.parametrizations["weight"].original  # type: ignore[index, return-value, union-attr]
+    return layer.weight  # type: ignore[return-value]
 
 
 def configure_apart(

@@ -7,9 +7,10 @@ from math import cos, pi
 import pytest
 import torch
 import torch.distributed as dist
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 
 from discrete_lit import optimization
@@ -64,6 +65,15 @@ def test_tokenizers_decay_matrices_alone(make_tokenizer, kind: str, arguments) -
     assert ("quantizer.codebook.codes" in others) == bool(arguments)
     assert all("norm" not in name and name.endswith("weight") for name in decayed)
     assert "network.encoder.conv_in.weight" in decayed and "network.encoder.conv_in.bias" in others
+
+
+def test_a_weight_under_a_spectral_norm_decays() -> None:
+    module = LightningModule()
+    module.layer = spectral_norm(torch.nn.Conv1d(2, 2, 1))
+    decayed, others = (
+        {id(one) for one in group["params"]} for group in configure_optimizers(module, ADAMW, None).param_groups
+    )
+    assert decayed == {id(module.layer.parametrizations.weight.original)} and others == {id(module.layer.bias)}
 
 
 def test_a_network_without_biases_and_gains(make_generator) -> None:
