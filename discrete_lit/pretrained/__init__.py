@@ -11,6 +11,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    rq_vae_transformer,
     sedd_mdlm,
     seed_voken,
     taming,

@@ -12,13 +12,18 @@ from torch import Tensor
 from discrete_lit.metrics.latent_statistics import LatentStatistics
 from discrete_lit.tokenizers.klvae import DiagonalGaussian
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
+from discrete_lit.tokenizers.losses.adversarial import AdaptiveWeight
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
+from discrete_lit.tokenizers.quantizers.codebook import Codebook
 from helpers.golden import Case, Compared, Load, Tensors
 
 Outputs = Callable[[Load, Case], Tensors]
 
-NO_PLACE = {"maskgit_vqgan": {"soft_code": "a softmax over codes that no training of ours distils"}}
+NO_PLACE = {
+    "maskgit_vqgan": {"soft_code": "a softmax over codes that no training of ours distils"},
+    "rq_vae": {"soft_codes": "a softmax over codes, which RQ-Transformer learns from"},
+}
 COMPARED: Compared = {}
 TOLERANCE = 1e-4
 
@@ -251,10 +256,11 @@ def va_vae(load: Load, case: Case) -> Tensors:
     losses = case.constructor["lossconfig"]
     discriminator = {name: value for name, value in case.state.items() if name.startswith("loss.discriminator.")}
     patches = PatchGAN(
-        width=discriminator["loss.discriminator.main.0.weight"].shape[0], layers=losses["disc_num_layers"], norm="sync"
+        width=discriminator["loss.discriminator.main.0.weight"].shape[0], layers=losses["disc_num_layers"], norm="batch"
     )
     patches.load_state_dict({name.removeprefix("loss.discriminator."): value for name, value in discriminator.items()})
-    adversarial = AdversarialLoss(patches, losses["disc_weight"], adaptive=True, start_step=losses["disc_start"])
+    by_sums = AdaptiveWeight(reduction="sum")
+    adversarial = AdversarialLoss(patches, losses["disc_weight"], adaptive=by_sums, start_step=losses["disc_start"])
     # The reference's likelihood has a variance that it never trains: a weight of the pixels, and a constant.
     logvar = case.state["loss.logvar"]
     module.objective = Objective({"l1": float((-logvar).exp())}, adversarial_loss=adversarial)
@@ -378,6 +384,66 @@ def hart_tokenizer(load: Load, case: Case) -> Tensors:
     }
 
 
+def rq_vae(load: Load, case: Case) -> Tensors:
+    """Codes, images, a training step's losses and gradients, and what training makes of the codebook."""
+    module, images, given = deepcopy(load()), case.inputs["x"], case.inputs["codes"]
+    quantizer, encoded = module.quantizer, module.encode(images)
+
+    def by_depth(tokens: Tensor) -> Tensor:
+        looked_up = [quantizer.codebook(number).lookup(ids) for number, ids in enumerate(tokens.unbind(-1))]
+        return torch.stack(looked_up)
+
+    # Through the first code and the second.
+    partly = by_depth(given)[:2].sum(dim=0)
+    with torch.enable_grad():
+        loss, terms, reconstruction = module.loss(images)
+        parameters = {
+            "encoder.conv_in.weight": module.network.encoder.conv_in.weight,
+            "quant_conv.weight": module.network.encoder.to_latents.weight,
+            "decoder.conv_out.weight": module.network.decoder.conv_out.weight,
+        }
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    commitment = terms["commitment"] / quantizer.commitment_weight
+    made = {
+        "recon": reconstruction.outputs,
+        "codes": encoded,
+        "prequant": module.latents(images),
+        "quant_partial": by_depth(encoded).cumsum(dim=0),
+        "decoded_codes": module.outputs(quantizer.lookup(given)),
+        "code_emb": by_depth(given).movedim(0, -2),
+        "decoded_partial_add": module.outputs(partly),
+        "quant_loss": commitment.reshape(1),
+        "loss_recon": terms["reconstruction"].reshape(1),
+        "loss_total": loss.reshape(1),
+    }
+    for name, gradient in zip(parameters, gradients, strict=True):
+        made[f"grad.{name}"] = gradient.reshape(case.expected[f"grad.{name}"].shape)
+    latents = case.expected["prequant"]
+    with patch.object(Codebook, "_revive", drawn_by(case.inputs["restart_perm"])):
+        made["ema_codes"] = quantizer.train()(latents).tokens
+    for number, codebook in enumerate(quantizer.codebooks):
+        no_code = case.state[f"quantizer.codebooks.{number}.weight"][-1:]
+        made |= {
+            f"ema_weight_{number}": torch.cat((codebook.codes, no_code)),
+            f"ema_cluster_size_{number}": codebook.cluster_size,
+            f"ema_embed_{number}": codebook.embedding_sum,
+        }
+    return {name: value.detach() for name, value in made.items()}
+
+
+def drawn_by(permutations: Tensor) -> Callable[..., None]:
+    """A `Codebook._revive` that draws as RQ-VAE does, by a permutation of the latents at each depth."""
+    rest = iter(permutations)
+
+    def revive(codebook: Codebook, rows: Tensor, finite: Tensor) -> None:
+        drawn, dead = rows[next(rest)], codebook.cluster_size < 1
+        latents = drawn[: codebook.size][dead]
+        codebook.codes[dead] = codebook.embedding_sum[dead] = latents
+        codebook.cluster_size[dead] = 1
+
+    return revive
+
+
 def quantizer_codes(module: Any) -> Tensor:
     """The codes themselves, a parameter where gradients move them."""
     return module.quantizer.codebook.codes
@@ -471,6 +537,7 @@ OUTPUTS: dict[str, Outputs] = {
     "va_vae": va_vae,
     "bitdance_ae": bitdance_ae,
     "hart_tokenizer": hart_tokenizer,
+    "rq_vae": rq_vae,
     "titok": titok,
     "titok_vae": titok_vae,
 }
