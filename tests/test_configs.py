@@ -222,7 +222,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "MultiScaleVQ": SMALL_CODEBOOK,
     "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
-    "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
+    "DVAE": {**SMALL_CODEBOOK, "latent_dim": 32},
+    "DALLEAutoencoder": {"channels": 4, "blocks": 1},
     "KLVAE": {"latent_channels": 4},
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},

@@ -4,6 +4,7 @@
 from discrete_lit.pretrained import (  # noqa: F401
     bitdance,
     compvis_ldm,
+    dall_e,
     dit_sit,
     halton_maskgit,
     hart,

@@ -21,7 +21,7 @@ from helpers.golden import Case, Difference, Load, Tensors, differences, publish
 
 KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns, golden_bits)
 NOT_YET = (
-    *("bar", "bar_fsq", "chameleon", "dalle_dvae", "emu3"),
+    *("bar", "bar_fsq", "chameleon", "emu3"),
     *("encodec", "gidd", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
     *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),

@@ -14,6 +14,7 @@ from discrete_lit.tokenizers.klvae import DiagonalGaussian
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
 from discrete_lit.tokenizers.losses.adversarial import AdaptiveWeight
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
+from discrete_lit.tokenizers.losses.objective import map_pixels
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
 from discrete_lit.tokenizers.quantizers.codebook import Codebook
 from helpers.golden import Case, Compared, Load, Tensors
@@ -444,6 +445,40 @@ def drawn_by(permutations: Tensor) -> Callable[..., None]:
     return revive
 
 
+def dalle_dvae(load: Load, case: Case) -> Tensors:
+    """Logits, pixels of given ids, and the relaxed path with its gradients, without noise at a temperature of 1."""
+    module = deepcopy(load())
+    images = case.inputs["image"] * 2 - 1
+    encoded, stats = module.encode(images), module.outputs(module.quantizer.lookup(case.inputs["codes"]))
+    with torch.enable_grad():
+        latents = module.latents(images)
+        logits = module.quantizer.to_logits(latents)
+        relaxed = module.quantizer(latents, noise=torch.zeros_like(logits), temperature=1.0)
+        soft = module.outputs(relaxed.z_q)
+        network = module.network
+        parameters = {
+            "encoder.blocks.input.w": network.conv_in.weight,
+            "encoder.blocks.group_2.block_1.id_path.w": network.encoder.group_2.block_1.shortcut.weight,
+            "decoder.blocks.input.w": module.quantizer.codes,
+            "decoder.blocks.output.conv.b": network.conv_out.bias,
+        }
+        gradients = dict(
+            zip(parameters, torch.autograd.grad(soft.square().mean(), list(parameters.values())), strict=True)
+        )
+    gradients["decoder.blocks.input.w"] = gradients["decoder.blocks.input.w"].T[..., None, None]
+    made = {
+        "mapped": map_pixels(images),
+        "logits": channels_first(logits),
+        "codes": encoded,
+        "stats": stats,
+        "decoded_codes": unit(module.decode(case.inputs["codes"])),
+        "stats_soft": soft,
+        "recon": unit(module.decode(encoded)),
+        **{f"grad.{name}": gradient for name, gradient in gradients.items()},
+    }
+    return {name: value.detach() for name, value in made.items()}
+
+
 def quantizer_codes(module: Any) -> Tensor:
     """The codes themselves, a parameter where gradients move them."""
     return module.quantizer.codebook.codes
@@ -493,6 +528,15 @@ def unit(outputs: Tensor) -> Tensor:
 def network_outputs(module: Any, case: Case) -> Tensors:
     """What the encoder makes of the images, and the decoder of given ids or latents."""
     network = module.network
+    if case.family == "dalle_dvae":
+        logits = module.quantizer.to_logits(module.latents(case.inputs["image"] * 2 - 1))
+        return {
+            "logits": channels_first(logits),
+            "stats": module.outputs(module.embed(case.inputs["codes"]).movedim(1, -1)),
+        }
+    if case.family == "rq_vae":
+        decoded = module.outputs(module.quantizer.lookup(case.inputs["codes"]))
+        return {"prequant": module.latents(case.inputs["x"]), "decoded_codes": decoded}
     unit_range = case.family.startswith("titok") or network.pixels == "unit"
     images = case.inputs["x"] * 2 - 1 if unit_range else case.inputs["x"]
     encoded = network.encode(images)
@@ -520,7 +564,8 @@ def network_outputs(module: Any, case: Case) -> Tensors:
 
 def again(module: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
-    return {"encoded": module.encode(case.inputs["x"] * 2 - 1)}
+    images = case.inputs["image" if case.family == "dalle_dvae" else "x"]
+    return {"encoded": module.encode(images * 2 - 1)}
 
 
 OUTPUTS: dict[str, Outputs] = {
@@ -538,6 +583,7 @@ OUTPUTS: dict[str, Outputs] = {
     "bitdance_ae": bitdance_ae,
     "hart_tokenizer": hart_tokenizer,
     "rq_vae": rq_vae,
+    "dalle_dvae": dalle_dvae,
     "titok": titok,
     "titok_vae": titok_vae,
 }
