@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 from discrete_lit.core.modules import at_least_float32, widened
 
-InputKind = Literal["table", "bits", "bits_mlp", "parts"]
-PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts"]
+PositionKind = Literal["learned", "rope_1d", "rope_2d", "learned_rope_2d"]
 
 
 def embed_tokens(
@@ -27,13 +27,13 @@ def embed_tokens(
     kind: InputKind,
     sub_tokens: SubTokens | None,
     digits: Sequence[int] | None = None,
-) -> "TokenTable | BitProjection | BitMLP | SubTokenTables | VectorProjection":
+) -> "TokenTable | BitProjection | BitMLP | BitTable | SubTokenTables | VectorProjection":
     """Make the embedding that a layout needs.
 
     Args:
         layout: the sequence.
         width: D.
-        kind: of ids: `"table"`; `"bits"`, or `"bits_mlp"`; or `"parts"`, a table for each sub-token.
+        kind: of ids: `"table"`; `"bits"`, `"bits_mlp"` or `"bit_table"`; or `"parts"`, a table for each sub-token.
         sub_tokens: that a `place_head` predicts an id in; None without one.
         digits: sizes of the digits of an id, each with a table that is added to that of the ids.
 
@@ -52,6 +52,8 @@ def embed_tokens(
         return BitProjection(layout, width)
     if kind == "bits_mlp":
         return BitMLP(layout, width)
+    if kind == "bit_table":
+        return BitTable(layout, width)
     if kind == "parts":
         if sub_tokens is None:
             raise ValueError("token_embedding='parts' embeds the sub-tokens that a place_head predicts: give one")
@@ -59,7 +61,7 @@ def embed_tokens(
     if sub_tokens is not None:
         raise ValueError(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
-            "to avoid: use 'bits', 'bits_mlp' or 'parts'"
+            "to avoid: use 'bits', 'bits_mlp', 'bit_table' or 'parts'"
         )
     return TokenTable(layout, width, digits=None if digits is None else SubTokens(digits, layout.vocab_size))
 
@@ -155,6 +157,25 @@ def _signs(tokens: Tensor, bits: int, layout: SequenceLayout) -> Tensor:
     return rearrange(signs, "b (n sub) bits -> b n (sub bits)", sub=layout.sub_tokens)
 
 
+class BitTable(nn.Module):
+    """A learned vector of D / bits channels for the values 0 and 1 of any bit, those of a position's ids side by side
+    through a linear layer (BAR, 2026). The bits of a mask id have a third vector."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bit_table'")
+        each = -(-width // self.bits)
+        self.table = nn.Embedding(2 + int(layout.mask_token), each)
+        self.project = nn.Linear(layout.sub_tokens * self.bits * each, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
+        bits = (tokens[..., None] >> torch.arange(self.bits, device=tokens.device)) & 1
+        bits = bits.masked_fill((tokens == self.layout.mask_id)[..., None], 2)
+        vectors = self.table(bits)
+        return self.project(rearrange(vectors, "b (n sub) bits d -> b n (sub bits d)", sub=self.layout.sub_tokens))
+
+
 class SubTokenTables(nn.Module):
     """The sum of a learned vector for each sub-token of an id (Luo et al., "Open-MAGVIT2", 2024)."""
 
@@ -211,13 +232,15 @@ class Positions(nn.Module):
 
     Args:
         layout: the sequence.
-        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`).
+        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`), or
+            both learned and along each axis (`"learned_rope_2d"`).
         starts: elements before the first position of the grid.
         width: D.
         head_dim: width of a head.
         zero_starts: on a grid, turn the elements before the first position to 0 instead of leaving them alone.
         rotary_base: of the wavelengths of rotary positions.
         rotary_offset: on a grid, how far along each axis its first position lies from what stands before it.
+        last_turned: make rotations of the last position too, where a sequence in raster order never reads it.
     """
 
     table: Tensor | None
@@ -233,6 +256,7 @@ class Positions(nn.Module):
         zero_starts: bool = False,
         rotary_base: float = 10000.0,
         rotary_offset: float = 0.0,
+        last_turned: bool = False,
     ) -> None:
         super().__init__()
         self.starts = starts
@@ -246,17 +270,19 @@ class Positions(nn.Module):
         self.read = layout.positions
         if layout.attention != "bidirectional" and not layout.any_order:
             self.read -= layout.block_size
-        self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if kind == "learned" else None
+        self.turned = layout.positions if last_turned else self.read
+        learned = kind in ("learned", "learned_rope_2d")
+        self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if learned else None
         self.register_buffer("table", None if kind == "learned" else self._make().float(), persistent=False)
 
     def _make(self) -> Tensor:
-        """Compute the rotations `(starts + read, head_dim / 2, 2)` of rotary positions, float64."""
+        """Compute the rotations `(starts + turned, head_dim / 2, 2)` of rotary positions, float64."""
         if self.kind == "rope_1d":
-            coordinates = torch.arange(self.starts + self.read)[:, None]
+            coordinates = torch.arange(self.starts + self.turned)[:, None]
             return rotary_table(coordinates, self.head_dim, base=self.rotary_base, dtype=torch.float64)
         still = torch.tensor((0.0, 0.0) if self.zero_starts else (1.0, 0.0), dtype=torch.float64)
         on_grid = rotary_table(
-            grid_coordinates(self.grid)[: self.read] + self.rotary_offset,
+            grid_coordinates(self.grid)[: self.turned] + self.rotary_offset,
             self.head_dim,
             base=self.rotary_base,
             dtype=torch.float64,

@@ -223,7 +223,7 @@ def test_random_starts() -> None:
     [
         ({"size": 0}, "must be positive, got 0 and 2"),
         ({"update": "mean"}, "must be 'ema' or 'gradient', got 'mean'"),
-        ({"init": "zeros"}, "'data', 'kmeans', 'uniform' or 'normal', got 'zeros'"),
+        ({"init": "zeros"}, "one of data, kmeans, uniform, unit_uniform, normal, got 'zeros'"),
         ({"decay": -0.1}, r"decay must lie in \[0, 1\), got -0.1"),
         ({"revive_below": 0.0}, "revive_below must be > 0, or None"),
         ({"revive_below": float("nan")}, "revive_below must be > 0, or None"),
