@@ -1,4 +1,4 @@
-"""How the weights of a transformer begin: one scheme for each published code that begins in a way of its own.
+"""The weights that a transformer begins with: one scheme for each published code that begins in a way of its own.
 
 The schemes differ in four places: the deviation of ordinary layers, whether the outputs of residual branches are
 smaller, whether the logits begin at 0, and whether the modulations do. Each is read from the training code that it
@@ -224,6 +224,7 @@ def _add_scales(positions: Tensor, scales: tuple[int, ...], width: int) -> None:
     """Add VAR's vector of each scale to its positions `(N, D)`, and its start token to the first."""
     vectors = torch.empty(len(scales) + 1, width, device=positions.device, dtype=positions.dtype)
     _normal_by_width(vectors, width, 1, 1.0)
-    of_each = vectors[:-1].repeat_interleave(torch.tensor(scales, device=positions.device), dim=0)
+    counts = torch.tensor(scales, device=positions.device)
+    of_each = vectors[:-1].repeat_interleave(counts, dim=0, output_size=sum(scales))
     positions.add_(of_each[: len(positions)])
     positions[0].add_(vectors[-1])

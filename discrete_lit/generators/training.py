@@ -73,7 +73,7 @@ class ClassConditionalTraining(LightningModule, ABC):
     """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
 
     gradient_scale: int = 1
-    """What the loss is multiplied by before its gradients are taken."""
+    """A factor of the loss whose gradients are taken, which no log shows."""
 
     @abstractmethod
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
