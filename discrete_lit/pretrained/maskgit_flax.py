@@ -52,8 +52,8 @@ _RULES = [
 def maskgit_flax(state: State, settings: Settings) -> Conversion:
     """Convert `maskgit_imagenet{256,512}_checkpoint`.
 
-    Ids, classes and the mask share a table, in this order; how many there are of each must be given, as `codebook_size`
-    (1024 by default). No null label was trained: it has zeros, and guidance is refused. The logits are of the ids alone.
+    Ids, classes and the mask share a table, in this order; `codebook_size` says how many are ids, 1024 by default. No
+    null label was trained: it has zeros, and guidance is refused. The logits are of the ids alone.
     """
     words, places = "Embed_0.word_embeddings.embedding", "Embed_0.position_embeddings.embedding"
     width, length = state[words].shape[1], len(state[places]) - 1
@@ -188,8 +188,16 @@ def _port_names(levels: int, blocks: int) -> list[Arrangement]:
             homes[f"encoder.ResBlock_{level * blocks + number}"] = f"encoder.down.{level}.block.{number}"
             own = f"decoder.up.{levels - 1 - level}"
             homes[f"decoder.ResBlock_{(1 + level) * blocks + number}"] = f"{own}.block.{number}"
-    homes |= {f"decoder.Conv_{1 + level}": f"decoder.up.{levels - 1 - level}.upsample_conv" for level in range(levels - 1)}
-    layers = {"Conv_0": "conv1", "Conv_1": "conv2", "Conv_2": "nin_shortcut", "GroupNorm_0": "norm1", "GroupNorm_1": "norm2"}
+    homes |= {
+        f"decoder.Conv_{1 + level}": f"decoder.up.{levels - 1 - level}.upsample_conv" for level in range(levels - 1)
+    }
+    layers = {
+        "Conv_0": "conv1",
+        "Conv_1": "conv2",
+        "Conv_2": "nin_shortcut",
+        "GroupNorm_0": "norm1",
+        "GroupNorm_1": "norm2",
+    }
     every = {name: home for name, home in homes.items() if "ResBlock" not in name}
     every |= {
         f"{name}.{layer}": f"{home}.{own}"

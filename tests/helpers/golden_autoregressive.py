@@ -281,7 +281,11 @@ def bar(load: Load, case: Case) -> Tensors:
     return made
 
 
-PASSES: dict[str, Callable[[Any, Case], Tensors]] = {"open_magvit2_ar": open_magvit2_passes, "ibq_ar": ibq_passes, "bar": bar_passes}
+PASSES: dict[str, Callable[[Any, Case], Tensors]] = {
+    "open_magvit2_ar": open_magvit2_passes,
+    "ibq_ar": ibq_passes,
+    "bar": bar_passes,
+}
 OUTPUTS = {"open_magvit2_ar": open_magvit2_ar, "ibq_ar": ibq_ar, "bar": bar}
 
 

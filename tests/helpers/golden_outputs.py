@@ -21,7 +21,16 @@ from helpers import (
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
-KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns, golden_bits, golden_autoregressive, golden_flax)
+KINDS = (
+    golden_tokenizers,
+    golden_generators,
+    golden_diffusion,
+    golden_latents,
+    golden_turns,
+    golden_bits,
+    golden_autoregressive,
+    golden_flax,
+)
 NOT_YET = (
     *("chameleon", "dalle_dvae", "emu3"),
     *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
