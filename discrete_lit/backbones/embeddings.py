@@ -313,6 +313,15 @@ class Positions(nn.Module):
             return self.table[filled : filled + count]
         return self.table[self._rows(filled, count, order)][:, None]
 
+    def of(self, order: Tensor, places: Sequence[int], *, starts: bool) -> Tensor:
+        """Give the rotations of elements at `places` of an order `(B or 1, N)`, behind the starts or without them:
+        `(B or 1, 1, count, head_dim / 2, 2)`."""
+        assert self.table is not None
+        rows = order[:, torch.tensor(places, device=order.device)] + self.starts
+        if starts:
+            rows = torch.cat((torch.arange(self.starts, device=order.device).expand(len(order), -1), rows), dim=1)
+        return self.table[rows][:, None]
+
     def _rows(self, filled: int, count: int, order: Tensor) -> Tensor:
         """Find the rows of the tables: `(B, count)`."""
         starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)

@@ -36,6 +36,7 @@ from discrete_lit.backbones.embeddings import (
     TimeEmbedding,
     TokenTable,
     embed_tokens,
+    rotate,
 )
 from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 
@@ -61,6 +62,7 @@ class Transformer(Backbone):
       BAR also has `class_repeats=32`, `token_embedding="bit_table"`, `positions="learned_rope_2d"`,
       `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
       `mlp="swiglu"`.
+    - RandAR: as LlamaGen, with `position_instructions`.
     - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
@@ -101,6 +103,9 @@ class Transformer(Backbone):
             the first one, at all that stands before the element that predicts it (BAR).
         target_rotations: with rotary positions on a grid, the second half of the heads turn their queries by the
             position that is predicted, in the place of their own (BAR).
+        position_instructions: before each token stands an element that says which position comes next, from which it is
+            predicted: one learned vector, turned by the rotation of the position (RandAR). The sequence is twice as
+            long; the instruction's queries and keys are turned as the token's.
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
             linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), a table of the values of a
             bit and a linear map (`"bit_table"`: BAR), or the sum of a table for each of the sub-tokens that
@@ -169,6 +174,7 @@ class Transformer(Backbone):
         start_rotation: Literal["none", "zero"] = "none",
         target_positions: bool | Literal["all"] = False,
         target_rotations: bool = False,
+        position_instructions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
@@ -251,7 +257,8 @@ class Transformer(Backbone):
         queries = max(self.block_size - 1, 0)
         self.starts = registers + (class_slots * class_repeats if self.prefix else int(self.causal)) + queries
         # What stands in the sequence at most: a causal backbone never reads the last block.
-        self.elements = self.starts + layout.positions - self.block_size
+        self.instructed = position_instructions
+        self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
         condition_width = condition_width or width
         affine = not self.modulated if norm_affine is None else norm_affine
         norm_bias = bias if norm_bias is None else norm_bias
@@ -303,9 +310,10 @@ class Transformer(Backbone):
             zero_starts=start_rotation == "zero",
             rotary_base=rotary_base,
             rotary_offset=rotary_offset,
-            last_turned=target_rotations,
+            last_turned=target_rotations or position_instructions,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
+        self.instruction = nn.Parameter(torch.empty(1, width)) if position_instructions else None
         self.target_of_starts, self.target_rotations = target_positions == "all", target_rotations
         self.embedding_norm = None
         if embedding_norm:
@@ -388,11 +396,14 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
-        hidden = self._embed(tokens, class_vectors, filled, order, given.grid)
+        hidden = self._embed(tokens, class_vectors, filled, order, given.grid, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, modulating, order, cache, given)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
-        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
+        if self.instructed:
+            hidden = hidden[:, self._elements(filled, new, cache)[1]]
+        else:
+            hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
             if self.final_norm is not None:
                 hidden = self.final_norm(hidden)
@@ -439,11 +450,19 @@ class Transformer(Backbone):
         return tokens, again
 
     def _embed(
-        self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None, grid: Tensor | None
+        self,
+        tokens: Tensor,
+        class_vectors: Tensor,
+        filled: int,
+        order: Tensor | None,
+        grid: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
         assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
+        if self.instruction is not None:
+            embedded = self._with_instructions(embedded, self.instruction, filled, order, cache)
         if filled == 0 and self.starts:
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
@@ -467,6 +486,41 @@ class Transformer(Backbone):
         if self.embedding_norm is not None:
             embedded = self.embedding_norm(embedded)
         return self.dropout(embedded)
+
+    def _elements(
+        self, filled: int, count: int, cache: Cache | None, *, elements: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """List the places in the order of the new elements behind the starts, and where the instructions stand.
+
+        Args:
+            filled: elements before.
+            count: new tokens, or with `elements` new elements, the starts among them.
+            cache: says how many more instructions follow.
+        """
+        ahead = 0 if cache is None else cache.ahead
+        first = self.starts if filled == 0 else 0
+        if elements:
+            count = (count - first - ahead) // 2
+        read = max(filled - self.starts, 0) // 2
+        places = [] if filled else [0]
+        places += [place for token in range(read, read + count) for place in (token, token + 1)]
+        places += [read + count + number for number in range(1, ahead + 1)]
+        pairs = len(places) - ahead
+        instructions = [*range(0 if filled == 0 else 1, pairs, 2), *range(pairs, len(places))]
+        return places, [first + number for number in instructions]
+
+    def _with_instructions(
+        self, embedded: Tensor, vector: Tensor, filled: int, order: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """Put the instruction of the position that comes next behind each token, and in front that of the first."""
+        places, instructions = self._elements(filled, embedded.shape[1], cache)
+        first = self.starts if filled == 0 else 0
+        rotary = self.positions.of(self._places(order, embedded.device), places, starts=False)
+        turned = rotate(vector.view(1, self.heads, 1, -1).expand(1, -1, len(places), -1), rotary)
+        turned = turned.transpose(1, 2).flatten(2).expand(len(embedded), -1, -1).to(embedded.dtype)
+        at = torch.tensor([number - first for number in instructions], device=embedded.device)
+        others = torch.ones(len(places), dtype=torch.bool, device=embedded.device).index_fill(0, at, False)
+        return turned.masked_scatter(others[None, :, None], embedded)
 
     def _check_count(self, filled: int, count: int) -> None:
         if filled + count > self.elements:
@@ -533,7 +587,12 @@ class Transformer(Backbone):
         self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None, given: Condition
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
-        rotary: Rotary | None = self.positions.rotary(filled, count, order)
+        rotary: Rotary | None = None
+        if self.instructed:
+            places, _ = self._elements(filled, count, cache, elements=True)
+            rotary = self.positions.of(self._places(order, hidden.device), places, starts=filled == 0)
+        else:
+            rotary = self.positions.rotary(filled, count, order)
         if rotary is not None and self.target_rotations:
             rotary = self._turned_to_targets(cast(Tensor, rotary), order, filled, count), cast(Tensor, rotary)
         mask = None if self.mask is None else self.mask[:count, :count]
@@ -558,7 +617,7 @@ class Transformer(Backbone):
             if self.skips is not None and layer < self.depth // 2:
                 kept.append(hidden)
         if cache is not None and cache.holds_keys:
-            cache.advance(count)
+            cache.advance(count - cache.ahead)
         return hidden
 
     def _final_modulation(self, condition: Tensor | None, cache: Cache | None, rows: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     mar,
     maskbit,
     maskgit_flax,
+    randar,
     sedd_mdlm,
     seed_voken,
     taming,
