@@ -31,12 +31,12 @@ from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import (
     InputKind,
+    PositionInstructions,
     PositionKind,
     Positions,
     TimeEmbedding,
     TokenTable,
     embed_tokens,
-    rotate,
 )
 from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 
@@ -232,6 +232,10 @@ class Transformer(Backbone):
             visible=visible_start,
             registers=registers,
             class_alone=conditioning == "prefix",
+            instructed=position_instructions,
+            plain=not (target_positions or target_rotations or condition_positions or hidden_positions)
+            and grid_vocab is None
+            and positions == "rope_2d",
             class_slots=class_slots,
             class_repeats=class_repeats,
             in_front=self.prefix,
@@ -313,7 +317,9 @@ class Transformer(Backbone):
             last_turned=target_rotations or position_instructions,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
-        self.instruction = nn.Parameter(torch.empty(1, width)) if position_instructions else None
+        self.instructions = None
+        if position_instructions:
+            self.instructions = PositionInstructions(width, heads=heads, starts=self.starts)
         self.target_of_starts, self.target_rotations = target_positions == "all", target_rotations
         self.embedding_norm = None
         if embedding_norm:
@@ -400,8 +406,8 @@ class Transformer(Backbone):
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, modulating, order, cache, given)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
-        if self.instructed:
-            hidden = hidden[:, self._elements(filled, new, cache)[1]]
+        if self.instructions is not None:
+            hidden = self.instructions.of(hidden, filled, new, 0 if cache is None else cache.ahead)
         else:
             hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
@@ -461,8 +467,10 @@ class Transformer(Backbone):
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
         assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
-        if self.instruction is not None:
-            embedded = self._with_instructions(embedded, self.instruction, filled, order, cache)
+        if self.instructions is not None:
+            places = self._places(order, embedded.device)
+            ahead = 0 if cache is None else cache.ahead
+            embedded = self.instructions(embedded, filled, ahead, places=places, positions=self.positions)
         if filled == 0 and self.starts:
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
@@ -486,41 +494,6 @@ class Transformer(Backbone):
         if self.embedding_norm is not None:
             embedded = self.embedding_norm(embedded)
         return self.dropout(embedded)
-
-    def _elements(
-        self, filled: int, count: int, cache: Cache | None, *, elements: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """List the places in the order of the new elements behind the starts, and where the instructions stand.
-
-        Args:
-            filled: elements before.
-            count: new tokens, or with `elements` new elements, the starts among them.
-            cache: says how many more instructions follow.
-        """
-        ahead = 0 if cache is None else cache.ahead
-        first = self.starts if filled == 0 else 0
-        if elements:
-            count = (count - first - ahead) // 2
-        read = max(filled - self.starts, 0) // 2
-        places = [] if filled else [0]
-        places += [place for token in range(read, read + count) for place in (token, token + 1)]
-        places += [read + count + number for number in range(1, ahead + 1)]
-        pairs = len(places) - ahead
-        instructions = [*range(0 if filled == 0 else 1, pairs, 2), *range(pairs, len(places))]
-        return places, [first + number for number in instructions]
-
-    def _with_instructions(
-        self, embedded: Tensor, vector: Tensor, filled: int, order: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """Put the instruction of the position that comes next behind each token, and in front that of the first."""
-        places, instructions = self._elements(filled, embedded.shape[1], cache)
-        first = self.starts if filled == 0 else 0
-        rotary = self.positions.of(self._places(order, embedded.device), places, starts=False)
-        turned = rotate(vector.view(1, self.heads, 1, -1).expand(1, -1, len(places), -1), rotary)
-        turned = turned.transpose(1, 2).flatten(2).expand(len(embedded), -1, -1).to(embedded.dtype)
-        at = torch.tensor([number - first for number in instructions], device=embedded.device)
-        others = torch.ones(len(places), dtype=torch.bool, device=embedded.device).index_fill(0, at, False)
-        return turned.masked_scatter(others[None, :, None], embedded)
 
     def _check_count(self, filled: int, count: int) -> None:
         if filled + count > self.elements:
@@ -588,9 +561,10 @@ class Transformer(Backbone):
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
         rotary: Rotary | None = None
-        if self.instructed:
-            places, _ = self._elements(filled, count, cache, elements=True)
-            rotary = self.positions.of(self._places(order, hidden.device), places, starts=filled == 0)
+        if self.instructions is not None:
+            ahead = 0 if cache is None else cache.ahead
+            numbers = self.instructions.numbers(filled, self.instructions.tokens(filled, count, ahead), ahead)
+            rotary = self.positions.of(self._places(order, hidden.device), numbers, starts=filled == 0)
         else:
             rotary = self.positions.rotary(filled, count, order)
         if rotary is not None and self.target_rotations:
@@ -751,6 +725,8 @@ def _check_starts(
     visible: int,
     registers: int,
     class_alone: bool,
+    instructed: bool,
+    plain: bool,
     class_slots: int,
     class_repeats: int,
     in_front: bool,
@@ -762,6 +738,11 @@ def _check_starts(
         raise ValueError(
             f"class_repeats={class_repeats} must be at least 1, and more need a class in front of the sequence, "
             "conditioning='prefix' or 'prefix_adaln', without visible_start"
+        )
+    if instructed and (layout.attention != "causal" or blocks > 1 or visible or not plain):
+        raise ValueError(
+            "position_instructions=true needs a causal sequence of single positions with positions='rope_2d', without "
+            "visible_start, grid_vocab, or what else says where an element stands or what it predicts"
         )
     if visible and (layout.attention != "causal" or registers or not class_alone or class_slots > 1 or blocks > 1):
         raise ValueError(

@@ -98,7 +98,8 @@ class Autoregressive(Generator):
         if isinstance(order, str):
             if order not in ("raster", "blocks", "random", "random_annealed"):
                 raise ValueError(
-                    f"order must be 'raster', 'blocks', 'random', 'random_annealed' or a permutation of positions, got {order!r}"
+                    f"order must be 'raster', 'blocks', 'random', 'random_annealed' or a permutation of positions, got "
+                    f"{order!r}"
                 )
             if order == "blocks":
                 order = block_order(layout.grid, block_size)

@@ -18,7 +18,7 @@ _PUBLISHED_LENGTH = 256
 _RULES = [
     ("token_embedding.table.weight", "tok_embeddings.weight"),
     ("class_embedding.weight", "cls_embedding.embedding_table.weight"),
-    ("instruction", "pos_instruct_embeddings"),
+    ("instructions.vector", "pos_instruct_embeddings"),
     *in_blocks("layers.{block}", LLAMA_BLOCK),
     ("final_norm.weight", "norm.weight"),
     ("head.project.weight", "output.weight"),

@@ -42,6 +42,7 @@ SWITCHES: dict[str, tuple[SequenceLayout, dict[str, Any]]] = {
             "target_rotations": True,
         },
     ),
+    "causal_instructed": (CAUSAL, {"positions": "rope_2d", "position_instructions": True}),
     "masked": (MASKED, {"head_dim": 6, "mlp_hidden": 20}),
     "masked_bert": (MASKED, {"norm_first": False, "head_transform": True, "tied": True, "head_bias": "place"}),
     "masked_adaln": (MASKED, {"conditioning": "adaln", "condition_width": 9}),

@@ -330,8 +330,8 @@ def in_steps(generator: Any, drawn: Tensor, labels: Tensor, order: Tensor, sizes
 def randar(load: Load, case: Case) -> Tensors:
     generator, labels, order = load(), case.inputs["y"], case.inputs["order"]
     backbone, made = generator.backbone, randar_passes(generator, case)
-    rotations = backbone.positions.of(order, list(range(generator.length)), starts=False)
-    instructions = rotate(backbone.instruction.view(1, backbone.heads, 1, -1), rotations)
+    rotations = backbone.positions.of(order, tuple(range(generator.length)), starts=False)
+    instructions = rotate(backbone.instructions.vector.view(1, backbone.heads, 1, -1), rotations)
     made["instruction_tokens"] = instructions.transpose(1, 2).flatten(2)
     with torch.enable_grad():
         generator.train()
@@ -343,7 +343,7 @@ def randar(load: Load, case: Case) -> Tensors:
             generator,
             loss,
             {
-                "pos_instruct_embeddings": "instruction",
+                "pos_instruct_embeddings": "instructions.vector",
                 "tok_embeddings.weight": "token_embedding.table.weight",
                 "layers.0.attention.wqkv.weight": "blocks.0.attention.query_key_value.weight",
                 "cls_embedding.embedding_table.weight": "class_embedding.weight",
