@@ -276,7 +276,7 @@ def test_cached_hidden_states_are_those_without_a_cache() -> None:
     ("recipe", "vocab_size", "published"), [("open_magvit2_ar_b", 2**18, 343e6), ("bar_b", 2**16, 415e6)]
 )
 def test_recipes_have_the_published_sizes(recipe: str, vocab_size: int, published: float) -> None:
-    """To half a percent: BAR's own has the class 32 times in front, with positions of their own."""
+    """To half a percent."""
     arguments = layered(f"lightning_configs/generators/{recipe}_imagenet256.yaml")["model"]["init_args"]
     layout = SequenceLayout(vocab_size, (16, 16), num_classes=1000, attention="causal", any_order="order" in arguments)
     switches = arguments["backbone"]["init_args"]
