@@ -283,7 +283,7 @@ class IdHead(nn.Module, ABC):
         self.sub_tokens = SubTokens(sizes, vocab_size)
         self.block_size = 1
 
-    def read_input(self, embedding: nn.Module) -> None:  # noqa: B027, most heads share nothing
+    def read_input(self, embedding: nn.Module) -> None:
         """See the embedding of the transformer's input, whose tables a head may share."""
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 from discrete_lit.core.modules import at_least_float32, widened
+from discrete_lit.core.synchronisation import on_device
 
 InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts"]
 PositionKind = Literal["learned", "rope_1d", "rope_2d", "learned_rope_2d"]
@@ -313,10 +314,87 @@ class Positions(nn.Module):
             return self.table[filled : filled + count]
         return self.table[self._rows(filled, count, order)][:, None]
 
+    def of(self, places: Tensor, numbers: tuple[int, ...], *, starts: bool) -> Tensor:
+        """Give the rotations of some positions, behind the starts or without them.
+
+        Args:
+            places: `(B or 1, N)`, the positions in the sequence's order.
+            numbers: which of them.
+            starts: whether the starts stand before.
+
+        Returns:
+            `(B or 1, 1, count, head_dim / 2, 2)`.
+        """
+        assert self.table is not None
+        rows = places[:, on_device(torch.tensor, numbers, device=places.device)] + self.starts
+        if starts:
+            rows = torch.cat((torch.arange(self.starts, device=rows.device).expand(len(rows), -1), rows), dim=1)
+        return self.table[rows][:, None]
+
     def _rows(self, filled: int, count: int, order: Tensor) -> Tensor:
         """Find the rows of the tables: `(B, count)`."""
         starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
         return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]
+
+
+class PositionInstructions(nn.Module):
+    """Elements that say which position comes next (Pang et al., "RandAR", 2024): a vector, turned by its rotation.
+
+    Behind the starts stand the instruction of the first position, its token, the instruction of the second, and so on.
+    A pass ends with the instruction of the position that is predicted next, and with those of `ahead` more positions,
+    whose tokens are not known, where it is asked for them.
+
+    Args:
+        width: D.
+        heads: into which the vector is cut to be turned.
+        starts: elements before the first instruction.
+    """
+
+    def __init__(self, width: int, *, heads: int, starts: int) -> None:
+        super().__init__()
+        self.heads, self.starts = heads, starts
+        self.vector = nn.Parameter(torch.empty(1, width))
+
+    def tokens(self, filled: int, count: int, ahead: int) -> int:
+        """Count the tokens among `count` elements that follow `filled` others."""
+        return (count - (0 if filled else self.starts) - ahead) // 2
+
+    def numbers(self, filled: int, new: int, ahead: int) -> tuple[int, ...]:
+        """List the numbers, in the sequence's order, of the positions that the elements of `new` tokens are about."""
+        read = max(filled - self.starts, 0) // 2
+        pairs = (number for token in range(read, read + new) for number in (token, token + 1))
+        return (*(() if filled else (0,)), *pairs, *(read + new + 1 + number for number in range(ahead)))
+
+    def of(self, hidden: Tensor, filled: int, new: int, ahead: int) -> Tensor:
+        """Take the outputs at the instructions of the outputs `(B, count, D)` of a pass."""
+        first = 1 if filled else self.starts
+        regular = first + 2 * (new - (1 if filled else 0))  # the instruction of the next position
+        if not ahead:
+            return hidden[:, first : regular + 1 : 2]
+        return torch.cat((hidden[:, first : regular + 1 : 2], hidden[:, regular + 1 :]), dim=1)
+
+    def forward(self, embedded: Tensor, filled: int, ahead: int, *, places: Tensor, positions: Positions) -> Tensor:
+        """Put the instructions between embedded tokens.
+
+        Args:
+            embedded: `(B, n, D)`.
+            filled: elements before, the starts among them.
+            ahead: instructions at the end whose tokens are not known, beside the first one.
+            places: `(B or 1, N)`, the positions in the sequence's order.
+            positions: rotary, on a grid.
+        """
+        new = embedded.shape[1]
+        read = max(filled - self.starts, 0) // 2
+        first = read + 1 if filled else 0
+        instructed = tuple(range(first, read + new + 1 + ahead))
+        turned = rotate(self.vector.view(1, self.heads, 1, -1), positions.of(places, instructed, starts=False))
+        instructions = turned.transpose(1, 2).flatten(2).expand(len(embedded), -1, -1).to(embedded.dtype)
+        # Which of both comes where: tokens have the numbers behind the instructions.
+        before = len(instructed)
+        pairs = (number for token in range(new) for number in (before + token, token + (0 if filled else 1)))
+        turns = (*(() if filled else (0,)), *pairs, *range(before - ahead, before))
+        both = torch.cat((instructions, embedded), dim=1)
+        return both.index_select(1, on_device(torch.tensor, turns, device=both.device))
 
 
 def rotary_table(

@@ -33,6 +33,7 @@ from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import (
     InputKind,
+    PositionInstructions,
     PositionKind,
     Positions,
     TimeEmbedding,
@@ -64,6 +65,7 @@ class Transformer(Backbone):
       BAR also has `class_repeats=32`, `token_embedding="bit_table"`, `positions="learned_rope_2d"`,
       `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
       `mlp="swiglu"`.
+    - RandAR: as LlamaGen, with `position_instructions`.
     - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
@@ -104,6 +106,9 @@ class Transformer(Backbone):
             the first one, at all that stands before the element that predicts it (BAR).
         target_rotations: with rotary positions on a grid, the second half of the heads turn their queries by the
             position that is predicted, in the place of their own (BAR).
+        position_instructions: before each token stands an element that says which position comes next, from which it is
+            predicted: one learned vector, turned by the rotation of the position (RandAR). The sequence is twice as
+            long; the instruction's queries and keys are turned as the token's.
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
             linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), a table of the values of a
             bit and a linear map (`"bit_table"`: BAR), or the sum of a table for each of the sub-tokens that
@@ -179,6 +184,7 @@ class Transformer(Backbone):
         start_rotation: Literal["none", "zero"] = "none",
         target_positions: bool | Literal["all"] = False,
         target_rotations: bool = False,
+        position_instructions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
@@ -239,6 +245,10 @@ class Transformer(Backbone):
             visible=visible_start,
             registers=registers,
             class_alone=conditioning == "prefix",
+            instructed=position_instructions,
+            plain=not (target_positions or target_rotations or condition_positions or hidden_positions)
+            and grid_vocab is None
+            and positions == "rope_2d",
             class_slots=class_slots,
             class_repeats=class_repeats,
             in_front=self.prefix,
@@ -264,7 +274,8 @@ class Transformer(Backbone):
         queries = max(self.block_size - 1, 0)
         self.starts = registers + (class_slots * class_repeats if self.prefix else int(self.causal)) + queries
         # What stands in the sequence at most: a causal backbone never reads the last block.
-        self.elements = self.starts + layout.positions - self.block_size
+        self.instructed = position_instructions
+        self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
         condition_width = condition_width or width
         affine = not self.modulated if norm_affine is None else norm_affine
         norm_bias = bias if norm_bias is None else norm_bias
@@ -317,9 +328,12 @@ class Transformer(Backbone):
             zero_starts=start_rotation == "zero",
             rotary_base=rotary_base,
             rotary_offset=rotary_offset,
-            last_turned=target_rotations,
+            last_turned=target_rotations or position_instructions,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
+        self.instructions = None
+        if position_instructions:
+            self.instructions = PositionInstructions(width, heads=heads, starts=self.starts)
         self.target_of_starts, self.target_rotations = target_positions == "all", target_rotations
         self.embedding_norm = None
         if embedding_norm:
@@ -385,11 +399,14 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
-        hidden = self._embed(tokens, class_vectors, filled, order, given.grid)
+        hidden = self._embed(tokens, class_vectors, filled, order, given.grid, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, modulating, order, cache, given)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
-        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
+        if self.instructions is not None:
+            hidden = self.instructions.of(hidden, filled, new, 0 if cache is None else cache.ahead)
+        else:
+            hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
             if self.final_norm is not None:
                 hidden = self.final_norm(hidden)
@@ -436,11 +453,21 @@ class Transformer(Backbone):
         return tokens, again
 
     def _embed(
-        self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None, grid: Tensor | None
+        self,
+        tokens: Tensor,
+        class_vectors: Tensor,
+        filled: int,
+        order: Tensor | None,
+        grid: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
         assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
+        if self.instructions is not None:
+            places = self._places(order, embedded.device)
+            ahead = 0 if cache is None else cache.ahead
+            embedded = self.instructions(embedded, filled, ahead, places=places, positions=self.positions)
         if filled == 0 and self.starts:
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
@@ -530,7 +557,13 @@ class Transformer(Backbone):
         self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None, given: Condition
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
-        rotary: Rotary | None = self.positions.rotary(filled, count, order)
+        rotary: Rotary | None = None
+        if self.instructions is not None:
+            ahead = 0 if cache is None else cache.ahead
+            numbers = self.instructions.numbers(filled, self.instructions.tokens(filled, count, ahead), ahead)
+            rotary = self.positions.of(self._places(order, hidden.device), numbers, starts=filled == 0)
+        else:
+            rotary = self.positions.rotary(filled, count, order)
         if rotary is not None and self.target_rotations:
             rotary = self._turned_to_targets(cast(Tensor, rotary), order, filled, count), cast(Tensor, rotary)
         mask = None if self.mask is None else self.mask[:count, :count]
@@ -555,7 +588,7 @@ class Transformer(Backbone):
             if self.skips is not None and layer < self.depth // 2:
                 kept.append(hidden)
         if cache is not None and cache.holds_keys:
-            cache.advance(count)
+            cache.advance(count - cache.ahead)
         return hidden
 
     def _final_modulation(self, condition: Tensor | None, cache: Cache | None, rows: int) -> tuple[Tensor, ...]:
@@ -689,6 +722,8 @@ def _check_starts(
     visible: int,
     registers: int,
     class_alone: bool,
+    instructed: bool,
+    plain: bool,
     class_slots: int,
     class_repeats: int,
     in_front: bool,
@@ -700,6 +735,11 @@ def _check_starts(
         raise ValueError(
             f"class_repeats={class_repeats} must be at least 1, and more need a class in front of the sequence, "
             "conditioning='prefix' or 'prefix_adaln', without visible_start"
+        )
+    if instructed and (layout.attention != "causal" or blocks > 1 or visible or not plain):
+        raise ValueError(
+            "position_instructions=true needs a causal sequence of single positions with positions='rope_2d', without "
+            "visible_start, grid_vocab, or what else says where an element stands or what it predicts"
         )
     if visible and (layout.attention != "causal" or registers or not class_alone or class_slots > 1 or blocks > 1):
         raise ValueError(

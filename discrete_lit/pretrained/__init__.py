@@ -14,6 +14,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     mar,
     maskbit,
     maskgit_flax,
+    randar,
     rq_vae_transformer,
     sedd_mdlm,
     seed_voken,

@@ -90,8 +90,8 @@ def bar(state: State, settings: Settings) -> Conversion:
     head_width, hidden = len(state["latent_condition_proj.bias"]), state["blocks.0.mlp.w3.weight"].shape[1]
     if bits > _MOST_BITS:
         raise ValueError(
-            f"{state.source!r} predicts {bits} bits at a place, but an id has at most {_MOST_BITS}: models of patches of "
-            "several codes are not read"
+            f"{state.source!r} predicts {bits} bits at a place, but an id has at most {_MOST_BITS}: models of patches "
+            "of several codes are not read"
         )
     if repeats < 1:
         raise ValueError(f"{state.source!r} has no rotation for a class in front of its {length} tokens")

@@ -94,7 +94,7 @@ _RULES = [
 
 @register(
     "llamagen_gpt_c2i",
-    marks=("tok_embeddings.weight", "cls_embedding.embedding_table.weight"),
+    marks=("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "!pos_instruct_embeddings"),
     wrappers=("model", "module", "state_dict"),
 )
 def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:

@@ -52,8 +52,8 @@ _RULES = [
 def maskgit_flax(state: State, settings: Settings) -> Conversion:
     """Convert `maskgit_imagenet{256,512}_checkpoint`.
 
-    Ids, classes and the mask share a table, in this order; how many there are of each must be given, as `codebook_size`
-    (1024 by default). No null label was trained: it has zeros, and guidance is refused. The logits are of the ids alone.
+    Ids, classes and the mask share a table, in this order; `codebook_size` says how many are ids, 1024 by default. No
+    null label was trained: it has zeros, and guidance is refused. The logits are of the ids alone.
     """
     words, places = "Embed_0.word_embeddings.embedding", "Embed_0.position_embeddings.embedding"
     width, length = state[words].shape[1], len(state[places]) - 1

@@ -176,7 +176,6 @@ _CLASSES = ("class_embedding.weight", "class_emb.embedding_table.weight")
     "open_magvit2_ar",
     marks=("pre_emb.weight", "post_emb.weight", "factorized_blocks.0.attention.wqkv.weight"),
     wrappers=taming.WRAPPERS,
-    section=None,
 )
 def open_magvit2_ar(state: State, settings: Settings) -> Conversion:
     """Convert `AR_256_{B,L,XL}.ckpt` of Open-MAGVIT2.
@@ -236,7 +235,6 @@ def open_magvit2_ar(state: State, settings: Settings) -> Conversion:
     "ibq_ar",
     marks=("tok_emb.weight", "class_emb.embedding_table.weight", "head_nm.rmsnorm.weight"),
     wrappers=taming.WRAPPERS,
-    section=None,
 )
 def ibq_ar(state: State, settings: Settings) -> Conversion:
     """Convert `AR_256_{B,L,XL,XXL}.ckpt` of IBQ.

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.core.random import Purpose
-from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, RasterSampler
+from discrete_lit.samplers import BARSampler, OpenMAGVIT2Sampler, RandARSampler
 from discrete_lit.samplers.raster import SubTokenSettings
 from discrete_lit.tokenizers.quantizers import LookupFreeQuantizer
 from helpers.golden import Case, Compared, Load, Tensors
@@ -155,20 +156,30 @@ def ibq_ar(load: Load, case: Case) -> Tensors:
     return made
 
 
-class BitDraws:
+class OrderDraws:
+    """Orders `(B, N)` in the place of random numbers, of training."""
+
+    def __init__(self, orders: Tensor) -> None:
+        self.orders, (self.batch, self.places) = orders, orders.shape
+
+    def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
+        assert purpose == Purpose.ORDER
+        # The first number decides that the order is random, the others sort to it.
+        turns = torch.arange(1, count, dtype=torch.float64).expand(self.batch, -1) / count
+        made = torch.zeros(self.batch, count - 1, dtype=torch.float64).scatter(1, self.orders, turns)
+        return torch.cat((torch.zeros(self.batch, 1, dtype=torch.float64), made), dim=1)
+
+
+class BitDraws(OrderDraws):
     """The numbers of a BAR case in the place of random ones, of training."""
 
     def __init__(self, case: Case) -> None:
-        self.inputs = case.inputs
-        self.batch, self.places = case.inputs["orders"].shape
-        self.bits = case.inputs["mask_uniform"].shape[1]
+        super().__init__(case.inputs["orders"])
+        self.inputs, self.bits = case.inputs, case.inputs["mask_uniform"].shape[1]
 
     def uniform(self, purpose: Purpose, count: int, step: int = 0) -> Tensor:
         if purpose == Purpose.ORDER:
-            # The first number decides that the order is random, the others sort to it.
-            turns = torch.arange(1, count, dtype=torch.float64).expand(self.batch, -1) / count
-            made = torch.zeros(self.batch, count - 1, dtype=torch.float64).scatter(1, self.inputs["orders"], turns)
-            return torch.cat((torch.zeros(self.batch, 1, dtype=torch.float64), made), dim=1)
+            return super().uniform(purpose, count, step)
         assert purpose == Purpose.MASK_ORDER and count == self.places * self.bits
         # Theirs compares the places of the sorted numbers with the count, ours their ranks.
         return (self.inputs["mask_uniform"].argsort(dim=-1).double() / self.bits).view(self.batch, -1)
@@ -281,12 +292,90 @@ def bar(load: Load, case: Case) -> Tensors:
     return made
 
 
+class OrderedRandAR(RandARSampler):
+    """Draws in the orders of a case, and keeps how many tokens each step draws."""
+
+    def follow(self, case: Case) -> None:
+        self.case, self.sizes = case, list[int]()
+
+    def _order(self, context: Any) -> Tensor:
+        return self.case.inputs["order"]
+
+    def step_size(self, drawn: int, length: int) -> int:
+        self.sizes.append(super().step_size(drawn, length))
+        return self.sizes[-1]
+
+
+def randar_passes(generator: Any, case: Case) -> Tensors:
+    tokens, labels, order = case.inputs["z"], case.inputs["y"], case.inputs["order"]
+    logits, logits_null = with_and_without_class(generator, tokens.gather(1, order)[:, :-1], labels, order)
+    return {
+        "logits": logits,
+        "logits_null": logits_null,
+        "logits_raster": generator.backbone(tokens[:, :-1], labels),
+    }
+
+
+def in_steps(generator: Any, drawn: Tensor, labels: Tensor, order: Tensor, sizes: list[int]) -> Tensor:
+    """Logits of drawn ids in the order drawn, `(B, N, K)`, where those of a step do not see one another."""
+    rows, first = [], 0
+    for size in sizes:
+        cache = generator.backbone.new_cache(labels)
+        cache.ahead = size - 1
+        rows.append(generator.backbone(drawn[:, :first], labels, cache, order)[:, -size:])
+        first += size
+    return torch.cat(rows, dim=1)
+
+
+def randar(load: Load, case: Case) -> Tensors:
+    generator, labels, order = load(), case.inputs["y"], case.inputs["order"]
+    backbone, made = generator.backbone, randar_passes(generator, case)
+    rotations = backbone.positions.of(order, tuple(range(generator.length)), starts=False)
+    instructions = rotate(backbone.instructions.vector.view(1, backbone.heads, 1, -1), rotations)
+    made["instruction_tokens"] = instructions.transpose(1, 2).flatten(2)
+    with torch.enable_grad():
+        generator.train()
+        draws: Any = OrderDraws(order)
+        dropped = torch.zeros(len(labels), dtype=torch.bool)
+        loss, _ = generator.loss(generator.to_grid(case.inputs["z"]), labels, draws, dropped=dropped)
+        made["loss"] = loss.detach()[None]
+        made |= grads(
+            generator,
+            loss,
+            {
+                "pos_instruct_embeddings": "instructions.vector",
+                "tok_embeddings.weight": "token_embedding.table.weight",
+                "layers.0.attention.wqkv.weight": "blocks.0.attention.query_key_value.weight",
+                "cls_embedding.embedding_table.weight": "class_embedding.weight",
+            },
+        )
+        generator.eval()
+    for name in case.matching(r"greedy_((?!logits)\w)+"):
+        start, end = (float(case.read(name, r"cfg_scales=\((\S+), (\S+)\)")[number]) for number in (1, 2))
+        steps = int(case.number(name, "num_inference_steps"))
+        sampler = OrderedRandAR(None if steps < 0 else steps, guidance_start=start, guidance_scale=end, top_k=1)
+        sampler.follow(case)
+        made[name] = generator.sample(labels, sampler).flatten(1)
+        if steps > 0:
+            made["parallel_sizes"] = torch.tensor(sampler.sizes)
+        drawn, scales, first = made[name].gather(1, order), list[float](), 0
+        for size in sampler.sizes:
+            scales += [sampler.scales(generator.length)[first]] * size
+            first += size
+        with_class, without = (
+            in_steps(generator, drawn, label, order, sampler.sizes) for label in (labels, null(generator, labels))
+        )
+        made[f"{name}_logits"] = without + torch.tensor(scales)[:, None] * (with_class - without)
+    return made
+
+
 PASSES: dict[str, Callable[[Any, Case], Tensors]] = {
     "open_magvit2_ar": open_magvit2_passes,
     "ibq_ar": ibq_passes,
     "bar": bar_passes,
+    "randar": randar_passes,
 }
-OUTPUTS = {"open_magvit2_ar": open_magvit2_ar, "ibq_ar": ibq_ar, "bar": bar}
+OUTPUTS = {"open_magvit2_ar": open_magvit2_ar, "ibq_ar": ibq_ar, "bar": bar, "randar": randar}
 
 
 def network_outputs(generator: Any, case: Case) -> Tensors:
@@ -297,4 +386,4 @@ def network_outputs(generator: Any, case: Case) -> Tensors:
 def again(generator: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
     labels = case.inputs["y"].flatten()
-    return {**network_outputs(generator, case), "drawn": generator.sample(labels, RasterSampler())}
+    return {**network_outputs(generator, case), "drawn": generator.sample(labels)}

@@ -34,7 +34,7 @@ KINDS = (
 NOT_YET = (
     *("chameleon", "emu3"),
     *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
-    *("magvit2_video", "md4", "musicgen_decoder", "randar", "remdm"),
+    *("magvit2_video", "md4", "musicgen_decoder", "remdm"),
     *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
 )
 """Families with golden cases that no code of ours loads."""
