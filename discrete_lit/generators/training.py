@@ -24,6 +24,7 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import (
     AccumulatedMean,
+    WeightDecayRule,
     configure_optimizers,
     evaluation_stage,
     is_trained,
@@ -50,6 +51,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         label_dropout: probability that a training label is replaced by the null label, for classifier-free guidance.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
+        weight_decay_rule: which parameters the optimizer's weight decay acts on, see
+            `discrete_lit.optimization.decayed_parameters`.
         seed: of corruption, orders, label dropout, and what a likelihood draws.
 
     Raises:
@@ -68,6 +71,9 @@ class ClassConditionalTraining(LightningModule, ABC):
     """Whether the labels of data are looked at; False for a model of one class that any data will do for."""
     loss_weight: Tensor | float
     """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
+
+    gradient_scale: int = 1
+    """A factor of the loss whose gradients are taken, which no log shows."""
 
     @abstractmethod
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
@@ -91,6 +97,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        weight_decay_rule: WeightDecayRule = "linear",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -99,6 +106,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.label_dropout = label_dropout
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.seed = seed
         self.profile = BinnedMean(_PROFILE_BINS)
         self.accumulated = AccumulatedMean()
@@ -244,7 +252,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(means_over_ranks(named), batch_size=len(condition))
-        return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
+        scaled = loss if self.gradient_scale == 1 else loss * self.gradient_scale
+        return scaled if self.micro_batches == 1 else self.accumulated.loss(scaled, self.loss_weight)
 
     def _data_checked_later(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         """Return `data_of` a training batch, whose images are checked behind its backward pass: until then the host
@@ -309,7 +318,13 @@ class ClassConditionalTraining(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer, self.scheduler, hidden_layers=self.backbone.fsdp_units())
+        return configure_optimizers(
+            self,
+            self.optimizer,
+            self.scheduler,
+            hidden_layers=self.backbone.fsdp_units(),
+            weight_decay_rule=self.weight_decay_rule,
+        )
 
     def configure_model(self) -> None:
         """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""

@@ -27,7 +27,13 @@ from discrete_lit.core.modules import accumulate_statistics, at_least_float32, e
 from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers, evaluation_stage, micro_batches_of
+from discrete_lit.optimization import (
+    AccumulatedMean,
+    configure_apart,
+    configure_optimizers,
+    evaluation_stage,
+    micro_batches_of,
+)
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, ObjectiveTerms, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -224,12 +230,21 @@ class ImageAutoencoder(LightningModule):
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
         ratios = [] if adversarial is None else [(adversarial.discriminator, adversarial.learning_rate_factor)]
-        return configure_optimizers(
+        configured = configure_optimizers(
             self,
             self.optimizer,
             self.scheduler,
             learning_rate_ratios=ratios,
             hidden_layers=self.network.hidden_layers(),
+        )
+        if adversarial is None:
+            return configured
+        return configure_apart(
+            configured,
+            adversarial.parameters_to_train(),
+            weight_decay=adversarial.weight_decay,
+            scheduler=adversarial.scheduler,
+            first_step=adversarial.start_step - adversarial.lead_steps,
         )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

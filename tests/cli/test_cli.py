@@ -21,7 +21,7 @@ from discrete_lit.core.trust import importable_from_here
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
 OPTIONS = {
-    "fit": TRAINING | {"weights"},
+    "fit": TRAINING | {"init_from"},
     "validate": TRAINING | {"verbose"},
     "test": TRAINING | {"verbose"},
     "predict": TRAINING,
@@ -349,7 +349,7 @@ def test_a_recipe_that_lacks_its_base_says_how_it_is_run(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in ("run_dir", "ckpt_path", "weights") for value in (5, ["a"], "", "a\0b")]
+    [(name, value) for name in ("run_dir", "ckpt_path", "init_from") for value in (5, ["a"], "", "a\0b")]
     + [("trainer", value) for value in (5, ["a"], None)],
 )
 def test_what_is_used_before_parsing_is_checked(
