@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -126,7 +127,7 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
         raise ValueError(f"weight_decay_rule={rule!r} is not known, accepted: {', '.join(get_args(WeightDecayRule))}")
     if rule in ("matrices", "all"):
         return {id(parameter) for parameter in module.parameters() if rule == "all" or parameter.ndim >= 2}
-    decayed = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
     for name, parameter in module.named_parameters():
         part = f".{name}"
         if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
@@ -136,6 +137,71 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
         if rule == "rar" and ".final_modulation." in part:
             decayed.discard(id(parameter))
     return decayed
+
+
+def _trained_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer, or what it is computed from under a spectral norm."""
+    if is_parametrized(layer, "weight"):
+        return layer.parametrizations["weight"].original  # type: ignore[index, return-value, union-attr]
+    return layer.weight  # type: ignore[return-value]
+
+
+def configure_apart(
+    configured: Any,
+    parameters: Iterable[nn.Parameter],
+    *,
+    weight_decay: float | None = None,
+    scheduler: Callable[[Optimizer], LambdaLR] | None = None,
+    first_step: int = 0,
+) -> Any:
+    """Give the parameter groups of a part, as a discriminator, a weight decay and a learning-rate schedule of its own.
+
+    Args:
+        configured: what `configure_optimizers` gave, with the part in groups of its own.
+        parameters: those of the part.
+        weight_decay: of those of its groups that decay; None leaves it.
+        scheduler: from an optimizer to a scheduler, whose steps count from `first_step` on; None leaves the common one.
+        first_step: the step of the Trainer that is the part's step 0.
+
+    Returns:
+        `configured`, changed.
+
+    Raises:
+        ValueError: a scheduler that is no `LambdaLR`, or beside one that is none; a `weight_decay` where the optimizer
+            has none to replace.
+    """
+    optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    own = {id(parameter) for parameter in parameters}
+    places = [place for place, group in enumerate(optimizer.param_groups) if any(id(p) in own for p in group["params"])]
+    if weight_decay is not None:
+        decaying = [group for group in (optimizer.param_groups[place] for place in places) if group.get("weight_decay")]
+        if not decaying:
+            raise ValueError(
+                f"weight_decay={weight_decay} of a discriminator replaces the optimizer's, and "
+                f"{type(optimizer).__name__} has none here: set weight_decay in optimizer.init_args too"
+            )
+        for group in decaying:
+            group["weight_decay"] = weight_decay
+    if scheduler is None:
+        return configured
+    if not isinstance(configured, dict):
+        common: Any = LambdaLR(optimizer, lambda step: 1.0)
+        configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": common, "interval": "step"}}
+    common = configured["lr_scheduler"]["scheduler"]
+    # The ratio of its rate at each step, from a scheduler of an optimizer that trains nothing.
+    apart = scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    for found in (common, apart):
+        if not isinstance(found, LambdaLR):
+            raise ValueError(
+                "a learning-rate schedule of its own needs schedulers of the kind LambdaLR on both sides, as "
+                f"WarmupCosine or WarmupLinear, got {type(found).__name__}"
+            )
+    (ratio,) = apart.lr_lambdas
+    for place in places:
+        common.lr_lambdas[place] = lambda step: ratio(max(step - first_step, 0))
+        optimizer.param_groups[place]["lr"] = common.base_lrs[place] * common.lr_lambdas[place](0)
+    common._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return configured
 
 
 def _groups(
@@ -268,6 +334,11 @@ def is_trained(module: LightningModule) -> bool:
         return isinstance(module.trainer, Trainer)
     except RuntimeError:  # Lightning's, of a module without a Trainer
         return False
+
+
+def evaluation_stage(module: LightningModule) -> str:
+    """Name what a module measures now, as its logs begin: `"test"` in a Trainer's test, else `"validation"`."""
+    return "test" if is_trained(module) and module.trainer.testing else "validation"
 
 
 # Where torch has one kernel for a step of Adam that is worth it; tests add the CPU's.

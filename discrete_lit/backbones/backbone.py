@@ -283,6 +283,9 @@ class IdHead(nn.Module, ABC):
         self.sub_tokens = SubTokens(sizes, vocab_size)
         self.block_size = 1
 
+    def read_input(self, embedding: nn.Module) -> None:
+        """See the embedding of the transformer's input, whose tables a head may share."""
+
     @abstractmethod
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
         """Compute what training minimises in training mode, and in eval mode -log p of each id, or an estimate of its

@@ -24,6 +24,7 @@ MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "
 DropoutPlace = Literal["embeddings", "attention_weights", "attention_output", "mlp_hidden", "mlp_output"]
 Modulating = Tensor | tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]
+Rotary = Tensor | tuple[Tensor, Tensor]
 
 DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embeddings", "attention_weights", "attention_output", "mlp_output")
 """Where dropout acts unless a model says otherwise."""
@@ -131,7 +132,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         condition: Modulating | None = None,
-        rotary: Tensor | None = None,
+        rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
@@ -246,7 +247,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Tensor | None,
+        rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
         cache: LayerCache | None,
@@ -254,16 +255,18 @@ class Attention(nn.Module):
         """Map `(B, n, D)` to the same.
 
         Args:
-            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
+                keys where they differ.
             mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
             causal: each position sees those before it and itself.
             cache: keys and values so far.
         """
-        query, key, value = self._project(x).unbind()
+        query, key, value = self._project(x)
         if self.norms is not None:
             query, key = self.norms(query, key)
         if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
+            query, key = rotate(query, of_query), rotate(key, of_key)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -286,13 +289,15 @@ class Attention(nn.Module):
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
 
-    def _project(self, x: Tensor) -> Tensor:  # (B, n, D) -> queries, keys and values (3, B, heads, n, head_dim)
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each."""
         projected = self.query_key_value(x)
         if self.query_value_bias is not None:
             query_bias, value_bias = self.query_value_bias.to(projected.dtype)
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
-        # Not by einops: this runs for every token that is drawn.
-        return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Not by einops: this runs for every token that is drawn. Taken apart before heads and positions change places,
+        # the three gradients are put together once, in the layout that the linear layer's products read.
+        return tuple(part.transpose(1, 2) for part in projected.unflatten(-1, (3, self.heads, -1)).unbind(2))
 
 
 class ContextAttention(nn.Module):

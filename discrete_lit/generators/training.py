@@ -26,6 +26,7 @@ from discrete_lit.optimization import (
     AccumulatedMean,
     WeightDecayRule,
     configure_optimizers,
+    evaluation_stage,
     is_trained,
     micro_batches_of,
 )
@@ -44,7 +45,7 @@ class ClassConditionalTraining(LightningModule, ABC):
     all that is predicted in them, by weight.
 
     It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
-    of the coordinate of the losses, and what `validation_figures` makes of it.
+    of the coordinate of the losses, and what `validation_figures` makes of it; in a test the same under `test/`.
 
     Args:
         label_dropout: probability that a training label is replaced by the null label, for classifier-free guidance.
@@ -289,7 +290,15 @@ class ClassConditionalTraining(LightningModule, ABC):
             if weight[number] > 0:
                 figures[f"loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = total[number] / weight[number]
         figures |= self.validation_figures(mean)
-        self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+        stage = evaluation_stage(self)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure what validation does, and log it under `test/`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
 
     def validation_figures(self, mean_loss: Tensor) -> dict[str, Tensor]:
         """Return further figures to log, by name, given the mean loss of validation, float64."""
@@ -373,14 +382,20 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def on_validation_start(self) -> None:
         """Refuse uneven ranks: all gather sharded weights together, and would wait for ever for a batch more of one."""
+        self._check_even(self.trainer.num_val_batches, "val")
+
+    def on_test_start(self) -> None:
+        self._check_even(self.trainer.num_test_batches, "test")
+
+    def _check_even(self, batches: list[int | float], loop: str) -> None:
         if not self._sharded:
             return
-        mine = torch.tensor([sum(self.trainer.num_val_batches)], device=self.device)
+        mine = torch.tensor([sum(batches)], device=self.device)
         counts = all_gather_rows(mine).tolist()
         if len(set(counts)) > 1:
             raise ValueError(
                 f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
-                f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
+                f"trainer.limit_{loop}_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
             )
 
 

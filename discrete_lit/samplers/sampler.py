@@ -464,13 +464,14 @@ class CachedDecoder:
         self.condition, self.cache = context.prepare(self.doubled)
         self.order = None if order is None else order.repeat(1 + self.doubled, 1)
 
-    def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None, ahead: int = 0) -> Tensor:
         """Read the next tokens.
 
         Args:
             tokens: `(B, n)` ids, or `(B, n, D)` vectors, which follow those of the calls before.
             step: from 0; it decides whether the null rows are still needed.
             null_tokens: what the null rows read instead, while there are any; the same tokens by default.
+            ahead: positions beyond the next one that are also asked for, see `Cache.ahead`.
 
         Returns:
             `(B, rows, K)` logits, or hidden states for a sub-token head; or `(2 B, rows, ...)`, the null rows last.
@@ -479,7 +480,9 @@ class CachedDecoder:
             batch = len(tokens)
             self.doubled, self.condition, self.cache = False, self.condition[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
-        self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
+        self.cache.ahead = ahead
+        # An instruction is half of what a token and its instruction take.
+        self.context.count(1 + self.doubled, tokens.shape[1] + ahead // 2, self.cache)
         rows = self.rows(tokens)
         if self.doubled and null_tokens is not None:
             rows = torch.cat((tokens, null_tokens))
