@@ -88,15 +88,15 @@ class Initialization:
     linear_biases: bool = False
 
 
-_BERT = {"linear": _normal(0.02), "table": _normal(0.02)}
+_BERT = Initialization(linear=_normal(0.02), table=_normal(0.02))
 _SCHEMES: dict[str, Initialization] = {
-    "gpt2": Initialization(**_BERT, small_residuals=True),
-    "bert": Initialization(**_BERT),
-    "taming": Initialization(**_BERT, positions=_zeros),
+    "gpt2": replace(_BERT, small_residuals=True),
+    "bert": _BERT,
+    "taming": replace(_BERT, positions=_zeros),
     "maskgit": Initialization(linear=_cut_normal, table=_cut_normal),
-    "maskbit": Initialization(**_BERT, query_key_value=_xavier_together),
-    "llamagen": Initialization(**_BERT, logits=0.0),
-    "ibq": Initialization(**_BERT, logits=0.0, gates=1e-3, shifts=0.5, last_modulation=0.5),
+    "maskbit": replace(_BERT, query_key_value=_xavier_together),
+    "llamagen": replace(_BERT, logits=0.0),
+    "ibq": replace(_BERT, logits=0.0, gates=1e-3, shifts=0.5, last_modulation=0.5),
     "var": Initialization(
         linear=_normal_by_width,
         table=_normal_by_width,
