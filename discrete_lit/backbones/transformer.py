@@ -16,11 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.backbone import Backbone, IdHead, SequenceLayout
 from discrete_lit.backbones.blocks import (
+    DROPOUT_PLACES,
     AttentionBias,
     Block,
     BlockSettings,
     Context,
     ContextAttention,
+    DropoutPlace,
     MLPKind,
     Modulating,
     Modulation,
@@ -38,6 +40,7 @@ from discrete_lit.backbones.embeddings import (
     TokenTable,
     embed_tokens,
 )
+from discrete_lit.backbones.initialization import InitializationKind, initialise
 from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 
 
@@ -130,6 +133,9 @@ class Transformer(Backbone):
         head_transform: BERT's linear layer, GELU and LayerNorm before the logits; with `"gelu_tanh"` that GELU's
             approximation (MaskGIT's code).
         tied: the logits' weight is the token embedding's.
+        initialization: how the weights begin, by the name of a published code: see
+            `discrete_lit.backbones.initialization.initialise`.
+        initial_gates: of `initialization="var"` and `"ibq"`, how small the gates of the modulations begin.
         zero_outputs: the last layer of every residual branch and the head are 0 at the start (Zhang, Dauphin and Ma,
             "Fixup Initialization", 2019), where GPT-2's are small.
         visible_start: elements at the beginning of a causal sequence, the class among them, that see each other both
@@ -141,7 +147,11 @@ class Transformer(Backbone):
         hidden_positions: learned embeddings of the position that is predicted, added to what a `place_head` reads
             (BitDance).
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
-        dropout: on embeddings, attention weights and residual branches, in [0, 1).
+        dropout: probability at each of the `dropout_places`, in [0, 1).
+        dropout_places: what dropout acts on; by default the embedded sequence (`"embeddings"`), attention weights and
+            the outputs of attention and MLP (taming's GPT, BERT). LlamaGen leaves out attention weights, RAR has
+            `"mlp_hidden"` for the embeddings, Halton-MaskGIT that for these and the MLP's outputs, SEDD the two outputs
+            alone.
         drop_path: stochastic depth of the last block, growing linearly from the first.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
@@ -193,12 +203,15 @@ class Transformer(Backbone):
         head_bias: bool | Literal["place"] | None = None,
         head_transform: bool | Literal["gelu_tanh"] = False,
         tied: bool = False,
+        initialization: InitializationKind = "gpt2",
+        initial_gates: float | None = None,
         zero_outputs: bool = False,
         visible_start: int = 0,
         place_head: Callable[[BlockSettings, int], IdHead] | None = None,
         hidden_positions: bool = False,
         long_skips: bool = False,
         dropout: float = 0.0,
+        dropout_places: Sequence[DropoutPlace] = DROPOUT_PLACES,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -285,6 +298,7 @@ class Transformer(Backbone):
             bias=bias,
             condition_width=condition_width,
             dropout=dropout,
+            dropout_places=tuple(dropout_places),
             context_dim=context_dim,
         )
         # The head reads hidden states, which have seen what there is to attend to.
@@ -324,7 +338,7 @@ class Transformer(Backbone):
         self.embedding_norm = None
         if embedding_norm:
             self.embedding_norm = Norm(width, "rms" if embedding_norm == "rms" else "layer", epsilon=norm_epsilon)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(settings.dropout_at("embeddings"))
 
         # The blocks.
         self.condition_positions = nn.Parameter(torch.empty(self.elements, width)) if condition_positions else None
@@ -358,29 +372,12 @@ class Transformer(Backbone):
                 epsilon=norm_epsilon,
             )
         self.tied = tied
-        self.zero_outputs = zero_outputs
         self.activation_checkpointing = activation_checkpointing
         mask = _start_mask(self.elements, visible_start) if visible_start else _scale_mask(layout)
         if self.block_size > 1:
             mask = _block_mask(self.elements, before=self.starts - self.block_size, size=self.block_size)
         self.register_buffer("mask", mask, persistent=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Initialise as GPT-2: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth), or zero."""
-        for name, parameter in self.named_parameters():
-            if name.startswith("place_head.") and self.place_head is not None and self.place_head.initialised:
-                continue
-            if "modulation" in name or parameter.ndim < 2 or name.endswith(("bias", "log_sharpness", "start")):
-                continue
-            residual = name.endswith(("out.weight", "contract.weight"))
-            if self.zero_outputs and (residual or name == "head.project.weight"):
-                nn.init.zeros_(parameter)
-                continue
-            nn.init.normal_(parameter, std=0.02 / (2 * self.depth) ** 0.5 if residual else 0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialise(self, initialization, gates=initial_gates, zero_outputs=zero_outputs)
 
     def forward(
         self,

@@ -58,7 +58,8 @@ class Autoregressive(Generator):
         anneal_steps: optimizer steps until which every order is random and from which none is; the probability falls
             linearly between them. RAR's by default, of 250,000.
         sampler: `RasterSampler()` by default; it draws in this generator's order.
-        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
+        common: `backbone`, `label_dropout`, `gradient_of`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            every generator.
 
     Raises:
         ValueError: an order that is no permutation of the positions, steps that fall, blocks that do not divide the

@@ -32,10 +32,10 @@ KINDS = (
     golden_flax,
 )
 NOT_YET = (
-    *("chameleon", "dalle_dvae", "emu3"),
+    *("chameleon", "emu3"),
     *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "md4", "musicgen_decoder", "remdm"),
-    *("rq_transformer", "rq_vae", "showo", "transfusion_mask", "vq_diffusion"),
+    *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
 )
 """Families with golden cases that no code of ours loads."""
 
