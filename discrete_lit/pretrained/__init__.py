@@ -2,7 +2,7 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
-    bar,
+    amazon_bar,
     bitdance,
     compvis_ldm,
     dall_e,

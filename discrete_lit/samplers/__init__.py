@@ -23,8 +23,8 @@ from discrete_lit.samplers.maskgit import (
     MaskGITSampler,
     TiTokSampler,
 )
+from discrete_lit.samplers.parallel_raster import RandARSampler
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
-from discrete_lit.samplers.randar import RandARSampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep

@@ -382,7 +382,10 @@ class SamplingContext:
         self._calls += evaluations
         self._passes += 1
         filled = None if cache is None else cache.filled
-        self._made[self.backbone.flops, (evaluations, tokens, filled, *self._attended)] += 1
+        of_pass = evaluations, tokens, filled, *self._attended
+        if cache is not None and cache.ahead:
+            of_pass = (*of_pass, 0, cache.ahead) if not self._attended else (*of_pass, cache.ahead)
+        self._made[self.backbone.flops, of_pass] += 1
 
     def count_head(self, evaluations: int, known: int) -> None:
         """Count one pass of a sub-token head over one position.
@@ -481,8 +484,7 @@ class CachedDecoder:
             self.doubled, self.condition, self.cache = False, self.condition[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
         self.cache.ahead = ahead
-        # An instruction is half of what a token and its instruction take.
-        self.context.count(1 + self.doubled, tokens.shape[1] + ahead // 2, self.cache)
+        self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
         rows = self.rows(tokens)
         if self.doubled and null_tokens is not None:
             rows = torch.cat((tokens, null_tokens))

@@ -31,7 +31,8 @@ class RandARSampler(RasterSampler):
         settings: of `Sampler`.
 
     Raises:
-        ValueError: a setting out of its range; in use, a backbone without position instructions.
+        ValueError: a setting out of its range; in use, a backbone without position instructions, or more steps than
+            tokens.
     """
 
     def __init__(
@@ -59,6 +60,10 @@ class RandARSampler(RasterSampler):
                 "position_instructions=true"
             )
         length, mask_id = context.layout.length, context.layout.mask_id
+        if self.steps is not None and self.steps > length:
+            raise ValueError(
+                f"steps={self.steps} exceeds the {length} tokens of a sequence: each step draws at least one"
+            )
         order = self._order(context)
         scales = self.scales(length)
         uniforms = context.random.uniform(Purpose.TOKEN, length)
@@ -91,7 +96,8 @@ class RandARSampler(RasterSampler):
 
     def scales(self, steps: int) -> list[float]:
         start, end = self.guidance_start, self.guidance_scale
+        usual = super().scales(steps)
         if self.guidance_schedule != "linear" or end == 1:
-            return super().scales(steps)
+            return usual
         first, last = self.guidance_interval or (0, steps)
         return [start + (end - start) * n / steps if first <= n < last else 1.0 for n in range(steps)]
