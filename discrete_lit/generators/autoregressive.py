@@ -276,8 +276,8 @@ class OrderedBackbone(Backbone):
     def new_cache(self, condition: Condition | Tensor) -> Cache:
         return self.backbone.new_cache(condition)
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
-        return self.backbone.flops(batch, tokens, filled, context)
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0, ahead: int = 0) -> int:
+        return self.backbone.flops(batch, tokens, filled, context, ahead)
 
     def cache_flops(self, batch: int, context: int = 0) -> int:
         return self.backbone.cache_flops(batch, context)
