@@ -220,7 +220,7 @@ class LatentDiffusion(LatentGenerator):
             )
 
     def _teacher_given(self, condition: Condition) -> Teacher:
-        """What the teacher thinks of noisy latents, given what this model is given."""
+        """Make the teacher's prediction from noisy latents, given what this model is given."""
         teacher = self._teacher()
         with torch.no_grad():
             null = condition.null(null_label=teacher.num_classes, null_id=teacher.null_id)
