@@ -9,7 +9,7 @@ rate, and a decay to a smaller rate that stays.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
@@ -17,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,6 +32,10 @@ _DECAYED = (
 )
 
 
+WeightDecayRule = Literal["linear", "linear_and_classes", "rar", "matrices", "all"]
+"""Which parameters weight decay acts on; see `decayed_parameters`."""
+
+
 def configure_optimizers(
     module: LightningModule,
     optimizer: OptimizerCallable | None,
@@ -38,12 +43,9 @@ def configure_optimizers(
     *,
     learning_rate_ratios: Sequence[tuple[nn.Module, float]] = (),
     hidden_layers: Iterable[nn.Module] = (),
+    weight_decay_rule: WeightDecayRule = "linear",
 ) -> Any:
     """Build what Lightning's `configure_optimizers` returns: one optimizer, and a scheduler that steps by the batch.
-
-    Weight decay acts on the weights of linear and convolution layers alone: never on biases, gains, embeddings,
-    positions, start tokens and codebooks, as in RAR and minGPT (LlamaGen and nanoGPT decay embeddings too). Decay would
-    shrink the rows of a table that a batch does not touch.
 
     Args:
         module: the module to train.
@@ -53,17 +55,18 @@ def configure_optimizers(
             the optimizer's.
         hidden_layers: the modules whose linear layers are hidden ones, as the blocks of a transformer are; their
             weights are what `MuonAdamW` trains by Muon.
+        weight_decay_rule: which parameters decay, see `decayed_parameters`.
 
     Raises:
-        ValueError: no optimizer was given, Muon for a module without hidden layers, or torch's Muon, which trains
-            nothing but matrices.
+        ValueError: no optimizer was given, a rule that is not known, Muon for a module without hidden layers, or
+            torch's Muon, which trains nothing but matrices.
     """
     if optimizer is None:
         raise ValueError(
             f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
-    decayed = {id(layer.weight) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    decayed = decayed_parameters(module, weight_decay_rule)
     separate = {id(parameter) for submodule, _ in learning_rate_ratios for parameter in submodule.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
     parts = [(rest, 1.0), *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios)]
@@ -97,6 +100,108 @@ def configure_optimizers(
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> set[int]:
+    """Find the parameters that weight decay acts on.
+
+    - `"linear"`: weights of linear and convolution layers; never biases, gains, embeddings, positions, start tokens and
+      codebooks (minGPT, TiTok's generator). Decay would shrink the rows of a table that a batch does not touch.
+    - `"linear_and_classes"`: also class embeddings (VAR).
+    - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
+      the "ln" that its norms are told by.
+    - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
+    - `"all"`: every parameter (MaskBit, Halton-MaskGIT).
+
+    Args:
+        module: what is trained.
+        rule: one of these.
+
+    Returns:
+        Identities (`id`) of the parameters.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in get_args(WeightDecayRule):
+        raise ValueError(f"weight_decay_rule={rule!r} is not known, accepted: {', '.join(get_args(WeightDecayRule))}")
+    if rule in ("matrices", "all"):
+        return {id(parameter) for parameter in module.parameters() if rule == "all" or parameter.ndim >= 2}
+    decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    for name, parameter in module.named_parameters():
+        part = f".{name}"
+        if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
+            decayed.add(id(parameter))
+        if rule == "rar" and part.endswith(".start"):
+            decayed.add(id(parameter))
+        if rule == "rar" and ".final_modulation." in part:
+            decayed.discard(id(parameter))
+    return decayed
+
+
+def _trained_weight(layer: nn.Module) -> nn.Parameter:
+    """The weight of a layer, or what it is computed from under a spectral norm."""
+    if is_parametrized(layer, "weight"):
+        return layer.parametrizations["weight"].original  # type: ignore[index, return-value, union-attr]
+    return layer.weight  # type: ignore[return-value]
+
+
+def configure_apart(
+    configured: Any,
+    parameters: Iterable[nn.Parameter],
+    *,
+    weight_decay: float | None = None,
+    scheduler: Callable[[Optimizer], LambdaLR] | None = None,
+    first_step: int = 0,
+) -> Any:
+    """Give the parameter groups of a part, as a discriminator, a weight decay and a learning-rate schedule of its own.
+
+    Args:
+        configured: what `configure_optimizers` gave, with the part in groups of its own.
+        parameters: those of the part.
+        weight_decay: of those of its groups that decay; None leaves it.
+        scheduler: from an optimizer to a scheduler, whose steps count from `first_step` on; None leaves the common one.
+        first_step: the step of the Trainer that is the part's step 0.
+
+    Returns:
+        `configured`, changed.
+
+    Raises:
+        ValueError: a scheduler that is no `LambdaLR`, or beside one that is none; a `weight_decay` where the optimizer
+            has none to replace.
+    """
+    optimizer: Optimizer = configured["optimizer"] if isinstance(configured, dict) else configured
+    own = {id(parameter) for parameter in parameters}
+    places = [place for place, group in enumerate(optimizer.param_groups) if any(id(p) in own for p in group["params"])]
+    if weight_decay is not None:
+        decaying = [group for group in (optimizer.param_groups[place] for place in places) if group.get("weight_decay")]
+        if not decaying:
+            raise ValueError(
+                f"weight_decay={weight_decay} of a discriminator replaces the optimizer's, and "
+                f"{type(optimizer).__name__} has none here: set weight_decay in optimizer.init_args too"
+            )
+        for group in decaying:
+            group["weight_decay"] = weight_decay
+    if scheduler is None:
+        return configured
+    if not isinstance(configured, dict):
+        common: Any = LambdaLR(optimizer, lambda step: 1.0)
+        configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": common, "interval": "step"}}
+    common = configured["lr_scheduler"]["scheduler"]
+    # The ratio of its rate at each step, from a scheduler of an optimizer that trains nothing.
+    apart = scheduler(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0))
+    for found in (common, apart):
+        if not isinstance(found, LambdaLR):
+            raise ValueError(
+                "a learning-rate schedule of its own needs schedulers of the kind LambdaLR on both sides, as "
+                f"WarmupCosine or WarmupLinear, got {type(found).__name__}"
+            )
+    (ratio,) = apart.lr_lambdas
+    for place in places:
+        common.lr_lambdas[place] = lambda step: ratio(max(step - first_step, 0))
+        optimizer.param_groups[place]["lr"] = common.base_lrs[place] * common.lr_lambdas[place](0)
+    common._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return configured
 
 
 def _groups(
@@ -229,6 +334,11 @@ def is_trained(module: LightningModule) -> bool:
         return isinstance(module.trainer, Trainer)
     except RuntimeError:  # Lightning's, of a module without a Trainer
         return False
+
+
+def evaluation_stage(module: LightningModule) -> str:
+    """Name what a module measures now, as its logs begin: `"test"` in a Trainer's test, else `"validation"`."""
+    return "test" if is_trained(module) and module.trainer.testing else "validation"
 
 
 # Where torch has one kernel for a step of Adam that is worth it; tests add the CPU's.

@@ -222,8 +222,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "MultiScaleVQ": SMALL_CODEBOOK,
     "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
-    "DVAE": {**SMALL_CODEBOOK, "latent_dim": 4},
+    "DVAE": {**SMALL_CODEBOOK, "latent_dim": 32},
+    "DALLEAutoencoder": {"channels": 4, "blocks": 1},
     "KLVAE": {"latent_channels": 4},
+    "RawPixels": {"image_channels": 3},  # of the tiny tokenizers
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},
@@ -250,7 +252,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "LPIPS": {"weights_path": "random"},
     "AlignmentLoss": {"model_name": "test_vit.r160_in1k", "weights_path": "random", "image_size": 32},
     "TimmFeatures": {"model_name": "test_convnext.r160_in1k", "weights_path": "random", "image_size": 32},
+    "TorchvisionLogits": {"model_name": "squeezenet1_1", "weights_path": "random", "image_size": 32},
     "AdversarialLoss": {"start_step": 0},
+    "BlurPoolDiscriminator": {"width": 4},
     "PatchGAN": {"width": 4},
     "StyleGANDiscriminator": {"image_size": 32, "width": 4, "max_width": 8},
     "DINODiscriminator": {

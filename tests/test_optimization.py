@@ -7,13 +7,21 @@ from math import cos, pi
 import pytest
 import torch
 import torch.distributed as dist
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 
 from discrete_lit import optimization
-from discrete_lit.optimization import MuonAdamW, WarmupCosine, WarmupLinear, configure_optimizers, fuse_steps
+from discrete_lit.optimization import (
+    MuonAdamW,
+    WarmupCosine,
+    WarmupLinear,
+    configure_apart,
+    configure_optimizers,
+    fuse_steps,
+)
 from discrete_lit.tokenizers import FSQ
 from discrete_lit.tokenizers.networks import TransformerSize, ViTAutoencoder
 
@@ -49,6 +57,77 @@ def test_generators_decay_matrices_alone(make_generator, family: str, conditioni
     assert decayed == {f"backbone.{name}" for name in matrices}
 
 
+# What each code excludes, by its own words, where a name of ours stands for one of theirs.
+AS_PUBLISHED = {
+    "linear": lambda name, shape: name.endswith(("table.weight", "class_embedding.weight", "positions.embedding")),
+    # VAR: `para.ndim == 1 or name.endswith("bias")`, start token, positions and levels.
+    "linear_and_classes": lambda name, shape: name.endswith(("table.weight", "positions.embedding", "start")),
+    # RAR: `p.ndim < 2 or "ln" in n or "bias" in n or "embedding" in n or "embed" in n`; ours calls its
+    # `adaln_before_head` a final modulation, and its `cls_token` a start.
+    "rar": lambda name, shape: "embedding" in name or "final_modulation" in name,
+    "matrices": lambda name, shape: False,  # LlamaGen: `p.dim() < 2` alone
+}
+
+
+@pytest.mark.parametrize("rule", [*AS_PUBLISHED, "all"])
+def test_weight_decay_as_published(make_generator, rule: str) -> None:
+    switches = {"conditioning": "prefix_adaln", "registers": 1, "condition_positions": True, "target_positions": True}
+    generator = make_generator("autoregressive", backbone=switches, optimizer=ADAMW, weight_decay_rule=rule)
+    decayed, others = names_by_decay(generator)
+    named = {f"backbone.{name}": value for name, value in generator.backbone.named_parameters()}
+    excluded = AS_PUBLISHED.get(rule, lambda name, shape: False)
+    if rule == "all":
+        assert not others and decayed == set(named)
+        return
+    # Positions of the condition and of targets are tables, which no name of theirs decays.
+    tables = ("condition_positions", "target_embedding", "start") if rule.startswith("linear") else ()
+    tables = ("condition_positions", "target_embedding") if rule == "rar" else tables
+    assert decayed == {
+        name
+        for name, value in named.items()
+        if value.ndim >= 2 and not excluded(name, value.shape) and not name.endswith(tables)
+    }
+
+
+def test_a_rule_of_weight_decay_that_is_not_known(make_generator) -> None:
+    generator = make_generator("masked", optimizer=ADAMW, weight_decay_rule="biases")
+    with pytest.raises(ValueError, match=r"weight_decay_rule='biases' is not known, accepted: linear, .*all"):
+        generator.configure_optimizers()
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_gradients_of_a_sequence(make_generator, tmp_path, clip: float | None) -> None:
+    """N times those of a token: plain gradient descent steps N times as far, unless a clip makes both as long."""
+    batch = {"tokens": torch.randint(4, (4, 3)), "label": torch.arange(4) % 2, "index": torch.arange(4)}
+    moved, logged = {}, {}
+    for kind in ("token", "sequence"):
+        torch.manual_seed(0)
+        generator = make_generator("masked", optimizer=partial(torch.optim.SGD, lr=0.1), gradient_of=kind)
+        before = torch.cat([value.detach().flatten().clone() for value in generator.backbone.parameters()])
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            gradient_clip_val=clip,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(generator.train(), DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+        after = torch.cat([value.detach().flatten() for value in generator.backbone.parameters()])
+        moved[kind], logged[kind] = after - before, float(trainer.callback_metrics["train/loss"])
+    assert logged["token"] == pytest.approx(logged["sequence"])
+    expected = moved["token"] * (3 if clip is None else 1)
+    torch.testing.assert_close(moved["sequence"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_what_is_not_known(make_generator) -> None:
+    with pytest.raises(ValueError, match="gradient_of='batch' is not known, accepted: token, sequence"):
+        make_generator("masked", gradient_of="batch")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"), [("fsq", {}), ("vqvae", {}), ("vqvae", {"codebook_update": "gradient"})]
 )
@@ -57,6 +136,15 @@ def test_tokenizers_decay_matrices_alone(make_tokenizer, kind: str, arguments) -
     assert ("quantizer.codebook.codes" in others) == bool(arguments)
     assert all("norm" not in name and name.endswith("weight") for name in decayed)
     assert "network.encoder.conv_in.weight" in decayed and "network.encoder.conv_in.bias" in others
+
+
+def test_a_weight_under_a_spectral_norm_decays() -> None:
+    module = LightningModule()
+    module.layer = spectral_norm(torch.nn.Conv1d(2, 2, 1))
+    decayed, others = (
+        {id(one) for one in group["params"]} for group in configure_optimizers(module, ADAMW, None).param_groups
+    )
+    assert decayed == {id(module.layer.parametrizations.weight.original)} and others == {id(module.layer.bias)}
 
 
 def test_a_network_without_biases_and_gains(make_generator) -> None:
@@ -388,3 +476,54 @@ def test_muon_refuses_sharded_weights() -> None:
             MuonAdamW([{"params": [model[0].weight], "muon": True}])
     finally:
         dist.destroy_process_group()
+
+
+def players(**settings) -> tuple[torch.optim.AdamW, list[torch.nn.Parameter]]:
+    """An optimizer of a matrix and a bias each of two players, and the second's parameters."""
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    groups = [{"params": [one], **({"weight_decay": 0.0} if place % 2 else {})} for place, one in enumerate(parameters)]
+    return torch.optim.AdamW(groups, lr=2.0, **settings), parameters[2:]
+
+
+@pytest.mark.parametrize("common", [None, partial(WarmupLinear, warmup_steps=0, total_steps=8)])
+def test_a_part_with_a_schedule_and_a_decay_of_its_own(common) -> None:
+    optimizer, part = players(weight_decay=0.5)
+    configured = optimizer
+    if common is not None:
+        configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": common(optimizer), "interval": "step"}}
+    own = partial(WarmupCosine, warmup_steps=2, total_steps=4)
+    configured = configure_apart(configured, part, weight_decay=0.1, scheduler=own, first_step=3)
+    scheduler = configured["lr_scheduler"]["scheduler"]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0, 0.1, 0.0]
+    found = []
+    for _ in range(8):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        assert found[-1] == scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    expected = [2 * (1 - step / 8) for step in range(8)] if common else [2.0] * 8
+    expected_apart = [1.0] * 4 + [2.0, 2.0, 1.0, 0.0]
+    for rates, of_rest, of_part in zip(found, expected, expected_apart, strict=True):
+        assert rates == pytest.approx([of_rest, of_rest, of_part, of_part])
+    # Resumed, both go on.
+    again, part = players(weight_decay=0.5)
+    resumed = configure_apart(again, part, scheduler=own, first_step=3)["lr_scheduler"]["scheduler"]
+    state = scheduler.state_dict()
+    resumed.load_state_dict(state | {"last_epoch": 4})
+    again.step()
+    resumed.step()
+    assert again.param_groups[2]["lr"] == pytest.approx(expected_apart[5])
+
+
+def test_what_a_part_of_its_own_refuses() -> None:
+    optimizer, part = players(weight_decay=0.0)
+    with pytest.raises(
+        ValueError, match=r"weight_decay=0.1 of a discriminator replaces the optimizer's, and AdamW has"
+    ):
+        configure_apart(optimizer, part, weight_decay=0.1)
+    constant = partial(torch.optim.lr_scheduler.ConstantLR, factor=0.5)
+    with pytest.raises(ValueError, match="as WarmupCosine or WarmupLinear, got ConstantLR"):
+        configure_apart(optimizer, part, scheduler=constant)
+    configured = {"optimizer": optimizer, "lr_scheduler": {"scheduler": constant(optimizer), "interval": "step"}}
+    with pytest.raises(ValueError, match="got ConstantLR"):
+        configure_apart(configured, part, scheduler=partial(WarmupCosine, warmup_steps=2, total_steps=4))

@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ def diffusers_dit(*, shared: bool) -> nn.Module:
     Args:
         shared: all blocks use the first's embedding of time and class, as DiT's do; by itself each has its own.
     """
-    from diffusers import DiTTransformer2DModel
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
     model = DiTTransformer2DModel(
         num_attention_heads=12,
@@ -110,7 +111,7 @@ def diffusers_dit(*, shared: bool) -> nn.Module:
         norm_eps=1e-6,
     )
     if shared:
-        first = model.transformer_blocks[0].norm1.emb
-        for block in model.transformer_blocks:
-            block.norm1.emb = first
+        blocks: Any = model.transformer_blocks
+        for block in blocks:
+            block.norm1.emb = blocks[0].norm1.emb
     return model

@@ -65,8 +65,8 @@ class LatentDiffusion(LatentGenerator):
         sampler: how `sample` draws where nothing else is asked for; by default 250 steps of DDPM, or of Euler in
             continuous time, without guidance; of a consistency function one step of `ConsistencySampler`.
         likelihood_steps: of the model whose bound `log_likelihood` is; a path of steps has its own at most.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: a setting out of its range; latents that are no grid of two axes.

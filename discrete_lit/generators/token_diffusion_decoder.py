@@ -374,6 +374,11 @@ class RedecodedTokenizer(Tokenizer):
         """C of the images."""
         return getattr(self.decoder.discrete, "image_channels", 3)
 
+    @property
+    def quantizer(self) -> Any:
+        """The quantizer of the ids; None of a tokenizer without one."""
+        return getattr(self.decoder.discrete, "quantizer", None)
+
     def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.decoder.discrete.token_shape(image_size)
 

@@ -2,8 +2,10 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    amazon_bar,
     bitdance,
     compvis_ldm,
+    dall_e,
     dit_sit,
     halton_maskgit,
     hart,
@@ -11,6 +13,9 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    maskgit_flax,
+    randar,
+    rq_vae_transformer,
     sedd_mdlm,
     seed_voken,
     taming,

@@ -196,6 +196,8 @@ class LFQ(AutoencoderTokenizer):
         entropy_temperature: of the affinities to codes.
         batch_entropy_weight: of the batch entropy against the per-sample one.
         entropy_groups: groups of equally many bits for the batch entropy; 1 is exact.
+        entropy_log_offset: added to probabilities inside the logarithm of the batch entropy; 1e-5 in Open-MAGVIT2.
+        entropy_across_ranks: the batch entropy of the joint batch of all ranks, or of each rank as in Open-MAGVIT2.
         bit_order: whether the first channel is the least or the most significant bit of the id.
     """
 
@@ -209,6 +211,8 @@ class LFQ(AutoencoderTokenizer):
         entropy_temperature: float = 0.01,
         batch_entropy_weight: float = 1.0,
         entropy_groups: int = 1,
+        entropy_log_offset: float = 0.0,
+        entropy_across_ranks: bool = True,
         bit_order: Literal["first_least_significant", "first_most_significant"] = "first_least_significant",
         **training: Any,
     ) -> None:
@@ -219,6 +223,8 @@ class LFQ(AutoencoderTokenizer):
             entropy_temperature=entropy_temperature,
             batch_entropy_weight=batch_entropy_weight,
             entropy_groups=entropy_groups,
+            entropy_log_offset=entropy_log_offset,
+            entropy_across_ranks=entropy_across_ranks,
             bit_order=bit_order,
         )
         super().__init__(network, quantizer, **training)

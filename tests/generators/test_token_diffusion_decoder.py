@@ -27,7 +27,7 @@ from discrete_lit.evaluation.inputs import Run, _load_autoencoders
 from discrete_lit.generators import TokenDiffusionDecoder
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 from discrete_lit.samplers import GuidedSolver
-from discrete_lit.tokenizers import FSQ, RawPixels, TokenGrid
+from discrete_lit.tokenizers import FSQ, PerturbedTokenizer, RawPixels, TokenGrid
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 DEVIATION = 0.3
@@ -445,3 +445,8 @@ def test_evaluation_measures_its_reconstructions(tmp_path: Path) -> None:
     assert (meter(images).int() - expected.int()).abs().max() <= 1
     figures = meter.figures()
     assert figures.vocab_size == 16 and figures.tokens == 16 and figures.psnr > 0
+    # Its ids can be perturbed as the tokenizer's own, to the same ones.
+    pictures = images / 127.5 - 1
+    perturbed = [PerturbedTokenizer(each, 0.5, neighbours=3) for each in (both, made.discrete)]
+    assert torch.equal(perturbed[0].encode(pictures), perturbed[1].encode(pictures))
+    assert not torch.equal(perturbed[0].decode(perturbed[0].encode(pictures)), both.decode(both.encode(pictures)))

@@ -12,13 +12,19 @@ from torch import Tensor
 from discrete_lit.metrics.latent_statistics import LatentStatistics
 from discrete_lit.tokenizers.klvae import DiagonalGaussian
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective
+from discrete_lit.tokenizers.losses.adversarial import AdaptiveWeight
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN
+from discrete_lit.tokenizers.losses.objective import map_pixels
 from discrete_lit.tokenizers.quantizers import VectorQuantizer
+from discrete_lit.tokenizers.quantizers.codebook import Codebook
 from helpers.golden import Case, Compared, Load, Tensors
 
 Outputs = Callable[[Load, Case], Tensors]
 
-NO_PLACE = {"maskgit_vqgan": {"soft_code": "a softmax over codes that no training of ours distils"}}
+NO_PLACE = {
+    "maskgit_vqgan": {"soft_code": "a softmax over codes that no training of ours distils"},
+    "rq_vae": {"soft_codes": "a softmax over codes, which RQ-Transformer learns from"},
+}
 COMPARED: Compared = {}
 TOLERANCE = 1e-4
 
@@ -251,10 +257,11 @@ def va_vae(load: Load, case: Case) -> Tensors:
     losses = case.constructor["lossconfig"]
     discriminator = {name: value for name, value in case.state.items() if name.startswith("loss.discriminator.")}
     patches = PatchGAN(
-        width=discriminator["loss.discriminator.main.0.weight"].shape[0], layers=losses["disc_num_layers"], norm="sync"
+        width=discriminator["loss.discriminator.main.0.weight"].shape[0], layers=losses["disc_num_layers"], norm="batch"
     )
     patches.load_state_dict({name.removeprefix("loss.discriminator."): value for name, value in discriminator.items()})
-    adversarial = AdversarialLoss(patches, losses["disc_weight"], adaptive=True, start_step=losses["disc_start"])
+    by_sums = AdaptiveWeight(reduction="sum")
+    adversarial = AdversarialLoss(patches, losses["disc_weight"], adaptive=by_sums, start_step=losses["disc_start"])
     # The reference's likelihood has a variance that it never trains: a weight of the pixels, and a constant.
     logvar = case.state["loss.logvar"]
     module.objective = Objective({"l1": float((-logvar).exp())}, adversarial_loss=adversarial)
@@ -378,6 +385,100 @@ def hart_tokenizer(load: Load, case: Case) -> Tensors:
     }
 
 
+def rq_vae(load: Load, case: Case) -> Tensors:
+    """Codes, images, a training step's losses and gradients, and what training makes of the codebook."""
+    module, images, given = deepcopy(load()), case.inputs["x"], case.inputs["codes"]
+    quantizer, encoded = module.quantizer, module.encode(images)
+
+    def by_depth(tokens: Tensor) -> Tensor:
+        looked_up = [quantizer.codebook(number).lookup(ids) for number, ids in enumerate(tokens.unbind(-1))]
+        return torch.stack(looked_up)
+
+    # Through the first code and the second.
+    partly = by_depth(given)[:2].sum(dim=0)
+    with torch.enable_grad():
+        loss, terms, reconstruction = module.loss(images)
+        parameters = {
+            "encoder.conv_in.weight": module.network.encoder.conv_in.weight,
+            "quant_conv.weight": module.network.encoder.to_latents.weight,
+            "decoder.conv_out.weight": module.network.decoder.conv_out.weight,
+        }
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+    commitment = terms["commitment"] / quantizer.commitment_weight
+    made = {
+        "recon": reconstruction.outputs,
+        "codes": encoded,
+        "prequant": module.latents(images),
+        "quant_partial": by_depth(encoded).cumsum(dim=0),
+        "decoded_codes": module.outputs(quantizer.lookup(given)),
+        "code_emb": by_depth(given).movedim(0, -2),
+        "decoded_partial_add": module.outputs(partly),
+        "quant_loss": commitment.reshape(1),
+        "loss_recon": terms["reconstruction"].reshape(1),
+        "loss_total": loss.reshape(1),
+    }
+    for name, gradient in zip(parameters, gradients, strict=True):
+        made[f"grad.{name}"] = gradient.reshape(case.expected[f"grad.{name}"].shape)
+    latents = case.expected["prequant"]
+    with patch.object(Codebook, "_revive", drawn_by(case.inputs["restart_perm"])):
+        made["ema_codes"] = quantizer.train()(latents).tokens
+    for number, codebook in enumerate(quantizer.codebooks):
+        no_code = case.state[f"quantizer.codebooks.{number}.weight"][-1:]
+        made |= {
+            f"ema_weight_{number}": torch.cat((codebook.codes, no_code)),
+            f"ema_cluster_size_{number}": codebook.cluster_size,
+            f"ema_embed_{number}": codebook.embedding_sum,
+        }
+    return {name: value.detach() for name, value in made.items()}
+
+
+def drawn_by(permutations: Tensor) -> Callable[..., None]:
+    """A `Codebook._revive` that draws as RQ-VAE does, by a permutation of the latents at each depth."""
+    rest = iter(permutations)
+
+    def revive(codebook: Codebook, rows: Tensor, finite: Tensor) -> None:
+        drawn, dead = rows[next(rest)], codebook.cluster_size < 1
+        latents = drawn[: codebook.size][dead]
+        codebook.codes[dead] = codebook.embedding_sum[dead] = latents
+        codebook.cluster_size[dead] = 1
+
+    return revive
+
+
+def dalle_dvae(load: Load, case: Case) -> Tensors:
+    """Logits, pixels of given ids, and the relaxed path with its gradients, without noise at a temperature of 1."""
+    module = deepcopy(load())
+    images = case.inputs["image"] * 2 - 1
+    encoded, stats = module.encode(images), module.outputs(module.quantizer.lookup(case.inputs["codes"]))
+    with torch.enable_grad():
+        latents = module.latents(images)
+        logits = module.quantizer.to_logits(latents)
+        relaxed = module.quantizer(latents, noise=torch.zeros_like(logits), temperature=1.0)
+        soft = module.outputs(relaxed.z_q)
+        network = module.network
+        parameters = {
+            "encoder.blocks.input.w": network.conv_in.weight,
+            "encoder.blocks.group_2.block_1.id_path.w": network.encoder.group_2.block_1.shortcut.weight,
+            "decoder.blocks.input.w": module.quantizer.codes,
+            "decoder.blocks.output.conv.b": network.conv_out.bias,
+        }
+        gradients = dict(
+            zip(parameters, torch.autograd.grad(soft.square().mean(), list(parameters.values())), strict=True)
+        )
+    gradients["decoder.blocks.input.w"] = gradients["decoder.blocks.input.w"].T[..., None, None]
+    made = {
+        "mapped": map_pixels(images),
+        "logits": channels_first(logits),
+        "codes": encoded,
+        "stats": stats,
+        "decoded_codes": unit(module.decode(case.inputs["codes"])),
+        "stats_soft": soft,
+        "recon": unit(module.decode(encoded)),
+        **{f"grad.{name}": gradient for name, gradient in gradients.items()},
+    }
+    return {name: value.detach() for name, value in made.items()}
+
+
 def quantizer_codes(module: Any) -> Tensor:
     """The codes themselves, a parameter where gradients move them."""
     return module.quantizer.codebook.codes
@@ -427,6 +528,15 @@ def unit(outputs: Tensor) -> Tensor:
 def network_outputs(module: Any, case: Case) -> Tensors:
     """What the encoder makes of the images, and the decoder of given ids or latents."""
     network = module.network
+    if case.family == "dalle_dvae":
+        logits = module.quantizer.to_logits(module.latents(case.inputs["image"] * 2 - 1))
+        return {
+            "logits": channels_first(logits),
+            "stats": module.outputs(module.embed(case.inputs["codes"]).movedim(1, -1)),
+        }
+    if case.family == "rq_vae":
+        decoded = module.outputs(module.quantizer.lookup(case.inputs["codes"]))
+        return {"prequant": module.latents(case.inputs["x"]), "decoded_codes": decoded}
     unit_range = case.family.startswith("titok") or network.pixels == "unit"
     images = case.inputs["x"] * 2 - 1 if unit_range else case.inputs["x"]
     encoded = network.encode(images)
@@ -454,7 +564,8 @@ def network_outputs(module: Any, case: Case) -> Tensors:
 
 def again(module: Any, case: Case) -> Tensors:
     """What a module that was saved and loaded again must give bit for bit."""
-    return {"encoded": module.encode(case.inputs["x"] * 2 - 1)}
+    images = case.inputs["image" if case.family == "dalle_dvae" else "x"]
+    return {"encoded": module.encode(images * 2 - 1)}
 
 
 OUTPUTS: dict[str, Outputs] = {
@@ -471,6 +582,8 @@ OUTPUTS: dict[str, Outputs] = {
     "va_vae": va_vae,
     "bitdance_ae": bitdance_ae,
     "hart_tokenizer": hart_tokenizer,
+    "rq_vae": rq_vae,
+    "dalle_dvae": dalle_dvae,
     "titok": titok,
     "titok_vae": titok_vae,
 }

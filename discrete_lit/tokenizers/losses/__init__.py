@@ -3,6 +3,15 @@
 from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss
 from discrete_lit.tokenizers.losses.alignment import AlignmentLoss
 from discrete_lit.tokenizers.losses.objective import Objective, PixelLoss
-from discrete_lit.tokenizers.losses.perceptual import LPIPS, PerceptualLoss, TimmFeatures
+from discrete_lit.tokenizers.losses.perceptual import LPIPS, PerceptualLoss, TimmFeatures, TorchvisionLogits
 
-__all__ = ["LPIPS", "AdversarialLoss", "AlignmentLoss", "Objective", "PerceptualLoss", "PixelLoss", "TimmFeatures"]
+__all__ = [
+    "LPIPS",
+    "AdversarialLoss",
+    "AlignmentLoss",
+    "Objective",
+    "PerceptualLoss",
+    "PixelLoss",
+    "TimmFeatures",
+    "TorchvisionLogits",
+]

@@ -20,7 +20,7 @@ is needed, neither player's gradient reaches the other, D's activations are free
 and the step is an ordinary one of the Trainer. The result is that of two optimizers that step on the same batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,14 +29,86 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.modules import RunningStatistics, at_least_float32
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
+LeCamTarget = Literal["logits", "means"]
+"""What `LeCam` holds near the running means: each logit, or the mean logits of a batch."""
+
 LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
 """Kinds of adversarial loss. For the discriminator `"hinge"`, or the logistic loss under the two other names; for the
 generator the logistic `"non_saturating"`, or the mean logit itself under the two other names."""
+
+GeneratorLoss = Literal[LogitLoss, "non_saturating_mean"]
+"""Kinds of the generator's loss: `LogitLoss`, or the logistic loss of the mean logit of each image, as in Open-MAGVIT2
+and IBQ."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveWeight:
+    """Weigh the generator's term by eq. 7, `lambda = |grad L_rec| / (|grad L_G| + delta)`, clamped.
+
+    Gradients are those at the decoder's last layer. The defaults are taming's, but for the ranks.
+
+    Args:
+        least: the smallest lambda; 0.015 in vaex, the tokenizer of VAR's authors.
+        largest: the largest lambda.
+        delta: keeps the denominator from 0; 1e-6 in vaex.
+        reduction: of L_rec in the ratio, which decides where the clamp acts. `"mean"` over an image's pixels, or their
+            `"sum"`, as in LDM's KL autoencoders and VA-VAE (`contperceptual.py`): lambda is then
+            `clamp(C H W |grad L_rec| / (|grad L_G| + delta)) / (C H W)`; their whole loss is C H W times ours.
+        across_ranks: compare the gradients of the joint batch of all ranks, so that several ranks train as one; if
+            not, each rank weighs its own batch, as all published code does.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    least: float = 0.0
+    largest: float = 1e4
+    delta: float = 1e-4
+    reduction: Literal["mean", "sum"] = "mean"
+    across_ranks: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least < self.largest or self.delta < 0:
+            raise ValueError(
+                "an adaptive weight needs 0 <= least < largest and delta >= 0, got "
+                f"least={self.least}, largest={self.largest}, delta={self.delta}"
+            )
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction of an adaptive weight must be 'mean' or 'sum', got {self.reduction!r}")
+
+    def __call__(
+        self, outputs: Tensor, last_layer: Tensor, *, reconstruction_gradient: Tensor, generator_gradient: Tensor
+    ) -> Tensor:
+        """Compute lambda, a scalar.
+
+        Both gradients are known at the outputs; from there they go back through the decoder's last layer alone.
+
+        Args:
+            outputs: `(B, C, H, W)` of the decoder, with their graph.
+            last_layer: the weight that the gradients are compared at.
+            reconstruction_gradient: `(B, C, H, W)`, of the reconstruction's terms, a mean over pixels, with respect to
+                the outputs.
+            generator_gradient: the same of the generator's term.
+        """
+        at_last_layer = []
+        for gradient in (reconstruction_gradient, generator_gradient):
+            # At unit length nothing underflows on its way through a half-precision layer.
+            length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
+            (found,) = take_gradients([outputs], [last_layer], [gradient / length], retain_graph=True)
+            at_last_layer.append(at_least_float32(found) * length)
+        both = torch.stack(at_last_layer)
+        if self.across_ranks:
+            both = all_reduce_sum(both) / world_size()
+        reconstruction, generator = both.flatten(1).norm(dim=1)
+        pixels = outputs[0].numel() if self.reduction == "sum" else 1
+        return (pixels * reconstruction / (generator + self.delta)).clamp(self.least, self.largest) / pixels
 
 
 @dataclass(kw_only=True)
@@ -71,8 +143,8 @@ class AdversarialLoss(nn.Module):
     Args:
         discriminator: gives logits of images and of reconstructions.
         weight: of the generator's term; the paper's 0.8 goes with `adaptive`.
-        adaptive: multiply the weight by eq. 7, `|grad L_rec| / (|grad L_G| + 1e-4)`, at most 1e4, with gradients of
-            the joint batch of all ranks (of each micro-batch by itself) at the decoder's last layer.
+        adaptive: multiply the weight by eq. 7, of each micro-batch by itself: `true` for the defaults of
+            `AdaptiveWeight`, or its settings, as `{reduction: sum}`.
         start_step: first step at which the generator meets the discriminator; the paper starts once the reconstruction
             has settled.
         warmup_steps: the generator's term grows linearly to its weight over them, so that the discriminator does not
@@ -80,11 +152,19 @@ class AdversarialLoss(nn.Module):
         lead_steps: the discriminator trains alone this long before `start_step`.
         loss: of the discriminator.
         generator_loss: of the generator if it is another kind.
+        discriminator_weight: of the discriminator's loss without its regularisers; 0.75 in RQ-VAE, 0.5 in LlamaGen.
+            Adam cancels it, a clip of the gradient's norm does not.
         lecam_weight: of LeCam regularisation; 0 leaves it out.
         lecam_decay: of its running means.
+        lecam_on: what LeCam holds near them: each of the `"logits"`, or their `"means"`, see `LeCam`.
         r1_weight: gamma / 2 of the penalty R1 on the gradient at real images; 0 leaves it out.
         r1_every: the penalty is computed every so many steps, and weighs as many times more (StyleGAN2, appendix B).
+        joint_batch: show images and reconstructions to the discriminator as one batch, as vaex does, so that batch
+            norms see both; if not, one after the other.
         learning_rate_factor: the discriminator's learning rate as a multiple of the autoencoder's.
+        scheduler: of the discriminator's learning rate, which counts the steps since the discriminator began to train:
+            a `WarmupCosine`, a `WarmupLinear` or another `LambdaLR`. None follows the autoencoder's.
+        weight_decay: of the discriminator, where the optimizer has one; None takes the autoencoder's.
 
     Raises:
         ValueError: a setting out of its range.
@@ -95,44 +175,53 @@ class AdversarialLoss(nn.Module):
         discriminator: Discriminator,
         weight: float = 0.8,
         *,
-        adaptive: bool = True,
+        adaptive: bool | AdaptiveWeight = True,
         start_step: int = 0,
         warmup_steps: int = 0,
         lead_steps: int = 0,
         loss: LogitLoss = "hinge",
-        generator_loss: LogitLoss | None = None,
+        generator_loss: GeneratorLoss | None = None,
+        discriminator_weight: float = 1.0,
         lecam_weight: float = 0.0,
         lecam_decay: float = 0.999,
+        lecam_on: LeCamTarget = "logits",
         r1_weight: float = 0.0,
         r1_every: int = 16,
+        joint_batch: bool = False,
         learning_rate_factor: float = 1.0,
+        scheduler: Callable[[Optimizer], LambdaLR] | None = None,
+        weight_decay: float | None = None,
     ) -> None:
         super().__init__()
         weights = {"weight": weight, "lecam_weight": lecam_weight, "r1_weight": r1_weight}
         steps = {"start_step": start_step, "warmup_steps": warmup_steps, "lead_steps": lead_steps}
-        for name, value in (weights | steps).items():
+        for name, value in (weights | steps | {"weight_decay": weight_decay or 0.0}).items():
             if value < 0:
                 raise ValueError(f"{name} of the adversarial loss must be >= 0, got {value}")
         if lead_steps > start_step:
             raise ValueError(f"lead_steps={lead_steps} of the adversarial loss exceed start_step={start_step}")
-        if r1_every < 1 or learning_rate_factor <= 0:
+        if r1_every < 1 or min(learning_rate_factor, discriminator_weight) <= 0:
             raise ValueError(
-                "r1_every of the adversarial loss must be at least 1 and learning_rate_factor above 0, got "
-                f"{r1_every} and {learning_rate_factor}"
+                "r1_every of the adversarial loss must be at least 1, learning_rate_factor and discriminator_weight "
+                f"above 0, got {r1_every}, {learning_rate_factor} and {discriminator_weight}"
             )
         self.discriminator = discriminator
         self.weight = weight
-        self.adaptive = adaptive
+        self.adaptive = AdaptiveWeight() if adaptive is True else adaptive or None
         self.start_step = start_step
         self.warmup_steps = warmup_steps
         self.lead_steps = lead_steps
         self.loss: LogitLoss = loss
-        self.generator_loss: LogitLoss = loss if generator_loss is None else generator_loss
+        self.generator_loss: GeneratorLoss = loss if generator_loss is None else generator_loss
+        self.discriminator_weight = discriminator_weight
         self.lecam_weight = lecam_weight
-        self.lecam = LeCam(lecam_decay) if lecam_weight else None
+        self.lecam = LeCam(lecam_decay, on=lecam_on) if lecam_weight else None
         self.r1_weight = r1_weight
         self.r1_every = r1_every
+        self.joint_batch = joint_batch
         self.learning_rate_factor = learning_rate_factor
+        self.scheduler = scheduler
+        self.weight_decay = weight_decay
 
     def trains(self, step: int) -> bool:
         """Whether the discriminator is computed and trained at an optimizer step."""
@@ -159,18 +248,23 @@ class AdversarialLoss(nn.Module):
         meets = self.warmup(step) > 0
         penalised = self.r1_weight > 0 and step % self.r1_every == 0
 
-        # The generator: its gradient at the outputs. The logits `fake` serve the discriminator too.
-        fake = self.discriminator(outputs if meets else outputs.detach())
+        # The logits `fake` serve both players.
+        outputs = outputs if meets else outputs.detach()
+        images = images.detach().requires_grad_(penalised)
+        with twice_differentiable() if penalised else nullcontext():
+            if self.joint_batch:
+                fake, real = self.discriminator(torch.cat((outputs, images))).chunk(2)
+            else:
+                fake, real = self.discriminator(outputs), self.discriminator(images)
+
+        # The generator: its gradient at the outputs.
         generator = generator_gradient = None
         if meets:
             generator = generator_loss(self.generator_loss, fake)
             (generator_gradient,) = take_gradients(generator, [outputs], retain_graph=True)
 
         # The discriminator.
-        images = images.detach().requires_grad_(penalised)
-        with twice_differentiable() if penalised else nullcontext():
-            real = self.discriminator(images)
-        terms = {"discriminator": discriminator_loss(self.loss, real, fake)}
+        terms = {"discriminator": self.discriminator_weight * discriminator_loss(self.loss, real, fake)}
         if self.lecam is not None:
             terms["lecam"] = self.lecam_weight * self.lecam(real, fake)
         if penalised:
@@ -204,43 +298,17 @@ def discriminator_loss(kind: LogitLoss, real: Tensor, fake: Tensor) -> Tensor:
     return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
 
 
-def generator_loss(kind: LogitLoss, fake: Tensor) -> Tensor:
+def generator_loss(kind: GeneratorLoss, fake: Tensor) -> Tensor:
     """The generator's loss on logits `(B, ...)` of reconstructions; scalar, float32 or float64.
 
-    `"non_saturating"`: `mean -log sigmoid(fake)` (Goodfellow et al. 2014, section 3); `"hinge"` and `"vanilla"`:
+    `"non_saturating"`: `mean -log sigmoid(fake)` (Goodfellow et al. 2014, section 3); `"non_saturating_mean"`: the same
+    of the mean logit of each image, as in Open-MAGVIT2 and IBQ (`vqperceptual.py`); `"hinge"` and `"vanilla"`:
     `-mean fake`, in taming for both.
     """
     fake = at_least_float32(fake)
+    if kind == "non_saturating_mean":
+        return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
     return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
-
-
-# Constants of eq. 7 and of taming's code: delta, and the largest adaptive weight.
-_LEAST_GRADIENT = 1e-4
-_LARGEST_WEIGHT = 1e4
-
-
-def adaptive_weight(
-    outputs: Tensor, last_layer: Tensor, *, reconstruction_gradient: Tensor, generator_gradient: Tensor
-) -> Tensor:
-    """The adaptive weight lambda of eq. 7, the same scalar on every rank.
-
-    Both gradients are known at the outputs; from there they go back through the decoder's last layer alone.
-
-    Args:
-        outputs: `(B, C, H, W)` of the decoder, with their graph.
-        last_layer: the weight that the gradients are compared at.
-        reconstruction_gradient: `(B, C, H, W)`, of the reconstruction's terms with respect to the outputs.
-        generator_gradient: the same of the generator's term.
-    """
-    at_last_layer = []
-    for gradient in (reconstruction_gradient, generator_gradient):
-        # At unit length nothing underflows on its way through a half-precision layer.
-        length = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny)
-        (found,) = take_gradients([outputs], [last_layer], [gradient / length], retain_graph=True)
-        at_last_layer.append(at_least_float32(found) * length)
-    joint = all_reduce_sum(torch.stack(at_last_layer)) / world_size()
-    reconstruction, generator = joint.flatten(1).norm(dim=1)
-    return (reconstruction / (generator + _LEAST_GRADIENT)).clamp(max=_LARGEST_WEIGHT)
 
 
 class LeCam(RunningStatistics):
@@ -252,28 +320,37 @@ class LeCam(RunningStatistics):
 
     Args:
         decay: of the running means, in [0, 1).
+        on: `"logits"` compares each of them with the running means that they moved (the authors' code, Open-MAGVIT2,
+            IBQ); `"means"` compares the mean logit of the images of a rank, and that of its reconstructions, with the
+            running means before they move (TiTok and MaskBit, `losses.py`).
 
     Raises:
-        ValueError: a decay out of its range.
+        ValueError: a setting out of its range.
     """
 
     real_mean: Tensor
     fake_mean: Tensor
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, *, on: LeCamTarget = "logits") -> None:
         super().__init__()
         if not 0 <= decay < 1:
             raise ValueError(f"lecam_decay must lie in [0, 1), got {decay}")
+        if on not in ("logits", "means"):
+            raise ValueError(f"lecam_on must be 'logits' or 'means', got {on!r}")
         self.decay = decay
+        self.on = on
         self.register_buffer("real_mean", torch.zeros(()))
         self.register_buffer("fake_mean", torch.zeros(()))
         self._seen: list[Tensor] = []
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Move the means by logits `(B, ...)`, then give the scalar penalty."""
+        """Move the running means by logits `(B, ...)`, and give the scalar penalty."""
         real, fake = at_least_float32(real), at_least_float32(fake)
+        before = torch.stack((self.real_mean, self.fake_mean))
         self._seen.append(all_reduce_sum(torch.stack((real.detach().mean(), fake.detach().mean()))) / world_size())
-        real_mean, fake_mean = self._moved()
+        if self.on == "means":
+            real, fake = real.mean(), fake.mean()
+        real_mean, fake_mean = before if self.on == "means" else self._moved()
         if not self.accumulating:
             self.end_step()
         return F.relu(real - fake_mean).square().mean() + F.relu(real_mean - fake).square().mean()

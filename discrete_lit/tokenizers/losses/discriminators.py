@@ -2,6 +2,7 @@
 
     PatchGAN               a logit for every patch  Isola et al., "Image-to-Image Translation", CVPR 2017, section
                                                     3.2.2; the discriminator of taming's VQGAN
+    BlurPoolDiscriminator  a logit for every patch  Weber et al., "MaskBit", TMLR 2024, section 3; of TiTok too
     StyleGANDiscriminator  a logit for an image     Karras et al., "Analyzing and Improving the Image Quality of
                                                     StyleGAN" (StyleGAN2), CVPR 2020
     DINODiscriminator      a logit for every patch  Sauer et al., "StyleGAN-T", ICML 2023, section 3.1
@@ -14,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd, prod, sqrt
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from einops import rearrange, repeat
@@ -27,6 +28,9 @@ from discrete_lit.core.distributed import world_size
 from discrete_lit.core.images import ImageSize, check_channels, height_and_width, normal_size
 from discrete_lit.core.modules import at_least_float32
 from discrete_lit.tokenizers.losses.frozen_networks import FrozenNetwork, make_timm, pixels_for
+
+Norm = Literal["group", "batch", "sync"]
+"""How a discriminator normalises: every image alone, over the images of a rank, or over those of all ranks."""
 
 # Groups of channels of a group normalisation, at most.
 _NORM_GROUPS = 32
@@ -50,28 +54,26 @@ class Discriminator(nn.Module, ABC):
 class PatchGAN(Discriminator):
     """Give a logit to every patch of an image by 4x4 convolutions; with three layers a patch is 70x70 pixels.
 
-    Convolutions, their order and their initialisation are those of taming's `NLayerDiscriminator`, and with
-    `norm="sync"` the names of the weights too.
+    Convolutions, their order and their initialisation are those of taming's `NLayerDiscriminator`, and with batch
+    normalisation the names of the weights too.
 
     Args:
         image_channels: C of the images.
         width: channels of the first layer; they double up to eight times that.
         layers: convolutions of stride 2.
-        norm: `"group"` normalises every image alone; `"sync"` is batch normalisation over all ranks, the paper's, with
-            which images and reconstructions are normalised apart.
+        norm: `"group"` normalises every image alone; `"batch"` is batch normalisation, the paper's, with which images
+            and reconstructions are normalised apart; `"sync"` is that over all ranks, so that several ranks train as
+            one. Published VQGANs take `"batch"`.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
-    def __init__(
-        self, *, image_channels: int = 3, width: int = 64, layers: int = 3, norm: Literal["group", "sync"] = "group"
-    ) -> None:
+    def __init__(self, *, image_channels: int = 3, width: int = 64, layers: int = 3, norm: Norm = "group") -> None:
         super().__init__()
         if width < 1 or layers < 1:
             raise ValueError(f"width and layers of PatchGAN must be at least 1, got width={width}, layers={layers}")
-        if norm not in ("group", "sync"):
-            raise ValueError(f"norm of PatchGAN must be 'group' or 'sync', got {norm!r}")
+        _check_norm(norm, "PatchGAN")
         self.image_channels = image_channels
         self.smallest = 3 * 2**layers
         widths = [width * min(2**layer, 8) for layer in range(layers + 1)]
@@ -95,35 +97,50 @@ class PatchGAN(Discriminator):
         return self.main(images)
 
 
-def _norm(kind: str, width: int) -> nn.Module:
-    return SynchronizedBatchNorm(width) if kind == "sync" else nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
+def _check_norm(kind: str, owner: str) -> None:
+    if kind not in ("group", "batch", "sync"):
+        raise ValueError(f"norm of {owner} must be 'group', 'batch' or 'sync', got {kind!r}")
+
+
+def _norm(kind: Norm, width: int) -> nn.Module:
+    """The norm of `(B, width, h, w)` or `(B, width, n)`."""
+    if kind == "group":
+        return nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
+    return SynchronizedBatchNorm(width) if kind == "sync" else BatchNorm(width)
 
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, SynchronizedBatchNorm | nn.GroupNorm):
+    elif isinstance(module, BatchNorm | nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
 
-class SynchronizedBatchNorm(nn.BatchNorm2d):
+class BatchNorm(nn.BatchNorm2d):
+    """Normalise, in training, by the statistics of the batch of this rank, of images or of sequences."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        assert input.ndim in (3, 4)
+
+
+class SynchronizedBatchNorm(BatchNorm):
     """Normalise, in training, by the statistics of the joined batch of all ranks.
 
     Whether there are other ranks is asked at every call. Unlike `torch.nn.SyncBatchNorm` it runs on every device and
     can be differentiated twice, as a gradient penalty asks.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, input: Tensor) -> Tensor:  # (B, C, ...) -> (B, C, ...)
         if not self.training or world_size() == 1:
             return super().forward(input)
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         with torch.autocast(input.device.type, enabled=False):
-            # Sums around the running mean, the same on every rank: those around 0 would cancel.
+            # Channels last; sums around the running mean, the same on every rank: those around 0 would cancel.
             center = self.running_mean.clone()
-            values = at_least_float32(input) - center[:, None, None]
-            count = values.new_tensor([values.numel() / values.shape[1]])
-            sums = torch.cat((values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3)), count))
+            values = at_least_float32(input).movedim(1, -1) - center
+            rows = values.flatten(0, -2)
+            sums = torch.cat((rows.sum(dim=0), rows.square().sum(dim=0), values.new_tensor([len(rows)])))
             sums = all_reduce(sums)
             total = sums[-1]
             mean, square = (sums[:-1] / total).chunk(2)
@@ -133,8 +150,67 @@ class SynchronizedBatchNorm(nn.BatchNorm2d):
                 momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean + center, momentum)
                 self.running_var.lerp_(variance * total / (total - 1), momentum)
-            normed = (values - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]
-            return (normed * self.weight[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+            normed = (values - mean) * torch.rsqrt(variance + self.eps)
+            return (normed * self.weight + self.bias).movedim(-1, 1).to(input.dtype)
+
+
+class BlurPoolDiscriminator(Discriminator):
+    """Give a logit to every patch of an image by 3x3 convolutions, each followed by a blur that halves it.
+
+    The discriminator of MaskBit (section 3) and of TiTok's decoder (1d-tokenizer, `discriminator.py`), with the names
+    of its weights: leaky ReLUs of slope 0.1, group normalisation behind each blur, and at the end the maxima over a
+    grid of 16 x 16. It sees pixels in [0, 1].
+
+    Args:
+        image_channels: C of the images.
+        width: channels of the first two stages; they double with every later one.
+        stages: how often the image is halved.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(self, *, image_channels: int = 3, width: int = 128, stages: int = 3) -> None:
+        super().__init__()
+        if width < 1 or stages < 1:
+            raise ValueError(
+                f"width and stages of BlurPoolDiscriminator must be at least 1, got width={width}, stages={stages}"
+            )
+        self.image_channels = image_channels
+        widths = [width, *(width * 2**stage for stage in range(stages))]
+        self.block_in = nn.Sequential(nn.Conv2d(image_channels, width, 5, padding=2), nn.LeakyReLU(0.1))
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1), _BlurPool(), _norm("group", after), nn.LeakyReLU(0.1)
+                )
+                for before, after in pairwise(widths)
+            )
+        )
+        self.pool = nn.AdaptiveMaxPool2d(16)
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding=2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, 1, 16, 16)
+        check_channels(images, self.image_channels, "BlurPoolDiscriminator")
+        return self.to_logits(self.pool(self.blocks(self.block_in((images + 1) / 2))))
+
+
+class _BlurPool(nn.Module):
+    """Halve an image behind a binomial filter of 4 x 4, zeros around it; an odd side is rounded up."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        binomial = torch.tensor([1.0, 3.0, 3.0, 1.0])
+        self.register_buffer("kernel", torch.outer(binomial, binomial) / 64, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w) -> (B, C, h/2, w/2)
+        width = x.shape[1]
+        padded = F.pad(x, (1, 1 + x.shape[3] % 2, 1, 1 + x.shape[2] % 2))
+        return F.conv2d(padded, self.kernel.to(x.dtype).expand(width, 1, 4, 4), stride=2, groups=width)
 
 
 # The shorter side of the image behind the last block of StyleGAN's discriminator.
@@ -208,24 +284,16 @@ class StyleGANDiscriminator(Discriminator):
 
 
 class _Block(nn.Module):
-    blur: Tensor
-
     def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(in_width, in_width, 3, padding=1)
         self.second = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.shortcut = nn.Conv2d(in_width, out_width, 1, bias=False)
-        binomial = torch.tensor([1.0, 3.0, 3.0, 1.0])
-        self.register_buffer("blur", torch.outer(binomial, binomial) / 64, persistent=False)
+        self.halve = _BlurPool()
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in, h, w) -> (B, out, h/2, w/2)
-        hidden = _activate(self.second(self._halve(_activate(self.first(x)))))
-        return (self.shortcut(self._halve(x)) + hidden) / sqrt(2)
-
-    def _halve(self, x: Tensor) -> Tensor:
-        width = x.shape[1]
-        kernel = cast(Tensor, self.blur).to(x.dtype).expand(width, 1, 4, 4)
-        return F.conv2d(x, kernel, stride=2, padding=1, groups=width)
+        hidden = _activate(self.second(self.halve(_activate(self.first(x)))))
+        return (self.shortcut(self.halve(x)) + hidden) / sqrt(2)
 
 
 def _activate(x: Tensor) -> Tensor:
@@ -246,8 +314,9 @@ class DINODiscriminator(Discriminator):
     """Give a logit to every patch and layer of a frozen ViT, whose patch tokens small heads read.
 
     A head is two convolutions over the sequence of patches, the second wide and residual, and one to a logit, under
-    spectral normalisation. StyleGAN-T's own heads also read the class embedding of a text, and normalise over the
-    batch instead of groups of channels.
+    spectral normalisation. StyleGAN-T's own heads also read the class embedding of a text, and normalise over groups
+    of 8 images. Those of vaex, the tokenizer of VAR's authors (`dino.py`), have `norm: sync`, `class_token: true` and
+    `embedding: true`.
 
     Args:
         model_name: timm's name of the ViT, for instance `vit_small_patch16_224.dino` or
@@ -256,6 +325,9 @@ class DINODiscriminator(Discriminator):
         layers: blocks whose tokens are read, from 0.
         image_size: images are resized to it, a side or `[height, width]`: multiples of the ViT's patch.
         kernel_size: of the wide convolution; odd.
+        norm: of the heads, as for `PatchGAN`.
+        class_token: add the class token of a layer to the tokens of its patches.
+        embedding: read the tokens before the first block too, by a head of its own, the first.
 
     Raises:
         ValueError: a setting out of its range; no such network.
@@ -269,8 +341,12 @@ class DINODiscriminator(Discriminator):
         layers: Sequence[int] = (2, 5, 8, 11),
         image_size: ImageSize = 224,
         kernel_size: int = 9,
+        norm: Norm = "group",
+        class_token: bool = False,
+        embedding: bool = False,
     ) -> None:
         super().__init__()
+        _check_norm(norm, "DINODiscriminator")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size of DINODiscriminator must be odd, got {kernel_size}")
         with torch.device("meta"):
@@ -280,6 +356,8 @@ class DINODiscriminator(Discriminator):
             raise ValueError(
                 f"layers of DINODiscriminator must be blocks of a ViT: {model_name!r} has {depth}, got {list(layers)}"
             )
+        if class_token and not shape.num_prefix_tokens:
+            raise ValueError(f"class_token of DINODiscriminator needs a ViT that has one: {model_name!r} has none")
         size = height_and_width(image_size)
         if any(side % patch.patch_size[0] for side in size):
             raise ValueError(
@@ -290,18 +368,37 @@ class DINODiscriminator(Discriminator):
         self.weights_path = weights_path
         self.layers = list(layers)
         self.image_size = size
+        self.class_token = class_token
+        self.embedding = embedding
         self.frozen = FrozenNetwork(self._make)
-        self.heads = nn.ModuleList(_Head(int(shape.embed_dim), kernel_size) for _ in layers)  # type: ignore[arg-type]
+        width: int = shape.embed_dim  # type: ignore[assignment]
+        self.heads = nn.ModuleList(_Head(width, kernel_size, norm) for _ in range(embedding + len(layers)))
 
     def prepare(self) -> None:
         self.frozen.prepare()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """The tokens `(B, D, patches)` of each layer, of images `(B, C, H, W)`; see `pixels_for`."""
+        """The tokens `(B, D, patches)` that each head reads, of images `(B, C, H, W)`; see `pixels_for`."""
         network = self.frozen.seeing(images)
         pixels = pixels_for(network, images, self.image_size)
-        tokens = network.forward_intermediates(pixels, indices=self.layers, output_fmt="NLC", intermediates_only=True)
-        return [layer.transpose(1, 2) for layer in tokens]
+        entered: list[Tensor] = []  # `(B, prefix + patches, D)`
+        hook = network.blocks[0].register_forward_pre_hook(lambda block, given: entered.append(given[0]))
+        try:
+            read: list[Any] = network.forward_intermediates(
+                pixels,
+                indices=self.layers,
+                output_fmt="NLC",
+                intermediates_only=True,
+                return_prefix_tokens=self.class_token,
+            )
+        finally:
+            hook.remove()
+        if self.embedding:
+            prefix, patches = entered[0].tensor_split([network.num_prefix_tokens], dim=1)
+            read = [(patches, prefix) if self.class_token else patches, *read]
+        if self.class_token:
+            read = [patches + prefix[:, :1] for patches, prefix in read]
+        return [tokens.mT for tokens in read]
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) -> (B, layers, patches)
         return torch.cat([head(layer) for head, layer in zip(self.heads, self.features(images), strict=True)], dim=1)
@@ -318,10 +415,10 @@ class DINODiscriminator(Discriminator):
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, kernel_size: int) -> None:
+    def __init__(self, width: int, kernel_size: int, norm: Norm) -> None:
         super().__init__()
-        self.enter = _layer(width, 1)
-        self.mix = _layer(width, kernel_size)
+        self.enter = _layer(width, 1, norm)
+        self.mix = _layer(width, kernel_size, norm)
         self.logit = spectral_norm(nn.Conv1d(width, 1, 1))
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, D, patches) -> (B, 1, patches)
@@ -329,6 +426,6 @@ class _Head(nn.Module):
         return self.logit((hidden + self.mix(hidden)) * 0.5**0.5)
 
 
-def _layer(width: int, kernel_size: int) -> nn.Module:
+def _layer(width: int, kernel_size: int, norm: Norm) -> nn.Module:
     convolution = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular")
-    return nn.Sequential(spectral_norm(convolution), nn.GroupNorm(gcd(width, _NORM_GROUPS), width), nn.LeakyReLU(0.2))
+    return nn.Sequential(spectral_norm(convolution), _norm(norm, width), nn.LeakyReLU(0.2))

@@ -1,10 +1,10 @@
 """Frozen networks that a loss looks through: never trained, never saved, read from files when training starts.
 
-`FrozenNetwork` holds one; below it stand networks of timm, and images as those expect them.
+`FrozenNetwork` holds one; below it stand networks of timm and torchvision, and images as those expect them.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,14 +96,34 @@ def make_timm(model_name: str, weights_path: str, setting: str, *, has_layers: b
         raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
     if weights_path != RANDOM_WEIGHTS:
         load_frozen(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
-    return with_pixel_statistics(network)
+    return with_pixel_statistics(network, cast(Any, network.pretrained_cfg))
 
 
-def with_pixel_statistics(network: Any) -> nn.Module:
+def make_torchvision(model_name: str, weights_path: str, setting: str) -> nn.Module:
+    """A classifier of torchvision with weights from a file; it was trained on ImageNet's pixels at unit deviation.
+
+    Args:
+        model_name: torchvision's.
+        weights_path: in torchvision's layout, or `"random"`.
+        setting: what the user configured, for messages.
+
+    Raises:
+        ValueError: no such classifier; no such weights.
+    """
+    from torchvision import models
+
+    if model_name not in models.list_models(module=models):
+        raise ValueError(f"{setting}.model_name={model_name!r} is not a classifier of torchvision")
+    network = models.get_model(model_name, weights=None)
+    if weights_path != RANDOM_WEIGHTS:
+        load_frozen(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
+    return with_pixel_statistics(network, {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)})
+
+
+def with_pixel_statistics(network: Any, statistics: Mapping[str, Any]) -> nn.Module:
     """The network, with the mean and deviation of its training's pixels where `pixels_for` finds them."""
     for name in ("mean", "std"):
-        values = torch.tensor(network.pretrained_cfg[name])[:, None, None]
-        network.register_buffer(f"pixel_{name}", values, persistent=False)
+        network.register_buffer(f"pixel_{name}", torch.tensor(statistics[name])[:, None, None], persistent=False)
     return network
 
 
@@ -112,7 +132,7 @@ def pixels_for(network: Any, images: Tensor, image_size: tuple[int, int] | None)
 
     Grey is repeated to three channels, RGBA laid over white.
     """
-    pixels = (to_rgb(at_least_float32(images), "a frozen network of timm") + 1) / 2
+    pixels = (to_rgb(at_least_float32(images), "a frozen network") + 1) / 2
     if image_size is not None and pixels.shape[-2:] != image_size:
         pixels = F.interpolate(pixels, size=image_size, mode="bilinear", align_corners=False, antialias=True)
     return (pixels - network.pixel_mean) / network.pixel_std

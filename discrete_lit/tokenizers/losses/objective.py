@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from discrete_lit.core.modules import FullPrecision
 from discrete_lit.tokenizers.losses.adversarial import (
     AdversarialLoss,
-    adaptive_weight,
     take_gradients,
     with_known_gradients,
 )
@@ -139,9 +138,9 @@ class Objective(FullPrecision):
         figures = players.figures
         if players.generator is not None and players.generator_gradient is not None:
             weight = torch.full_like(players.generator, adversarial.weight * adversarial.warmup(step))
-            if adversarial.adaptive:
+            if adversarial.adaptive is not None:
                 assert last_layer is not None
-                weight = weight * adaptive_weight(
+                weight = weight * adversarial.adaptive(
                     outputs,
                     last_layer,
                     reconstruction_gradient=gradient,
@@ -199,9 +198,14 @@ def logit_laplace_loss(outputs: Tensor, images: Tensor) -> Tensor:
         images: `(B, C, H, W)` in [-1, 1].
     """
     mean, log_scale = mean_and_log_scale(outputs)
-    pixels = (1 - 2 * LOGIT_LAPLACE_MARGIN) * (images + 1) / 2 + LOGIT_LAPLACE_MARGIN
+    pixels = map_pixels(images)
     distance = (torch.logit(pixels) - mean).abs() * torch.exp(-log_scale)
     return (distance + log_scale + torch.log(2 * pixels * (1 - pixels))).mean()
+
+
+def map_pixels(images: Tensor) -> Tensor:
+    """Map pixels in [-1, 1] into [eps, 1 - eps], by phi of appendix A.3."""
+    return (1 - 2 * LOGIT_LAPLACE_MARGIN) * (images + 1) / 2 + LOGIT_LAPLACE_MARGIN
 
 
 def mean_and_log_scale(outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,14 @@
 """Perceptual losses: distances between what a frozen network sees in two images.
 
 `LPIPS` (Zhang et al., 2018) weighs the features of VGG-16 by learned heads; `TimmFeatures` compares the features or the
-logits of any network of timm, as TiTok and MaskBit do.
+logits of any network of timm, as MaskBit does, and `TorchvisionLogits` those of a classifier of torchvision, as TiTok
+does.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from discrete_lit.tokenizers.losses.frozen_networks import (
     FrozenNetwork,
     load_frozen,
     make_timm,
+    make_torchvision,
     pixels_for,
     with_pixel_statistics,
 )
@@ -152,8 +155,8 @@ class TimmFeatures(PerceptualLoss):
 
     With `layers`, feature maps are divided by their length at each position, as in LPIPS without its learned heads, and
     the squared lengths of their differences are averaged over positions and layers. Without, the logits are compared,
-    as TiTok does with a ConvNeXt-S and MaskBit with a ResNet-50. A Fréchet distance over features of the same network
-    flatters what was trained by it.
+    as MaskBit does with a ResNet-50. A Fréchet distance over features of the same network flatters what was trained by
+    it.
 
     Args:
         model_name: timm's name of the network.
@@ -215,5 +218,37 @@ class TimmFeatures(PerceptualLoss):
             # Imported late: what measures is not needed to train by another network.
             from discrete_lit.metrics.extractors import load_network, weight_file
 
-            return with_pixel_statistics(load_network(weight_file()))
+            network = load_network(weight_file())
+            return with_pixel_statistics(network, cast(Any, network.pretrained_cfg))
         return make_timm(self.model_name, self.weights_path, "perceptual_loss", has_layers=self.layers is not None)
+
+
+class TorchvisionLogits(PerceptualLoss):
+    """Compare images by the mean squared difference of the logits of a classifier of torchvision.
+
+    TiTok's decoder is trained by ConvNeXt-S (1d-tokenizer, `perceptual_loss.py`): `convnext_small`, with torchvision's
+    weights IMAGENET1K_V1, `convnext_small-0c510722.pth`. timm's networks of that name have other weights.
+
+    Args:
+        model_name: torchvision's name of the network.
+        weights_path: its weights in torchvision's layout; `"random"` takes random ones, for tests.
+        weight: the loss is multiplied by it.
+        image_size: images are resized to it, a side or `[height, width]`; None leaves them as they are.
+    """
+
+    def __init__(
+        self, model_name: str, weights_path: str, *, weight: float = 1.0, image_size: ImageSize | None = 224
+    ) -> None:
+        super().__init__(weight)
+        self.image_size = None if image_size is None else height_and_width(image_size)
+        self.network = FrozenNetwork(lambda: make_torchvision(model_name, weights_path, "perceptual_loss"))
+
+    def forward(self, outputs: Tensor, images: Tensor) -> Tensor:
+        seen = self._logits(outputs)
+        with torch.no_grad():
+            wanted = self._logits(images)
+        return F.mse_loss(at_least_float32(seen), at_least_float32(wanted))
+
+    def _logits(self, images: Tensor) -> Tensor:
+        network = self.network.seeing(images)
+        return network(pixels_for(network, images, self.image_size))

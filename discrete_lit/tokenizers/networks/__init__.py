@@ -2,13 +2,22 @@
 
 network.py         the contract
 convolutional.py   VQGAN's, and those of MAGVIT-v2, MaskGIT, LlamaGen, VAR and others
+dall_e.py          that of DALL-E's dVAE
 low_resolution.py  a fast one, which halves the grid before it computes anything
 vit.py             ViT-VQGAN's
 """
 
 from discrete_lit.tokenizers.networks.convolutional import ConvAutoencoder
+from discrete_lit.tokenizers.networks.dall_e import DALLEAutoencoder
 from discrete_lit.tokenizers.networks.low_resolution import LowResolutionAutoencoder
 from discrete_lit.tokenizers.networks.network import Autoencoder
 from discrete_lit.tokenizers.networks.vit import TransformerSize, ViTAutoencoder
 
-__all__ = ["Autoencoder", "ConvAutoencoder", "LowResolutionAutoencoder", "TransformerSize", "ViTAutoencoder"]
+__all__ = [
+    "Autoencoder",
+    "ConvAutoencoder",
+    "DALLEAutoencoder",
+    "LowResolutionAutoencoder",
+    "TransformerSize",
+    "ViTAutoencoder",
+]

@@ -11,7 +11,7 @@ splitting a batch over ranks or micro-batches changes nothing; but the first cod
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -24,7 +24,7 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 
 CodebookUpdate = Literal["ema", "gradient"]
-CodebookInit = Literal["data", "kmeans", "uniform", "normal"]
+CodebookInit = Literal["data", "kmeans", "uniform", "unit_uniform", "normal"]
 
 # k-means: seeds are drawn in at most this many passes over the latents, and moved by so many of Lloyd's iterations.
 _SEEDING_ROUNDS = 256
@@ -55,9 +55,10 @@ class Codebook(RunningStatistics):
             parameter, trained by the quantizer's loss.
         decay: gamma of appendix A.1, also of the usage that `revive_below` looks at.
         init: first codes from the latents of the first training batch: `"data"` takes some of them, `"kmeans"` their
-            cluster centres. `"uniform"` in [-1 / K, 1 / K], where taming, LlamaGen and others begin: far from the
-            latents, most codes are never used. `"normal"` with deviation D^-1/2, as SimVQ and ViT-VQGAN begin (they
-            freeze or normalise the codes).
+            cluster centres. `"uniform"` in [-1 / K, 1 / K], where taming, LDM and TiTok begin: far from the latents,
+            most codes are never used. `"unit_uniform"` divides these by their length, as LlamaGen does; with
+            `normalize` only the length of the stored codes differs, by which a step of the optimizer turns them less.
+            `"normal"` with deviation D^-1/2, as SimVQ and ViT-VQGAN begin (they freeze or normalise the codes).
         normalize: latents and codes are compared and looked up on the unit sphere (ViT-VQGAN: Yu et al., 2022). With
             `"ema"` the codes are the directions of the running sums of unit latents, spherical k-means (Dhillon and
             Modha, 2001).
@@ -99,8 +100,8 @@ class Codebook(RunningStatistics):
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         if update not in ("ema", "gradient"):
             raise ValueError(f"the codebook's update must be 'ema' or 'gradient', got {update!r}")
-        if init not in ("data", "kmeans", "uniform", "normal"):
-            raise ValueError(f"the codebook's init must be 'data', 'kmeans', 'uniform' or 'normal', got {init!r}")
+        if init not in get_args(CodebookInit):
+            raise ValueError(f"the codebook's init must be one of {', '.join(get_args(CodebookInit))}, got {init!r}")
         if revive_below is not None and not revive_below > 0:
             raise ValueError(f"revive_below must be > 0, or None to keep dead codes, got {revive_below}")
         self.size, self.dim = size, dim
@@ -110,6 +111,7 @@ class Codebook(RunningStatistics):
         self.first_usage = max(1.0, revive_below or 0.0)
         codes = torch.empty(size, dim)
         codes = codes.normal_(std=dim**-0.5) if init == "normal" else codes.uniform_(-1 / size, 1 / size)
+        codes = F.normalize(codes, dim=1) if init == "unit_uniform" else codes
         if update == "gradient":
             self.codes = nn.Parameter(codes)
         else:

@@ -6,8 +6,10 @@ z chooses code k with probability p(k | z), a softmax of affinities, and
     L_entropy = E_z H(p(. | z)) - H(E_z p(. | z))
 
 lowers the per-sample entropy, so that the choice is clear, and raises the batch entropy, so that every code is chosen.
-Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm. Where the
-gradients of micro-batches are accumulated, it is the micro-batch: its entropy needs all probabilities at once.
+Both are in nats. The batch is that of all ranks together: probabilities are averaged before the logarithm. With
+`across_ranks=False` it is each rank's own, as in Open-MAGVIT2, IBQ and MaskBit: the batch entropy is then smaller, and
+pushes harder where a rank has few latents for the codes. Where the gradients of micro-batches are accumulated, it is
+the micro-batch: its entropy needs all probabilities at once.
 """
 
 from typing import Any
@@ -19,12 +21,13 @@ from torch import Tensor
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 
 
-def softmax_entropies(logits: Tensor, *, log_offset: float = 0.0) -> tuple[Tensor, Tensor]:
+def softmax_entropies(logits: Tensor, *, log_offset: float = 0.0, across_ranks: bool = True) -> tuple[Tensor, Tensor]:
     """The per-sample and the batch entropy of a vocabulary whose probabilities are the softmax of logits.
 
     Args:
         logits: `(n, K)`, affinities divided by the temperature.
         log_offset: as for `entropy_of_mean`.
+        across_ranks: as for `entropy_of_mean`.
 
     Returns:
         Per-sample and batch entropy, scalars in [0, log K].
@@ -32,7 +35,8 @@ def softmax_entropies(logits: Tensor, *, log_offset: float = 0.0) -> tuple[Tenso
     log_probabilities = logits.log_softmax(dim=1)
     probabilities = log_probabilities.exp()
     per_sample = -(probabilities * log_probabilities).sum(dim=1).mean()
-    return mean_over_ranks(per_sample), entropy_of_mean(probabilities.mean(dim=0), log_offset=log_offset)
+    batch = entropy_of_mean(probabilities.mean(dim=0), log_offset=log_offset, across_ranks=across_ranks)
+    return mean_over_ranks(per_sample), batch
 
 
 def bits_entropy(log_odds: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def bits_entropy(log_odds: Tensor) -> Tensor:
     return mean_over_ranks(per_bit.sum(dim=1).mean())
 
 
-def joint_bits_entropy(log_odds: Tensor, *, log_offset: float = 0.0) -> Tensor:
+def joint_bits_entropy(log_odds: Tensor, *, log_offset: float = 0.0, across_ranks: bool = True) -> Tensor:
     """The batch entropy of the `2^bits` codes that independent bits form, exactly, summed over groups of bits.
 
     The batch mean of product distributions does not factorise over bits, but one matrix product gives all of it: with
@@ -58,6 +62,7 @@ def joint_bits_entropy(log_odds: Tensor, *, log_offset: float = 0.0) -> Tensor:
     Args:
         log_odds: `(n, groups, bits)`, log p / (1 - p) of each bit of each group.
         log_offset: as for `entropy_of_mean`.
+        across_ranks: as for `entropy_of_mean`.
 
     Returns:
         Scalar in [0, groups * bits * log 2].
@@ -66,7 +71,7 @@ def joint_bits_entropy(log_odds: Tensor, *, log_offset: float = 0.0) -> Tensor:
     by_group = rearrange(log_odds, "n g b -> g n b")
     first, second = (_products(half) for half in by_group.split((bits // 2, bits - bits // 2), dim=2))
     joint = rearrange(first, "g n i -> g i n") @ second / len(log_odds)  # (g, 2^(b / 2), 2^(b / 2))
-    return entropy_of_mean(joint, log_offset=log_offset)
+    return entropy_of_mean(joint, log_offset=log_offset, across_ranks=across_ranks)
 
 
 def _products(log_odds: Tensor) -> Tensor:
@@ -77,14 +82,20 @@ def _products(log_odds: Tensor) -> Tensor:
     return products
 
 
-def entropy_of_mean(probabilities: Tensor, *, log_offset: float = 0.0) -> Tensor:
-    """`-sum p log(p + log_offset)`, a scalar, of the mean of this rank's mean probabilities over all ranks.
+def entropy_of_mean(probabilities: Tensor, *, log_offset: float = 0.0, across_ranks: bool = True) -> Tensor:
+    """`-sum p log(p + log_offset)`, a scalar, of this rank's mean probabilities, averaged over all ranks.
 
     Open-MAGVIT2 and IBQ train with an offset of 1e-5, which is above the mean probability of 2^18 codes.
+
+    Args:
+        probabilities: `(..., K)`, the mean over the latents of this rank.
+        log_offset: added inside the logarithm.
+        across_ranks: average the probabilities over ranks; if not, the entropies of the ranks.
     """
-    mean = mean_over_ranks(probabilities)
+    mean = mean_over_ranks(probabilities) if across_ranks else probabilities
     # The smallest normal number keeps the gradient of codes without any probability finite.
-    return -(mean * (mean + log_offset).clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+    entropy = -(mean * (mean + log_offset).clamp_min(torch.finfo(mean.dtype).tiny).log()).sum()
+    return entropy if across_ranks else mean_over_ranks(entropy)
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:

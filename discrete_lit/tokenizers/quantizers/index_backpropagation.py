@@ -6,6 +6,8 @@ The choice of a code carries the gradient of a softmax over all codes, so that a
     index = onehot(k) + (p - sg(p)),      z_q = index @ codes
 """
 
+from typing import Literal
+
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -35,6 +37,10 @@ class IndexBackpropagationQuantizer(Quantizer):
         entropy_temperature: of the probabilities in the entropies.
         batch_entropy_weight: of the batch entropy against the per-sample one.
         entropy_log_offset: added to probabilities inside the logarithm of the batch entropy.
+        entropy_across_ranks: the batch entropy is that of the joint batch of all ranks; if not, the mean of those of
+            the ranks, as in the published training.
+        codebook_init: first codes, uniform in [-1 / K, 1 / K], or `"normal"` of deviation 1, as in the published
+            training (`quantize.py`).
 
     Raises:
         ValueError: a setting out of its range.
@@ -50,6 +56,8 @@ class IndexBackpropagationQuantizer(Quantizer):
         entropy_temperature: float = 0.01,
         batch_entropy_weight: float = 1.0,
         entropy_log_offset: float = 1e-5,
+        entropy_across_ranks: bool = True,
+        codebook_init: Literal["uniform", "normal"] = "uniform",
     ) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1:
@@ -62,6 +70,8 @@ class IndexBackpropagationQuantizer(Quantizer):
                 f"codebook_weight={codebook_weight}, entropy_weight={entropy_weight}, "
                 f"batch_entropy_weight={batch_entropy_weight}, entropy_log_offset={entropy_log_offset}"
             )
+        if codebook_init not in ("uniform", "normal"):
+            raise ValueError(f"codebook_init must be 'uniform' or 'normal', got {codebook_init!r}")
         self.vocab_size = codebook_size
         self.dim = dim
         self.codebook_weight = codebook_weight
@@ -69,7 +79,10 @@ class IndexBackpropagationQuantizer(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.batch_entropy_weight = batch_entropy_weight
         self.entropy_log_offset = entropy_log_offset
-        self.codes = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
+        self.entropy_across_ranks = entropy_across_ranks
+        codes = torch.empty(codebook_size, dim)
+        normal = codebook_init == "normal"
+        self.codes = nn.Parameter(codes.normal_() if normal else codes.uniform_(-1 / codebook_size, 1 / codebook_size))
 
     def forward(self, latents: Tensor) -> Quantized:
         with full_precision(latents.device):
@@ -84,7 +97,11 @@ class IndexBackpropagationQuantizer(Quantizer):
                 "codebook": self.codebook_weight * F.mse_loss(e, z.detach()),
             }
             if self.entropy_weight:
-                sample, batch = softmax_entropies(logits / self.entropy_temperature, log_offset=self.entropy_log_offset)
+                sample, batch = softmax_entropies(
+                    logits / self.entropy_temperature,
+                    log_offset=self.entropy_log_offset,
+                    across_ranks=self.entropy_across_ranks,
+                )
                 losses["sample_entropy"] = self.entropy_weight * sample
                 losses["batch_entropy"] = -self.entropy_weight * self.batch_entropy_weight * batch
             return Quantized(z_q.reshape(latents.shape), ids.reshape(latents.shape[:-1]), losses)

@@ -48,6 +48,8 @@ class LookupFreeQuantizer(Quantizer):
         entropy_groups: groups of equal size in which the bits are split for the batch entropy. The sum over groups is
             taken, an upper bound: WeTok's and BSQ's approximation, for more bits than can be held jointly.
         entropy_log_offset: added to probabilities inside the logarithm of the batch entropy; 1e-5 in Open-MAGVIT2.
+        entropy_across_ranks: the batch entropy is that of the joint batch of all ranks; if not, the mean of those of
+            the ranks, as in Open-MAGVIT2 and MaskBit.
         bit_order: whether channel 0 is the lowest or the highest bit of the id.
 
     Raises:
@@ -67,6 +69,7 @@ class LookupFreeQuantizer(Quantizer):
         batch_entropy_weight: float = 1.0,
         entropy_groups: int = 1,
         entropy_log_offset: float = 0.0,
+        entropy_across_ranks: bool = True,
         bit_order: BitOrder = "first_least_significant",
     ) -> None:
         super().__init__()
@@ -97,6 +100,7 @@ class LookupFreeQuantizer(Quantizer):
         self.batch_entropy_weight = batch_entropy_weight
         self.entropy_groups = entropy_groups
         self.entropy_log_offset = entropy_log_offset
+        self.entropy_across_ranks = entropy_across_ranks
         self.bit_order: BitOrder = bit_order
         ascending = torch.arange(bits)
         shifts = ascending if bit_order == "first_least_significant" else ascending.flip(0)
@@ -123,10 +127,10 @@ class LookupFreeQuantizer(Quantizer):
     def _entropies(self, u: Tensor) -> dict[str, Tensor]:
         log_odds = rearrange(u, "... d -> (...) d") * (4 * self.scale / self.entropy_temperature)
         grouped = rearrange(log_odds, "n (g d) -> n g d", g=self.entropy_groups)
-        batch_weight = self.entropy_weight * self.batch_entropy_weight
+        batch = joint_bits_entropy(grouped, log_offset=self.entropy_log_offset, across_ranks=self.entropy_across_ranks)
         return {
             "sample_entropy": self.entropy_weight * bits_entropy(log_odds),
-            "batch_entropy": -batch_weight * joint_bits_entropy(grouped, log_offset=self.entropy_log_offset),
+            "batch_entropy": -self.entropy_weight * self.batch_entropy_weight * batch,
         }
 
     @staticmethod

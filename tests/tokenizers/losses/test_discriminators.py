@@ -7,10 +7,13 @@ from torch.nn import functional as F
 
 from discrete_lit.tokenizers.losses.adversarial import discriminator_loss, gradient_penalty, twice_differentiable
 from discrete_lit.tokenizers.losses.discriminators import (
+    BlurPoolDiscriminator,
     DINODiscriminator,
     PatchGAN,
     StyleGANDiscriminator,
+    _BlurPool,
     _group_deviation,
+    _norm,
 )
 
 
@@ -21,10 +24,15 @@ def dino(**arguments):
 
 EACH = {
     "patch, group": lambda: PatchGAN(width=8, layers=2),
+    "patch, batch": lambda: PatchGAN(width=8, layers=2, norm="batch"),
     "patch, sync": lambda: PatchGAN(width=8, layers=2, norm="sync"),
+    "blur pool": lambda: BlurPoolDiscriminator(width=8, stages=2),
     "stylegan": lambda: StyleGANDiscriminator(16, width=8, max_width=16),
     "dino": dino,
+    "dino, vaex": lambda: dino(norm="batch", class_token=True, embedding=True),
 }
+TOGETHER = ("dino, vaex",)
+"""Whose norms would hide what tells a batch of images from one of reconstructions."""
 each = pytest.mark.parametrize("kind", EACH)
 
 
@@ -35,7 +43,10 @@ def test_it_learns_to_tell_smooth_from_noisy(kind):
     for _ in range(30):
         real = F.interpolate(torch.rand(4, 3, 2, 2) * 2 - 1, size=(16, 16), mode="bilinear")
         fake = torch.rand(4, 3, 16, 16) * 2 - 1
-        loss = discriminator_loss("hinge", discriminator(real), discriminator(fake))
+        logits = (
+            discriminator(torch.cat((real, fake))).chunk(2) if kind in TOGETHER else map(discriminator, (real, fake))
+        )
+        loss = discriminator_loss("hinge", *logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -72,6 +83,41 @@ def test_the_synchronised_norm_has_tamings_names():
     assert {"main.0.bias", "main.2.weight", "main.11.bias"} <= set(PatchGAN(norm="sync").state_dict())
 
 
+@pytest.mark.parametrize("norm", ["batch", "sync"])
+def test_batch_norms_are_those_of_torch(norm):
+    """Of images and of sequences, in training and behind it."""
+    for shape in ((5, 6, 3, 4), (5, 6, 7)):
+        ours, theirs = _norm(norm, 6), nn.BatchNorm1d(6) if len(shape) == 3 else nn.BatchNorm2d(6)
+        values = torch.randn(shape) * 3 + 1
+        torch.testing.assert_close(ours(values), theirs(values))
+        torch.testing.assert_close(ours.eval()(values), theirs.eval()(values))
+        assert ours.state_dict().keys() == theirs.state_dict().keys()
+
+
+def test_the_blur_pool_discriminator_is_that_of_titok():
+    """Its size, the size of its logits, the filter, and what it sees of pixels."""
+    discriminator = BlurPoolDiscriminator()
+    sizes = [(3, 128, 5), (128, 128, 3), (128, 256, 3), (256, 512, 3), (512, 512, 1), (512, 1, 5)]
+    norms = 2 * (128 + 256 + 512)
+    expected = norms + sum(enter * leave * side**2 + leave for enter, leave, side in sizes)
+    assert sum(parameter.numel() for parameter in discriminator.parameters()) == expected == 1_909_889
+    assert discriminator(torch.zeros(1, 3, 128, 160)).shape == (1, 1, 16, 16)
+    impulse = torch.zeros(1, 2, 8, 7)
+    impulse[0, 1, 3, 3] = 64.0
+    found = _BlurPool()(impulse)
+    assert found.shape == (1, 2, 4, 4) and not found[0, 0].any()
+    # Row i is made of rows 2i - 1 to 2i + 2, weighted 1, 3, 3, 1.
+    weights = torch.zeros(4)
+    weights[1], weights[2] = 3.0, 1.0
+    torch.testing.assert_close(found[0, 1], torch.outer(weights, weights))
+    first = discriminator.block_in[0]
+    seen = []
+    first.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    discriminator(torch.full((1, 3, 16, 16), -1.0))
+    discriminator(torch.full((1, 3, 16, 16), 1.0))
+    assert [float(pixels.unique()) for pixels in seen] == [0.0, 1.0]
+
+
 def test_minibatch_deviation():
     hidden = torch.randn(6, 5, 2, 2)
     found = _group_deviation(hidden, 3)
@@ -95,9 +141,30 @@ def test_dino_sees_through_frozen_weights_that_are_not_saved():
         missing.prepare()
 
 
+def test_dino_reads_what_vaex_reads():
+    """The tokens before the first block and behind the named ones, each with the class token added."""
+    discriminator = dino(class_token=True, embedding=True)
+    network = discriminator.frozen.prepare()
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    hidden = ((images + 1) / 2 - network.pixel_mean) / network.pixel_std
+    hidden = network.patch_embed(hidden)
+    hidden = torch.cat((network.cls_token.expand(2, -1, -1), hidden), dim=1) + network.pos_embed
+    expected = [hidden]
+    for number, block in enumerate(network.blocks[:4]):
+        hidden = block(hidden)
+        expected += [hidden] if number in (0, 3) else []
+    found = discriminator.features(images)
+    assert len(found) == len(discriminator.heads) == 3 and discriminator(images).shape == (2, 3, 4)
+    for tokens, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(tokens.mT, wanted[:, 1:] + wanted[:, :1])
+    plain = dino(embedding=True)
+    plain.frozen = discriminator.frozen
+    torch.testing.assert_close(plain.features(images)[0].mT, expected[0][:, 1:])
+
+
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="norm of PatchGAN must be 'group' or 'sync', got 'batch'"):
-        PatchGAN(norm="batch")
+    with pytest.raises(ValueError, match="norm of PatchGAN must be 'group', 'batch' or 'sync', got 'instance'"):
+        PatchGAN(norm="instance")
     with pytest.raises(ValueError, match="at least 24x24 pixels"):
         PatchGAN(width=4)(torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="4 times a power of 2, got 48"):
@@ -112,6 +179,12 @@ def test_wrong_settings():
         dino(image_size=40)
     with pytest.raises(ValueError, match="must be odd"):
         dino(kernel_size=4)
+    with pytest.raises(ValueError, match="norm of DINODiscriminator must be 'group', 'batch' or 'sync', got 'layer'"):
+        dino(norm="layer")
+    with pytest.raises(ValueError, match="class_token of DINODiscriminator needs a ViT that has one"):
+        DINODiscriminator("vit_base_patch16_siglip_224", "random", class_token=True)
+    with pytest.raises(ValueError, match="at least 1, got width=0, stages=3"):
+        BlurPoolDiscriminator(width=0)
 
 
 @pytest.mark.parametrize("channels", [1, 4])

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from discrete_lit.tokenizers.autoencoder import logit_laplace_images
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, TimmFeatures
 from discrete_lit.tokenizers.losses.adversarial import (
+    AdaptiveWeight,
     LeCam,
-    adaptive_weight,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
@@ -146,6 +146,38 @@ def test_regularisers_join_the_discriminators_loss():
         torch.testing.assert_close(gradients(whole.adversarial.discriminator), gradients(twin), rtol=1e-3, atol=1e-6)
 
 
+def test_a_joint_batch_is_normalised_together():
+    """Of a discriminator that normalises the batch, the logits are those of images and reconstructions at once."""
+    decoder, whole = Decoder(), objective(patch(norm="batch"), joint_batch=True, weight=0.3, adaptive=False).train()
+    plain, twin = deepcopy(decoder), deepcopy(whole.adversarial.discriminator)
+    whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0).loss.backward()
+    fake, real = twin(torch.cat((plain(images()), images()))).chunk(2)
+    loss = F.l1_loss(plain(images()), images()) + 0.3 * generator_loss("hinge", fake)
+    of_decoder = torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True)
+    of_twin = torch.autograd.grad(discriminator_loss("hinge", real, fake), list(twin.parameters()))
+    found = [[parameter.grad for parameter in module.parameters()] for module in (decoder, whole)]
+    torch.testing.assert_close(found, [list(of_decoder), list(of_twin)], rtol=1e-3, atol=1e-6)
+    apart = discriminator_loss("hinge", deepcopy(twin)(images()), deepcopy(twin)(decoder(images())))
+    assert abs(float(apart.detach() - discriminator_loss("hinge", real, fake).detach())) > 1e-3
+
+
+def test_the_discriminators_loss_has_a_weight():
+    decoder, whole = Decoder(), objective(discriminator_weight=0.75, lecam_weight=0.1).train()
+    twin = deepcopy(whole)
+    twin.adversarial.discriminator_weight = 1.0
+    terms = []
+    for each in (whole, twin):
+        compared = each(decoder(images()), images(), last_layer=decoder.last.weight, step=0)
+        compared.loss.backward()
+        terms.append(compared.terms)
+    torch.testing.assert_close(terms[0]["discriminator"], 0.75 * terms[1]["discriminator"])
+    torch.testing.assert_close(
+        [terms[0][name] for name in ("generator", "lecam")], [terms[1][name] for name in ("generator", "lecam")]
+    )
+    last = "adversarial.discriminator.main.8.bias"
+    assert gradients(whole)[last] != gradients(twin)[last]
+
+
 def test_the_schedule():
     decoder = Decoder()
     whole = objective(weight=0.5, adaptive=False, start_step=10, lead_steps=4, warmup_steps=3).train()
@@ -224,9 +256,9 @@ def test_an_adaptive_weight_survives_half_precision():
     decoder = Decoder()
     pushes = [torch.randn(4, 3, 16, 16) * size for size in (3e-9, 1e-9)]
     gradients = {"reconstruction_gradient": pushes[0], "generator_gradient": pushes[1]}
-    expected = adaptive_weight(decoder(images()), decoder.last.weight, **gradients)
+    expected = AdaptiveWeight()(decoder(images()), decoder.last.weight, **gradients)
     with torch.autocast("cpu", torch.float16):
-        found = adaptive_weight(decoder(images()).float(), decoder.last.weight, **gradients)
+        found = AdaptiveWeight()(decoder(images()).float(), decoder.last.weight, **gradients)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
 
 
@@ -237,6 +269,8 @@ def test_wrong_settings():
         ({"lead_steps": 3, "start_step": 2}, "lead_steps=3 of the adversarial loss exceed start_step=2"),
         ({"r1_every": 0}, "r1_every of the adversarial loss must be at least 1"),
         ({"lecam_weight": 1.0, "lecam_decay": 1.0}, r"lecam_decay must lie in \[0, 1\)"),
+        ({"discriminator_weight": 0.0}, "learning_rate_factor and discriminator_weight above 0, got 16, 1.0 and 0.0"),
+        ({"weight_decay": -0.1}, "weight_decay of the adversarial loss must be >= 0, got -0.1"),
     ):
         with pytest.raises(ValueError, match=message):
             AdversarialLoss(patch(), **arguments)

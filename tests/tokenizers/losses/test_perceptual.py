@@ -5,9 +5,11 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torchvision import models, transforms
 from torchvision.models.vgg import cfgs, make_layers
 
-from discrete_lit.tokenizers.losses.perceptual import LPIPS, TimmFeatures, _unit
+from discrete_lit.tokenizers.losses.perceptual import LPIPS, TimmFeatures, TorchvisionLogits, _unit
 
 
 def images(count=2, size=32, seed=0):
@@ -46,6 +48,7 @@ def test_lpips_weights_come_from_a_file_in_torchvisions_layout(tmp_path):
         lambda: TimmFeatures("resnet18", "random", layers=[1, 2], image_size=None),
         lambda: TimmFeatures("resnet18", "random", image_size=40),
         lambda: TimmFeatures("tf_efficientnet_lite0", layers=[1, 3], image_size=64),
+        lambda: TorchvisionLogits("squeezenet1_1", "random", image_size=40),
     ],
 )
 def test_every_loss_is_zero_for_equal_images_and_has_a_finite_gradient(make):
@@ -81,6 +84,23 @@ def test_logits_by_hand():
     torch.testing.assert_close(loss(images(), images(seed=1)), (logits[0] - logits[1]).square().mean())
 
 
+def test_logits_of_torchvision(tmp_path):
+    """By its own weights and pixels; enlarged as TiTok does."""
+    network = models.get_model("squeezenet1_1").eval()
+    torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
+    loss = TorchvisionLogits("squeezenet1_1", str(tmp_path / "squeezenet.pth"), image_size=48)
+    normalise = transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    outputs = images().requires_grad_()
+    logits = []
+    for batch in (outputs, images(seed=1)):
+        larger = F.interpolate((batch + 1) / 2, 48, mode="bilinear", align_corners=False, antialias=True)
+        logits.append(network(normalise(larger)))
+    expected = (logits[0] - logits[1]).square().mean()
+    found = loss(outputs, images(seed=1))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, outputs)[0] for value in (found, expected)))
+
+
 def test_the_frozen_network_is_no_part_of_the_module():
     module = nn.ModuleDict({"loss": LPIPS("/nowhere/vgg16.pth")})
     assert not module.state_dict() and not list(module.parameters())
@@ -100,6 +120,8 @@ def test_wrong_settings(tmp_path):
         TimmFeatures("resnet18")
     with pytest.raises(ValueError, match="'resnet1' is not a network of timm"):
         TimmFeatures("resnet1", "random").prepare()
+    with pytest.raises(ValueError, match="'raft_small' is not a classifier of torchvision"):
+        TorchvisionLogits("raft_small", "random").prepare()
     with pytest.raises(ValueError, match="at least one"):
         TimmFeatures("resnet18", "random", layers=[])
     with pytest.raises(ValueError, match="must be >= 0"):

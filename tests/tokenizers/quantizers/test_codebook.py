@@ -223,7 +223,7 @@ def test_random_starts() -> None:
     [
         ({"size": 0}, "must be positive, got 0 and 2"),
         ({"update": "mean"}, "must be 'ema' or 'gradient', got 'mean'"),
-        ({"init": "zeros"}, "'data', 'kmeans', 'uniform' or 'normal', got 'zeros'"),
+        ({"init": "zeros"}, "one of data, kmeans, uniform, unit_uniform, normal, got 'zeros'"),
         ({"decay": -0.1}, r"decay must lie in \[0, 1\), got -0.1"),
         ({"revive_below": 0.0}, "revive_below must be > 0, or None"),
         ({"revive_below": float("nan")}, "revive_below must be > 0, or None"),
@@ -232,3 +232,13 @@ def test_random_starts() -> None:
 def test_settings_out_of_range(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Codebook(**{"size": 4, "dim": 2, **arguments})
+
+
+def test_uniform_codes_of_unit_length() -> None:
+    """LlamaGen's start: directions of the uniform one, of length 1."""
+    torch.manual_seed(0)
+    uniform = Codebook(50, 3, update="gradient", init="uniform", normalize=True)
+    torch.manual_seed(0)
+    unit = Codebook(50, 3, update="gradient", init="unit_uniform", normalize=True)
+    assert uniform.codes.abs().max() <= 1 / 50
+    torch.testing.assert_close(unit.codes, uniform.codes / uniform.codes.norm(dim=1, keepdim=True))

@@ -1,13 +1,17 @@
 """IBQ: the largest dot product, and a gradient for every code."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from discrete_lit.tokenizers.quantizers import IndexBackpropagationQuantizer
+from discrete_lit.tokenizers import LFQ
+from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers.quantizers import IndexBackpropagationQuantizer, LookupFreeQuantizer, entropy
 
 
-def trained(**settings: float) -> IndexBackpropagationQuantizer:
+def trained(**settings: float | str) -> IndexBackpropagationQuantizer:
     quantizer = IndexBackpropagationQuantizer(40, 4, **settings)  # type: ignore[arg-type]
     torch.nn.init.normal_(quantizer.codes)
     return quantizer
@@ -85,3 +89,34 @@ def test_autocast_does_not_change_ids() -> None:
 def test_settings_out_of_range(arguments, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IndexBackpropagationQuantizer(**{"codebook_size": 8, "dim": 4, **arguments})
+
+
+def test_first_codes() -> None:
+    """Uniform in [-1 / K, 1 / K], or normal as the published ones began."""
+    uniform = IndexBackpropagationQuantizer(500, 16).codes
+    assert uniform.abs().max() <= 1 / 500 and uniform.std().item() == pytest.approx(1 / 500 / 3**0.5, rel=0.05)
+    normal = IndexBackpropagationQuantizer(500, 16, codebook_init="normal").codes
+    assert normal.std().item() == pytest.approx(1, rel=0.05) and abs(normal.mean().item()) < 0.05
+    with pytest.raises(ValueError, match="codebook_init must be 'uniform' or 'normal', got 'data'"):
+        IndexBackpropagationQuantizer(4, 2, codebook_init="data")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda **settings: trained(**settings), lambda **settings: lookup_free(**settings)])
+def test_whose_batch_entropy(make, monkeypatch) -> None:
+    """The setting reaches the entropy: where a joint one meets twice the ranks, an own one does not."""
+    latents = torch.randn(2, 3, 4)
+    own = make(entropy_across_ranks=False)
+    joint = deepcopy(own)
+    joint.entropy_across_ranks = True
+    assert own(latents).losses["batch_entropy"] == joint(latents).losses["batch_entropy"]
+    monkeypatch.setattr(entropy, "mean_over_ranks", lambda value: value / 2 if value.ndim else value)
+    expected = {name: value.detach() for name, value in own(latents).losses.items()}
+    assert joint(latents).losses["batch_entropy"] != expected["batch_entropy"]
+    monkeypatch.undo()
+    torch.testing.assert_close({name: value.detach() for name, value in own(latents).losses.items()}, expected)
+
+
+def lookup_free(**settings: bool) -> LookupFreeQuantizer:
+    return LFQ(
+        lambda code_dim, latent_dim: ConvAutoencoder(code_dim, channels=4, norm_groups=2), 4, **settings
+    ).quantizer

@@ -11,11 +11,12 @@ from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer, Quan
 from discrete_lit.tokenizers.quantizers.entropy import bits_entropy, joint_bits_entropy, softmax_entropies
 
 
-def entropies(rows: Tensor) -> tuple[Tensor, Tensor]:
+def entropies(rows: Tensor, *, across_ranks: bool = True) -> tuple[Tensor, Tensor]:
     """A mixture of all terms, of `(n, 13)`, and its gradient."""
     rows = rows.detach().requires_grad_()
-    per_sample, batch = softmax_entropies(rows[:, :7])
-    bits = bits_entropy(rows[:, 7:]) - 2 * joint_bits_entropy(rows[:, 7:].unflatten(1, (2, -1)))
+    per_sample, batch = softmax_entropies(rows[:, :7], across_ranks=across_ranks)
+    pairs = rows[:, 7:].unflatten(1, (2, -1))
+    bits = bits_entropy(rows[:, 7:]) - 2 * joint_bits_entropy(pairs, across_ranks=across_ranks)
     value = per_sample - 3 * batch + bits
     (gradient,) = torch.autograd.grad(value, rows)
     return value.detach(), gradient
@@ -50,7 +51,9 @@ def joined() -> tuple[Tensor, list[Tensor]]:
 def on_one_rank(rank: int, address: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     rows, batches = joined()
-    results = entropies(rows.chunk(2)[rank]), trained([batch.chunk(2)[rank] for batch in batches])
+    own = rows.chunk(2)[rank]
+    joint_and_apart = [entropies(own, across_ranks=across_ranks) for across_ranks in (True, False)]
+    results = joint_and_apart, trained([batch.chunk(2)[rank] for batch in batches])
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -70,12 +73,21 @@ def on_each_rank(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.mark.ddp
-def test_entropies(on_each_rank) -> None:
-    value, gradient = entropies(joined()[0])
-    for (on_rank, _), _ in on_each_rank:
+@pytest.mark.parametrize("across_ranks", [True, False])
+def test_entropies(on_each_rank, across_ranks: bool) -> None:
+    """Those of the joint batch, or the mean of those that each rank would have alone."""
+    rows = joined()[0]
+    value, gradient = entropies(rows)
+    if not across_ranks:
+        parts = [entropies(part) for part in rows.chunk(2)]
+        apart = torch.stack([part for part, _ in parts]).mean()
+        assert abs(float(apart - value)) > 0.1
+        value, gradient = apart, torch.cat([part for _, part in parts]) / 2
+    found = [joint_and_apart[0 if across_ranks else 1] for joint_and_apart, _ in on_each_rank]
+    for on_rank, _ in found:
         torch.testing.assert_close(on_rank, value, rtol=1e-12, atol=0)
     # DDP averages the gradients of its ranks.
-    averaged = torch.cat([on_rank for (_, on_rank), _ in on_each_rank]) / 2
+    averaged = torch.cat([on_rank for _, on_rank in found]) / 2
     torch.testing.assert_close(averaged, gradient, rtol=1e-10, atol=1e-13)
 
 
