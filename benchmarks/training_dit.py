@@ -13,7 +13,9 @@ The peak memory of a step is measured above the weights, the optimizer's state a
 for each arm. Beside it stand the bytes that autograd keeps for the backward pass, counted once for each storage, which
 no allocator blurs.
 
-MEASURED
+Measured on 28 November 2026, 1 thread on one of 2 cores of an AMD EPYC with avx512_bf16 that had much other work, so by
+processor time: `--rounds 4 --peaks 0 --precision 32-true --batch 2` 1.107 times as fast as `diffusers`, and 366 MB kept
+for the backward pass by either. Peaks and bf16 were not measured.
 """
 
 import argparse

@@ -221,7 +221,8 @@ def peak_memory(device: torch.device) -> int:
 def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 0) -> int:
     """Count the floating-point operations of a training step's forward and backward pass, see `count_flops`.
 
-    Every position counts where which ones do depends on the data.
+    Every position counts where which ones do depends on the data. Where a step draws how many places it masks, as
+    MAR's do, those of the mean share count.
 
     Args:
         module: a `Generator`, a `LatentGenerator`, a `Tokenizer` or an `ImageAutoencoder`; it stays as it is.
@@ -236,7 +237,14 @@ def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 
     if not isinstance(module, known) or not module.automatic_optimization:
         raise ValueError("not a generator, tokenizer or autoencoder whose loss the trainer minimises")
 
+    # Here, since there are no numbers among tensors without data.
+    shares = {
+        name: part.mean_step_share() for name, part in module.named_modules() if isinstance(part, LatentGenerator)
+    }
+
     def prepare(copy: LightningModule) -> Callable[[], None]:
+        for name, share in shares.items():
+            cast(LatentGenerator, copy.get_submodule(name)).fixed_share = share
         for part in copy.modules():
             if isinstance(part, LightningModule):
                 part.log = part.log_dict = _nothing

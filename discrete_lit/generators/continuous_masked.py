@@ -7,6 +7,7 @@ diffusion model draws the latent of a place given its hidden state (`TokenDiffus
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -84,7 +85,7 @@ class ContinuousMasked(LatentGenerator):
         self.grid, self.length, self.dim = self.patches.grid, self.patches.length, self.patches.dim
         self.backbone = backbone(self.layout())
         self.head = head(self.dim, self.backbone.hidden_width)
-        self.mask_schedule = mask_schedule or TruncatedNormalSchedule()
+        self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or MARSampler(min(64, self.length))
         self.likelihood_samples = likelihood_samples
         path = self.head.denoiser.path
@@ -111,7 +112,7 @@ class ContinuousMasked(LatentGenerator):
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         vectors = self.to_sequence(data)
         if self.training:
-            masked, count = step_masks(self.mask_schedule, random, self.length, seed=self.seed, step=self.global_step)
+            masked, count = step_masks(random, self.length, share=self.step_share())
             hidden = self.backbone(vectors, masked, condition, known=self.length - count)
             places = places_of(masked, count)
             weights = None
@@ -184,23 +185,18 @@ class ContinuousMasked(LatentGenerator):
         return output.with_tokens(self.to_grid(output.tokens))
 
 
-def step_masks(
-    schedule: MaskSchedule, random: CounterRandom, length: int, *, seed: int, step: int
-) -> tuple[Tensor, int]:
-    """Draw the masks of a training step: one m for all images and ranks, `ceil(N m)` places of each image.
+def step_masks(random: CounterRandom, length: int, *, share: float) -> tuple[Tensor, int]:
+    """Draw the masks of a training step, `ceil(N m)` places of each image.
 
     Args:
-        schedule: of m.
         random: one stream for each image, which decides its places.
         length: N.
-        seed: with the step, it decides m.
-        step: of training.
+        share: m, one for all images and ranks.
 
     Returns:
         `(B, N)` bool, and how many places are masked in each image.
     """
-    m = schedule.mask_probability(CounterRandom(seed, torch.tensor([step])).uniform(Purpose.MASK_RATIO, 1))
-    count = int((length * m).ceil().clamp(1, length))
+    count = min(max(ceil(length * share), 1), length)
     return random_subset(random.uniform(Purpose.MASK_ORDER, length), count), count
 
 

@@ -88,7 +88,7 @@ class DimensionwiseMasked(LatentGenerator):
         self.quantizer = NormalLevels(levels, low=low, high=high, std_range=std_range)
         self.backbone = backbone(VectorLayout(dim=self.dim, length=self.length, num_classes=num_classes))
         self.head = head(ChannelLayout(channels=self.dim, levels=levels, condition_width=self.backbone.hidden_width))
-        self.mask_schedule = mask_schedule or TruncatedNormalSchedule()
+        self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or DimensionwiseSampler(min(64, self.length))
         self.likelihood_samples = likelihood_samples
 
@@ -107,7 +107,7 @@ class DimensionwiseMasked(LatentGenerator):
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         ids = self.to_ids(data)
         if self.training:
-            masked, count = step_masks(self.mask_schedule, random, self.length, seed=self.seed, step=self.global_step)
+            masked, count = step_masks(random, self.length, share=self.step_share())
             hidden = self.backbone(self.quantizer.lookup(ids), masked, condition, known=self.length - count)
             places = places_of(masked, count)
             values = self.head.losses(at_places(hidden, places).flatten(0, 1), at_places(ids, places).flatten(0, 1))

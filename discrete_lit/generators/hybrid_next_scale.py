@@ -9,6 +9,7 @@ to its size, and the same small model draws its vectors. No paper has it in this
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import ceil
 from typing import Any, cast
 
 import torch
@@ -122,7 +123,7 @@ class HybridNextScale(LatentGenerator):
         self.lengths = layout.lengths
         self.backbone = backbone(layout)
         self.head = head(layout.dim, self.backbone.width)
-        self.drop_schedule = drop_schedule or TruncatedNormalSchedule(lowest=0.5)
+        self.drop_schedule = self.step_schedule = drop_schedule or TruncatedNormalSchedule(lowest=0.5)
         self.least_kept = least_kept
         self.drawn_ids = drawn_ids
         self.draw_top_k, self.draw_top_p = draw_top_k, draw_top_p
@@ -198,9 +199,7 @@ class HybridNextScale(LatentGenerator):
     def _kept(self, random: CounterRandom) -> Tensor:
         """The places of the last scale that a step of training reads, `(B, m)` in raster order."""
         count = self.lengths[-1]
-        of_step = CounterRandom(self.seed, torch.tensor([self.global_step]))
-        dropped = self.drop_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1))
-        kept = min(count, max(self.least_kept, count - int((count * dropped).ceil())))
+        kept = min(count, max(self.least_kept, count - ceil(count * self.step_share())))
         chosen = random_subset(random.uniform(Purpose.MASK_ORDER, count), kept)
         return places_of(chosen, kept)
 

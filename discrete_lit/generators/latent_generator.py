@@ -15,7 +15,8 @@ from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import at_least_float32
-from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.generators.generator import Likelihood
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.latent_statistics import check_latent_scale
@@ -138,6 +139,26 @@ class LatentGenerator(ClassConditionalTraining):
             )
 
     # The loss.
+
+    step_schedule: MaskSchedule | None = None
+    """Of m, the share of places that a training step masks or leaves out; None for a family that reads them all."""
+    fixed_share: float | None = None
+    """m of every training step; by default each draws its own."""
+
+    def step_share(self) -> float:
+        """Return m of this training step: one for all samples and ranks, a number that the host knows."""
+        assert self.step_schedule is not None
+        if self.fixed_share is not None:
+            return self.fixed_share
+        of_step = CounterRandom(self.seed, torch.tensor([self.global_step]))
+        return float(self.step_schedule.mask_probability(of_step.uniform(Purpose.MASK_RATIO, 1)))
+
+    def mean_step_share(self) -> float | None:
+        """Return the mean of m over training steps; None for a family without it."""
+        if self.step_schedule is None:
+            return None
+        even = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+        return float(self.step_schedule.mask_probability(even).mean())
 
     @abstractmethod
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:

@@ -2,15 +2,13 @@ import logging
 import resource
 from copy import deepcopy
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.counted_operations import counted
 from helpers.precision_cases import GENERATORS, make_generator
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import Throughput
@@ -112,17 +110,6 @@ def test_real_time(generator, make_loader, make_trainer, read_scalars):
     make_trainer(max_steps=2, log_every_n_steps=2, callbacks=[Throughput()]).fit(generator, make_loader(2))
     (fraction,) = read_scalars("throughput/data_wait").values()
     assert 0 < fraction < 1
-
-
-def counted(module, batch):
-    """What torch counts of a real step."""
-    counter = FlopCounterMode(display=False)
-    # Its tracker of modules does not bear the gradients that an adversarial loss takes.
-    counter.mod_tracker = SimpleNamespace(parents={"Global"}, __enter__=lambda: None, __exit__=lambda *_: None)
-    with sdpa_kernel(SDPBackend.MATH), counter:
-        outputs = module.training_step(batch, 0)
-        (outputs["loss"] if isinstance(outputs, dict) else outputs).backward()
-    return counter.get_total_flops()
 
 
 @pytest.fixture(params=["masked", "autoregressive", "tokenizer", "adversarial"])

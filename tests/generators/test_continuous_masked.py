@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.counted_operations import counted
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor
 
 import discrete_lit
 from discrete_lit.backbones import MaskedAutoencoder, TokenDiffusionHead, VectorLayout
+from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
@@ -54,7 +56,7 @@ def test_in_training_a_step_masks_as_many_places_in_each_image() -> None:
     random = CounterRandom(0, torch.arange(5))
 
     def masks(of_images: CounterRandom) -> tuple[torch.Tensor, int]:
-        masked, count = step_masks(made.mask_schedule, of_images, 16, seed=made.seed, step=made.global_step)
+        masked, count = step_masks(of_images, 16, share=made.step_share())
         return masked, 16 - count
 
     masked, known = masks(random)
@@ -66,6 +68,20 @@ def test_in_training_a_step_masks_as_many_places_in_each_image() -> None:
     assert losses.weights is None
     # The ratio belongs to the step: other images have the same.
     assert masks(CounterRandom(0, torch.arange(90, 95)))[1] == known
+
+
+def test_the_operations_of_a_step_are_counted_for_the_mean_share_of_its_places() -> None:
+    made, (latents, labels) = generator().train(), batch()
+    given = {"latents": latents, "label": labels, "index": torch.arange(5)}
+    measured = count_step(made, given)
+    share = made.mean_step_share()
+    assert share is not None and 0.7 < share < 1
+    made.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    made.fixed_share = share
+    assert measured == counted(made, given) > 0
+    made.fixed_share = 1.0
+    assert count_step(made, given) == measured, "the count's own share is the mean"
+    assert counted(made, given) != measured
 
 
 @torch.no_grad()

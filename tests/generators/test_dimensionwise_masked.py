@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.counted_operations import counted
 from helpers.tiny_runs import QUIET, run, write_settings
 from torch import Tensor
 
 import discrete_lit
 from discrete_lit.backbones import ChannelHead, ChannelLayout, MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.condition import as_condition
+from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import DimensionwiseMasked
 from discrete_lit.samplers import DimensionwiseSampler
@@ -60,6 +62,20 @@ def test_a_step_masks_as_many_places_in_each_image_and_costs_these() -> None:
     count = losses.terms["cross_entropy"].shape[1]
     assert losses.terms["cross_entropy"].shape == losses.coordinate.shape == (5, count) and 3 <= count <= 4
     assert losses.weights is None and losses.coordinate.unique().tolist() == [count / 4]
+
+
+def test_the_operations_of_a_step_are_counted_for_the_mean_share_of_its_places() -> None:
+    made, latents, labels = generator((3, 8, 8)).train(), torch.randn(5, 3, 8, 8), batch()[1]
+    given = {"latents": latents, "label": labels, "index": torch.arange(5)}
+    measured = count_step(made, given)
+    share = made.mean_step_share()
+    assert share is not None and 0.7 < share < 1
+    made.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    made.fixed_share = share
+    assert measured == counted(made, given) > 0
+    made.fixed_share = 1.0
+    assert count_step(made, given) == measured, "the count's own share is the mean"
+    assert counted(made, given) != measured
 
 
 @torch.no_grad()

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.counted_operations import counted
 from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
 from helpers.random_weights import randomise
 from torch import Tensor
 
 from discrete_lit.backbones import ScaleLayout, ScaleTransformer, TokenDiffusionHead
 from discrete_lit.backbones.condition import Condition
+from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
@@ -58,6 +60,20 @@ def batch(scale: int = 2, count: int = 5) -> tuple[Tensor, Tensor]:
 
 
 # --- HART ---
+
+
+def test_the_operations_of_a_step_are_counted_for_the_mean_share_of_its_places() -> None:
+    made, (latents, labels) = hybrid((1, 2, 8), least_kept=1).train(), batch(8)
+    given = {"latents": latents, "label": labels, "index": torch.arange(5)}
+    measured = count_step(made, given)
+    share = made.mean_step_share()
+    assert share is not None and 0.5 < share < 1
+    made.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    made.fixed_share = share
+    assert measured == counted(made, given) > 0
+    made.fixed_share = 1.0
+    assert count_step(made, given) == measured, "the count's own share is the mean"
+    assert counted(made, given) != measured
 
 
 @torch.no_grad()
