@@ -4,7 +4,6 @@
 from discrete_lit.pretrained import (  # noqa: F401
     bitdance,
     compvis_ldm,
-    dall_e,
     dit_sit,
     halton_maskgit,
     hart,
@@ -12,6 +11,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    openai_dall_e,
     rq_vae_transformer,
     sedd_mdlm,
     seed_voken,

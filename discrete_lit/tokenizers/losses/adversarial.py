@@ -37,7 +37,7 @@ from discrete_lit.core.modules import RunningStatistics, at_least_float32
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
 LeCamTarget = Literal["logits", "means"]
-"""What `LeCam` holds near the running means: each logit, or the mean logits of a batch."""
+"""The numbers that `LeCam` holds near the running means: each logit, or the mean logits of a batch."""
 
 LogitLoss = Literal["hinge", "non_saturating", "vanilla"]
 """Kinds of adversarial loss. For the discriminator `"hinge"`, or the logistic loss under the two other names; for the

@@ -372,7 +372,7 @@ class DINODiscriminator(Discriminator):
         self.embedding = embedding
         self.frozen = FrozenNetwork(self._make)
         width: int = shape.embed_dim  # type: ignore[assignment]
-        self.heads = nn.ModuleList(_Head(width, kernel_size, norm) for _ in range(embedding + len(layers)))
+        self.heads = nn.ModuleList(_Head(width, kernel_size, norm=norm) for _ in range(embedding + len(layers)))
 
     def prepare(self) -> None:
         self.frozen.prepare()
@@ -415,7 +415,7 @@ class DINODiscriminator(Discriminator):
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, kernel_size: int, norm: Norm) -> None:
+    def __init__(self, width: int, kernel_size: int, *, norm: Norm) -> None:
         super().__init__()
         self.enter = _layer(width, 1, norm)
         self.mix = _layer(width, kernel_size, norm)

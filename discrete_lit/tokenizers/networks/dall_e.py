@@ -101,7 +101,9 @@ def _groups(widths: list[int], blocks: int, kernels: tuple[int, ...], between: n
     for number, (before, width) in enumerate(pairwise(widths), start=1):
         group = OrderedDict[str, nn.Module]()
         for block in range(1, blocks + 1):
-            group[f"block_{block}"] = BottleneckBlock(before if block == 1 else width, width, kernels, gain=gain)
+            group[f"block_{block}"] = BottleneckBlock(
+                before if block == 1 else width, width, kernels=kernels, gain=gain
+            )
         layers[f"group_{number}"] = nn.Sequential(group)
         if number < len(_MULTIPLIERS):
             layers[f"resample_{number}"] = between
@@ -119,7 +121,7 @@ class BottleneckBlock(nn.Module):
         gain: of the convolutions' sum.
     """
 
-    def __init__(self, before: int, width: int, kernels: tuple[int, ...], *, gain: float) -> None:
+    def __init__(self, before: int, width: int, *, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
         self.gain = gain
         self.shortcut = nn.Identity() if before == width else nn.Conv2d(before, width, 1)
