@@ -1,30 +1,55 @@
-"""The Fréchet distance over 2,048 features beside torchmetrics' and SciPy's, and what measures add to an evaluation.
+"""The Fréchet distance beside torchmetrics' and SciPy's, and what evaluations cost beside the features they are of.
 
     OMP_NUM_THREADS=2 python benchmarks/feature_metrics.py
-    OMP_NUM_THREADS=2 python benchmarks/feature_metrics.py --width 512 --rounds 3
+    OMP_NUM_THREADS=2 python benchmarks/feature_metrics.py --parts distance --width 512
 
-First `compute` of `FrechetDistance` and of torchmetrics' `FrechetInceptionDistance`, both in float64 from the sums over
-two sets of 5,000 features whose variances fall as 1/k, in turns; then the distance by SciPy's `sqrtm` of the same
-moments, once. Then all three for a set of half as many images as features, at a quarter of the width.
+`distance`: first `compute` of `FrechetDistance` and of torchmetrics' `FrechetInceptionDistance`, both in float64 from
+the sums over two sets of 5,000 features whose variances fall as 1/k, in turns; then the distance by SciPy's `sqrtm` of
+the same moments, once. Then all three for a set of half as many images as features, at a quarter of the width.
 
-Last, batches of 16 images of 224 pixels through EfficientNet-Lite0 and through Inception with random weights, at 256
-pixels: what the updates of the Fréchet distance, KID, precision and recall, density and coverage and MIND together, and
-with Inception sFID and the Inception Score, take beside the features that they are given.
+`measures`: batches of 16 images of 224 pixels through EfficientNet-Lite0 and through Inception with random weights, at
+256 pixels: what the updates of the Fréchet distance, KID, precision and recall, density and coverage and MIND together,
+and with Inception sFID and the Inception Score, take beside the features that they are given.
+
+`evaluation`: `discrete-lit evaluate` of an npz of samples, from reading them to the report, with precision and recall,
+against a reference that an earlier evaluation kept; beside it the features alone, of the same images in memory.
+
+`ranks`: the same samples measured by two gloo ranks of one thread each, and by one of one thread.
+
+`callback`: `ImageDistance` behind a training step of a masked generator, with precision and recall; beside it drawing,
+decoding and extracting alone.
 """
 
 import argparse
+import io
+import logging
+import multiprocessing
 import tempfile
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 import torch
-from side_by_side.timing import alternate, milliseconds, ratio
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from side_by_side.timing import Seconds, alternate, clock, milliseconds, ratio, since
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from discrete_lit.backbones import Transformer
+from discrete_lit.callbacks import ImageDistance
+from discrete_lit.callbacks.image_grids import undisturbed
+from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.core.files import file_sha256
+from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
+from discrete_lit.evaluation.feature_statistics import measure
+from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.generators import Masked
 from discrete_lit.metrics import (
     DensityCoverage,
     EfficientNetLite0,
@@ -42,9 +67,14 @@ from discrete_lit.metrics import (
 )
 from discrete_lit.metrics import extractors as extractor_file
 from discrete_lit.metrics.extractors import FeatureExtractor, FeatureSource
+from discrete_lit.tokenizers import FSQ
+from discrete_lit.tokenizers.networks import ConvAutoencoder
 
-SPEED_TARGET, ERROR_TARGET, ADDED_TARGET = 3.0, 1e-6, 0.05
+SPEED_TARGET, ERROR_TARGET, ADDED_TARGET, RANKS_TARGET = 3.0, 1e-6, 0.05, 1.8
 BATCH = 16
+SIZE = 64
+"""Pixels of the images of whole evaluations; the extractor resizes them."""
+PARTS = ("distance", "measures", "evaluation", "ranks", "callback")
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
@@ -164,18 +194,151 @@ def measure_added(extractor: FeatureExtractor, size: int, rounds: int) -> None:
     print(f"  measures / features: {ratio(taken['measures'], taken['features'], f'at most {ADDED_TARGET}')}")
 
 
+def quietly(run: Callable[[], object]) -> None:
+    """Call without progress bars and tables."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        run()
+
+
+def write_images(path: Path, count: int, seed: int) -> str:
+    images = np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    np.savez(path, arr_0=images)
+    return str(path)
+
+
+def measure_evaluation(folder: str, count: int, rounds: int) -> None:
+    samples, reference = (write_images(Path(folder) / f"{seed}.npz", count, seed) for seed in (0, 1))
+    extractor = EfficientNetLite0()
+    images = torch.from_numpy(np.load(samples)["arr_0"]).movedim(-1, 1).contiguous()
+
+    def evaluated() -> None:
+        settings = {"samples": {"mine": samples}, "image_size": SIZE, "num_images": count, "batch_size": BATCH}
+        evaluate(reference, f"{folder}/report", **settings, extractor=extractor, accelerator="cpu", devices=1)
+
+    def extracted() -> None:
+        with torch.inference_mode():
+            for batch in images.split(BATCH):
+                extractor(batch)
+
+    taken = alternate({"features": extracted, "evaluation": partial(quietly, evaluated)}, rounds)
+    print(f"\nEvaluation of {count:,} images, {torch.get_num_threads()} threads, {rounds} rounds")
+    for name, times in taken.items():
+        print(f"  {name:24s} {milliseconds(times)}")
+    print(f"  evaluation / features: {ratio(taken['evaluation'], taken['features'], f'at most {1 + ADDED_TARGET}')}")
+
+
+def measure_share(rank: int, ranks: int, samples: str, address: str, results: Any) -> None:
+    """Measure the samples with others, in one thread, and tell how long all of them took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    extractor = EfficientNetLite0()
+    extractor(torch.zeros(BATCH, 3, SIZE, SIZE, dtype=torch.uint8))
+    selection = Selection(open_image_set(samples, SIZE), None, num_classes=None)
+    dist.barrier()
+    start = clock()
+    settings = {"num_classes": None, "batch_size": BATCH, "device": "cpu", "description": "samples"}
+    quietly(lambda: measure(selection, extractor, **settings))
+    dist.barrier()
+    if rank == 0:
+        results.put(tuple(since(start)))
+    dist.destroy_process_group()
+
+
+def measure_ranks(folder: str, count: int, rounds: int) -> None:
+    samples = write_images(Path(folder) / "ranks.npz", count, 2)
+    context = multiprocessing.get_context("spawn")
+    taken: dict[int, list[Seconds]] = {1: [], 2: []}
+    for round in range(rounds):
+        for ranks, times in taken.items():
+            results, address = context.Queue(), f"file://{folder}/rendezvous-{round}-{ranks}"
+            processes = [
+                context.Process(target=measure_share, args=(rank, ranks, samples, address, results))
+                for rank in range(ranks)
+            ]
+            for process in processes:
+                process.start()
+            times.append(Seconds(*results.get()))
+            for process in processes:
+                process.join()
+    print(f"\n{count:,} images on 1 and 2 ranks of one thread each, {rounds} rounds")
+    for ranks, times in taken.items():
+        print(f"  {ranks} ranks                  {milliseconds(times)}")
+    print(f"  1 rank / 2 ranks: {ratio(taken[1], taken[2], f'at least {RANKS_TARGET}')}")
+
+
+class TimedDistance(ImageDistance):
+    """Take the time of every measurement, and behind it that of drawing, decoding and extracting the same samples."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.taken: list[Seconds] = []
+        self.parts: list[Seconds] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        start = clock()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.taken.append(since(start))
+        assert isinstance(pl_module, Masked) and self.extractor is not None
+        start = clock()
+        with undisturbed(pl_module), torch.no_grad():
+            for numbers, _ in own_numbers(self.num_samples, self.batch_size):
+                self.extractor(draw_images(pl_module, numbers, seed=self.seed)[0])
+        self.parts.append(since(start))
+
+
+def measure_callback(folder: str, count: int, rounds: int) -> None:
+    torch.manual_seed(0)
+    tokenizer = FSQ(partial(ConvAutoencoder, channels=32, multipliers=(1, 2, 2), blocks=1, attention=False), [8, 8, 8])
+    backbone = partial(Transformer, width=128, depth=4, heads=4)
+    generator = Masked(tokenizer, SIZE, num_classes=10, backbone=backbone, optimizer=partial(torch.optim.SGD, lr=0.0))
+    reference = write_images(Path(folder) / "reference.npz", count, 3)
+    distance = TimedDistance(reference, count, every_n_steps=1, extractor=EfficientNetLite0())
+    batch = {"image": torch.rand(4, 3, SIZE, SIZE) * 2 - 1, "label": torch.arange(4)}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=rounds + 1,  # the first one measures the reference too
+        callbacks=[distance],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches: Any = [batch] * (rounds + 1)
+    quietly(lambda: trainer.fit(generator, torch.utils.data.DataLoader(batches, batch_size=None)))
+    taken, parts = distance.taken[1:], distance.parts[1:]
+    print(f"\nImageDistance of {count:,} samples, {torch.get_num_threads()} threads, {rounds} rounds")
+    print(f"  callback                 {milliseconds(taken)}\n  draw, decode, extract    {milliseconds(parts)}")
+    print(f"  callback / draw, decode, extract: {ratio(taken, parts, f'at most {1 + ADDED_TARGET}')}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=2048, help="of the features")
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--images", type=int, default=1000, help="of an evaluation, and samples of the callback")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
-    measure_distance(options.width, options.rounds)
-    measure_few(options.width // 4)
-    measure_added(EfficientNetLite0(), 224, options.rounds)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
-        measure_added(random_inception(folder), 256, options.rounds)
+        if "distance" in options.parts:
+            measure_distance(options.width, options.rounds)
+            measure_few(options.width // 4)
+        if "measures" in options.parts:
+            measure_added(EfficientNetLite0(), 224, options.rounds)
+            measure_added(random_inception(folder), 256, options.rounds)
+        if "evaluation" in options.parts:
+            measure_evaluation(folder, options.images, options.rounds)
+        if "ranks" in options.parts:
+            measure_ranks(folder, options.images, options.rounds)
+        if "callback" in options.parts:
+            measure_callback(folder, options.images, options.rounds)
 
 
 if __name__ == "__main__":

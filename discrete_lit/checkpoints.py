@@ -8,8 +8,10 @@ checkpoint by an unpickler that knows their classes alone, and `core/trust.py` d
 
 import importlib
 import io
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +25,24 @@ from torch import Tensor
 
 from discrete_lit.core.configuration import build
 from discrete_lit.core.files import atomic_write, check_records
-from discrete_lit.core.trust import check_config, only_trusted_imports, printable, refusal, trusting
+from discrete_lit.core.trust import NotTrusted, check_config, only_trusted_imports, printable, refusal, trusting
 
+_log = logging.getLogger(__name__)
 _MOST_SHOWN = 3
+# Settings that only training reads, wherever they stand in a configuration.
+_OF_TRAINING = (
+    "optimizer",
+    "scheduler",
+    "weight_decay_rule",
+    "gradient_of",
+    "mask_count",
+    "min_mask_ratio",
+    "initialization",
+    "initial_gates",
+    "dropout_places",
+)
+# Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
+_PARTS = ("tokenizer", "discrete")
 _NOT_PARSED = "cannot read the configuration of"
 # The files whose modules are being built, a generator's before its tokenizer's.
 _loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
@@ -217,6 +234,11 @@ def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     Raises:
         ValueError: the module was not built from a configuration, or from one that names what no checkpoint may build.
     """
+    return check_config(_whole_config(checkpoint, path), str(path))
+
+
+def _whole_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Put the configurations of a module's frozen parts into its own, as the checkpoint has them."""
     config = checkpoint.get("hyper_parameters") or {}
     if "class_path" not in config:
         raise ValueError(
@@ -226,10 +248,10 @@ def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     init_args = config.get("init_args") or {}
     if not isinstance(init_args, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(init_args).__name__} for the arguments of its module")
-    for part in ("tokenizer", "discrete"):
+    for part in _PARTS:
         if f"{part}_config" in checkpoint:
             init_args = {**init_args, part: checkpoint[f"{part}_config"]}
-    return check_config({"class_path": config["class_path"], "init_args": init_args}, str(path))
+    return {"class_path": config["class_path"], "init_args": init_args}
 
 
 def check_parses(config: dict[str, Any], path: str | Path) -> None:
@@ -272,6 +294,9 @@ def save(module: LightningModule, path: str | Path) -> None:
 def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     """Load the Tokenizer, ContinuousTokenizer or Generator of a checkpoint, on the CPU, in eval mode.
 
+    A setting that only training reads and that is not known here, such as an optimizer's of another version of PyTorch,
+    keeps no checkpoint from being read: the module is built without such settings, and a warning says so.
+
     Args:
         path: a file written by `discrete-lit fit`.
         trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
@@ -291,7 +316,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
             # By name, since these packages stand on this file: they mark what is loadable.
             for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
                 importlib.import_module(package)
-            module = rebuild(checkpoint, path)
+            module = _rebuild_to_use(checkpoint, path)
     finally:
         _loading.reset(token)
     if not isinstance(module, tuple(_LOADABLE)):
@@ -299,6 +324,35 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
         raise ValueError(f"{str(path)!r} holds a {kind}, not a Tokenizer, a ContinuousTokenizer or a Generator")
     load_weights(module, checkpoint, path)
     return module.eval()
+
+
+def _rebuild_to_use(checkpoint: Mapping[str, Any], path: str | Path) -> LightningModule:
+    """Build the module of a checkpoint; where it cannot be, try without what only training reads."""
+    try:
+        return rebuild(checkpoint, path)
+    except ValueError as error:
+        config = _whole_config(checkpoint, path)
+        used = _without_training(config)
+        if used == config:
+            raise
+        with suppress(NotTrusted):  # such a class is left out; what may not be built at all is refused
+            check_config(config, str(path))
+        parts = {f"{part}_config": used["init_args"][part] for part in _PARTS if f"{part}_config" in checkpoint}
+        try:
+            module = rebuild({**checkpoint, "hyper_parameters": used, **parts}, path)
+        except ValueError:
+            raise error from None
+        _log.warning("%s; it was built without what only training reads", error)
+        return module
+
+
+def _without_training(config: Any) -> Any:
+    """Leave out of a configuration the settings that only training reads."""
+    if isinstance(config, list):
+        return [_without_training(entry) for entry in config]
+    if not isinstance(config, Mapping):
+        return config
+    return {name: _without_training(value) for name, value in config.items() if name not in _OF_TRAINING}
 
 
 def load_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str | Path) -> None:

@@ -9,7 +9,7 @@ rate, and a decay to a smaller rate that stays.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from math import cos, pi
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
@@ -32,6 +32,10 @@ _DECAYED = (
 )
 
 
+WeightDecayRule = Literal["linear", "linear_and_classes", "rar", "matrices", "all"]
+"""Which parameters weight decay acts on; see `decayed_parameters`."""
+
+
 def configure_optimizers(
     module: LightningModule,
     optimizer: OptimizerCallable | None,
@@ -39,12 +43,9 @@ def configure_optimizers(
     *,
     learning_rate_ratios: Sequence[tuple[nn.Module, float]] = (),
     hidden_layers: Iterable[nn.Module] = (),
+    weight_decay_rule: WeightDecayRule = "linear",
 ) -> Any:
     """Build what Lightning's `configure_optimizers` returns: one optimizer, and a scheduler that steps by the batch.
-
-    Weight decay acts on the weights of linear and convolution layers alone: never on biases, gains, embeddings,
-    positions, start tokens and codebooks, as in RAR and minGPT (LlamaGen and nanoGPT decay embeddings too). Decay would
-    shrink the rows of a table that a batch does not touch.
 
     Args:
         module: the module to train.
@@ -54,17 +55,18 @@ def configure_optimizers(
             the optimizer's.
         hidden_layers: the modules whose linear layers are hidden ones, as the blocks of a transformer are; their
             weights are what `MuonAdamW` trains by Muon.
+        weight_decay_rule: which parameters decay, see `decayed_parameters`.
 
     Raises:
-        ValueError: no optimizer was given, Muon for a module without hidden layers, or torch's Muon, which trains
-            nothing but matrices.
+        ValueError: no optimizer was given, a rule that is not known, Muon for a module without hidden layers, or
+            torch's Muon, which trains nothing but matrices.
     """
     if optimizer is None:
         raise ValueError(
             f"{type(module).__name__} has no optimizer: set model.init_args.optimizer, "
             "for instance {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-4}}"
         )
-    decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    decayed = decayed_parameters(module, weight_decay_rule)
     separate = {id(parameter) for submodule, _ in learning_rate_ratios for parameter in submodule.parameters()}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in separate]
     parts = [(rest, 1.0), *((list(submodule.parameters()), ratio) for submodule, ratio in learning_rate_ratios)]
@@ -98,6 +100,43 @@ def configure_optimizers(
     if scheduler is None:
         return built
     return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+
+
+def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> set[int]:
+    """Find the parameters that weight decay acts on.
+
+    - `"linear"`: weights of linear and convolution layers; never biases, gains, embeddings, positions, start tokens and
+      codebooks (minGPT, TiTok's generator). Decay would shrink the rows of a table that a batch does not touch.
+    - `"linear_and_classes"`: also class embeddings (VAR).
+    - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
+      the "ln" that its norms are told by.
+    - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
+    - `"all"`: every parameter (MaskBit, Halton-MaskGIT).
+
+    Args:
+        module: what is trained.
+        rule: one of these.
+
+    Returns:
+        Identities (`id`) of the parameters.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in get_args(WeightDecayRule):
+        raise ValueError(f"weight_decay_rule={rule!r} is not known, accepted: {', '.join(get_args(WeightDecayRule))}")
+    if rule in ("matrices", "all"):
+        return {id(parameter) for parameter in module.parameters() if rule == "all" or parameter.ndim >= 2}
+    decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
+    for name, parameter in module.named_parameters():
+        part = f".{name}"
+        if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
+            decayed.add(id(parameter))
+        if rule == "rar" and part.endswith(".start"):
+            decayed.add(id(parameter))
+        if rule == "rar" and ".final_modulation." in part:
+            decayed.discard(id(parameter))
+    return decayed
 
 
 def _trained_weight(layer: nn.Module) -> nn.Parameter:
@@ -295,6 +334,11 @@ def is_trained(module: LightningModule) -> bool:
         return isinstance(module.trainer, Trainer)
     except RuntimeError:  # Lightning's, of a module without a Trainer
         return False
+
+
+def evaluation_stage(module: LightningModule) -> str:
+    """Name what a module measures now, as its logs begin: `"test"` in a Trainer's test, else `"validation"`."""
+    return "test" if is_trained(module) and module.trainer.testing else "validation"
 
 
 # Where torch has one kernel for a step of Adam that is worth it; tests add the CPU's.

@@ -65,7 +65,10 @@ def images() -> list[Any]:
     return [{"image": image, "index": number} for number, image in enumerate(pixels)]
 
 
-FAMILIES = ["Masked", "Masked, MaskBit", "Autoregressive, RAR", "Autoregressive, BAR", "DiscreteDiffusion, uniform"]
+FAMILIES = [
+    *("Masked", "Masked, MaskBit", "Masked, Halton-MaskGIT", "DiscreteDiffusion, uniform", "NextScale"),
+    *("Autoregressive, RAR", "Autoregressive, BAR", "Autoregressive, BitDance", "Autoregressive, Open-MAGVIT2"),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -136,6 +136,36 @@ def test_an_unknown_class_and_a_wrong_argument(tokenizer_file: Path, tmp_path: P
         load(rewritten(tokenizer_file, tmp_path, extend))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("optimizer", {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.1, "of_tomorrow": True}}, "of_tomorrow"),
+        ("optimizer", {"class_path": "my_optimizers.Lion", "init_args": {"lr": 0.1}}, "my_optimizers"),
+        ("weight_decay_rule", "of_tomorrow", "weight_decay_rule"),
+    ],
+)
+def test_what_only_training_reads_keeps_no_checkpoint_from_being_read(
+    name: str, value: Any, said: str, generator_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = rewritten(
+        generator_file, tmp_path, lambda contents: contents["hyper_parameters"]["init_args"].update({name: value})
+    )
+    generator = load(file)
+    assert torch.equal(generator.sample(torch.tensor([0, 1])), load(generator_file).sample(torch.tensor([0, 1])))
+    assert generator.optimizer is None
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said in warning and "built without what only training reads" in warning
+
+
+def test_what_only_training_reads_may_not_be_anything(generator_file: Path, tmp_path: Path) -> None:
+    optimizer = {"class_path": "os.system", "init_args": {"command": "true"}}
+    file = rewritten(
+        generator_file, tmp_path, lambda held: held["hyper_parameters"]["init_args"].update({"optimizer": optimizer})
+    )
+    with pytest.raises(ValueError, match="may not build"):
+        load(file)
+
+
 def test_a_module_of_another_kind(tokenizer_file: Path, tmp_path: Path) -> None:
     def change(contents: dict[str, Any]) -> None:
         contents["hyper_parameters"] = {

@@ -225,6 +225,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 32},
     "DALLEAutoencoder": {"channels": 4, "blocks": 1},
     "KLVAE": {"latent_channels": 4},
+    "RawPixels": {"image_channels": 3},  # of the tiny tokenizers
     # What an untrained tokenizer gives has any deviation.
     "LatentDiffusion": {"image_size": 8, "num_classes": 2, "check_scale": False},
     "ContinuousMasked": {"image_size": 8, "num_classes": 2, "check_scale": False},

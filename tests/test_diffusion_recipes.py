@@ -12,7 +12,7 @@ COUNTS = {
     "generators/d3pm_absorbing": (37_483_776, "a transformer of 37M"),
     "generators/d3pm_uniform": (37_483_264, "d3pm_absorbing.yaml"),
     "generators/d3pm_gaussian": (37_483_264, "d3pm_absorbing.yaml"),
-    "generators/md4_cifar10": (37_434_368, "a transformer of 37M"),
+    "generators/md4_cifar10": (37_483_776, "a transformer of 37M"),
     "generators/char_text": (84_997_632, "85M"),
     "experiments/sedd_absorb": (1_089_713, "1.1M"),
     "experiments/d3pm_grey": (330_448, "0.33M"),

@@ -57,6 +57,77 @@ def test_generators_decay_matrices_alone(make_generator, family: str, conditioni
     assert decayed == {f"backbone.{name}" for name in matrices}
 
 
+# What each code excludes, by its own words, where a name of ours stands for one of theirs.
+AS_PUBLISHED = {
+    "linear": lambda name, shape: name.endswith(("table.weight", "class_embedding.weight", "positions.embedding")),
+    # VAR: `para.ndim == 1 or name.endswith("bias")`, start token, positions and levels.
+    "linear_and_classes": lambda name, shape: name.endswith(("table.weight", "positions.embedding", "start")),
+    # RAR: `p.ndim < 2 or "ln" in n or "bias" in n or "embedding" in n or "embed" in n`; ours calls its
+    # `adaln_before_head` a final modulation, and its `cls_token` a start.
+    "rar": lambda name, shape: "embedding" in name or "final_modulation" in name,
+    "matrices": lambda name, shape: False,  # LlamaGen: `p.dim() < 2` alone
+}
+
+
+@pytest.mark.parametrize("rule", [*AS_PUBLISHED, "all"])
+def test_weight_decay_as_published(make_generator, rule: str) -> None:
+    switches = {"conditioning": "prefix_adaln", "registers": 1, "condition_positions": True, "target_positions": True}
+    generator = make_generator("autoregressive", backbone=switches, optimizer=ADAMW, weight_decay_rule=rule)
+    decayed, others = names_by_decay(generator)
+    named = {f"backbone.{name}": value for name, value in generator.backbone.named_parameters()}
+    excluded = AS_PUBLISHED.get(rule, lambda name, shape: False)
+    if rule == "all":
+        assert not others and decayed == set(named)
+        return
+    # Positions of the condition and of targets are tables, which no name of theirs decays.
+    tables = ("condition_positions", "target_embedding", "start") if rule.startswith("linear") else ()
+    tables = ("condition_positions", "target_embedding") if rule == "rar" else tables
+    assert decayed == {
+        name
+        for name, value in named.items()
+        if value.ndim >= 2 and not excluded(name, value.shape) and not name.endswith(tables)
+    }
+
+
+def test_a_rule_of_weight_decay_that_is_not_known(make_generator) -> None:
+    generator = make_generator("masked", optimizer=ADAMW, weight_decay_rule="biases")
+    with pytest.raises(ValueError, match=r"weight_decay_rule='biases' is not known, accepted: linear, .*all"):
+        generator.configure_optimizers()
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_gradients_of_a_sequence(make_generator, tmp_path, clip: float | None) -> None:
+    """N times those of a token: plain gradient descent steps N times as far, unless a clip makes both as long."""
+    batch = {"tokens": torch.randint(4, (4, 3)), "label": torch.arange(4) % 2, "index": torch.arange(4)}
+    moved, logged = {}, {}
+    for kind in ("token", "sequence"):
+        torch.manual_seed(0)
+        generator = make_generator("masked", optimizer=partial(torch.optim.SGD, lr=0.1), gradient_of=kind)
+        before = torch.cat([value.detach().flatten().clone() for value in generator.backbone.parameters()])
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=1,
+            gradient_clip_val=clip,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(generator.train(), DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
+        after = torch.cat([value.detach().flatten() for value in generator.backbone.parameters()])
+        moved[kind], logged[kind] = after - before, float(trainer.callback_metrics["train/loss"])
+    assert logged["token"] == pytest.approx(logged["sequence"])
+    expected = moved["token"] * (3 if clip is None else 1)
+    torch.testing.assert_close(moved["sequence"], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_of_what_is_not_known(make_generator) -> None:
+    with pytest.raises(ValueError, match="gradient_of='batch' is not known, accepted: token, sequence"):
+        make_generator("masked", gradient_of="batch")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"), [("fsq", {}), ("vqvae", {}), ("vqvae", {"codebook_update": "gradient"})]
 )

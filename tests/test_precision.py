@@ -58,6 +58,7 @@ GENERATOR_TABLE: dict[str, tuple[Row, Row]] = {
     "Autoregressive, RAR": ((3e-03, 0.04, 2e-06), (1e-03, 0.01, 2e-05)),
     "Autoregressive, Open-MAGVIT2": ((2e-03, 8e-03, 2e-06), (1e-03, 0.01, 2e-05)),
     "Autoregressive, BAR": ((1e-03, 9e-03, 2e-06), (1e-03, 0.01, 2e-05)),
+    "Autoregressive, RandAR": ((9e-03, 0.05, 2e-06), (3e-03, 0.01, 2e-05)),
     "Autoregressive, BitDance": ((0.01, 0.08, 2e-05), (1e-03, 0.01, 2e-05)),
     "Autoregressive, BitDance in blocks": ((0.02, 0.08, 2e-05), (1e-03, 0.01, 2e-05)),
     "Masked": ((3e-03, 0.02, 2e-06), (1e-03, 0.01, 2e-05)),
@@ -75,6 +76,7 @@ GENERATOR_TABLE: dict[str, tuple[Row, Row]] = {
 SAMPLER_TABLE: dict[str, Row] = {
     "RasterSampler": (0.02, 0.2, 0.02),
     "BARSampler": (0.02, 0.05, 0.02),
+    "RandARSampler": (0.02, 0.2, 0.02),
     "BinaryFlowSampler": (0.02, 0.05, 0.02),
     "OpenMAGVIT2Sampler": (0.02, 0.06, 0.02),
     "MaskGITSampler": (0.02, 0.1, 0.02),

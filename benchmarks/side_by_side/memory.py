@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 def resident() -> int:
@@ -44,3 +45,22 @@ def in_own_process(function: Callable[..., int], *arguments: Any) -> int:
     """What a module's function returns in a fresh process with as many threads as this one."""
     with multiprocessing.get_context("spawn").Pool(1, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         return pool.apply(function, arguments)
+
+
+def saved_bytes(forward: Callable[[], Tensor], network: nn.Module) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward pass, each storage once, without the weights."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    # What is kept stays allocated while the result is held, so that no storage takes the place of another.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        result = forward()
+    total = sum(kept.values())
+    del result
+    return total

@@ -3,6 +3,7 @@
 import importlib.util
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,3 +89,29 @@ def vector_quantize_search(codes: Tensor, latents: Tensor) -> Callable[[], Tenso
     theirs = VectorQuantize(dim=codes.shape[1], codebook_size=len(codes)).eval().to(codes.device)
     theirs._codebook.embed.copy_(codes[None])  # type: ignore[union-attr, operator]
     return lambda: theirs(latents[None])[1][0]
+
+
+def diffusers_dit(*, shared: bool) -> nn.Module:
+    """`diffusers`' DiT of the size of DiT-B/2, on latents of 4 x 32 x 32, given one of 1,000 classes.
+
+    Args:
+        shared: all blocks use the first's embedding of time and class, as DiT's do; by itself each has its own.
+    """
+    from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+    model = DiTTransformer2DModel(
+        num_attention_heads=12,
+        attention_head_dim=64,
+        num_layers=12,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_eps=1e-6,
+    )
+    if shared:
+        blocks: Any = model.transformer_blocks
+        for block in blocks:
+            block.norm1.emb = blocks[0].norm1.emb
+    return model

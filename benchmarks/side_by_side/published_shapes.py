@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from discrete_lit.backbones import Backbone, SequenceLayout, Transformer
+from discrete_lit.backbones import Backbone, DiT, LatentLayout, SequenceLayout, Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +111,9 @@ def sedd_shape(vocab_size: int) -> Transformer:
         attention_bias="none",
         out_bias=False,
     )
+
+
+def dit_shape(*, context_channels: int | None = None) -> DiT:
+    """DiT-B/2's: 12 modulated blocks of width 768 over 256 patches of latents of 4 x 32 x 32."""
+    layout = LatentLayout(channels=4, grid=(32, 32), outputs=4, num_classes=CLASSES, context_channels=context_channels)
+    return DiT(layout, width=768, depth=12, heads=12)

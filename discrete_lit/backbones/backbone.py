@@ -172,7 +172,7 @@ class Backbone(nn.Module, ABC):
         """Compute what can be computed once for labels `(B,)` or all that B sequences are given, and make room for the
         keys and values of their N tokens."""
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0, ahead: int = 0) -> int:
         """Count the floating-point operations of a forward pass by `count_flops`, once for each shape.
 
         A causal pass must cost an amount that is linear in what its cache holds: two such passes are measured, the
@@ -183,19 +183,22 @@ class Backbone(nn.Module, ABC):
             tokens: input ids, or vectors, of each.
             filled: elements that the cache holds before the pass; None for a pass without a cache.
             context: vectors that each sequence is given to attend to.
+            ahead: positions beyond the next one that are asked for, see `Cache.ahead`.
         """
         counted = _counted.setdefault(self, {})
-        key = batch, tokens, context, filled
+        key = batch, tokens, context, ahead, filled
         if key not in counted:
             line: list[tuple[Any, ...]] = []
             if filled and self.layout.attention == "causal":
-                line = [other for other in counted if other[:3] == key[:3] and other[3]]
+                line = [other for other in counted if other[:4] == key[:4] and other[4]]
             if filled and len(line) >= 2:
                 (*_, first), (*_, second) = line[:2]
                 slope = (counted[line[1]] - counted[line[0]]) // (second - first)
                 counted[key] = counted[line[0]] + (filled - first) * slope
             else:
-                counted[key] = count_flops(self, lambda network: network.eval()._pass(batch, tokens, filled, context))
+                counted[key] = count_flops(
+                    self, lambda network: network.eval()._pass(batch, tokens, filled, context, ahead)
+                )
         return counted[key]
 
     def cache_flops(self, batch: int, context: int = 0) -> int:
@@ -236,7 +239,7 @@ class Backbone(nn.Module, ABC):
             mask = torch.ones(batch, context, dtype=torch.bool, device=weight.device)
         return plain(Condition(labels=labels, grid=grid, context=vectors, context_mask=mask))
 
-    def _pass(self, batch: int, tokens: int, filled: int | None, context: int) -> Callable[[], Tensor]:
+    def _pass(self, batch: int, tokens: int, filled: int | None, context: int, ahead: int) -> Callable[[], Tensor]:
         """A forward pass of these shapes, not yet made."""
         given, vectors = self._given(batch, context), self.layout.input_dim
         device = next(self.parameters()).device
@@ -248,6 +251,7 @@ class Backbone(nn.Module, ABC):
         if filled is not None:
             cache = self.new_cache(given)
             cache.advance(filled)
+            cache.ahead = ahead
         return partial(self, inputs, given, cache, None, time)
 
 
@@ -282,6 +286,9 @@ class IdHead(nn.Module, ABC):
         self.width = width
         self.sub_tokens = SubTokens(sizes, vocab_size)
         self.block_size = 1
+
+    def read_input(self, embedding: nn.Module) -> None:
+        """See the embedding of the transformer's input, whose tables a head may share."""
 
     @abstractmethod
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:

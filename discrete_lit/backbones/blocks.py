@@ -5,7 +5,7 @@ them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -21,8 +21,13 @@ from discrete_lit.core.modules import FullPrecision, at_least_float32
 QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
+DropoutPlace = Literal["embeddings", "attention_weights", "attention_output", "mlp_hidden", "mlp_output"]
 Modulating = Tensor | tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]
+Rotary = Tensor | tuple[Tensor, Tensor]
+
+DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embeddings", "attention_weights", "attention_output", "mlp_output")
+"""Where dropout acts unless a model says otherwise."""
 
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
 _LARGEST_LOG_SHARPNESS = 4.605170185988092
@@ -46,7 +51,8 @@ class BlockSettings:
         norm_bias: offsets of LayerNorms with gains.
         bias: of the MLP.
         condition_width: of the condition that a modulation of the block's own reads.
-        dropout: on the attention weights and both residual branches, in [0, 1).
+        dropout: probability at each of the places, in [0, 1).
+        dropout_places: what dropout acts on; the embeddings are the transformer's.
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
@@ -69,6 +75,7 @@ class BlockSettings:
     bias: bool = True
     condition_width: int | None = None
     dropout: float = 0.0
+    dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
 
@@ -77,8 +84,16 @@ class BlockSettings:
             raise ValueError(f"norm_epsilon must be > 0, got {self.norm_epsilon}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+        unknown = [place for place in self.dropout_places if place not in get_args(DropoutPlace)]
+        if unknown:
+            accepted = ", ".join(get_args(DropoutPlace))
+            raise ValueError(f"dropout_places has {', '.join(map(repr, unknown))}, accepted: {accepted}")
         if self.context_dim is not None and self.context_dim < 1:
             raise ValueError(f"context_dim must be at least 1, got {self.context_dim}")
+
+    def dropout_at(self, place: DropoutPlace) -> float:
+        """Give the probability of dropout at a place."""
+        return self.dropout if place in self.dropout_places else 0.0
 
 
 class Block(nn.Module):
@@ -96,18 +111,28 @@ class Block(nn.Module):
             self.context_norm = _block_norm(settings, affine=True)
             self.context_attention = ContextAttention(settings)
         self.mlp_norm = _block_norm(settings)
-        self.mlp = MLP(width, settings.mlp_hidden, kind=settings.mlp, bias=settings.bias)
+        self.mlp = MLP(
+            width,
+            settings.mlp_hidden,
+            kind=settings.mlp,
+            bias=settings.bias,
+            dropout=settings.dropout_at("mlp_hidden"),
+        )
         self.modulation = None
         if settings.modulation == "own":
             self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
-        self.dropout = nn.Sequential(nn.Dropout(settings.dropout), StochasticDepth(settings.drop_path))
+        outputs: tuple[DropoutPlace, ...] = ("attention_output", "mlp_output")
+        self.dropout, self.mlp_dropout = (
+            nn.Sequential(nn.Dropout(settings.dropout_at(place)), StochasticDepth(settings.drop_path))
+            for place in outputs
+        )
 
     def forward(
         self,
         x: Tensor,
         condition: Modulating | None = None,
-        rotary: Tensor | None = None,
+        rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
         cache: LayerCache | None = None,
@@ -125,17 +150,17 @@ class Block(nn.Module):
             if not self.norm_first:
                 x = self.attention_norm(x + self._drop(self.attention(x, rotary, mask, causal, cache)))
                 x = self._attend(x, context, context_mask)
-                return self.mlp_norm(x + self._drop(self.mlp(x)))
+                return self.mlp_norm(x + self._drop_mlp(self.mlp(x)))
             x = x + self._drop(self.attention(self.attention_norm(x), rotary, mask, causal, cache))
             x = self._attend(x, context, context_mask)
-            return x + self._drop(self.mlp(self.mlp_norm(x)))
+            return x + self._drop_mlp(self.mlp(self.mlp_norm(x)))
         vectors = self.modulate(condition) if isinstance(condition, Tensor) else condition
         shift1, scale1, gate1, shift2, scale2, gate2 = vectors
         hidden = self.attention_norm(x) * (1 + scale1) + shift1
         x = x + self._drop(gate1 * self.attention(hidden, rotary, mask, causal, cache))
         x = self._attend(x, context, context_mask)
         hidden = self.mlp_norm(x) * (1 + scale2) + shift2
-        return x + self._drop(gate2 * self.mlp(hidden))
+        return x + self._drop_mlp(gate2 * self.mlp(hidden))
 
     def modulate(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Make shift, scale and gate of the attention, then of the MLP, each `(B, 1 or n, D)`.
@@ -158,8 +183,11 @@ class Block(nn.Module):
         return x + self._drop(self.context_attention(self.context_norm(x), context, mask))
 
     def _drop(self, branch: Tensor) -> Tensor:
-        """Leave out what training leaves out of a residual branch."""
+        """Leave out what training leaves out of a branch of attention."""
         return self.dropout(branch) if self.training else branch
+
+    def _drop_mlp(self, branch: Tensor) -> Tensor:
+        return self.mlp_dropout(branch) if self.training else branch
 
 
 def _block_norm(settings: BlockSettings, *, affine: bool | None = None) -> Norm:
@@ -205,7 +233,7 @@ class Attention(nn.Module):
         heads, head_dim, qk_norm = settings.heads, settings.head_dim, settings.qk_norm
         inner = heads * head_dim
         self.heads = heads
-        self.dropout = settings.dropout
+        self.dropout = settings.dropout_at("attention_weights")
         self.query_key_value = Linear(settings.width, 3 * inner, bias=settings.attention_bias == "all")
         self.query_value_bias = None
         if settings.attention_bias == "query_value":
@@ -219,7 +247,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Tensor | None,
+        rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
         cache: LayerCache | None,
@@ -227,16 +255,18 @@ class Attention(nn.Module):
         """Map `(B, n, D)` to the same.
 
         Args:
-            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before.
+            rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
+                keys where they differ.
             mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
             causal: each position sees those before it and itself.
             cache: keys and values so far.
         """
-        query, key, value = self._project(x).unbind()
+        query, key, value = self._project(x)
         if self.norms is not None:
             query, key = self.norms(query, key)
         if rotary is not None:
-            query, key = rotate(query, rotary), rotate(key, rotary)
+            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
+            query, key = rotate(query, of_query), rotate(key, of_key)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -259,13 +289,15 @@ class Attention(nn.Module):
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
 
-    def _project(self, x: Tensor) -> Tensor:  # (B, n, D) -> queries, keys and values (3, B, heads, n, head_dim)
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each."""
         projected = self.query_key_value(x)
         if self.query_value_bias is not None:
             query_bias, value_bias = self.query_value_bias.to(projected.dtype)
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
-        # Not by einops: this runs for every token that is drawn.
-        return projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # Not by einops: this runs for every token that is drawn. Taken apart before heads and positions change places,
+        # the three gradients are put together once, in the layout that the linear layer's products read.
+        return tuple(part.transpose(1, 2) for part in projected.unflatten(-1, (3, self.heads, -1)).unbind(2))
 
 
 class ContextAttention(nn.Module):
@@ -284,7 +316,7 @@ class ContextAttention(nn.Module):
         assert settings.context_dim is not None
         inner, bias = settings.heads * settings.head_dim, settings.attention_bias == "all"
         self.heads = settings.heads
-        self.dropout = settings.dropout
+        self.dropout = settings.dropout_at("attention_weights")
         self.query = Linear(settings.width, inner, bias=bias)
         self.key_value = Linear(settings.context_dim, 2 * inner, bias=bias)
         self.null = nn.Parameter(torch.zeros(1, settings.context_dim))
@@ -364,24 +396,31 @@ class MLP(nn.Module):
             Transformers for Language Modeling", 2021); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"`
             that of gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
+        dropout: on the hidden units, in [0, 1).
     """
 
-    def __init__(self, width: int, hidden: int, *, kind: MLPKind, bias: bool) -> None:
+    def __init__(self, width: int, hidden: int, *, kind: MLPKind, bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.kind = kind
+        self.dropout = dropout
         self.expand = Linear(width, (2 if kind in ("swiglu", "geglu") else 1) * hidden, bias=bias)
         self.contract = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
-        hidden = self.expand(x)
+        hidden = self._activated(self.expand(x))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        return self.contract(hidden)
+
+    def _activated(self, hidden: Tensor) -> Tensor:
         if self.kind in ("swiglu", "geglu"):
             gate, value = hidden.chunk(2, dim=-1)
-            return self.contract((F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value)
+            return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value
         if self.kind == "relu_squared":
-            return self.contract(F.relu(hidden).square())
+            return F.relu(hidden).square()
         if self.kind == "gelu_quick":
-            return self.contract(hidden * torch.sigmoid(1.702 * hidden))
-        return self.contract(F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none"))
+            return hidden * torch.sigmoid(1.702 * hidden)
+        return F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
 
 
 class Modulation(nn.Module):

@@ -42,6 +42,10 @@ class Cache:
         keys_and_values: `(layers, 2, B, heads, length, head_dim)`, preallocated; None for a backbone that sees
             everything at every pass.
         context: keys and values of the vectors to attend to, of each block; empty where there are none.
+
+    Attributes:
+        ahead: positions beyond the next one that the coming pass of a backbone with position instructions is also asked
+            for; each of their instructions sees those before it, and the cache forgets them behind the pass.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Cache:
     ) -> None:
         self.modulations = modulations
         self.context = context or []
-        self.filled = 0
+        self.filled = self.ahead = 0
         self.tokens: Tensor | None = None
         self._buffers = keys_and_values
 

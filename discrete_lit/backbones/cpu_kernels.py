@@ -1,8 +1,8 @@
 """Everything that the backbones compute in a way of their own on a CPU, where PyTorch's way takes longer.
 
-Three kernels: linear layers with packed weights, RMSNorm with its gradients, and attention that is never in half
-precision while gradients are recorded. `enabled` is the one switch of them all. Without them the layers compute the
-same up to rounding, by the plain PyTorch that stands in `layers.py` and `blocks.py`.
+Four kernels: linear layers with packed weights, wide linear layers in training, RMSNorm with its gradients, and
+attention that is never in half precision while gradients are recorded. `enabled` is the one switch of them all. Without
+them the layers compute the same up to rounding, by the plain PyTorch that stands in `layers.py` and `blocks.py`.
 """
 
 import os
@@ -21,6 +21,9 @@ if _SWITCH not in ("0", "1"):
 
 # Below, float32 products read the weight once in any layout.
 _FEWEST_FLOAT32_ROWS = 8
+
+# Below, PyTorch's products take as long in training: rows of the input, and both sides of the weight.
+_FEWEST_TRAINED_ROWS, _SHORTEST_TRAINED_SIDE = 256, 512
 
 
 def enabled(device: torch.device) -> bool:
@@ -95,6 +98,67 @@ def packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 @packed_linear.register_fake
 def _shape_of_packed_linear(rows: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], len(packed))
+
+
+# --- Wide linear layers in training ---
+# In float32 PyTorch multiplies by another library than in bfloat16, and takes longer; `benchmarks/training_dit.py` says
+# how much.
+
+
+def trained_product_pays(input: Tensor, weight: Tensor) -> bool:
+    """Say whether `trained_linear` saves time: for large float32 products that gradients are recorded of.
+
+    Subclasses of tensors, such as those without data that operations are counted on, take PyTorch's way.
+    """
+    return (
+        torch.is_grad_enabled()
+        and type(input) in (Tensor, nn.Parameter)
+        and type(weight) is nn.Parameter
+        and input.dtype == weight.dtype == torch.float32
+        and input.numel() >= _FEWEST_TRAINED_ROWS * input.shape[-1]
+        and min(weight.shape) >= _SHORTEST_TRAINED_SIDE
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def trained_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply as `F.linear` does, by oneDNN, with first derivatives.
+
+    Args:
+        input: `(..., in_features)` float32.
+        weight: `(out_features, in_features)` float32.
+        bias: `(out_features,)`.
+
+    Returns:
+        `(..., out_features)`.
+    """
+    return cast(Tensor, _TrainedLinear.apply(input, weight, bias))
+
+
+class _TrainedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        return _packed_product(input, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    # See `_RMSNorm`.
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        input, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_input = _packed_product(grad, weight.T, None)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.T @ input.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(dim=0)
+        return grad_input, grad_weight, grad_bias
 
 
 # --- RMSNorm ---

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_vocabulary
 from discrete_lit.core.modules import at_least_float32, widened
+from discrete_lit.core.synchronisation import on_device
 
-InputKind = Literal["table", "bits", "bits_mlp", "parts"]
-PositionKind = Literal["learned", "rope_1d", "rope_2d"]
+InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts"]
+PositionKind = Literal["learned", "rope_1d", "rope_2d", "learned_rope_2d"]
 
 
 def embed_tokens(
@@ -27,13 +28,13 @@ def embed_tokens(
     kind: InputKind,
     sub_tokens: SubTokens | None,
     digits: Sequence[int] | None = None,
-) -> "TokenTable | BitProjection | BitMLP | SubTokenTables | VectorProjection":
+) -> "TokenTable | BitProjection | BitMLP | BitTable | SubTokenTables | VectorProjection":
     """Make the embedding that a layout needs.
 
     Args:
         layout: the sequence.
         width: D.
-        kind: of ids: `"table"`; `"bits"`, or `"bits_mlp"`; or `"parts"`, a table for each sub-token.
+        kind: of ids: `"table"`; `"bits"`, `"bits_mlp"` or `"bit_table"`; or `"parts"`, a table for each sub-token.
         sub_tokens: that a `place_head` predicts an id in; None without one.
         digits: sizes of the digits of an id, each with a table that is added to that of the ids.
 
@@ -52,6 +53,8 @@ def embed_tokens(
         return BitProjection(layout, width)
     if kind == "bits_mlp":
         return BitMLP(layout, width)
+    if kind == "bit_table":
+        return BitTable(layout, width)
     if kind == "parts":
         if sub_tokens is None:
             raise ValueError("token_embedding='parts' embeds the sub-tokens that a place_head predicts: give one")
@@ -59,7 +62,7 @@ def embed_tokens(
     if sub_tokens is not None:
         raise ValueError(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
-            "to avoid: use 'bits', 'bits_mlp' or 'parts'"
+            "to avoid: use 'bits', 'bits_mlp', 'bit_table' or 'parts'"
         )
     return TokenTable(layout, width, digits=None if digits is None else SubTokens(digits, layout.vocab_size))
 
@@ -155,6 +158,25 @@ def _signs(tokens: Tensor, bits: int, layout: SequenceLayout) -> Tensor:
     return rearrange(signs, "b (n sub) bits -> b n (sub bits)", sub=layout.sub_tokens)
 
 
+class BitTable(nn.Module):
+    """A learned vector of D / bits channels for the values 0 and 1 of any bit, those of a position's ids side by side
+    through a linear layer (BAR, 2026). The bits of a mask id have a third vector."""
+
+    def __init__(self, layout: SequenceLayout, width: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.bits = bits_of_vocabulary(layout.vocab_size, "token_embedding='bit_table'")
+        each = -(-width // self.bits)
+        self.table = nn.Embedding(2 + int(layout.mask_token), each)
+        self.project = nn.Linear(layout.sub_tokens * self.bits * each, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n * sub_tokens) -> (B, n, D)
+        bits = (tokens[..., None] >> torch.arange(self.bits, device=tokens.device)) & 1
+        bits = bits.masked_fill((tokens == self.layout.mask_id)[..., None], 2)
+        vectors = self.table(bits)
+        return self.project(rearrange(vectors, "b (n sub) bits d -> b n (sub bits d)", sub=self.layout.sub_tokens))
+
+
 class SubTokenTables(nn.Module):
     """The sum of a learned vector for each sub-token of an id (Luo et al., "Open-MAGVIT2", 2024)."""
 
@@ -211,13 +233,15 @@ class Positions(nn.Module):
 
     Args:
         layout: the sequence.
-        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`).
+        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`), or
+            both learned and along each axis (`"learned_rope_2d"`).
         starts: elements before the first position of the grid.
         width: D.
         head_dim: width of a head.
         zero_starts: on a grid, turn the elements before the first position to 0 instead of leaving them alone.
         rotary_base: of the wavelengths of rotary positions.
         rotary_offset: on a grid, how far along each axis its first position lies from what stands before it.
+        last_turned: make rotations of the last position too, where a sequence in raster order never reads it.
     """
 
     table: Tensor | None
@@ -233,6 +257,7 @@ class Positions(nn.Module):
         zero_starts: bool = False,
         rotary_base: float = 10000.0,
         rotary_offset: float = 0.0,
+        last_turned: bool = False,
     ) -> None:
         super().__init__()
         self.starts = starts
@@ -246,17 +271,19 @@ class Positions(nn.Module):
         self.read = layout.positions
         if layout.attention != "bidirectional" and not layout.any_order:
             self.read -= layout.block_size
-        self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if kind == "learned" else None
+        self.turned = layout.positions if last_turned else self.read
+        learned = kind in ("learned", "learned_rope_2d")
+        self.embedding = nn.Parameter(torch.empty(1, starts + self.read, width)) if learned else None
         self.register_buffer("table", None if kind == "learned" else self._make().float(), persistent=False)
 
     def _make(self) -> Tensor:
-        """Compute the rotations `(starts + read, head_dim / 2, 2)` of rotary positions, float64."""
+        """Compute the rotations `(starts + turned, head_dim / 2, 2)` of rotary positions, float64."""
         if self.kind == "rope_1d":
-            coordinates = torch.arange(self.starts + self.read)[:, None]
+            coordinates = torch.arange(self.starts + self.turned)[:, None]
             return rotary_table(coordinates, self.head_dim, base=self.rotary_base, dtype=torch.float64)
         still = torch.tensor((0.0, 0.0) if self.zero_starts else (1.0, 0.0), dtype=torch.float64)
         on_grid = rotary_table(
-            grid_coordinates(self.grid)[: self.read] + self.rotary_offset,
+            grid_coordinates(self.grid)[: self.turned] + self.rotary_offset,
             self.head_dim,
             base=self.rotary_base,
             dtype=torch.float64,
@@ -287,10 +314,87 @@ class Positions(nn.Module):
             return self.table[filled : filled + count]
         return self.table[self._rows(filled, count, order)][:, None]
 
+    def of(self, places: Tensor, numbers: tuple[int, ...], *, starts: bool) -> Tensor:
+        """Give the rotations of some positions, behind the starts or without them.
+
+        Args:
+            places: `(B or 1, N)`, the positions in the sequence's order.
+            numbers: which of them.
+            starts: whether the starts stand before.
+
+        Returns:
+            `(B or 1, 1, count, head_dim / 2, 2)`.
+        """
+        assert self.table is not None
+        rows = places[:, on_device(torch.tensor, numbers, device=places.device)] + self.starts
+        if starts:
+            rows = torch.cat((torch.arange(self.starts, device=rows.device).expand(len(rows), -1), rows), dim=1)
+        return self.table[rows][:, None]
+
     def _rows(self, filled: int, count: int, order: Tensor) -> Tensor:
         """Find the rows of the tables: `(B, count)`."""
         starts = torch.arange(self.starts, device=order.device).expand(len(order), -1)
         return torch.cat((starts, order + self.starts), dim=1)[:, filled : filled + count]
+
+
+class PositionInstructions(nn.Module):
+    """Elements that say which position comes next (Pang et al., "RandAR", 2024): a vector, turned by its rotation.
+
+    Behind the starts stand the instruction of the first position, its token, the instruction of the second, and so on.
+    A pass ends with the instruction of the position that is predicted next, and with those of `ahead` more positions,
+    whose tokens are not known, where it is asked for them.
+
+    Args:
+        width: D.
+        heads: into which the vector is cut to be turned.
+        starts: elements before the first instruction.
+    """
+
+    def __init__(self, width: int, *, heads: int, starts: int) -> None:
+        super().__init__()
+        self.heads, self.starts = heads, starts
+        self.vector = nn.Parameter(torch.empty(1, width))
+
+    def tokens(self, filled: int, count: int, ahead: int) -> int:
+        """Count the tokens among `count` elements that follow `filled` others."""
+        return (count - (0 if filled else self.starts) - ahead) // 2
+
+    def numbers(self, filled: int, new: int, ahead: int) -> tuple[int, ...]:
+        """List the numbers, in the sequence's order, of the positions that the elements of `new` tokens are about."""
+        read = max(filled - self.starts, 0) // 2
+        pairs = (number for token in range(read, read + new) for number in (token, token + 1))
+        return (*(() if filled else (0,)), *pairs, *(read + new + 1 + number for number in range(ahead)))
+
+    def of(self, hidden: Tensor, filled: int, new: int, ahead: int) -> Tensor:
+        """Take the outputs at the instructions of the outputs `(B, count, D)` of a pass."""
+        first = 1 if filled else self.starts
+        regular = first + 2 * (new - (1 if filled else 0))  # the instruction of the next position
+        if not ahead:
+            return hidden[:, first : regular + 1 : 2]
+        return torch.cat((hidden[:, first : regular + 1 : 2], hidden[:, regular + 1 :]), dim=1)
+
+    def forward(self, embedded: Tensor, filled: int, ahead: int, *, places: Tensor, positions: Positions) -> Tensor:
+        """Put the instructions between embedded tokens.
+
+        Args:
+            embedded: `(B, n, D)`.
+            filled: elements before, the starts among them.
+            ahead: instructions at the end whose tokens are not known, beside the first one.
+            places: `(B or 1, N)`, the positions in the sequence's order.
+            positions: rotary, on a grid.
+        """
+        new = embedded.shape[1]
+        read = max(filled - self.starts, 0) // 2
+        first = read + 1 if filled else 0
+        instructed = tuple(range(first, read + new + 1 + ahead))
+        turned = rotate(self.vector.view(1, self.heads, 1, -1), positions.of(places, instructed, starts=False))
+        instructions = turned.transpose(1, 2).flatten(2).expand(len(embedded), -1, -1).to(embedded.dtype)
+        # Which of both comes where: tokens have the numbers behind the instructions.
+        before = len(instructed)
+        pairs = (number for token in range(new) for number in (before + token, token + (0 if filled else 1)))
+        turns = (*(() if filled else (0,)), *pairs, *range(before - ahead, before))
+        both = torch.cat((instructions, embedded), dim=1)
+        return both.index_select(1, on_device(torch.tensor, turns, device=both.device))
 
 
 def rotary_table(

@@ -39,6 +39,8 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         if self.autocast:
+            if cpu_kernels.enabled(self.weight.device) and cpu_kernels.trained_product_pays(input, self.weight):
+                return cpu_kernels.trained_linear(input, self.weight, self.bias)
             return super().forward(input)
         output = full_precision_linear(input, self.weight)
         return output if self.bias is None else output + self.bias
@@ -89,7 +91,7 @@ class LogitHead(nn.Module):
         width: D.
         outputs: logits of a position: K for each of its ids.
         positions: of the grid; needed where each has a bias of its own.
-        transform: with BERT's linear layer, GELU and LayerNorm first.
+        transform: with BERT's linear layer, GELU and LayerNorm first; `"gelu_tanh"` is that GELU's approximation.
         bias: a learned offset of the logits: none, one for all positions, or one of each (`"place"`: MaskBit's BERT).
         tied: the weight is the token embedding's.
         epsilon: of the transform's norm.
@@ -101,7 +103,7 @@ class LogitHead(nn.Module):
         outputs: int,
         *,
         positions: int = 1,
-        transform: bool = False,
+        transform: bool | Literal["gelu_tanh"] = False,
         bias: bool | Literal["place"] = False,
         tied: bool = False,
         epsilon: float = 1e-6,
@@ -109,7 +111,8 @@ class LogitHead(nn.Module):
         super().__init__()
         self.transform = None
         if transform:
-            self.transform = nn.Sequential(nn.Linear(width, width), nn.GELU(), Norm(width, "layer", epsilon=epsilon))
+            gelu = nn.GELU(approximate="tanh" if transform == "gelu_tanh" else "none")
+            self.transform = nn.Sequential(nn.Linear(width, width), gelu, Norm(width, "layer", epsilon=epsilon))
         self.project = None if tied else Linear(width, outputs, bias=False, autocast=False)
         shape = (positions, outputs) if bias == "place" else (outputs,)
         self.bias = nn.Parameter(torch.zeros(shape)) if bias else None

@@ -68,6 +68,8 @@ class MaskedAutoencoder(nn.Module):
             (`"add"`), or be attended to by every block (`"cross"`). `"mix"` and `"add"` need an id for each place.
         context_dim: E, width of the vectors that the condition has for every block to attend to; none by default.
         dropout: of attention weights and residual branches; 0.1 in MAR's training.
+        position_std: deviation of the learned positions of encoder and decoder at the start. With MAR's 0.02, positions
+            are small beside the vectors at first, which a short training does not make up for.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
     Raises:
@@ -89,12 +91,15 @@ class MaskedAutoencoder(nn.Module):
         fusion: Fusion = "prefix",
         context_dim: int | None = None,
         dropout: float = 0.0,
+        position_std: float = 0.02,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         _check_fusion(layout, fusion, context_dim)
         if buffer < 1:
             raise ValueError(f"buffer must be at least 1: the class stands in it; got {buffer}")
+        if position_std <= 0:
+            raise ValueError(f"position_std must be above 0, got {position_std}")
         decoder_width = decoder_width or width
         dim, length, grid_vocab = layout.dim, layout.length, layout.grid_vocab
         self.layout = layout
@@ -137,9 +142,9 @@ class MaskedAutoencoder(nn.Module):
             of_encoder = fusion in ("prefix", "cross")
             self.grid_embedding = nn.Embedding(grid_vocab + 1, width if of_encoder else decoder_width)
         self.context_positions = nn.Parameter(torch.empty(layout.grid_ids, width)) if crossed else None
-        self._initialise()
+        self._initialise(position_std)
 
-    def _initialise(self) -> None:
+    def _initialise(self, position_std: float) -> None:
         """Initialise as MAR: linear layers by Xavier's uniform law, what is learned beside them normal (0.02)."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
@@ -149,7 +154,8 @@ class MaskedAutoencoder(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
-                nn.init.normal_(parameter, std=0.02)
+                of_position = name in ("encoder_positions", "decoder_positions")
+                nn.init.normal_(parameter, std=position_std if of_position else 0.02)
 
     def forward(
         self,

@@ -9,7 +9,7 @@ unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Ima
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil, pi
-from typing import Self
+from typing import Literal, Self, cast
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SubTokenHead, bits_of_vocabulary
 from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
-from discrete_lit.backbones.embeddings import first_weight
+from discrete_lit.backbones.embeddings import SubTokenTables, first_weight
 from discrete_lit.backbones.layers import LogitHead, Norm
 from discrete_lit.core.modules import never_narrower, widened
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -42,21 +42,53 @@ class FactorisedHead(SubTokenHead):
         vocab_size: K.
         sizes: of the sub-tokens, least significant first; (2^6, 2^12) in Open-MAGVIT2.
         depth: blocks, at least 1.
+        start_rotation: of the hidden state's element: `"none"`, or `"zero"`, which makes its queries and keys 0: those
+            after it then attend to it with the logit 0 (Open-MAGVIT2's code, which takes the first two rows of the
+            grid's rotary table; the second row turns nothing).
+        shared_tables: embed sub-tokens by the tables of the transformer's input, which has `token_embedding="parts"`
+            (Open-MAGVIT2), in the place of own ones.
 
     Raises:
-        ValueError: sub-tokens that do not make up the vocabulary, or a depth below 1.
+        ValueError: sub-tokens that do not make up the vocabulary, a depth below 1, or tables that the input does not
+            have.
     """
 
-    def __init__(self, block: BlockSettings, vocab_size: int, *, sizes: Sequence[int], depth: int = 2) -> None:
+    rotations: Tensor | None
+
+    def __init__(
+        self,
+        block: BlockSettings,
+        vocab_size: int,
+        *,
+        sizes: Sequence[int],
+        depth: int = 2,
+        start_rotation: Literal["none", "zero"] = "none",
+        shared_tables: bool = False,
+    ) -> None:
         super().__init__(sizes, vocab_size, width=block.width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
+        if start_rotation not in ("none", "zero"):
+            raise ValueError(f"start_rotation must be 'none' or 'zero', got {start_rotation!r}")
         width, epsilon = block.width, block.norm_epsilon
         own = replace(block, norm_affine=True, modulation=None, condition_width=None, drop_path=0.0)
-        self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        self.tables = None if shared_tables else nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        self.shared: tuple[nn.Embedding, ...] = ()
+        rotations = None
+        if start_rotation == "zero":
+            rotations = torch.tensor((1.0, 0.0)).repeat(len(sizes), block.head_dim // 2, 1)
+            rotations[0] = 0
+        self.register_buffer("rotations", rotations, persistent=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(depth))
         self.norm = Norm(width, block.norm, bias=block.norm_bias and block.norm == "layer", epsilon=epsilon)
         self.heads = nn.ModuleList(LogitHead(width, size, bias=block.bias) for size in sizes)
+
+    def read_input(self, embedding: nn.Module) -> None:
+        if self.tables is None:
+            if not isinstance(embedding, SubTokenTables):
+                raise ValueError("shared_tables=true needs the tables of token_embedding='parts'")
+            # In a tuple they are parameters of the transformer's input alone.
+            self.shared = tuple(cast(Sequence[nn.Embedding], embedding.tables))[:-1]
 
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         read = self._read(hidden, known)
@@ -78,15 +110,17 @@ class FactorisedHead(SubTokenHead):
 
     def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
         """Map `(B, n, D)` and the first p sub-tokens `(B, n, p)` to `(B, n, p + 1, D)`: element p predicts the next."""
-        pairs = zip(self.tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
+        tables = self.shared if self.tables is None else self.tables
+        pairs = zip(tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
         vectors = (table(sub_token).to(hidden.dtype) for table, sub_token in pairs)
         elements = torch.stack((hidden, *vectors), dim=2).flatten(0, 1)  # (B n, p + 1, D)
         read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
         return torch.cat(read).unflatten(0, hidden.shape[:2])
 
     def _run_blocks(self, elements: Tensor) -> Tensor:
+        rotary = None if self.rotations is None else self.rotations[: elements.shape[1]]
         for block in self.blocks:
-            elements = block(elements, causal=True)
+            elements = block(elements, rotary=rotary, causal=True)
         return self.norm(elements)
 
 
@@ -106,13 +140,22 @@ class MaskedBitHead(SubTokenHead):
         width: of the MLP; 2048 in BAR.
         depth: its blocks, at least 1; 3 in BAR.
         unmasked_weight: in [0, 1]; 0.1 in BAR's code.
+        told_ratio: what the MLP is told of the masked bits in training: the fraction that is masked (`"masked"`), as in
+            sampling, or what it was rounded from (`"drawn"`: BAR's code).
 
     Raises:
         ValueError: a vocabulary that is no power of two, or a setting out of its range.
     """
 
     def __init__(
-        self, block: BlockSettings, vocab_size: int, *, width: int = 2048, depth: int = 3, unmasked_weight: float = 0.1
+        self,
+        block: BlockSettings,
+        vocab_size: int,
+        *,
+        width: int = 2048,
+        depth: int = 3,
+        unmasked_weight: float = 0.1,
+        told_ratio: Literal["masked", "drawn"] = "masked",
     ) -> None:
         bits = bits_of_vocabulary(vocab_size, "MaskedBitHead")
         super().__init__((2,) * bits, vocab_size, width=block.width)
@@ -120,9 +163,12 @@ class MaskedBitHead(SubTokenHead):
             raise ValueError(f"MaskedBitHead's depth and width must be at least 1, got {depth} and {width}")
         if not 0 <= unmasked_weight <= 1:
             raise ValueError(f"unmasked_weight must lie in [0, 1], got {unmasked_weight}")
+        if told_ratio not in ("masked", "drawn"):
+            raise ValueError(f"told_ratio must be 'masked' or 'drawn', got {told_ratio!r}")
         self.bits = bits
         self.masked_bit = 2
         self.unmasked_weight = unmasked_weight
+        self.told_ratio = told_ratio
         each = ceil(width / bits)
         self.hidden_norm = Norm(block.width, "rms", epsilon=_EPSILON)
         self.hidden_projection = nn.Linear(block.width, width)
@@ -134,17 +180,19 @@ class MaskedBitHead(SubTokenHead):
         self.last = ModulatedNorm(width)
         self.output = LogitHead(width, 2 * bits, bias=True)
 
-    def bit_logits(self, hidden: Tensor, bits: Tensor) -> Tensor:
+    def bit_logits(self, hidden: Tensor, bits: Tensor, ratio: Tensor | None = None) -> Tensor:
         """Make logits of every bit.
 
         Args:
             hidden: `(B, n, D)`.
             bits: `(B, n, b)` int64, the least significant first: 0, 1, or `masked_bit`.
+            ratio: `(B, n)`, what the MLP is told of the fraction of masked bits; that fraction by default.
 
         Returns:
             `(B, n, b, 2)` float32 or float64.
         """
-        ratio = (bits == self.masked_bit).double().mean(dim=-1)
+        if ratio is None:
+            ratio = (bits == self.masked_bit).double().mean(dim=-1)
         condition = F.silu(self.ratio_embedding(ratio) + self.hidden_projection(self.hidden_norm(hidden)))
         embedded = rearrange(self.bit_embedding(bits), "b n bits d -> b n (bits d)")
         x = self.input_norm(self.input_projection(embedded))
@@ -159,24 +207,29 @@ class MaskedBitHead(SubTokenHead):
 
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
         bits = self.sub_tokens.split(ids)
-        masked = self._masks(ids.shape[1], random)
-        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit))
+        masked, ratio = self._masks(ids.shape[1], random)
+        told = ratio if self.training and self.told_ratio == "drawn" else None
+        logits = self.bit_logits(hidden, bits.masked_fill(masked, self.masked_bit), told)
         nats = F.cross_entropy(logits.flatten(0, 2), bits.flatten(), reduction="none").view_as(masked)
         weights = masked.to(nats.dtype).clamp(min=self.unmasked_weight if self.training else 0.0)
         total = weights.sum(dim=-1)
         values = self.bits * (nats * weights).sum(dim=-1) / total
         return values, total / self.bits if self.training else torch.ones_like(total)
 
-    def _masks(self, positions: int, random: CounterRandom) -> Tensor:
-        """Draw masks `(B, n, b)` bool, one masked bit at least in each id; a function of the samples alone."""
+    def _masks(self, positions: int, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """Draw masks `(B, n, b)` bool, one masked bit at least in each id, and the ratios `(B, n)` that gave their
+        numbers; a function of the samples alone."""
         if self.training:
-            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, positions))
-            counts = (self.bits * ratio).round().clamp(min=1)
+            ratio = torch.sigmoid(_RATIO_DEVIATION * random.normal(Purpose.MASK_RATIO, positions)).clamp(
+                min=1 / self.bits
+            )
+            counts = (self.bits * ratio).round()
         else:
-            counts = (self.bits * random.uniform(Purpose.MASK_RATIO, positions)).ceil()
+            ratio = random.uniform(Purpose.MASK_RATIO, positions)
+            counts = (self.bits * ratio).ceil()
         uniforms = random.uniform(Purpose.MASK_ORDER, positions * self.bits)
         uniforms = rearrange(uniforms, "b (n bits) -> b n bits", bits=self.bits)
-        return random_subset(uniforms, counts[..., None])
+        return random_subset(uniforms, counts[..., None]), ratio
 
 
 class BitBlock(nn.Module):

@@ -16,26 +16,31 @@ from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.backbone import Backbone, IdHead, SequenceLayout
 from discrete_lit.backbones.blocks import (
+    DROPOUT_PLACES,
     AttentionBias,
     Block,
     BlockSettings,
     Context,
     ContextAttention,
+    DropoutPlace,
     MLPKind,
     Modulating,
     Modulation,
     QueryKeyNorm,
+    Rotary,
 )
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import (
     InputKind,
+    PositionInstructions,
     PositionKind,
     Positions,
     TimeEmbedding,
     TokenTable,
     embed_tokens,
 )
+from discrete_lit.backbones.initialization import InitializationKind, initialise
 from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 
 
@@ -57,7 +62,10 @@ class Transformer(Backbone):
     - LlamaGen: `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`, `start_rotation="zero"`; IBQ also has
       `conditioning="prefix_adaln"`; Open-MAGVIT2 `token_embedding="parts"` and a `FactorisedHead` as its `place_head`.
     - RAR: `conditioning="prefix_adaln"`, `target_positions`, `condition_positions`, `registers=1`, `qk_norm="layer"`;
-      BAR also has `token_embedding="bits"` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`, `mlp="swiglu"`.
+      BAR also has `class_repeats=32`, `token_embedding="bit_table"`, `positions="learned_rope_2d"`,
+      `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
+      `mlp="swiglu"`.
+    - RandAR: as LlamaGen, with `position_instructions`.
     - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
@@ -89,18 +97,27 @@ class Transformer(Backbone):
         final_norm_bias: an offset in the last norm; by default as in the others.
         embedding_norm: a norm of the embedded sequence: a LayerNorm (BERT), or `"rms"`.
         positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
-            grid; what stands before the first position of the sequence is not rotated on a grid.
+            grid, or both of these (BAR); what stands before the first position of the sequence is not rotated on a
+            grid.
         rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
         rotary_offset: on a grid, how far along each axis its first position lies from what stands there (BitDance).
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
-        target_positions: learned embeddings of the position that each element predicts (RAR).
+        target_positions: learned embeddings of the position that each element predicts (RAR); with `"all"` also of
+            the first one, at all that stands before the element that predicts it (BAR).
+        target_rotations: with rotary positions on a grid, the second half of the heads turn their queries by the
+            position that is predicted, in the place of their own (BAR).
+        position_instructions: before each token stands an element that says which position comes next, from which it is
+            predicted: one learned vector, turned by the rotation of the position (RandAR). The sequence is twice as
+            long; the instruction's queries and keys are turned as the token's.
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
-            linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), or the sum of a table for
-            each of the sub-tokens that `place_head` predicts (`"parts"`: Open-MAGVIT2).
+            linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), a table of the values of a
+            bit and a linear map (`"bit_table"`: BAR), or the sum of a table for each of the sub-tokens that
+            `place_head` predicts (`"parts"`: Open-MAGVIT2).
         embedded_digits: sizes of the digits of an id, least significant first, each with a table that is added to the
             table of ids: for FSQ the tokenizer's `levels`.
         conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
+        class_repeats: elements that it takes there with the same vector (BAR).
         condition_width: of the class and time embeddings that modulate; `width` by default.
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
@@ -113,8 +130,12 @@ class Transformer(Backbone):
         out_bias: of the attention's last projection; as `bias` by default.
         bias: of the other linear layers.
         head_bias: of the logits; as `bias` by default; `"place"` has one of each position.
-        head_transform: BERT's linear layer, GELU and LayerNorm before the logits.
+        head_transform: BERT's linear layer, GELU and LayerNorm before the logits; with `"gelu_tanh"` that GELU's
+            approximation (MaskGIT's code).
         tied: the logits' weight is the token embedding's.
+        initialization: how the weights begin, by the name of a published code: see
+            `discrete_lit.backbones.initialization.initialise`.
+        initial_gates: of `initialization="var"` and `"ibq"`, how small the gates of the modulations begin.
         zero_outputs: the last layer of every residual branch and the head are 0 at the start (Zhang, Dauphin and Ma,
             "Fixup Initialization", 2019), where GPT-2's are small.
         visible_start: elements at the beginning of a causal sequence, the class among them, that see each other both
@@ -126,7 +147,11 @@ class Transformer(Backbone):
         hidden_positions: learned embeddings of the position that is predicted, added to what a `place_head` reads
             (BitDance).
         long_skips: the second half of the blocks also reads the outputs of the first (U-ViT); an odd `depth`.
-        dropout: on embeddings, attention weights and residual branches, in [0, 1).
+        dropout: probability at each of the `dropout_places`, in [0, 1).
+        dropout_places: what dropout acts on; by default the embedded sequence (`"embeddings"`), attention weights and
+            the outputs of attention and MLP (taming's GPT, BERT). LlamaGen leaves out attention weights, RAR has
+            `"mlp_hidden"` for the embeddings, Halton-MaskGIT that for these and the MLP's outputs, SEDD the two outputs
+            alone.
         drop_path: stochastic depth of the last block, growing linearly from the first.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
@@ -157,11 +182,14 @@ class Transformer(Backbone):
         rotary_base: float = 10000.0,
         rotary_offset: float = 0.0,
         start_rotation: Literal["none", "zero"] = "none",
-        target_positions: bool = False,
+        target_positions: bool | Literal["all"] = False,
+        target_rotations: bool = False,
+        position_instructions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
         class_slots: int = 1,
+        class_repeats: int = 1,
         condition_width: int | None = None,
         grid_vocab: int | None = None,
         context_dim: int | None = None,
@@ -173,14 +201,17 @@ class Transformer(Backbone):
         out_bias: bool | None = None,
         bias: bool = True,
         head_bias: bool | Literal["place"] | None = None,
-        head_transform: bool = False,
+        head_transform: bool | Literal["gelu_tanh"] = False,
         tied: bool = False,
+        initialization: InitializationKind = "gpt2",
+        initial_gates: float | None = None,
         zero_outputs: bool = False,
         visible_start: int = 0,
         place_head: Callable[[BlockSettings, int], IdHead] | None = None,
         hidden_positions: bool = False,
         long_skips: bool = False,
         dropout: float = 0.0,
+        dropout_places: Sequence[DropoutPlace] = DROPOUT_PLACES,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -199,15 +230,28 @@ class Transformer(Backbone):
             shared=shared_modulation,
             condition_width=condition_width,
         )
-        _check_layout(layout, target_positions=target_positions, tied=tied, token_embedding=token_embedding)
+        _check_layout(
+            layout,
+            target_positions=bool(target_positions),
+            target_rotations=target_rotations,
+            on_grid=positions in ("rope_2d", "learned_rope_2d"),
+            tied=tied,
+            token_embedding=token_embedding,
+        )
         if place_head is not None:
-            _check_place_head(layout, head_transform=head_transform, head_bias=head_bias)
+            _check_place_head(layout, head_transform=bool(head_transform), head_bias=head_bias)
         _check_starts(
             layout,
             visible=visible_start,
             registers=registers,
             class_alone=conditioning == "prefix",
+            instructed=position_instructions,
+            plain=not (target_positions or target_rotations or condition_positions or hidden_positions)
+            and grid_vocab is None
+            and positions == "rope_2d",
             class_slots=class_slots,
+            class_repeats=class_repeats,
+            in_front=self.prefix,
             hidden_positions=hidden_positions,
             place_head=place_head is not None,
         )
@@ -224,13 +268,14 @@ class Transformer(Backbone):
             mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads if head_dim is None else head_dim
-        self.class_slots = class_slots
+        self.class_slots, self.class_repeats = class_slots, class_repeats
         # What stands before the tokens: registers, and the class or what a first token is predicted from; in blocks
         # also what the others of the first block are predicted from.
         queries = max(self.block_size - 1, 0)
-        self.starts = registers + (class_slots if self.prefix else int(self.causal)) + queries
+        self.starts = registers + (class_slots * class_repeats if self.prefix else int(self.causal)) + queries
         # What stands in the sequence at most: a causal backbone never reads the last block.
-        self.elements = self.starts + layout.positions - self.block_size
+        self.instructed = position_instructions
+        self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
         condition_width = condition_width or width
         affine = not self.modulated if norm_affine is None else norm_affine
         norm_bias = bias if norm_bias is None else norm_bias
@@ -253,6 +298,7 @@ class Transformer(Backbone):
             bias=bias,
             condition_width=condition_width,
             dropout=dropout,
+            dropout_places=tuple(dropout_places),
             context_dim=context_dim,
         )
         # The head reads hidden states, which have seen what there is to attend to.
@@ -282,12 +328,17 @@ class Transformer(Backbone):
             zero_starts=start_rotation == "zero",
             rotary_base=rotary_base,
             rotary_offset=rotary_offset,
+            last_turned=target_rotations or position_instructions,
         )
         self.target_embedding = nn.Parameter(torch.empty(layout.positions, width)) if target_positions else None
+        self.instructions = None
+        if position_instructions:
+            self.instructions = PositionInstructions(width, heads=heads, starts=self.starts)
+        self.target_of_starts, self.target_rotations = target_positions == "all", target_rotations
         self.embedding_norm = None
         if embedding_norm:
             self.embedding_norm = Norm(width, "rms" if embedding_norm == "rms" else "layer", epsilon=norm_epsilon)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(settings.dropout_at("embeddings"))
 
         # The blocks.
         self.condition_positions = nn.Parameter(torch.empty(self.elements, width)) if condition_positions else None
@@ -307,6 +358,7 @@ class Transformer(Backbone):
             self.final_norm = Norm(width, norm, affine=affine or head is not None, bias=offset, epsilon=norm_epsilon)
         self.hidden_positions = nn.Parameter(torch.empty(layout.positions, width)) if hidden_positions else None
         if head is not None:
+            head.read_input(self.token_embedding)
             self.place_head = head
         else:
             self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
@@ -320,29 +372,12 @@ class Transformer(Backbone):
                 epsilon=norm_epsilon,
             )
         self.tied = tied
-        self.zero_outputs = zero_outputs
         self.activation_checkpointing = activation_checkpointing
         mask = _start_mask(self.elements, visible_start) if visible_start else _scale_mask(layout)
         if self.block_size > 1:
             mask = _block_mask(self.elements, before=self.starts - self.block_size, size=self.block_size)
         self.register_buffer("mask", mask, persistent=False)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Initialise as GPT-2: normal with deviation 0.02, residual outputs scaled by 1 / sqrt(2 depth), or zero."""
-        for name, parameter in self.named_parameters():
-            if name.startswith("place_head.") and self.place_head is not None and self.place_head.initialised:
-                continue
-            if "modulation" in name or parameter.ndim < 2 or name.endswith(("bias", "log_sharpness", "start")):
-                continue
-            residual = name.endswith(("out.weight", "contract.weight"))
-            if self.zero_outputs and (residual or name == "head.project.weight"):
-                nn.init.zeros_(parameter)
-                continue
-            nn.init.normal_(parameter, std=0.02 / (2 * self.depth) ** 0.5 if residual else 0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        initialise(self, initialization, gates=initial_gates, zero_outputs=zero_outputs)
 
     def forward(
         self,
@@ -364,11 +399,14 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = self.class_embedding(labels)
-        hidden = self._embed(tokens, class_vectors, filled, order, given.grid)
+        hidden = self._embed(tokens, class_vectors, filled, order, given.grid, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         hidden = self._run_blocks(hidden, modulating, order, cache, given)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
-        hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
+        if self.instructions is not None:
+            hidden = self.instructions.of(hidden, filled, new, 0 if cache is None else cache.ahead)
+        else:
+            hidden = hidden[:, -new:] if again else hidden[:, max(self.starts - self.block_size - filled, 0) :]
         if self.head is None:
             if self.final_norm is not None:
                 hidden = self.final_norm(hidden)
@@ -415,15 +453,25 @@ class Transformer(Backbone):
         return tokens, again
 
     def _embed(
-        self, tokens: Tensor, class_vectors: Tensor, filled: int, order: Tensor | None, grid: Tensor | None
+        self,
+        tokens: Tensor,
+        class_vectors: Tensor,
+        filled: int,
+        order: Tensor | None,
+        grid: Tensor | None,
+        cache: Cache | None,
     ) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
         assert order is None or self.layout.any_order, "the layout has one order"
         embedded = self.token_embedding(tokens)
+        if self.instructions is not None:
+            places = self._places(order, embedded.device)
+            ahead = 0 if cache is None else cache.ahead
+            embedded = self.instructions(embedded, filled, ahead, places=places, positions=self.positions)
         if filled == 0 and self.starts:
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
-                starts.append(class_vectors.unflatten(1, (self.class_slots, -1)))
+                starts.append(class_vectors.unflatten(1, (self.class_slots, -1)).repeat(1, self.class_repeats, 1))
             if self.queries is not None:
                 starts.append(self.queries.expand(len(class_vectors), -1, -1))
             embedded = torch.cat((*(start.to(embedded.dtype) for start in starts), embedded), dim=1)
@@ -433,7 +481,10 @@ class Transformer(Backbone):
         embedded = self.positions.add(embedded, filled, order)
         if self.target_embedding is not None:
             places = self._places(order, tokens.device)
-            embedded = embedded + self._of_targets(self.target_embedding, places, filled, embedded.shape[1])
+            front = self.target_of_starts
+            embedded = embedded + self._of_targets(
+                self.target_embedding, places, filled, embedded.shape[1], front=front
+            )
         if self.grid_embedding is not None and grid is not None:
             ids = grid if order is None else grid.gather(1, order)
             embedded = embedded + self._of_targets(self.grid_embedding.weight, ids, filled, embedded.shape[1])
@@ -461,17 +512,30 @@ class Transformer(Backbone):
         if filled and ends and ends.index(filled + count) != ends.index(filled) + 1:
             raise ValueError("a block-causal backbone with a cache reads one scale at a time")
 
-    def _of_targets(self, table: Tensor, ids: Tensor, filled: int, count: int) -> Tensor:
-        """Embed the ids `(B or 1, N)` of what each element predicts, in the sequence's order: `(B or 1, count, D)`,
-        zeros for the elements before the first."""
+    def _of_targets(self, table: Tensor, ids: Tensor, filled: int, count: int, *, front: bool = False) -> Tensor:
+        """Take the rows of what each element predicts, `ids (B or 1, N)` in the sequence's order: `(B or 1, count, D)`;
+        for the elements before the first that of the first if `front`, else zeros."""
         before = max(self.starts - self.block_size - filled, 0)
-        return nn.functional.pad(self._predicted(table, ids, filled, count - before), (0, 0, before, 0))
+        targets = self._predicted(table, ids, filled, count - before)
+        if front and before:
+            return torch.cat((targets[:, :1].expand(-1, before, *targets.shape[2:]), targets), dim=1)
+        return nn.functional.pad(targets, (0, 0, before, 0))
 
     def _predicted(self, table: Tensor, ids: Tensor, filled: int, rows: int) -> Tensor:
         """Embed the ids `(B or 1, N)` of the next `rows` positions that are predicted behind `filled` elements:
         `(B or 1, rows, D)`."""
         first = max(filled - self.starts + self.block_size, 0)
         return table[ids[:, first : first + rows]]
+
+    def _turned_to_targets(self, own: Tensor, order: Tensor | None, filled: int, count: int) -> Tensor:
+        """Give the rotations of queries, `(B or 1, heads, count, head_dim / 2, 2)`: the second half of the heads have
+        those of the positions that are predicted, in front that of the first."""
+        table = cast(Tensor, self.positions.table)
+        places = self._places(order, own.device) + self.starts
+        targets = self._of_targets(table, places, filled, count, front=True)[:, None]
+        first = self.heads // 2
+        own = own.expand(len(places), first, -1, -1, -1)
+        return torch.cat((own, targets.expand(-1, self.heads - first, -1, -1, -1)), dim=1)
 
     def _places(self, order: Tensor | None, device: torch.device) -> Tensor:
         """List the positions in the sequence's order, `(B or 1, N)`."""
@@ -493,7 +557,15 @@ class Transformer(Backbone):
         self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None, given: Condition
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
-        rotary = self.positions.rotary(filled, count, order)
+        rotary: Rotary | None = None
+        if self.instructions is not None:
+            ahead = 0 if cache is None else cache.ahead
+            numbers = self.instructions.numbers(filled, self.instructions.tokens(filled, count, ahead), ahead)
+            rotary = self.positions.of(self._places(order, hidden.device), numbers, starts=filled == 0)
+        else:
+            rotary = self.positions.rotary(filled, count, order)
+        if rotary is not None and self.target_rotations:
+            rotary = self._turned_to_targets(cast(Tensor, rotary), order, filled, count), cast(Tensor, rotary)
         mask = None if self.mask is None else self.mask[:count, :count]
         # Of blocks, the mask says all of a first pass, and a later one sees everything.
         causal = self.layout.attention == "causal" and self.block_size == 1
@@ -516,7 +588,7 @@ class Transformer(Backbone):
             if self.skips is not None and layer < self.depth // 2:
                 kept.append(hidden)
         if cache is not None and cache.holds_keys:
-            cache.advance(count)
+            cache.advance(count - cache.ahead)
         return hidden
 
     def _final_modulation(self, condition: Tensor | None, cache: Cache | None, rows: int) -> tuple[Tensor, ...]:
@@ -615,13 +687,26 @@ def _check_conditioning(
         raise ValueError("a generator that tells the time needs conditioning='adaln' or 'prefix_adaln'")
 
 
-def _check_layout(layout: SequenceLayout, *, target_positions: bool, tied: bool, token_embedding: InputKind) -> None:
+def _check_layout(
+    layout: SequenceLayout,
+    *,
+    target_positions: bool,
+    target_rotations: bool,
+    on_grid: bool,
+    tied: bool,
+    token_embedding: InputKind,
+) -> None:
     if (layout.attention == "block_causal") != bool(layout.scales):
         raise ValueError(f"{layout.attention} attention does not go with scales={layout.scales}")
     if layout.scales and (layout.scales[0] != 1 or sum(layout.scales) != layout.positions):
         raise ValueError(f"scales={layout.scales} must begin with 1 and add up to the {layout.positions} positions")
     if target_positions and layout.attention != "causal":
         raise ValueError(f"target_positions belong to a causal sequence, this one is {layout.attention}")
+    if target_rotations and (layout.attention != "causal" or layout.block_size > 1 or not on_grid):
+        raise ValueError(
+            "target_rotations belong to a causal sequence of single positions with positions='rope_2d' or "
+            "'learned_rope_2d'"
+        )
     if tied and (layout.input_dim is not None or token_embedding != "table"):
         raise ValueError("tied=true needs a table of token embeddings")
     if layout.sub_tokens > 1 and layout.attention != "bidirectional":
@@ -637,11 +722,25 @@ def _check_starts(
     visible: int,
     registers: int,
     class_alone: bool,
+    instructed: bool,
+    plain: bool,
     class_slots: int,
+    class_repeats: int,
+    in_front: bool,
     hidden_positions: bool,
     place_head: bool,
 ) -> None:
     blocks = layout.block_size
+    if class_repeats < 1 or (class_repeats > 1 and (visible or not in_front)):
+        raise ValueError(
+            f"class_repeats={class_repeats} must be at least 1, and more need a class in front of the sequence, "
+            "conditioning='prefix' or 'prefix_adaln', without visible_start"
+        )
+    if instructed and (layout.attention != "causal" or blocks > 1 or visible or not plain):
+        raise ValueError(
+            "position_instructions=true needs a causal sequence of single positions with positions='rope_2d', without "
+            "visible_start, grid_vocab, or what else says where an element stands or what it predicts"
+        )
     if visible and (layout.attention != "causal" or registers or not class_alone or class_slots > 1 or blocks > 1):
         raise ValueError(
             f"visible_start={visible} needs a causal sequence that begins with its class alone: "

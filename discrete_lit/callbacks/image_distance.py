@@ -137,15 +137,17 @@ class ImageDistance(Callback):
                 )
         if self.reference is None:
             return
+        size = self.image_size or getattr(pl_module, "image_size", None)
         if holds_moments(self.reference):
             if self.every_n_steps is not None and isinstance(pl_module, ImageAutoencoder):
                 raise ValueError(
                     f"ImageDistance has no images to reconstruct every {self.every_n_steps} steps: reference="
                     f"{self.reference!r} is moments; give the images, or leave every_n_steps out"
                 )
-            self._known = reference_from_moments(self.reference, self.extractor, apply_exif=self.apply_exif)
+            self._known = reference_from_moments(
+                self.reference, self.extractor, apply_exif=self.apply_exif, image_size=size
+            )
             return
-        size = self.image_size or getattr(pl_module, "image_size", None)
         if size is None:
             raise ValueError(
                 f"ImageDistance needs the image_size of reference={self.reference!r}: a {type(pl_module).__name__} "

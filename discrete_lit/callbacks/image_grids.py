@@ -25,7 +25,7 @@ from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 
 class ImageGrid(Callback, ABC):
-    """Write one grid of images at each validation, to TensorBoard and, if asked for, to a PNG in the run's folder.
+    """Write a grid of images at each validation or test, to TensorBoard and, if asked for, as a PNG of the run.
 
     The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
     states are afterwards as they were. Grey images are shown grey, RGBA with their transparency, and of other numbers
@@ -75,6 +75,17 @@ class ImageGrid(Callback, ABC):
             pixels = to_uint8(displayable(self.make_images(pl_module, batch))).cpu()
         if trainer.is_global_zero:
             self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def _write(self, trainer: Trainer, grid: Tensor) -> None:
         for logger in trainer.loggers:

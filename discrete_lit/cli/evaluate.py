@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from discrete_lit.core.distributed import on_first_rank, rank
 from discrete_lit.core.files import file_sha256
-from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.core.images import ImageSize, from_uint8, normal_size, to_uint8
 from discrete_lit.core.provenance import environment
 from discrete_lit.evaluation.image_sets import Selection
-from discrete_lit.evaluation.inputs import OpenedInputs, Run, open_inputs
+from discrete_lit.evaluation.inputs import PERTURBED_NEIGHBOURS, OpenedInputs, Run, open_inputs
 from discrete_lit.evaluation.protocols import ProtocolName, labels_of
 from discrete_lit.evaluation.shares import Shares, whole_metrics
 from discrete_lit.metrics.extractors import LOGITS, SPATIAL, FeatureExtractor
@@ -28,7 +30,7 @@ from discrete_lit.metrics.extractors import LOGITS, SPATIAL, FeatureExtractor
 if TYPE_CHECKING:
     from discrete_lit.evaluation.feature_statistics import Measurement, Reference
     from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
-    from discrete_lit.evaluation.report import Row
+    from discrete_lit.evaluation.report import PerturbedDistance, Row
     from discrete_lit.metrics.precision_recall import ClassSpread, Manifold
 
 
@@ -47,6 +49,8 @@ def evaluate(
     extractor: FeatureExtractor | None = None,
     classifier: str | dict[str, str] | None = None,
     lpips_weights: str | None = None,
+    perturbed: list[float] | None = None,
+    perturbed_neighbours: int = PERTURBED_NEIGHBOURS,
     apply_exif: bool = False,
     batch_size: int = 16,
     accelerator: str = "auto",
@@ -105,6 +109,10 @@ def evaluate(
         classifier: checkpoint of an ImageClassifier, or name to checkpoint of several, each with its own label
             accuracy: a generator that pleases one classifier need not please another, trained on other images.
         lpips_weights: VGG-16's weights (torchvision's `vgg16-397923af.pth`), to measure LPIPS of reconstructions too.
+        perturbed: rates in [0, 1], such as `[0.1, 0.3]`: measure the distance of the reconstructions also with each id
+            replaced, with that probability, by a near one (pFID; Qiu et al., 2025), in a column for each rate. A
+            KL-VAE, and other autoencoders without codes behind their ids, are left out with a note.
+        perturbed_neighbours: how many ids count as near ones: those of the nearest codes, all as likely.
         apply_exif: turn image files as their EXIF orientation says: give it where the DataModule of the training has
             `apply_exif: true`. Published figures do not.
         batch_size: images at a time.
@@ -123,7 +131,8 @@ def evaluate(
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
             a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
             of another extractor, a checkpoint of the wrong kind, a row without runs, or with one of them twice,
-            parts that are not there, or inputs that do not meet the protocol.
+            parts that are not there, rates out of [0, 1] or of ids that no row has, or inputs that do not meet the
+            protocol.
     """
     from lightning.fabric import Fabric
 
@@ -147,6 +156,8 @@ def evaluate(
         apply_exif=apply_exif,
         batch_size=batch_size,
         protocol=protocol,
+        perturbed=perturbed,
+        perturbed_neighbours=perturbed_neighbours,
     )
     # From here on every rank goes its own way through its shares.
     fabric.launch()
@@ -263,7 +274,31 @@ class _Evaluation:
             measured = self._measure(selection, made.label, meter, made_by)
             with whole_metrics():
                 figures = None if measured is None else meter.figures()
-            self._add(made, "reconstructions", selection, measured, reconstruction=figures)
+            disturbed = self._measure_perturbed(selection, made)
+            self._add(made, "reconstructions", selection, measured, reconstruction=figures, perturbed=disturbed)
+
+    def _measure_perturbed(self, selection: Selection, made: Run) -> tuple[PerturbedDistance, ...]:
+        """Measure the distance of a tokenizer's reconstructions at each rate of perturbed ids."""
+        from discrete_lit.evaluation.report import PerturbedDistance
+        from discrete_lit.metrics.frechet import frechet_distance
+
+        found = []
+        for tokenizer in self.opened.perturbed.get(made.label, []):
+            tokenizer.to(self.device)
+
+            def reconstruct(images: Tensor, tokenizer: Any = tokenizer) -> Tensor:
+                return to_uint8(tokenizer.decode(tokenizer.encode(from_uint8(images))))
+
+            how = tokenizer.rate, tokenizer.neighbours, tokenizer.seed
+            name = f"{made.label}, {tokenizer.rate:g} of its ids perturbed"
+            made_by = made.path, _hash(made.path), "perturbed", *how
+            measured = self._measure(selection, name, reconstruct, made_by, distance_alone=True)
+            if measured is not None and self.reference is not None:
+                both = measured.moments, self.reference.moments
+                value = on_first_rank(partial(frechet_distance, *both, names=(name, self.reference.name)))
+                rate, neighbours, seed = how
+                found.append(PerturbedDistance(rate=rate, neighbours=neighbours, seed=seed, value=value))
+        return tuple(found)
 
     def _measure_likelihoods(self, selection: Selection) -> dict[str, LikelihoodFigures | None]:
         from discrete_lit.evaluation.held_out_likelihood import measure_likelihood
@@ -283,7 +318,13 @@ class _Evaluation:
         }
 
     def _measure(
-        self, selection: Selection, name: str, transform: Any = None, made_by: object = None
+        self,
+        selection: Selection,
+        name: str,
+        transform: Any = None,
+        made_by: object = None,
+        *,
+        distance_alone: bool = False,
     ) -> Measurement | None:
         from discrete_lit.evaluation.feature_statistics import measure
         from discrete_lit.metrics.classifier_scores import InceptionScore
@@ -291,16 +332,16 @@ class _Evaluation:
 
         opened = self.opened
         # Precision and recall alone need features, and they need those of the reference.
-        keeps = opened.reference_images is not None or opened.reference_batch is not None
+        keeps = not distance_alone and (opened.reference_images is not None or opened.reference_batch is not None)
         scores = {}
-        if opened.reference_spatial is not None and selection is not opened.reference_batch:
+        if not distance_alone and opened.reference_spatial is not None and selection is not opened.reference_batch:
             scores["spatial"] = FeatureMoments(opened.extractor.space(SPATIAL))
             scores["inception"] = InceptionScore(opened.extractor.space(LOGITS), selection.count)
         classifiers = [(name, path, _hash(path)) for name, path in opened.classifier_paths.items()]
         return measure(
             selection,
             opened.extractor,
-            num_classes=opened.classes.count,
+            num_classes=None if distance_alone else opened.classes.count,
             batch_size=self.batch_size,
             device=self.device,
             most_features=None if keeps else 0,

@@ -111,7 +111,7 @@ class RunFolder:
         if broken or unfit:
             reasons = [*broken, *unfit]
             more = [f"and {len(reasons) - _MOST_LISTED} more"] if len(reasons) > _MOST_LISTED else []
-            advice = "`--weights FILE` in a new run folder starts from the weights of a file" if unfit else None
+            advice = "`--init_from FILE` in a new run folder starts from the weights of a file" if unfit else None
             lines = [*reasons[:_MOST_LISTED], *more, *([advice] if advice else [])]
             raise ValueError(
                 f"run_dir={str(self.path)!r} has checkpoints, and the run can go on from none of them:\n       "
@@ -424,7 +424,7 @@ class RecordStart(Callback):
         command: the command and its arguments, for `run.json`.
         configuration: the resolved settings, as YAML.
         checkpoint: what the run goes on from.
-        weights: the checkpoint whose weights the run began with.
+        init_from: the checkpoint whose weights the run began with.
     """
 
     def __init__(
@@ -434,10 +434,10 @@ class RecordStart(Callback):
         command: Sequence[str],
         configuration: str,
         checkpoint: str | None,
-        weights: str | None = None,
+        init_from: str | None = None,
     ) -> None:
         self.folder, self.command, self.configuration = folder, command, configuration
-        self.checkpoint, self.weights = checkpoint, weights
+        self.checkpoint, self.init_from = checkpoint, init_from
 
     @rank_zero_only
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -469,7 +469,7 @@ class RecordStart(Callback):
         start = {
             "command": ["discrete-lit", *self.command],
             "checkpoint": self.checkpoint,
-            **({} if self.weights is None else {"weights": self.weights}),
+            **({} if self.init_from is None else {"init_from": self.init_from}),
             "places": [self._noted(place) for place in checkpoint_folders(trainer.checkpoint_callbacks)],
             "host": platform.node(),
             "world_size": trainer.world_size,

@@ -110,7 +110,7 @@ def sweep(
     network = extractor or EfficientNetLite0()
     selection = None
     if holds_moments(reference):
-        known: Reference | None = reference_from_moments(reference, network)
+        known: Reference | None = reference_from_moments(reference, network, image_size=generator.image_size)
     else:
         channels = getattr(generator.tokenizer, "image_channels", 3)
         images = open_image_set(reference, generator.image_size, image_channels=channels)

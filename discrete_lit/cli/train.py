@@ -41,6 +41,7 @@ from discrete_lit.checkpoints import (
     record_config,
 )
 from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
+from discrete_lit.cli.init_from import take_weights
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_classes, check_tokenizer, differences
 from discrete_lit.cli.run_folder import (
     PredictionFiles,
@@ -147,7 +148,7 @@ class TrainingCLI(LightningCLI):
         self.arguments = arguments
         self.held = held
         self.held_folders: set[str] = set()
-        self.weights: str | None = None
+        self.init_from: str | None = None
         self.checkpoint: dict[str, Any] | None = None
         self.checkpoint_path: str | None = None
         self.model_from_checkpoint = False
@@ -188,11 +189,13 @@ class TrainingCLI(LightningCLI):
         )
         if self.command == "fit":
             parser.add_argument(
-                "--weights",
+                "--init_from",
                 type=str | None,
                 help="A checkpoint, trained or imported, whose weights a new run starts from: at step 0, with new "
-                "optimizers. With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a "
-                "model in the configuration, the model is the checkpoint's.",
+                "optimizers. Of a run with an EMA they are the averages. What the model has beyond them, such as a "
+                "discriminator, is new, and so is a class table of another number of classes; the run says which. "
+                "With `--ckpt_path last` it counts while the run has no checkpoint of its own. Without a model in the "
+                "configuration, the model is the checkpoint's.",
             )
         skipped: set[str | int] = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
         skipped |= {"ckpt_path", "weights_only", "return_predictions"}
@@ -203,7 +206,7 @@ class TrainingCLI(LightningCLI):
         arguments = self.arguments
         asked = {argument.partition("=")[0] for argument in arguments}
         if not asked & {"-h", "--help"}:
-            for name in ("run_dir", "ckpt_path", "weights"):  # used before the parser looks at them
+            for name in ("run_dir", "ckpt_path", "init_from"):  # used before the parser looks at them
                 path = given.values.get(name)
                 if path is not None and (not isinstance(path, str) or not path or "\0" in path):
                     source = f" (from {given.source(name)})" if given.source(name) else ""
@@ -245,23 +248,23 @@ class TrainingCLI(LightningCLI):
         self.held_folders.add(os.path.realpath(folder))
 
     def _resolve(self, given: GivenSettings) -> tuple[str, dict[str, Any]] | None:
-        """Find the checkpoint that `--ckpt_path` means, or else the one that `--weights` names, and read it.
+        """Find the checkpoint that `--ckpt_path` means, or else the one that `--init_from` names, and read it.
 
         Raises:
             ValueError: there is none, or it is broken, or a run cannot go on from it.
         """
-        path, folder, weights = (given.values.get(name) for name in ("ckpt_path", "run_dir", "weights"))
-        path, weights = (None if name == "null" else name for name in (path, weights))
+        path, folder, init_from = (given.values.get(name) for name in ("ckpt_path", "run_dir", "init_from"))
+        path, init_from = (None if name == "null" else name for name in (path, init_from))
         if path is not None and path != "last":
             checkpoint = read_checkpoint(path)
-            if weights is not None:
+            if init_from is not None:
                 raise ValueError(
-                    f"ckpt_path={path!r} goes on with a run, weights={weights!r} starts one: give one of them"
+                    f"ckpt_path={path!r} goes on with a run, init_from={init_from!r} starts one: give one of them"
                 )
             if self.command == "fit" and not holds_a_run(checkpoint):
                 raise ValueError(
                     f"ckpt_path={path!r} holds weights alone, and not the state of a run to go on with: "
-                    f"`--weights {path}` in its place starts a new run from them"
+                    f"`--init_from {path}` in its place starts a new run from them"
                 )
             return path, checkpoint
         if path == "last":
@@ -275,9 +278,9 @@ class TrainingCLI(LightningCLI):
                 raise ValueError(f"--ckpt_path last: there is no intact checkpoint in run_dir={folder!r}")
             places = ", ".join(run.places())
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
-        if weights is not None and self.command == "fit":
-            self.weights = weights
-            return weights, read_checkpoint(weights)
+        if init_from is not None and self.command == "fit":
+            self.init_from = init_from
+            return init_from, read_checkpoint(init_from)
         return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:
@@ -287,7 +290,7 @@ class TrainingCLI(LightningCLI):
         if found is None:
             return [*self.arguments, "--ckpt_path=null"] if asked else self.arguments
         self.checkpoint_path, self.checkpoint = found
-        goes_on = "null" if self.weights is not None else self.checkpoint_path
+        goes_on = "null" if self.init_from is not None else self.checkpoint_path
         arguments = [*self.arguments, f"--ckpt_path={goes_on}"]
         model = given.values.get("model")
         self.model_from_checkpoint = not (isinstance(model, str) or (isinstance(model, dict) and "class_path" in model))
@@ -327,19 +330,25 @@ class TrainingCLI(LightningCLI):
         record_config(self.model, self.config_dump["model"])
         if self.checkpoint is not None and "state_dict" in self.checkpoint:
             path = str(self.checkpoint_path)
-            if not self.model_from_checkpoint:
+            if self.init_from is not None:
+                check_tokenizer(self.model, self.checkpoint, path)
+                for line in take_weights(self.model, self.checkpoint, path):
+                    rank_zero_only(_log.info)(line)
+            elif self.model_from_checkpoint:
+                # A generator compares its tokenizer with the data before Lightning restores the weights.
+                load_weights(self.model, self.checkpoint, path)
+            else:
                 check_classes(self.config_dump["model"], self.checkpoint, path)
                 check_weights(self.model, self.checkpoint, path)
                 check_tokenizer(self.model, self.checkpoint, path)
-            if self.model_from_checkpoint or self.weights is not None:
-                # A generator compares its tokenizer with the data before Lightning restores the weights.
-                load_weights(self.model, self.checkpoint, path)
-        elif self.weights is not None:
-            raise ValueError(f"weights={self.weights!r} is a sharded checkpoint, whose weights only its own run reads")
+        elif self.init_from is not None:
+            raise ValueError(
+                f"init_from={self.init_from!r} is a sharded checkpoint, whose weights only its own run reads"
+            )
         if self.command == "fit" and not any(weight.requires_grad for weight in self.model.parameters()):
             raise ValueError(
                 f"this {type(self.model).__name__} has no weights to train. `from_checkpoint` freezes what it loads, "
-                "as the tokenizer of a generator: to train such a model on, leave it out and give `--weights FILE`"
+                "as the tokenizer of a generator: to train such a model on, leave it out and give `--init_from FILE`"
             )
         self.trainer = self.instantiate_trainer()
 
@@ -380,7 +389,7 @@ class TrainingCLI(LightningCLI):
 
     def _resumed(self) -> dict[str, Any] | None:
         """Return the checkpoint that training goes on from."""
-        return self.checkpoint if self.command == "fit" and self.weights is None else None
+        return self.checkpoint if self.command == "fit" and self.init_from is None else None
 
     def _first_step(self) -> int | None:
         """Return the first step that the log of a resumed run gets."""
@@ -421,8 +430,8 @@ class TrainingCLI(LightningCLI):
             folder,
             command=[self.command, *self.arguments],
             configuration=self.config_text,
-            checkpoint=None if self.weights is not None else self.checkpoint_path,
-            weights=self.weights,
+            checkpoint=None if self.init_from is not None else self.checkpoint_path,
+            init_from=self.init_from,
         )
 
     def run(self) -> Any:

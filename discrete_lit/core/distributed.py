@@ -64,6 +64,15 @@ def means_over_ranks(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: mean.to(value.dtype) for (name, value), mean in zip(values.items(), means.unbind(), strict=True)}
 
 
+def logged_batch_size(count: int) -> int:
+    """Give the `batch_size` to log a mean over `count` samples with, so that `sync_dist` makes it one over all ranks'.
+
+    Lightning averages the ranks' numbers of samples as whole ones, and drops the fraction: of 2, 2 and 3 samples it
+    divides by 2. Of multiples of the number of ranks there is none.
+    """
+    return count * world_size()
+
+
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Concatenate the rows `(n_r, ...)` of every rank, in rank order; `n_r` may differ between ranks."""
     if world_size() == 1:

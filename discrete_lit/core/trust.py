@@ -53,6 +53,10 @@ _IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 _trusted: ContextVar[tuple[str, ...]] = ContextVar("trusted", default=())
 
 
+class NotTrusted(ValueError):
+    """A checkpoint names classes of modules that the user has not trusted."""
+
+
 @contextmanager
 def trusting(*modules: str) -> Iterator[None]:
     """Trust modules inside the block: a checkpoint may name the classes that they and their submodules define.
@@ -153,8 +157,8 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
         source: what it comes from, for messages: the checkpoint's path.
 
     Raises:
-        ValueError: it is not plain data, names something that no checkpoint may build, or names a class of a module
-            that the user has not trusted; the message says where, and what to add.
+        ValueError: it is not plain data, or names something that no checkpoint may build.
+        NotTrusted: it names a class of a module that the user has not trusted; the message says where, and what to add.
     """
     check_plain(config, source)
     config = current_names(config)
@@ -174,7 +178,7 @@ def check_config(config: Any, source: str) -> dict[str, Any]:
             if _find(value) is not None:
                 _check_class(value, path, source)
     if unknown:
-        raise ValueError(_untrusted(list(unknown), next(iter(unknown.values())), source))
+        raise NotTrusted(_untrusted(list(unknown), next(iter(unknown.values())), source))
     return config
 
 

@@ -114,10 +114,10 @@ class ResumableDataModule(LightningDataModule, ABC):
         return loader
 
     def val_dataloader(self) -> EvaluationLoader | list:
-        return self.evaluation_loader("validation") if self.has_split("validation") else []
+        return self._shared(self.evaluation_loader("validation")) if self.has_split("validation") else []
 
     def test_dataloader(self) -> EvaluationLoader:
-        return self.evaluation_loader("validation")
+        return self._shared(self.evaluation_loader("validation"))
 
     def predict_dataloader(self) -> EvaluationLoader:
         return self.evaluation_loader("validation" if self.has_split("validation") else "train")
@@ -137,6 +137,16 @@ class ResumableDataModule(LightningDataModule, ABC):
             raise ValueError(f"split {split!r} is not known; it is 'train' or 'validation'")
         if not self.has_split(split):
             raise ValueError(f"{type(self).__name__} was given no {split} data: set its `{split}` argument")
+
+    def _shared(self, loader: EvaluationLoader) -> EvaluationLoader:
+        """Refuse a loader that is empty on one rank: Lightning leaves that rank out, and the others wait for it."""
+        samples = distributed.gather_objects(loader.source.samples)
+        if 0 in samples and any(samples):
+            raise ValueError(
+                f"the validation data has {sum(samples):,} samples, and {samples.count(0)} of the {len(samples)} ranks "
+                "get none of them: use fewer ranks (trainer.devices), or more validation data"
+            )
+        return loader
 
     def _rank(self, rank: int | None, world_size: int | None) -> tuple[int, int]:
         if rank is not None and world_size is not None:

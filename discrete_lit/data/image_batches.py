@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -10,7 +11,9 @@ from PIL.Image import Image
 from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, ten_crops
+from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, random_resized_crop, ten_crops
+
+TrainingCrop = Literal["random", "center", "random_resized"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class ImagePipeline:
         seed: decides the augmentation.
         image_channels: C: 1 for grey, 3 for RGB, 4 for RGBA.
         crop: the training crop, see `transforms`.
-        minimum_crop: see `transforms.random_crop`.
+        minimum_crop, maximum_crop: see `transforms.random_crop`.
+        crop_area, crop_aspect: see `transforms.random_resized_crop`.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says.
     """
@@ -80,8 +84,11 @@ class ImagePipeline:
     seed: int
     _: KW_ONLY
     image_channels: int = 3
-    crop: str
-    minimum_crop: float
+    crop: TrainingCrop
+    minimum_crop: float = 1.0
+    maximum_crop: float = 1.0
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool
     apply_exif: bool
 
@@ -89,10 +96,19 @@ class ImagePipeline:
         height_and_width(self.image_size)  # refuses what is no size
         if self.image_channels not in MODES:
             raise ValueError(f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
-        if self.crop not in ("random", "center"):
-            raise ValueError(f"crop {self.crop!r} is not known; it is 'random' or 'center'")
+        if self.crop not in get_args(TrainingCrop):
+            raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center' or 'random_resized'")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
+        if not self.minimum_crop <= self.maximum_crop <= 1:
+            raise ValueError(
+                f"maximum_crop is {self.maximum_crop}; it must be in [minimum_crop, 1], and minimum_crop is "
+                f"{self.minimum_crop}"
+            )
+        if not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
+            raise ValueError(f"crop_area is {list(self.crop_area)}; it must be two rising fractions in (0, 1]")
+        if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
+            raise ValueError(f"crop_aspect is {list(self.crop_aspect)}; it must be two rising ratios above 0")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,8 +120,24 @@ class ImagePipeline:
         image = decode_image(data, self.apply_exif, image_channels=self.image_channels)
         randomness = augmentation_uniforms(self.seed, epoch, key)
         if self.crop == "random":
-            return random_crop(image, self.image_size, randomness, minimum_crop=self.minimum_crop, flip=self.flip)
-        pixels = center_crop(image, self.image_size)
+            return random_crop(
+                image,
+                self.image_size,
+                randomness,
+                minimum_crop=self.minimum_crop,
+                maximum_crop=self.maximum_crop,
+                flip=self.flip,
+            )
+        if self.crop == "random_resized":
+            pixels = random_resized_crop(
+                image,
+                self.image_size,
+                lambda attempt: augmentation_uniforms(self.seed, epoch, f"part {attempt} of {key}"),
+                area=self.crop_area,
+                aspect=self.crop_aspect,
+            )
+        else:
+            pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:

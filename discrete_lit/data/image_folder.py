@@ -1,13 +1,19 @@
 """The DataModule of images in a folder, with one subfolder per class or without classes, read directly."""
 
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.image_batches import (
+    CENTER_CROP,
+    EvaluationCrops,
+    ImagePipeline,
+    LabelledImage,
+    TrainingCrop,
+    image_batch,
+)
 from discrete_lit.data.loaders import (
     BadSample,
     Batch,
@@ -43,10 +49,13 @@ class ImageFolder(ResumableDataModule):
         batch_size: samples of a batch on each rank.
         num_workers: processes that decode; 0 decodes in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `random_resized` cuts out a
+            part of random area and resizes it (torchvision's `RandomResizedCrop`: MaskBit); `center` is the crop of
             evaluation.
-        minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
-            LlamaGen).
+        minimum_crop, maximum_crop: smallest and largest fraction of the shorter side that a random crop covers: 1.0
+            (VQGAN), from 0.8 (ADM, LlamaGen), or always 0.889 (VAR).
+        crop_area, crop_aspect: of a random part, from the smallest to the largest: the fraction of the image's area,
+            and the ratio of width to height; the defaults are torchvision's.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
         image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
@@ -68,8 +77,11 @@ class ImageFolder(ResumableDataModule):
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
-        crop: Literal["random", "center"] = "random",
+        crop: TrainingCrop = "random",
         minimum_crop: float = 1.0,
+        maximum_crop: float = 1.0,
+        crop_area: tuple[float, float] = (0.08, 1.0),
+        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         apply_exif: bool = False,
         image_channels: int = 3,
@@ -92,6 +104,9 @@ class ImageFolder(ResumableDataModule):
             image_channels=image_channels,
             crop=crop,
             minimum_crop=minimum_crop,
+            maximum_crop=maximum_crop,
+            crop_area=crop_area,
+            crop_aspect=crop_aspect,
             flip=flip,
             apply_exif=apply_exif,
         )

@@ -10,14 +10,21 @@ left, and only opens the shards that hold them.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.data_module import ResumableDataModule, Split
-from discrete_lit.data.image_batches import CENTER_CROP, EvaluationCrops, ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.image_batches import (
+    CENTER_CROP,
+    EvaluationCrops,
+    ImagePipeline,
+    LabelledImage,
+    TrainingCrop,
+    image_batch,
+)
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of, read_samples
@@ -53,10 +60,13 @@ class ImageShards(ResumableDataModule):
         batch_size: samples of a batch on each rank.
         num_workers: processes that read and decode; 0 does it in the training process.
         seed: decides the order and the augmentation.
-        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `center` is the crop of
+        crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `random_resized` cuts out a
+            part of random area and resizes it (torchvision's `RandomResizedCrop`: MaskBit); `center` is the crop of
             evaluation.
-        minimum_crop: smallest fraction of the shorter side that a random crop covers; 1.0 (VQGAN) or 0.8 (ADM,
-            LlamaGen).
+        minimum_crop, maximum_crop: smallest and largest fraction of the shorter side that a random crop covers: 1.0
+            (VQGAN), from 0.8 (ADM, LlamaGen), or always 0.889 (VAR).
+        crop_area, crop_aspect: of a random part, from the smallest to the largest: the fraction of the image's area,
+            and the ratio of width to height; the defaults are torchvision's.
         flip: mirror half of the training images.
         apply_exif: turn pictures as their EXIF orientation says; published figures do not.
         image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
@@ -83,8 +93,11 @@ class ImageShards(ResumableDataModule):
         batch_size: int,
         num_workers: int = 2,
         seed: int = 0,
-        crop: Literal["random", "center"] = "random",
+        crop: TrainingCrop = "random",
         minimum_crop: float = 1.0,
+        maximum_crop: float = 1.0,
+        crop_area: tuple[float, float] = (0.08, 1.0),
+        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip: bool = True,
         apply_exif: bool = False,
         image_channels: int = 3,
@@ -114,6 +127,9 @@ class ImageShards(ResumableDataModule):
             image_channels=image_channels,
             crop=crop,
             minimum_crop=minimum_crop,
+            maximum_crop=maximum_crop,
+            crop_area=crop_area,
+            crop_aspect=crop_aspect,
             flip=flip,
             apply_exif=apply_exif,
         )

@@ -12,9 +12,10 @@ Decoding follows the rules that published figures were made with, unless one wou
   reduced by Pillow itself, which keeps the high byte.
 - Of an animation the first frame is taken.
 
-There are three crops: a random one for training, drawn for the sample; the centre, on which published figures are
-evaluated; and ten of one image. All shrink an image with ADM's filter, so that a tokenizer is trained on the pixels
-that it is measured on.
+There are four crops: two random ones for training, drawn for the sample, of a resized image or of a random part of it;
+the centre, on which published figures are evaluated; and ten of one image. All but the random part, which is
+torchvision's as MaskBit uses it, shrink an image with ADM's filter, so that a tokenizer is trained on the pixels that
+it is measured on.
 
 A size is the side of a square, or (height, width): then the image is scaled to cover that box, and cut to it.
 """
@@ -23,6 +24,7 @@ import io
 import math
 import os
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
@@ -156,6 +158,7 @@ def random_crop(
     randomness: tuple[float, float, float, float],
     *,
     minimum_crop: float = 1.0,
+    maximum_crop: float = 1.0,
     flip: bool = True,
 ) -> np.ndarray:
     """Cut out the training crop: resize, take a random square (or rectangle), mirror half of the images.
@@ -167,6 +170,7 @@ def random_crop(
         minimum_crop: the smallest fraction of the shorter side that the square may cover. 1.0 resizes the shorter side
             to `size` (VQGAN, MaskGIT); 0.8 resizes it to between `size` and `size / 0.8` (`random_crop_arr` of ADM, as
             used by LlamaGen). With a height and a width, the side that decides the scale.
+        maximum_crop: the largest; the same as the smallest always resizes to the same size, as VAR to 288 for 256.
         flip: mirror the image left to right with probability 1/2.
 
     Returns:
@@ -175,14 +179,81 @@ def random_crop(
     height, width = height_and_width(size)
     scale, row, column, mirror = randomness
     side = min(height, width)
-    longest = math.ceil(side / minimum_crop)
-    enlarged = side + int(scale * (longest - side + 1))
+    shortest, longest = math.ceil(side / maximum_crop), math.ceil(side / minimum_crop)
+    enlarged = shortest + int(scale * (longest - shortest + 1))
     covered = round(height * enlarged / side), round(width * enlarged / side)
     image = _halved(image, *covered)
     wide, high = _scaled_size(image, *covered)
     top, left = int(row * (high - height + 1)), int(column * (wide - width + 1))
     pixels = _pixels(_resized_part(image, wide, high, left=left, top=top, height=height, width=width))
     return pixels[:, ::-1] if flip and mirror < 0.5 else pixels
+
+
+# Tries of a random part before the centre is taken, as in torchvision.
+_TRIES = 10
+
+
+def random_part(
+    width: int,
+    height: int,
+    draw: Callable[[int], tuple[float, float, float, float]],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """Draw a part of an image by the law of torchvision's `RandomResizedCrop` (Szegedy et al., "Going Deeper with
+    Convolutions", 2015, section 6).
+
+    Ten times an area is drawn, uniform in fractions of the image's, and a ratio of width to height, uniform in its
+    logarithm. The first rectangle of these that fits lies anywhere in the image; where none fits, the part is the
+    largest centre whose ratio is allowed. So a square of at least 0.8 of the area of an image of 500 x 375 pixels,
+    which has no room for it, is always the centre, and its side the shorter side.
+
+    Args:
+        width, height: of the image in pixels.
+        draw: numbers in [0, 1) for each try: the area, the ratio, the row and the column.
+        area: smallest and largest fraction.
+        aspect: smallest and largest ratio.
+
+    Returns:
+        Left, top, width and height of the part in pixels.
+    """
+    for attempt in range(_TRIES):
+        of_area, of_aspect, row, column = draw(attempt)
+        pixels = width * height * (area[0] + of_area * (area[1] - area[0]))
+        ratio = math.exp(math.log(aspect[0]) + of_aspect * (math.log(aspect[1]) - math.log(aspect[0])))
+        wide, high = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            return int(column * (width - wide + 1)), int(row * (height - high + 1)), wide, high
+    wide, high = width, height
+    if width / height < aspect[0]:
+        high = round(width / aspect[0])
+    elif width / height > aspect[1]:
+        wide = round(height * aspect[1])
+    return (width - wide) // 2, (height - high) // 2, wide, high
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: ImageSize,
+    draw: Callable[[int], tuple[float, float, float, float]],
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Cut out a random part of an image and resize it with a bicubic filter, as torchvision's `RandomResizedCrop` does.
+
+    Args:
+        image: of any mode with 8 bits.
+        size: of the result in pixels.
+        draw, area, aspect: see `random_part`; the defaults are torchvision's, MaskBit's are (0.8, 1) and (1, 1).
+
+    Returns:
+        uint8 `(H, W, C)`.
+    """
+    height, width = height_and_width(size)
+    left, top, wide, high = random_part(*image.size, draw, area=area, aspect=aspect)
+    return _pixels(image.crop((left, top, left + wide, top + high)).resize((width, height), _BICUBIC))
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

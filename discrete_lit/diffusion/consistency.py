@@ -1,13 +1,15 @@
-"""Consistency training: a network that leads from any point of a path to its data in one evaluation.
+"""Consistency models: a network that leads from any point of a path to its data in one evaluation.
 
 The probability-flow ODE leads from each x_t to one x_0, and the consistency function f(x_t, t) = x_0 is the same all
-along the way (Song et al., "Consistency Models", 2023, definition 1). Two neighbouring points of a path with one noise,
+along the way (Song et al., "Consistency Models", 2023, section 3). f(x_t, t) is pulled to f(x_s, s), which is held
+fixed, at a neighbouring time t - s = 1 / N, and f(x_0, 0) = x_0 by construction. Where x_s comes from is the choice:
 
-    x_t = alpha(t) x + sigma(t) eps,        x_s = alpha(s) x + sigma(s) eps,        t - s = 1 / N,
+- Distillation (algorithm 2): a trained model leads x_t = alpha(t) x + sigma(t) eps one step of its ODE back to x_s.
+- Training (algorithm 3): x_s = alpha(s) x + sigma(s) eps has the noise of x_t. No teacher is needed, and there is a
+  bias that vanishes with 1 / N (theorem 2).
 
-stand for two of the ODE, up to a bias that vanishes with 1 / N (theorem 2), so that f is learned without a teacher:
-f(x_t, t) is pulled to f(x_s, s), which is held fixed, and f(x_0, 0) = x_0 by construction. N doubles in training, and
-the distance is Pseudo-Huber, as in Song and Dhariwal, "Improved Techniques for Training Consistency Models", 2024.
+N doubles in training, and the distance is Pseudo-Huber, as in Song and Dhariwal, "Improved Techniques for Training
+Consistency Models", 2024, sections 3.3 and 3.4.
 
 f is the estimate of the data that a `GaussianDenoiser` reads of an output: of the velocity on straight lines,
 x_t - t u, whose boundary at t = 0 holds whatever the network says. `ConsistencySampler` draws by it.
@@ -15,18 +17,21 @@ x_t - t u, whose boundary at t = 0 holds whatever the network says. `Consistency
 
 from collections.abc import Callable
 from math import floor, log2, sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from discrete_lit.diffusion.gaussian import GaussianDenoiser, SteppedPath
+from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, GaussianPath, SteppedPath
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 """From x_t `(B, ...)` and times `(B,)` to a network's output."""
+Teacher = Callable[[Tensor, Tensor], Estimate]
+"""From x_t `(B, ...)` and times `(B,)` to what a trained model thinks of it, guided if wanted."""
 
 
 class ConsistencyLoss:
-    """Cost how far f moves between neighbouring points of a path (Song et al., 2023, eq. 10, with theta- = theta).
+    """Cost how far f moves between neighbouring points of a path (Song et al., 2023, eq. 7 and 10, theta- = theta).
 
     Args:
         denoiser: of a prediction of v or of the velocity, on a path in continuous time.
@@ -35,6 +40,7 @@ class ConsistencyLoss:
             2024, section 3.4).
         doubling_steps: training steps until N is `intervals`.
         huber: c of the distance sqrt(|a - b|^2 + c^2) - c, over the root of the number of dimensions, > 0.
+        solver: of a teacher's ODE: one evaluation of the teacher in a step, or two, for second order (the paper's).
 
     Raises:
         ValueError: a setting out of its range; a prediction or a path without f(x_0, 0) = x_0.
@@ -48,6 +54,7 @@ class ConsistencyLoss:
         first_intervals: int = 10,
         doubling_steps: int = 100_000,
         huber: float = 0.00054,
+        solver: Literal["euler", "heun"] = "heun",
     ) -> None:
         if not 1 <= first_intervals <= intervals:
             raise ValueError(
@@ -57,6 +64,8 @@ class ConsistencyLoss:
             raise ValueError(
                 f"doubling_steps must be at least 0 and huber above 0, got {doubling_steps} and huber={huber}"
             )
+        if solver not in ("euler", "heun"):
+            raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
         if isinstance(denoiser.path, SteppedPath):
             raise ValueError("a consistency function needs a path in continuous time, this one has steps")
         if denoiser.prediction not in ("v", "velocity") or denoiser.learned_variance:
@@ -69,6 +78,7 @@ class ConsistencyLoss:
         self.first_intervals = first_intervals
         self.doubling_steps = doubling_steps
         self.huber = huber
+        self.solver: Literal["euler", "heun"] = solver
 
     def intervals_at(self, step: int | None) -> int:
         """Return N at a training step, from 0; None stands for the end of training."""
@@ -78,7 +88,16 @@ class ConsistencyLoss:
         each = floor(self.doubling_steps / (floor(log2(self.intervals / self.first_intervals)) + 1))
         return min(self.first_intervals * 2 ** (step // max(each, 1)), self.intervals)
 
-    def __call__(self, predict: Predict, data: Tensor, noise: Tensor, *, t: Tensor, step: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        predict: Predict,
+        data: Tensor,
+        noise: Tensor,
+        *,
+        t: Tensor,
+        step: int | None = None,
+        teacher: Teacher | None = None,
+    ) -> Tensor:
         """Return the loss of each sample, `(B,)`: the distance of f at neighbouring times, times N.
 
         Args:
@@ -87,13 +106,17 @@ class ConsistencyLoss:
             noise: eps, the same shape.
             t: `(B,)` in (0, 1], rounded up to the next of the N times.
             step: of training, which decides N; None in validation.
+            teacher: what f is distilled from; without one f is trained on data alone.
         """
         count = self.intervals_at(step)
         later = torch.ceil(t.double() * count).clamp(1, count)
         t, s = later / count, (later - 1) / count
-        student = self.function(predict, self.denoiser.path.add_noise(data, noise, t), t)
+        path = self.denoiser.path
+        x_t = path.add_noise(data, noise, t)
+        student = self.function(predict, x_t, t)
         with torch.no_grad():
-            target = self.function(predict, self.denoiser.path.add_noise(data, noise, s), s)
+            x_s = path.add_noise(data, noise, s) if teacher is None else ode_step(teacher, path, x_t, t, s, self.solver)
+            target = self.function(predict, x_s, s)
         difference = (student - target).flatten(1)
         c = self.huber * sqrt(difference.shape[1])
         return count * (torch.sqrt((difference**2).sum(dim=1) + c**2) - c)
@@ -102,3 +125,33 @@ class ConsistencyLoss:
         """Return f(x_t, t), `(B, ...)`, float32 or better."""
         output = predict(x_t, t)
         return self.denoiser(output.to(torch.promote_types(output.dtype, torch.float32)), x_t, t, clipped=False).data
+
+
+def ode_step(
+    teacher: Teacher, path: GaussianPath, x_t: Tensor, t: Tensor, s: Tensor, solver: Literal["euler", "heun"]
+) -> Tensor:
+    """Follow a teacher's probability-flow ODE from t to s < t (Song et al., 2023, eq. 6).
+
+    To s = 0 it leads by the teacher's estimate of the data: where sigma has an infinite slope there, the velocity has
+    one too. On straight lines that is Euler's step.
+
+    Args:
+        teacher: the model.
+        path: of its noise.
+        x_t: `(B, ...)`.
+        t: `(B,)` in (0, 1], of each sample.
+        s: `(B,)` in [0, 1).
+        solver: Euler's or Heun's.
+
+    Returns:
+        x_s, `(B, ...)`.
+    """
+    each = (-1, *(1,) * (x_t.ndim - 1))
+    length, last = (s - t).to(x_t.dtype).view(each), (s == 0).view(each)
+    first = teacher(x_t, t)
+    velocity = first.velocity(path, t)
+    if solver == "heun":
+        # A time above 0 for the rows that lead to 0, which do not look at the second evaluation.
+        there = torch.where(s == 0, t, s)
+        velocity = (velocity + teacher(x_t + length * velocity, there).velocity(path, there)) / 2
+    return torch.where(last, first.data, x_t + length * velocity)

@@ -10,8 +10,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from discrete_lit.core.distributed import logged_batch_size
 from discrete_lit.core.images import check_channels, size_of, size_text
-from discrete_lit.optimization import configure_optimizers
+from discrete_lit.optimization import configure_optimizers, evaluation_stage
 
 PLAIN_CHANNELS = (16, 32, 64, 128)
 
@@ -20,7 +21,8 @@ class ImageClassifier(LightningModule):
     """Classify images by convolutions with batch norm, a mean over positions, and a linear layer, or by any network.
 
     There is one convolution for each entry of `channels`, and each halves the image. Logs `train/loss` (cross-entropy
-    in nats), `validation/loss` and `validation/accuracy` (fraction in [0, 1]).
+    in nats), `validation/loss` and `validation/accuracy` (fraction in [0, 1]), in a test `test/loss` and
+    `test/accuracy`.
 
     Args:
         num_classes: K.
@@ -82,8 +84,13 @@ class ImageClassifier(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         logits = self(batch["image"])
         correct = (logits.argmax(1) == batch["label"]).float().mean()
-        terms = {"validation/loss": F.cross_entropy(logits, batch["label"]), "validation/accuracy": correct}
-        self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=len(logits))
+        stage = evaluation_stage(self)
+        terms = {f"{stage}/loss": F.cross_entropy(logits, batch["label"]), f"{stage}/accuracy": correct}
+        self.log_dict(terms, prog_bar=True, sync_dist=True, batch_size=logged_batch_size(len(logits)))
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure what validation does, and log it under `test/`."""
+        self.validation_step(batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
         return configure_optimizers(self, self.optimizer, self.scheduler)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from discrete_lit.core.distributed import gather_objects, on_first_rank, rank
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
-from discrete_lit.core.images import ImageSize, from_uint8, normal_size
+from discrete_lit.core.images import ImageSize, from_uint8, height_and_width, normal_size, size_text
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 from discrete_lit.evaluation.shares import (
     Shares,
@@ -275,17 +275,20 @@ class Reference:
     """`(n, D)` float32, up to `MOST_FEATURES`, evenly spaced over the images; None where moments alone are given."""
 
 
-def reference_from_moments(path: str, extractor: FeatureExtractor, *, apply_exif: bool | None = None) -> Reference:
+def reference_from_moments(
+    path: str, extractor: FeatureExtractor, *, apply_exif: bool | None = None, image_size: ImageSize | None = None
+) -> Reference:
     """Read a reference from a moments file, such as ADM's.
 
     Args:
         path: the file.
         extractor: of the features.
         apply_exif: how the images that are compared with it are read.
+        image_size: of those images in pixels.
 
     Raises:
         ValueError: an unreadable file, what are no moments, or moments of another extractor or of images that were
-            read otherwise.
+            of another size or read otherwise, where the file says so.
     """
     moments = Moments.load(path, extractor)
     check_reference(extractor, moments, path)
@@ -293,6 +296,12 @@ def reference_from_moments(path: str, extractor: FeatureExtractor, *, apply_exif
         raise ValueError(
             f"reference {path!r} was measured with apply_exif={str(moments.apply_exif).lower()}, apply_exif is "
             f"{str(apply_exif).lower()} here"
+        )
+    known = moments.image_size
+    if image_size is not None and known is not None and normal_size(image_size) != normal_size(known):
+        raise ValueError(
+            f"reference {path!r} was measured on images of {size_text(known)} pixels, those compared with it are of "
+            f"{size_text(image_size)}"
         )
     return Reference(name=path, sha256=file_sha256(path), moments=moments, features=None)
 
@@ -358,7 +367,7 @@ def reference_from_images(
     if measured is None:
         return None
     moments, features = measured.moments, measured.features
-    moments.apply_exif = images.apply_exif
+    moments.apply_exif, moments.image_size = images.apply_exif, height_and_width(image_size)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         moments.save(kept_moments)

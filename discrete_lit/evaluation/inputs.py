@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from discrete_lit.evaluation.feature_statistics import Reference
     from discrete_lit.generators import Generator
     from discrete_lit.metrics.frechet import Moments
+    from discrete_lit.tokenizers import PerturbedTokenizer
     from discrete_lit.tokenizers.losses.perceptual import LPIPS
+
+
+PERTURBED_NEIGHBOURS = 10
+"""How many near ids one that is perturbed may become, by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class OpenedInputs:
     classifier_paths: dict[str, str]
     autoencoders: dict[str, Any]
     """The autoencoder of each run of reconstructions, by its label."""
+    perturbed: dict[str, list[PerturbedTokenizer]]
+    """Tokenizers among them whose ids have codes, at each rate of perturbed ids that was asked for."""
     lpips: LPIPS | None
     generators: dict[str, Generator]
     """The generator of each checkpoint of a likelihood, by its path."""
@@ -89,6 +96,8 @@ def open_inputs(
     apply_exif: bool,
     batch_size: int,
     protocol: str | None,
+    perturbed: list[float] | None = None,
+    perturbed_neighbours: int = PERTURBED_NEIGHBOURS,
 ) -> OpenedInputs:
     """Open everything that an evaluation names; arguments as for `evaluate`.
 
@@ -108,6 +117,7 @@ def open_inputs(
     _check_arguments(sample_runs, made_runs, likelihood_runs, held_out, num_images, num_reference, batch_size)
     if lpips_weights is not None and not made_runs:
         raise ValueError("lpips_weights measure reconstructions: give some, or leave lpips_weights out")
+    _check_rates(perturbed, perturbed_neighbours, made_runs)
 
     def opened(path: str) -> ImageSet:
         return open_image_set(path, image_size, image_channels=image_channels, apply_exif=apply_exif)
@@ -161,9 +171,10 @@ def open_inputs(
     of_reference = None if reference_images is None else selected("reference", reference_images, num_reference)
     autoencoders, lpips = _load_autoencoders(made_runs, image_channels), _load_lpips(lpips_weights, image_size)
     generators = _load_generators(likelihood_runs, image_size, image_channels)
+    disturbed, without_codes = _perturb(autoencoders, perturbed or [], perturbed_neighbours)
     moments = batch = spatial = None
     if reference_images is None:
-        moments = reference_from_moments(reference, extractor, apply_exif=apply_exif)
+        moments = reference_from_moments(reference, extractor, apply_exif=apply_exif, image_size=image_size)
         if rules is not None and rules.reference == "adm":
             # Its images serve precision and recall, its moments the distance.
             batch = Selection(NpzImages(Path(reference), image_size), None, num_classes=None)
@@ -185,9 +196,10 @@ def open_inputs(
         classifiers=classifiers,
         classifier_paths=checkpoints,
         autoencoders=autoencoders,
+        perturbed=disturbed,
         lpips=lpips,
         generators=generators,
-        notes=[*classes.notes, *_setting_notes(sample_runs, beside)],
+        notes=[*classes.notes, *_setting_notes(sample_runs, beside), *without_codes],
     )
 
 
@@ -342,6 +354,38 @@ def _load_autoencoders(checkpoints: list[Run], image_channels: int) -> dict[str,
         _check_channels(autoencoder, image_channels, f"reconstructions.{name}={path!r}")
         autoencoders[name] = autoencoder
     return autoencoders
+
+
+def _check_rates(rates: list[float] | None, neighbours: int, reconstructions: list[Run]) -> None:
+    if rates is None:
+        if neighbours != PERTURBED_NEIGHBOURS:
+            raise ValueError(f"perturbed_neighbours={neighbours} has no effect: give the rates, perturbed, too")
+        return
+    if not reconstructions:
+        raise ValueError(f"perturbed={rates} is of the ids of reconstructions: give some, or leave perturbed out")
+    if not rates or not all(0 <= rate <= 1 for rate in rates) or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise ValueError(f"perturbed={rates}: accepted are rates in [0, 1], each once, such as [0.1, 0.3]")
+
+
+def _perturb(
+    autoencoders: Mapping[str, Any], rates: list[float], neighbours: int
+) -> tuple[dict[str, list[PerturbedTokenizer]], list[str]]:
+    """Perturb each tokenizer at each rate: by the label of its run, and notes of those that cannot be.
+
+    Raises:
+        ValueError: not one can be.
+    """
+    from discrete_lit.tokenizers import PerturbedTokenizer
+
+    found, notes = {}, []
+    for label, autoencoder in autoencoders.items() if rates else ():
+        try:
+            found[label] = [PerturbedTokenizer(autoencoder, rate, neighbours=neighbours) for rate in rates]
+        except ValueError as error:
+            notes.append(f"{label} is not measured with perturbed ids: {error}")
+    if notes and not found:
+        raise ValueError(f"perturbed={rates} can be measured of no row: {'; '.join(notes)}")
+    return found, notes
 
 
 def _load_lpips(weights: str | None, image_size: ImageSize) -> LPIPS | None:

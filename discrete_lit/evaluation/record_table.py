@@ -11,6 +11,7 @@ import html
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import isfinite, log10, sqrt
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _IDENTITY = (
     *("protocol", "extractor_sha256", "resize", "crop", "quantisation", "image_size", "image_channels", "apply_exif"),
     *("reference_sha256", "reference_count", "count"),
 )
+# And where these do, in the records that have them.
+_FURTHER_IDENTITY = ("perturbation",)
 _COSTS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], float, str]] = {
     "network calls": ("sampling", lambda found: found.get("network_calls"), 1, ",.0f"),
     "images/s": ("sampling", lambda found: found.get("images_per_second"), 1, ",.1f"),
@@ -82,7 +85,7 @@ def read_records(paths: Iterable[str]) -> list[ImageRecord]:
             raise ValueError(f"{given!r} is no report: accepted are a report.json, and folders that hold some")
         for file in files:
             for record in _read_report(file):
-                same = json.dumps([record.record[name] for name in ("metric", *_IDENTITY)])
+                same = json.dumps([record.record.get(name) for name in ("metric", *_IDENTITY, *_FURTHER_IDENTITY)])
                 what = record.record.get("images_sha256") or record.record.get("checkpoint_sha256") or str(file)
                 found.setdefault((record.name, same, str(what)), record)
     if not found:
@@ -99,8 +102,7 @@ def _read_report(file: Path) -> list[ImageRecord]:
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{str(file)!r} has no rows: it is no report of `discrete-lit evaluate`")
     records = []
-    for row in rows:
-        record = row.get("record") if isinstance(row, dict) else None
+    for row, record in chain.from_iterable(map(_records_of, rows)):
         if not isinstance(record, dict) or any(name not in record for name in ("metric", "value", *_IDENTITY)):
             raise ValueError(
                 f"{str(file)!r}: its row {row.get('name') if isinstance(row, dict) else row!r} has no record of how it "
@@ -119,6 +121,13 @@ def _read_report(file: Path) -> list[ImageRecord]:
             )
         )
     return records
+
+
+def _records_of(row: Any) -> list[tuple[Any, Any]]:
+    """Pair a row with each of its records: that of its distance, and those at each rate of perturbed ids."""
+    if not isinstance(row, dict):
+        return [(row, None)]
+    return [(row, row.get("record")), *((row, found.get("record")) for found in row.get("perturbed") or [])]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +203,10 @@ class RecordTable:
         made = [name for name in self.spreads[metric] if self.rows[name][0].kind != "real"]
         return min(made or self.spreads[metric], key=lambda name: self.spreads[metric][name].mean)
 
+    def runs(self, name: str) -> int:
+        """Count the runs of a row, each of which may be measured by several metrics."""
+        return max(len(found[name].draws.values) for found in self.spreads.values() if name in found)
+
     def verdict(self, metric: str, name: str) -> str:
         """Say how a row stands to the best one: `best`, `worse`, `inconclusive`, or `spread unknown`.
 
@@ -216,7 +229,7 @@ class RecordTable:
     def cells(self) -> list[list[str]]:
         """Write the table, its header first, without columns that are empty in every row."""
         columns: list[list[str]] = [["images of", *self.rows]]
-        columns.append(["runs", *(str(len(runs)) for runs in self.rows.values())])
+        columns.append(["runs", *(str(self.runs(name)) for name in self.rows)])
         for metric in self.metrics:
             found = self.spreads[metric]
             columns.append([metric, *(_number(found[name].mean) if name in found else "" for name in self.rows)])
@@ -250,7 +263,7 @@ class RecordTable:
                 f"{metric}: lower is better; {own['count']:,} images a row of {own['image_size']} pixels against "
                 f"{own['reference']} (sha256 {str(own['reference_sha256'])[:16]}); extractor {own.get('extractor')}, "
                 f"weights sha256 {str(own['extractor_sha256'])[:16]}; {own['resize']}; {own['quantisation']}; "
-                f"{own['crop']}"
+                f"{own['crop']}{_perturbation(own)}"
             )
             labels = {record.record.get("labels") for record in self.records if record.kind == "samples"}
             if len(labels) > 1:
@@ -318,7 +331,7 @@ class RecordTable:
             "rows": [
                 {
                     "name": name,
-                    "runs": len(runs),
+                    "runs": self.runs(name),
                     "reports": sorted({record.report for record in runs}),
                     "metrics": {
                         metric: {
@@ -350,13 +363,25 @@ class RecordTable:
 def _check_one_protocol(records: Sequence[ImageRecord]) -> None:
     first = records[0]
     for record in records[1:]:
-        for name in _IDENTITY:
-            if record.record[name] != first.record[name]:
+        for name in (*_IDENTITY, *_FURTHER_IDENTITY):
+            own, other = first.record.get(name), record.record.get(name)
+            if other != own:
                 raise ValueError(
-                    f"the column {first.metric} would hold two protocols: {name} is {first.record[name]!r} for "
-                    f"{first.name!r} in {first.report!r} and {record.record[name]!r} for {record.name!r} in "
-                    f"{record.report!r}; compare them apart, or evaluate them alike"
+                    f"the column {first.metric} would hold two protocols: {name} is {own!r} for {first.name!r} in "
+                    f"{first.report!r} and {other!r} for {record.name!r} in {record.report!r}; compare them apart, or "
+                    "evaluate them alike"
                 )
+
+
+def _perturbation(record: dict[str, Any]) -> str:
+    """Say how ids were perturbed, where they were."""
+    found = record.get("perturbation")
+    if not found:
+        return ""
+    return (
+        f"; each id replaced, with probability {found['rate']:g}, by one of the {found['neighbours']} ids of the "
+        "nearest codes"
+    )
 
 
 def _number(value: float) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from itertools import combinations
 from math import inf, isfinite
 from pathlib import Path
@@ -17,6 +18,24 @@ from discrete_lit.evaluation.seed_spread import CONFIDENCE, Difference, compare_
 from discrete_lit.metrics.frechet import FrechetResult
 from discrete_lit.metrics.precision_recall import Manifold
 from discrete_lit.metrics.reconstruction import ReconstructionFigures
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerturbedDistance:
+    """The distance of reconstructions from ids of which some were replaced by near ones (pFID; Qiu et al., 2025)."""
+
+    rate: float
+    """The probability that an id is replaced, in [0, 1]."""
+    neighbours: int
+    """How many near ids it may become."""
+    seed: int
+    """Seed of the choices."""
+    value: float
+
+    @property
+    def perturbation(self) -> dict[str, float]:
+        """Rate, neighbours and seed, for records."""
+        return {"rate": self.rate, "neighbours": self.neighbours, "seed": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +75,8 @@ class Row:
     picture: str | None = None
     reconstruction: ReconstructionFigures | None = None
     """Figures of a row of reconstructions."""
+    perturbed: tuple[PerturbedDistance, ...] = ()
+    """The distance of these at each rate of perturbed ids."""
     likelihood: LikelihoodFigures | None = None
     """Likelihood of held-out images under the generator of a row of samples."""
 
@@ -132,6 +153,19 @@ def _cost(key: str, form: str, unit: float = 1) -> Column:
         return None if known is None else known / unit
 
     return Column(value, form)
+
+
+def perturbed_metric(metric: str, rate: float) -> str:
+    """Name the distance at a rate of perturbed ids: `pFID 0.1`, `pFD-EffNetLite0 0.1`."""
+    return f"p{metric} {rate:g}"
+
+
+def _perturbed_columns(rows: Sequence[Row]) -> Columns:
+    def value(row: Row, rate: float) -> float | None:
+        return next((found.value for found in row.perturbed if found.rate == rate), None)
+
+    names = {perturbed_metric(row.frechet.metric, found.rate): found.rate for row in rows for found in row.perturbed}
+    return {name: Column(partial(value, rate=rate), ".2f", compared=True) for name, rate in names.items()}
 
 
 def _made(number: Callable[[ReconstructionFigures], float | None], form: str, compared: bool = False) -> Column:
@@ -259,6 +293,10 @@ class Report:
                     "reconstruction": None if row.reconstruction is None else row.reconstruction.to_dict(),
                     "likelihood": None if row.likelihood is None else row.likelihood.to_dict(),
                     "record": self.record(row),
+                    "perturbed": [
+                        {**found.perturbation, "value": found.value, "record": self.perturbed_record(row, found)}
+                        for found in row.perturbed
+                    ],
                 }
                 for runs in self.grouped().values()
                 for run, row in enumerate(runs, start=1)
@@ -325,6 +363,12 @@ class Report:
             "evaluated_by_commit": self.environment.get("commit"),
         }
 
+    def perturbed_record(self, row: Row, found: PerturbedDistance) -> dict[str, Any]:
+        """Give all that the distance at a rate of perturbed ids depends on."""
+        name = perturbed_metric(row.frechet.metric, found.rate)
+        own = {"value": found.value, "mean_term": None, "covariance_term": None, "metric": name}
+        return {**self.record(row), **own, "perturbation": found.perturbation}
+
     def notes(self) -> list[str]:
         """List what limits the figures, each said once."""
         notes = [note for row in self.rows for note in row.frechet.notes]
@@ -378,7 +422,11 @@ class Report:
         return _columns(self.metric, list(self.classifiers))
 
     def _all_columns(self) -> Columns:
-        return {**self._columns(), **_RECONSTRUCTION_COLUMNS}
+        return {**self._columns(), **self._made_columns()}
+
+    def _made_columns(self) -> Columns:
+        """Columns of reconstructions alone."""
+        return {**_perturbed_columns(self.rows), **_RECONSTRUCTION_COLUMNS}
 
     def table(self) -> str:
         """Write the rows as aligned Markdown, without columns that are empty in every row.
@@ -391,7 +439,7 @@ class Report:
             return _table(groups, self._all_columns())
         tables = [_table(groups, self._columns())]
         if made := {name: runs for name, runs in groups.items() if runs[0].reconstruction is not None}:
-            tables.append(_table(made, _RECONSTRUCTION_COLUMNS))
+            tables.append(_table(made, self._made_columns()))
         return "\n\n".join(tables)
 
     def _spread_facts(self) -> list[str]:
@@ -466,6 +514,13 @@ class Report:
                 "PSNR in decibels and SSIM: means over the images, on 8-bit pixels; L log2 K: bits that the L ids of "
                 "an image can carry, bits/pixel: the same over its pixels; L entropy: bits by the measured entropy of "
                 "the ids over all images and positions (plug-in estimate); perplexity: exp of that entropy in nats"
+            )
+        if rates := _perturbed_columns(self.rows):
+            neighbours = next(found.neighbours for row in self.rows for found in row.perturbed)
+            facts.append(
+                f"{', '.join(rates)} (pFID: Qiu et al., 2025): the distance of the reconstructions where each id was "
+                f"replaced, with that probability, by one of the {neighbours} ids whose codes are nearest to its own, "
+                "all as likely"
             )
         if any(row.likelihood is not None for row in self.rows):
             facts.append(

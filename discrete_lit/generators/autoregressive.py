@@ -49,15 +49,17 @@ class Autoregressive(Generator):
 
     Args:
         order: `"raster"`; the N positions of the grid, numbered in raster order, in the order in which they are
-            predicted; `"blocks"`, squares of `block_size` positions in raster order, and so within each; or
-            `"random_annealed"`, RAR's random orders that give way to the raster order.
+            predicted; `"blocks"`, squares of `block_size` positions in raster order, and so within each; `"random"`,
+            in training a random order of each sequence (RandAR); or `"random_annealed"`, RAR's random orders that give
+            way to the raster order.
         block_size: p, tokens that are predicted together.
         perturb_rate: in training, each bit of the input (not of what is predicted) is flipped with a probability of its
             own, uniform in [0, perturb_rate]: as sampling reads what it drew, which may be wrong (BitDance has 0.1).
         anneal_steps: optimizer steps until which every order is random and from which none is; the probability falls
             linearly between them. RAR's by default, of 250,000.
         sampler: `RasterSampler()` by default; it draws in this generator's order.
-        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
+        common: `backbone`, `label_dropout`, `gradient_of`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            every generator.
 
     Raises:
         ValueError: an order that is no permutation of the positions, steps that fall, blocks that do not divide the
@@ -73,7 +75,7 @@ class Autoregressive(Generator):
         image_size: ImageSize,
         *,
         num_classes: int,
-        order: Literal["raster", "blocks", "random_annealed"] | tuple[int, ...] = "raster",
+        order: Literal["raster", "blocks", "random", "random_annealed"] | tuple[int, ...] = "raster",
         block_size: int = 1,
         perturb_rate: float = 0.0,
         anneal_steps: tuple[int, int] = (125_000, 187_500),
@@ -95,9 +97,10 @@ class Autoregressive(Generator):
         if not 0 <= perturb_rate <= 1:
             raise ValueError(f"perturb_rate must lie in [0, 1], got {perturb_rate}")
         if isinstance(order, str):
-            if order not in ("raster", "blocks", "random_annealed"):
+            if order not in ("raster", "blocks", "random", "random_annealed"):
                 raise ValueError(
-                    f"order must be 'raster', 'blocks', 'random_annealed' or a permutation of positions, got {order!r}"
+                    f"order must be 'raster', 'blocks', 'random', 'random_annealed' or a permutation of positions, got "
+                    f"{order!r}"
                 )
             if order == "blocks":
                 order = block_order(layout.grid, block_size)
@@ -113,7 +116,7 @@ class Autoregressive(Generator):
             sampler=sampler or RasterSampler(),
             **common,
         )
-        self.annealed = order == "random_annealed"
+        self.random, self.annealed = order in ("random", "random_annealed"), order == "random_annealed"
         self.anneal_steps = anneal_steps
         self.block_size = block_size
         self.perturb_rate = perturb_rate
@@ -132,7 +135,7 @@ class Autoregressive(Generator):
 
     def token_losses(self, tokens: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
         orders = self._fixed_orders(len(tokens))
-        if self.annealed and self.training:
+        if self.random and self.training:
             orders = self._training_orders(random)
             tokens = tokens.gather(1, orders)
         read = self._perturbed(tokens, random)[:, : -self.block_size]
@@ -175,7 +178,9 @@ class Autoregressive(Generator):
             sequences, orders = self.to_sequence(tokens), self._fixed_orders(len(tokens))
         else:
             if not self.backbone.layout.any_order:
-                raise ValueError("this generator knows the raster order alone: train it with order='random_annealed'")
+                raise ValueError(
+                    "this generator knows the raster order alone: train it with order='random' or 'random_annealed'"
+                )
             check_permutation(order.tolist(), self.length)
             sequences, orders = tokens.flatten(1)[:, order], order.expand(len(tokens), -1)
         outputs = self.backbone(sequences[:, : -self.block_size], condition, order=orders)
@@ -194,9 +199,10 @@ class Autoregressive(Generator):
         return self.backbone if self.fixed_order is None else OrderedBackbone(self.backbone, self.fixed_order)
 
     def random_order_probability(self) -> float:
-        """Return the probability of a random order at this step of training: 1, then a line, then 0 (RAR)."""
+        """Return the probability of a random order at this step of training: 1, then a line, then 0 (RAR); or always 1
+        (RandAR)."""
         start, end = self.anneal_steps
-        if self.global_step < start:
+        if self.global_step < start or not self.annealed:
             return 1.0
         return 0.0 if self.global_step >= end else 1 - (self.global_step - start) / (end - start)
 
@@ -270,8 +276,8 @@ class OrderedBackbone(Backbone):
     def new_cache(self, condition: Condition | Tensor) -> Cache:
         return self.backbone.new_cache(condition)
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0) -> int:
-        return self.backbone.flops(batch, tokens, filled, context)
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0, ahead: int = 0) -> int:
+        return self.backbone.flops(batch, tokens, filled, context, ahead)
 
     def cache_flops(self, batch: int, context: int = 0) -> int:
         return self.backbone.cache_flops(batch, context)

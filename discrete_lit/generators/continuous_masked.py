@@ -49,8 +49,8 @@ class ContinuousMasked(LatentGenerator):
         sampler: how `sample` draws where nothing else is asked for; `MARSampler()` by default.
         likelihood_samples: evaluations of the network for each `log_likelihood`.
         likelihood_steps: of the head whose bound it is; a path of steps has its own at most.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: a setting out of its range, or a grid that the patches do not divide.

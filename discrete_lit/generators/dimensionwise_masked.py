@@ -48,8 +48,8 @@ class DimensionwiseMasked(LatentGenerator):
         mask_schedule: m of training; MAR's normal law cut to [0.7, 1] by default.
         sampler: how `sample` draws where nothing else is asked for; `DimensionwiseSampler()` by default.
         likelihood_samples: evaluations of the network for each `log_likelihood`.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: a tokenizer of ids, or a setting out of its range.

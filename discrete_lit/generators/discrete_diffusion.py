@@ -57,7 +57,8 @@ class DiscreteDiffusion(Generator):
         likelihood_samples: network evaluations for each `log_likelihood`; a quarter more where noise does more than
             mask and the schedule's m(0) is above 0.
         sampler: `AncestralSampler()` by default. Samplers of `Masked` serve too where noise only masks.
-        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
+        common: `backbone`, `label_dropout`, `gradient_of`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            every generator.
 
     Raises:
         ValueError: choices that do not fit together, or a setting out of its range.

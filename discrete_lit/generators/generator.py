@@ -74,10 +74,14 @@ class Generator(ClassConditionalTraining):
         layout: the sequence that the family makes of a token grid.
         backbone: called with the layout.
         sampler: how `sample` draws where nothing else is asked for.
-        training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
+        gradient_of: whose loss the gradients are of, in nats: the mean of a `"token"`, or the sum of a `"sequence"`, N
+            times as much (SEDD). Adam takes the same steps with both, but for clipping, which sees gradients N times as
+            large, and its epsilon. What is logged is a token's.
+        training: `label_dropout`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            `ClassConditionalTraining`.
 
     Raises:
-        ValueError: no classes, or a sampler of backbones with another attention.
+        ValueError: no classes, gradients of anything else, or a sampler of backbones with another attention.
     """
 
     sampler_kind = Sampler
@@ -94,9 +98,12 @@ class Generator(ClassConditionalTraining):
         layout: SequenceLayout,
         backbone: Callable[[SequenceLayout], Backbone],
         sampler: Sampler,
+        gradient_of: Literal["token", "sequence"] = "token",
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if gradient_of not in ("token", "sequence"):
+            raise ValueError(f"gradient_of={gradient_of!r} is not known, accepted: token, sequence")
         if num_classes < 1:
             raise ValueError(
                 f"num_classes must be at least 1, got {num_classes}; one class makes a model of no classes"
@@ -112,6 +119,7 @@ class Generator(ClassConditionalTraining):
         self.token_shape = tokenizer.token_shape(image_size)
         self.vocab_size = tokenizer.vocab_size
         self.length = layout.length
+        self.gradient_scale = 1 if gradient_of == "token" else layout.length
         self.backbone = backbone(layout)
         self.sampler = sampler
 

@@ -65,7 +65,7 @@ class HybridNextScale(LatentGenerator):
         sampler: how `sample` draws where nothing else is asked for; `HybridScaleSampler()` by default.
         likelihood_steps: of the head whose bound `log_likelihood` takes; a path of steps has its own at most.
         training: `check_scale` of `LatentGenerator`, which looks at the residuals over the head's `scale`;
-            `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
+            `label_dropout`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: another tokenizer, or a setting out of its range.
@@ -336,8 +336,8 @@ class ContinuousNextScale(LatentGenerator):
         deviations: of the vectors of each scale, which are divided by it; 1 by default. `VectorPyramid.deviations`
             measures them.
         sampler: how `sample` draws where nothing else is asked for; `HybridScaleSampler()` by default.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: scales that do not end at the latents' grid, or a setting out of its range.

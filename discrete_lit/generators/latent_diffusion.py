@@ -13,12 +13,19 @@ from torch import Tensor
 
 from discrete_lit.backbones import DenoisingNetwork, LatentLayout
 from discrete_lit.backbones.condition import Condition, as_condition
-from discrete_lit.checkpoints import loadable
+from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.diffusion.consistency import ConsistencyLoss
-from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, PredictionKind, ScheduledPath, SteppedPath
+from discrete_lit.diffusion.consistency import ConsistencyLoss, Teacher
+from discrete_lit.diffusion.gaussian import (
+    Estimate,
+    GaussianDenoiser,
+    GaussianPath,
+    PredictionKind,
+    ScheduledPath,
+    SteppedPath,
+)
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes, variational_bound
 from discrete_lit.diffusion.solvers import DDPM, ConsistencySampler, Euler
 from discrete_lit.generators.generator import Likelihood
@@ -46,6 +53,11 @@ class LatentDiffusion(LatentGenerator):
         error_of: what the squared error is of, see `DenoisingLoss`.
         consistency: train a consistency function in place of a denoiser, for samples in one step or a few by
             `ConsistencySampler`; called with the denoiser, whose estimate of the data it is.
+        teacher: the checkpoint of a trained model of the same kind, which a consistency function is distilled from and
+            begins with the weights of (Song et al., "Consistency Models", 2023, algorithm 2); read when training
+            starts. Without one it is trained on data alone (algorithm 3).
+        teacher_guidance: guidance scale that the teacher is led by; what is distilled then draws guided without
+            guidance of its own (Luo et al., "Latent Consistency Models", 2023, at one scale).
         time_input: what the network reads where the path is in continuous time: `"noise"`, time_scale x t, or `"data"`,
             time_scale x (1 - t), as networks whose authors count time from noise to data. On a path of steps it is the
             step's number.
@@ -53,8 +65,8 @@ class LatentDiffusion(LatentGenerator):
         sampler: how `sample` draws where nothing else is asked for; by default 250 steps of DDPM, or of Euler in
             continuous time, without guidance; of a consistency function one step of `ConsistencySampler`.
         likelihood_steps: of the model whose bound `log_likelihood` is; a path of steps has its own at most.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: a setting out of its range; latents that are no grid of two axes.
@@ -76,6 +88,8 @@ class LatentDiffusion(LatentGenerator):
         times: TrainingTimes | None = None,
         error_of: PredictionKind | None = None,
         consistency: Callable[[GaussianDenoiser], ConsistencyLoss] | None = None,
+        teacher: str | None = None,
+        teacher_guidance: float = 1.0,
         time_input: Literal["noise", "data"] = "noise",
         time_scale: float = 1000.0,
         sampler: GuidedSolver | None = None,
@@ -92,6 +106,16 @@ class LatentDiffusion(LatentGenerator):
         self.consistency = None if consistency is None else consistency(self.denoiser)
         if self.consistency is not None and error_of is not None:
             raise ValueError(f"error_of={error_of!r} is of the denoising loss, which consistency takes the place of")
+        if teacher is not None and self.consistency is None:
+            raise ValueError(f"teacher={teacher!r} is for distillation: give consistency=ConsistencyLoss too")
+        if teacher_guidance < 0 or (teacher_guidance != 1 and teacher is None):
+            raise ValueError(
+                f"teacher_guidance={teacher_guidance} must be at least 0, and is of a teacher, got teacher={teacher!r}"
+            )
+        self.teacher = teacher
+        self.teacher_guidance = teacher_guidance
+        # In a list: it is no part of this model, nor of its checkpoints.
+        self._read_teacher: list[LatentDiffusion] = []
         self.backbone = backbone(self.layout())
         self.time_input: Literal["noise", "data"] = time_input
         self.time_scale = time_scale
@@ -123,7 +147,9 @@ class LatentDiffusion(LatentGenerator):
         if self.consistency is not None:
             step = self.global_step if self.training else None
             predict = lambda x, t: self.backbone(x, self.network_time(t), condition.labels, **given)  # noqa: E731
-            return LatentLosses({"error": self.consistency(predict, data, noise, t=t, step=step)}, t)
+            teacher = None if self.teacher is None else self._teacher_given(condition)
+            error = self.consistency(predict, data, noise, t=t, step=step, teacher=teacher)
+            return LatentLosses({"error": error}, t)
         x_t = self.denoiser.path.add_noise(data, noise, t)
         output = self.backbone(x_t, self.network_time(t), condition.labels, **given)
         return LatentLosses(self.objective(output, data, noise, x_t=x_t, t=t), t)
@@ -134,6 +160,79 @@ class LatentDiffusion(LatentGenerator):
         if isinstance(path, SteppedPath):
             return path.network_time(t).round().float()
         return (self.time_scale * (t if self.time_input == "noise" else 1 - t)).float()
+
+    # The teacher of a consistency function.
+
+    def on_fit_start(self) -> None:
+        """Begin with the teacher's weights, unless a run goes on from its own checkpoint.
+
+        Raises:
+            ValueError: a teacher that does not fit, see `check_teacher`.
+        """
+        if self.teacher is not None and self.trainer.ckpt_path is None:
+            self.begin_with_teacher()
+
+    def begin_with_teacher(self) -> None:
+        """Take the weights of the teacher.
+
+        Raises:
+            ValueError: a teacher that does not fit.
+        """
+        teacher = self._teacher()
+        try:
+            for own, other in zip(self.trained_networks(), teacher.trained_networks(), strict=True):
+                own.load_state_dict(other.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"teacher={self.teacher!r} has a network of other sizes: {error}") from error
+
+    def _teacher(self) -> "LatentDiffusion":
+        """The teacher, frozen, on the device of this model."""
+        assert self.teacher is not None
+        if not self._read_teacher:
+            teacher = load(self.teacher)
+            self.check_teacher(teacher)
+            self._read_teacher.append(teacher.eval().requires_grad_(False))
+        return self._read_teacher[0].to(self.device)
+
+    def check_teacher(self, teacher: Any) -> None:
+        """Refuse to distil what does not model these latents by undoing this noise.
+
+        Raises:
+            ValueError: another kind of model, other latents or classes, another path, or a consistency function.
+        """
+        name = f"teacher={self.teacher!r}"
+        if type(teacher) is not type(self):
+            raise ValueError(f"{name} holds a {type(teacher).__name__}, not a {type(self).__name__}")
+        if teacher.consistency is not None:
+            raise ValueError(f"{name} holds a consistency function: give the model before it")
+        for part, own, other in (
+            ("latents", self.latent_shape, teacher.latent_shape),
+            ("number of classes", self.num_classes, teacher.num_classes),
+            ("tokenizer", self.tokenizer.fingerprint(), teacher.tokenizer.fingerprint()),
+            ("path; alpha and sigma", _law(self.denoiser.path), _law(teacher.denoiser.path)),
+        ):
+            if own != other:
+                raise ValueError(f"{name} has another {part}: {other}, and this model {own}")
+        if self.teacher_guidance != 1 and teacher.label_dropout == 0:
+            raise ValueError(
+                f"teacher_guidance={self.teacher_guidance} needs a teacher that learned the null label; {name} was "
+                "trained with label_dropout=0"
+            )
+
+    def _teacher_given(self, condition: Condition) -> Teacher:
+        """What the teacher thinks of noisy latents, given what this model is given."""
+        teacher = self._teacher()
+        with torch.no_grad():
+            null = condition.null(null_label=teacher.num_classes, null_id=teacher.null_id)
+            network = GuidedNetwork(
+                teacher.backbone,
+                condition.labels,
+                denoiser=teacher.denoiser,
+                network_time=teacher.network_time,
+                given=teacher.given(condition),
+                null=None if self.teacher_guidance == 1 else teacher.given(null),
+            )
+        return lambda x, t: teacher.denoiser(network.output(x, t, self.teacher_guidance), x, t)
 
     # The likelihood.
 
@@ -197,3 +296,9 @@ def times_of_a_bound(steps: int) -> list[float]:
     """
     end = torch.logit(torch.tensor(1 - _NEAREST, dtype=torch.float64)).item()
     return torch.sigmoid(torch.linspace(end, -end, steps, dtype=torch.float64)).tolist()
+
+
+def _law(path: GaussianPath) -> list[list[float]]:
+    """The alpha and sigma of a path at a few times, to compare paths by."""
+    times = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return torch.stack((path.alpha(times), path.sigma(times))).float().tolist()

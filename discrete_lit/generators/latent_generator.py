@@ -46,7 +46,8 @@ class LatentGenerator(ClassConditionalTraining):
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
         num_classes: labels lie in [0, num_classes); `num_classes` itself is the null label.
         check_scale: refuse a first batch of latents whose deviation is not about 1; pixels are not looked at.
-        training: `label_dropout`, `optimizer`, `scheduler` and `seed` of `ClassConditionalTraining`.
+        training: `label_dropout`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            `ClassConditionalTraining`.
 
     Raises:
         ValueError: no classes, a tokenizer of ids, or latents that are no grid of two axes.

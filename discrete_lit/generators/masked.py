@@ -4,7 +4,7 @@ The tokens are ids (MaskGIT; TiTok, Yu et al., 2024; Halton-MaskGIT, Besnier et 
 (MaskBit; Weber et al., "MaskBit: Embedding-free Image Generation via Bit Tokens", 2024).
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -30,6 +30,8 @@ from discrete_lit.generators.generator import (
 from discrete_lit.samplers import MaskGITSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
+MaskCount = Literal["ceil", "round", "bernoulli"]
+
 
 class Masked(Generator):
     """Predicts masked tokens from the others (section 3.1).
@@ -37,13 +39,17 @@ class Masked(Generator):
     For t uniform in (0, 1), `ceil(N m(t))` tokens of an image x, chosen uniformly, are replaced by the mask id. The
     loss is the mean of -log p(x_i | the tokens that are left, y) over the masked tokens i (eq. 1).
 
-    With `bit_groups` the tokens of a sequence are groups of bits, each with 2^(b / g) values, and each is masked with
-    probability m(t) independently of the others, but one at least.
+    With `bit_groups` the tokens of a sequence are groups of bits, each with 2^(b / g) values.
 
     Arguments that are not listed are those of every `Generator`.
 
     Args:
         mask_schedule: m of training; the cosine by default, as in the paper.
+        mask_count: how many of N tokens are masked: `"ceil"` of N m (MaskGIT), its nearest integer (`"round"`: TiTok's
+            generator), one at least; or each with probability m independently of the others (`"bernoulli"`: MaskBit,
+            Halton-MaskGIT), one at least unless the others have a weight too. By default `"bernoulli"` with
+            `bit_groups`, else `"ceil"`.
+        min_mask_ratio: m is at least this in training, in [0, 1); 0.5 is MaskGIT's `min_masking_rate`.
         bit_groups: g, groups that the b bits of an id are split into, of a vocabulary of 2^b; the ids themselves by
             default. The backbone embeds them as `"bits"`, or by a table for each group.
         unmasked_weight: weight in the training loss of the tokens that were not masked, against 1 of those that were.
@@ -52,7 +58,8 @@ class Masked(Generator):
         label_smoothing: of the training loss, in [0, 1); the paper's code uses 0.1.
         likelihood_samples: network evaluations for each `log_likelihood`.
         sampler: `MaskGITSampler()` by default.
-        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
+        common: `backbone`, `label_dropout`, `gradient_of`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            every generator.
 
     Raises:
         ValueError: a setting out of its range, or bit groups that the vocabulary does not have.
@@ -67,6 +74,8 @@ class Masked(Generator):
         *,
         num_classes: int,
         mask_schedule: MaskSchedule | None = None,
+        mask_count: MaskCount | None = None,
+        min_mask_ratio: float = 0.0,
         bit_groups: int | None = None,
         unmasked_weight: float = 0.0,
         label_smoothing: float = 0.1,
@@ -78,6 +87,10 @@ class Masked(Generator):
             raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
         if not 0 <= unmasked_weight <= 1:
             raise ValueError(f"unmasked_weight must lie in [0, 1], got {unmasked_weight}")
+        if not 0 <= min_mask_ratio < 1:
+            raise ValueError(f"min_mask_ratio must lie in [0, 1), got {min_mask_ratio}")
+        if mask_count not in (None, *get_args(MaskCount)):
+            raise ValueError(f"mask_count={mask_count!r} is not known, accepted: {', '.join(get_args(MaskCount))}")
         if likelihood_samples < 1:
             raise ValueError(f"likelihood_samples must be at least 1, got {likelihood_samples}")
         groups = None if bit_groups is None else BitGroups(tokenizer.vocab_size, bit_groups)
@@ -99,6 +112,8 @@ class Masked(Generator):
         )
         self.bit_groups = groups
         self.mask_schedule = mask_schedule or CosineSchedule()
+        self.mask_count: MaskCount = mask_count or ("ceil" if groups is None else "bernoulli")
+        self.min_mask_ratio = min_mask_ratio
         self.unmasked_weight = unmasked_weight
         self.label_smoothing = label_smoothing
         self.likelihood_samples = likelihood_samples
@@ -122,11 +137,16 @@ class Masked(Generator):
     def _draw_masks(self, random: CounterRandom) -> Tensor:
         """Draw which tokens are masked, `(B, N)` bool: a function of the samples alone."""
         m = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))  # (B, 1), at t uniform
+        if self.training:
+            m = m.clamp(min=self.min_mask_ratio)
         uniforms = random.uniform(Purpose.MASK_ORDER, self.length)
-        if self.bit_groups is not None:
+        if self.mask_count == "bernoulli":
+            if self.training and self.unmasked_weight and self.bit_groups is None:
+                return uniforms < m
             # A sequence without a mask would have no loss, and a batch of them a mean over nothing.
             return uniforms <= torch.maximum(m, uniforms.min(dim=1, keepdim=True).values)
-        return random_subset(uniforms, (self.length * m).ceil().clamp(1, self.length))
+        count = self.length * m
+        return random_subset(uniforms, (count.ceil() if self.mask_count == "ceil" else count.round()).clamp(min=1))
 
     def _cross_entropies(
         self,

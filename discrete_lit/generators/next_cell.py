@@ -46,8 +46,8 @@ class NextCell(LatentGenerator):
         times: how times of training are drawn; with a standard normal logit by default, as in xAR.
         sampler: how `sample` draws where nothing else is asked for; `NextCellSampler()` by default.
         likelihood_steps: of the model whose bound `log_likelihood` is, for each cell.
-        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler` and `seed` of
-            `ClassConditionalTraining`.
+        training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
+            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: cells that do not divide the grid, or a setting out of its range.

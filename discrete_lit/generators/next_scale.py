@@ -30,7 +30,8 @@ class NextScale(Generator):
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML. A `MultiScaleVQ` whose first scale
             is 1; of images that are not square, one whose scales are pairs of height and width.
         sampler: `NextScaleSampler()` by default.
-        common: `backbone`, `label_dropout`, `optimizer`, `scheduler` and `seed` of every generator.
+        common: `backbone`, `label_dropout`, `gradient_of`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+            every generator.
 
     Raises:
         ValueError: a tokenizer without scales, or one whose first scale has several ids.

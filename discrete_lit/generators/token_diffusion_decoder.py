@@ -183,6 +183,16 @@ class TokenDiffusionDecoder(LatentDiffusion):
         """Return the latents `(B, D, H, W)` of the images that the tokenizer's own decoder makes of ids."""
         return at_least_float32(self.tokenizer.encode(self.discrete.decode(tokens)))
 
+    def check_teacher(self, teacher: Any) -> None:
+        super().check_teacher(teacher)
+        teacher.check_source(self.discrete, self.image_size, num_classes=self.num_classes)
+        own, other = ((model.target, model.residual_scale) for model in (self, teacher))
+        if own != other:
+            raise ValueError(
+                f"teacher={self.teacher!r} has the target and residual_scale {other[0]}, {other[1]}, and this decoder "
+                f"{own[0]}, {own[1]}"
+            )
+
     # What the network reads of the tokens.
 
     def given(self, condition: Condition) -> dict[str, Tensor]:
@@ -363,6 +373,11 @@ class RedecodedTokenizer(Tokenizer):
     def image_channels(self) -> int:
         """C of the images."""
         return getattr(self.decoder.discrete, "image_channels", 3)
+
+    @property
+    def quantizer(self) -> Any:
+        """The quantizer of the ids; None of a tokenizer without one."""
+        return getattr(self.decoder.discrete, "quantizer", None)
 
     def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.decoder.discrete.token_shape(image_size)

@@ -22,7 +22,14 @@ from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.metrics.binned_mean import BinnedMean
-from discrete_lit.optimization import AccumulatedMean, configure_optimizers, is_trained, micro_batches_of
+from discrete_lit.optimization import (
+    AccumulatedMean,
+    WeightDecayRule,
+    configure_optimizers,
+    evaluation_stage,
+    is_trained,
+    micro_batches_of,
+)
 
 _PROFILE_BINS = 4
 
@@ -38,12 +45,14 @@ class ClassConditionalTraining(LightningModule, ABC):
     all that is predicted in them, by weight.
 
     It logs `train/loss` and the named terms of the loss; in validation `validation/loss`, the same in four equal bins
-    of the coordinate of the losses, and what `validation_figures` makes of it.
+    of the coordinate of the losses, and what `validation_figures` makes of it; in a test the same under `test/`.
 
     Args:
         label_dropout: probability that a training label is replaced by the null label, for classifier-free guidance.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
+        weight_decay_rule: which parameters the optimizer's weight decay acts on, see
+            `discrete_lit.optimization.decayed_parameters`.
         seed: of corruption, orders, label dropout, and what a likelihood draws.
 
     Raises:
@@ -62,6 +71,9 @@ class ClassConditionalTraining(LightningModule, ABC):
     """Whether the labels of data are looked at; False for a model of one class that any data will do for."""
     loss_weight: Tensor | float
     """The weight of the newest loss among the micro-batches of a step: that of all it predicts, summed over ranks."""
+
+    gradient_scale: int = 1
+    """A factor of the loss whose gradients are taken, which no log shows."""
 
     @abstractmethod
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
@@ -85,6 +97,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         label_dropout: float = 0.1,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        weight_decay_rule: WeightDecayRule = "linear",
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -93,6 +106,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.label_dropout = label_dropout
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.seed = seed
         self.profile = BinnedMean(_PROFILE_BINS)
         self.accumulated = AccumulatedMean()
@@ -238,7 +252,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
         self.log_dict(means_over_ranks(named), batch_size=len(condition))
-        return loss if self.micro_batches == 1 else self.accumulated.loss(loss, self.loss_weight)
+        scaled = loss if self.gradient_scale == 1 else loss * self.gradient_scale
+        return scaled if self.micro_batches == 1 else self.accumulated.loss(scaled, self.loss_weight)
 
     def _data_checked_later(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         """Return `data_of` a training batch, whose images are checked behind its backward pass: until then the host
@@ -275,7 +290,15 @@ class ClassConditionalTraining(LightningModule, ABC):
             if weight[number] > 0:
                 figures[f"loss_by_{self.coordinate_name}/{low:.2f}-{high:.2f}"] = total[number] / weight[number]
         figures |= self.validation_figures(mean)
-        self.log_dict({f"validation/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+        stage = evaluation_stage(self)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Measure what validation does, and log it under `test/`."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
 
     def validation_figures(self, mean_loss: Tensor) -> dict[str, Tensor]:
         """Return further figures to log, by name, given the mean loss of validation, float64."""
@@ -295,7 +318,13 @@ class ClassConditionalTraining(LightningModule, ABC):
         return self
 
     def configure_optimizers(self) -> Any:
-        return configure_optimizers(self, self.optimizer, self.scheduler, hidden_layers=self.backbone.fsdp_units())
+        return configure_optimizers(
+            self,
+            self.optimizer,
+            self.scheduler,
+            hidden_layers=self.backbone.fsdp_units(),
+            weight_decay_rule=self.weight_decay_rule,
+        )
 
     def configure_model(self) -> None:
         """Shard the backbone over the data-parallel ranks under `ModelParallelStrategy` (FSDP2)."""
@@ -353,14 +382,20 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def on_validation_start(self) -> None:
         """Refuse uneven ranks: all gather sharded weights together, and would wait for ever for a batch more of one."""
+        self._check_even(self.trainer.num_val_batches, "val")
+
+    def on_test_start(self) -> None:
+        self._check_even(self.trainer.num_test_batches, "test")
+
+    def _check_even(self, batches: list[int | float], loop: str) -> None:
         if not self._sharded:
             return
-        mine = torch.tensor([sum(self.trainer.num_val_batches)], device=self.device)
+        mine = torch.tensor([sum(batches)], device=self.device)
         counts = all_gather_rows(mine).tolist()
         if len(set(counts)) > 1:
             raise ValueError(
                 f"the ranks have different numbers of validation batches, {counts}, and parameters are sharded: set "
-                f"trainer.limit_val_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
+                f"trainer.limit_{loop}_batches to {min(counts)} or fewer, or another data.init_args.batch_size"
             )
 
 

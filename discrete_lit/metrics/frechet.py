@@ -45,6 +45,7 @@ class Moments:
         extractor: name of the network.
         weights_sha256: hash of its weights.
         apply_exif: whether the images were turned as their EXIF orientation says.
+        image_size: (H, W) of the images.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Moments:
         extractor: str | None = None,
         weights_sha256: str | None = None,
         apply_exif: bool | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         self.mean = mean
         self.covariance = covariance
@@ -63,6 +65,7 @@ class Moments:
         self.extractor = extractor
         self.weights_sha256 = weights_sha256
         self.apply_exif = apply_exif
+        self.image_size = image_size
 
     @property
     def dim(self) -> int:
@@ -82,7 +85,7 @@ class Moments:
         """
         known = {
             key: np.asarray(value)
-            for key in ("count", "extractor", "weights_sha256", "apply_exif")
+            for key in ("count", "extractor", "weights_sha256", "apply_exif", "image_size")
             if (value := getattr(self, key)) is not None
         }
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
@@ -161,18 +164,20 @@ class Moments:
             if extractor is not None:
                 _check_width(extractor, mean_shape[0], name)
             facts = {}
-            for key, kinds, wanted in (
-                ("count", "iu", "a whole number"),
-                ("extractor", "U", "a text"),
-                ("weights_sha256", "U", "a text"),
-                ("apply_exif", "b", "true or false"),
+            for key, kinds, shape, wanted in (
+                ("count", "iu", (), "a whole number"),
+                ("extractor", "U", (), "a text"),
+                ("weights_sha256", "U", (), "a text"),
+                ("apply_exif", "b", (), "true or false"),
+                ("image_size", "iu", (2,), "a height and a width"),
             ):
                 if key not in file.headers:
                     continue
                 header = file.headers[key]
-                if header.shape != () or header.dtype.kind not in kinds:
+                if header.shape != shape or header.dtype.kind not in kinds:
                     raise ValueError(f"{name}: its {key} is {header.dtype} {header.shape}, it must be {wanted}")
-                facts[key] = file.read(key).item()
+                value = file.read(key).tolist()
+                facts[key] = tuple(value) if isinstance(value, list) else value
             arrays = {key: file.read(key) for key in (mu, sigma)}
         if is_spatial and "extractor" in facts:
             facts["extractor"] = f"{facts['extractor']}-{SPATIAL}"

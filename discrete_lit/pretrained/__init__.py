@@ -2,6 +2,7 @@
 
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
+    amazon_bar,
     bitdance,
     compvis_ldm,
     dit_sit,
@@ -11,7 +12,9 @@ from discrete_lit.pretrained import (  # noqa: F401
     llamagen,
     mar,
     maskbit,
+    maskgit_flax,
     openai_dall_e,
+    randar,
     rq_vae_transformer,
     sedd_mdlm,
     seed_voken,

@@ -75,7 +75,7 @@ _HEADS = {3200: 32}
 _GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}
 # XL, XXL and 3B are published at 384 pixels alone; B and L at 256 too, with the same shapes.
 _ONLY_LARGE = {1280: 576, 1536: 576, 3200: 576}
-_BLOCK = [
+LLAMA_BLOCK = [
     ("attention.query_key_value.weight", "attention.wqkv.weight"),
     ("attention.out.weight", "attention.wo.weight"),
     ("attention_norm.weight", "attention_norm.weight"),
@@ -86,7 +86,7 @@ _BLOCK = [
 _RULES = [
     ("token_embedding.table.weight", "tok_embeddings.weight"),
     ("class_embedding.weight", "cls_embedding.embedding_table.weight"),
-    *in_blocks("layers.{block}", _BLOCK),
+    *in_blocks("layers.{block}", LLAMA_BLOCK),
     ("final_norm.weight", "norm.weight"),
     ("head.project.weight", "output.weight"),
 ]
@@ -94,7 +94,7 @@ _RULES = [
 
 @register(
     "llamagen_gpt_c2i",
-    marks=("tok_embeddings.weight", "cls_embedding.embedding_table.weight"),
+    marks=("tok_embeddings.weight", "cls_embedding.embedding_table.weight", "!pos_instruct_embeddings"),
     wrappers=("model", "module", "state_dict"),
 )
 def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
@@ -119,7 +119,7 @@ def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
     settings.without_effect("it is about text", "caption_dim")
     settings.without_effect("ours makes room for what is sampled", "max_batch_size", "max_seq_len")
     heads = head_count(settings, "n_head", _HEADS.get(width, max(1, width // 64)), width)
-    _check_hidden(settings, width, hidden)
+    check_hidden(settings, width, hidden)
     length = _length(state, settings, width)
     rotary_base = settings.take("rope_base", 10000.0)
     backbone = {
@@ -206,7 +206,7 @@ def _all_heads(state: State, settings: Settings, heads: int) -> Arrangement:
     return Arrangement([name], [name], make)
 
 
-def _check_hidden(settings: Settings, width: int, hidden: int) -> None:
+def check_hidden(settings: Settings, width: int, hidden: int) -> None:
     """Compare the inner width of the MLP with what the reference computes it from.
 
     Raises:

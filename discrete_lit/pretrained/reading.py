@@ -22,6 +22,7 @@ from torch import Tensor
 
 from discrete_lit.core.files import check_published
 from discrete_lit.core.trust import printable
+from discrete_lit.pretrained.flax_files import is_flax, read_flax
 
 # What trainers left beside the weights. Anything else in a file is taken for code.
 _LEFT_BY_TRAINERS = (
@@ -116,7 +117,7 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
     module (data-parallel, compiled, sharded) adds parts to the names, which are taken off wherever they stand.
 
     Args:
-        path: a safetensors file, or one written by `torch.save`.
+        path: a safetensors file, or one written by `torch.save`, or by Flax's `to_bytes`.
         wrappers: keys under which a file of this kind keeps its weights, the preferred one first; then come those that
             any trainer writes. `outer.inner` is a mapping within a mapping.
         averages: where the file may hold EMA weights, which then replace the others.
@@ -128,7 +129,10 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    if file.suffix == ".safetensors":
+        content = _read_safetensors(file)
+    else:
+        content = read_flax(file) if is_flax(file) else _read_torch(file)
     averaged = None if averages is None else _inside(content, averages.key)
     keys = list(dict.fromkeys((*wrappers, *_WRAPPERS)))
     while inner := [found for key in keys if _leads_to_tensors(found := _inside(content, key), keys)]:

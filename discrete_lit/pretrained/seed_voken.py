@@ -1,16 +1,29 @@
-"""TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers and IBQ.
+"""TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers and IBQ, and the autoregressive generators of both.
 
-Their files hold the trained weights and their EMA, under `model_ema.` and the name without its dots. The published
-numbers are those of the EMA; `use_ema: false` in the reference configuration takes the trained weights.
+The tokenizers' files hold the trained weights and their EMA, under `model_ema.` and the name without its dots. The
+published numbers are those of the EMA; `use_ema: false` in the reference configuration takes the trained weights.
+
+The generators' files hold the tokenizer beside the generator, which alone is read: load the tokenizer by itself.
 """
 
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import Tensor
 
 from discrete_lit.pretrained import taming
-from discrete_lit.pretrained.conversion import Conversion, register
-from discrete_lit.pretrained.layouts import ConvLayout
+from discrete_lit.pretrained.conversion import Conversion, Tokens, register, reorder_chunks
+from discrete_lit.pretrained.layouts import (
+    IN_TRAINING,
+    ConvLayout,
+    class_count,
+    generator_conversion,
+    head_count,
+    in_blocks,
+    sampled_by,
+    square,
+)
+from discrete_lit.pretrained.llamagen import LLAMA_BLOCK, check_hidden
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
 
@@ -149,3 +162,167 @@ def chosen_weights(state: State, settings: Settings) -> dict[str, Tensor]:
                 raise ValueError(f"{state.source!r} has {name!r} but not its running mean {mean!r}")
             chosen[name] = chosen.pop(mean)
     return chosen
+
+
+_PUBLISHED_LENGTH = 256
+# Guidance scales and temperatures of the published evaluation, by the number of blocks: of both sub-tokens of
+# Open-MAGVIT2, and of IBQ, of which one is read.
+_MAGVIT2_SAMPLING = {24: ((1.9, 1.0), (2.0, 1.0)), 36: ((1.9, 1.1), (1.9, 1.0)), 48: ((1.75, 1.1), (1.85, 1.0))}
+_IBQ_SAMPLING = {16: (2.25, 1.1), 20: (2.0, 1.0), 24: (2.35, 1.15), 30: (2.85, 1.2)}
+_CLASSES = ("class_embedding.weight", "class_emb.embedding_table.weight")
+
+
+@register(
+    "open_magvit2_ar",
+    marks=("pre_emb.weight", "post_emb.weight", "factorized_blocks.0.attention.wqkv.weight"),
+    wrappers=taming.WRAPPERS,
+)
+def open_magvit2_ar(state: State, settings: Settings) -> Conversion:
+    """Convert `AR_256_{B,L,XL}.ckpt` of Open-MAGVIT2.
+
+    Ids are the two sub-tokens joined, the first the less significant: those of `magvit2_lfq`. Nothing in the file tells
+    the number of tokens, 256 but for another `block_size` in the reference configuration.
+    """
+    sizes = [len(state["pre_emb.weight"]), len(state["post_emb.weight"])]
+    depths = {name: state.count(f"{name}_blocks.{{}}") for name in ("spatial", "factorized")}
+    arguments = _gpt_arguments(settings)
+    settings.agree({"token_factorization": True}, "a model of two sub-tokens has")
+    arguments.agree({"token_factorization": True}, "a model of two sub-tokens has")
+    arguments.agree(
+        {
+            "spatial_n_layer": depths["spatial"],
+            "factorized_n_layer": depths["factorized"],
+            "factorized_bits": [size.bit_length() - 1 for size in sizes],
+        }
+    )
+    arguments.without_effect("nothing reads it where ids have sub-tokens", "vocab_size")
+    backbone = _gpt(state, arguments, "spatial_blocks.{}", len(state["pre_emb.weight"][0]))
+    backbone |= {
+        "token_embedding": "parts",
+        "place_head": {
+            "class_path": "discrete_lit.backbones.FactorisedHead",
+            "init_args": {
+                "sizes": sizes,
+                "depth": depths["factorized"],
+                "start_rotation": "zero",
+                "shared_tables": True,
+            },
+        },
+    }
+    published = _MAGVIT2_SAMPLING.get(depths["spatial"], ((1.0, 1.0), (1.0, 1.0)))
+    parts = [{"guidance_scale": scale, "temperature": temperature} for scale, temperature in published]
+    return generator_conversion(
+        "Autoregressive",
+        state,
+        tokens=Tokens(sizes[0] * sizes[1], square(state, _block_size(arguments))),
+        num_classes=_classes(state, arguments),
+        backbone=backbone,
+        rules=[
+            _CLASSES,
+            ("token_embedding.tables.0.weight", "pre_emb.weight"),
+            ("token_embedding.tables.1.weight", "post_emb.weight"),
+            *in_blocks("spatial_blocks.{block}", LLAMA_BLOCK),
+            *in_blocks("factorized_blocks.{block}", LLAMA_BLOCK, ours="place_head.blocks.{block}"),
+            ("place_head.norm.weight", "norm.weight"),
+            ("place_head.heads.{part}.project.weight", "head.{part}.weight"),
+        ],
+        sampler=sampled_by("OpenMAGVIT2Sampler", parts=parts),
+        label_dropout=0.1,
+    )
+
+
+@register(
+    "ibq_ar",
+    marks=("tok_emb.weight", "class_emb.embedding_table.weight", "head_nm.rmsnorm.weight"),
+    wrappers=taming.WRAPPERS,
+)
+def ibq_ar(state: State, settings: Settings) -> Conversion:
+    """Convert `AR_256_{B,L,XL,XXL}.ckpt` of IBQ.
+
+    Nothing in the file tells the number of tokens, 256 but for another `block_size` in the reference configuration.
+    """
+    vocab_size, width = state["tok_emb.weight"].shape
+    depth = state.count("blocks.{}")
+    arguments = _gpt_arguments(settings)
+    arguments.agree({"vocab_size": vocab_size, "n_layer": depth, "n_embd": width})
+    arguments.agree({"shared_aln": False, "use_pretrained_codebook": False}, "every published model has")
+    arguments.without_effect("it says how the weights of the modulation began", "alng")
+    backbone = _gpt(state, arguments, "blocks.{}", width)
+    backbone |= {"conditioning": "prefix_adaln", "norm_affine": True}
+    scale, temperature = _IBQ_SAMPLING.get(depth, (1.0, 1.0))
+    return generator_conversion(
+        "Autoregressive",
+        state,
+        tokens=Tokens(vocab_size, square(state, _block_size(arguments))),
+        num_classes=_classes(state, arguments),
+        backbone=backbone,
+        rules=[
+            _CLASSES,
+            ("token_embedding.table.weight", "tok_emb.weight"),
+            *in_blocks("blocks.{block}", [*LLAMA_BLOCK, ("modulation.project.{rest}", "ada_lin.1.{rest}")]),
+            ("final_norm.weight", "head_nm.rmsnorm.weight"),
+            ("final_modulation.project.{rest}", "head_nm.ada_lin.1.{rest}"),
+            ("head.project.weight", "head.weight"),
+        ],
+        arrangements=[
+            # Theirs are two gates, two scales and two shifts, as VAR's; and before the head scale, then shift.
+            reorder_chunks("blocks.{block}.ada_lin.1.{rest}", (4, 2, 0, 5, 3, 1)),
+            reorder_chunks("head_nm.ada_lin.1.{rest}", (1, 0)),
+        ],
+        sampler=sampled_by("RasterSampler", guidance_scale=scale, temperature=temperature),
+        label_dropout=0.1,
+    )
+
+
+def _gpt_arguments(settings: Settings) -> Settings:
+    """Return the arguments of a generator's transformer: a part of the published configuration, or all of it."""
+    settings.class_name("Net2NetTransformer", ("Net2NetTransformer", "GPT"))
+    settings.without_effect(
+        "the tokenizer is loaded by itself, and compares it", "first_stage_config", "cond_stage_config"
+    )
+    settings.without_effect(
+        "it is about the training",
+        *("first_stage_key", "cond_stage_key", "permuter_config", "pkeep", "sos_token", "unconditional"),
+        *("downsample_cond_size", "wpe", "wp", "wp0", "twde", "max_iter", "wp_iter", "scheduler_type", "use_ema"),
+    )
+    arguments = settings.section("transformer_config") if "transformer_config" in settings else settings
+    if arguments is not settings:
+        arguments.class_name("GPT", ("GPT",))
+    arguments.without_effect(
+        IN_TRAINING,
+        *("token_drop", "resid_dropout_p", "ffn_dropout_p", "attn_dropout_p", "drop_path_rate", "initializer_range"),
+        *("class_dropout_prob", "embd_pdrop", "n_unmasked"),
+    )
+    return arguments
+
+
+def _gpt(state: State, arguments: Settings, blocks: str, width: int) -> dict[str, Any]:
+    """Return what the transformers of both have in common: LlamaGen's."""
+    hidden = len(state[f"{blocks.format(0)}.feed_forward.w1.weight"])
+    arguments.agree({"dim": width, "cond_dim": width})
+    check_hidden(arguments, width, hidden)
+    return {
+        "width": width,
+        "depth": state.count(blocks),
+        "heads": head_count(arguments, "n_head", max(1, width // 64), width),
+        "mlp_hidden": hidden,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "norm_epsilon": arguments.take("norm_eps", 1e-5),
+        "positions": "rope_2d",
+        "start_rotation": "zero",
+        "bias": False,
+    }
+
+
+def _classes(state: State, arguments: Settings) -> int:
+    number = class_count(state, state[_CLASSES[1]])
+    arguments.agree({"class_num": number})
+    return number
+
+
+def _block_size(arguments: Settings) -> int:
+    length = arguments.take("block_size", _PUBLISHED_LENGTH)
+    if length < 1:
+        raise ValueError(f"reference_config has {arguments.where('block_size')}={length}, but a token is needed")
+    return length

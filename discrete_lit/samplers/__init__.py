@@ -23,6 +23,7 @@ from discrete_lit.samplers.maskgit import (
     MaskGITSampler,
     TiTokSampler,
 )
+from discrete_lit.samplers.parallel_raster import RandARSampler
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
@@ -50,6 +51,7 @@ __all__ = [
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "PredictorCorrectorSampler",
+    "RandARSampler",
     "RandomOrderSampler",
     "RasterSampler",
     "RemaskingSampler",

@@ -77,8 +77,8 @@ class RasterSampler(Sampler):
             if context.traced:
                 confidence = torch.full(tokens.shape, torch.nan, dtype=torch.float64, device=tokens.device)
                 confidence[:, here] = log_probability.masked_fill(known[:, here], torch.nan)
-                context.record(_to_raster(tokens, order), _to_raster(confidence, order))
-        return _to_raster(tokens, order)
+                context.record(self.to_raster(tokens, order), self.to_raster(confidence, order))
+        return self.to_raster(tokens, order)
 
     def draw_id(
         self, head: SubTokenHead, decoder: CachedDecoder, hidden: Tensor, scales: Sequence[float], uniforms: Tensor
@@ -115,6 +115,11 @@ class RasterSampler(Sampler):
     def sub_token_sampler(self, number: int) -> Sampler:
         """The sampler whose temperature and filters a sub-token is drawn with."""
         return self
+
+    @staticmethod
+    def to_raster(values: Tensor, order: Tensor | None) -> Tensor:
+        """Put values `(B, N)` that stand in an order into raster order."""
+        return values if order is None else torch.empty_like(values).scatter_(1, order, values)
 
     def _sub_token_head(self, head: IdHead | None) -> SubTokenHead | None:
         if head is None or isinstance(head, SubTokenHead):
@@ -154,11 +159,6 @@ def common_prefix(known: Tensor) -> int:
             "later ones; a bidirectional generator, or order='random' of one of any order, keeps any"
         )
     return int(known.sum(dim=1).min()) if len(known) else 0
-
-
-def _to_raster(values: Tensor, order: Tensor | None) -> Tensor:
-    """Put values `(B, N)` that stand in an order into raster order."""
-    return values if order is None else torch.empty_like(values).scatter_(1, order, values)
 
 
 @dataclass(frozen=True, kw_only=True)

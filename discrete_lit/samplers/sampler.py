@@ -382,7 +382,10 @@ class SamplingContext:
         self._calls += evaluations
         self._passes += 1
         filled = None if cache is None else cache.filled
-        self._made[self.backbone.flops, (evaluations, tokens, filled, *self._attended)] += 1
+        of_pass = evaluations, tokens, filled, *self._attended
+        if cache is not None and cache.ahead:
+            of_pass = (*of_pass, 0, cache.ahead) if not self._attended else (*of_pass, cache.ahead)
+        self._made[self.backbone.flops, of_pass] += 1
 
     def count_head(self, evaluations: int, known: int) -> None:
         """Count one pass of a sub-token head over one position.
@@ -464,13 +467,14 @@ class CachedDecoder:
         self.condition, self.cache = context.prepare(self.doubled)
         self.order = None if order is None else order.repeat(1 + self.doubled, 1)
 
-    def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None) -> Tensor:
+    def __call__(self, tokens: Tensor, step: int, *, null_tokens: Tensor | None = None, ahead: int = 0) -> Tensor:
         """Read the next tokens.
 
         Args:
             tokens: `(B, n)` ids, or `(B, n, D)` vectors, which follow those of the calls before.
             step: from 0; it decides whether the null rows are still needed.
             null_tokens: what the null rows read instead, while there are any; the same tokens by default.
+            ahead: positions beyond the next one that are also asked for, see `Cache.ahead`.
 
         Returns:
             `(B, rows, K)` logits, or hidden states for a sub-token head; or `(2 B, rows, ...)`, the null rows last.
@@ -479,6 +483,7 @@ class CachedDecoder:
             batch = len(tokens)
             self.doubled, self.condition, self.cache = False, self.condition[:batch], self.cache.first_rows(batch)
             self.order = None if self.order is None else self.order[:batch]
+        self.cache.ahead = ahead
         self.context.count(1 + self.doubled, tokens.shape[1], self.cache)
         rows = self.rows(tokens)
         if self.doubled and null_tokens is not None:

@@ -20,14 +20,20 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from discrete_lit.core.distributed import means_over_ranks
+from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
 from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
-from discrete_lit.optimization import AccumulatedMean, configure_apart, configure_optimizers, micro_batches_of
+from discrete_lit.optimization import (
+    AccumulatedMean,
+    configure_apart,
+    configure_optimizers,
+    evaluation_stage,
+    micro_batches_of,
+)
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, ObjectiveTerms, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
@@ -62,7 +68,7 @@ class ImageAutoencoder(LightningModule):
     Logs `train/loss` and its terms, each with its weight; of a discriminator also the generator's weight and the mean
     logits of both kinds of images; in validation the same terms, `validation/psnr` (decibels) and `validation/ssim`,
     means over the images on uint8 pixels (`discrete_lit.metrics.reconstruction.pixel_fidelity`; no SSIM of images below
-    6 pixels).
+    6 pixels); in a test the same under `test/`.
 
     Args:
         network: encoder and decoder.
@@ -173,7 +179,7 @@ class ImageAutoencoder(LightningModule):
     # Its training by Lightning.
 
     def setup(self, stage: str) -> None:
-        if stage in ("fit", "validate"):
+        if stage in ("fit", "validate", "test"):
             self.objective.prepare()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -193,19 +199,23 @@ class ImageAutoencoder(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
-        images = batch["image"]
+        images, stage = batch["image"], evaluation_stage(self)
         loss, terms, made = self.loss(images)
-        self._log_terms("validation", loss, terms, len(images))
+        self._log_terms(stage, loss, terms, len(images))
         reconstructions = self.to_images(made.outputs)
         psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
         self.psnr.update(psnr)
-        figures = {"validation/psnr": self.psnr}
+        figures = {f"{stage}/psnr": self.psnr}
         if ssim is not None:
             self.ssim.update(ssim)
-            figures["validation/ssim"] = self.ssim
+            figures[f"{stage}/ssim"] = self.ssim
         self.log_dict(figures)
         self.measure(made)
         return reconstructions
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Measure what validation does, and log it under `test/`."""
+        return self.validation_step(batch, batch_idx)
 
     def measure(self, made: Reconstruction) -> None:
         """Measure of a validation batch what a kind of bottleneck adds to its reconstruction: nothing by default."""
@@ -215,7 +225,7 @@ class ImageAutoencoder(LightningModule):
         if stage == "train":
             self.log_dict(means_over_ranks(named), batch_size=batch_size)
         else:
-            self.log_dict(named, sync_dist=True, batch_size=batch_size)
+            self.log_dict(named, sync_dist=True, batch_size=logged_batch_size(batch_size))
 
     def configure_optimizers(self) -> Any:
         adversarial = self.objective.adversarial
@@ -345,8 +355,12 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
             usage, perplexity = measured.compute()
             measured.reset()
             suffix = "" if name == _WHOLE else f"/{name}"
-            figures = {f"validation/codebook_usage{suffix}": usage, f"validation/perplexity{suffix}": perplexity}
+            stage = evaluation_stage(self)
+            figures = {f"{stage}/codebook_usage{suffix}": usage, f"{stage}/perplexity{suffix}": perplexity}
             self.log_dict(figures, sync_dist=True)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The ids `(B, *token_shape)` of a batch of images."""

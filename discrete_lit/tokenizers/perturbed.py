@@ -6,13 +6,14 @@ Matters: Boosting Image Generation with Sampling Error Synthesis", 2025), and pr
 tokenizer will do.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose, indices_of_ids
-from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
-from discrete_lit.tokenizers.quantizers.quantizer import Component
+from discrete_lit.tokenizers.quantizers.quantizer import Component, Quantizer
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
@@ -21,10 +22,11 @@ class PerturbedTokenizer(Tokenizer):
 
     Each id is replaced with probability `rate`, by one of the `neighbours` other ids whose codes are nearest to its
     own, all as likely. The paper disturbs images of a batch at several rates; here every image has the same one, which
-    a number can then name.
+    a number can then name. The paper's near codes are those of the encoder's vector, the right one among them; here
+    they are those of the code, without itself, so that the rate is the fraction of wrong ids.
 
     Args:
-        tokenizer: one around a quantizer.
+        tokenizer: one around a quantizer, or a decoder of its ids.
         rate: in [0, 1].
         neighbours: in [1, K).
         seed: of the choices, which belong to the ids of an image and to nothing else: neither the batch nor the number
@@ -38,17 +40,23 @@ class PerturbedTokenizer(Tokenizer):
         super().__init__()
         if not 0 <= rate <= 1:
             raise ValueError(f"the rate of replaced ids must lie in [0, 1], got {rate}")
-        if not isinstance(tokenizer, AutoencoderTokenizer):
+        quantizer = getattr(tokenizer, "quantizer", None) if isinstance(tokenizer, Tokenizer) else None
+        if not isinstance(quantizer, Quantizer):
             raise ValueError(
-                f"ids of a {type(tokenizer).__name__} have no codes that could be near one another: give a tokenizer "
-                "around a quantizer"
+                f"a {type(tokenizer).__name__} has no ids with codes, which could be near one another: give a "
+                "tokenizer around a quantizer"
             )
-        tokenizer.quantizer.check_near(neighbours)
-        self.tokenizer: AutoencoderTokenizer = tokenizer
+        quantizer.check_near(neighbours)
+        self.tokenizer = tokenizer
         self.vocab_size = tokenizer.vocab_size
         self.rate = rate
         self.neighbours = neighbours
         self.seed = seed
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The quantizer of the ids."""
+        return cast(Any, self.tokenizer).quantizer
 
     def token_shape(self, image_size: ImageSize) -> tuple[int, ...]:
         return self.tokenizer.token_shape(image_size)
@@ -63,7 +71,7 @@ class PerturbedTokenizer(Tokenizer):
         random = CounterRandom(self.seed, indices_of_ids(rows))
         count = rows.shape[1]
         chance, choice = random.uniform(Purpose.ID_PERTURBATION, 2 * count).view(len(rows), 2, count).unbind(1)
-        near = self.tokenizer.quantizer.near_ids(tokens, self.neighbours).flatten(1, -2)
+        near = self.quantizer.near_ids(tokens, self.neighbours).flatten(1, -2)
         other = near.gather(-1, (choice * self.neighbours).long()[..., None])[..., 0]
         return torch.where(chance < self.rate, other, rows).view_as(tokens)
 

@@ -10,12 +10,12 @@ sampler draws is set against the calls of the head. Time on one core: about five
 import argparse
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from shared import spread, stamp
 from torch import Tensor
 
 from discrete_lit.backbones import BinaryFlowHead, MaskedBitHead, SequenceLayout, Transformer
@@ -163,16 +163,6 @@ def law_page(found: dict[str, Any], command: str) -> list[str]:
 
 
 # --- The page ---
-
-
-def stamp() -> str:
-    return f"{date.today().isoformat()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU"
-
-
-def spread(values: list[float], form: str = ".3f") -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{deviation}"
 
 
 def draw_figure(found: dict[str, Any], path: Path) -> None:

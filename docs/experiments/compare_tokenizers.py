@@ -12,14 +12,11 @@ Time on one core: under 30 minutes a comparison. Needs matplotlib.
 
 import argparse
 import json
-import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
+from shared import fit, minutes_of, processor_minutes, stamp
 
-from discrete_lit.cli.commands import main as discrete_lit
 from discrete_lit.cli.evaluate import evaluate
 
 CONFIGS = Path("lightning_configs/experiments")
@@ -54,25 +51,16 @@ def variants(experiment: str) -> dict[str, tuple[dict[str, Any], list[int]]]:
 def train(
     name: str, quantizer: dict[str, Any], multipliers: list[int], data: str, folder: Path, seed: int, steps: int
 ) -> Path:
-    """The checkpoint of a run, and beside it `minutes.txt`, the processor time of its training."""
-    run = folder / name.replace(", ", "_").replace(" ", "_")
-    checkpoint, minutes = run / "checkpoints" / "last.ckpt", run / "minutes.txt"
-    if not minutes.is_file():
-        begun = time.process_time()
-        settings = {
-            "seed_everything": seed,
-            "run_dir": str(run),
-            "model.init_args.quantizer": json.dumps(quantizer),
-            "model.init_args.network.init_args.multipliers": json.dumps(multipliers),
-            "model.init_args.scheduler.init_args.total_steps": str(steps),
-            "trainer.max_steps": str(steps),
-            "trainer.enable_progress_bar": "false",
-            "trainer.enable_model_summary": "false",
-        }
-        configs = [f"--config={CONFIGS / file}.yaml" for file in (data, "autoencoder")]
-        discrete_lit(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
-        minutes.write_text(f"{(time.process_time() - begun) / 60:.1f}\n")
-    return checkpoint
+    """The checkpoint of a run."""
+    settings = {
+        "seed_everything": seed,
+        "model.init_args.quantizer": json.dumps(quantizer),
+        "model.init_args.network.init_args.multipliers": json.dumps(multipliers),
+        "model.init_args.scheduler.init_args.total_steps": steps,
+        "trainer.max_steps": steps,
+    }
+    configs = [CONFIGS / f"{file}.yaml" for file in (data, "autoencoder")]
+    return fit(folder / name.replace(", ", "_").replace(" ", "_"), configs, settings)
 
 
 def usage_by_step(run: Path) -> tuple[list[int], list[float]]:
@@ -132,7 +120,7 @@ def main() -> None:
         for name, (quantizer, multipliers) in variants(given.experiment).items()
     }
     image_size, shards = (64, "shards/emoji") if given.data == "emoji" else (32, "runs/quickstart/shards")
-    begun = time.process_time()
+    begun = processor_minutes()
     report = evaluate(
         reference=f"{shards}/test",
         held_out=f"{shards}/test",
@@ -142,17 +130,16 @@ def main() -> None:
         image_size=image_size,
         output=str(folder / "evaluation"),
     )
-    evaluated = (time.process_time() - begun) / 60
+    evaluated = processor_minutes() - begun
     rows = [row for row in report["rows"] if row["kind"] == "reconstructions"]
     page = Path(__file__).with_name(f"{given.experiment}_{given.data}.md")
     {"collapse": draw_collapse, "compression": draw_compression}[given.experiment](rows, page.with_suffix(".png"))
-    minutes = {name: float((path.parents[1] / "minutes.txt").read_text()) for name, path in checkpoints.items()}
+    minutes = {name: minutes_of(path) for name, path in checkpoints.items()}
     times = ", ".join(f"{name} {value:.1f}" for name, value in minutes.items())
     command = f"python docs/experiments/compare_tokenizers.py {given.experiment} {given.data} --seed {given.seed}"
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU"
     page.write_text(
         f"# {given.experiment.capitalize()}: {given.data}\n\n"
-        f"`{command}`, {steps} batches, {date.today().isoformat()}, {machine}; "
+        f"`{command}`, {steps} batches, {stamp()}; "
         f"{sum(minutes.values()):.0f} minutes of processor time to train ({times}) and {evaluated:.0f} to evaluate.\n\n"
         f"{(folder / 'evaluation' / 'report.md').read_text()}\n![]({page.with_suffix('.png').name})\n"
     )

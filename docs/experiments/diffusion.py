@@ -12,16 +12,13 @@ under 60 minutes. Needs matplotlib.
 
 import argparse
 import json
-import time
 from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
+from shared import fit, minutes_of, spread, stamp
 
-from discrete_lit.cli.commands import main as discrete_lit
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.cli.sample import sample
 from discrete_lit.samplers import AncestralSampler, MaskGITSampler, Sampler
@@ -39,26 +36,16 @@ SAMPLERS = ("ancestral", "MaskGIT")
 
 
 def train(variant: str, seed: int, batches: int, folder: Path) -> Path:
-    """The checkpoint of a run, and beside it `minutes.txt`, the processor time of its training."""
-    run = folder / f"{variant.lower()}_{seed}"
-    checkpoint, minutes = run / "checkpoints" / "last.ckpt", run / "minutes.txt"
-    if not minutes.is_file():
-        begun = time.process_time()
-        settings = {
-            "seed_everything": seed,
-            "run_dir": run,
-            "model.init_args.seed": seed,
-            "model.init_args.scheduler.init_args.total_steps": batches,
-            "data.init_args.seed": seed,
-            "trainer.max_steps": batches,
-            "trainer.val_check_interval": batches,
-            "trainer.enable_progress_bar": "false",
-            "trainer.enable_model_summary": "false",
-        }
-        configs = [f"--config={CONFIGS / name}.yaml" for name in VARIANTS[variant]]
-        discrete_lit(["fit", *configs, *(f"--{key}={value}" for key, value in settings.items())])
-        minutes.write_text(f"{(time.process_time() - begun) / 60:.1f}\n")
-    return checkpoint
+    """The checkpoint of a run."""
+    settings = {
+        "seed_everything": seed,
+        "model.init_args.seed": seed,
+        "model.init_args.scheduler.init_args.total_steps": batches,
+        "data.init_args.seed": seed,
+        "trainer.max_steps": batches,
+        "trainer.val_check_interval": batches,
+    }
+    return fit(folder / f"{variant.lower()}_{seed}", [CONFIGS / f"{name}.yaml" for name in VARIANTS[variant]], settings)
 
 
 def draw(checkpoint: Path, variant: str, seed: int, steps: Iterable[int], images: int) -> dict[str, Path]:
@@ -95,12 +82,6 @@ def measure(checkpoint: Path, samples: dict[str, Path], images: int, folder: Pat
         )
         file.write_text(json.dumps(report))
     return json.loads(file.read_text())
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation over the seeds."""
-    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
-    return f"{mean(values):{form}}{deviation}"
 
 
 def likelihoods(reports: dict[tuple[str, int], dict[str, Any]], minutes: dict[tuple[str, int], float]) -> list[str]:
@@ -186,7 +167,7 @@ def main() -> None:
             checkpoint = train(variant, seed, given.batches, given.runs)
             samples = draw(checkpoint, variant, seed, given.steps, given.images)
             reports[variant, seed] = measure(checkpoint, samples, given.images, given.runs)
-            minutes[variant, seed] = float((checkpoint.parents[1] / "minutes.txt").read_text())
+            minutes[variant, seed] = minutes_of(checkpoint)
     first = next(iter(reports.values()))
     metric, real = first["metric"], first["rows"][0]
     distances, accuracies = (by_steps(reports, given.steps, name) for name in (metric, "label_accuracy"))
@@ -199,11 +180,10 @@ def main() -> None:
     draw_figure(panels, floors, given.page.with_suffix(".png"))
     options = f"--seeds {' '.join(map(str, given.seeds))} --steps {' '.join(map(str, given.steps))}"
     command = f"python docs/experiments/diffusion.py {options} --batches {given.batches} --images {given.images}"
-    machine = f"torch {torch.__version__}, {torch.get_num_threads()} thread(s) on a CPU"
     lines = [
         "# Absorb, Uniform, Absorb-2D",
         "",
-        f"`{command}`, {date.today().isoformat()}, {machine}. Mean ± standard deviation over the seeds.",
+        f"`{command}`, {stamp()}. Mean ± standard deviation over the seeds.",
         "",
         *likelihoods(reports, minutes),
         "",

@@ -32,6 +32,17 @@ SWITCHES: dict[str, tuple[SequenceLayout, dict[str, Any]]] = {
     "causal_modern": (CAUSAL, {"mlp": "swiglu", "norm": "rms", "positions": "rope_2d", "qk_norm": "rms"}),
     "causal_adaln": (CAUSAL, {"conditioning": "adaln", "registers": 2}),
     "causal_positions": (CAUSAL, {"conditioning": "prefix_adaln", "condition_positions": True, "depth": 2}),
+    "causal_targets": (
+        CAUSAL,
+        {
+            "conditioning": "prefix_adaln",
+            "class_repeats": 3,
+            "positions": "learned_rope_2d",
+            "target_positions": "all",
+            "target_rotations": True,
+        },
+    ),
+    "causal_instructed": (CAUSAL, {"positions": "rope_2d", "position_instructions": True}),
     "masked": (MASKED, {"head_dim": 6, "mlp_hidden": 20}),
     "masked_bert": (MASKED, {"norm_first": False, "head_transform": True, "tied": True, "head_bias": "place"}),
     "masked_adaln": (MASKED, {"conditioning": "adaln", "condition_width": 9}),

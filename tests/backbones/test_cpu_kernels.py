@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.backbone import packed
+from discrete_lit.backbones.backbone import count_flops, packed
 from discrete_lit.backbones.blocks import Attention, BlockSettings
 from discrete_lit.backbones.cpu_kernels import PackedLinear
 from discrete_lit.backbones.layers import Linear
@@ -103,6 +103,49 @@ def test_a_packed_backbone_counts_as_the_other_and_does_not_outlive_its_use(make
     assert (fast.flops(2, 5), fast.cache_flops(2)) == expected
     assert fast.flops.__self__ is backbone, "what counts later keeps no packed weights"
     torch.testing.assert_close(fast(tokens, labels), backbone(tokens, labels), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 128, 512), (256, 512), (300, 512)])
+def test_wide_products_of_training_have_the_plain_values_and_gradients(
+    shape: tuple[int, ...], bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, made = Linear(512, 640, bias=bias), []
+    product = cpu_kernels.trained_linear
+    monkeypatch.setattr(cpu_kernels, "trained_linear", lambda *given: made.append(1) or product(*given))
+    x = torch.randn(shape, requires_grad=True)
+    # A gradient that is not laid out in rows, and a layer whose input needs none.
+    towards = torch.randn(640, *shape[:-1]).movedim(0, -1)
+    of = (x, *layer.parameters())
+    found = layer(x)
+    gradients = torch.autograd.grad(found, of, towards)
+    plain = F.linear(x, layer.weight, layer.bias)
+    expected = torch.autograd.grad(plain, of, towards)
+    assert made == [1]
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-3)
+    (alone,) = torch.autograd.grad(layer(x.detach()), layer.weight, towards)
+    torch.testing.assert_close(alone, expected[1], rtol=1e-4, atol=1e-3)
+
+
+def test_which_products_of_training_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> Tensor:
+        raise AssertionError("a product that does not pay, or that this way has not")
+
+    monkeypatch.setattr(cpu_kernels, "trained_linear", refused)
+    layer, x = Linear(512, 512), torch.randn(256, 512)
+    layer(x[:255]), Linear(512, 511)(x), Linear(511, 512)(x[:, 1:])  # too small
+    with torch.no_grad():
+        layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert Linear(512, 512).double()(x.double()).dtype == torch.float64
+    assert count_flops(layer, lambda copy: lambda: copy(x).sum().backward(), gradients=True) == 2 * 2 * 256 * 512**2
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_kernels, "_SWITCH", "0")
+        layer(x)
+    with pytest.raises(AssertionError, match="does not pay"):
+        layer(x)
 
 
 @pytest.mark.parametrize("switch", ["0", "1"])

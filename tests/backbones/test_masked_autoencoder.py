@@ -147,5 +147,18 @@ def test_wrong_settings_are_refused() -> None:
         network("add")(vectors, masked, labels, known=2)
     with pytest.raises(ValueError, match="buffer must be at least 1"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, buffer=0)
+    with pytest.raises(ValueError, match="position_std must be above 0"):
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, position_std=0.0)
     with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=3)
+
+
+def test_positions_begin_with_the_deviation_that_is_asked_for() -> None:
+    torch.manual_seed(0)
+    made = MaskedAutoencoder(
+        VectorLayout(dim=DIM, length=50, num_classes=3), width=64, depth=1, heads=1, position_std=0.5
+    )
+    for positions in (made.encoder_positions, made.decoder_positions):
+        assert positions.std().item() == pytest.approx(0.5, rel=0.05)
+    for others in (made.hidden_positions, made.class_embedding.weight):
+        assert others.std().item() == pytest.approx(0.02, rel=0.2)

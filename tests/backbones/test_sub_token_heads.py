@@ -159,7 +159,7 @@ def test_validation_loss_of_bits_is_an_unbiased_bound() -> None:
 def test_training_loss_of_bits_weighs_those_that_were_not_masked() -> None:
     head = masked_bits(16, unmasked_weight=0.25).train()
     hidden, ids, random = torch.randn(200, 3, 8), torch.randint(16, (200, 3)), CounterRandom(1, torch.arange(200))
-    masked = head._masks(3, random)
+    masked, _ = head._masks(3, random)
     counts = masked.sum(dim=-1)
     assert masked.shape == (200, 3, 4) and counts.unique().tolist() == [1, 2, 3, 4]
     share = (0.8 * torch.randn(200_000)).sigmoid()
@@ -276,7 +276,7 @@ def test_cached_hidden_states_are_those_without_a_cache() -> None:
     ("recipe", "vocab_size", "published"), [("open_magvit2_ar_b", 2**18, 343e6), ("bar_b", 2**16, 415e6)]
 )
 def test_recipes_have_the_published_sizes(recipe: str, vocab_size: int, published: float) -> None:
-    """To half a percent: BAR's own has the class 32 times in front, with positions of their own."""
+    """To half a percent."""
     arguments = layered(f"lightning_configs/generators/{recipe}_imagenet256.yaml")["model"]["init_args"]
     layout = SequenceLayout(vocab_size, (16, 16), num_classes=1000, attention="causal", any_order="order" in arguments)
     switches = arguments["backbone"]["init_args"]
@@ -304,6 +304,11 @@ def test_recipes_have_the_published_sizes(recipe: str, vocab_size: int, publishe
         ),
         (lambda: MaskedBitHead(BLOCK, 16, depth=0), "depth and width must be at least 1, got 0 and 2048"),
         (lambda: MaskedBitHead(BLOCK, 16, unmasked_weight=1.5), r"unmasked_weight must lie in \[0, 1\], got 1.5"),
+        (lambda: MaskedBitHead(BLOCK, 16, told_ratio="exact"), "told_ratio must be 'masked' or 'drawn', got 'exact'"),
+        (
+            lambda: FactorisedHead(BLOCK, 16, sizes=(4, 4), start_rotation="one"),
+            "start_rotation must be 'none' or 'zero', got 'one'",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(make, message: str) -> None:
@@ -318,6 +323,14 @@ def test_settings_that_do_not_fit(make, message: str) -> None:
         ("causal", {"head_bias": True}, "head_transform and head_bias belong to logits of all ids"),
         ("causal", {"head_transform": True}, "head_transform and head_bias belong to logits of all ids"),
         ("causal", {"tied": True}, "tied=true needs a table"),
+        (
+            "causal",
+            {"place_head": partial(FactorisedHead, sizes=(4, 4), shared_tables=True)},
+            "shared_tables=true needs the tables of token_embedding='parts'",
+        ),
+        ("causal", {"target_rotations": True}, "target_rotations belong to a causal sequence of single positions"),
+        ("causal", {"class_repeats": 0}, "class_repeats=0 must be at least 1"),
+        ("causal", {"class_repeats": 2, "conditioning": "added"}, "class_repeats=2 must be at least 1, and more need"),
         ("causal", {"token_embedding": "table"}, "token_embedding='table' has a row for each of the 16 ids"),
     ],
 )

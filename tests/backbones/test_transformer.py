@@ -191,6 +191,54 @@ def test_dropout_acts_in_training_alone(make_backbone) -> None:
     assert not torch.equal(backbone(tokens, LABELS), backbone(tokens, LABELS))
 
 
+PLACES = {
+    "taming": ("embeddings", "attention_weights", "attention_output", "mlp_output"),
+    "LlamaGen": ("embeddings", "attention_output", "mlp_output"),
+    "RAR": ("attention_weights", "attention_output", "mlp_hidden", "mlp_output"),
+    "Halton-MaskGIT": ("attention_weights", "attention_output", "mlp_hidden"),
+    "SEDD": ("attention_output", "mlp_output"),
+}
+
+
+@pytest.mark.parametrize("places", [None, *PLACES.values()], ids=["default", *PLACES])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_places_of_dropout(norm_first: bool, places: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count what is dropped by its shape: D = 16 with an MLP of 24, in two blocks."""
+    layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")
+    switches = {} if places is None else {"dropout_places": places}
+    network = Transformer(
+        layout, width=16, depth=2, heads=2, mlp_hidden=24, norm_first=norm_first, dropout=0.25, **switches
+    ).train()
+    dropped: list[str] = []
+    functional, attend = torch.nn.functional.dropout, torch.nn.functional.scaled_dot_product_attention
+
+    def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        if training and p == 0.25:
+            dropped.append(f"width {input.shape[-1]}")
+        return functional(input, p, training, inplace)
+
+    def attention(*args: Tensor, dropout_p: float = 0.0, **settings) -> Tensor:
+        dropped.extend(["weights"] * (dropout_p == 0.25))
+        return attend(*args, dropout_p=dropout_p, **settings)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    network(torch.randint(5, (3, 3)), torch.zeros(3, dtype=torch.int64))
+    expected = places or PLACES["taming"]
+    outputs = ("attention_output" in expected) + ("mlp_output" in expected)
+    assert dropped.count("weights") == 2 * ("attention_weights" in expected)
+    assert dropped.count("width 16") == 2 * outputs + ("embeddings" in expected)
+    assert dropped.count("width 24") == 2 * ("mlp_hidden" in expected)
+    if "embeddings" in expected:
+        assert dropped[0] == "width 16"
+
+
+def test_a_place_of_dropout_that_is_not_known() -> None:
+    layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")
+    with pytest.raises(ValueError, match="dropout_places has 'mlp', accepted: embeddings, attention_weights, "):
+        Transformer(layout, width=16, depth=1, heads=2, dropout_places=["mlp_output", "mlp"])
+
+
 @pytest.mark.parametrize("settings", [{"dropout": 1.0}, {"dropout": float("nan")}, {"norm_epsilon": 0.0}])
 def test_settings_out_of_their_range(settings: dict[str, float]) -> None:
     layout = SequenceLayout(5, (2, 2), num_classes=2, attention="causal")

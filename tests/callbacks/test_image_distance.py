@@ -11,6 +11,7 @@ from helpers.means_extractor import ColourMeans
 from helpers.several_ranks import on_ranks
 from helpers.stored_images import pixels, save_folder
 from helpers.synthetic_data import SyntheticImages
+from helpers.tiny_runs import TOKENIZER
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from discrete_lit.callbacks import ExponentialMovingAverage, ImageDistance
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.images import to_uint8
+from discrete_lit.data import ImageFolder
 from discrete_lit.evaluation.feature_statistics import FeatureMeter, Measurement
 from discrete_lit.metrics.frechet import Moments, frechet_distance
 from discrete_lit.metrics.precision_recall import Manifold, precision_and_recall
@@ -209,13 +211,9 @@ def test_reconstructions_of_the_reference(tokenizer, make_trainer, make_loader, 
 
 def test_validate_and_test_measure_too(tokenizer, make_trainer, make_loader, reference, tmp_path) -> None:
     module = make_masked(tokenizer)
-    type(module).test_step = lambda self, batch, batch_idx: None
-    try:
-        callback = ImageDistance(reference, 8, extractor=ColourMeans())
-        (validated,) = make_trainer(callbacks=[callback]).validate(module, make_loader(1), verbose=False)
-        (tested,) = make_trainer(callbacks=[callback]).test(module, make_loader(1), verbose=False)
-    finally:
-        del type(module).test_step
+    callback = ImageDistance(reference, 8, extractor=ColourMeans())
+    (validated,) = make_trainer(callbacks=[callback]).validate(module, make_loader(1), verbose=False)
+    (tested,) = make_trainer(callbacks=[callback]).test(module, make_loader(1), verbose=False)
     expected = frechet_distance(statistics(samples(module, 8)).moments, statistics(stored(reference)).moments)
     assert validated["validation/gFD-Means_8"] == tested["test/gFD-Means_8"] == pytest.approx(expected, rel=1e-5)
 
@@ -282,7 +280,7 @@ def train(config: dict[str, Any], reference: str, folder: str, ranks: int, strat
     module = instantiate(config)
     for parameter in module.backbone.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    distance = ImageDistance(reference, 10, extractor=ColourMeans(), every_n_steps=1, batch_size=4)
+    distance = ImageDistance(reference, 10, extractor=ColourMeans(), every_n_steps=1, batch_size=5)
     watched = Images()
     watched.watch(distance)
     sharded = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False)
@@ -308,6 +306,48 @@ def train(config: dict[str, Any], reference: str, folder: str, ranks: int, strat
     }
 
 
+def evaluate_on_data(configs: list[dict[str, Any]], folder: str, ranks: int, count: int) -> dict[str, float]:
+    """Validate and test modules on images of the data alone, with the distance of their reconstructions."""
+    found: dict[str, float] = {}
+    for number, config in enumerate(configs):
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy="ddp" if ranks > 1 else "auto",
+            callbacks=[ImageDistance(extractor=ColourMeans())],
+            default_root_dir=folder,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        images = save_folder(Path(folder) / f"images{trainer.global_rank}", pixels(count, 4), np.arange(count) % 2)
+        data = ImageFolder(images, images, image_size=8, batch_size=2, num_workers=0)
+        seed_everything(0, verbose=False)
+        module = instantiate(config)
+        for run in (trainer.validate, trainer.test):
+            (logged,) = run(module, data, verbose=False)
+            found |= {f"{number} {name}": value for name, value in logged.items()}
+    return found
+
+
+@pytest.mark.ddp
+def test_figures_of_the_data_on_three_ranks(tmp_path: Path) -> None:
+    """Seven images: the last rank has three. Two images: one rank has none, and all say so instead of waiting."""
+    classifier = {"num_classes": 2, "channels": [4, 8]}
+    classifier = {"class_path": "discrete_lit.evaluation.classifier.ImageClassifier", "init_args": classifier}
+    configs = [TOKENIZER["model"], classifier]
+    alone = evaluate_on_data(configs, str(tmp_path / "one"), 1, 7)
+    several = on_ranks(3, evaluate_on_data, tmp_path / "b", configs, str(tmp_path / "three"), 3, 7)
+    for found in several:
+        assert found == pytest.approx(alone, rel=1e-5)
+    names = {"rFD-Means_7", "rFD-Means_7_mean_term", "psnr", "codebook_usage"}
+    assert {f"0 {stage}/{name}" for stage in ("validation", "test") for name in names} < set(alone)
+    assert {"1 validation/accuracy", "1 test/accuracy"} < set(alone)
+    with pytest.raises(AssertionError, match=r"has 2 samples, and 1 of the 3 ranks get none"):
+        on_ranks(3, evaluate_on_data, tmp_path / "c", configs[:1], str(tmp_path / "few"), 3, 2)
+
+
 def masked_config(tmp_path: Path) -> dict[str, Any]:
     from discrete_lit.checkpoints import save
 
@@ -331,11 +371,11 @@ def masked_config(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (4, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (3, "ddp"), (3, "fsdp")])
 def test_the_same_images_and_figures_on_several_ranks(
     tmp_path: Path, reference: str, ranks: int, strategy: str
 ) -> None:
-    """Ten samples in three batches: of four ranks one has none. Nothing is learned, so the weights are the same."""
+    """Ten samples in two batches: of three ranks one has none. Nothing is learned, so the weights are the same."""
     config = masked_config(tmp_path)
     (alone,) = on_ranks(1, train, tmp_path / "a", config, reference, str(tmp_path / "one"), 1)
     several = on_ranks(ranks, train, tmp_path / "b", config, reference, str(tmp_path / "several"), ranks, strategy)

@@ -1,4 +1,5 @@
 import copy
+import csv
 import importlib
 import json
 import re
@@ -20,7 +21,7 @@ from discrete_lit.core.trust import importable_from_here
 TRAINING = {"config", "seed_everything", "trainer", "model", "data", "run_dir", "ckpt_path"}
 # A name that appears or goes changes every user's files: change this list together with the documentation.
 OPTIONS = {
-    "fit": TRAINING | {"weights"},
+    "fit": TRAINING | {"init_from"},
     "validate": TRAINING | {"verbose"},
     "test": TRAINING | {"verbose"},
     "predict": TRAINING,
@@ -48,7 +49,8 @@ OPTIONS = {
     | {"accelerator", "devices", "num_nodes", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
-    | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"},
+    | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
+    | {"perturbed", "perturbed_neighbours"},
     "compare": {"config", "reports", "output"},
     "sweep": {
         "config",
@@ -292,9 +294,35 @@ def test_predictions_are_kept(tokenizer_checkpoint: Path, tmp_path: Path, capsys
         assert torch.equal(file["prediction"], tokenizer.encode(batch["image"]))
 
 
-def test_test_of_a_model_without_a_test_step_says_what_to_run(
-    tokenizer_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["tokenizer", "generator"])
+def test_validate_and_test_measure_the_same_distance(
+    kind: str, tokenizer_checkpoint: Path, generator_checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
+    distance = {
+        "class_path": "ImageDistance",
+        "init_args": {"num_samples": 6, "extractor": {"class_path": "helpers.means_extractor.ColourMeans"}},
+    }
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": "log"}}
+    trainer = {"accelerator": "cpu", "enable_progress_bar": False, "callbacks": [distance], "logger": logger}
+    file = write_settings(tmp_path / "data.yaml", {"data": TOKENIZER["data"], "trainer": trainer})
+    found = {}
+    for command, stage in (("validate", "validation"), ("test", "test")):
+        checkpoint = tokenizer_checkpoint if kind == "tokenizer" else generator_checkpoints["Masked"]
+        run(command, "--config", file, "--ckpt_path", checkpoint)
+        log = tmp_path / "log" / "metrics.csv"
+        with log.open() as lines:
+            (logged,) = csv.DictReader(lines)
+        found[stage] = {name.removeprefix(f"{stage}/"): value for name, value in logged.items() if "/" in name}
+        log.unlink()
+    assert found["test"] == found["validation"]
+    names = {"rFD-Means_8", "psnr", "loss", "perplexity"} if kind == "tokenizer" else {"gFD-Means_6", "loss"}
+    assert names < set(found["test"]) and all(float(found["test"][name]) > 0 for name in names)
+
+
+def test_test_of_a_model_without_a_test_step_says_what_to_run(
+    tokenizer_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("discrete_lit.tokenizers.autoencoder.ImageAutoencoder.test_step")
     file = write_settings(tmp_path / "data.yaml", {key: value for key, value in TOKENIZER.items() if key != "model"})
     assert exit_code("test", "--config", file, "--ckpt_path", tokenizer_checkpoint) == 2
     message = capsys.readouterr().err
@@ -321,7 +349,7 @@ def test_a_recipe_that_lacks_its_base_says_how_it_is_run(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [(name, value) for name in ("run_dir", "ckpt_path", "weights") for value in (5, ["a"], "", "a\0b")]
+    [(name, value) for name in ("run_dir", "ckpt_path", "init_from") for value in (5, ["a"], "", "a\0b")]
     + [("trainer", value) for value in (5, ["a"], None)],
 )
 def test_what_is_used_before_parsing_is_checked(

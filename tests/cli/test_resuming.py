@@ -260,7 +260,7 @@ def test_a_new_run_starts_from_weights(
     if not model:
         del settings["model"]
     file = write_settings(tmp_path / "settings.yaml", settings)
-    start = ("fit", "--config", file, "--run_dir", folder, "--weights", weights, "--ckpt_path", "last")
+    start = ("fit", "--config", file, "--run_dir", folder, "--init_from", weights, "--ckpt_path", "last")
     optimizer = (f"--{OPTIMIZER}=torch.optim.AdamW", f"--{OPTIMIZER}.init_args.lr=0")
     run(*start, *optimizer)
     last = folder / "checkpoints" / "last.ckpt"
@@ -272,7 +272,7 @@ def test_a_new_run_starts_from_weights(
     run(*start, *optimizer, "--trainer.max_steps=2")
     assert torch.load(last, weights_only=True)["global_step"] == 2
     starts = json.loads((folder / "run.json").read_text())["starts"]
-    assert [(start["checkpoint"], start.get("weights")) for start in starts] == [
+    assert [(start["checkpoint"], start.get("init_from")) for start in starts] == [
         (None, str(weights)),
         (str(last), None),
     ]
@@ -285,24 +285,24 @@ def test_mistakes_in_starting_from_weights_are_refused(
     file = write_settings(tmp_path / "settings.yaml", TOKENIZER)
     fit = ("fit", "--config", file, "--run_dir", tmp_path / "run")
     message = refused(capsys, lambda: run(*fit, "--ckpt_path", alone))
-    assert "holds weights alone" in message and f"`--weights {alone}`" in message
-    message = refused(capsys, lambda: run(*fit, "--ckpt_path", two_tokenizers[0], "--weights", alone))
+    assert "holds weights alone" in message and f"`--init_from {alone}`" in message
+    message = refused(capsys, lambda: run(*fit, "--ckpt_path", two_tokenizers[0], "--init_from", alone))
     assert "give one of them" in message
-    message = refused(capsys, lambda: run(*fit, "--weights", alone, "--model.network.channels=8"))
-    assert "do not fit this FSQ" in message
+    message = refused(capsys, lambda: run(*fit, "--init_from", alone, "--model.network.channels=8"))
+    assert "does not fit this FSQ: network." in message and "instead of" in message
     frozen = {"class_path": "discrete_lit.tokenizers.from_checkpoint", "init_args": {"checkpoint": str(alone)}}
     frozen_file = write_settings(tmp_path / "frozen.yaml", {**TOKENIZER, "model": frozen})
     message = refused(capsys, lambda: run("fit", "--config", frozen_file, "--run_dir", tmp_path / "run"))
-    assert "no weights to train" in message and "--weights" in message
+    assert "no weights to train" in message and "--init_from" in message
 
     settings = generator_settings(two_tokenizers[0])
     settings["trainer"]["max_steps"] = 1
     generator = write_settings(tmp_path / "generator.yaml", settings)
     run("fit", "--config", generator, "--run_dir", tmp_path / "generator")
     weights = tmp_path / "generator" / "checkpoints" / "last.ckpt"
-    other = ("fit", "--config", generator, "--run_dir", tmp_path / "run", "--weights", weights)
-    message = refused(capsys, lambda: run(*other, "--model.num_classes=3", "--data.num_classes=3"))
-    assert "model.init_args.num_classes is 3" in message and "of 2 classes" in message
+    other = ("fit", "--config", generator, "--run_dir", tmp_path / "run", "--init_from", weights)
+    message = refused(capsys, lambda: run("fit", "--config", file, "--run_dir", tmp_path / "run", *other[-2:]))
+    assert "has no weight of this FSQ: it is of another model" in message
     settings["model"]["init_args"]["tokenizer"]["init_args"]["checkpoint"] = str(two_tokenizers[1])
     write_settings(generator, settings)
     assert "was trained on another tokenizer" in refused(capsys, lambda: run(*other))

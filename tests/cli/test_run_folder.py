@@ -233,7 +233,7 @@ def test_weights_alone_are_not_taken_for_the_run(
     before = files(folder)
     message = refusal(capsys, folder, "--ckpt_path", "last", callbacks=keepers, max_steps=1)
     assert "step=2.ckpt' cannot be read: Permission denied" in message
-    assert f"{alone.name}' holds weights alone" in message and "--weights" in message
+    assert f"{alone.name}' holds weights alone" in message and "--init_from" in message
     assert files(folder) == before
 
 

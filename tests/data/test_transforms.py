@@ -1,10 +1,13 @@
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from discrete_lit.core.random import augmentation_uniforms, sample_order
 from discrete_lit.data.image_batches import EvaluationCrops, ImagePipeline
-from discrete_lit.data.transforms import center_crop, random_crop, ten_crops
+from discrete_lit.data.transforms import center_crop, random_crop, random_part, random_resized_crop, ten_crops
 
 UNIFORMS = (0.6748005871, 0.3730969408, 0.2938008257, 0.1761927519)
 PERMUTATION = [4, 6, 7, 3, 5, 0, 2, 1]
@@ -86,6 +89,77 @@ def test_the_smallest_crop_decides_the_scale() -> None:
     assert 0.95 < max(sides) <= 1.0
     whole = random_crop(image, 50, (0.99, 0.99, 0.99, 0.9))
     np.testing.assert_array_equal(whole, center_crop(image, 50))
+
+
+def test_the_largest_crop_decides_the_scale_too() -> None:
+    """VAR resizes 256 to 288 before its crop, always: 0.889 of the side."""
+    image = ramp(250, 250)
+    for randomness in draws(50):
+        crop = random_crop(image, 64, randomness, minimum_crop=0.889, maximum_crop=0.889, flip=False).astype(int)
+        assert abs((crop[0, -1, 0] - crop[0, 0, 0]) - 250 * 63 / 72) <= 2
+
+
+MASKBIT = {"area": (0.8, 1.0), "aspect": (1.0, 1.0)}
+TORCHVISION = {"area": (0.08, 1.0), "aspect": (3 / 4, 4 / 3)}
+
+
+@pytest.mark.parametrize("law", [MASKBIT, TORCHVISION], ids=["MaskBit", "torchvision"])
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (500, 460), (300, 500), (400, 400)])
+def test_the_law_of_random_parts_is_torchvisions(width: int, height: int, law: dict) -> None:
+    """Chi-square of 4,000 parts of each: side, row and column in bins whose ends are quantiles of both together."""
+    from torchvision.transforms import RandomResizedCrop
+
+    count = 4000
+    theirs = RandomResizedCrop(32, scale=law["area"], ratio=law["aspect"])
+    torch.manual_seed(0)
+    expected = np.array(
+        [theirs.get_params(torch.zeros(3, height, width), theirs.scale, theirs.ratio) for _ in range(count)]
+    )
+    found = np.array(
+        [
+            random_part(width, height, lambda number, key=key: augmentation_uniforms(0, number, str(key)), **law)
+            for key in range(count)
+        ]
+    )[:, [1, 0, 3, 2]]  # top, left, height, width
+    fixed = 0
+    for mine, other in zip(found.T, expected.T, strict=True):
+        ends = np.unique(np.quantile(np.concatenate((mine, other)), np.linspace(0, 1, 21))[1:-1])
+        counts = np.stack([np.bincount(np.searchsorted(ends, each), minlength=len(ends) + 1) for each in (mine, other)])
+        counts = counts[:, counts.sum(axis=0) > 0]
+        mean = counts.mean(axis=0)
+        statistic, freedom = ((counts - mean) ** 2 / mean).sum(), counts.shape[1] - 1
+        assert statistic < freedom + 4.5 * max(2 * freedom, 1) ** 0.5
+        fixed += int(freedom == 0)
+    # Of these images MaskBit takes the whole centre square, always.
+    assert fixed == (4 if law is MASKBIT and (width, height) in ((500, 375), (300, 500)) else 0)
+
+
+def test_a_random_part_becomes_torchvisions_pixels() -> None:
+    from torchvision.transforms.functional import InterpolationMode, resized_crop
+
+    image = noise(200, 150)
+    for number in range(4):
+        draw = partial(augmentation_uniforms, 1, key=f"{number}")
+        left, top, width, height = random_part(200, 150, draw, **TORCHVISION)
+        expected = resized_crop(image, top, left, height, width, [24, 40], InterpolationMode.BICUBIC)
+        np.testing.assert_array_equal(random_resized_crop(image, (24, 40), draw), np.asarray(expected))
+
+
+def test_training_cuts_a_random_part(image_bytes) -> None:
+    data = image_bytes(0, (30, 20))
+    settings = {"crop": "random_resized", "crop_area": (0.3, 0.6), "crop_aspect": (1.0, 1.0)}
+    cut = [pipeline(flip=False, **settings).training(data, epoch, "a") for epoch in (0, 0, 1)]
+    assert cut[0].shape == (8, 8, 3)
+    np.testing.assert_array_equal(cut[0], cut[1])
+    assert not np.array_equal(cut[0], cut[2])
+    mirrored = [pipeline(**settings).training(data, 0, str(key)) for key in range(20)]
+    plain = [pipeline(flip=False, **settings).training(data, 0, str(key)) for key in range(20)]
+    flips = [not np.array_equal(one, other) for one, other in zip(mirrored, plain, strict=True)]
+    assert 0 < sum(flips) < 20
+    assert all(
+        np.array_equal(one[:, ::-1] if flip else one, other)
+        for one, other, flip in zip(mirrored, plain, flips, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 37), (500, 375), (33, 90)])
@@ -246,6 +320,11 @@ def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None
     [
         ({"crop": "middle"}, "crop 'middle'"),
         ({"minimum_crop": 0.0}, "minimum_crop"),
+        ({"minimum_crop": 0.9, "maximum_crop": 0.8}, r"maximum_crop is 0.8; it must be in \[minimum_crop, 1\]"),
+        ({"maximum_crop": 1.1}, "maximum_crop is 1.1"),
+        ({"crop_area": (0.0, 1.0)}, r"crop_area is \[0.0, 1.0\]; it must be two rising fractions"),
+        ({"crop_area": (0.9, 0.8)}, "crop_area"),
+        ({"crop_aspect": (1.5, 1.0)}, r"crop_aspect is \[1.5, 1.0\]; it must be two rising ratios"),
         ({"image_size": 0}, "image_size"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from discrete_lit.diffusion.consistency import ConsistencyLoss
+from discrete_lit.diffusion.consistency import ConsistencyLoss, ode_step
 from discrete_lit.diffusion.gaussian import (
     Estimate,
     GaussianDenoiser,
@@ -41,16 +41,42 @@ def gains(count: int) -> list[float]:
     return found
 
 
+def teacher(x: Tensor, t: Tensor) -> Estimate:
+    """Know the data and the noise in x_t as well as can be."""
+    t = t[:, None]
+    centred = (x - (1 - t) * MEAN) / ((1 - t) ** 2 * DEVIATION**2 + t**2)
+    return Estimate(data=MEAN + (1 - t) * DEVIATION**2 * centred, noise=t * centred)
+
+
+def distilled_gains(count: int, solver: str) -> list[float]:
+    """List the slopes of f at the N + 1 times at which distillation stands still: products of a step's slopes.
+
+    The ODE of x - (1 - t) MEAN is linear, x' = r(t) x with r half the slope of log Var x_t.
+    """
+
+    def rate(t: float) -> float:
+        return (t - (1 - t) * DEVIATION**2) / ((1 - t) ** 2 * DEVIATION**2 + t**2)
+
+    found = [1.0]
+    for number in range(1, count + 1):
+        t, h = number / count, 1 / count
+        euler = 1 - h * rate(t)
+        heun = 1 - h * (rate(t) + euler * rate(t - h)) / 2
+        found.append(found[-1] * (euler if solver == "euler" or number == 1 else heun))
+    return found
+
+
 def loss(**settings: Any) -> ConsistencyLoss:
     denoiser = GaussianDenoiser(RectifiedPath(), prediction="velocity")
     return ConsistencyLoss(denoiser, **{"intervals": 8, "first_intervals": 1, "doubling_steps": 0, **settings})
 
 
+@pytest.mark.parametrize("solver", [None, "euler", "heun"])
 @pytest.mark.parametrize("moved", [0.0, 0.01])
-def test_training_stands_still_at_the_best_linear_function(moved: float) -> None:
+def test_training_stands_still_at_the_best_linear_function(moved: float, solver: str | None) -> None:
     """Signs have the second moments of a normal law, which is all that a squared error looks at."""
     count = 8
-    slopes = torch.tensor(gains(count), dtype=torch.float64)
+    slopes = torch.tensor(gains(count) if solver is None else distilled_gains(count, solver), dtype=torch.float64)
     slopes[3] += moved
     slopes.requires_grad_()
 
@@ -63,7 +89,8 @@ def test_training_stands_still_at_the_best_linear_function(moved: float) -> None
     t = (torch.arange(1, count + 1, dtype=torch.float64) / count).repeat_interleave(4) - 0.3 / count
     data, noise = (column.repeat(count)[:, None] for column in (MEAN + DEVIATION * signs[:, 0], signs[:, 1]))
     # So wide a Huber distance is the squared error, over twice its width.
-    terms = loss(huber=1e4)(predict, data, noise, t=t)
+    chosen = loss(huber=1e4, solver=solver or "heun")
+    terms = chosen(predict, data, noise, t=t, teacher=None if solver is None else teacher)
     assert terms.shape == (4 * count,)
     (terms.sum() * 1e4).backward()
     assert slopes.grad is not None
@@ -76,6 +103,41 @@ def test_more_intervals_lead_to_the_consistency_function() -> None:
     """At t = 1 f has the slope of the ODE's, the deviation itself, with an error that halves with the interval."""
     errors = [abs(gains(count)[-1] - DEVIATION) for count in (64, 128, 256)]
     assert all(1.8 < coarse / fine < 2.2 for coarse, fine in pairwise(errors)), errors
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_distillation_has_the_order_of_its_solver(solver: str, order: int) -> None:
+    """What is left at t = 1 halves with the interval for Euler, as without a teacher, and quarters for Heun."""
+    errors = [abs(distilled_gains(count, solver)[-1] - DEVIATION) for count in (64, 128, 256)]
+    ratios = [coarse / fine for coarse, fine in pairwise(errors)]
+    assert ratios == pytest.approx(2 * [2**order], rel=0.1), errors
+
+
+@pytest.mark.parametrize("path", [RectifiedPath(), TrigonometricPath(), LinearRatePath()])
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_a_step_follows_the_ode_of_a_gaussian(path: Any, solver: Any, order: int) -> None:
+    """x_s has the place in its law that x_t has: (x_s - alpha_s MEAN) / sqrt(Var x_s) stays as it is."""
+
+    def law(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        alpha, sigma = path.alpha(t)[:, None], path.sigma(t)[:, None]
+        return alpha, sigma, alpha**2 * DEVIATION**2 + sigma**2
+
+    def best(x: Tensor, t: Tensor) -> Estimate:
+        alpha, sigma, variance = law(t)
+        centred = (x - alpha * MEAN) / variance
+        return Estimate(data=MEAN + alpha * DEVIATION**2 * centred, noise=sigma * centred)
+
+    t, place = torch.tensor([0.3, 0.6, 0.95], dtype=torch.float64), torch.tensor([[1.0], [-2.0], [0.5]]).double()
+    errors = []
+    for h in (0.01, 0.005):
+        alpha, _, variance = law(t)
+        reached = ode_step(best, path, alpha * MEAN + variance.sqrt() * place, t, t - h, solver)
+        alpha, _, variance = law(t - h)
+        errors.append((reached - alpha * MEAN - variance.sqrt() * place).abs())
+    # The error of one step is of one order more.
+    torch.testing.assert_close(errors[0] / errors[1], torch.full_like(place, 2 ** (order + 1)), rtol=0.1, atol=0)
+    end = ode_step(best, path, place, t, torch.zeros(3), solver)
+    torch.testing.assert_close(end, best(place, t).data)
 
 
 def test_the_distance_is_pseudo_huber_times_the_intervals() -> None:
@@ -132,6 +194,8 @@ def test_settings_that_make_no_consistency_function_are_refused() -> None:
         loss(intervals=4, first_intervals=10)
     with pytest.raises(ValueError, match="huber above 0"):
         loss(first_intervals=1, huber=0.0)
+    with pytest.raises(ValueError, match="solver must be 'euler' or 'heun', got 'dpm'"):
+        loss(solver="dpm")
     with pytest.raises(ValueError, match="needs a path in continuous time, this one has steps"):
         ConsistencyLoss(GaussianDenoiser(ScheduledPath(), prediction="v"))
     with pytest.raises(ValueError, match=r"a prediction of 'v' or 'velocity' without a variance.*got 'noise'"):

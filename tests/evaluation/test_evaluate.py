@@ -224,6 +224,15 @@ def test_reference_may_be_a_moments_file(sets, tmp_path):
     assert report["reference"]["count"] is None and "does not say which extractor" in report["notes"][0]
 
 
+def test_a_reference_of_images_of_another_size_is_refused(sets, tmp_path):
+    evaluate(**sets)
+    (kept,) = Path(sets["output"]).glob("reference-*.npz")
+    other = {**sets, "reference": str(kept), "samples": {}, "image_size": 4}
+    with pytest.raises(ValueError, match=r"was measured on images of 8x8 pixels, those compared with it are of 4x4"):
+        evaluate(**other)
+    assert evaluate(**{**other, "image_size": 8})["rows"][0]["count"] == 12
+
+
 def test_samples_without_labels_need_no_classes(sets, tmp_path):
     sets["samples"] = {"plain": save_npz(tmp_path / "plain.npz", pixels(12, 2))}
     row = evaluate(**{**sets, "held_out": None})["rows"][0]

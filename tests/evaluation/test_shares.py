@@ -10,8 +10,10 @@ import torch
 from helpers.means_extractor import ColourMeans
 from helpers.several_ranks import on_ranks
 from helpers.stored_images import pixels, save_folder, save_npz
+from helpers.tiny_runs import TOKENIZER
 from torch import Tensor
 
+from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.evaluation import shares as shares_file
 from discrete_lit.evaluation.shares import Tally
@@ -19,15 +21,20 @@ from discrete_lit.evaluation.shares import Tally
 
 @pytest.fixture
 def settings(tmp_path: Path) -> dict[str, Any]:
-    """120 samples and held-out images, three batches each, against 240; an image of each folder is broken."""
+    """120 samples and held-out images, three batches each, and reconstructions of these, also from perturbed ids,
+    against 240; an image of each folder is broken."""
     save_folder(tmp_path / "reference", pixels(303, 0), np.arange(303) % 3)
     save_folder(tmp_path / "held_out", pixels(303, 1), np.arange(303) % 3)
     for name in ("reference", "held_out"):
         (tmp_path / name / "class0" / "000.png").write_bytes(b"broken")
+    torch.manual_seed(0)
+    save(instantiate(TOKENIZER["model"]), tmp_path / "fsq.ckpt")
     return {
         "reference": str(tmp_path / "reference"),
         "held_out": str(tmp_path / "held_out"),
         "samples": {"mine": save_npz(tmp_path / "samples.npz", pixels(120, 2) // 2, np.arange(120) % 3)},
+        "reconstructions": {"fsq": str(tmp_path / "fsq.ckpt")},
+        "perturbed": [0.2, 0.7],
         "output": str(tmp_path / "report"),
         "image_size": 8,
         "num_images": 120,
@@ -41,7 +48,9 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def figures(report: dict[str, Any]) -> list[float]:
     """Every number of the rows."""
     names = ("count", "FD-Means", "precision", "recall", "within_class_diversity")
-    return [row[name] for row in report["rows"] for name in names]
+    perturbed = [found["value"] for row in report["rows"] for found in row["perturbed"]]
+    assert len({*perturbed, *(row["FD-Means"] for row in report["rows"])}) == 2 + 3
+    return [*(row[name] for row in report["rows"] for name in names), *perturbed]
 
 
 def evaluate_on_rank(settings: dict[str, Any], devices: int) -> dict[str, Any]:
@@ -49,12 +58,13 @@ def evaluate_on_rank(settings: dict[str, Any], devices: int) -> dict[str, Any]:
 
 
 @pytest.mark.ddp
-def test_two_and_four_ranks_report_what_one_does(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Three batches of every set: the fourth rank has no image of any."""
+def test_several_ranks_report_what_one_does(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Two batches of the measured sets: the third rank has no image of any."""
+    settings["batch_size"] = 60
     alone = evaluate(**settings, devices=1)
     assert "reference: 1 broken images were left out" not in alone["notes"]  # another one took its place
     assert "held-out real images: 1 broken images were left out, 120 measured" in alone["notes"]
-    for ranks in (2, 4):
+    for ranks in (2, 3):
         several = settings | {"output": str(tmp_path / f"on {ranks}")}
         reports = on_ranks(ranks, evaluate_on_rank, tmp_path / f"ranks {ranks}", several, ranks)
         assert all(report == reports[0] for report in reports)
@@ -104,11 +114,11 @@ class Interrupted(ColourMeans):
 def test_it_goes_on_after_an_interruption(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shares_file, "KEPT_EVERY", 50)
     alone = evaluate(**{**settings, "output": f"{settings['output']} whole"})
-    # 240 of the reference, all of the held-out images, two batches of the samples.
+    # 120 held-out images, and as many reconstructions from their ids and, at two rates, from perturbed ones.
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**{**settings, "extractor": Interrupted(240 + 120 + 100)})
-    # The last batch of the samples, and the one image that took the place of a broken one of the held-out images.
-    left = Interrupted(20 + 1)
+        evaluate(**{**settings, "extractor": Interrupted(240 + 4 * 120 + 100)})
+    # The last batch of the samples, and four times the image that took the place of a broken held-out one.
+    left = Interrupted(20 + 4)
     assert evaluate(**{**settings, "extractor": left})["rows"] == alone["rows"]
     assert left.left == 0 and not Path(settings["output"], "shares").exists()
 
@@ -117,7 +127,7 @@ def test_a_damaged_share_is_measured_again(settings: dict[str, Any], monkeypatch
     monkeypatch.setattr(shares_file, "KEPT_EVERY", 50)
     alone = evaluate(**{**settings, "output": f"{settings['output']} whole"})
     with pytest.raises(KeyboardInterrupt):
-        evaluate(**{**settings, "extractor": Interrupted(240 + 120 + 100)})
+        evaluate(**{**settings, "extractor": Interrupted(240 + 4 * 120 + 100)})
     for file in Path(settings["output"], "shares").iterdir():
         file.write_bytes(file.read_bytes()[:200])
     assert evaluate(**settings)["rows"] == alone["rows"]

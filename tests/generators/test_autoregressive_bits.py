@@ -160,7 +160,7 @@ def test_samples_are_grids_of_ids(make_generator) -> None:
         ({"block_size": 2, "order": "blocks"}, r"order='blocks' needs a block_size that is a square.*block_size=2"),
         ({"block_size": 8, "order": "blocks"}, "order='blocks' needs a block_size that is a square"),
         ({"perturb_rate": 1.5}, r"perturb_rate must lie in \[0, 1\], got 1.5"),
-        ({"order": "spiral"}, "order must be 'raster', 'blocks', 'random_annealed' or a permutation"),
+        ({"order": "spiral"}, "order must be 'raster', 'blocks', 'random', 'random_annealed' or a permutation"),
         ({"vocab_size": 12}, "power of 2, the tokenizer's is 12"),
     ],
 )

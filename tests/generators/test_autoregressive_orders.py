@@ -162,7 +162,7 @@ def test_order_is_not_in_the_weights(make_generator) -> None:
     [
         (
             {"order": "spiral"},
-            "order must be 'raster', 'blocks', 'random_annealed' or a permutation of positions, got 'spiral'",
+            "order must be 'raster', 'blocks', 'random', 'random_annealed' or a permutation of positions, got 'spiral'",
         ),
         ({"order": (0, 1)}, "order must have each of the 3 positions 0 to 2 once"),
         ({"order": (0, 1, 1)}, "order must have each of the 3 positions 0 to 2 once"),

@@ -22,7 +22,8 @@ from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath, ScheduledPath
+from discrete_lit.diffusion.consistency import ConsistencyLoss
+from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath, ScheduledPath, TrigonometricPath
 from discrete_lit.diffusion.solvers import DDIM, DDPM, Euler, EulerMaruyama, Solver
 from discrete_lit.generators import LatentDiffusion
 from discrete_lit.samplers import GuidedSolver, MaskGITSampler
@@ -258,6 +259,109 @@ def test_latents_without_a_tokenizer_are_written_as_latents(tmp_path: Path) -> N
         assert written["latents"].shape == (2, 4, 2, 2) and written["latents"].dtype == np.float32
     with pytest.raises(ValueError, match="loaded without its tokenizer, which codes images as 4 x 2 x 2 latents"):
         discrete_lit.load(tmp_path / "model.ckpt").tokenizer.encode(torch.zeros(1, 3, 8, 8))
+
+
+# A consistency function distilled from a teacher.
+
+
+class Jump(Best):
+    """The velocity that leads in one step where the ODE of `Best` leads, given the mean of each class."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None) -> Tensor:
+        t = time.double()[:, None, None, None] / 1000
+        mean = self.scale * torch.where(labels == self.layout.null_label, 0, labels)[:, None, None, None].double()
+        data = mean + DEVIATION * (x - (1 - t) * mean) / ((1 - t) ** 2 * DEVIATION**2 + t**2).sqrt()
+        return (x - data) / t.clamp(min=1e-9)
+
+
+class GuidedJump(Jump):
+    """The same where the teacher is guided by 2, which doubles the distance of a class, see above."""
+
+    scale = 2.0
+
+
+@pytest.mark.parametrize(("jump", "scale", "small"), [(Jump, 1.0, True), (GuidedJump, 2.0, True), (Jump, 2.0, False)])
+def test_a_consistency_function_is_what_the_ode_of_its_teacher_leads_to(
+    jump: type[Jump], scale: float, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("discrete_lit.generators.latent_diffusion.load", lambda path: best())
+    settings: dict[str, Any] = {"backbone": jump, "sampler": None}
+    distilled = best(consistency=lambda denoiser: ConsistencyLoss(denoiser, intervals=256), **settings)
+    taught = best(
+        consistency=lambda denoiser: ConsistencyLoss(denoiser, intervals=256),
+        teacher="trained.ckpt",
+        teacher_guidance=scale,
+        **settings,
+    )
+    labels = torch.tensor([0, 1, 2, 3]).repeat(16)  # 3 is the null class
+    noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data = torch.where(labels == 3, 0, labels)[:, None, None, None] + DEVIATION * noise
+    losses = taught.losses(data, Condition(labels=labels), CounterRandom(0, torch.arange(64))).terms["error"]
+    without = distilled.losses(data, Condition(labels=labels), CounterRandom(0, torch.arange(64))).terms["error"]
+    assert (float(losses.max()) < 0.02) == small
+    assert float(without.min()) > 0.5, "points with one noise do not lie on one way of the ODE"
+
+
+def test_distillation_begins_with_its_teacher_and_leaves_it_out_of_its_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "teacher.ckpt"
+    trained: Any = instantiate(pixels())
+    randomise(trained.backbone, 0.2)
+    save(trained, file)
+    few: dict[str, Any] = {
+        "consistency": {"class_path": "discrete_lit.diffusion.consistency.ConsistencyLoss"},
+        "sampler": None,
+        "teacher": str(file),
+    }
+    student: Any = instantiate(pixels(**few, teacher_guidance=2.0))
+    student.begin_with_teacher()
+    for name, value in student.backbone.state_dict().items():
+        assert torch.equal(value, trained.backbone.state_dict()[name]), name
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+        trainer.fit(student, datamodule=SyntheticImages(count=8, batch_size=4))
+    assert trainer.callback_metrics["validation/loss"].isfinite()
+    assert student.state_dict().keys() == trained.state_dict().keys()
+    for name, value in student._teacher().state_dict().items():
+        assert torch.equal(value, trained.state_dict()[name]), "the teacher is not trained"
+    batch = {"image": torch.zeros(2, 3, 8, 8), "label": torch.zeros(2, dtype=torch.int64), "index": torch.arange(2)}
+    assert count_step(student, batch) > count_step(trained, batch)
+    save(student, tmp_path / "student.ckpt")
+    file.unlink()
+    again = discrete_lit.load(tmp_path / "student.ckpt")
+    assert torch.equal(again.sample(torch.tensor([0])), student.sample(torch.tensor([0])))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ({"num_classes": 2}, "has another number of classes: 2, and this model 3"),
+        ({"denoiser": GaussianDenoiser(TrigonometricPath(), prediction="velocity")}, "has another path; alpha and"),
+        ({"consistency": ConsistencyLoss, "sampler": None}, "holds a consistency function: give the model before it"),
+        ({"label_dropout": 0.0}, r"teacher_guidance=2\.0 needs a teacher that learned the null label"),
+        ({"backbone": lambda layout: DiT(layout, width=8, depth=1, heads=2)}, "has a network of other sizes"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused(
+    teacher: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("discrete_lit.generators.latent_diffusion.load", lambda path: best(**teacher))
+    student = best(consistency=ConsistencyLoss, sampler=None, teacher="trained.ckpt", teacher_guidance=2.0)
+    with pytest.raises(ValueError, match=r"teacher='trained\.ckpt' " * ("guidance" not in message) + message):
+        student.begin_with_teacher()
+    with pytest.raises(ValueError, match=r"teacher='trained\.ckpt' is for distillation: give consistency"):
+        best(teacher="trained.ckpt")
+    with pytest.raises(ValueError, match=r"teacher_guidance=2\.0 must be at least 0, and is of a teacher, got"):
+        best(consistency=ConsistencyLoss, teacher_guidance=2.0)
 
 
 def network(code_dim: int, latent_dim: int) -> ConvAutoencoder:

@@ -31,6 +31,64 @@ def test_number_of_masked_tokens(make_generator, schedule: MaskSchedule) -> None
     assert (positions - positions.mean()).abs().max() < 5 * (0.25 / 3000) ** 0.5
 
 
+def test_the_nearest_number_of_masked_tokens(make_generator) -> None:
+    """TiTok's generator: max(1, round(N m)); of its 32 tokens 20.37 are masked on average, where ceil masks 20.87."""
+    generator = make_generator("masked", token_shape=(32,), mask_schedule=ArccosSchedule(), mask_count="round")
+    indices = torch.arange(20000)
+    counts = losses_of(generator, indices).weights.sum(dim=1).double()
+    r = 1 - CounterRandom(generator.seed, indices).uniform(Purpose.MASK_RATIO, 1)[:, 0]
+    assert torch.equal(counts, (32 * torch.acos(r) / (torch.pi / 2)).round().clamp(min=1))
+    assert float(counts.mean()) == pytest.approx(20.37, abs=0.2)
+    assert float((counts == 32).double().mean()) == pytest.approx(0.0245, abs=0.004)
+
+
+@pytest.mark.parametrize("unmasked_weight", [0.0, 1.0])
+def test_independent_masks(make_generator, unmasked_weight: float) -> None:
+    """Halton-MaskGIT masks each token with probability m: a binomial number, also 0 where all tokens count."""
+    generator = make_generator(
+        "masked",
+        token_shape=(16,),
+        mask_schedule=ArccosSchedule(),
+        mask_count="bernoulli",
+        unmasked_weight=unmasked_weight,
+    ).train()
+    indices = torch.arange(20000)
+    masked = generator._draw_masks(CounterRandom(generator.seed, indices))
+    r = 1 - CounterRandom(generator.seed, indices).uniform(Purpose.MASK_RATIO, 1)
+    m = torch.acos(r) / (torch.pi / 2)
+    standard = (masked.double() - m) / (m * (1 - m)).sqrt()
+    used = (m > 0.3)[:, 0] & (m < 0.95)[:, 0]
+    assert float(standard[used].mean()) == pytest.approx(0, abs=0.02)
+    assert float(standard[used].sum(dim=1).var()) == pytest.approx(16, rel=0.05)
+    nothing = (masked.sum(dim=1) == 0).double().mean()
+    expected = float(((1 - m) ** 16).mean())
+    assert float(nothing) == (pytest.approx(expected, rel=0.15) if unmasked_weight else 0)
+
+
+def test_a_least_mask_ratio_in_training_alone(make_generator) -> None:
+    generator = make_generator("masked", token_shape=(16,), min_mask_ratio=0.5)
+    ratios = {}
+    for training in (True, False):
+        masked = generator.train(training)._draw_masks(CounterRandom(0, torch.arange(2000)))
+        ratios[training] = masked.double().mean(dim=1)
+    assert float(ratios[True].min()) == 0.5 and float(ratios[False].min()) < 0.1
+    # m = sin(pi t / 2) is below 0.5 for t < 1 / 3.
+    assert float((ratios[True] == 0.5).double().mean()) == pytest.approx(1 / 3, abs=0.04)
+    assert torch.equal(ratios[True], ratios[False].clamp(min=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_count": "floor"}, "mask_count='floor' is not known, accepted: ceil, round, bernoulli"),
+        ({"min_mask_ratio": 1.0}, r"min_mask_ratio must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_mistakes_about_the_masks(make_generator, settings, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_generator("masked", **settings)
+
+
 def test_the_network_sees_the_mask_id_at_masked_places_alone(make_generator) -> None:
     generator = make_generator("masked", vocab_size=7, token_shape=(4, 4))
     seen: list[torch.Tensor] = []

@@ -1,6 +1,7 @@
 """TokenDiffusionDecoder: exact on Gaussian data given tokens, of grids and rows, in place of a tokenizer's decoder."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from discrete_lit.evaluation.inputs import Run, _load_autoencoders
 from discrete_lit.generators import TokenDiffusionDecoder
 from discrete_lit.metrics.reconstruction import ReconstructionMeter
 from discrete_lit.samplers import GuidedSolver
-from discrete_lit.tokenizers import FSQ, RawPixels, TokenGrid
+from discrete_lit.tokenizers import FSQ, PerturbedTokenizer, RawPixels, TokenGrid
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 DEVIATION = 0.3
@@ -54,6 +55,18 @@ class BestGiven(DenoisingNetwork):
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         return []
+
+
+class JumpGiven(BestGiven):
+    """The velocity that leads in one step where the ODE of `BestGiven` leads."""
+
+    def forward(
+        self, x: Tensor, time: Tensor, labels: Tensor, context: Tensor | None = None, vectors: Tensor | None = None
+    ) -> Tensor:
+        assert context is not None
+        t, mean = time.double()[:, None, None, None] / 1000, nearest_grid(context, self.layout.grid)[:, :1].double()
+        data = mean + DEVIATION * (x - (1 - t) * mean) / ((1 - t) ** 2 * DEVIATION**2 + t**2).sqrt()
+        return (x - data) / t.clamp(min=1e-9)
 
 
 def network(code_dim: int, latent_dim: int) -> ConvAutoencoder:
@@ -207,6 +220,33 @@ def test_a_consistency_function_is_drawn_in_one_step() -> None:
         made.log_likelihood(torch.randn(2, 3, 8, 8), condition)
     with pytest.raises(ValueError, match="error_of='data' is of the denoising loss"):
         decoder(consistency=ConsistencyLoss, error_of="data")
+
+
+@torch.no_grad()
+def test_a_few_step_decoder_is_distilled_given_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher knows the mean of each image by its tokens: without them it would lead elsewhere."""
+    monkeypatch.setattr("discrete_lit.generators.latent_diffusion.load", lambda path: decoder(backbone=BestGiven))
+    student = decoder(
+        backbone=JumpGiven,
+        consistency=lambda denoiser: ConsistencyLoss(denoiser, intervals=256),
+        sampler=None,
+        teacher="trained.ckpt",
+    )
+    condition = Condition(labels=torch.zeros(8).long(), grid=ids(8).flatten(1))
+    mean = nearest_grid(student.given(condition)["context"], (8, 8))[:, :1].double()
+    data = mean + DEVIATION * torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    random = CounterRandom(0, torch.arange(8))
+    assert float(student.losses(data, condition, random).terms["error"].max()) < 0.02
+    other = Condition(labels=condition.labels, grid=ids(8).flip(0).flatten(1))
+    monkeypatch.setattr(student, "_teacher_given", partial(_given_another, student._teacher_given, other))
+    assert float(student.losses(data, condition, random).terms["error"].max()) > 1
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"has the target and residual_scale residual, 2\.0, and this decoder image"):
+        student.check_teacher(decoder(target="residual", residual_scale=2.0))
+
+
+def _given_another(teacher_given: Any, other: Condition, condition: Condition) -> Any:
+    return teacher_given(other)
 
 
 def test_its_noise_is_drawn_by_no_generator() -> None:
@@ -405,3 +445,8 @@ def test_evaluation_measures_its_reconstructions(tmp_path: Path) -> None:
     assert (meter(images).int() - expected.int()).abs().max() <= 1
     figures = meter.figures()
     assert figures.vocab_size == 16 and figures.tokens == 16 and figures.psnr > 0
+    # Its ids can be perturbed as the tokenizer's own, to the same ones.
+    pictures = images / 127.5 - 1
+    perturbed = [PerturbedTokenizer(each, 0.5, neighbours=3) for each in (both, made.discrete)]
+    assert torch.equal(perturbed[0].encode(pictures), perturbed[1].encode(pictures))
+    assert not torch.equal(perturbed[0].decode(perturbed[0].encode(pictures)), both.decode(both.encode(pictures)))

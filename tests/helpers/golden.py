@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from discrete_lit.pretrained import load_pretrained
+from helpers.flax_files import write_flax
 
 Tensors = dict[str, Tensor]
 # `load(**reference)`: the module of a case, with some of the reference's arguments in place of the case's own.
@@ -154,12 +155,22 @@ def published(case: Case, folder: Path) -> Load:
     if case.family == "var_transformer":
         save_file(published_state(case, "vae."), folder / "tokenizer.safetensors")
         tokenizer = load_pretrained(folder / "tokenizer.safetensors", "var_vqvae", case.constructor["vae"])
-    save_file(published_state(case), folder / "published.safetensors")
+    file = folder / "published.safetensors"
+    if case.family == "maskgit_flax":
+        # Two files, as Flax writes them.
+        file = folder / "maskgit_checkpoint"
+        for part, path in (("tokenizer.", folder / "tokenizer_checkpoint"), ("transformer.", file)):
+            tensors = {name.removeprefix(part): value for name, value in case.state.items() if name.startswith(part)}
+            write_flax(path, tensors)
+        settings = case.constructor["vqvae"]
+        tokenizer = load_pretrained(folder / "tokenizer_checkpoint", "maskgit_flax_tokenizer", settings)
+    else:
+        save_file(published_state(case), file)
 
     def load(**reference: Any) -> Any:
         arguments = {**case.arguments, **reference}
         with torch.device("cpu"):
-            module = load_pretrained(folder / "published.safetensors", case.family, arguments, tokenizer)
+            module = load_pretrained(file, case.family, arguments, tokenizer)
         return module.to(case.device)
 
     return load

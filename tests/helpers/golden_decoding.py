@@ -1,4 +1,5 @@
-"""MaskGIT's own decoding on the toy network of its golden cases, which have no checkpoint, only noise."""
+"""What no checkpoint of ours is needed for: MaskGIT's own decoding on the toy network of its golden cases, which have
+noise alone, and BAR's quantizer, whose tokenizer is SigLIP's network with another decoder."""
 
 from types import SimpleNamespace
 from typing import Self
@@ -10,6 +11,7 @@ from discrete_lit.backbones import Cache, SequenceLayout
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import CosineSchedule
 from discrete_lit.samplers import MaskGITSampler
+from discrete_lit.tokenizers.quantizers import FiniteScalarQuantizer
 from helpers.golden import Case, Tensors
 from helpers.golden_generators import SCHEDULES
 
@@ -163,4 +165,35 @@ def maskgit_jax_decode(case: Case) -> Tensors:
     return made
 
 
-OUTPUTS = {"maskgit_jax_decode": maskgit_jax_decode}
+def bar_fsq(case: Case) -> Tensors:
+    """Its codes are -1 and 1 where ours are -1 and 0, which the linear layer behind them takes up."""
+    weights = case.state
+    quantizer = FiniteScalarQuantizer([2] * case.constructor["token_size"], formula="atanh")
+
+    def projected(layer: str, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weights[f"quantize.{layer}.weight"], weights[f"quantize.{layer}.bias"])
+
+    def out(codes: Tensor) -> Tensor:
+        return projected("out_proj", 2 * codes + 1)
+
+    z = case.inputs["z"].clone().requires_grad_()
+    with torch.enable_grad():
+        latents = projected("in_proj", z)
+        quantized = quantizer(latents)
+        quant = out(quantized.z_q)
+        quant.square().mean().backward()
+    width = quantizer.dim
+    bits = case.inputs["bits"].unflatten(1, (-1, width))
+    ids = (bits << torch.arange(width)).sum(dim=-1)
+    assert z.grad is not None
+    return {
+        "projected": latents,
+        "bounded": quantizer.bound(latents),
+        "quant": quant,
+        "indices": quantized.tokens[..., None] >> torch.arange(width) & 1,
+        "grad_z": z.grad,
+        "codes_from_bits": out(quantizer.lookup(ids)),
+    }
+
+
+OUTPUTS = {"maskgit_jax_decode": maskgit_jax_decode, "bar_fsq": bar_fsq}

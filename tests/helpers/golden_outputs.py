@@ -9,9 +9,11 @@ import torch
 
 from discrete_lit.pretrained import FAMILIES
 from helpers import (
+    golden_autoregressive,
     golden_bits,
     golden_decoding,
     golden_diffusion,
+    golden_flax,
     golden_generators,
     golden_latents,
     golden_tokenizers,
@@ -19,11 +21,20 @@ from helpers import (
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
-KINDS = (golden_tokenizers, golden_generators, golden_diffusion, golden_latents, golden_turns, golden_bits)
+KINDS = (
+    golden_tokenizers,
+    golden_generators,
+    golden_diffusion,
+    golden_latents,
+    golden_turns,
+    golden_bits,
+    golden_autoregressive,
+    golden_flax,
+)
 NOT_YET = (
-    *("bar", "bar_fsq", "chameleon", "emu3"),
-    *("encodec", "gidd", "ibq_ar", "infinity", "janus", "llamagen_t2i"),
-    *("magvit2_video", "maskgit_flax", "md4", "musicgen_decoder", "open_magvit2_ar", "randar", "remdm"),
+    *("chameleon", "emu3"),
+    *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
+    *("magvit2_video", "md4", "musicgen_decoder", "remdm"),
     *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
 )
 """Families with golden cases that no code of ours loads."""

@@ -31,6 +31,7 @@ from discrete_lit.samplers import (
     NextScaleSampler,
     OpenMAGVIT2Sampler,
     PredictorCorrectorSampler,
+    RandARSampler,
     RandomOrderSampler,
     RasterSampler,
     RemaskingSampler,
@@ -208,6 +209,11 @@ GENERATORS: dict[str, Callable[[], Generator]] = {
     "Autoregressive, BAR": lambda: on_grid(
         Autoregressive, backbone=network(token_embedding="bits", place_head=bits, norm="rms", qk_norm="rms")
     ),
+    "Autoregressive, RandAR": lambda: on_grid(
+        Autoregressive,
+        order="random",
+        backbone=network(norm="rms", mlp="swiglu", positions="rope_2d", position_instructions=True),
+    ),
     "Autoregressive, BitDance": lambda: bit_dance(1),
     "Autoregressive, BitDance in blocks": lambda: bit_dance(3),
     "Masked": lambda: on_grid(Masked, sampler=MaskGITSampler(steps=3)),
@@ -275,6 +281,7 @@ def make_generator(name: str, spread: float = 0.3) -> Generator:
 SAMPLERS: dict[str, tuple[str, Callable[[], Sampler]]] = {
     "RasterSampler": ("Autoregressive", lambda: RasterSampler(guidance_scale=2.0)),
     "BARSampler": ("Autoregressive, BAR", lambda: BARSampler(bit_counts=(1, 2))),
+    "RandARSampler": ("Autoregressive, RandAR", lambda: RandARSampler(3, guidance_scale=2.0)),
     "BinaryFlowSampler": ("Autoregressive, BitDance", lambda: BinaryFlowSampler(guidance_scale=2.0)),
     "OpenMAGVIT2Sampler": (
         "Autoregressive, Open-MAGVIT2",

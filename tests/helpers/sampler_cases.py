@@ -16,6 +16,7 @@ from discrete_lit.samplers import (
     MaskGITSampler,
     NextScaleSampler,
     OpenMAGVIT2Sampler,
+    RandARSampler,
     RandomOrderSampler,
     RasterSampler,
     Sampler,
@@ -55,6 +56,7 @@ CASES: dict[str, tuple[type[Sampler], SequenceLayout, dict[str, Any]]] = {
     "bits": (RasterSampler, CODES, {}),
     "open_magvit2": (OpenMAGVIT2Sampler, ANY_ORDER_PARTS, {"order": "random", "parts": [SubTokenSettings()] * 2}),
     "bar": (BARSampler, CODES, {"bit_counts": (1, 2)}),
+    "randar": (RandARSampler, ANY_ORDER, {"order": "random", "steps": 4}),
 }
 # What the backbone of a case has that is not in its layout.
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -62,6 +64,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "bits": THREE_BITS,
     "open_magvit2": TWO_PARTS,
     "bar": THREE_BITS,
+    "randar": {"positions": "rope_2d", "position_instructions": True},
 }
 
 

@@ -157,10 +157,16 @@ def test_a_file_without_moments_is_refused(tmp_path):
         Moments.load(tmp_path / "odd.npz")
 
 
-def test_a_pickle_in_a_moments_file_is_not_opened(tmp_path):
+def test_a_pickled_and_a_truncated_file_of_moments_are_refused(tmp_path):
     np.savez(tmp_path / "moments.npz", mu=np.array([object()], dtype=object), sigma=np.eye(1))
     with pytest.raises(ValueError, match="allow_pickle"):
         Moments.load(tmp_path / "moments.npz")
+    moments_of(random_features(70, 5, 1)).save(tmp_path / "whole.npz")
+    data = (tmp_path / "whole.npz").read_bytes()
+    for kept in (0, 100, len(data) // 2, len(data) - 10):
+        (tmp_path / "cut.npz").write_bytes(data[:kept])
+        with pytest.raises(ValueError, match=r"cut\.npz"):
+            Moments.load(tmp_path / "cut.npz")
 
 
 def test_result_says_what_it_is():
@@ -229,6 +235,7 @@ def test_what_is_no_mean_and_covariance_is_refused_by_name(tmp_path, sigma, mu, 
         ({"extractor": 3}, "its extractor is int64"),
         ({"weights_sha256": b"a"}, "its weights_sha256 is"),
         ({"apply_exif": 1}, "its apply_exif is int64"),
+        ({"image_size": 64}, r"its image_size is int64 \(\), it must be a height and a width"),
     ],
 )
 def test_what_a_file_says_of_its_moments_is_checked(tmp_path, more, message):

@@ -43,7 +43,10 @@ REFERENCE = {
 # Those that no published weights are loaded for, by their number of parameters alone.
 OTHERS = ["taming_gpt", "maskgit", "ibq_ar_b"]
 # What trains a network and is in no published file of weights.
-TRAINING = {"dropout", "drop_path", "activation_checkpointing"}
+TRAINING = {
+    *("dropout", "dropout_places", "drop_path", "activation_checkpointing"),
+    *("initialization", "initial_gates"),
+}
 
 
 def config_of(recipe: str) -> str:

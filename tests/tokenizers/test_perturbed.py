@@ -108,7 +108,7 @@ def test_settings_that_cannot_be():
     for neighbours in (0, 12):
         with pytest.raises(ValueError, match=rf"count must be in \[1, 12\).*got {neighbours}"):
             PerturbedTokenizer(tokenizer, 0.1, neighbours=neighbours)
-    with pytest.raises(ValueError, match="ids of a PixelLevels have no codes"):
+    with pytest.raises(ValueError, match="a PixelLevels has no ids with codes"):
         PerturbedTokenizer(PixelLevels(levels=4), 0.1)
     with pytest.raises(ValueError, match=r"at most 1,048,576, this LookupFreeQuantizer has 16,777,216"):
         PerturbedTokenizer(make("LFQ", bits=24, entropy_weight=0.0), 0.1)

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def make_timm(model_name: str, weights_path: str, setting: str, *, has_layers: b
         raise ValueError(f"{setting}.model_name={model_name!r} does not give the features of its layers")
     if weights_path != RANDOM_WEIGHTS:
         load_frozen(network, read_weights(weights_path, f"{setting}.weights_path"), f"{setting}.weights_path")
-    return with_pixel_statistics(network, network.pretrained_cfg)
+    return with_pixel_statistics(network, cast(Any, network.pretrained_cfg))
 
 
 def make_torchvision(model_name: str, weights_path: str, setting: str) -> nn.Module:

@@ -8,6 +8,7 @@ does.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import resources
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +219,7 @@ class TimmFeatures(PerceptualLoss):
             from discrete_lit.metrics.extractors import load_network, weight_file
 
             network = load_network(weight_file())
-            return with_pixel_statistics(network, network.pretrained_cfg)
+            return with_pixel_statistics(network, cast(Any, network.pretrained_cfg))
         return make_timm(self.model_name, self.weights_path, "perceptual_loss", has_layers=self.layers is not None)
 
 

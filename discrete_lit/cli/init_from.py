@@ -1,0 +1,98 @@
+"""Beginning a run from the weights of another: what a new model takes, and what begins anew."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor
+
+from discrete_lit.checkpoints import load_weights
+from discrete_lit.core.trust import printable
+
+_MOST_NAMED = 3
+
+
+def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: str) -> list[str]:
+    """Put the weights of a checkpoint into a new module, wherever it has weights of the same name and shape.
+
+    What the checkpoint does not have begins as the module made it: a discriminator, counts for the revival of codes,
+    further blocks. A class table of another number of classes begins anew but for the row of the null label, which
+    stands for no class as before. Of a run with an EMA the checkpoint's weights are the averages.
+
+    Args:
+        module: the new one; changed.
+        checkpoint: as `read_checkpoint` gives it.
+        path: its file, for messages.
+
+    Returns:
+        Lines that say how many weights were taken, which are new and which were left out.
+
+    Raises:
+        ValueError: weights of another shape, none that fits, or weights that `load_weights` refuses.
+    """
+    own, saved = module.state_dict(), checkpoint["state_dict"]
+    # A generator's tokenizer is the configuration's, whose weights were compared before.
+    frozen = "tokenizer." if hasattr(module, "tokenizer") else None
+    classes = _classes(checkpoint), getattr(module, "num_classes", None)
+    begun, new, wrong = dict(own), [], []
+    mine = [name for name in own if frozen is None or not name.startswith(frozen)]
+    for name in mine:
+        value, other = own[name], saved.get(name)
+        if name not in saved:
+            new.append(name)
+        elif not isinstance(value, Tensor) or not isinstance(other, Tensor) or other.shape == value.shape:
+            begun[name] = other
+        elif _is_class_table(value, other, classes):
+            begun[name] = value.clone()
+            begun[name][-1] = other[-1].to(value.dtype)
+            new.append(f"{name} ({classes[1]} classes in place of {classes[0]}; the row of the null label was taken)")
+        else:
+            wrong.append(f"{name} has shape {tuple(other.shape)} instead of {tuple(value.shape)}")
+    taken = len(mine) - len(new)
+    if wrong:
+        raise ValueError(
+            f"init_from={path!r} does not fit this {type(module).__name__}: {_first(wrong)}. Weights may be missing "
+            "or left over, and the number of classes may be another, but not other sizes"
+        )
+    if not taken:
+        raise ValueError(f"init_from={path!r} has no weight of this {type(module).__name__}: it is of another model")
+    load_weights(module, {**checkpoint, "state_dict": begun}, path)
+    lines = [f"init_from {path}: took {taken} of {len(mine)} weights{_source(checkpoint)}"]
+    left = [printable(name) for name in saved if name not in own and (frozen is None or not name.startswith(frozen))]
+    lines += [f"{what}: {', '.join(_grouped(names))}" for what, names in (("new", new), ("left out", left)) if names]
+    return lines
+
+
+def _source(checkpoint: Mapping[str, Any]) -> str:
+    return ", the averages of its EMA" if "current_model_state" in checkpoint else ""
+
+
+def _classes(checkpoint: Mapping[str, Any]) -> int | None:
+    found = ((checkpoint.get("hyper_parameters") or {}).get("init_args") or {}).get("num_classes")
+    return found if isinstance(found, int) else None
+
+
+def _is_class_table(own: Tensor, saved: Tensor, classes: tuple[int | None, int | None]) -> bool:
+    """Say whether these are tables of a vector for each class, and one for no class, of two numbers of classes."""
+    before, now = classes
+    if before is None or now is None or before == now or own.ndim != 2 or own.shape[1:] != saved.shape[1:]:
+        return False
+    return (len(saved), len(own)) == (before + 1, now + 1)
+
+
+def _first(problems: list[str]) -> str:
+    more = f" and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+    return f"{'; '.join(problems[:_MOST_NAMED])}{more}"
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Name weights one by one, or of a module that has more of them the module and their number."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[".".join(name.split(".")[:3])].append(name)
+    return [
+        line
+        for group, members in groups.items()
+        for line in (members if len(members) <= _MOST_NAMED else [f"{group} ({len(members)} weights)"])
+    ]

@@ -1,0 +1,171 @@
+"""Discrete or continuous, random or raster order (Fan et al., "Fluid", 2024): four small models; table and figure.
+
+  make quickstart && python docs/experiments/fluid.py
+
+Four generators of the embedded set with as many blocks of the same width, 400 batches of 128 and the same optimizer:
+next-token and masked prediction of FSQ's ids, and the same of a KL-VAE's latents by a diffusion head. Each training is
+`discrete-lit fit` on a recipe of `lightning_configs/quickstart/`, in the folders of `make comparison`, and what is
+finished there is not done again. Every row is read beside the reconstructions of its own tokenizer. Needs matplotlib.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+CONFIGS, RUNS = Path("lightning_configs/quickstart"), Path("runs/quickstart")
+LIT = [str(Path(sys.executable).with_name("discrete-lit"))]
+TOKENIZERS = {
+    "FSQ tokenizer": RUNS / "tokenizer/checkpoints/last.ckpt",
+    "KL tokenizer": RUNS / "tokenizer_kl/checkpoints/last.ckpt",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the four: its name in the table, its recipe, and whose reconstructions bound it."""
+
+    name: str
+    recipe: str
+    tokenizer: str
+
+
+MODELS = (
+    Model("raster, discrete", "autoregressive", "FSQ tokenizer"),
+    Model("random, discrete", "masked", "FSQ tokenizer"),
+    Model("raster, continuous", "causal_mar", "KL tokenizer"),
+    Model("random, continuous", "mar", "KL tokenizer"),
+)
+# The figures of a row by the heads of their columns, and how they are written.
+COLUMNS = {
+    "FD-EffNetLite0": ".1f",
+    "precision": ".3f",
+    "recall": ".3f",
+    "label accuracy (plain)": ".1%",
+    "label accuracy (apart)": ".1%",
+}
+
+
+def run(arguments: Sequence[str]) -> None:
+    print("discrete-lit", *arguments, flush=True)
+    subprocess.run([*LIT, *arguments], check=True)
+
+
+def samples_of(model: Model, seed: int, batches: int) -> Path:
+    """Train a model with a seed and draw 1,000 images, unless that is done; the path of the images."""
+    folder = RUNS / "comparison" / f"seed_{seed}" / model.recipe
+    if not (folder / "finished").exists():
+        run([
+            *("fit", "--config", str(CONFIGS / f"{model.recipe}.yaml"), "--run_dir", str(folder)),
+            *("--seed_everything", str(seed), "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed)),
+            *("--trainer.max_steps", str(batches)),
+            *("--model.init_args.scheduler.init_args.total_steps", str(batches), "--ckpt_path", "last"),
+        ])  # fmt: skip
+        (folder / "finished").touch()
+    if not (folder / "samples.npz").exists():
+        run([
+            *("sample", "--config", str(CONFIGS / "sample.yaml"), "--seed", str(seed), "--output", str(folder)),
+            *("--ckpt_path", str(folder / "checkpoints/last.ckpt")),
+        ])  # fmt: skip
+    return folder / "samples.npz"
+
+
+def measured(seeds: Sequence[int], batches: int, output: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the report by name, one for each seed."""
+    samples = {model.name: [str(samples_of(model, seed, batches)) for seed in seeds] for model in MODELS}
+    reconstructions = {name: str(path) for name, path in TOKENIZERS.items()}
+    run([
+        *("evaluate", "--config", str(CONFIGS / "comparison.yaml"), "--output", str(output), "--likelihoods", "null"),
+        *("--samples", json.dumps(samples), "--reconstructions", json.dumps(reconstructions)),
+    ])  # fmt: skip
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in json.loads((output / "report.json").read_text())["rows"]:
+        rows.setdefault(row["name"], []).append(row)
+    return rows
+
+
+def values_of(rows: list[dict[str, Any]], column: str) -> list[float]:
+    if column.startswith("label accuracy"):
+        classifier = column.removeprefix("label accuracy (").removesuffix(")")
+        return [row["label_accuracy"][classifier] for row in rows]
+    return [row[column] for row in rows]
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+
+
+def draw_figure(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    _, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    for model in MODELS:
+        order, kind = model.name.split(", ")
+        found = {column: values_of(rows[model.name], column) for column in COLUMNS}
+        style = {
+            "marker": "s" if order == "raster" else "o",
+            "color": "C0" if kind == "discrete" else "C1",
+            "linestyle": "none",
+        }
+        ceiling = mean(values_of(rows[model.tokenizer], "FD-EffNetLite0"))
+        axes[0].plot(found["FD-EffNetLite0"], [value - ceiling for value in found["FD-EffNetLite0"]], **style)
+        axes[1].plot(found["recall"], found["precision"], label=model.name, **style)
+    for number, (name, style) in enumerate(zip(TOKENIZERS, ("^", "v"), strict=True)):
+        axes[1].plot(
+            values_of(rows[name], "recall"), values_of(rows[name], "precision"), style, color=f"C{number}", label=name
+        )
+    axes[0].set(xlabel="FD-EffNetLite0", ylabel="above the tokenizer's reconstructions")
+    axes[1].set(xlabel="recall", ylabel="precision")
+    axes[1].legend(fontsize="x-small")
+    pyplot.savefig(path, dpi=100)
+
+
+def page(rows: dict[str, list[dict[str, Any]]], command: str, machine: str, picture: str) -> list[str]:
+    lines = [
+        "# Discrete or continuous, random or raster",
+        "",
+        f"`{command}`, {date.today().isoformat()}, {machine}. Mean ± standard deviation over the seeds; 1,000 images a "
+        "row, of the test split's classes. Each sampler's settings were chosen on other images "
+        "(docs/quickstart.md).",
+        "",
+        f"| images of | {' | '.join(COLUMNS)} | FD above its tokenizer's | network calls |",
+        f"|:--|{'--:|' * (len(COLUMNS) + 2)}",
+    ]
+    for name in (*TOKENIZERS, *(model.name for model in MODELS)):
+        cells = [spread(values_of(rows[name], column), form) for column, form in COLUMNS.items()]
+        model = next((model for model in MODELS if model.name == name), None)
+        if model is None:
+            cells += ["", ""]
+        else:
+            ceiling = mean(values_of(rows[model.tokenizer], "FD-EffNetLite0"))
+            above = [value - ceiling for value in values_of(rows[name], "FD-EffNetLite0")]
+            cells += [spread(above, ".1f"), f"{rows[name][0]['sampling']['network_calls']}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", f"![]({picture})", ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--batches", type=int, default=400, help="of training, of 128 images")
+    parser.add_argument("--output", type=Path, default=RUNS / "fluid", help="folder of the evaluation's report")
+    parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
+    given = parser.parse_args()
+    rows = measured(given.seeds, given.batches, given.output)
+    picture = given.page.with_suffix(".png")
+    draw_figure(rows, picture)
+    command = f"python docs/experiments/fluid.py --seeds {' '.join(map(str, given.seeds))} --batches {given.batches}"
+    given.page.write_text("\n".join(page(rows, command, f"torch {version('torch')}, on a CPU", picture.name)))
+    print(f"Wrote {given.page} and {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""New runs from the weights of others: which are taken, which are new, and what is said of them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
+
+STILL = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}  # what is taken stays as it was
+AVERAGES = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_other_classes_from_the_averages_of_a_generator(
+    tokenizer_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = generator_settings(tokenizer_checkpoint)
+    settings["trainer"] |= {"max_steps": 3, "callbacks": [AVERAGES]}
+    first = write_settings(tmp_path / "first.yaml", settings)
+    run("fit", "--config", first, "--run_dir", tmp_path / "first")
+    before = weights_of(tmp_path / "first")
+    raw = before["current_model_state"]
+    assert any(
+        not torch.equal(value, raw.get(f"module.{name}", raw.get(name))) for name, value in before["state_dict"].items()
+    )
+
+    settings["model"]["init_args"] |= {"num_classes": 5, "optimizer": STILL, "label_dropout": 0.2}
+    settings["data"]["init_args"]["num_classes"] = 5
+    settings["trainer"] |= {"max_steps": 1, "callbacks": []}
+    second = write_settings(tmp_path / "second.yaml", settings)
+    caplog.clear()
+    run(
+        "fit",
+        "--config",
+        second,
+        "--run_dir",
+        tmp_path / "second",
+        "--init_from",
+        tmp_path / "first/checkpoints/last.ckpt",
+    )
+    after = weights_of(tmp_path / "second")["state_dict"]
+    table = "backbone.class_embedding.weight"
+    for name, value in before["state_dict"].items():
+        if name != table:
+            assert torch.equal(after[name], value), name
+    assert after[table].shape == (6, 8) and torch.equal(after[table][-1], before["state_dict"][table][-1])
+    assert not any(torch.equal(row, old) for row in after[table][:-1] for old in before["state_dict"][table])
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    mine = sum(not name.startswith("tokenizer.") for name in after)
+    assert f"took {mine - 1} of {mine} weights, the averages of its EMA" in said
+    assert f"new: {table} (5 classes in place of 2; the row of the null label was taken)" in said
+    assert "left out" not in said
+
+
+def test_a_fresh_discriminator_and_revival(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = copy.deepcopy(TOKENIZER)
+    settings["model"]["class_path"] = "VQVAE"
+    del settings["model"]["init_args"]["levels"]
+    settings["model"]["init_args"] |= {"codebook_size": 8, "code_dim": 4, "codebook_init": "normal"}
+    settings["trainer"]["limit_val_batches"] = 0
+    run("fit", "--config", write_settings(tmp_path / "first.yaml", settings), "--run_dir", tmp_path / "first")
+    before = weights_of(tmp_path / "first")["state_dict"]
+
+    settings["model"]["init_args"] |= {
+        "revive_below": 0.5,
+        "adversarial_loss": {
+            "class_path": "AdversarialLoss",
+            "init_args": {
+                "discriminator": {"class_path": "PatchGAN", "init_args": {"width": 4, "layers": 1}},
+                "start_step": 0,
+            },
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}},
+    }
+    settings["trainer"]["max_steps"] = 1
+    second = write_settings(tmp_path / "second.yaml", settings)
+    start = ("--init_from", tmp_path / "first/checkpoints/last.ckpt")
+    run("fit", "--config", second, "--run_dir", tmp_path / "second", *start)
+    after = weights_of(tmp_path / "second")["state_dict"]
+    networks = [name for name in before if name.startswith("network.")]
+    assert networks and all(torch.equal(after[name], before[name]) for name in networks)
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"took {len(before)} of {len(after)} weights" in said and "EMA" not in said
+    assert "new: " in said and "discriminator" in said
+
+    # And back: a model without a discriminator leaves it out.
+    caplog.clear()
+    settings["model"]["init_args"].pop("adversarial_loss")
+    third = write_settings(tmp_path / "third.yaml", settings)
+    run(
+        "fit",
+        "--config",
+        third,
+        "--run_dir",
+        tmp_path / "third",
+        "--init_from",
+        tmp_path / "second/checkpoints/last.ckpt",
+    )
+    said = "\n".join(record.getMessage() for record in caplog.records)
+    assert "left out: " in said and "discriminator" in said.partition("left out: ")[2]
+
+
+def test_a_generator_that_was_imported_without_its_tokenizer(
+    tokenizer_checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an imported file is: its weights are the backbone's, and the configuration says which tokenizer it is for."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    settings = generator_settings(tokenizer_checkpoint)
+    alone = copy.deepcopy(settings["model"])
+    alone["init_args"]["tokenizer"] = {
+        "class_path": "TokenGrid",
+        "init_args": {"vocab_size": 12, "token_shape": [4, 4]},
+    }
+    generator = instantiate(alone)
+    save(generator, tmp_path / "imported.ckpt")
+    settings["model"]["init_args"]["optimizer"] = STILL
+    settings["trainer"]["max_steps"] = 1
+    file = write_settings(tmp_path / "settings.yaml", settings)
+    run("fit", "--config", file, "--run_dir", tmp_path / "run", "--init_from", tmp_path / "imported.ckpt")
+    after = weights_of(tmp_path / "run")["state_dict"]
+    for name, value in generator.backbone.state_dict(prefix="backbone.").items():
+        assert torch.equal(after[name], value), name
+    assert any(name.startswith("tokenizer.network.") for name in after)
+    assert not [record for record in caplog.records if record.getMessage().startswith(("new: ", "left out: "))]
