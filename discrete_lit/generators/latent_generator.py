@@ -141,7 +141,7 @@ class LatentGenerator(ClassConditionalTraining):
     # The loss.
 
     step_schedule: MaskSchedule | None = None
-    """Of m, the share of places that a training step masks or leaves out; None for a family that reads them all."""
+    """The law of m, the share of places that a training step masks or leaves out; None where it reads them all."""
     fixed_share: float | None = None
     """m of every training step; by default each draws its own."""
 
