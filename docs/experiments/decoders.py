@@ -41,7 +41,7 @@ TOKENIZER = QUICKSTART / "tokenizer" / "checkpoints" / "last.ckpt"
 GENERATOR = QUICKSTART / "masked" / "checkpoints" / "last.ckpt"
 CLASSIFIER = QUICKSTART / "classifier_apart" / "checkpoints" / "last.ckpt"
 CLASSES = 10
-OWN = "tokenizer's own"
+OWN = "own decoder"
 # Name to the recipes, one laid over the other, and further settings. The scale brings the residuals' deviation near 1.
 RECIPES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "diffusion": (("decoder",), {}),
