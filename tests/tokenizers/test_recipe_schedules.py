@@ -29,7 +29,8 @@ def made(settings: dict[str, Any] | None, optimizer: torch.optim.Optimizer) -> A
     if settings is None:
         return None
     name = settings["class_path"]
-    return {"MultiStepLR": MultiStepLR}.get(name, getattr(optimization, name, None))(optimizer, **settings["init_args"])
+    kind = MultiStepLR if name == "MultiStepLR" else getattr(optimization, name)
+    return kind(optimizer, **settings["init_args"])
 
 
 def shares(name: str) -> tuple[Rates, Rates]:

@@ -106,25 +106,25 @@ def _norm(kind: Norm, width: int) -> nn.Module:
     """The norm of `(B, width, h, w)` or `(B, width, n)`."""
     if kind == "group":
         return nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
-    return SynchronizedBatchNorm(width) if kind == "sync" else LocalBatchNorm(width)
+    return SynchronizedBatchNorm(width) if kind == "sync" else RankBatchNorm(width)
 
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, LocalBatchNorm | nn.GroupNorm):
+    elif isinstance(module, RankBatchNorm | nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, 0.02)
         nn.init.zeros_(module.bias)
 
 
-class LocalBatchNorm(nn.BatchNorm2d):
+class RankBatchNorm(nn.BatchNorm2d):
     """Normalise, in training, by the statistics of the batch of this rank, of images or of sequences."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         assert input.ndim in (3, 4)
 
 
-class SynchronizedBatchNorm(LocalBatchNorm):
+class SynchronizedBatchNorm(RankBatchNorm):
     """Normalise, in training, by the statistics of the joined batch of all ranks.
 
     Whether there are other ranks is asked at every call. Unlike `torch.nn.SyncBatchNorm` it runs on every device and
