@@ -222,7 +222,7 @@ def draw_pictures(files: dict[tuple[str, str], list[Path]], path: Path) -> None:
     from matplotlib import pyplot
 
     chosen = slice(CLASSES, 2 * CLASSES)
-    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(14, 4.2), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, len(KINDS), figsize=(14, 3.4), constrained_layout=True)
     for axis, kind in zip(axes, KINDS, strict=True):
         count = len(pixels(files[OWN, "true"][0]))
         rows: dict[str, Tensor] = {}
@@ -239,7 +239,8 @@ def draw_pictures(files: dict[tuple[str, str], list[Path]], path: Path) -> None:
         axis.set_yticks([16 + 32 * row for row in range(len(rows))], list(rows), fontsize="small")
         axis.set_xticks([])
         axis.set_title(f"{kind} ids")
-    figure.savefig(path, dpi=110)
+        axis.set_anchor("N")
+    figure.savefig(path, dpi=130)
 
 
 def draw_calls(by_calls: dict[str, dict[int, float]], lines: dict[str, float], metric: str, path: Path) -> None:
