@@ -25,7 +25,15 @@ from torch import Tensor
 
 from discrete_lit.core.configuration import build
 from discrete_lit.core.files import atomic_write, check_records
-from discrete_lit.core.trust import NotTrusted, check_config, only_trusted_imports, printable, refusal, trusting
+from discrete_lit.core.trust import (
+    NotBuildable,
+    NotTrusted,
+    check_config,
+    only_trusted_imports,
+    printable,
+    refusal,
+    trusting,
+)
 
 _log = logging.getLogger(__name__)
 _MOST_SHOWN = 3
@@ -109,7 +117,7 @@ def rebuild(
             return instantiate(config, base)
     # A file may be wrong in any way: sizes that no memory holds, a tokenizer that is the file itself.
     except Exception as error:
-        raise ValueError(refusal(error, str(path)) or _cannot_build(config, path, error)) from error
+        raise (refusal(error, str(path)) or ValueError(_cannot_build(config, path, error))) from error
 
 
 def _cannot_build(config: Mapping[str, Any], path: str | Path, error: BaseException) -> str:
@@ -268,7 +276,7 @@ def check_parses(config: dict[str, Any], path: str | Path) -> None:
         with only_trusted_imports():
             parser.parse_object({"model": config})
     except Exception as error:
-        raise ValueError(refusal(error, str(path)) or _cannot_build(config, path, error)) from error
+        raise (refusal(error, str(path)) or ValueError(_cannot_build(config, path, error))) from error
 
 
 def save(module: LightningModule, path: str | Path) -> None:
@@ -330,13 +338,15 @@ def _rebuild_to_use(checkpoint: Mapping[str, Any], path: str | Path) -> Lightnin
     """Build the module of a checkpoint; where it cannot be, try without what only training reads."""
     try:
         return rebuild(checkpoint, path)
+    except NotBuildable:
+        raise
     except ValueError as error:
         config = _whole_config(checkpoint, path)
+        with suppress(NotTrusted):  # such a class is left out; what may not be built at all is refused
+            check_config(config, str(path))
         used = _without_training(config)
         if used == config:
             raise
-        with suppress(NotTrusted):  # such a class is left out; what may not be built at all is refused
-            check_config(config, str(path))
         parts = {f"{part}_config": used["init_args"][part] for part in _PARTS if f"{part}_config" in checkpoint}
         try:
             module = rebuild({**checkpoint, "hyper_parameters": used, **parts}, path)

@@ -65,7 +65,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def test_make_makes_every_file_that_is_compared(steps: list[str]) -> None:
-    assert steps[-1] == f"evaluate --config {FOLDER}/comparison.yaml"
+    assert steps[-1] == f"evaluate --config {FOLDER}/comparison.yaml --devices 2"
     made = set()
     for step in steps[:-1]:
         settings = {}

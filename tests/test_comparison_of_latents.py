@@ -116,9 +116,9 @@ def settings_of(model: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(model["init_args"][key] for key in ("head", "mask_schedule"))
 
 
-def test_discon_is_mar_with_tokens_in_front() -> None:
+def test_discon_is_mar_with_tokens_added() -> None:
     mar, discon = (read(f"{FOLDER}/{name}.yaml")["model"] for name in ("mar", "discon"))
     assert settings_of(mar) == settings_of(discon)
-    assert {**mar["init_args"]["backbone"]["init_args"], "fusion": "prefix"} == discon["init_args"]["backbone"][
+    assert {**mar["init_args"]["backbone"]["init_args"], "fusion": "add"} == discon["init_args"]["backbone"][
         "init_args"
     ]

@@ -57,6 +57,10 @@ class NotTrusted(ValueError):
     """A checkpoint names classes of modules that the user has not trusted."""
 
 
+class NotBuildable(ValueError):
+    """A checkpoint names something that no checkpoint may build, whatever the user trusts."""
+
+
 @contextmanager
 def trusting(*modules: str) -> Iterator[None]:
     """Trust modules inside the block: a checkpoint may name the classes that they and their submodules define.
@@ -222,10 +226,13 @@ def only_trusted_imports() -> Iterator[None]:
         settings.update(before)
 
 
-def refusal(error: BaseException, source: str) -> str | None:
-    """Say what to do where an error comes from an import that `only_trusted_imports` denied; None for another error."""
+def refusal(error: BaseException, source: str) -> ValueError | None:
+    """Make the error that says what to do about an import that `only_trusted_imports` denied; None for other errors."""
     denied = re.search(r"Importing '([\w.]+)' is not allowed", str(error))
-    return None if denied is None else _untrusted([denied[1]], "", source)
+    if denied is None:
+        return None
+    kind = NotTrusted if _may_be_the_users(denied[1]) else NotBuildable
+    return kind(_untrusted([denied[1]], "", source))
 
 
 def printable(text: Any, limit: int = _LONGEST) -> str:

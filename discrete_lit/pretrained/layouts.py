@@ -240,6 +240,20 @@ def class_count(state: State, embedding: Tensor, before: int = 0) -> int:
     return count
 
 
+def given_length(arguments: Settings, usual: int) -> int:
+    """Take the number of tokens of a square image, `block_size`, from the reference configuration.
+
+    Raises:
+        ValueError: it is no square number.
+    """
+    length = arguments.take("block_size", usual)
+    if length < 1 or isqrt(length) ** 2 != length:
+        raise ValueError(
+            f"reference_config has {arguments.where('block_size')}={length}: accepted are square numbers of tokens"
+        )
+    return length
+
+
 def square(state: State, length: int) -> tuple[int, int]:
     """Return the token grid of a square image of `length` tokens.
 

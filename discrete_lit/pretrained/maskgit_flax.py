@@ -10,7 +10,6 @@ from torch import Tensor
 from discrete_lit.pretrained.conversion import Arrangement, Conversion, Tokens, arrange, register
 from discrete_lit.pretrained.layouts import (
     IN_TRAINING,
-    class_count,
     generator_conversion,
     in_blocks,
     sampled_by,
@@ -58,12 +57,18 @@ def maskgit_flax(state: State, settings: Settings) -> Conversion:
     words, places = "Embed_0.word_embeddings.embedding", "Embed_0.position_embeddings.embedding"
     width, length = state[words].shape[1], len(state[places]) - 1
     vocab_size = settings.take("codebook_size", 1024)
-    classes = class_count(state, state[words], vocab_size)
+    classes = len(state[words]) - vocab_size - 1
     depth = state.count("TransformerLayer_{}")
     heads = state[f"TransformerLayer_0.{_ATTENTION}.query.kernel"].shape[1]
     hidden = len(state[f"TransformerLayer_0.{_MLP}.intermediate_output.bias"])
     grid = square(state, length)
-    settings.agree({"num_class": classes, "latent_size": grid[0]})
+    given = settings.optional("num_class", int)
+    if classes < 1 or given not in (None, classes):
+        raise ValueError(
+            f"codebook_size={vocab_size} and num_class={given} do not fit the {len(state[words])} rows of the table of "
+            f"{state.source!r}: one for each id and class, and one for the mask"
+        )
+    settings.agree({"latent_size": grid[0]})
     settings.agree({"num_layers": depth, "num_embeds": width, "intermediate_size": hidden, "num_heads": heads})
     settings.without_effect("the tokenizer is loaded by itself, and compares it", "vqvae", "image_size")
     settings.without_effect(IN_TRAINING, "dropout_rate")

@@ -5,6 +5,7 @@ from discrete_lit.pretrained.layouts import (
     IN_TRAINING,
     class_count,
     generator_conversion,
+    given_length,
     head_count,
     in_blocks,
     sampled_by,
@@ -45,9 +46,7 @@ def randar(state: State, settings: Settings) -> Conversion:
     )
     heads = head_count(settings, "n_head", max(1, width // 64), width)
     check_hidden(settings, width, hidden)
-    length = settings.take("block_size", _PUBLISHED_LENGTH)
-    if length < 1:
-        raise ValueError(f"reference_config has block_size={length}, but a token is needed")
+    length = given_length(settings, _PUBLISHED_LENGTH)
     rotary_base = settings.take("rope_base", 10000.0)
     steps = settings.take("num_inference_steps", min(88, length))
     # -1 is a token at a step.

@@ -18,6 +18,7 @@ from discrete_lit.pretrained.layouts import (
     ConvLayout,
     class_count,
     generator_conversion,
+    given_length,
     head_count,
     in_blocks,
     sampled_by,
@@ -214,7 +215,7 @@ def open_magvit2_ar(state: State, settings: Settings) -> Conversion:
     return generator_conversion(
         "Autoregressive",
         state,
-        tokens=Tokens(sizes[0] * sizes[1], square(state, _block_size(arguments))),
+        tokens=Tokens(sizes[0] * sizes[1], square(state, given_length(arguments, _PUBLISHED_LENGTH))),
         num_classes=_classes(state, arguments),
         backbone=backbone,
         rules=[
@@ -253,7 +254,7 @@ def ibq_ar(state: State, settings: Settings) -> Conversion:
     return generator_conversion(
         "Autoregressive",
         state,
-        tokens=Tokens(vocab_size, square(state, _block_size(arguments))),
+        tokens=Tokens(vocab_size, square(state, given_length(arguments, _PUBLISHED_LENGTH))),
         num_classes=_classes(state, arguments),
         backbone=backbone,
         rules=[
@@ -319,10 +320,3 @@ def _classes(state: State, arguments: Settings) -> int:
     number = class_count(state, state[_CLASSES[1]])
     arguments.agree({"class_num": number})
     return number
-
-
-def _block_size(arguments: Settings) -> int:
-    length = arguments.take("block_size", _PUBLISHED_LENGTH)
-    if length < 1:
-        raise ValueError(f"reference_config has {arguments.where('block_size')}={length}, but a token is needed")
-    return length

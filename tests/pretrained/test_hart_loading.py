@@ -129,7 +129,7 @@ def test_scores_without_unit_vectors(tmp_path: Path) -> None:
     state = hart_state(sharpness=False)
     made = load(tmp_path, state, {"num_heads": 2})
     attention, x = made.backbone.blocks[0].attention, torch.randn(1, 5, 16)
-    query, key, value = attention._project(x).unbind()
+    query, key, value = attention._project(x)
     weight = state["blocks.0.attn.qkv_proj.weight"]
     bias = torch.cat((state["blocks.0.attn.q_bias"], torch.zeros(16), state["blocks.0.attn.v_bias"]))
     theirs = (x @ weight.T + bias).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
