@@ -97,7 +97,7 @@ def test_randar(case: Case, tmp_path: Path) -> None:
     assert load(case, tmp_path, num_inference_steps=-1).sampler.steps is None
     with pytest.raises(ValueError, match="cls_token_num=2, but the published models have 1"):
         load(case, tmp_path, cls_token_num=2)
-    with pytest.raises(ValueError, match="has 12 tokens, which is no square grid"):
+    with pytest.raises(ValueError, match="block_size=12: accepted are square numbers of tokens"):
         load(case, tmp_path, block_size=12)
     with pytest.raises(ValueError, match=r"is no llamagen_gpt_c2i checkpoint .*it looks like randar"):
         load_pretrained(tmp_path / "published.safetensors", "llamagen_gpt_c2i")
