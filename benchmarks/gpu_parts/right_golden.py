@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from helpers.golden import Case, cases_in, published
-from helpers.golden_outputs import Compared, compare, compared, largest_network_error
+from helpers.golden_outputs import WITHIN, Compared, compare, compared, largest_network_error
 
 from discrete_lit.pretrained import FAMILIES
 from gpu_parts.part import Check, Setting, part
@@ -85,7 +85,7 @@ def _each(setting: Setting, check: Callable[[Case, Path], Check | None]) -> Iter
         yield Check(name="no reference outputs", ok=None, note="--golden names no folder of them")
         return
     wanted = [case for case in cases_in(setting.golden, setting.device) if compared(case.family)]
-    missing = sorted(set(FAMILIES) - {case.family for case in wanted})
+    missing = sorted({WITHIN.get(family, family) for family in FAMILIES} - {case.family for case in wanted})
     if missing:
         yield Check(name="not in the folder", case=", ".join(missing), ok=None)
     for case in wanted:

@@ -38,6 +38,8 @@ NOT_YET = (
     *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
 )
 """Families with golden cases that no code of ours loads."""
+WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
+"""Families that are compared in the case of another, which holds both."""
 
 
 def kind_of(family: str) -> Any:
