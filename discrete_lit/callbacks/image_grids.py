@@ -76,16 +76,7 @@ class ImageGrid(Callback, ABC):
         if trainer.is_global_zero:
             self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
 
     def _write(self, trainer: Trainer, grid: Tensor) -> None:
         for logger in trainer.loggers:

@@ -11,7 +11,7 @@ bear both: it is trained with the residual left out for some images.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from einops import rearrange
@@ -26,6 +26,7 @@ from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import MultiScaleResidualQuantizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, from_checkpoint
 from discrete_lit.tokenizers.uncoded_latents import LEAST_LOGVAR
+from discrete_lit.tokenizers.vqvae import MultiScaleVQ
 
 
 class HybridTokens(NamedTuple):
@@ -37,7 +38,7 @@ class HybridTokens(NamedTuple):
     """`(B, D, H, W)` float32 or float64."""
 
 
-class HybridVQ(AutoencoderTokenizer):
+class HybridVQ(MultiScaleVQ):
     """Tokenize images by the ids of several scales as VAR does, and keep the residual beside them.
 
     `encode` and `decode` are those of `MultiScaleVQ`; `encode_with_residual` and `decode_with_residual` go through the
@@ -51,56 +52,31 @@ class HybridVQ(AutoencoderTokenizer):
     Args:
         network: called with `code_dim`, twice.
         codebook_size: K; 4096 in HART.
-        code_dim: D, the width of a code; 32 in HART.
-        scales: as for `MultiScaleVQ`; HART has 1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64 at 1024 pixels.
         skip_residual: probability that training leaves the residual of an image out; 0.5 in HART.
         first_stage: the checkpoint of a `MultiScaleVQ`, which training begins from; read when it starts.
         decoder_only: train the decoder alone, so that the ids stay those of the first stage.
-        phi_kernels, phi_ratio: as for `MultiScaleVQ`.
-        codebook_update, commitment_weight, decay, codebook_init, revive_below: as for `VQVAE`.
         seed: of the skipped residuals.
+        settings: the others of `MultiScaleVQ`. `code_dim` is 32 in HART, and `scales` are 1, 2, 3, 4, 5, 7, 9, 12, 16,
+            21, 27, 36, 48, 64 at 1024 pixels.
 
     Raises:
         ValueError: a setting out of its range.
     """
-
-    quantizer: MultiScaleResidualQuantizer
 
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
         codebook_size: int = 4096,
         *,
-        code_dim: int = 32,
-        scales: tuple[int | tuple[int, int], ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
         skip_residual: float = 0.5,
         first_stage: str | None = None,
         decoder_only: bool = False,
-        phi_kernels: int = 4,
-        phi_ratio: float = 0.5,
-        codebook_update: Literal["ema", "gradient"] = "gradient",
-        commitment_weight: float = 0.25,
-        decay: float = 0.99,
-        codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "normal",
-        revive_below: float | None = None,
         seed: int = 0,
-        **training: Any,
+        **settings: Any,
     ) -> None:
         if not 0 <= skip_residual <= 1:
             raise ValueError(f"skip_residual must lie in [0, 1], got {skip_residual}")
-        quantizer = MultiScaleResidualQuantizer(
-            codebook_size,
-            code_dim,
-            scales=scales,
-            phi_kernels=phi_kernels,
-            phi_ratio=phi_ratio,
-            codebook_update=codebook_update,
-            commitment_weight=commitment_weight,
-            decay=decay,
-            codebook_init=codebook_init,
-            revive_below=revive_below,
-        )
-        super().__init__(network, quantizer, **training)
+        super().__init__(network, codebook_size, **settings)
         self.skip_residual = skip_residual
         self.first_stage = first_stage
         self.decoder_only = decoder_only
