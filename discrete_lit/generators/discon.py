@@ -91,6 +91,7 @@ class DisCon(ContinuousMasked):
             dim=self.dim,
             length=self.length,
             num_classes=self.num_classes,
+            grid=tuple(self.grid),
             grid_vocab=self.null_id,
             grid_length=None if self._stand_for_squares() else prod(self.discrete_shape),
         )
