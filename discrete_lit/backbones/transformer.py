@@ -66,6 +66,8 @@ class Transformer(Backbone):
       `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
       `mlp="swiglu"`.
     - RandAR: as LlamaGen, with `position_instructions`.
+    - RQ-Transformer: `token_embedding="codes"`, `code_dim=256`, and a `FactorisedHead` with `codes="sum"`, `positions`
+      and `shared_logits`.
     - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
@@ -111,10 +113,12 @@ class Transformer(Backbone):
             long; the instruction's queries and keys are turned as the token's.
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
             linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), a table of the values of a
-            bit and a linear map (`"bit_table"`: BAR), or the sum of a table for each of the sub-tokens that
-            `place_head` predicts (`"parts"`: Open-MAGVIT2).
+            bit and a linear map (`"bit_table"`: BAR), the sum of a table for each of the sub-tokens that `place_head`
+            predicts (`"parts"`: Open-MAGVIT2), or of a linear map of the tokenizer's code vector of each (`"codes"`:
+            RQ-Transformer).
         embedded_digits: sizes of the digits of an id, least significant first, each with a table that is added to the
             table of ids: for FSQ the tokenizer's `levels`.
+        code_dim: width of the tokenizer's code vectors, of `token_embedding="codes"`; 256 in RQ-VAE.
         conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         class_repeats: elements that it takes there with the same vector (BAR).
@@ -187,6 +191,7 @@ class Transformer(Backbone):
         position_instructions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
+        code_dim: int | None = None,
         conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
         class_slots: int = 1,
         class_repeats: int = 1,
@@ -312,6 +317,7 @@ class Transformer(Backbone):
             kind=token_embedding,
             sub_tokens=None if head is None else head.sub_tokens,
             digits=embedded_digits,
+            code_dim=code_dim,
         )
         self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
         self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None

@@ -107,6 +107,7 @@ def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: T
     module.backbone.load_state_dict(convert(module.backbone.state_dict(), conversion, source))
     if tokenizer is not None:
         module.tokenizer.load_state_dict(tokenizer.state_dict())
+        module.read_tokenizer()
     return module
 
 
