@@ -136,12 +136,12 @@ def rq_transformer(state: State, settings: Settings) -> Conversion:
     settings.agree_each("vocab_size", vocab_size, codes)
     shape = _code_shape(state, settings, places, codes)
     classes = len(state["cond_emb.weight"])
-    given = settings.take("vocab_size_cond", classes)
-    if max(given, 1) != classes:
-        raise ValueError(f"reference_config has vocab_size_cond={given}, but the tensors have {classes}")
-    block_size_cond = settings.take("block_size_cond", before)
-    if max(block_size_cond, 1) != before:
-        raise ValueError(f"reference_config has block_size_cond={block_size_cond}, but the tensors have {before}")
+    for name, found in (("vocab_size_cond", classes), ("block_size_cond", before)):
+        given = settings.take(name, found)
+        if given == 0 and found == 1:
+            settings.without_effect("the reference reads 0 as 1", name)
+        elif given != found:
+            raise ValueError(f"reference_config has {name}={given}, but the tensors have {found}")
     settings.agree({"embed_dim": width})
     settings.without_effect(IN_TRAINING, "embd_pdrop")
     backbone, arrangements, rules, kept = _inputs(state, settings, vocab_size, codes)

@@ -68,8 +68,9 @@ def vq_diffusion(state: State, settings: Settings) -> Conversion:
     arguments.agree({"diffusion_step": steps, "alpha_init_type": "alpha1"})
     arguments.agree({"learnable_cf": False}, "a model of classes has")
     conditional = f"{_BLOCKS}.0.ln2.linear.weight" in state
-    transformer, kinds = arguments.section("transformer_config"), ("Condition2ImageTransformer",)
-    transformer.class_name(kinds[0], (*kinds, "UnCondition2ImageTransformer"))
+    transformer = arguments.section("transformer_config")
+    kind = "Condition2ImageTransformer" if conditional else "UnCondition2ImageTransformer"
+    transformer.class_name(kind, (kind,))
     grid = _grid(state, transformer)
     arrangements = [_checked_tables(steps, vocab_size), _positions(state, arguments, vocab_size, width, grid)]
     classes = _classes(state, arguments, transformer) if conditional else 1
