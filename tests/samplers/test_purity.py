@@ -30,7 +30,8 @@ def test_one_token_at_a_time_follows_the_model(choice: str) -> None:
 @torch.no_grad()
 def draw(process: str, count: int = 20_000, **settings):
     chain, head = PROCESSES[process]
-    backbone = OncePerState(chain, head)
+    weights = torch.randn(VOCAB_SIZE**3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    backbone = OncePerState(chain, head, (2 * weights).softmax(dim=0).expand(2, -1))
     labels, random = torch.zeros(count, dtype=torch.int64), CounterRandom(2, torch.arange(count))
     sampler = PuritySampler(**settings)
     return sampler(backbone, labels, random, denoiser=backbone.denoiser(SquareSchedule()), trace=True), backbone
