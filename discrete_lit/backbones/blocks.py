@@ -1,11 +1,11 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read
-them.
+`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP`, `GridMLP` and `Modulation`
+(adaLN-Zero) read them. `NormTables` modulate in another way.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -56,6 +56,7 @@ class BlockSettings:
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
+        mlp_grid: sides of the grid over which the layers of the MLP are 3 x 3 convolutions; None for linear layers.
     """
 
     width: int
@@ -78,6 +79,7 @@ class BlockSettings:
     dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
+    mlp_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.norm_epsilon > 0:
@@ -111,13 +113,15 @@ class Block(nn.Module):
             self.context_norm = _block_norm(settings, affine=True)
             self.context_attention = ContextAttention(settings)
         self.mlp_norm = _block_norm(settings)
-        self.mlp = MLP(
-            width,
-            settings.mlp_hidden,
-            kind=settings.mlp,
-            bias=settings.bias,
-            dropout=settings.dropout_at("mlp_hidden"),
-        )
+        inner: dict[str, Any] = {
+            "kind": settings.mlp,
+            "bias": settings.bias,
+            "dropout": settings.dropout_at("mlp_hidden"),
+        }
+        if settings.mlp_grid is None:
+            self.mlp = MLP(width, settings.mlp_hidden, **inner)
+        else:
+            self.mlp = GridMLP(width, settings.mlp_hidden, grid=settings.mlp_grid, **inner)
         self.modulation = None
         if settings.modulation == "own":
             self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
@@ -421,6 +425,65 @@ class MLP(nn.Module):
         if self.kind == "gelu_quick":
             return hidden * torch.sigmoid(1.702 * hidden)
         return F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+
+
+class GridMLP(MLP):
+    """An MLP whose layers are 3 x 3 convolutions over the grid of the sequence, 0 beyond its edge (VQ-Diffusion).
+
+    Args:
+        width, hidden, settings: as of `MLP`.
+        grid: (h, w), whose raster order the sequence is.
+
+    Raises:
+        ValueError: a gated kind, or a grid of other than two axes.
+    """
+
+    def __init__(self, width: int, hidden: int, *, grid: tuple[int, ...], **settings: Any) -> None:
+        if settings["kind"] in ("swiglu", "geglu") or len(grid) != 2:
+            raise ValueError(
+                f"an MLP of convolutions needs a grid of two axes and a kind without a gate, got {settings['kind']!r} "
+                f"on a grid of {grid}"
+            )
+        super().__init__(width, hidden, **settings)
+        self.grid = grid
+        self.expand = nn.Conv2d(width, hidden, 3, padding=1, bias=settings["bias"])
+        self.contract = nn.Conv2d(hidden, width, 3, padding=1, bias=settings["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, h w, D) -> (B, h w, D)
+        on_grid = x.transpose(1, 2).unflatten(-1, self.grid)
+        return super().forward(on_grid).flatten(2).transpose(1, 2)
+
+
+class NormTables(nn.Module):
+    """The modulations of a block's norms from tables of its own, without gates: that before the attention by the step
+    that the time lies in, that before the MLP by the class (VQ-Diffusion).
+
+    Args:
+        width: D.
+        steps: T; step i ends at the time (i + 1) / T, i from 0.
+        num_classes: labels lie in [0, num_classes], the null label included.
+    """
+
+    def __init__(self, width: int, *, steps: int, num_classes: int) -> None:
+        super().__init__()
+        self.step_table = nn.Embedding(steps, width)
+        self.class_table = nn.Embedding(num_classes + 1, width)
+        self.step_projection = nn.Linear(width, 2 * width)
+        self.class_projection = nn.Linear(width, 2 * width)
+
+    def forward(self, time: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Make what `Block.modulate` makes, each `(B or 1, 1, D)`, of times `(B or 1,)`, 1000 t, and labels `(B,)`."""
+        steps = self.step_table.num_embeddings
+        # The end of a step, which rounding may have put behind itself, belongs to it.
+        step = ((time.double() * steps / 1000 - 1e-6).ceil().long() - 1).clamp(0, steps - 1)
+        scale1, shift1 = self._project(self.step_projection, self.step_table(step))
+        scale2, shift2 = self._project(self.class_projection, self.class_table(labels))
+        gate = torch.ones_like(shift1[:1, :, :1])
+        return shift1, scale1, gate, shift2, scale2, gate
+
+    @staticmethod
+    def _project(layer: nn.Linear, vectors: Tensor) -> tuple[Tensor, ...]:
+        return layer(F.silu(vectors))[:, None].chunk(2, dim=-1)
 
 
 class Modulation(nn.Module):

@@ -1,5 +1,6 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
+from discrete_lit.diffusion.mask_and_replace import MaskAndReplaceProcess, MaskAndReplaceSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
@@ -45,6 +46,8 @@ __all__ = [
     "LogLinearSchedule",
     "LogSinSchedule",
     "MDLMCosineSchedule",
+    "MaskAndReplaceProcess",
+    "MaskAndReplaceSchedule",
     "MaskSchedule",
     "MixtureProcess",
     "NoiseLevel",

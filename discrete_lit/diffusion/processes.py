@@ -6,6 +6,7 @@
 - `MixtureProcess`: the three in one formula, `q(x_t | x_0) = alpha x_0 + (1 - alpha) pi`.
 - `DiscretizedGaussianProcess`: neighbours in an order of the ids, such as grey levels; D3PM's discretized Gaussian.
 - `DenseProcess`: any symmetric matrix of rates.
+- `MaskAndReplaceProcess` (`mask_and_replace.py`): VQ-Diffusion's noise, whose masks stay masks.
 
 Every process is a continuous-time Markov chain with one rate matrix Q, which a schedule (`schedules.py`) speeds up or
 slows down: after a total noise of sigma, a token follows that row of the kernel `exp(sigma Q)` which its clean id
@@ -44,6 +45,8 @@ class ForwardProcess(ABC):
     """Whether ids next to one another must mean similar things."""
     speed: float = 1.0
     """How often a unit of the total noise replaces a token, on average over the ids."""
+    homogeneous: bool = True
+    """Whether the rates are the same at every level: the noise between two levels is then that up to their ratio."""
 
     def __init__(self, vocab_size: int, masks: bool) -> None:
         if vocab_size < 2:
@@ -98,6 +101,18 @@ class ForwardProcess(ABC):
     @abstractmethod
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the probability `(..., S)` of reaching `states (...)` from each state, a column of `exp(sigma Q)`."""
+
+    def step_likelihood(
+        self,
+        states: Tensor,
+        alpha_s: Tensor,
+        alpha_t: Tensor,
+        *,
+        noise_s: Tensor | None = None,
+        noise_t: Tensor | None = None,
+    ) -> Tensor:
+        """Return the probability `(..., S)` that the noise from s to t > s takes each state to `states (...)`."""
+        return self.likelihood(states, alpha_t / alpha_s)
 
     @abstractmethod
     def rates_into(self, states: Tensor) -> Tensor:

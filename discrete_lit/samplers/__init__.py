@@ -25,6 +25,7 @@ from discrete_lit.samplers.maskgit import (
 )
 from discrete_lit.samplers.parallel_raster import RandARSampler
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
+from discrete_lit.samplers.purity import PuritySampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
@@ -51,6 +52,7 @@ __all__ = [
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "PredictorCorrectorSampler",
+    "PuritySampler",
     "RandARSampler",
     "RandomOrderSampler",
     "RasterSampler",

@@ -16,6 +16,8 @@ from helpers import (
     golden_flax,
     golden_generators,
     golden_latents,
+    golden_replacing,
+    golden_stacked,
     golden_tokenizers,
     golden_turns,
 )
@@ -30,12 +32,14 @@ KINDS = (
     golden_bits,
     golden_autoregressive,
     golden_flax,
+    golden_stacked,
+    golden_replacing,
 )
 NOT_YET = (
     *("chameleon", "emu3"),
     *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "md4", "musicgen_decoder", "remdm"),
-    *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
+    *("showo", "transfusion_mask"),
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
