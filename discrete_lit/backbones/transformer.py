@@ -6,6 +6,7 @@ the models that use them; which of them go together is checked at the end of the
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -26,6 +27,7 @@ from discrete_lit.backbones.blocks import (
     MLPKind,
     Modulating,
     Modulation,
+    ModulationActivation,
     QueryKeyNorm,
     Rotary,
 )
@@ -76,6 +78,8 @@ class Transformer(Backbone):
     - Halton-MaskGIT: `conditioning="adaln"`, `norm="rms"`, `mlp="swiglu"`, `qk_norm="full_rms"`, `registers=1`, `tied`.
     - SEDD, MDLM: `conditioning="adaln"`, `condition_width=128`, `positions="rope_1d"`, `mlp="gelu_tanh"`, no biases
       in attention and norms.
+    - MD4's text models: `conditioning="adaln"`, `condition_width=64`, `mlp="glu"`, `modulation_activation="sigmoid"`,
+      `time_waves=32`, `time_hidden=256`, `positions="rope_1d"`, `bias=False`.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
 
     What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
@@ -88,7 +92,8 @@ class Transformer(Backbone):
         heads: attention heads.
         head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
-        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or SwiGLU.
+        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or one gated by SiLU
+            (`"swiglu"`), GELU or its approximation (`"geglu"`, `"geglu_tanh"`), or a sigmoid (`"glu"`: MD4).
         norm: `"layer"` or `"rms"`.
         norm_epsilon: of every norm.
         norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
@@ -119,6 +124,9 @@ class Transformer(Backbone):
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         class_repeats: elements that it takes there with the same vector (BAR).
         condition_width: of the class and time embeddings that modulate; `width` by default.
+        modulation_activation: of these, before the linear layers that make shifts, scales and gates of them.
+        time_waves, time_base, time_hidden: of the time embedding, see
+            `discrete_lit.backbones.embeddings.TimeEmbedding`.
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
         context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
@@ -191,6 +199,10 @@ class Transformer(Backbone):
         class_slots: int = 1,
         class_repeats: int = 1,
         condition_width: int | None = None,
+        modulation_activation: ModulationActivation = "silu",
+        time_waves: int = 128,
+        time_base: float = 10000.0,
+        time_hidden: int | None = None,
         grid_vocab: int | None = None,
         context_dim: int | None = None,
         condition_positions: bool = False,
@@ -265,7 +277,7 @@ class Transformer(Backbone):
         self.grid_vocab, self.context_dim = grid_vocab, context_dim
 
         if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
+            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp in ("swiglu", "glu") else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.class_slots, self.class_repeats = class_slots, class_repeats
@@ -290,6 +302,7 @@ class Transformer(Backbone):
             norm_first=norm_first,
             norm_affine=affine,
             modulation=own if self.modulated else None,
+            modulation_activation=modulation_activation,
             mlp=mlp,
             qk_norm=qk_norm,
             attention_bias=("all" if bias else "none") if attention_bias is None else attention_bias,
@@ -314,7 +327,9 @@ class Transformer(Backbone):
             digits=embedded_digits,
         )
         self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
-        self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
+        self.time_embedding = None
+        if layout.timed:
+            self.time_embedding = TimeEmbedding(condition_width, time_waves, base=time_base, hidden=time_hidden)
         self.grid_embedding = None if grid_vocab is None else nn.Embedding(grid_vocab + 1, width)
         learned = registers + int(self.causal and not self.prefix)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
@@ -342,7 +357,8 @@ class Transformer(Backbone):
 
         # The blocks.
         self.condition_positions = nn.Parameter(torch.empty(self.elements, width)) if condition_positions else None
-        self.shared_modulation = Modulation(width, width, vectors=6) if shared_modulation else None
+        modulation = partial(Modulation, activation=modulation_activation)
+        self.shared_modulation = modulation(width, width, vectors=6) if shared_modulation else None
         self.blocks = nn.ModuleList(
             Block(replace(settings, drop_path=drop_path * layer / max(depth - 1, 1))) for layer in range(depth)
         )
@@ -361,7 +377,7 @@ class Transformer(Backbone):
             head.read_input(self.token_embedding)
             self.place_head = head
         else:
-            self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
+            self.final_modulation = modulation(condition_width, width, vectors=2) if self.modulated else None
             self.head = LogitHead(
                 width,
                 layout.sub_tokens * layout.outputs,

@@ -1,5 +1,6 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
+from discrete_lit.diffusion.gidd import GIDDLoss, GIDDProcess, GIDDSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
@@ -37,6 +38,9 @@ __all__ = [
     "DenseProcess",
     "DiscretizedGaussianProcess",
     "ForwardProcess",
+    "GIDDLoss",
+    "GIDDProcess",
+    "GIDDSchedule",
     "GeometricSchedule",
     "Head",
     "HybridProcess",
