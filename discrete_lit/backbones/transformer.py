@@ -242,6 +242,10 @@ class Transformer(Backbone):
             shared=shared_modulation,
             condition_width=condition_width,
         )
+        if modulation_activation != "silu" and not self.modulated:
+            raise ValueError(f"modulation_activation={modulation_activation!r} is of conditioning='adaln'")
+        if (time_waves, time_base, time_hidden) != (128, 10000.0, None) and not layout.timed:
+            raise ValueError("time_waves, time_base and time_hidden are of a generator that tells the time")
         _check_layout(
             layout,
             target_positions=bool(target_positions),

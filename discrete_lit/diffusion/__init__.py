@@ -23,9 +23,11 @@ from discrete_lit.diffusion.schedules import (
     MaskSchedule,
     MDLMCosineSchedule,
     NoiseLevel,
+    PowerSchedule,
     SquareSchedule,
     TruncatedNormalSchedule,
     TruncatedSchedule,
+    WarpedSchedule,
 )
 
 __all__ = [
@@ -53,9 +55,11 @@ __all__ = [
     "MixtureProcess",
     "NoiseLevel",
     "PosteriorHead",
+    "PowerSchedule",
     "ScoreHead",
     "SquareSchedule",
     "TruncatedNormalSchedule",
     "TruncatedSchedule",
     "UniformProcess",
+    "WarpedSchedule",
 ]

@@ -196,8 +196,12 @@ class DiffusionSampler(Sampler):
         return draw_where(jumping, self.choose if x.absorbing else draw_jumps, jumps.targets, uniforms)
 
     def remask(self, x: "NoisyTokens", interval: Interval, uniforms: Tensor) -> Tensor:
-        """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`; none, as a rule."""
-        return torch.zeros_like(x.known)
+        """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`."""
+        return uniforms < self.remask_probability(x, interval)
+
+    def remask_probability(self, x: "NoisyTokens", interval: Interval) -> Tensor:
+        """The probability `(B, N)` float64 that a step masks each token again: 0, as a rule."""
+        return torch.zeros_like(x.known, dtype=torch.float64)
 
     # The law of a step: ancestral, unless a subclass says otherwise.
 

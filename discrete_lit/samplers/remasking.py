@@ -125,9 +125,6 @@ class RemaskingSampler(DiffusionSampler):
             sigma = sigma * doubt.softmax(dim=1).nan_to_num(0.0)
         return torch.where(unmasked, sigma, 0.0)
 
-    def remask(self, x: NoisyTokens, interval: Interval, uniforms: Tensor) -> Tensor:
-        return uniforms < self.remask_probability(x, interval)
-
     def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
         if interval.last or self.strategy == "conf":
             return super().unmask_probability(interval, weight)

@@ -82,9 +82,9 @@ class SelfCorrectionSampler(AncestralSampler):
             active = active & changed.any(dim=1, keepdim=True)
             if self.patience is not None:
                 active = active & (waited <= self.patience)
+            x.write(changed & active, ids, log_probability)
             if host_sees(active) and not bool(active.any()):
                 break
-            x.write(changed & active, ids, log_probability)
         return x.tokens
 
     def corrected(

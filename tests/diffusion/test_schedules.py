@@ -14,15 +14,18 @@ from discrete_lit.diffusion import (
     CosineSquaredSchedule,
     D3PMCosineSchedule,
     GeometricSchedule,
+    GIDDSchedule,
     LinearSchedule,
     LogLinearSchedule,
     LogSinSchedule,
     MaskSchedule,
     MDLMCosineSchedule,
     NoiseLevel,
+    PowerSchedule,
     SquareSchedule,
     TruncatedNormalSchedule,
     TruncatedSchedule,
+    WarpedSchedule,
 )
 from discrete_lit.diffusion.schedules import spread_times, stratified_times
 
@@ -40,6 +43,10 @@ SCHEDULES: dict[str, MaskSchedule] = {
     "long geometric": GeometricSchedule(1e-4, 600.0),
     "D3PM cosine": D3PMCosineSchedule(),
     "truncated": TruncatedSchedule(CosineSchedule(), lowest=1e-3, highest=0.999),
+    "cubic": PowerSchedule(3.0),
+    "GIDD": GIDDSchedule(0.2),
+    "GIDD with next to no uniform ids": GIDDSchedule(2.1e-9),
+    "warped": WarpedSchedule(LinearSchedule(), CosineSchedule()),
 }
 each_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
@@ -98,17 +105,19 @@ def test_nothing_cancels_next_to_clean_data(name: str) -> None:
     level = NoiseLevel.at(schedule, t)
     torch.testing.assert_close(level.sigma, level.noise, rtol=1e-4, atol=0)
     torch.testing.assert_close(level.odds * level.sigma, torch.ones_like(t), rtol=1e-4, atol=0)
-    powers = {"arccos": 0.5, "cosine squared": 2.0, "MDLM cosine": 2.0}
+    powers = {"arccos": 0.5, "cosine squared": 2.0, "MDLM cosine": 2.0, "cubic": 3.0, "GIDD": 0.5}
     torch.testing.assert_close(level.mask_weight * t, torch.full_like(t, powers.get(name, 1.0)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", ["arccos", "cosine", "linear", "square", "log-sin to the end", "D3PM cosine"])
+@pytest.mark.parametrize(
+    "name", ["arccos", "cosine", "linear", "square", "log-sin to the end", "D3PM cosine", "cubic", "warped"]
+)
 def test_nothing_cancels_next_to_noise(name: str) -> None:
     """alpha falls as a power of 1 - t down to where 1 - m has no digit left."""
     schedule = SCHEDULES[name]
     left = torch.tensor([2.0**-40, 2.0**-41], dtype=torch.float64)  # 1 - t is exact
     alpha = schedule.alpha(1 - left)
-    power = 2.0 if name in ("cosine", "square", "log-sin to the end") else 1.0
+    power = 2.0 if name in ("cosine", "square", "log-sin to the end", "warped") else 1.0
     assert float(alpha[0] / alpha[1]) == pytest.approx(2**power, rel=1e-9)
     torch.testing.assert_close(schedule.derivative(1 - left) * left, power * alpha, rtol=1e-9, atol=0)
     assert float(NoiseLevel.at(schedule, 1 - left).sigma.diff()) == pytest.approx(power * 0.6931471805599453, rel=1e-9)
@@ -143,6 +152,8 @@ def test_reference_values() -> None:
         (lambda: GeometricSchedule(0.0), "0 < sigma_min < sigma_max <= 700 must hold, got 0.0 and 20.0"),
         (lambda: GeometricSchedule(sigma_max=800.0), "got 1e-05 and 800.0"),
         (lambda: D3PMCosineSchedule(0.0), "offset of D3PMCosineSchedule must be > 0, got 0.0"),
+        (lambda: PowerSchedule(0.0), "exponent of PowerSchedule must be > 0, got 0.0"),
+        (lambda: GIDDSchedule(0.0), r"uniform_fraction must lie in \(0, 1\), got 0.0; 0 is AbsorbingProcess"),
         (
             lambda: TruncatedSchedule(LinearSchedule(), lowest=0.5, highest=0.5),
             "0 <= lowest < highest <= 1 must hold, got 0.5 and 0.5",

@@ -29,7 +29,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 WAYS_OF = [("ancestral", "absorbing"), ("euler", "uniform")]
 # These take the ways of the same sampler with other noise.
-ALIKE = {("euler", "hybrid"), ("tau", "hybrid"), ("gibbs", "hybrid"), ("forward_backward", "gaussian")}
+ALIKE = {
+    *(("euler", "hybrid"), ("tau", "hybrid"), ("gibbs", "hybrid"), ("forward_backward", "gaussian")),
+    *(("euler", "gidd"), ("tau", "gidd"), ("gibbs", "gidd"), ("forward_backward", "gidd")),
+    *(("self_correction", "uniform"), ("self_correction", "hybrid"), ("self_correction", "gaussian")),
+}
 
 
 @dataclass
