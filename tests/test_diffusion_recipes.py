@@ -14,7 +14,7 @@ COUNTS = {
     "generators/d3pm_gaussian": (37_483_264, "d3pm_absorbing.yaml"),
     "generators/md4_cifar10": (37_483_776, "a transformer of 37M"),
     "generators/char_text": (84_997_632, "85M"),
-    "generators/gidd_text8": (92_000_000, "92M"),
+    "generators/gidd_text8": (92_423_195, "92M"),
     "experiments/sedd_absorb": (1_089_713, "1.1M"),
     "experiments/d3pm_grey": (330_448, "0.33M"),
     "experiments/char_prose": (794_880, "0.8M"),

@@ -206,13 +206,14 @@ def gradients_of_gidd(generator: Any, case: Case, level: NoiseLevel) -> Tensors:
 
 
 def masked_baseline(generator: Any, case: Case) -> Tensors:
-    """MDLM in GIDD's repository: of the noisy tokens, only masks are noise."""
+    """MDLM in GIDD's repository: of the noisy tokens only masks count as noise, though the network has seen all."""
     parts, inputs = generator.denoiser(), case.inputs
     process, tokens = parts.process, inputs["ids"]
     assert type(process) is AbsorbingProcess
     level, mask = level_at(generator, inputs["t"]), process.vocab_size
     states = torch.where(inputs["z"] == mask, mask, tokens)
-    elbo = costs(generator, generator.objective, states, tokens, level)
+    network = logits(generator, inputs["z"], level)
+    elbo = generator.objective(network, tokens, head=parts.head, states=states, process=process, level=level)
     attended = inputs["attention_mask"].double()
     times = grid(case)
     chain = torch.full_like(states, mask)
