@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.enumerated_steps import OncePerState, draw_numbers, enumerated_law
-from helpers.exact_laws import all_sequences, chi_square_p_value
-from helpers.exact_oracle import ExactBackbone, reference_law
+from helpers.enumerated_steps import OncePerState, context_of, draw_numbers, enumerated_law
+from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbers
+from helpers.exact_oracle import ExactBackbone, noisy_law, reference_law
 from torch import Tensor
 
 from discrete_lit.core.random import CounterRandom, Purpose
@@ -27,6 +27,7 @@ from discrete_lit.diffusion.losses import ContinuousBound, DiffusionLoss, Discre
 from discrete_lit.diffusion.processes import ends_in_masks, is_absorbing
 from discrete_lit.diffusion.reverse import jumps_from_clean, without_rare
 from discrete_lit.samplers import AncestralSampler, EulerSampler, PredictorCorrectorSampler, TauLeapingSampler
+from discrete_lit.samplers.diffusion import NoisyTokens
 
 SIZE, UNIFORM = 4, 0.3
 PROCESS, SCHEDULE = GIDDProcess(SIZE, UNIFORM), GIDDSchedule(UNIFORM)
@@ -70,13 +71,13 @@ def test_marginals_are_products_of_the_matrices_of_steps() -> None:
     product, last = torch.eye(SIZE + 1, dtype=torch.float64), float(grid[-1])
     for s, t in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
         product = product @ step_of_paper(s, t)
-    end = NoiseLevel.at(SCHEDULE, torch.tensor(last))
+    end = NoiseLevel.at(SCHEDULE, torch.tensor(last, dtype=torch.float64))
     torch.testing.assert_close(product, PROCESS.matrix(end.alpha, end.noise), rtol=0, atol=1e-12)
 
     def along_rates(steps: int) -> Tensor:
         # Of equal steps in x = sqrt(t / (1 - t)), at whose middle the rates are taken.
         first, width = 0.2, (float(PROCESS.root(end.alpha)) - 0.2) / steps
-        edges = first + width * torch.arange(steps + 1)
+        edges = first + width * torch.arange(steps + 1, dtype=torch.float64)
         scale = PROCESS.uniform_scale
         sigma = torch.log1p(edges**2 + scale * edges)
         moved = PROCESS.matrix(torch.exp(-sigma[0]))
@@ -88,19 +89,19 @@ def test_marginals_are_products_of_the_matrices_of_steps() -> None:
             moved = moved @ torch.linalg.matrix_exp(noise * (rates - rates.sum(dim=1).diag()))
         return moved
 
-    errors = [float((along_rates(steps) - product).abs().max()) for steps in (50, 100)]
-    assert errors[0] < 1e-4 and 3.5 < errors[0] / errors[1] < 4.5  # of the second order
+    errors = [float((along_rates(steps) - product).abs().max()) for steps in (8, 16)]
+    assert errors[0] < 1e-2 and 3.5 < errors[0] / errors[1] < 4.5  # of the second order
 
 
 def test_posterior_by_bayes_for_every_pair_and_two_levels() -> None:
     clean = torch.eye(SIZE, dtype=torch.float64).log()[:, None].expand(-1, SIZE + 1, -1)
     states = torch.arange(SIZE + 1).expand(SIZE, -1)
-    for s, t in ((0.0, 0.4), (0.1, 0.11), (0.3, 0.9), (0.5, 1.0)):
+    for s, t in ((0.0, 0.5), (0.125, 0.25), (0.25, 0.875), (0.5, 1.0)):
         alpha, masses = paper(s)
         before = alpha * torch.eye(SIZE + 1, dtype=torch.float64)[:SIZE] + masses
         joint = (before[:, :, None] * step_of_paper(s, t)).transpose(1, 2)  # (x_0, x_t, x_s)
         reached = joint.sum(dim=-1, keepdim=True)
-        level_s, level_t = (NoiseLevel.at(SCHEDULE, torch.full((SIZE, 1), time)) for time in (s, t))
+        level_s, level_t = (NoiseLevel.at(SCHEDULE, torch.full((SIZE, 1), time).double()) for time in (s, t))
         found = jumps_from_clean(clean, states, PROCESS, level_s.alpha, level_t.alpha).distribution(states, SIZE + 1)
         possible = (reached > 0).expand_as(joint)
         torch.testing.assert_close(found[possible], (joint / reached)[possible], rtol=0, atol=1e-12)
@@ -171,7 +172,8 @@ def mean_costs(loss: DiffusionLoss, backbone: ExactBackbone, level: NoiseLevel) 
         process=backbone.process,
         level=level.take(torch.arange(levels).repeat_interleave(16 * count)),
     )
-    return (values.sum(dim=1).view_as(chances) * chances).sum(dim=2)
+    # What has no chance at the end of time, where all are masks, has no cost either.
+    return torch.where(chances > 0, values.sum(dim=1).view_as(chances) * chances, 0.0).sum(dim=2)
 
 
 def integrated(backbone: ExactBackbone) -> Tensor:
@@ -190,7 +192,7 @@ def test_the_bound_of_an_exact_model_is_the_likelihood() -> None:
     exact = integrated(ExactBackbone(PROCESS, LeaveOneOutHead(), LAW.expand(2, -1), length=2))
     torch.testing.assert_close(exact, -LAW.log(), rtol=0, atol=1e-5)
     tilted = integrated(Tilted(PROCESS, LeaveOneOutHead(), LAW.expand(2, -1), length=2))
-    assert float((LAW * (tilted - exact)).sum()) > 0.01
+    assert float((LAW * (tilted - exact)).sum()) > 0.005
 
 
 def test_the_bound_of_steps_is_above_and_falls() -> None:
@@ -229,7 +231,7 @@ def test_the_ancestral_law_approaches_the_model() -> None:
         drawn = enumerated_law(AncestralSampler(steps=steps), backbone, SCHEDULE)
         gaps.append(float((law * (law / drawn).log()).sum()))
     assert gaps[0] == pytest.approx(0.1211186343, abs=1e-6)  # one step draws all tokens apart
-    assert gaps[0] > 4 * gaps[1] and gaps[1] > 3 * gaps[2] > 0
+    assert gaps[0] > 2 * gaps[1] and gaps[1] > 2 * gaps[2] > 0
 
 
 @pytest.mark.parametrize("sampler", [AncestralSampler(steps=3), EulerSampler(steps=4), TauLeapingSampler(steps=4)])
@@ -248,11 +250,22 @@ def test_a_step_without_rare_states_takes_the_most_probable(process: Any) -> Non
     assert numbers.unique().tolist() == [16 * first + 4 * second + third]
 
 
-def test_a_gibbs_corrector_leaves_the_model_alone() -> None:
-    """With many steps before it and one token at a time."""
-    sampler = PredictorCorrectorSampler("gibbs", corrector_steps=3, steps=40)
-    numbers = draw_numbers(sampler, OncePerState(PROCESS, LeaveOneOutHead()), SCHEDULE, 20_000)
-    assert chi_square_p_value(numbers, reference_law()) > 1e-4
+def test_correctors_leave_the_noisy_law_alone() -> None:
+    """One token drawn again given the others, and forward and reverse jumps for the time of a little noise."""
+    backbone, rows = OncePerState(PROCESS, LeaveOneOutHead()), 20_000
+    context = context_of(backbone, rows, SCHEDULE)
+    level = NoiseLevel.at(SCHEDULE, torch.tensor([[0.5]]))
+    law = noisy_law(reference_law(), PROCESS, float(level.alpha))
+    places = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    start = all_sequences(SIZE + 1, 3)[torch.searchsorted(law.cumsum(dim=0), places).clamp(max=124)]
+    for corrector in ("gibbs", "forward_backward"):
+        sampler = PredictorCorrectorSampler(corrector, corrector_noise=0.05, steps=4)  # type: ignore[arg-type]
+        x = NoisyTokens(context, context.denoiser, level=level, steps=4)
+        x.tokens = start
+        for number in range(4):
+            getattr(sampler, corrector)(x, level, number, 1.0)
+        assert int((x.tokens != start).sum()) > rows / 20
+        assert chi_square_p_value(sequence_numbers(x.tokens, SIZE + 1), law) > 1e-4
 
 
 def test_rare_states_are_left_out_of_a_step() -> None:

@@ -29,30 +29,39 @@ def test_the_surest_of_the_ids_that_differ_are_replaced() -> None:
     assert float(log_probability.exp()[0, 1]) == pytest.approx(0.6**10 / (0.6**10 + 0.3**10 + 0.1**10))
 
 
+WANTED = torch.arange(LENGTH) % SIZE
+
+
 @torch.no_grad()
-def corrected(sampler: SelfCorrectionSampler) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Tokens before and after, and how many corrections there were, of a model that is sure."""
-    backbone, denoiser = make_model(PROCESSES["gidd"], sure=3.0)
+def corrected(sampler: SelfCorrectionSampler, sure: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Tokens before and after, and how many corrections there were, of a network that wants the same ids whatever it
+    sees, as `sure` as it is told."""
+    backbone, denoiser = make_model(PROCESSES["gidd"])
+    wanted = torch.nn.functional.one_hot(WANTED, SIZE)
+    backbone.register_forward_hook(lambda module, inputs, output: (sure * wanted).float().expand_as(output))
     random = CounterRandom(0, torch.arange(len(LABELS)))
     context = SamplingContext(backbone, LABELS, random=random, denoiser=denoiser)
     level = NoiseLevel.at(denoiser.schedule, torch.ones(1, 1))
     x = NoisyTokens(context, denoiser, level=level, steps=sampler.correction_steps)
-    x.tokens = torch.arange(len(LABELS) * LENGTH).reshape(-1, LENGTH) % SIZE
+    x.tokens = WANTED.repeat(len(LABELS), 1)
+    x.tokens[:, :4] = torch.arange(4 * len(LABELS)).reshape(-1, 4) % SIZE
     before = x.tokens.clone()
     return before, sampler.finish(x), context.output(x.tokens).sequential_passes
 
 
 def test_corrections_go_on_until_nothing_changes() -> None:
-    """Alone, each sequence is corrected as in a batch: one that is done stays."""
-    before, after, passes = corrected(SelfCorrectionSampler(correction_steps=60, patience=None))
-    assert 1 < passes < 60 and bool((before != after).any())
-    _, once, one = corrected(SelfCorrectionSampler(correction_steps=1, patience=None))
-    assert one == 1 and int((before != once).sum(dim=1).max()) == 1
+    before, after, passes = corrected(SelfCorrectionSampler(correction_steps=60, patience=None), 9.0)
+    wrong = (before != WANTED).sum(dim=1)
+    # One for each wrong id, and one that finds no more.
+    assert passes == int(wrong.max()) + 1 > 2 and torch.equal(after, WANTED.expand_as(after))
+    _, once, one = corrected(SelfCorrectionSampler(correction_steps=1, patience=None), 9.0)
+    assert one == 1 and torch.equal((once != WANTED).sum(dim=1), (wrong - 1).clamp(min=0))
 
 
 def test_patience_ends_what_does_not_get_better() -> None:
-    _, _, passes = corrected(SelfCorrectionSampler(correction_steps=60, correction_temperature=9.0, patience=3))
-    _, _, endless = corrected(SelfCorrectionSampler(correction_steps=60, correction_temperature=9.0, patience=None))
+    """Of a network to which all ids are alike, corrections would change something for ever."""
+    _, _, passes = corrected(SelfCorrectionSampler(correction_steps=60, patience=3), 0.0)
+    _, _, endless = corrected(SelfCorrectionSampler(correction_steps=60, patience=None), 0.0)
     assert passes < 40 and endless == 60
 
 
