@@ -147,7 +147,8 @@ class RemaskingSampler(DiffusionSampler):
             times = self._looped(schedule, fractions, fractions)
         elif self.strategy == "flow_matching":
             mask_probabilities = on_device(_short_steps, self.steps, device=device or torch.device("cpu"))
-            times = schedule.inverse(mask_probabilities.clamp(*schedule.ends()))
+            first, last = schedule.mask_probability(torch.linspace(0, 1, 2, dtype=torch.float64, device=device))
+            times = schedule.inverse(mask_probabilities.clamp(first, last))
         else:
             return super().times(schedule, device)
         times[:1].zero_()

@@ -40,7 +40,10 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "loop": (RemaskingSampler, {"strategy": "loop", "eta": 0.5, "loop": (0.3, 0.8), "loop_alpha": 0.6}),
     "steps_forward": (RemaskingSampler, {"strategy": "forward_backward", "nucleus": 0.9}),
     "flow_matching": (RemaskingSampler, {"strategy": "flow_matching"}),
-    "self_correction": (SelfCorrectionSampler, {"correction_steps": 3, "correction_tokens": 2}),
+    "self_correction": (
+        SelfCorrectionSampler,
+        {"correction_steps": 3, "correction_tokens": 2, "correction_temperature": 3.0},
+    ),
 }
 MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop", "steps_forward", "flow_matching"}
 CASES = [

@@ -94,6 +94,8 @@ def make_drawer(name: str) -> Drawer:
     sampler, process, way = (*name.split("-"), "")[:3]
     settings = {**GUIDED, "steps": 3}
     head, schedule = "cavity", None
+    if "nucleus" in diffusion_cases.SAMPLERS[sampler][1]:
+        settings["top_p"] = None
     if way == "score_head":
         head, settings["guidance_law"] = "score", "score"
         way = "score"

@@ -36,6 +36,7 @@ from discrete_lit.samplers import (
     RasterSampler,
     RemaskingSampler,
     Sampler,
+    SelfCorrectionSampler,
     SubTokenSettings,
     TauLeapingSampler,
     TiTokSampler,
@@ -300,6 +301,10 @@ SAMPLERS: dict[str, tuple[str, Callable[[], Sampler]]] = {
     "TauLeapingSampler": ("DiscreteDiffusion, Gaussian", lambda: TauLeapingSampler(steps=4)),
     "FirstHittingSampler": ("DiscreteDiffusion", lambda: FirstHittingSampler()),
     "RemaskingSampler": ("DiscreteDiffusion", lambda: RemaskingSampler(steps=4, strategy="conf")),
+    "SelfCorrectionSampler": (
+        "DiscreteDiffusion, hybrid",
+        lambda: SelfCorrectionSampler(correction_steps=4, correction_tokens=3, steps=4),
+    ),
     "PredictorCorrectorSampler": (
         "DiscreteDiffusion, uniform",
         lambda: PredictorCorrectorSampler(corrector="gibbs", steps=4),
