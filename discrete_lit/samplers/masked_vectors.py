@@ -118,7 +118,7 @@ class MARSampler(MaskedPlaceSampler):
                 network,
                 head,
                 made,
-                solver.steps,
+                solver,
                 0 if condition.context is None else condition.context.shape[1],
             ),
         )
@@ -134,10 +134,10 @@ def _hidden(network: MaskedAutoencoder, drawn: Tensor, condition: Condition, tur
 
 
 def _flops(
-    network: MaskedAutoencoder, head: TokenDiffusionHead, made: list[tuple[int, int, int]], steps: int, context: int
+    network: MaskedAutoencoder, head: TokenDiffusionHead, made: list[tuple[int, int, int]], solver: Solver, context: int
 ) -> int:
     """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
     return sum(
-        network.flops(evaluations, known, context) + steps * head.flops(evaluations * drawn)
+        network.flops(evaluations, known, context) + head.flops(evaluations * drawn, solver)
         for evaluations, known, drawn in made
     )

@@ -105,13 +105,13 @@ class CausalVectorSampler:
             tokens=vectors,
             network_calls=rows * length,
             sequential_passes=length,
-            count_flops=partial(_flops, backbone, head, rows, made, solver.steps, attended),
+            count_flops=partial(_flops, backbone, head, rows, made, solver, attended),
         )
 
 
 def _flops(
-    backbone: Backbone, head: TokenDiffusionHead, rows: int, made: list[tuple[int, int]], steps: int, attended: int
+    backbone: Backbone, head: TokenDiffusionHead, rows: int, made: list[tuple[int, int]], solver: Solver, attended: int
 ) -> int:
     """Floating-point operations for an image: of each pass of the backbone, and of the head's steps after it."""
     passes = sum(backbone.flops(rows, read, filled, attended) for read, filled in made)
-    return backbone.cache_flops(rows, attended) + passes + len(made) * steps * head.flops(rows)
+    return backbone.cache_flops(rows, attended) + passes + len(made) * head.flops(rows, solver)
