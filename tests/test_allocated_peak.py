@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from side_by_side.memory import allocated_peak  # noqa: E402
+from side_by_side.memory import allocated_peak
 
 
 def test_the_peak_is_of_what_is_held_together() -> None:

@@ -98,6 +98,13 @@ class MaskedPlaceSampler:
         self.order: Order = order
         self.mask_schedule = mask_schedule or CosineSchedule()
 
+    def check_length(self, length: int) -> None:
+        """Raise a ValueError where there are more steps than the `length` places of an image."""
+        if self.steps > length:
+            raise ValueError(
+                f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
+            )
+
     def passes(self, random: CounterRandom, length: int, *, known: Tensor | None = None) -> Iterator[MaskedPass]:
         """Plan the passes of a draw.
 
@@ -109,10 +116,7 @@ class MaskedPlaceSampler:
         Raises:
             ValueError: more steps than places, or images with different numbers of known places.
         """
-        if self.steps > length:
-            raise ValueError(
-                f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
-            )
+        self.check_length(length)
         rank, given = self._turns(random, length), 0
         if known is not None:
             counts = known.sum(dim=1)

@@ -205,7 +205,8 @@ def diffusion(predicts: str, steps: list[int], batches: int, seed: int) -> dict[
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """2 E|X - Y| - E|X - X'| - E|Y - Y'|, estimated without bias: it may fall below 0."""
     between = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near vectors too
-    return float(2 * between.double().mean() - torch.pdist(x).double().mean() - torch.pdist(y).double().mean())
+    means = [distances.mean(dtype=torch.float64) for distances in (between, torch.pdist(x), torch.pdist(y))]
+    return float(2 * means[0] - means[1] - means[2])
 
 
 def check_closed_forms() -> None:

@@ -22,7 +22,10 @@ from discrete_lit.data.latent_arrays import LatentWriter
 STEPS_OF_10 = {
     "class_path": "discrete_lit.diffusion.gaussian.GaussianDenoiser",
     "init_args": {
-        "path": {"class_path": "discrete_lit.diffusion.gaussian.ScheduledPath", "init_args": {"steps": 10}},
+        "path": {
+            "class_path": "discrete_lit.diffusion.gaussian.ScheduledPath",
+            "init_args": {"schedule": "cosine", "steps": 10},
+        },
         "learned_variance": True,
     },
 }
