@@ -52,7 +52,7 @@ class DimensionwiseMasked(LatentGenerator):
             `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: a tokenizer of ids, or a setting out of its range.
+        ValueError: a tokenizer of ids, a setting out of its range, or a sampler of more steps than there are places.
     """
 
     sampler_kind = DimensionwiseSampler
@@ -92,6 +92,7 @@ class DimensionwiseMasked(LatentGenerator):
         self.head = head(ChannelLayout(channels=self.dim, levels=levels, condition_width=self.backbone.hidden_width))
         self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or DimensionwiseSampler(min(64, self.length))
+        self.sampler.check_length(self.length)
         self.likelihood_samples = likelihood_samples
 
     # The sequence.

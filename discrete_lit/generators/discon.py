@@ -9,6 +9,7 @@ that are added or attended to, the share of d that is replaced at random, and gu
 class.
 """
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any, Literal, Self, cast
 
@@ -171,6 +172,9 @@ class DisCon(ContinuousMasked):
         return torch.where(chosen, self.aligned(drawn), grid)
 
     # Sampling.
+
+    def drawing_networks(self) -> Iterable[Any]:
+        return (*self.discrete.drawing_networks(), *super().drawing_networks())
 
     @torch.no_grad()
     @in_evaluation
