@@ -67,6 +67,7 @@ class LatentWriter(EncodedWriter):
         source: str,
         variants: int | None = None,
         precision: str | None = None,
+        captions: bool = False,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -76,7 +77,7 @@ class LatentWriter(EncodedWriter):
             latent_shape: `(D, *grid)` of one image's latents.
             storage: what a row holds.
             dtype: of the numbers; float16 keeps 11 bits of each, bfloat16 8 and the range of float32.
-            image_size, num_classes, classes, source, variants, precision: as for `TokenWriter.create`.
+            image_size, num_classes, classes, source, variants, precision, captions: as for `TokenWriter.create`.
             tokenizer: content hash of the tokenizer (`ContinuousTokenizer.fingerprint()`).
 
         Raises:
@@ -97,6 +98,7 @@ class LatentWriter(EncodedWriter):
             source=source,
             variants=variants,
             precision=precision,
+            captions=captions,
         )
 
     @staticmethod
