@@ -5,7 +5,7 @@ dropped together for guidance, each by what stands for nothing in it: the null l
 vectors of which none is valid, in whose place a network attends to a learned vector of its own (`ContextAttention`).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ class Condition:
         context: `(B, M, E)` vectors, such as the features of a text; None for a network that is given none.
         context_mask: `(B, M)` bool, which of them are valid; all where it is None. What the others hold does not
             matter, and a sequence without a valid one is given none.
+        negative: `(B, M, E)` vectors that the null condition has in place of none, such as the features of a negative
+            prompt; guidance then leads away from them.
+        negative_mask: `(B, M)` bool, which of those are valid.
 
     Raises:
         ValueError: parts of different numbers of sequences, or a mask of other vectors than there are.
@@ -30,12 +33,26 @@ class Condition:
     grid: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    negative: Tensor | None = None
+    negative_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("grid", "context"):
             part = getattr(self, name)
             if part is not None and len(part) != len(self.labels):
                 raise ValueError(f"a condition has {len(self.labels)} labels, its {name} is of {len(part)} sequences")
+        if (self.negative is None) != (self.negative_mask is None):
+            raise ValueError("negative and negative_mask belong together: give both or neither")
+        if self.negative is not None and (
+            self.context is None
+            or self.negative.shape != self.context.shape
+            or self.negative_mask is None
+            or self.negative_mask.shape != self.context.shape[:2]
+        ):
+            raise ValueError(
+                f"negative stands in place of a context of its shape, got {_described(self.negative)} for "
+                f"{_described(self.context)}"
+            )
         mask = self.context_mask
         if mask is None:
             return
@@ -74,8 +91,12 @@ class Condition:
         return Condition(labels=labels, grid=grid, context=self.context, context_mask=mask)
 
     def null(self, *, null_label: int, null_id: int | None) -> "Condition":
-        """Give the condition of the same shape that says nothing."""
-        return self.dropped(torch.ones_like(self.labels, dtype=torch.bool), null_label=null_label, null_id=null_id)
+        """Give the condition of the same shape that says nothing, or what is `negative`."""
+        everywhere = torch.ones_like(self.labels, dtype=torch.bool)
+        nothing = self.dropped(everywhere, null_label=null_label, null_id=null_id)
+        if self.negative is None:
+            return nothing
+        return replace(nothing, context=self.negative, context_mask=self.negative_mask)
 
     def with_null(self, *, null_label: int, null_id: int | None) -> "Condition":
         """Give a condition of twice as many sequences, the null one behind: for guidance."""

@@ -170,7 +170,7 @@ class TextTokenizer(nn.Module):
         ids = torch.full((len(texts), length), self.pad_id, dtype=torch.int64)
         lengths = torch.zeros(len(texts), dtype=torch.int64)
         for row, text in enumerate(texts):
-            body = self._ids(text)
+            body = self.ids(text)
             if len(body) + added > length and too_long == "error":
                 raise ValueError(
                     f"the text {_shown(text)} has {len(body) + added} ids with its {added} special tokens, and the "
@@ -203,7 +203,12 @@ class TextTokenizer(nn.Module):
             texts.append(self._tokenizer.decode(kept, skip_special_tokens=True))
         return texts
 
-    def _ids(self, text: str) -> list[int]:
+    def ids(self, text: str) -> list[int]:
+        """Code one text, without special tokens.
+
+        Raises:
+            ValueError: it has characters that the vocabulary lacks.
+        """
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         except TypeError as error:
