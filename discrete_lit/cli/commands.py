@@ -145,6 +145,24 @@ def take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, trusted
 
 
+def gathered(arguments: Sequence[str], option: str) -> list[str]:
+    """Make one option with a list of an option that is given several times, each with a value."""
+    import json
+
+    rest: list[str] = []
+    values: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name != option:
+            rest.append(argument)
+        elif (value := value if equals else next(waiting, "")).startswith("["):
+            return list(arguments)  # a list already
+        else:
+            values.append(value)
+    return [*rest, f"{option}={json.dumps(values)}"] if values else rest
+
+
 def run_function(name: str, arguments: list[str]) -> None:
     """Call a command's function in `discrete_lit.cli` with the settings of the command line."""
     from argparse import ArgumentError
@@ -155,6 +173,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
+    arguments = gathered(arguments, "--prompt") if name == "sample" else arguments
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]

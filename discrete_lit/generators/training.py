@@ -166,8 +166,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         if self.text_encoder is not None and "context" not in given:
             if "caption" not in batch:
                 raise ValueError(
-                    f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} reads: "
-                    "set data.init_args.captions, or make token arrays of data that has it"
+                    f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} "
+                    "reads: set data.init_args.captions, or make token arrays of data that has it"
                 )
             given["context"], given["context_mask"] = self._encoded(batch["caption"])
         for name, setting, size in (("grid", "grid_vocab", vocab), ("context", "context_dim", dim)):
@@ -192,7 +192,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
         Args:
             texts: B prompts; an empty one stands for none.
-            labels: `(B,)`; by default 0 of a generator of one class, and the null label of others.
+            labels: `(B,)`; 0 of a generator of one class by default.
             negative: B texts that guidance leads away from; by default from no text at all.
 
         Raises:
@@ -200,8 +200,11 @@ class ClassConditionalTraining(LightningModule, ABC):
         """
         context, mask = self._encoded(texts)
         if labels is None:
-            label = 0 if self.num_classes == 1 else self.num_classes
-            labels = torch.full((len(texts),), label, dtype=torch.int64, device=context.device)
+            if self.num_classes > 1:
+                raise ValueError(
+                    f"this {type(self).__name__} reads {self.num_classes} classes beside texts: give labels"
+                )
+            labels = torch.zeros(len(texts), dtype=torch.int64, device=context.device)
         vectors, valid = (None, None) if negative is None else self._encoded(negative)
         return Condition(labels=labels, context=context, context_mask=mask, negative=vectors, negative_mask=valid)
 

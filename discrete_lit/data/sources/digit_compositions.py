@@ -35,9 +35,9 @@ class DigitCompositions(Source):
     - `sum`, 8 x 16: the caption "2+3" is of a picture of the sum, whose digits are right-aligned.
 
     A fifth of the 100 pairs are held out, (b - a) mod 10 in {3, 7}: a pair with its mirror image, and every digit as
-    often as any other. `train` has the first four fifths of the digits (in the order of the file, by other writers than the
-    last) in the other pairs; `validation` the last fifth in the same pairs; and `test` the last fifth in the held-out
-    pairs, which no training picture shows. Pixels have the 17 levels of the digits, k in 0..16 as round(255 k / 16).
+    often as any other. `train` has the first four fifths of the digits in the other pairs; `validation` the last fifth
+    in the same pairs; and `test` the last fifth in the held-out pairs, which no training picture shows. Pixels have the
+    17 levels of the digits, k in 0..16 as round(255 k / 16).
     The label is the relation of the digits: one class of "beside" and "sum", four of "around".
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (CC BY 4.0), in the package
     scikit-learn.
