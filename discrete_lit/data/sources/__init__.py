@@ -4,6 +4,7 @@ Importing this package imports neither torch nor Lightning.
 """
 
 from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.sources.digit_compositions import DigitCompositions
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
@@ -12,6 +13,7 @@ from discrete_lit.data.sources.source import Entry, Sample, Source
 
 __all__ = [
     "ClassFolders",
+    "DigitCompositions",
     "EmbeddedSet",
     "Emoji",
     "Entry",

@@ -13,7 +13,7 @@ from discrete_lit.data.sources.source import Entry, Source
 
 EMBEDDED_SHA256 = "fb45dadc5cae695accb1481b9c5fe4cbef586532655446b55765488783755f2f"
 PADDING = 2
-# In the order of the classes; "pair of" makes each a thing that there is one of.
+# In the order of the classes.
 _NOUNS = (
     "t-shirt",
     "pair of trousers",
@@ -27,7 +27,7 @@ _NOUNS = (
     "ankle boot",
 )
 # The mean of the pixels that are not black, in 0..255: limits that cut the training images into about three thirds.
-_TONES = ((115.0, "dark"), (165.0, "grey"), (256.0, "bright"))
+_TONES = ((127.5, "dark"), (170.5, "grey"), (256.0, "bright"))
 _SENTENCES = ("a photo of a {tone} {noun}", "this {noun} is {tone}", "{noun}, {tone}")
 
 
