@@ -22,6 +22,7 @@ FUNCTION_COMMANDS = {
     "shards": "write a data set as webdataset shards",
     "tokenize": "encode the images of a data set as arrays of tokens or latents",
     "text_tokenizer": "learn the vocabulary of captions",
+    "encode_captions": "encode the captions of arrays by a text encoder",
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
@@ -32,7 +33,7 @@ FUNCTION_COMMANDS = {
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer")
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),

@@ -42,7 +42,7 @@ def text_tokenizer(
             first.extend(found[: max(0, _MEASURED - len(first))])
             yield from found
 
-    tokenizer = TextTokenizer.train(learned(), vocab_size)
+    tokenizer = TextTokenizer.learn(learned(), vocab_size)
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(output, tokenizer.json)
     longest = max(len(tokenizer.ids(text)) for text in first)

@@ -25,8 +25,9 @@ from torch import Tensor
 from discrete_lit.core.files import RowFile, atomic_write_text, publish
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
+from discrete_lit.data.caption_features import CaptionFeatures
 from discrete_lit.data.caption_file import CaptionFile, CaptionParts
-from discrete_lit.data.captions import caption_batch, drawn
+from discrete_lit.data.captions import caption_batch
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
 
@@ -265,6 +266,7 @@ class EncodedFolder(ABC):
 
     Args:
         folder: as the `tokenize` command writes it.
+        context: whether batches have the vectors of captions, as `encode_captions` made them.
 
     Raises:
         ValueError: there is no finished array of this kind, or its files do not fit each other.
@@ -273,7 +275,7 @@ class EncodedFolder(ABC):
     writer: ClassVar[type[EncodedWriter]]
     """The writer of these folders."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, context: bool = False):
         self.folder = Path(folder).expanduser()
         self.manifest = self._read_manifest()
         self._codes: np.ndarray | None = None
@@ -291,6 +293,8 @@ class EncodedFolder(ABC):
             )
         self.captions = CaptionFile(self.folder, self.count) if self.manifest.get("captions") else None
         """The captions of each row; None where the images had none."""
+        self.features = CaptionFeatures(self.folder, self.count) if context else None
+        """The vectors of the captions; None where they are not asked for."""
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         self.labels = self.labels.astype(np.int64)
         if len(outside) and self.num_classes:
@@ -369,23 +373,18 @@ class EncodedFolder(ABC):
     def _caption_entries(self, samples: np.ndarray, draws: np.ndarray | None) -> Batch:
         if self.captions is None:
             return {}
-        captions = [self.captions[row] for row in samples.tolist()]
+        rows = samples.tolist()
+        captions = [self.captions[row] for row in rows]
         if draws is None:
-            return caption_batch(captions, None)
-        return caption_batch(captions, [drawn(each, draw) for each, draw in zip(captions, draws, strict=True)])
+            chosen, entries = [0] * len(rows), caption_batch(captions, None)
+        else:
+            chosen = [int(draw * len(each)) for each, draw in zip(captions, draws, strict=True)]
+            entries = caption_batch(captions, [each[number] for each, number in zip(captions, chosen, strict=True)])
+        return entries if self.features is None else {**entries, **self.features.batch(rows, chosen)}
 
     def _read_manifest(self) -> dict[str, Any]:
-        path, word = self.folder / MANIFEST, self.writer.kind.word
-        if not path.is_file():
-            if (self.folder / _UNFINISHED).is_file():
-                raise ValueError(
-                    f"the {word} in {self.folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
-                )
-            raise ValueError(f"{self.folder} holds no {word} (no {MANIFEST}): make one with `discrete-lit tokenize`")
-        try:
-            manifest = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        path = self.folder / MANIFEST
+        manifest = read_array_manifest(self.folder, self.writer.kind.word)
         if (reason := self.writer.kind.refused(manifest, path)) is not None:
             raise ValueError(reason)
         return manifest
@@ -402,6 +401,29 @@ class EncodedFolder(ABC):
             ) from error
 
 
+def read_array_manifest(folder: Path, word: str = "array") -> Any:
+    """Read the manifest of a finished folder of codes of any kind.
+
+    Args:
+        folder: of the codes.
+        word: for messages.
+
+    Raises:
+        ValueError: there is none, or it is no JSON.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / _UNFINISHED).is_file():
+            raise ValueError(
+                f"the {word} in {folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
+            )
+        raise ValueError(f"{folder} holds no {word} (no {MANIFEST}): make one with `discrete-lit tokenize`")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 class EncodedArrays(ResumableDataModule):
     """Batches of codes that a tokenizer made once: the DataModule of tokens and of latents.
 
@@ -416,8 +438,10 @@ class EncodedArrays(ResumableDataModule):
         validation: folder of the validation codes, made by the same tokenizer.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load. Reading rows costs little: 0 is usually fastest.
-        seed: decides the order and the crop.
+        seed: decides the order, the crop and the caption.
         persistent_workers: keep the processes between epochs.
+        context: give the vectors of captions too, as `"context"` and `"context_mask"`; `discrete-lit encode_captions`
+            makes them.
 
     Raises:
         ValueError: neither folder is given. Reading them raises what `EncodedFolder` does, and where the two were made
@@ -433,6 +457,7 @@ class EncodedArrays(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         persistent_workers: bool = False,
+        context: bool = False,
     ):
         super().__init__(
             train,
@@ -443,6 +468,7 @@ class EncodedArrays(ResumableDataModule):
             max_bad_fraction=0.0,
             persistent_workers=persistent_workers,
         )
+        self.context = context
 
     @abstractmethod
     def open_folder(self, folder: str) -> EncodedFolder:
@@ -505,6 +531,16 @@ class EncodedArrays(ResumableDataModule):
                 f"{fingerprint}: use that tokenizer's checkpoint, or make the {content} anew with "
                 "`discrete-lit tokenize`"
             )
+
+    def check_text_encoder(self, fingerprint: str) -> None:
+        """Raise `ValueError` unless `fingerprint` is of the encoder that made the vectors of captions, if there are."""
+        for folder in self.folders.values():
+            features = folder.features
+            if features is not None and features.encoder != fingerprint:
+                raise ValueError(
+                    f"the vectors of captions in {folder.folder} were made by the text encoder {features.encoder}, not "
+                    f"by {fingerprint}: use that encoder, or make them anew with `discrete-lit encode_captions`"
+                )
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         folder = self.folders["train"]

@@ -154,6 +154,7 @@ class LatentFolder(EncodedFolder):
     Args:
         folder: as the `tokenize` command writes it with the checkpoint of a continuous tokenizer.
         seed: of the noise of latents that are stored by their moments.
+        context: whether batches have the vectors of captions.
 
     Raises:
         ValueError: there is no finished latent array, or its files do not fit each other.
@@ -161,8 +162,8 @@ class LatentFolder(EncodedFolder):
 
     writer = LatentWriter
 
-    def __init__(self, folder: str | os.PathLike[str], seed: int = 0):
-        super().__init__(folder)
+    def __init__(self, folder: str | os.PathLike[str], seed: int = 0, *, context: bool = False):
+        super().__init__(folder, context=context)
         self.seed = seed
 
     def code_types(self) -> Sequence[type[np.generic]]:
@@ -209,7 +210,7 @@ class LatentArrays(EncodedArrays):
     """
 
     def open_folder(self, folder: str) -> LatentFolder:
-        return LatentFolder(folder, seed=self.seed)
+        return LatentFolder(folder, seed=self.seed, context=self.context)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -151,8 +151,9 @@ class TokenArrays(EncodedArrays):
         validation: folder of the validation tokens, made by the same tokenizer.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load. Reading rows costs little: 0 is usually fastest.
-        seed: decides the order and the crop.
+        seed: decides the order, the crop and the caption.
         persistent_workers: keep the processes between epochs.
+        context: give the vectors of captions too, see `EncodedArrays`.
 
     Raises:
         ValueError: neither folder is given. Reading them raises what `TokenFolder` does, and where the two were made by
@@ -160,7 +161,7 @@ class TokenArrays(EncodedArrays):
     """
 
     def open_folder(self, folder: str) -> TokenFolder:
-        return TokenFolder(folder)
+        return TokenFolder(folder, context=self.context)
 
     @property
     def vocab_size(self) -> int:

@@ -428,6 +428,9 @@ class ClassConditionalTraining(LightningModule, ABC):
         if check_tokenizer is not None:
             check_tokenizer(self.tokenizer.fingerprint())
         self._check_text_width()
+        check_text_encoder = getattr(data, "check_text_encoder", None)
+        if check_text_encoder is not None and self.text_encoder is not None:
+            check_text_encoder(self.text_encoder.fingerprint())
         # Rows of ids, TiTok's or those of several scales, do not show the size of their images.
         size = getattr(data, "image_size", None)
         if size is not None and size != self.image_size:

@@ -50,8 +50,9 @@ class TextEncoder(Coder, ABC):
         self.too_long: TooLong = too_long
         text_tokenizer.encode([], length, too_long=too_long)  # refuses what no text would fit into
 
-    def describe(self, **settings: Any) -> None:
-        """Record how the encoder is built again from a checkpoint, which has no file beside it."""
+    def complete(self, **settings: Any) -> None:
+        """Go to eval mode, and record how the encoder is built again from a checkpoint, which has no file beside it."""
+        self.eval()
         described = {
             "text_tokenizer": self.text_tokenizer.config(),
             "length": self.length,
@@ -106,7 +107,7 @@ class StaticTextEncoder(TextEncoder):
         super().__init__(text_tokenizer, length=length, too_long=too_long)
         self.dim = dim
         self.embedding = nn.Embedding(text_tokenizer.vocab_size, dim)
-        self.describe(dim=dim)
+        self.complete(dim=dim)
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.embedding(ids)
@@ -174,7 +175,7 @@ class TransformerTextEncoder(TextEncoder):
             )
             for _ in range(depth)
         )
-        self.describe(
+        self.complete(
             dim=dim,
             depth=depth,
             heads=heads,

@@ -76,7 +76,7 @@ class TextTokenizer(nn.Module):
         self.end_id: int | None = self._behind[0] if self._behind else None
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
+    def learn(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
         """Learn byte-level BPE (Sennrich et al. 2016; on bytes, as GPT-2): any text can be coded, and comes back.
 
         The same texts, in whatever order, give the same tokenizer.

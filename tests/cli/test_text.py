@@ -63,7 +63,7 @@ def test_text_tokenizer_refuses_shards_without_captions(
 
 def text_generator(tmp_path: Path, tokenizer: Path, **init_args: Any) -> dict[str, Any]:
     """Settings of a tiny Masked generator that reads captions by a table of vectors."""
-    words = TextTokenizer.train([f"a {text}" for text in WORDS], 280)
+    words = TextTokenizer.learn([f"a {text}" for text in WORDS], 280)
     encoder = StaticTextEncoder(words, 4, length=24)
     settings = generator_settings(tokenizer)
     settings["model"]["init_args"] |= {"num_classes": 1, "text_encoder": dict(encoder.hparams), **init_args}

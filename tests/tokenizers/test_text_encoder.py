@@ -22,7 +22,7 @@ TEXTS = ["a dark coat", "a bright t-shirt and more", "x"]
 
 @pytest.fixture(scope="module")
 def text_tokenizer() -> TextTokenizer:
-    return TextTokenizer.train(["a dark coat", "a bright t-shirt"], 280)
+    return TextTokenizer.learn(["a dark coat", "a bright t-shirt"], 280)
 
 
 def published(kind: str, text_tokenizer: TextTokenizer, **changes: Any) -> tuple[Any, dict[str, Any]]:
