@@ -5,7 +5,7 @@ dropped together for guidance, each by what stands for nothing in it: the null l
 vectors of which none is valid, in whose place a network attends to a learned vector of its own (`ContextAttention`).
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ class Condition:
         context: `(B, M, E)` vectors, such as the features of a text; None for a network that is given none.
         context_mask: `(B, M)` bool, which of them are valid; all where it is None. What the others hold does not
             matter, and a sequence without a valid one is given none.
-        negative: `(B, M, E)` vectors that the null condition has in place of none, such as the features of a negative
-            prompt; guidance then leads away from them.
-        negative_mask: `(B, M)` bool, which of those are valid.
+        negative: `(B, M, E)` vectors in place of the context, such as the features of a negative prompt: the condition
+            with these then stands for the null one, and guidance leads away from it.
+        negative_mask: `(B, M)` bool, which of those are valid; a sequence without one has the null condition itself.
 
     Raises:
         ValueError: parts of different numbers of sequences, or a mask of other vectors than there are.
@@ -94,9 +94,13 @@ class Condition:
         """Give the condition of the same shape that says nothing, or what is `negative`."""
         everywhere = torch.ones_like(self.labels, dtype=torch.bool)
         nothing = self.dropped(everywhere, null_label=null_label, null_id=null_id)
-        if self.negative is None:
+        if self.negative is None or self.negative_mask is None:
             return nothing
-        return replace(nothing, context=self.negative, context_mask=self.negative_mask)
+        says = self.negative_mask.any(dim=1)
+        labels, grid = torch.where(says, self.labels, nothing.labels), nothing.grid
+        if self.grid is not None and grid is not None:
+            grid = torch.where(says[:, None], self.grid, grid)
+        return Condition(labels=labels, grid=grid, context=self.negative, context_mask=self.negative_mask)
 
     def with_null(self, *, null_label: int, null_id: int | None) -> "Condition":
         """Give a condition of twice as many sequences, the null one behind: for guidance."""

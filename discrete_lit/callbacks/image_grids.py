@@ -168,7 +168,8 @@ class SampleGrid(ImageGrid):
         if module.text_encoder is not None and "caption" in batch:
             order = [image % len(batch["caption"]) for image in range(self.count)]
             texts = [batch["caption"][image] for image in order]
-            condition = module.condition_of_texts(texts, labels=module.labels_of(batch)[order])
+            labels = module.labels_of(batch)[order] if module.num_classes > 1 else None
+            condition = module.condition_of_texts(texts, labels=labels)
         return module.tokenizer.decode(module.sample(condition, cast(Any, self.sampler), seed=self.seed))
 
     def labels(self, num_classes: int) -> Tensor:

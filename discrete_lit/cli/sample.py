@@ -298,7 +298,8 @@ def _condition(
     if not texts:
         return labels
     away = None if negative is None else [negative] * len(texts)
-    return generator.condition_of_texts(texts, labels=labels, negative=away)
+    classes = labels if generator.num_classes > 1 else None
+    return generator.condition_of_texts(texts, labels=classes, negative=away)
 
 
 def _dtype_of(network: torch.nn.Module) -> str:

@@ -37,11 +37,11 @@ class CaptionParts:
         Raises:
             ValueError: a row without a caption.
         """
+        if empty := [row for row, texts in zip(rows, captions, strict=True) if not texts]:
+            raise ValueError(f"row {empty[0]} has no caption; an empty text stands for none")
         if self._file is None:
             self._file = self._path.open("w", encoding="utf-8")
         for row, texts in zip(rows, captions, strict=True):
-            if not texts:
-                raise ValueError(f"row {row} has no caption; an empty text stands for none")
             self._file.write(json.dumps([row, list(texts)], ensure_ascii=False) + "\n")
 
     def close(self) -> None:

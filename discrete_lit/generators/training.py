@@ -192,7 +192,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
         Args:
             texts: B prompts; an empty one stands for none.
-            labels: `(B,)`; 0 of a generator of one class by default.
+            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text.
             negative: B texts that guidance leads away from; by default from no text at all.
 
         Raises:
@@ -204,7 +204,8 @@ class ClassConditionalTraining(LightningModule, ABC):
                 raise ValueError(
                     f"this {type(self).__name__} reads {self.num_classes} classes beside texts: give labels"
                 )
-            labels = torch.zeros(len(texts), dtype=torch.int64, device=context.device)
+            # The null label stands beside no text, as it does where training dropped it.
+            labels = torch.where(mask.any(dim=1), 0, self.num_classes)
         vectors, valid = (None, None) if negative is None else self._encoded(negative)
         return Condition(labels=labels, context=context, context_mask=mask, negative=vectors, negative_mask=valid)
 
@@ -303,6 +304,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
+        if self.text_encoder is not None and self.num_classes == 1:
+            dropped = dropped | ~condition.context_mask.any(dim=1)  # an empty text is none
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}

@@ -1,5 +1,6 @@
 """Generators that are told by a text what to draw: batches, training, guidance, checkpoints."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from discrete_lit.generators import Autoregressive, Masked
 from discrete_lit.samplers import MaskGITSampler, RasterSampler
 from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer, TokenGrid
 
-FAMILIES = {"Masked": (Masked, MaskGITSampler), "Autoregressive": (Autoregressive, RasterSampler)}
+FAMILIES: dict[str, Any] = {
+    "Masked": (Masked, partial(MaskGITSampler, steps=2)),
+    "Autoregressive": (Autoregressive, RasterSampler),
+}
 EACH = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -27,13 +31,14 @@ def encoder() -> StaticTextEncoder:
 
 
 def made_of(family: str, encoder: StaticTextEncoder | None, context_dim: int | None = 8, **settings: Any) -> Any:
-    kind, _ = FAMILIES[family]
+    kind, sampler = FAMILIES[family]
     torch.manual_seed(1)
     made: Any = kind(
         TokenGrid(4, (2,)),
         image_size=8,
-        backbone=lambda layout: Transformer(layout, 16, depth=1, heads=2, context_dim=context_dim),
+        backbone=lambda layout: Transformer(layout, width=16, depth=1, heads=2, context_dim=context_dim),
         text_encoder=encoder,
+        sampler=sampler(),
         **{"num_classes": 1, "label_dropout": 0.5, **settings},
     )
     randomise(made.backbone, 0.3)
@@ -120,6 +125,7 @@ def config_of(encoder: StaticTextEncoder, **changes: Any) -> dict[str, Any]:
     }
     tokenizer = {"class_path": "discrete_lit.tokenizers.TokenGrid", "init_args": {"vocab_size": 4, "token_shape": [2]}}
     settings = {"tokenizer": tokenizer, "image_size": 8, "num_classes": 1, "backbone": backbone}
+    settings["sampler"] = {"class_path": "discrete_lit.samplers.MaskGITSampler", "init_args": {"steps": 2}}
     settings |= {"text_encoder": dict(encoder.hparams), **changes}
     return {"class_path": "discrete_lit.generators.Masked", "init_args": settings}
 
