@@ -107,14 +107,15 @@ class Condition:
         null = self.null(null_label=null_label, null_id=null_id)
         nothing, both = null.parts(), {}
         for name, part in self.parts().items():
-            beside = nothing[name]
+            beside = nothing.get(name)
             if beside is not None:
                 both[name] = torch.cat((self.valid() if part is None else part, beside))
         return Condition(**both)
 
     def parts(self) -> dict[str, Tensor | None]:
-        """Give each part by its name."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        """Give each part by its name; what is negative only where it is there."""
+        every = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: part for name, part in every.items() if part is not None or not name.startswith("negative")}
 
 
 def as_condition(given: "Condition | Tensor") -> Condition:

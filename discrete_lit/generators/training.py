@@ -305,7 +305,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
         if self.text_encoder is not None and self.num_classes == 1:
-            dropped = dropped | ~condition.context_mask.any(dim=1)  # an empty text is none
+            dropped = dropped | ~condition.valid().any(dim=1)  # an empty text is none
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
