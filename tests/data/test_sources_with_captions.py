@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from discrete_lit.core.files import content_sha256
-from discrete_lit.data.sources import DigitCompositions, EmbeddedSet, digit_compositions
+from discrete_lit.data.sources import DigitCompositions, EmbeddedSet, TuxpaintStamps, digit_compositions
 from discrete_lit.data.sources.digit_compositions import WORDS, held_out
 
 EMBEDDED = Path(__file__).parents[2] / "data" / "fashion_mnist.npz"
@@ -138,3 +138,45 @@ def test_sentences_of_the_embedded_set_say_class_and_brightness() -> None:
         assert {"dark": brightness < 127.5, "grey": 127.5 <= brightness < 170.5, "bright": brightness >= 170.5}[tone]
         tones[tone] += 1
     assert min(tones.values()) > 200
+
+
+@pytest.fixture
+def stamps(tmp_path: Path) -> Path:
+    """Forty stamps of two classes, half transparent, with captions; one without, and a turned copy."""
+    for number in range(40):
+        file = tmp_path / "stamps" / ("animals", "food")[number % 2] / "more" / f"stamp.{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGBA", (9, 7), (255, 0, 0, 0))
+        picture.putpixel((5, 6), (0, 0, 255, 128))
+        picture.save(file)
+        text = f"Stamp {number}.\nfr.utf8=Tampon {number}.\npt_br.utf8=  Selo\nbroken line\n"
+        file.with_suffix(".txt").write_text(text, encoding="utf-8")
+    Image.new("L", (4, 4)).save(tmp_path / "stamps" / "food" / "none.png")
+    Image.new("L", (4, 4)).save(tmp_path / "stamps" / "food" / "none_mirror.png")
+    return tmp_path / "stamps"
+
+
+def test_stamps_have_a_caption_in_each_language(stamps: Path) -> None:
+    sources = {split: TuxpaintStamps(stamps, split, languages=("en", "pt_br")) for split in ("train", "test")}
+    keys = {split: {entry.key for entry in source.entries} for split, source in sources.items()}
+    assert not keys["train"] & keys["test"] and 1 <= len(keys["test"]) < 10
+    assert len(keys["train"] | keys["test"]) == 41 and "food/none_mirror" not in keys["train"] | keys["test"]
+    for source in sources.values():
+        assert source.classes == ["animals", "food"]
+        for index, entry in enumerate(source.entries):
+            if entry.key == "food/none":
+                assert source.captions(index) == ()
+                continue
+            number = int(entry.key.rpartition("%2E")[2])
+            assert entry.label == number % 2 and source.captions(index) == (f"Stamp {number}.", "Selo")
+            image = Image.open(io.BytesIO(source.read(index)))
+            assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (9, 7), (255, 255, 255))
+            assert image.getpixel((5, 6)) == (127, 127, 255)
+    assert TuxpaintStamps(stamps, "test").fingerprint() != sources["test"].fingerprint()
+
+
+def test_stamps_that_are_not_there(stamps: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no stamps: give the folder"):
+        TuxpaintStamps(tmp_path / "none", "train")
+    with pytest.raises(ValueError, match=r"languages=\['xx'\]: accepted are some of en, fr, pt_br"):
+        TuxpaintStamps(stamps, "train", languages=("xx",))

@@ -10,6 +10,7 @@ from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
+from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
 
 __all__ = [
     "ClassFolders",
@@ -22,4 +23,5 @@ __all__ = [
     "PartOfSource",
     "Sample",
     "Source",
+    "TuxpaintStamps",
 ]
