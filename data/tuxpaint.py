@@ -5,9 +5,9 @@ They are in the Debian and Ubuntu package tuxpaint-stamps-default (161 MB to fet
   apt-get install tuxpaint-stamps-default
   python data/tuxpaint.py --output shards/stamps
 
-It need not be installed: `apt-get download tuxpaint-stamps-default`, `dpkg -x tuxpaint-stamps-default_*.deb stamps`, and
-`--root stamps/usr/share/tuxpaint/stamps`. Captions are in up to 80 languages; `--languages '[en, fr, de]'` writes three
-of each picture. A tenth of the stamps, chosen by a hash of their names, are the test set. Disk: 60 MB. Time: a minute.
+It need not be installed: `apt-get download tuxpaint-stamps-default`, then `dpkg -x tuxpaint-stamps-*.deb stamps`, and
+`--root stamps/usr/share/tuxpaint/stamps`. Captions are in up to 80 languages: `--languages '[en, fr, de]'` writes
+three of each picture. A tenth of the stamps, by a hash of their names, are the test set. Disk: 60 MB. Time: a minute.
 """
 
 import sys

@@ -25,6 +25,8 @@ _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 # In a configuration the state is compressed: parsers of YAML take minutes for JSON of a vocabulary.
 _COMPRESSED = "zlib:"
 _LONGEST_SHOWN = 60
+# The largest vocabularies of 2026 take a quarter of this.
+_MOST_BYTES = 2**27
 
 
 class TextTokenizer(nn.Module):
@@ -262,9 +264,13 @@ def _read(file: str) -> str:
         return file
     if file.startswith(_COMPRESSED):
         try:
-            return zlib.decompress(base64.b64decode(file.removeprefix(_COMPRESSED), validate=True)).decode()
+            unpack = zlib.decompressobj()
+            content = unpack.decompress(base64.b64decode(file.removeprefix(_COMPRESSED), validate=True), _MOST_BYTES)
+            if not unpack.eof:  # cut off, or what would fill the memory
+                raise ValueError(f"it does not end within {_MOST_BYTES:,} bytes")
+            return content.decode()
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"file={_shown(file)} is a damaged state of a text tokenizer") from error
+            raise ValueError(f"file={_shown(file)} is a damaged state of a text tokenizer: {error}") from error
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(

@@ -1,10 +1,12 @@
 """Text to ids and back, and what a checkpoint knows of it."""
 
+import base64
 import copy
 import pickle
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,11 @@ def test_a_padding_token_can_be_named() -> None:
     assert TextTokenizer(**made.config()["init_args"]).fingerprint() == made.fingerprint()
 
 
+def bomb() -> str:
+    """A short state that would unpack to more than any vocabulary has."""
+    return "zlib:" + base64.b64encode(zlib.compress(b" " * (2**27 + 1))).decode()
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -176,6 +183,8 @@ def test_a_padding_token_can_be_named() -> None:
         (lambda made: TextTokenizer("nowhere.json"), "file='nowhere.json': no such file"),
         (lambda made: TextTokenizer("{}"), "is no tokenizer.json"),
         (lambda made: TextTokenizer("zlib:AAAA"), "damaged state"),
+        (lambda made: TextTokenizer(made.state[:-8]), "damaged state of a text tokenizer: .* does not end within"),
+        (lambda made: TextTokenizer(bomb()), "damaged state of a text tokenizer: .* does not end within"),
         (lambda made: TextTokenizer.learn(["a"], 200), "vocab_size=200 is below 259"),
         (lambda made: TextTokenizer.learn([], 300), "no text to learn"),
     ],
