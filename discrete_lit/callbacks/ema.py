@@ -156,6 +156,8 @@ class ExponentialMovingAverage(Callback):
         """Take the averages, which the module was given, and give the module its raw weights."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        # Sharded weights are loaded behind `on_fit_start`, where averages began with those from before.
+        self.averages = {}
         self._begin(pl_module)
         if not {"current_model_state", "averaging_state"} <= checkpoint.keys():
             rank_zero_warn("The checkpoint holds no averages: ExponentialMovingAverage begins with its weights.")
