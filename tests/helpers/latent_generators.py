@@ -76,7 +76,11 @@ def _discon() -> DisCon:
 
 def _decoder(**settings: Any) -> TokenDiffusionDecoder:
     return TokenDiffusionDecoder(
-        RawPixels(), 8, discrete=FSQ(convolutional, levels=[4, 4]), backbone=lambda layout: DiT(layout, **SIZE), **settings
+        RawPixels(),
+        8,
+        discrete=FSQ(convolutional, levels=[4, 4]),
+        backbone=lambda layout: DiT(layout, **SIZE),
+        **settings,
     )
 
 
@@ -101,9 +105,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         head=lambda layout: ChannelHead(layout, width=8, depth=1, heads=2),
         levels=4,
     ),
-    "ContinuousNextScale": lambda: _on_grid(
-        ContinuousNextScale, backbone=scale_network, head=head(), scales=[1, 2, 4]
-    ),
+    "ContinuousNextScale": lambda: _on_grid(ContinuousNextScale, backbone=scale_network, head=head(), scales=[1, 2, 4]),
     "HybridNextScale": _hybrid,
     "TokenDiffusionDecoder": _decoder,
     "TokenDiffusionDecoder, consistency": lambda: _decoder(

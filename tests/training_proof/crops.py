@@ -1,8 +1,8 @@
 """The law of a training crop, re-derived from the authors' transform, and a chi-squared test of our crops against it.
 
 A transform is its outcomes: parts of an image, each cut, resized and perhaps mirrored, with their probabilities. Images
-are a few pixels wide, so that there are few outcomes and our crops can be told apart; every law here depends on the ratio
-of sizes alone. Crops of ours that are no outcome of the authors' transform fail at once.
+are a few pixels wide, so that there are few outcomes and our crops can be told apart; every law here depends on the
+ratio of sizes alone. Crops of ours that are no outcome of the authors' transform fail at once.
 """
 
 import io

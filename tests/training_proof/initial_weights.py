@@ -121,7 +121,8 @@ SEDD = (
     Kind("logits", _LOGITS, fixed(0.0)),
     ZERO_MODULATIONS,
     Kind("linear", r"(query_key_value|out|expand|contract|layers\.\d)\.weight", by_inputs),
-    Kind("embeddings", ALL_ELSE, lambda shape, sizes: sqrt(1 / (3 * sizes.width))),
+    # `kaiming_uniform_(a=sqrt(5))` of a table, whose inputs are its columns.
+    Kind("embeddings", ALL_ELSE, lambda shape, sizes: sqrt(1 / (3 * shape[-1]))),
 )
 DIT = (
     Kind("modulations, output", r"modulation|backbone\.output", fixed(0.0)),
@@ -161,7 +162,7 @@ LDM = (
     Kind("all else", r"weight", by_inputs),
 )
 VAEX = (
-    Kind("codes", r"quantizer", codes(20)),
+    Kind("codes", r"quantizer\.codebook", codes(20)),
     Kind("discriminator", r"discriminator", fixed(0.02)),
     Kind("network", r"weight", lambda shape, sizes: 0.5 * sqrt(2 / (prod(shape[1:]) + shape[0] * prod(shape[2:])))),
 )

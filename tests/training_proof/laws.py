@@ -36,7 +36,7 @@ def cosine(warmup: int, total: int, end: float = 0.0, hold: int = 0) -> Schedule
 
 
 def var_line(warmup_epochs: float, epochs: int, batch: int, end: float) -> Schedule:
-    """`lin0` of VAR's `lr_wd_annealing` with `wp` in epochs, `wp0=0.005` and `wpe`; IBQ and Open-MAGVIT2 have it too."""
+    """`lin0` of VAR's `lr_wd_annealing` with `wp` in epochs, `wp0=0.005` and `wpe`; also IBQ's and Open-MAGVIT2's."""
     steps = IMAGES // batch
     warmup, total = round(warmup_epochs * steps), epochs * steps
 
@@ -121,6 +121,6 @@ def without(decays: Decays, pattern: str) -> Decays:
 
 def vaex_decays(name: str, value: Tensor) -> float:
     """0.005, of the discriminator 0.0005; no one-dimensional parameter, and no embedding."""
-    if vector(name, value) or name.startswith("quantizer."):
+    if vector(name, value) or name.startswith("quantizer.codebook"):
         return 0.0
     return 5e-4 if "discriminator" in name else 5e-3

@@ -1,9 +1,9 @@
 """What the authors' training code does, for each recipe that names a published number; read from the code itself.
 
-Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, maskbit 5ea3d733, Halton-MaskGIT f61b0a13,
-SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594, latent-diffusion
-a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec; MAR, xAR, TokenBridge, DiT and BitDance as of
-November 2026.
+Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, maskbit 5ea3d733, Halton-MaskGIT
+f61b0a13, SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594,
+latent-diffusion a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec, mar fe470ac2, xAR 121e9c93,
+TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901. SiT's training is taken from DiT's code, which it is built on.
 """
 
 from collections.abc import Sequence
@@ -62,10 +62,10 @@ class Published:
     schedule: Schedule | str
     clip: float | None = None
     decay: float = 0.0
-    decays: Decays | None | str = None
+    decays: Decays | str | None = None
     crop: Law | str
     images: Sequence[tuple[int, int]] = crops.IMAGES
-    average: Average | None | str
+    average: Average | str | None
     weights: Sequence[Kind] | str
     differs: dict[str, str] = field(default_factory=dict)
 
@@ -93,6 +93,7 @@ TEN = "one of ten stored crops"
 FLIP = "the stored centre crop or its mirror image"
 STORED = "the stored centre crop"
 TEXT = "chunks of text"
+COUNTED_AFTER = "there the count includes the update"
 _TINY_IMAGES = ((crops.SIZE, crops.SIZE),)
 
 # Nothing but weights, sampling or a paper.
@@ -193,6 +194,7 @@ _SEDD = Published(
     crop=TEN,
     average=laws.counted_after(0.9999),
     weights=initial.SEDD,
+    differs={"EMA": COUNTED_AFTER},
 )
 _D3PM = Published(
     golden=NOT_COMPARED,
@@ -338,6 +340,7 @@ PUBLISHED: dict[str, Published] = {
         crop=_RESIZED,
         average=laws.counted_after(0.9999),
         weights=initial.LDM,
+        differs={"EMA": COUNTED_AFTER},
     ),
     "generators/llamagen_*": _LLAMAGEN,
     "generators/mar_*": _MAR,

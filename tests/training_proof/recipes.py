@@ -1,7 +1,7 @@
-"""The recipes that name a published number, and the modules that they build: whole on the meta device, or tiny.
+"""The recipes that name a published number, and the modules that they build: whole without data, or tiny.
 
-No file of weights is needed. A frozen tokenizer is stood in for by one of as many ids, or of latents as wide, on as large
-a grid; perceptual networks have random weights.
+No file of weights is needed. A frozen tokenizer is stood in for by one of as many ids, or of latents as wide, on as
+large a grid; perceptual networks have random weights.
 """
 
 import json
@@ -154,8 +154,9 @@ def shrunk(settings: Any) -> Any:
     made = {name: shrunk(value) for name, value in settings.items()}
     if "class_path" in made and class_name(made) in TINY:
         given = made.get("init_args", {})
-        for name in ("mlp_hidden", "head_dim", "drop_path"):
-            given.pop(name, None)
+        if class_name(made) != "UNet":
+            for name in ("mlp_hidden", "head_dim", "drop_path"):
+                given.pop(name, None)
         made["init_args"] = given | TINY[class_name(made)]
     return made
 

@@ -25,25 +25,26 @@ DEVIATION_OFF = 0.05
 
 INTRODUCTION = """# Recipes against the authors' training code
 
-Each recipe that names a published number, held against the code that the authors trained with, as far as it is public.
-A test makes this table anew and fails where it has changed; so does `PYTHONPATH=.:tests python -m training_proof.table`,
-which writes it. The authors' side is written out in closed form in
-[tests/training_proof](../tests/training_proof/published.py), with the commits that it was read from; nothing of it comes
-from our own code.
+Each recipe that names a published number, held against the code that the authors trained with, where it is public.
+`PYTHONPATH=.:tests python -m training_proof.table` makes this page, and tests/test_training_proof.py fails where it
+would make another. The authors' side is written out in closed form, with the commits that it was read from, in
+[tests/training_proof](../tests/training_proof/published.py); nothing of it comes from our own code.
 
 - **Loss and gradient**: the case of reference outputs, computed by the authors' own code at tiny random weights, that
-  `tests/pretrained/test_golden.py` compares: which losses, how many gradients. Where a case has none, what it has.
-- **Schedule**: the peak learning rate, and the largest difference from the authors' formula at ten steps of the run and at
-  its last, as a share of the peak. Then what gradients are clipped at.
+  tests/pretrained/test_golden.py compares: which losses, how many gradients. Where a case has none, what it has; equal
+  logits say nothing of a loss.
+- **Schedule**: the peak learning rate, and the largest difference from the authors' formula at ten steps of the run and
+  at its last, as a share of the peak. Then what gradients are clipped at.
 - **Groups**: how many trained numbers have which weight decay, of the network at its full size.
-- **Crop**: Pearson's chi-squared of 2,000 training crops against the law of the authors' transform, and its degrees of
-  freedom. Images are a few pixels wide there: the law depends on ratios alone. A deterministic crop has no degrees.
+- **Crop**: Pearson's chi-squared of 2,000 training crops of each of two images against the law of the authors'
+  transform, and its degrees of freedom. The images are a few pixels wide: the law depends on ratios alone. Which filter
+  resizes is not compared. Where crops are stored, which one of them a step reads.
 - **EMA**: the decay at update 10, 1,000 and 100,000.
-- **Initial deviations**: of each kind of layer, at the recipe's own shapes, by the authors' law; measured at width 192 and
-  three blocks, where it depends on the width in the same way.
+- **Initial deviations**: of each kind of layer, at the recipe's own shapes, by the authors' law. Ours is measured in a
+  network of width 192 and three blocks.
 
-✓: as the authors' code. ✗: another, with what theirs is. *Not published*: the authors released no training code, or not
-that part. *Not compared*: released, but not read here. *Our choice*: the recipe says so.
+✓: as the authors' code. ✗: another; then what theirs is, and why. *Not published*: the authors released no training
+code, or not that part. *Not compared*: released, but not read here. *Our choice*: the recipe says so.
 
 """
 
@@ -68,13 +69,17 @@ def cells(recipe: str) -> dict[str, str]:
         return dict.fromkeys(COLUMNS, "not compared")
     made = (_golden(law), _schedule(recipe, law), _groups(recipe, law), _crop(recipe, law), _average(recipe, law))
     found = dict(zip(COLUMNS, (*made, _weights(recipe, law)), strict=True))
-    return {column: cell + (f" ({law.differs[column]})" if column in law.differs else "") for column, cell in found.items()}
+    return {
+        column: cell + (f" ({law.differs[column]})" if column in law.differs else "") for column, cell in found.items()
+    }
 
 
 def _golden(law: Published) -> str:
     if not isinstance(law.golden, Golden):
         return law.golden
-    parts = [f"{len(law.golden.losses)} losses" if len(law.golden.losses) > 1 else "the loss"] if law.golden.losses else []
+    parts = (
+        [f"{len(law.golden.losses)} losses" if len(law.golden.losses) > 1 else "the loss"] if law.golden.losses else []
+    )
     if law.golden.gradients:
         parts.append(f"{law.golden.gradients} gradients")
     if law.golden.outputs:
@@ -86,7 +91,10 @@ def _schedule(recipe: str, law: Published) -> str:
     if isinstance(law.schedule, str):
         return law.schedule
     settings = settings_of(recipe)
-    rate, clip = settings["model"]["init_args"]["optimizer"]["init_args"]["lr"], settings["trainer"].get("gradient_clip_val")
+    rate, clip = (
+        settings["model"]["init_args"]["optimizer"]["init_args"]["lr"],
+        settings["trainer"].get("gradient_clip_val"),
+    )
     ours = schedule_of(recipe)
     off = max(abs(ours(step) - law.schedule(step)) for step in steps_of(recipe))
     same = abs(rate / law.rate - 1) < 1e-3 and off <= SCHEDULE_OFF and clip == law.clip
