@@ -85,9 +85,19 @@ class DenoisingMLP(nn.Module):
         self.final_norm = Norm(width, "layer", affine=False)
         self.final_modulation = Linear(width, 2 * width)
         self.output = Linear(width, outputs or dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initialise as MAR: Xavier's uniform law, 0.02 for the time, and 0 for modulations and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for number in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.time_embedding.layers[number]).weight, std=0.02)
         for layer in (*self.modulations, self.final_modulation, self.output):
             nn.init.zeros_(cast(Linear, layer).weight)
-            nn.init.zeros_(cast(Tensor, cast(Linear, layer).bias))
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Map `x (M, D)` to `(M, outputs)`, given `time (M,)` or `(1,)` and `condition (M, condition_width)`.
