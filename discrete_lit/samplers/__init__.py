@@ -29,6 +29,7 @@ from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubT
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
+from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
 from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "CausalVectorSampler",
     "DiffusionSampler",
     "DimensionwiseSampler",
+    "DrawSettings",
     "EulerSampler",
     "FirstHittingSampler",
     "GuidedSolver",
@@ -59,6 +61,7 @@ __all__ = [
     "SamplerOutput",
     "SamplingContext",
     "ScaleVectors",
+    "SegmentSampler",
     "SubTokenSettings",
     "TauLeapingSampler",
     "TiTokSampler",
