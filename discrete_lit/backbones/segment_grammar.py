@@ -188,7 +188,7 @@ class SegmentGrammar(nn.Module):
             "is_vector": torch.tensor([*(not state.ids for state in states), False]),
             "ahead_of": torch.tensor([*(state.ahead for state in states), 0]),
             "coordinates": torch.tensor([*coordinates, (0,) * layout.axes]),
-            "extent_of": torch.tensor([*(state.extent for state in states), 1]),
+            "extent_of": torch.tensor([*(state.extent for state in states), 0]),
             "next_of": torch.tensor(next_of),
             "event_of": event_of,
             "shortest": torch.tensor(_shortest(states, event)),

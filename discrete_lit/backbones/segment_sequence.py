@@ -288,8 +288,8 @@ class Columns:
             vectors=dense,
             times=times,
         )
-        # The elements that there are first, in their order.
-        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
+        # The elements that there are first, in their order; no sequence has more than the layout's.
+        order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.grammar.layout.length]
         return sequence.taken(rows, order, valid=valid.gather(1, order), padding=self.grammar.done)
 
     def _of(self, name: str, number: int) -> Tensor:

@@ -385,7 +385,7 @@ class Unified(ClassConditionalTraining):
             sequence: that the network read.
             silent: `(S,)` bool, the samples whose text does not count.
             softmax_over: as of the class.
-            forbidden: events that may not happen.
+            forbidden: events that may not happen; where they did, as where an image was given, nothing is predicted.
             owners: is filled with the sample that each of a segment's ids belongs to, set by set.
         """
         grammar, layout = self.grammar, self.layout
@@ -402,6 +402,8 @@ class Unified(ClassConditionalTraining):
             predicted = follows & (grammar.set_of[states] == of_set)
             if silent is not None and segment.name == "text":
                 predicted &= ~silent[sample.clamp(min=0)]
+            if forbidden is not None:
+                predicted &= ~forbidden[grammar.event_of[targets]]
             rows, columns = predicted.nonzero(as_tuple=True)
             target, owner = targets[rows, columns], sample[rows, columns]
             if softmax_over == "vocabulary" and self.backbone.own_head_of[of_set] is None:

@@ -214,9 +214,7 @@ class _Draw:
     def _step_together(self, state: int) -> int | None:
         grammar, number = self.grammar, self.grammar.set_numbers[state]
         if number < 0:
-            segment = self.layout.segments[grammar.segment_numbers[state]]
-            self._draw_island(segment.name, state, rows=None)
-            return state + segment.positions
+            return self._draw_island(self.layout.segments[grammar.segment_numbers[state]].name, state, rows=None)
         if grammar.following[state] is None:
             self.states = torch.full_like(self.states, state)
             return None
@@ -337,8 +335,8 @@ class _Draw:
 
     # Vectors.
 
-    def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> None:
-        """Draw the vectors of a segment together, by the solver, in some rows or in all."""
+    def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> int:
+        """Draw the vectors of a segment together, by the solver, in some rows or in all; give the state behind them."""
         assert self.denoiser is not None, "vectors are drawn through a denoiser"
         self._feed()
         segment, denoiser, settings = self.layout[name], self.denoiser, self.sampler.of(name)
@@ -373,7 +371,8 @@ class _Draw:
         )
         valid = None if rows is None else rows[:, None].expand_as(states)
         self.columns.append(ids, states, valid, {name: drawn})
-        then = state + count
+        then = self.grammar.following[state + count - 1]
+        assert then is not None, "a vector decides nothing"
         if rows is not None or self._is_drawn(then):
             hidden = self._pass(ids, states, vectors={name: drawn}, where=rows)[:, -1]
             self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
@@ -381,6 +380,7 @@ class _Draw:
         self.done, self.remaining = self.done + added, self.remaining - added
         if rows is not None:
             self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
+        return then
 
 
 def _stacked(prompts: Sequence[SegmentSequence], padding: int) -> SegmentSequence:

@@ -74,12 +74,12 @@ def test_no_sequence_is_ever_invalid(seed: int) -> None:
 
 
 def test_what_is_drawn_does_not_depend_on_the_batch() -> None:
-    for seed in range(6):
+    for seed in range(4):
         made = network(random_layout(seed), head_dim=12).double()
-        longest = 2 if not made.layout.interleaved else 0
-        prompt = text_prompt(made.grammar, 6, longest)
+        longest = 0 if made.layout.interleaved else min(2, made.layout.segments[0].positions)
+        prompt = text_prompt(made.grammar, 3, longest)
         together = draw(made, prompt).sequence
-        for row in range(6):
+        for row in range(3):
             count = int(prompt.lengths()[row])
             alone = SegmentSequence(
                 ids=prompt.ids[row : row + 1, :count],
