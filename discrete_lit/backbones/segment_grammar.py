@@ -232,7 +232,7 @@ class SegmentGrammar(nn.Module):
                 forbidden[self.event_of[segment.begin_ids[0]]] = True
         return forbidden
 
-    def allowed(self, states: Tensor, remaining: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    def allowed(self, states: Tensor, remaining: Tensor, *, forbidden: Tensor | None = None) -> Tensor:
         """Say which ids may stand next.
 
         Args:
@@ -246,9 +246,9 @@ class SegmentGrammar(nn.Module):
         ids = self.allowed_in[self.set_of[states]]
         if forbidden is None and not self.layout.interleaved:
             return ids
-        return ids & self.possible_events(states, remaining, forbidden)[..., self.event_of]
+        return ids & self.possible_events(states, remaining, forbidden=forbidden)[..., self.event_of]
 
-    def possible_events(self, states: Tensor, remaining: Tensor, forbidden: Tensor | None = None) -> Tensor:
+    def possible_events(self, states: Tensor, remaining: Tensor, *, forbidden: Tensor | None = None) -> Tensor:
         """Say which events can happen so that the sequence still ends in time: `(..., E)` bool; as for `allowed`."""
         possible = self.shortest[self.next_of[states]] < remaining[..., None]
         return possible if forbidden is None else possible & ~forbidden

@@ -124,7 +124,7 @@ def assemble(
                 f"order, got {', '.join(part.segment for part in parts)}"
             )
     batch, device = len(parts[0].content), parts[0].content.device
-    columns = Columns(grammar, batch, device)
+    columns = Columns(grammar, batch, device=device)
     if layout.interleaved:
         columns.fixed(range(len(layout.segments[0].begin_ids)), layout.segments[0].begin_ids)
     for part in parts:
@@ -148,9 +148,9 @@ def assemble(
         elif closed is not False:
             present = None if closed is True else closed
             text = layout.segments[0]
-            columns.add(columns.loop, text.end_ids[0], present)
+            columns.add(columns.loop, text.end_ids[0], present=present)
             last = len(text.end_ids) - 1
-            columns.fixed(range(grammar.done - last, grammar.done), text.end_ids[1:], present)
+            columns.fixed(range(grammar.done - last, grammar.done), text.end_ids[1:], present=present)
     return columns.joined()
 
 
@@ -181,7 +181,7 @@ class Columns:
         device: of the ids.
     """
 
-    def __init__(self, grammar: SegmentGrammar, batch: int, device: torch.device) -> None:
+    def __init__(self, grammar: SegmentGrammar, batch: int, *, device: torch.device) -> None:
         self.grammar, self.batch, self.device = grammar, batch, device
         self.ids: list[Tensor] = []
         self.states: list[Tensor] = []
@@ -195,7 +195,8 @@ class Columns:
         self,
         ids: Tensor,
         states: Tensor,
-        valid: Tensor | None,
+        *,
+        valid: Tensor | None = None,
         vectors: dict[str, Tensor] | None = None,
         times: Tensor | None = None,
     ) -> None:
@@ -215,16 +216,16 @@ class Columns:
         self.vectors.append(vectors or {})
         self.times.append(times)
 
-    def fixed(self, states: Sequence[int], ids: Sequence[int], present: Tensor | None = None) -> None:
+    def fixed(self, states: Sequence[int], ids: Sequence[int], *, present: Tensor | None = None) -> None:
         """Append ids that are the same for all."""
         if len(ids):
             row = torch.tensor([list(ids), list(states)], device=self.device)
-            self.append(row[:1], row[1:], None if present is None else present[:, None])
+            self.append(row[:1], row[1:], valid=None if present is None else present[:, None])
 
-    def add(self, states: Tensor | int, id: int, present: Tensor | None = None) -> None:
+    def add(self, states: Tensor | int, id: int, *, present: Tensor | None = None) -> None:
         """Append one column of an id, in a state that may be another for each sample."""
         column = torch.as_tensor(states, device=self.device).expand(self.batch)[:, None]
-        self.append(torch.full_like(column, id), column, None if present is None else present[:, None])
+        self.append(torch.full_like(column, id), column, valid=None if present is None else present[:, None])
 
     def text(self, part: SegmentPart, state: int, *, each: int) -> None:
         """Append a variable segment, whose states lie `each` apart."""
@@ -233,7 +234,7 @@ class Columns:
         valid = number < part.lengths[:, None]
         if part.present is not None:
             valid = valid & part.present[:, None]
-        self.append(part.content.where(valid, 0), (state + each * number)[None], valid)
+        self.append(part.content.where(valid, 0), (state + each * number)[None], valid=valid)
 
     def grid(self, part: SegmentPart, segment: Segment) -> None:
         """Append a segment of fixed size, with what stands around it."""
@@ -262,7 +263,7 @@ class Columns:
             if part.times is not None:
                 times = part.times[:, None].where(inside, 0)
             ids = ids[None]
-        self.append(ids, states[None], present, vectors, times)
+        self.append(ids, states[None], valid=present, vectors=vectors, times=times)
 
     def joined(self) -> SegmentSequence:
         """Give the elements that each sample has, in their order, padding behind them."""
@@ -366,7 +367,7 @@ def coordinates_of(
     return begin[..., None] + grammar.coordinates[states], then
 
 
-def seen_by(first: Tensor, last: Tensor, elements: int) -> Tensor:
+def seen_by(first: Tensor, last: Tensor, *, elements: int) -> Tensor:
     """Make the mask of attention: `(B, 1, n, elements)` bool, which elements of its row each element sees.
 
     Args:

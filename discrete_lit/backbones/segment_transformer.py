@@ -126,12 +126,14 @@ class SegmentTransformer(nn.Module):
         self.table = nn.Embedding(layout.vocab_size, width)
         self.own_embeddings = nn.ModuleDict(
             {
-                name: OwnEmbedding(self.modalities[name], table_width, width, layers=aligner_layers)
+                name: OwnEmbedding(self.modalities[name], table_width, width=width, layers=aligner_layers)
                 for name, table_width in (own_embeddings or {}).items()
             }
         )
         vectors = {name: segment.input_dim for name, segment in self.modalities.items() if segment.input_dim}
-        self.aligners = nn.ModuleDict({name: aligner(dim, width, aligner_layers) for name, dim in vectors.items()})
+        self.aligners = nn.ModuleDict(
+            {name: aligner(dim, width, layers=aligner_layers) for name, dim in vectors.items()}
+        )
         predicted = {
             segment.modality for segment in layout.segments if segment.input_dim is not None and segment.loss_weight
         }
@@ -225,7 +227,8 @@ class SegmentTransformer(nn.Module):
         last = number if cache is None else cache.filled[:, None] + number
         if not self.layout.causal:
             last = last + grammar.ahead_of[states]
-        return coordinates, seen_by(torch.zeros_like(last) if first is None else first, last, reach + states.shape[1])
+        first = torch.zeros_like(last) if first is None else first
+        return coordinates, seen_by(first, last, elements=reach + states.shape[1])
 
     def _embed(self, sequence: SegmentSequence) -> Tensor:
         embedded = self.table(sequence.ids)
@@ -327,10 +330,10 @@ class OwnEmbedding(nn.Module):
 
     code_of: Tensor
 
-    def __init__(self, segment: Segment, table_width: int, width: int, *, layers: int) -> None:
+    def __init__(self, segment: Segment, table_width: int, *, width: int, layers: int) -> None:
         super().__init__()
         self.table = nn.Embedding(len(segment.ids), table_width)
-        self.aligner = aligner(table_width, width, layers)
+        self.aligner = aligner(table_width, width, layers=layers)
         code_of = torch.zeros(max(segment.ids) + 1, dtype=torch.int64)
         code_of[list(segment.ids)] = torch.arange(len(segment.ids))
         self.register_buffer("code_of", code_of, persistent=False)
@@ -359,7 +362,7 @@ class OwnHead(nn.Module):
         return self.output(F.gelu(self.expand(hidden)))
 
 
-def aligner(dim: int, width: int, layers: int) -> nn.Sequential:
+def aligner(dim: int, width: int, *, layers: int) -> nn.Sequential:
     """Make linear layers from `dim` to `width`, with GELU between them (Janus has two, Chameleon none)."""
     made: list[nn.Module] = [Linear(dim, width)]
     for _ in range(layers - 1):

@@ -31,7 +31,7 @@ class Captions:
 
 
 def read_captions(
-    text: Any, texts: Sequence[str] | Tensor, lengths: Tensor | None = None, *, length: int, device: torch.device
+    text: Any, texts: Sequence[str] | Tensor, *, lengths: Tensor | None = None, length: int, device: torch.device
 ) -> Captions:
     """Encode texts, or take the begin and end of the text tokenizer off ids that it made.
 

@@ -241,7 +241,7 @@ class Unified(ClassConditionalTraining):
         Raises:
             ValueError: a text of more than `text_length` ids, or ids that are not the text tokenizer's.
         """
-        return read_captions(self.text, texts, lengths, length=self.text_length, device=self.device)
+        return read_captions(self.text, texts, lengths=lengths, length=self.text_length, device=self.device)
 
     # The sequence.
 
@@ -413,7 +413,9 @@ class Unified(ClassConditionalTraining):
                 among = grammar.ids_of(of_set)
                 column = torch.searchsorted(among, target)
                 if layout.interleaved and grammar.has_choice(of_set):
-                    possible = grammar.possible_events(states[rows, columns], remaining[rows, columns], forbidden)
+                    possible = grammar.possible_events(
+                        states[rows, columns], remaining[rows, columns], forbidden=forbidden
+                    )
                     logits = logits.masked_fill(~possible[:, grammar.event_of[among]], -torch.inf)
             partition = logits.logsumexp(dim=-1)
             values = partition - logits.gather(1, column[:, None])[:, 0]

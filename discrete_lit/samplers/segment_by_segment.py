@@ -136,7 +136,7 @@ class SegmentSampler:
         if self.contexts(segments) > len(prompts):
             raise ValueError(f"guidance needs {self.contexts(segments)} prompts for each sample, got {len(prompts)}")
         with evaluation_mode(network), checked_at_the_end():
-            return _Draw(self, network, prompts, random, segments=segments, denoiser=denoiser).output()
+            return _Draw(self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser).output()
 
 
 _PLAIN = DrawSettings()
@@ -149,9 +149,9 @@ class _Draw:
         self,
         sampler: SegmentSampler,
         network: SegmentTransformer,
+        *,
         prompts: Sequence[SegmentSequence],
         random: CounterRandom,
-        *,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None,
     ) -> None:
@@ -162,7 +162,7 @@ class _Draw:
         self.drawn = [segment.name in segments for segment in self.layout.segments]
         self.forbidden = self.grammar.forbidden_events(segments)
         self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length)
-        self.columns = Columns(self.grammar, self.batch, prompts[0].ids.device)
+        self.columns = Columns(self.grammar, self.batch, device=prompts[0].ids.device)
         self._read(_stacked(prompts, self.grammar.done))
 
     def _read(self, prompts: SegmentSequence) -> None:
@@ -249,7 +249,7 @@ class _Draw:
             return True
         self._feed()
         where = self._mask(at_id)
-        allowed = grammar.allowed(self.states, self.remaining, self.forbidden)
+        allowed = grammar.allowed(self.states, self.remaining, forbidden=self.forbidden)
         if bool((where & ~allowed.any(dim=1)).any()):
             raise ValueError("a prompt leaves no room for the end of its sequence: give a shorter one")
         hidden = self.hidden.chunk(self.contexts)
@@ -284,7 +284,7 @@ class _Draw:
 
     def _write(self, ids: Tensor, states: Tensor, where: Tensor | None) -> None:
         """Keep drawn ids `(B,)` of some rows; the network reads them when it is next asked."""
-        self.columns.append(ids[:, None], states[:, None], None if where is None else where[:, None])
+        self.columns.append(ids[:, None], states[:, None], valid=None if where is None else where[:, None])
         self.pending.append((ids, states, where))
         count = 1 if where is None else where.long()
         self.done, self.remaining = self.done + count, self.remaining - count
@@ -370,7 +370,7 @@ class _Draw:
             noise=lambda step: normal(Purpose.DIFFUSION_STEP, island * steps + step),
         )
         valid = None if rows is None else rows[:, None].expand_as(states)
-        self.columns.append(ids, states, valid, {name: drawn})
+        self.columns.append(ids, states, valid=valid, vectors={name: drawn})
         then = self.grammar.following[state + count - 1]
         assert then is not None, "a vector decides nothing"
         if rows is not None or self._is_drawn(then):

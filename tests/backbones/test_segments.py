@@ -251,7 +251,7 @@ def test_the_mask_of_packed_rows_is_that_of_the_definition() -> None:
     sequence = pack(mixed_sequence(grammar), 40, padding=grammar.done)
     assert len(sequence) < 6  # several samples to a row
     number = torch.arange(40).expand_as(sequence.ids)
-    mask = seen_by(sequence.first(), number + grammar.ahead_of[sequence.states], 40)[:, 0]
+    mask = seen_by(sequence.first(), number + grammar.ahead_of[sequence.states], elements=40)[:, 0]
     sample, segment, place = sequence.sample, grammar.segment_of[sequence.states], grammar.place_of[sequence.states]
     for row, q, k in product(range(len(sequence)), range(40), range(40)):
         if sample[row, q] < 0:
@@ -311,7 +311,7 @@ def test_masks_and_positions_are_transfusions(case: Case) -> None:
         grammar = SegmentGrammar(made)
         states = torch.arange(length + 1)[None]  # in a fixed order without variable segments, one after another
         last = states + grammar.ahead_of[states]
-        mask = seen_by(torch.zeros_like(last), last, length + 1)[0, 0, 1:, 1:]
+        mask = seen_by(torch.zeros_like(last), last, elements=length + 1)[0, 0, 1:, 1:]
         assert torch.equal(mask, case.expected["mask_flex"][row].bool())
         assert torch.equal(mask, case.expected["mask_naive"][row].bool())
         coordinates, _ = coordinates_of(grammar, states)
