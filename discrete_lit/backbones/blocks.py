@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.cache import LayerCache
+from discrete_lit.backbones.cache import LayerCache, RaggedLayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
 from discrete_lit.core.modules import FullPrecision, at_least_float32
 
-QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
+QueryKeyNorm = Literal["rms", "layer", "layer_per_head", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu", "geglu_tanh", "glu"]
 ModulationActivation = Literal["silu", "sigmoid", "gelu_tanh"]
@@ -159,7 +159,7 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: LayerCache | None = None,
+        cache: LayerCache | RaggedLayerCache | None = None,
         context: Context | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
@@ -274,16 +274,17 @@ class Attention(nn.Module):
         rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
-        cache: LayerCache | None,
+        cache: LayerCache | RaggedLayerCache | None,
     ) -> Tensor:
         """Map `(B, n, D)` to the same.
 
         Args:
             rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
                 keys where they differ.
-            mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
+            mask: `(n, seen)` bool, or with a batch dimension and one of heads before, which positions see which, those
+                of the cache among them; it goes before `causal`.
             causal: each position sees those before it and itself.
-            cache: keys and values so far.
+            cache: keys and values so far; without a mask, all that it holds is seen.
         """
         query, key, value = self._project(x)
         if self.norms is not None:
@@ -294,9 +295,9 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
-            if new < seen:
-                one_by_one = causal and new > 1
-                mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if one_by_one else None
+            if new < seen and mask is None:
+                if causal and new > 1:
+                    mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
                 causal = False
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -378,7 +379,8 @@ class QueryKeyNorms(nn.Module):
 
     Args:
         heads, head_dim: their shape.
-        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains; over all heads
+        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains that all heads
+            share, or LayerNorm with gains and offsets of each head (`"layer_per_head"`: Chameleon); over all heads
             together without gains (`"full_rms"`: Halton-MaskGIT); or both to unit length, queries then multiplied by a
             learned sharpness of each head (`"unit"`: VAR), with which attention has no other scale.
         epsilon: of the norms.
@@ -391,6 +393,11 @@ class QueryKeyNorms(nn.Module):
             self.log_sharpness = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
         elif kind == "full_rms":
             self.norm = Norm(heads * head_dim, "rms", affine=False, epsilon=epsilon)
+        elif kind == "layer_per_head":
+            self.norm = Norm(head_dim, "layer", affine=False, epsilon=epsilon)
+            # Of the queries of all heads, then of the keys; vectors, as the gains of other norms are.
+            self.gains = nn.Parameter(torch.ones(2 * heads * head_dim))
+            self.offsets = nn.Parameter(torch.zeros(2 * heads * head_dim))
         else:
             self.query = Norm(head_dim, kind, epsilon=epsilon)
             self.key = Norm(head_dim, kind, epsilon=epsilon)
@@ -402,7 +409,15 @@ class QueryKeyNorms(nn.Module):
             return unit.to(query.dtype), F.normalize(at_least_float32(key), dim=-1).to(key.dtype)
         if self.kind == "full_rms":
             return self._over_heads(query), self._over_heads(key)
+        if self.kind == "layer_per_head":
+            return self._of_heads(query, 0), self._of_heads(key, 1)
         return self.query(query), self.key(key)
+
+    def _of_heads(self, x: Tensor, number: int) -> Tensor:
+        normed = self.norm(at_least_float32(x))
+        shape = (2, x.shape[1], 1, x.shape[3])
+        gains, offsets = (each.view(shape)[number].to(normed.dtype) for each in (self.gains, self.offsets))
+        return torch.addcmul(offsets, normed, gains).to(x.dtype)
 
     def _over_heads(self, x: Tensor) -> Tensor:
         normed = self.norm(rearrange(x, "b heads n d -> b n (heads d)"))

@@ -628,8 +628,8 @@ class Transformer(Backbone):
             rotary = self.positions.rotary(filled, count, order)
         if rotary is not None and self.target_rotations:
             rotary = self._turned_to_targets(cast(Tensor, rotary), order, filled, count), cast(Tensor, rotary)
-        mask = None if self.mask is None else self.mask[:count, :count]
-        # Of blocks, the mask says all of a first pass, and a later one sees everything.
+        # The mask says all of a first pass, and a later one sees everything.
+        mask = None if self.mask is None or filled else self.mask[:count, :count]
         causal = self.layout.attention == "causal" and self.block_size == 1
         prepared = tabled or ([] if cache is None else cache.modulations)
         shared: Modulating | None = condition
