@@ -211,7 +211,7 @@ class DrawnStep(StepLevel):
     step: Tensor
     """Its number from 0, the one that goes back to the data; int64."""
     weight: Tensor
-    """Of its cost, float64: 1 / (T p), p the probability that it was drawn with."""
+    """The weight of its cost, float64: 1 / (T p), p the probability that it was drawn with."""
 
 
 class StepImportance(nn.Module):

@@ -13,6 +13,7 @@ from discrete_lit.samplers import (
     EulerSampler,
     FirstHittingSampler,
     PredictorCorrectorSampler,
+    PuritySampler,
     RemaskingSampler,
     TauLeapingSampler,
 )
@@ -32,12 +33,13 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "forward_backward": (PredictorCorrectorSampler, {"corrector": "forward_backward", "corrector_noise": 0.5}),
     "gibbs": (PredictorCorrectorSampler, {"corrector": "gibbs", "corrector_tokens": 2, "corrector_steps": 2}),
     "first_hitting": (FirstHittingSampler, {}),
+    "purity": (PuritySampler, {"purity_weight": 0.5}),
     "cap": (RemaskingSampler, {"strategy": "cap", "eta": 0.3}),
     "rescale": (RemaskingSampler, {"strategy": "rescale", "eta": 0.7}),
     "conf": (RemaskingSampler, {"strategy": "conf", "eta": 1.0}),
     "loop": (RemaskingSampler, {"strategy": "loop", "eta": 0.5, "loop": (0.3, 0.8), "loop_alpha": 0.6}),
 }
-MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop"}
+MASKS_ALONE = {"first_hitting", "purity", "cap", "rescale", "conf", "loop"}
 CASES = [
     (sampler, process)
     for sampler in SAMPLERS
