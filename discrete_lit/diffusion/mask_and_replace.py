@@ -282,6 +282,7 @@ class VQDiffusionLoss(DiscreteTimeBound):
     """
 
     heads = frozenset({"posterior"})
+    importance: StepImportance | None
 
     def __init__(
         self,
