@@ -4,7 +4,9 @@
 (adaLN-Zero) read them. `NormTables` modulate in another way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.cache import LayerCache
+from discrete_lit.backbones.cache import LayerCache, RaggedLayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
 from discrete_lit.core.modules import FullPrecision, at_least_float32
 
-QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
+QueryKeyNorm = Literal["rms", "layer", "layer_per_head", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
-MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu", "geglu_tanh", "glu"]
+ModulationActivation = Literal["silu", "sigmoid", "gelu_tanh"]
 DropoutPlace = Literal["embeddings", "attention_weights", "attention_output", "mlp_hidden", "mlp_output"]
 Modulating = Tensor | tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]
@@ -29,6 +32,19 @@ Rotary = Tensor | tuple[Tensor, Tensor]
 DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embeddings", "attention_weights", "attention_output", "mlp_output")
 """Where dropout acts unless a model says otherwise."""
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+# What multiplies the values of a gated MLP.
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": _gelu_tanh,
+    "glu": torch.sigmoid,
+}
+_ACTIVATIONS: dict[ModulationActivation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu_tanh": _gelu_tanh,
+}
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
 _LARGEST_LOG_SHARPNESS = 4.605170185988092
 
@@ -44,6 +60,7 @@ class BlockSettings:
         norm_first: normalise what enters a branch (pre-norm), or what leaves the sum (post-norm).
         norm_affine: gains of the norms.
         modulation: adaLN-Zero with parameters of the block's own, or shared by all blocks but for an offset.
+        modulation_activation: what stands before its linear layer.
         mlp: kind of the MLP.
         qk_norm: of queries and keys, see `QueryKeyNorms`; None for no norm.
         attention_bias: of the projections of queries, keys and values; `"query_value"` leaves the keys without (VAR).
@@ -68,6 +85,7 @@ class BlockSettings:
     norm_first: bool = True
     norm_affine: bool = True
     modulation: Literal["own", "shared"] | None = None
+    modulation_activation: ModulationActivation = "silu"
     mlp: MLPKind = "gelu"
     qk_norm: QueryKeyNorm | None = None
     attention_bias: AttentionBias = "all"
@@ -124,7 +142,9 @@ class Block(nn.Module):
             self.mlp = GridMLP(width, settings.mlp_hidden, grid=settings.mlp_grid, **inner)
         self.modulation = None
         if settings.modulation == "own":
-            self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
+            self.modulation = Modulation(
+                settings.condition_width or width, width, vectors=6, activation=settings.modulation_activation
+            )
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
         outputs: tuple[DropoutPlace, ...] = ("attention_output", "mlp_output")
         self.dropout, self.mlp_dropout = (
@@ -139,7 +159,7 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: LayerCache | None = None,
+        cache: LayerCache | RaggedLayerCache | None = None,
         context: Context | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
@@ -254,16 +274,17 @@ class Attention(nn.Module):
         rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
-        cache: LayerCache | None,
+        cache: LayerCache | RaggedLayerCache | None,
     ) -> Tensor:
         """Map `(B, n, D)` to the same.
 
         Args:
             rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
                 keys where they differ.
-            mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
+            mask: `(n, seen)` bool, or with a batch dimension and one of heads before, which positions see which, those
+                of the cache among them; it goes before `causal`.
             causal: each position sees those before it and itself.
-            cache: keys and values so far.
+            cache: keys and values so far; without a mask, all that it holds is seen.
         """
         query, key, value = self._project(x)
         if self.norms is not None:
@@ -274,9 +295,9 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
-            if new < seen:
-                one_by_one = causal and new > 1
-                mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if one_by_one else None
+            if new < seen and mask is None:
+                if causal and new > 1:
+                    mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
                 causal = False
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -358,7 +379,8 @@ class QueryKeyNorms(nn.Module):
 
     Args:
         heads, head_dim: their shape.
-        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains; over all heads
+        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains that all heads
+            share, or LayerNorm with gains and offsets of each head (`"layer_per_head"`: Chameleon); over all heads
             together without gains (`"full_rms"`: Halton-MaskGIT); or both to unit length, queries then multiplied by a
             learned sharpness of each head (`"unit"`: VAR), with which attention has no other scale.
         epsilon: of the norms.
@@ -371,6 +393,11 @@ class QueryKeyNorms(nn.Module):
             self.log_sharpness = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
         elif kind == "full_rms":
             self.norm = Norm(heads * head_dim, "rms", affine=False, epsilon=epsilon)
+        elif kind == "layer_per_head":
+            self.norm = Norm(head_dim, "layer", affine=False, epsilon=epsilon)
+            # Of the queries of all heads, then of the keys; vectors, as the gains of other norms are.
+            self.gains = nn.Parameter(torch.ones(2 * heads * head_dim))
+            self.offsets = nn.Parameter(torch.zeros(2 * heads * head_dim))
         else:
             self.query = Norm(head_dim, kind, epsilon=epsilon)
             self.key = Norm(head_dim, kind, epsilon=epsilon)
@@ -382,7 +409,15 @@ class QueryKeyNorms(nn.Module):
             return unit.to(query.dtype), F.normalize(at_least_float32(key), dim=-1).to(key.dtype)
         if self.kind == "full_rms":
             return self._over_heads(query), self._over_heads(key)
+        if self.kind == "layer_per_head":
+            return self._of_heads(query, 0), self._of_heads(key, 1)
         return self.query(query), self.key(key)
+
+    def _of_heads(self, x: Tensor, number: int) -> Tensor:
+        normed = self.norm(at_least_float32(x))
+        shape = (2, x.shape[1], 1, x.shape[3])
+        gains, offsets = (each.view(shape)[number].to(normed.dtype) for each in (self.gains, self.offsets))
+        return torch.addcmul(offsets, normed, gains).to(x.dtype)
 
     def _over_heads(self, x: Tensor) -> Tensor:
         normed = self.norm(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -390,7 +425,7 @@ class QueryKeyNorms(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU or squared ReLU, linear; or SwiGLU, or GEGLU.
+    """Linear, GELU or squared ReLU, linear; or SwiGLU, GEGLU, or GLU.
 
     Args:
         width: D.
@@ -398,7 +433,8 @@ class MLP(nn.Module):
         kind: GELU exact (`"gelu"`), by its tanh approximation (`"gelu_tanh"`), or as x sigmoid(1.702 x)
             (`"gelu_quick"`: ImageGPT); `"relu_squared"` is max(0, x)^2 (So et al., "Primer: Searching for Efficient
             Transformers for Language Modeling", 2021); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"`
-            that of gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
+            that of gelu(gate) x value, with `"geglu_tanh"` its approximation, and `"glu"` that of sigmoid(gate) x value
+            (Shazeer, "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
         dropout: on the hidden units, in [0, 1).
     """
@@ -407,7 +443,7 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = kind
         self.dropout = dropout
-        self.expand = Linear(width, (2 if kind in ("swiglu", "geglu") else 1) * hidden, bias=bias)
+        self.expand = Linear(width, (2 if kind in _GATES else 1) * hidden, bias=bias)
         self.contract = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
@@ -417,9 +453,9 @@ class MLP(nn.Module):
         return self.contract(hidden)
 
     def _activated(self, hidden: Tensor) -> Tensor:
-        if self.kind in ("swiglu", "geglu"):
+        if self.kind in _GATES:
             gate, value = hidden.chunk(2, dim=-1)
-            return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value
+            return _GATES[self.kind](gate) * value
         if self.kind == "relu_squared":
             return F.relu(hidden).square()
         if self.kind == "gelu_quick":
@@ -493,15 +529,19 @@ class Modulation(nn.Module):
         condition_width: of the condition.
         width: D, of each vector.
         vectors: how many it makes.
+        activation: of the condition, before the linear layer; MD4's is that of its MLP.
     """
 
-    def __init__(self, condition_width: int, width: int, *, vectors: int) -> None:
+    def __init__(
+        self, condition_width: int, width: int, *, vectors: int, activation: ModulationActivation = "silu"
+    ) -> None:
         super().__init__()
         self.vectors = vectors
+        self.activation: ModulationActivation = activation
         self.project = nn.Linear(condition_width, vectors * width)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Make `vectors` of `(B, 1 or n, D)` of a condition `(B, 1 or n, condition_width)`."""
-        return self.project(F.silu(condition)).chunk(self.vectors, dim=-1)
+        return self.project(_ACTIVATIONS[self.activation](condition)).chunk(self.vectors, dim=-1)

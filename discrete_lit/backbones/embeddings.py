@@ -269,18 +269,26 @@ class VectorProjection(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023)."""
+    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023).
+
+    Args:
+        width: D.
+        waves: w, how many frequencies there are.
+        base: the frequencies are base^(-i / w), i < w.
+        hidden: inner width; D by default.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, waves: int = 128) -> None:
+    def __init__(self, width: int, waves: int = 128, *, base: float = 10000.0, hidden: int | None = None) -> None:
         super().__init__()
-        self.waves = waves
+        self.waves, self.base = waves, base
         self.register_buffer("frequencies", self._make().float(), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+        hidden = width if hidden is None else hidden
+        self.layers = nn.Sequential(nn.Linear(2 * waves, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def _make(self) -> Tensor:
-        return 10000.0 ** -(torch.arange(self.waves, dtype=torch.float64) / self.waves)
+        return self.base ** -(torch.arange(self.waves, dtype=torch.float64) / self.waves)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

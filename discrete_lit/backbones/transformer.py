@@ -6,6 +6,7 @@ the models that use them; which of them go together is checked at the end of the
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -26,6 +27,7 @@ from discrete_lit.backbones.blocks import (
     MLPKind,
     Modulating,
     Modulation,
+    ModulationActivation,
     NormTables,
     QueryKeyNorm,
     Rotary,
@@ -80,6 +82,8 @@ class Transformer(Backbone):
     - SEDD, MDLM: `conditioning="adaln"`, `condition_width=128`, `positions="rope_1d"`, `mlp="gelu_tanh"`, no biases
       in attention and norms.
     - VQ-Diffusion: `conditioning="adaln_tables"`, `time_steps=100`, `mlp="gelu_quick"`, `mlp_on_grid`.
+    - MD4's text models: `conditioning="adaln"`, `condition_width=64`, `mlp="glu"`, `modulation_activation="sigmoid"`,
+      `time_waves=32`, `time_hidden=256`, `positions="rope_1d"`, `bias=False`.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
 
     What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
@@ -92,7 +96,8 @@ class Transformer(Backbone):
         heads: attention heads.
         head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
-        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or SwiGLU.
+        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or one gated by SiLU
+            (`"swiglu"`), GELU or its approximation (`"geglu"`, `"geglu_tanh"`), or a sigmoid (`"glu"`: MD4).
         mlp_on_grid: its two layers are 3 x 3 convolutions over the grid (VQ-Diffusion).
         norm: `"layer"` or `"rms"`.
         norm_epsilon: of every norm.
@@ -128,6 +133,9 @@ class Transformer(Backbone):
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         class_repeats: elements that it takes there with the same vector (BAR).
         condition_width: of the class and time embeddings that modulate; `width` by default.
+        modulation_activation: of these, before the linear layers that make shifts, scales and gates of them.
+        time_waves, time_base, time_hidden: of the time embedding, see
+            `discrete_lit.backbones.embeddings.TimeEmbedding`.
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
         context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
@@ -203,6 +211,10 @@ class Transformer(Backbone):
         class_slots: int = 1,
         class_repeats: int = 1,
         condition_width: int | None = None,
+        modulation_activation: ModulationActivation = "silu",
+        time_waves: int = 128,
+        time_base: float = 10000.0,
+        time_hidden: int | None = None,
         grid_vocab: int | None = None,
         context_dim: int | None = None,
         condition_positions: bool = False,
@@ -254,6 +266,10 @@ class Transformer(Backbone):
             registers=registers,
             in_front=self.prefix,
         )
+        if modulation_activation != "silu" and not self.modulated:
+            raise ValueError(f"modulation_activation={modulation_activation!r} is of conditioning='adaln'")
+        if (time_waves, time_base, time_hidden) != (128, 10000.0, None) and not layout.timed:
+            raise ValueError("time_waves, time_base and time_hidden are of a generator that tells the time")
         _check_layout(
             layout,
             target_positions=bool(target_positions),
@@ -289,7 +305,7 @@ class Transformer(Backbone):
         self.grid_vocab, self.context_dim = grid_vocab, context_dim
 
         if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
+            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp in ("swiglu", "glu") else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.class_slots, self.class_repeats = class_slots, class_repeats
@@ -314,6 +330,7 @@ class Transformer(Backbone):
             norm_first=norm_first,
             norm_affine=affine,
             modulation=own if self.modulated else None,
+            modulation_activation=modulation_activation,
             mlp=mlp,
             qk_norm=qk_norm,
             attention_bias=("all" if bias else "none") if attention_bias is None else attention_bias,
@@ -342,7 +359,8 @@ class Transformer(Backbone):
         self.class_embedding = self.time_embedding = self.norm_tables = None
         if not self.tabled:
             self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
-            self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
+            if layout.timed:
+                self.time_embedding = TimeEmbedding(condition_width, time_waves, base=time_base, hidden=time_hidden)
         elif time_steps is not None:
             self.norm_tables = nn.ModuleList(
                 NormTables(width, steps=time_steps, num_classes=layout.num_classes) for _ in range(depth)
@@ -374,7 +392,8 @@ class Transformer(Backbone):
 
         # The blocks.
         self.condition_positions = nn.Parameter(torch.empty(self.elements, width)) if condition_positions else None
-        self.shared_modulation = Modulation(width, width, vectors=6) if shared_modulation else None
+        modulation = partial(Modulation, activation=modulation_activation)
+        self.shared_modulation = modulation(width, width, vectors=6) if shared_modulation else None
         self.blocks = nn.ModuleList(
             Block(replace(settings, drop_path=drop_path * layer / max(depth - 1, 1))) for layer in range(depth)
         )
@@ -394,7 +413,7 @@ class Transformer(Backbone):
             head.read_input(self.token_embedding)
             self.place_head = head
         else:
-            self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
+            self.final_modulation = modulation(condition_width, width, vectors=2) if self.modulated else None
             self.head = LogitHead(
                 width,
                 layout.sub_tokens * layout.outputs,
@@ -609,8 +628,8 @@ class Transformer(Backbone):
             rotary = self.positions.rotary(filled, count, order)
         if rotary is not None and self.target_rotations:
             rotary = self._turned_to_targets(cast(Tensor, rotary), order, filled, count), cast(Tensor, rotary)
-        mask = None if self.mask is None else self.mask[:count, :count]
-        # Of blocks, the mask says all of a first pass, and a later one sees everything.
+        # The mask says all of a first pass, and a later one sees everything.
+        mask = None if self.mask is None or filled else self.mask[:count, :count]
         causal = self.layout.attention == "causal" and self.block_size == 1
         prepared = tabled or ([] if cache is None else cache.modulations)
         shared: Modulating | None = condition

@@ -179,7 +179,13 @@ def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: Coun
 
 
 def _prior_term(denoiser: Denoiser, tokens: Tensor) -> Estimate:
-    """Return the divergence from the prior of what is left of the tokens where `_integral` ends."""
+    """Return the divergence from the prior of what is left of the tokens where `_integral` ends.
+
+    It is 0 for a schedule that goes all the way, of which the integral leaves out nothing that float64 could tell.
+    """
+    if denoiser.schedule.ends()[1] == 1:
+        cost = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        return cost, cost
     end = NoiseLevel.of(denoiser.schedule, _ends(denoiser.schedule)[1].to(tokens.device).expand(len(tokens), 1))
     cost = denoiser.process.prior_divergence(tokens, end.alpha).sum(dim=1)
     return cost, torch.zeros_like(cost)

@@ -53,8 +53,9 @@ class DiscreteDiffusion(Generator):
         schedule: alpha(t) of training; `LinearSchedule()` by default. Samplers have grids of their own.
         head: what the backbone predicts; `LeaveOneOutHead()` by default.
         loss: `MaskedCrossEntropy()` by default.
-        time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
-            noise only masks, whose best prediction does not depend on it, and else t.
+        time_input: what the backbone is told of the time: nothing, 1000 t (`"time"`), t itself (`"unit_time"`) or the
+            total noise. By default nothing where noise only masks, whose best prediction does not depend on it, and
+            else 1000 t.
         likelihood_samples: network evaluations for each `log_likelihood`; a quarter more where noise does more than
             mask and the schedule's m(0) is above 0.
         sampler: `AncestralSampler()` by default. Samplers of `Masked` serve too where noise only masks.

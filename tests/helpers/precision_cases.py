@@ -37,6 +37,7 @@ from discrete_lit.samplers import (
     RasterSampler,
     RemaskingSampler,
     Sampler,
+    SelfCorrectionSampler,
     SubTokenSettings,
     TauLeapingSampler,
     TiTokSampler,
@@ -302,6 +303,10 @@ SAMPLERS: dict[str, tuple[str, Callable[[], Sampler]]] = {
     "FirstHittingSampler": ("DiscreteDiffusion", lambda: FirstHittingSampler()),
     "PuritySampler": ("DiscreteDiffusion", lambda: PuritySampler(4, purity_weight=0.5)),
     "RemaskingSampler": ("DiscreteDiffusion", lambda: RemaskingSampler(steps=4, strategy="conf")),
+    "SelfCorrectionSampler": (
+        "DiscreteDiffusion, hybrid",
+        lambda: SelfCorrectionSampler(correction_steps=4, correction_tokens=3, steps=4),
+    ),
     "PredictorCorrectorSampler": (
         "DiscreteDiffusion, uniform",
         lambda: PredictorCorrectorSampler(corrector="gibbs", steps=4),
