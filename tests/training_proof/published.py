@@ -3,7 +3,8 @@
 Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, maskbit 5ea3d733, Halton-MaskGIT
 f61b0a13, SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594,
 latent-diffusion a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec, mar fe470ac2, xAR 121e9c93,
-TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901. SiT's training is taken from DiT's code, which it is built on.
+TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901, VQ-Diffusion d1d39487. SiT's training is taken from DiT's code,
+which it is built on.
 """
 
 from collections.abc import Sequence
@@ -406,6 +407,29 @@ PUBLISHED: dict[str, Published] = {
         crop=FLIP,
         average=laws.counted_before(0.999),
         weights=initial.BERT,
+    ),
+    # The training code of the second stage was not released; its configurations were, and the transform of the data.
+    "generators/rq_transformer_*": replace(
+        _UNRELEASED,
+        golden=Golden(family="rq_transformer", losses=("loss", "loss_soft"), gradients=6),
+        rate=5e-4,
+        schedule=laws.cosine(0, 100 * laws.IMAGES // 2048),
+        clip=1.0,
+        decay=1e-4,
+        decays=laws.all_decay,
+        crop=_MIRRORED,
+        average=None,
+    ),
+    "generators/vq_diffusion_*": Published(
+        golden=Golden(family="vq_diffusion", gradients=3),
+        rate=4.5e-4,
+        schedule=laws.constant(5000),
+        decay=0.045,
+        decays=laws.all_decay,
+        crop=NOT_COMPARED,
+        average=NOT_COMPARED,
+        weights=initial.VQ_DIFFUSION,
+        differs={"schedule": "theirs clips at 0.5 in the first 5,000 steps"},
     ),
     "generators/tokenbridge_*": replace(
         _MAR,

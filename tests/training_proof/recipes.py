@@ -90,6 +90,7 @@ STAND_INS = {
     "ibq_16384": _grid(16384, 16, 16),
     "magvit2_lfq18": _grid(2**18, 16, 16),
     "taming_16384": _grid(16384, 16, 16),
+    "rqvae": _grid(16384, 8, 8, 4),
     "bitdance_ae": _grid(2**32, 16, 16),
     "var": _scales("MultiScaleVQ"),
     "hart_tokenizer_imagenet256": _scales("HybridVQ"),
