@@ -1,13 +1,13 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read
-them.
+`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP`, `GridMLP` and `Modulation`
+(adaLN-Zero) read them. `NormTables` modulate in another way.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.cache import LayerCache
+from discrete_lit.backbones.cache import LayerCache, RaggedLayerCache
 from discrete_lit.backbones.embeddings import rotate
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
 from discrete_lit.core.modules import FullPrecision, at_least_float32
 
-QueryKeyNorm = Literal["rms", "layer", "full_rms", "unit"]
+QueryKeyNorm = Literal["rms", "layer", "layer_per_head", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
 MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu", "geglu_tanh", "glu"]
 ModulationActivation = Literal["silu", "sigmoid", "gelu_tanh"]
@@ -73,6 +73,7 @@ class BlockSettings:
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
+        mlp_grid: sides of the grid over which the layers of the MLP are 3 x 3 convolutions; None for linear layers.
     """
 
     width: int
@@ -96,6 +97,7 @@ class BlockSettings:
     dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
+    mlp_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.norm_epsilon > 0:
@@ -129,13 +131,15 @@ class Block(nn.Module):
             self.context_norm = _block_norm(settings, affine=True)
             self.context_attention = ContextAttention(settings)
         self.mlp_norm = _block_norm(settings)
-        self.mlp = MLP(
-            width,
-            settings.mlp_hidden,
-            kind=settings.mlp,
-            bias=settings.bias,
-            dropout=settings.dropout_at("mlp_hidden"),
-        )
+        inner: dict[str, Any] = {
+            "kind": settings.mlp,
+            "bias": settings.bias,
+            "dropout": settings.dropout_at("mlp_hidden"),
+        }
+        if settings.mlp_grid is None:
+            self.mlp = MLP(width, settings.mlp_hidden, **inner)
+        else:
+            self.mlp = GridMLP(width, settings.mlp_hidden, grid=settings.mlp_grid, **inner)
         self.modulation = None
         if settings.modulation == "own":
             self.modulation = Modulation(
@@ -155,7 +159,7 @@ class Block(nn.Module):
         rotary: Rotary | None = None,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: LayerCache | None = None,
+        cache: LayerCache | RaggedLayerCache | None = None,
         context: Context | None = None,
         context_mask: Tensor | None = None,
     ) -> Tensor:
@@ -270,16 +274,17 @@ class Attention(nn.Module):
         rotary: Rotary | None,
         mask: Tensor | None,
         causal: bool,
-        cache: LayerCache | None,
+        cache: LayerCache | RaggedLayerCache | None,
     ) -> Tensor:
         """Map `(B, n, D)` to the same.
 
         Args:
             rotary: `(n, head_dim / 2, 2)`, or with a batch and a head dimension before; one of queries and one of
                 keys where they differ.
-            mask: `(n, n)` bool, which positions see which; ignored where the cache holds earlier ones.
+            mask: `(n, seen)` bool, or with a batch dimension and one of heads before, which positions see which, those
+                of the cache among them; it goes before `causal`.
             causal: each position sees those before it and itself.
-            cache: keys and values so far.
+            cache: keys and values so far; without a mask, all that it holds is seen.
         """
         query, key, value = self._project(x)
         if self.norms is not None:
@@ -290,9 +295,9 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
-            if new < seen:
-                one_by_one = causal and new > 1
-                mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new) if one_by_one else None
+            if new < seen and mask is None:
+                if causal and new > 1:
+                    mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
                 causal = False
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
@@ -374,7 +379,8 @@ class QueryKeyNorms(nn.Module):
 
     Args:
         heads, head_dim: their shape.
-        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains; over all heads
+        kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains that all heads
+            share, or LayerNorm with gains and offsets of each head (`"layer_per_head"`: Chameleon); over all heads
             together without gains (`"full_rms"`: Halton-MaskGIT); or both to unit length, queries then multiplied by a
             learned sharpness of each head (`"unit"`: VAR), with which attention has no other scale.
         epsilon: of the norms.
@@ -387,6 +393,11 @@ class QueryKeyNorms(nn.Module):
             self.log_sharpness = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
         elif kind == "full_rms":
             self.norm = Norm(heads * head_dim, "rms", affine=False, epsilon=epsilon)
+        elif kind == "layer_per_head":
+            self.norm = Norm(head_dim, "layer", affine=False, epsilon=epsilon)
+            # Of the queries of all heads, then of the keys; vectors, as the gains of other norms are.
+            self.gains = nn.Parameter(torch.ones(2 * heads * head_dim))
+            self.offsets = nn.Parameter(torch.zeros(2 * heads * head_dim))
         else:
             self.query = Norm(head_dim, kind, epsilon=epsilon)
             self.key = Norm(head_dim, kind, epsilon=epsilon)
@@ -398,7 +409,15 @@ class QueryKeyNorms(nn.Module):
             return unit.to(query.dtype), F.normalize(at_least_float32(key), dim=-1).to(key.dtype)
         if self.kind == "full_rms":
             return self._over_heads(query), self._over_heads(key)
+        if self.kind == "layer_per_head":
+            return self._of_heads(query, 0), self._of_heads(key, 1)
         return self.query(query), self.key(key)
+
+    def _of_heads(self, x: Tensor, number: int) -> Tensor:
+        normed = self.norm(at_least_float32(x))
+        shape = (2, x.shape[1], 1, x.shape[3])
+        gains, offsets = (each.view(shape)[number].to(normed.dtype) for each in (self.gains, self.offsets))
+        return torch.addcmul(offsets, normed, gains).to(x.dtype)
 
     def _over_heads(self, x: Tensor) -> Tensor:
         normed = self.norm(rearrange(x, "b heads n d -> b n (heads d)"))
@@ -442,6 +461,65 @@ class MLP(nn.Module):
         if self.kind == "gelu_quick":
             return hidden * torch.sigmoid(1.702 * hidden)
         return F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+
+
+class GridMLP(MLP):
+    """An MLP whose layers are 3 x 3 convolutions over the grid of the sequence, 0 beyond its edge (VQ-Diffusion).
+
+    Args:
+        width, hidden, settings: as of `MLP`.
+        grid: (h, w), whose raster order the sequence is.
+
+    Raises:
+        ValueError: a gated kind, or a grid of other than two axes.
+    """
+
+    def __init__(self, width: int, hidden: int, *, grid: tuple[int, ...], **settings: Any) -> None:
+        if settings["kind"] in ("swiglu", "geglu") or len(grid) != 2:
+            raise ValueError(
+                f"an MLP of convolutions needs a grid of two axes and a kind without a gate, got {settings['kind']!r} "
+                f"on a grid of {grid}"
+            )
+        super().__init__(width, hidden, **settings)
+        self.grid = grid
+        self.expand = nn.Conv2d(width, hidden, 3, padding=1, bias=settings["bias"])
+        self.contract = nn.Conv2d(hidden, width, 3, padding=1, bias=settings["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, h w, D) -> (B, h w, D)
+        on_grid = x.transpose(1, 2).unflatten(-1, self.grid)
+        return super().forward(on_grid).flatten(2).transpose(1, 2)
+
+
+class NormTables(nn.Module):
+    """The modulations of a block's norms from tables of its own, without gates: that before the attention by the step
+    that the time lies in, that before the MLP by the class (VQ-Diffusion).
+
+    Args:
+        width: D.
+        steps: T; step i ends at the time (i + 1) / T, i from 0.
+        num_classes: labels lie in [0, num_classes], the null label included.
+    """
+
+    def __init__(self, width: int, *, steps: int, num_classes: int) -> None:
+        super().__init__()
+        self.step_table = nn.Embedding(steps, width)
+        self.class_table = nn.Embedding(num_classes + 1, width)
+        self.step_projection = nn.Linear(width, 2 * width)
+        self.class_projection = nn.Linear(width, 2 * width)
+
+    def forward(self, time: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Make what `Block.modulate` makes, each `(B or 1, 1, D)`, of times `(B or 1,)`, 1000 t, and labels `(B,)`."""
+        steps = self.step_table.num_embeddings
+        # The end of a step, which rounding may have put behind itself, belongs to it.
+        step = ((time.double() * steps / 1000 - 1e-6).ceil().long() - 1).clamp(0, steps - 1)
+        scale1, shift1 = self._project(self.step_projection, self.step_table(step))
+        scale2, shift2 = self._project(self.class_projection, self.class_table(labels))
+        gate = torch.ones_like(shift1[:1, :, :1])
+        return shift1, scale1, gate, shift2, scale2, gate
+
+    @staticmethod
+    def _project(layer: nn.Linear, vectors: Tensor) -> tuple[Tensor, ...]:
+        return layer(F.silu(vectors))[:, None].chunk(2, dim=-1)
 
 
 class Modulation(nn.Module):

@@ -1,6 +1,7 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
 from discrete_lit.diffusion.gidd import GIDDLoss, GIDDProcess, GIDDSchedule
+from discrete_lit.diffusion.mask_and_replace import MaskAndReplaceProcess, MaskAndReplaceSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
@@ -51,6 +52,8 @@ __all__ = [
     "LogLinearSchedule",
     "LogSinSchedule",
     "MDLMCosineSchedule",
+    "MaskAndReplaceProcess",
+    "MaskAndReplaceSchedule",
     "MaskSchedule",
     "MixtureProcess",
     "NoiseLevel",

@@ -8,6 +8,7 @@
 - `DiscreteTimeBound`: the bound of T steps, D3PM's L_vb (Austin et al., 2021).
 - `HybridBound`: D3PM's training loss L_lambda, this bound with a cross-entropy added (GIDD's hybrid *noise* is another
   thing, see `ContinuousBound`).
+- `VQDiffusionLoss` (`mask_and_replace.py`): VQ-Diffusion's, this bound with a weighted cross-entropy of its own.
 - `DiscreteFlowMatching`: the loss of discrete flow matching (Gat et al., 2024; Shaul et al., 2024).
 
 One training step draws the level of noise, then the noisy tokens x_t, and takes the loss of what the network makes of
@@ -27,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.random import random_subset
@@ -51,6 +52,8 @@ class DiffusionLoss(ABC):
     """The kinds of head that the loss accepts."""
     kind: LossKind
     """Whether the loss is a bound if noise goes all the way; `label` looks at the schedule too."""
+    importance: nn.Module | None = None
+    """What training teaches the loss of its levels, which a generator keeps with its weights; None for most."""
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
         """Draw the noise level of each sequence.
@@ -127,6 +130,9 @@ class DiffusionLoss(ABC):
             process: the noise.
             level: `(B, 1)`.
         """
+
+    def end_batch(self) -> None:  # noqa: B027
+        """Learn what a training batch cost, where the loss draws its levels by that."""
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         """Refuse a head or process that the loss is not for.
@@ -414,7 +420,9 @@ class DiscreteTimeBound(DiffusionLoss):
             jump = process.at(states, added)
             return (ratio * a_s * log_ratio_s + jump * divergence) / a_t - log_ratio_t
         true, predicted = marginals(prediction, tokens, process=process, alpha=before, noise=level.noise_before)
-        step = process.likelihood(states, ratio)  # q(x_t | x_s)
+        step = process.step_likelihood(  # q(x_t | x_s)
+            states, before, level.alpha, noise_s=level.noise_before, noise_t=level.noise
+        )
         a_t, b_t = ((law * step).sum(dim=-1, keepdim=True) for law in (true, predicted))
         posterior = true * step / a_t  # q(x_s | x_t, x_0)
         return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_t.log() - b_t.log())[..., 0]

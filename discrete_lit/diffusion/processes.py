@@ -7,6 +7,7 @@
 - `GIDDProcess` (`gidd.py`): the same formula with a pi that moves from uniform ids to masks (von Rütte et al., 2025).
 - `DiscretizedGaussianProcess`: neighbours in an order of the ids, such as grey levels; D3PM's discretized Gaussian.
 - `DenseProcess`: any symmetric matrix of rates.
+- `MaskAndReplaceProcess` (`mask_and_replace.py`): VQ-Diffusion's noise, whose masks stay masks.
 
 Every process is a continuous-time Markov chain, which a schedule (`schedules.py`) speeds up or slows down: after a
 total noise of sigma, a token follows that row of the kernel which its clean id selects. A level of noise is given as
@@ -102,6 +103,18 @@ class ForwardProcess(ABC):
     @abstractmethod
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the probability `(..., S)` of reaching `states (...)` from each state, a column of `exp(sigma Q)`."""
+
+    def step_likelihood(
+        self,
+        states: Tensor,
+        alpha_s: Tensor,
+        alpha_t: Tensor,
+        *,
+        noise_s: Tensor | None = None,
+        noise_t: Tensor | None = None,
+    ) -> Tensor:
+        """Return the probability `(..., S)` that the noise from s to t > s takes each state to `states (...)`."""
+        return self.likelihood(states, alpha_t / alpha_s)
 
     @abstractmethod
     def rates_into(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:

@@ -73,7 +73,7 @@ def jumps_from_clean(clean: Tensor, states: Tensor, process: ForwardProcess, alp
     ratio = alpha_t / alpha_s
     marginal = process.marginal(clean.exp(), alpha_s)  # q_s, (B, N, S)
     if not isinstance(process, MixtureProcess):
-        return jumps_from_weights(marginal * process.likelihood(states, ratio), states)
+        return jumps_from_weights(marginal * process.step_likelihood(states, alpha_s, alpha_t), states)
     # From every other state, noise reaches x with the same probability: q_s alone decides where to.
     own = marginal.gather(-1, states[..., None])[..., 0].double()
     elsewhere = marginal.scatter(-1, states[..., None], 0.0)

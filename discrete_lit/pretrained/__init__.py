@@ -24,6 +24,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     titok_rar,
     tokenbridge,
     var,
+    vq_diffusion,
     xar,
 )
 from discrete_lit.pretrained.conversion import FAMILIES

@@ -253,7 +253,8 @@ class DiffusionSampler(Sampler):
             return self.jumps_from_scores(prediction.scores(), prediction, interval)
         if absorbing:
             return self._unmasking(prediction.clean(), prediction, interval)
-        return self.jumps_from_clean(self.filtered(prediction.clean()), prediction, interval)
+        clean = prediction.clean(self.filtered if self.filters else None)
+        return self.jumps_from_clean(clean, prediction, interval)
 
     def _unguided_jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
         """The step that an unguided prediction leads to, in the terms of its head."""

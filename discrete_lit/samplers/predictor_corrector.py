@@ -110,7 +110,7 @@ class PredictorCorrectorSampler(DiffusionSampler):
     def rate_jumps(self, prediction: Prediction) -> Jumps:
         """The forward and reverse jumps of a process that does more than mask."""
         x_t, process = prediction.x_t, prediction.denoiser.process
-        score = scores_of_clean(self.filtered(prediction.clean()), prediction).exp()
+        score = scores_of_clean(prediction.clean(self.filtered if self.filters else None), prediction).exp()
         alpha = prediction.level.alpha
         both = reverse_rates(score, x_t, process, alpha) + process.rates_from(x_t, alpha)
         rates = both.scatter(-1, x_t[..., None], 0.0)
@@ -138,6 +138,6 @@ class PredictorCorrectorSampler(DiffusionSampler):
             clean = x.predict(finite_noise(level), scale).clean()
             x.write(chosen, *draw_where(chosen, self.choose, clean, uniforms))
         else:
-            clean = self.filtered(x.predict(finite_noise(level), scale).clean())
+            clean = x.predict(finite_noise(level), scale).clean(self.filtered if self.filters else None)
             marginal = process.marginal(clean.exp(), level.alpha).log()
             x.write(chosen, *draw_where(chosen, draw_jumps, marginal, uniforms))

@@ -17,6 +17,8 @@ from helpers import (
     golden_generators,
     golden_latents,
     golden_remasking,
+    golden_replacing,
+    golden_stacked,
     golden_text_diffusion,
     golden_tokenizers,
     golden_turns,
@@ -32,6 +34,8 @@ KINDS = (
     golden_bits,
     golden_autoregressive,
     golden_flax,
+    golden_stacked,
+    golden_replacing,
     golden_text_diffusion,
 )
 SAMPLERS = (golden_decoding, golden_remasking)
@@ -40,7 +44,7 @@ NOT_YET = (
     *("chameleon", "emu3"),
     *("encodec", "infinity", "janus", "llamagen_t2i"),
     *("magvit2_video", "musicgen_decoder"),
-    *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
+    *("showo", "transfusion_mask"),
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}

@@ -31,6 +31,7 @@ from discrete_lit.samplers import (
     NextScaleSampler,
     OpenMAGVIT2Sampler,
     PredictorCorrectorSampler,
+    PuritySampler,
     RandARSampler,
     RandomOrderSampler,
     RasterSampler,
@@ -300,6 +301,7 @@ SAMPLERS: dict[str, tuple[str, Callable[[], Sampler]]] = {
     "EulerSampler": ("DiscreteDiffusion, hybrid", lambda: EulerSampler(steps=4)),
     "TauLeapingSampler": ("DiscreteDiffusion, Gaussian", lambda: TauLeapingSampler(steps=4)),
     "FirstHittingSampler": ("DiscreteDiffusion", lambda: FirstHittingSampler()),
+    "PuritySampler": ("DiscreteDiffusion", lambda: PuritySampler(4, purity_weight=0.5)),
     "RemaskingSampler": ("DiscreteDiffusion", lambda: RemaskingSampler(steps=4, strategy="conf")),
     "SelfCorrectionSampler": (
         "DiscreteDiffusion, hybrid",
