@@ -25,10 +25,15 @@ _NUMBERED = re.compile(r"\bPublished\b|\bOthers quote\b")
 
 @cache
 def recipes() -> tuple[str, ...]:
-    """List the recipes of tokenizers and generators whose opening comment gives a published number, in order."""
+    """List the recipes that train a tokenizer or a generator and whose opening comment gives a published number, in
+    order; recipes of samplers have no model."""
     folder = ROOT / "lightning_configs"
     files = [path for part in FOLDERS for path in sorted((folder / part).glob("*.yaml"))]
-    return tuple(f"{path.parent.name}/{path.stem}" for path in files if _NUMBERED.search(comment(path.read_text())))
+    return tuple(
+        f"{path.parent.name}/{path.stem}"
+        for path in files
+        if "\nmodel:" in (text := path.read_text()) and _NUMBERED.search(comment(text))
+    )
 
 
 def comment(text: str) -> str:
