@@ -50,7 +50,7 @@ _OF_TRAINING = (
     "dropout_places",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
-FROZEN_PARTS = ("tokenizer", "discrete")
+FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder")
 _NOT_PARSED = "cannot read the configuration of"
 # The files whose modules are being built, a generator's before its tokenizer's.
 _loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
@@ -171,6 +171,7 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "hyper_parameters": (Mapping | None, "settings by their names"),
     "tokenizer_config": (Mapping, "settings by their names"),
     "discrete_config": (Mapping, "settings by their names"),
+    "text_encoder_config": (Mapping, "settings by their names"),
     "epoch": (int, "a number"),
     "global_step": (int, "a number"),
     "loops": (Mapping, "the state of each loop by its name"),

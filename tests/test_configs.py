@@ -72,6 +72,12 @@ def hybrid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def residual_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of four codes a position: 8x8 images to 4x4x4 tokens of 16 ids."""
+    return write_tokenizer(tmp_path_factory.mktemp("residual"), "RQVAE", SMALL_CODEBOOK)
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -96,6 +102,13 @@ def tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
+def captioned_tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve rows of the same with captions."""
+    captions = [[f"a {number % 2}", "a"] for number in range(12)]
+    return write_tokens(tmp_path_factory.mktemp("captioned_tokens"), tokenizer_file, (4, 4), captions)
+
+
+@pytest.fixture(scope="module")
 def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many of the tokenizer of two scales."""
     return write_tokens(tmp_path_factory.mktemp("multi_scale_tokens"), multi_scale_file, (17,))
@@ -111,7 +124,9 @@ def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "train"
 
 
-def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...]) -> Path:
+def write_tokens(
+    folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...], captions: list[list[str]] | None = None
+) -> Path:
     import torch
 
     import discrete_lit
@@ -127,10 +142,11 @@ def write_tokens(folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...
         classes=["zero", "one"],
         tokenizer=discrete_lit.load(tokenizer_file).fingerprint(),
         source="noise",
+        captions=captions is not None,
     )
     writer = TokenWriter(folder)
-    random = torch.Generator().manual_seed(0)
-    writer.write(torch.arange(12), torch.randint(16, (12, *token_shape), generator=random), torch.arange(12) % 2)
+    rows, random = torch.arange(12), torch.Generator().manual_seed(0)
+    writer.write(rows, torch.randint(16, (12, *token_shape), generator=random), rows % 2, captions=captions)
     writer.close()
     TokenWriter.finalise(folder)
     return folder
@@ -288,6 +304,10 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
         name = settings["class_path"].rpartition(".")[2]
         arguments = settings.setdefault("init_args", {})
         arguments.update(SMALL.get(name, {}))
+        if name == "FactorisedHead" and "codes" in arguments:
+            arguments["sizes"] = [16] * 4  # of `residual_file`
+        if "code_dim" in arguments:
+            arguments["code_dim"] = 4
         if name == "ImageClassifier" and "network" in arguments:
             del arguments["channels"]
         if name in files:
@@ -298,11 +318,22 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
                 arguments["z_channels"] = 4
         if name in ("MultiScaleVQ", "HybridVQ"):
             arguments["scales"] = [1, latent_side(arguments["network"])]
+        if name == "text_encoder_from_files":
+            settings.update(small_text_encoder())
+        if "context_dim" in arguments:
+            arguments["context_dim"] = 4
         if "embedded_digits" in arguments:
             # Of the ids of `tokenizer_file`.
             arguments["embedded_digits"] = [4, 4]
     for value in settings.values():
         shrink_model(value, files)
+
+
+def small_text_encoder() -> dict[str, Any]:
+    """A table of vectors of characters, in place of published files."""
+    from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer
+
+    return dict(StaticTextEncoder(TextTokenizer.characters("a 01"), 4, length=8).hparams)
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -340,10 +371,12 @@ def test_models_fit_reload_and_sample(
     images: Path,
     shards: Path,
     tokens: Path,
+    captioned_tokens: Path,
     multi_scale_tokens: Path,
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    residual_file: Path,
     hybrid_file: Path,
     continuous_file: Path,
     latents: Path,
@@ -363,8 +396,12 @@ def test_models_fit_reload_and_sample(
     kind = settings["model"]["class_path"].rpartition(".")[2]
     of_scales = kind == "NextScale"
     own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
+    if settings["model"]["init_args"].get("stacked_codes"):
+        own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
+    reads_text = "text_encoder" in settings["model"]["init_args"]
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
+    own_tokens = captioned_tokens if reads_text else own_tokens
     folders = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
     shrink_data(settings["data"], folders, image_size=8 if is_generator else 32)
     if is_generator and "image_channels" in settings["data"]["init_args"]:
@@ -375,6 +412,8 @@ def test_models_fit_reload_and_sample(
         "generator_from_checkpoint": discrete_file,
     }
     shrink_model(settings["model"], files)
+    if reads_text:
+        settings["model"]["init_args"]["num_classes"] = 1
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)
@@ -393,7 +432,8 @@ def test_models_fit_reload_and_sample(
         return
     if is_generator:
         output = tmp_path / "samples"
-        main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output)])
+        prompts = ["--prompt", "a 1"] if reads_text else []
+        main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output), *prompts])
         with np.load(output / "samples.npz") as samples:
             assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
         return
@@ -489,6 +529,7 @@ def test_recipes_name_classes_by_their_short_names() -> None:
     functions = (
         "tokenizers.from_checkpoint",
         "tokenizers.continuous_from_checkpoint",
+        "tokenizers.text_encoder_from_files",
         "generators.generator_from_checkpoint",
     )
     assert {path for path in named if "." in path} <= {f"discrete_lit.{name}" for name in functions}

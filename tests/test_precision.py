@@ -91,7 +91,9 @@ SAMPLER_TABLE: dict[str, Row] = {
     "EulerSampler": (0.08, 0.2, 0.02),
     "TauLeapingSampler": (0.04, 0.3, 0.02),
     "FirstHittingSampler": (0.02, 0.06, 0.02),
+    "PuritySampler": (0.03, 0.1, 0.02),
     "RemaskingSampler": (0.03, 0.05, 0.02),
+    "SelfCorrectionSampler": (0.02, 0.3, 0.02),
     "PredictorCorrectorSampler": (0.02, 0.3, 0.02),
 }
 
@@ -242,7 +244,8 @@ def test_every_class_is_in_the_table() -> None:
     assert generators_in_table == classes(generators, generators_in_table)
     samplers = {name for name in discrete_lit.samplers.__all__ if name.endswith("Sampler")} - {"Sampler"}
     of_vectors = {"MARSampler", "CausalVectorSampler", "NextCellSampler", "DimensionwiseSampler", "HybridScaleSampler"}
-    assert samplers - of_vectors == set(SAMPLER_TABLE)
+    of_segments = {"SegmentSampler"}
+    assert samplers - of_vectors - of_segments == set(SAMPLER_TABLE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,6 +9,8 @@ from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLay
 from discrete_lit.backbones.dit import DiT
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.scale_transformer import ScaleLayout, ScaleTransformer
+from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
@@ -33,6 +35,9 @@ __all__ = [
     "MaskedBitHead",
     "ScaleLayout",
     "ScaleTransformer",
+    "Segment",
+    "SegmentLayout",
+    "SegmentTransformer",
     "SequenceLayout",
     "SubTokenHead",
     "TokenDiffusionHead",

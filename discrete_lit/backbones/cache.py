@@ -1,7 +1,8 @@
 """The cache of a backbone: what is computed once while one batch of sequences is sampled.
 
 A causal backbone keeps the keys and values of the tokens so far (the KV cache); every backbone may keep the modulations
-(adaLN) of the labels, and the keys and values of the vectors that it attends to.
+(adaLN) of the labels, and the keys and values of the vectors that it attends to. In a `RaggedCache` every sequence has
+a length of its own.
 """
 
 from typing import NamedTuple
@@ -94,6 +95,87 @@ class Cache:
     def advance(self, count: int) -> None:
         """Mark `count` more positions as filled in every layer."""
         self.filled += count
+
+
+class RaggedLayerCache(NamedTuple):
+    """The keys and values of one attention, which belong to a `RaggedCache`."""
+
+    keys: Tensor
+    """`(B, heads, length, head_dim)`."""
+    values: Tensor
+    """The same shape."""
+    filled: Tensor
+    """`(B,)` int64."""
+    reach: int
+    """The most that are filled in any sequence."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write `(B, heads, n, head_dim)` behind what is filled of each sequence; returns views of the first
+        `reach + n` keys and values, in which each sequence has what it has.
+
+        Raises:
+            ValueError: more positions than the cache has.
+        """
+        count, length = keys.shape[2], self.keys.shape[2]
+        end = self.reach + count
+        if end > length:
+            raise ValueError(f"the key-value cache holds {length} positions, {end} were asked for")
+        rows = torch.arange(len(keys), device=keys.device)[:, None]
+        columns = self.filled[:, None] + torch.arange(count, device=keys.device)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept.transpose(1, 2)[rows, columns] = new.transpose(1, 2).to(kept.dtype)
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+
+
+class RaggedCache:
+    """The keys and values so far of sequences that differ in length: each has its own fill mark.
+
+    What a pass writes stays where `advance` follows. A sequence that waits is passed over with a count of 0: the next
+    pass writes over what it has there.
+
+    Args:
+        keys_and_values: `(layers, 2, B, heads, length, head_dim)`, preallocated.
+
+    Attributes:
+        filled: `(B,)` int64, elements of each sequence.
+        origin: `(B,)` int64, where the next element of each stands, in the units of its layout's positions.
+        reach: the most of `filled`, as the host knows it; never less.
+        even: whether all sequences are known to be of one length.
+    """
+
+    def __init__(self, keys_and_values: Tensor) -> None:
+        batch, device = keys_and_values.shape[2], keys_and_values.device
+        self._buffers = keys_and_values
+        self.filled = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.origin = torch.zeros_like(self.filled)
+        self.reach = 0
+        self.even = True
+
+    def layer(self, number: int) -> RaggedLayerCache | LayerCache:
+        """Give what one attention reads and writes."""
+        keys, values = self._buffers[number, 0], self._buffers[number, 1]
+        if self.even:
+            return LayerCache(keys, values, self.reach)
+        return RaggedLayerCache(keys, values, self.filled, self.reach)
+
+    def advance(self, counts: Tensor | int, then: Tensor, *, reach: int | None = None) -> None:
+        """Keep the first elements of a pass.
+
+        Args:
+            counts: `(B,)` int64, how many of each sequence; one number for all.
+            then: `(B, n)` int64, where an element behind each of the pass would begin.
+            reach: the most of `filled` from now on; needed where the counts differ.
+        """
+        if isinstance(counts, int):
+            self.reach += counts
+            self.origin = then[:, counts - 1]
+            self.filled = self.filled + counts
+            return
+        assert reach is not None, "the host must know how long the longest sequence is"
+        self.even = False
+        last = then.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        self.origin = torch.where(counts > 0, last, self.origin)
+        self.filled, self.reach = self.filled + counts, reach
 
 
 def new_buffers(

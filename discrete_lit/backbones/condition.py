@@ -21,6 +21,9 @@ class Condition:
         context: `(B, M, E)` vectors, such as the features of a text; None for a network that is given none.
         context_mask: `(B, M)` bool, which of them are valid; all where it is None. What the others hold does not
             matter, and a sequence without a valid one is given none.
+        negative: `(B, M, E)` vectors in place of the context, such as the features of a negative prompt: the condition
+            with these then stands for the null one, and guidance leads away from it.
+        negative_mask: `(B, M)` bool, which of those are valid; a sequence without one has the null condition itself.
 
     Raises:
         ValueError: parts of different numbers of sequences, or a mask of other vectors than there are.
@@ -30,12 +33,26 @@ class Condition:
     grid: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    negative: Tensor | None = None
+    negative_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("grid", "context"):
             part = getattr(self, name)
             if part is not None and len(part) != len(self.labels):
                 raise ValueError(f"a condition has {len(self.labels)} labels, its {name} is of {len(part)} sequences")
+        if (self.negative is None) != (self.negative_mask is None):
+            raise ValueError("negative and negative_mask belong together: give both or neither")
+        if self.negative is not None and (
+            self.context is None
+            or self.negative.shape != self.context.shape
+            or self.negative_mask is None
+            or self.negative_mask.shape != self.context.shape[:2]
+        ):
+            raise ValueError(
+                f"negative stands in place of a context of its shape, got {_described(self.negative)} for "
+                f"{_described(self.context)}"
+            )
         mask = self.context_mask
         if mask is None:
             return
@@ -74,22 +91,31 @@ class Condition:
         return Condition(labels=labels, grid=grid, context=self.context, context_mask=mask)
 
     def null(self, *, null_label: int, null_id: int | None) -> "Condition":
-        """Give the condition of the same shape that says nothing."""
-        return self.dropped(torch.ones_like(self.labels, dtype=torch.bool), null_label=null_label, null_id=null_id)
+        """Give the condition of the same shape that says nothing, or what is `negative`."""
+        everywhere = torch.ones_like(self.labels, dtype=torch.bool)
+        nothing = self.dropped(everywhere, null_label=null_label, null_id=null_id)
+        if self.negative is None or self.negative_mask is None:
+            return nothing
+        says = self.negative_mask.any(dim=1)
+        labels, grid = torch.where(says, self.labels, nothing.labels), nothing.grid
+        if self.grid is not None and grid is not None:
+            grid = torch.where(says[:, None], self.grid, grid)
+        return Condition(labels=labels, grid=grid, context=self.negative, context_mask=self.negative_mask)
 
     def with_null(self, *, null_label: int, null_id: int | None) -> "Condition":
         """Give a condition of twice as many sequences, the null one behind: for guidance."""
         null = self.null(null_label=null_label, null_id=null_id)
         nothing, both = null.parts(), {}
         for name, part in self.parts().items():
-            beside = nothing[name]
+            beside = nothing.get(name)
             if beside is not None:
                 both[name] = torch.cat((self.valid() if part is None else part, beside))
         return Condition(**both)
 
     def parts(self) -> dict[str, Tensor | None]:
-        """Give each part by its name."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
+        """Give each part by its name; what is negative only where it is there."""
+        every = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: part for name, part in every.items() if part is not None or not name.startswith("negative")}
 
 
 def as_condition(given: "Condition | Tensor") -> Condition:

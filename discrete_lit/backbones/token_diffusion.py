@@ -215,7 +215,7 @@ class TokenDiffusionHead(nn.Module):
         self.solver = solver or DDPM(100)
         self.time_input: Literal["noise", "data"] = time_input
         self.scale = scale
-        self._flops: dict[int, int] = {}
+        self._flops: dict[int, tuple[int, int]] = {}
         outputs = 2 * dim if self.denoiser.learned_variance else dim
         self.network = DenoisingMLP(
             dim,
@@ -328,18 +328,25 @@ class TokenDiffusionHead(nn.Module):
         """Give the modules that FSDP gathers one after another: the head is small, and gathered at once."""
         return ()
 
-    def flops(self, rows: int) -> int:
-        """Count the floating-point operations of a step of the solver for so many rows, once for each number."""
+    def flops(self, rows: int, solver: Solver) -> int:
+        """Count the floating-point operations of a draw of so many rows, the null ones among them.
+
+        The embedding of the times is left out: it is the same for all rows of all draws.
+        """
         if rows not in self._flops:
 
-            def prepare(network: DenoisingMLP) -> Callable[[], object]:
-                weight = network.output.weight
-                x = torch.zeros(rows, self.dim, device=weight.device, dtype=weight.dtype)
-                projected = x.new_zeros(rows, network.output.in_features)
-                return partial(network.denoise, x, x.new_zeros(1), projected)
+            def evaluate(network: DenoisingMLP) -> Callable[[], object]:
+                projected = network.output.weight.new_zeros(rows, network.output.in_features)
+                x = projected.new_zeros(rows, self.dim)
+                return partial(network.denoise, x, projected[:1], projected, embedded=True)
 
-            self._flops[rows] = count_flops(self.network, prepare)
-        return self._flops[rows]
+            def project(network: DenoisingMLP) -> Callable[[], object]:
+                layer = network.condition_projection
+                return partial(layer, layer.weight.new_zeros(rows, layer.in_features))
+
+            self._flops[rows] = count_flops(self.network, evaluate), count_flops(self.network, project)
+        evaluation, projection = self._flops[rows]
+        return solver.evaluations * evaluation + projection
 
     def _network_time(self, t: Tensor | float, like: Tensor) -> Tensor:
         """`(M,)` or `(1,)` on the device of the vectors, in the units that the network reads."""

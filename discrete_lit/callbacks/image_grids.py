@@ -131,7 +131,8 @@ class SampleGrid(ImageGrid):
     """Show samples of a fixed seed, decoded by the generator's tokenizer; for generators of images alone.
 
     The labels are spread evenly over the classes and repeat in the same order, so that with as many columns as classes
-    each column is a class. Written as in `ImageGrid`, tag `images/samples`.
+    each column is a class. A generator with a text encoder is given the captions of the first validation batch, and
+    their labels. Written as in `ImageGrid`, tag `images/samples`.
 
     Args:
         count: samples.
@@ -163,8 +164,13 @@ class SampleGrid(ImageGrid):
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         assert isinstance(module, Generator | LatentGenerator)
-        labels, sampler = self.labels(module.num_classes).to(module.device), cast(Any, self.sampler)
-        return module.tokenizer.decode(module.sample(labels, sampler, seed=self.seed))
+        condition: Any = self.labels(module.num_classes).to(module.device)
+        if module.text_encoder is not None and "caption" in batch:
+            order = [image % len(batch["caption"]) for image in range(self.count)]
+            texts = [batch["caption"][image] for image in order]
+            labels = module.labels_of(batch)[order] if module.num_classes > 1 else None
+            condition = module.condition_of_texts(texts, labels=labels)
+        return module.tokenizer.decode(module.sample(condition, cast(Any, self.sampler), seed=self.seed))
 
     def labels(self, num_classes: int) -> Tensor:
         """Spread labels evenly over the classes, as many as there are images for, over and over: `(count,)` int64."""

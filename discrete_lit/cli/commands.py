@@ -21,6 +21,8 @@ TRAINING_COMMANDS = {
 FUNCTION_COMMANDS = {
     "shards": "write a data set as webdataset shards",
     "tokenize": "encode the images of a data set as arrays of tokens or latents",
+    "text_tokenizer": "learn the vocabulary of captions",
+    "encode_captions": "encode the captions of arrays by a text encoder",
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
@@ -31,8 +33,13 @@ FUNCTION_COMMANDS = {
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
-# Module and function, where they do not have the command's name: `import` cannot be one.
-_FUNCTIONS = {"import": ("weights", "import_weights"), "export": ("weights", "export_weights")}
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions")
+# Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
+_FUNCTIONS = {
+    "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),
+    "import": ("weights", "import_weights"),
+    "export": ("weights", "export_weights"),
+}
 COMMANDS = {**TRAINING_COMMANDS, **FUNCTION_COMMANDS}
 TRACEBACK_VARIABLE = "DISCRETE_LIT_TRACEBACK"
 
@@ -106,8 +113,8 @@ def _run(command: str, arguments: list[str]) -> None:
 
     arguments, trusted = take_trust(arguments)
     given = read_given(arguments).values
-    if trusted and command == "shards":
-        raise ValueError("--trust is of no use to `shards`, which reads no checkpoint")
+    if trusted and command in _WITHOUT_CHECKPOINT:
+        raise ValueError(f"--trust is of no use to `{command}`, which reads no checkpoint")
     # What a checkpoint is resumed with is named under `model`; other settings are no part of it.
     own = modules_of(named_by_user(given.get("model")))
     with importable_from_here([*trusted, *named_by_user(given)]), trusting(*trusted, *own):
@@ -139,6 +146,24 @@ def take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, trusted
 
 
+def gathered(arguments: Sequence[str], option: str) -> list[str]:
+    """Make one option with a list of an option that is given several times, each with a value."""
+    import json
+
+    rest: list[str] = []
+    values: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name != option:
+            rest.append(argument)
+        elif (value := value if equals else next(waiting, "")).startswith("["):
+            return list(arguments)  # a list already
+        else:
+            values.append(value)
+    return [*rest, f"{option}={json.dumps(values)}"] if values else rest
+
+
 def run_function(name: str, arguments: list[str]) -> None:
     """Call a command's function in `discrete_lit.cli` with the settings of the command line."""
     from argparse import ArgumentError
@@ -149,6 +174,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
+    arguments = gathered(arguments, "--prompt") if name == "sample" else arguments
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]
@@ -157,7 +183,7 @@ def run_function(name: str, arguments: list[str]) -> None:
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
-        epilog=None if name == "shards" else TRUST_HELP,
+        epilog=None if name in _WITHOUT_CHECKPOINT else TRUST_HELP,
     )
     parser.add_argument("-c", "--config", action="config", help="A YAML file of settings; may be repeated.")
     parser.add_function_arguments(function, sub_configs=True)

@@ -11,11 +11,12 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from discrete_lit.backbones.backbone import compile_for_sampling
+from discrete_lit.backbones.condition import Condition
 from discrete_lit.checkpoints import load
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import all_reduce_sum
@@ -31,6 +32,8 @@ from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
 _GRID_SIDE = 10
 _MOST_COLUMNS = 20
+# In pixels, of the default font.
+_NARROWEST_TEXT, _LINE_HEIGHT, _MOST_LINES = 200, 13, 4
 
 
 def sample(
@@ -39,6 +42,9 @@ def sample(
     *,
     num_samples: int,
     labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
+    prompt: list[str] | None = None,
+    prompt_file: str | None = None,
+    negative_prompt: str | None = None,
     sampler: AnySampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -69,6 +75,10 @@ def sample(
         num_samples: N.
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
+        prompt: texts to cycle through in the same way, for a generator with a text encoder; repeat the option for
+            several. Each begins a row of the grid, and "" stands for no text.
+        prompt_file: a file with a prompt on each line, in place of `prompt`.
+        negative_prompt: what guidance leads away from, in place of no text.
         sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
             `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler`
             of a `DimensionwiseMasked`, and a `HybridScaleSampler` those of HART and of scales of vectors.
@@ -96,7 +106,8 @@ def sample(
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, a sampler of ids for latents or the other way round, a label that is
+        ValueError: not a generator's checkpoint, prompts for a generator without text or none for one that reads them,
+            a sampler of ids for latents or the other way round, a label that is
             no number or out of range, num_samples or image_size below 1, an image size for text, a graph on another
             device than CUDA's or of latents, or a decoder of other tokens than the generator's.
     """
@@ -125,6 +136,7 @@ def sample(
         image_size = normal_size(image_size)
     if image_size is not None and not makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
+    prompts = _prompts(generator, prompt, prompt_file, negative_prompt)
     given = list(range(generator.num_classes)) if labels is None else labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
     if wrong or not given:
@@ -135,6 +147,13 @@ def sample(
     cycle = torch.tensor(given)
     drawer = cast(Any, sampler or generator.sampler)
     all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
+    if prompts and graph is True:
+        raise ValueError("graph=true is for labels; texts are drawn without one")
+    if prompts:  # refuses a text that is too long before anything is drawn
+        texts = [*prompts, negative_prompt or ""]
+        generator.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
+        if negative_prompt is not None and drawer.guidance_scale == 1:
+            raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -154,7 +173,9 @@ def sample(
     if isinstance(generator, LatentGenerator):
         if graph is True:
             raise ValueError("graph=true is for generators of ids; latents are drawn without one")
-    elif _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)):
+    elif not prompts and _graph_pays(
+        graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)
+    ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
     rows_path = folder / "rows.npy.partial"
     count, drawn = 0, None
@@ -166,7 +187,9 @@ def sample(
         with torch.inference_mode(), fabric.autocast():
             batch = all_labels[indices].to(fabric.device), indices.to(fabric.device)
             if graphed is None:
-                drawn = generator.draw(batch[0], CounterRandom(seed, batch[1]), drawer)
+                texts = [prompts[index % len(prompts)] for index in indices.tolist()] if prompts else []
+                condition = _condition(generator, batch[0], texts, negative_prompt)
+                drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer)
             else:
                 drawn = graphed(*batch)
             _wait_for(fabric.device)
@@ -197,6 +220,8 @@ def sample(
         "sampler": describe(drawer),
         "num_samples": num_samples,
         "labels": labels,
+        "prompts": prompts or None,
+        "negative_prompt": negative_prompt,
         "num_classes": generator.num_classes,
         "seed": seed,
         "batch_size": batch_size,
@@ -206,7 +231,9 @@ def sample(
         "compile": compile,
         "graph": graphed is not None and graphed.recorded,
         "image_size": image_size,
-        "parameters": sum(parameter.numel() for parameter in generator.backbone.parameters()),
+        "parameters": sum(
+            parameter.numel() for network in generator.drawing_networks() for parameter in network.parameters()
+        ),
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
         "flops_per_image": drawn.flops if drawn else 0,
@@ -228,6 +255,53 @@ def sample(
         rows_path.unlink()
     fabric.barrier()
     return run
+
+
+def _prompts(
+    generator: Generator | LatentGenerator, prompt: list[str] | None, file: str | None, negative: str | None
+) -> list[str]:
+    """The prompts that are cycled through; none for a generator of classes.
+
+    Raises:
+        ValueError: prompts for a generator that reads no text, none for one that does, or both kinds of them.
+    """
+    given = [
+        name
+        for name, value in (("prompt", prompt), ("prompt_file", file), ("negative_prompt", negative))
+        if value is not None
+    ]
+    if generator.text_encoder is None:
+        if given:
+            raise ValueError(
+                f"{given[0]} is given, and this {type(generator).__name__} reads no text: it was trained without a "
+                "text_encoder. Draw from it by labels"
+            )
+        return []
+    if prompt is not None and file is not None:
+        raise ValueError("prompt and prompt_file are given: take one of them")
+    prompts = prompt or []
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise ValueError(f"prompt_file={file!r}: no such file; it has a prompt on each line")
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(
+            f"this {type(generator).__name__} draws what a text says: give --prompt 'a text', several times for "
+            "several, or a prompt_file with one on each line; '' stands for no text"
+        )
+    return prompts
+
+
+def _condition(
+    generator: Generator | LatentGenerator, labels: torch.Tensor, texts: list[str], negative: str | None
+) -> Condition | torch.Tensor:
+    """The condition of a batch: its labels, or these and its texts."""
+    if not texts:
+        return labels
+    away = None if negative is None else [negative] * len(texts)
+    classes = labels if generator.num_classes > 1 else None
+    return generator.condition_of_texts(texts, labels=classes, negative=away)
 
 
 def _dtype_of(network: torch.nn.Module) -> str:
@@ -319,7 +393,9 @@ def _write(
             np.savez(file, tokens=rows, labels=labels)
         else:
             np.savez(file, latents=rows, labels=labels)
-    if makes_images:
+    if makes_images and run["prompts"]:
+        _write_prompt_grid(folder, rows, run["prompts"])
+    elif makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
@@ -337,10 +413,49 @@ def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) ->
     columns = cycle if _GRID_SIDE // 2 <= cycle <= _MOST_COLUMNS else _GRID_SIDE
     side = min(columns, len(pixels))
     tiles = pixels[: side * min(_GRID_SIDE, len(pixels) // side)]
-    shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
-    rows = shown.reshape(-1, side, *shown.shape[1:])  # (rows, side, H, W, C)
-    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, shown.shape[-1])
-    if grid.shape[-1] == 1:
-        grid = grid[..., 0]
     with atomic_write(folder / "grid.png") as file:
-        Image.fromarray(grid).save(file, "PNG")
+        Image.fromarray(_tiled(tiles, side)).save(file, "PNG")
+
+
+def _tiled(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Put images `(n, H, W, C)` beside one another, row after row, in a form that a PNG has."""
+    shown = displayable(torch.from_numpy(np.array(tiles)).movedim(-1, 1)).movedim(1, -1).numpy()
+    rows = shown.reshape(-1, columns, *shown.shape[1:])  # (rows, columns, H, W, C)
+    grid = rows.swapaxes(1, 2).reshape(rows.shape[0] * rows.shape[2], -1, shown.shape[-1])
+    return grid[..., 0] if grid.shape[-1] == 1 else grid
+
+
+def _write_prompt_grid(folder: Path, pixels: np.ndarray, prompts: list[str]) -> None:
+    """Write the first images of the first prompts, at most ten of ten, a row for each, with its text above."""
+    rows = min(_GRID_SIDE, len(prompts), len(pixels))
+    columns = min(_GRID_SIDE, len(pixels) // len(prompts) or 1)
+    font = ImageFont.load_default()
+    strips = []
+    for row in range(rows):
+        pictures = Image.fromarray(_tiled(pixels[row :: len(prompts)][:columns], columns)).convert("RGB")
+        text = prompts[row] or "(no text)"
+        lines = _wrapped(text, font, max(pictures.width, _NARROWEST_TEXT) - 4)
+        height = _LINE_HEIGHT * len(lines) + 4
+        strip = Image.new("RGB", (max(pictures.width, _NARROWEST_TEXT), height + pictures.height), "white")
+        ImageDraw.Draw(strip).multiline_text((2, 2), "\n".join(lines), fill="black", font=font, spacing=0)
+        strip.paste(pictures, (0, height))
+        strips.append(strip)
+    grid = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        grid.paste(strip, (0, top))
+        top += strip.height
+    with atomic_write(folder / "grid.png") as file:
+        grid.save(file, "PNG")
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Break a text into lines of at most so many pixels; characters that the font lacks are shown as boxes."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:_MOST_LINES]

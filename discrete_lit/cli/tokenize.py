@@ -43,7 +43,7 @@ def tokenize(
     They are token arrays, or latent arrays where the tokenizer is continuous. Row i of the arrays is sample i of the
     split, whatever the number of devices. The folder's `manifest.json` holds the tokenizer's fingerprint, by which a
     generator with another tokenizer refuses the arrays; it is written last, so an interrupted run leaves nothing that
-    passes for complete.
+    passes for complete. Where `data.init_args.captions` is set, all captions of an image are kept beside its codes.
 
     Args:
         ckpt_path: checkpoint of a Tokenizer or ContinuousTokenizer.
@@ -100,6 +100,7 @@ def tokenize(
             "source": f"{type(data).__name__} {data.locations[split]}",
             "precision": precision,
             "variants": cut.count,
+            "captions": data.captions is not None,
         }
         if isinstance(tokenizer, Tokenizer):
             token_shape = tokenizer.token_shape(data.image_size)
@@ -131,7 +132,7 @@ def tokenize(
             else:  # one crop of all images after the other, so that the batch is what its size says
                 each = enumerate(images.unbind(1))
                 codes = torch.stack([encode(crop, batch["index"], number) for number, crop in each], dim=1)
-        writer.write(batch["index"], codes, batch.get("label"))
+        writer.write(batch["index"], codes, batch.get("label"), captions=batch.get("captions"))
     writer.close()
     fabric.barrier()
     manifest = writes.finalise(output) if fabric.global_rank == 0 else writer.manifest

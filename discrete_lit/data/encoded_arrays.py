@@ -3,6 +3,7 @@
 A folder holds one split: an array of codes (`tokens.npy` or `latents.npy`, `(count, *row)`, or `(count, variants,
 *row)` of several crops of each image), `labels.npy` (int64, `(count,)`; -1 of images without labels, whose number of
 classes is 0), and `manifest.json`, which says whose codes they are. Row i is sample i of the images that were encoded.
+Where the images have captions, they are in a `caption_file.py` beside.
 
 An `EncodedWriter` makes such a folder, from several processes, each sample in its own row. An `EncodedFolder` reads it,
 and `EncodedArrays` is its DataModule. `token_arrays.py` and `latent_arrays.py` say what a row is.
@@ -24,6 +25,9 @@ from torch import Tensor
 from discrete_lit.core.files import RowFile, atomic_write_text, publish
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
+from discrete_lit.data.caption_features import CaptionFeatures
+from discrete_lit.data.caption_file import CaptionFile, CaptionParts
+from discrete_lit.data.captions import caption_batch
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
 
@@ -73,6 +77,7 @@ class EncodedWriter(ABC):
         self._codes = RowFile(self.folder / f"{self.kind.content}.npy")
         self._labels = RowFile(self.folder / "labels.npy")
         self._written = RowFile(self.folder / _WRITTEN)
+        self._captions = CaptionParts(self.folder) if self.manifest.get("captions") else None
 
     @classmethod
     def lay_out(
@@ -89,6 +94,7 @@ class EncodedWriter(ABC):
         source: str,
         variants: int | None,
         precision: str | None,
+        captions: bool,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -97,7 +103,7 @@ class EncodedWriter(ABC):
             codes: the type of the numbers of the codes.
             count: rows.
             row: the entries of the manifest that say what a row is.
-            image_size, num_classes, classes, tokenizer, source, variants, precision: as in `create`.
+            image_size, num_classes, classes, tokenizer, source, variants, precision, captions: as in `create`.
 
         Raises:
             ValueError: the folder holds a finished array, or there is nothing to write.
@@ -120,7 +126,9 @@ class EncodedWriter(ABC):
             "source": source,
             **({} if variants is None else {"variants": variants}),
             **({} if precision is None else {"precision": precision}),
+            **({"captions": True} if captions else {}),
         }
+        CaptionParts.clear(path)
         RowFile.create(path / f"{cls.kind.content}.npy", codes, (count, *cls.row_shape(manifest)))
         RowFile.create(path / "labels.npy", np.int64, (count,))
         RowFile.create(path / _WRITTEN, np.uint8, (count,))
@@ -145,16 +153,24 @@ class EncodedWriter(ABC):
             ValueError: some that no such array can hold.
         """
 
-    def write(self, index: Tensor, codes: Tensor, labels: Tensor | None) -> None:
+    def write(
+        self,
+        index: Tensor,
+        codes: Tensor,
+        labels: Tensor | None,
+        *,
+        captions: Sequence[Sequence[str]] | None = None,
+    ) -> None:
         """Write some rows.
 
         Args:
             index: int64 `(B,)`, the rows.
             codes: `(B, *row)`; `(B, variants, *row)` of several crops.
             labels: integers or bool `(B,)` in [0, num_classes); None where the images have none.
+            captions: those of each image, one at least; None where the array was laid out without.
 
         Raises:
-            ValueError: a shape, row, code or label does not fit, or a row was written before.
+            ValueError: a shape, row, code, label or caption does not fit, or a row was written before.
         """
         rows = index.cpu().numpy()
         count, num_classes = (self.manifest[name] for name in ("count", "num_classes"))
@@ -162,6 +178,11 @@ class EncodedWriter(ABC):
             raise ValueError(
                 f"{self.folder} was laid out for {num_classes} classes, and the images "
                 f"{'have no labels' if labels is None else 'have labels'}"
+            )
+        if (captions is None) != (self._captions is None) or (captions is not None and len(captions) != len(rows)):
+            raise ValueError(
+                f"{self.folder} was laid out {'without' if self._captions is None else 'with'} captions, and "
+                f"{'none' if captions is None else len(captions)} were given for {len(rows)} rows"
             )
         if labels is None:
             labels = torch.full((len(rows),), -1)
@@ -185,12 +206,15 @@ class EncodedWriter(ABC):
             )
         self._codes.write(rows, values)
         self._labels.write(rows, label_values)
+        if self._captions is not None and captions is not None:
+            self._captions.write(rows.tolist(), captions)
         self._written.write(rows, np.ones(len(rows)))
 
     def close(self) -> None:
         """Bring everything that was written to the disk."""
-        for file in (self._codes, self._labels, self._written):
-            file.close()
+        for file in (self._codes, self._labels, self._written, self._captions):
+            if file is not None:
+                file.close()
 
     @classmethod
     def finalise(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -211,6 +235,8 @@ class EncodedWriter(ABC):
                 f"{missing[:5].tolist()}: images that could not be read, or a process that ended early. "
                 "The array stays unfinished."
             )
+        if manifest.get("captions"):
+            CaptionParts.join(path, manifest["count"])
         found = cls.measured(manifest, path)
         if found:
             manifest |= found
@@ -240,6 +266,7 @@ class EncodedFolder(ABC):
 
     Args:
         folder: as the `tokenize` command writes it.
+        context: whether batches have the vectors of captions, as `encode_captions` made them.
 
     Raises:
         ValueError: there is no finished array of this kind, or its files do not fit each other.
@@ -248,7 +275,7 @@ class EncodedFolder(ABC):
     writer: ClassVar[type[EncodedWriter]]
     """The writer of these folders."""
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, context: bool = False):
         self.folder = Path(folder).expanduser()
         self.manifest = self._read_manifest()
         self._codes: np.ndarray | None = None
@@ -264,6 +291,10 @@ class EncodedFolder(ABC):
                 f"{self.folder / 'labels.npy'} holds {self.labels.dtype} {self.labels.shape}; it must be "
                 f"int64 {(self.count,)}"
             )
+        self.captions = CaptionFile(self.folder, self.count) if self.manifest.get("captions") else None
+        """The captions of each row; None where the images had none."""
+        self.features = CaptionFeatures(self.folder, self.count) if context else None
+        """The vectors of the captions; None where they are not asked for."""
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         self.labels = self.labels.astype(np.int64)
         if len(outside) and self.num_classes:
@@ -307,30 +338,53 @@ class EncodedFolder(ABC):
         # A memory map pickles as the whole array.
         return {**self.__dict__, "_codes": None}
 
-    def batch(self, samples: np.ndarray, index: np.ndarray, *, keys: np.ndarray, variants: np.ndarray | None) -> Batch:
-        """Read the codes of the crops `variants (B,)`, or of the first, and the labels, of the rows `samples (B,)`.
+    def batch(
+        self,
+        samples: np.ndarray,
+        index: np.ndarray,
+        *,
+        keys: np.ndarray,
+        variants: np.ndarray | None,
+        draws: np.ndarray | None,
+    ) -> Batch:
+        """Read codes, labels and captions of the rows `samples (B,)`.
 
-        The batch has `"index"`, and no `"label"` where the images have none.
+        The batch has `"index"`, and no `"label"` or `"caption"` where the images have none.
+
+        Args:
+            samples: rows.
+            index: int64 `(B,)`, the `"index"` of the batch.
+            keys: int64 `(B,)`, what identifies each sample in its epoch.
+            variants: `(B,)`, the crop of each; the first by default.
+            draws: `(B,)` in [0, 1), which take one of several captions; the first by default.
         """
         rows = samples
         if "variants" in self.manifest:
             rows = (samples, np.zeros_like(samples) if variants is None else variants)
         codes = self.values(self.codes[rows], samples, torch.from_numpy(keys))
         labels = {"label": torch.from_numpy(self.labels[samples])} if self.num_classes else {}
-        return {self.writer.kind.content: codes, **labels, "index": torch.from_numpy(index)}
+        return {
+            self.writer.kind.content: codes,
+            **labels,
+            **self._caption_entries(samples, draws),
+            "index": torch.from_numpy(index),
+        }
+
+    def _caption_entries(self, samples: np.ndarray, draws: np.ndarray | None) -> Batch:
+        if self.captions is None:
+            return {}
+        rows = samples.tolist()
+        captions = [self.captions[row] for row in rows]
+        if draws is None:
+            chosen, entries = [0] * len(rows), caption_batch(captions, None)
+        else:
+            chosen = [int(draw * len(each)) for each, draw in zip(captions, draws, strict=True)]
+            entries = caption_batch(captions, [each[number] for each, number in zip(captions, chosen, strict=True)])
+        return entries if self.features is None else {**entries, **self.features.batch(rows, chosen)}
 
     def _read_manifest(self) -> dict[str, Any]:
-        path, word = self.folder / MANIFEST, self.writer.kind.word
-        if not path.is_file():
-            if (self.folder / _UNFINISHED).is_file():
-                raise ValueError(
-                    f"the {word} in {self.folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
-                )
-            raise ValueError(f"{self.folder} holds no {word} (no {MANIFEST}): make one with `discrete-lit tokenize`")
-        try:
-            manifest = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        path = self.folder / MANIFEST
+        manifest = read_array_manifest(self.folder, self.writer.kind.word)
         if (reason := self.writer.kind.refused(manifest, path)) is not None:
             raise ValueError(reason)
         return manifest
@@ -347,12 +401,36 @@ class EncodedFolder(ABC):
             ) from error
 
 
+def read_array_manifest(folder: Path, word: str = "array") -> Any:
+    """Read the manifest of a finished folder of codes of any kind.
+
+    Args:
+        folder: of the codes.
+        word: for messages.
+
+    Raises:
+        ValueError: there is none, or it is no JSON.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if (folder / _UNFINISHED).is_file():
+            raise ValueError(
+                f"the {word} in {folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
+            )
+        raise ValueError(f"{folder} holds no {word} (no {MANIFEST}): make one with `discrete-lit tokenize`")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
 class EncodedArrays(ResumableDataModule):
     """Batches of codes that a tokenizer made once: the DataModule of tokens and of latents.
 
     Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
-    long as `batch_size` times ranks stays. Of several crops of an image training draws one in each epoch, a function of
-    (seed, epoch, row) alone; evaluation takes the first. In training `index` is the sample's position in the run,
+    long as `batch_size` times ranks stays. Of several crops of an image, and of several captions, training draws one in
+    each epoch, a function of (seed, epoch, row) alone; evaluation takes the first. Captions are the `"caption"` of
+    batches, and all of them `"captions"` in evaluation. In training `index` is the sample's position in the run,
     epoch * count + position in the epoch; in evaluation it is the row.
 
     Args:
@@ -360,8 +438,10 @@ class EncodedArrays(ResumableDataModule):
         validation: folder of the validation codes, made by the same tokenizer.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load. Reading rows costs little: 0 is usually fastest.
-        seed: decides the order and the crop.
+        seed: decides the order, the crop and the caption.
         persistent_workers: keep the processes between epochs.
+        context: give the vectors of captions too, as `"context"` and `"context_mask"`; `discrete-lit encode_captions`
+            makes them.
 
     Raises:
         ValueError: neither folder is given. Reading them raises what `EncodedFolder` does, and where the two were made
@@ -377,6 +457,7 @@ class EncodedArrays(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         persistent_workers: bool = False,
+        context: bool = False,
     ):
         super().__init__(
             train,
@@ -387,6 +468,7 @@ class EncodedArrays(ResumableDataModule):
             max_bad_fraction=0.0,
             persistent_workers=persistent_workers,
         )
+        self.context = context
 
     @abstractmethod
     def open_folder(self, folder: str) -> EncodedFolder:
@@ -450,6 +532,16 @@ class EncodedArrays(ResumableDataModule):
                 "`discrete-lit tokenize`"
             )
 
+    def check_text_encoder(self, fingerprint: str) -> None:
+        """Raise `ValueError` unless `fingerprint` is of the encoder that made the vectors of captions, if there are."""
+        for folder in self.folders.values():
+            features = folder.features
+            if features is not None and features.encoder != fingerprint:
+                raise ValueError(
+                    f"the vectors of captions in {folder.folder} were made by the text encoder {features.encoder}, not "
+                    f"by {fingerprint}: use that encoder, or make them anew with `discrete-lit encode_captions`"
+                )
+
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         folder = self.folders["train"]
         order = TrainingOrder(folder.count, self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
@@ -471,16 +563,23 @@ class _TrainingRows(OrderedSource):
         positions = self.order.positions(number)
         samples = self.order.permutation(epoch)[positions]
         first = epoch * self.order.count
-        variants = self._variants(epoch, samples)
-        return self.folder.batch(samples, positions + first, keys=samples + first, variants=variants), []
+        variants, draws = self._variants(epoch, samples), None
+        if self.folder.captions is not None:
+            draws = self._draws(epoch, "caption", samples)
+        keys = samples + first
+        return self.folder.batch(samples, positions + first, keys=keys, variants=variants, draws=draws), []
 
     def _variants(self, epoch: int, samples: np.ndarray) -> np.ndarray | None:
         """The crop of each sample in this epoch."""
         count = self.folder.variants
         if count == 1:
             return None
-        draws = (augmentation_uniforms(self.order.seed, epoch, f"crop of {sample}")[0] for sample in samples)
-        return np.array([int(draw * count) for draw in draws])
+        return (self._draws(epoch, "crop", samples) * count).astype(np.int64)
+
+    def _draws(self, epoch: int, purpose: str, samples: np.ndarray) -> np.ndarray:
+        """A number in [0, 1) for each sample in this epoch."""
+        seed = self.order.seed
+        return np.array([augmentation_uniforms(seed, epoch, f"{purpose} of {sample}")[0] for sample in samples])
 
     def identity(self) -> Mapping[str, int | str]:
         several = {"variants": self.folder.variants} if self.folder.variants > 1 else {}
@@ -495,4 +594,4 @@ class _EvaluationRows(OrderedSource):
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         samples = self.order.samples_of(number)
-        return self.folder.batch(samples, samples, keys=samples, variants=None), []
+        return self.folder.batch(samples, samples, keys=samples, variants=None, draws=None), []

@@ -10,6 +10,7 @@ from PIL.Image import Image
 
 from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
+from discrete_lit.data.captions import caption_batch, drawn
 from discrete_lit.data.loaders import Batch
 from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, random_resized_crop, ten_crops
 
@@ -25,6 +26,10 @@ class LabelledImage:
     _: KW_ONLY
     key: str
     index: int
+    captions: tuple[str, ...] | None = None
+    """All captions of the image; None where none are read."""
+    caption: str | None = None
+    """The one that training drew; None in evaluation."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,12 @@ class ImagePipeline:
             pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
+    def training_caption(self, captions: tuple[str, ...] | None, epoch: int, key: str) -> str | None:
+        """Draw one of an image's captions, the same for the same (seed, epoch, key); None where it has none."""
+        if captions is None:
+            return None
+        return drawn(captions, augmentation_uniforms(self.seed, epoch, f"caption of {key}")[0])
+
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Crop an image for evaluation: uint8 `(H, W, C)`, or `(V, H, W, C)` of several crops."""
         return crops.cut(decode_image(data, self.apply_exif, image_channels=self.image_channels), self.image_size)
@@ -148,7 +159,8 @@ class ImagePipeline:
 def image_batch(samples: Sequence[LabelledImage], shape: tuple[int, int, int]) -> Batch:
     """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
 
-    A set without labels makes batches without `"label"`.
+    A set without labels makes batches without `"label"`. Where captions are read there is `"caption": list[str]`, one
+    of each image: in training a random one of several, in evaluation the first, beside all of them in `"captions"`.
 
     Images are `(B, C, H, W)`, or `(B, V, C, H, W)` of several crops.
 
@@ -162,9 +174,12 @@ def image_batch(samples: Sequence[LabelledImage], shape: tuple[int, int, int]) -
     images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
     labels = [sample.label for sample in samples if sample.label is not None]
     assert len(labels) in (0, len(samples)), "a set has labels or none"
+    captions = [sample.captions for sample in samples if sample.captions is not None]
+    chosen = [sample.caption for sample in samples if sample.caption is not None]
     return {
         "image": images,
         **({"label": torch.tensor(labels, dtype=torch.int64)} if labels else {}),
+        **(caption_batch(captions, chosen or None) if captions else {}),
         "key": [sample.key for sample in samples],
         "index": torch.tensor([sample.index for sample in samples], dtype=torch.int64),
     }

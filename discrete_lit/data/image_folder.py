@@ -5,6 +5,7 @@ from functools import cached_property
 import numpy as np
 
 from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import (
     CENTER_CROP,
@@ -23,7 +24,7 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     TrainingOrder,
 )
-from discrete_lit.data.sources.class_folders import FoundImages, find_images
+from discrete_lit.data.sources.class_folders import FoundImages, captions_beside, find_images
 from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, UndecodableImage, image_bytes_limit
 
 
@@ -61,6 +62,7 @@ class ImageFolder(ResumableDataModule):
         image_channels: 1 for grey, 3 for RGB, 4 for RGBA; see `transforms` for what becomes of other files.
         max_bad_fraction: fraction of an epoch's images that may be unreadable before the run fails.
         labels: False reads every image below the folders, at any depth, without a label.
+        captions: where the captions are, in files beside the images, see `captions.Captions`; by default none are read.
         persistent_workers: keep the processes between epochs.
 
     Raises:
@@ -87,6 +89,7 @@ class ImageFolder(ResumableDataModule):
         image_channels: int = 3,
         max_bad_fraction: float = 0.01,
         labels: bool = True,
+        captions: Captions | None = None,
         persistent_workers: bool = False,
     ):
         super().__init__(
@@ -113,6 +116,7 @@ class ImageFolder(ResumableDataModule):
         self.image_size = self.pipeline.image_size
         self.image_channels = image_channels
         self.labels = labels
+        self.captions = captions
 
     @cached_property
     def _found(self) -> dict[Split, FoundImages]:
@@ -121,7 +125,8 @@ class ImageFolder(ResumableDataModule):
         for split, path in self.locations.items():
             if path is not None:
                 known = all(earlier.classes for earlier in found.values())
-                found[split] = find_images(path, labels=self.labels and known)
+                kind = None if self.captions is None else self.captions.kind
+                found[split] = find_images(path, labels=self.labels and known, captions=kind)
         return found
 
     @property
@@ -136,7 +141,7 @@ class ImageFolder(ResumableDataModule):
 
     @cached_property
     def _files(self) -> dict[Split, "ImageFiles"]:
-        return {split: ImageFiles(found, self.classes) for split, found in self._found.items()}
+        return {split: ImageFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
@@ -158,8 +163,9 @@ class ImageFiles:
         ValueError: the folder has a class that is not one of `classes`.
     """
 
-    def __init__(self, found: FoundImages, classes: list[str]):
+    def __init__(self, found: FoundImages, classes: list[str], *, captions: Captions | None = None):
         self.folder = found.root
+        self._captions = captions
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
         labels: list[int] = []
@@ -181,6 +187,10 @@ class ImageFiles:
     def label(self, sample: int) -> int | None:
         """The label of an image, where it has one."""
         return None if self.labels is None else int(self.labels[sample])
+
+    def captions(self, sample: int) -> tuple[str, ...] | None:
+        """Read the captions beside an image; None where none were asked for."""
+        return None if self._captions is None else captions_beside(self.folder / self.keys[sample], self._captions)
 
     def read(self, sample: int) -> bytes:
         """Read the bytes of an image file."""
@@ -213,12 +223,15 @@ class _TrainingImages(OrderedSource):
             key = self.files.keys[sample]
             try:
                 pixels = self.pipeline.training(self.files.read(sample), epoch, key)
+                captions = self.files.captions(sample)
             except UndecodableImage as error:
                 if distance == 0:
                     bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             index = epoch * self.order.count + position
-            return LabelledImage(pixels, self.files.label(sample), key=key, index=index)
+            caption = self.pipeline.training_caption(captions, epoch, key)
+            label = self.files.label(sample)
+            return LabelledImage(pixels, label, key=key, index=index, captions=captions, caption=caption)
         raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
 
 
@@ -236,8 +249,10 @@ class _EvaluationImages(OrderedSource):
             key = self.files.keys[sample]
             try:
                 pixels = self.pipeline.evaluation(self.files.read(sample), self.crops)
+                captions = self.files.captions(sample)
             except UndecodableImage as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self.files.label(sample), key=key, index=int(sample)))
+            label = self.files.label(sample)
+            samples.append(LabelledImage(pixels, label, key=key, index=int(sample), captions=captions))
         return image_batch(samples, self.pipeline.shape), bad

@@ -16,6 +16,7 @@ import numpy as np
 
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import numpy_stream, sample_order
+from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import (
     CENTER_CROP,
@@ -77,6 +78,7 @@ class ImageShards(ResumableDataModule):
             parts, or a list with the number of each shard.
         validation_count: the same of the validation shards.
         num_classes: number of classes, where there is no manifest; by default the samples are read without labels.
+        captions: where the captions are, see `captions.Captions`; by default none are read.
         persistent_workers: keep the processes between epochs.
 
     Raises:
@@ -106,6 +108,7 @@ class ImageShards(ResumableDataModule):
         train_count: int | list[int] | None = None,
         validation_count: int | list[int] | None = None,
         num_classes: int | None = None,
+        captions: Captions | None = None,
         persistent_workers: bool = False,
     ):
         super().__init__(
@@ -135,6 +138,7 @@ class ImageShards(ResumableDataModule):
         )
         self.image_size = self.pipeline.image_size
         self.image_channels = image_channels
+        self.captions = captions
         self.shuffle_window = shuffle_window
 
     @cached_property
@@ -173,6 +177,7 @@ class ImageShards(ResumableDataModule):
             rank=rank,
             world_size=world_size,
             workers=max(1, self.num_workers),
+            captions=self.captions,
             shuffle_window=self.shuffle_window,
         )
 
@@ -186,6 +191,7 @@ class ImageShards(ResumableDataModule):
             rank=rank,
             world_size=world_size,
             workers=max(1, self.num_workers),
+            captions=self.captions,
             crops=crops,
         )
 
@@ -197,20 +203,22 @@ class SampleStream:
     Args:
         shards: the shards of the data's split.
         order: int64 `(len(shards.shards),)`, the order of the shards.
+        captions: the extension of the caption files that are read; None reads none.
     """
 
     shards: ShardSet
     order: np.ndarray
+    captions: str | None = None
 
     @classmethod
-    def of_epoch(cls, shards: ShardSet, *, seed: int, epoch: int) -> "SampleStream":
+    def of_epoch(cls, shards: ShardSet, *, seed: int, epoch: int, captions: str | None = None) -> "SampleStream":
         """The stream of a training epoch, its shards in an order of (seed, epoch)."""
-        return cls(shards, sample_order(seed, epoch, len(shards.shards)))
+        return cls(shards, sample_order(seed, epoch, len(shards.shards)), captions)
 
     @classmethod
-    def in_order(cls, shards: ShardSet) -> "SampleStream":
+    def in_order(cls, shards: ShardSet, *, captions: str | None = None) -> "SampleStream":
         """The stream of an evaluation, its shards in the order that numbers the samples."""
-        return cls(shards, np.arange(len(shards.shards)))
+        return cls(shards, np.arange(len(shards.shards)), captions)
 
     def read(self, start: int, wanted: np.ndarray) -> Iterator[tuple[int, RawSample]]:
         """Read the wanted samples among those at `start` and after: position in the stream and sample.
@@ -230,7 +238,7 @@ class SampleStream:
             low, high = max(begin, start), min(end, stop)
             in_shard[low - begin : high - begin] = wanted[low - start : high - start]
             if in_shard.any():
-                for position, sample in read_samples(shard, in_shard):
+                for position, sample in read_samples(shard, in_shard, captions=self.captions):
                     yield begin + position, sample
 
 
@@ -311,7 +319,15 @@ class _Shards:
     samples: int
 
     def __init__(
-        self, shards: ShardSet, pipeline: ImagePipeline, *, batch_size: int, rank: int, world_size: int, workers: int
+        self,
+        shards: ShardSet,
+        pipeline: ImagePipeline,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        captions: Captions | None,
     ):
         self.shards = shards
         self.pipeline = pipeline
@@ -319,6 +335,8 @@ class _Shards:
         self.rank = rank
         self.world_size = world_size
         self.workers = workers
+        self.captions = captions
+        self.caption_kind = None if captions is None else captions.kind
         self.samples_per_step = batch_size * world_size
         self._open: WorkerSplit | None = None
         self._next: tuple[int, int] | None = None
@@ -339,6 +357,9 @@ class _Shards:
     def _label(self, sample: RawSample) -> int | None:
         return label_of(sample, len(self.shards.classes))
 
+    def _captions(self, sample: RawSample) -> tuple[str, ...] | None:
+        return None if self.captions is None else self.captions.read(sample.captions)
+
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
             raise UndecodableImage(sample.problem)
@@ -357,17 +378,27 @@ class _TrainingShards(_Shards):
         rank: int,
         world_size: int,
         workers: int,
+        captions: Captions | None,
         shuffle_window: int,
     ):
-        super().__init__(shards, pipeline, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
+        super().__init__(
+            shards,
+            pipeline,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            captions=captions,
+        )
         self.shuffle_window = shuffle_window
         self.batches = complete_batches(shards.count, batch_size, world_size)
         self.samples = self.batches * batch_size
 
     def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
-        stream = SampleStream.of_epoch(self.shards, seed=self.pipeline.seed, epoch=epoch)
+        seed, kind = self.pipeline.seed, self.caption_kind
+        stream = SampleStream.of_epoch(self.shards, seed=seed, epoch=epoch, captions=kind)
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
-        words = (self.pipeline.seed, epoch, self.rank, worker)
+        words = (seed, epoch, self.rank, worker)
         order = window_shuffle(stop - start, self.shuffle_window, *words)
         return WorkerSplit(stream, self.rank * self.samples + start, order=order, taken=taken)
 
@@ -387,7 +418,11 @@ class _TrainingShards(_Shards):
 
     def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
         pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
-        return LabelledImage(pixels, self._label(sample), key=sample.key, index=index)
+        captions = self._captions(sample)
+        caption = self.pipeline.training_caption(captions, epoch, sample.key)
+        return LabelledImage(
+            pixels, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
+        )
 
     def _stand_in(self, split: WorkerSplit, epoch: int, worker: int, index: int) -> LabelledImage:
         """The next readable sample of the split, its first ones after its last.
@@ -417,6 +452,7 @@ class _TrainingShards(_Shards):
             "seed": self.pipeline.seed,
             "count": self.shards.count,
             "shards": len(self.shards.shards),
+            **({} if self.captions is None else {"captions": str(self.captions)}),
         }
 
 
@@ -430,9 +466,18 @@ class _EvaluationShards(_Shards):
         rank: int,
         world_size: int,
         workers: int,
+        captions: Captions | None,
         crops: EvaluationCrops,
     ):
-        super().__init__(shards, pipeline, batch_size=batch_size, rank=rank, world_size=world_size, workers=workers)
+        super().__init__(
+            shards,
+            pipeline,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            workers=workers,
+            captions=captions,
+        )
         self.crops = crops
         self.start, stop = rank_range(shards.count, rank, world_size)
         self.samples = stop - self.start
@@ -441,7 +486,8 @@ class _EvaluationShards(_Shards):
     def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
         order = window_shuffle(stop - start, 0)
-        return WorkerSplit(SampleStream.in_order(self.shards), self.start + start, order=order, taken=taken)
+        stream = SampleStream.in_order(self.shards, captions=self.caption_kind)
+        return WorkerSplit(stream, self.start + start, order=order, taken=taken)
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         split = self._split_at(epoch, number)
@@ -451,10 +497,11 @@ class _EvaluationShards(_Shards):
             taken = split.take()
             try:
                 pixels = self.pipeline.evaluation(self._image(taken), self.crops)
+                captions = self._captions(taken)
             except UndecodableImage as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index))
+            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index, captions=captions))
         return image_batch(samples, self.pipeline.shape), bad
 
     def identity(self) -> Mapping[str, int | str]:

@@ -67,6 +67,7 @@ class LatentWriter(EncodedWriter):
         source: str,
         variants: int | None = None,
         precision: str | None = None,
+        captions: bool = False,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -76,7 +77,7 @@ class LatentWriter(EncodedWriter):
             latent_shape: `(D, *grid)` of one image's latents.
             storage: what a row holds.
             dtype: of the numbers; float16 keeps 11 bits of each, bfloat16 8 and the range of float32.
-            image_size, num_classes, classes, source, variants, precision: as for `TokenWriter.create`.
+            image_size, num_classes, classes, source, variants, precision, captions: as for `TokenWriter.create`.
             tokenizer: content hash of the tokenizer (`ContinuousTokenizer.fingerprint()`).
 
         Raises:
@@ -97,6 +98,7 @@ class LatentWriter(EncodedWriter):
             source=source,
             variants=variants,
             precision=precision,
+            captions=captions,
         )
 
     @staticmethod
@@ -152,6 +154,7 @@ class LatentFolder(EncodedFolder):
     Args:
         folder: as the `tokenize` command writes it with the checkpoint of a continuous tokenizer.
         seed: of the noise of latents that are stored by their moments.
+        context: whether batches have the vectors of captions.
 
     Raises:
         ValueError: there is no finished latent array, or its files do not fit each other.
@@ -159,8 +162,8 @@ class LatentFolder(EncodedFolder):
 
     writer = LatentWriter
 
-    def __init__(self, folder: str | os.PathLike[str], seed: int = 0):
-        super().__init__(folder)
+    def __init__(self, folder: str | os.PathLike[str], seed: int = 0, *, context: bool = False):
+        super().__init__(folder, context=context)
         self.seed = seed
 
     def code_types(self) -> Sequence[type[np.generic]]:
@@ -207,7 +210,7 @@ class LatentArrays(EncodedArrays):
     """
 
     def open_folder(self, folder: str) -> LatentFolder:
-        return LatentFolder(folder, seed=self.seed)
+        return LatentFolder(folder, seed=self.seed, context=self.context)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

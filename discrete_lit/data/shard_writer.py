@@ -1,8 +1,9 @@
 """Writing a source of images as webdataset shards.
 
 A folder of shards holds one split: `{split}-000000.tar`, `{split}-000001.tar` and so on, and `manifest.json`. A sample
-is two files of a tar: `<key>.<extension>`, the image file untouched, and, where it has a label, `<key>.cls`, the label
-as ASCII digits. The same source and settings give the same bytes.
+is up to three files of a tar: `<key>.<extension>`, the image file untouched; `<key>.cls`, the label as ASCII digits,
+where it has one; and `<key>.txt`, its captions in UTF-8, one a line, where it has some. The same source and settings
+give the same bytes.
 """
 
 import io
@@ -121,6 +122,8 @@ def _write_tar(file: IO[bytes], samples: Sequence[Sample]) -> None:
             _add(archive, f"{sample.key}.{sample.extension}", sample.data)
             if sample.label is not None:
                 _add(archive, f"{sample.key}.cls", str(sample.label).encode())
+            if sample.captions:
+                _add(archive, f"{sample.key}.txt", "".join(f"{caption}\n" for caption in sample.captions).encode())
 
 
 def _may_have_changed(source: Source, indices: Sequence[int], shard: Path) -> bool:

@@ -2,8 +2,9 @@
 
 An uncompressed tar on the disk is read at any offset (`TarIndex`); anything else, a pipe or a compressed tar, from its
 front. A sample is the files that stand together under one name up to its first dot (webdataset's convention): an image,
-and `<key>.cls` where it has a label. Only these two are ever read: a `.pyd`, `.pickle` or `.pth` entry, which other
-decoders would unpickle, is passed over, and a name that has neither is no sample.
+and `<key>.cls` where it has a label; where captions are asked for, `<key>.txt` or `<key>.json` too. Nothing else is
+ever read: a `.pyd`, `.pickle` or `.pth` entry, which other decoders would unpickle, is passed over, and a name that has
+neither image nor label is no sample.
 
 A tar ends with blocks of zeros. Python's reader takes a file that stops short of them, or a damaged header, for the
 end as well; here both are errors that name the byte, so that no cut is read as a shorter shard.
@@ -27,6 +28,7 @@ from typing import IO, Any, NamedTuple, Protocol, Self, cast
 
 import numpy as np
 
+from discrete_lit.data.captions import LONGEST_FILE
 from discrete_lit.data.transforms import (
     IMAGE_BYTES_VARIABLE,
     IMAGE_EXTENSIONS,
@@ -77,6 +79,8 @@ class RawSample(NamedTuple):
     label: bytes | None
     """None where it has no `.cls` entry."""
     problem: str | None = None
+    captions: bytes | None = None
+    """Its caption file; None where it has none, or none was asked for."""
 
 
 class ShardFile(Protocol):
@@ -91,7 +95,9 @@ class ShardFile(Protocol):
     def open(self) -> io.BufferedReader: ...
 
 
-def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, RawSample]]:
+def read_samples(
+    shard: ShardFile, wanted: np.ndarray, *, captions: str | None = None
+) -> Iterator[tuple[int, RawSample]]:
     """Read the wanted samples of a shard in order, each with its position; the others are passed over unread.
 
     A shard that ends or breaks early yields every wanted sample that it lacks as one with a `problem`.
@@ -99,6 +105,7 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
     Args:
         shard: the file.
         wanted: bool `(shard.count,)`.
+        captions: the extension of caption files that are read too, such as txt.
 
     Raises:
         BrokenShard: nothing can be read.
@@ -112,7 +119,7 @@ def read_samples(shard: ShardFile, wanted: np.ndarray) -> Iterator[tuple[int, Ra
             time.sleep(attempt * _PAUSE)
         try:
             with _opened(shard) as tar:
-                groups = _groups(tar, wanted)
+                groups = _groups(tar, wanted, captions)
                 for position, group in groups:
                     if position == shard.count - 1 and _one_more(groups):
                         raise ValueError(
@@ -423,19 +430,23 @@ class _Group:
     key: str
     images: list[bytes] = field(default_factory=list)
     label: bytes | None = None
+    captions: bytes | None = None
     problem: str | None = None
 
     def sample(self, shard: str) -> RawSample:
         problem = self.problem
         if problem is None and len(self.images) != 1:
             problem = f"it has {len(self.images)} images" if self.images else "it has no image"
-        return RawSample(self.key, shard, self.images[0] if self.images else b"", self.label, problem)
+        image = self.images[0] if self.images else b""
+        return RawSample(self.key, shard, image, self.label, problem, self.captions)
 
 
-def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Group]]:
+def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = None) -> Iterator[tuple[int, _Group]]:
     """Position and entries of each sample; the content is read of the wanted ones alone."""
     position, limit = -1, image_bytes_limit()
     group: _Group | None = None
+    # A caption file may stand before its image, and alone it is no sample: json comes before png.
+    ahead = _Group(key="")
     try:
         for member in _members(tar):
             folder, slash, name = member.name.rpartition("/")
@@ -443,12 +454,22 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Gr
             extension = extension.lower()
             if member.isdir() or not stem or not dot or _META.match(member.name):
                 continue
+            key = folder + slash + stem
+            if extension == captions:
+                of_group = group is not None and key == group.key
+                target = group if group is not None and of_group else _Group(key=key)
+                if (place := position + (not of_group)) < len(wanted) and wanted[place]:
+                    problem = _problem(member, extension, LONGEST_FILE)
+                    target.problem = target.problem or problem
+                    target.captions = read_file(tar, member) if problem is None else None
+                ahead = ahead if of_group else target
+                continue
             if not (extension == "cls" or extension in UNREADABLE_EXTENSIONS or extension in IMAGE_EXTENSIONS):
                 continue
-            if group is None or folder + slash + stem != group.key:
+            if group is None or key != group.key:
                 if group is not None:
                     yield position, group
-                position, group = position + 1, _Group(key=folder + slash + stem)
+                position, group = position + 1, ahead if ahead.key == key else _Group(key=key)
             problem = _problem(member, extension, limit)
             group.problem = group.problem or problem
             read = problem is None and position < len(wanted) and wanted[position]
@@ -459,7 +480,8 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray) -> Iterator[tuple[int, _Gr
                 group.images.append(content)
     except _BROKEN:
         # What is known to be whole is not lost with what follows it.
-        if group is not None and group.images and group.label is not None:
+        whole = group is not None and group.images and group.label is not None
+        if group is not None and whole and (captions is None or group.captions is not None):
             yield position, group
         raise
     if group is not None:
@@ -473,7 +495,8 @@ def _problem(member: tarfile.TarInfo, extension: str, limit: int) -> str | None:
     if not member.isreg():
         return f"its .{extension} is no file but a {_kind(member)}"
     if member.size > limit:
-        return f"its .{extension} claims {member.size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows"
+        allowed = f"{LONGEST_FILE:,} of captions" if limit == LONGEST_FILE else f"{IMAGE_BYTES_VARIABLE} allows"
+        return f"its .{extension} claims {member.size:,} bytes, more than {allowed}"
     return None
 
 

@@ -61,6 +61,7 @@ class TokenWriter(EncodedWriter):
         source: str,
         variants: int | None = None,
         precision: str | None = None,
+        captions: bool = False,
     ) -> None:
         """Lay out an empty array, in place of an unfinished one.
 
@@ -76,6 +77,7 @@ class TokenWriter(EncodedWriter):
             source: where the images come from.
             variants: crops of each image, the second dimension of the tokens; by default one, without a dimension.
             precision: that the tokenizer computed in, as Lightning calls it; for the record.
+            captions: whether each row has captions, see `EncodedWriter.write`.
 
         Raises:
             ValueError: the folder holds a finished array, there is nothing to write, or ids that no integer holds.
@@ -92,6 +94,7 @@ class TokenWriter(EncodedWriter):
             source=source,
             variants=variants,
             precision=precision,
+            captions=captions,
         )
 
     @staticmethod
@@ -139,7 +142,8 @@ class TokenFolder(EncodedFolder):
 class TokenArrays(EncodedArrays):
     """Batches of tokens: `{"tokens": int64 (B, *token_shape), "label": int64 (B,), "index": int64 (B,)}`.
 
-    The tokens of images without labels make batches without `"label"`. Order, crops and `index` are those of
+    The tokens of images without labels make batches without `"label"`; those of images with captions have them as
+    `"caption": list[str]`. Order, crops and `index` are those of
     `EncodedArrays`.
 
     Args:
@@ -147,8 +151,9 @@ class TokenArrays(EncodedArrays):
         validation: folder of the validation tokens, made by the same tokenizer.
         batch_size: samples of a batch on each rank.
         num_workers: processes that load. Reading rows costs little: 0 is usually fastest.
-        seed: decides the order and the crop.
+        seed: decides the order, the crop and the caption.
         persistent_workers: keep the processes between epochs.
+        context: give the vectors of captions too, see `EncodedArrays`.
 
     Raises:
         ValueError: neither folder is given. Reading them raises what `TokenFolder` does, and where the two were made by
@@ -156,7 +161,7 @@ class TokenArrays(EncodedArrays):
     """
 
     def open_folder(self, folder: str) -> TokenFolder:
-        return TokenFolder(folder)
+        return TokenFolder(folder, context=self.context)
 
     @property
     def vocab_size(self) -> int:

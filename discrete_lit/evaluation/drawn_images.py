@@ -48,6 +48,14 @@ def draw_images(
 
     Returns:
         uint8 images `(B, C, H, W)`, and what the draw cost.
+
+    Raises:
+        ValueError: a generator that reads text.
     """
+    if generator.text_encoder is not None:
+        raise ValueError(
+            f"images are drawn here by class, and this {type(generator).__name__} draws what a text says: draw them by "
+            "`discrete-lit sample --prompt_file`, and measure those"
+        )
     drawn = generator.draw(numbers % generator.num_classes, CounterRandom(seed, numbers), sampler)
     return to_uint8(generator.tokenizer.decode(drawn.tokens)), drawn

@@ -65,7 +65,7 @@ class Generator(ClassConditionalTraining):
     "label": (B,)}`; the mean loss is that of a token. For a backbone with a `grid_vocab` it also has a `"grid"` of ids,
     aligned with the positions of the tokens, `(B, *token_shape)` or `(B, positions)`; for one with a `context_dim` a
     `"context"` of vectors to attend to, `(B, M, E)`, and a `"context_mask": (B, M)` of the valid ones unless all are.
-    Label dropout drops all of it together.
+    Label dropout drops all of it together. With a `text_encoder` the vectors are made of the batch's `"caption"`.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.from_checkpoint` in a YAML.
@@ -77,7 +77,7 @@ class Generator(ClassConditionalTraining):
         gradient_of: whose loss the gradients are of, in nats: the mean of a `"token"`, or the sum of a `"sequence"`, N
             times as much (SEDD). Adam takes the same steps with both, but for clipping, which sees gradients N times as
             large, and its epsilon. What is logged is a token's.
-        training: `label_dropout`, `optimizer`, `scheduler`, `weight_decay_rule` and `seed` of
+        training: `label_dropout`, `optimizer`, `scheduler`, `weight_decay_rule`, `seed` and `text_encoder` of
             `ClassConditionalTraining`.
 
     Raises:
@@ -116,6 +116,7 @@ class Generator(ClassConditionalTraining):
         self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.num_classes = num_classes
+        self.reads_labels = num_classes > 1 or self.text_encoder is None
         self.token_shape = tokenizer.token_shape(image_size)
         self.vocab_size = tokenizer.vocab_size
         self.length = layout.length
@@ -222,13 +223,17 @@ class Generator(ClassConditionalTraining):
         condition = replace(condition, labels=condition.labels.long())
         if dropped is not None:
             condition = condition.dropped(dropped, null_label=self.num_classes, null_id=self.backbone.grid_vocab)
-        losses = self.token_losses(self.to_sequence(tokens), plain(condition), random)
+        losses = self.losses_of(tokens, plain(condition), random)
         mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
         self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
-    def validation_losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+    def losses_of(self, data: Any, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+        """Cost the prediction of each token of what `data_of` returned."""
         return self.token_losses(self.to_sequence(data), condition, random)
+
+    def validation_losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+        return self.losses_of(data, condition, random)
 
     # The likelihood.
 
@@ -316,6 +321,9 @@ class Generator(ClassConditionalTraining):
             trace=trace,
         )
         return output.with_tokens(self.to_grid(output.tokens))
+
+    def read_tokenizer(self) -> None:
+        """Copy what the backbone reads of the tokenizer, whose weights have changed: nothing, unless a family says."""
 
     def sampled_backbone(self) -> Backbone:
         """Give samplers the backbone, in this generator's own order where it has one."""

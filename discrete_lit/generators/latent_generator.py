@@ -83,6 +83,7 @@ class LatentGenerator(ClassConditionalTraining):
         self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.num_classes = num_classes
+        self.reads_labels = num_classes > 1 or self.text_encoder is None
         self.latent_shape = tuple(tokenizer.latent_shape(image_size))
         if len(self.latent_shape) != 3:
             raise ValueError(

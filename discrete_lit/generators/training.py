@@ -6,7 +6,7 @@ Nothing here depends on the family. What a family models, and how, is the contra
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, Self
@@ -30,6 +30,8 @@ from discrete_lit.optimization import (
     is_trained,
     micro_batches_of,
 )
+from discrete_lit.tokenizers.text_encoder import TextEncoder
+from discrete_lit.tokenizers.tokenizer import freeze
 
 _PROFILE_BINS = 4
 
@@ -54,6 +56,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         weight_decay_rule: which parameters the optimizer's weight decay acts on, see
             `discrete_lit.optimization.decayed_parameters`.
         seed: of corruption, orders, label dropout, and what a likelihood draws.
+        text_encoder: frozen here; turns the `"caption"` of a batch into the `"context"` that a backbone with a
+            `context_dim` attends to. A checkpoint carries it. With one class the labels of the data are not read.
 
     Raises:
         ValueError: a probability outside [0, 1].
@@ -99,6 +103,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         scheduler: LRSchedulerCallable | None = None,
         weight_decay_rule: WeightDecayRule = "linear",
         seed: int = 0,
+        text_encoder: TextEncoder | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -108,6 +113,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.scheduler = scheduler
         self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.seed = seed
+        self.text_encoder = None if text_encoder is None else freeze(text_encoder)
         self.profile = BinnedMean(_PROFILE_BINS)
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
@@ -157,6 +163,13 @@ class ClassConditionalTraining(LightningModule, ABC):
         dim = getattr(self.backbone, "context_dim", None)
         parts = ("grid", "context", "context_mask")
         given = {name: torch.as_tensor(batch[name]) for name in parts if name in batch}
+        if self.text_encoder is not None and "context" not in given:
+            if "caption" not in batch:
+                raise ValueError(
+                    f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} "
+                    "reads: set data.init_args.captions, or make token arrays of data that has it"
+                )
+            given["context"], given["context_mask"] = self._encoded(batch["caption"])
         for name, setting, size in (("grid", "grid_vocab", vocab), ("context", "context_dim", dim)):
             if (name in given) != (size is not None):
                 raise ValueError(
@@ -171,6 +184,49 @@ class ClassConditionalTraining(LightningModule, ABC):
         condition = Condition(labels=labels, **given)
         check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
         return condition if condition.grid is None else replace(condition, grid=condition.grid.long())
+
+    def condition_of_texts(
+        self, texts: Sequence[str], *, labels: Tensor | None = None, negative: Sequence[str] | None = None
+    ) -> Condition:
+        """Make the condition of B texts, for `sample` and `draw`.
+
+        Args:
+            texts: B prompts; an empty one stands for none.
+            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text.
+            negative: B texts that guidance leads away from; by default from no text at all.
+
+        Raises:
+            ValueError: this generator reads no text, or a text is too long.
+        """
+        context, mask = self._encoded(texts)
+        if labels is None:
+            if self.num_classes > 1:
+                raise ValueError(
+                    f"this {type(self).__name__} reads {self.num_classes} classes beside texts: give labels"
+                )
+            # The null label stands beside no text, as it does where training dropped it.
+            labels = torch.where(mask.any(dim=1), 0, self.num_classes)
+        vectors, valid = (None, None) if negative is None else self._encoded(negative)
+        return Condition(labels=labels, context=context, context_mask=mask, negative=vectors, negative_mask=valid)
+
+    def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Encode texts for the backbone."""
+        if self.text_encoder is None:
+            raise ValueError(
+                f"this {type(self).__name__} reads no text: it was trained without a text_encoder, which a backbone "
+                "with a context_dim attends to"
+            )
+        self._check_text_width()
+        return self.text_encoder(texts)
+
+    def _check_text_width(self) -> None:
+        """Raise a ValueError where the backbone does not read the vectors of the text encoder."""
+        found = getattr(self.backbone, "context_dim", None)
+        if self.text_encoder is not None and found != self.text_encoder.dim:
+            raise ValueError(
+                f"backbone.init_args.context_dim is {found or 'not set'}, and the {type(self.text_encoder).__name__} "
+                f"of text_encoder makes vectors of {self.text_encoder.dim}: set it to that"
+            )
 
     def _check_grid(self, grid: Tensor) -> None:
         """Raise a ValueError for ids of a grid that are out of range, where they lie on the host."""
@@ -248,6 +304,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
+        if self.text_encoder is not None and self.num_classes == 1:
+            dropped = dropped | ~condition.valid().any(dim=1)  # an empty text is none
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
@@ -347,10 +405,16 @@ class ClassConditionalTraining(LightningModule, ABC):
         """
         return (self.backbone,)
 
+    def drawing_networks(self) -> Iterable[Any]:
+        """Give the networks that a draw evaluates, the tokenizer's left out: here those that are trained."""
+        return self.trained_networks()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the tokenizer in the checkpoint, so that it loads without the tokenizer's own."""
+        """Describe tokenizer and text encoder in the checkpoint, so that it loads without their files."""
         if self.tokenizer.hparams:
             checkpoint["tokenizer_config"] = dict(self.tokenizer.hparams)
+        if self.text_encoder is not None:
+            checkpoint["text_encoder_config"] = dict(self.text_encoder.hparams)
 
     # Checks before a run.
 
@@ -370,6 +434,10 @@ class ClassConditionalTraining(LightningModule, ABC):
         check_tokenizer = getattr(data, "check_tokenizer", None)
         if check_tokenizer is not None:
             check_tokenizer(self.tokenizer.fingerprint())
+        self._check_text_width()
+        check_text_encoder = getattr(data, "check_text_encoder", None)
+        if check_text_encoder is not None and self.text_encoder is not None:
+            check_text_encoder(self.text_encoder.fingerprint())
         # Rows of ids, TiTok's or those of several scales, do not show the size of their images.
         size = getattr(data, "image_size", None)
         if size is not None and size != self.image_size:

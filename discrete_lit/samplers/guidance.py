@@ -46,6 +46,22 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return torch.where((guided == -torch.inf).all(dim=-1, keepdim=True), conditional, guided)
 
 
+def guide_twice(full: Tensor, image: Tensor, null: Tensor, *, image_scale: float, text_scale: float) -> Tensor:
+    """Guide by an image and by a text, each with a scale of its own: `u + s_img (i - u) + s_txt (full - i)`.
+
+    (Brooks, Holynski & Efros, "InstructPix2Pix", 2023, eq. 3; Chameleon's sampler.) Of logits, which must be finite, or
+    of what a network predicts of vectors.
+
+    Args:
+        full: given both `(..., K)`.
+        image: given the image alone.
+        null: given neither.
+        image_scale: s_img.
+        text_scale: s_txt; with both 1 the result is `full`.
+    """
+    return null + image_scale * (image - null) + text_scale * (full - image)
+
+
 def guided_steps(scales: Sequence[float]) -> int:
     """Count the steps up to the last guided one of `scales`, itself included; 0 if none is."""
     return max((step + 1 for step, scale in enumerate(scales) if scale != 1), default=0)

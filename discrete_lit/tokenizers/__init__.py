@@ -7,6 +7,13 @@ from discrete_lit.tokenizers.hybrid import HybridLatents, HybridTokens, HybridVQ
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
+from discrete_lit.tokenizers.text_encoder import (
+    StaticTextEncoder,
+    TextEncoder,
+    TransformerTextEncoder,
+    text_encoder_from_files,
+)
+from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.titok import ProxyDecoder, TiTok, TiTokAutoencoder
 from discrete_lit.tokenizers.tokenizer import (
     ContinuousTokenizer,
@@ -43,11 +50,16 @@ __all__ = [
     "PixelLevels",
     "ProxyDecoder",
     "RawPixels",
+    "StaticTextEncoder",
+    "TextEncoder",
+    "TextTokenizer",
     "TiTok",
     "TiTokAutoencoder",
     "TokenGrid",
     "Tokenizer",
+    "TransformerTextEncoder",
     "continuous_from_checkpoint",
     "freeze",
     "from_checkpoint",
+    "text_encoder_from_files",
 ]

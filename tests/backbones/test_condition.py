@@ -1,5 +1,6 @@
 """Conditions of several parts: their null, what a transformer makes of a grid and of vectors, and what it refuses."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,23 @@ def test_null_parts_are_dropped_together() -> None:
     open_context = Condition(labels=condition.labels, context=condition.context).with_null(null_label=2, null_id=None)
     assert open_context.context_mask is not None and open_context.grid is None
     assert open_context.context_mask.tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+
+
+def test_what_is_negative_stands_for_the_null_condition() -> None:
+    condition, vectors = given(), torch.randn(2, 4, 5)
+    says = torch.tensor([[True, False, False, False], [False] * 4])
+    led = replace(condition, negative=vectors, negative_mask=says)
+    null, nothing = led.null(null_label=2, null_id=3), condition.null(null_label=2, null_id=3)
+    # The first sequence is led away from other vectors beside its own label and grid, the second from nothing.
+    assert null.labels.tolist() == [0, 2] and null.context is vectors and null.context_mask is says
+    assert null.grid is not None and condition.grid is not None and nothing.grid is not None
+    assert torch.equal(null.grid[0], condition.grid[0]) and torch.equal(null.grid[1], nothing.grid[1])
+    both = led.with_null(null_label=2, null_id=3)
+    assert both.negative is None and torch.equal(both[2:].context, vectors)  # type: ignore[arg-type]
+    assert torch.equal(led[1:].negative, vectors[1:])  # type: ignore[arg-type]
+    for wrong in ({"negative": vectors}, {"negative": vectors[:, :2], "negative_mask": says[:, :2]}):
+        with pytest.raises(ValueError, match="negative"):
+            replace(condition, **wrong)
 
 
 def test_labels_alone_stay_a_tensor() -> None:

@@ -28,6 +28,8 @@ OPTIONS = {
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
     "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
     | {"accelerator", "devices", "num_nodes", "precision", "latents", "latent_dtype", "seed"},
+    "text_tokenizer": {"config", "shards", "output", "vocab_size", "captions"},
+    "encode_captions": {"config", "text_encoder", "arrays", "batch_size", "accelerator"},
     "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
     | {"accelerator", "precision"},
     "sample": {
@@ -36,6 +38,9 @@ OPTIONS = {
         "output",
         "num_samples",
         "labels",
+        "prompt",
+        "prompt_file",
+        "negative_prompt",
         "sampler",
         "seed",
         "batch_size",
@@ -103,7 +108,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command != "shards" else set()
+    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions") else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
@@ -148,6 +153,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     **{name: ({"trainer": {"max_steps": 2}}, "trainer.max_steps", 7) for name in cli.TRAINING_COMMANDS},
     "shards": ({"split": "train"}, "split", "test"),
     "tokenize": ({"split": "train"}, "split", "validation"),
+    "text_tokenizer": ({"vocab_size": 300}, "vocab_size", 400),
+    "encode_captions": ({"batch_size": 2}, "batch_size", 7),
     "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),

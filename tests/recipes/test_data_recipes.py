@@ -29,6 +29,8 @@ def recipe(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         (["imagenet", "train"], ["--archive", "--output"]),
         (["imagenet", "validation"], ["--ground_truth", "LOC_val_solution.csv"]),
         (["folder"], ["--classes_from", "as much disk", "run the same command again"]),
+        (["tuxpaint"], ["apt-get install tuxpaint-stamps-default", "161 MB"]),
+        (["digits"], ["pip install scikit-learn", "20 seconds"]),
         (["emoji"], ["npm pack emoji-datasource-google", "Apache-2.0"]),
         (["fashion_mnist"], ["apt-get install dataset-fashion-mnist", "31 MB"]),
     ],
@@ -108,9 +110,11 @@ def test_emoji_into_both_splits(tmp_path: Path) -> None:
     table = []
     for number in range(40):
         base = f"{0x1F400 + number:x}"
-        forms = {tone: {"image": f"{base}-{tone}.png", "has_img_google": True} for tone in ("1f3fb", "1f3ff")}
+        forms = {tone: {"image": f"{base}-{tone}.png", "has_img_google": True} for tone in ("1F3FB", "1F3FF")}
         category = "Food & Drink" if number % 2 else "Animals & Nature"
-        table.append({"image": f"{base}.png", "has_img_google": True, "category": category, "skin_variations": forms})
+        named = {"name": f"SOME ANIMAL {number}", "short_name": "cat_face" if number else "flag-de"}
+        emoji = {"image": f"{base}.png", "has_img_google": True, "category": category, "skin_variations": forms}
+        table.append({**emoji, **named})
         for name in (base, *(f"{base}-{tone}" for tone in forms)):
             picture = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
             picture.putpixel((5, 6), (0, 0, 255, 128))
@@ -139,6 +143,18 @@ def test_emoji_into_both_splits(tmp_path: Path) -> None:
         assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
         assert image.getpixel((5, 6)) == (127, 127, 255)
     assert count == 120 and not bases["train"] & bases["test"] and 1 <= len(bases["test"]) <= 12
+
+    # Names beside the pictures, where they are asked for.
+    ended = recipe("emoji", "--package", tmp_path / "package", "--output", tmp_path / "named", "--captions", "true")
+    assert ended.returncode == 0, ended.stderr
+    found = {}
+    for split in ("train", "test"):
+        with tarfile.open(tmp_path / "named" / split / f"{split}-000000.tar") as archive:
+            found |= {name: archive.extractfile(name).read().decode() for name in archive.getnames() if "txt" in name}
+    assert len(found) == 120
+    assert found["1f400.txt"] == "some animal 0\n"
+    assert found["1f405.txt"] == "some animal 5\ncat face\n"
+    assert found["1f405-1F3FF.txt"] == "some animal 5, dark skin tone\ncat face, dark skin tone\n"
 
     ended = recipe("emoji", "--package", tmp_path, "--output", tmp_path / "other")
     assert ended.returncode == 1 and "npm pack emoji-datasource-google" in ended.stderr

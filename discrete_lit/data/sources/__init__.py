@@ -4,14 +4,17 @@ Importing this package imports neither torch nor Lightning.
 """
 
 from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.sources.digit_compositions import DigitCompositions
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
+from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
 
 __all__ = [
     "ClassFolders",
+    "DigitCompositions",
     "EmbeddedSet",
     "Emoji",
     "Entry",
@@ -20,4 +23,5 @@ __all__ = [
     "PartOfSource",
     "Sample",
     "Source",
+    "TuxpaintStamps",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from discrete_lit.core.files import content_sha256
+from discrete_lit.data.captions import LONGEST_FILE, Captions
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
 from discrete_lit.data.transforms import (
     IMAGE_BYTES_VARIABLE,
@@ -38,9 +40,11 @@ class ClassFolders(Source):
         classes_from: `manifest.json` of the training shards. Give it for the validation folder: the labels are then
             those of training even if a class has no validation folder.
         labels: False takes every image below `root` without a label.
+        captions: where the captions are, in files beside the images, see `Captions`; by default none are taken.
 
     Raises:
-        ValueError: the folder has another form, see `find_images`, or a class is not in `classes_from`.
+        ValueError: the folder has another form, see `find_images`, or a class is not in `classes_from`. Reading raises
+            it for an image without a caption.
     """
 
     def __init__(
@@ -49,9 +53,11 @@ class ClassFolders(Source):
         classes_from: str | os.PathLike[str] | None = None,
         *,
         labels: bool = True,
+        captions: Captions | None = None,
     ) -> None:
         self.root = Path(root).expanduser()
-        found = find_images(self.root, labels=labels)
+        self._captions = captions
+        found = find_images(self.root, labels=labels, captions=None if captions is None else captions.kind)
         classes = found.classes
         if classes_from is not None:
             if not classes:
@@ -75,8 +81,33 @@ class ClassFolders(Source):
             raise ValueError(f"{self._paths[index]} changed while it was read: start again when nothing writes to it")
         return data
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        if self._captions is None:
+            return ()
+        try:
+            # One without a caption has no caption file in a shard, which is then read as it is asked for there.
+            return tuple(filter(None, captions_beside(self._paths[index], self._captions)))
+        except UndecodableImage as error:
+            raise ValueError(f"{self._paths[index]} cannot be written with its caption: {error}") from error
+
     def last_change(self, index: int) -> int:
-        return file_change(self._paths[index])
+        beside = self._beside(index)
+        image = file_change(self._paths[index])
+        return image if beside is None else max(image, file_change(beside))
+
+    def fingerprint(self) -> str:
+        if self._captions is None:
+            return super().fingerprint()
+        files = (self._beside(index) for index in range(len(self)))
+        sizes = [None if file is None else file.stat().st_size for file in files]
+        return content_sha256([super().fingerprint(), str(self._captions), json.dumps(sizes)])
+
+    def _beside(self, index: int) -> Path | None:
+        """The caption file of an image, where captions are taken and there is one."""
+        if self._captions is None:
+            return None
+        file = self._paths[index].with_suffix(f".{self._captions.kind}")
+        return file if file.is_file() else None
 
 
 @dataclass(kw_only=True)
@@ -106,7 +137,25 @@ class FoundImages:
         )
 
 
-def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundImages:
+def captions_beside(image: Path, captions: Captions) -> tuple[str, ...]:
+    """Read the captions of an image file from the file of the same name beside it.
+
+    Raises:
+        UndecodableImage: there is none, and `captions` does not say that there need not be, or it is broken.
+    """
+    file = image.with_suffix(f".{captions.kind}")
+    try:
+        if file.stat().st_size > LONGEST_FILE:
+            raise UndecodableImage(f"its .{captions.kind} has more than {LONGEST_FILE:,} bytes: that is no caption")
+        content = file.read_bytes()
+    except FileNotFoundError:
+        content = None
+    except OSError as error:
+        raise UndecodableImage(f"its .{captions.kind}: {type(error).__name__}: {error}") from error
+    return captions.read(content)
+
+
+def find_images(root: str | os.PathLike[str], *, labels: bool = True, captions: str | None = None) -> FoundImages:
     """Find the images of a folder, at any depth, symbolic links included.
 
     The subfolders of `root` are its classes; one without an image keeps its label. Where images lie in `root` and none
@@ -117,6 +166,7 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundIm
     Args:
         root: the folder.
         labels: False takes every image below `root` without a label, wherever it lies.
+        captions: the extension of caption files, which are then no files to warn of.
 
     Raises:
         ValueError: `root` is no folder, or holds no image; a folder cannot be opened; images lie beside class folders.
@@ -156,6 +206,8 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True) -> FoundIm
                 found.leave_out("class folder without an image, which keeps its label", name)
     else:
         found.files[None] = sorted(loose + nested, key=lambda file: file.split("/"))
+    if captions is not None:
+        del found.left_out[f".{captions}"]
     if found.left_out:
         _say_once(f"left out {found.left_out.total()} entries of {path}: {found.summary()}")
     return found

@@ -9,6 +9,7 @@ from typing import Literal
 from PIL import Image
 
 from discrete_lit.core.files import content_sha256
+from discrete_lit.data.captions import one_line_each
 from discrete_lit.data.sources.source import Entry, Source
 
 _TEST_FRACTION = 0.1
@@ -28,6 +29,8 @@ class Emoji(Source):
         package: the package's folder, which holds `emoji.json` and `img/google/64`.
         split: `train`, `validation` or `test`.
         validation_fraction: of the first code points, at most 0.9; they are taken from the training images.
+        captions: give each emoji its Unicode name in small letters, "waving hand sign, dark skin tone", and, where it
+            is another, its short name.
 
     Raises:
         ValueError: the folder is not that of the package, or the fraction is out of its range.
@@ -39,6 +42,7 @@ class Emoji(Source):
         split: Literal["train", "validation", "test"],
         *,
         validation_fraction: float = 0.0,
+        captions: bool = False,
     ) -> None:
         if not 0 <= validation_fraction <= 1 - _TEST_FRACTION:
             raise ValueError(f"validation_fraction is {validation_fraction}; it must be in [0, {1 - _TEST_FRACTION}]")
@@ -50,7 +54,9 @@ class Emoji(Source):
                 "emoji-datasource-google (`npm pack emoji-datasource-google`, then `tar xzf` gives package/)"
             )
         version = json.loads((root / "package.json").read_text(encoding="utf-8"))["version"]
-        category_of = _categories(json.loads(table.read_text(encoding="utf-8")))
+        described = json.loads(table.read_text(encoding="utf-8"))
+        category_of = _categories(described)
+        self._captions = _names(described) if captions else {}
         classes = sorted(set(category_of.values()))
         paths = [path for path in sorted(self._images.glob("*.png")) if path.stem in category_of]
         entries = [
@@ -67,6 +73,14 @@ class Emoji(Source):
         Image.alpha_composite(white, picture).convert("RGB").save(buffer, "PNG")
         return buffer.getvalue()
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions.get(self.entries[index].key, ())
+
+    def fingerprint(self) -> str:
+        if not self._captions:
+            return super().fingerprint()
+        return content_sha256([super().fingerprint(), *(json.dumps(self.captions(i)) for i in range(len(self)))])
+
 
 def split_of(key: str, validation_fraction: float = 0.0) -> str:
     """The split of an emoji, given by its code points in hexadecimal and hyphens: `train`, `validation` or `test`."""
@@ -74,6 +88,26 @@ def split_of(key: str, validation_fraction: float = 0.0) -> str:
     if place < _TEST_FRACTION:
         return "test"
     return "validation" if place < _TEST_FRACTION + validation_fraction else "train"
+
+
+# Fitzpatrick modifiers, by their names in Unicode's CLDR.
+_SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark", "1F3FF": "dark"}
+
+
+def _names(table: list[dict]) -> dict[str, tuple[str, ...]]:
+    """The names of each emoji and of its variations in skin tone, by code points."""
+    found: dict[str, tuple[str, ...]] = {}
+    for emoji in table:
+        short = emoji["short_name"].replace("_", " ").replace("-", " ")
+        # Flags have the ISO code of their country for a short name, which says less than nothing.
+        plain = dict.fromkeys((emoji["name"].lower(), *([] if short.startswith("flag ") else [short])))
+        forms = {Path(emoji["image"]).stem: ""}
+        for tones, form in emoji.get("skin_variations", {}).items():
+            named = " and ".join(dict.fromkeys(_SKIN_TONES[tone] for tone in tones.split("-")))
+            forms[Path(form["image"]).stem] = f", {named} skin tone"
+        for key, tone in forms.items():
+            found[key] = one_line_each([f"{name}{tone}" for name in plain])
+    return found
 
 
 def _categories(table: list[dict]) -> dict[str, str]:

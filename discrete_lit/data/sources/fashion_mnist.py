@@ -13,6 +13,22 @@ from discrete_lit.data.sources.source import Entry, Source
 
 EMBEDDED_SHA256 = "fb45dadc5cae695accb1481b9c5fe4cbef586532655446b55765488783755f2f"
 PADDING = 2
+# In the order of the classes.
+_NOUNS = (
+    "t-shirt",
+    "pair of trousers",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+# The mean of the pixels that are not black, in 0..255: limits that cut the training images into about three thirds.
+_TONES = ((127.5, "dark"), (170.5, "grey"), (256.0, "bright"))
+_SENTENCES = ("a photo of a {tone} {noun}", "this {noun} is {tone}", "{noun}, {tone}")
 
 
 class EmbeddedSet(Source):
@@ -25,12 +41,16 @@ class EmbeddedSet(Source):
     Args:
         file: path of `fashion_mnist.npz`.
         split: `train` or `test`.
+        captions: give each image three sentences that say its class and how bright it is: "a photo of a dark coat".
 
     Raises:
         ValueError: `file` is missing or is not, byte for byte, the file that comes with the project.
     """
 
-    def __init__(self, file: str | os.PathLike[str], split: Literal["train", "test"]) -> None:
+    def __init__(
+        self, file: str | os.PathLike[str], split: Literal["train", "test"], *, captions: bool = False
+    ) -> None:
+        self._has_captions = captions
         path = Path(file)
         if not path.is_file():
             raise ValueError(
@@ -58,4 +78,15 @@ class EmbeddedSet(Source):
 
     def fingerprint(self) -> str:
         # All images have one size, so the entries alone would not tell one file from another.
-        return content_sha256(EMBEDDED_SHA256 + super().fingerprint())
+        own = content_sha256(EMBEDDED_SHA256 + super().fingerprint())
+        return content_sha256([own, *_SENTENCES, *_NOUNS, str(_TONES)]) if self._has_captions else own
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if not self._has_captions:
+            return ()
+        pixels, label = self._images[index], self.entries[index].label
+        assert label is not None
+        shown = pixels[pixels > 0]
+        brightness = float(shown.mean()) if shown.size else 0.0
+        tone = next(name for limit, name in _TONES if brightness < limit)
+        return tuple(sentence.format(tone=tone, noun=_NOUNS[label]) for sentence in _SENTENCES)

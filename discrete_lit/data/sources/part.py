@@ -60,6 +60,9 @@ class PartOfSource(Source):
     def read(self, index: int) -> bytes:
         return self._source.read(self._indices[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(self._indices[index])
+
     def last_change(self, index: int) -> int:
         return self._source.last_change(self._indices[index])
 

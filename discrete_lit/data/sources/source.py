@@ -40,6 +40,8 @@ class Sample(NamedTuple):
     label: int | None
     data: bytes
     """The encoded image file, exactly as it was stored."""
+    captions: tuple[str, ...] = ()
+    """Its captions, each of one line; none where the source has none."""
 
 
 class Source(ABC):
@@ -88,7 +90,7 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Sample:
         """Read sample `index` in `[0, len(self))`."""
         key, extension, label, _ = self.entries[index]
-        return Sample(key, extension, label, self.read(index))
+        return Sample(key, extension, label, self.read(index), self.captions(index))
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -97,6 +99,13 @@ class Source(ABC):
         Raises:
             ValueError: The file changed since the source was opened.
         """
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The captions of sample `index`, each of one line; none by default.
+
+        A source that has captions adds them to its `fingerprint` too.
+        """
+        return ()
 
     def last_change(self, index: int) -> int:
         """The time in nanoseconds at which the file behind sample `index` last changed; 0 where it never does.

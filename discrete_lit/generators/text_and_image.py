@@ -1,0 +1,149 @@
+"""What a sequence of text and image is made of: the layout of both, and the captions of a batch as ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The texts of a batch.
+
+    Attributes:
+        ids: `(B, L)` int64 of the text tokenizer, without its begin and end; behind each text stands anything.
+        lengths: `(B,)` int64, ids of each.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def without(self, where: Tensor) -> "Captions":
+        """Give the captions in which those of some samples `where (B,)` are empty."""
+        return Captions(self.ids, self.lengths.masked_fill(where, 0))
+
+
+def read_captions(
+    text: Any, texts: Sequence[str] | Tensor, *, lengths: Tensor | None = None, length: int, device: torch.device
+) -> Captions:
+    """Encode texts, or take the begin and end of the text tokenizer off ids that it made.
+
+    Args:
+        text: the text tokenizer.
+        texts: strings, or ids `(B, L)`.
+        lengths: `(B,)` int64, ids of each text, begin and end among them, where they are ids.
+        length: the most ids of a caption, its begin and end among them.
+        device: of the captions.
+
+    Raises:
+        ValueError: a text that is too long, or ids that are not the text tokenizer's.
+    """
+    if isinstance(texts, Tensor):
+        ids = texts
+    else:
+        ids, lengths = text.encode(list(texts), length)
+    if lengths is None or ids.is_floating_point() or ids.ndim != 2 or lengths.shape != ids.shape[:1]:
+        raise ValueError(
+            f"captions are ids (B, L) and lengths (B,), got {ids.dtype} {tuple(ids.shape)} and "
+            f"{None if lengths is None else tuple(lengths.shape)}"
+        )
+    ids, lengths = ids.to(device), lengths.to(device)
+    begun = ((ids[:, 0] == text.begin_id) & (lengths > 0)).long()
+    columns = (torch.arange(ids.shape[1], device=device) + begun[:, None]).clamp(max=ids.shape[1] - 1)
+    ids, lengths = ids.gather(1, columns), lengths - begun
+    last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
+    lengths = lengths - ((last == text.end_id) & (lengths > 0)).long()
+    if device.type == "cpu":
+        _check(text, ids, lengths, length=length)
+        ids = ids[:, : max(int(lengths.max()), 1)]
+    return Captions(ids[:, : length - 2].contiguous(), lengths)
+
+
+def _check(text: Any, ids: Tensor, lengths: Tensor, *, length: int) -> None:
+    """Refuse captions that are too long, or that hold other ids than those of words."""
+    if int(lengths.max()) > length - 2:
+        raise ValueError(
+            f"a caption has {int(lengths.max()) + 2} ids with its begin and end, its segment holds {length}: "
+            "model.init_args.text_length"
+        )
+    inside = torch.arange(ids.shape[1]) < lengths[:, None]
+    special = torch.tensor([text.pad_id, text.begin_id, text.end_id])
+    wrong = inside & ((ids < 0) | (ids >= text.vocab_size) | torch.isin(ids, special))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"caption {row} has the id {int(ids[wrong][0])} inside, which is no id of a text: they lie in "
+            f"[0, {text.vocab_size}), padding, begin and end not among them; images have ids of their own"
+        )
+
+
+def text_and_image_layout(
+    text: Any,
+    text_length: int,
+    *,
+    grid: tuple[int, ...],
+    codes: int | None = None,
+    dim: int | None = None,
+    interleaved: bool = True,
+    rows: bool = False,
+    attention: Literal["bidirectional", "causal"] = "bidirectional",
+    positions: PositionCount = "sequence",
+    text_weight: float = 1.0,
+    image_weight: float = 1.0,
+) -> SegmentLayout:
+    """Make the layout of a caption and an image: the text's ids first, then the image's, then what stands around it.
+
+    Args:
+        text: the text tokenizer.
+        text_length: the most ids of a caption, its begin and end among them.
+        grid: of the image's ids or vectors.
+        codes: ids of an image; None for vectors.
+        dim: width of an image's vectors; None for ids.
+        interleaved: whether the image may stand before the caption too; else it follows it.
+        rows: of ids, whether the size stands in front and an end behind each row (Emu3: begin, height * width, begin of
+            the ids, rows, end of the frame, end).
+        attention: among an image's vectors.
+        positions: as of `SegmentLayout`.
+        text_weight, image_weight: of each in the loss.
+    """
+    words = text.vocab_size
+    special = {text.pad_id, text.begin_id, text.end_id}
+    caption = Segment(
+        name="text",
+        shape=(text_length - 2,),
+        ids=range(words),
+        variable=True,
+        allowed=tuple(id for id in range(words) if id not in special),
+        begin_ids=(text.begin_id,),
+        end_ids=(text.end_id,),
+        loss_weight=text_weight,
+    )
+    first = words + (codes or 0)
+    begin, end, row_end = (first,), (first + 1,), None
+    if rows:
+        begin = (first, *text.ids("*".join(map(str, grid))), first + 1)
+        end, row_end = (first + 2, first + 3), first + 4
+    image = Segment(
+        name="image",
+        shape=grid,
+        ids=range(words, first) if codes is not None else (),
+        input_dim=dim,
+        attention="causal" if codes is not None else attention,
+        begin_ids=begin,
+        end_ids=end,
+        row_end_id=row_end,
+        loss_weight=image_weight,
+    )
+    return SegmentLayout(
+        segments=(caption, image),
+        interleaved=interleaved,
+        most_elements=text_length + image.elements if interleaved else None,
+        positions=positions,
+    )

@@ -1,0 +1,650 @@
+"""One transformer over text and image: each is drawn given the other, from one sequence that holds both.
+
+The sequence is made of segments (`discrete_lit.backbones.segments`), and the published models are settings of one:
+
+- Chameleon (Team Chameleon, "Mixed-Modal Early-Fusion Foundation Models", 2024): ids of a discrete tokenizer, one
+  vocabulary, text and image in either order.
+- Emu3 (Wang et al., "Next-Token Prediction is All You Need", 2024): `image_format="rows"`, the size in front of the
+  image, and the end of a row behind each.
+- Janus (Wu et al., "Decoupling Visual Encoding", 2024): the backbone's `own_embeddings` and `own_heads`;
+  `null_text="padding"`.
+- Transfusion (Zhou et al., "Predict the Next Token and Diffuse Images with One Multi-Modal Model", 2024): a continuous
+  tokenizer; its latents are an island that sees itself both ways, and is drawn by flow matching.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble, pack
+from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
+from discrete_lit.checkpoints import loadable
+from discrete_lit.core.distributed import all_reduce_sum, world_size
+from discrete_lit.core.images import ImageSize, normal_size
+from discrete_lit.core.modules import at_least_float32, in_evaluation
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
+from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
+from discrete_lit.generators.continuous_masked import Patches
+from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.text_and_image import Captions, read_captions, text_and_image_layout
+from discrete_lit.generators.training import ClassConditionalTraining
+from discrete_lit.metrics.binned_mean import BinnedMean
+from discrete_lit.optimization import evaluation_stage
+from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
+from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
+
+
+class SegmentLosses(NamedTuple):
+    """The losses of one segment's ids, or vectors, over a batch; three tensors `(M,)`."""
+
+    values: Tensor
+    """Nats of each id, or the squared error of each island."""
+    weights: Tensor
+    """The weight of each in the mean."""
+    log_partition: Tensor | None
+    """The logarithm of the sum of exponentials of each id's logits; None of vectors."""
+
+
+@loadable
+class Unified(ClassConditionalTraining):
+    """Model the sequence of a caption and an image, or of an image and its caption, one element after another.
+
+    A batch is `{"image": (B, C, H, W), "caption": ...}`, which the frozen tokenizer encodes, or has its ids,
+    `"tokens": (B, *token_shape)`, or its latents, `"latents": (B, D, H, W)`. The captions are B strings, or ids of the
+    text tokenizer `(B, L)` with `"caption_length": (B,)`.
+
+    The loss of ids is the mean of their cross-entropies, by the weights of their segments. The loss of latents is the
+    squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4).
+    Each segment's is logged as `loss_of/<segment>`.
+
+    Args:
+        tokenizer: frozen here; of ids, or a continuous one.
+        image_size: of the images in pixels: the side of a square, or `[height, width]`.
+        text_tokenizer: with `encode`, `decode`, `vocab_size`, `pad_id`, `begin_id` and `end_id`.
+        text_length: the most ids of a caption, its begin and end among them.
+        backbone: called with the layout.
+        order: `"both"`: the caption first, or the image, as each sample has it, so that each is drawn given the other;
+            `"text_first"`: the caption first always.
+        image_first: probability that training puts the image first, of order `"both"`.
+        image_format: of ids: `"plain"`, begin, ids, end; or `"rows"` as Emu3, with the size in front and an end of each
+            row.
+        image_attention: of latents: whether they see each other both ways (Transfusion) or those before (JanusFlow).
+        positions: how elements are counted, see `SegmentLayout`.
+        layout: in the place of the one that these settings make, for published models whose ids stand otherwise: a text
+            segment `"text"`, then an `"image"`.
+        softmax_over: in training: `"allowed"`, the ids that may stand in the place, which sampling draws from; or
+            `"vocabulary"`, all (Chameleon).
+        text_weight: of the ids of text in the mean.
+        image_weight: of those of the image, or of the error of its latents (Transfusion has 5).
+        z_loss: weight of the mean squared logarithm of the softmax's denominator (Chameleon has 1e-5).
+        null_text: what a dropped caption is: `"empty"`, or `"padding"` of its length (Janus).
+        packed_length: elements of rows into which training packs samples; each has its row by default.
+        patch_size: side of the squares of latents that are one vector.
+        denoiser: how the network's prediction of vectors is read; by default the velocity on straight lines.
+        times: how times of training are drawn; uniformly by default.
+        caption_noise: the largest time of latents in front of the caption that they are to explain (Transfusion: 0.5).
+        sampler: how `sample` and `caption` draw where nothing else is asked for.
+        training: `label_dropout`, here the probability that a caption in front of its image is dropped; `optimizer`,
+            `scheduler`, `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
+
+    Raises:
+        ValueError: a setting out of its range, or that this kind of tokenizer has no use for.
+    """
+
+    reads_labels = False
+    num_classes = 1
+    coordinate_name = "position"
+    codes: Tensor
+    """`(K,)` int64, the id of each of the tokenizer's codes in the vocabulary of the sequence."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | ContinuousTokenizer,
+        image_size: ImageSize,
+        *,
+        text_tokenizer: nn.Module,
+        text_length: int,
+        backbone: Callable[[SegmentLayout], SegmentTransformer],
+        order: Literal["both", "text_first"] = "both",
+        image_first: float = 0.5,
+        image_format: Literal["plain", "rows"] = "plain",
+        image_attention: Literal["bidirectional", "causal"] = "bidirectional",
+        positions: PositionCount = "sequence",
+        layout: SegmentLayout | None = None,
+        softmax_over: Literal["allowed", "vocabulary"] = "allowed",
+        text_weight: float = 1.0,
+        image_weight: float = 1.0,
+        z_loss: float = 0.0,
+        null_text: Literal["empty", "padding"] = "empty",
+        packed_length: int | None = None,
+        patch_size: int = 1,
+        denoiser: GaussianDenoiser | None = None,
+        times: TrainingTimes | None = None,
+        caption_noise: float = 0.5,
+        sampler: SegmentSampler | None = None,
+        **training: Any,
+    ) -> None:
+        super().__init__(**training)
+        _check_settings(
+            {"order": order, "image_format": image_format, "softmax_over": softmax_over, "null_text": null_text},
+            text_length=text_length,
+            image_first=image_first,
+            caption_noise=caption_noise,
+            z_loss=z_loss,
+        )
+        self.text: Any = text_tokenizer
+        if self.text.begin_id is None or self.text.end_id is None:
+            raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
+        self.tokenizer = freeze(tokenizer)
+        self.image_size = normal_size(image_size)
+        self.order, self.image_first = order, image_first if order == "both" else 0.0
+        self.text_length = text_length
+        self.softmax_over, self.z_loss, self.null_text = softmax_over, z_loss, null_text
+        self.image_weight = image_weight
+        self.caption_noise = caption_noise
+        self.patches: Patches | None = None
+        if isinstance(tokenizer, ContinuousTokenizer):
+            if image_format != "plain" or layout is not None:
+                raise ValueError("image_format and layout are of a tokenizer of ids, this one is continuous")
+            self.content = "latents"
+            self.latent_shape = tuple(tokenizer.latent_shape(image_size))
+            self.patches = Patches(self.latent_shape, patch_size)
+        else:
+            if patch_size != 1:
+                raise ValueError(f"patch_size={patch_size} is of latents, this tokenizer makes ids")
+            self.token_shape = tuple(tokenizer.token_shape(image_size))
+        self.layout = layout or text_and_image_layout(
+            self.text,
+            self.text_length,
+            grid=self.patches.grid if self.patches is not None else self.token_shape,
+            codes=None if self.patches is not None else tokenizer.vocab_size,  # type: ignore[union-attr]
+            dim=None if self.patches is None else self.patches.dim,
+            interleaved=order == "both",
+            rows=image_format == "rows",
+            attention=image_attention,
+            positions=positions,
+            text_weight=text_weight,
+            image_weight=image_weight,
+        )
+        if tuple(segment.name for segment in self.layout.segments) != ("text", "image"):
+            raise ValueError("the layout of a Unified has two segments, 'text' and 'image'")
+        self.image: Segment = self.layout["image"]
+        self.packed_length = packed_length
+        if packed_length is not None and packed_length < self.layout.length:
+            raise ValueError(
+                f"packed_length={packed_length} is shorter than the longest sample, of {self.layout.length} elements"
+            )
+        self.backbone = backbone(self.layout)
+        self.grammar = self.backbone.grammar
+        self.denoiser = denoiser or GaussianDenoiser(RectifiedPath(), prediction="velocity")
+        self.objective = DenoisingLoss(self.denoiser, times=times)
+        self.sampler = sampler or SegmentSampler()
+        self.segment_means = nn.ModuleDict({segment.name: BinnedMean(1) for segment in self.layout.segments})
+        self.register_buffer("codes", torch.tensor(list(self.image.ids), dtype=torch.int64), persistent=False)
+
+    # Batches.
+
+    def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
+        """Return the ids `(B, *token_shape)` or the latents `(B, D, H, W)` of a batch.
+
+        Raises:
+            ValueError: neither, nor images to encode; or of another shape.
+        """
+        name = "tokens" if self.patches is None else "latents"
+        if name in batch:
+            data = batch[name]
+        elif "image" in batch:
+            with torch.no_grad():
+                data = self.tokenizer.encode(batch["image"], *(() if self.patches is None else (random,)))
+        else:
+            raise ValueError(f'a batch holds {", ".join(map(str, batch))}: Unified needs "image" or "{name}"')
+        self._check_data(data)
+        return data if self.patches is None else at_least_float32(data)
+
+    def _check_data(self, data: Tensor) -> None:
+        vectors = self.patches is not None
+        expected = self.latent_shape if vectors else self.token_shape
+        if tuple(data.shape[1:]) != expected or data.is_floating_point() != vectors:
+            raise ValueError(
+                f"the images are {data.dtype} {tuple(data.shape)}, this generator models "
+                f"{'latents' if vectors else 'ids'} {expected} of each: model.init_args.image_size is "
+                f"{self.image_size}"
+            )
+
+    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Captions:
+        """Return the captions of a batch.
+
+        Raises:
+            ValueError: a batch without, as many as there are images, or one that is too long.
+        """
+        if "caption" not in batch:
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))} and no "caption": Unified models images with their texts'
+            )
+        lengths = batch.get("caption_length")
+        given = batch["caption"]
+        if isinstance(given, Tensor) and lengths is None:
+            raise ValueError('the "caption" of a batch is ids: give "caption_length" (B,) too')
+        captions = self.captions_of(given, lengths)
+        rows = next(batch[name] for name in ("tokens", "latents", "image") if name in batch)
+        if len(captions) != len(rows):
+            raise ValueError(f"a batch has {len(rows)} images and {len(captions)} captions")
+        return captions
+
+    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> Captions:
+        """Encode texts, or take the begin and end of the text tokenizer off ids `(B, L)` that it made.
+
+        Raises:
+            ValueError: a text of more than `text_length` ids, or ids that are not the text tokenizer's.
+        """
+        return read_captions(self.text, texts, lengths=lengths, length=self.text_length, device=self.device)
+
+    # The sequence.
+
+    def sequences(
+        self,
+        data: Tensor | None,
+        captions: Captions | None,
+        *,
+        image_first: Tensor | None = None,
+        times: Tensor | None = None,
+        closed: Tensor | bool = True,
+        begun: str | None = None,
+    ) -> SegmentSequence:
+        """Put images and captions together.
+
+        Args:
+            data: ids, or latents as the network reads them; None for a text alone.
+            captions: None for an image alone.
+            image_first: `(B,)` bool, of order `"both"`; the captions come first by default.
+            times: `(B,)`, how noisy the latents are; clean by default.
+            closed, begun: as of `assemble`.
+        """
+        text = None
+        if captions is not None:
+            text = SegmentPart(segment="text", content=captions.ids, lengths=captions.lengths)
+        if data is None:
+            assert text is not None
+            return assemble(self.grammar, [text], closed=closed, begun=begun)
+        content = self.codes[data.flatten(1)] if self.patches is None else self.patches.cut(data)
+        if image_first is None:
+            parts = [*([] if text is None else [text]), SegmentPart(segment="image", content=content, times=times)]
+            return assemble(self.grammar, parts, closed=closed, begun=begun)
+        before, behind = (
+            SegmentPart(segment="image", content=content, times=times, present=present)
+            for present in (image_first, ~image_first)
+        )
+        parts = [before, *([] if text is None else [text]), behind]
+        return assemble(self.grammar, parts, closed=closed, begun=begun)
+
+    def null_captions(self, captions: Captions) -> Captions:
+        """Give what stands for no caption: an empty one, or padding of its length."""
+        if self.null_text == "empty":
+            return captions.without(torch.ones_like(captions.lengths, dtype=torch.bool))
+        return Captions(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
+
+    def _dropped(self, captions: Captions, where: Tensor) -> Captions:
+        null = self.null_captions(captions)
+        ids = torch.where(where[:, None], null.ids, captions.ids)
+        return Captions(ids, torch.where(where, null.lengths, captions.lengths))
+
+    # The loss.
+
+    def loss(
+        self,
+        data: Tensor,
+        condition: Captions,
+        random: CounterRandom | None = None,
+        *,
+        dropped: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Average the losses of a batch, over all ranks together.
+
+        Args:
+            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+            condition: the captions.
+            random: decides the order, times and noise; by default row i of the batch is sample i of this generator's
+                seed.
+            dropped: bool `(B,)`, the samples whose caption is dropped where it stands in front of the image.
+
+        Returns:
+            The training loss, a scalar, and its terms: `loss_of/<segment>`, and `z_loss` where it has a weight.
+        """
+        self._check_data(data)
+        if random is None:
+            random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
+        losses = self.segment_losses(data, condition, random, dropped=dropped)
+        total, terms = data.new_zeros((), dtype=torch.float32), {}
+        ids = {name: each for name, each in losses.items() if each.log_partition is not None}
+        weight = all_reduce_sum(sum(each.weights.sum() for each in ids.values())) / world_size()
+        self.loss_weight = weight
+        for name, each in losses.items():
+            mean_weight = all_reduce_sum(each.weights.sum()) / world_size()
+            summed = (each.values * each.weights).sum()
+            terms[f"loss_of/{name}"] = summed.detach() / mean_weight.clamp(min=1e-9)
+            total = total + (summed / weight if name in ids else self.image_weight * summed / mean_weight)
+        if self.z_loss:
+            squares = [
+                (each.log_partition**2 * each.weights).sum() for each in ids.values() if each.log_partition is not None
+            ]
+            terms["z_loss"] = torch.stack(squares).sum() / weight
+            total = total + self.z_loss * terms["z_loss"]
+        return total, terms
+
+    def segment_losses(
+        self, data: Tensor, captions: Captions, random: CounterRandom, *, dropped: Tensor | None = None
+    ) -> dict[str, SegmentLosses]:
+        """Cost the prediction of a batch, by segment; arguments as of `loss`."""
+        count, device = len(data), data.device
+        first = torch.zeros(count, dtype=torch.bool, device=device)
+        if self.order == "both":
+            first = random.uniform(Purpose.ORDER, 1)[:, 0] < self.image_first
+        closed: Tensor | bool = True
+        if dropped is not None:
+            dropped = dropped & ~first
+            captions = self._dropped(captions, dropped)
+            # Behind the image of a dropped caption stands no end: else an image in front would have no caption.
+            closed = ~dropped
+        read, flow = data, None
+        if self.patches is not None:
+            flow = self._noised(data, first, random)
+            read = self.patches.join(flow.x_t)
+        sequence = self.sequences(
+            read,
+            captions,
+            image_first=first if self.order == "both" else None,
+            times=None if flow is None else flow.t,
+            closed=closed if self.order == "both" else True,
+        )
+        if self.packed_length is not None and self.training:
+            sequence = pack(sequence, self.packed_length, padding=self.grammar.done)
+        hidden = self.backbone(sequence)
+        losses = self._id_losses(hidden, sequence, silent=dropped)
+        if flow is not None:
+            losses["image"] = self._flow_losses(hidden, sequence, flow)
+        return losses
+
+    def _id_losses(
+        self,
+        hidden: Tensor,
+        sequence: SegmentSequence,
+        *,
+        silent: Tensor | None = None,
+        softmax_over: Literal["allowed", "vocabulary"] | None = None,
+        forbidden: Tensor | None = None,
+        owners: list[tuple[str, Tensor]] | None = None,
+    ) -> dict[str, SegmentLosses]:
+        """Cost the prediction of each id from the element before it.
+
+        Args:
+            hidden: `(B, N, D)`.
+            sequence: that the network read.
+            silent: `(S,)` bool, the samples whose text does not count.
+            softmax_over: as of the class.
+            forbidden: events that may not happen; where they did, as where an image was given, nothing is predicted.
+            owners: is filled with the sample that each of a segment's ids belongs to, set by set.
+        """
+        grammar, layout = self.grammar, self.layout
+        softmax_over = softmax_over or self.softmax_over  # type: ignore[assignment]
+        targets, states, sample = (each[:, 1:] for each in (sequence.ids, sequence.states, sequence.sample))
+        follows = (sample >= 0) & (sample == sequence.sample[:, :-1])
+        number = torch.arange(1, sequence.ids.shape[1], device=hidden.device)
+        remaining = layout.length - (number - sequence.first()[:, 1:])
+        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for of_set, (segment_number, ids) in enumerate(grammar.sets):
+            segment = layout.segments[segment_number]
+            if len(ids) == 1 and softmax_over == "allowed":
+                continue
+            predicted = follows & (grammar.set_of[states] == of_set)
+            if silent is not None and segment.name == "text":
+                predicted &= ~silent[sample.clamp(min=0)]
+            if forbidden is not None:
+                predicted &= ~forbidden[grammar.event_of[targets]]
+            rows, columns = predicted.nonzero(as_tuple=True)
+            target, owner = targets[rows, columns], sample[rows, columns]
+            if softmax_over == "vocabulary" and self.backbone.own_head_of[of_set] is None:
+                logits, column = self.backbone.logits(hidden[rows, columns]), target
+            else:
+                logits = self.backbone.logits(hidden[rows, columns], of_set)
+                among = grammar.ids_of(of_set)
+                column = torch.searchsorted(among, target)
+                if layout.interleaved and grammar.has_choice(of_set):
+                    possible = grammar.possible_events(
+                        states[rows, columns], remaining[rows, columns], forbidden=forbidden
+                    )
+                    logits = logits.masked_fill(~possible[:, grammar.event_of[among]], -torch.inf)
+            partition = logits.logsumexp(dim=-1)
+            values = partition - logits.gather(1, column[:, None])[:, 0]
+            weights = torch.full_like(values, segment.loss_weight)
+            parts.setdefault(segment.name, []).append((values, weights, partition))
+            if owners is not None:
+                owners.append((segment.name, owner))
+        return {
+            name: SegmentLosses(*(torch.cat(each) for each in zip(*of_segment, strict=True)))
+            for name, of_segment in parts.items()
+        }
+
+    def _noised(self, data: Tensor, image_first: Tensor, random: CounterRandom) -> "_Flow":
+        assert self.patches is not None
+        vectors = self.patches.cut(at_least_float32(data))
+        t = self.objective.times(random.uniform(Purpose.DIFFUSION_TIME, 1)[:, 0])
+        t = torch.where(image_first, t * self.caption_noise, t)
+        noise = random.normal(Purpose.DIFFUSION_NOISE, vectors[0].numel()).view_as(vectors).to(vectors.dtype)
+        return _Flow(vectors, noise, self.denoiser.path.add_noise(vectors, noise, t), t)
+
+    def _flow_losses(self, hidden: Tensor, sequence: SegmentSequence, flow: "_Flow") -> SegmentLosses:
+        grammar = self.grammar
+        begins = grammar.is_vector[sequence.states] & (grammar.place_of[sequence.states] == 0)
+        rows, first = begins.nonzero(as_tuple=True)
+        columns = first[:, None] + torch.arange(self.image.positions, device=hidden.device)
+        output = self.backbone.predict_vectors(hidden[rows[:, None], columns], segment="image")
+        owner = sequence.sample[rows, first]
+        terms = self.objective(
+            at_least_float32(output), flow.data[owner], flow.noise[owner], x_t=flow.x_t[owner], t=flow.t[owner]
+        )
+        values = torch.stack(list(terms.values())).sum(dim=0)
+        return SegmentLosses(values, torch.ones_like(values), None)
+
+    # Validation.
+
+    def validation_losses(
+        self, data: Tensor, condition: Captions, random: CounterRandom
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        losses = self.segment_losses(data, condition, random)
+        values, weights = (torch.cat([each[number] for each in losses.values()]) for number in (0, 1))
+        return values, weights, torch.zeros_like(values)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        random = self.random_of(batch, batch_idx)
+        losses = self.segment_losses(self.data_of(batch, random), self.condition_of(batch, random), random)
+        for name, each in losses.items():
+            mean: Any = self.segment_means[name]
+            mean.update(each.values, torch.zeros_like(each.values), each.weights)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss as training weighs it, and that of each segment."""
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, mean in self.segment_means.items():
+            total, weight = mean.compute()  # type: ignore[operator]
+            mean.reset()  # type: ignore[operator]
+            if float(weight) > 0:
+                sums[name] = total[0], weight[0]
+        apart = {"image"} if self.patches is not None else set()
+        ids = [each for name, each in sums.items() if name not in apart]
+        loss = torch.stack([total for total, _ in ids]).sum() / torch.stack([weight for _, weight in ids]).sum()
+        for name in apart & sums.keys():
+            loss = loss + self.image_weight * sums[name][0] / sums[name][1]
+        figures = {"loss": loss, **{f"loss_of/{name}": total / weight for name, (total, weight) in sums.items()}}
+        stage = evaluation_stage(self)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+
+    # The likelihood.
+
+    @torch.no_grad()
+    @in_evaluation
+    def log_likelihood(self, data: Tensor, captions: Captions, *, of: Literal["image", "text"] = "image") -> Likelihood:
+        """Give log p of the ids of the images given the captions, or of the captions given the images, exact.
+
+        It is of the law that `sample` and `caption` draw from without filters and guidance.
+
+        Args:
+            data: ids `(B, *token_shape)`, or latents, which are given as they are.
+            captions: of the images.
+            of: which of them.
+
+        Raises:
+            ValueError: the likelihood of latents, or of a caption that stands in front of its image.
+        """
+        if of not in ("image", "text") or (of == "image" and self.patches is not None):
+            raise ValueError(f"of={of!r}: a likelihood is of 'image', where it has ids, or of 'text'")
+        if of == "text" and self.order != "both":
+            raise ValueError("of='text' needs order='both': here the caption stands in front of the image")
+        self._check_data(data)
+        first = torch.full((len(data),), of == "text", device=data.device)
+        sequence = self.sequences(data, captions, image_first=first if self.order == "both" else None)
+        owners: list[tuple[str, Tensor]] = []
+        losses = self._id_losses(
+            self.backbone(sequence),
+            sequence,
+            softmax_over="allowed",
+            forbidden=self.grammar.forbidden_events((of,)) if of == "text" else None,
+            owners=owners,
+        )
+        nats = torch.zeros(len(data), dtype=torch.float64, device=data.device)
+        owner = torch.cat([each for name, each in owners if name == of])
+        return Likelihood(nats.index_add(0, owner, -losses[of].values.double()), "exact")
+
+    # Sampling.
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Captions,
+        sampler: SegmentSampler | None = None,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> Tensor:
+        """Draw an image for each caption.
+
+        Args:
+            condition: the captions, as `captions_of` makes them of texts.
+            sampler: this generator's own by default.
+            seed: with `indices`, it alone decides the draw, whatever the batch.
+            indices: `(B,)` int64, each sample's index among all that are drawn; 0 to B - 1 by default.
+
+        Returns:
+            `(B, *token_shape)` int64 in [0, K), or latents `(B, D, H, W)`; `tokenizer.decode` makes images of them.
+
+        Raises:
+            ValueError: guidance of a model that never learned to do without a caption.
+        """
+        if indices is None:
+            indices = torch.arange(len(condition), device=condition.ids.device)
+        return self.images_of(self.draw(condition, CounterRandom(seed, indices), sampler).sequence)
+
+    def draw(self, condition: Captions, random: CounterRandom, sampler: SegmentSampler | None = None) -> SegmentOutput:
+        """Draw images as `sample` does, and report what it cost; `images_of` takes them out."""
+        sampler = sampler or self.sampler
+        contexts = sampler.contexts(("image",))
+        if contexts > 1 and self.label_dropout == 0:
+            raise ValueError(
+                "guidance needs a generator that learned to do without captions; this one was trained with "
+                "label_dropout=0"
+            )
+        if contexts > 2:
+            raise ValueError("image_guidance_scale guides by an image that is given beside the text; here is none")
+        prompts = [condition, self.null_captions(condition)][:contexts]
+        begun = "image" if self.order == "both" else None
+        return sampler(
+            self.backbone,
+            [self.sequences(None, captions, closed=False, begun=begun) for captions in prompts],
+            random,
+            segments=("image",),
+            denoiser=self.denoiser,
+        )
+
+    def images_of(self, sequence: SegmentSequence) -> Tensor:
+        """Take the one image of each sequence out: ids `(B, *token_shape)`, or latents `(B, D, H, W)`."""
+        grammar = self.grammar
+        inside = (grammar.place_of[sequence.states] >= 0) & (grammar.segment_of[sequence.states] == 1)
+        if self.patches is not None:
+            vectors = sequence.vectors["image"][inside].unflatten(0, (len(sequence), self.image.positions))
+            return self.patches.join(vectors)
+        ids = sequence.ids[inside].view(len(sequence), *self.token_shape)
+        order = self.codes.argsort()
+        return order[torch.searchsorted(self.codes[order], ids)]
+
+    @torch.no_grad()
+    def caption(
+        self,
+        data: Tensor,
+        sampler: SegmentSampler | None = None,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> list[str]:
+        """Draw a text for each image.
+
+        Args:
+            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+            sampler, seed, indices: as of `sample`.
+
+        Raises:
+            ValueError: a generator of order `"text_first"`, or guidance, which no training prepared.
+        """
+        if self.order != "both":
+            raise ValueError("texts are drawn by generators of order='both': here the caption stands in front")
+        sampler = sampler or self.sampler
+        if sampler.contexts(("text",)) > 1:
+            raise ValueError("captions are drawn without guidance: training never leaves out their image")
+        self._check_data(data)
+        if indices is None:
+            indices = torch.arange(len(data), device=data.device)
+        prompt = self.sequences(data, None, closed=False)
+        drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=("text",)).sequence
+        number = torch.arange(drawn.ids.shape[1], device=drawn.ids.device)
+        # Behind the last word stands the end of the text; what decoding reads ends there.
+        return self.text.decode(drawn.ids.where(number < drawn.lengths()[:, None], self.text.pad_id))
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        random = self.random_of(batch, batch_idx)
+        captions = self.condition_of(batch, random)
+        return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
+
+    def trained_networks(self) -> Iterable[Any]:
+        return (self.backbone,)
+
+
+class _Flow(NamedTuple):
+    """The vectors of a batch's images, and their noise."""
+
+    data: Tensor
+    noise: Tensor
+    x_t: Tensor
+    t: Tensor
+
+
+def _check_settings(
+    choices: Mapping[str, str], *, text_length: int, image_first: float, caption_noise: float, z_loss: float
+) -> None:
+    accepted = {
+        "order": ("both", "text_first"),
+        "image_format": ("plain", "rows"),
+        "softmax_over": ("allowed", "vocabulary"),
+        "null_text": ("empty", "padding"),
+    }
+    for name, given in choices.items():
+        if given not in accepted[name]:
+            raise ValueError(f"{name} must be one of {', '.join(accepted[name])}, got {given!r}")
+    if text_length < 3:
+        raise ValueError(f"text_length={text_length} leaves no room for a text beside its begin and end")
+    if not 0 <= image_first <= 1 or not 0 <= caption_noise <= 1 or z_loss < 0:
+        raise ValueError(
+            "image_first and caption_noise must lie in [0, 1], and z_loss be at least 0, got "
+            f"{image_first}, {caption_noise} and {z_loss}"
+        )

@@ -1,0 +1,411 @@
+"""Sampling of sequences of segments: ids one after another, vectors of an island together, never an invalid sequence.
+
+`SegmentSampler.__call__` is the loop. The grammar of the layout says at each element which ids may stand there; the
+others have no probability. Where one id alone may stand, it is written without asking the network. Rows may be at
+different places of their sequences: each has its own length in the cache, and waits where the others draw vectors.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from discrete_lit.backbones.cache import RaggedCache
+from discrete_lit.backbones.segment_sequence import Columns, SegmentSequence, coordinates_of
+from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.core.modules import at_least_float32, evaluation_mode
+from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
+from discrete_lit.diffusion.solvers import Euler, Solver
+from discrete_lit.samplers.categorical import draw_filtered
+from discrete_lit.samplers.guidance import guide, guide_twice
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawSettings:
+    """How the ids, or the vectors, of a segment are drawn.
+
+    Attributes:
+        temperature: divides the guided log-probabilities, > 0.
+        top_k: keep the k most probable ids, >= 1; all by default.
+        top_p: keep the nucleus of this probability mass, in (0, 1]; all by default.
+        guidance_scale: s of `null + s (full - null)`; 1 is off. With an `image_guidance_scale`, that of the text.
+        image_guidance_scale: s_img of `null + s_img (image - null) + s (full - image)`, where an image is given beside
+            the text; None for guidance by both together.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance_scale: float = 1.0
+    image_guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}; top_k=1 is the greedy choice")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+
+    @property
+    def contexts(self) -> int:
+        """What the network is asked given: everything; nothing too, for guidance; and the image alone."""
+        if self.image_guidance_scale is not None:
+            return 3
+        return 1 if self.guidance_scale == 1 else 2
+
+    def guide(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Guide logits given everything, the image alone if there are three, and nothing."""
+        if len(outputs) == 1 or self.contexts == 1:
+            return outputs[0]
+        if self.image_guidance_scale is None:
+            return guide(outputs[0], outputs[-1], self.guidance_scale)
+        full, image, null = outputs
+        return guide_twice(full, image, null, image_scale=self.image_guidance_scale, text_scale=self.guidance_scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentOutput:
+    """What was drawn behind the prompts, and what it cost."""
+
+    sequence: SegmentSequence
+    """The drawn elements of each sample, with what stands around them."""
+    network_calls: int
+    """Network evaluations for each sample; those of a guided step count one by one."""
+    sequential_passes: int
+    """Passes that follow one another."""
+
+
+class SegmentSampler:
+    """Draw what follows a prompt, segment by segment.
+
+    Args:
+        settings: of segments by name; the plain draw from the network's law for others.
+        solver: how vectors are drawn; 30 Euler steps by default.
+    """
+
+    def __init__(self, settings: Mapping[str, DrawSettings] | None = None, *, solver: Solver | None = None) -> None:
+        self.settings = dict(settings or {})
+        self.solver = solver or Euler(30)
+
+    def of(self, segment: str) -> DrawSettings:
+        """Give the settings of a segment."""
+        return self.settings.get(segment, _PLAIN)
+
+    def contexts(self, segments: Sequence[str]) -> int:
+        """Count what the network is asked given, 1 to 3, where these segments are drawn."""
+        return max(self.of(name).contexts for name in segments)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        network: SegmentTransformer,
+        prompts: Sequence[SegmentSequence],
+        random: CounterRandom,
+        *,
+        segments: Sequence[str],
+        denoiser: GaussianDenoiser | None = None,
+    ) -> SegmentOutput:
+        """Draw behind prompts until their sequences leave the segments that are drawn, or end.
+
+        Args:
+            network: in any mode; it is sampled in eval mode.
+            prompts: beginnings of the B sequences given everything; for guidance also given nothing, and between
+                both given the image alone, as `contexts` says. None may be empty.
+            random: one stream for each sequence; it alone decides what is drawn.
+            segments: names of the segments that are drawn; others may not begin.
+            denoiser: reads what the network says of vectors.
+
+        Raises:
+            ValueError: settings of segments that the layout does not have, prompts that do not fit, or a sequence for
+                which no length is left.
+        """
+        unknown = set(self.settings) - {segment.name for segment in network.layout.segments}
+        if unknown:
+            raise ValueError(
+                f"the sampler has settings of {', '.join(sorted(unknown))}; the segments are "
+                f"{', '.join(segment.name for segment in network.layout.segments)}"
+            )
+        if self.contexts(segments) > len(prompts):
+            raise ValueError(f"guidance needs {self.contexts(segments)} prompts for each sample, got {len(prompts)}")
+        with evaluation_mode(network), checked_at_the_end():
+            return _Draw(self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser).output()
+
+
+_PLAIN = DrawSettings()
+
+
+class _Draw:
+    """One call of a sampler."""
+
+    def __init__(
+        self,
+        sampler: SegmentSampler,
+        network: SegmentTransformer,
+        *,
+        prompts: Sequence[SegmentSequence],
+        random: CounterRandom,
+        segments: Sequence[str],
+        denoiser: GaussianDenoiser | None,
+    ) -> None:
+        self.sampler, self.network, self.grammar = sampler, network, network.grammar
+        self.layout, self.random, self.denoiser = network.layout, random, denoiser
+        self.contexts, self.batch = len(prompts), len(prompts[0])
+        self.passes = self.islands = 0
+        self.drawn = [segment.name in segments for segment in self.layout.segments]
+        self.forbidden = self.grammar.forbidden_events(segments)
+        self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length)
+        self.columns = Columns(self.grammar, self.batch, device=prompts[0].ids.device)
+        self._read(_stacked(prompts, self.grammar.done))
+
+    def _read(self, prompts: SegmentSequence) -> None:
+        """Read the prompts: `hidden (R B, D)` predicts what follows, `states (B,)` say what may."""
+        grammar, lengths = self.grammar, prompts.lengths()
+        counts = lengths.tolist()
+        if min(counts) < 1:
+            raise ValueError("a prompt is empty: it begins with the first id of its first segment at least")
+        longest = max(segment.positions for segment in self.layout.segments)
+        room = max(counts) + self.layout.length - min(counts[: self.batch]) + longest
+        self.cache: RaggedCache = self.network.new_cache(len(prompts), room)
+        hidden = self.network(prompts, self.cache)
+        self.passes += 1
+        _, then = coordinates_of(grammar, prompts.states, origin=self.cache.origin)
+        if min(counts) == max(counts):
+            self.cache.advance(counts[0], then)
+        else:
+            self.cache.advance(lengths, then, reach=max(counts))
+        last = lengths - 1
+        rows = torch.arange(len(prompts), device=lengths.device)
+        self.hidden = hidden[rows, last]
+        state, id = prompts.states[rows, last], prompts.ids[rows, last]
+        self.states = grammar.advance(state, id)[: self.batch]
+        self.remaining = self.layout.length - lengths[: self.batch]
+        self.done = torch.zeros_like(self.remaining)  # elements drawn
+        # Drawn ids that the network has not read: ids and states (B,), and which rows have one, None for all.
+        self.pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+    def output(self) -> SegmentOutput:
+        first = self.states.tolist()
+        state = first[0] if len(set(first)) == 1 else None
+        while state is not None and self._is_drawn(state):  # all rows stand in one state
+            state = self._step_together(state)
+        if state is None:
+            while self._step_apart():
+                pass
+        return SegmentOutput(
+            sequence=self.columns.joined(),
+            network_calls=self.contexts * self.passes,
+            sequential_passes=self.passes,
+        )
+
+    def _is_drawn(self, state: int) -> bool:
+        number = self.grammar.segment_numbers[state]
+        return number >= 0 and self.drawn[number]
+
+    # All rows in one state, which the host knows: nothing waits for the device.
+
+    def _step_together(self, state: int) -> int | None:
+        grammar, number = self.grammar, self.grammar.set_numbers[state]
+        if number < 0:
+            return self._draw_island(self.layout.segments[grammar.segment_numbers[state]].name, state, rows=None)
+        if grammar.following[state] is None:
+            self.states = torch.full_like(self.states, state)
+            return None
+        segment, ids = grammar.sets[number]
+        if len(ids) == 1:
+            drawn = torch.full_like(self.remaining, ids[0])
+        else:
+            self._feed()
+            name = self.layout.segments[segment].name
+            logits = self.network.logits(self.hidden, number).chunk(self.contexts)
+            drawn = grammar.ids_of(number)[self._choose(name, logits)]
+        self._write(drawn, torch.full_like(drawn, state), None)
+        return grammar.following[state]
+
+    # Rows in states of their own.
+
+    def _step_apart(self) -> bool:
+        """Draw one id of each row that is at one, or else an island; say whether there was anything to draw."""
+        grammar = self.grammar
+        here = self.states.tolist()
+        active = [self._is_drawn(state) for state in here]
+        at_id = [drawn and grammar.set_numbers[state] >= 0 for drawn, state in zip(active, here, strict=True)]
+        if not any(active):
+            return False
+        if not any(at_id):
+            first = next(state for state, drawn in zip(here, active, strict=True) if drawn)
+            segment = grammar.segment_numbers[first]
+            rows = [
+                drawn and grammar.segment_numbers[state] == segment for state, drawn in zip(here, active, strict=True)
+            ]
+            self._draw_island(self.layout.segments[segment].name, first, rows=self._mask(rows))
+            return True
+        self._feed()
+        where = self._mask(at_id)
+        allowed = grammar.allowed(self.states, self.remaining, forbidden=self.forbidden)
+        if bool((where & ~allowed.any(dim=1)).any()):
+            raise ValueError("a prompt leaves no room for the end of its sequence: give a shorter one")
+        hidden = self.hidden.chunk(self.contexts)
+        logits = [self.network.logits_in(self.states, each) for each in hidden]
+        drawn = torch.zeros_like(self.states)
+        for number, segment in enumerate(self.layout.segments):
+            rows = [
+                drawn and grammar.segment_numbers[state] == number for state, drawn in zip(here, at_id, strict=True)
+            ]
+            if any(rows):
+                mine = self._mask(rows)
+                drawn = torch.where(mine, self._choose(segment.name, logits, allowed | ~mine[:, None]), drawn)
+        self._write(drawn, self.states, where)
+        self.states = torch.where(where, grammar.advance(self.states, drawn), self.states)
+        return True
+
+    def _mask(self, rows: Sequence[bool]) -> Tensor:
+        return torch.tensor(rows, device=self.states.device)
+
+    # The draw.
+
+    def _choose(self, segment: str, logits: Sequence[Tensor], allowed: Tensor | None = None) -> Tensor:
+        """Draw from guided logits `(B, K)`: `(B,)`."""
+        settings = self.sampler.of(segment)
+        guided = settings.guide(logits)
+        if allowed is not None:
+            guided = guided.masked_fill(~allowed, -torch.inf)
+        if settings.temperature != 1:
+            guided = guided / settings.temperature
+        uniforms = self.uniforms.gather(1, self.done.clamp(max=self.layout.length - 1)[:, None])[:, 0]
+        return draw_filtered(guided, uniforms, settings.top_k, settings.top_p)[0]
+
+    def _write(self, ids: Tensor, states: Tensor, where: Tensor | None) -> None:
+        """Keep drawn ids `(B,)` of some rows; the network reads them when it is next asked."""
+        self.columns.append(ids[:, None], states[:, None], valid=None if where is None else where[:, None])
+        self.pending.append((ids, states, where))
+        count = 1 if where is None else where.long()
+        self.done, self.remaining = self.done + count, self.remaining - count
+
+    def _feed(self) -> None:
+        """Let the network read what it has not yet."""
+        if not self.pending:
+            return
+        ids, states = (torch.stack([each[number] for each in self.pending], dim=1) for number in (0, 1))
+        where, self.pending = self.pending[-1][2], []
+        assert where is None or ids.shape[1] == 1
+        hidden = self._pass(ids, states, where=where)[:, -1]
+        self.hidden = hidden if where is None else torch.where(self._rows(where)[:, None], hidden, self.hidden)
+
+    def _pass(
+        self,
+        ids: Tensor,
+        states: Tensor,
+        *,
+        vectors: Mapping[str, Tensor] | None = None,
+        times: Tensor | None = None,
+        where: Tensor | None = None,
+        kept: bool = True,
+    ) -> Tensor:
+        """Run the network over elements `(B, n)`, in every context; the cache keeps them, of some rows, or of none."""
+        states = self._rows(states)
+        sequence = SegmentSequence(
+            ids=self._rows(ids),
+            states=states,
+            sample=torch.zeros_like(states),
+            vectors={name: self._rows(values) for name, values in (vectors or {}).items()},
+            times=None if times is None else self._rows(times),
+        )
+        hidden = self.network(sequence, self.cache)
+        self.passes += 1
+        if kept:
+            _, then = coordinates_of(self.grammar, states, origin=self.cache.origin)
+            if where is None:
+                self.cache.advance(states.shape[1], then)
+            else:
+                counts = self._rows(where).long() * states.shape[1]
+                self.cache.advance(counts, then, reach=int((self.cache.filled + counts).max()))
+        return hidden
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """Repeat `(B, ...)` for every context."""
+        return torch.cat([values] * self.contexts) if self.contexts > 1 else values
+
+    # Vectors.
+
+    def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> int:
+        """Draw the vectors of a segment together, by the solver, in some rows or in all; give the state behind them."""
+        assert self.denoiser is not None, "vectors are drawn through a denoiser"
+        self._feed()
+        segment, denoiser, settings = self.layout[name], self.denoiser, self.sampler.of(name)
+        count, dim = segment.positions, segment.input_dim or 0
+        shape = (self.batch, count, dim)
+        states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
+        ids = torch.zeros_like(states)
+        island, self.islands = self.islands, self.islands + 1
+        dtype = at_least_float32(self.hidden).dtype
+
+        def normal(purpose: Purpose, step: int) -> Tensor:
+            return self.random.normal(purpose, count * dim, step).view(shape).to(dtype)
+
+        def denoise(x: Tensor, t: float) -> Estimate:
+            times = torch.full(states.shape, t, dtype=dtype, device=states.device)
+            hidden = self._pass(ids, states, vectors={name: x}, times=times, kept=False)
+            outputs = at_least_float32(self.network.predict_vectors(hidden, segment=name)).chunk(self.contexts)
+            if settings.contexts == 3:
+                output = settings.guide(outputs)
+            elif settings.contexts == 2:
+                output = denoiser.guide(outputs[0], outputs[-1], settings.guidance_scale)
+            else:
+                output = outputs[0]
+            return denoiser(output, x, t)
+
+        steps = self.sampler.solver.steps
+        drawn = self.sampler.solver(
+            denoise,
+            normal(Purpose.DIFFUSION_START, island),
+            path=denoiser.path,
+            noise=lambda step: normal(Purpose.DIFFUSION_STEP, island * steps + step),
+        )
+        valid = None if rows is None else rows[:, None].expand_as(states)
+        self.columns.append(ids, states, valid=valid, vectors={name: drawn})
+        then = self.grammar.following[state + count - 1]
+        assert then is not None, "a vector decides nothing"
+        if rows is not None or self._is_drawn(then):
+            hidden = self._pass(ids, states, vectors={name: drawn}, where=rows)[:, -1]
+            self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
+        added = count if rows is None else count * rows.long()
+        self.done, self.remaining = self.done + added, self.remaining - added
+        if rows is not None:
+            self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
+        return then
+
+
+def _stacked(prompts: Sequence[SegmentSequence], padding: int) -> SegmentSequence:
+    """Put the rows of several batches of the same samples under one another."""
+    for first, second in pairwise(prompts):
+        if len(first) != len(second):
+            raise ValueError(f"prompts of different numbers of samples, {len(first)} and {len(second)}")
+    longest = max(prompt.ids.shape[1] for prompt in prompts)
+
+    def joined(parts: Sequence[Tensor], fill: int) -> Tensor:
+        padded = []
+        for part in parts:
+            missing = part.new_full((len(part), longest - part.shape[1], *part.shape[2:]), fill)
+            padded.append(torch.cat((part, missing), dim=1))
+        return torch.cat(padded)
+
+    names = sorted({name for prompt in prompts for name in prompt.vectors})
+    dense: dict[str, Tensor] = {}
+    for name in names:
+        found = next(prompt.vectors[name] for prompt in prompts if name in prompt.vectors)
+        empty = [found.new_zeros(*prompt.ids.shape, found.shape[2]) for prompt in prompts]
+        dense[name] = joined([p.vectors.get(name, none) for p, none in zip(prompts, empty, strict=True)], 0)
+    return SegmentSequence(
+        ids=joined([prompt.ids for prompt in prompts], 0),
+        states=joined([prompt.states for prompt in prompts], padding),
+        sample=joined([prompt.sample for prompt in prompts], -1),
+        vectors=dense,
+    )

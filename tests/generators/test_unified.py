@@ -1,0 +1,296 @@
+"""Text and image in one sequence: exact likelihoods, losses by segment, both directions, and what is refused."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from helpers.random_weights import randomise
+from helpers.segment_layouts import Words
+from torch import Tensor
+from torch.nn import functional as F
+
+from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators.text_and_image import Captions
+from discrete_lit.generators.unified import Unified
+from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.tokenizers import PixelLevels, RawPixels
+
+WORDS = ("black", "white")
+BACKBONE = partial(SegmentTransformer, width=24, depth=1, heads=2, head_dim=12)
+
+
+def unified(spread: float | None = 0.4, **settings: Any) -> Unified:
+    """One row of two grey pixels of two levels, and captions of at most two words."""
+    arguments: dict[str, Any] = {
+        "tokenizer": PixelLevels(2, image_channels=1),
+        "image_size": [1, 2],
+        "text_tokenizer": Words(WORDS),
+        "text_length": 4,
+        "backbone": BACKBONE,
+        **settings,
+    }
+    generator = Unified(**arguments)
+    return (generator if spread is None else randomise(generator, spread)).double().eval()
+
+
+def continuous(**settings: Any) -> Unified:
+    return unified(tokenizer=RawPixels(1), image_size=[2, 2], **settings)
+
+
+EVERY_IMAGE = torch.tensor(list(product(range(2), repeat=2))).view(4, 1, 2)
+EVERY_TEXT = [" ".join(words) for count in range(3) for words in product(WORDS, repeat=count)]
+DISCRETE: dict[str, dict[str, Any]] = {
+    "chameleon": {"softmax_over": "vocabulary", "z_loss": 1e-5},
+    "janus": {
+        "null_text": "padding",
+        "backbone": partial(BACKBONE, own_embeddings={"image": 4}, own_heads={"image": 8}, aligner_layers=2),
+    },
+    "emu3": {"image_format": "rows", "order": "text_first", "text_tokenizer": Words((*WORDS, "1*2"))},
+    "axial": {"positions": "axial"},
+}
+
+
+@pytest.mark.parametrize("preset", DISCRETE)
+def test_probabilities_of_all_images_sum_to_one(preset: str) -> None:
+    generator = unified(**DISCRETE[preset])
+    captions = generator.captions_of(["white black"] * 4)
+    likelihood = generator.log_likelihood(EVERY_IMAGE, captions)
+    assert likelihood.kind == "exact"
+    torch.testing.assert_close(likelihood.nats.exp().sum().item(), 1.0)
+    others = generator.log_likelihood(EVERY_IMAGE, generator.captions_of(["black"] * 4)).nats
+    assert (likelihood.nats - others).abs().max() > 1e-3  # the caption is read
+
+
+@pytest.mark.parametrize("preset", ["chameleon", "janus", "axial"])
+def test_probabilities_of_all_texts_sum_to_one(preset: str) -> None:
+    generator = unified(**DISCRETE[preset])
+    captions = generator.captions_of(EVERY_TEXT)
+    nats = generator.log_likelihood(torch.tensor([[[0, 1]]]).expand(7, 1, 2), captions, of="text").nats
+    torch.testing.assert_close(nats.exp().sum().item(), 1.0)
+
+
+@pytest.mark.parametrize("preset", ["janus", "emu3"])
+def test_images_are_drawn_by_their_probabilities(preset: str) -> None:
+    generator = unified(**DISCRETE[preset])
+    expected = generator.log_likelihood(EVERY_IMAGE, generator.captions_of(["white"] * 4)).nats.exp()
+    drawn = generator.sample(generator.captions_of(["white"] * 4000))
+    found = (2 * drawn[:, 0, 0] + drawn[:, 0, 1]).bincount(minlength=4) / 4000
+    assert (found - expected).abs().sum() < 0.06
+
+
+def test_texts_are_drawn_by_their_probabilities() -> None:
+    generator = unified()
+    image = torch.tensor([[[0, 1]]])
+    captions = generator.captions_of(EVERY_TEXT)
+    expected = generator.log_likelihood(image.expand(7, 1, 2), captions, of="text").nats.exp()
+    drawn = generator.caption(image.expand(4000, 1, 2))
+    found = torch.tensor([drawn.count(text) for text in EVERY_TEXT]) / 4000
+    assert (found - expected).abs().sum() < 0.08
+
+
+def batch_of(generator: Unified, count: int = 8) -> tuple[Tensor, Captions]:
+    captions = generator.captions_of([EVERY_TEXT[number % 7] for number in range(count)])
+    if generator.patches is None:
+        return torch.randint(0, 2, (count, *generator.token_shape)), captions
+    return torch.randn(count, *generator.latent_shape, dtype=torch.float64), captions
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_what_may_vary() -> None:
+    """By the likelihoods of both parts: nats of the image's ids, and of the text's ids and its end."""
+    generator = unified(order="text_first", text_weight=0.25, image_weight=2.0)
+    images, captions = batch_of(generator)
+    loss, terms = generator.loss(images, captions)
+    nats = -generator.log_likelihood(images, captions).nats.sum()
+    torch.testing.assert_close(terms["loss_of/image"].double(), nats / 16)
+    text = terms["loss_of/text"].double()
+    # A text of two words has no choice but to end.
+    count = int((captions.lengths + (captions.lengths < 2)).sum())
+    torch.testing.assert_close(loss.double(), (0.25 * count * text + 2 * nats) / (0.25 * count + 2 * 16))
+
+
+def test_the_softmax_over_the_vocabulary_counts_what_may_not_stand_there() -> None:
+    chameleon, restricted = (unified(softmax_over=over) for over in ("vocabulary", "allowed"))
+    restricted.load_state_dict(chameleon.state_dict())
+    images, captions = batch_of(chameleon)
+    assert chameleon.loss(images, captions)[0] > restricted.loss(images, captions)[0]
+    torch.testing.assert_close(
+        chameleon.log_likelihood(images, captions).nats, restricted.log_likelihood(images, captions).nats
+    )
+
+
+def test_the_z_loss_is_the_mean_squared_log_partition() -> None:
+    plain, with_z = unified(order="text_first"), unified(order="text_first", z_loss=0.1)
+    with_z.load_state_dict(plain.state_dict())
+    images, captions = batch_of(plain)
+    sequence = plain.sequences(images, captions)
+    hidden, grammar = plain.backbone(sequence)[:, :-1], plain.grammar
+    states, follows = sequence.states[:, 1:], sequence.sample[:, 1:] >= 0
+    squares = [
+        plain.backbone.logits(hidden[follows & (grammar.set_of[states] == number)], number).logsumexp(dim=-1) ** 2
+        for number, (_, ids) in enumerate(grammar.sets)
+        if len(ids) > 1
+    ]
+    expected = torch.cat(squares).mean()
+    total, terms = with_z.loss(images, captions)
+    torch.testing.assert_close(terms["z_loss"], expected)
+    torch.testing.assert_close(total, plain.loss(images, captions)[0] + 0.1 * expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [*(partial(unified, **settings) for settings in DISCRETE.values()), continuous],
+    ids=[*DISCRETE, "transfusion"],
+)
+def test_packing_changes_no_loss(make: Callable[..., Unified]) -> None:
+    alone, packed = make(), make(packed_length=40)
+    packed.load_state_dict(alone.state_dict())
+    images, captions = batch_of(alone)
+    dropped = torch.arange(8) % 3 == 0
+    alone.train(), packed.train()
+    (expected, terms), (found, others) = (each.loss(images, captions, dropped=dropped) for each in (alone, packed))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(others, terms)
+
+
+def test_the_caption_of_a_dropped_sample_is_neither_read_nor_scored() -> None:
+    generator = unified(order="text_first")
+    images, captions = batch_of(generator, 4)
+    other = Captions(captions.ids.flip(0), captions.lengths.flip(0))
+    everywhere = torch.ones(4, dtype=torch.bool)
+    losses = [
+        generator.segment_losses(images, each, CounterRandom(0, torch.arange(4)), dropped=everywhere)
+        for each in (captions, other)
+    ]
+    torch.testing.assert_close(losses[0]["image"].values, losses[1]["image"].values)
+    assert len(losses[0]["text"].values) == 0
+
+
+def test_the_flow_loss_is_the_error_of_the_velocity() -> None:
+    """Transfusion: noisy latents are an island, its error beside the cross-entropy of the text."""
+    generator = continuous(order="text_first", image_weight=5.0)
+    latents, captions = batch_of(generator)
+    random = CounterRandom(3, torch.arange(8))
+    losses = generator.segment_losses(latents, captions, random)
+    from discrete_lit.core.random import Purpose
+
+    t = random.uniform(Purpose.DIFFUSION_TIME, 1)[:, 0]
+    noise = random.normal(Purpose.DIFFUSION_NOISE, 4).view_as(latents)
+    noisy = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * noise
+    sequence = generator.sequences(noisy, captions, times=t)
+    inside = generator.grammar.is_vector[sequence.states]
+    output = generator.backbone.predict_vectors(generator.backbone(sequence)[inside], segment="image").view(8, -1)
+    expected = F.mse_loss(output, (noise - latents).flatten(1), reduction="none").mean(dim=1)
+    torch.testing.assert_close(losses["image"].values.double(), expected, rtol=1e-5, atol=1e-6)
+    loss, terms = generator.loss(latents, captions, random)
+    torch.testing.assert_close(loss, (terms["loss_of/text"] + 5 * terms["loss_of/image"]).to(loss.dtype))
+
+
+def test_latents_in_front_of_their_caption_are_not_very_noisy() -> None:
+    generator = continuous(image_first=1.0, caption_noise=0.25)
+    latents, _ = batch_of(generator, 64)
+    flow = generator._noised(latents, torch.ones(64, dtype=torch.bool), CounterRandom(0, torch.arange(64)))
+    assert 0.2 < flow.t.max() <= 0.25
+
+
+@pytest.mark.parametrize(
+    "make, steps",
+    [pytest.param(unified, 100, id="ids"), pytest.param(continuous, 400, id="latents", marks=pytest.mark.slow)],
+)
+def test_both_directions_are_learned_by_one_model(make: Callable[..., Unified], steps: int) -> None:
+    """A caption names the left and the right half of its image: images of captions, and captions of images."""
+    generator = make(spread=None, backbone=partial(SegmentTransformer, width=32, depth=2, heads=2)).float().train()
+    optimizer = torch.optim.AdamW(generator.backbone.parameters(), lr=5e-3)
+    for step in range(steps):
+        bright = torch.rand(32, 2) < 0.5
+        texts = [f"{WORDS[left]} {WORDS[right]}" for left, right in bright.long().tolist()]
+        pixels = bright[:, None].expand(32, 1 if generator.patches is None else 2, 2)
+        data = pixels.long() if generator.patches is None else 2 * pixels[:, None].float() - 1
+        random = CounterRandom(0, 32 * step + torch.arange(32))
+        optimizer.zero_grad()
+        generator.loss(data, generator.captions_of(texts), random)[0].backward()
+        optimizer.step()
+    generator.eval()
+    texts = ["black black", "black white", "white black", "white white"]
+    drawn = generator.sample(generator.captions_of(texts))
+    bright = drawn[:, 0] > 0 if generator.patches is None else drawn[:, 0, 0] > 0
+    assert bright.tolist() == [[False, False], [False, True], [True, False], [True, True]]
+    assert generator.caption(drawn) == texts
+
+
+def test_guidance_reads_the_null_caption() -> None:
+    generator = unified()
+    texts = generator.captions_of(["white"] * 3)
+    sampler = SegmentSampler({"image": DrawSettings(guidance_scale=0.0)})
+    unconditional = generator.sample(generator.captions_of([""] * 3))
+    assert torch.equal(generator.sample(texts, sampler), unconditional)
+    padded = unified(null_text="padding")
+    assert padded.null_captions(texts).ids.eq(0).all() and torch.equal(
+        padded.null_captions(texts).lengths, texts.lengths
+    )
+
+
+# --- Bad input ---
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"order": "image_first"}, "order must be one of both, text_first"),
+        ({"text_length": 2}, "leaves no room for a text"),
+        ({"image_first": 1.5}, "must lie in"),
+        ({"packed_length": 5}, "shorter than the longest sample, of 8 elements"),
+        ({"patch_size": 2}, "is of latents"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unified(**settings)
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        ({"tokens": EVERY_IMAGE}, 'and no "caption"'),
+        ({"tokens": EVERY_IMAGE, "caption": ["black"]}, "4 images and 1 captions"),
+        ({"tokens": EVERY_IMAGE, "caption": torch.ones(4, 2).long()}, 'give "caption_length"'),
+        ({"tokens": EVERY_IMAGE, "caption": ["black " * 4] * 4}, "6 ids, the length is 4"),
+        (
+            {"tokens": EVERY_IMAGE, "caption": torch.full((4, 5), 3), "caption_length": torch.full((4,), 5)},
+            "a caption has 7 ids with its begin and end, its segment holds 4",
+        ),
+        (
+            {"tokens": EVERY_IMAGE, "caption": torch.full((4, 2), 5), "caption_length": torch.full((4,), 2)},
+            "caption 0 has the id 5 inside, .*images have ids of their own",
+        ),
+        ({"caption": ["black"] * 4, "label": torch.zeros(4)}, 'needs "image" or "tokens"'),
+        ({"tokens": EVERY_IMAGE.float(), "caption": ["black"] * 4}, "models ids"),
+        ({"tokens": EVERY_IMAGE.view(4, 2, 1), "caption": ["black"] * 4}, r"models ids \(1, 2\)"),
+    ],
+)
+def test_batches_that_do_not_fit_are_refused(batch: dict[str, Any], message: str) -> None:
+    generator, random = unified(), CounterRandom(0, torch.arange(4))
+    with pytest.raises(ValueError, match=message):
+        generator.data_of(batch, random)
+        generator.condition_of(batch, random)
+
+
+def test_what_was_not_learned_is_not_drawn() -> None:
+    guided = SegmentSampler({"image": DrawSettings(guidance_scale=2), "text": DrawSettings(guidance_scale=2)})
+    generator = unified(label_dropout=0.0)
+    with pytest.raises(ValueError, match="learned to do without captions"):
+        generator.sample(generator.captions_of(["black"]), guided)
+    with pytest.raises(ValueError, match="drawn without guidance"):
+        generator.caption(EVERY_IMAGE, guided)
+    with pytest.raises(ValueError, match="order='both'"):
+        unified(order="text_first").caption(EVERY_IMAGE)
+    with pytest.raises(ValueError, match="given beside the text"):
+        unified().sample(
+            generator.captions_of(["black"]), SegmentSampler({"image": DrawSettings(image_guidance_scale=2)})
+        )
+    with pytest.raises(ValueError, match="of='image'"):
+        latents, captions = batch_of(continuous())
+        continuous().log_likelihood(latents, captions)
