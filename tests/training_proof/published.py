@@ -106,6 +106,15 @@ _UNRELEASED = Published(
     average=NOT_PUBLISHED,
     weights=NOT_PUBLISHED,
 )
+# Released, and held against our loss and gradient alone.
+_NOT_READ = Published(
+    golden=NOT_COMPARED,
+    schedule=NOT_COMPARED,
+    decays=NOT_COMPARED,
+    crop=NOT_COMPARED,
+    average=NOT_COMPARED,
+    weights=NOT_COMPARED,
+)
 
 _TAMING_VQGAN = Published(
     golden=Golden(family="taming_vqgan", losses=("emb_loss",), gradients=4),
@@ -287,15 +296,7 @@ PUBLISHED: dict[str, Published] = {
         },
     ),
     "tokenizers/vit_vqgan_*": _UNRELEASED,
-    "generators/bar_b_*": replace(
-        _UNRELEASED,
-        golden=Golden(family="bar", gradients=5),
-        schedule=NOT_COMPARED,
-        decays=NOT_COMPARED,
-        crop=NOT_COMPARED,
-        average=NOT_COMPARED,
-        weights=NOT_COMPARED,
-    ),
+    "generators/bar_b_*": replace(_NOT_READ, golden=Golden(family="bar", gradients=5)),
     "generators/bitdance_b_4x_*": replace(
         _BITDANCE_B, golden=Golden(family="bitdance_parallel", losses=("loss", "loss_eval"), gradients=8)
     ),
@@ -395,6 +396,22 @@ PUBLISHED: dict[str, Published] = {
         crop=TEN,
         average=None,
         weights=initial.BERT,
+    ),
+    "generators/rq_transformer_*": replace(
+        _NOT_READ,
+        golden=Golden(family="rq_transformer", losses=("loss", "loss_soft"), gradients=6),
+        rate=5e-4,
+        schedule=laws.cosine(0, 62_558),
+        clip=1.0,
+        crop=_MIRRORED,
+        average=None,
+    ),
+    "generators/vq_diffusion_*": replace(_NOT_READ, golden=Golden(family="vq_diffusion", gradients=3)),
+    "generators/gidd_text8": replace(
+        _NOT_READ,
+        golden=Golden(family="gidd", losses=("loss_dynamic", "loss_clip", "loss_none"), gradients=4),
+        crop=TEXT,
+        average=NOT_COMPARED,
     ),
     "generators/sedd_uniform": replace(_SEDD, golden=Golden(family="sedd_uniform")),
     "generators/sedd_*": _SEDD,
