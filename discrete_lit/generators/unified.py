@@ -30,11 +30,12 @@ from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.text_and_image import Captions, read_captions, text_and_image_layout
+from discrete_lit.generators.text_and_image import CaptionIds, read_captions, text_and_image_layout
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import evaluation_stage
 from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
+from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
 
@@ -64,7 +65,7 @@ class Unified(ClassConditionalTraining):
     Args:
         tokenizer: frozen here; of ids, or a continuous one.
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
-        text_tokenizer: with `encode`, `decode`, `vocab_size`, `pad_id`, `begin_id` and `end_id`.
+        text_tokenizer: makes ids of captions; a checkpoint carries it.
         text_length: the most ids of a caption, its begin and end among them.
         backbone: called with the layout.
         order: `"both"`: the caption first, or the image, as each sample has it, so that each is drawn given the other;
@@ -106,7 +107,7 @@ class Unified(ClassConditionalTraining):
         tokenizer: Tokenizer | ContinuousTokenizer,
         image_size: ImageSize,
         *,
-        text_tokenizer: nn.Module,
+        text_tokenizer: TextTokenizer,
         text_length: int,
         backbone: Callable[[SegmentLayout], SegmentTransformer],
         order: Literal["both", "text_first"] = "both",
@@ -129,6 +130,8 @@ class Unified(ClassConditionalTraining):
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if self.text_encoder is not None:
+            raise ValueError("text_encoder makes vectors to attend to; this generator reads captions as ids")
         _check_settings(
             {"order": order, "image_format": image_format, "softmax_over": softmax_over, "null_text": null_text},
             text_length=text_length,
@@ -136,7 +139,7 @@ class Unified(ClassConditionalTraining):
             caption_noise=caption_noise,
             z_loss=z_loss,
         )
-        self.text: Any = text_tokenizer
+        self.text = text_tokenizer
         if self.text.begin_id is None or self.text.end_id is None:
             raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
         self.tokenizer = freeze(tokenizer)
@@ -215,7 +218,7 @@ class Unified(ClassConditionalTraining):
                 f"{self.image_size}"
             )
 
-    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Captions:
+    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> CaptionIds:
         """Return the captions of a batch.
 
         Raises:
@@ -235,7 +238,7 @@ class Unified(ClassConditionalTraining):
             raise ValueError(f"a batch has {len(rows)} images and {len(captions)} captions")
         return captions
 
-    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> Captions:
+    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> CaptionIds:
         """Encode texts, or take the begin and end of the text tokenizer off ids `(B, L)` that it made.
 
         Raises:
@@ -248,7 +251,7 @@ class Unified(ClassConditionalTraining):
     def sequences(
         self,
         data: Tensor | None,
-        captions: Captions | None,
+        captions: CaptionIds | None,
         *,
         image_first: Tensor | None = None,
         times: Tensor | None = None,
@@ -281,23 +284,23 @@ class Unified(ClassConditionalTraining):
         parts = [before, *([] if text is None else [text]), behind]
         return assemble(self.grammar, parts, closed=closed, begun=begun)
 
-    def null_captions(self, captions: Captions) -> Captions:
+    def null_captions(self, captions: CaptionIds) -> CaptionIds:
         """Give what stands for no caption: an empty one, or padding of its length."""
         if self.null_text == "empty":
             return captions.without(torch.ones_like(captions.lengths, dtype=torch.bool))
-        return Captions(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
+        return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
 
-    def _dropped(self, captions: Captions, where: Tensor) -> Captions:
+    def _dropped(self, captions: CaptionIds, where: Tensor) -> CaptionIds:
         null = self.null_captions(captions)
         ids = torch.where(where[:, None], null.ids, captions.ids)
-        return Captions(ids, torch.where(where, null.lengths, captions.lengths))
+        return CaptionIds(ids, torch.where(where, null.lengths, captions.lengths))
 
     # The loss.
 
     def loss(
         self,
         data: Tensor,
-        condition: Captions,
+        condition: CaptionIds,
         random: CounterRandom | None = None,
         *,
         dropped: Tensor | None = None,
@@ -336,7 +339,7 @@ class Unified(ClassConditionalTraining):
         return total, terms
 
     def segment_losses(
-        self, data: Tensor, captions: Captions, random: CounterRandom, *, dropped: Tensor | None = None
+        self, data: Tensor, captions: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None
     ) -> dict[str, SegmentLosses]:
         """Cost the prediction of a batch, by segment; arguments as of `loss`."""
         count, device = len(data), data.device
@@ -452,7 +455,7 @@ class Unified(ClassConditionalTraining):
     # Validation.
 
     def validation_losses(
-        self, data: Tensor, condition: Captions, random: CounterRandom
+        self, data: Tensor, condition: CaptionIds, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = self.segment_losses(data, condition, random)
         values, weights = (torch.cat([each[number] for each in losses.values()]) for number in (0, 1))
@@ -472,7 +475,7 @@ class Unified(ClassConditionalTraining):
             total, weight = mean.compute()  # type: ignore[operator]
             mean.reset()  # type: ignore[operator]
             if float(weight) > 0:
-                sums[name] = total[0], weight[0]
+                sums[name] = total.sum(), weight.sum()
         apart = {"image"} if self.patches is not None else set()
         ids = [each for name, each in sums.items() if name not in apart]
         loss = torch.stack([total for total, _ in ids]).sum() / torch.stack([weight for _, weight in ids]).sum()
@@ -486,7 +489,9 @@ class Unified(ClassConditionalTraining):
 
     @torch.no_grad()
     @in_evaluation
-    def log_likelihood(self, data: Tensor, captions: Captions, *, of: Literal["image", "text"] = "image") -> Likelihood:
+    def log_likelihood(
+        self, data: Tensor, captions: CaptionIds, *, of: Literal["image", "text"] = "image"
+    ) -> Likelihood:
         """Give log p of the ids of the images given the captions, or of the captions given the images, exact.
 
         It is of the law that `sample` and `caption` draw from without filters and guidance.
@@ -523,7 +528,7 @@ class Unified(ClassConditionalTraining):
     @torch.no_grad()
     def sample(
         self,
-        condition: Captions,
+        condition: CaptionIds,
         sampler: SegmentSampler | None = None,
         *,
         seed: int = 0,
@@ -547,7 +552,9 @@ class Unified(ClassConditionalTraining):
             indices = torch.arange(len(condition), device=condition.ids.device)
         return self.images_of(self.draw(condition, CounterRandom(seed, indices), sampler).sequence)
 
-    def draw(self, condition: Captions, random: CounterRandom, sampler: SegmentSampler | None = None) -> SegmentOutput:
+    def draw(
+        self, condition: CaptionIds, random: CounterRandom, sampler: SegmentSampler | None = None
+    ) -> SegmentOutput:
         """Draw images as `sample` does, and report what it cost; `images_of` takes them out."""
         sampler = sampler or self.sampler
         contexts = sampler.contexts(("image",))
@@ -615,6 +622,11 @@ class Unified(ClassConditionalTraining):
         random = self.random_of(batch, batch_idx)
         captions = self.condition_of(batch, random)
         return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe both tokenizers in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["text_tokenizer_config"] = self.text.config()
 
     def trained_networks(self) -> Iterable[Any]:
         return (self.backbone,)

@@ -26,7 +26,7 @@ from discrete_lit.samplers.guidance import guide, guide_twice
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """How the ids, or the vectors, of a segment are drawn.
+    """The settings by which the ids, or the vectors, of a segment are drawn.
 
     Attributes:
         temperature: divides the guided log-probabilities, > 0.
@@ -56,7 +56,7 @@ class DrawSettings:
 
     @property
     def contexts(self) -> int:
-        """What the network is asked given: everything; nothing too, for guidance; and the image alone."""
+        """The number of contexts that the network is asked given: everything; nothing too; and the image alone."""
         if self.image_guidance_scale is not None:
             return 3
         return 1 if self.guidance_scale == 1 else 2
@@ -73,7 +73,7 @@ class DrawSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOutput:
-    """What was drawn behind the prompts, and what it cost."""
+    """The elements that were drawn behind the prompts, and what they cost."""
 
     sequence: SegmentSequence
     """The drawn elements of each sample, with what stands around them."""
