@@ -118,7 +118,12 @@ def text_and_image_layout(
         attention: among an image's vectors.
         positions: as of `SegmentLayout`.
         text_weight, image_weight: of each in the loss.
+
+    Raises:
+        ValueError: a text tokenizer without begin and end.
     """
+    if text.begin_id is None or text.end_id is None:
+        raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
     words = text.vocab_size
     special = {text.pad_id, text.begin_id, text.end_id}
     caption = Segment(

@@ -50,6 +50,9 @@ class SegmentLosses(NamedTuple):
     """The logarithm of the sum of exponentials of each id's logits; None of vectors."""
 
 
+_LEAST_WEIGHT = 1e-9
+
+
 @loadable
 class Unified(ClassConditionalTraining):
     """Model the sequence of a caption and an image, or of an image and its caption, one element after another.
@@ -140,8 +143,6 @@ class Unified(ClassConditionalTraining):
             z_loss=z_loss,
         )
         self.text = text_tokenizer
-        if self.text.begin_id is None or self.text.end_id is None:
-            raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
         self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.order, self.image_first = order, image_first if order == "both" else 0.0
@@ -323,12 +324,14 @@ class Unified(ClassConditionalTraining):
         losses = self.segment_losses(data, condition, random, dropped=dropped)
         total, terms = data.new_zeros((), dtype=torch.float32), {}
         ids = {name: each for name, each in losses.items() if each.log_partition is not None}
-        weight = all_reduce_sum(sum(each.weights.sum() for each in ids.values())) / world_size()
+        weight = all_reduce_sum(torch.stack([each.weights.sum() for each in ids.values()]).sum()) / world_size()
         self.loss_weight = weight
+        # Where all captions are dropped beside latents, no id is predicted.
+        weight = weight.clamp(min=_LEAST_WEIGHT)
         for name, each in losses.items():
-            mean_weight = all_reduce_sum(each.weights.sum()) / world_size()
+            mean_weight = (all_reduce_sum(each.weights.sum()) / world_size()).clamp(min=_LEAST_WEIGHT)
             summed = (each.values * each.weights).sum()
-            terms[f"loss_of/{name}"] = summed.detach() / mean_weight.clamp(min=1e-9)
+            terms[f"loss_of/{name}"] = summed.detach() / mean_weight
             total = total + (summed / weight if name in ids else self.image_weight * summed / mean_weight)
         if self.z_loss:
             squares = [
@@ -426,10 +429,10 @@ class Unified(ClassConditionalTraining):
             parts.setdefault(segment.name, []).append((values, weights, partition))
             if owners is not None:
                 owners.append((segment.name, owner))
-        return {
-            name: SegmentLosses(*(torch.cat(each) for each in zip(*of_segment, strict=True)))
-            for name, of_segment in parts.items()
+        joined = {
+            name: [torch.cat(each) for each in zip(*of_segment, strict=True)] for name, of_segment in parts.items()
         }
+        return {name: SegmentLosses(*three) for name, three in joined.items()}
 
     def _noised(self, data: Tensor, image_first: Tensor, random: CounterRandom) -> "_Flow":
         assert self.patches is not None
@@ -458,7 +461,8 @@ class Unified(ClassConditionalTraining):
         self, data: Tensor, condition: CaptionIds, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = self.segment_losses(data, condition, random)
-        values, weights = (torch.cat([each[number] for each in losses.values()]) for number in (0, 1))
+        values = torch.cat([each.values for each in losses.values()])
+        weights = torch.cat([each.weights for each in losses.values()])
         return values, weights, torch.zeros_like(values)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

@@ -194,6 +194,14 @@ def test_the_flow_loss_is_the_error_of_the_velocity() -> None:
     torch.testing.assert_close(loss, (terms["loss_of/text"] + 5 * terms["loss_of/image"]).to(loss.dtype))
 
 
+def test_a_batch_of_dropped_captions_trains_the_latents_alone() -> None:
+    generator = continuous(order="text_first", image_weight=5.0)
+    latents, captions = batch_of(generator)
+    loss, terms = generator.loss(latents, captions, dropped=torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(loss, 5 * terms["loss_of/image"].to(loss.dtype))
+    assert terms["loss_of/text"] == 0
+
+
 def test_latents_in_front_of_their_caption_are_not_very_noisy() -> None:
     generator = continuous(image_first=1.0, caption_noise=0.25)
     latents, _ = batch_of(generator, 64)
