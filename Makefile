@@ -16,10 +16,10 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison drawn test test-slow lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 setup: .venv/installed ## make .venv and install the project with everything for its checks
 
@@ -188,9 +188,19 @@ comparison: ## train all families of generators on one backbone, with three seed
 	@echo
 	@cat $(COMPARED)/report.md
 
-DRAWN := $(foreach seed,$(COMPARED_SEEDS),$(patsubst %,$(COMPARED)/seed_$(seed)/%/samples.npz,$(FAMILIES) $(SAMPLERS:%=masked_%)))
+DRAWN := $(foreach seed,$(COMPARED_SEEDS),$(FAMILIES:%=$(COMPARED)/seed_$(seed)/%/samples.npz))
 
 drawn: $(DRAWN) $(CLASSIFIERS)
+
+comparison-samplers: ## draw from its masked generators by four samplers, and compare these
+	$(MAKE) --jobs 2 drawn-otherwise OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(MAKE) $(COMPARED)/samplers/report.md OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	@echo
+	@cat $(COMPARED)/samplers/report.md
+
+DRAWN_OTHERWISE := $(foreach seed,$(COMPARED_SEEDS),$(patsubst %,$(COMPARED)/seed_$(seed)/%/samples.npz,masked $(SAMPLERS:%=masked_%)))
+
+drawn-otherwise: $(DRAWN_OTHERWISE) $(CLASSIFIERS)
 
 # $(1) is the seed: of the first weights, of the order of the data, of the noise that a generator trains on, of samples.
 define compared
@@ -229,6 +239,9 @@ $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.js
 
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml --devices 2
+
+$(COMPARED)/samplers/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN_OTHERWISE)
+	$(LIT) evaluate --config $(CONFIGS)/comparison_samplers.yaml --devices 2
 
 # A pipeline: shards, classifiers, tokenizers, their tokens, generators on these, samples. $(1) is the folder of its
 # runs, which its recipes name too, and $(2) that of its recipes.

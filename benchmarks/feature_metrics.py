@@ -18,6 +18,8 @@ against a reference that an earlier evaluation kept; beside it the features alon
 
 `callback`: `ImageDistance` behind a training step of a masked generator, with precision and recall; beside it drawing,
 decoding and extracting alone.
+
+The table at the end has every figure beside its target. All parts take about five minutes on two cores.
 """
 
 import argparse
@@ -30,7 +32,8 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -75,6 +78,30 @@ BATCH = 16
 SIZE = 64
 """Pixels of the images of whole evaluations; the extractor resizes them."""
 PARTS = ("distance", "measures", "evaluation", "ranks", "callback")
+
+
+class Figure(NamedTuple):
+    """A figure beside its target."""
+
+    name: str
+    value: str
+    target: str
+    met: bool
+
+
+def at_least(name: str, numerator: list[Seconds], denominator: list[Seconds], target: float) -> Figure:
+    """How many times as long the numerator takes, by the wall clock: the median of the rounds."""
+    value = median_ratio(numerator, denominator)
+    return Figure(name, f"{value:.2f}x", f"at least {target:g}x", value >= target)
+
+
+def at_most(name: str, numerator: list[Seconds], denominator: list[Seconds], target: float) -> Figure:
+    value = median_ratio(numerator, denominator)
+    return Figure(name, f"{value:.3f}x", f"at most {target:g}x", value <= target)
+
+
+def median_ratio(numerator: list[Seconds], denominator: list[Seconds]) -> float:
+    return median(above.wall / below.wall for above, below in zip(numerator, denominator, strict=True))
 
 
 def features(count: int, width: int, seed: int) -> Tensor:
@@ -122,7 +149,7 @@ def of_scipy(first: Moments, second: Moments) -> float:
     return float((first.mean - second.mean).square().sum()) + float(traces)
 
 
-def measure_distance(width: int, rounds: int) -> None:
+def measure_distance(width: int, rounds: int) -> list[Figure]:
     samples, reference = features(5000, width, 0), features(5000, width, 1)
     compute, *moments = ours(samples, reference)
     arms = {"ours": compute, "torchmetrics": of_torchmetrics(samples, reference)}
@@ -134,6 +161,15 @@ def measure_distance(width: int, rounds: int) -> None:
     exact = of_scipy(*moments)
     error = abs(compute() - exact) / exact
     print(f"  ours {compute():.9f}, SciPy {exact:.9f}: relative difference {error:.1e}; target {ERROR_TARGET:.0e}")
+    return [
+        at_least("torchmetrics' compute() / ours", taken["torchmetrics"], taken["ours"], SPEED_TARGET),
+        Figure(
+            "relative difference from SciPy in float64",
+            f"{error:.0e}",
+            f"at most {ERROR_TARGET:.0e}",
+            error <= ERROR_TARGET,
+        ),
+    ]
 
 
 def measure_few(width: int) -> None:
@@ -172,7 +208,7 @@ def every_measure(extractor: FeatureExtractor) -> ImageMetrics:
     return ImageMetrics(extractor, made)
 
 
-def measure_added(extractor: FeatureExtractor, size: int, rounds: int) -> None:
+def measure_added(extractor: FeatureExtractor, size: int, rounds: int) -> list[Figure]:
     images = torch.randint(256, (BATCH, 3, size, size), dtype=torch.uint8)
     measures = every_measure(extractor)
     parts = tuple(measures.collections)
@@ -192,6 +228,8 @@ def measure_added(extractor: FeatureExtractor, size: int, rounds: int) -> None:
     for name, times in taken.items():
         print(f"  {name:24s} {milliseconds(times)}")
     print(f"  measures / features: {ratio(taken['measures'], taken['features'], f'at most {ADDED_TARGET}')}")
+    name = f"updates of all measures / features of {extractor.name}"
+    return [at_most(name, taken["measures"], taken["features"], ADDED_TARGET)]
 
 
 def quietly(run: Callable[[], object]) -> None:
@@ -206,7 +244,7 @@ def write_images(path: Path, count: int, seed: int) -> str:
     return str(path)
 
 
-def measure_evaluation(folder: str, count: int, rounds: int) -> None:
+def measure_evaluation(folder: str, count: int, rounds: int) -> list[Figure]:
     samples, reference = (write_images(Path(folder) / f"{seed}.npz", count, seed) for seed in (0, 1))
     extractor = EfficientNetLite0()
     images = torch.from_numpy(np.load(samples)["arr_0"]).movedim(-1, 1).contiguous()
@@ -225,6 +263,8 @@ def measure_evaluation(folder: str, count: int, rounds: int) -> None:
     for name, times in taken.items():
         print(f"  {name:24s} {milliseconds(times)}")
     print(f"  evaluation / features: {ratio(taken['evaluation'], taken['features'], f'at most {1 + ADDED_TARGET}')}")
+    name = f"evaluation of {count:,} images / their features"
+    return [at_most(name, taken["evaluation"], taken["features"], 1 + ADDED_TARGET)]
 
 
 def measure_share(rank: int, ranks: int, samples: str, address: str, results: Any) -> None:
@@ -244,7 +284,7 @@ def measure_share(rank: int, ranks: int, samples: str, address: str, results: An
     dist.destroy_process_group()
 
 
-def measure_ranks(folder: str, count: int, rounds: int) -> None:
+def measure_ranks(folder: str, count: int, rounds: int) -> list[Figure]:
     samples = write_images(Path(folder) / "ranks.npz", count, 2)
     context = multiprocessing.get_context("spawn")
     taken: dict[int, list[Seconds]] = {1: [], 2: []}
@@ -264,6 +304,7 @@ def measure_ranks(folder: str, count: int, rounds: int) -> None:
     for ranks, times in taken.items():
         print(f"  {ranks} ranks                  {milliseconds(times)}")
     print(f"  1 rank / 2 ranks: {ratio(taken[1], taken[2], f'at least {RANKS_TARGET}')}")
+    return [at_least("1 rank / 2 ranks of one thread each", taken[1], taken[2], RANKS_TARGET)]
 
 
 class TimedDistance(ImageDistance):
@@ -288,7 +329,7 @@ class TimedDistance(ImageDistance):
         self.parts.append(since(start))
 
 
-def measure_callback(folder: str, count: int, rounds: int) -> None:
+def measure_callback(folder: str, count: int, rounds: int) -> list[Figure]:
     torch.manual_seed(0)
     tokenizer = FSQ(partial(ConvAutoencoder, channels=32, multipliers=(1, 2, 2), blocks=1, attention=False), [8, 8, 8])
     backbone = partial(Transformer, width=128, depth=4, heads=4)
@@ -313,6 +354,7 @@ def measure_callback(folder: str, count: int, rounds: int) -> None:
     print(f"\nImageDistance of {count:,} samples, {torch.get_num_threads()} threads, {rounds} rounds")
     print(f"  callback                 {milliseconds(taken)}\n  draw, decode, extract    {milliseconds(parts)}")
     print(f"  callback / draw, decode, extract: {ratio(taken, parts, f'at most {1 + ADDED_TARGET}')}")
+    return [at_most(f"ImageDistance of {count:,} / draw, decode, extract", taken, parts, 1 + ADDED_TARGET)]
 
 
 def main() -> None:
@@ -326,19 +368,23 @@ def main() -> None:
         parser.error("--rounds must be at least 2")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    found: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder:
         if "distance" in options.parts:
-            measure_distance(options.width, options.rounds)
+            found += measure_distance(options.width, options.rounds)
             measure_few(options.width // 4)
         if "measures" in options.parts:
-            measure_added(EfficientNetLite0(), 224, options.rounds)
-            measure_added(random_inception(folder), 256, options.rounds)
+            found += measure_added(EfficientNetLite0(), 224, options.rounds)
+            found += measure_added(random_inception(folder), 256, options.rounds)
         if "evaluation" in options.parts:
-            measure_evaluation(folder, options.images, options.rounds)
+            found += measure_evaluation(folder, options.images, options.rounds)
         if "ranks" in options.parts:
-            measure_ranks(folder, options.images, options.rounds)
+            found += measure_ranks(folder, options.images, options.rounds)
         if "callback" in options.parts:
-            measure_callback(folder, options.images, options.rounds)
+            found += measure_callback(folder, options.images, options.rounds)
+    print("\n| figure | measured | target | met |\n|:--|--:|--:|:--|")
+    for figure in found:
+        print(f"| {figure.name} | {figure.value} | {figure.target} | {'yes' if figure.met else 'NO'} |")
 
 
 if __name__ == "__main__":

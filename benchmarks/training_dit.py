@@ -9,20 +9,15 @@ arms take turns, and their ratio by processor time is the one that other program
 `diffusers` has an embedding of time and class of its own, as that model is made; `--shared` lets all use the first's,
 as DiT's authors do, so that both networks have the same weights.
 
-The peak memory of a step is measured above the weights, the optimizer's state among them: the median of three processes
-for each arm. Beside it stand the bytes that autograd keeps for the backward pass, counted once for each storage, which
-no allocator blurs.
-
-Measured on 28 November 2026, 1 thread on one of 2 cores of an AMD EPYC with avx512_bf16 that had much other work, so by
-processor time: `--rounds 4 --peaks 0 --precision 32-true --batch 2` 1.107 times as fast as `diffusers`, and 366 MB kept
-for the backward pass by either. Peaks and bf16 were not measured.
+The peak memory of a step is what torch's allocator gave at most, counted allocation by allocation, beside the weights
+and the optimizer's state. Beside it stand the bytes that autograd keeps for the backward pass, once for each storage.
 """
 
 import argparse
 from statistics import median
 
 import torch
-from side_by_side.memory import in_own_process, peak_of, saved_bytes
+from side_by_side.memory import allocated_peak, saved_bytes
 from side_by_side.peers import diffusers_dit
 from side_by_side.published_shapes import autocast, dit_shape
 from side_by_side.timing import alternate, milliseconds, ratio
@@ -65,14 +60,6 @@ class TrainingStep:
         return float(loss.detach())
 
 
-def step_memory(arm: str, batch: int, precision: str, device: str, shared: bool) -> int:
-    """Bytes held at most during a second step above what was held before it."""
-    step = TrainingStep(arm, batch, precision, torch.device(device), shared=shared)
-    step()
-    step.optimizer.zero_grad()
-    return peak_of(step)
-
-
 def measure(options: argparse.Namespace, precision: str) -> None:
     device, batch, shared = torch.device(options.device), options.batch, options.shared
     arms = {arm: TrainingStep(arm, batch, precision, device, shared=shared) for arm in ("ours", "diffusers")}
@@ -81,12 +68,12 @@ def measure(options: argparse.Namespace, precision: str) -> None:
     for arm, step in arms.items():
         speed = batch / median(time.wall for time in taken[arm])
         kept = saved_bytes(step.loss, step.network)
-        peaks = [in_own_process(step_memory, arm, batch, precision, str(device), shared) for _ in range(options.peaks)]
-        memory = f", {median(peaks) / 2**20:.0f} MB at most" if peaks else ""
+        step.optimizer.zero_grad()
+        peak = allocated_peak(step)
         count = sum(parameter.numel() for parameter in step.network.parameters())
         print(
             f"  {arm:10s} {milliseconds(taken[arm])}, {speed:6.2f} images/s, {count:,} parameters, "
-            f"{kept / 2**20:.0f} MB kept for the backward pass{memory}"
+            f"{kept / 2**20:.1f} MB kept for the backward pass, {peak / 2**20:.1f} MB at most"
         )
     print(f"  diffusers / ours {ratio(taken['diffusers'], taken['ours'], 'at least 1.1')}; memory no higher")
 
@@ -96,7 +83,6 @@ def main() -> None:
     parser.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="both if left out")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peaks", type=int, default=3, help="processes that measure each arm's peak; 0 measures none")
     parser.add_argument("--shared", action="store_true", help="one embedding of time and class for all of their blocks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()

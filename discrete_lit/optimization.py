@@ -32,8 +32,15 @@ _DECAYED = (
 )
 
 
-WeightDecayRule = Literal["linear", "linear_and_classes", "rar", "matrices", "all"]
+WeightDecayRule = Literal["linear", "linear_and_classes", "rar", "matrices", "mar", "bitdance", "all"]
 """Which parameters weight decay acts on; see `decayed_parameters`."""
+
+# Rules by the number of dimensions, and the parts of names that do not decay.
+_MATRICES_BUT: dict[str, tuple[str, ...]] = {
+    "matrices": (),
+    "mar": (".head.network.",),
+    "bitdance": (".token_embedding.", ".class_embedding.", ".queries"),
+}
 
 
 def configure_optimizers(
@@ -111,6 +118,9 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
     - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
       the "ln" that its norms are told by.
     - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
+    - `"mar"`: as `"matrices"`, with the vector of masked positions, which is one of three dimensions in MAR's code, but
+      without a diffusion head (MAR, xAR, TokenBridge).
+    - `"bitdance"`: as `"matrices"`, without the embeddings of tokens and classes and the queries of a block (BitDance).
     - `"all"`: every parameter (MaskBit, Halton-MaskGIT).
 
     Args:
@@ -125,8 +135,15 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
     """
     if rule not in get_args(WeightDecayRule):
         raise ValueError(f"weight_decay_rule={rule!r} is not known, accepted: {', '.join(get_args(WeightDecayRule))}")
-    if rule in ("matrices", "all"):
-        return {id(parameter) for parameter in module.parameters() if rule == "all" or parameter.ndim >= 2}
+    if rule == "all":
+        return {id(parameter) for parameter in module.parameters()}
+    if rule in _MATRICES_BUT:
+        return {
+            id(parameter)
+            for name, parameter in module.named_parameters()
+            if (parameter.ndim >= 2 or (rule == "mar" and name.endswith("mask_vector")))
+            and not any(part in f".{name}" for part in _MATRICES_BUT[rule])
+        }
     decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
     for name, parameter in module.named_parameters():
         part = f".{name}"

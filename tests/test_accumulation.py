@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import latent_generators
 from helpers.precision_cases import SIDE, convolutional, make_generator, make_tokenizer
 from helpers.random_weights import randomise
 from lightning import LightningModule, Trainer
@@ -76,6 +77,16 @@ def test_gradients_of_generators(family: str) -> None:
     generator = make_generator(family)
     generator.optimizer = partial(torch.optim.SGD, lr=1.0)
     assert_same_step(generator, tokens_of(generator), batch=3, accumulated=4)
+
+
+@pytest.mark.parametrize("batch", [3, 5])
+@pytest.mark.parametrize("family", latent_generators.FAMILIES)
+def test_gradients_of_generators_of_latents(family: str, batch: int) -> None:
+    """In equal parts, and in parts of 5, 5 and 2."""
+    generator = latent_generators.make(family)
+    generator.optimizer = partial(torch.optim.SGD, lr=1.0)
+    rows = latent_generators.rows_of(family, generator, ROWS)
+    assert_same_step(generator, rows, batch=batch, accumulated=-(-ROWS // batch))
 
 
 @pytest.mark.parametrize(("batch", "accumulated"), [(5, 3), (4, 8)])

@@ -48,24 +48,27 @@ def test_each_generator_reads_the_tokens_of_its_tokenizer() -> None:
 
 
 def test_each_likelihood_is_of_the_generator_of_the_samples() -> None:
-    own = {name: paths for name, paths in WITH_LIKELIHOOD.items() if not re.search("masked_", paths[0])}
-    assert {name: [Path(path).parent for path in paths] for name, paths in own.items()} == {
+    assert {name: [Path(path).parent for path in paths] for name, paths in WITH_LIKELIHOOD.items()} == {
         name: [Path(path).parents[1] for path in paths] for name, paths in COMPARISON["likelihoods"].items()
     }
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The commands of `make comparison` for a checkout without runs, in order."""
-    runs = tmp_path_factory.mktemp("make") / "runs"
-    command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/comparison/report.md"]
+def commands(runs: Path, report: str) -> list[str]:
+    """List the commands of `make` for a report in a checkout without runs, in order."""
+    command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/{report}"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     lines = [line for line in printed.replace("\\\n", " ").splitlines() if "bin/discrete-lit " in line]
     return [line.split("discrete-lit ")[1].replace(str(runs), "runs/quickstart") for line in lines]
 
 
-def test_make_makes_every_file_that_is_compared(steps: list[str]) -> None:
-    assert steps[-1] == f"evaluate --config {FOLDER}/comparison.yaml --devices 2"
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The commands of `make comparison`."""
+    return commands(tmp_path_factory.mktemp("make") / "runs", "comparison/report.md")
+
+
+def made_by(steps: list[str]) -> set[str]:
+    """List the folders that commands write into."""
     made = set()
     for step in steps[:-1]:
         settings = {}
@@ -73,6 +76,12 @@ def test_make_makes_every_file_that_is_compared(steps: list[str]) -> None:
             settings |= read(config)
         output = re.search(r"--(?:output|run_dir) (\S+)", step)
         made.add(output[1] if output else str(settings.get("run_dir") or settings["output"]))
+    return made
+
+
+def test_make_makes_every_file_that_is_compared(steps: list[str]) -> None:
+    assert steps[-1] == f"evaluate --config {FOLDER}/comparison.yaml --devices 2"
+    made = made_by(steps)
     runs = [path for kind in ("samples", "likelihoods") for paths in COMPARISON[kind].values() for path in paths]
     for path in (*runs, *COMPARISON["reconstructions"].values(), *COMPARISON["classifier"].values()):
         assert path.removesuffix("/samples.npz").removesuffix("/checkpoints/last.ckpt") in made
@@ -85,3 +94,20 @@ def test_all_generators_see_as_many_batches(steps: list[str]) -> None:
     assert {re.search(r"/seed_\d/(\w+)", step)[1] for step in trained} >= set(GENERATORS)  # type: ignore[index]
     counts = {tuple(re.findall(r"(?:max_steps|total_steps) (\d+)", step)) for step in trained}
     assert len(counts) == 1 and len(set(*counts)) == 1 and len(*counts) == 2
+
+
+def test_the_samplers_are_compared_on_the_masked_generators(tmp_path: Path) -> None:
+    steps = commands(tmp_path / "runs", "comparison/samplers/report.md")
+    settings = read(f"{FOLDER}/comparison_samplers.yaml")
+    assert steps[-1] == f"evaluate --config {FOLDER}/comparison_samplers.yaml --devices 2"
+    made = made_by(steps)
+    for name, paths in settings.pop("samples").items():
+        assert len(paths) == 3, name
+        assert {path.removesuffix("/samples.npz") for path in paths} <= made
+    # Two tables with one way of measuring.
+    alone = {"samples", "reconstructions", "likelihoods"}
+    assert {**settings, "output": COMPARISON["output"]} == {
+        key: value for key, value in COMPARISON.items() if key not in alone
+    }
+    trained = [step for step in steps if step.startswith("fit") and "/comparison/" in step]
+    assert len(trained) == 3 and all("quickstart/masked.yaml" in step for step in trained)

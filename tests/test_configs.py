@@ -72,6 +72,12 @@ def hybrid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def residual_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of four codes a position: 8x8 images to 4x4x4 tokens of 16 ids."""
+    return write_tokenizer(tmp_path_factory.mktemp("residual"), "RQVAE", SMALL_CODEBOOK)
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -298,6 +304,10 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
         name = settings["class_path"].rpartition(".")[2]
         arguments = settings.setdefault("init_args", {})
         arguments.update(SMALL.get(name, {}))
+        if name == "FactorisedHead" and "codes" in arguments:
+            arguments["sizes"] = [16] * 4  # of `residual_file`
+        if "code_dim" in arguments:
+            arguments["code_dim"] = 4
         if name == "ImageClassifier" and "network" in arguments:
             del arguments["channels"]
         if name in files:
@@ -366,6 +376,7 @@ def test_models_fit_reload_and_sample(
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    residual_file: Path,
     hybrid_file: Path,
     continuous_file: Path,
     latents: Path,
@@ -385,6 +396,8 @@ def test_models_fit_reload_and_sample(
     kind = settings["model"]["class_path"].rpartition(".")[2]
     of_scales = kind == "NextScale"
     own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
+    if settings["model"]["init_args"].get("stacked_codes"):
+        own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
     reads_text = "text_encoder" in settings["model"]["init_args"]
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens

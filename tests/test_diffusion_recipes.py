@@ -14,6 +14,7 @@ COUNTS = {
     "generators/d3pm_gaussian": (37_483_264, "d3pm_absorbing.yaml"),
     "generators/md4_cifar10": (37_483_776, "a transformer of 37M"),
     "generators/char_text": (84_997_632, "85M"),
+    "generators/gidd_text8": (92_423_195, "92M"),
     "experiments/sedd_absorb": (1_089_713, "1.1M"),
     "experiments/d3pm_grey": (330_448, "0.33M"),
     "experiments/char_prose": (794_880, "0.8M"),
@@ -39,7 +40,7 @@ def test_parameters(recipe: str) -> None:
     assert said in " ".join((ROOT / file).read_text().replace("#", " ").split())
     arguments = layered(file)["model"]["init_args"]
     tokenizer = next(size for name, size in reversed(TOKENS.items()) if name in str(arguments["tokenizer"]))
-    masks = "Absorbing" in arguments["process"]["class_path"]
+    masks = any(name in arguments["process"]["class_path"] for name in ("Absorbing", "GIDD"))
     scores = arguments["head"]["class_path"].endswith("ScoreHead")
     layout = SequenceLayout(
         *tokenizer,

@@ -7,6 +7,7 @@ from math import cos, pi
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import latent_generators
 from lightning import LightningModule, Trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -66,6 +67,8 @@ AS_PUBLISHED = {
     # `adaln_before_head` a final modulation, and its `cls_token` a start.
     "rar": lambda name, shape: "embedding" in name or "final_modulation" in name,
     "matrices": lambda name, shape: False,  # LlamaGen: `p.dim() < 2` alone
+    # BitDance: `proj_in`, `cls_embedding`, `query_token`.
+    "bitdance": lambda name, shape: "token_embedding" in name or "class_embedding" in name,
 }
 
 
@@ -87,6 +90,16 @@ def test_weight_decay_as_published(make_generator, rule: str) -> None:
         for name, value in named.items()
         if value.ndim >= 2 and not excluded(name, value.shape) and not name.endswith(tables)
     }
+
+
+def test_weight_decay_of_mar() -> None:
+    """`len(param.shape) == 1 or name.endswith(".bias") or 'diffloss' in name` do not; its `mask_token` is (1, 1, D)."""
+    generator = latent_generators.make("ContinuousMasked")
+    generator.optimizer, generator.weight_decay_rule = ADAMW, "mar"
+    decayed, others = names_by_decay(generator)
+    assert {"backbone.mask_vector", "backbone.encoder_positions", "backbone.class_embedding.weight"} <= decayed
+    assert {name for name in decayed | others if name.startswith("head.")} <= others
+    assert all(name.startswith("head.") or name.endswith("bias") or "norm" in name for name in others)
 
 
 def test_a_rule_of_weight_decay_that_is_not_known(make_generator) -> None:

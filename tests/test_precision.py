@@ -91,7 +91,9 @@ SAMPLER_TABLE: dict[str, Row] = {
     "EulerSampler": (0.08, 0.2, 0.02),
     "TauLeapingSampler": (0.04, 0.3, 0.02),
     "FirstHittingSampler": (0.02, 0.06, 0.02),
+    "PuritySampler": (0.03, 0.1, 0.02),
     "RemaskingSampler": (0.03, 0.05, 0.02),
+    "SelfCorrectionSampler": (0.02, 0.3, 0.02),
     "PredictorCorrectorSampler": (0.02, 0.3, 0.02),
 }
 

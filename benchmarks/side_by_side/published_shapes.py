@@ -113,7 +113,9 @@ def sedd_shape(vocab_size: int) -> Transformer:
     )
 
 
-def dit_shape(*, context_channels: int | None = None) -> DiT:
+def dit_shape(*, context_channels: int | None = None, num_classes: int = CLASSES) -> DiT:
     """DiT-B/2's: 12 modulated blocks of width 768 over 256 patches of latents of 4 x 32 x 32."""
-    layout = LatentLayout(channels=4, grid=(32, 32), outputs=4, num_classes=CLASSES, context_channels=context_channels)
+    layout = LatentLayout(
+        channels=4, grid=(32, 32), outputs=4, num_classes=num_classes, context_channels=context_channels
+    )
     return DiT(layout, width=768, depth=12, heads=12)

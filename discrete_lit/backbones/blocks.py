@@ -1,11 +1,13 @@
 """The transformer block: attention, then an MLP, with the norms, biases and modulations of the published models.
 
-`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP` and `Modulation` (adaLN-Zero) read
-them.
+`BlockSettings` has the switches; `Block`, `Attention`, `ContextAttention`, `MLP`, `GridMLP` and `Modulation`
+(adaLN-Zero) read them. `NormTables` modulate in another way.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
@@ -20,7 +22,8 @@ from discrete_lit.core.modules import FullPrecision, at_least_float32
 
 QueryKeyNorm = Literal["rms", "layer", "layer_per_head", "full_rms", "unit"]
 AttentionBias = Literal["all", "query_value", "none"]
-MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu"]
+MLPKind = Literal["gelu", "gelu_tanh", "gelu_quick", "relu_squared", "swiglu", "geglu", "geglu_tanh", "glu"]
+ModulationActivation = Literal["silu", "sigmoid", "gelu_tanh"]
 DropoutPlace = Literal["embeddings", "attention_weights", "attention_output", "mlp_hidden", "mlp_output"]
 Modulating = Tensor | tuple[Tensor, ...]
 Context = Tensor | tuple[Tensor, Tensor]
@@ -29,6 +32,19 @@ Rotary = Tensor | tuple[Tensor, Tensor]
 DROPOUT_PLACES: tuple[DropoutPlace, ...] = ("embeddings", "attention_weights", "attention_output", "mlp_output")
 """Where dropout acts unless a model says otherwise."""
 
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+# What multiplies the values of a gated MLP.
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": _gelu_tanh,
+    "glu": torch.sigmoid,
+}
+_ACTIVATIONS: dict[ModulationActivation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu_tanh": _gelu_tanh,
+}
 # The learned sharpness of attention over unit vectors stays below 100, as in VAR.
 _LARGEST_LOG_SHARPNESS = 4.605170185988092
 
@@ -44,6 +60,7 @@ class BlockSettings:
         norm_first: normalise what enters a branch (pre-norm), or what leaves the sum (post-norm).
         norm_affine: gains of the norms.
         modulation: adaLN-Zero with parameters of the block's own, or shared by all blocks but for an offset.
+        modulation_activation: what stands before its linear layer.
         mlp: kind of the MLP.
         qk_norm: of queries and keys, see `QueryKeyNorms`; None for no norm.
         attention_bias: of the projections of queries, keys and values; `"query_value"` leaves the keys without (VAR).
@@ -56,6 +73,7 @@ class BlockSettings:
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
+        mlp_grid: sides of the grid over which the layers of the MLP are 3 x 3 convolutions; None for linear layers.
     """
 
     width: int
@@ -67,6 +85,7 @@ class BlockSettings:
     norm_first: bool = True
     norm_affine: bool = True
     modulation: Literal["own", "shared"] | None = None
+    modulation_activation: ModulationActivation = "silu"
     mlp: MLPKind = "gelu"
     qk_norm: QueryKeyNorm | None = None
     attention_bias: AttentionBias = "all"
@@ -78,6 +97,7 @@ class BlockSettings:
     dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
+    mlp_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.norm_epsilon > 0:
@@ -111,16 +131,20 @@ class Block(nn.Module):
             self.context_norm = _block_norm(settings, affine=True)
             self.context_attention = ContextAttention(settings)
         self.mlp_norm = _block_norm(settings)
-        self.mlp = MLP(
-            width,
-            settings.mlp_hidden,
-            kind=settings.mlp,
-            bias=settings.bias,
-            dropout=settings.dropout_at("mlp_hidden"),
-        )
+        inner: dict[str, Any] = {
+            "kind": settings.mlp,
+            "bias": settings.bias,
+            "dropout": settings.dropout_at("mlp_hidden"),
+        }
+        if settings.mlp_grid is None:
+            self.mlp = MLP(width, settings.mlp_hidden, **inner)
+        else:
+            self.mlp = GridMLP(width, settings.mlp_hidden, grid=settings.mlp_grid, **inner)
         self.modulation = None
         if settings.modulation == "own":
-            self.modulation = Modulation(settings.condition_width or width, width, vectors=6)
+            self.modulation = Modulation(
+                settings.condition_width or width, width, vectors=6, activation=settings.modulation_activation
+            )
         self.modulation_offset = nn.Parameter(torch.zeros(6, width)) if settings.modulation == "shared" else None
         outputs: tuple[DropoutPlace, ...] = ("attention_output", "mlp_output")
         self.dropout, self.mlp_dropout = (
@@ -401,7 +425,7 @@ class QueryKeyNorms(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU or squared ReLU, linear; or SwiGLU, or GEGLU.
+    """Linear, GELU or squared ReLU, linear; or SwiGLU, GEGLU, or GLU.
 
     Args:
         width: D.
@@ -409,7 +433,8 @@ class MLP(nn.Module):
         kind: GELU exact (`"gelu"`), by its tanh approximation (`"gelu_tanh"`), or as x sigmoid(1.702 x)
             (`"gelu_quick"`: ImageGPT); `"relu_squared"` is max(0, x)^2 (So et al., "Primer: Searching for Efficient
             Transformers for Language Modeling", 2021); `"swiglu"` is the contraction of silu(gate) x value, `"geglu"`
-            that of gelu(gate) x value (Shazeer, "GLU Variants Improve Transformer", 2020).
+            that of gelu(gate) x value, with `"geglu_tanh"` its approximation, and `"glu"` that of sigmoid(gate) x value
+            (Shazeer, "GLU Variants Improve Transformer", 2020).
         bias: of both linear layers.
         dropout: on the hidden units, in [0, 1).
     """
@@ -418,7 +443,7 @@ class MLP(nn.Module):
         super().__init__()
         self.kind = kind
         self.dropout = dropout
-        self.expand = Linear(width, (2 if kind in ("swiglu", "geglu") else 1) * hidden, bias=bias)
+        self.expand = Linear(width, (2 if kind in _GATES else 1) * hidden, bias=bias)
         self.contract = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, n, D) -> (B, n, D)
@@ -428,14 +453,73 @@ class MLP(nn.Module):
         return self.contract(hidden)
 
     def _activated(self, hidden: Tensor) -> Tensor:
-        if self.kind in ("swiglu", "geglu"):
+        if self.kind in _GATES:
             gate, value = hidden.chunk(2, dim=-1)
-            return (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * value
+            return _GATES[self.kind](gate) * value
         if self.kind == "relu_squared":
             return F.relu(hidden).square()
         if self.kind == "gelu_quick":
             return hidden * torch.sigmoid(1.702 * hidden)
         return F.gelu(hidden, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+
+
+class GridMLP(MLP):
+    """An MLP whose layers are 3 x 3 convolutions over the grid of the sequence, 0 beyond its edge (VQ-Diffusion).
+
+    Args:
+        width, hidden, settings: as of `MLP`.
+        grid: (h, w), whose raster order the sequence is.
+
+    Raises:
+        ValueError: a gated kind, or a grid of other than two axes.
+    """
+
+    def __init__(self, width: int, hidden: int, *, grid: tuple[int, ...], **settings: Any) -> None:
+        if settings["kind"] in ("swiglu", "geglu") or len(grid) != 2:
+            raise ValueError(
+                f"an MLP of convolutions needs a grid of two axes and a kind without a gate, got {settings['kind']!r} "
+                f"on a grid of {grid}"
+            )
+        super().__init__(width, hidden, **settings)
+        self.grid = grid
+        self.expand = nn.Conv2d(width, hidden, 3, padding=1, bias=settings["bias"])
+        self.contract = nn.Conv2d(hidden, width, 3, padding=1, bias=settings["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, h w, D) -> (B, h w, D)
+        on_grid = x.transpose(1, 2).unflatten(-1, self.grid)
+        return super().forward(on_grid).flatten(2).transpose(1, 2)
+
+
+class NormTables(nn.Module):
+    """The modulations of a block's norms from tables of its own, without gates: that before the attention by the step
+    that the time lies in, that before the MLP by the class (VQ-Diffusion).
+
+    Args:
+        width: D.
+        steps: T; step i ends at the time (i + 1) / T, i from 0.
+        num_classes: labels lie in [0, num_classes], the null label included.
+    """
+
+    def __init__(self, width: int, *, steps: int, num_classes: int) -> None:
+        super().__init__()
+        self.step_table = nn.Embedding(steps, width)
+        self.class_table = nn.Embedding(num_classes + 1, width)
+        self.step_projection = nn.Linear(width, 2 * width)
+        self.class_projection = nn.Linear(width, 2 * width)
+
+    def forward(self, time: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Make what `Block.modulate` makes, each `(B or 1, 1, D)`, of times `(B or 1,)`, 1000 t, and labels `(B,)`."""
+        steps = self.step_table.num_embeddings
+        # The end of a step, which rounding may have put behind itself, belongs to it.
+        step = ((time.double() * steps / 1000 - 1e-6).ceil().long() - 1).clamp(0, steps - 1)
+        scale1, shift1 = self._project(self.step_projection, self.step_table(step))
+        scale2, shift2 = self._project(self.class_projection, self.class_table(labels))
+        gate = torch.ones_like(shift1[:1, :, :1])
+        return shift1, scale1, gate, shift2, scale2, gate
+
+    @staticmethod
+    def _project(layer: nn.Linear, vectors: Tensor) -> tuple[Tensor, ...]:
+        return layer(F.silu(vectors))[:, None].chunk(2, dim=-1)
 
 
 class Modulation(nn.Module):
@@ -445,15 +529,19 @@ class Modulation(nn.Module):
         condition_width: of the condition.
         width: D, of each vector.
         vectors: how many it makes.
+        activation: of the condition, before the linear layer; MD4's is that of its MLP.
     """
 
-    def __init__(self, condition_width: int, width: int, *, vectors: int) -> None:
+    def __init__(
+        self, condition_width: int, width: int, *, vectors: int, activation: ModulationActivation = "silu"
+    ) -> None:
         super().__init__()
         self.vectors = vectors
+        self.activation: ModulationActivation = activation
         self.project = nn.Linear(condition_width, vectors * width)
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         """Make `vectors` of `(B, 1 or n, D)` of a condition `(B, 1 or n, condition_width)`."""
-        return self.project(F.silu(condition)).chunk(self.vectors, dim=-1)
+        return self.project(_ACTIVATIONS[self.activation](condition)).chunk(self.vectors, dim=-1)

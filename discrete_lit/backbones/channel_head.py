@@ -115,14 +115,12 @@ class ChannelHead(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as TokenBridge: Xavier's uniform law, 0.02 for vectors and embeddings, 0 for modulations."""
+        """Initialise as TokenBridge: Xavier's uniform law, 0.02 for vectors, 1 for embeddings, 0 for modulations."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.02)
         nn.init.normal_(self.steps, std=0.02)
 

@@ -17,7 +17,7 @@ from discrete_lit.backbones.backbone import SequenceLayout, SubTokens, bits_of_v
 from discrete_lit.core.modules import at_least_float32, widened
 from discrete_lit.core.synchronisation import on_device
 
-InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts"]
+InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts", "codes"]
 PositionKind = Literal["learned", "rope_1d", "rope_2d", "learned_rope_2d"]
 
 
@@ -28,15 +28,18 @@ def embed_tokens(
     kind: InputKind,
     sub_tokens: SubTokens | None,
     digits: Sequence[int] | None = None,
-) -> "TokenTable | BitProjection | BitMLP | BitTable | SubTokenTables | VectorProjection":
+    code_dim: int | None = None,
+) -> "TokenTable | BitProjection | BitMLP | BitTable | SubTokenTables | CodeProjection | VectorProjection":
     """Make the embedding that a layout needs.
 
     Args:
         layout: the sequence.
         width: D.
-        kind: of ids: `"table"`; `"bits"`, `"bits_mlp"` or `"bit_table"`; or `"parts"`, a table for each sub-token.
+        kind: of ids: `"table"`; `"bits"`, `"bits_mlp"` or `"bit_table"`; `"parts"`, a table for each sub-token; or
+            `"codes"`, a linear map of the tokenizer's code vectors of the sub-tokens.
         sub_tokens: that a `place_head` predicts an id in; None without one.
         digits: sizes of the digits of an id, each with a table that is added to that of the ids.
+        code_dim: width of the code vectors of `"codes"`.
 
     Raises:
         ValueError: bits of a vocabulary that is no power of two, sub-tokens without a `place_head`, a table of all
@@ -46,6 +49,11 @@ def embed_tokens(
         raise ValueError(
             f"embedded_digits={list(digits)} belong to token_embedding='table' of one id at each position, which this "
             "sequence does not have"
+        )
+    if (code_dim is not None) != (kind == "codes") or (code_dim is not None and code_dim < 1):
+        raise ValueError(
+            f"code_dim, the width of the tokenizer's code vectors, is of token_embedding='codes' and needed there, got "
+            f"code_dim={code_dim} with token_embedding={kind!r}"
         )
     if layout.input_dim is not None:
         return VectorProjection(layout, width)
@@ -59,10 +67,14 @@ def embed_tokens(
         if sub_tokens is None:
             raise ValueError("token_embedding='parts' embeds the sub-tokens that a place_head predicts: give one")
         return SubTokenTables(SubTokens(sub_tokens.sizes, layout.vocab_size), width)
+    if code_dim is not None:
+        if sub_tokens is None:
+            raise ValueError("token_embedding='codes' embeds the sub-tokens that a place_head predicts: give one")
+        return CodeProjection(SubTokens(sub_tokens.sizes, layout.vocab_size), width, code_dim=code_dim)
     if sub_tokens is not None:
         raise ValueError(
             f"token_embedding='table' has a row for each of the {layout.vocab_size} ids, which a place_head is there "
-            "to avoid: use 'bits', 'bits_mlp', 'bit_table' or 'parts'"
+            "to avoid: use 'bits', 'bits_mlp', 'bit_table', 'parts' or 'codes'"
         )
     return TokenTable(layout, width, digits=None if digits is None else SubTokens(digits, layout.vocab_size))
 
@@ -191,6 +203,59 @@ class SubTokenTables(nn.Module):
         return torch.stack(vectors).sum(dim=0)
 
 
+class CodeProjection(nn.Module):
+    """The sum over the sub-tokens of an id of a linear map, with its bias, of the vector that the tokenizer's codebook
+    has for each (Lee et al., "RQ-Transformer", CVPR 2022, section 3.2.1).
+
+    The vectors are the frozen tokenizer's, not trained here; `read_codes` copies them. Until then they are NaN.
+
+    Args:
+        sub_tokens: of an id, all of one size: the codes of a position.
+        width: D.
+        code_dim: E, of a code vector.
+
+    Raises:
+        ValueError: sub-tokens of several sizes.
+    """
+
+    vectors: Tensor
+
+    def __init__(self, sub_tokens: SubTokens, width: int, *, code_dim: int) -> None:
+        super().__init__()
+        if len(set(sub_tokens.sizes)) > 1:
+            raise ValueError(
+                f"token_embedding='codes' needs codes of one codebook size, got sub-tokens of {list(sub_tokens.sizes)}"
+            )
+        self.sub_tokens = sub_tokens
+        self.code_dim = code_dim
+        shape = (len(sub_tokens), sub_tokens.sizes[0], code_dim)
+        self.register_buffer("vectors", torch.full(shape, torch.nan))
+        self.project = nn.Linear(code_dim, width)
+
+    def read_codes(self, vectors: Tensor) -> None:
+        """Copy the code vectors of each sub-token, `(P, K, E)`, or of all, `(1, K, E)`.
+
+        Raises:
+            ValueError: vectors of another shape.
+        """
+        expected = tuple(self.vectors.shape)
+        if tuple(vectors.shape[1:]) != expected[1:] or len(vectors) not in (1, expected[0]):
+            raise ValueError(
+                f"the backbone embeds the codes of {expected[0]} codebooks of {expected[1]} vectors of {expected[2]} "
+                f"(code_dim), the tokenizer has {tuple(vectors.shape)}"
+            )
+        self.vectors.copy_(vectors.expand(expected))
+
+    def codes(self, sub_tokens: Tensor) -> Tensor:
+        """Look up the vectors `(..., p, E)` of the first p sub-tokens `(..., p)` int64."""
+        found = [self.vectors[number][ids] for number, ids in enumerate(sub_tokens.unbind(dim=-1))]
+        return torch.stack(found, dim=-2)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, n) -> (B, n, D)
+        codes = self.codes(self.sub_tokens.split(tokens)).to(self.project.weight.dtype)
+        return self.project(codes).sum(dim=-2)
+
+
 class VectorProjection(nn.Module):
     """A linear map of the vectors that stand for ids, as VAR's input has them."""
 
@@ -204,18 +269,26 @@ class VectorProjection(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023)."""
+    """Cosines and sines of a scalar, then two linear layers with SiLU between them (Peebles & Xie, "DiT", 2023).
+
+    Args:
+        width: D.
+        waves: w, how many frequencies there are.
+        base: the frequencies are base^(-i / w), i < w.
+        hidden: inner width; D by default.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, width: int, waves: int = 128) -> None:
+    def __init__(self, width: int, waves: int = 128, *, base: float = 10000.0, hidden: int | None = None) -> None:
         super().__init__()
-        self.waves = waves
+        self.waves, self.base = waves, base
         self.register_buffer("frequencies", self._make().float(), persistent=False)
-        self.layers = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width))
+        hidden = width if hidden is None else hidden
+        self.layers = nn.Sequential(nn.Linear(2 * waves, hidden), nn.SiLU(), nn.Linear(hidden, width))
 
     def _make(self) -> Tensor:
-        return 10000.0 ** -(torch.arange(self.waves, dtype=torch.float64) / self.waves)
+        return self.base ** -(torch.arange(self.waves, dtype=torch.float64) / self.waves)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)

@@ -186,7 +186,8 @@ def _begun(network: Any) -> Iterator[tuple[str, Tensor]]:
     own = network.place_head is not None and network.place_head.initialised
     for name, parameter in network.named_parameters():
         kept = own and name.startswith("place_head.")
-        if not kept and parameter.ndim >= 2 and not name.endswith(("bias", "log_sharpness")):
+        # Convolutions begin as PyTorch makes them.
+        if not kept and 2 <= parameter.ndim < 4 and not name.endswith(("bias", "log_sharpness")):
             yield name, parameter
 
 

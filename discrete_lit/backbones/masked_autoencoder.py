@@ -11,16 +11,17 @@ such as the features of a text (Fan et al., "Fluid", 2024).
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import count_flops
-from discrete_lit.backbones.blocks import Block, BlockSettings
+from discrete_lit.backbones.backbone import SequenceLayout, count_flops
+from discrete_lit.backbones.blocks import Block, BlockSettings, MLPKind, QueryKeyNorm
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
-from discrete_lit.backbones.layers import Linear, Norm
+from discrete_lit.backbones.embeddings import Positions
+from discrete_lit.backbones.layers import Linear, Norm, NormKind
 
 Fusion = Literal["prefix", "mix", "add", "cross"]
 
@@ -32,6 +33,7 @@ class VectorLayout:
     Attributes:
         dim: D, of the vector at each place.
         length: N, places.
+        grid: rows and columns of the places, in raster order; None where nobody asks for them.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
         grid_vocab: ids that may be given beside the label; None for none.
         grid_length: how many of them, where they are not one for each place.
@@ -40,6 +42,7 @@ class VectorLayout:
     dim: int
     length: int
     num_classes: int
+    grid: tuple[int, ...] | None = None
     grid_vocab: int | None = None
     grid_length: int | None = None
 
@@ -67,6 +70,11 @@ class MaskedAutoencoder(nn.Module):
             (`"prefix"`: DisCon), take the place of the mask vector (`"mix"`: MixAR), be added at every place
             (`"add"`), or be attended to by every block (`"cross"`). `"mix"` and `"add"` need an id for each place.
         context_dim: E, width of the vectors that the condition has for every block to attend to; none by default.
+        positions: of the places: learned vectors added in front of encoder and decoder (`"learned"`: MAR), or these and
+            rotations of queries and keys along both axes of the grid (`"learned_rope_2d"`).
+        class_added: add the class at every place of encoder and decoder too, not in the slots alone.
+        mlp, norm, qk_norm: of the blocks, see `BlockSettings`; MAR has the defaults.
+        zero_outputs: the last layer of every residual branch is 0 at the start, as in `Transformer`.
         dropout: of attention weights and residual branches; 0.1 in MAR's training.
         position_std: deviation of the learned positions of encoder and decoder at the start. With MAR's 0.02, positions
             are small beside the vectors at first, which a short training does not make up for.
@@ -90,6 +98,12 @@ class MaskedAutoencoder(nn.Module):
         buffer: int = 64,
         fusion: Fusion = "prefix",
         context_dim: int | None = None,
+        positions: Literal["learned", "learned_rope_2d"] = "learned",
+        class_added: bool = False,
+        mlp: MLPKind = "gelu",
+        norm: NormKind = "layer",
+        qk_norm: QueryKeyNorm | None = None,
+        zero_outputs: bool = False,
         dropout: float = 0.0,
         position_std: float = 0.02,
         activation_checkpointing: bool = False,
@@ -100,7 +114,14 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"buffer must be at least 1: the class stands in it; got {buffer}")
         if position_std <= 0:
             raise ValueError(f"position_std must be above 0, got {position_std}")
+        if positions not in ("learned", "learned_rope_2d"):
+            raise ValueError(f"positions must be 'learned' or 'learned_rope_2d', got {positions!r}")
+        if positions == "learned_rope_2d" and (layout.grid is None or len(layout.grid) != 2):
+            raise ValueError(
+                f"positions='learned_rope_2d' needs places on a grid of rows and columns, the layout has {layout.grid}"
+            )
         decoder_width = decoder_width or width
+        decoder_heads = decoder_heads or heads
         dim, length, grid_vocab = layout.dim, layout.length, layout.grid_vocab
         self.layout = layout
         self._flops: dict[tuple[int, int, int], int] = {}
@@ -118,23 +139,25 @@ class MaskedAutoencoder(nn.Module):
         self.input_projection = Linear(dim, width)
         self.encoder_positions = nn.Parameter(torch.empty(self.slots + length, width))
         self.input_norm = Norm(width, "layer")
-        self.encoder = _blocks(
-            width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout, context_dim=attended
+        blocks = partial(
+            _blocks,
+            mlp_ratio=mlp_ratio,
+            mlp=mlp,
+            norm=norm,
+            qk_norm=qk_norm,
+            dropout=dropout,
+            context_dim=attended,
         )
-        self.encoder_norm = Norm(width, "layer")
+        self.encoder = blocks(width, depth=depth, heads=heads)
+        self.encoder_norm = Norm(width, norm)
 
         self.decoder_projection = Linear(width, decoder_width)
         self.mask_vector = nn.Parameter(torch.empty(decoder_width))
         self.decoder_positions = nn.Parameter(torch.empty(self.slots + length, decoder_width))
-        self.decoder = _blocks(
-            decoder_width,
-            depth=depth if decoder_depth is None else decoder_depth,
-            heads=decoder_heads or heads,
-            mlp_ratio=mlp_ratio,
-            dropout=dropout,
-            context_dim=attended,
+        self.decoder = blocks(
+            decoder_width, depth=depth if decoder_depth is None else decoder_depth, heads=decoder_heads
         )
-        self.decoder_norm = Norm(decoder_width, "layer")
+        self.decoder_norm = Norm(decoder_width, norm)
         self.hidden_positions = nn.Parameter(torch.empty(length, decoder_width))
         # Its last row is that of no grid, for guidance.
         self.grid_embedding = None
@@ -142,14 +165,32 @@ class MaskedAutoencoder(nn.Module):
             of_encoder = fusion in ("prefix", "cross")
             self.grid_embedding = nn.Embedding(grid_vocab + 1, width if of_encoder else decoder_width)
         self.context_positions = nn.Parameter(torch.empty(layout.grid_ids, width)) if crossed else None
-        self._initialise(position_std)
+        self.encoder_rotations = self.decoder_rotations = self.encoder_class_embedding = (
+            self.decoder_class_embedding
+        ) = None
+        if positions == "learned_rope_2d":
+            self.encoder_rotations = self._rotations(width, heads)
+            self.decoder_rotations = self._rotations(decoder_width, decoder_heads)
+        if class_added:
+            self.encoder_class_embedding = nn.Embedding(layout.num_classes + 1, width)
+            self.decoder_class_embedding = nn.Embedding(layout.num_classes + 1, decoder_width)
+        self._initialise(position_std, zero_outputs=zero_outputs)
 
-    def _initialise(self, position_std: float) -> None:
+    def _rotations(self, width: int, heads: int) -> Positions:
+        """Make the rotations of the places, in front of which the slots stay as they are."""
+        layout = self.layout
+        assert layout.grid is not None
+        grid = SequenceLayout(1, layout.grid, num_classes=layout.num_classes, attention="bidirectional")
+        return Positions(grid, "rope_2d", starts=self.slots, width=width, head_dim=width // heads)
+
+    def _initialise(self, position_std: float, *, zero_outputs: bool) -> None:
         """Initialise as MAR: linear layers by Xavier's uniform law, what is learned beside them normal (0.02)."""
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith("norm.weight") or ".norms." in name:
                 continue
-            if parameter.ndim == 2 and name.endswith("weight") and "embedding" not in name:
+            if zero_outputs and name.endswith(("out.weight", "contract.weight")):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2 and name.endswith("weight") and "embedding" not in name:
                 nn.init.xavier_uniform_(parameter)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -206,13 +247,18 @@ class MaskedAutoencoder(nn.Module):
             slots = torch.cat((slots, self.grid_embedding(condition.grid)), dim=1)
         seen = self.input_projection(vectors.gather(1, _wide(places, vectors)))
         positions = self.encoder_positions[self.slots :][places]
+        if self.encoder_class_embedding is not None:
+            positions = positions + self.encoder_class_embedding(condition.labels)[:, None]
         hidden = torch.cat((slots + self.encoder_positions[: self.slots], seen + positions), dim=1)
-        mask = None
+        rotary = mask = None
+        if self.encoder_rotations is not None:
+            rotary = self.encoder_rotations.rotary(0, hidden.shape[1], places)
         if masked is not None:
             # Behind the known places of a sequence that has fewer stand masked ones, which nobody sees.
             visible = ~masked.gather(1, places)
             mask = torch.cat((visible.new_ones(len(visible), self.slots), visible), dim=1)[:, None, None]
-        return self.encoder_norm(self._run(self.encoder, self.input_norm(hidden), mask, condition))
+        hidden = self._run(self.encoder, self.input_norm(hidden), condition, rotary=rotary, mask=mask)
+        return self.encoder_norm(hidden)
 
     def _attended(self, condition: Condition) -> tuple[Tensor | None, Tensor | None]:
         """Give the vectors that the blocks attend to, `(B, M, E)`, and which of them are valid."""
@@ -231,14 +277,27 @@ class MaskedAutoencoder(nn.Module):
         hidden = torch.where(masked[..., None], blank, blank.scatter(1, _wide(places, blank), seen))
         if self.grid_embedding is not None and self.fusion == "add" and grid is not None:
             hidden = hidden + self.grid_embedding(grid)
+        if self.decoder_class_embedding is not None:
+            hidden = hidden + self.decoder_class_embedding(condition.labels)[:, None]
         hidden = torch.cat((slots, hidden), dim=1) + self.decoder_positions
-        hidden = self.decoder_norm(self._run(self.decoder, hidden, None, condition))
+        rotary = None
+        if self.decoder_rotations is not None:
+            rotary = self.decoder_rotations.rotary(0, hidden.shape[1], None)
+        hidden = self.decoder_norm(self._run(self.decoder, hidden, condition, rotary=rotary))
         return hidden[:, self.slots :] + self.hidden_positions
 
-    def _run(self, blocks: nn.ModuleList, hidden: Tensor, mask: Tensor | None, condition: Condition) -> Tensor:
+    def _run(
+        self,
+        blocks: nn.ModuleList,
+        hidden: Tensor,
+        condition: Condition,
+        *,
+        rotary: Tensor | None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         context, valid = self._attended(condition)
         for block in blocks:
-            arguments = (hidden, None, None, mask, False, None, context, valid)
+            arguments = (hidden, None, rotary, mask, False, None, context, valid)
             if self.activation_checkpointing and self.training:
                 hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
             else:
@@ -286,20 +345,13 @@ def _check_fusion(layout: VectorLayout, fusion: Fusion, context_dim: int | None)
         )
 
 
-def _blocks(
-    width: int, *, depth: int, heads: int, mlp_ratio: float, dropout: float, context_dim: int | None
-) -> nn.ModuleList:
+def _blocks(width: int, *, depth: int, heads: int, mlp_ratio: float, **settings: Any) -> nn.ModuleList:
     if width % heads:
         raise ValueError(f"a width of {width} is not a multiple of its {heads} heads")
-    settings = BlockSettings(
-        width=width,
-        heads=heads,
-        head_dim=width // heads,
-        mlp_hidden=round(mlp_ratio * width),
-        dropout=dropout,
-        context_dim=context_dim,
+    block = BlockSettings(
+        width=width, heads=heads, head_dim=width // heads, mlp_hidden=round(mlp_ratio * width), **settings
     )
-    return nn.ModuleList(Block(settings) for _ in range(depth))
+    return nn.ModuleList(Block(block) for _ in range(depth))
 
 
 def _wide(places: Tensor, vectors: Tensor) -> Tensor:  # (B, n) to an index (B, n, D) of vectors (B, N, D)

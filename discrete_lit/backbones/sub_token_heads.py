@@ -1,9 +1,10 @@
 """Heads that predict an id in sub-tokens, from the hidden state that a causal transformer has of its position.
 
 `FactorisedHead` predicts one sub-token after another: "next sub-token prediction" (Luo et al., "Open-MAGVIT2: An
-Open-Source Project Toward Democratizing Auto-Regressive Visual Generation", 2024, section 3.2). `MaskedBitHead`
-unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Image Generation with Masked Bit Modeling"
-(BAR), 2026).
+Open-Source Project Toward Democratizing Auto-Regressive Visual Generation", 2024, section 3.2); it is also the depth
+transformer of RQ-Transformer (Lee et al., "Autoregressive Image Generation using Residual Quantization", CVPR 2022).
+`MaskedBitHead` unmasks the bits of an id: "masked bit modeling" (Yu et al., "Autoregressive Image Generation with
+Masked Bit Modeling" (BAR), 2026).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from discrete_lit.backbones.backbone import SubTokenHead, bits_of_vocabulary
 from discrete_lit.backbones.blocks import MLP, Block, BlockSettings, Modulation
-from discrete_lit.backbones.embeddings import SubTokenTables, first_weight
+from discrete_lit.backbones.embeddings import CodeProjection, SubTokenTables, first_weight
 from discrete_lit.backbones.layers import LogitHead, Norm
 from discrete_lit.core.modules import never_narrower, widened
 from discrete_lit.core.random import CounterRandom, Purpose, random_subset
@@ -35,22 +36,30 @@ class FactorisedHead(SubTokenHead):
     """A small causal transformer over the sub-tokens of one id, of unequal sizes or equal ones.
 
     It reads the position's hidden state and an embedding of each sub-token so far; element p predicts sub-token p.
-    Sub-tokens of b / g bits each make it an exact autoregressive head over g groups of bits.
+    Sub-tokens of b / g bits each make it an exact autoregressive head over g groups of bits. The depth transformer of
+    RQ-Transformer, whose sub-tokens are the D codes of a position, reads in element p the sum of the tokenizer's code
+    vectors of sub-tokens 1 to p (Lee et al., CVPR 2022, eq. 9).
 
     Args:
         block: settings of the trunk's blocks, which its own have too, without modulation.
         vocab_size: K.
         sizes: of the sub-tokens, least significant first; (2^6, 2^12) in Open-MAGVIT2.
         depth: blocks, at least 1.
+        heads: attention heads; those of the trunk by default.
         start_rotation: of the hidden state's element: `"none"`, or `"zero"`, which makes its queries and keys 0: those
             after it then attend to it with the logit 0 (Open-MAGVIT2's code, which takes the first two rows of the
             grid's rotary table; the second row turns nothing).
         shared_tables: embed sub-tokens by the tables of the transformer's input, which has `token_embedding="parts"`
             (Open-MAGVIT2), in the place of own ones.
+        codes: embed them instead by a linear map of the code vectors that the transformer's input has, which is
+            `token_embedding="codes"`: of the vector of the newest sub-token (`"newest"`), or of the sum of those so far
+            (`"sum"`: RQ-Transformer).
+        positions: a learned vector of each element, added to it (RQ-Transformer).
+        shared_logits: one layer of logits for all sub-tokens, which are of one size (RQ-Transformer).
 
     Raises:
-        ValueError: sub-tokens that do not make up the vocabulary, a depth below 1, or tables that the input does not
-            have.
+        ValueError: sub-tokens that do not make up the vocabulary, a setting out of its range, or an input that does not
+            have the tables or code vectors.
     """
 
     rotations: Tensor | None
@@ -62,60 +71,118 @@ class FactorisedHead(SubTokenHead):
         *,
         sizes: Sequence[int],
         depth: int = 2,
+        heads: int | None = None,
         start_rotation: Literal["none", "zero"] = "none",
         shared_tables: bool = False,
+        codes: Literal["newest", "sum"] | None = None,
+        positions: bool = False,
+        shared_logits: bool = False,
     ) -> None:
         super().__init__(sizes, vocab_size, width=block.width)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, got {depth}")
         if start_rotation not in ("none", "zero"):
             raise ValueError(f"start_rotation must be 'none' or 'zero', got {start_rotation!r}")
+        if codes not in (None, "newest", "sum") or (codes is not None and shared_tables):
+            raise ValueError(
+                f"codes must be 'newest', 'sum' or null, and null with shared_tables, got codes={codes!r} with "
+                f"shared_tables={shared_tables}"
+            )
+        if shared_logits and len(set(sizes)) > 1:
+            raise ValueError(f"shared_logits=true needs sub-tokens of one size, got sizes={list(sizes)}")
+        if heads is not None and (heads < 1 or block.width % heads):
+            raise ValueError(f"heads={heads} of FactorisedHead must divide the width, {block.width}")
         width, epsilon = block.width, block.norm_epsilon
         own = replace(block, norm_affine=True, modulation=None, condition_width=None, drop_path=0.0)
-        self.tables = None if shared_tables else nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
+        if heads is not None:
+            own = replace(own, heads=heads, head_dim=width // heads)
+        self.shares_tables, self.reads_codes = shared_tables, codes
+        self.tables = None
+        if not shared_tables and codes is None:
+            self.tables = nn.ModuleList(nn.Embedding(size, width) for size in sizes[:-1])
         self.shared: tuple[nn.Embedding, ...] = ()
+        self.codes: tuple[CodeProjection, ...] = ()
+        self.code_projection: nn.Linear | None = None
+        self.positions = nn.Parameter(torch.zeros(len(sizes), width)) if positions else None
         rotations = None
         if start_rotation == "zero":
-            rotations = torch.tensor((1.0, 0.0)).repeat(len(sizes), block.head_dim // 2, 1)
+            rotations = torch.tensor((1.0, 0.0)).repeat(len(sizes), own.head_dim // 2, 1)
             rotations[0] = 0
         self.register_buffer("rotations", rotations, persistent=False)
         self.blocks = nn.ModuleList(Block(own) for _ in range(depth))
         self.norm = Norm(width, block.norm, bias=block.norm_bias and block.norm == "layer", epsilon=epsilon)
-        self.heads = nn.ModuleList(LogitHead(width, size, bias=block.bias) for size in sizes)
+        kinds = sizes[:1] if shared_logits else sizes
+        self.heads = nn.ModuleList(LogitHead(width, size, bias=block.bias) for size in kinds)
 
     def read_input(self, embedding: nn.Module) -> None:
-        if self.tables is None:
+        # In a tuple they are parameters of the transformer's input alone.
+        if self.shares_tables:
             if not isinstance(embedding, SubTokenTables):
                 raise ValueError("shared_tables=true needs the tables of token_embedding='parts'")
-            # In a tuple they are parameters of the transformer's input alone.
             self.shared = tuple(cast(Sequence[nn.Embedding], embedding.tables))[:-1]
+        elif self.reads_codes is not None:
+            if not isinstance(embedding, CodeProjection):
+                raise ValueError(f"codes={self.reads_codes!r} needs the code vectors of token_embedding='codes'")
+            self.codes = (embedding,)
+            self.code_projection = nn.Linear(embedding.code_dim, self.width)
 
     def sub_token_logits(self, hidden: Tensor, known: Tensor) -> Tensor:
         read = self._read(hidden, known)
-        return self.heads[known.shape[-1]](read[:, :, -1])
+        return self._logits(read[:, :, -1], known.shape[-1])
 
     def losses(self, hidden: Tensor, ids: Tensor, random: CounterRandom) -> tuple[Tensor, Tensor]:
         values = -self.log_likelihood(hidden, ids)
         return values, torch.ones_like(values)
 
+    def soft_losses(self, hidden: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
+        """Compute the cross-entropy of each id's sub-tokens with soft labels, summed: `(B, n)` nats.
+
+        Args:
+            hidden: `(B, n, D)`.
+            ids: `(B, n)` int64 in [0, K), which are read.
+            targets: `(B, n, P, size)`, probabilities of each sub-token; all sub-tokens are of one size.
+        """
+        read = self._read(hidden, self.sub_tokens.split(ids)[..., :-1])
+        total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
+        for number in range(len(self.sub_tokens)):
+            log_probability = self._logits(read[:, :, number], number).log_softmax(dim=-1)
+            total = total - (targets[:, :, number] * log_probability).sum(dim=-1)
+        return total
+
     def log_likelihood(self, hidden: Tensor, ids: Tensor, random: CounterRandom | None = None) -> Tensor:
         sub_tokens = self.sub_tokens.split(ids)
         read = self._read(hidden, sub_tokens[..., :-1])  # (B, n, P, D)
         total = hidden.new_zeros(ids.shape, dtype=widened(hidden.dtype))
-        for number, head in enumerate(self.heads):
-            logits, sub_token = head(read[:, :, number]), sub_tokens[..., number]
+        for number in range(len(self.sub_tokens)):
+            logits, sub_token = self._logits(read[:, :, number], number), sub_tokens[..., number]
             nats = F.cross_entropy(logits.flatten(0, 1), sub_token.flatten(), reduction="none")
             total = total - nats.view_as(total)
         return total
 
+    def _logits(self, read: Tensor, number: int) -> Tensor:
+        """Map what element `number` read, `(B, n, D)`, to logits of its sub-token."""
+        return self.heads[number if len(self.heads) > 1 else 0](read)
+
     def _read(self, hidden: Tensor, known: Tensor) -> Tensor:
         """Map `(B, n, D)` and the first p sub-tokens `(B, n, p)` to `(B, n, p + 1, D)`: element p predicts the next."""
-        tables = self.shared if self.tables is None else self.tables
-        pairs = zip(tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
-        vectors = (table(sub_token).to(hidden.dtype) for table, sub_token in pairs)
-        elements = torch.stack((hidden, *vectors), dim=2).flatten(0, 1)  # (B n, p + 1, D)
+        elements = torch.cat((hidden[:, :, None], self._embedded(known).to(hidden.dtype)), dim=2)
+        if self.positions is not None:
+            elements = elements + self.positions[: elements.shape[2]].to(hidden.dtype)
+        elements = elements.flatten(0, 1)  # (B n, p + 1, D)
         read = [self._run_blocks(sequences) for sequences in elements.split(_MOST_SEQUENCES)]
         return torch.cat(read).unflatten(0, hidden.shape[:2])
+
+    def _embedded(self, known: Tensor) -> Tensor:
+        """Embed sub-tokens `(B, n, p)`: `(B, n, p, D)`."""
+        if known.shape[-1] == 0:
+            return known.new_zeros(*known.shape, self.width, dtype=torch.float32)
+        if self.code_projection is not None:
+            codes = self.codes[0].codes(known)
+            codes = codes.cumsum(dim=-2) if self.reads_codes == "sum" else codes
+            return self.code_projection(codes.to(self.code_projection.weight.dtype))
+        tables = self.shared if self.tables is None else self.tables
+        pairs = zip(tables, known.unbind(dim=-1), strict=False)  # the tables of those that are known
+        return torch.stack([table(sub_token) for table, sub_token in pairs], dim=2)
 
     def _run_blocks(self, elements: Tensor) -> Tensor:
         rotary = None if self.rotations is None else self.rotations[: elements.shape[1]]

@@ -85,9 +85,19 @@ class DenoisingMLP(nn.Module):
         self.final_norm = Norm(width, "layer", affine=False)
         self.final_modulation = Linear(width, 2 * width)
         self.output = Linear(width, outputs or dim)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Initialise as MAR: Xavier's uniform law, 0.02 for the time, and 0 for modulations and the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for number in (0, 2):
+            nn.init.normal_(cast(nn.Linear, self.time_embedding.layers[number]).weight, std=0.02)
         for layer in (*self.modulations, self.final_modulation, self.output):
             nn.init.zeros_(cast(Linear, layer).weight)
-            nn.init.zeros_(cast(Tensor, cast(Linear, layer).bias))
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Map `x (M, D)` to `(M, outputs)`, given `time (M,)` or `(1,)` and `condition (M, condition_width)`.
@@ -205,7 +215,7 @@ class TokenDiffusionHead(nn.Module):
         self.solver = solver or DDPM(100)
         self.time_input: Literal["noise", "data"] = time_input
         self.scale = scale
-        self._flops: dict[int, int] = {}
+        self._flops: dict[int, tuple[int, int]] = {}
         outputs = 2 * dim if self.denoiser.learned_variance else dim
         self.network = DenoisingMLP(
             dim,
@@ -318,18 +328,25 @@ class TokenDiffusionHead(nn.Module):
         """Give the modules that FSDP gathers one after another: the head is small, and gathered at once."""
         return ()
 
-    def flops(self, rows: int) -> int:
-        """Count the floating-point operations of a step of the solver for so many rows, once for each number."""
+    def flops(self, rows: int, solver: Solver) -> int:
+        """Count the floating-point operations of a draw of so many rows, the null ones among them.
+
+        The embedding of the times is left out: it is the same for all rows of all draws.
+        """
         if rows not in self._flops:
 
-            def prepare(network: DenoisingMLP) -> Callable[[], object]:
-                weight = network.output.weight
-                x = torch.zeros(rows, self.dim, device=weight.device, dtype=weight.dtype)
-                projected = x.new_zeros(rows, network.output.in_features)
-                return partial(network.denoise, x, x.new_zeros(1), projected)
+            def evaluate(network: DenoisingMLP) -> Callable[[], object]:
+                projected = network.output.weight.new_zeros(rows, network.output.in_features)
+                x = projected.new_zeros(rows, self.dim)
+                return partial(network.denoise, x, projected[:1], projected, embedded=True)
 
-            self._flops[rows] = count_flops(self.network, prepare)
-        return self._flops[rows]
+            def project(network: DenoisingMLP) -> Callable[[], object]:
+                layer = network.condition_projection
+                return partial(layer, layer.weight.new_zeros(rows, layer.in_features))
+
+            self._flops[rows] = count_flops(self.network, evaluate), count_flops(self.network, project)
+        evaluation, projection = self._flops[rows]
+        return solver.evaluations * evaluation + projection
 
     def _network_time(self, t: Tensor | float, like: Tensor) -> Tensor:
         """`(M,)` or `(1,)` on the device of the vectors, in the units that the network reads."""

@@ -6,6 +6,7 @@ the models that use them; which of them go together is checked at the end of the
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -26,6 +27,8 @@ from discrete_lit.backbones.blocks import (
     MLPKind,
     Modulating,
     Modulation,
+    ModulationActivation,
+    NormTables,
     QueryKeyNorm,
     Rotary,
 )
@@ -66,6 +69,8 @@ class Transformer(Backbone):
       `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
       `mlp="swiglu"`.
     - RandAR: as LlamaGen, with `position_instructions`.
+    - RQ-Transformer: `token_embedding="codes"`, `code_dim=256`, and a `FactorisedHead` with `codes="sum"`, `positions`
+      and `shared_logits`.
     - BitDance: `class_slots=64`, `token_embedding="bits_mlp"`, `embedding_norm="rms"`, `rotary_offset=1.5`,
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
@@ -76,6 +81,9 @@ class Transformer(Backbone):
     - Halton-MaskGIT: `conditioning="adaln"`, `norm="rms"`, `mlp="swiglu"`, `qk_norm="full_rms"`, `registers=1`, `tied`.
     - SEDD, MDLM: `conditioning="adaln"`, `condition_width=128`, `positions="rope_1d"`, `mlp="gelu_tanh"`, no biases
       in attention and norms.
+    - VQ-Diffusion: `conditioning="adaln_tables"`, `time_steps=100`, `mlp="gelu_quick"`, `mlp_on_grid`.
+    - MD4's text models: `conditioning="adaln"`, `condition_width=64`, `mlp="glu"`, `modulation_activation="sigmoid"`,
+      `time_waves=32`, `time_hidden=256`, `positions="rope_1d"`, `bias=False`.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
 
     What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
@@ -88,7 +96,9 @@ class Transformer(Backbone):
         heads: attention heads.
         head_dim: width of a head.
         mlp_hidden: inner width of the MLP; by default 4 x width, if gated 8/3 x width rounded up to a multiple of 64.
-        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or SwiGLU.
+        mlp: GELU, its approximation by tanh or by a sigmoid (ImageGPT), squared ReLU (Primer), or one gated by SiLU
+            (`"swiglu"`), GELU or its approximation (`"geglu"`, `"geglu_tanh"`), or a sigmoid (`"glu"`: MD4).
+        mlp_on_grid: its two layers are 3 x 3 convolutions over the grid (VQ-Diffusion).
         norm: `"layer"` or `"rms"`.
         norm_epsilon: of every norm.
         norm_first: pre-norm; false is post-norm, without a norm at the end (BERT, MaskGIT).
@@ -111,14 +121,21 @@ class Transformer(Backbone):
             long; the instruction's queries and keys are turned as the token's.
         token_embedding: of ids: a table, which is one for each where a position has several ids (MaskBit's BERT), a
             linear map of their bits (MaskBit), a SwiGLU of them (`"bits_mlp"`: BitDance), a table of the values of a
-            bit and a linear map (`"bit_table"`: BAR), or the sum of a table for each of the sub-tokens that
-            `place_head` predicts (`"parts"`: Open-MAGVIT2).
+            bit and a linear map (`"bit_table"`: BAR), the sum of a table for each of the sub-tokens that `place_head`
+            predicts (`"parts"`: Open-MAGVIT2), or of a linear map of the tokenizer's code vector of each (`"codes"`:
+            RQ-Transformer).
         embedded_digits: sizes of the digits of an id, least significant first, each with a table that is added to the
             table of ids: for FSQ the tokenizer's `levels`.
-        conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`.
+        code_dim: width of the tokenizer's code vectors, of `token_embedding="codes"`; 256 in RQ-VAE.
+        conditioning: `"prefix"`, `"adaln"`, `"prefix_adaln"` or `"added"`; or `"adaln_tables"`, by tables of each
+            block's own, of the time for one norm and of the class for the other (`NormTables`: VQ-Diffusion).
+        time_steps: T, rows of the tables of the time.
         class_slots: elements that the class takes in front of the sequence, each with a vector of its own (BitDance).
         class_repeats: elements that it takes there with the same vector (BAR).
         condition_width: of the class and time embeddings that modulate; `width` by default.
+        modulation_activation: of these, before the linear layers that make shifts, scales and gates of them.
+        time_waves, time_base, time_hidden: of the time embedding, see
+            `discrete_lit.backbones.embeddings.TimeEmbedding`.
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
         context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
@@ -171,6 +188,7 @@ class Transformer(Backbone):
         head_dim: int | None = None,
         mlp_hidden: int | None = None,
         mlp: MLPKind = "gelu",
+        mlp_on_grid: bool = False,
         norm: NormKind = "layer",
         norm_epsilon: float = 1e-6,
         norm_first: bool = True,
@@ -187,10 +205,16 @@ class Transformer(Backbone):
         position_instructions: bool = False,
         token_embedding: InputKind = "table",
         embedded_digits: Sequence[int] | None = None,
-        conditioning: Literal["prefix", "adaln", "prefix_adaln", "added"] = "prefix",
+        code_dim: int | None = None,
+        conditioning: Literal["prefix", "adaln", "prefix_adaln", "added", "adaln_tables"] = "prefix",
+        time_steps: int | None = None,
         class_slots: int = 1,
         class_repeats: int = 1,
         condition_width: int | None = None,
+        modulation_activation: ModulationActivation = "silu",
+        time_waves: int = 128,
+        time_base: float = 10000.0,
+        time_hidden: int | None = None,
         grid_vocab: int | None = None,
         context_dim: int | None = None,
         condition_positions: bool = False,
@@ -219,17 +243,33 @@ class Transformer(Backbone):
         self.modulated = conditioning in ("adaln", "prefix_adaln")
         self.prefix = conditioning in ("prefix", "prefix_adaln")
         self.added = conditioning == "added"
+        self.tabled = conditioning == "adaln_tables"
         self.causal = layout.attention != "bidirectional"
         _check_sizes(width=width, depth=depth, heads=heads, head_dim=head_dim, long_skips=long_skips)
         _check_conditioning(
             layout,
             modulated=self.modulated,
+            tabled=self.tabled,
             own_width=self.prefix or self.added,
             norm_first=norm_first,
             offsets=condition_positions,
             shared=shared_modulation,
             condition_width=condition_width,
         )
+        _check_tables(
+            layout,
+            tabled=self.tabled,
+            time_steps=time_steps,
+            norm_first=norm_first,
+            condition_width=condition_width,
+            on_grid=mlp_on_grid,
+            registers=registers,
+            in_front=self.prefix,
+        )
+        if modulation_activation != "silu" and not self.modulated:
+            raise ValueError(f"modulation_activation={modulation_activation!r} is of conditioning='adaln'")
+        if (time_waves, time_base, time_hidden) != (128, 10000.0, None) and not layout.timed:
+            raise ValueError("time_waves, time_base and time_hidden are of a generator that tells the time")
         _check_layout(
             layout,
             target_positions=bool(target_positions),
@@ -265,7 +305,7 @@ class Transformer(Backbone):
         self.grid_vocab, self.context_dim = grid_vocab, context_dim
 
         if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
+            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp in ("swiglu", "glu") else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads if head_dim is None else head_dim
         self.class_slots, self.class_repeats = class_slots, class_repeats
@@ -277,7 +317,7 @@ class Transformer(Backbone):
         self.instructed = position_instructions
         self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
         condition_width = condition_width or width
-        affine = not self.modulated if norm_affine is None else norm_affine
+        affine = not (self.modulated or self.tabled) if norm_affine is None else norm_affine
         norm_bias = bias if norm_bias is None else norm_bias
         own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
         settings = BlockSettings(
@@ -290,6 +330,7 @@ class Transformer(Backbone):
             norm_first=norm_first,
             norm_affine=affine,
             modulation=own if self.modulated else None,
+            modulation_activation=modulation_activation,
             mlp=mlp,
             qk_norm=qk_norm,
             attention_bias=("all" if bias else "none") if attention_bias is None else attention_bias,
@@ -300,6 +341,7 @@ class Transformer(Backbone):
             dropout=dropout,
             dropout_places=tuple(dropout_places),
             context_dim=context_dim,
+            mlp_grid=layout.grid if mlp_on_grid else None,
         )
         # The head reads hidden states, which have seen what there is to attend to.
         head = None if place_head is None else place_head(replace(settings, context_dim=None), layout.vocab_size)
@@ -312,9 +354,17 @@ class Transformer(Backbone):
             kind=token_embedding,
             sub_tokens=None if head is None else head.sub_tokens,
             digits=embedded_digits,
+            code_dim=code_dim,
         )
-        self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
-        self.time_embedding = TimeEmbedding(condition_width) if layout.timed else None
+        self.class_embedding = self.time_embedding = self.norm_tables = None
+        if not self.tabled:
+            self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
+            if layout.timed:
+                self.time_embedding = TimeEmbedding(condition_width, time_waves, base=time_base, hidden=time_hidden)
+        elif time_steps is not None:
+            self.norm_tables = nn.ModuleList(
+                NormTables(width, steps=time_steps, num_classes=layout.num_classes) for _ in range(depth)
+            )
         self.grid_embedding = None if grid_vocab is None else nn.Embedding(grid_vocab + 1, width)
         learned = registers + int(self.causal and not self.prefix)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
@@ -342,7 +392,8 @@ class Transformer(Backbone):
 
         # The blocks.
         self.condition_positions = nn.Parameter(torch.empty(self.elements, width)) if condition_positions else None
-        self.shared_modulation = Modulation(width, width, vectors=6) if shared_modulation else None
+        modulation = partial(Modulation, activation=modulation_activation)
+        self.shared_modulation = modulation(width, width, vectors=6) if shared_modulation else None
         self.blocks = nn.ModuleList(
             Block(replace(settings, drop_path=drop_path * layer / max(depth - 1, 1))) for layer in range(depth)
         )
@@ -355,13 +406,14 @@ class Transformer(Backbone):
         if norm_first and (head is None or head.reads_norm):
             offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
             # What a head reads is modulated by none: it has gains whatever the blocks have.
-            self.final_norm = Norm(width, norm, affine=affine or head is not None, bias=offset, epsilon=norm_epsilon)
+            gains = affine or head is not None or self.tabled
+            self.final_norm = Norm(width, norm, affine=gains, bias=offset, epsilon=norm_epsilon)
         self.hidden_positions = nn.Parameter(torch.empty(layout.positions, width)) if hidden_positions else None
         if head is not None:
             head.read_input(self.token_embedding)
             self.place_head = head
         else:
-            self.final_modulation = Modulation(condition_width, width, vectors=2) if self.modulated else None
+            self.final_modulation = modulation(condition_width, width, vectors=2) if self.modulated else None
             self.head = LogitHead(
                 width,
                 layout.sub_tokens * layout.outputs,
@@ -398,10 +450,14 @@ class Transformer(Backbone):
         new = tokens.shape[1]
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
-        class_vectors = self.class_embedding(labels)
+        class_vectors = labels[:, None] if self.class_embedding is None else self.class_embedding(labels)
         hidden = self._embed(tokens, class_vectors, filled, order, given.grid, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
-        hidden = self._run_blocks(hidden, modulating, order, cache, given)
+        tabled = list[tuple[Tensor, ...]]()
+        if self.norm_tables is not None:
+            assert time is not None
+            tabled = [tables(time, labels) for tables in self.norm_tables]
+        hidden = self._run_blocks(hidden, modulating, order, cache, given, tabled)
         # Row i of a causal sequence, which predicts token i, is the element a block before it.
         if self.instructions is not None:
             hidden = self.instructions.of(hidden, filled, new, 0 if cache is None else cache.ahead)
@@ -554,7 +610,13 @@ class Transformer(Backbone):
         return condition
 
     def _run_blocks(
-        self, hidden: Tensor, condition: Tensor | None, order: Tensor | None, cache: Cache | None, given: Condition
+        self,
+        hidden: Tensor,
+        condition: Tensor | None,
+        order: Tensor | None,
+        cache: Cache | None,
+        given: Condition,
+        tabled: list[tuple[Tensor, ...]],
     ) -> Tensor:
         filled, count = 0 if cache is None else cache.filled, hidden.shape[1]
         rotary: Rotary | None = None
@@ -569,7 +631,7 @@ class Transformer(Backbone):
         # The mask says all of a first pass, and a later one sees everything.
         mask = None if self.mask is None or filled else self.mask[:count, :count]
         causal = self.layout.attention == "causal" and self.block_size == 1
-        prepared = [] if cache is None else cache.modulations
+        prepared = tabled or ([] if cache is None else cache.modulations)
         shared: Modulating | None = condition
         if condition is not None and self.shared_modulation is not None and not prepared:
             shared = torch.cat(self.shared_modulation(condition), dim=-1)
@@ -609,7 +671,7 @@ class Transformer(Backbone):
             context = [cast(ContextAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
         modulations: list[tuple[Tensor, ...]] = []
         if self.modulated and self.condition_positions is None and not self.layout.timed:
-            modulating = self.class_embedding(labels)[:, None]
+            modulating = cast(nn.Embedding, self.class_embedding)(labels)[:, None]
             shared = modulating
             if self.shared_modulation is not None:
                 shared = torch.cat(self.shared_modulation(modulating), dim=-1)
@@ -618,7 +680,7 @@ class Transformer(Backbone):
                 modulations.append(self.final_modulation(modulating))
         if not self.causal:
             return Cache(modulations, None, context=context)
-        weight = self.class_embedding.weight
+        weight = cast(nn.Embedding, self.class_embedding).weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         buffers = new_buffers(
             layers=self.depth,
@@ -671,6 +733,7 @@ def _check_conditioning(
     layout: SequenceLayout,
     *,
     modulated: bool,
+    tabled: bool,
     own_width: bool,
     norm_first: bool,
     offsets: bool,
@@ -683,8 +746,36 @@ def _check_conditioning(
         raise ValueError("condition_positions and shared_modulation need conditioning='adaln' or 'prefix_adaln'")
     if condition_width is not None and (own_width or offsets or shared):
         raise ValueError("condition_width is of conditioning='adaln' with neither offsets nor a shared modulation")
-    if layout.timed and not modulated:
-        raise ValueError("a generator that tells the time needs conditioning='adaln' or 'prefix_adaln'")
+    if layout.timed and not (modulated or tabled):
+        raise ValueError("a generator that tells the time needs conditioning='adaln', 'prefix_adaln' or 'adaln_tables'")
+
+
+def _check_tables(
+    layout: SequenceLayout,
+    *,
+    tabled: bool,
+    time_steps: int | None,
+    norm_first: bool,
+    condition_width: int | None,
+    on_grid: bool,
+    registers: int,
+    in_front: bool,
+) -> None:
+    if tabled != (time_steps is not None) or (time_steps is not None and time_steps < 1):
+        raise ValueError(
+            f"time_steps, at least 1, is of conditioning='adaln_tables' and needed there, got {time_steps}"
+        )
+    if tabled and (not layout.timed or layout.attention != "bidirectional" or not norm_first or condition_width):
+        raise ValueError(
+            "conditioning='adaln_tables' needs a generator of bidirectional attention that tells the time "
+            "(time_input='time'), norm_first=true, and no condition_width"
+        )
+    if on_grid and (layout.attention != "bidirectional" or registers or in_front or len(layout.grid) != 2):
+        raise ValueError(
+            f"mlp_on_grid=true needs a bidirectional sequence of a grid of two axes and nothing else, got "
+            f"{layout.attention} attention, a grid of {layout.grid}, {registers} registers and "
+            f"{'a' if in_front else 'no'} class in front"
+        )
 
 
 def _check_layout(

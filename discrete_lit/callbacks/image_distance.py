@@ -5,7 +5,7 @@ images, and so the figures, are the same for any number of ranks, and training g
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.image_grids import undisturbed
-from discrete_lit.core.distributed import on_first_rank
+from discrete_lit.core.distributed import failing_together, on_first_rank
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, size_of, size_text, to_uint8
 from discrete_lit.core.lightning_internals import log_step
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
@@ -276,10 +276,12 @@ class ImageDistance(Callback):
             if not isinstance(module, ImageAutoencoder):
                 meter = FeatureMeter(self._extractor(module), self.num_samples, most_features=most_features)
                 sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-                for indices, counted in own_numbers(self.num_samples, self.batch_size, together=sharded):
-                    images = self._draw(module, indices)
-                    if counted:
-                        meter.update(images, None, indices)
+                # Ranks that gather sharded weights wait for one another at every batch.
+                with nullcontext() if sharded else failing_together():
+                    for indices, counted in own_numbers(self.num_samples, self.batch_size, together=sharded):
+                        images = self._draw(module, indices)
+                        if counted:
+                            meter.update(images, None, indices)
                 return _over_ranks(meter, module.device)
             if self._selection is None:
                 return None

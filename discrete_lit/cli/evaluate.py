@@ -30,7 +30,7 @@ from discrete_lit.metrics.extractors import LOGITS, SPATIAL, FeatureExtractor
 if TYPE_CHECKING:
     from discrete_lit.evaluation.feature_statistics import Measurement, Reference
     from discrete_lit.evaluation.held_out_likelihood import LikelihoodFigures
-    from discrete_lit.evaluation.report import PerturbedDistance, Row
+    from discrete_lit.evaluation.report_table import PerturbedDistance, Row
     from discrete_lit.metrics.precision_recall import ClassSpread, Manifold
 
 
@@ -279,7 +279,7 @@ class _Evaluation:
 
     def _measure_perturbed(self, selection: Selection, made: Run) -> tuple[PerturbedDistance, ...]:
         """Measure the distance of a tokenizer's reconstructions at each rate of perturbed ids."""
-        from discrete_lit.evaluation.report import PerturbedDistance
+        from discrete_lit.evaluation.report_table import PerturbedDistance
         from discrete_lit.metrics.frechet import frechet_distance
 
         found = []

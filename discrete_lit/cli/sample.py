@@ -231,7 +231,9 @@ def sample(
         "compile": compile,
         "graph": graphed is not None and graphed.recorded,
         "image_size": image_size,
-        "parameters": sum(parameter.numel() for parameter in generator.backbone.parameters()),
+        "parameters": sum(
+            parameter.numel() for network in generator.drawing_networks() for parameter in network.parameters()
+        ),
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
         "flops_per_image": drawn.flops if drawn else 0,

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 
 from discrete_lit.checkpoints import load
 from discrete_lit.core.auto_precision import resolve_precision
-from discrete_lit.core.distributed import on_first_rank, rank
+from discrete_lit.core.distributed import failing_together, on_first_rank, rank
 from discrete_lit.core.files import atomic_write_text, content_sha256, file_sha256
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
@@ -145,7 +145,7 @@ def sweep(
         if found is None:
             meter = FeatureMeter(network, num_samples, most_features=None if known.features is not None else 0)
             cost = (0, 0.0)
-            with torch.inference_mode(), fabric.autocast():
+            with failing_together(), torch.inference_mode(), fabric.autocast():
                 for numbers, _ in own_numbers(num_samples, batch_size):
                     drawn, out = draw_images(generator, numbers.to(fabric.device), seed=seed, sampler=drawer)
                     meter.update(drawn, None, numbers)

@@ -110,3 +110,24 @@ def on_first_rank(compute: Callable[[], _Result]) -> _Result:
     if found[1] is not None:
         raise found[1]
     return found[0]
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Run a block on every rank, and raise an error of one on all of them, instead of letting the others wait for it.
+
+    All ranks meet at the end of the block; inside, none may wait for another.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    said = None if error is None else (isinstance(error, ValueError), str(error), type(error).__name__)
+    everyone = gather_objects(said)
+    if error is not None:
+        raise error
+    for number, found in enumerate(everyone):
+        if found is not None:
+            for_the_user, text, kind = found
+            raise ValueError(text) if for_the_user else RuntimeError(f"rank {number}: {kind}: {text}")

@@ -12,21 +12,20 @@ from pathlib import Path
 
 from lightning import Trainer
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT as PrecisionInput
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from torch.optim.swa_utils import AveragedModel
+from lightning.pytorch.strategies import Strategy
 
 from discrete_lit.core.files import atomic_write_text
 
 __all__ = [
     "PrecisionInput",
     "accumulates_gradients",
-    "averaged_model",
     "continue_csv_log",
     "log_batch_now",
     "log_step",
     "logs_this_step",
+    "saves_one_file",
 ]
 
 
@@ -138,9 +137,9 @@ def count_log_steps_from(trainer: Trainer, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
-def averaged_model(averaging: WeightAveraging) -> AveragedModel | None:
-    """Get the averaged weights that Lightning's callback keeps, None outside of training.
+def saves_one_file(strategy: Strategy) -> bool:
+    """Tell whether checkpoints are one ordinary file each, and not a folder with a part of every rank.
 
-    There is no public way: the callback only takes a rule for how they move.
+    There is no public way: it is an argument of `ModelParallelStrategy` that it keeps to itself.
     """
-    return averaging._average_model
+    return not getattr(strategy, "_save_distributed_checkpoint", False)

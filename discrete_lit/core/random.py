@@ -74,6 +74,7 @@ class Purpose(IntEnum):
     EXPOSURE = 15
     ID_PERTURBATION = 16
     RESIDUAL = 17
+    STOCHASTIC_CODE = 18
     DECODER_START = 20
     DECODER_STEP = 21
 

@@ -18,7 +18,7 @@ LONGEST_FILE = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Where the captions of images are found, and what is done without one.
+    """The place of the captions of images, and what is done without one.
 
     Args:
         kind: `txt`, a caption on each line, or `json`.

@@ -1,5 +1,7 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
+from discrete_lit.diffusion.gidd import GIDDLoss, GIDDProcess, GIDDSchedule
+from discrete_lit.diffusion.mask_and_replace import MaskAndReplaceProcess, MaskAndReplaceSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
@@ -22,9 +24,11 @@ from discrete_lit.diffusion.schedules import (
     MaskSchedule,
     MDLMCosineSchedule,
     NoiseLevel,
+    PowerSchedule,
     SquareSchedule,
     TruncatedNormalSchedule,
     TruncatedSchedule,
+    WarpedSchedule,
 )
 
 __all__ = [
@@ -37,6 +41,9 @@ __all__ = [
     "DenseProcess",
     "DiscretizedGaussianProcess",
     "ForwardProcess",
+    "GIDDLoss",
+    "GIDDProcess",
+    "GIDDSchedule",
     "GeometricSchedule",
     "Head",
     "HybridProcess",
@@ -45,13 +52,17 @@ __all__ = [
     "LogLinearSchedule",
     "LogSinSchedule",
     "MDLMCosineSchedule",
+    "MaskAndReplaceProcess",
+    "MaskAndReplaceSchedule",
     "MaskSchedule",
     "MixtureProcess",
     "NoiseLevel",
     "PosteriorHead",
+    "PowerSchedule",
     "ScoreHead",
     "SquareSchedule",
     "TruncatedNormalSchedule",
     "TruncatedSchedule",
     "UniformProcess",
+    "WarpedSchedule",
 ]

@@ -201,8 +201,12 @@ class SteppedPath(GaussianPath):
 
     def __init__(self, betas: Sequence[float]) -> None:
         values = np.asarray(betas, dtype=np.float64)
-        if values.ndim != 1 or not len(values) or not ((values > 0) & (values < 1)).all():
-            raise ValueError(f"betas must be numbers in (0, 1), one for each step, got {list(values.flat)[:5]}…")
+        wrong = values[~((values > 0) & (values < 1))]
+        if values.ndim != 1 or not len(values) or len(wrong):
+            raise ValueError(
+                "betas must be numbers in (0, 1), one for each step, got "
+                + (f"{len(wrong)} of {values.size} outside, such as {wrong[0]:.4g}" if len(wrong) else f"{betas!r:.60}")
+            )
         self.steps = len(values)
         # As float64 products in turn, which is how the published tables were made.
         self.squared_alphas = torch.from_numpy(np.append(1.0, np.cumprod(1.0 - values)))
@@ -272,7 +276,12 @@ class ScheduledPath(SteppedPath):
             raise ValueError(f"a cosine schedule has no start and end, got {ends}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        super().__init__(makers[schedule](steps, **ends))
+        try:
+            super().__init__(makers[schedule](steps, **ends))
+        except ValueError as error:
+            raise ValueError(
+                f"a {schedule} schedule of steps={steps}, ends {ends or 'as published'}: {error}"
+            ) from None
         self.schedule, self.start, self.end = schedule, start, end
 
 

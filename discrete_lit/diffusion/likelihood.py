@@ -4,6 +4,7 @@
   tokens, or over their fraction, which needs no schedule and no epsilon (RADD's k-DCE and lambda-DCE; Ou et al., 2024).
   For other noise it is an integral over the total noise between the two ends of the training schedule, whose terms are
   added: the divergence from the prior at t = 1, and the reconstruction at t = 0 if the schedule's m(0) is not 0.
+  Of a model of T steps (VQ-Diffusion) it is a mean over these.
 - `enumerated_log_likelihood`: exact, for masks and short sequences.
 """
 
@@ -16,7 +17,14 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.diffusion.losses import ContinuousBound, DiffusionLoss, MaskedCrossEntropy, ScoreEntropy, gather
+from discrete_lit.diffusion.losses import (
+    ContinuousBound,
+    DiffusionLoss,
+    DiscreteTimeBound,
+    MaskedCrossEntropy,
+    ScoreEntropy,
+    gather,
+)
 from discrete_lit.diffusion.parameterization import (
     Denoiser,
     LeaveOneOutHead,
@@ -42,6 +50,7 @@ def likelihood_bound(
     random: CounterRandom,
     samples: int,
     variable: Variable = "mask_count",
+    steps: int | None = None,
 ) -> Estimate:
     """Return an unbiased estimate of the ELBO, a lower bound of log p, with its standard error.
 
@@ -60,12 +69,18 @@ def likelihood_bound(
         samples: number of evaluations of the network, at levels that are spread evenly. If the training schedule starts
             at m(0) > 0, a quarter of this number, but at least 2, are added for the reconstruction.
         variable: the variable that the mean is over where noise only masks.
+        steps: T, of a model that is one of T steps; None for the limit of many steps.
 
     Returns:
         Nats `(B,)` and the standard error of each (nan for one sample); float64. The error is computed as for
         independent levels, so it is too large where the cost depends on the level more than on what noise does.
     """
-    if is_absorbing(denoiser.process):
+    if steps is not None:
+        means = [
+            _mean_over_steps(network, denoiser, tokens, random, samples, steps),
+            _whole_prior_term(denoiser, tokens),
+        ]
+    elif is_absorbing(denoiser.process):
         means = [_mean_over_masks(network, denoiser, tokens, random, samples, variable)]
     else:
         means = [_integral(network, denoiser, tokens, random, samples), _prior_term(denoiser, tokens)]
@@ -95,6 +110,29 @@ def _mean_over_masks(
         cost = loss(logits, tokens, head=head, states=states, process=process, level=level)
         costs.append(weight[:, 0] * cost.sum(dim=1))
     return _mean(costs)
+
+
+def _mean_over_steps(
+    network: Network, denoiser: Denoiser, tokens: Tensor, random: CounterRandom, samples: int, steps: int
+) -> Estimate:
+    """Estimate the bound of T steps, the prior term left out: T times the mean cost of a step."""
+    process, length = denoiser.process, tokens.shape[1]
+    loss, head, costs = DiscreteTimeBound(steps), LeaveOneOutHead(), list[Tensor]()
+    for evaluation, uniforms in enumerate(_spread(random, samples)):
+        level = loss.level(denoiser.schedule, uniforms, length)
+        draws = random.uniform(Purpose.LIKELIHOOD, length, step=evaluation + 1)
+        states = loss.corrupt(process, tokens, level, draws)
+        logits = clean_log_probabilities(denoiser, network(states, level), states, level)
+        cost = loss(logits, tokens, head=head, states=states, process=process, level=level)
+        costs.append(cost.sum(dim=1))
+    return _mean(costs)
+
+
+def _whole_prior_term(denoiser: Denoiser, tokens: Tensor) -> Estimate:
+    """Return the divergence from the prior of what is left of the tokens at t = 1."""
+    end = denoiser.schedule.alpha(torch.ones(len(tokens), 1, dtype=torch.float64, device=tokens.device))
+    cost = denoiser.process.prior_divergence(tokens, end).sum(dim=1)
+    return cost, torch.zeros_like(cost)
 
 
 def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: CounterRandom, samples: int) -> Estimate:
@@ -141,7 +179,13 @@ def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: Coun
 
 
 def _prior_term(denoiser: Denoiser, tokens: Tensor) -> Estimate:
-    """Return the divergence from the prior of what is left of the tokens where `_integral` ends."""
+    """Return the divergence from the prior of what is left of the tokens where `_integral` ends.
+
+    It is 0 for a schedule that goes all the way, of which the integral leaves out nothing that float64 could tell.
+    """
+    if denoiser.schedule.ends()[1] == 1:
+        cost = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
+        return cost, cost
     end = NoiseLevel.of(denoiser.schedule, _ends(denoiser.schedule)[1].to(tokens.device).expand(len(tokens), 1))
     cost = denoiser.process.prior_divergence(tokens, end.alpha).sum(dim=1)
     return cost, torch.zeros_like(cost)

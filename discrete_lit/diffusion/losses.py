@@ -3,10 +3,12 @@
 - `MaskedCrossEntropy`: MDLM (Sahoo et al., 2024), MD4 (Shi et al., 2024), RADD (Ou et al., 2024).
 - `ScoreEntropy`: SEDD's denoising score entropy (Lou et al., 2024).
 - `ContinuousBound`: the bound in continuous time, T = infinity; UDLM (Schiff et al., 2024) and Duo for the uniform
-  process, GIDD (von Rütte et al., 2025) for `HybridProcess`, tauLDR (Campbell et al., 2022) for every process.
+  process, GIDD (von Rütte et al., 2025) for its own, tauLDR (Campbell et al., 2022) for every process. `GIDDLoss`
+  (`gidd.py`) is GIDD's with its weights of training.
 - `DiscreteTimeBound`: the bound of T steps, D3PM's L_vb (Austin et al., 2021).
 - `HybridBound`: D3PM's training loss L_lambda, this bound with a cross-entropy added (GIDD's hybrid *noise* is another
   thing, see `ContinuousBound`).
+- `VQDiffusionLoss` (`mask_and_replace.py`): VQ-Diffusion's, this bound with a weighted cross-entropy of its own.
 - `DiscreteFlowMatching`: the loss of discrete flow matching (Gat et al., 2024; Shaul et al., 2024).
 
 One training step draws the level of noise, then the noisy tokens x_t, and takes the loss of what the network makes of
@@ -26,12 +28,12 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.random import random_subset
 from discrete_lit.diffusion.parameterization import Head, HeadKind
-from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, is_absorbing
+from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, ends_in_masks, is_absorbing
 from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 
 LossKind = Literal["bound", "not a bound"]
@@ -50,6 +52,8 @@ class DiffusionLoss(ABC):
     """The kinds of head that the loss accepts."""
     kind: LossKind
     """Whether the loss is a bound if noise goes all the way; `label` looks at the schedule too."""
+    importance: nn.Module | None = None
+    """What training teaches the loss of its levels, which a generator keeps with its weights; None for most."""
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
         """Draw the noise level of each sequence.
@@ -127,6 +131,9 @@ class DiffusionLoss(ABC):
             level: `(B, 1)`.
         """
 
+    def end_batch(self) -> None:  # noqa: B027
+        """Learn what a training batch cost, where the loss draws its levels by that."""
+
     def check(self, head: Head, process: ForwardProcess) -> None:
         """Refuse a head or process that the loss is not for.
 
@@ -143,11 +150,11 @@ class DiffusionLoss(ABC):
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         """Tell whether the loss bounds -log p with this process and schedule.
 
-        A schedule whose m starts above 0 leaves out the cost of the last tokens. Where noise only masks, one whose m
+        A schedule whose m starts above 0 leaves out the cost of the last tokens. Where noise ends in masks, one whose m
         ends below 1 leaves out a prior term that is infinite.
         """
         first, last = schedule.ends()
-        cut = first > 0 or (last < 1 and is_absorbing(process))
+        cut = first > 0 or (last < 1 and ends_in_masks(process))
         return "not a bound" if cut else self.kind
 
 
@@ -246,6 +253,7 @@ class ScoreEntropy(DiffusionLoss):
         Here a = q(. | x_0) and e_y = a_x s_y. All ids but x_0 have the same a_y, so that only a sum of scores and a sum
         of log-scores run over all K ids.
         """
+        assert process.homogeneous, "scores are of homogeneous processes"
         prior, id_probability = process.prior_at(states), process.id_probability
         is_clean, is_mask = states == tokens, states == process.vocab_size
         at_state = level.noise * prior + torch.where(is_clean, level.alpha, 0.0)  # a_x
@@ -282,30 +290,63 @@ class ContinuousBound(DiffusionLoss):
 
         sigma' pi_x / a_x [KL(a | b) + a_x / b_x - log(a_x / b_x) - 1],
 
-    which is the loss of UDLM (Schiff et al., 2024, eq. 16) and Duo for the uniform process, of GIDD for the hybrid one
-    (von Rütte et al., 2025, theorem 3.7), and `m' / m` times the cross-entropy of masked tokens for the absorbing one.
+    which is the loss of UDLM (Schiff et al., 2024, eq. 16) and Duo for the uniform process, of GIDD for its own, whose
+    pi_x is that of the level (von Rütte et al., 2025, theorem 3.7), and `m' / m` times the cross-entropy of masked
+    tokens for the absorbing one.
+
+    Args:
+        time_margin: times are drawn from [time_margin, 1 - time_margin], in [0, 1/2): at the ends of time weights can
+            be infinite. With a margin the loss is no bound.
+
+    Raises:
+        ValueError: the margin is out of its range.
     """
 
     heads = frozenset({"leave_one_out"})
-    kind = "bound"
+    kind: LossKind = "bound"
+
+    def __init__(self, time_margin: float = 0.0) -> None:
+        if not 0 <= time_margin < 0.5:
+            raise ValueError(f"time_margin must lie in [0, 0.5), got {time_margin}")
+        self.time_margin = time_margin
+
+    def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
+        return super().level(schedule, self.time_margin + (1 - 2 * self.time_margin) * uniforms, length)
 
     def integrand(
         self, prediction: Tensor, tokens: Tensor, *, states: Tensor, process: ForwardProcess, level: NoiseLevel
     ) -> Tensor:
         if isinstance(process, MixtureProcess):
             alpha, noise = level.alpha, level.noise
-            at_state, log_ratio = mixture_at_states(
+            _, log_ratio = mixture_at_states(
                 prediction, tokens, states=states, process=process, alpha=alpha, noise=noise
             )
             divergence = mixture_divergence(prediction, tokens, process=process, alpha=alpha, noise=noise)
-            weight = level.rate * process.prior_at(states) / at_state
+            weight = self.weight(tokens, states=states, process=process, level=level)
             return weight * (divergence + torch.expm1(log_ratio) - log_ratio)
         true, predicted = marginals(prediction, tokens, process=process, alpha=level.alpha, noise=level.noise)
         true = true / gather(true, states)[..., None]
         predicted = predicted / gather(predicted, states)[..., None]
         log_ratio = (predicted / true).log()
         gap = true * (torch.expm1(log_ratio) - log_ratio)
-        return level.rate * (process.rates_into(states) * gap).sum(dim=-1)
+        return level.rate * (process.rates_into(states, level.alpha, level.noise) * gap).sum(dim=-1)
+
+    def weight(self, tokens: Tensor, *, states: Tensor, process: MixtureProcess, level: NoiseLevel) -> Tensor:
+        """Return the weight of each token of a mixture, `sigma' pi_x / a_x`, float64.
+
+        Args:
+            tokens: x_0, `(B, N)`.
+            states: x_t, `(B, N)`.
+            process: the noise.
+            level: `(B, 1)`.
+        """
+        masses = process.noise_masses(level.alpha, level.noise)
+        masses = masses[0].clamp(min=_TINY), masses[1]
+        at_state = process.at(states, masses) + torch.where(states == tokens, level.alpha, 0.0)
+        return level.rate * process.at(states, process.rate_masses(level.alpha, level.noise)) / at_state
+
+    def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
+        return "not a bound" if self.time_margin > 0 else super().label(process, schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +369,8 @@ class DiscreteTimeBound(DiffusionLoss):
 
     Args:
         steps: T >= 1.
+        to_data: the first step goes back to the data; otherwise to the schedule's m(0), and what is left to be guessed
+            there is not counted: MD4's code adds a constant for it.
 
     Raises:
         ValueError: there is less than one step.
@@ -336,16 +379,18 @@ class DiscreteTimeBound(DiffusionLoss):
     heads = frozenset({"leave_one_out"})
     kind: LossKind = "bound"
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, *, to_data: bool = True) -> None:
         if steps < 1:
             raise ValueError(f"steps of {type(self).__name__} must be at least 1, got {steps}")
         self.steps = steps
+        self.to_data = to_data
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> StepLevel:
         step = (uniforms.double() * self.steps).floor().clamp(max=self.steps - 1)
         end, start = NoiseLevel.at(schedule, (step + 1) / self.steps), step / self.steps
-        alpha = torch.where(step == 0, 1.0, schedule.alpha(start))
-        noise = torch.where(step == 0, 0.0, schedule.mask_probability(start))
+        alpha, noise = schedule.alpha(start), schedule.mask_probability(start)
+        if self.to_data:
+            alpha, noise = torch.where(step == 0, 1.0, alpha), torch.where(step == 0, 0.0, noise)
         return StepLevel(**vars(end), alpha_before=alpha, noise_before=noise)
 
     def integrand(
@@ -371,16 +416,21 @@ class DiscreteTimeBound(DiffusionLoss):
                 prediction, tokens, states=states, process=process, alpha=level.alpha, noise=level.noise
             )
             divergence = mixture_divergence(prediction, tokens, process=process, alpha=before, noise=noise_before)
-            jump = (level.noise - noise_before) / before * process.prior_at(states)
+            added = process.step_masses(before, level.alpha, noise_s=noise_before, noise_t=level.noise)
+            jump = process.at(states, added)
             return (ratio * a_s * log_ratio_s + jump * divergence) / a_t - log_ratio_t
         true, predicted = marginals(prediction, tokens, process=process, alpha=before, noise=level.noise_before)
-        step = process.likelihood(states, ratio)  # q(x_t | x_s)
+        step = process.step_likelihood(  # q(x_t | x_s)
+            states, before, level.alpha, noise_s=level.noise_before, noise_t=level.noise
+        )
         a_t, b_t = ((law * step).sum(dim=-1, keepdim=True) for law in (true, predicted))
         posterior = true * step / a_t  # q(x_s | x_t, x_0)
         return (posterior * (true.log() - predicted.log())).sum(dim=-1) - (a_t.log() - b_t.log())[..., 0]
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
-        return "not a bound" if is_absorbing(process) and schedule.ends()[1] < 1 else self.kind
+        first, last = schedule.ends()
+        cut = (first > 0 and not self.to_data) or (last < 1 and ends_in_masks(process))
+        return "not a bound" if cut else self.kind
 
 
 class HybridBound(DiscreteTimeBound):
@@ -439,7 +489,7 @@ class DiscreteFlowMatching(DiffusionLoss):
 
     def check(self, head: Head, process: ForwardProcess) -> None:
         super().check(head, process)
-        if not isinstance(process, MixtureProcess):
+        if not isinstance(process, MixtureProcess) or not process.homogeneous:
             raise ValueError(
                 "DiscreteFlowMatching is for paths that mix data with one distribution (AbsorbingProcess, "
                 f"UniformProcess, HybridProcess), got {type(process).__name__}"
@@ -473,9 +523,9 @@ def mixture_divergence(
         noise: 1 - alpha.
     """
     at_clean = gather(leave_one_out, tokens).double()
-    if process.id_probability == 0:
+    if is_absorbing(process):
         return -alpha * at_clean
-    floor = _floor(process, noise)
+    floor = _floor(process, alpha, noise)
     offset = alpha.log() - floor.log()
     risen = F.softplus(leave_one_out + offset[..., None].to(leave_one_out.dtype), threshold=_LINEAR)
     at_clean_risen = F.softplus(at_clean + offset, threshold=_LINEAR)
@@ -489,21 +539,21 @@ def mixture_at_states(
 ) -> tuple[Tensor, Tensor]:
     """Return a and log(a / b) of a mixture at `states (...)`, float64; the arguments are `mixture_divergence`'s."""
     is_clean, is_mask = states == tokens, states == process.vocab_size
-    if process.id_probability == 0:
+    if is_absorbing(process):
         at_clean = gather(leave_one_out, tokens).double()
         return torch.where(is_clean, alpha, noise), torch.where(is_clean, -at_clean, 0.0)
-    floor = _floor(process, noise)
+    floor = _floor(process, alpha, noise)
     of_state = torch.where(is_clean, alpha + floor, floor)
     at_state = gather(leave_one_out, states.masked_fill(is_mask, 0)).double()
     log_predicted = floor.log() + F.softplus(at_state + alpha.log() - floor.log(), threshold=_LINEAR)
     # The mask's probability does not depend on p.
     log_ratio = torch.where(is_mask, 0.0, of_state.log() - log_predicted)
-    return torch.where(is_mask, noise * process.mask_fraction, of_state), log_ratio
+    return torch.where(is_mask, process.noise_masses(alpha, noise)[1], of_state), log_ratio
 
 
-def _floor(process: MixtureProcess, noise: Tensor) -> Tensor:
+def _floor(process: MixtureProcess, alpha: Tensor, noise: Tensor) -> Tensor:
     """Return c, the probability that noise alone gives each id."""
-    return (noise * process.id_probability).clamp(min=_TINY)
+    return process.noise_masses(alpha, noise)[0].clamp(min=_TINY)
 
 
 def marginals(

@@ -98,6 +98,11 @@ class ScoreHead(Head):
         return scores.scatter(-1, states[..., None], 0.0)
 
     def check(self, process: ForwardProcess) -> None:
+        if not process.homogeneous:
+            raise ValueError(
+                f"{type(self).__name__} is for noise whose rates do not change, those of {type(process).__name__} do: "
+                "use LeaveOneOutHead"
+            )
         if self.mask_output != process.masks:
             raise ValueError(
                 f"scores are of all states: mask_output of {type(self).__name__} must be {process.masks} for "
@@ -110,7 +115,7 @@ class ScoreHead(Head):
             )
 
 
-TimeInput = Literal["none", "time", "total_noise"]
+TimeInput = Literal["none", "time", "unit_time", "total_noise"]
 # DiT's and D3PM's sinusoids tell times from 0 to 1000 apart.
 _TIME_SCALE = 1000.0
 
@@ -126,7 +131,7 @@ class Denoiser:
     head: Head
     """The meaning of its output."""
     time_input: TimeInput
-    """The time that it is told: none, 1000 t, or sigma (SEDD, whose schedules keep sigma finite)."""
+    """The time that it is told: none, 1000 t, t itself (GIDD), or sigma (SEDD, whose schedules keep sigma finite)."""
 
     def __post_init__(self) -> None:
         self.head.check(self.process)
@@ -138,6 +143,8 @@ class Denoiser:
         """
         if self.time_input == "none":
             return None
+        if self.time_input == "unit_time":
+            return level.t[:, 0]
         if self.time_input == "time":
             return (level.t * _TIME_SCALE)[:, 0]
         most = NoiseLevel.at(self.schedule, torch.ones_like(level.t)).sigma

@@ -2,15 +2,18 @@
 
 - `AbsorbingProcess`: masks; absorbing D3PM (Austin et al., 2021), SEDD absorb (Lou et al., 2024), MDLM, MD4.
 - `UniformProcess`: uniform random ids; uniform D3PM, SEDD uniform, UDLM (Schiff et al., 2024), Duo.
-- `HybridProcess`: masks and uniform ids mixed; GIDD (von Rütte et al., 2025).
+- `HybridProcess`: masks and uniform ids mixed, in the same proportion at all times.
 - `MixtureProcess`: the three in one formula, `q(x_t | x_0) = alpha x_0 + (1 - alpha) pi`.
+- `GIDDProcess` (`gidd.py`): the same formula with a pi that moves from uniform ids to masks (von Rütte et al., 2025).
 - `DiscretizedGaussianProcess`: neighbours in an order of the ids, such as grey levels; D3PM's discretized Gaussian.
 - `DenseProcess`: any symmetric matrix of rates.
+- `MaskAndReplaceProcess` (`mask_and_replace.py`): VQ-Diffusion's noise, whose masks stay masks.
 
-Every process is a continuous-time Markov chain with one rate matrix Q, which a schedule (`schedules.py`) speeds up or
-slows down: after a total noise of sigma, a token follows that row of the kernel `exp(sigma Q)` which its clean id
-selects. A level of noise is given as `alpha = exp(-sigma)`, in (0, 1], and the noise between two times s < t by
-`alpha_t / alpha_s`. D3PM's products of step matrices are these kernels; none is stored for each time and pair of ids.
+Every process is a continuous-time Markov chain, which a schedule (`schedules.py`) speeds up or slows down: after a
+total noise of sigma, a token follows that row of the kernel which its clean id selects. A level of noise is given as
+`alpha = exp(-sigma)`, in (0, 1]. But for `GIDDProcess`, a chain has one rate matrix Q: its kernel is `exp(sigma Q)`,
+and the noise between two times s < t is given by `alpha_t / alpha_s`. D3PM's products of step matrices are these
+kernels; none is stored for each time and pair of ids.
 """
 
 from abc import ABC, abstractmethod
@@ -44,6 +47,8 @@ class ForwardProcess(ABC):
     """Whether ids next to one another must mean similar things."""
     speed: float = 1.0
     """How often a unit of the total noise replaces a token, on average over the ids."""
+    homogeneous: bool = True
+    """Whether the rates are the same at every level: the noise between two levels is then that up to their ratio."""
 
     def __init__(self, vocab_size: int, masks: bool) -> None:
         if vocab_size < 2:
@@ -99,13 +104,31 @@ class ForwardProcess(ABC):
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         """Return the probability `(..., S)` of reaching `states (...)` from each state, a column of `exp(sigma Q)`."""
 
-    @abstractmethod
-    def rates_into(self, states: Tensor) -> Tensor:
-        """Return the rate Q(y, x) of jumps from each state y into `states (...)` x, 0 for y = x: `(..., S)` float64."""
+    def step_likelihood(
+        self,
+        states: Tensor,
+        alpha_s: Tensor,
+        alpha_t: Tensor,
+        *,
+        noise_s: Tensor | None = None,
+        noise_t: Tensor | None = None,
+    ) -> Tensor:
+        """Return the probability `(..., S)` that the noise from s to t > s takes each state to `states (...)`."""
+        return self.likelihood(states, alpha_t / alpha_s)
 
     @abstractmethod
-    def rates_from(self, states: Tensor) -> Tensor:
-        """Return the rate Q(x, y) of jumps from `states (...)` x to each state y, 0 for y = x: `(..., S)` float64."""
+    def rates_into(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Return the rate Q(y, x) of jumps from each state y into `states (...)` x, 0 for y = x: `(..., S)` float64.
+
+        Only a process that is not `homogeneous` needs to be told the level.
+        """
+
+    @abstractmethod
+    def rates_from(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Return the rate Q(x, y) of jumps from `states (...)` x to each state y, 0 for y = x: `(..., S)` float64.
+
+        Only a process that is not `homogeneous` needs to be told the level.
+        """
 
     def widen(self, distribution: Tensor) -> Tensor:
         """Turn a distribution over the K ids into one over the S states, of which the mask has probability 0."""
@@ -147,8 +170,9 @@ class ForwardProcess(ABC):
 class MixtureProcess(ForwardProcess):
     """The process `q(x_t | x_0) = alpha x_0 + (1 - alpha) pi`: a token is kept, or replaced by a draw from pi.
 
-    It is the chain of the rate matrix `Q = 1 pi^T - I` (Austin et al., "D3PM", 2021, appendix A.2; von Rütte et al.,
-    "GIDD", 2025, with a pi that does not change in time).
+    It is the chain of the rate matrix `Q = 1 pi^T - I` (Austin et al., "D3PM", 2021, appendix A.2). All formulas are
+    written with the probabilities that noise gives each id and the mask, `noise_masses`, `step_masses` and
+    `rate_masses`: a subclass whose pi changes with the level overrides these three and `mask_share`.
 
     Args:
         vocab_size: K.
@@ -172,62 +196,110 @@ class MixtureProcess(ForwardProcess):
         return prior
 
     def prior_at(self, states: Tensor) -> Tensor:
-        """Return pi at `states (...)`, float64."""
+        """Return the stationary pi at `states (...)`, float64."""
         ids = torch.full_like(states, self.id_probability, dtype=torch.float64)
         return ids.masked_fill(states == self.vocab_size, self.mask_fraction)
 
+    # What noise alone puts on each id and on the mask; float64 in the shape of the levels.
+
+    def mask_share(self, alpha: Tensor, noise: Tensor | None = None) -> Tensor | float:
+        """Return the share of the mask in the noise up to a level, in [0, 1]."""
+        return self.mask_fraction
+
+    def noise_masses(self, alpha: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the probabilities, at a level, that noise has put a token on a given id, and on the mask."""
+        noise = noise_of(alpha, noise)
+        return noise * self.id_probability, noise * self.mask_fraction
+
+    def step_masses(
+        self, alpha_s: Tensor, alpha_t: Tensor, *, noise_s: Tensor | None = None, noise_t: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the probabilities that the noise from s to t > s puts a token on a given id, and on the mask."""
+        added = (alpha_s - alpha_t if noise_s is None or noise_t is None else noise_t - noise_s) / alpha_s
+        return added * self.id_probability, added * self.mask_fraction
+
+    def rate_masses(self, alpha: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the rates, for a unit of noise at a level, at which tokens are put on a given id, and on the mask."""
+        like = torch.ones_like(alpha, dtype=torch.float64)
+        return like * self.id_probability, like * self.mask_fraction
+
+    def at(self, states: Tensor, masses: tuple[Tensor, Tensor]) -> Tensor:
+        """Return that of two masses, of an id and of the mask, which belongs to `states (...)`."""
+        of_id, of_mask = masses
+        return torch.where(states == self.vocab_size, of_mask, of_id)
+
+    def over_states(self, masses: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """Return the masses `(..., S)` of all states, of those of an id and of the mask `(...)`."""
+        of_id, of_mask = (mass[..., None].to(dtype) for mass in masses)
+        ids = of_id.expand(*of_id.shape[:-1], self.vocab_size)
+        return torch.cat((ids, of_mask), dim=-1) if self.masks else ids
+
     def draw_prior(self, uniforms: Tensor) -> Tensor:
+        return self._draw_noise(uniforms, self.mask_fraction)
+
+    def _draw_noise(self, uniforms: Tensor, mask_share: Tensor | float) -> Tensor:
+        """Draw the mask where a uniform number is below its share, and ids elsewhere."""
         ids = torch.full_like(uniforms, self.vocab_size, dtype=torch.int64)
-        if self.mask_fraction == 1:
+        if isinstance(mask_share, float) and mask_share == 1:
             return ids
-        rest = (uniforms - self.mask_fraction) / (1 - self.mask_fraction)
-        drawn = (rest * self.vocab_size).long().clamp(0, self.vocab_size - 1)
-        return torch.where(uniforms < self.mask_fraction, ids, drawn)
+        rest = (uniforms - mask_share) / (1 - mask_share)
+        drawn = (rest * self.vocab_size).nan_to_num(0.0).clamp(0, self.vocab_size - 1).long()
+        return torch.where(uniforms < mask_share, ids, drawn)
 
     def corrupt(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.replace(tokens, alpha, 1 - uniforms, noise)
 
     def replace(self, tokens: Tensor, alpha: Tensor, uniforms: Tensor, noise: Tensor | None = None) -> Tensor:
-        noise = noise_of(alpha, noise)
+        share, noise = self.mask_share(alpha, noise), noise_of(alpha, noise)
         # Known to be below the noise, a uniform number is uniform in (0, noise): it decides the draw too.
-        return torch.where(uniforms < noise, self.draw_prior(1 - (uniforms / noise).clamp(max=1)), tokens)
+        return torch.where(uniforms < noise, self._draw_noise(1 - (uniforms / noise).clamp(max=1), share), tokens)
 
     def replaced(self, tokens: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         return noise_of(alpha, noise).expand(tokens.shape)
 
     def push(self, distribution: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         # 1 - alpha is taken in float64: next to clean data float32 has no digit of it.
-        kept, replaced = (part[..., None].to(distribution.dtype) for part in (alpha, noise_of(alpha, noise)))
-        return kept * distribution + replaced * self._prior_like(distribution) * distribution.sum(-1, keepdim=True)
+        kept = alpha[..., None].to(distribution.dtype)
+        replaced = self.over_states(self.noise_masses(alpha, noise), distribution.dtype)
+        return kept * distribution + replaced * distribution.sum(-1, keepdim=True)
 
     def pull(self, values: Tensor, alpha: Tensor) -> Tensor:
-        # exp(-sigma Q) = I / alpha + (1 - 1 / alpha) 1 pi^T, since Q^2 = -Q.
-        inverse = 1 / alpha.double()[..., None]
-        kept, removed = inverse.to(values.dtype), (1 - inverse).to(values.dtype)
-        return kept * values + removed * self._prior_like(values) * values.sum(-1, keepdim=True)
+        # The kernel alpha I + 1 m^T, with a sum of 1 - alpha in m, has the inverse (I - 1 m^T) / alpha.
+        inverse = (1 / alpha.double())[..., None].to(values.dtype)
+        of_id, of_mask = self.noise_masses(alpha)
+        removed = self.over_states((of_id / alpha.double(), of_mask / alpha.double()), values.dtype)
+        return inverse * values - removed * values.sum(-1, keepdim=True)
 
     def likelihood(self, states: Tensor, alpha: Tensor, noise: Tensor | None = None) -> Tensor:
         same = equals(states, self.states)
-        return alpha.double()[..., None] * same + (noise_of(alpha, noise) * self.prior_at(states))[..., None]
+        return alpha.double()[..., None] * same + self.at(states, self.noise_masses(alpha, noise))[..., None]
 
-    def rates_into(self, states: Tensor) -> Tensor:
+    def rates_into(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         others = ~equals(states, self.states)
-        return self.prior_at(states)[..., None] * others
+        return self.at(states, self._rates(states, alpha, noise))[..., None] * others
 
-    def rates_from(self, states: Tensor) -> Tensor:
+    def rates_from(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         others = ~equals(states, self.states)
-        return self._prior_like(torch.empty(0, dtype=torch.float64, device=states.device)) * others
+        return self.over_states(self._rates(states, alpha, noise), torch.float64) * others
+
+    def _rates(self, states: Tensor, alpha: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        if alpha is None:
+            assert self.homogeneous, f"the rates of {type(self).__name__} change with the level"
+            alpha = torch.ones((), dtype=torch.float64, device=states.device)
+        return self.rate_masses(alpha, noise)
 
     def prior_divergence(self, tokens: Tensor, alpha: Tensor) -> Tensor:
-        # Every state but x_0 has the probability (1 - alpha) pi.
-        prior, noise = self.prior_at(tokens), 1 - alpha.double()
-        at_clean = alpha + noise * prior
-        return torch.xlogy(at_clean, at_clean) - torch.xlogy(at_clean, prior) + torch.xlogy(noise, noise) * (1 - prior)
+        alpha = alpha.double()
+        of_id, of_mask = self.noise_masses(alpha)
+        costs = [(alpha + of_id, self.id_probability, 1), (of_id, self.id_probability, self.vocab_size - 1)]
+        costs += [(of_mask, self.mask_fraction, 1)] if self.masks else []
+        each = (count * _divergence(mass, prior) for mass, prior, count in costs)
+        return sum(each, start=torch.zeros_like(alpha)).expand(tokens.shape)
 
-    def _prior_like(self, distribution: Tensor) -> Tensor:
-        prior = distribution.new_full((self.states,), self.id_probability)
-        prior[self.vocab_size :].fill_(self.mask_fraction)  # to one element a number would be copied by the host
-        return prior
+
+def _divergence(mass: Tensor, prior: float) -> Tensor:
+    """Return `mass log(mass / prior)`, infinite where the prior is 0 and the mass is not."""
+    return torch.xlogy(mass, mass) - torch.xlogy(mass, torch.full_like(mass, prior))
 
 
 class AbsorbingProcess(MixtureProcess):
@@ -257,7 +329,9 @@ class UniformProcess(MixtureProcess):
 
 
 class HybridProcess(MixtureProcess):
-    """The mixed noise of GIDD: a token is masked, or becomes an id drawn uniformly.
+    """Mixed noise in one proportion: a token is masked, or becomes an id drawn uniformly.
+
+    GIDD's own mixture, whose proportion changes in time, is `GIDDProcess`.
 
     Args:
         vocab_size: K.
@@ -296,6 +370,11 @@ def total_noise(alpha: Tensor, noise: Tensor | None = None) -> Tensor:
 
 def is_absorbing(process: ForwardProcess) -> bool:
     """Tell whether noise masks and does nothing else."""
+    return isinstance(process, MixtureProcess) and process.homogeneous and process.mask_fraction == 1
+
+
+def ends_in_masks(process: ForwardProcess) -> bool:
+    """Tell whether noise ends in masks alone: no other state has a part in the prior."""
     return isinstance(process, MixtureProcess) and process.mask_fraction == 1
 
 
@@ -410,10 +489,10 @@ class DenseProcess(ForwardProcess):
         found = self._by_level(both, total_noise(alpha, noise), tokens[..., None], clean)
         return found[..., 0, :].to(clean.dtype), found[..., 1, :].to(clean.dtype)
 
-    def rates_into(self, states: Tensor) -> Tensor:
+    def rates_into(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         return self._on(states.device)[0][states]
 
-    def rates_from(self, states: Tensor) -> Tensor:
+    def rates_from(self, states: Tensor, alpha: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         # The rates are symmetric.
         return self.rates_into(states)
 

@@ -73,11 +73,11 @@ def jumps_from_clean(clean: Tensor, states: Tensor, process: ForwardProcess, alp
     ratio = alpha_t / alpha_s
     marginal = process.marginal(clean.exp(), alpha_s)  # q_s, (B, N, S)
     if not isinstance(process, MixtureProcess):
-        return jumps_from_weights(marginal * process.likelihood(states, ratio), states)
+        return jumps_from_weights(marginal * process.step_likelihood(states, alpha_s, alpha_t), states)
     # From every other state, noise reaches x with the same probability: q_s alone decides where to.
     own = marginal.gather(-1, states[..., None])[..., 0].double()
     elsewhere = marginal.scatter(-1, states[..., None], 0.0)
-    reached = (alpha_s - alpha_t) / alpha_s * process.prior_at(states)
+    reached = process.at(states, process.step_masses(alpha_s, alpha_t))
     leave, stay = reached * elsewhere.sum(dim=-1, dtype=torch.float64), (ratio + reached) * own
     return Jumps(_leaving_probability(leave, stay), elsewhere.log())
 
@@ -116,7 +116,9 @@ def denoise_weights(score: Tensor, states: Tensor, process: ForwardProcess, alph
     return analytic_weights(score, states, process, alpha)[..., : process.vocab_size]
 
 
-def euler_weights(score: Tensor, states: Tensor, process: ForwardProcess, noise: Tensor) -> Tensor:
+def euler_weights(
+    score: Tensor, states: Tensor, process: ForwardProcess, noise: Tensor, *, alpha: Tensor | None = None
+) -> Tensor:
     """Return the weights `(B, N, S)` of an Euler step: stay, plus `reverse_rates` times the noise of the step.
 
     The weight of staying is negative where the step is too long.
@@ -126,16 +128,17 @@ def euler_weights(score: Tensor, states: Tensor, process: ForwardProcess, noise:
         states: x, `(B, N)` int64.
         process: the noise.
         noise: `(B, 1)` float64, dt sigma'(t).
+        alpha: `(B, 1)` float64, the level, where rates change with it.
     """
-    return equals(states, process.states) + noise[..., None] * reverse_rates(score, states, process)
+    return equals(states, process.states) + noise[..., None] * reverse_rates(score, states, process, alpha)
 
 
-def reverse_rates(score: Tensor, states: Tensor, process: ForwardProcess) -> Tensor:
+def reverse_rates(score: Tensor, states: Tensor, process: ForwardProcess, alpha: Tensor | None = None) -> Tensor:
     """Return the rate Q(y, x) s_y of each jump back from x to y, for a unit of noise, `(B, N, S)` (SEDD, eq. 3).
 
-    The entry of x itself is minus their sum.
+    The entry of x itself is minus their sum. The level alpha, `(B, 1)`, is needed where rates change with it.
     """
-    rates = process.rates_into(states) * score
+    rates = process.rates_into(states, alpha) * score
     return rates.scatter(-1, states[..., None], -rates.sum(dim=-1, keepdim=True))
 
 
@@ -147,6 +150,24 @@ def jumps_from_weights(weights: Tensor, states: Tensor) -> Jumps:
     weights = weights.double().clamp(min=0)
     own = weights.gather(-1, states[..., None])[..., 0]
     elsewhere = weights.scatter(-1, states[..., None], 0.0)
+    return Jumps(_leaving_probability(elsewhere.sum(dim=-1), own), elsewhere.log())
+
+
+def without_rare(jumps: Jumps, states: Tensor, process: ForwardProcess, least: float) -> Jumps:
+    """Return a step without the next states of a probability below `least`, staying included (GIDD's `min_p`).
+
+    The most probable one is kept in any case.
+
+    Args:
+        jumps: the step.
+        states: x_t, `(B, N)`.
+        process: the noise.
+        least: in [0, 1).
+    """
+    law = jumps.distribution(states, process.states)
+    kept = law.masked_fill((law < least) & (law < law.amax(dim=-1, keepdim=True)), 0.0)
+    own = kept.gather(-1, states[..., None])[..., 0]
+    elsewhere = kept.scatter(-1, states[..., None], 0.0)[..., : jumps.targets.shape[-1]]
     return Jumps(_leaving_probability(elsewhere.sum(dim=-1), own), elsewhere.log())
 
 

@@ -9,7 +9,9 @@ m(t) is the mask ratio. Losses draw their times from a schedule (`losses.py`), s
 - D3PM (Austin et al., 2021): `LinearSchedule` of absorbing D3PM, `D3PMCosineSchedule` of uniform D3PM.
 - SEDD (Lou et al., 2024): `LogLinearSchedule`, `GeometricSchedule`.
 - MDLM (Sahoo et al., 2024): `LogLinearSchedule`, `MDLMCosineSchedule`, `CosineSquaredSchedule`.
-- MD4 (Shi et al., 2024): `LinearSchedule` and `CosineSchedule`, which its code squeezes by `TruncatedSchedule`.
+- MD4 (Shi et al., 2024): `LinearSchedule`, `CosineSchedule` and `PowerSchedule`, which its code squeezes by
+  `TruncatedSchedule`; its samplers go along them in another time, `WarpedSchedule`.
+- GIDD (von Rütte et al., 2025): `GIDDSchedule`, beside its process in `gidd.py`.
 
 Two curves are called "cosine": MaskGIT's and MD4's sin(pi t / 2), and MDLM's 1 - cos(pi t / 2), its mirror image.
 
@@ -142,6 +144,34 @@ class SquareSchedule(MaskSchedule):
 
     def alpha(self, t: Tensor) -> Tensor:
         return (1 - t.double()) ** 2
+
+
+class PowerSchedule(MaskSchedule):
+    """The polynomial schedules of MD4, alpha = 1 - t^k (Shi et al., 2024, figure 2): m = t^k.
+
+    Args:
+        exponent: k > 0.
+
+    Raises:
+        ValueError: the exponent is not positive.
+    """
+
+    def __init__(self, exponent: float) -> None:
+        if exponent <= 0:
+            raise ValueError(f"exponent of PowerSchedule must be > 0, got {exponent}")
+        self.exponent = exponent
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return t.double() ** self.exponent
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return self.exponent * t.double() ** (self.exponent - 1)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return m.double() ** (1 / self.exponent)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return -torch.expm1(self.exponent * torch.log(t.double()))
 
 
 class TruncatedNormalSchedule(MaskSchedule):
@@ -484,6 +514,34 @@ class TruncatedSchedule(MaskSchedule):
 
     def inverse(self, m: Tensor) -> Tensor:
         return self.schedule.inverse(((m.double() - self.lowest) / (self.highest - self.lowest)).clamp(0, 1))
+
+
+class WarpedSchedule(MaskSchedule):
+    """Another schedule in another time, m(t) = m_1(m_2(t)).
+
+    As the `grid` of a sampler it puts the steps of a model that was trained with m_1 at the times m_2(i / T), as MD4's
+    code does with the cosine (Shi et al., 2024).
+
+    Args:
+        schedule: m_1.
+        times: m_2, whose values are the times of the first.
+    """
+
+    def __init__(self, schedule: MaskSchedule, times: MaskSchedule) -> None:
+        self.schedule = schedule
+        self.times = times
+
+    def mask_probability(self, t: Tensor) -> Tensor:
+        return self.schedule.mask_probability(self.times.mask_probability(t))
+
+    def derivative(self, t: Tensor) -> Tensor:
+        return self.schedule.derivative(self.times.mask_probability(t)) * self.times.derivative(t)
+
+    def inverse(self, m: Tensor) -> Tensor:
+        return self.times.inverse(self.schedule.inverse(m))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self.schedule.alpha(self.times.mask_probability(t))
 
 
 @dataclass(frozen=True, kw_only=True)

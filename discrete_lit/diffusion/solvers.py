@@ -93,6 +93,11 @@ class Solver(ABC):
         self.last: Literal["clean", "first_step"] = last
         self._plan: _Plan | None = None
 
+    @property
+    def evaluations(self) -> int:
+        """The number of evaluations of the network in a draw: here one for each step."""
+        return self.steps
+
     def with_steps(self, steps: int) -> Self:
         """Make the same solver of another number of steps.
 
@@ -278,6 +283,10 @@ class Heun(Solver):
         super().__init__(steps, **settings)
         self.euler_last = euler_last
 
+    @property
+    def evaluations(self) -> int:
+        return 2 * self.steps - self.euler_last
+
     def step(self, x: Tensor, step: Step) -> Tensor:
         first = step.denoise(x, step.t).velocity(step.path, step.t)
         reached = x + (step.s - step.t) * first
@@ -381,6 +390,10 @@ class HeunMaruyama(EulerMaruyama):
         steps: T, the last among them.
         settings: of `EulerMaruyama`.
     """
+
+    @property
+    def evaluations(self) -> int:
+        return 2 * self.steps - 1
 
     def step(self, x: Tensor, step: Step) -> Tensor:
         if step.s == 0:

@@ -218,7 +218,7 @@ def _list_runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[Ru
     Raises:
         ValueError: a row without runs.
     """
-    from discrete_lit.evaluation.report import run_name
+    from discrete_lit.evaluation.report_table import run_name
 
     found = []
     for name, given in (rows or {}).items():
@@ -312,7 +312,7 @@ def _read_run(samples: str) -> dict[str, Any]:
     Raises:
         ValueError: a run.json that cannot be read.
     """
-    from discrete_lit.evaluation.report import COSTS
+    from discrete_lit.evaluation.report_table import COSTS
 
     if not samples.endswith(".npz"):
         return {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from discrete_lit.evaluation.feature_statistics import Measurement, Reference
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
-from discrete_lit.evaluation.report import Row
+from discrete_lit.evaluation.report_table import Row
 from discrete_lit.evaluation.shares import whole_metrics
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import Moments, compare, frechet_distance

@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from discrete_lit.core.distributed import all_gather_rows, all_reduce_sum, gather_objects, rank, world_size
+from discrete_lit.core.distributed import (
+    all_gather_rows,
+    all_reduce_sum,
+    failing_together,
+    gather_objects,
+    rank,
+    world_size,
+)
 from discrete_lit.core.files import Npz, atomic_write, content_sha256
 from discrete_lit.evaluation.image_sets import NO_CLASS, Selection
 
@@ -238,7 +245,8 @@ def measure_in_shares(
         batches = -(-len(plan) // batch_size)
         first, last = (batches * number // workers * batch_size for number in (worker, worker + 1))
         kept = shares.share_file(key)
-        progress.run(plan[first:last], first, kept)
+        with failing_together():
+            progress.run(plan[first:last], first, kept)
         whole = progress.tally().over_ranks(device)
         if finished is not None:
             if rank() == 0:
@@ -256,7 +264,8 @@ def measure_in_shares(
         batches = -(-len(extra) // batch_size)
         first, last = (batches * number // world_size() * batch_size for number in (rank(), rank() + 1))
         progress.restart()
-        progress.run(extra[first:last], begun + first, None)
+        with failing_together():
+            progress.run(extra[first:last], begun + first, None)
         whole = Tally.joined((whole, progress.tally().over_ranks(device)))
 
     selection.finish(whole.rows["classes"].numpy(), whole.broken, int(whole.sums["unturned"]))

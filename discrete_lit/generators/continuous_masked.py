@@ -54,7 +54,8 @@ class ContinuousMasked(LatentGenerator):
             `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: a setting out of its range, or a grid that the patches do not divide.
+        ValueError: a setting out of its range, a grid that the patches do not divide, or a sampler of more steps than
+            there are places, or than the path of the head's noise has.
     """
 
     sampler_kind = MARSampler
@@ -87,6 +88,7 @@ class ContinuousMasked(LatentGenerator):
         self.head = head(self.dim, self.backbone.hidden_width)
         self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or MARSampler(min(64, self.length))
+        self.sampler.check_length(self.length)
         self.likelihood_samples = likelihood_samples
         path = self.head.denoiser.path
         self.likelihood_steps = min(likelihood_steps, path.steps) if isinstance(path, SteppedPath) else likelihood_steps
@@ -95,7 +97,7 @@ class ContinuousMasked(LatentGenerator):
 
     def layout(self) -> VectorLayout:
         """The places that the network is asked to read."""
-        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes)
+        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes, grid=tuple(self.grid))
 
     # The sequence.
 

@@ -52,7 +52,7 @@ class DimensionwiseMasked(LatentGenerator):
             `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
     Raises:
-        ValueError: a tokenizer of ids, or a setting out of its range.
+        ValueError: a tokenizer of ids, a setting out of its range, or a sampler of more steps than there are places.
     """
 
     sampler_kind = DimensionwiseSampler
@@ -86,10 +86,13 @@ class DimensionwiseMasked(LatentGenerator):
         self.dim, *self.grid = self.latent_shape
         self.length = self.grid[0] * self.grid[1]
         self.quantizer = NormalLevels(levels, low=low, high=high, std_range=std_range)
-        self.backbone = backbone(VectorLayout(dim=self.dim, length=self.length, num_classes=num_classes))
+        self.backbone = backbone(
+            VectorLayout(dim=self.dim, length=self.length, num_classes=num_classes, grid=tuple(self.grid))
+        )
         self.head = head(ChannelLayout(channels=self.dim, levels=levels, condition_width=self.backbone.hidden_width))
         self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or DimensionwiseSampler(min(64, self.length))
+        self.sampler.check_length(self.length)
         self.likelihood_samples = likelihood_samples
 
     # The sequence.

@@ -9,6 +9,7 @@ that are added or attended to, the share of d that is replaced at random, and gu
 class.
 """
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any, Literal, Self, cast
 
@@ -91,6 +92,7 @@ class DisCon(ContinuousMasked):
             dim=self.dim,
             length=self.length,
             num_classes=self.num_classes,
+            grid=tuple(self.grid),
             grid_vocab=self.null_id,
             grid_length=None if self._stand_for_squares() else prod(self.discrete_shape),
         )
@@ -170,6 +172,9 @@ class DisCon(ContinuousMasked):
         return torch.where(chosen, self.aligned(drawn), grid)
 
     # Sampling.
+
+    def drawing_networks(self) -> Iterable[Any]:
+        return (*self.discrete.drawing_networks(), *super().drawing_networks())
 
     @torch.no_grad()
     @in_evaluation

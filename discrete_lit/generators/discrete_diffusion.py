@@ -1,8 +1,9 @@
 """Discrete diffusion of tokens: any noise, schedule, parameterization and loss around the one backbone.
 
-One class is D3PM (absorbing, uniform or discretised Gaussian noise; Austin et al., 2021), SEDD (Lou et al., 2024), MDLM
-(Sahoo et al., 2024), MD4 (Shi et al., 2024), UDLM (Schiff et al., 2024), GIDD (von Rütte et al., 2025) and discrete
-flow matching (Gat et al., 2024). Their mathematics is in `discrete_lit.diffusion`, and their recipes choose from it.
+One class is D3PM (absorbing, uniform or discretised Gaussian noise; Austin et al., 2021), VQ-Diffusion (Gu et al.,
+2022), SEDD (Lou et al., 2024), MDLM (Sahoo et al., 2024), MD4 (Shi et al., 2024), UDLM (Schiff et al., 2024), GIDD (von
+Rütte et al., 2025) and discrete flow matching (Gat et al., 2024). Their mathematics is in `discrete_lit.diffusion`, and
+their recipes choose from it.
 """
 
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from discrete_lit.diffusion import (
     MaskSchedule,
 )
 from discrete_lit.diffusion.likelihood import enumerated_log_likelihood, likelihood_bound
-from discrete_lit.diffusion.losses import DiffusionLoss, LossKind, MaskedCrossEntropy
+from discrete_lit.diffusion.losses import DiffusionLoss, DiscreteTimeBound, LossKind, MaskedCrossEntropy
 from discrete_lit.diffusion.parameterization import TimeInput
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.schedules import NoiseLevel, spread_times, stratified_times
@@ -52,8 +53,9 @@ class DiscreteDiffusion(Generator):
         schedule: alpha(t) of training; `LinearSchedule()` by default. Samplers have grids of their own.
         head: what the backbone predicts; `LeaveOneOutHead()` by default.
         loss: `MaskedCrossEntropy()` by default.
-        time_input: what the backbone is told of the time: nothing, 1000 t or the total noise. By default nothing where
-            noise only masks, whose best prediction does not depend on it, and else t.
+        time_input: what the backbone is told of the time: nothing, 1000 t (`"time"`), t itself (`"unit_time"`) or the
+            total noise. By default nothing where noise only masks, whose best prediction does not depend on it, and
+            else 1000 t.
         likelihood_samples: network evaluations for each `log_likelihood`; a quarter more where noise does more than
             mask and the schedule's m(0) is above 0.
         sampler: `AncestralSampler()` by default. Samplers of `Masked` serve too where noise only masks.
@@ -117,7 +119,13 @@ class DiscreteDiffusion(Generator):
             sampler=sampler or AncestralSampler(),
             **common,
         )
+        if getattr(self.backbone, "norm_tables", None) is not None and time_input != "time":
+            raise ValueError(
+                f"conditioning='adaln_tables' has rows for the steps of the time: time_input must be 'time', got "
+                f"{time_input!r}"
+            )
         self.objective = objective
+        self.importance = objective.importance
         self.likelihood_samples = likelihood_samples
         self._denoiser = Denoiser(process=noise, schedule=schedule, head=head, time_input=time_input)
 
@@ -129,6 +137,8 @@ class DiscreteDiffusion(Generator):
         x_t = self.objective.corrupt(process, tokens, level, random.uniform(Purpose.MASK_ORDER, self.length))
         logits = self._logits(x_t, condition, level)
         values = self.objective(logits, tokens=tokens, head=head, states=x_t, process=process, level=level)
+        if self.training:
+            self.objective.end_batch()
         values = values.to(logits.dtype)
         return TokenLosses(values, torch.ones_like(values), level.t.expand_as(values))
 
@@ -164,8 +174,8 @@ class DiscreteDiffusion(Generator):
         """Estimate a bound of log p that no cut-off makes too high, or give the exact value of a small model.
 
         Where noise only masks, the bound is a mean over the number of masked tokens, or over the mask ratio. For other
-        noise it is the integral over the training schedule, its ends included, whatever `method`. See
-        `likelihood_bound`.
+        noise it is the integral over the training schedule, its ends included, whatever `method`; for noise of T steps
+        (`MaskAndReplaceProcess`) the sum over these. See `likelihood_bound`.
 
         Args:
             tokens: `(B, *token_shape)` int64 in [0, K).
@@ -188,7 +198,12 @@ class DiscreteDiffusion(Generator):
         if indices is None:
             indices = torch.arange(len(tokens), device=tokens.device)
         random = CounterRandom(self.seed, indices)
-        nats, error = likelihood_bound(network, self._denoiser, sequences, random, self.likelihood_samples, method)
+        # Noise without rates is that of a model of so many steps.
+        rates, loss = self._denoiser.process.homogeneous, self.objective
+        steps = loss.steps if isinstance(loss, DiscreteTimeBound) and not rates else None
+        nats, error = likelihood_bound(
+            network, self._denoiser, sequences, random, self.likelihood_samples, method, steps
+        )
         return Likelihood(nats, "bound", error)
 
     def denoiser(self) -> Denoiser:

@@ -223,13 +223,17 @@ class Generator(ClassConditionalTraining):
         condition = replace(condition, labels=condition.labels.long())
         if dropped is not None:
             condition = condition.dropped(dropped, null_label=self.num_classes, null_id=self.backbone.grid_vocab)
-        losses = self.token_losses(self.to_sequence(tokens), plain(condition), random)
+        losses = self.losses_of(tokens, plain(condition), random)
         mean_weight = all_reduce_sum(losses.weights.sum().detach()) / world_size()
         self.loss_weight = mean_weight
         return (losses.values * losses.weights).sum() / mean_weight, {}
 
-    def validation_losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+    def losses_of(self, data: Any, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+        """Cost the prediction of each token of what `data_of` returned."""
         return self.token_losses(self.to_sequence(data), condition, random)
+
+    def validation_losses(self, data: Tensor, condition: Condition | Tensor, random: CounterRandom) -> TokenLosses:
+        return self.losses_of(data, condition, random)
 
     # The likelihood.
 
@@ -317,6 +321,9 @@ class Generator(ClassConditionalTraining):
             trace=trace,
         )
         return output.with_tokens(self.to_grid(output.tokens))
+
+    def read_tokenizer(self) -> None:
+        """Copy what the backbone reads of the tokenizer, whose weights have changed: nothing, unless a family says."""
 
     def sampled_backbone(self) -> Backbone:
         """Give samplers the backbone, in this generator's own order where it has one."""

@@ -405,6 +405,10 @@ class ClassConditionalTraining(LightningModule, ABC):
         """
         return (self.backbone,)
 
+    def drawing_networks(self) -> Iterable[Any]:
+        """Give the networks that a draw evaluates, the tokenizer's left out: here those that are trained."""
+        return self.trained_networks()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe tokenizer and text encoder in the checkpoint, so that it loads without their files."""
         if self.tokenizer.hparams:

@@ -66,6 +66,7 @@ class Moments:
         self.weights_sha256 = weights_sha256
         self.apply_exif = apply_exif
         self.image_size = image_size
+        self._is_covariance = False
 
     @property
     def dim(self) -> int:
@@ -97,6 +98,8 @@ class Moments:
     def check(self, what: str) -> None:
         """Refuse what is no mean and covariance of finite features.
 
+        The eigenvalues are looked at once: moments are not changed after they were checked.
+
         Args:
             what: names the moments in the error.
 
@@ -112,6 +115,8 @@ class Moments:
                 raise ValueError(f"{what}: {broken:,} values of its {name} are not finite")
             if float(values.abs().max()) > _LARGEST:
                 raise ValueError(f"{what}: its {name} has values beyond {_LARGEST:g}, of which no distance is finite")
+        if self._is_covariance:
+            return
         largest = float(self.covariance.abs().max())
         # What rounding does: in float32 to the covariance, in float64 to the products that it is the difference of.
         rounding = 1e-5 * largest + 1e-12 * self.dim * float(self.mean.abs().max()) ** 2
@@ -121,6 +126,7 @@ class Moments:
                 f"{what}: its covariance is not symmetric: two values that should agree differ by {asymmetry:.3g}"
             )
         if self.rank == self.dim and not _lowest_is_below(self.covariance, -rounding):
+            self._is_covariance = True
             return
         values = torch.linalg.eigvalsh(self.covariance)
         if float(values[0]) < -rounding:
@@ -133,6 +139,7 @@ class Moments:
                 f"{what}: its covariance has more directions than {self.count:,} images can span, so the count or the "
                 "covariance is wrong"
             )
+        self._is_covariance = True
 
     @staticmethod
     def load(path: str | Path, extractor: FeatureSource | None = None) -> Moments:
@@ -250,13 +257,16 @@ class FeatureMoments(SumsInFloat64):
             raise ValueError(f"a covariance needs at least 2 samples, got {count}")
         mean = self.total / count
         covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
-        return Moments(
+        moments = Moments(
             mean.cpu(),
             covariance.cpu(),
             count=count,
             extractor=self.extractor_name,
             weights_sha256=self.weights_sha256,
         )
+        # That of any sums of products; whether they are finite is checked where a distance is computed.
+        moments._is_covariance = True
+        return moments
 
 
 def _summed(state: Tensor, group: Any = None) -> list[Tensor]:

@@ -6,6 +6,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     bitdance,
     compvis_ldm,
     dit_sit,
+    gidd_ddit,
     halton_maskgit,
     hart,
     lightning_dit,
@@ -13,6 +14,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     mar,
     maskbit,
     maskgit_flax,
+    md4,
     openai_dall_e,
     randar,
     rq_vae_transformer,
@@ -22,6 +24,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     titok_rar,
     tokenbridge,
     var,
+    vq_diffusion,
     xar,
 )
 from discrete_lit.pretrained.conversion import FAMILIES

@@ -8,7 +8,7 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -137,6 +137,8 @@ class Conversion:
     """Patterns of published names that our module has no place for."""
     kept: Sequence[str] = ()
     """Patterns of our names whose values follow from the configuration, or only count in training."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values of a generator beside its backbone, by our names: what its training has learned of its levels."""
     tokens: "Tokens | None" = None
     """The tokens that a generator models; the names are then those of its backbone. None for a tokenizer."""
     latents: tuple[int, ...] | None = None

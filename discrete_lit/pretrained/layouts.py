@@ -6,7 +6,7 @@
   several of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any
@@ -182,6 +182,7 @@ def generator_conversion(
     dropped: Sequence[str] = (),
     kept: Sequence[str] = (),
     tokenizer: Conversion | None = None,
+    beside: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Conversion:
     """Return the conversion of a generator around the `Transformer`.
@@ -194,7 +195,7 @@ def generator_conversion(
         backbone: switches of the `Transformer`.
         rules: from names of the backbone to published ones, as these are after the arrangements.
         arrangements: changes of the published tensors, in this order.
-        dropped, kept, tokenizer: as in `Conversion`.
+        dropped, kept, tokenizer, beside: as in `Conversion`.
         options: other arguments of our class.
     """
     transformer = {"class_path": "discrete_lit.backbones.Transformer", "init_args": backbone}
@@ -211,6 +212,7 @@ def generator_conversion(
         kept=kept,
         tokens=tokens,
         tokenizer=tokenizer,
+        beside=beside or {},
     )
 
 

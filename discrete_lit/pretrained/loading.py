@@ -105,8 +105,10 @@ def _generator(conversion: Conversion, tokens: Tokens, source: str, tokenizer: T
     module = instantiate({**conversion.config, "init_args": arguments}, Generator)
     assert isinstance(module, Generator)
     module.backbone.load_state_dict(convert(module.backbone.state_dict(), conversion, source))
+    module.load_state_dict({**module.state_dict(), **conversion.beside})
     if tokenizer is not None:
         module.tokenizer.load_state_dict(tokenizer.state_dict())
+        module.read_tokenizer()
     return module
 
 

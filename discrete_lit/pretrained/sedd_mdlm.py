@@ -27,7 +27,7 @@ BUFFERS = ("*rotary_emb.inv_freq",)
 _CLASSES = "classes"
 
 # Channels of an attention head.
-_HEAD_WIDTH = 64
+HEAD_WIDTH = 64
 _BLOCK: Rules = (
     ("attention_norm.{rest}", "norm1.{rest}"),
     ("attention.query_key_value.{rest}", "attn_qkv.{rest}"),
@@ -64,16 +64,27 @@ def switches(state: State, model: Settings, prefix: str) -> dict[str, Any]:
     Raises:
         ValueError: a key that every such network has is missing, or the configuration contradicts the tensors.
     """
-    width = state[f"{prefix}vocab_embed.embedding"].shape[1]
-    condition_width = len(state[f"{prefix}sigma_map.mlp.2.bias"])
-    depth = state.count(f"{prefix}blocks.{{}}")
+    width, depth, condition_width = sizes(state, prefix)
     model.agree({"hidden_size": width, "cond_dim": condition_width, "n_blocks": depth})
     model.agree({"type": "ddit"}, "every model that is read has")
     model.without_effect("the tensors tell all of it", "name")
+    heads = head_count(model, "n_heads", max(1, width // HEAD_WIDTH), width)
+    return {**ddit(state, prefix, heads), "dropout": model.take("dropout", 0.1)}
+
+
+def sizes(state: State, prefix: str) -> tuple[int, int, int]:
+    """Return width, depth and condition width of a DDiT whose published names begin with `prefix`."""
+    width, condition = state[f"{prefix}vocab_embed.embedding"].shape[1], state[f"{prefix}sigma_map.mlp.2.bias"]
+    return width, state.count(f"{prefix}blocks.{{}}"), len(condition)
+
+
+def ddit(state: State, prefix: str, heads: int) -> dict[str, Any]:
+    """Return the switches that every DDiT has, and its sizes."""
+    width, depth, condition_width = sizes(state, prefix)
     return {
         "width": width,
         "depth": depth,
-        "heads": head_count(model, "n_heads", max(1, width // _HEAD_WIDTH), width),
+        "heads": heads,
         "mlp_hidden": len(state[f"{prefix}blocks.0.mlp.0.bias"]),
         "mlp": "gelu_tanh",
         "norm_epsilon": 1e-5,
@@ -84,7 +95,6 @@ def switches(state: State, model: Settings, prefix: str) -> dict[str, Any]:
         "condition_width": condition_width,
         "attention_bias": "none",
         "out_bias": False,
-        "dropout": model.take("dropout", 0.1),
     }
 
 
@@ -171,10 +181,49 @@ def sampler(sampling: Settings, predictors: dict[str, str], default: str, steps:
     )
     sampling.without_effect("it is about texts longer than the model's", "stride_length", "num_strides")
     settings = {} if clean_up == "sample" else {"clean_up": clean_up}
-    return sampled_by(kind, steps=sampling.take("steps", steps), **settings)
+    steps = sampling.take("steps", steps)
+    published = sampling.take("sampler", "mdlm", REMASKING) if clean_up == "argmax" else "mdlm"
+    corrected = clean_up == "argmax" and sampling.take("dfm", False)
+    nucleus = sampling.take("nucleus_p", 1.0) if clean_up == "argmax" else 1.0
+    if published == "mdlm" and not corrected and nucleus == 1:
+        sampling.without_effect("this sampler has none", *_OF_REMASKING)
+        return sampled_by(kind, steps=steps, **settings)
+    return sampled_by(
+        "RemaskingSampler", steps=steps, **settings, **_remasking(sampling, published, corrected, nucleus)
+    )
 
 
-_MARKS = ("vocab_embed.embedding", "sigma_map.mlp.0.weight", "output_layer.norm_final.weight")
+REMASKING = {
+    "mdlm": "rescale",  # with an eta of 0
+    "forward-backward": "forward_backward",
+    "remdm-cap": "cap",
+    "remdm-rescale": "rescale",
+    "remdm-conf": "conf",
+    "remdm-loop": "loop",
+}
+"""Our strategies by the names that ReMDM (kuleshov-group/remdm) gives its samplers, which run on models of MDLM."""
+_OF_REMASKING = ("eta", "t_on", "t_off", "alpha_on", "generated_seqs_path")
+
+
+def _remasking(sampling: Settings, published: str, corrected: bool, nucleus: float) -> dict[str, Any]:
+    """Return the settings of ReMDM's samplers."""
+    strategy = "flow_matching" if corrected else REMASKING[published]
+    settings: dict[str, Any] = {"strategy": strategy, **({"nucleus": nucleus} if nucleus < 1 else {})}
+    if published == "mdlm" and not corrected:
+        settings["eta"] = 0.0
+    elif strategy in ("cap", "rescale", "loop"):
+        settings["eta"] = sampling.take("eta", 0.0)
+    if strategy == "loop":
+        settings["loop"] = [1 - sampling.take("t_on", 0.0), 1 - sampling.take("t_off", 0.0)]
+        settings["loop_alpha"] = sampling.take("alpha_on", 0.0)
+    sampling.without_effect("this sampler has none", *_OF_REMASKING)
+    return settings
+
+
+_MARKS = (
+    *("vocab_embed.embedding", "sigma_map.mlp.0.weight", "output_layer.norm_final.weight"),
+    "!rotary_emb.cos_cached",  # GIDD has it
+)
 # `checkpoint.pth` of a run has the weights under `model`.
 _WRAPPERS = ("model",)
 _AVERAGES = Averages("ema.shadow_params", BUFFERS)
@@ -308,6 +357,7 @@ def mdlm(state: State, settings: Settings) -> Conversion:
         time_input="total_noise" if timed else "none",
         label_dropout=0.0,
         # All three draw the same law where only masks are noise; the reference's default, and its argmax at the end.
+        # ReMDM's samplers are another repository's, for these models.
         sampler=sampler(
             settings.section("sampling"),
             dict.fromkeys(("ddpm_cache", "ddpm", "analytic"), "AncestralSampler"),

@@ -101,6 +101,15 @@ class Settings:
             if given != _as_lists(value) or isinstance(given, bool) != isinstance(value, bool):
                 raise ValueError(f"reference_config has {self._name}{name}={given}, but {who} {value}")
 
+    def agree_each(self, name: str, value: Any, count: int) -> None:
+        """Refuse an argument that is neither this value nor a list that has it `count` times.
+
+        Raises:
+            ValueError: it is given with another value.
+        """
+        given = self._given.get(name)
+        self.agree({name: [value] * count if isinstance(given, list | tuple) else value})
+
     def without_effect(self, because: str, *names: str) -> None:
         """Name arguments, or sections, that change nothing that our model computes, with the reason."""
         self._mark(names)

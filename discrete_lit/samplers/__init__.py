@@ -7,13 +7,7 @@ from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.binary_flow import BinaryFlowSampler
 from discrete_lit.samplers.cell_by_cell import NextCellSampler
 from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
-from discrete_lit.samplers.diffusion import (
-    AncestralSampler,
-    DiffusionSampler,
-    EulerSampler,
-    FirstHittingSampler,
-    TauLeapingSampler,
-)
+from discrete_lit.samplers.diffusion import AncestralSampler, DiffusionSampler, FirstHittingSampler
 from discrete_lit.samplers.guided_solver import GuidedSolver
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
 from discrete_lit.samplers.masked_vectors import MARSampler
@@ -25,11 +19,14 @@ from discrete_lit.samplers.maskgit import (
 )
 from discrete_lit.samplers.parallel_raster import RandARSampler
 from discrete_lit.samplers.predictor_corrector import PredictorCorrectorSampler
+from discrete_lit.samplers.purity import PuritySampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
+from discrete_lit.samplers.reverse_rates import EulerSampler, TauLeapingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
 from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.self_correction import SelfCorrectionSampler
 from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 
 __all__ = [
@@ -53,6 +50,7 @@ __all__ = [
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
     "PredictorCorrectorSampler",
+    "PuritySampler",
     "RandARSampler",
     "RandomOrderSampler",
     "RasterSampler",
@@ -62,6 +60,7 @@ __all__ = [
     "SamplingContext",
     "ScaleVectors",
     "SegmentSampler",
+    "SelfCorrectionSampler",
     "SubTokenSettings",
     "TauLeapingSampler",
     "TiTokSampler",

@@ -92,7 +92,7 @@ class BinaryFlowSampler(Sampler):
                 numbers = numbers.to(widened(like.dtype))
                 return rearrange(numbers, "b (h p bits) -> (h b) p bits", h=halves, p=p)
 
-            for _ in range(solver.steps):
+            for _ in range(solver.evaluations):
                 context.count_head(1 + (decoder.doubled and (own or not unguided)), 0)
             vectors = head.sample(
                 hidden,

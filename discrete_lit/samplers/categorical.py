@@ -41,6 +41,25 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None) -> Ten
     return filtered
 
 
+def within_nucleus(log_weights: Tensor, mass: float) -> Tensor:
+    """Keep the most probable ids whose probabilities add up to at most `mass`, and the first one in any case.
+
+    It is ReMDM's rule (Wang et al., 2025): the id that crosses the mass, which top-p keeps, is left out.
+
+    Args:
+        log_weights: `(..., K)` unnormalised.
+        mass: in (0, 1].
+
+    Returns:
+        `(..., K)` log-probabilities of what is kept, -inf elsewhere.
+    """
+    ordered, order = log_weights.sort(dim=-1, descending=True)
+    beyond = ordered.softmax(dim=-1).cumsum(dim=-1) > mass
+    beyond[..., 0] = False
+    dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
+    return log_weights.masked_fill(dropped, -torch.inf).log_softmax(dim=-1)
+
+
 def _nucleus_of_the_largest(logits: Tensor, filtered: Tensor, top_k: int, top_p: float) -> Tensor:
     """Apply top-p after top-k without asking how many ties top-k has kept.
 

@@ -5,7 +5,6 @@ The places are drawn as by MAR: several in each pass of the network, in an order
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,16 +12,15 @@ from torch import Tensor
 from discrete_lit.backbones.channel_head import ChannelHead
 from discrete_lit.backbones.masked_autoencoder import MaskedAutoencoder
 from discrete_lit.core.modules import evaluation_mode
-from discrete_lit.core.random import CounterRandom, Purpose, places_of
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.core.synchronisation import checked_at_the_end
-from discrete_lit.diffusion import CosineSchedule, MaskSchedule
+from discrete_lit.diffusion import MaskSchedule
 from discrete_lit.samplers.categorical import draw_filtered
-from discrete_lit.samplers.masked_vectors import check_turns, scale_of_known, turns
-from discrete_lit.samplers.maskgit import masked_counts
+from discrete_lit.samplers.masked_places import GuidanceOfPasses, MaskedPlaceSampler, Order
 from discrete_lit.samplers.sampler import SamplerOutput
 
 
-class DimensionwiseSampler:
+class DimensionwiseSampler(MaskedPlaceSampler):
     """Draw the ids of an image in T passes of the network, several places at once, the channels of each in turn.
 
     After pass i, `floor(N m(1 - (i + 1) / T))` places are still masked; which come next is drawn for each image. The
@@ -53,29 +51,25 @@ class DimensionwiseSampler:
         top_k: int | None = None,
         top_p: float | None = None,
         guidance_scale: float = 1.0,
-        guidance_schedule: Literal["known", "constant"] = "known",
-        order: Literal["random", "raster"] = "random",
+        guidance_schedule: GuidanceOfPasses = "known",
+        order: Order = "random",
         mask_schedule: MaskSchedule | None = None,
     ) -> None:
-        if (
-            steps < 1
-            or temperature <= 0
-            or (top_k is not None and top_k < 1)
-            or (top_p is not None and not 0 < top_p <= 1)
-        ):
+        super().__init__(
+            steps,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            order=order,
+            mask_schedule=mask_schedule,
+        )
+        if temperature <= 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise ValueError(
-                "steps and top_k must be at least 1, temperature above 0 (top_k=1 is the greedy choice) and top_p in "
-                f"(0, 1], got {steps}, {top_k}, {temperature} and {top_p}"
+                "temperature must be above 0 (top_k=1 is the greedy choice), top_k at least 1 and top_p in (0, 1], got "
+                f"{temperature}, {top_k} and {top_p}"
             )
-        check_turns(guidance_schedule, order)
-        self.steps = steps
         self.temperature = temperature
         self.top_k = top_k
         self.top_p = top_p
-        self.guidance_scale = guidance_scale
-        self.guidance_schedule: Literal["known", "constant"] = guidance_schedule
-        self.order: Literal["random", "raster"] = order
-        self.mask_schedule = mask_schedule or CosineSchedule()
 
     def choose(self, logits: Tensor, uniforms: Tensor) -> Tensor:
         """Draw an id `(M,)` from each row of logits `(M, B)` by its uniform number `(M,)`."""
@@ -106,48 +100,30 @@ class DimensionwiseSampler:
         Raises:
             ValueError: more steps than places; logits that are NaN, which is told at the end of the draw.
         """
-        layout, batch = network.layout, len(labels)
-        length, channels = layout.length, head.layout.channels
-        if self.steps > length:
-            raise ValueError(
-                f"steps={self.steps} exceeds the {length} places of an image: each step draws at least one"
-            )
-        drawn = labels.new_zeros((batch, length, channels))
-        rank = turns(self.order, random, length)  # when each place is drawn
-        still_masked, calls, passes = length, 0, 0
+        layout, channels = network.layout, head.layout.channels
+        drawn = labels.new_zeros((len(labels), layout.length, channels))
         made: list[tuple[int, int, int]] = []  # evaluations for each image, places known and places drawn of each pass
         with evaluation_mode(network), evaluation_mode(head), checked_at_the_end():
-            for step, stay_masked in enumerate(masked_counts(self.mask_schedule, self.steps, length)):
-                # MAR's code counts one place as masked after the last pass too.
-                scale = scale_of_known(self.guidance_scale, self.guidance_schedule, 1 - max(stay_masked, 1) / length)
-                guided = scale != 1
-                first, end = length - still_masked, length - stay_masked
-                labels_here = torch.cat((labels, torch.full_like(labels, layout.num_classes))) if guided else labels
-                hidden = network(
-                    lookup(drawn).repeat(1 + guided, 1, 1),
-                    (rank >= first).repeat(1 + guided, 1),
-                    labels_here,
-                    known=first,
+            for turn in self.passes(random, layout.length):
+                rows = turn.rows
+                labels_here = (
+                    torch.cat((labels, torch.full_like(labels, layout.num_classes))) if turn.guided else labels
                 )
-                # The places of this pass, in raster order: those whose turn lies in [first, end).
-                here = places_of((rank >= first) & (rank < end), end - first)
-                places = here.repeat(1 + guided, 1)[..., None]
-                z = hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
-                if guided:
+                hidden = network(
+                    lookup(drawn).repeat(rows, 1, 1), turn.masked.repeat(rows, 1), labels_here, known=turn.known
+                )
+                z = turn.take(hidden)
+                if turn.guided:
                     conditional, unconditional = z.chunk(2)
-                    z = torch.lerp(unconditional, conditional, scale)
-                uniforms = random.uniform(Purpose.TOKEN, (end - first) * channels, step)
-                uniforms = uniforms.view(batch * (end - first), channels)
+                    z = torch.lerp(unconditional, conditional, turn.guidance_scale)
+                uniforms = random.uniform(Purpose.TOKEN, turn.count * channels, turn.step).view(-1, channels)
                 new = head.sample(z.flatten(0, 1), uniforms, self.choose)
-                new = new.view(batch, end - first, channels)
-                drawn = drawn.scatter(1, here[..., None].expand(-1, -1, channels), new)
-                still_masked = stay_masked
-                made.append((1 + guided, first, end - first))
-                calls, passes = calls + 1 + guided, passes + 1
+                drawn = turn.put(drawn, new.view(-1, turn.count, channels))
+                made.append((rows, turn.known, turn.count))
         return SamplerOutput(
             tokens=drawn,
-            network_calls=calls,
-            sequential_passes=passes,
+            network_calls=sum(rows for rows, *_ in made),
+            sequential_passes=len(made),
             count_flops=partial(_flops, network, head, made),
         )
 

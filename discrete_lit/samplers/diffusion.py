@@ -4,35 +4,33 @@
 s < t, every token for itself. The samplers differ in the law of that step:
 
 - `AncestralSampler`: the exact reverse step (D3PM, MDLM, UDLM), in terms of scores SEDD's analytic or Tweedie step;
-- `EulerSampler` and `TauLeapingSampler`: along the reverse rates at t (SEDD; Campbell et al.);
-- `RemaskingSampler` (ReMDM, `remasking.py`) and `PredictorCorrectorSampler` (`predictor_corrector.py`), which draw
-  tokens again.
+- `EulerSampler` and `TauLeapingSampler` (`reverse_rates.py`): along the reverse rates at t (SEDD; Campbell et al.);
+- `RemaskingSampler` (ReMDM, `remasking.py`), `PredictorCorrectorSampler` (`predictor_corrector.py`) and
+  `SelfCorrectionSampler` (GIDD, `self_correction.py`), which draw tokens again.
 
 `FirstHittingSampler` needs no grid: it goes from one unmasking to the next. Guidance is in `diffusion_guidance.py`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose
-from discrete_lit.core.synchronisation import forbid, host_sees, refuse_recording
+from discrete_lit.core.synchronisation import forbid, host_sees
 from discrete_lit.diffusion import MaskSchedule
-from discrete_lit.diffusion.parameterization import Denoiser, positive_weights, score_from_leave_one_out
-from discrete_lit.diffusion.processes import DenseProcess, is_absorbing
+from discrete_lit.diffusion.parameterization import Denoiser, positive_weights
+from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import (
     Jumps,
     analytic_weights,
     denoise_weights,
-    euler_weights,
     jumps_from_clean,
     jumps_from_weights,
-    reverse_rates,
     unmask_probability,
+    without_rare,
 )
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
@@ -94,6 +92,8 @@ class DiffusionSampler(Sampler):
             guidance they differ for score heads alone, whose scores only `"clean"` normalises; SEDD's own samplers
             are those of `"score"`.
         clean_up: the last step draws from what is left (`"sample"`), or takes the most probable id (`"argmax"`).
+        min_p: states that a step would lead to with a smaller probability are left out, in [0, 1); it acts on the law
+            of the step, of which staying is a part (GIDD).
         settings: of `Sampler`. Temperature and filters act on the distribution of the clean id; r of the guidance
             schedules is i / T at step i.
 
@@ -111,6 +111,7 @@ class DiffusionSampler(Sampler):
         *,
         guidance_law: GuidanceLaw = "clean",
         clean_up: Literal["sample", "argmax"] = "sample",
+        min_p: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
@@ -120,6 +121,14 @@ class DiffusionSampler(Sampler):
             raise ValueError(f"guidance_law must be 'clean', 'transition' or 'score', got {guidance_law!r}")
         if clean_up not in ("sample", "argmax"):
             raise ValueError(f"clean_up must be 'sample' or 'argmax', got {clean_up!r}")
+        if not 0 <= min_p < 1:
+            raise ValueError(f"min_p must lie in [0, 1), got {min_p}")
+        if min_p and self.filters:
+            raise ValueError(
+                f"min_p={min_p} acts on the law of a step, temperature, top_k and top_p on that of the clean id before "
+                "it: give one of the two"
+            )
+        self.min_p = min_p
         self.steps = steps
         self.grid = grid
         self.guidance_law: GuidanceLaw = guidance_law
@@ -130,31 +139,38 @@ class DiffusionSampler(Sampler):
     def draw(self, context: SamplingContext) -> Tensor:
         denoiser = checked_denoiser(context, self)
         self.check(denoiser)
-        intervals, scales = self.intervals(denoiser.schedule, context), self.scales(self.steps)
-        x = NoisyTokens(context, denoiser, level=intervals[0].t, steps=self.last_number() + 1)
+        intervals = self.intervals(denoiser.schedule, context)
+        scales = self.scales(len(intervals))
+        x = NoisyTokens(context, denoiser, level=intervals[0].t, steps=self.last_number(len(intervals)) + 1)
         if not any(context.unknown_counts()):
             return context.start()
         for interval, scale in zip(intervals, scales, strict=True):
             self.step(x, interval, scale)  # x_t to x_s
             x.restore_known(interval.s)
+        return self.finish(x)
+
+    def finish(self, x: "NoisyTokens") -> Tensor:
+        """Give the tokens `(B, N)` after the last step: as they are, unless a subclass goes on with them."""
         return x.tokens
 
-    def last_number(self) -> int:
-        """The largest number that names the random numbers of a step."""
-        return self.steps - 1
+    def last_number(self, steps: int) -> int:
+        """The largest number that names the random numbers of a step, of so many steps."""
+        return steps - 1
 
     def step(self, x: "NoisyTokens", interval: Interval, scale: float) -> None:
         """Take the tokens x_t of `x` to x_s, with the guidance scale `scale`."""
         # One uniform number a token decides whether it leaves its state, or is masked again.
         uniforms = x.random.uniform(Purpose.CONFIDENCE, x.length, interval.number)
         remasked = self.remask(x, interval, uniforms)
-        if x.absorbing and self.guidance_law == "clean" and host_sees(uniforms):
+        if x.absorbing and self.guidance_law == "clean" and not self.min_p and host_sees(uniforms):
             # Which tokens are unmasked is not the network's to say: where none is, it is not asked.
             certain = self.unmask_probability(interval, torch.ones_like(interval.alpha_t))
             if not bool((x.masked & (uniforms < certain)).any()):
                 x.mask(remasked)
                 return
         jumps = self.jumps(x.predict(finite_noise(interval.t), scale), interval)
+        if self.min_p:
+            jumps = without_rare(jumps, x.tokens, x.denoiser.process, self.min_p)
         if interval.last and self.clean_up == "argmax":
             ids = jumps.most_probable(x.tokens)
             jumping, log_probability = ids != x.tokens, jumps.log_probability(ids)
@@ -180,8 +196,12 @@ class DiffusionSampler(Sampler):
         return draw_where(jumping, self.choose if x.absorbing else draw_jumps, jumps.targets, uniforms)
 
     def remask(self, x: "NoisyTokens", interval: Interval, uniforms: Tensor) -> Tensor:
-        """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`; none, as a rule."""
-        return torch.zeros_like(x.known)
+        """`(B, N)` bool: the unmasked tokens that a step masks again, by `uniforms (B, N)`."""
+        return uniforms < self.remask_probability(x, interval)
+
+    def remask_probability(self, x: "NoisyTokens", interval: Interval) -> Tensor:
+        """The probability `(B, N)` float64 that a step masks each token again: 0, as a rule."""
+        return torch.zeros_like(x.known, dtype=torch.float64)
 
     # The law of a step: ancestral, unless a subclass says otherwise.
 
@@ -233,7 +253,8 @@ class DiffusionSampler(Sampler):
             return self.jumps_from_scores(prediction.scores(), prediction, interval)
         if absorbing:
             return self._unmasking(prediction.clean(), prediction, interval)
-        return self.jumps_from_clean(self.filtered(prediction.clean()), prediction, interval)
+        clean = prediction.clean(self.filtered if self.filters else None)
+        return self.jumps_from_clean(clean, prediction, interval)
 
     def _unguided_jumps(self, prediction: Prediction, interval: Interval) -> Jumps:
         """The step that an unguided prediction leads to, in the terms of its head."""
@@ -267,8 +288,13 @@ class DiffusionSampler(Sampler):
         """Refuse generators that this sampler has no step for.
 
         Raises:
-            ValueError: filters without a clean distribution to act on.
+            ValueError: filters without a clean distribution to act on, or steps of scores where rates change.
         """
+        if self.guidance_law == "score" and not denoiser.process.homogeneous:
+            raise ValueError(
+                f"guidance_law='score' is for noise whose rates do not change, those of "
+                f"{type(denoiser.process).__name__} do: use 'clean' or 'transition'"
+            )
         if self.filters and self.guidance_law != "clean" and not is_absorbing(denoiser.process):
             raise ValueError(
                 "temperature, top_k and top_p act on the distribution of the clean id, which the steps of "
@@ -278,29 +304,45 @@ class DiffusionSampler(Sampler):
 
     # The time grid.
 
+    def fractions(self, device: torch.device | None = None) -> Tensor:
+        """The fractions i / T of the steps that are left, `(T + 1,)` float64, from 0 to 1."""
+        return torch.linspace(0, 1, self.steps + 1, dtype=torch.float64, device=device)
+
     def times(self, schedule: MaskSchedule, device: torch.device | None = None) -> Tensor:
         """The `(T + 1,)` times of the grid, float64, from 0 to 1."""
-        times = torch.linspace(0, 1, self.steps + 1, dtype=torch.float64, device=device)
+        times = self.fractions(device)
         if self.grid is None:
             return times
-        first, last = schedule.mask_probability(times[:: self.steps])
+        first, last = schedule.mask_probability(times[:: len(times) - 1])
         times[1:-1] = schedule.inverse(self.grid.mask_probability(times[1:-1]).clamp(first, last))
         return times
+
+    def levels(self, schedule: MaskSchedule, times: Tensor) -> tuple[NoiseLevel, NoiseLevel]:
+        """The levels at the start and at the end of each step, `(T, 1, 1)`, of falling times `(T + 1, 1, 1)`."""
+        levels = NoiseLevel.at(schedule, times)
+        return levels.take(slice(-1)), levels.take(slice(1, None))
 
     def intervals(self, schedule: MaskSchedule, context: SamplingContext) -> list[Interval]:
         """The T steps in turn, the noisiest first."""
         # Made on the device, all in one: a copy would wait for it, and each level of its own takes many operations.
         times = self.times(schedule, context.labels.device).flip(0)[:, None, None]
-        levels = NoiseLevel.at(schedule, times)
-        each = [levels.take(number) for number in range(self.steps + 1)]
-        # Schedules that keep away from 0 would leave masks at the end.
-        clean = torch.ones_like(each[-1].alpha)
-        each[-1] = replace(each[-1], alpha=clean, noise=torch.zeros_like(clean))
-        slopes = schedule.derivative(times)
-        return [
-            Interval(number=number, t=t, s=s, slope=slopes[number], last=number == self.steps - 1)
-            for number, (t, s) in enumerate(pairwise(each))
+        starts, ends = self.levels(schedule, times)
+        slopes, steps = schedule.derivative(times), len(times) - 1
+        intervals = [
+            Interval(
+                number=number,
+                t=starts.take(number),
+                s=ends.take(number),
+                slope=slopes[number],
+                last=number == steps - 1,
+            )
+            for number in range(steps)
         ]
+        # Schedules that keep away from 0 would leave masks at the end.
+        end = intervals[-1].s
+        clean = torch.ones_like(end.alpha)
+        intervals[-1] = replace(intervals[-1], s=replace(end, alpha=clean, noise=torch.zeros_like(clean)))
+        return intervals
 
 
 def draw_where(
@@ -344,128 +386,6 @@ class AncestralSampler(DiffusionSampler):
     Args:
         settings: of `DiffusionSampler` and `Sampler`.
     """
-
-
-class EulerSampler(DiffusionSampler):
-    """Jump with the probability dt times the reverse rate at t, at most 1 (Lou et al., SEDD, 2024).
-
-    A masked token is unmasked with probability `dt m'(t) / m(t)`. The last step is the ancestral one.
-
-    Args:
-        settings: of `DiffusionSampler` and `Sampler`.
-    """
-
-    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
-        if interval.last:
-            return super().unmask_probability(interval, weight)
-        return (unmasking_hazard(interval) * weight).clamp(max=1)
-
-    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_clean(clean, prediction, interval)
-        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
-
-    def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_scores(scores, prediction, interval)
-        x_t, process = prediction.x_t, prediction.denoiser.process
-        weights = euler_weights(scores.exp(), x_t, process, noise_of_step(interval, prediction))
-        return jumps_from_weights(weights, x_t)
-
-
-class TauLeapingSampler(DiffusionSampler):
-    """Make a Poisson number of jumps with every token, at the reverse rates at t (Campbell et al., 2022).
-
-    Of ids in an order (the dense processes: grey levels) all jumps of a step add up, and what leaves the range is put
-    to its end. Ids that have none cannot be added: there the last of the jumps counts, so that a token moves with
-    probability `1 - exp(-dt rate)`. The last step is the ancestral one.
-
-    Args:
-        settings: of `DiffusionSampler` and `Sampler`.
-
-    Raises:
-        ValueError: in use, an order of ids with a schedule that ends in pure noise, where rates are infinite.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        if self.guidance_law == "transition":
-            raise ValueError("TauLeapingSampler steps along rates, not laws: guidance_law must be 'clean' or 'score'")
-
-    def check(self, denoiser: Denoiser) -> None:
-        super().check(denoiser)
-        ends = denoiser.schedule.mask_probability(torch.ones(1))
-        if isinstance(denoiser.process, DenseProcess) and float(ends) == 1:
-            raise ValueError(
-                f"TauLeapingSampler cannot begin where rates are infinite: {type(denoiser.schedule).__name__} leaves "
-                f"nothing of a token at t = 1; train with a schedule of finite noise, or use AncestralSampler"
-            )
-
-    def unmask_probability(self, interval: Interval, weight: Tensor) -> Tensor:
-        if interval.last:
-            return super().unmask_probability(interval, weight)
-        return -torch.expm1(-unmasking_hazard(interval) * weight)
-
-    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_clean(clean, prediction, interval)
-        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
-
-    def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_scores(scores, prediction, interval)
-        x_t, process = prediction.x_t, prediction.denoiser.process
-        rates = reverse_rates(scores.exp(), x_t, process).scatter(-1, x_t[..., None], 0.0)
-        return Jumps(-torch.expm1(-noise_of_step(interval, prediction) * rates.sum(dim=-1)), rates.log())
-
-    def draw_targets(self, x: "NoisyTokens", jumps: Jumps, jumping: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        last = number == self.steps - 1
-        if last or not isinstance(x.denoiser.process, DenseProcess):
-            return super().draw_targets(x, jumps, jumping, number)
-        refuse_recording("TauLeapingSampler waits to be told how often the ids of an order jump in each step")
-        uniforms = x.random.uniform(Purpose.CONFIDENCE, x.length, number)
-        counts = poisson(-torch.log1p(-jumps.probability), uniforms) * jumping
-        moved, total = x.tokens.clone(), torch.zeros_like(uniforms)
-        # Nothing bounds the jumps of a token: the host waits, also on a GPU, for how many rounds of them there are.
-        for jump in range(int(counts.max()) if counts.numel() else 0):
-            here = counts > jump
-            ids, log_probability = super().draw_targets(x, jumps, here, number + jump * self.steps)
-            moved = torch.where(here, moved + ids - x.tokens, moved)
-            total = torch.where(here, total + log_probability, total)
-        return moved.clamp(0, x.denoiser.process.vocab_size - 1), total
-
-
-def unmasking_hazard(interval: Interval) -> Tensor:
-    """`dt m'(t) / m(t)`, `(1, 1)`: the rate of unmasking at t times the length of the step."""
-    return interval.dt * interval.slope / (1 - interval.alpha_t)
-
-
-def noise_of_step(interval: Interval, prediction: Prediction) -> Tensor:
-    """`dt d sigma / dt`, `(1, 1)`: the noise of a step, with sigma's slope at t."""
-    return interval.dt * interval.slope / prediction.level.alpha
-
-
-def scores_of_clean(clean: Tensor, prediction: Prediction) -> Tensor:
-    """Log-scores `(B, N, S)` in float64 from log-probabilities `(B, N, K)` of the clean ids."""
-    return score_from_leave_one_out(clean.double(), prediction.x_t, prediction.denoiser.process, prediction.level)
-
-
-def poisson(mean: Tensor, uniforms: Tensor) -> Tensor:
-    """Poisson counts, int64, by inversion: 0 where the uniform number is at least 1 - exp(-mean).
-
-    Args:
-        mean: float64 >= 0, finite.
-        uniforms: float64 in (0, 1).
-    """
-    term = torch.exp(-mean)
-    above, count = 1 - term, torch.zeros_like(mean, dtype=torch.int64)
-    while True:
-        more = uniforms < above
-        if not bool(more.any()):
-            return count
-        count = count + more
-        term = term * mean / count.clamp(min=1)
-        above = torch.where(more, above - term, 0.0)
 
 
 class FirstHittingSampler(Sampler):
@@ -530,6 +450,7 @@ class NoisyTokens:
         steps: how many numbers name the random numbers of steps.
 
     Attributes:
+        steps: that number.
         random: the streams of the steps.
         tokens: `(B, N)` int64, x_t.
         known: `(B, N)` bool, the tokens that are given.
@@ -540,6 +461,7 @@ class NoisyTokens:
 
     def __init__(self, context: SamplingContext, denoiser: Denoiser, *, level: NoiseLevel, steps: int = 1) -> None:
         self.context = context
+        self.steps = steps
         self.random = context.random.ahead(steps)
         self.denoiser = denoiser
         self.absorbing = is_absorbing(denoiser.process)

@@ -3,6 +3,7 @@
 `Prediction` holds a network's answer about noisy tokens and gives it in the terms that a sampler's step is made of.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,13 +52,22 @@ class Prediction:
             for output in self.outputs
         ]
 
-    def clean(self) -> Tensor:
+    def clean(self, filtered: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """`(B, N, K)` log-probabilities of the clean ids given the other tokens, guided by the clean law.
 
         For absorbing processes they have a meaning at masked tokens alone.
+
+        Args:
+            filtered: changes the distribution of the clean id as the head predicts it, guided: that given all tokens
+                of a posterior head (VQ-Diffusion truncates it), else that given the others.
         """
+        process = self.denoiser.process
+        if filtered is not None and self.denoiser.head.kind == "posterior" and not is_absorbing(process):
+            posterior = filtered(self._guided(list(self.outputs)).log_softmax(dim=-1))
+            return leave_one_out_from_posterior(posterior, self.x_t, process, self.level)
         clean = self._guided([self._clean(output) for output in self.outputs])
-        return clean if len(self.outputs) == 1 else clean.log_softmax(dim=-1)
+        clean = clean if len(self.outputs) == 1 else clean.log_softmax(dim=-1)
+        return clean if filtered is None else filtered(clean)
 
     def clean_weights(self) -> Tensor:
         """`(B, N, K)` log-weights of the clean ids for an absorbing process, guided by the score law.

@@ -16,9 +16,9 @@ from discrete_lit.samplers.diffusion import (
     draw_jumps,
     draw_where,
     finite_noise,
-    scores_of_clean,
 )
 from discrete_lit.samplers.diffusion_guidance import Prediction
+from discrete_lit.samplers.reverse_rates import scores_of_clean
 
 
 class PredictorCorrectorSampler(DiffusionSampler):
@@ -68,8 +68,8 @@ class PredictorCorrectorSampler(DiffusionSampler):
         self.corrector_noise = corrector_noise
         self.corrector_tokens = corrector_tokens
 
-    def last_number(self) -> int:
-        return self.steps * (1 + self.corrector_steps) - 1
+    def last_number(self, steps: int) -> int:
+        return steps * (1 + self.corrector_steps) - 1
 
     def step(self, x: NoisyTokens, interval: Interval, scale: float) -> None:
         super().step(x, interval, scale)  # the predictor
@@ -110,8 +110,10 @@ class PredictorCorrectorSampler(DiffusionSampler):
     def rate_jumps(self, prediction: Prediction) -> Jumps:
         """The forward and reverse jumps of a process that does more than mask."""
         x_t, process = prediction.x_t, prediction.denoiser.process
-        score = scores_of_clean(self.filtered(prediction.clean()), prediction).exp()
-        rates = (reverse_rates(score, x_t, process) + process.rates_from(x_t)).scatter(-1, x_t[..., None], 0.0)
+        score = scores_of_clean(prediction.clean(self.filtered if self.filters else None), prediction).exp()
+        alpha = prediction.level.alpha
+        both = reverse_rates(score, x_t, process, alpha) + process.rates_from(x_t, alpha)
+        rates = both.scatter(-1, x_t[..., None], 0.0)
         return Jumps(-torch.expm1(-self.corrector_noise * rates.sum(dim=-1)), rates.log())
 
     def gibbs(self, x: NoisyTokens, level: NoiseLevel, number: int, scale: float) -> None:
@@ -136,6 +138,6 @@ class PredictorCorrectorSampler(DiffusionSampler):
             clean = x.predict(finite_noise(level), scale).clean()
             x.write(chosen, *draw_where(chosen, self.choose, clean, uniforms))
         else:
-            clean = self.filtered(x.predict(finite_noise(level), scale).clean())
+            clean = x.predict(finite_noise(level), scale).clean(self.filtered if self.filters else None)
             marginal = process.marginal(clean.exp(), level.alpha).log()
             x.write(chosen, *draw_where(chosen, draw_jumps, marginal, uniforms))

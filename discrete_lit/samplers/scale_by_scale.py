@@ -244,7 +244,7 @@ class HybridScaleSampler:
             tokens=torch.cat(tokens, dim=1) if tokens else None,
             network_calls=sum(evaluations for evaluations, *_ in drawing.passes),
             sequential_passes=len(drawing.passes),
-            count_flops=partial(_flops_of_scales, network, head, drawing.passes, (self.solver or head.solver).steps),
+            count_flops=partial(_flops_of_scales, network, head, drawing.passes, self.solver or head.solver),
         )
 
 
@@ -343,11 +343,11 @@ class _ScaleDrawing:
 
 
 def _flops_of_scales(
-    network: ScaleTransformer, head: TokenDiffusionHead, passes: list[tuple[int, int, int, int]], steps: int
+    network: ScaleTransformer, head: TokenDiffusionHead, passes: list[tuple[int, int, int, int]], solver: Solver
 ) -> int:
     """Floating-point operations for an image: of each pass of the network, and of the head at the places it draws."""
     total = 0
     for evaluations, vectors, filled, drawn in passes:
         total += network.flops(evaluations, vectors, filled)
-        total += steps * head.flops(drawn) if drawn else 0
+        total += head.flops(drawn, solver) if drawn else 0
     return total

@@ -1,7 +1,6 @@
 """Autoregressive sampling of vectors on a key-value cache: one place after another, each drawn by a diffusion head."""
 
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.solvers import Solver
-from discrete_lit.samplers.masked_vectors import scale_of_known
+from discrete_lit.samplers.masked_places import GuidanceOfPasses, check_guidance_schedule, scale_of_known
 from discrete_lit.samplers.sampler import SamplerOutput
 
 
@@ -35,13 +34,12 @@ class CausalVectorSampler:
         self,
         *,
         guidance_scale: float = 1.0,
-        guidance_schedule: Literal["known", "constant"] = "known",
+        guidance_schedule: GuidanceOfPasses = "known",
         solver: Solver | None = None,
     ) -> None:
-        if guidance_schedule not in ("known", "constant"):
-            raise ValueError(f"guidance_schedule must be 'known' or 'constant', got {guidance_schedule!r}")
+        check_guidance_schedule(guidance_schedule)
         self.guidance_scale = guidance_scale
-        self.guidance_schedule: Literal["known", "constant"] = guidance_schedule
+        self.guidance_schedule: GuidanceOfPasses = guidance_schedule
         self.solver = solver
 
     @torch.no_grad()
@@ -107,13 +105,13 @@ class CausalVectorSampler:
             tokens=vectors,
             network_calls=rows * length,
             sequential_passes=length,
-            count_flops=partial(_flops, backbone, head, rows, made, solver.steps, attended),
+            count_flops=partial(_flops, backbone, head, rows, made, solver, attended),
         )
 
 
 def _flops(
-    backbone: Backbone, head: TokenDiffusionHead, rows: int, made: list[tuple[int, int]], steps: int, attended: int
+    backbone: Backbone, head: TokenDiffusionHead, rows: int, made: list[tuple[int, int]], solver: Solver, attended: int
 ) -> int:
     """Floating-point operations for an image: of each pass of the backbone, and of the head's steps after it."""
     passes = sum(backbone.flops(rows, read, filled, attended) for read, filled in made)
-    return backbone.cache_flops(rows, attended) + passes + len(made) * steps * head.flops(rows)
+    return backbone.cache_flops(rows, attended) + passes + len(made) * head.flops(rows, solver)

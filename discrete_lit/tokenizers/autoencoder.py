@@ -327,6 +327,9 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
     def components(self, tokens: Tensor) -> dict[str, Component]:
         return self.quantizer.components(tokens)
 
+    def code_tables(self) -> Tensor:
+        return self.quantizer.code_tables()
+
     def coding_state(self) -> dict[str, Tensor]:
         """The weights and buffers of network and quantizer: all but those of the losses."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("objective.")}

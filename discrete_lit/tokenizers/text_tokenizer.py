@@ -25,7 +25,7 @@ _PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>")
 # In a configuration the state is compressed: parsers of YAML take minutes for JSON of a vocabulary.
 _COMPRESSED = "zlib:"
 _LONGEST_SHOWN = 60
-# The largest vocabularies of 2026 take a quarter of this.
+# Far above the JSON of any vocabulary, far below the memory.
 _MOST_BYTES = 2**27
 
 

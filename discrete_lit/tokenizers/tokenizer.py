@@ -113,6 +113,10 @@ class Tokenizer(Coder):
 
     # What a tokenizer may add to that.
 
+    def code_tables(self) -> Tensor | None:
+        """List the code vectors of each of the P ids of a position, `(P, K, D)`; None where there are none to list."""
+        return None
+
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the components of ids `(B, *token_shape)` whose usage is reported beside the whole; none by default."""
         return {}

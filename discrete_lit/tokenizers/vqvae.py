@@ -19,8 +19,14 @@ those of `ImageAutoencoder`: the losses, the optimizer, the scheduler.
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
+from discrete_lit.core.modules import in_evaluation
+from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.networks import Autoencoder
 from discrete_lit.tokenizers.quantizers import (
@@ -105,6 +111,8 @@ class RQVAE(AutoencoderTokenizer):
         revive_below: as for `VQVAE`.
     """
 
+    quantizer: ResidualQuantizer
+
     def __init__(
         self,
         network: Callable[[int, int], Autoencoder],
@@ -132,6 +140,25 @@ class RQVAE(AutoencoderTokenizer):
             revive_below=revive_below,
         )
         super().__init__(network, quantizer, **training)
+
+    @torch.no_grad()
+    @in_evaluation
+    def soft_encode(self, images: Tensor, *, temperature: float, random: CounterRandom) -> tuple[Tensor, Tensor]:
+        """Draw the codes of images by their distances, see `ResidualQuantizer.soft_encode`.
+
+        Args:
+            images: `(B, C, H, W)`, float in [-1, 1].
+            temperature: tau > 0; 0.5 in RQ-Transformer.
+            random: one stream for each image.
+
+        Returns:
+            Ids `(B, *token_shape)` int64, and the laws that they were drawn from, `(B, *token_shape, K)`.
+        """
+        self.check_images(images)
+        latents = self.latents(images)
+        shape = self.quantizer.token_shape(tuple(latents.shape[1:-1]))
+        uniforms = random.uniform(Purpose.STOCHASTIC_CODE, prod(shape)).view(-1, *shape)
+        return self.quantizer.soft_encode(latents, temperature=temperature, uniforms=uniforms)
 
 
 class MultiScaleVQ(AutoencoderTokenizer):

@@ -1,11 +1,12 @@
 """Discrete or continuous, random or raster order (Fan et al., "Fluid", 2024): four small models; table and figure.
 
-  make quickstart && python docs/experiments/fluid.py
+  python docs/experiments/fluid.py
 
-Four generators of the embedded set with as many blocks of the same width, 400 batches of 128 and the same optimizer:
-next-token and masked prediction of FSQ's ids, and the same of a KL-VAE's latents by a diffusion head. Each training is
-`discrete-lit fit` on a recipe of `lightning_configs/quickstart/`, in the folders of `make comparison`, and what is
-finished there is not done again. Every row is read beside the reconstructions of its own tokenizer. Needs matplotlib.
+Four generators of the embedded set with as many blocks of the same width, batches and optimizer: next-token and masked
+prediction of FSQ's ids, and the same of a KL-VAE's latents by a diffusion head. Each training is `discrete-lit fit` on
+a recipe of `lightning_configs/quickstart/`, with the batches and in the folders of `make comparison`, and what is
+finished there is not done again. Every row is read beside the reconstructions of its own tokenizer. Needs
+`make quickstart`, then the latents that `make comparison` makes, and matplotlib.
 """
 
 import argparse
@@ -14,11 +15,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from shared import processor_minutes, spread, stamp
 
 CONFIGS, RUNS = Path("lightning_configs/quickstart"), Path("runs/quickstart")
 LIT = [str(Path(sys.executable).with_name("discrete-lit"))]
@@ -51,6 +52,8 @@ COLUMNS = {
     "label accuracy (plain)": ".1%",
     "label accuracy (apart)": ".1%",
 }
+# Of each training, as in `make comparison`.
+BATCHES, BATCH_SIZE = 320, 64
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -65,7 +68,8 @@ def samples_of(model: Model, seed: int, batches: int) -> Path:
         run([
             *("fit", "--config", str(CONFIGS / f"{model.recipe}.yaml"), "--run_dir", str(folder)),
             *("--seed_everything", str(seed), "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed)),
-            *("--trainer.max_steps", str(batches)),
+            *("--trainer.max_steps", str(batches), "--trainer.val_check_interval", str(batches)),
+            *("--data.init_args.batch_size", str(BATCH_SIZE)),
             *("--model.init_args.scheduler.init_args.total_steps", str(batches), "--ckpt_path", "last"),
         ])  # fmt: skip
         (folder / "finished").touch()
@@ -98,11 +102,6 @@ def values_of(rows: list[dict[str, Any]], column: str) -> list[float]:
     return [row[column] for row in rows]
 
 
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation over the seeds."""
-    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
-
-
 def draw_figure(rows: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
@@ -132,22 +131,22 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str, machine: str, pict
     lines = [
         "# Discrete or continuous, random or raster",
         "",
-        f"`{command}`, {date.today().isoformat()}, {machine}. Mean ± standard deviation over the seeds; 1,000 images a "
-        "row, of the test split's classes. Each sampler's settings were chosen on other images "
-        "(docs/quickstart.md).",
+        f"`{command}`, {machine}. Mean ± standard deviation over the training seeds; 1,000 images a row, of the test "
+        "split's classes.",
         "",
-        f"| images of | {' | '.join(COLUMNS)} | FD above its tokenizer's | network calls |",
-        f"|:--|{'--:|' * (len(COLUMNS) + 2)}",
+        f"| images of | {' | '.join(COLUMNS)} | FD above its tokenizer's | passes of the network | GFLOPs/image |",
+        f"|:--|{'--:|' * (len(COLUMNS) + 3)}",
     ]
     for name in (*TOKENIZERS, *(model.name for model in MODELS)):
         cells = [spread(values_of(rows[name], column), form) for column, form in COLUMNS.items()]
         model = next((model for model in MODELS if model.name == name), None)
         if model is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
             ceiling = mean(values_of(rows[model.tokenizer], "FD-EffNetLite0"))
             above = [value - ceiling for value in values_of(rows[name], "FD-EffNetLite0")]
-            cells += [spread(above, ".1f"), f"{rows[name][0]['sampling']['network_calls']}"]
+            cost = rows[name][0]["sampling"]
+            cells += [spread(above, ".1f"), str(cost["sequential_passes"]), f"{cost['flops_per_image'] / 1e9:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, "", f"![]({picture})", ""]
 
@@ -155,7 +154,7 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str, machine: str, pict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, default=400, help="of training, of 128 images")
+    parser.add_argument("--batches", type=int, default=BATCHES, help=f"of training, of {BATCH_SIZE} images")
     parser.add_argument("--output", type=Path, default=RUNS / "fluid", help="folder of the evaluation's report")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()
@@ -163,7 +162,8 @@ def main() -> None:
     picture = given.page.with_suffix(".png")
     draw_figure(rows, picture)
     command = f"python docs/experiments/fluid.py --seeds {' '.join(map(str, given.seeds))} --batches {given.batches}"
-    given.page.write_text("\n".join(page(rows, command, f"torch {version('torch')}, on a CPU", picture.name)))
+    machine = f"{stamp()}, {processor_minutes():.0f} minutes of processor"
+    given.page.write_text("\n".join(page(rows, command, machine, picture.name)))
     print(f"Wrote {given.page} and {picture}")
 
 

@@ -1,5 +1,7 @@
 """MAR's network: what it reads, how a grid of ids enters, sequences with different numbers of known places."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,11 +12,22 @@ from discrete_lit.backbones.masked_autoencoder import Fusion, MaskedAutoencoder,
 BATCH, LENGTH, DIM = 3, 6, 4
 
 
-def network(fusion: Fusion | None = None) -> MaskedAutoencoder:
+ROTATED: dict[str, Any] = {"positions": "learned_rope_2d", "class_added": True, "norm": "rms", "qk_norm": "rms"}
+
+
+def network(fusion: Fusion | None = None, **settings: Any) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3, grid_vocab=None if fusion is None else 5)
+    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3, grid=(2, 3), grid_vocab=None if fusion is None else 5)
     made = MaskedAutoencoder(
-        layout, width=16, depth=2, heads=2, decoder_width=24, buffer=2, fusion=fusion or "prefix"
+        layout,
+        width=16,
+        depth=2,
+        heads=2,
+        decoder_width=24,
+        decoder_heads=3,
+        buffer=2,
+        fusion=fusion or "prefix",
+        **settings,
     ).eval()
     for parameter in made.parameters():
         parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
@@ -53,8 +66,9 @@ def test_known_places_carry_their_positions() -> None:
 
 
 @torch.no_grad()
-def test_sequences_with_fewer_known_places_see_no_padding() -> None:
-    made, (vectors, masked, labels) = network(), inputs()
+@pytest.mark.parametrize("settings", [{}, ROTATED], ids=["mar", "rotated"])
+def test_sequences_with_fewer_known_places_see_no_padding(settings: dict[str, Any]) -> None:
+    made, (vectors, masked, labels) = network(**settings), inputs()
     masked[1] = True  # knows nothing
     masked[2, 0] = False  # knows three
     together = made(vectors, masked, labels, known=3, uneven=True)
@@ -77,6 +91,43 @@ def test_a_grid_of_ids_enters_at_its_places(fusion: Fusion) -> None:
     # In the place of the mask vector, ids of known places say nothing more.
     assert (by_known[0] == 0) == (fusion == "mix")
     assert by_known[1:].max() == by_unknown[1:].max() == 0
+
+
+@torch.no_grad()
+def test_rotations_are_of_the_places_and_not_of_their_order() -> None:
+    made, (vectors, masked, labels) = network(**ROTATED), inputs()
+    places = masked.to(torch.uint8).argsort(dim=1, stable=True)[:, :2]
+    there = made.encode(vectors, places, labels)
+    back = made.encode(vectors, places.flip(1), labels)
+    torch.testing.assert_close(back[:, made.slots :].flip(1), there[:, made.slots :], rtol=1e-5, atol=1e-5)
+    # Without learned positions the rotations alone tell places apart, in the encoder and in the decoder.
+    for positions in (made.encoder_positions, made.decoder_positions, made.hidden_positions):
+        positions.zero_()
+    alike = vectors[:, :1].expand(-1, LENGTH, -1)
+    encoded = made.encode(alike, places, labels)
+    assert (encoded[:, -1] - encoded[:, -2]).abs().max() > 1e-3
+    z = made(alike, torch.ones_like(masked), labels, known=0)
+    assert (z[:, 1:] - z[:, :-1]).abs().amax(dim=(1, 2)).min() > 1e-3
+
+
+@torch.no_grad()
+def test_the_class_is_added_at_the_places() -> None:
+    made, (vectors, masked, labels) = network(**ROTATED), inputs()
+    z = made(vectors, masked, labels, known=2)
+    made.class_embedding.weight.zero_()  # what the slots hold
+    assert (
+        made(vectors, masked, labels.flip(0), known=2)[0] - made(vectors, masked, labels, known=2)[0]
+    ).abs().max() > 1e-3
+    assert (made(vectors, masked, labels, known=2) - z).abs().max() > 1e-3
+
+
+def test_branches_begin_at_nothing_where_asked_for() -> None:
+    torch.manual_seed(0)
+    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3)
+    made = MaskedAutoencoder(layout, width=16, depth=1, heads=2, buffer=1, zero_outputs=True)
+    hidden = torch.randn(2, 3, 16)
+    for block in (*made.encoder, *made.decoder):
+        torch.testing.assert_close(block(hidden), hidden, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -110,12 +161,14 @@ def test_vectors_are_attended_to_by_every_block_and_masked_ones_are_not() -> Non
         made(vectors, masked, labels, known=2)
 
 
-@pytest.mark.parametrize("fusion", ["add", "cross"])
-def test_gradients_reach_every_parameter_and_checkpointing_changes_none(fusion: Fusion) -> None:
+@pytest.mark.parametrize(("fusion", "settings"), [("add", {}), ("cross", {}), ("add", ROTATED)])
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(
+    fusion: Fusion, settings: dict[str, Any]
+) -> None:
     vectors, masked, labels = inputs()
     gradients = []
     for checkpointing in (False, True):
-        made = network(fusion).train()
+        made = network(fusion, **settings).train()
         made.activation_checkpointing = checkpointing
         condition = Condition(labels=labels, grid=torch.zeros(BATCH, LENGTH, dtype=torch.int64))
         made(vectors, masked, condition, known=2).square().sum().backward()
@@ -149,6 +202,10 @@ def test_wrong_settings_are_refused() -> None:
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, buffer=0)
     with pytest.raises(ValueError, match="position_std must be above 0"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, position_std=0.0)
+    with pytest.raises(ValueError, match="positions must be 'learned' or"):
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, positions="rope_1d")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs places on a grid of rows and columns, the layout has None"):
+        MaskedAutoencoder(layout, width=8, depth=1, heads=1, positions="learned_rope_2d")
     with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=3)
 

@@ -11,7 +11,7 @@ from discrete_lit.backbones import BlockSettings, ids_of_signs
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath, SteppedPath, cosine_betas
-from discrete_lit.diffusion.solvers import DDPM, EulerMaruyama, Heun
+from discrete_lit.diffusion.solvers import DDPM, Euler, EulerMaruyama, Heun, HeunMaruyama
 
 
 def normal(rows: int, columns: int, step: int) -> Tensor:
@@ -314,7 +314,7 @@ def test_wrong_settings_are_refused() -> None:
         TokenDiffusionHead(4, 4, scale=0.0, **SMALL)
 
 
-@pytest.mark.parametrize("solver", [DDPM(6), Heun(3)])
+@pytest.mark.parametrize("solver", [DDPM(6), Euler(6), Heun(3), Heun(3, euler_last=True), HeunMaruyama(3)])
 def test_a_step_with_guidance_is_one_call_of_the_network_and_embeds_no_time(solver: Any) -> None:
     path: Any = SteppedPath(cosine_betas(20)) if isinstance(solver, DDPM) else RectifiedPath()
     prediction: Any = "noise" if isinstance(solver, DDPM) else "velocity"
@@ -324,6 +324,11 @@ def test_a_step_with_guidance_is_one_call_of_the_network_and_embeds_no_time(solv
     embedded: list[int] = []
     head.network.input_projection.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     head.network.time_embedding.register_forward_hook(lambda _, inputs, __: embedded.append(len(inputs[0])))
-    head.sample(normal(8, 5, 90), normal(4, 3, 0), noise=fresh(4, 3), guidance_scale=2.0)
-    assert rows == [8] * 6
+    with FlopCounterMode(display=False) as counter:
+        head.sample(normal(8, 5, 90), normal(4, 3, 0), noise=fresh(4, 3), guidance_scale=2.0)
+    assert rows == [8] * solver.evaluations
+    assert solver.evaluations in (5, 6)
     assert embedded == [solver.steps + 1]
+    with FlopCounterMode(display=False) as of_times:
+        head.network.time_embedding(torch.zeros(solver.steps + 1))
+    assert head.flops(8, solver) == counter.get_total_flops() - of_times.get_total_flops() > 0

@@ -2,17 +2,18 @@
 
 from copy import deepcopy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from discrete_lit import load
 from discrete_lit.callbacks import ExponentialMovingAverage
 from discrete_lit.checkpoints import instantiate
-from discrete_lit.core.lightning_internals import averaged_model
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
@@ -162,8 +163,8 @@ def test_frozen_networks_are_not_copied(make_loader, make_trainer):
     module = VQVAE(network, 16, code_dim=4, perceptual_loss=loss, optimizer=partial(torch.optim.SGD, lr=0.1))
     average = ExponentialMovingAverage(0.6)
     make_trainer(max_steps=1, limit_val_batches=0, callbacks=[average]).fit(module, make_loader(1))
-    copied = averaged_model(average)
-    assert copied is not None and copied.module.objective.perceptual.network is loss.network
+    assert loss.network is not None and average.averages.keys() == module.state_dict().keys()
+    assert not any("perceptual" in name for name in average.averages)
 
 
 def test_wrong_decay():
@@ -171,14 +172,36 @@ def test_wrong_decay():
         ExponentialMovingAverage(1.0)
 
 
-def test_sharded_training_is_refused(tokenizer):
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (FSDPStrategy(), "does not support FSDPStrategy: shard by ModelParallelStrategy"),
+        (ModelParallelStrategy(), "needs checkpoints of one file: set save_distributed_checkpoint=false"),
+    ],
+)
+def test_strategies_whose_checkpoints_would_lack_weights_are_refused(tokenizer, strategy, message):
     """The average of a part of the weights would be saved as that of all."""
-    from types import SimpleNamespace
+    with pytest.raises(ValueError, match=message):
+        ExponentialMovingAverage().setup(SimpleNamespace(strategy=strategy), tokenizer, "fit")
 
-    from lightning.pytorch.strategies import ModelParallelStrategy
 
-    with pytest.raises(ValueError, match=r"does not support sharded training: .*ddp\.yaml in place of fsdp\.yaml"):
-        ExponentialMovingAverage().setup(SimpleNamespace(strategy=ModelParallelStrategy()), tokenizer, "fit")
+def test_a_validation_behind_the_training_is_of_the_averages(tokenizer, make_loader, make_trainer):
+    follow = Follow()
+    trainer = make_trainer(max_steps=3, limit_val_batches=1, callbacks=[ExponentialMovingAverage(0.6), follow])
+    trainer.fit(tokenizer, make_loader(3), make_loader(1))
+    expected, before = averaged(follow.raw, 0.6, warmup=True), len(follow.validated)
+    trainer.validate(tokenizer, make_loader(1), verbose=False)
+    assert len(follow.validated) == before + 1
+    torch.testing.assert_close(follow.validated[-1], expected)
+    torch.testing.assert_close(state(tokenizer), expected)
+
+
+def test_a_second_training_begins_with_the_weights_of_its_module(tokenizer, make_loader, make_trainer):
+    average = ExponentialMovingAverage(0.6)
+    make_trainer(max_steps=2, limit_val_batches=0, callbacks=[average]).fit(tokenizer, make_loader(2))
+    follow = Follow()
+    make_trainer(max_steps=3, limit_val_batches=0, callbacks=[average, follow]).fit(tokenizer, make_loader(3))
+    torch.testing.assert_close(state(tokenizer), averaged(follow.raw, 0.6, warmup=True))
 
 
 class Tables(Callback):

@@ -288,7 +288,7 @@ def train(config: dict[str, Any], reference: str, folder: str, ranks: int, strat
         accelerator="cpu",
         devices=ranks,
         strategy=sharded if strategy == "fsdp" else strategy,
-        callbacks=[distance, *([] if strategy == "fsdp" else [ExponentialMovingAverage(0.5)])],
+        callbacks=[distance, ExponentialMovingAverage(0.5)],
         default_root_dir=folder,
         logger=CSVLogger(folder, name="", version="log"),
         max_steps=2,
@@ -348,7 +348,7 @@ def test_figures_of_the_data_on_three_ranks(tmp_path: Path) -> None:
         on_ranks(3, evaluate_on_data, tmp_path / "c", configs[:1], str(tmp_path / "few"), 3, 2)
 
 
-def masked_config(tmp_path: Path) -> dict[str, Any]:
+def masked_config(tmp_path: Path, rate: float = 0.0) -> dict[str, Any]:
     from discrete_lit.checkpoints import save
 
     network = {
@@ -365,7 +365,7 @@ def masked_config(tmp_path: Path) -> dict[str, Any]:
         "class_path": "discrete_lit.backbones.Transformer",
         "init_args": {"width": 16, "depth": 2, "heads": 2},
     }
-    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": rate, "momentum": 0.5}}
     arguments = {"tokenizer": frozen, "image_size": 8, "num_classes": 3, "backbone": backbone, "optimizer": optimizer}
     return json.loads(json.dumps({"class_path": "discrete_lit.generators.Masked", "init_args": arguments}))
 
@@ -385,3 +385,80 @@ def test_the_same_images_and_figures_on_several_ranks(
         assert result["metrics"] == several[0]["metrics"]  # to the bit, or ranks would keep different checkpoints
         assert result["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
     assert "validation/grecall-Means_10" in alone["metrics"]
+
+
+def train_averages(config: dict[str, Any], reference: str, folder: str, ranks: int) -> dict[str, Any]:
+    """Train a Masked for four steps on averaged weights, every rank on the same batches.
+
+    Of several ranks each has a shard of the weights; these resume, and validate a checkpoint, too.
+    """
+    batch = next(iter(SyntheticImages(batch_size=4, num_classes=3).train_dataloader()))
+    data: Any = DataLoader([batch] * 4, batch_size=None)  # equal ones: a plain loader begins anew
+
+    def run(name: str, steps: int, resumed: str | None = None, precision: str = "32-true") -> tuple[Trainer, Any]:
+        seed_everything(0, verbose=False)
+        keeper = ModelCheckpoint(f"{folder}/{name}", every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        sharded = ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False)
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=ranks,
+            strategy=sharded if ranks > 1 else "auto",
+            precision=precision,  # type: ignore[arg-type]
+            callbacks=[keeper, ImageDistance(reference, 10, extractor=ColourMeans()), ExponentialMovingAverage(0.7)],
+            default_root_dir=folder,
+            logger=False,
+            max_steps=steps,
+            val_check_interval=2,
+            limit_val_batches=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        module = instantiate(config)
+        for parameter in module.backbone.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        if steps:
+            trainer.fit(module, data, data, ckpt_path=resumed)
+        return trainer, module
+
+    found: dict[str, Any] = {}
+    runs = [("whole", 4, None), ("begun", 2, None), ("resumed", 4, f"{folder}/begun/step=2.ckpt")]
+    for name, steps, resumed in runs if ranks > 1 else runs[:2]:
+        trainer, module = run(name, steps, resumed)
+        found[name] = float(trainer.callback_metrics["validation/gFD-Means_10"])
+        found[f"loss {name}"] = float(trainer.callback_metrics["validation/loss"])
+        trainer.strategy.barrier()
+        file = f"{folder}/{name}/step={steps}.ckpt"
+        found[f"file {name}"] = torch.load(file, weights_only=True) if trainer.is_global_zero else {}
+    if ranks == 1:
+        return found
+    trainer, module = run("validated", 0)
+    (again,) = trainer.validate(module, data, ckpt_path=f"{folder}/whole/step=4.ckpt", verbose=False)
+    found["validated"] = again["validation/gFD-Means_10"]
+    try:
+        run("half", 1, precision="bf16-true")
+    except ValueError as error:
+        found["half"] = str(error)
+    return found
+
+
+@pytest.mark.ddp
+def test_averages_of_sharded_weights_are_measured_kept_and_resumed(tmp_path: Path, reference: str) -> None:
+    config = masked_config(tmp_path, rate=0.5)
+    (alone,) = on_ranks(1, train_averages, tmp_path / "a", config, reference, str(tmp_path / "one"), 1)
+    several = on_ranks(2, train_averages, tmp_path / "b", config, reference, str(tmp_path / "two"), 2)
+    for result in several:
+        for name in ("whole", "begun", "loss whole", "loss begun"):
+            assert result[name] == pytest.approx(alone[name], rel=1e-4), name
+        assert result["whole"] == result["resumed"] == result["validated"]
+        assert "is sharded and of torch.bfloat16" in result["half"]
+    assert alone["whole"] != alone["begun"]
+
+    whole, resumed, one = several[0]["file whole"], several[0]["file resumed"], alone["file whole"]
+    for part in ("state_dict", "current_model_state"):  # the averages, and the raw weights
+        assert whole[part].keys() == one[part].keys()
+        torch.testing.assert_close(whole[part], one[part], rtol=1e-4, atol=1e-6)
+        assert all(torch.equal(value, whole[part][name]) for name, value in resumed[part].items())
+    moved = [n for n, value in whole["state_dict"].items() if not torch.equal(value, whole["current_model_state"][n])]
+    assert all(any(n.startswith(f"backbone.{part}") for n in moved) for part in ("blocks", "head"))

@@ -10,8 +10,9 @@ import lightning
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 from discrete_lit.core import lightning_internals as internals
@@ -204,18 +205,11 @@ def test_count_log_steps_from(tmp_path: Path) -> None:
 
 
 @advised
-def test_averaged_model(tmp_path: Path) -> None:
-    averaging = WeightAveraging()
-    averages: list[float] = []
-
-    def read(trainer: Trainer) -> None:
-        average = internals.averaged_model(averaging)
-        assert average is not None
-        averages.append(average.module.weight.item())
-
-    assert internals.averaged_model(averaging) is None
-    fit(tmp_path, averaging, AtBatchEnd(read), batches=2)
-    assert averages == pytest.approx([0.9, 0.85])
+@pytest.mark.parametrize("one_file", [True, False])
+def test_saves_one_file(one_file: bool) -> None:
+    strategy = ModelParallelStrategy(1, 1, save_distributed_checkpoint=not one_file)
+    assert internals.saves_one_file(strategy) == one_file
+    assert internals.saves_one_file(SingleDeviceStrategy())
 
 
 def foreign_private_names(file: Path) -> list[str]:

@@ -28,10 +28,10 @@ def test_names_labels_and_bytes(tmp_path: Path) -> None:
     source = ClassFolders(touch(tmp_path, "b/2.jpg", "b/1.JPEG", "B/1.png", "a b/deep/er/x.webp", "a b/.hidden.jpg"))
     assert source.classes == ["B", "a b", "b"]
     assert [tuple(source[index]) for index in range(len(source))] == [
-        ("B/1", "png", 0, b"content of B/1.png"),
-        ("a b/deep/er/x", "webp", 1, b"content of a b/deep/er/x.webp"),
-        ("b/1", "jpeg", 2, b"content of b/1.JPEG"),
-        ("b/2", "jpg", 2, b"content of b/2.jpg"),
+        ("B/1", "png", 0, b"content of B/1.png", ()),
+        ("a b/deep/er/x", "webp", 1, b"content of a b/deep/er/x.webp", ()),
+        ("b/1", "jpeg", 2, b"content of b/1.JPEG", ()),
+        ("b/2", "jpg", 2, b"content of b/2.jpg", ()),
     ]
 
 

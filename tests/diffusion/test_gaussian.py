@@ -21,6 +21,7 @@ from discrete_lit.diffusion.gaussian import (
     Posterior,
     PredictionKind,
     RectifiedPath,
+    ScheduledPath,
     SteppedPath,
     TrigonometricPath,
     cosine_betas,
@@ -149,8 +150,10 @@ def test_times_between_steps_and_wrong_betas_are_refused() -> None:
     path = STEPPED["linear"]
     with pytest.raises(ValueError, match="1000 steps"):
         path.alpha(torch.tensor(0.12345, dtype=torch.float64))
-    with pytest.raises(ValueError, match="betas must be numbers"):
+    with pytest.raises(ValueError, match=r"betas must be numbers in \(0, 1\), .*, got 1 of 2 outside, such as 1"):
         SteppedPath([0.1, 1.0])
+    with pytest.raises(ValueError, match=r"a linear schedule of steps=10, .* got 5 of 10 outside, such as 1\.116"):
+        ScheduledPath("linear", steps=10)
     times = path.training_times(torch.tensor([1e-9, 0.4999, 1 - 1e-12], dtype=torch.float64))
     assert path.network_time(times).round().tolist() == [0, 499, 999]
 

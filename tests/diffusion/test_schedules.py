@@ -14,15 +14,18 @@ from discrete_lit.diffusion import (
     CosineSquaredSchedule,
     D3PMCosineSchedule,
     GeometricSchedule,
+    GIDDSchedule,
     LinearSchedule,
     LogLinearSchedule,
     LogSinSchedule,
     MaskSchedule,
     MDLMCosineSchedule,
     NoiseLevel,
+    PowerSchedule,
     SquareSchedule,
     TruncatedNormalSchedule,
     TruncatedSchedule,
+    WarpedSchedule,
 )
 from discrete_lit.diffusion.schedules import spread_times, stratified_times
 
@@ -40,6 +43,10 @@ SCHEDULES: dict[str, MaskSchedule] = {
     "long geometric": GeometricSchedule(1e-4, 600.0),
     "D3PM cosine": D3PMCosineSchedule(),
     "truncated": TruncatedSchedule(CosineSchedule(), lowest=1e-3, highest=0.999),
+    "cubic": PowerSchedule(3.0),
+    "GIDD": GIDDSchedule(0.2),
+    "GIDD with next to no uniform ids": GIDDSchedule(2.1e-9),
+    "warped": WarpedSchedule(LinearSchedule(), CosineSchedule()),
 }
 each_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
@@ -89,7 +96,7 @@ def test_float32_times_are_computed_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SCHEDULES if name not in ("truncated", "geometric", "long geometric")]
+    "name", [name for name in SCHEDULES if not name.endswith(("truncated", "geometric", "next to no uniform ids"))]
 )
 def test_nothing_cancels_next_to_clean_data(name: str) -> None:
     schedule = SCHEDULES[name]
@@ -98,11 +105,11 @@ def test_nothing_cancels_next_to_clean_data(name: str) -> None:
     level = NoiseLevel.at(schedule, t)
     torch.testing.assert_close(level.sigma, level.noise, rtol=1e-4, atol=0)
     torch.testing.assert_close(level.odds * level.sigma, torch.ones_like(t), rtol=1e-4, atol=0)
-    powers = {"arccos": 0.5, "cosine squared": 2.0, "MDLM cosine": 2.0}
+    powers = {"arccos": 0.5, "cosine squared": 2.0, "MDLM cosine": 2.0, "cubic": 3.0, "GIDD": 0.5}
     torch.testing.assert_close(level.mask_weight * t, torch.full_like(t, powers.get(name, 1.0)), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("name", ["arccos", "cosine", "linear", "square", "log-sin to the end", "D3PM cosine"])
+@pytest.mark.parametrize("name", ["arccos", "cosine", "linear", "square", "log-sin to the end", "D3PM cosine", "cubic"])
 def test_nothing_cancels_next_to_noise(name: str) -> None:
     """alpha falls as a power of 1 - t down to where 1 - m has no digit left."""
     schedule = SCHEDULES[name]
@@ -143,6 +150,8 @@ def test_reference_values() -> None:
         (lambda: GeometricSchedule(0.0), "0 < sigma_min < sigma_max <= 700 must hold, got 0.0 and 20.0"),
         (lambda: GeometricSchedule(sigma_max=800.0), "got 1e-05 and 800.0"),
         (lambda: D3PMCosineSchedule(0.0), "offset of D3PMCosineSchedule must be > 0, got 0.0"),
+        (lambda: PowerSchedule(0.0), "exponent of PowerSchedule must be > 0, got 0.0"),
+        (lambda: GIDDSchedule(0.0), r"uniform_fraction must lie in \(0, 1\), got 0.0; 0 is AbsorbingProcess"),
         (
             lambda: TruncatedSchedule(LinearSchedule(), lowest=0.5, highest=0.5),
             "0 <= lowest < highest <= 1 must hold, got 0.5 and 0.5",

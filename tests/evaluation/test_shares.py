@@ -1,6 +1,7 @@
 """One figure whoever measures: one, two and three ranks, ranks without an image, jobs of an array, interruptions."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_several_ranks_report_what_one_does(settings: dict[str, Any], tmp_path: 
             np.load(next(Path(folder).glob("*.features.npy"))) for folder in (settings["output"], several["output"])
         ]
         assert np.array_equal(*kept)
+
+
+class NotFinite(ColourMeans):
+    """Gives NaN on one rank."""
+
+    def extract(self, images: Tensor) -> Tensor:
+        return super().extract(images) / (0 if os.environ["LOCAL_RANK"] == "1" else 1)
+
+
+def refusal_on_rank(settings: dict[str, Any], devices: int) -> str:
+    with pytest.raises(ValueError) as refused:
+        evaluate(**settings, devices=devices)
+    return str(refused.value)
+
+
+@pytest.mark.ddp
+def test_what_one_rank_refuses_all_refuse(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Not that the others wait for it for ever, or say that they lost a connection."""
+    said = on_ranks(3, refusal_on_rank, tmp_path / "ranks", settings | {"extractor": NotFinite()}, 3)
+    assert set(said) == {f"Means gives features of {settings['reference']!r} that are not finite"}
 
 
 def test_jobs_of_an_array_join_to_the_whole(settings: dict[str, Any], tmp_path: Path, capsys) -> None:

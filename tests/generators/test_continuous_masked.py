@@ -150,7 +150,7 @@ def test_a_draw_belongs_to_its_index_and_says_what_it_costs() -> None:
     assert (output.network_calls, output.sequential_passes) == (8, 4)
     # The cosine leaves 14, 11, 6 and 0 of 16 places masked.
     passes = ((0, 2), (2, 3), (5, 5), (10, 6))
-    expected = sum(made.backbone.flops(2, known) + 3 * made.head.flops(2 * drawn) for known, drawn in passes)
+    expected = sum(made.backbone.flops(2, known) + made.head.flops(2 * drawn, DDPM(3)) for known, drawn in passes)
     assert output.flops == expected > 0
 
 

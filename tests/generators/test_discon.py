@@ -7,11 +7,14 @@ import pytest
 import torch
 from helpers.tiny_runs import QUIET, TOKENIZER, generator_settings, run, write_settings
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import discrete_lit
 from discrete_lit.backbones import MaskedAutoencoder, TokenDiffusionHead, Transformer, VectorLayout
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.diffusion.solvers import DDPM
+from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
+from discrete_lit.diffusion.solvers import DDPM, Heun
 from discrete_lit.generators import DisCon, Masked
 from discrete_lit.samplers import MARSampler, MaskGITSampler
 from discrete_lit.tokenizers import RawPixels
@@ -25,6 +28,7 @@ def generator(
     grid: tuple[int, int] = (2, 4),
     image_size: int = 4,
     image_channels: int | None = None,
+    flow: bool = False,
     **settings: Any,
 ) -> DisCon:
     """DisCon of images of 4 pixels and one channel; the sizes given are those of d."""
@@ -44,7 +48,8 @@ def generator(
         return MaskedAutoencoder(layout, width=16, depth=1, heads=2, buffer=2, fusion=fusion)
 
     def head(dim: int, width: int) -> TokenDiffusionHead:
-        return TokenDiffusionHead(dim, width, width=16, depth=1, repeats=1, solver=DDPM(3))
+        denoiser = GaussianDenoiser(RectifiedPath(), prediction="velocity") if flow else None
+        return TokenDiffusionHead(dim, width, width=16, depth=1, repeats=1, denoiser=denoiser, solver=DDPM(3))
 
     given: dict[str, Any] = {"num_classes": 2, "sampler": MARSampler(3), **settings}
     made = DisCon(RawPixels(1), 4, discrete=discrete, backbone=network, head=head, **given)
@@ -105,9 +110,27 @@ def test_a_draw_counts_both_generators_and_belongs_to_its_index() -> None:
     made = generator().eval()
     labels, indices = torch.tensor([0, 1, 1]), torch.tensor([4, 9, 2])
     output = made.draw(labels, CounterRandom(3, indices))
-    assert output.network_calls == 2 + 3
+    assert (output.network_calls, output.sequential_passes) == (2 + 3, 2 + 3)
     alone = made.draw(labels[1:2], CounterRandom(3, indices[1:2])).tokens
     torch.testing.assert_close(alone[0], output.tokens[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "mix", "add", "cross"])
+def test_its_operations_are_those_of_both_generators_and_the_head(fusion: Any) -> None:
+    sampler = MARSampler(3, guidance_scale=2.0, solver=Heun(2))
+    made = generator(fusion, sampler=sampler, flow=True).eval().requires_grad_(False)
+    labels, random = torch.tensor([0, 1, 1]), CounterRandom(3, torch.arange(3))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = made.draw(labels, random)
+    with FlopCounterMode(display=False) as of_times:  # once for each pass, whatever the batch
+        made.head.network.time_embedding(torch.zeros(3))
+    assert 3 * output.flops == counter.get_total_flops() - 3 * of_times.get_total_flops() > 0
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        first = made.discrete.draw(labels, random)
+    assert 3 * first.flops == counter.get_total_flops() > 0
+    assert made.drawing_networks() == (made.discrete.backbone, made.backbone, made.head)
+    # Of d that is given, the latents alone.
+    assert made.draw(labels, random, tokens=first.tokens).flops == output.flops - first.flops > 0
 
 
 def test_exposure_shows_other_d_in_training_alone() -> None:

@@ -162,7 +162,7 @@ def test_a_draw_belongs_to_its_index_and_says_what_it_costs(last_steps: int) -> 
     passes += [(9, 5, 9)] if last_steps == 1 else [(2, 5, 2), (3, 7, 3), (4, 10, 4)]
     assert (output.network_calls, output.sequential_passes) == (2 * len(passes), len(passes))
     expected = sum(
-        made.backbone.flops(2, read, filled) + (3 * made.head.flops(2 * drawn) if drawn else 0)
+        made.backbone.flops(2, read, filled) + (made.head.flops(2 * drawn, made.head.solver) if drawn else 0)
         for read, filled, drawn in passes
     )
     assert output.flops == expected > 0

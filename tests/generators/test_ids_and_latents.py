@@ -5,11 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiny_runs import QUIET, TOKENIZER, generator_settings, run, write_settings
+from helpers.tiny_runs import (
+    TOKENIZER,
+    generator_settings,
+    latent_settings,
+    refusal,
+    run,
+    untrained,
+    untrained_fsq,
+    untrained_klvae,
+    write_settings,
+)
 
 import discrete_lit
 from discrete_lit.backbones import MaskedAutoencoder, TokenDiffusionHead, Transformer
-from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.latent_arrays import LatentWriter
 from discrete_lit.data.token_arrays import TokenWriter
@@ -23,22 +32,12 @@ from discrete_lit.tokenizers.tokenizer import TokenGrid
 
 @pytest.fixture(scope="module")
 def of_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of an untrained FSQ: 8x8 images to 4x4 ids."""
-    file = tmp_path_factory.mktemp("of_ids") / "tokenizer.ckpt"
-    model = TOKENIZER["model"]
-    arguments = {name: value for name, value in model["init_args"].items() if name != "optimizer"}
-    save(instantiate({"class_path": model["class_path"], "init_args": arguments}), file)
-    return file
+    return untrained_fsq(tmp_path_factory.mktemp("of_ids") / "tokenizer.ckpt")
 
 
 @pytest.fixture(scope="module")
 def of_latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of an untrained KLVAE: 8x8 images to 4x4 latents of two channels."""
-    file = tmp_path_factory.mktemp("of_latents") / "tokenizer.ckpt"
-    network = TOKENIZER["model"]["init_args"]["network"]
-    arguments = {"network": network, "latent_channels": 2, "kl_weight": 0.0}
-    save(instantiate({"class_path": "discrete_lit.tokenizers.KLVAE", "init_args": arguments}), file)
-    return file
+    return untrained_klvae(tmp_path_factory.mktemp("of_latents") / "tokenizer.ckpt")
 
 
 def described(checkpoint: Path) -> dict[str, Any]:
@@ -65,35 +64,10 @@ def arrays(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def of_latents_settings(checkpoint: Path) -> dict[str, Any]:
-    """A ContinuousMasked generator on the latents of a checkpoint."""
-    backbone = {"class_path": "MaskedAutoencoder", "init_args": {"width": 8, "depth": 1, "heads": 2, "buffer": 2}}
-    return {
-        "model": {
-            "class_path": "ContinuousMasked",
-            "init_args": {
-                "tokenizer": {
-                    "class_path": "discrete_lit.tokenizers.continuous_from_checkpoint",
-                    "init_args": {"checkpoint": str(checkpoint)},
-                },
-                "image_size": 8,
-                "num_classes": 2,
-                "backbone": backbone,
-                "head": {"class_path": "TokenDiffusionHead", "init_args": {"width": 8, "depth": 1}},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-            },
-        },
-        "trainer": {**QUIET, "max_steps": 1, "limit_val_batches": 0},
-    }
-
-
 def refused(settings: dict[str, Any], data: dict[str, Any], folder: Path, capfd: pytest.CaptureFixture) -> str:
     """What `fit` says before it fails with the code of a user's mistake."""
     file = write_settings(folder / "settings.yaml", {**settings, "data": data})
-    with pytest.raises(SystemExit) as stopped:
-        run("fit", "--config", file, "--run_dir", folder / f"run_{len(list(folder.iterdir()))}")
-    assert stopped.value.code == 2
-    return capfd.readouterr().err
+    return refusal(capfd, "fit", "--config", file, "--run_dir", folder / f"run_{len(list(folder.iterdir()))}")
 
 
 def test_fit_refuses_arrays_of_the_other_kind(
@@ -103,7 +77,7 @@ def test_fit_refuses_arrays_of_the_other_kind(
         "class_path": "TokenArrays",
         "init_args": {"train": str(arrays(of_ids, tmp_path / "tokens")), "batch_size": 2},
     }
-    said = refused(of_latents_settings(of_latents), data, tmp_path, capfd)
+    said = refused(latent_settings(of_latents), data, tmp_path, capfd)
     assert "data is TokenArrays, which holds tokens, and ContinuousMasked models latents" in said
     data = {
         "class_path": "LatentArrays",
@@ -121,7 +95,7 @@ def test_a_checkpoint_of_the_other_kind_of_tokenizer_is_refused(
     of_ids: Path, of_latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     data = TOKENIZER["data"]
-    said = refused(of_latents_settings(of_ids), data, tmp_path, capfd)
+    said = refused(latent_settings(of_ids), data, tmp_path, capfd)
     assert "holds a FSQ, which is not a ContinuousTokenizer: it codes ids, take `from_checkpoint`" in said
     said = refused(generator_settings(of_latents), data, tmp_path, capfd)
     assert "holds a KLVAE, which is not a Tokenizer: its latents are continuous" in said
@@ -187,26 +161,14 @@ def test_unscaled_latents_of_kl16_are_refused_in_the_first_batch() -> None:
     made.data_of({"latents": latents}, random)
 
 
-def saved(settings: dict[str, Any], file: Path) -> Path:
-    """The checkpoint of an untrained generator."""
-    model = settings["model"]
-    arguments = {name: value for name, value in model["init_args"].items() if name != "optimizer"}
-    for name in {"backbone", "head"} & set(arguments):
-        kind = arguments[name]["class_path"].rpartition(".")[2]
-        arguments[name] = {**arguments[name], "class_path": f"discrete_lit.backbones.{kind}"}
-    kind = model["class_path"].rpartition(".")[2]
-    save(instantiate({"class_path": f"discrete_lit.generators.{kind}", "init_args": arguments}), file)
-    return file
-
-
 def test_sample_refuses_a_sampler_of_the_other_kind(
     of_ids: Path, of_latents: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     for settings, sampler, generator in (
         (generator_settings(of_ids), "MARSampler", "Masked"),
-        (of_latents_settings(of_latents), "MaskGITSampler", "ContinuousMasked"),
+        (latent_settings(of_latents), "MaskGITSampler", "ContinuousMasked"),
     ):
-        file = saved(settings, tmp_path / f"{generator}.ckpt")
+        file = untrained(settings, tmp_path / f"{generator}.ckpt")
         with pytest.raises(SystemExit):
             run("sample", "--ckpt_path", file, "--sampler", sampler, "--num_samples", 2, "--output", tmp_path)
         assert f"sampler={sampler} does not draw from a {generator}" in capfd.readouterr().err
@@ -232,7 +194,7 @@ def test_tokenizers_decode_and_arrays_store_their_own_kind_alone(
 def test_a_likelihood_of_latents_has_no_place_in_the_table(of_latents: Path, tmp_path: Path) -> None:
     from discrete_lit.evaluation.inputs import Run, _load_generators
 
-    file = saved(of_latents_settings(of_latents), tmp_path / "mar.ckpt")
+    file = untrained(latent_settings(of_latents), tmp_path / "mar.ckpt")
     with pytest.raises(ValueError, match="holds a ContinuousMasked, not a Generator"):
         _load_generators([Run("mar", "mar", str(file))], 8, 3)
 

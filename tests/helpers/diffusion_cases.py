@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from discrete_lit.backbones import SequenceLayout, Transformer
-from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion import GIDDProcess, LinearSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
 from discrete_lit.samplers import (
@@ -14,6 +14,7 @@ from discrete_lit.samplers import (
     FirstHittingSampler,
     PredictorCorrectorSampler,
     RemaskingSampler,
+    SelfCorrectionSampler,
     TauLeapingSampler,
 )
 from helpers.random_weights import randomise
@@ -24,6 +25,7 @@ PROCESSES = {
     "uniform": UniformProcess(SIZE),
     "hybrid": HybridProcess(SIZE, 0.5),
     "gaussian": DiscretizedGaussianProcess(SIZE, 0.3),
+    "gidd": GIDDProcess(SIZE, 0.4),
 }
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ancestral": (AncestralSampler, {}),
@@ -36,13 +38,20 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "rescale": (RemaskingSampler, {"strategy": "rescale", "eta": 0.7}),
     "conf": (RemaskingSampler, {"strategy": "conf", "eta": 1.0}),
     "loop": (RemaskingSampler, {"strategy": "loop", "eta": 0.5, "loop": (0.3, 0.8), "loop_alpha": 0.6}),
+    "steps_forward": (RemaskingSampler, {"strategy": "forward_backward", "nucleus": 0.9}),
+    "flow_matching": (RemaskingSampler, {"strategy": "flow_matching"}),
+    "self_correction": (
+        SelfCorrectionSampler,
+        {"correction_steps": 3, "correction_tokens": 2, "correction_temperature": 3.0},
+    ),
 }
-MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop"}
+MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop", "steps_forward", "flow_matching"}
 CASES = [
     (sampler, process)
     for sampler in SAMPLERS
     for process in PROCESSES
-    if (process == "absorbing" or sampler not in MASKS_ALONE) and (sampler, process) != ("tau", "gaussian")
+    if sampler not in ("self_correction" if process == "absorbing" else MASKS_ALONE)
+    if (sampler, process) != ("tau", "gaussian")
 ]
 LABELS = torch.arange(20) % (CLASSES + 1)
 

@@ -29,7 +29,11 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 WAYS_OF = [("ancestral", "absorbing"), ("euler", "uniform")]
 # These take the ways of the same sampler with other noise.
-ALIKE = {("euler", "hybrid"), ("tau", "hybrid"), ("gibbs", "hybrid"), ("forward_backward", "gaussian")}
+ALIKE = {
+    *(("euler", "hybrid"), ("tau", "hybrid"), ("gibbs", "hybrid"), ("forward_backward", "gaussian")),
+    *(("euler", "gidd"), ("tau", "gidd"), ("gibbs", "gidd"), ("forward_backward", "gidd")),
+    *(("self_correction", "uniform"), ("self_correction", "hybrid"), ("self_correction", "gaussian")),
+}
 
 
 @dataclass
@@ -90,6 +94,8 @@ def make_drawer(name: str) -> Drawer:
     sampler, process, way = (*name.split("-"), "")[:3]
     settings = {**GUIDED, "steps": 3}
     head, schedule = "cavity", None
+    if "nucleus" in diffusion_cases.SAMPLERS[sampler][1]:
+        settings["top_p"] = None
     if way == "score_head":
         head, settings["guidance_law"] = "score", "score"
         way = "score"

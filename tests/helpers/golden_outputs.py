@@ -16,6 +16,10 @@ from helpers import (
     golden_flax,
     golden_generators,
     golden_latents,
+    golden_remasking,
+    golden_replacing,
+    golden_stacked,
+    golden_text_diffusion,
     golden_tokenizers,
     golden_turns,
 )
@@ -30,12 +34,17 @@ KINDS = (
     golden_bits,
     golden_autoregressive,
     golden_flax,
+    golden_stacked,
+    golden_replacing,
+    golden_text_diffusion,
 )
+SAMPLERS = (golden_decoding, golden_remasking)
+"""Of families without a checkpoint: published algorithms on toy networks."""
 NOT_YET = (
     *("chameleon", "emu3"),
-    *("encodec", "gidd", "infinity", "janus", "llamagen_t2i"),
-    *("magvit2_video", "md4", "musicgen_decoder", "remdm"),
-    *("rq_transformer", "showo", "transfusion_mask", "vq_diffusion"),
+    *("encodec", "infinity", "janus", "llamagen_t2i"),
+    *("magvit2_video", "musicgen_decoder"),
+    *("showo", "transfusion_mask"),
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
@@ -49,7 +58,7 @@ def kind_of(family: str) -> Any:
 
 def compared(family: str) -> bool:
     """Whether there are outputs of ours to compare: of a loaded family, or of a sampler that needs no checkpoint."""
-    return family in FAMILIES or family in golden_decoding.OUTPUTS
+    return family in FAMILIES or any(family in kind.OUTPUTS for kind in SAMPLERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,8 @@ def compare(case: Case, load: Load | None) -> Compared:
     kind: Any
     with torch.device(case.device):
         if load is None:
-            kind, found = golden_decoding, golden_decoding.OUTPUTS[case.family](case)
+            kind = next(kind for kind in SAMPLERS if case.family in kind.OUTPUTS)
+            found = kind.OUTPUTS[case.family](case)
         else:
             kind = kind_of(case.family)
             found = kind.OUTPUTS[case.family](load, case)

@@ -29,6 +29,25 @@ def timm_block(name: str, width: int, hidden: int, bias: bool = True) -> Shapes:
     }
 
 
+def ddit(width: int, depth: int, condition_width: int, rows: int) -> Shapes:
+    """Of SEDD, MDLM and GIDD, in the order of the reference's modules."""
+    made: Shapes = {
+        "vocab_embed.embedding": (rows, width),
+        **linear("sigma_map.mlp.0", 256, condition_width),
+        **linear("sigma_map.mlp.2", condition_width, condition_width),
+        "rotary_emb.inv_freq": (width // 4,),
+    }
+    for name in (f"blocks.{block}" for block in range(depth)):
+        made |= {f"{name}.norm1.weight": (width,)}
+        made |= linear(f"{name}.attn_qkv", width, 3 * width, False) | linear(f"{name}.attn_out", width, width, False)
+        made |= {f"{name}.norm2.weight": (width,)}
+        made |= linear(f"{name}.mlp.0", width, 4 * width) | linear(f"{name}.mlp.2", 4 * width, width)
+        made |= linear(f"{name}.adaLN_modulation", condition_width, 6 * width)
+    made |= {"output_layer.norm_final.weight": (width,)}
+    made |= linear("output_layer.linear", width, rows)
+    return made | linear("output_layer.adaLN_modulation", condition_width, 2 * width)
+
+
 def llamagen_gpt_c2i(width: int, depth: int, hidden: int, ids: int, classes: int) -> Shapes:
     shapes: Shapes = {
         "tok_embeddings.weight": (ids, width),

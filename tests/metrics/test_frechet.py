@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from discrete_lit.metrics import frechet
 from discrete_lit.metrics.extractors import FeatureExtractor
 from discrete_lit.metrics.frechet import (
     FDR6_DENOMINATORS,
@@ -259,6 +260,21 @@ def test_broken_moments_are_at_no_distance_not_even_of_themselves(broken, first)
         frechet_distance(*((broken, intact) if first else (intact, broken)))
     with pytest.raises(ValueError, match="the first moments: "):
         frechet_distance(broken, broken)
+
+
+def test_eigenvalues_are_looked_at_once_and_of_sums_never(tmp_path, monkeypatch):
+    stored = saved(tmp_path, SYMMETRIC)
+    looked = []
+    original = frechet._lowest_is_below
+    monkeypatch.setattr(frechet, "_lowest_is_below", lambda *given: looked.append(given) or original(*given))
+    reference, own = Moments.load(stored), FeatureMoments(Flatten(2))
+    own.update(torch.from_numpy(random_features(30, 2, 0)))
+    for _ in range(2):
+        assert frechet_distance(own.compute(), reference) > 0
+    assert len(looked) == 1  # when it was read
+    reference.covariance[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the second moments: 1 values of its covariance are not finite"):
+        frechet_distance(own.compute(), reference)
 
 
 @pytest.mark.parametrize(("mean", "scale"), [(0, 1e200), (0, 1e308), (1e155, 1)])

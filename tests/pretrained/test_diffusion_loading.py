@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.published_generators import linear
+from helpers.published_generators import ddit as shapes
 from torch import Tensor
 
 from discrete_lit.backbones import SequenceLayout, Transformer
@@ -18,25 +18,6 @@ from discrete_lit.pretrained.settings import Settings
 FAMILY_NAMES = ("sedd_absorb", "sedd_uniform", "mdlm")
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "condition_width": 8, "rows": 9}
 REFERENCE = {"model": {"length": 12, "n_heads": 2}}
-
-
-def shapes(width: int, depth: int, condition_width: int, rows: int) -> dict[str, tuple[int, ...]]:
-    """The published names, by hand and in the order of the reference's modules."""
-    made = {
-        "vocab_embed.embedding": (rows, width),
-        **linear("sigma_map.mlp.0", 256, condition_width),
-        **linear("sigma_map.mlp.2", condition_width, condition_width),
-        "rotary_emb.inv_freq": (width // 4,),
-    }
-    for name in (f"blocks.{block}" for block in range(depth)):
-        made |= {f"{name}.norm1.weight": (width,)}
-        made |= linear(f"{name}.attn_qkv", width, 3 * width, False) | linear(f"{name}.attn_out", width, width, False)
-        made |= {f"{name}.norm2.weight": (width,)}
-        made |= linear(f"{name}.mlp.0", width, 4 * width) | linear(f"{name}.mlp.2", 4 * width, width)
-        made |= linear(f"{name}.adaLN_modulation", condition_width, 6 * width)
-    made |= {"output_layer.norm_final.weight": (width,)}
-    made |= linear("output_layer.linear", width, rows)
-    return made | linear("output_layer.adaLN_modulation", condition_width, 2 * width)
 
 
 def named(family: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -93,11 +93,11 @@ def test_a_draw_waits_once(scale: float, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "steps and top_k must be at least 1"),
-        ({"temperature": 0.0}, r"temperature above 0 \(top_k=1 is the greedy choice\)"),
-        ({"top_k": 0}, "steps and top_k must be at least 1"),
-        ({"top_p": 1.5}, r"top_p in \(0, 1\], got 64, None, 1.0 and 1.5"),
-        ({"order": "halton"}, "order 'random' or 'raster', got 'known' and 'halton'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"temperature": 0.0}, r"temperature must be above 0 \(top_k=1 is the greedy choice\)"),
+        ({"top_k": 0}, "top_k at least 1"),
+        ({"top_p": 1.5}, r"top_p in \(0, 1\], got 1.0, None and 1.5"),
+        ({"order": "halton"}, "order must be 'random' or 'raster', got 'halton'"),
         ({"guidance_schedule": "linear"}, "guidance_schedule must be 'known' or 'constant'"),
     ],
 )

@@ -27,6 +27,7 @@ from discrete_lit.samplers import (
     PredictorCorrectorSampler,
     RandomOrderSampler,
     RemaskingSampler,
+    SelfCorrectionSampler,
     TauLeapingSampler,
 )
 
@@ -51,10 +52,13 @@ def random_sampler(choose: Random, name: str, process: str):
         return build(name, **settings)
     settings["steps"] = choose.choice([2, 3, 6])
     settings["clean_up"] = choose.choice(["sample", "argmax"])
-    if name != "loop":
+    if name == "steps_forward":
+        settings["top_p"] = None  # it has a nucleus
+    if name not in ("loop", "flow_matching"):
         settings["grid"] = choose.choice([None, CosineSchedule(), SquareSchedule()])
     if name not in ("forward_backward", "gibbs", "tau"):
-        settings["guidance_law"] = choose.choice(["clean", "score", "transition"])
+        laws = ["clean", "score", "transition"] if PROCESSES[process].homogeneous else ["clean", "transition"]
+        settings["guidance_law"] = choose.choice(laws)
         if settings["guidance_law"] != "clean" and process != "absorbing":
             settings |= {"temperature": 1.0, "top_k": None, "top_p": None}
     return build(name, **settings)
@@ -66,7 +70,7 @@ def test_never_the_mask_id_and_never_out_of_range(name: str, process: str) -> No
     for _ in range(6):
         model = make_model(
             PROCESSES[process],
-            choose.choice(["posterior", "cavity", "score"]),
+            choose.choice(["posterior", "cavity", "score"][: 2 + PROCESSES[process].homogeneous]),
             choose.choice([LinearSchedule(), CosineSchedule(), SquareSchedule(), FiniteNoise()]),
             choose.choice(["none", "time", "total_noise"]),
             sure=choose.choice([1.0, 1.0, 0.0, 60.0]),
@@ -162,7 +166,7 @@ def test_without_a_denoiser() -> None:
             draw((backbone, None), build(name))
 
 
-@pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian"])
+@pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian", "gidd"])
 def test_processes_that_do_more_than_mask(process: str) -> None:
     for name in MASKS_ALONE:
         with pytest.raises(ValueError, match=f"the process must be absorbing: {type(PROCESSES[process]).__name__} is"):
@@ -188,6 +192,13 @@ def test_filters_need_a_clean_distribution() -> None:
             draw(make_model(PROCESSES["uniform"]), AncestralSampler(guidance_law="score", **setting))
 
 
+def test_scores_need_rates_that_stay() -> None:
+    with pytest.raises(ValueError, match="guidance_law='score' is for noise whose rates do not change, those of GIDDP"):
+        draw(make_model(PROCESSES["gidd"]), AncestralSampler(guidance_law="score"))
+    with pytest.raises(ValueError, match="ScoreHead is for noise whose rates do not change, those of GIDDProcess do"):
+        make_model(PROCESSES["gidd"], "score")
+
+
 def test_tau_leaping_needs_finite_rates() -> None:
     with pytest.raises(ValueError, match="cannot begin where rates are infinite: LinearSchedule"):
         draw(make_model(PROCESSES["gaussian"]), TauLeapingSampler(steps=4))
@@ -207,7 +218,22 @@ def test_tau_leaping_needs_finite_rates() -> None:
         (PredictorCorrectorSampler, {"corrector_noise": 0.0}, "corrector_noise must be > 0, got 0.0"),
         (PredictorCorrectorSampler, {"corrector_tokens": 0}, "corrector_tokens must be at least 1, got 0"),
         (PredictorCorrectorSampler, {"guidance_law": "score"}, "correctors are guided by the clean law"),
-        (RemaskingSampler, {"strategy": "x"}, "strategy must be 'cap', 'rescale', 'conf' or 'loop', got 'x'"),
+        (RemaskingSampler, {"strategy": "x"}, "'loop', 'forward_backward' or 'flow_matching', got 'x'"),
+        (
+            RemaskingSampler,
+            {"strategy": "flow_matching", "eta": 0.1},
+            "'flow_matching' has no eta, got 0.1: leave it o",
+        ),
+        (RemaskingSampler, {"strategy": "flow_matching", "grid": LinearSchedule()}, "makes its own grid: leave grid o"),
+        (RemaskingSampler, {"nucleus": 0.0}, r"nucleus must lie in \(0, 1\], got 0.0"),
+        (RemaskingSampler, {"nucleus": 0.9, "top_p": 0.9}, "nucleus=0.9 and top_p=0.9 are two rules for one thing"),
+        (AncestralSampler, {"min_p": 1.0}, r"min_p must lie in \[0, 1\), got 1.0"),
+        (AncestralSampler, {"min_p": 0.1, "top_k": 2}, "min_p=0.1 acts on the law of a step, temperature, top_k and"),
+        (SelfCorrectionSampler, {"correction_steps": 0}, "correction_steps must be at least 1, got 0"),
+        (SelfCorrectionSampler, {"correction_tokens": 0}, "correction_tokens must be at least 1, got 0"),
+        (SelfCorrectionSampler, {"correction_temperature": 0.0}, "correction_temperature must be > 0, got 0.0"),
+        (SelfCorrectionSampler, {"correction_time": 1.0}, r"correction_time must lie in \(0, 1\), got 1.0"),
+        (SelfCorrectionSampler, {"patience": 0}, "patience must be at least 1, or null, got 0"),
         (RemaskingSampler, {"eta": 1.1}, r"eta must lie in \[0, 1\], got 1.1"),
         (RemaskingSampler, {"loop": (0.5, 0.5)}, r"loop must be \[first, end\] with 0 <= first < end <= 1"),
         (RemaskingSampler, {"loop_alpha": 1.0}, r"loop_alpha must lie in \(0, 1\), got 1.0"),

@@ -23,7 +23,7 @@ from discrete_lit.samplers import (
     TauLeapingSampler,
 )
 from discrete_lit.samplers.diffusion import NoisyTokens
-from discrete_lit.samplers.diffusion import poisson as draw_poisson
+from discrete_lit.samplers.reverse_rates import poisson as draw_poisson
 
 
 class LevelSeen(OncePerState):

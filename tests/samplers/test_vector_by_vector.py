@@ -128,7 +128,7 @@ def test_the_cached_draw_is_the_uncached(order: list[list[int]] | None, scale: f
     calls = 1 if scale == 1 else 2
     assert (output.network_calls, output.sequential_passes) == (4 * calls, 4)
     passes = backbone.flops(calls, 0, 0, 3) + sum(backbone.flops(calls, 1, filled, 3) for filled in (1, 2, 3))
-    assert output.flops == backbone.cache_flops(calls, 3) + passes + 4 * 3 * head.flops(calls) > 0
+    assert output.flops == backbone.cache_flops(calls, 3) + passes + 4 * head.flops(calls, head.solver) > 0
 
     alone = sampler(
         backbone, head, condition[1:], CounterRandom(5, torch.tensor([1])), order=None if orders is None else orders[1:]

@@ -118,6 +118,15 @@ class Quantizer(FullPrecision, ABC):
                 f"{self.vocab_size:,}"
             )
 
+    def code_tables(self) -> Tensor:
+        """List the codes of each of the P ids of a position, `(P, K, D)`: one table unless each has its own place.
+
+        Raises:
+            ValueError: more codes than can be listed, 2^20.
+        """
+        self.check_near(1)
+        return self.code_table()[None]
+
     def code_table(self) -> Tensor:
         """List the codes of all ids, `(K, D)`, where an id stands for one whatever its place."""
         return self.lookup(torch.arange(self.vocab_size, device=self.precision.device))

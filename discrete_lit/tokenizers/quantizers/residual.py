@@ -130,6 +130,41 @@ class ResidualQuantizer(Quantizer):
         return {f"depth_{number}": Component(ids, self.vocab_size) for number, ids in split}
 
     @torch.no_grad()
+    def code_tables(self) -> Tensor:
+        every = torch.arange(self.vocab_size, device=self.precision.device)
+        return torch.stack([self.codebook(number).lookup(every) for number in range(self.depth)])
+
+    @torch.no_grad()
+    def soft_encode(self, latents: Tensor, *, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the code of each depth by its distance, and give the laws that they were drawn from.
+
+        `Q(k | r_{d-1}) ~ exp(-|r_{d-1} - e_k|^2 / temperature)`, and r_d is what the drawn code leaves (Lee et al.,
+        2022, section 3.2.3, eq. 12): stochastic codes and soft labels for a generator.
+
+        Args:
+            latents: `(B, *grid, D)`.
+            temperature: tau > 0; as it goes to 0 the codes become those of `encode`.
+            uniforms: `(B, *grid, depth)` float64 in (0, 1), which decide the draws.
+
+        Returns:
+            Ids `(B, *grid, depth)` int64, and probabilities `(B, *grid, depth, K)`.
+        """
+        with full_precision(latents.device):
+            residual, ids, laws = latents.to(self.precision.dtype), [], []
+            every = torch.arange(self.vocab_size, device=latents.device)
+            for number, numbers in enumerate(uniforms.unbind(dim=-1)):
+                codes = self.codebook(number).lookup(every)
+                # Without |r|^2, which is the same for every code.
+                affinity = 2 * residual @ codes.T - codes.square().sum(dim=-1)
+                laws.append((affinity / temperature).softmax(dim=-1))
+                cumulative = laws[-1].cumsum(dim=-1, dtype=torch.float64)
+                target = numbers[..., None] * cumulative[..., -1:]
+                found = torch.searchsorted(cumulative, target, right=True)[..., 0]
+                ids.append(found.clamp(max=self.vocab_size - 1))
+                residual = residual - codes[ids[-1]]
+            return torch.stack(ids, dim=-1), torch.stack(laws, dim=-2)
+
+    @torch.no_grad()
     def near_ids(self, tokens: Tensor, count: int) -> Tensor:
         """Find the other ids whose codes are nearest, among the codes of each id's own depth."""
         self.check_near(count)
