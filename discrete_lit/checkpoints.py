@@ -50,7 +50,7 @@ _OF_TRAINING = (
     "dropout_places",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
-FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder")
+FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder", "text_tokenizer")
 _NOT_PARSED = "cannot read the configuration of"
 # The files whose modules are being built, a generator's before its tokenizer's.
 _loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())

@@ -3,8 +3,8 @@
 Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, maskbit 5ea3d733, Halton-MaskGIT
 f61b0a13, SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594,
 latent-diffusion a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec, mar fe470ac2, xAR 121e9c93,
-TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901, VQ-Diffusion d1d39487, GIDD f67acc96. SiT's training is taken from
-DiT's code, which it is built on.
+TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901, VQ-Diffusion d1d39487, GIDD f67acc96. SiT's training is taken
+from DiT's code, which it is built on.
 """
 
 from collections.abc import Sequence
@@ -396,22 +396,6 @@ PUBLISHED: dict[str, Published] = {
         crop=TEN,
         average=None,
         weights=initial.BERT,
-    ),
-    "generators/rq_transformer_*": replace(
-        _NOT_READ,
-        golden=Golden(family="rq_transformer", losses=("loss", "loss_soft"), gradients=6),
-        rate=5e-4,
-        schedule=laws.cosine(0, 62_558),
-        clip=1.0,
-        crop=_MIRRORED,
-        average=None,
-    ),
-    "generators/vq_diffusion_*": replace(_NOT_READ, golden=Golden(family="vq_diffusion", gradients=3)),
-    "generators/gidd_text8": replace(
-        _NOT_READ,
-        golden=Golden(family="gidd", losses=("loss_dynamic", "loss_clip", "loss_none"), gradients=4),
-        crop=TEXT,
-        average=NOT_COMPARED,
     ),
     "generators/sedd_uniform": replace(_SEDD, golden=Golden(family="sedd_uniform")),
     "generators/sedd_*": _SEDD,
