@@ -20,15 +20,15 @@ import discrete_lit.cli.train  # noqa: F401, so that the short names of recipes 
 from discrete_lit.checkpoints import instantiate
 
 FOLDERS = ("tokenizers", "generators")
-_NUMBERED = re.compile(r"\bPublished\b|\bOthers quote\b")
+_NUMBERED = re.compile(r"^discrete-lit fit\b.*\b(Published|Others quote)\b")
 
 
 @cache
 def recipes() -> tuple[str, ...]:
-    """List the recipes of tokenizers and generators whose opening comment gives a published number, in order."""
+    """List the recipes that train a tokenizer or a generator and whose comment gives a published number, in order."""
     folder = ROOT / "lightning_configs"
     files = [path for part in FOLDERS for path in sorted((folder / part).glob("*.yaml"))]
-    return tuple(f"{path.parent.name}/{path.stem}" for path in files if _NUMBERED.search(comment(path.read_text())))
+    return tuple(f"{path.parent.name}/{path.stem}" for path in files if _NUMBERED.match(comment(path.read_text())))
 
 
 def comment(text: str) -> str:
