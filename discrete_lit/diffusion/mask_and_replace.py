@@ -282,7 +282,6 @@ class VQDiffusionLoss(DiscreteTimeBound):
     """
 
     heads = frozenset({"posterior"})
-    importance: StepImportance | None
 
     def __init__(
         self,
@@ -305,12 +304,12 @@ class VQDiffusionLoss(DiscreteTimeBound):
         self.adaptive = adaptive
         self.mask_weights = tuple(mask_weights)
         # A generator takes it for a part of its own, which is saved with it and told of training.
-        self.importance = StepImportance(steps) if importance else None
+        self.importance = self._drawing = StepImportance(steps) if importance else None
         self._seen: list[tuple[Tensor, Tensor]] = []
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> DrawnStep:
-        if self.importance is not None:
-            step, weight = self.importance.draw(uniforms)
+        if self._drawing is not None:
+            step, weight = self._drawing.draw(uniforms)
         else:
             step = (uniforms.double() * self.steps).long().clamp(max=self.steps - 1)
             weight = torch.ones_like(uniforms, dtype=torch.float64)
@@ -328,7 +327,7 @@ class VQDiffusionLoss(DiscreteTimeBound):
         weights = torch.where(states == process.mask_id, *self.mask_weights).double()
         weights = torch.where(to_data, 1.0, weights)
         cost = cost * weights
-        if self.importance is not None and self.importance.training:
+        if self._drawing is not None and self._drawing.training:
             self._seen.append((level.step[:, 0], cost.detach().sum(dim=1)))
         if self.auxiliary_weight:
             auxiliary = torch.where(to_data, cost, -gather(prediction, tokens).double() * weights)
@@ -338,8 +337,8 @@ class VQDiffusionLoss(DiscreteTimeBound):
 
     def end_batch(self) -> None:
         seen, self._seen = self._seen, []
-        if self.importance is not None and seen:
-            self.importance.observe(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
+        if self._drawing is not None and seen:
+            self._drawing.observe(*(torch.cat(parts) for parts in zip(*seen, strict=True)))
 
     def label(self, process: ForwardProcess, schedule: MaskSchedule) -> LossKind:
         plain = not self.auxiliary_weight and self.mask_weights == (1.0, 1.0)
