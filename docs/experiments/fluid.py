@@ -11,6 +11,7 @@ finished there is not done again. Every row is read beside the reconstructions o
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,8 +53,16 @@ COLUMNS = {
     "label accuracy (plain)": ".1%",
     "label accuracy (apart)": ".1%",
 }
-# Of each training, as in `make comparison`.
-BATCHES, BATCH_SIZE = 320, 64
+
+
+def of_comparison(name: str) -> int:
+    """A number of `make comparison`, which trains three of the four models."""
+    found = re.search(rf"^{name} := (\d+)$", Path("Makefile").read_text(), re.MULTILINE)
+    assert found is not None, f"the Makefile sets no {name}"
+    return int(found[1])
+
+
+BATCHES, BATCH_SIZE = of_comparison("BATCHES"), of_comparison("BATCH_SIZE")
 
 
 def run(arguments: Sequence[str]) -> None:
