@@ -171,7 +171,7 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all
 # along, so the speeds in the table are of half of them.
 COMPARED := $(RUNS)/comparison
-BATCHES := 320
+BATCHES := 360
 BATCH_SIZE := 64
 ON_FSQ := masked autoregressive rar
 ON_LFQ := bar maskbit

@@ -50,7 +50,7 @@ _OF_TRAINING = (
     "dropout_places",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
-_PARTS = ("tokenizer", "discrete", "text_encoder")
+FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder", "text_tokenizer")
 _NOT_PARSED = "cannot read the configuration of"
 # The files whose modules are being built, a generator's before its tokenizer's.
 _loading: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
@@ -257,7 +257,7 @@ def _whole_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, 
     init_args = config.get("init_args") or {}
     if not isinstance(init_args, Mapping):
         raise ValueError(f"{str(path)!r} holds a {type(init_args).__name__} for the arguments of its module")
-    for part in _PARTS:
+    for part in FROZEN_PARTS:
         if f"{part}_config" in checkpoint:
             init_args = {**init_args, part: checkpoint[f"{part}_config"]}
     return {"class_path": config["class_path"], "init_args": init_args}
@@ -348,7 +348,7 @@ def _rebuild_to_use(checkpoint: Mapping[str, Any], path: str | Path) -> Lightnin
         used = _without_training(config)
         if used == config:
             raise
-        parts = {f"{part}_config": used["init_args"][part] for part in _PARTS if f"{part}_config" in checkpoint}
+        parts = {f"{part}_config": used["init_args"][part] for part in FROZEN_PARTS if f"{part}_config" in checkpoint}
         try:
             module = rebuild({**checkpoint, "hyper_parameters": used, **parts}, path)
         except ValueError:

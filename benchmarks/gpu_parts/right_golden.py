@@ -19,6 +19,7 @@ TINY = ("maskgit_jax_decode", "rar", "sedd_absorb", "titok")
 BF16_TOLERANCE = {
     "bitdance_ae": 0.11,
     "dit": 0.02,
+    "gidd": 0.04,
     "halton_maskgit": 0.015,
     "ibq": 0.05,
     "ldm": 0.03,
@@ -31,6 +32,7 @@ BF16_TOLERANCE = {
     "maskbit_lfqbert": 0.025,
     "maskbit_tokenizer": 0.035,
     "maskgit_vqgan": 0.14,
+    "md4": 0.03,
     "mdlm": 0.015,
     "rar": 0.02,
     "sedd_absorb": 0.006,

@@ -1,4 +1,4 @@
-"""What may follow what in a sequence of segments: a finite automaton, read off a `SegmentLayout`.
+"""The grammar of a sequence of segments, which says what may follow what: a finite automaton, read off a layout.
 
 Its state says which position of which segment comes next. Training restricts the softmax to the ids that may stand
 there, likelihoods are of the law that this makes, and sampling draws from it: so no sequence is ever invalid, whatever
@@ -312,7 +312,7 @@ class SegmentGrammar(nn.Module):
 
 
 def _ahead(segment: Segment, place: int) -> int:
-    """How many positions behind its own an element of a segment sees."""
+    """Count the positions behind its own that an element of a segment sees."""
     if segment.attention == "causal":
         return 0
     end = segment.positions

@@ -7,7 +7,7 @@ from typing import Any
 from lightning import LightningModule
 from torch import Tensor
 
-from discrete_lit.checkpoints import load_weights
+from discrete_lit.checkpoints import FROZEN_PARTS, load_weights
 from discrete_lit.core.trust import printable
 
 _MOST_NAMED = 3
@@ -32,11 +32,11 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
         ValueError: weights of another shape, none that fits, or weights that `load_weights` refuses.
     """
     own, saved = module.state_dict(), checkpoint["state_dict"]
-    # A generator's tokenizer is the configuration's, whose weights were compared before.
-    frozen = "tokenizer." if hasattr(module, "tokenizer") else None
+    # A generator's frozen parts are the configuration's; `check_tokenizer` compared the tokenizers before.
+    frozen = tuple(f"{part}." for part in FROZEN_PARTS if hasattr(module, part))
     classes = _classes(checkpoint), getattr(module, "num_classes", None)
     begun, new, wrong = dict(own), [], []
-    mine = [name for name in own if frozen is None or not name.startswith(frozen)]
+    mine = [name for name in own if not name.startswith(frozen)]
     for name in mine:
         value, other = own[name], saved.get(name)
         if name not in saved:
@@ -59,7 +59,7 @@ def take_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: s
         raise ValueError(f"init_from={path!r} has no weight of this {type(module).__name__}: it is of another model")
     load_weights(module, {**checkpoint, "state_dict": begun}, path)
     lines = [f"init_from {path}: took {taken} of {len(mine)} weights{_source(checkpoint)}"]
-    left = [printable(name) for name in saved if name not in own and (frozen is None or not name.startswith(frozen))]
+    left = [printable(name) for name in saved if name not in own and not name.startswith(frozen)]
     lines += [f"{what}: {', '.join(_grouped(names))}" for what, names in (("new", new), ("left out", left)) if names]
     return lines
 

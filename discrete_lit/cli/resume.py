@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from, end_finished_epoch
 from discrete_lit.core.trust import printable
 from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.tokenizers import Tokenizer
 
 _log = logging.getLogger(__name__)
 _ABSENT = object()
@@ -69,14 +70,22 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
     """
     if not isinstance(module, Generator | LatentGenerator):
         return
-    saved = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith("tokenizer.")}
-    own = module.tokenizer.state_dict(prefix="tokenizer.")
-    # A generator that was imported without its tokenizer says nothing of it.
-    if saved and not all(name in saved and torch.equal(value.cpu(), saved[name]) for name, value in own.items()):
-        raise ValueError(
-            f"the generator of {path!r} was trained on another tokenizer than model.init_args.tokenizer gives; "
-            "leave the model out of the configuration to use the checkpoint's own"
-        )
+    tokenizers: dict[str, Any] = {"tokenizer": module.tokenizer}
+    discrete = getattr(module, "discrete", None)
+    if isinstance(discrete, Tokenizer):
+        tokenizers["discrete"] = discrete
+    elif discrete is not None:
+        # A generator, in whose place another of the same tokens may stand.
+        tokenizers["discrete.tokenizer"] = discrete.tokenizer
+    for place, tokenizer in tokenizers.items():
+        saved = {name: value for name, value in checkpoint["state_dict"].items() if name.startswith(f"{place}.")}
+        own = tokenizer.state_dict(prefix=f"{place}.")
+        # A generator that was imported without its tokenizer says nothing of it.
+        if saved and not all(name in saved and torch.equal(value.cpu(), saved[name]) for name, value in own.items()):
+            raise ValueError(
+                f"the generator of {path!r} was trained on another tokenizer than model.init_args.{place} gives; "
+                "leave the model out of the configuration to use the checkpoint's own"
+            )
 
 
 class ContinueExactly(Callback):

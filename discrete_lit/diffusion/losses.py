@@ -53,7 +53,7 @@ class DiffusionLoss(ABC):
     kind: LossKind
     """Whether the loss is a bound if noise goes all the way; `label` looks at the schedule too."""
     importance: nn.Module | None = None
-    """What training teaches the loss of its levels, which a generator keeps with its weights; None for most."""
+    """The module that learns which levels cost most, kept with a generator's weights; None for most losses."""
 
     def level(self, schedule: MaskSchedule, uniforms: Tensor, length: int) -> NoiseLevel:
         """Draw the noise level of each sequence.

@@ -211,7 +211,7 @@ class DrawnStep(StepLevel):
     step: Tensor
     """Its number from 0, the one that goes back to the data; int64."""
     weight: Tensor
-    """Of its cost, float64: 1 / (T p), p the probability that it was drawn with."""
+    """The weight of its cost, float64: 1 / (T p), p the probability that it was drawn with."""
 
 
 class StepImportance(nn.Module):
@@ -282,6 +282,7 @@ class VQDiffusionLoss(DiscreteTimeBound):
     """
 
     heads = frozenset({"posterior"})
+    importance: StepImportance | None
 
     def __init__(
         self,

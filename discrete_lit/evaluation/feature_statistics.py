@@ -158,6 +158,7 @@ class FeatureMeter:
             moments = self._moments.compute()
             scores = {name: score.compute() for name, score in self.scores.items()}
         features = self.tally().rows["features"]
+        moments.factor_by(features)
         return Measurement(
             moments=moments, features=features, spread=self._spread, scores=scores, correct=dict(self._correct)
         )

@@ -198,28 +198,39 @@ class RecordTable:
             for metric in self.metrics
         }
 
-    def best(self, metric: str) -> str:
-        """Name the row of the lowest mean, real images aside where there is anything else."""
-        made = [name for name in self.spreads[metric] if self.rows[name][0].kind != "real"]
-        return min(made or self.spreads[metric], key=lambda name: self.spreads[metric][name].mean)
+    def best(self, metric: str, kind: str) -> str:
+        """Name the row of the lowest mean among those of one kind: samples, reconstructions, or real images."""
+        found = self.spreads[metric]
+        return min((name for name in found if self._kind(name) == kind), key=lambda name: found[name].mean)
+
+    def _kind(self, name: str) -> str:
+        return self.rows[name][0].kind
 
     def runs(self, name: str) -> int:
         """Count the runs of a row, each of which may be measured by several metrics."""
         return max(len(found[name].draws.values) for found in self.spreads.values() if name in found)
 
     def verdict(self, metric: str, name: str) -> str:
-        """Say how a row stands to the best one: `best`, `worse`, `inconclusive`, or `spread unknown`.
+        """Say how a row stands to the best one of its kind: `best`, `worse`, `inconclusive`, or `spread unknown`.
 
         A gap is inconclusive where the 95% interval around it, by the spread over runs, holds 0. Of real images nothing
-        is said.
+        is said: they are the floor.
         """
-        best = self.best(metric)
+        if self._kind(name) == "real":
+            return ""
+        best = self.best(metric, self._kind(name))
         if name == best:
             return "best"
-        if self.rows[name][0].kind == "real":
-            return ""
         gap = self.spreads[metric][best].gap_to(self.spreads[metric][name])
         return "spread unknown" if gap is None else "inconclusive" if gap.within else "worse"
+
+    def gap(self, metric: str, name: str) -> str:
+        """Write the gap of a row to the best one of its kind, and what the spread says of it."""
+        verdict = self.verdict(metric, name)
+        if verdict in ("", "best"):
+            return verdict
+        best = self.spreads[metric][self.best(metric, self._kind(name))]
+        return f"+{_number(self.spreads[metric][name].mean - best.mean)} {verdict}"
 
     def cost(self, header: str, name: str) -> float | None:
         """Average one of the costs over the runs of a row."""
@@ -236,9 +247,7 @@ class RecordTable:
             for header in ("sampling", "training"):
                 values = [getattr(found[name], header) if name in found else None for name in self.rows]
                 columns.append([f"± {header}", *("" if value is None else _number(value) for value in values)])
-            columns.append(
-                ["gap to best", *(self.verdict(metric, name) if name in found else "" for name in self.rows)]
-            )
+            columns.append(["gap to best", *(self.gap(metric, name) if name in found else "" for name in self.rows)])
         for header, (_, _, _, form) in _COSTS.items():
             values = [self.cost(header, name) for name in self.rows]
             signs = [
@@ -270,7 +279,10 @@ class RecordTable:
                 facts.append(f"{metric}: the labels of the rows differ: {'; '.join(sorted(map(str, labels)))}")
         facts.append(
             "± sampling: standard deviation over sampling seeds of one checkpoint; ± training: over the means of "
-            "checkpoints, such as training seeds; none where there is one alone. Gap to best: inconclusive where the "
+            "checkpoints, such as training seeds; none where there is one alone"
+        )
+        facts.append(
+            "gap to best: of samples among samples, of reconstructions among reconstructions; inconclusive where the "
             "means differ by less than t · √(s₁²/n₁ + s₂²/n₂), Welch's 95% interval over checkpoints, or over sampling "
             "seeds where each row has one checkpoint (the spread over training seeds is then not in it)"
         )

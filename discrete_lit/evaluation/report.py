@@ -26,9 +26,11 @@ from discrete_lit.evaluation.report_table import (
     perturbed_metric,
     run_name,
 )
-from discrete_lit.evaluation.seed_spread import CONFIDENCE, Difference, compare_means, spread_of
+from discrete_lit.evaluation.seed_spread import CONFIDENCE, Difference, compare_means, pairs_within, spread_of
 from discrete_lit.metrics.precision_recall import Manifold
 
+# Of more pairs of rows than these the report lists those within the spread, figure by figure.
+_MOST_PAIRS = 6
 # How the extractor, which saw colour images alone, is shown images of other channels.
 _SHOWN_AS = {1: ", grey, repeated to three channels,", 4: ", RGBA, laid over white,"}
 
@@ -291,10 +293,13 @@ class Report:
         ]
 
     def _judgements(self) -> list[str]:
-        """Say of each pair of rows, in a sentence, which differences lie within the spread over their runs."""
+        """Say which differences lie within the spread over runs: of each pair of rows, or of each figure if many."""
         columns, groups = self._all_columns(), self.grouped()
+        differences = self.differences()
+        if len(differences) > _MOST_PAIRS:
+            return pairs_within(differences)
         judgements = []
-        for first, second, figures in self.differences():
+        for first, second, figures in differences:
             parts = []
             for words, inside in (("beyond the spread", False), ("within it", True)):
                 said = [

@@ -4,7 +4,7 @@
 more than their runs do, by Welch's t-test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, pi, sqrt
 from typing import Any
@@ -85,6 +85,26 @@ def compare_means(first: Spread, second: Spread) -> Difference | None:
     )
     # Not below that of the smaller row, but for rounding.
     return Difference(value=value, margin=student_quantile(max(freedom, 1.0)) * sqrt(variance))
+
+
+def pairs_within(differences: Sequence[tuple[str, str, Mapping[str, Difference]]]) -> list[str]:
+    """Say of each figure, in a line, which pairs of rows lie within the spread: for more pairs than one reads.
+
+    Args:
+        differences: of each pair of rows, their names and the difference of each figure.
+    """
+    within: dict[str, list[str]] = {}
+    counts: dict[str, int] = {}
+    for first, second, figures in differences:
+        for figure, difference in figures.items():
+            counts[figure] = counts.get(figure, 0) + 1
+            pairs = within.setdefault(figure, [])
+            if difference.within:
+                pairs.append(f"{first} and {second}")
+    return [
+        f"{figure}: within the spread: {'; '.join(pairs) or 'none'} ({len(pairs)} of {counts[figure]} pairs)"
+        for figure, pairs in within.items()
+    ]
 
 
 def student_quantile(freedom: float, confidence: float = CONFIDENCE) -> float:

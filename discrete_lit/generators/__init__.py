@@ -14,13 +14,13 @@ from discrete_lit.generators.latent_generator import LatentGenerator, LatentLoss
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
-from discrete_lit.generators.text_and_image import Captions
+from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.token_diffusion_decoder import TokenDiffusionDecoder
 from discrete_lit.generators.unified import Unified
 
 __all__ = [
     "Autoregressive",
-    "Captions",
+    "CaptionIds",
     "ContinuousAutoregressive",
     "ContinuousMasked",
     "ContinuousNextScale",

@@ -1,17 +1,18 @@
-"""What a sequence of text and image is made of: the layout of both, and the captions of a batch as ids."""
+"""The layout of a sequence of text and image, and the captions of a batch as ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
+from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True)
-class Captions:
+class CaptionIds:
     """The texts of a batch.
 
     Attributes:
@@ -25,14 +26,19 @@ class Captions:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def without(self, where: Tensor) -> "Captions":
+    def without(self, where: Tensor) -> "CaptionIds":
         """Give the captions in which those of some samples `where (B,)` are empty."""
-        return Captions(self.ids, self.lengths.masked_fill(where, 0))
+        return CaptionIds(self.ids, self.lengths.masked_fill(where, 0))
 
 
 def read_captions(
-    text: Any, texts: Sequence[str] | Tensor, *, lengths: Tensor | None = None, length: int, device: torch.device
-) -> Captions:
+    text: TextTokenizer,
+    texts: Sequence[str] | Tensor,
+    *,
+    lengths: Tensor | None = None,
+    length: int,
+    device: torch.device,
+) -> CaptionIds:
     """Encode texts, or take the begin and end of the text tokenizer off ids that it made.
 
     Args:
@@ -63,10 +69,10 @@ def read_captions(
     if device.type == "cpu":
         _check(text, ids, lengths, length=length)
         ids = ids[:, : max(int(lengths.max()), 1)]
-    return Captions(ids[:, : length - 2].contiguous(), lengths)
+    return CaptionIds(ids[:, : length - 2].contiguous(), lengths)
 
 
-def _check(text: Any, ids: Tensor, lengths: Tensor, *, length: int) -> None:
+def _check(text: TextTokenizer, ids: Tensor, lengths: Tensor, *, length: int) -> None:
     """Refuse captions that are too long, or that hold other ids than those of words."""
     if int(lengths.max()) > length - 2:
         raise ValueError(
@@ -85,7 +91,7 @@ def _check(text: Any, ids: Tensor, lengths: Tensor, *, length: int) -> None:
 
 
 def text_and_image_layout(
-    text: Any,
+    text: TextTokenizer,
     text_length: int,
     *,
     grid: tuple[int, ...],
@@ -112,7 +118,12 @@ def text_and_image_layout(
         attention: among an image's vectors.
         positions: as of `SegmentLayout`.
         text_weight, image_weight: of each in the loss.
+
+    Raises:
+        ValueError: a text tokenizer without begin and end.
     """
+    if text.begin_id is None or text.end_id is None:
+        raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
     words = text.vocab_size
     special = {text.pad_id, text.begin_id, text.end_id}
     caption = Segment(

@@ -30,11 +30,12 @@ from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.text_and_image import Captions, read_captions, text_and_image_layout
+from discrete_lit.generators.text_and_image import CaptionIds, read_captions, text_and_image_layout
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import evaluation_stage
 from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
+from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
 
@@ -47,6 +48,9 @@ class SegmentLosses(NamedTuple):
     """The weight of each in the mean."""
     log_partition: Tensor | None
     """The logarithm of the sum of exponentials of each id's logits; None of vectors."""
+
+
+_LEAST_WEIGHT = 1e-9
 
 
 @loadable
@@ -64,7 +68,7 @@ class Unified(ClassConditionalTraining):
     Args:
         tokenizer: frozen here; of ids, or a continuous one.
         image_size: of the images in pixels: the side of a square, or `[height, width]`.
-        text_tokenizer: with `encode`, `decode`, `vocab_size`, `pad_id`, `begin_id` and `end_id`.
+        text_tokenizer: makes ids of captions; a checkpoint carries it.
         text_length: the most ids of a caption, its begin and end among them.
         backbone: called with the layout.
         order: `"both"`: the caption first, or the image, as each sample has it, so that each is drawn given the other;
@@ -106,7 +110,7 @@ class Unified(ClassConditionalTraining):
         tokenizer: Tokenizer | ContinuousTokenizer,
         image_size: ImageSize,
         *,
-        text_tokenizer: nn.Module,
+        text_tokenizer: TextTokenizer,
         text_length: int,
         backbone: Callable[[SegmentLayout], SegmentTransformer],
         order: Literal["both", "text_first"] = "both",
@@ -129,6 +133,8 @@ class Unified(ClassConditionalTraining):
         **training: Any,
     ) -> None:
         super().__init__(**training)
+        if self.text_encoder is not None:
+            raise ValueError("text_encoder makes vectors to attend to; this generator reads captions as ids")
         _check_settings(
             {"order": order, "image_format": image_format, "softmax_over": softmax_over, "null_text": null_text},
             text_length=text_length,
@@ -136,9 +142,7 @@ class Unified(ClassConditionalTraining):
             caption_noise=caption_noise,
             z_loss=z_loss,
         )
-        self.text: Any = text_tokenizer
-        if self.text.begin_id is None or self.text.end_id is None:
-            raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
+        self.text = text_tokenizer
         self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.order, self.image_first = order, image_first if order == "both" else 0.0
@@ -215,7 +219,7 @@ class Unified(ClassConditionalTraining):
                 f"{self.image_size}"
             )
 
-    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Captions:
+    def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> CaptionIds:
         """Return the captions of a batch.
 
         Raises:
@@ -235,7 +239,7 @@ class Unified(ClassConditionalTraining):
             raise ValueError(f"a batch has {len(rows)} images and {len(captions)} captions")
         return captions
 
-    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> Captions:
+    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> CaptionIds:
         """Encode texts, or take the begin and end of the text tokenizer off ids `(B, L)` that it made.
 
         Raises:
@@ -248,7 +252,7 @@ class Unified(ClassConditionalTraining):
     def sequences(
         self,
         data: Tensor | None,
-        captions: Captions | None,
+        captions: CaptionIds | None,
         *,
         image_first: Tensor | None = None,
         times: Tensor | None = None,
@@ -281,23 +285,23 @@ class Unified(ClassConditionalTraining):
         parts = [before, *([] if text is None else [text]), behind]
         return assemble(self.grammar, parts, closed=closed, begun=begun)
 
-    def null_captions(self, captions: Captions) -> Captions:
+    def null_captions(self, captions: CaptionIds) -> CaptionIds:
         """Give what stands for no caption: an empty one, or padding of its length."""
         if self.null_text == "empty":
             return captions.without(torch.ones_like(captions.lengths, dtype=torch.bool))
-        return Captions(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
+        return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
 
-    def _dropped(self, captions: Captions, where: Tensor) -> Captions:
+    def _dropped(self, captions: CaptionIds, where: Tensor) -> CaptionIds:
         null = self.null_captions(captions)
         ids = torch.where(where[:, None], null.ids, captions.ids)
-        return Captions(ids, torch.where(where, null.lengths, captions.lengths))
+        return CaptionIds(ids, torch.where(where, null.lengths, captions.lengths))
 
     # The loss.
 
     def loss(
         self,
         data: Tensor,
-        condition: Captions,
+        condition: CaptionIds,
         random: CounterRandom | None = None,
         *,
         dropped: Tensor | None = None,
@@ -320,12 +324,14 @@ class Unified(ClassConditionalTraining):
         losses = self.segment_losses(data, condition, random, dropped=dropped)
         total, terms = data.new_zeros((), dtype=torch.float32), {}
         ids = {name: each for name, each in losses.items() if each.log_partition is not None}
-        weight = all_reduce_sum(sum(each.weights.sum() for each in ids.values())) / world_size()
+        weight = all_reduce_sum(torch.stack([each.weights.sum() for each in ids.values()]).sum()) / world_size()
         self.loss_weight = weight
+        # Where all captions are dropped beside latents, no id is predicted.
+        weight = weight.clamp(min=_LEAST_WEIGHT)
         for name, each in losses.items():
-            mean_weight = all_reduce_sum(each.weights.sum()) / world_size()
+            mean_weight = (all_reduce_sum(each.weights.sum()) / world_size()).clamp(min=_LEAST_WEIGHT)
             summed = (each.values * each.weights).sum()
-            terms[f"loss_of/{name}"] = summed.detach() / mean_weight.clamp(min=1e-9)
+            terms[f"loss_of/{name}"] = summed.detach() / mean_weight
             total = total + (summed / weight if name in ids else self.image_weight * summed / mean_weight)
         if self.z_loss:
             squares = [
@@ -336,7 +342,7 @@ class Unified(ClassConditionalTraining):
         return total, terms
 
     def segment_losses(
-        self, data: Tensor, captions: Captions, random: CounterRandom, *, dropped: Tensor | None = None
+        self, data: Tensor, captions: CaptionIds, random: CounterRandom, *, dropped: Tensor | None = None
     ) -> dict[str, SegmentLosses]:
         """Cost the prediction of a batch, by segment; arguments as of `loss`."""
         count, device = len(data), data.device
@@ -423,10 +429,10 @@ class Unified(ClassConditionalTraining):
             parts.setdefault(segment.name, []).append((values, weights, partition))
             if owners is not None:
                 owners.append((segment.name, owner))
-        return {
-            name: SegmentLosses(*(torch.cat(each) for each in zip(*of_segment, strict=True)))
-            for name, of_segment in parts.items()
+        joined = {
+            name: [torch.cat(each) for each in zip(*of_segment, strict=True)] for name, of_segment in parts.items()
         }
+        return {name: SegmentLosses(*three) for name, three in joined.items()}
 
     def _noised(self, data: Tensor, image_first: Tensor, random: CounterRandom) -> "_Flow":
         assert self.patches is not None
@@ -452,10 +458,11 @@ class Unified(ClassConditionalTraining):
     # Validation.
 
     def validation_losses(
-        self, data: Tensor, condition: Captions, random: CounterRandom
+        self, data: Tensor, condition: CaptionIds, random: CounterRandom
     ) -> tuple[Tensor, Tensor, Tensor]:
         losses = self.segment_losses(data, condition, random)
-        values, weights = (torch.cat([each[number] for each in losses.values()]) for number in (0, 1))
+        values = torch.cat([each.values for each in losses.values()])
+        weights = torch.cat([each.weights for each in losses.values()])
         return values, weights, torch.zeros_like(values)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -472,7 +479,7 @@ class Unified(ClassConditionalTraining):
             total, weight = mean.compute()  # type: ignore[operator]
             mean.reset()  # type: ignore[operator]
             if float(weight) > 0:
-                sums[name] = total[0], weight[0]
+                sums[name] = total.sum(), weight.sum()
         apart = {"image"} if self.patches is not None else set()
         ids = [each for name, each in sums.items() if name not in apart]
         loss = torch.stack([total for total, _ in ids]).sum() / torch.stack([weight for _, weight in ids]).sum()
@@ -486,7 +493,9 @@ class Unified(ClassConditionalTraining):
 
     @torch.no_grad()
     @in_evaluation
-    def log_likelihood(self, data: Tensor, captions: Captions, *, of: Literal["image", "text"] = "image") -> Likelihood:
+    def log_likelihood(
+        self, data: Tensor, captions: CaptionIds, *, of: Literal["image", "text"] = "image"
+    ) -> Likelihood:
         """Give log p of the ids of the images given the captions, or of the captions given the images, exact.
 
         It is of the law that `sample` and `caption` draw from without filters and guidance.
@@ -523,7 +532,7 @@ class Unified(ClassConditionalTraining):
     @torch.no_grad()
     def sample(
         self,
-        condition: Captions,
+        condition: CaptionIds,
         sampler: SegmentSampler | None = None,
         *,
         seed: int = 0,
@@ -547,7 +556,9 @@ class Unified(ClassConditionalTraining):
             indices = torch.arange(len(condition), device=condition.ids.device)
         return self.images_of(self.draw(condition, CounterRandom(seed, indices), sampler).sequence)
 
-    def draw(self, condition: Captions, random: CounterRandom, sampler: SegmentSampler | None = None) -> SegmentOutput:
+    def draw(
+        self, condition: CaptionIds, random: CounterRandom, sampler: SegmentSampler | None = None
+    ) -> SegmentOutput:
         """Draw images as `sample` does, and report what it cost; `images_of` takes them out."""
         sampler = sampler or self.sampler
         contexts = sampler.contexts(("image",))
@@ -615,6 +626,11 @@ class Unified(ClassConditionalTraining):
         random = self.random_of(batch, batch_idx)
         captions = self.condition_of(batch, random)
         return self.tokenizer.decode(self.sample(captions, seed=self.seed, indices=random.indices))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Describe both tokenizers in the checkpoint, so that it loads without their files."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["text_tokenizer_config"] = self.text.config()
 
     def trained_networks(self) -> Iterable[Any]:
         return (self.backbone,)

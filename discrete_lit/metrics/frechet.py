@@ -66,6 +66,8 @@ class Moments:
         self.weights_sha256 = weights_sha256
         self.apply_exif = apply_exif
         self.image_size = image_size
+        self.factor: Tensor | None = None
+        """`(D, count)` float64, whose product with its transpose is the covariance, where the features are there."""
         self._is_covariance = False
 
     @property
@@ -140,6 +142,14 @@ class Moments:
                 "covariance is wrong"
             )
         self._is_covariance = True
+
+    def factor_by(self, features: Tensor) -> None:
+        """Take the features `(count, D)` that these are the moments of for a factor, if they are fewer than D.
+
+        It spares a distance the eigenvectors of the covariance.
+        """
+        if self.count is not None and len(features) == self.count <= self.dim:
+            self.factor = (features.double() - self.mean).T / (self.count - 1) ** 0.5
 
     @staticmethod
     def load(path: str | Path, extractor: FeatureSource | None = None) -> Moments:
@@ -336,7 +346,7 @@ def frechet_distance(
     # The one of lower rank gives the smaller problem, with as many eigenvalues as can be there.
     low, high = (first, second) if first.rank <= second.rank else (second, first)
     factor = _factor(low)
-    spectrum = torch.linalg.eigvalsh(factor.T @ high.covariance @ factor)
+    spectrum = torch.linalg.eigvalsh(factor.T @ high.covariance @ factor)[-low.rank :]
     cross = spectrum.clamp(min=0).sqrt().sum()
     difference = first.mean - second.mean
     distance = difference @ difference + first.covariance.trace() + second.covariance.trace() - 2 * cross
@@ -346,7 +356,9 @@ def frechet_distance(
 
 
 def _factor(moments: Moments) -> Tensor:
-    """A factor `(D, rank)` of the covariance, F F', of as many columns as the covariance can have directions."""
+    """A factor of the covariance, F F', of as many columns as it can have directions, or one for each image."""
+    if moments.factor is not None:
+        return moments.factor
     if moments.rank == moments.dim:
         factor, failed = torch.linalg.cholesky_ex(moments.covariance)
         if not int(failed):

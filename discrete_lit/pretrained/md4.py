@@ -4,6 +4,7 @@ Orbax writes them; a file of the flattened names under `params`, joined with dot
 wrote. Flax numbers the layers of a kind in the order in which the code calls them.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -187,16 +188,14 @@ def _training_and_sampling(settings: Settings) -> dict[str, Any]:
     name = "noise_schedule_type" if "noise_schedule_type" in settings else "noise_schedule"
     kind, home = settings.take(name, "linear"), "discrete_lit.diffusion"
     curve: dict[str, Any] = {"class_path": f"{home}.{'CosineSchedule' if kind == 'cosine' else 'LinearSchedule'}"}
-    if kind.startswith("poly"):
-        try:
-            exponent = float(kind.removeprefix("poly"))
-        except ValueError:
-            exponent = 0.0
-        curve = {"class_path": f"{home}.PowerSchedule", "init_args": {"exponent": exponent}}
-    if kind not in ("linear", "cosine") and not (kind.startswith("poly") and exponent > 0):
-        raise ValueError(
-            f"reference_config has {settings.where(name)}={kind!r}; linear, cosine, and poly with an exponent are read"
-        )
+    if kind not in ("linear", "cosine"):
+        power = re.fullmatch(r"poly(\d+(?:\.\d+)?)", kind)
+        if power is None or float(power[1]) <= 0:
+            raise ValueError(
+                f"reference_config has {settings.where(name)}={kind!r}; linear, cosine, and poly with an exponent are "
+                "read"
+            )
+        curve = {"class_path": f"{home}.PowerSchedule", "init_args": {"exponent": float(power[1])}}
     ends = {"lowest": _EPSILON, "highest": 1 - _EPSILON}
     schedule = {"class_path": f"{home}.TruncatedSchedule", "init_args": {"schedule": curve, **ends}}
     steps = settings.take("timesteps", 1000)

@@ -1,4 +1,4 @@
-"""What the samplers of masked places have in common: in which pass of the network each place of an image is drawn.
+"""The common part of the samplers of masked places: in which pass of the network each place of an image is drawn.
 
 `MARSampler` draws a vector at each place of a pass, `DimensionwiseSampler` the ids of its channels.
 """

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose, random_subset
-from discrete_lit.core.synchronisation import on_device
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_filtered, filter_logits
 from discrete_lit.samplers.diffusion import NoisyTokens, checked_denoiser, finite_noise
@@ -61,10 +60,10 @@ class PuritySampler(Sampler):
         x = NoisyTokens(context, denoiser, level=levels.take(0), steps=self.steps)
         x.tokens = context.start()  # masks alone, whatever else noise does
         context.begin(x.tokens)
-        counts = tuple(context.unknown_counts())
-        unknown, most = on_device(torch.tensor, counts, device=device)[:, None], max(counts, default=0)
+        counts = set(context.unknown_counts())
+        unknown = context.unknown().sum(dim=1, keepdim=True)
         for number in range(self.steps):
-            if most * (number + 1) // self.steps == most * number // self.steps:
+            if all(each * (number + 1) // self.steps == each * number // self.steps for each in counts):
                 continue  # of no sequence is a token unmasked
             count = unknown * (number + 1) // self.steps - unknown * number // self.steps
             prediction = x.predict(finite_noise(levels.take(number)), scales[number])

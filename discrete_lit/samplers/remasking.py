@@ -189,7 +189,8 @@ class RemaskingSampler(DiffusionSampler):
 
 def corrector_speed(mask_probability: _Number) -> _Number:
     """Return how much faster the flow-matching corrector unmasks, a = 1 + 10 (m (1 - m))^(1/4) (Gat et al., 2024)."""
-    return 1 + 10 * (mask_probability * (1 - mask_probability)) ** 0.25
+    speed: Any = 1 + 10 * (mask_probability * (1 - mask_probability)) ** 0.25
+    return speed
 
 
 def _short_steps(steps: int) -> Tensor:

@@ -26,7 +26,7 @@ from discrete_lit.samplers.guidance import guide, guide_twice
 
 @dataclass(frozen=True, kw_only=True)
 class DrawSettings:
-    """How the ids, or the vectors, of a segment are drawn.
+    """The settings by which the ids, or the vectors, of a segment are drawn.
 
     Attributes:
         temperature: divides the guided log-probabilities, > 0.
@@ -56,7 +56,7 @@ class DrawSettings:
 
     @property
     def contexts(self) -> int:
-        """What the network is asked given: everything; nothing too, for guidance; and the image alone."""
+        """The number of contexts that the network is asked given: everything; nothing too; and the image alone."""
         if self.image_guidance_scale is not None:
             return 3
         return 1 if self.guidance_scale == 1 else 2
@@ -73,7 +73,7 @@ class DrawSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentOutput:
-    """What was drawn behind the prompts, and what it cost."""
+    """The elements that were drawn behind the prompts, and what they cost."""
 
     sequence: SegmentSequence
     """The drawn elements of each sample, with what stands around them."""
@@ -187,7 +187,7 @@ class _Draw:
         state, id = prompts.states[rows, last], prompts.ids[rows, last]
         self.states = grammar.advance(state, id)[: self.batch]
         self.remaining = self.layout.length - lengths[: self.batch]
-        self.done = torch.zeros_like(self.remaining)  # elements drawn
+        self.done: Tensor = torch.zeros_like(self.remaining)  # elements drawn
         # Drawn ids that the network has not read: ids and states (B,), and which rows have one, None for all.
         self.pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -286,14 +286,15 @@ class _Draw:
         """Keep drawn ids `(B,)` of some rows; the network reads them when it is next asked."""
         self.columns.append(ids[:, None], states[:, None], valid=None if where is None else where[:, None])
         self.pending.append((ids, states, where))
-        count = 1 if where is None else where.long()
+        count = torch.ones_like(self.done) if where is None else where.long()
         self.done, self.remaining = self.done + count, self.remaining - count
 
     def _feed(self) -> None:
         """Let the network read what it has not yet."""
         if not self.pending:
             return
-        ids, states = (torch.stack([each[number] for each in self.pending], dim=1) for number in (0, 1))
+        ids = torch.stack([each for each, _, _ in self.pending], dim=1)
+        states = torch.stack([each for _, each, _ in self.pending], dim=1)
         where, self.pending = self.pending[-1][2], []
         assert where is None or ids.shape[1] == 1
         hidden = self._pass(ids, states, where=where)[:, -1]
@@ -376,7 +377,7 @@ class _Draw:
         if rows is not None or self._is_drawn(then):
             hidden = self._pass(ids, states, vectors={name: drawn}, where=rows)[:, -1]
             self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
-        added = count if rows is None else count * rows.long()
+        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
         self.done, self.remaining = self.done + added, self.remaining - added
         if rows is not None:
             self.states = torch.where(rows, torch.full_like(self.states, then), self.states)

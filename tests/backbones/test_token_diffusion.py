@@ -114,6 +114,20 @@ def test_a_new_head_predicts_nothing_and_passes_few_products() -> None:
 # --- Bits by flow matching ---
 
 
+def test_first_weights_are_those_of_mar() -> None:
+    """Xavier's uniform law, of deviation sqrt(2 / (inputs + outputs)), 0.02 for the time, 0 for what modulates."""
+    torch.manual_seed(0)
+    for name, weight in DenoisingMLP(96, 64, width=128, depth=2).named_parameters():
+        found = float(weight.detach().square().mean().sqrt())
+        if name.endswith("norm.weight"):
+            assert found == 1
+        elif weight.ndim < 2 or name.startswith(("modulations", "final_modulation", "output")):
+            assert found == 0, name
+        else:
+            law = 0.02 if name.startswith("time_embedding") else (2 / sum(weight.shape)) ** 0.5
+            assert found == pytest.approx(law, rel=0.05), name
+
+
 def flow_head(bits: int, *, width: int = 5, **settings: Any) -> BinaryFlowHead:
     given: dict[str, Any] = {"width": 16, "depth": 2, "modulations": 1, **settings}
     return BinaryFlowHead(BlockSettings(width=width, heads=1, head_dim=width, mlp_hidden=4), 2**bits, **given)

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import latent_generators
+from helpers.random_weights import randomise
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
+
+from discrete_lit.cli.init_from import take_weights
+from discrete_lit.cli.resume import check_tokenizer
 
 STILL = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}  # what is taken stays as it was
 AVERAGES = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
@@ -128,3 +133,32 @@ def test_a_generator_that_was_imported_without_its_tokenizer(
         assert torch.equal(after[name], value), name
     assert any(name.startswith("tokenizer.network.") for name in after)
     assert not [record for record in caplog.records if record.getMessage().startswith(("new: ", "left out: "))]
+
+
+def checkpoint_of(module: Any) -> dict[str, Any]:
+    return {"state_dict": {name: value.clone() for name, value in module.state_dict().items()}}
+
+
+def test_frozen_parts_are_the_configurations() -> None:
+    """DisCon's generator of tokens may be another, of the same tokens; what trains is taken."""
+    before, now = latent_generators.make("DisCon"), latent_generators.make("DisCon")
+    for module, spread in ((now.discrete.backbone, 0.5), (now.backbone, 0.5), (now.head, 0.5)):
+        randomise(module, spread)
+    kept = checkpoint_of(now)["state_dict"]
+    check_tokenizer(now, checkpoint_of(before), "before.ckpt")
+    (said,) = take_weights(now, checkpoint_of(before), "before.ckpt")
+    state = before.state_dict()
+    trained = [name for name in state if not name.startswith("discrete.")]
+    assert f"took {len(trained)} of {len(trained)} weights" in said
+    for name, value in now.state_dict().items():
+        assert torch.equal(value, kept[name] if name.startswith("discrete.") else state[name]), name
+
+
+def test_a_decoder_of_other_tokens() -> None:
+    before, now = latent_generators.make("TokenDiffusionDecoder"), latent_generators.make("TokenDiffusionDecoder")
+    check_tokenizer(now, checkpoint_of(before), "before.ckpt")
+    randomise(now.discrete, 0.5)
+    with pytest.raises(
+        ValueError, match=r"'before.ckpt' was trained on another tokenizer than model.init_args.discrete"
+    ):
+        check_tokenizer(now, checkpoint_of(before), "before.ckpt")

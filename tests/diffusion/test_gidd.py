@@ -254,6 +254,7 @@ def test_correctors_leave_the_noisy_law_alone() -> None:
     """One token drawn again given the others, and forward and reverse jumps for the time of a little noise."""
     backbone, rows = OncePerState(PROCESS, LeaveOneOutHead()), 20_000
     context = context_of(backbone, rows, SCHEDULE)
+    assert context.denoiser is not None
     level = NoiseLevel.at(SCHEDULE, torch.tensor([[0.5]]))
     law = noisy_law(reference_law(), PROCESS, float(level.alpha))
     places = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
@@ -305,7 +306,10 @@ def test_weights_of_training() -> None:
     ("build", "message"),
     [
         (lambda: GIDDProcess(4, 0.0), r"uniform_fraction must lie in \(0, 1\), got 0.0; 0 is AbsorbingProcess"),
-        (lambda: GIDDLoss("none"), "weighting must be 'dynamic' or 'clip', got 'none'; without, use ContinuousBound"),
+        (
+            lambda: GIDDLoss(*["none"]),
+            "weighting must be 'dynamic' or 'clip', got 'none'; without, use ContinuousBound",
+        ),
         (lambda: GIDDLoss(lowest=2.0), "0 <= lowest < highest must hold, got 2.0 and 2.0"),
         (lambda: GIDDLoss(time_margin=0.5), r"time_margin must lie in \[0, 0.5\), got 0.5"),
         (

@@ -124,7 +124,9 @@ def small_network(states: Tensor, level: NoiseLevel) -> Tensor:
 
 
 def small_denoiser() -> Denoiser:
-    return Denoiser(process=noise(SMALL), schedule=schedule(STEPS), head=PosteriorHead(), time_input="time")
+    """Of noise that ends early, so that the prior term counts."""
+    times = MaskAndReplaceSchedule(STEPS, first=FIRST[0], last=0.3)
+    return Denoiser(process=noise(SMALL, last=(0.3, 0.5)), schedule=times, head=PosteriorHead(), time_input="time")
 
 
 def reverse_steps(parts: Denoiser) -> list[Tensor]:
@@ -275,7 +277,9 @@ def test_steps_are_drawn_by_the_root_of_their_mean_square() -> None:
 def test_a_batch_teaches_what_its_steps_cost() -> None:
     loss, tokens = VQDiffusionLoss(STEPS, auxiliary_weight=0.5), all_sequences(SMALL, LENGTH)
     assert loss.importance is not None
-    level = loss.level(schedule(STEPS), torch.tensor([[0.1], [0.5], [0.5], [0.9]], dtype=torch.float64), LENGTH)
+    level = loss.level(
+        small_denoiser().schedule, torch.tensor([[0.1], [0.5], [0.5], [0.9]], dtype=torch.float64), LENGTH
+    )
     assert level.step.flatten().tolist() == [0, 1, 1, 2]
     uniforms = torch.rand(4, LENGTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     # Of the bound alone: the auxiliary term does not count.
@@ -312,7 +316,7 @@ def test_weights_of_the_terms() -> None:
     }.items():
         loss = VQDiffusionLoss(STEPS, importance=False, **settings)
         for place in (0.1, 0.5):
-            level = loss.level(schedule(STEPS), torch.full((4, 1), place, dtype=torch.float64), LENGTH)
+            level = loss.level(small_denoiser().schedule, torch.full((4, 1), place, dtype=torch.float64), LENGTH)
             states = torch.full_like(tokens, SMALL)
             parts = small_denoiser()
             logits = small_network(states, level)

@@ -98,6 +98,19 @@ def test_a_gap_below_the_spread_is_inconclusive(tmp_path: Path) -> None:
     }
 
 
+def test_reconstructions_are_no_rivals_of_samples(tmp_path: Path) -> None:
+    """One tokenizer, of a lower distance than all samples of its ids, left every gap between these unknown."""
+    reports = [*seeds(tmp_path, "a", [[10.0], [11.0], [12.0]]), *seeds(tmp_path, "b", [[30.0], [31.0], [32.0]])]
+    made = [write_report(tmp_path / f"made {value}", (f"made {value}", record(value))) for value in (2.0, 3.0)]
+    for path in made:
+        report = json.loads(Path(path).read_text())
+        report["rows"][0]["kind"] = "reconstructions"
+        Path(path).write_text(json.dumps(report))
+    table = RecordTable(read_records([*reports, *made]))
+    gaps = {name: table.gap("FD-Means", name) for name in table.rows}
+    assert gaps == {"a": "best", "b": "+20.00 worse", "made 2.0": "best", "made 3.0": "+1.00 spread unknown"}
+
+
 def test_sampling_seeds_of_one_checkpoint_judge_what_they_can(tmp_path: Path) -> None:
     reports = [*seeds(tmp_path, "a", [[10.0, 10.1, 10.2]]), *seeds(tmp_path, "b", [[10.1, 10.2, 10.3]])]
     table = RecordTable(read_records(reports))

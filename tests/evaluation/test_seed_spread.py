@@ -5,7 +5,14 @@ from math import inf, sqrt
 import pytest
 from scipy import stats
 
-from discrete_lit.evaluation.seed_spread import Spread, compare_means, spread_of, student_quantile
+from discrete_lit.evaluation.seed_spread import (
+    Difference,
+    Spread,
+    compare_means,
+    pairs_within,
+    spread_of,
+    student_quantile,
+)
 
 
 def test_mean_and_standard_deviation() -> None:
@@ -49,3 +56,12 @@ def test_within_the_spread_is_welchs_test(first: tuple[float, ...], second: tupl
         assert (result.pvalue > 0.05) == within
         interval = result.confidence_interval(0.95)
         assert interval.low == pytest.approx(found.value - found.margin, rel=1e-4, abs=1e-6)
+
+
+def test_many_pairs_are_listed_by_figure() -> None:
+    near, far = Difference(value=0.5, margin=1.0), Difference(value=2.0, margin=1.0)
+    differences = [("a", "b", {"FD": near, "recall": far}), ("a", "c", {"FD": far}), ("b", "c", {"FD": near})]
+    assert pairs_within(differences) == [
+        "FD: within the spread: a and b; b and c (2 of 3 pairs)",
+        "recall: within the spread: none (0 of 1 pairs)",
+    ]

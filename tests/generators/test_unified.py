@@ -3,23 +3,28 @@
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.random_weights import randomise
 from helpers.segment_layouts import Words
+from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
+from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators.text_and_image import Captions
+from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
 from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
-from discrete_lit.tokenizers import PixelLevels, RawPixels
+from discrete_lit.tokenizers import PixelLevels, RawPixels, TextTokenizer
 
 WORDS = ("black", "white")
+CHANNELS = {"image_channels": 1}
 BACKBONE = partial(SegmentTransformer, width=24, depth=1, heads=2, head_dim=12)
 
 
@@ -92,7 +97,7 @@ def test_texts_are_drawn_by_their_probabilities() -> None:
     assert (found - expected).abs().sum() < 0.08
 
 
-def batch_of(generator: Unified, count: int = 8) -> tuple[Tensor, Captions]:
+def batch_of(generator: Unified, count: int = 8) -> tuple[Tensor, CaptionIds]:
     captions = generator.captions_of([EVERY_TEXT[number % 7] for number in range(count)])
     if generator.patches is None:
         return torch.randint(0, 2, (count, *generator.token_shape)), captions
@@ -159,7 +164,7 @@ def test_packing_changes_no_loss(make: Callable[..., Unified]) -> None:
 def test_the_caption_of_a_dropped_sample_is_neither_read_nor_scored() -> None:
     generator = unified(order="text_first")
     images, captions = batch_of(generator, 4)
-    other = Captions(captions.ids.flip(0), captions.lengths.flip(0))
+    other = CaptionIds(captions.ids.flip(0), captions.lengths.flip(0))
     everywhere = torch.ones(4, dtype=torch.bool)
     losses = [
         generator.segment_losses(images, each, CounterRandom(0, torch.arange(4)), dropped=everywhere)
@@ -187,6 +192,14 @@ def test_the_flow_loss_is_the_error_of_the_velocity() -> None:
     torch.testing.assert_close(losses["image"].values.double(), expected, rtol=1e-5, atol=1e-6)
     loss, terms = generator.loss(latents, captions, random)
     torch.testing.assert_close(loss, (terms["loss_of/text"] + 5 * terms["loss_of/image"]).to(loss.dtype))
+
+
+def test_a_batch_of_dropped_captions_trains_the_latents_alone() -> None:
+    generator = continuous(order="text_first", image_weight=5.0)
+    latents, captions = batch_of(generator)
+    loss, terms = generator.loss(latents, captions, dropped=torch.ones(8, dtype=torch.bool))
+    torch.testing.assert_close(loss, 5 * terms["loss_of/image"].to(loss.dtype))
+    assert terms["loss_of/text"] == 0
 
 
 def test_latents_in_front_of_their_caption_are_not_very_noisy() -> None:
@@ -231,6 +244,72 @@ def test_guidance_reads_the_null_caption() -> None:
     assert padded.null_captions(texts).ids.eq(0).all() and torch.equal(
         padded.null_captions(texts).lengths, texts.lengths
     )
+
+
+# --- Training, and from a configuration ---
+
+
+def configured(**settings: Any) -> Unified:
+    text_tokenizer = TextTokenizer.characters("abw")
+    arguments = {
+        "tokenizer": {"class_path": "discrete_lit.tokenizers.PixelLevels", "init_args": {"levels": 2, **CHANNELS}},
+        "image_size": [1, 2],
+        "text_tokenizer": text_tokenizer.config(),
+        "text_length": 6,
+        "backbone": {
+            "class_path": "discrete_lit.backbones.SegmentTransformer",
+            "init_args": {"width": 16, "depth": 1, "heads": 2, "own_embeddings": {"image": 4}},
+        },
+        "sampler": {
+            "class_path": "discrete_lit.samplers.SegmentSampler",
+            "init_args": {"settings": {"image": {"temperature": 0.9, "guidance_scale": 2.0}}},
+        },
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        **settings,
+    }
+    made = instantiate({"class_path": "discrete_lit.generators.Unified", "init_args": arguments}, Unified)
+    assert isinstance(made, Unified)
+    return made
+
+
+def test_a_checkpoint_alone_gives_the_model_back(tmp_path: Path) -> None:
+    generator = randomise(configured(), 0.5)
+    save(generator, tmp_path / "unified.ckpt")
+    loaded: Any = load(tmp_path / "unified.ckpt")
+    captions = generator.captions_of(["ab", "", "wwww"] * 5)
+    assert torch.equal(loaded.sample(captions, seed=3), generator.eval().sample(captions, seed=3))
+    images = torch.randint(0, 2, (15, 1, 2))
+    assert loaded.caption(images) == generator.caption(images)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training", "ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("packed_length", [None, 32])
+def test_training_logs_the_loss_of_each_segment(tmp_path: Path, packed_length: int | None) -> None:
+    generator = configured(packed_length=packed_length, z_loss=1e-4)
+    samples = [{"image": torch.rand(1, 1, 2) * 2 - 1, "caption": "ab"[: number % 3]} for number in range(8)]
+    loader: Any = DataLoader(samples, batch_size=4)  # type: ignore[arg-type]
+    trainer = Trainer(
+        max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    before = generator.backbone.table.weight.detach().clone()
+    trainer.fit(generator, loader, loader)
+    logged = trainer.callback_metrics
+    for name in ("loss", "loss_of/text", "loss_of/image"):
+        assert logged[f"train/{name}"] > 0 and logged[f"validation/{name}"] > 0
+    assert not torch.equal(generator.backbone.table.weight, before)
+    images = torch.cat(trainer.predict(generator, loader))  # type: ignore[arg-type]
+    assert images.shape == (8, 1, 1, 2) and set(images.flatten().tolist()) <= {-1.0, 1.0}
+
+
+def test_the_example_of_the_page_runs() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "text_and_image.md"
+    code = page.read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["drawn"].shape == (2, 2, 2) and names["kind"] == "exact"
+    assert [type(text) for text in names["texts"]] == [str, str]
+    assert set(names["terms"]) == {"loss_of/text", "loss_of/image"}
 
 
 # --- Bad input ---

@@ -13,6 +13,7 @@ from discrete_lit.samplers import (
     EulerSampler,
     FirstHittingSampler,
     PredictorCorrectorSampler,
+    PuritySampler,
     RemaskingSampler,
     SelfCorrectionSampler,
     TauLeapingSampler,
@@ -34,6 +35,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "forward_backward": (PredictorCorrectorSampler, {"corrector": "forward_backward", "corrector_noise": 0.5}),
     "gibbs": (PredictorCorrectorSampler, {"corrector": "gibbs", "corrector_tokens": 2, "corrector_steps": 2}),
     "first_hitting": (FirstHittingSampler, {}),
+    "purity": (PuritySampler, {"purity_weight": 0.5}),
     "cap": (RemaskingSampler, {"strategy": "cap", "eta": 0.3}),
     "rescale": (RemaskingSampler, {"strategy": "rescale", "eta": 0.7}),
     "conf": (RemaskingSampler, {"strategy": "conf", "eta": 1.0}),
@@ -45,7 +47,7 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
         {"correction_steps": 3, "correction_tokens": 2, "correction_temperature": 3.0},
     ),
 }
-MASKS_ALONE = {"first_hitting", "cap", "rescale", "conf", "loop", "steps_forward", "flow_matching"}
+MASKS_ALONE = {"first_hitting", "purity", "cap", "rescale", "conf", "loop", "steps_forward", "flow_matching"}
 CASES = [
     (sampler, process)
     for sampler in SAMPLERS

@@ -256,10 +256,10 @@ def md4(load: Load, case: Case) -> Tensors:
     with gradients(generator):
         ((diffusion_loss().mean()) / bits).backward()
         table = backbone.token_embedding.table.weight.grad
-        before = case.state.get("params.classifier.Transformer_0.Dense_0.kernel")
         name = "params.classifier.Transformer_0.Embed_0.embedding"
         if case.constructor["outside_embed"]:
-            name, table = "params.classifier.Embed_0.embedding", table @ before.to(table.device).T
+            before = case.state["params.classifier.Transformer_0.Dense_0.kernel"].to(table.device)
+            name, table = "params.classifier.Embed_0.embedding", table @ before.T
         grads = {name: table.clone()}
         for number, block in enumerate(backbone.blocks):
             queries = block.attention.query_key_value.weight.grad.chunk(3)[0]

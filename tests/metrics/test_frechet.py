@@ -87,6 +87,18 @@ def test_fewer_samples_than_features(counts):
     assert frechet_distance(moments_of(data[0]), moments_of(data[1])) == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.parametrize("counts", [(30, 25), (30, 500), (2, 3), (64, 200)])
+def test_few_features_are_a_factor_of_their_covariance(counts, monkeypatch):
+    data = [random_features(count, 64, seed) for seed, count in enumerate(counts)]
+    expected = frechet_distance(*map(moments_of, data))
+    moments = [moments_of(features) for features in data]
+    for each, features in zip(moments, data, strict=True):
+        each.factor_by(torch.from_numpy(features))
+    assert [each.factor is not None for each in moments] == [count <= 64 for count in counts]
+    monkeypatch.setattr(torch.linalg, "eigh", lambda *_: pytest.fail("eigenvectors"))
+    assert frechet_distance(*moments) == pytest.approx(expected, rel=1e-10)
+
+
 def test_different_widths_are_refused():
     with pytest.raises(ValueError, match="width 3 and 4"):
         frechet_distance(moments_of(random_features(9, 3, 0)), moments_of(random_features(9, 4, 0)))

@@ -51,6 +51,8 @@ def random_sampler(choose: Random, name: str, process: str):
     if name == "first_hitting":
         return build(name, **settings)
     settings["steps"] = choose.choice([2, 3, 6])
+    if name == "purity":
+        return build(name, **settings)
     settings["clean_up"] = choose.choice(["sample", "argmax"])
     if name == "steps_forward":
         settings["top_p"] = None  # it has a nucleus
@@ -91,7 +93,7 @@ def test_given_tokens_stay(name: str, process: str) -> None:
         sampler = random_sampler(choose, name, process)
         output = draw(make_model(PROCESSES[process]), sampler, known=known, trace=True)
         tokens = output.tokens
-        if name == "first_hitting" or sampler.clean_up == "sample":
+        if name in ("first_hitting", "purity") or sampler.clean_up == "sample":
             assert all(step.confidence[given].isnan().all() for step in output.trace)
         assert torch.equal(tokens[given], known[given])
         assert 0 <= int(tokens.min()) and int(tokens.max()) < SIZE

@@ -69,13 +69,15 @@ def test_as_many_tokens_in_each_step(steps: int, shape: list[int]) -> None:
     assert (output.tokens < VOCAB_SIZE).all()
 
 
+@pytest.mark.parametrize("steps", [4, 10])
 @torch.no_grad()
-def test_known_tokens_are_kept() -> None:
+def test_known_tokens_are_kept(steps: int) -> None:
+    """And each sequence has its own number of tokens to a step."""
     backbone, denoiser = make_model(SMALL_PROCESSES["absorbing"])
     known = torch.full((9, 6), -1)
     known[:, 2], known[4:, 5] = 3, 1
     labels, random = torch.zeros(9, dtype=torch.int64), CounterRandom(0, torch.arange(9))
-    drawn = PuritySampler(steps=4)(backbone, labels, random, denoiser=denoiser, known=known).tokens
+    drawn = PuritySampler(steps)(backbone, labels, random, denoiser=denoiser, known=known).tokens
     assert (drawn[:, 2] == 3).all() and (drawn[4:, 5] == 1).all() and (drawn < 5).all()
 
 

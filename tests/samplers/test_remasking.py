@@ -31,6 +31,7 @@ def laws(sampler: RemaskingSampler, schedule: MaskSchedule) -> list[tuple[float,
     """The law `(S,)` of one token after each step from a mask, by the sampler's own probabilities, and alpha there."""
     backbone = of_one_token()
     process, context = backbone.process, context_of(backbone, 5, schedule)
+    assert context.denoiser is not None
     law, found = torch.eye(5, dtype=torch.float64)[-1], []
     for interval in sampler.intervals(schedule, context):
         x = NoisyTokens(context, context.denoiser, level=interval.t)
@@ -83,6 +84,7 @@ def test_what_is_drawn_follows_the_enumerated_law(settings: dict[str, Any]) -> N
         PROCESSES["absorbing"], LeaveOneOutHead(), torch.outer(LAW, LAW).flatten().expand(2, -1), length=2, timed=False
     )
     context = context_of(backbone, 20_000, LinearSchedule())
+    assert context.denoiser is not None
     intervals = sampler.intervals(LinearSchedule(), context)
     x = NoisyTokens(context, context.denoiser, level=intervals[0].t, steps=len(intervals))
     middle = len(intervals) // 2

@@ -37,8 +37,8 @@ def corrected(sampler: SelfCorrectionSampler, sure: float) -> tuple[torch.Tensor
     """Tokens before and after, and how many corrections there were, of a network that wants the same ids whatever it
     sees, as `sure` as it is told."""
     backbone, denoiser = make_model(PROCESSES["gidd"])
-    wanted = torch.nn.functional.one_hot(WANTED, SIZE)
-    backbone.register_forward_hook(lambda module, inputs, output: (sure * wanted).float().expand_as(output))
+    logits = sure * torch.nn.functional.one_hot(WANTED, SIZE).float()
+    backbone.register_forward_hook(lambda module, inputs, output: logits.expand(len(output), -1, -1))
     random = CounterRandom(0, torch.arange(len(LABELS)))
     context = SamplingContext(backbone, LABELS, random=random, denoiser=denoiser)
     level = NoiseLevel.at(denoiser.schedule, torch.ones(1, 1))

@@ -80,6 +80,10 @@ ZERO_MODULATIONS = Kind("modulations", r"modulation", fixed(0.0))
 ALL_ELSE = ""
 
 BERT = (ZERO_MODULATIONS, Kind("start", _START, fixed(0.0)), Kind("all else", ALL_ELSE, fixed(0.02)))
+VQ_DIFFUSION = (
+    Kind("convolutions", r"mlp\.(expand|contract)\.weight", by_inputs),
+    Kind("all else", ALL_ELSE, fixed(0.02)),
+)
 CUT_BERT = (Kind("all", ALL_ELSE, fixed(CUT)),)
 TAMING = (Kind("positions", _POSITIONS, fixed(0.0)), Kind("all else", ALL_ELSE, fixed(0.02)))
 MASKBIT = (

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from discrete_lit import optimization
 from discrete_lit.callbacks import ExponentialMovingAverage
@@ -52,12 +51,12 @@ def average_of(recipe: str) -> Average | None:
 
     def decay(update: int) -> float:
         callback, model = ExponentialMovingAverage(**found[0]), nn.Linear(1, 1, bias=False).double()
-        callback._average_model = AveragedModel(model)
-        callback._average_model.n_averaged.fill_(update - 1)
-        nn.init.ones_(callback._average_model.module.weight)
+        # The averages are 1 and the weight is 0: what is left of the 1 is the decay.
+        callback.averages = {"weight": torch.ones_like(model.weight)}
+        callback._averaged_steps = update - 1
         nn.init.zeros_(model.weight)
         callback._move(model)
-        return float(callback._average_model.module.weight.detach())
+        return float(callback.averages["weight"].detach())
 
     return decay
 

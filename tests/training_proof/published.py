@@ -3,7 +3,8 @@
 Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, maskbit 5ea3d733, Halton-MaskGIT
 f61b0a13, SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594,
 latent-diffusion a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec, mar fe470ac2, xAR 121e9c93,
-TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901. SiT's training is taken from DiT's code, which it is built on.
+TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901, VQ-Diffusion d1d39487, GIDD f67acc96. SiT's training is taken
+from DiT's code, which it is built on.
 """
 
 from collections.abc import Sequence
@@ -104,6 +105,15 @@ _UNRELEASED = Published(
     crop=NOT_PUBLISHED,
     average=NOT_PUBLISHED,
     weights=NOT_PUBLISHED,
+)
+# Released, and held against our loss and gradient alone.
+_NOT_READ = Published(
+    golden=NOT_COMPARED,
+    schedule=NOT_COMPARED,
+    decays=NOT_COMPARED,
+    crop=NOT_COMPARED,
+    average=NOT_COMPARED,
+    weights=NOT_COMPARED,
 )
 
 _TAMING_VQGAN = Published(
@@ -286,15 +296,7 @@ PUBLISHED: dict[str, Published] = {
         },
     ),
     "tokenizers/vit_vqgan_*": _UNRELEASED,
-    "generators/bar_b_*": replace(
-        _UNRELEASED,
-        golden=Golden(family="bar", gradients=5),
-        schedule=NOT_COMPARED,
-        decays=NOT_COMPARED,
-        crop=NOT_COMPARED,
-        average=NOT_COMPARED,
-        weights=NOT_COMPARED,
-    ),
+    "generators/bar_b_*": replace(_NOT_READ, golden=Golden(family="bar", gradients=5)),
     "generators/bitdance_b_4x_*": replace(
         _BITDANCE_B, golden=Golden(family="bitdance_parallel", losses=("loss", "loss_eval"), gradients=8)
     ),
@@ -313,6 +315,17 @@ PUBLISHED: dict[str, Published] = {
     "generators/discon_*": _UNRELEASED,
     "generators/dit_*": _DIT,
     "generators/sit_*": replace(_DIT, golden=Golden(family="sit", gradients=4)),
+    "generators/gidd_*": Published(
+        golden=Golden(family="gidd", losses=("loss_dynamic", "loss_clip", "loss_none"), gradients=4),
+        rate=5e-4,
+        schedule=laws.cosine(10_000, 500_000, 0.1),
+        clip=1.0,
+        decay=0.02,
+        decays=laws.all_decay,
+        crop=TEXT,
+        average=None,
+        weights=_SEDD.weights,
+    ),
     "generators/halton_*": Published(
         golden=Golden(family="halton_maskgit", losses=(), outputs="logits"),
         rate=1e-4,
@@ -406,6 +419,29 @@ PUBLISHED: dict[str, Published] = {
         crop=FLIP,
         average=laws.counted_before(0.999),
         weights=initial.BERT,
+    ),
+    # The training code of the second stage was not released; its configurations were, and the transform of the data.
+    "generators/rq_transformer_*": replace(
+        _UNRELEASED,
+        golden=Golden(family="rq_transformer", losses=("loss", "loss_soft"), gradients=6),
+        rate=5e-4,
+        schedule=laws.cosine(0, 100 * laws.IMAGES // 2048),
+        clip=1.0,
+        decay=1e-4,
+        decays=laws.all_decay,
+        crop=_MIRRORED,
+        average=None,
+    ),
+    "generators/vq_diffusion_*": Published(
+        golden=Golden(family="vq_diffusion", gradients=3),
+        rate=4.5e-4,
+        schedule=laws.constant(5000),
+        decay=0.045,
+        decays=laws.all_decay,
+        crop=NOT_COMPARED,
+        average=NOT_COMPARED,
+        weights=initial.VQ_DIFFUSION,
+        differs={"schedule": "theirs clips at 0.5 in the first 5,000 steps"},
     ),
     "generators/tokenbridge_*": replace(
         _MAR,

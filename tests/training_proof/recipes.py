@@ -20,15 +20,15 @@ import discrete_lit.cli.train  # noqa: F401, so that the short names of recipes 
 from discrete_lit.checkpoints import instantiate
 
 FOLDERS = ("tokenizers", "generators")
-_NUMBERED = re.compile(r"\bPublished\b|\bOthers quote\b")
+_NUMBERED = re.compile(r"^discrete-lit fit\b.*\b(Published|Others quote)\b")
 
 
 @cache
 def recipes() -> tuple[str, ...]:
-    """List the recipes of tokenizers and generators whose opening comment gives a published number, in order."""
+    """List the recipes that train a tokenizer or a generator and whose comment gives a published number, in order."""
     folder = ROOT / "lightning_configs"
     files = [path for part in FOLDERS for path in sorted((folder / part).glob("*.yaml"))]
-    return tuple(f"{path.parent.name}/{path.stem}" for path in files if _NUMBERED.search(comment(path.read_text())))
+    return tuple(f"{path.parent.name}/{path.stem}" for path in files if _NUMBERED.match(comment(path.read_text())))
 
 
 def comment(text: str) -> str:
@@ -90,6 +90,7 @@ STAND_INS = {
     "ibq_16384": _grid(16384, 16, 16),
     "magvit2_lfq18": _grid(2**18, 16, 16),
     "taming_16384": _grid(16384, 16, 16),
+    "rqvae": _grid(16384, 8, 8, 4),
     "bitdance_ae": _grid(2**32, 16, 16),
     "var": _scales("MultiScaleVQ"),
     "hart_tokenizer_imagenet256": _scales("HybridVQ"),

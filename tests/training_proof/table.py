@@ -57,7 +57,7 @@ def render() -> str:
 
 def row(recipe: str) -> str:
     """Write the row of a recipe."""
-    name = f"[{recipe.partition('/')[2]}](../lightning_configs/{recipe}.yaml)"
+    name = f"[{recipe}](../lightning_configs/{recipe}.yaml)"
     return f"| {name} | {' | '.join(cells(recipe).values())} |"
 
 
