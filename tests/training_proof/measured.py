@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from discrete_lit import optimization
 from discrete_lit.callbacks import ExponentialMovingAverage
@@ -51,13 +50,12 @@ def average_of(recipe: str) -> Average | None:
         return None
 
     def decay(update: int) -> float:
-        callback, model = ExponentialMovingAverage(**found[0]), nn.Linear(1, 1, bias=False).double()
-        callback._average_model = AveragedModel(model)
-        callback._average_model.n_averaged.fill_(update - 1)
-        nn.init.ones_(callback._average_model.module.weight)
-        nn.init.zeros_(model.weight)
-        callback._move(model)
-        return float(callback._average_model.module.weight.detach())
+        callback, module = ExponentialMovingAverage(**found[0]), nn.Linear(1, 1, bias=False).double()
+        nn.init.zeros_(module.weight)
+        callback.averages = {"weight": torch.ones(1, 1, dtype=torch.float64)}
+        callback._averaged_steps = update - 1
+        callback._move(module)
+        return float(callback.averages["weight"])
 
     return decay
 
