@@ -30,6 +30,7 @@ from discrete_lit.samplers import AncestralSampler, EulerSampler, PredictorCorre
 from discrete_lit.samplers.diffusion import NoisyTokens
 
 SIZE, UNIFORM = 4, 0.3
+NO_WEIGHTING: Any = "none"
 PROCESS, SCHEDULE = GIDDProcess(SIZE, UNIFORM), GIDDSchedule(UNIFORM)
 TIMES = torch.tensor([1e-6, 0.02, 0.3, 0.5, 0.9, 0.999], dtype=torch.float64)
 
