@@ -308,7 +308,7 @@ def test_weights_of_training() -> None:
     [
         (lambda: GIDDProcess(4, 0.0), r"uniform_fraction must lie in \(0, 1\), got 0.0; 0 is AbsorbingProcess"),
         (
-            lambda: GIDDLoss(*["none"]),
+            lambda: GIDDLoss(NO_WEIGHTING),
             "weighting must be 'dynamic' or 'clip', got 'none'; without, use ContinuousBound",
         ),
         (lambda: GIDDLoss(lowest=2.0), "0 <= lowest < highest must hold, got 2.0 and 2.0"),
