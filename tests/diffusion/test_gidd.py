@@ -30,6 +30,7 @@ from discrete_lit.samplers import AncestralSampler, EulerSampler, PredictorCorre
 from discrete_lit.samplers.diffusion import NoisyTokens
 
 SIZE, UNIFORM = 4, 0.3
+NO_WEIGHTING: Any = "none"
 PROCESS, SCHEDULE = GIDDProcess(SIZE, UNIFORM), GIDDSchedule(UNIFORM)
 TIMES = torch.tensor([1e-6, 0.02, 0.3, 0.5, 0.9, 0.999], dtype=torch.float64)
 
@@ -307,7 +308,7 @@ def test_weights_of_training() -> None:
     [
         (lambda: GIDDProcess(4, 0.0), r"uniform_fraction must lie in \(0, 1\), got 0.0; 0 is AbsorbingProcess"),
         (
-            lambda: GIDDLoss(*["none"]),
+            lambda: GIDDLoss(NO_WEIGHTING),
             "weighting must be 'dynamic' or 'clip', got 'none'; without, use ContinuousBound",
         ),
         (lambda: GIDDLoss(lowest=2.0), "0 <= lowest < highest must hold, got 2.0 and 2.0"),
