@@ -326,7 +326,7 @@ def main() -> None:
     lines = [
         "# A squared error, cells or diffusion on a known density",
         "",
-        f"`{command}`, {date.today().isoformat()}, {machine}. Mean ± standard deviation over the seeds; {COUNT:,} "
+        f"`{command}`, {date.today().isoformat()}, {machine}. Mean over the seeds, ± standard deviation; {COUNT:,} "
         "draws for each of the four contexts.",
         "",
         "| draws of | energy distance to the truth | within 3 deviations of a part |",
