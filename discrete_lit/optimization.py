@@ -32,7 +32,7 @@ _DECAYED = (
 )
 
 
-WeightDecayRule = Literal["linear", "linear_and_classes", "rar", "matrices", "mar", "bitdance", "all"]
+WeightDecayRule = Literal["linear", "linear_and_classes", "titok", "rar", "matrices", "mar", "bitdance", "all"]
 """Which parameters weight decay acts on; see `decayed_parameters`."""
 
 # Rules by the number of dimensions, and the parts of names that do not decay.
@@ -115,6 +115,8 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
     - `"linear"`: weights of linear and convolution layers; never biases, gains, embeddings, positions, start tokens and
       codebooks (minGPT, TiTok's generator). Decay would shrink the rows of a table that a batch does not touch.
     - `"linear_and_classes"`: also class embeddings (VAR).
+    - `"titok"`: not the embeddings of patches and of codes, linear layers with "embed" in their names (TiTok's
+      tokenizers).
     - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
       the "ln" that its norms are told by.
     - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
@@ -149,6 +151,8 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
         part = f".{name}"
         if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
             decayed.add(id(parameter))
+        if rule == "titok" and (".patch_embedding." in part or ".code_embedding." in part):
+            decayed.discard(id(parameter))
         if rule == "rar" and part.endswith(".start"):
             decayed.add(id(parameter))
         if rule == "rar" and ".final_modulation." in part:

@@ -29,6 +29,7 @@ from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
 from discrete_lit.optimization import (
     AccumulatedMean,
+    WeightDecayRule,
     configure_apart,
     configure_optimizers,
     evaluation_stage,
@@ -78,6 +79,8 @@ class ImageAutoencoder(LightningModule):
         adversarial_loss: with a discriminator, when training.
         optimizer: from parameters to an optimizer; needed to train.
         scheduler: from an optimizer to a scheduler, stepped after every batch.
+        weight_decay_rule: which parameters the optimizer's weight decay acts on, see
+            `discrete_lit.optimization.decayed_parameters`.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class ImageAutoencoder(LightningModule):
         adversarial_loss: AdversarialLoss | None = None,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
+        weight_decay_rule: WeightDecayRule = "linear",
     ) -> None:
         super().__init__()
         self.network = network
@@ -99,6 +103,7 @@ class ImageAutoencoder(LightningModule):
         self.outputs_are_logit_laplace = "logit_laplace" in losses
         self.optimizer = optimizer
         self.scheduler = scheduler
+        self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self.psnr = Mean()
@@ -236,6 +241,7 @@ class ImageAutoencoder(LightningModule):
             self.scheduler,
             learning_rate_ratios=ratios,
             hidden_layers=self.network.hidden_layers(),
+            weight_decay_rule=self.weight_decay_rule,
         )
         if adversarial is None:
             return configured

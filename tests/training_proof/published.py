@@ -142,7 +142,6 @@ _TITOK_STAGE_1 = Published(
     crop=_MIRRORED,
     average=laws.counted_before(0.999),
     weights=initial.TITOK,
-    differs={"groups": "its embeddings of patches and of codes do not decay"},
 )
 _LLAMAGEN = Published(
     golden=Golden(family="llamagen_gpt_c2i", losses=(), outputs="logits"),
