@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,6 +17,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from discrete_lit.core.distributed import rank
 from discrete_lit.core.lightning_internals import saves_one_file
 from discrete_lit.core.modules import at_least_float32
+
+Warmup = bool | Literal["inclusive", "every_other"]
 
 
 class ExponentialMovingAverage(Callback):
@@ -34,19 +36,25 @@ class ExponentialMovingAverage(Callback):
     Args:
         decay: in [0, 1).
         warmup: let the decay grow with the number n of steps so far as `min(decay, (1 + n) / (10 + n))`, so that the
-            start is forgotten in a short run too.
+            start is forgotten in a short run too. n is 0 at the first step, whose weights the averages begin with;
+            `"inclusive"` counts the step itself (LDM, SEDD), `"every_other"` is half of n (vaex), and the averages of
+            both begin with the weights before it.
 
     Raises:
-        ValueError: a decay out of its range; in use, FSDP of the first kind, sharded checkpoints, sharded weights in
+        ValueError: a setting out of its range; in use, FSDP of the first kind, sharded checkpoints, sharded weights in
             half precision, or weights that were not there when training began.
     """
 
-    def __init__(self, decay: float = 0.999, warmup: bool = True) -> None:
+    def __init__(self, decay: float = 0.999, warmup: Warmup = True) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay of ExponentialMovingAverage must lie in [0, 1), got {decay}")
+        if warmup not in (True, False, "inclusive", "every_other"):
+            raise ValueError(
+                f"warmup of ExponentialMovingAverage must be true, false, 'inclusive' or 'every_other', got {warmup!r}"
+            )
         super().__init__()
         self.decay = decay
-        self.warmup = warmup
+        self.warmup: Warmup = warmup
         self.averages: dict[str, Tensor] = {}
         """By name, since training began; while the module has them, the raw weights."""
         self._averaged_steps = 0
@@ -191,17 +199,19 @@ class ExponentialMovingAverage(Callback):
     def _move(self, module: nn.Module) -> None:
         """Move the averages towards the weights of a module."""
         count = self._averaged_steps
+        begun = count > 0 or isinstance(self.warmup, str)
         moving: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
         for name, average, weight in self._pairs(module):
             if average.shape != weight.shape:
                 self.averages[name] = (at_least_float32(weight) if weight.is_floating_point() else weight).clone()
-            elif count and (average.is_floating_point() or average.is_complex()):
+            elif begun and (average.is_floating_point() or average.is_complex()):
                 averages, weights = moving[average.dtype]
                 averages.append(_shard(average))
                 weights.append(_shard(weight).to(average.dtype))
             else:
                 _shard(average).copy_(_shard(weight))
-        decay = min(self.decay, (1 + count) / (10 + count)) if self.warmup else self.decay
+        n = count + 1 if self.warmup == "inclusive" else count // 2 if self.warmup == "every_other" else count
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         for averages, weights in moving.values():
             get_ema_multi_avg_fn(decay)(averages, weights, count)
         self._averaged_steps += 1

@@ -167,9 +167,24 @@ def test_frozen_networks_are_not_copied(make_loader, make_trainer):
     assert not any("perceptual" in name for name in average.averages)
 
 
-def test_wrong_decay():
+def test_wrong_settings():
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.0"):
         ExponentialMovingAverage(1.0)
+    with pytest.raises(ValueError, match="must be true, false, 'inclusive' or 'every_other', got 'after'"):
+        ExponentialMovingAverage(warmup="after")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rates"), [("inclusive", [2 / 11, 3 / 12, 0.3, 0.3]), ("every_other", [0.1, 0.1, 2 / 11, 2 / 11])]
+)
+def test_other_counts_begin_with_the_weights_before_training(tokenizer, make_loader, make_trainer, warmup, rates):
+    follow, average = Follow(), state(tokenizer)
+    trainer = make_trainer(max_steps=4, callbacks=[ExponentialMovingAverage(0.3, warmup), follow])
+    trainer.fit(tokenizer, make_loader(4))
+    for rate, weights in zip(rates, follow.raw, strict=True):
+        for name, value in weights.items():
+            average[name] = average[name] * rate + value * (1 - rate) if value.is_floating_point() else value
+    torch.testing.assert_close(state(tokenizer), average)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,6 @@ TEN = "one of ten stored crops"
 FLIP = "the stored centre crop or its mirror image"
 STORED = "the stored centre crop"
 TEXT = "chunks of text"
-COUNTED_AFTER = "there the count includes the update"
 _TINY_IMAGES = ((crops.SIZE, crops.SIZE),)
 
 # Nothing but weights, sampling or a paper.
@@ -203,7 +202,6 @@ _SEDD = Published(
     crop=TEN,
     average=laws.counted_after(0.9999),
     weights=initial.SEDD,
-    differs={"EMA": COUNTED_AFTER},
 )
 _D3PM = Published(
     golden=NOT_COMPARED,
@@ -290,7 +288,6 @@ PUBLISHED: dict[str, Published] = {
         average=laws.vaex_average(0.9999),
         weights=initial.VAEX,
         differs={
-            "EMA": "there the count is of every other step",
             "initial deviations": "there Xavier's normal law times 0.5, and codes uniform in +-20 / K",
         },
     ),
@@ -352,7 +349,6 @@ PUBLISHED: dict[str, Published] = {
         crop=_RESIZED,
         average=laws.counted_after(0.9999),
         weights=initial.LDM,
-        differs={"EMA": COUNTED_AFTER},
     ),
     "generators/llamagen_*": _LLAMAGEN,
     "generators/mar_*": _MAR,
