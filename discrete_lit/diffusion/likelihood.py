@@ -32,7 +32,7 @@ from discrete_lit.diffusion.parameterization import (
     leave_one_out_from_score,
     posterior_from_leave_one_out,
 )
-from discrete_lit.diffusion.processes import ForwardProcess, is_absorbing
+from discrete_lit.diffusion.processes import ForwardProcess, ends_in_masks, is_absorbing
 from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
 
 Network = Callable[[Tensor, NoiseLevel], Tensor]
@@ -181,9 +181,10 @@ def _integral(network: Network, denoiser: Denoiser, tokens: Tensor, random: Coun
 def _prior_term(denoiser: Denoiser, tokens: Tensor) -> Estimate:
     """Return the divergence from the prior of what is left of the tokens where `_integral` ends.
 
-    It is 0 for a schedule that goes all the way, of which the integral leaves out nothing that float64 could tell.
+    It is 0 for noise that ends in masks by a schedule that goes all the way: what the integral leaves out of it is
+    nothing that float64 could tell, while other noise may forget the tokens more slowly than the schedule.
     """
-    if denoiser.schedule.ends()[1] == 1:
+    if denoiser.schedule.ends()[1] == 1 and ends_in_masks(denoiser.process):
         cost = torch.zeros(len(tokens), dtype=torch.float64, device=tokens.device)
         return cost, cost
     end = NoiseLevel.of(denoiser.schedule, _ends(denoiser.schedule)[1].to(tokens.device).expand(len(tokens), 1))

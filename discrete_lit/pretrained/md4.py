@@ -210,7 +210,9 @@ def _training_and_sampling(settings: Settings) -> dict[str, Any]:
             "init_args": {"schedule": schedule, "times": cosine},
         }
     # The first two draw one law, in one step and in two.
-    sampler, top_p = settings.take("sampler", "ancestral", ("ancestral", "mean", "topp")), settings.take("topp", 0.98)
+    sampler = settings.take("sampler", "ancestral", ("ancestral", "mean", "topp"))
     if sampler == "topp":
-        sampling["top_p"] = top_p
+        sampling["top_p"] = settings.take("topp", 0.98)
+    else:
+        settings.without_effect(f"sampler={sampler!r} draws from all ids", "topp")
     return {"schedule": schedule, "loss": loss, "sampler": sampled_by("AncestralSampler", **sampling)}

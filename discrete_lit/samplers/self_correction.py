@@ -13,10 +13,10 @@ from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical
-from discrete_lit.samplers.diffusion import AncestralSampler, NoisyTokens, finite_noise
+from discrete_lit.samplers.diffusion import DiffusionSampler, NoisyTokens, finite_noise
 
 
-class SelfCorrectionSampler(AncestralSampler):
+class SelfCorrectionSampler(DiffusionSampler):
     """Sample by ancestral steps, then let the model correct what it drew.
 
     A correction tells the model that there is a little noise, draws an id for each position from what it predicts, and

@@ -49,7 +49,7 @@ def one_by_one(backbone: Any, labels: Tensor, scales: list[float], *, own: bool 
 @pytest.mark.parametrize("size", SIZES)
 def test_cached_sampling_is_teacher_forcing(size: int) -> None:
     """Guided linearly over the blocks, from scale 1 on."""
-    backbone = bit_backbone(size)
+    backbone = bit_backbone(size, spread=0.5)
     blocks = 6 // size
     scales = [1 + 2.0 * block / blocks for block in range(blocks)]
     found = draw(backbone, BinaryFlowSampler(guidance_scale=3.0)).tokens

@@ -170,9 +170,12 @@ def test_without_a_denoiser() -> None:
 
 @pytest.mark.parametrize("process", ["uniform", "hybrid", "gaussian", "gidd"])
 def test_processes_that_do_more_than_mask(process: str) -> None:
-    for name in MASKS_ALONE:
+    for name in MASKS_ALONE - {"purity"}:
         with pytest.raises(ValueError, match=f"the process must be absorbing: {type(PROCESSES[process]).__name__} is"):
             draw(make_model(PROCESSES[process]), build(name))
+    if not PROCESSES[process].masks:
+        with pytest.raises(ValueError, match=f"unmasks tokens, {type(PROCESSES[process]).__name__} has no mask"):
+            draw(make_model(PROCESSES[process]), build("purity"))
     for sampler in (MaskGITSampler(steps=3), RandomOrderSampler(steps=3)):
         with pytest.raises(
             ValueError, match=f"needs a generator of masked tokens, {type(PROCESSES[process]).__name__}"
