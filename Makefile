@@ -29,7 +29,7 @@ setup: .venv/installed ## make .venv and install the project with everything for
 	$(BIN)/pip install --editable '.[dev]'
 	@touch $@
 
-test: .venv/installed ## the fast tests, about 8 minutes on 2 cores
+test: .venv/installed ## the fast tests, about 15 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 -m "not slow and not slurm"
 
 test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
