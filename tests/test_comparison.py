@@ -1,12 +1,11 @@
 """`make comparison`: what it compares is of equal size and training, and every step's files are there."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.recipe_files import ROOT, read
+from helpers.recipe_files import make_commands, read
 
 FOLDER = "lightning_configs/quickstart"
 COMPARISON = read(f"{FOLDER}/comparison.yaml")
@@ -53,18 +52,10 @@ def test_each_likelihood_is_of_the_generator_of_the_samples() -> None:
     }
 
 
-def commands(runs: Path, report: str) -> list[str]:
-    """List the commands of `make` for a report in a checkout without runs, in order."""
-    command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/{report}"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = [line for line in printed.replace("\\\n", " ").splitlines() if "bin/discrete-lit " in line]
-    return [line.split("discrete-lit ")[1].replace(str(runs), "runs/quickstart") for line in lines]
-
-
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The commands of `make comparison`."""
-    return commands(tmp_path_factory.mktemp("make") / "runs", "comparison/report.md")
+    return make_commands(tmp_path_factory.mktemp("make") / "runs", "comparison/report.md")
 
 
 def made_by(steps: list[str]) -> set[str]:
@@ -97,7 +88,7 @@ def test_all_generators_see_as_many_batches(steps: list[str]) -> None:
 
 
 def test_the_samplers_are_compared_on_the_masked_generators(tmp_path: Path) -> None:
-    steps = commands(tmp_path / "runs", "comparison/samplers/report.md")
+    steps = make_commands(tmp_path / "runs", "comparison/samplers/report.md")
     settings = read(f"{FOLDER}/comparison_samplers.yaml")
     assert steps[-1] == f"evaluate --config {FOLDER}/comparison_samplers.yaml --devices 2"
     made = made_by(steps)

@@ -1,12 +1,11 @@
 """Generators of continuous latents in `make comparison`: of the size and training of the others, on one tokenizer."""
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.recipe_files import ROOT, read
+from helpers.recipe_files import make_commands, read
 
 FOLDER = "lightning_configs/quickstart"
 COMPARISON = read(f"{FOLDER}/comparison.yaml")
@@ -56,15 +55,7 @@ def test_they_read_what_the_scaled_tokenizer_made(name: str) -> None:
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The commands of `make comparison` for a checkout without runs, in order."""
-    runs = tmp_path_factory.mktemp("make") / "runs"
-    command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/comparison/report.md"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = printed.replace("\\\n", " ").splitlines()
-    return [
-        line.split("discrete-lit ")[1].replace(str(runs), "runs/quickstart")
-        for line in lines
-        if "bin/discrete-lit " in line
-    ]
+    return make_commands(tmp_path_factory.mktemp("make") / "runs", "comparison/report.md")
 
 
 def place(steps: list[str], *parts: str) -> int:

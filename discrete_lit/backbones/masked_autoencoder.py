@@ -165,9 +165,8 @@ class MaskedAutoencoder(nn.Module):
             of_encoder = fusion in ("prefix", "cross")
             self.grid_embedding = nn.Embedding(grid_vocab + 1, width if of_encoder else decoder_width)
         self.context_positions = nn.Parameter(torch.empty(layout.grid_ids, width)) if crossed else None
-        self.encoder_rotations = self.decoder_rotations = self.encoder_class_embedding = (
-            self.decoder_class_embedding
-        ) = None
+        self.encoder_rotations = self.decoder_rotations = None
+        self.encoder_class_embedding = self.decoder_class_embedding = None
         if positions == "learned_rope_2d":
             self.encoder_rotations = self._rotations(width, heads)
             self.decoder_rotations = self._rotations(decoder_width, decoder_heads)

@@ -1,6 +1,7 @@
 """The YAML files of lightning_configs, read as their own opening comments say to."""
 
 import re
+import subprocess
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,12 @@ def layered(config: str) -> dict[str, Any]:
         if "/trainer/" not in part:
             settings = merge(settings, read(part))
     return settings
+
+
+def make_commands(runs: Path, report: str) -> list[str]:
+    """List the commands of `make` for a report below `runs`, a folder without any, in order and without the program;
+    the folder is given its usual name."""
+    command = ["make", "--dry-run", f"RUNS={runs}", f"{runs}/{report}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for line in printed.replace("\\\n", " ").splitlines() if "bin/discrete-lit " in line]
+    return [line.split("discrete-lit ")[1].replace(str(runs), "runs/quickstart") for line in lines]

@@ -96,24 +96,16 @@ STORED = "the stored centre crop"
 TEXT = "chunks of text"
 _TINY_IMAGES = ((crops.SIZE, crops.SIZE),)
 
+
+def _all_columns(value: str) -> Published:
+    """Make an entry that says the same in every column."""
+    return Published(golden=value, schedule=value, decays=value, crop=value, average=value, weights=value)
+
+
 # Nothing but weights, sampling or a paper.
-_UNRELEASED = Published(
-    golden=NOT_PUBLISHED,
-    schedule=NOT_PUBLISHED,
-    decays=NOT_PUBLISHED,
-    crop=NOT_PUBLISHED,
-    average=NOT_PUBLISHED,
-    weights=NOT_PUBLISHED,
-)
+_UNRELEASED = _all_columns(NOT_PUBLISHED)
 # Released, and held against our loss and gradient alone.
-_NOT_READ = Published(
-    golden=NOT_COMPARED,
-    schedule=NOT_COMPARED,
-    decays=NOT_COMPARED,
-    crop=NOT_COMPARED,
-    average=NOT_COMPARED,
-    weights=NOT_COMPARED,
-)
+_NOT_READ = _all_columns(NOT_COMPARED)
 
 _TAMING_VQGAN = Published(
     golden=Golden(family="taming_vqgan", losses=("emb_loss",), gradients=4),
