@@ -1,4 +1,4 @@
-"""Is the loss a power law of the size? Five next-token models on fixed tokens, a power law with an offset; table, figure.
+"""Is the loss a power law of the size? Five next-token models on the same tokens, fitted with an offset; table, figure.
 
   python docs/experiments/scaling.py
 
