@@ -2,11 +2,11 @@
 
   python docs/experiments/next_scale.py
 
-VAR (Tian et al., 2024) draws all tokens of a scale at once, and compares itself with raster models on other tokenizers.
-Here the 104 tokens of the quickstart's multi-scale tokenizer are learned twice, with one network, as many batches, three
-seeds and one guidance: `quickstart/next_scale.yaml`, as `make comparison` trains it, and next-token prediction of the same
-sequence, `experiments/raster_of_scales.yaml`. The first asks the network 6 times for an image, the second 104 times. Needs
-`make comparison` and matplotlib; what is finished is not done again.
+VAR (Tian et al., 2024) draws all tokens of a scale at once, and compares itself with raster models on other
+tokenizers. Here the 104 tokens of the quickstart's multi-scale tokenizer are learned twice, with one network, as many
+batches, three seeds and one guidance: `quickstart/next_scale.yaml`, as `make comparison` trains it, and next-token
+prediction of the same sequence, `experiments/raster_of_scales.yaml`. The first asks the network 6 times for an image,
+the second 104 times. Needs `make comparison` and matplotlib; what is finished is not done again.
 """
 
 import argparse
