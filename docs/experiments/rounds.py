@@ -7,7 +7,7 @@ sizes and without guidance: next-token prediction with a key-value cache, the sa
 each id, and MaskGIT in ten rounds. Operations are those of the network for one image, as the samplers report them.
 
 Seconds are of whole draws, the arms in turns, the median of the rounds. Without a cache they are not of whole draws:
-passes over nine prefixes from 1 to N are timed, and summed by the trapezoidal rule. Needs matplotlib.
+passes over nine prefixes from 0 to N - 1 ids are timed, and summed by the trapezoidal rule. Needs matplotlib.
 """
 
 import argparse
@@ -55,19 +55,19 @@ def seconds_of(run: Callable[[], object]) -> float:
 
 
 def uncached_flops(backbone: Transformer, length: int) -> int:
-    """The operations of passes over all prefixes of 1 to N ids; those of one are quadratic in its length."""
-    ends = [1, 2, 3]
-    first, second, third = (backbone.flops(1, count) for count in ends)
+    """The operations of passes over all prefixes of 0 to N - 1 ids; those of one are quadratic in its length."""
+    first, second, third = (backbone.flops(1, count) for count in (1, 2, 3))
     curvature = (third - 2 * second + first) / 2
     slope = second - first - 3 * curvature
     constant = first - slope - curvature
-    total = sum(constant + slope * count + curvature * count**2 for count in range(1, length + 1))
-    assert abs(constant + slope * length + curvature * length**2 - backbone.flops(1, length)) < 1, "not quadratic"
+    total = sum(constant + slope * count + curvature * count**2 for count in range(length))
+    last = length - 1
+    assert abs(constant + slope * last + curvature * last**2 - backbone.flops(1, last)) < 1, "not quadratic"
     return round(total)
 
 
 def uncached_seconds(backbone: Transformer, labels: torch.Tensor, length: int) -> float:
-    places = sorted({max(1, round(1 + number * (length - 1) / 8)) for number in range(9)})
+    places = sorted({round(number * (length - 1) / 8) for number in range(9)})
     tokens = torch.zeros(len(labels), length, dtype=torch.int64)
     taken = [seconds_of(partial(backbone, tokens[:, :place], labels)) for place in places]
     inner = sum(

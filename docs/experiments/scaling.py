@@ -103,7 +103,7 @@ def measured(checkpoint: Path) -> tuple[int, np.ndarray]:
     )
     tokens = tokens.reshape(len(labels), *generator.tokenizer.token_shape(32))
     nats = [
-        generator.log_likelihood(some, of).nats for some, of in zip(tokens.split(100), labels.split(100), strict=True)
+        -generator.log_likelihood(some, of).nats for some, of in zip(tokens.split(100), labels.split(100), strict=True)
     ]
     parameters = sum(parameter.numel() for parameter in generator.backbone.parameters())
     return parameters, torch.cat(nats).numpy() / tokens[0].numel()

@@ -64,7 +64,7 @@ def bits_per_character(generator: Any, chunks: torch.Tensor) -> tuple[float, flo
     """The mean over chunks, its standard error, and whether it is exact."""
     labels = torch.zeros(len(chunks), dtype=torch.int64)
     found = generator.log_likelihood(chunks, labels)
-    bits = found.nats / (log(2) * chunks.shape[1])
+    bits = -found.nats / (log(2) * chunks.shape[1])
     return float(bits.mean()), float(bits.std() / len(bits) ** 0.5), found.kind
 
 
