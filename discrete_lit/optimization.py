@@ -32,7 +32,7 @@ _DECAYED = (
 )
 
 
-WeightDecayRule = Literal["linear", "linear_and_classes", "titok", "rar", "matrices", "mar", "bitdance", "all"]
+WeightDecayRule = Literal["linear", "linear_and_classes", "titok", "rar", "bar", "matrices", "mar", "bitdance", "all"]
 """Which parameters weight decay acts on; see `decayed_parameters`."""
 
 # Rules by the number of dimensions, and the parts of names that do not decay.
@@ -41,6 +41,13 @@ _MATRICES_BUT: dict[str, tuple[str, ...]] = {
     "mar": (".head.network.",),
     "bitdance": (".token_embedding.", ".class_embedding.", ".queries"),
 }
+# Rules by the kind of layer: the parts of names that do not decay, and the parameters beside layers that do.
+_LINEAR_BUT: dict[str, tuple[str, ...]] = {
+    "titok": (".patch_embedding.", ".code_embedding."),
+    "rar": (".final_modulation.",),
+    "bar": (".modulation.", ".ratio_embedding.", ".place_head.output."),
+}
+_LINEAR_AND = {"linear_and_classes": ".class_embedding.weight", "rar": ".start", "bar": ".start"}
 
 
 def configure_optimizers(
@@ -119,6 +126,8 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
       tokenizers).
     - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
       the "ln" that its norms are told by.
+    - `"bar"`: also registers and start tokens, but no modulation, for the same reason; nor the embedding of the mask
+      ratio and the output of its head, which have "embed" in their names (BAR).
     - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
     - `"mar"`: as `"matrices"`, with the vector of masked positions, which is one of three dimensions in MAR's code, but
       without a diffusion head (MAR, xAR, TokenBridge).
@@ -148,14 +157,9 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
         }
     decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
     for name, parameter in module.named_parameters():
-        part = f".{name}"
-        if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
+        if rule in _LINEAR_AND and f".{name}".endswith(_LINEAR_AND[rule]):
             decayed.add(id(parameter))
-        if rule == "titok" and (".patch_embedding." in part or ".code_embedding." in part):
-            decayed.discard(id(parameter))
-        if rule == "rar" and part.endswith(".start"):
-            decayed.add(id(parameter))
-        if rule == "rar" and ".final_modulation." in part:
+        if any(part in f".{name}" for part in _LINEAR_BUT.get(rule, ())):
             decayed.discard(id(parameter))
     return decayed
 

@@ -66,6 +66,8 @@ AS_PUBLISHED = {
     # RAR: `p.ndim < 2 or "ln" in n or "bias" in n or "embedding" in n or "embed" in n`; ours calls its
     # `adaln_before_head` a final modulation, and its `cls_token` a start.
     "rar": lambda name, shape: "embedding" in name or "final_modulation" in name,
+    # BAR: the same words in `n.lower()`, so that its `adaLN_modulation`s have an "ln" too.
+    "bar": lambda name, shape: "embedding" in name or "modulation" in name,
     "matrices": lambda name, shape: False,  # LlamaGen: `p.dim() < 2` alone
     # BitDance: `proj_in`, `cls_embedding`, `query_token`.
     "bitdance": lambda name, shape: "token_embedding" in name or "class_embedding" in name,
@@ -84,7 +86,7 @@ def test_weight_decay_as_published(make_generator, rule: str) -> None:
         return
     # Positions of the condition and of targets are tables, which no name of theirs decays.
     tables = ("condition_positions", "target_embedding", "start") if rule.startswith("linear") else ()
-    tables = ("condition_positions", "target_embedding") if rule == "rar" else tables
+    tables = ("condition_positions", "target_embedding") if rule in ("rar", "bar") else tables
     assert decayed == {
         name
         for name, value in named.items()
