@@ -3,7 +3,7 @@
 `configure_optimizers` says which weights decay and at which rate each module learns. `MuonAdamW` trains the matrices of
 hidden layers by Muon and everything else by AdamW. `AccumulatedMean` makes one step of several micro-batches what it
 would be of one batch. `WarmupCosine` and `WarmupLinear` are the schedules of the published recipes: a warm-up, a full
-rate, and a decay to a smaller rate that stays.
+rate, and a decay to a smaller rate that stays. `WarmupPlateau` lowers the rate where the loss no longer falls.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 _DECAYED = (
     nn.Linear,
@@ -113,7 +113,11 @@ def configure_optimizers(
     fuse_steps(built)
     if scheduler is None:
         return built
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+    # A schedule that follows the loss is told of it; others do not read the name.
+    return {
+        "optimizer": built,
+        "lr_scheduler": {"scheduler": scheduler(built), "interval": "step", "monitor": "train/loss"},
+    }
 
 
 def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> set[int]:
@@ -489,3 +493,57 @@ class WarmupLinear(WarmupDecay):
 
     def decay(self, progress: float) -> float:
         return 1 - progress
+
+
+class WarmupPlateau(ReduceLROnPlateau):
+    """Warms up linearly, then lowers the learning rate each time that the loss has stopped falling (VQ-Diffusion).
+
+    It looks at the training loss of every step, of the batch of all ranks, and counts the steps since one was lower
+    than the lowest before by `threshold`. The host waits for the loss of each step.
+
+    Args:
+        optimizer: given by the configuration.
+        warmup_steps: batches until the full rate; losses in them do not count.
+        patience: steps without a lower loss that are waited for; the next one lowers the rate.
+        factor: of the rate, each time, in (0, 1).
+        threshold: the fraction by which a loss must be lower, in [0, 1).
+        min_lr: the smallest rate, of every parameter group.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int,
+        patience: int,
+        factor: float = 0.5,
+        threshold: float = 0.1,
+        min_lr: float = 0.0,
+    ) -> None:
+        if warmup_steps < 0 or patience < 0:
+            raise ValueError(f"warmup_steps and patience must be >= 0, got {warmup_steps} and {patience}")
+        if not 0 < factor < 1 or not 0 <= threshold < 1:
+            raise ValueError(
+                f"factor must lie in (0, 1) and threshold in [0, 1), got factor={factor}, threshold={threshold}"
+            )
+        super().__init__(optimizer, factor=factor, patience=patience, threshold=threshold, min_lr=min_lr)
+        self.warmup_steps = warmup_steps
+        self.full_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._warm_up()
+
+    def step(self, metrics: Any, epoch: int | None = None) -> None:
+        """Count a step with this loss, a number or a scalar tensor."""
+        if self.last_epoch < self.warmup_steps:
+            self.last_epoch += 1
+            self._warm_up()
+        else:
+            super().step(metrics, epoch)
+
+    def _warm_up(self) -> None:
+        ratio = min(1.0, (self.last_epoch + 1) / max(self.warmup_steps, 1))
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * ratio
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
