@@ -208,6 +208,8 @@ _D3PM = Published(
     average=laws.fixed(0.9999),
     weights=OURS,
 )
+# Of its text model; the bound is that of pixels too.
+_MD4_LOSSES = Golden(family="md4", losses=("loss", "loss_diff", "loss_recon", "diffusion_loss"), gradients=4)
 _BITDANCE_B = Published(
     golden=Golden(family="bitdance", losses=("loss", "loss_eval"), gradients=7),
     rate=6e-4,
@@ -282,9 +284,6 @@ PUBLISHED: dict[str, Published] = {
         crop=crops.random_crop(1.125),
         average=laws.vaex_average(0.9999),
         weights=initial.VAEX,
-        differs={
-            "initial deviations": "there Xavier's normal law times 0.5, and codes uniform in +-20 / K",
-        },
     ),
     "tokenizers/vit_vqgan_*": _UNRELEASED,
     "generators/bar_b_*": Published(
@@ -303,14 +302,14 @@ PUBLISHED: dict[str, Published] = {
     ),
     "generators/bitdance_b_*": _BITDANCE_B,
     "generators/char_text": Published(
-        golden=Golden(family="mdlm"),
+        golden=_MD4_LOSSES,
         rate=5e-4,
         schedule=laws.cosine(2000, 1_000_000),
         decay=0.03,
         decays=laws.all_decay,
         crop=TEXT,
         average=laws.fixed(0.9999),
-        weights=NOT_COMPARED,
+        weights=OURS,
     ),
     "generators/d3pm_*": _D3PM,
     "generators/discon_*": _UNRELEASED,
@@ -379,7 +378,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "generators/md4_cifar10": replace(
         _D3PM,
-        golden=Golden(family="mdlm"),
+        golden=_MD4_LOSSES,
         schedule=laws.cosine(100, 2_000_000),
         clip=None,
         decay=0.01,
@@ -435,13 +434,15 @@ PUBLISHED: dict[str, Published] = {
     "generators/vq_diffusion_*": Published(
         golden=Golden(family="vq_diffusion", gradients=3),
         rate=4.5e-4,
-        schedule=laws.constant(5000),
+        schedule=laws.plateau(5000, 100_000, start=3e-6 / 4.5e-4),
+        # `ClipGradNorm` clips from its `start_iteration` 0 on; its `end_iteration` 5,000 has no effect.
+        clip=0.5,
         decay=0.045,
         decays=laws.all_decay,
-        crop=NOT_COMPARED,
-        average=NOT_COMPARED,
+        crop=crops.dall_e_crop,
+        images=((40, 12), (12, 12)),
+        average=laws.every(25, 0.99),
         weights=initial.VQ_DIFFUSION,
-        differs={"schedule": "theirs clips at 0.5 in the first 5,000 steps"},
     ),
     "generators/tokenbridge_*": replace(
         _MAR,
