@@ -1,12 +1,14 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
+from discrete_lit.diffusion.dense_processes import (
+    DenseProcess,
+    DiscretizedGaussianProcess,
+)
 from discrete_lit.diffusion.gidd import GIDDLoss, GIDDProcess, GIDDSchedule
 from discrete_lit.diffusion.mask_and_replace import MaskAndReplaceProcess, MaskAndReplaceSchedule
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
-    DenseProcess,
-    DiscretizedGaussianProcess,
     ForwardProcess,
     HybridProcess,
     MixtureProcess,

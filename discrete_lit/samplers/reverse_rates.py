@@ -11,8 +11,8 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.core.synchronisation import refuse_recording
+from discrete_lit.diffusion.dense_processes import DenseProcess
 from discrete_lit.diffusion.parameterization import Denoiser, score_from_leave_one_out
-from discrete_lit.diffusion.processes import DenseProcess
 from discrete_lit.diffusion.reverse import Jumps, euler_weights, jumps_from_weights, reverse_rates
 from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction

@@ -15,10 +15,10 @@ from helpers.exact_oracle import (
     reference_law,
 )
 
+from discrete_lit.diffusion.dense_processes import DiscretizedGaussianProcess
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
-    DiscretizedGaussianProcess,
     ForwardProcess,
     HybridProcess,
     UniformProcess,
