@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion.divergences import gather
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
     DiscreteTimeBound,
     MaskedCrossEntropy,
     ScoreEntropy,
-    gather,
 )
 from discrete_lit.diffusion.parameterization import (
     Denoiser,
