@@ -39,9 +39,10 @@ from discrete_lit.diffusion.divergences import (
     mixture_at_states,
     mixture_divergence,
 )
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Head, HeadKind
 from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, ends_in_masks, is_absorbing
-from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
+from discrete_lit.diffusion.schedules import MaskSchedule
 
 LossKind = Literal["bound", "not a bound"]
 
