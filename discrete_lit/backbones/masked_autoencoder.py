@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import SequenceLayout, count_flops
+from discrete_lit.backbones.backbone import SequenceLayout
 from discrete_lit.backbones.blocks import Block, BlockSettings, MLPKind, QueryKeyNorm
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import Positions
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
 
 Fusion = Literal["prefix", "mix", "add", "cross"]

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
-from discrete_lit.backbones.backbone import cast_once, packed
 from discrete_lit.backbones.condition import Condition, as_condition, plain
+from discrete_lit.backbones.execution import (
+    cast_once,
+    packed,
+)
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import checked_at_the_end, forbid, host_sees
