@@ -167,7 +167,7 @@ def cut_out(images: Tensor, draws: Tensor, fraction: float) -> Tensor:
         places = torch.arange(side, device=images.device)
         first = (centre - length // 2).clamp(0, side - 1)
         last = (centre - length // 2 + length - 1).clamp(0, side - 1)
-        inside.append((places >= first) & (places <= last) if length else torch.zeros_like(places, dtype=torch.bool))
+        inside.append((places >= first) & (places <= last) & (length > 0))
     rows, columns = inside
     return images * ~(rows[:, None, :, None] & columns[:, None, None, :])
 

@@ -166,7 +166,7 @@ def test_the_heads_of_vaex_begin_as_there():
     """Under their spectral norm the weights are normal of 0.02, biases 0; the norm adds its epsilon to variances."""
     heads = dino(norm="sync", norm_epsilon=1e-6, initial_deviation=0.02, embedding=True).heads
     convolutions = [layer for layer in heads.modules() if isinstance(layer, nn.Conv1d)]
-    weights = torch.cat([layer.parametrizations.weight.original.flatten() for layer in convolutions])
+    weights = torch.cat([layer.parametrizations.weight.original.detach().flatten() for layer in convolutions])
     assert float(weights.std()) == pytest.approx(0.02, rel=0.02) and len(convolutions) == 9
     assert all(not layer.bias.any() for layer in convolutions)
     assert {layer.eps for layer in heads.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-6}

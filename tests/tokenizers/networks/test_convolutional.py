@@ -60,8 +60,8 @@ def test_dropout_of_hidden_units() -> None:
     block = network.train().encoder.levels[0].blocks[0]
     entering: list[torch.Tensor] = []
     block.conv2.register_forward_pre_hook(lambda layer, given: entering.append(given[0]))
-    for each in (block.eval(), block.train()):
-        each(images.repeat(1, 3, 1, 1)[:, :8])
+    for training in (False, True):
+        block.train(training)(images.repeat(1, 3, 1, 1)[:, :8])
     whole, thinned = entering
     kept = thinned != 0
     assert 0.4 < float(kept.float().mean()) < 0.6
