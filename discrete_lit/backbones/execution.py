@@ -1,4 +1,4 @@
-"""How any network is run: its operations are counted, its blocks compiled, its weights packed or cast once.
+"""Ways to run any network: its operations are counted, its blocks compiled, its weights packed or cast once.
 
 `count_flops` counts without computing anything; `compile_blocks` makes one compiled function for all blocks; `packed`
 lays weights out for a CPU, and `cast_once` keeps them in the precision of autocast.

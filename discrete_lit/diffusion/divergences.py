@@ -1,4 +1,4 @@
-"""What the losses of diffusion share: divergences of noisy marginals, and their evaluation a few rows at a time.
+"""Divergences of noisy marginals, which the losses of diffusion share, and their evaluation a few rows at a time.
 
 `mixture_divergence` and `mixture_at_states` are closed forms for processes of one formula, `marginals` serves the
 others; `by_rows` keeps the memory of wide logits small.

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
     ),
     "bar": (
         causal,
-        {"conditioning": "prefix_adaln", "registers": 1},
+        {"conditioning": "prefix_adaln", "registers": 8},
         {"qkv": 0.02, "out": 0.02, "down": 0.02, "logits": 0.02, "positions": 0.02, "start": 0.02, "gate": 0},
     ),
     "taming": (causal, {}, {"qkv": 0.02, "out": 0.02, "down": 0.02, "logits": 0.02, "positions": 0, "ids": 0.02}),

@@ -1,4 +1,4 @@
-"""What a discriminator is shown: images and reconstructions changed at random, lest it learn the data by heart.
+"""Random changes of what a discriminator is shown, images and reconstructions, lest it learn the data by heart.
 
 Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training" (NeurIPS 2020): both players see images only
 through random changes T that can be differentiated, L = loss(D(T(x)), D(T(y))). `AdversarialLoss` shows every batch so,

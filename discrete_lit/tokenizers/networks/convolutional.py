@@ -245,7 +245,7 @@ class Layers:
     shortcut: Literal["input", "output"]
     """The input of a residual block's shortcut where the channels change."""
     dropout: float
-    """Of the hidden units of residual blocks."""
+    """The probability of dropout of the hidden units of residual blocks."""
 
     def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
         """Make a convolution of stride 1, to a grid of the same size."""
