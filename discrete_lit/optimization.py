@@ -45,7 +45,7 @@ _MATRICES_BUT: dict[str, tuple[str, ...]] = {
 _LINEAR_BUT: dict[str, tuple[str, ...]] = {
     "titok": (".patch_embedding.", ".code_embedding."),
     "rar": (".final_modulation.",),
-    "bar": (".modulation.", ".ratio_embedding.", ".place_head.output."),
+    "bar": ("modulation.", ".ratio_embedding.", ".place_head.output."),
 }
 _LINEAR_AND = {"linear_and_classes": ".class_embedding.weight", "rar": ".start", "bar": ".start"}
 
