@@ -127,7 +127,7 @@ class Passes:
 def measure_sampler(head: TokenDiffusionHead, images: int, passes: int, rounds: int) -> None:
     device = head.network.output.weight.device
     network = MaskedAutoencoder(
-        VectorLayout(dim=CHANNELS, length=PLACES, num_classes=CLASSES), width=NETWORK, depth=12, heads=12, buffer=64
+        VectorLayout(dim=CHANNELS, grid=(PLACES,), num_classes=CLASSES), width=NETWORK, depth=12, heads=12, buffer=64
     )
     network = network.eval().to(device)
     labels = torch.arange(images, device=device)

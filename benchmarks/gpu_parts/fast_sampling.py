@@ -17,7 +17,7 @@ from side_by_side.recipes import make_generator
 from side_by_side.timing import Repeated, repeated, timed
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import cast_once
+from discrete_lit.backbones.execution import cast_once
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import checked_at_the_end
 from discrete_lit.generators import Generator, GraphedDraw

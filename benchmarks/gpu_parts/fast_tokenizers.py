@@ -16,7 +16,7 @@ from side_by_side.recipes import make_tokenizer
 from side_by_side.timing import repeated
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import count_flops
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.tokenizers import VQGAN
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer

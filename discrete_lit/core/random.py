@@ -77,6 +77,8 @@ class Purpose(IntEnum):
     STOCHASTIC_CODE = 18
     DECODER_START = 20
     DECODER_STEP = 21
+    AUGMENTATION = 22
+    AUGMENTATION_CROP = 23
 
 
 class CounterRandom:
