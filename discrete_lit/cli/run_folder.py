@@ -17,6 +17,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
+from discrete_lit.core.bounded_reading import read_json
+from discrete_lit.core.configuration import read_settings
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, atomic_write_text
 from discrete_lit.core.provenance import environment
 
@@ -165,7 +168,8 @@ def checkpoint_folders(callbacks: Iterable[Callback]) -> list[str]:
 def _folders(settings: Any) -> Iterator[str]:
     """Find each `dirpath` in the settings of callbacks, which may be in a string as the command line has them."""
     if isinstance(settings, str) and settings.lstrip().startswith(("[", "{")):
-        settings = yaml.safe_load(settings)
+        with suppress(yaml.YAMLError):  # the parser says what is wrong with it
+            settings = read_settings(settings)
     if isinstance(settings, Mapping):
         for name, value in settings.items():
             if name == "dirpath" and isinstance(value, str):
@@ -251,7 +255,7 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        starts = json.loads(file.read_text(encoding="utf-8")).get("starts", [])
+        starts = read_json(file).get("starts", [])
         if not all(isinstance(start.get("places", []), list) for start in starts):
             raise ValueError("the places of its checkpoints are no list")
         return starts
@@ -465,7 +469,7 @@ class RecordStart(Callback):
         assert self.folder is not None
         file = self.folder / "run.json"
         # `sample` may have written its own record into the same folder.
-        others = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        others = read_json(file) if file.exists() else {}
         start = {
             "command": ["discrete-lit", *self.command],
             "checkpoint": self.checkpoint,

@@ -15,7 +15,6 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -41,6 +40,7 @@ from discrete_lit.checkpoints import (
     record_config,
 )
 from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
+from discrete_lit.cli.devices import check_devices
 from discrete_lit.cli.init_from import take_weights
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_classes, check_tokenizer, differences
 from discrete_lit.cli.run_folder import (
@@ -113,8 +113,6 @@ def run_training(command: str, arguments: list[str]) -> None:
         try:
             with ExitStack() as held:
                 TrainingCLI(command, arguments, held=held).run()
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
         except TrainingStopped as stopped:
             sys.stderr.write(f"stopped: {stopped}\n")
             raise SystemExit(1) from stopped
@@ -379,6 +377,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}, accepted: 1 or more"
             )
+        check_devices(settings["devices"], "trainer.devices")
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         except TypeError as error:  # so Lightning refuses some numbers of devices

@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from math import isnan
 from typing import Any, Self, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from discrete_lit.core.bounded_reading import MOST_SETTINGS
 
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
@@ -150,13 +153,19 @@ def _leads_somewhere(path: str) -> bool:
     return found is not None and getattr(found, "__name__", name) == name
 
 
-class SettingsLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Read YAML as users of this field mean it: `1e-4` is a number, `010` and `1:30` are words, a key stands once.
+class BoundedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Read YAML whose size is bounded, and in which a key stands once.
 
     Raises:
         yaml.YAMLError: also for a key that is given twice, where the parser would drop the first one with all that it
-            holds, and for a document that contains itself, or whose aliases multiply it beyond measure.
+            holds, for a document that contains itself, or whose aliases multiply it beyond measure, and for one that is
+            too long to be settings.
     """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MOST_SETTINGS:
+            raise yaml.YAMLError(f"it has more than {MOST_SETTINGS:,} letters: those are no settings")
+        super().__init__(text)
 
     def get_single_node(self) -> Any:
         try:
@@ -169,6 +178,22 @@ class SettingsLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ig
             )
         return node
 
+
+class SettingsLoader(BoundedLoader):
+    """Read YAML as users of this field mean it: `1e-4` is a number, `010` and `1:30` are words, `.nan` is refused.
+
+    Raises:
+        yaml.YAMLError: what `BoundedLoader` raises.
+    """
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = super().construct_yaml_float(node)
+        if isnan(value):
+            raise yaml.YAMLError(f"{node.value!r} is no number, line {node.start_mark.line + 1}")
+        return value
+
+
+SettingsLoader.add_constructor("tag:yaml.org,2002:float", SettingsLoader.construct_yaml_float)
 
 # The resolvers of YAML 1.1 without dates, base 60 and octal numbers, and with numbers such as 1e-4.
 SettingsLoader.yaml_implicit_resolvers = {
@@ -221,6 +246,15 @@ def _entries(node: yaml.Node, above: tuple[int, ...], counted: dict[int, int]) -
         else:
             counted[id(node)] = 1 + sum(_entries(item, within, counted) for item in node.value)
     return counted[id(node)]
+
+
+def plain_yaml(text: str) -> Any:
+    """Read YAML 1.1 as other programs write it, within the bounds of `BoundedLoader`.
+
+    Raises:
+        yaml.YAMLError: not YAML, or what those bounds refuse.
+    """
+    return yaml.load(text, Loader=BoundedLoader)
 
 
 def read_settings(text: str) -> Any:

@@ -8,7 +8,6 @@ the counts must be given. A manifest may come from anywhere: nothing in it is us
 
 import glob
 import io
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import braceexpand
 import numpy as np
 
+from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
 from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
@@ -37,7 +37,6 @@ _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 _MOST_SHARDS = 300_000
 _MOST_SAMPLES = 10_000_000  # Of a shard.
 _MOST_CLASSES = 10_000_000
-_LARGEST_MANIFEST = 2**28  # Bytes.
 
 
 @dataclass(frozen=True)
@@ -388,7 +387,7 @@ def _manifest(folder: str) -> dict[str, Any] | None:
         return None
     try:
         with open_url(url) as stream:
-            text = stream.read(_LARGEST_MANIFEST + 1)
+            text = stream.read(MOST_JSON + 1)
     except MissingFile:
         return None
     except OSError as error:
@@ -410,12 +409,9 @@ def read_manifest(text: bytes, name: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no such manifest, or what it says is not possible.
     """
-    if len(text) > _LARGEST_MANIFEST:
-        raise ValueError(f"{name} is longer than {_LARGEST_MANIFEST:,} bytes, so no manifest of shards")
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{name} is longer than {MOST_JSON:,} bytes, so no manifest of shards")
+    manifest = parse_json(text, name)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = repr(manifest.get("format")) if isinstance(manifest, dict) else f"a {type(manifest).__name__}"
         raise ValueError(f"{name} has format {found[:100]}; a folder of shards has {FORMAT!r}")
