@@ -6,6 +6,7 @@ file is a ValueError that names it. Pipes and devices, which may have no end, ar
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,8 @@ def check_nesting(value: Any, name: str) -> None:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"it gives {next(key for key in keys if keys.count(key) > 1)!r} twice in one place")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"it gives {key!r} twice in one place")
     return found
 
 
