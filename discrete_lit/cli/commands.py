@@ -26,6 +26,7 @@ FUNCTION_COMMANDS = {
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
+    "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
     "import": "read a published checkpoint",

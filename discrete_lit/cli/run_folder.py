@@ -74,13 +74,14 @@ class RunFolder:
         beside = self.path.glob("hpc_ckpt_*.ckpt")  # of Lightning's own preemption
         return list(dict.fromkeys((*beside, *(file for place in self.places() for file in _checkpoints_in(place)))))
 
-    def newest_intact(self, *, continues: bool = False) -> tuple[str, dict[str, Any]] | None:
+    def newest_intact(self, *, continues: bool = False, up_to: int | None = None) -> tuple[str, dict[str, Any]] | None:
         """Find the checkpoint of the highest `global_step`, and read it; log and skip each one that is broken.
 
         The time of a file counts only between checkpoints of one step: copying a run changes it.
 
         Args:
             continues: training must be able to go on from it, so that weights alone do not do.
+            up_to: later steps are passed over; by default none.
 
         Returns:
             Its path and content; None where there is no checkpoint at all.
@@ -94,7 +95,7 @@ class RunFolder:
         for file in self.checkpoints():
             try:
                 checkpoint = _glance(file)
-                if self._is_anothers(file, checkpoint):
+                if self._is_anothers(file, checkpoint) or (up_to is not None and checkpoint["global_step"] > up_to):
                     continue
                 if continues and not holds_a_run(checkpoint):
                     unfit.append(f"{str(file)!r} holds weights alone")

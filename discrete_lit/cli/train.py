@@ -15,7 +15,14 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -25,6 +32,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from discrete_lit.callbacks import (
     GradientNorm,
+    HangDetector,
+    Preemption,
     ReconstructionGrid,
     SampleGrid,
     Throughput,
@@ -414,6 +423,13 @@ class TrainingCLI(LightningCLI):
             always.append(TQDMProgressBar())
         if self.command == "fit":
             always.append(TrainingGuard())
+            if not settings["fast_dev_run"]:
+                always.append(HangDetector())
+                keepers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+                if settings["enable_checkpointing"] is not False and isinstance(
+                    (keepers or [ModelCheckpoint()])[0], ModelCheckpoint
+                ):
+                    always.append(Preemption())
         if logged:
             always += [ReconstructionGrid(), SampleGrid()]
             if self.command == "fit":
