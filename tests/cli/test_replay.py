@@ -1,6 +1,7 @@
 """`discrete-lit replay`: the batch of an alarm, again, on the checkpoint before it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def test_the_first_part_that_is_not_finite_is_named(
     monkeypatch.setattr(
         FiniteScalarQuantizer,
         "forward",
-        lambda self, latents: (out := forward(self, latents))._replace(quantized=out.quantized * torch.nan),
+        lambda self, latents: replace(out := forward(self, latents), z_q=out.z_q * torch.nan),
     )
     capsys.readouterr()
     run("replay", "--run_dir", stopped)
