@@ -5,6 +5,7 @@ Only the asked command is imported, so that the list of commands, `--help` and `
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -118,7 +119,8 @@ def said_of(error: BaseException) -> str | None:
 
 def fail(message: str) -> None:
     """Print a user's mistake and exit with code 2; what a message quotes cannot move the cursor or colour the text."""
-    safe = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in message)
+    short = re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...", message)  # such as a name of thousands of letters
+    safe = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in short)
     sys.stderr.write(f"error: {safe}\n")
     raise SystemExit(2)
 

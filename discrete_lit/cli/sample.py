@@ -158,6 +158,7 @@ def sample(
             raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    starts = _starts_of_run(folder / "run.json")
 
     precision = resolve_precision(precision, accelerator)
     fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
@@ -252,7 +253,7 @@ def sample(
             None if decoding else generator.tokenizer,
             np.load(rows_path, mmap_mode="c"),
             np.resize(cycle.numpy(), num_samples),
-            run,
+            {**run, **starts},
         )
         rows_path.unlink()
     fabric.barrier()
@@ -410,11 +411,19 @@ def _write(
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
             atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
-    # Where this is a run folder, the file is the record of its starts too.
-    file = folder / "run.json"
+    atomic_write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def _starts_of_run(file: Path) -> dict[str, Any]:
+    """Read what a record has of the starts of a run, whose folder the samples go to; nothing where there is none.
+
+    Raises:
+        ValueError: it cannot be read, and would be lost.
+    """
     earlier = read_json(file) if file.is_file() else {}
-    starts = {"starts": earlier["starts"]} if "starts" in earlier else {}
-    atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{file} holds a {type(earlier).__name__}: it is no record of ours, and would be overwritten")
+    return {"starts": earlier["starts"]} if "starts" in earlier else {}
 
 
 def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) -> None:

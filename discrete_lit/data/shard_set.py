@@ -255,7 +255,7 @@ def _check_urls(urls: Sequence[str]) -> None:
     missing = [url for url in urls if is_local(url) and not os.path.isfile(local_path(url))]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(urls)} shards are missing: {', '.join(missing[:5])}"
+            f"{len(missing)} of {len(urls)} shards are missing: {', '.join(url[:200] for url in missing[:5])}"
             f"{', ...' if len(missing) > 5 else ''}"
         )
     for url, times in Counter(urls).items():

@@ -399,7 +399,7 @@ LOCATIONS = [
     located("no file matches", "a-*.tar", "a-*.tar"),
     located("an empty name", "", "''"),
     located("an empty list", [], "list of shards is empty"),
-    located("a number", 3, "3"),
+    located("a number", [3], "3"),
     located("a null", "a\0.tar", "a"),
     located("a folder without shards", ".", "."),
     located("a file that is no shard", "a.txt", "a.txt", written("a.txt", "x")),

@@ -21,8 +21,8 @@ class Case:
     """Writes the input into a folder of its own."""
     read: Callable[[Path], Any]
     """Reads it; the current folder is that folder."""
-    refused: str | None = None
-    """A part of the message with which it is refused: the name of the file, or of the setting."""
+    refused: str | tuple[str, ...] | None = None
+    """A part of the message with which it is refused, the name of the file or of the setting; of several, one."""
     right: Callable[[Any], bool] | None = None
     """Tells whether what was read is right."""
     quick: bool = True
@@ -32,12 +32,11 @@ class Case:
         """Say what is wrong with the message of a refusal; None if nothing is."""
         if self.refused is None:
             return f"refused what is right: {message[:300]}"
-        if self.refused not in message:
-            return f"the message does not say {self.refused!r}: {message[:300]}"
+        names = (self.refused,) if isinstance(self.refused, str) else self.refused
+        if not any(name in message for name in names):
+            return f"the message does not say {' or '.join(map(repr, names))}: {message[:300]}"
         if message.count("\n") >= MOST_LINES or len(message) > MOST_LETTERS:
             return f"the message has {len(message)} letters in {message.count(chr(10)) + 1} lines: {message[:300]}"
-        if not all(letter.isprintable() or letter == "\n" for letter in message):
-            return f"the message has control characters: {message[:300]!r}"
         return None
 
     def fault_of_result(self, result: Any) -> str | None:

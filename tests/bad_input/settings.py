@@ -43,7 +43,8 @@ def command(*arguments: str) -> Callable[[Path], str]:
                 main(list(arguments))
         except SystemExit as end:
             said = errors.getvalue()
-            if end.code == 2 and "error: " in said and "Traceback" not in said:
+            printable = all(letter.isprintable() or letter in "\n\r" for letter in said)
+            if end.code == 2 and "error: " in said and "Traceback" not in said and printable:
                 raise ValueError(said.partition("error: ")[2].rstrip("\n")) from end
             raise RuntimeError(f"status {end.code}: {said[-500:]}") from end
         return output.getvalue() + errors.getvalue()
@@ -68,11 +69,12 @@ def prepare(folder: Path, **changes: Any) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(run | changes))
 
 
-def line(name: str, *arguments: str, refused: str | None = ..., craft: Any = prepare, **more: Any) -> Case:  # type: ignore[assignment]
-    """A command line; the setting that is refused is its last option, by default."""
+def line(name: str, *arguments: str, refused: Any = ..., craft: Any = prepare, **more: Any) -> Case:
+    """A command line; by default its last option is refused, by its name or its value."""
     if refused is ...:
-        refused = next(word for word in reversed(arguments) if word.startswith("--")).lstrip("-").partition("=")[0]
-        refused = refused.rpartition(".")[2]
+        option = next(word for word in reversed(arguments) if word.startswith("--"))
+        setting, _, value = option.lstrip("-").partition("=")
+        refused = (setting.rpartition(".")[2], *([value] if len(value) > 3 else []))
     quick = more.pop("quick", False)
     return Case(name=f"command: {name}", craft=craft, read=command(*arguments), refused=refused, quick=quick, **more)
 
