@@ -108,7 +108,15 @@ def said_of(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, OSError):
         # A full disk, a folder that may not be written: nothing that a traceback explains, where the file is named.
-        return None if error.filename is None else f"{error.filename}: {error.strerror}"
+        # Python names no file where it finds no folder for temporary ones, but all that it tried.
+        named = error.filename is not None
+        return (
+            f"{error.filename}: {error.strerror}"
+            if named
+            else str(error)
+            if "temporary directory" in str(error)
+            else None
+        )
     if isinstance(error, RecursionError):
         return "the settings, or a file that they name, are nested too deeply"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)):
