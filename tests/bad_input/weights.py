@@ -201,7 +201,6 @@ CHECKPOINTS = [
             ("a weight of booleans", BIAS, torch.zeros(4, dtype=torch.bool)),
             ("a weight of complex numbers", BIAS, torch.zeros(4, dtype=torch.complex64)),
             ("a sparse weight", BIAS, torch.ones(4).to_sparse()),
-            ("a quantized weight", BIAS, torch.quantize_per_tensor(torch.zeros(4), 1.0, 0, torch.qint8)),
             ("a weight that is not a number", BIAS, torch.tensor([0, float("nan"), 0, 0])),
             ("a weight that is infinite", BIAS, torch.tensor([0, float("inf"), 0, 0])),
             ("a name with an escape sequence", ("state_dict", "\x1b[2J\nerror: all is well"), torch.zeros(1)),
