@@ -68,7 +68,7 @@ _ARGUMENTS = {
 _UNION = "Does not validate against any of the Union subtypes"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
-_MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 500_000, 1_000, 100
+_MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 200_000, 1_000, 100
 # At the beginning of a value: the environment variable that a path begins with.
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})(?=/|$)")
 # What a function may return that is no part of a model.
@@ -165,6 +165,9 @@ class BoundedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
     def __init__(self, text: str) -> None:
         if len(text) > MOST_SETTINGS:
             raise yaml.YAMLError(f"it has more than {MOST_SETTINGS:,} letters: those are no settings")
+        # Each entry has one of these beside it; to read the text would take minutes.
+        if sum(map(text.count, ",\n:[{")) > _MOST_ENTRIES:
+            raise yaml.YAMLError(f"it has more than {_MOST_ENTRIES:,} entries: those are no settings")
         super().__init__(text)
 
     def get_single_node(self) -> Any:

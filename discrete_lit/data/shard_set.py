@@ -37,6 +37,7 @@ _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 _MOST_SHARDS = 300_000
 _MOST_SAMPLES = 10_000_000  # Of a shard.
 _MOST_CLASSES = 10_000_000
+_LONGEST_SHOWN = 200  # Letters of a name in a message.
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,10 @@ def _expand(entry: str) -> list[str]:
     """The shards that one entry of a location names."""
     if not isinstance(entry, str) or not entry.strip():
         raise ValueError(f"the shards are named by {entry!r}; name a folder, a file, a pattern or a URL")
+    try:
+        urlsplit(entry)
+    except ValueError as error:
+        raise ValueError(f"the shards are named by {entry[:_LONGEST_SHOWN]!r}, which is no URL: {error}") from error
     if is_local(entry) and os.path.exists(local_path(entry)):
         return _shards_at(entry)  # Its name may hold braces and stars of its own.
     urls: list[str] = []
@@ -150,15 +155,14 @@ def _expand(entry: str) -> list[str]:
 
 def _braces(entry: str) -> list[str]:
     """Expand a brace pattern, whose strings are counted first: they may be more than fit into the memory."""
+    shown = without_secrets(entry)[:_LONGEST_SHOWN]
     try:
         count = _alternatives(entry)
         urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the braces of {without_secrets(entry)} are not closed; write \\{{ for a brace itself"
-        ) from error
+        raise ValueError(f"the braces of {shown} are not closed; write \\{{ for a brace itself") from error
     if count > _MOST_SHARDS:
-        raise ValueError(f"the braces of {without_secrets(entry)} stand for more than {_MOST_SHARDS:,} shards")
+        raise ValueError(f"the braces of {shown} stand for more than {_MOST_SHARDS:,} shards")
     return urls
 
 
@@ -255,8 +259,8 @@ def _check_urls(urls: Sequence[str]) -> None:
     missing = [url for url in urls if is_local(url) and not os.path.isfile(local_path(url))]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(urls)} shards are missing: {', '.join(url[:200] for url in missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}"
+            f"{len(missing)} of {len(urls)} shards are missing: "
+            f"{', '.join(url[:_LONGEST_SHOWN] for url in missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
     for url, times in Counter(urls).items():
         if times > 1:

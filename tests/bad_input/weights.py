@@ -108,7 +108,9 @@ def twice() -> bytes:
 
 def flipped() -> bytes:
     data = bytearray(whole())
-    data[len(data) // 2] ^= 0x10
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    data[largest.header_offset + 200 + largest.file_size // 2] ^= 0x10
     return bytes(data)
 
 
@@ -235,7 +237,7 @@ CHECKPOINTS = [
             ("loops that are a number", ("loops",), 5),
             ("callbacks in themselves", ("callbacks",), in_itself()),
             ("optimizers doubled 40 times", ("optimizer_states",), doubled(40)),
-            ("optimizers 500 deep", ("optimizer_states",), deep(500)),
+            ("optimizers 150 deep", ("optimizer_states",), deep(150)),
             ("a step that is text", ("global_step",), "many"),
         )
     ),
@@ -338,7 +340,7 @@ PUBLISHED = [
     published("a wrapper in itself", lambda: stored(wrapped_in_itself())),
     published("a wrapper in itself without tensors", lambda: stored(in_itself())),
     published("wrappers tripled 30 times", lambda: stored(wrappers_doubled(30))),
-    published("wrappers 5000 deep", lambda: stored({"model": deep(5000)})),
+    published("wrappers 150 deep", lambda: stored({"model": deep(150)})),
     published("two names that become one", lambda: stored(OrderedDict(a=torch.ones(2), **{"module.a": torch.ones(2)}))),
     published("names with escape sequences", lambda: stored({"\x1b[2J\nerror: all is well": "x"})),
     published("an old file of other numbers", lambda: old_pickle(1, 2, 3)),
@@ -346,7 +348,7 @@ PUBLISHED = [
         "an old file without an end", lambda: old_pickle(0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})[:-1]
     ),
     published("a pickle that claims 2^60 letters", lambda: b"\x80\x04\x8d" + struct.pack("<Q", 2**60) + b"abc."),
-    published("a pickle of a million lists", lambda: b"\x80\x02" + b"]" * 10**6 + b"."),
+    published("a pickle of 200,000 lists", lambda: b"\x80\x02" + b"]" * 200_000 + b"."),
     tensors("safetensors", lambda: save_tensors({"a": torch.ones(2)}), None, right=lambda found: list(found) == ["a"]),
     tensors("safetensors, empty", lambda: b""),
     tensors("safetensors, cut", lambda: save_tensors({"a": torch.ones(500)})[:-9]),
