@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from discrete_lit.checkpoints import check_weights, read_checkpoint, rebuild
 from discrete_lit.cli.devices import make_fabric
@@ -188,7 +191,9 @@ def _run(module: LightningModule, batch: Any, step: int, accelerator: str, preci
         use_distributed_sampler=False,
         callbacks=[watch],
     )
-    trainer.fit(module, [batch])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PossibleUserWarning)  # advice for a training, on workers and validation
+        trainer.fit(module, DataLoader([batch], batch_size=None))
     terms = {name: _plain(value) for name, value in trainer.callback_metrics.items() if "train/" in name}
     return {"losses": watch.losses, "terms": terms, "gradient_norms": watch.norms, "not_finite": watch.broken}
 
@@ -217,7 +222,7 @@ class _Watch(Callback):
         return note
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self.losses.append(_plain(loss))
+        self.losses.append(_plain(loss.detach()))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         gradients: dict[str, list[Tensor]] = {}

@@ -485,12 +485,12 @@ class Signals(Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_fit_that_is_told_to_end_saves_itself_without_being_asked_to(tmp_path: Path) -> None:
     told = [{"class_path": f"{__name__}.Signals", "init_args": {"batch": 2}}]
     with pytest.raises(SystemExit) as ended:
         fit(tmp_path / "run", callbacks=told, max_steps=6)
     assert ended.value.code == 128 + signal.SIGTERM
-    assert os.listdir(tmp_path / "run" / "checkpoints") == ["last.ckpt"]
     assert step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 3
     fit(tmp_path / "run", "--ckpt_path", "last", max_steps=6)
     assert step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 6
