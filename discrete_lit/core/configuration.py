@@ -66,6 +66,7 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
+_OTHER_CLASS = "does not correspond to a subclass of"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
 _MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 200_000, 1_000, 100
@@ -276,11 +277,14 @@ def use_current_names(arguments: Sequence[str]) -> list[str]:
     """Return a command line in today's names, and have every file that it leads to read by `read_settings`.
 
     Raises:
-        ValueError: a value begins with an environment variable that is not set.
+        ValueError: a value begins with an environment variable that is not set, or is no number (`.nan`).
     """
     if get_loader("yaml") is not _load_settings:
         set_loader("yaml", _load_settings, exceptions=(yaml.YAMLError,))
     values = [argument.partition("=")[2] if argument.startswith("-") else argument for argument in arguments]
+    for argument, value in zip(arguments, values, strict=True):
+        if value.lower() == ".nan":
+            raise ValueError(f"{argument[:200]}: {value} is no number")
     return [
         argument[: len(argument) - len(value)] + _in_current_names(_expanded(value))
         for argument, value in zip(arguments, values, strict=True)
@@ -376,6 +380,9 @@ def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
         original: BaseException = error
         # The parser tries every member of a union and reports that none of them could be built.
         while str(original).startswith(_UNION) and original.__cause__ is not None:
+            # The cause is the first member's; where another class was named, that class's is in the text alone.
+            if _OTHER_CLASS in str(original.__cause__) and (meant := _reason(str(original))) is not None:
+                raise ValueError(meant) from original
             original = original.__cause__
         # PyTorch's allocators and the sizes that they are asked for: a RuntimeError, or a subclass.
         if not isinstance(original, ValueError) and (not isinstance(original, RuntimeError) or _memory(original)):
@@ -384,6 +391,13 @@ def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
         if original is error:
             raise
         raise original from None
+
+
+def _reason(message: str) -> str | None:
+    """Find in a report about a union why the class that was meant could not be built; None where all are others."""
+    listed = message.partition("\nErrors:\n")[2].partition("\nGiven value")[0]
+    reasons = [" ".join(reason.split()) for reason in re.split(r"(?:^|\n)  - ", listed) if reason.strip()]
+    return next((reason for reason in reasons if _OTHER_CLASS not in reason), None)
 
 
 def _memory(error: RuntimeError) -> bool:

@@ -124,14 +124,16 @@ def judge(case: Case, place: Path) -> Verdict:
 
 
 def _end_orphans() -> int:
-    """End the processes that a reader left, which are this one's children now, and count them."""
+    """End the processes that a reader left, which are this one's children now, and count those that were alive."""
     time.sleep(0.02)
-    left = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    for pid in map(int, left):
-        with suppress(ProcessLookupError, ChildProcessError):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    return len(left)
+    alive = 0
+    for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            alive += state not in "ZX"
+            os.kill(int(pid), signal.SIGKILL)
+            os.waitpid(int(pid), 0)
+    return alive
 
 
 def main(arguments: list[str] | None = None) -> list[Verdict]:
