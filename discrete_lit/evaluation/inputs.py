@@ -6,7 +6,6 @@ A mistake in the last row must not cost the time of the first: `open_inputs` ope
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.transforms import MODES
 from discrete_lit.evaluation.image_sets import (
@@ -320,8 +320,8 @@ def _read_run(samples: str) -> dict[str, Any]:
     found: dict[str, Any] = {"picture": str(picture)} if picture.is_file() else {}
     if run.is_file():
         try:
-            found["sampling"] = json.loads(run.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found["sampling"] = read_json(run)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{str(run)!r} cannot be read as JSON: {error}") from error
         if not isinstance(found["sampling"], dict):
             raise ValueError(f"{str(run)!r} must hold an object, it holds {type(found['sampling']).__name__}")
