@@ -139,7 +139,7 @@ def evaluate(
     from discrete_lit.evaluation.report import Report
 
     shares = _shares(Path(output) / "shares", part, join)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)  # type: ignore[arg-type]
+    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)
     opened = open_inputs(
         reference,
         image_size=image_size,
