@@ -417,7 +417,6 @@ LOCATIONS = [
         "/dev/zero",
         settings={"train_count": 3},
         quick=False,
-        quick=False,
     ),
     located("a command without an end, of text", "pipe:yes", "yes", settings={"train_count": 3}, quick=False),
     located(
@@ -425,7 +424,6 @@ LOCATIONS = [
         "pipe:no_such_command_here",
         "no_such_command_here",
         settings={"train_count": 3},
-        quick=False,
         quick=False,
     ),
     located("a server that is not there", "http://127.0.0.1:9/a.tar", "127.0.0.1:9/a.tar", quick=False),
