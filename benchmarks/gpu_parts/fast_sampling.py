@@ -235,7 +235,7 @@ def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Itera
 
     def row(arm: str, taken: Repeated, note: str, share: float | None = None) -> Measurement:
         floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": PASSES_FLOOR}
-        return measurement(setting, arm, case, taken, share=share, note=note, **floor)  # type: ignore[arg-type]
+        return measurement(setting, arm, case, taken, share=share, note=note, **floor)
 
     for blocks in ("as written", "compiled"):
         compiling = ""

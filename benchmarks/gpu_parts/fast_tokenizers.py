@@ -66,7 +66,7 @@ def encode_and_decode(setting: Setting, tokenizer: AutoencoderTokenizer, images:
         "channels last": torch.channels_last,
         "channels first": torch.contiguous_format,
     }.items():
-        tokenizer.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+        tokenizer.to(memory_format=memory_format)
         images = images.contiguous(memory_format=memory_format)
         for way, (run, prepare) in ways.items():
             with torch.no_grad(), autocast(device, "bf16-mixed"):
@@ -82,7 +82,7 @@ def encode_and_decode(setting: Setting, tokenizer: AutoencoderTokenizer, images:
                 least=flops / setting.machine.rate(PRECISION),
                 least_of=CONVOLUTIONS,
             )
-    tokenizer.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    tokenizer.to(memory_format=torch.contiguous_format)
 
 
 def training_step(setting: Setting, tokenizer: VQGAN, images: Tensor) -> Iterator[Measurement]:

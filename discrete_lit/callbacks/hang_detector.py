@@ -1,4 +1,4 @@
-"""Where a run that hangs is stuck: the stack of every rank, written while the run still waits."""
+"""The stacks of a run that hangs, of every rank, written while it still waits."""
 
 import faulthandler
 import logging

@@ -52,6 +52,8 @@ _LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+# Bytes of a shard that is no file of this machine: a server may send for ever.
+_LONGEST_STREAM = 2**36
 # Bytes of a `.cls` file.
 _LONGEST_LABEL = 2**16
 # A compressed tar of some megabytes can hold headers for hours.
@@ -402,6 +404,7 @@ class _Forward:
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
+        self._check(self._position)
         data = self._stream.read(size)
         self._position += len(data)
         return data
@@ -411,9 +414,14 @@ class _Forward:
 
     def seek(self, position: int) -> int:
         assert position >= self._position, "a tar is read from its front"
+        self._check(position)
         while self._position < position and self.read(min(position - self._position, 2**20)):
             pass
         return self._position
+
+    def _check(self, position: int) -> None:
+        if position > _LONGEST_STREAM:
+            raise PermanentFailure(f"it claims more than {_LONGEST_STREAM:,} bytes, which no shard of a server has")
 
 
 @contextmanager

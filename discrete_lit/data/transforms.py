@@ -304,6 +304,8 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P":
         # A palette of colours and their opacity, of which "L" would know nothing.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        if image.mode == mode:
+            return image  # without the copy that `convert` would make of it
     return image.convert(mode)
 
 

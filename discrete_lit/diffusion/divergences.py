@@ -112,7 +112,7 @@ def by_rows(
     Returns:
         `(R,)` float64.
     """
-    return _ByRows.apply(logits, positions, function, together)  # pyright: ignore[reportReturnType]
+    return _ByRows.apply(logits, positions, function, together)
 
 
 class _ByRows(torch.autograd.Function):
@@ -143,6 +143,6 @@ class _ByRows(torch.autograd.Function):
         return values
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[0][:, None].to(gradient.dtype), None, None, None

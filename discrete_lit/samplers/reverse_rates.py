@@ -18,11 +18,11 @@ from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTok
 from discrete_lit.samplers.diffusion_guidance import Prediction
 
 
-def jumps_along_rates(sampler: DiffusionSampler, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+def jumps_along_rates(self: DiffusionSampler, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
     """Step along the rates of log-probabilities `(B, N, K)` of the clean ids; the last step is the ancestral one."""
     if interval.last:
-        return DiffusionSampler.jumps_from_clean(sampler, clean, prediction, interval)
-    return sampler.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
+        return DiffusionSampler.jumps_from_clean(self, clean, prediction, interval)
+    return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
 
 
 class EulerSampler(DiffusionSampler):

@@ -409,16 +409,26 @@ LOCATIONS = [
     located("a name of 5000 letters", "a" * 5000 + ".tar", "aaaa"),
     located("counts of text", "a.tar", "a.tar", settings={"train_count": [3, 4]}),
     located("a scheme that is none", "nowhere://a/b.tar", "nowhere", settings={"train_count": 3}),
-    located("a command that fails", "pipe:false", "pipe:false", settings={"train_count": 3}),
+    located("a command that fails", "pipe:false", "pipe:false", settings={"train_count": 3}, quick=False),
     located("a command that is silent", "pipe:sleep 1000", "sleep 1000", settings={"train_count": 3}, quick=False),
-    located("a command without an end, of zeros", "pipe:cat /dev/zero", "/dev/zero", settings={"train_count": 3}),
-    located("a command without an end, of text", "pipe:yes", "yes", settings={"train_count": 3}),
     located(
-        "a command that is not there", "pipe:no_such_command_here", "no_such_command_here", settings={"train_count": 3}
+        "a command without an end, of zeros",
+        "pipe:cat /dev/zero",
+        "/dev/zero",
+        settings={"train_count": 3},
+        quick=False,
+    ),
+    located("a command without an end, of text", "pipe:yes", "yes", settings={"train_count": 3}, quick=False),
+    located(
+        "a command that is not there",
+        "pipe:no_such_command_here",
+        "no_such_command_here",
+        settings={"train_count": 3},
+        quick=False,
     ),
     located("a server that is not there", "http://127.0.0.1:9/a.tar", "127.0.0.1:9/a.tar", quick=False),
     located("a host that is not there", "http://no-such-host.invalid/a.tar", "no-such-host.invalid", quick=False),
-    located("a port that is none", "http://127.0.0.1:99999/a.tar", "127.0.0.1:99999"),
+    located("a port that is none", "http://127.0.0.1:99999/a.tar", "127.0.0.1:99999", quick=False),
     located("an address that is none", "http://[::1/a.tar", "[::1/a.tar"),
 ]
 

@@ -161,8 +161,8 @@ LARGE_ONES = [
         quick=False,
     ),
     picture(
-        "JPEG 2000 of 13,000^2",
-        large("RGB", (128, 128, 128), "JPEG2000"),
+        "JPEG 2000 of 8,000^2",
+        large("RGB", (128, 128, 128), "JPEG2000", side=8000),
         "0.png",
         right=flat(128, 128, 128, tolerance=1),
         quick=False,

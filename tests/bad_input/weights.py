@@ -65,6 +65,8 @@ def checkpoint(name: str, content: Callable[[], bytes], refused: str | None = "x
     def craft(folder: Path) -> None:
         (folder / "x.ckpt").write_bytes(content())
 
+    # tests/test_hostile_files.py has the like of them.
+    more = {"quick": False, **more}
     return Case(name=f"checkpoint: {name}", craft=craft, read=lambda folder: load("x.ckpt"), refused=refused, **more)
 
 

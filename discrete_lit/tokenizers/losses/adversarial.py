@@ -478,7 +478,7 @@ def take_gradients(
 ) -> tuple[Tensor, ...]:
     """`torch.autograd.grad` inside a forward pass: autocast, which would reach the backward pass too, is off."""
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return torch.autograd.grad(value, inputs, grad_outputs, **options)  # type: ignore[arg-type]
+        return torch.autograd.grad(value, inputs, grad_outputs, **options)
 
 
 def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -491,7 +491,7 @@ def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Seq
         inputs: tensors of any shape that require a gradient.
         gradients: one of each input's shape.
     """
-    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)  # type: ignore[no-any-return]
+    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)
 
 
 class _KnownGradients(torch.autograd.Function):
