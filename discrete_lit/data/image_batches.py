@@ -22,6 +22,8 @@ from discrete_lit.data.transforms import (
     ten_crops,
 )
 
+_LARGEST_SCALE = 8
+
 TrainingCrop = Literal["random", "center", "random_resized", "dall_e"]
 
 
@@ -50,7 +52,7 @@ class EvaluationCrops:
         ten_crop_scales: each at least 1; ten crops for each of them.
 
     Raises:
-        ValueError: another kind, or a scale below 1.
+        ValueError: another kind, or a scale below 1 or above 8.
     """
 
     kind: str = "center"
@@ -59,8 +61,8 @@ class EvaluationCrops:
     def __post_init__(self) -> None:
         if self.kind not in ("center", "flip", "ten"):
             raise ValueError(f"crops is {self.kind!r}; it must be 'center', 'flip' or 'ten'")
-        if not self.ten_crop_scales or min(self.ten_crop_scales) < 1:
-            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be at least 1")
+        if not self.ten_crop_scales or not all(1 <= scale <= _LARGEST_SCALE for scale in self.ten_crop_scales):
+            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be in [1, {_LARGEST_SCALE}]")
 
     @property
     def count(self) -> int | None:

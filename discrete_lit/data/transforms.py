@@ -56,6 +56,10 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LARGEST_EXCESS = 16
 
 
+# Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB.
+_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 3 * 2**29, 6, 4
+
+
 class UndecodableImage(ValueError):
     """The bytes are not an image that can be read completely."""
 
@@ -96,6 +100,7 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_jpeg_size(image, len(data))
+                _check_memory(image)
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
@@ -299,6 +304,8 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P":
         # A palette of colours and their opacity, of which "L" would know nothing.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+        if image.mode == mode:
+            return image  # without the copy that `convert` would make of it
     return image.convert(mode)
 
 
@@ -329,6 +336,26 @@ def _check_jpeg_size(image: Image.Image, size: int) -> None:
     bits = blocks if image.info.get("progressive") else 2 * blocks
     if bits > 8 * size:
         raise ValueError(f"its header claims {image.width}x{image.height} pixels, for which {size:,} bytes are too few")
+
+
+def _check_memory(image: Image.Image) -> None:
+    """Refuse a picture that would take more than a gigabyte and a half while it is decoded and brought to its mode.
+
+    Some decoders keep more than the pixels: OpenJPEG 32 bits of each channel, libjpeg all coefficients of a picture
+    that comes in several passes, and others a whole strip, tile or frame.
+    """
+    channels = len(image.getbands())
+    held = 4 if channels > 1 or image.mode in ("I", "F") else 2
+    decoder = {"JPEG2000": 8 * channels, "WEBP": 8, "AVIF": 8, "TIFF": 2 * channels}.get(image.format or "", 0)
+    if image.info.get("progressive"):
+        decoder = 2 * channels
+    needed = (held + decoder + _CONVERTED) * image.width * image.height
+    most = max(_MOST_DECODED, _DECODED_OF_A_BYTE * image_bytes_limit())
+    if needed > most:
+        raise ValueError(
+            f"its {image.width}x{image.height} pixels take {needed:,} bytes to decode, at most {most:,} are spent; "
+            f"see {IMAGE_BYTES_VARIABLE}"
+        )
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

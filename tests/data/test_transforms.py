@@ -338,7 +338,7 @@ def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
     ("kind", "scales", "message"),
     [
         ("five", (1.1,), "crops is 'five'; it must be 'center', 'flip' or 'ten'"),
-        ("ten", (1.1, 0.9), r"ten_crop_scales is \[1.1, 0.9\]; each must be at least 1"),
+        ("ten", (1.1, 0.9), r"ten_crop_scales is \[1.1, 0.9\]; each must be in \[1, 8\]"),
         ("ten", (), "ten_crop_scales is"),
     ],
 )
