@@ -49,6 +49,11 @@ _OF_TRAINING = (
     "initialization",
     "initial_gates",
     "dropout_places",
+    "augmentation",
+    "consistency_weight",
+    "idle_steps",
+    "running_norms",
+    "initial_deviation",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
 FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder", "text_tokenizer")

@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.backbones.condition import Condition
+from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision

@@ -12,11 +12,19 @@ from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import caption_batch, drawn
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, random_resized_crop, ten_crops
+from discrete_lit.data.transforms import (
+    MODES,
+    center_crop,
+    dall_e_crop,
+    decode_image,
+    random_crop,
+    random_resized_crop,
+    ten_crops,
+)
 
 _LARGEST_SCALE = 8
 
-TrainingCrop = Literal["random", "center", "random_resized"]
+TrainingCrop = Literal["random", "center", "random_resized", "dall_e"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,10 @@ class ImagePipeline:
         if self.image_channels not in MODES:
             raise ValueError(f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
         if self.crop not in get_args(TrainingCrop):
-            raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center' or 'random_resized'")
+            raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center', 'random_resized' or 'dall_e'")
+        height, width = height_and_width(self.image_size)
+        if self.crop == "dall_e" and height != width:
+            raise ValueError(f"crop 'dall_e' cuts squares, and image_size is {[height, width]}")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
         if not self.minimum_crop <= self.maximum_crop <= 1:
@@ -143,6 +154,9 @@ class ImagePipeline:
                 area=self.crop_area,
                 aspect=self.crop_aspect,
             )
+        elif self.crop == "dall_e":
+            place = augmentation_uniforms(self.seed, epoch, f"place of {key}")
+            pixels = dall_e_crop(image, self.image_size, place)
         else:
             pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels

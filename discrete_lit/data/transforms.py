@@ -12,10 +12,10 @@ Decoding follows the rules that published figures were made with, unless one wou
   reduced by Pillow itself, which keeps the high byte.
 - Of an animation the first frame is taken.
 
-There are four crops: two random ones for training, drawn for the sample, of a resized image or of a random part of it;
-the centre, on which published figures are evaluated; and ten of one image. All but the random part, which is
-torchvision's as MaskBit uses it, shrink an image with ADM's filter, so that a tokenizer is trained on the pixels that
-it is measured on.
+There are five crops: three random ones for training, drawn for the sample, of a resized image, of a random part of it,
+or as DALL-E cuts; the centre, on which published figures are evaluated; and ten of one image. All but the random part,
+which is torchvision's as MaskBit uses it, and DALL-E's shrink an image with ADM's filter, so that a tokenizer is
+trained on the pixels that it is measured on.
 
 A size is the side of a square, or (height, width): then the image is scaled to cover that box, and cut to it.
 """
@@ -29,7 +29,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
-from discrete_lit.core.images import ImageSize, height_and_width
+from discrete_lit.core.images import ImageSize, height_and_width, normal_size
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -259,6 +259,41 @@ def random_resized_crop(
     height, width = height_and_width(size)
     left, top, wide, high = random_part(*image.size, draw, area=area, aspect=aspect)
     return _pixels(image.crop((left, top, left + wide, top + high)).resize((width, height), _BICUBIC))
+
+
+def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, float, float, float]) -> np.ndarray:
+    """Cut out the training crop of DALL-E's transformer, which VQ-Diffusion takes too.
+
+    The largest square of the image, at most 1/8 of what is left over away from its centre, is resized to between `size`
+    and 9/8 of it, but not enlarged beyond `size`; of that a random square is cut out (Ramesh et al., "Zero-Shot
+    Text-to-Image Generation", 2021, appendix B).
+
+    Args:
+        image: of any mode with 8 bits.
+        size: of the result in pixels; a square.
+        randomness: numbers in [0, 1) that decide, in order, the place of the largest square, the side that it is
+            resized to, the row and the column.
+
+    Returns:
+        uint8 `(H, W, C)`.
+
+    Raises:
+        ValueError: a size that is no square.
+    """
+    side, other = height_and_width(size)
+    if side != other:
+        raise ValueError(f"the crop 'dall_e' is a square, and image_size is {normal_size(size)}")
+    place, scale, row, column = randomness
+    shorter = min(image.size)
+    rest = max(image.size) - shorter
+    least, most = 3 * rest // 8, max(3 * rest // 8 + 1, 5 * rest // 8)  # `most` is not reached
+    start = least + int(place * (most - least))
+    left, top = (start, 0) if image.width > image.height else (0, start)
+    largest = max(min(shorter, round(9 / 8 * side)), side)
+    enlarged = side + int(scale * (largest - side + 1))
+    square = image.crop((left, top, left + shorter, top + shorter)).resize((enlarged, enlarged), _BICUBIC)
+    top, left = int(row * (enlarged - side + 1)), int(column * (enlarged - side + 1))
+    return _pixels(square)[top : top + side, left : left + side]
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:

@@ -253,12 +253,12 @@ def _check_arguments(
     num_reference: int | None,
     batch_size: int,
 ) -> None:
-    if not samples and held_out is None:
-        raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     if reconstructions and held_out is None:
         raise ValueError("reconstructions are made of the held-out images: give held_out")
     if likelihoods and held_out is None:
         raise ValueError("likelihoods are of the held-out images: give held_out")
+    if not samples and held_out is None:
+        raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     for setting, runs in (("samples", samples), ("reconstructions", reconstructions)):
         for (name, path), times in Counter((run.row, run.path) for run in runs).items():
             if times > 1:
