@@ -324,7 +324,7 @@ NONE = [
 ]
 
 
-def folder_case(name: str, craft: Callable[[Path], None], refused: str | None, **more: Any) -> Case:
+def folder_case(name: str, craft: Callable[[Path], Any], refused: str | None, **more: Any) -> Case:
     return Case(name=f"folder: {name}", craft=craft, read=lambda folder: read_folder(), refused=refused, **more)
 
 
