@@ -146,6 +146,23 @@ class Conversion:
     or begin with `backbone.` or `head.` where it has both."""
     tokenizer: "Conversion | None" = None
     """The conversion of the tokenizer in a generator's file, if there is one."""
+    encodes_only: bool = False
+    """Whether that tokenizer makes no images, so that one with the same codes may be given in its place."""
+    text: "TextPart | None" = None
+    """The text tokenizer that a generator reads prompts by; its file lies beside the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """What a published configuration says of the text tokenizer of a generator.
+
+    Attributes:
+        special: ids of `pad`, `begin` and `end`, or their tokens.
+        size: ids of the generator's embedding; the text tokenizer has no more.
+    """
+
+    special: Mapping[str, int | str]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -172,6 +189,10 @@ class Family:
     """The part of a published configuration with this model's arguments; None if all of it is about this model."""
     averages: Averages | None
     """The list of EMA weights that its files may hold beside the named ones; it is preferred."""
+    older: Sequence[tuple[str, str]]
+    """Beginnings of names in older files, and what they are now."""
+    reads_text: bool
+    """Whether a `tokenizer.json` lies beside its weights; `Settings.tokens` then has the ids of its tokens."""
 
     def lacks(self, names: State) -> list[str]:
         """Return the marks that do not hold."""
@@ -191,6 +212,8 @@ def register(
     wrappers: Sequence[str] = (),
     section: str | None = "vq_model",
     averages: Averages | None = None,
+    older: Sequence[tuple[str, str]] = (),
+    reads_text: bool = False,
 ) -> Callable[[Convert], Convert]:
     """Register a family: decorate its function from tensors and reference arguments to a `Conversion`."""
 
@@ -203,6 +226,8 @@ def register(
             wrappers=wrappers,
             section=section,
             averages=averages,
+            older=older,
+            reads_text=reads_text,
         )
         return convert
 
@@ -231,6 +256,9 @@ def recognise(family: Family, state: State) -> State:
     lacks = family.lacks(state)
     if not lacks:
         return state
+    renamed = State({_as_now(name, family.older): value for name, value in state.items()}, state.source)
+    if not family.lacks(renamed):
+        return renamed
     alike = [other.name for other in FAMILIES.values() if not other.lacks(state)]
     if not alike:
         part = part_of(state, [mark for mark in family.marks if not mark.startswith("!")])
@@ -239,6 +267,13 @@ def recognise(family: Family, state: State) -> State:
     guess = f"it looks like {' or '.join(alike)}" if alike else "it looks like none of the known families"
     what = "; ".join(f"has {mark[1:]!r}" if mark.startswith("!") else f"has no {mark!r}" for mark in lacks[:3])
     raise ValueError(f"{state.source!r} is no {family.name} checkpoint (it {what}): {guess}")
+
+
+def _as_now(name: str, older: Sequence[tuple[str, str]]) -> str:
+    for before, now in older:
+        if name.startswith(before):
+            return now + name.removeprefix(before)
+    return name
 
 
 _MOST_SHOWN = 5
@@ -270,7 +305,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
         if not missing:
             given = published[names[0]] if len(names) == 1 else torch.cat([published[key] for key in names])
             # A 1x1 convolution is a linear layer.
-            if given.dim() > value.dim() and given.shape == (*value.shape, *(1,) * (given.dim() - value.dim())):
+            longer, shorter = (given, value) if given.dim() > value.dim() else (value, given)
+            if longer.shape == (*shorter.shape, *(1,) * (longer.dim() - shorter.dim())):
                 given = given.reshape(value.shape)
             if given.is_floating_point() and not given.is_meta and not bool(given.isfinite().all()):
                 broken.append(" + ".join(names))

@@ -22,6 +22,7 @@ from helpers import (
     golden_text_diffusion,
     golden_tokenizers,
     golden_turns,
+    golden_unified,
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
@@ -37,12 +38,12 @@ KINDS = (
     golden_stacked,
     golden_replacing,
     golden_text_diffusion,
+    golden_unified,
 )
 SAMPLERS = (golden_decoding, golden_remasking)
 """Of families without a checkpoint: published algorithms on toy networks."""
 NOT_YET = (
-    *("chameleon", "emu3"),
-    *("encodec", "infinity", "janus", "llamagen_t2i"),
+    *("encodec", "infinity", "llamagen_t2i"),
     *("magvit2_video", "musicgen_decoder"),
     *("showo", "transfusion_mask"),
 )

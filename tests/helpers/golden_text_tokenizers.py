@@ -1,0 +1,25 @@
+"""The `tokenizer.json` of a golden case of a family that reads texts: the cases have none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+# Tokens that a published vocabulary has and a case's configuration does not name.
+_TOKENS = {
+    "emu3": {3: "<|image start|>", 7: "<|image token|>", 8: "<|extra_201|>", 9: "<|image end|>", 40: "4", 41: "*"},
+    "janus": {2: "<begin_of_image>", 4: "<end_of_image>"},
+    "chameleon": {},
+}
+
+
+def write_text_tokenizer(case: Any, folder: Path) -> None:
+    """Write the `tokenizer.json` of a case: its ids have names, which the case gives or we do."""
+    settings = case.constructor
+    names = {number: name for name, number in settings.get("vocabulary_map", {}).items()} | _TOKENS[case.family]
+    size = settings.get("text_config", settings)["vocab_size"]
+    vocabulary = {names.get(number, f"w{number}"): number for number in range(size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w10"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(made.to_str())))
