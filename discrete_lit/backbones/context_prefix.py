@@ -57,9 +57,7 @@ class ContextPrefix(nn.Module):
         texts = given.valid() if given.text_mask is None else given.text_mask
         missing = self.places - texts.shape[1]
         if missing < 0:
-            raise ValueError(
-                f"a text has {texts.shape[1]} vectors with its padding, the sequence begins with {self.places}"
-            )
+            raise ValueError(f"a text has {texts.shape[1]} vectors, and {self.places} stand in front of the sequence")
         order = texts.int().argsort(dim=1, stable=True)
         sorted_values = values.gather(1, order.view(*order.shape, *(1,) * (values.ndim - 2)).expand_as(values))
         return F.pad(sorted_values, (*(0, 0) * (values.ndim - 2), missing, 0))

@@ -47,8 +47,8 @@ def check_context_prefix(
         )
     if not class_alone or not plain:
         raise ValueError(
-            "context_prefix stands in place of the class in front of the sequence: it needs conditioning='prefix' without "
-            "registers, class_slots, class_repeats, visible_start, target_positions or position_instructions"
+            "context_prefix stands in front of the sequence in place of the class: it needs conditioning='prefix' "
+            "without registers, class_slots, class_repeats, visible_start, target_positions or position_instructions"
         )
 
 

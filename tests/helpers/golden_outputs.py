@@ -20,6 +20,7 @@ from helpers import (
     golden_replacing,
     golden_stacked,
     golden_text_diffusion,
+    golden_texts,
     golden_tokenizers,
     golden_turns,
     golden_unified,
@@ -38,12 +39,13 @@ KINDS = (
     golden_stacked,
     golden_replacing,
     golden_text_diffusion,
+    golden_texts,
     golden_unified,
 )
 SAMPLERS = (golden_decoding, golden_remasking)
 """Of families without a checkpoint: published algorithms on toy networks."""
 NOT_YET = (
-    *("encodec", "infinity", "llamagen_t2i"),
+    *("encodec", "infinity"),
     *("magvit2_video", "musicgen_decoder"),
     *("showo", "transfusion_mask"),
 )
