@@ -6,8 +6,8 @@ from typing import Any
 
 import tokenizers
 
-# Tokens that a published vocabulary has and a case's configuration does not name.
-_TOKENS = {
+TOKENS: dict[str, dict[int, str]] = {
+    # Tokens that a published vocabulary has and a case's configuration does not name.
     "emu3": {3: "<|image start|>", 7: "<|image token|>", 8: "<|extra_201|>", 9: "<|image end|>", 40: "4", 41: "*"},
     "janus": {2: "<begin_of_image>", 4: "<end_of_image>"},
     "chameleon": {},
@@ -17,9 +17,14 @@ _TOKENS = {
 def write_text_tokenizer(case: Any, folder: Path) -> None:
     """Write the `tokenizer.json` of a case: its ids have names, which the case gives or we do."""
     settings = case.constructor
-    names = {number: name for name, number in settings.get("vocabulary_map", {}).items()} | _TOKENS[case.family]
-    size = settings.get("text_config", settings)["vocab_size"]
-    vocabulary = {names.get(number, f"w{number}"): number for number in range(size)}
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w10"))
+    names = {number: name for name, number in settings.get("vocabulary_map", {}).items()} | TOKENS[case.family]
+    write_words(folder, names, settings.get("text_config", settings)["vocab_size"])
+
+
+def write_words(folder: Path, names: dict[int, str], size: int) -> None:
+    """Write a `tokenizer.json` of so many tokens of one character each, but for those that have names."""
+    vocabulary = {names.get(number, chr(0x4E00 + number)): number for number in range(size)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(made.to_str())))
