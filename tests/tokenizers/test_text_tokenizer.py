@@ -166,7 +166,7 @@ def test_a_padding_token_can_be_named() -> None:
 def test_begin_and_end_can_be_named() -> None:
     """As the configuration of a published model does, whose tokenizer.json puts none around a text."""
     text = published(pad="<pad>")
-    vocabulary = tokens_of(text)
+    vocabulary = text_tokenizer.tokens_of(text)
     made = TextTokenizer.with_special(text, {"pad": vocabulary["<pad>"], "begin": vocabulary["a"], "end": "b"})
     assert (made.begin_id, made.end_id) == (vocabulary["a"], vocabulary["b"])
     ids, lengths = made.encode(["no"], 9)
