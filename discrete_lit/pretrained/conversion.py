@@ -194,6 +194,13 @@ class Family:
     reads_text: bool
     """Whether a `tokenizer.json` lies beside its weights; `Settings.tokens` then has the ids of its tokens."""
 
+    def renamed(self, state: State) -> State:
+        """Give the tensors of an older file the names that they have now."""
+        if not self.older:
+            return state
+        names = {name: next(((a, b) for a, b in self.older if name.startswith(a)), ("", "")) for name in state}
+        return State({now + name.removeprefix(old): state[name] for name, (old, now) in names.items()}, state.source)
+
     def lacks(self, names: State) -> list[str]:
         """Return the marks that do not hold."""
         return [mark for mark in self.marks if (mark.lstrip("!") in names) == mark.startswith("!")]
@@ -256,10 +263,12 @@ def recognise(family: Family, state: State) -> State:
     lacks = family.lacks(state)
     if not lacks:
         return state
-    renamed = State({_as_now(name, family.older): value for name, value in state.items()}, state.source)
+    renamed = family.renamed(state)
     if not family.lacks(renamed):
         return renamed
-    alike = [other.name for other in FAMILIES.values() if not other.lacks(state)]
+    alike = [
+        other.name for other in FAMILIES.values() if not (other.lacks(state) and other.lacks(other.renamed(state)))
+    ]
     if not alike:
         part = part_of(state, [mark for mark in family.marks if not mark.startswith("!")])
         if part is not None and not family.lacks(part):
@@ -267,13 +276,6 @@ def recognise(family: Family, state: State) -> State:
     guess = f"it looks like {' or '.join(alike)}" if alike else "it looks like none of the known families"
     what = "; ".join(f"has {mark[1:]!r}" if mark.startswith("!") else f"has no {mark!r}" for mark in lacks[:3])
     raise ValueError(f"{state.source!r} is no {family.name} checkpoint (it {what}): {guess}")
-
-
-def _as_now(name: str, older: Sequence[tuple[str, str]]) -> str:
-    for before, now in older:
-        if name.startswith(before):
-            return now + name.removeprefix(before)
-    return name
 
 
 _MOST_SHOWN = 5
