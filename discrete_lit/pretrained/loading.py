@@ -57,6 +57,8 @@ def load_pretrained(
             not read; the tokenizer makes other tokens; or there is no `tokenizer.json`, or one of another vocabulary.
     """
     known = find_family(family)
+    if text_tokenizer is not None and not known.reads_text:
+        raise ValueError(f"family={family!r} reads no texts: give no text_tokenizer")
     folder = Path(weights)
     if reference_config is None and (folder / "config.json").is_file():
         reference_config = folder / "config.json"
@@ -64,8 +66,6 @@ def load_pretrained(
     settings = read_settings(reference_config, known.section)
     try:
         text_file = _text_file(text_tokenizer, folder) if known.reads_text else None
-        if text_file is None and text_tokenizer is not None:
-            raise ValueError(f"family={family!r} reads no texts: give no text_tokenizer")
         if text_file is not None:
             settings.tokens = tokens_of(text_file)
         conversion = known.convert(state, settings)
