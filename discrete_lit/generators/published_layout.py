@@ -8,7 +8,7 @@ from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Where ids stand in the vocabulary of a published model, of which its text tokenizer has a part.
+    """The ids of a published model: where those of text and image stand in the vocabulary that they share.
 
     Attributes:
         size: ids that text and image share. Those that the file of the text tokenizer does not have stand in no text.

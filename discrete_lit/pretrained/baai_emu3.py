@@ -46,7 +46,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
             f"reference_config has image_area={area}: accepted are squares whose side is a multiple of {factor}"
         )
     text = settings.section("text_config")
-    language = LlamaLayout(own, text, "model.text_model", heads=32, context=9216, rotary_base=1e6)
+    language = LlamaLayout(own, text, prefix="model.text_model", heads=32, context=9216, rotary_base=1e6)
     settings.without_effect(ABOUT_THE_FILE, *FILE_KEYS)
     settings.agree({"tie_word_embeddings": language.tied})
     if "<image>" in names:

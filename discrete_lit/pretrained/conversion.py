@@ -154,7 +154,7 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class TextPart:
-    """What a published configuration says of the text tokenizer of a generator.
+    """The text tokenizer of a generator, as its published configuration describes it.
 
     Attributes:
         special: ids of `pad`, `begin` and `end`, or their tokens.

@@ -46,7 +46,7 @@ def janus(state: State, settings: Settings) -> Conversion:
     tokenizer = _janus_tokenizer(first, settings.section("vq_config"))
     text = settings.section("text_config")
     language = LlamaLayout(
-        own, text, "model.language_model", heads=16, context=16384, rotary_base=10000.0, epsilon=1e-6
+        own, text, prefix="model.language_model", heads=16, context=16384, rotary_base=10000.0, epsilon=1e-6
     )
     settings.without_effect(ABOUT_THE_FILE, *FILE_KEYS)
     settings.without_effect("it marks where features stand", "image_token_id")

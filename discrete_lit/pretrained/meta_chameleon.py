@@ -43,7 +43,7 @@ def chameleon(state: State, settings: Settings) -> Conversion:
             f"the vocabulary names {len(image_ids)} codes of images and {state.source!r} has {codes}: give the "
             "vocabulary_map of its config.json as reference_config"
         )
-    language = LlamaLayout(own, settings, "model", heads=32, context=4096, rotary_base=10000.0)
+    language = LlamaLayout(own, settings, prefix="model", heads=32, context=4096, rotary_base=10000.0)
     settings.without_effect("the vocabulary says which", "bos_token_id", "eos_token_id", "pad_token_id")
     settings.without_effect("the published training was split so", "model_parallel_size")
     pad, begin, end, begins, ends = ids_of(names, "<pad>", "<s>", "</s>", "<racm3:break>", "<eoss>")

@@ -85,12 +85,12 @@ class Emu3Autoencoder(Autoencoder):
             latent_dim=code_dim,
             latent_kernel=None,
         )
-        self.halvings = nn.ModuleList(TimeConvolution(code_dim, code_dim, (4, 3, 3), stride=2) for _ in range(halvings))
+        self.halvings = nn.ModuleList(TimeConvolution(code_dim, (4, 3, 3), stride=2) for _ in range(halvings))
         self.encoder_time = nn.ModuleList(TimeBlock(code_dim) for _ in range(blocks))
-        self.to_latents = TimeConvolution(code_dim, code_dim, (3, 1, 1))
-        self.from_codes = TimeConvolution(code_dim, code_dim, (3, 1, 1))
+        self.to_latents = TimeConvolution(code_dim, (3, 1, 1))
+        self.from_codes = TimeConvolution(code_dim, (3, 1, 1))
         self.decoder_time = nn.ModuleList(TimeBlock(code_dim) for _ in range(blocks))
-        self.doublings = nn.ModuleList(TimeConvolution(code_dim, code_dim, (3, 3, 3)) for _ in range(halvings))
+        self.doublings = nn.ModuleList(TimeConvolution(code_dim, (3, 3, 3)) for _ in range(halvings))
         self.decoder = CodeNormDecoder(
             layers,
             code_dim=code_dim,
@@ -159,17 +159,17 @@ class TimeConvolution(nn.Module):
     """Convolve a clip; two frames of zeros stand before the first, none behind the last.
 
     Args:
-        channels, out_channels: widths.
+        channels: of what comes and goes.
         kernel: along time, height and width.
         stride: along time.
     """
 
-    def __init__(self, channels: int, out_channels: int, kernel: tuple[int, int, int], *, stride: int = 1) -> None:
+    def __init__(self, channels: int, kernel: tuple[int, int, int], *, stride: int = 1) -> None:
         super().__init__()
         self.padding = (*(side // 2 for side in (kernel[2], kernel[2], kernel[1], kernel[1])), 2, 0)
-        self.conv = nn.Conv3d(channels, out_channels, kernel, stride=(stride, 1, 1))
+        self.conv = nn.Conv3d(channels, channels, kernel, stride=(stride, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, T, h, w) -> (B, out, T / stride, h, w)
+    def forward(self, x: Tensor) -> Tensor:  # (B, c, T, h, w) -> (B, c, T / stride, h, w)
         return self.conv(F.pad(x, self.padding))
 
 
@@ -179,7 +179,7 @@ class TimeBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.BatchNorm3d(channels), nn.BatchNorm3d(channels)
-        self.conv1, self.conv2 = (TimeConvolution(channels, channels, (3, 3, 3)) for _ in range(2))
+        self.conv1, self.conv2 = (TimeConvolution(channels, (3, 3, 3)) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
