@@ -11,6 +11,7 @@ from discrete_lit.pretrained.llama_layout import (
     ids_of,
     image_tokenizer_apart,
     unified_conversion,
+    vocabulary_of,
 )
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
@@ -36,7 +37,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
     Images are squares of `image_area` pixels, 720 x 720 unless reference_config says otherwise.
     """
     own, first = image_tokenizer_apart(state)
-    names = dict(settings.tokens) | settings.table("vocabulary_map")
+    names = vocabulary_of(settings, "<|extra_200|>", "<|visual token 000000|>")
     tokenizer = _emu3_tokenizer(first, settings.section("vq_config"))
     codes = len(first["quantize.embedding.weight"])
     area, factor = settings.take("image_area", _EMU3_AREA), 2 ** (first.count("encoder.down_block.down.{}") - 1)
@@ -48,6 +49,9 @@ def emu3(state: State, settings: Settings) -> Conversion:
     text = settings.section("text_config")
     language = LlamaLayout(own, text, prefix="model.text_model", heads=32, context=9216, rotary_base=1e6)
     settings.without_effect(ABOUT_THE_FILE, *FILE_KEYS)
+    structure = ("boi_token_id", "eoi_token_id", "eof_token_id", "eol_token_id", "img_token_id")
+    for said in (settings, text):
+        said.without_effect("the tokenizer.json says which", *structure)
     settings.agree({"tie_word_embeddings": language.tied})
     if "<image>" in names:
         settings.agree({"image_token_id": names["<image>"]}, "the vocabulary has")

@@ -213,6 +213,25 @@ def ids_of(names: Mapping[str, int], *tokens: str) -> list[int]:
     return [names[token] for token in tokens]
 
 
+def vocabulary_of(settings: Settings, *tokens: str) -> dict[str, int]:
+    """Return the ids of all tokens by their names: those of the configuration, and of the `tokenizer.json`.
+
+    Args:
+        tokens: which both have alike.
+
+    Raises:
+        ValueError: the `tokenizer.json` lacks one of them, or has it elsewhere.
+    """
+    said = settings.table("vocabulary_map")
+    for token, found in zip(tokens, ids_of(settings.tokens, *tokens), strict=True):
+        if said.get(token, found) != found:
+            raise ValueError(
+                f"the tokenizer.json has {printable(token)!r} at {found} and the vocabulary_map of reference_config at "
+                f"{said[token]}: one is another model's"
+            )
+    return dict(settings.tokens) | said
+
+
 def head_number(settings: Settings, name: str, default: int, width: int) -> int:
     """Return a number of heads, which the tensors do not tell.
 

@@ -13,6 +13,7 @@ from discrete_lit.pretrained.llama_layout import (
     ids_of,
     image_tokenizer_apart,
     unified_conversion,
+    vocabulary_of,
 )
 from discrete_lit.pretrained.reading import State
 from discrete_lit.pretrained.settings import Settings
@@ -33,7 +34,8 @@ def chameleon(state: State, settings: Settings) -> Conversion:
     they stand in the order of their codes, and the rows of both tables with them.
     """
     own, first = image_tokenizer_apart(state)
-    names = settings.table("vocabulary_map") or dict(settings.tokens)
+    special = ("<pad>", "<s>", "</s>", "<racm3:break>", "<eoss>")
+    names = vocabulary_of(settings, *special, "IMGIMGAZ")
     image_ids = chameleon_codes(names)
     tokenizer = _chameleon_tokenizer(first, settings.section("vq_config"))
     codes, resolution = len(first["quantize.embedding.weight"]), settings.section("vq_config").take("resolution", 512)
@@ -46,7 +48,7 @@ def chameleon(state: State, settings: Settings) -> Conversion:
     language = LlamaLayout(own, settings, prefix="model", heads=32, context=4096, rotary_base=10000.0)
     settings.without_effect("the vocabulary says which", "bos_token_id", "eos_token_id", "pad_token_id")
     settings.without_effect("the published training was split so", "model_parallel_size")
-    pad, begin, end, begins, ends = ids_of(names, "<pad>", "<s>", "</s>", "<racm3:break>", "<eoss>")
+    pad, begin, end, begins, ends = ids_of(names, *special)
     if "<image>" in names:
         settings.agree({"image_token_id": names["<image>"]}, "the vocabulary has")
     least = min(image_ids)
@@ -108,6 +110,7 @@ def _chameleon_tokenizer(state: State, settings: Settings) -> Conversion:
     layout = ConvLayout()
     codebook_size, code_dim = state["quantize.embedding.weight"].shape
     network = layout.network(state, with_decoder=False)
+    settings.without_effect("the file has no decoder", "out_channels")
     agree_network(settings, network["init_args"], codebook_size, code_dim)
     resolution, named = settings.take("resolution", 512), settings.optional("attn_resolutions", list)  # type: ignore[type-var]
     found = network["init_args"]["attention"] or []
