@@ -41,7 +41,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
     tokenizer = _emu3_tokenizer(first, settings.section("vq_config"))
     codes = len(first["quantize.embedding.weight"])
     area, factor = settings.take("image_area", _EMU3_AREA), 2 ** (first.count("encoder.down_block.down.{}") - 1)
-    side = isqrt(area) // factor
+    side = isqrt(max(area, 0)) // factor
     if side < 1 or (side * factor) ** 2 != area:
         raise ValueError(
             f"reference_config has image_area={area}: accepted are squares whose side is a multiple of {factor}"
@@ -58,7 +58,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
     visual = ids_of(names, *(f"<|visual token {code:06d}|>" for code in range(codes)))
     if visual != list(range(visual[0], visual[0] + codes)):
         raise ValueError(
-            "the vocabulary has the codes of images in another order than their numbers, which is not read"
+            "vocabulary_map has the codes of images in another order than their numbers, which is not read"
         )
     begins, rows, row_end, frame_end, ends = ids_of(
         names, "<|image start|>", "<|image token|>", "<|extra_200|>", "<|extra_201|>", "<|image end|>"

@@ -39,7 +39,12 @@ def chameleon(state: State, settings: Settings) -> Conversion:
     image_ids = chameleon_codes(names)
     tokenizer = _chameleon_tokenizer(first, settings.section("vq_config"))
     codes, resolution = len(first["quantize.embedding.weight"]), settings.section("vq_config").take("resolution", 512)
-    side = resolution // 2 ** (ConvLayout().levels(first) - 1)
+    side, rest = divmod(resolution, 2 ** (ConvLayout().levels(first) - 1))
+    if side < 1 or rest:
+        raise ValueError(
+            f"reference_config has vq_config.resolution={resolution}: accepted are multiples of "
+            f"{2 ** (ConvLayout().levels(first) - 1)}"
+        )
     if len(image_ids) != codes:
         raise ValueError(
             f"the vocabulary names {len(image_ids)} codes of images and {state.source!r} has {codes}: give the "
@@ -101,7 +106,7 @@ def chameleon_codes(names: Mapping[str, int]) -> list[int]:
     if not ids or sorted(ids) != list(range(len(ids))) or found != list(range(found[0], found[0] + len(found))):
         raise ValueError(
             f"the vocabulary names {len(ids)} codes of images (IMGIMGAZ, ...), which are not all of a range: give the "
-            "config.json of the model as reference_config"
+            "vocabulary_map of the model's config.json as reference_config"
         )
     return [ids[code] for code in range(len(ids))]
 

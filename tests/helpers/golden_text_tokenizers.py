@@ -15,15 +15,27 @@ TOKENS: dict[str, dict[int, str]] = {
 
 
 def write_text_tokenizer(case: Any, folder: Path) -> None:
-    """Write the `tokenizer.json` of a case: its ids have names, which the case gives or we do."""
+    """Write the `tokenizer.json` of a case."""
+    _write(folder, words_of(case))
+
+
+def words_of(case: Any) -> dict[str, int]:
+    """The ids of a case's tokens, by names that the case gives, or we do."""
     settings = case.constructor
     names = {number: name for name, number in settings.get("vocabulary_map", {}).items()} | TOKENS[case.family]
-    write_words(folder, names, settings.get("text_config", settings)["vocab_size"])
+    return _words(names, settings.get("text_config", settings)["vocab_size"])
 
 
 def write_words(folder: Path, names: dict[int, str], size: int) -> None:
     """Write a `tokenizer.json` of so many tokens of one character each, but for those that have names."""
-    vocabulary = {names.get(number, chr(0x4E00 + number)): number for number in range(size)}
+    _write(folder, _words(names, size))
+
+
+def _words(names: dict[int, str], size: int) -> dict[str, int]:
+    return {names.get(number, chr(0x4E00 + number)): number for number in range(size)}
+
+
+def _write(folder: Path, vocabulary: dict[str, int]) -> None:
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=next(iter(vocabulary))))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     made.decoder = tokenizers.decoders.Fuse()
