@@ -5,10 +5,8 @@ as empty placeholders: `weights_only=True` stays on, and nothing of those packag
 """
 
 import json
-import pickle
 import pickletools
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from discrete_lit.core.bounded_reading import check_nesting
 from discrete_lit.core.files import check_published
 from discrete_lit.core.trust import printable
 from discrete_lit.pretrained.flax_files import is_flax, read_flax
@@ -139,6 +137,7 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
         content: Any = _read_shards(file)
     else:
         content = _read_file(file)
+    check_nesting(content, str(path))
     averaged = None if averages is None else _inside(content, averages.key)
     keys = list(dict.fromkeys((*wrappers, *_WRAPPERS)))
     while inner := [found for key in keys if _leads_to_tensors(found := _inside(content, key), keys)]:
@@ -290,8 +289,9 @@ def _named(averaged: Any, averages: Averages, tensors: Mapping[str, Tensor], sou
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(file)!r} is truncated or no safetensors file: {error}") from error
+    except Exception as error:  # an unknown type of numbers is a KeyError, a size beyond the memory another
+        reason = printable(error, limit=300) or type(error).__name__
+        raise ValueError(f"{str(file)!r} is truncated or no safetensors file: {reason}") from error
 
 
 def _read_torch(file: Path) -> Any:
@@ -310,7 +310,9 @@ def _read_torch(file: Path) -> Any:
         with torch.serialization.safe_globals([(_stand_in(name), name) for name in unknown]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other versions of the pickle protocol
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError, TypeError) as error:
+    except Exception as error:  # a broken file raises almost anything
+        if isinstance(error, ValueError) and str(file) in str(error):
+            raise
         reason = str(error).strip().splitlines()
         raise ValueError(
             f"{str(file)!r} cannot be read: it is truncated, or holds more than tensors and plain values "
