@@ -120,7 +120,7 @@ def _emu3_attention(ours: str, theirs: str, norm: str, *, norms: Rules) -> Rules
 
 def _emu3_rules() -> Rules:
     plain: Rules = (("{rest}", "{rest}"),)
-    rules = [CODES]
+    rules: list[tuple[str, str]] = [CODES]
     for half, levels, level, resample, norms in (
         ("encoder", "down_block.down", "level", "downsample", plain),
         ("decoder", "up_block.up", "mirror", "upsample", _EMU3_NORM),

@@ -68,7 +68,7 @@ class Emu3Autoencoder(Autoencoder):
         self.image_channels, self.frames = image_channels, frames
         self.downsampling = 2 ** (len(widths) - 1)
         self.pixels = "signed"
-        layers = Layers(dims=2, causal=False, norm_groups=norm_groups, bias=True, shortcut="input")
+        layers = Layers(dims=2, causal=False, norm_groups=norm_groups, bias=True, shortcut="input", dropout=0.0)
         halvings = frames.bit_length() - 1
         self.encoder = Encoder(
             layers,
