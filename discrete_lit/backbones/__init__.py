@@ -15,6 +15,7 @@ from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
 from discrete_lit.backbones.unet import UNet
+from discrete_lit.backbones.vision_encoder import VisionEncoder
 
 __all__ = [
     "Backbone",
@@ -44,5 +45,6 @@ __all__ = [
     "Transformer",
     "UNet",
     "VectorLayout",
+    "VisionEncoder",
     "ids_of_signs",
 ]

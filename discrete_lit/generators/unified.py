@@ -7,7 +7,7 @@ The sequence is made of segments (`discrete_lit.backbones.segments`), and the pu
 - Emu3 (Wang et al., "Next-Token Prediction is All You Need", 2024): `image_format="rows"`, the size in front of the
   image, and the end of a row behind each.
 - Janus (Wu et al., "Decoupling Visual Encoding", 2024): the backbone's `own_embeddings` and `own_heads`;
-  `null_text="padding"`.
+  `null_text="padding"`; a `vision` encoder reads the images that are to be described.
 - Transfusion (Zhou et al., "Predict the Next Token and Diffuse Images with One Multi-Modal Model", 2024): a continuous
   tokenizer; its latents are an island that sees itself both ways, and is drawn by flow matching.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble, pack
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
+from discrete_lit.backbones.vision_encoder import VisionEncoder
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
@@ -30,6 +31,7 @@ from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
+from discrete_lit.generators.published_layout import Vocabulary, published_layout
 from discrete_lit.generators.text_and_image import CaptionIds, read_captions, text_and_image_layout
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.metrics.binned_mean import BinnedMean
@@ -78,8 +80,10 @@ class Unified(ClassConditionalTraining):
             row.
         image_attention: of latents: whether they see each other both ways (Transfusion) or those before (JanusFlow).
         positions: how elements are counted, see `SegmentLayout`.
-        layout: in the place of the one that these settings make, for published models whose ids stand otherwise: a text
-            segment `"text"`, then an `"image"`.
+        layout: in the place of the one that these settings make: a text segment `"text"`, then an `"image"`.
+        vocabulary: where ids stand in the vocabulary of a published model; by default those of the text come first.
+        vision: reads the images that `caption` describes, in the place of their ids, of a vocabulary with `features`.
+            Its part of the model is loaded, not trained.
         softmax_over: in training: `"allowed"`, the ids that may stand in the place, which sampling draws from; or
             `"vocabulary"`, all (Chameleon).
         text_weight: of the ids of text in the mean.
@@ -119,6 +123,8 @@ class Unified(ClassConditionalTraining):
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
         positions: PositionCount = "sequence",
         layout: SegmentLayout | None = None,
+        vocabulary: Vocabulary | None = None,
+        vision: VisionEncoder | None = None,
         softmax_over: Literal["allowed", "vocabulary"] = "allowed",
         text_weight: float = 1.0,
         image_weight: float = 1.0,
@@ -152,8 +158,8 @@ class Unified(ClassConditionalTraining):
         self.caption_noise = caption_noise
         self.patches: Patches | None = None
         if isinstance(tokenizer, ContinuousTokenizer):
-            if image_format != "plain" or layout is not None:
-                raise ValueError("image_format and layout are of a tokenizer of ids, this one is continuous")
+            if image_format != "plain" or layout is not None or vocabulary is not None:
+                raise ValueError("image_format, layout, vocabulary are of a tokenizer of ids, this one is continuous")
             self.content = "latents"
             self.latent_shape = tuple(tokenizer.latent_shape(image_size))
             self.patches = Patches(self.latent_shape, patch_size)
@@ -161,6 +167,22 @@ class Unified(ClassConditionalTraining):
             if patch_size != 1:
                 raise ValueError(f"patch_size={patch_size} is of latents, this tokenizer makes ids")
             self.token_shape = tuple(tokenizer.token_shape(image_size))
+        if vocabulary is not None:
+            layout = published_layout(
+                vocabulary,
+                self.text,
+                text_length=self.text_length,
+                grid=self.token_shape,
+                codes=tokenizer.vocab_size,  # type: ignore[union-attr]
+                interleaved=order == "both",
+                rows=image_format == "rows",
+                text_weight=text_weight,
+                image_weight=image_weight,
+            )
+        features = None if vocabulary is None else vocabulary.features
+        if features != (None if vision is None else (vision.places, vision.width)):
+            raise ValueError(f"vision makes the features of a vocabulary, {features}: give both alike, or neither")
+        self.vision = None if vision is None else vision.eval().requires_grad_(False)
         self.layout = layout or text_and_image_layout(
             self.text,
             self.text_length,
@@ -174,7 +196,7 @@ class Unified(ClassConditionalTraining):
             text_weight=text_weight,
             image_weight=image_weight,
         )
-        if tuple(segment.name for segment in self.layout.segments) != ("text", "image"):
+        if tuple(segment.name for segment in self.layout.segments[:2]) != ("text", "image"):
             raise ValueError("the layout of a Unified has two segments, 'text' and 'image'")
         self.image: Segment = self.layout["image"]
         self.packed_length = packed_length
@@ -602,7 +624,7 @@ class Unified(ClassConditionalTraining):
         """Draw a text for each image.
 
         Args:
-            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`; of a model with `vision`, the images.
             sampler, seed, indices: as of `sample`.
 
         Raises:
@@ -613,14 +635,20 @@ class Unified(ClassConditionalTraining):
         sampler = sampler or self.sampler
         if sampler.contexts(("text",)) > 1:
             raise ValueError("captions are drawn without guidance: training never leaves out their image")
-        self._check_data(data)
         if indices is None:
             indices = torch.arange(len(data), device=data.device)
-        prompt = self.sequences(data, None, closed=False)
+        prompt = self.given_image(data)
         drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=("text",)).sequence
         number = torch.arange(drawn.ids.shape[1], device=drawn.ids.device)
         # Behind the last word stands the end of the text; what decoding reads ends there.
         return self.text.decode(drawn.ids.where(number < drawn.lengths()[:, None], self.text.pad_id))
+
+    def given_image(self, data: Tensor) -> SegmentSequence:
+        """Begin the sequences of given images, behind which a text follows; `data` as of `caption`."""
+        if self.vision is not None:
+            return assemble(self.grammar, [SegmentPart(segment="features", content=self.vision(data))], closed=False)
+        self._check_data(data)
+        return self.sequences(data, None, closed=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)

@@ -70,7 +70,7 @@ OPTIONS = {
         "num_samples",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
-    "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
+    "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
 
