@@ -10,6 +10,7 @@ class.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal, Self, cast
 
@@ -35,7 +36,8 @@ Exposure = Literal["none", "replace", "mixture"]
 class DisCon(ContinuousMasked):
     """Predict masked latents from the others, the class, and a grid of discrete tokens d of the same image.
 
-    A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`.
+    A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`. A text is read by a backbone
+    with a `context_dim`; a generator of d that reads texts must have the same `text_encoder`.
 
     Args:
         tokenizer, image_size, num_classes, backbone, head: as of `ContinuousMasked`; the backbone's `fusion` says how d
@@ -51,6 +53,9 @@ class DisCon(ContinuousMasked):
         ValueError: a setting out of its range; a generator of d of other images or classes; or a `fusion` that d does
             not allow: `"mix"` and `"add"` need a grid of d whose sides divide those of the places.
     """
+
+    # Without a text there is still d.
+    empty_text_is_null = False
 
     def __init__(
         self,
@@ -83,6 +88,12 @@ class DisCon(ContinuousMasked):
             )
         self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
+        if discrete.text_encoder is not None and (
+            self.text_encoder is None or discrete.text_encoder.fingerprint() != self.text_encoder.fingerprint()
+        ):
+            raise ValueError(
+                "the generator of d reads texts by another text_encoder than this DisCon: both are given the same vectors"
+            )
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
@@ -152,24 +163,32 @@ class DisCon(ContinuousMasked):
                 f'a batch holds {", ".join(map(str, batch))}: DisCon needs "image", or "latents" and "tokens" of '
                 "the same images"
             )
-        grid = self.aligned(tokens)
-        if self.training:
-            grid = self._exposed(grid, labels, random)
-        return Condition(labels=labels, grid=grid)
+        condition = Condition(labels=labels, grid=self.aligned(tokens), **self.context_of(batch))
+        return self._exposed(condition, random) if self.training else condition
 
-    def _exposed(self, grid: Tensor, labels: Tensor, random: CounterRandom) -> Tensor:
+    def _exposed(self, condition: Condition, random: CounterRandom) -> Condition:
         """Give what training sees in the place of the true d `(B, ids)`; a function of the samples alone."""
-        if self.exposure == "none" or self.exposure_probability == 0:
-            return grid
+        grid = condition.grid
+        if grid is None or self.exposure == "none" or self.exposure_probability == 0:
+            return condition
         if self.exposure == "replace":
             count = grid.shape[1]
             numbers = random.uniform(Purpose.EXPOSURE, 2 * count).view(len(grid), 2, count)
             others = (numbers[:, 1] * self.discrete.vocab_size).long()
-            return torch.where(numbers[:, 0] < self.exposure_probability, others, grid)
+            return replace(condition, grid=torch.where(numbers[:, 0] < self.exposure_probability, others, grid))
         chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
         with torch.no_grad():
-            drawn = self.discrete.draw(labels, random).tokens
-        return torch.where(chosen, self.aligned(drawn), grid)
+            drawn = self.discrete.draw(self._of_discrete(condition), random).tokens
+        return replace(condition, grid=torch.where(chosen, self.aligned(drawn), grid))
+
+    def _of_discrete(self, condition: Condition) -> Condition | Tensor:
+        """Give what the generator of d is given: the labels, and the vectors of a text where it reads them."""
+        if self.discrete.text_encoder is None:
+            return condition.labels
+        told = replace(condition, grid=None)
+        if self.num_classes == 1:  # no text is its null condition
+            told = replace(told, labels=torch.where(told.valid().any(dim=1), told.labels, self.num_classes))
+        return told
 
     # Sampling.
 
@@ -207,9 +226,9 @@ class DisCon(ContinuousMasked):
         if tokens is not None:
             grid = self.aligned(tokens)
         elif grid is None:
-            first = self.discrete.draw(condition.labels, random)
+            first = self.discrete.draw(self._of_discrete(condition), random)
             grid = self.aligned(first.tokens)
-        output = self.draw_given(Condition(labels=condition.labels.long(), grid=grid), random, sampler)
+        output = self.draw_given(replace(condition, labels=condition.labels.long(), grid=grid), random, sampler)
         if first is None:
             return output
         return SamplerOutput(

@@ -16,7 +16,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones.condition import Condition, check_parts
+from discrete_lit.backbones.condition import Condition, check_parts, plain
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -71,6 +71,8 @@ class ClassConditionalTraining(LightningModule, ABC):
     coordinate_name: str
     content = "tokens"
     """The name, in batches and of the arrays that `discrete-lit tokenize` makes, of what is modelled."""
+    empty_text_is_null: bool = True
+    """Whether an empty text is the null condition; not where a sample is given more than a class and a text."""
     reads_labels: bool = True
     """Whether the labels of data are looked at; False for a model of one class that any data will do for."""
     loss_weight: Tensor | float
@@ -160,30 +162,46 @@ class ClassConditionalTraining(LightningModule, ABC):
             ValueError: no labels, a part that is missing or that the backbone does not read, or ids out of range.
         """
         labels, vocab = self.labels_of(batch), getattr(self.backbone, "grid_vocab", None)
+        given = self.context_of(batch)
+        self._check_part(batch, "grid", vocab, given="grid" in batch)
+        if vocab is None:
+            return Condition(labels=labels, **given) if given else labels
+        grid = torch.as_tensor(batch["grid"]).flatten(1)
+        self._check_grid(grid)
+        condition = Condition(labels=labels, grid=grid, **given)
         dim = getattr(self.backbone, "context_dim", None)
-        parts = ("grid", "context", "context_mask")
-        given = {name: torch.as_tensor(batch[name]) for name in parts if name in batch}
+        check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
+        return replace(condition, grid=grid.long())
+
+    def context_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the vectors of a batch that the backbone attends to: `"context"` and, if they have one, its mask.
+
+        Raises:
+            ValueError: vectors, or captions to make them of, are missing, or the backbone does not read them.
+        """
+        given = {name: torch.as_tensor(batch[name]) for name in ("context", "context_mask") if name in batch}
         if self.text_encoder is not None and "context" not in given:
             if "caption" not in batch:
                 raise ValueError(
                     f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} "
-                    "reads: set data.init_args.captions, or make token arrays of data that has it"
+                    "reads: set data.init_args.captions, or make arrays of data that has it"
                 )
             given["context"], given["context_mask"] = self._encoded(batch["caption"])
-        for name, setting, size in (("grid", "grid_vocab", vocab), ("context", "context_dim", dim)):
-            if (name in given) != (size is not None):
-                raise ValueError(
-                    f'a batch holds {", ".join(map(str, batch))}, {"with a" if size is None else "and no"} "{name}"; '
-                    f"backbone.init_args.{setting} of this {type(self).__name__} is {size or 'not set'}"
-                )
-        if not given:
-            return labels
-        if "grid" in given:
-            given["grid"] = given["grid"].flatten(1)
-            self._check_grid(given["grid"])
-        condition = Condition(labels=labels, **given)
-        check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
-        return condition if condition.grid is None else replace(condition, grid=condition.grid.long())
+        dim = getattr(self.backbone, "context_dim", None)
+        self._check_part(batch, "context", dim, given="context" in given)
+        if given:
+            of_all = Condition(labels=torch.zeros(len(given["context"]), dtype=torch.int64), **given)
+            check_parts(of_all, places=0, grid_vocab=None, context_dim=dim)
+        return given
+
+    def _check_part(self, batch: dict[str, Any], name: str, size: int | None, *, given: bool) -> None:
+        """Raise a ValueError where a part of a condition is missing, or where the backbone does not read it."""
+        if given != (size is not None):
+            setting = {"grid": "grid_vocab", "context": "context_dim"}[name]
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))}, {"with a" if size is None else "and no"} "{name}"; '
+                f"backbone.init_args.{setting} of this {type(self).__name__} is {size or 'not set'}"
+            )
 
     def condition_of_texts(
         self, texts: Sequence[str], *, labels: Tensor | None = None, negative: Sequence[str] | None = None
@@ -192,7 +210,8 @@ class ClassConditionalTraining(LightningModule, ABC):
 
         Args:
             texts: B prompts; an empty one stands for none.
-            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text.
+            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text where that
+                is the null condition.
             negative: B texts that guidance leads away from; by default from no text at all.
 
         Raises:
@@ -205,9 +224,15 @@ class ClassConditionalTraining(LightningModule, ABC):
                     f"this {type(self).__name__} reads {self.num_classes} classes beside texts: give labels"
                 )
             # The null label stands beside no text, as it does where training dropped it.
-            labels = torch.where(mask.any(dim=1), 0, self.num_classes)
+            labels = torch.where(mask.any(dim=1) | (not self.empty_text_is_null), 0, self.num_classes)
         vectors, valid = (None, None) if negative is None else self._encoded(negative)
         return Condition(labels=labels, context=context, context_mask=mask, negative=vectors, negative_mask=valid)
+
+    def _empty_texts(self, condition: Any) -> Tensor | None:
+        """Say of which samples `(B,)` the text is empty, and with it the whole condition; None where it may not be."""
+        if self.text_encoder is None or self.num_classes > 1 or not self.empty_text_is_null:
+            return None
+        return ~condition.valid().any(dim=1)
 
     def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode texts for the backbone."""
@@ -304,8 +329,9 @@ class ClassConditionalTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
-        if self.text_encoder is not None and self.num_classes == 1:
-            dropped = dropped | ~condition.valid().any(dim=1)  # an empty text is none
+        empty = self._empty_texts(condition)
+        if empty is not None:
+            dropped = dropped | empty
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
@@ -333,9 +359,12 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
-        values, weights, coordinate = self.validation_losses(
-            self.data_of(batch, random), self.condition_of(batch, random), random
-        )
+        condition = self.condition_of(batch, random)
+        empty = self._empty_texts(condition)
+        if empty is not None:
+            null_id = getattr(self.backbone, "grid_vocab", None)
+            condition = condition.dropped(empty, null_label=self.num_classes, null_id=null_id)
+        values, weights, coordinate = self.validation_losses(self.data_of(batch, random), condition, random)
         self.profile.update(values, coordinate, weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -363,9 +392,11 @@ class ClassConditionalTraining(LightningModule, ABC):
         return {}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Sample images `(B, C, H, W)` in [-1, 1] for the labels of a batch, by this generator's seed."""
+        """Sample images `(B, C, H, W)` in [-1, 1] for the labels, and the texts, of a batch, by this generator's
+        seed."""
         indices = self.random_of(batch, batch_idx).indices
-        return self.tokenizer.decode(self.sample(self.labels_of(batch), seed=self.seed, indices=indices))
+        condition = plain(Condition(labels=self.labels_of(batch), **self.context_of(batch)))
+        return self.tokenizer.decode(self.sample(condition, seed=self.seed, indices=indices))
 
     # Modules, optimizers and checkpoints.
 
