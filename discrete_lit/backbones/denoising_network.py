@@ -155,8 +155,7 @@ class DenoisingNetwork(nn.Module, ABC):
             )
         if text_mask is not None and (text is None or text_mask.shape != text.shape[:2]):
             raise ValueError(
-                f"the text_mask is {tuple(text_mask.shape)} for a text of "
-                f"{None if text is None else tuple(text.shape)}"
+                f"the text_mask is {tuple(text_mask.shape)} for a text of {None if text is None else tuple(text.shape)}"
             )
 
 

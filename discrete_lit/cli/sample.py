@@ -136,7 +136,8 @@ def sample(
         image_size = normal_size(image_size)
     if image_size is not None and not makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
-    prompts = _prompts(generator, prompt, prompt_file, negative_prompt)
+    readers = [each for each in (generator, decoding) if each is not None and each.text_encoder is not None]
+    prompts = _prompts(readers, prompt, prompt_file, negative_prompt, of=type(generator).__name__)
     given = list(range(generator.num_classes)) if labels is None else labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
     if wrong or not given:
@@ -151,8 +152,10 @@ def sample(
         raise ValueError("graph=true is for labels; texts are drawn without one")
     if prompts:  # refuses a text that is too long before anything is drawn
         texts = [*prompts, negative_prompt or ""]
-        generator.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
-        if negative_prompt is not None and drawer.guidance_scale == 1:
+        for reader in readers:
+            reader.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
+        scales = [drawer.guidance_scale if reader is generator else reader.sampler.guidance_scale for reader in readers]
+        if negative_prompt is not None and all(scale == 1 for scale in scales):
             raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +200,10 @@ def sample(
             if decoding is None:
                 decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
             else:
+                texts = [prompts[index % len(prompts)] for index in indices.tolist()] if prompts else []
                 given = batch[0] if decoding.num_classes > 1 else None
+                if decoding.text_encoder is not None:
+                    given = _condition(decoding, batch[0], texts, negative_prompt)
                 decoded = decoding.decode(drawn.tokens, given, seed=seed, indices=batch[1])
             rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
@@ -258,9 +264,9 @@ def sample(
 
 
 def _prompts(
-    generator: Generator | LatentGenerator, prompt: list[str] | None, file: str | None, negative: str | None
+    readers: list[Any], prompt: list[str] | None, file: str | None, negative: str | None, *, of: str
 ) -> list[str]:
-    """The prompts that are cycled through; none for a generator of classes.
+    """The prompts that are cycled through; none for a generator of classes, and a decoder that reads no text.
 
     Raises:
         ValueError: prompts for a generator that reads no text, none for one that does, or both kinds of them.
@@ -270,11 +276,11 @@ def _prompts(
         for name, value in (("prompt", prompt), ("prompt_file", file), ("negative_prompt", negative))
         if value is not None
     ]
-    if generator.text_encoder is None:
+    if not readers:
         if given:
             raise ValueError(
-                f"{given[0]} is given, and this {type(generator).__name__} reads no text: it was trained without a "
-                "text_encoder. Draw from it by labels"
+                f"{given[0]} is given, and this {of} reads no text: it was trained without a text_encoder. Draw from "
+                "it by labels"
             )
         return []
     if prompt is not None and file is not None:
@@ -287,7 +293,7 @@ def _prompts(
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not prompts:
         raise ValueError(
-            f"this {type(generator).__name__} draws what a text says: give --prompt 'a text', several times for "
+            f"this {type(readers[0]).__name__} draws what a text says: give --prompt 'a text', several times for "
             "several, or a prompt_file with one on each line; '' stands for no text"
         )
     return prompts
@@ -297,7 +303,7 @@ def _condition(
     generator: Generator | LatentGenerator, labels: torch.Tensor, texts: list[str], negative: str | None
 ) -> Condition | torch.Tensor:
     """The condition of a batch: its labels, or these and its texts."""
-    if not texts:
+    if not texts or generator.text_encoder is None:
         return labels
     away = None if negative is None else [negative] * len(texts)
     classes = labels if generator.num_classes > 1 else None

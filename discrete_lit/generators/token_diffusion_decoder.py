@@ -309,7 +309,9 @@ class TokenDiffusionDecoder(LatentDiffusion):
         if labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         if self.backbone.context_dim is not None and as_condition(labels).context is None:
-            raise ValueError("this decoder reads a text for each of its images: give condition_of_texts of it as labels")
+            raise ValueError(
+                "this decoder reads a text for each of its images: give condition_of_texts of it as labels"
+            )
         return self.tokenizer.decode(self.draw(labels, CounterRandom(seed, indices), sampler, tokens=tokens).tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

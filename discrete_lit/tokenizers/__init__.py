@@ -9,6 +9,7 @@ from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
 from discrete_lit.tokenizers.text_encoder import (
     StaticTextEncoder,
+    T5TextEncoder,
     TextEncoder,
     TransformerTextEncoder,
     text_encoder_from_files,
@@ -51,6 +52,7 @@ __all__ = [
     "ProxyDecoder",
     "RawPixels",
     "StaticTextEncoder",
+    "T5TextEncoder",
     "TextEncoder",
     "TextTokenizer",
     "TiTok",
