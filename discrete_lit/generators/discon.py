@@ -92,7 +92,8 @@ class DisCon(ContinuousMasked):
             self.text_encoder is None or discrete.text_encoder.fingerprint() != self.text_encoder.fingerprint()
         ):
             raise ValueError(
-                "the generator of d reads texts by another text_encoder than this DisCon: both are given the same vectors"
+                "the generator of d reads texts by another text_encoder than this DisCon, and both are given the same "
+                "vectors"
             )
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure
