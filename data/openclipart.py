@@ -5,10 +5,10 @@ They are in the Debian and Ubuntu package openclipart-png (131 MB to fetch, publ
   apt-get install openclipart-png
   python data/openclipart.py --output shards/openclipart
 
-It need not be installed: `apt-get download openclipart-png`, then `dpkg -x openclipart-png_*.deb clipart`, and
-`--root clipart/usr/share/openclipart/png`. Captions are made of the names of files and folders: "seagull" and "seagull,
-animals, birds". A tenth of the drawings, by a hash of their names, are the test set. --leave_out '[shapes/stars]' leaves
-out 1,378 stars that a program drew. TIMES
+It need not be installed: `apt-get download openclipart-png`, then `dpkg -x openclipart-png_*.deb clipart`, and `--root
+clipart/usr/share/openclipart/png`. Captions are made of the names of files and folders: "seagull" and "seagull,
+animals, birds". A tenth of the drawings, by a hash of their names, are the test set. --leave_out '[shapes/stars]'
+leaves out 1,378 stars that a program drew. TIMES
 """
 
 import sys

@@ -221,8 +221,11 @@ class DiT(DenoisingNetwork):
     def _with_text(
         hidden: Tensor, rotary: Tensor | None, text: Tensor, visible: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Put the embedded text `(B, m, D)`, of which some is `visible (B, m)`, in front of the sequence: give that, its
-        rotations, and which elements are seen, `(B, 1, 1, m + n)`."""
+        """Put the embedded text `(B, m, D)`, of which some is `visible (B, m)`, in front of the sequence.
+
+        Returns:
+            The sequence, its rotations, and which elements are seen, `(B, 1, 1, m + n)`.
+        """
         if rotary is not None:
             rotary = torch.cat((rotary.new_tensor((1.0, 0.0)).expand(text.shape[1], *rotary.shape[1:]), rotary))
         seen = torch.cat((visible, visible.new_ones(hidden.shape[:2])), dim=1)

@@ -27,8 +27,8 @@ class UNet(DenoisingNetwork):
 
     By default it is LDM's of ImageNet (`cin256-v2`): spatial transformers, which read the class as a vector to attend
     to. ADM's has `attention_kind="self"`, `class_input="time"` and `modulation="scale_shift"`. A context grid is
-    stacked on to the input's channels, as in LDM's super-resolution; vectors, and those of a text, are attended to beside
-    the class.
+    stacked on to the input's channels, as in LDM's super-resolution; vectors, and those of a text as in LDM's
+    text-to-image, are attended to beside the class.
 
     Args:
         layout: the latents; a generator gives it.

@@ -88,12 +88,15 @@ class DisCon(ContinuousMasked):
             )
         self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
+        transforms = not (discrete.text_transformer is None and self.text_transformer is None)
         if discrete.text_encoder is not None and (
-            self.text_encoder is None or discrete.text_encoder.fingerprint() != self.text_encoder.fingerprint()
+            self.text_encoder is None
+            or transforms
+            or discrete.text_encoder.fingerprint() != self.text_encoder.fingerprint()
         ):
             raise ValueError(
-                "the generator of d reads texts by another text_encoder than this DisCon, and both are given the same "
-                "vectors"
+                "the generator of d reads texts by another text_encoder than this DisCon, or one of them by a "
+                "text_transformer; both are given the same vectors"
             )
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure

@@ -210,6 +210,10 @@ class LatentDiffusion(LatentGenerator):
         name = f"teacher={self.teacher!r}"
         if type(teacher) is not type(self):
             raise ValueError(f"{name} holds a {type(teacher).__name__}, not a {type(self).__name__}")
+        if self.text_transformer is not None or teacher.text_transformer is not None:
+            raise ValueError(
+                f"{name}: a text_transformer is not distilled; train both on the vectors of a text_encoder"
+            )
         if teacher.consistency is not None:
             raise ValueError(f"{name} holds a consistency function: give the model before it")
         for part, own, other in (

@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from discrete_lit.backbones.condition import Condition, check_parts, plain
+from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -58,9 +59,11 @@ class ClassConditionalTraining(LightningModule, ABC):
         seed: of corruption, orders, label dropout, and what a likelihood draws.
         text_encoder: frozen here; turns the `"caption"` of a batch into the `"context"` that a backbone with a
             `context_dim` attends to. A checkpoint carries it. With one class the labels of the data are not read.
+        text_transformer: trained with the backbone, between the text encoder and it: called with the encoder's width
+            and, of `TextIds`, its number of ids. The backbone then attends to what this makes.
 
     Raises:
-        ValueError: a probability outside [0, 1].
+        ValueError: a probability outside [0, 1], a text_transformer without a text_encoder, or ids without one.
     """
 
     # A generator sets these attributes and defines these methods.
@@ -106,6 +109,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         weight_decay_rule: WeightDecayRule = "linear",
         seed: int = 0,
         text_encoder: TextEncoder | None = None,
+        text_transformer: Callable[[int, int | None], TextTransformer] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -116,6 +120,16 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.seed = seed
         self.text_encoder = None if text_encoder is None else freeze(text_encoder)
+        if text_transformer is not None and text_encoder is None:
+            raise ValueError("text_transformer reads what a text_encoder makes of captions: give that too")
+        if text_transformer is None and text_encoder is not None and text_encoder.id_count is not None:
+            raise ValueError(
+                f"{type(text_encoder).__name__} makes ids, which a backbone cannot attend to: give a text_transformer, "
+                "which embeds them"
+            )
+        self.text_transformer: TextTransformer | None = None
+        if text_transformer is not None and text_encoder is not None:
+            self.text_transformer = text_transformer(text_encoder.dim, text_encoder.id_count)
         self.profile = BinnedMean(_PROFILE_BINS)
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
@@ -186,12 +200,17 @@ class ClassConditionalTraining(LightningModule, ABC):
                     f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} "
                     "reads: set data.init_args.captions, or make arrays of data that has it"
                 )
-            given["context"], given["context_mask"] = self._encoded(batch["caption"])
+            self._check_text_width()
+            given["context"], given["context_mask"] = self.text_encoder(batch["caption"])
         dim = getattr(self.backbone, "context_dim", None)
         self._check_part(batch, "context", dim, given="context" in given)
-        if given:
-            of_all = Condition(labels=torch.zeros(len(given["context"]), dtype=torch.int64), **given)
-            check_parts(of_all, places=0, grid_vocab=None, context_dim=dim)
+        if not given:
+            return given
+        read = dim if self.text_transformer is None or self.text_encoder is None else self.text_encoder.dim
+        of_all = Condition(labels=torch.zeros(len(given["context"]), dtype=torch.int64), **given)
+        check_parts(of_all, places=0, grid_vocab=None, context_dim=read)
+        if self.text_transformer is not None:
+            given["context"] = self.text_transformer(given["context"], given.get("context_mask"))
         return given
 
     def _check_part(self, batch: dict[str, Any], name: str, size: int | None, *, given: bool) -> None:
@@ -235,22 +254,26 @@ class ClassConditionalTraining(LightningModule, ABC):
         return ~condition.valid().any(dim=1)
 
     def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts for the backbone."""
+        """Encode texts for the backbone: the vectors that it attends to, and which of them are valid."""
         if self.text_encoder is None:
             raise ValueError(
                 f"this {type(self).__name__} reads no text: it was trained without a text_encoder, which a backbone "
                 "with a context_dim attends to"
             )
         self._check_text_width()
-        return self.text_encoder(texts)
+        vectors, valid = self.text_encoder(texts)
+        return vectors if self.text_transformer is None else self.text_transformer(vectors, valid), valid
 
     def _check_text_width(self) -> None:
-        """Raise a ValueError where the backbone does not read the vectors of the text encoder."""
+        """Raise a ValueError where the backbone does not read the vectors that are made of texts."""
         found = getattr(self.backbone, "context_dim", None)
-        if self.text_encoder is not None and found != self.text_encoder.dim:
+        maker, name, dim = self.text_encoder, "text_encoder", getattr(self.text_encoder, "dim", None)
+        if self.text_transformer is not None:
+            maker, name, dim = self.text_transformer, "text_transformer", self.text_transformer.width
+        if maker is not None and found != dim:
             raise ValueError(
-                f"backbone.init_args.context_dim is {found or 'not set'}, and the {type(self.text_encoder).__name__} "
-                f"of text_encoder makes vectors of {self.text_encoder.dim}: set it to that"
+                f"backbone.init_args.context_dim is {found or 'not set'}, and the {type(maker).__name__} of {name} "
+                f"makes vectors of {dim}: set it to that"
             )
 
     def _check_grid(self, grid: Tensor) -> None:
@@ -421,7 +444,8 @@ class ClassConditionalTraining(LightningModule, ABC):
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = self.device_mesh["data_parallel"]
-            for network in self.trained_networks():
+            of_text = [] if self.text_transformer is None else [self.text_transformer]
+            for network in (*self.trained_networks(), *of_text):
                 for block in network.fsdp_units():
                     fully_shard(block, mesh=mesh)
                 fully_shard(network, mesh=mesh)

@@ -11,6 +11,7 @@ from discrete_lit.tokenizers.text_encoder import (
     StaticTextEncoder,
     T5TextEncoder,
     TextEncoder,
+    TextIds,
     TransformerTextEncoder,
     text_encoder_from_files,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "StaticTextEncoder",
     "T5TextEncoder",
     "TextEncoder",
+    "TextIds",
     "TextTokenizer",
     "TiTok",
     "TiTokAutoencoder",

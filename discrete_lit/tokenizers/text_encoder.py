@@ -1,5 +1,6 @@
 """Frozen text encoders: captions to vectors that a generator attends to, the context of its `Condition`.
 
+- `TextIds`: the ids themselves, for a transformer that is trained with the generator.
 - `StaticTextEncoder`: one vector for each id, without any context, as WordLlama's table: the least that can do.
 - `TransformerTextEncoder`: BERT (Devlin et al. 2018), of which all-MiniLM-L6-v2 is one, and CLIP's text model (Radford
   et al. 2021), whose last hidden states Muse and Stable Diffusion read.
@@ -14,6 +15,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -41,9 +43,11 @@ class TextEncoder(Coder, ABC):
 
     Attributes:
         dim: E, the width of the vectors: `context_dim` of the backbone that reads them.
+        id_count: of an encoder that gives the ids of a text as they are, how many there are; None of vectors.
     """
 
     dim: int
+    id_count: int | None = None
     makes_images = False
 
     def __init__(self, text_tokenizer: TextTokenizer, *, length: int, too_long: TooLong) -> None:
@@ -79,7 +83,7 @@ class TextEncoder(Coder, ABC):
         Raises:
             ValueError: a text that is too long.
         """
-        device = next(self.parameters()).device
+        device = next(chain(self.parameters(), self.buffers())).device
         ids, lengths = self.text_tokenizer.encode(texts, self.length, too_long=self.too_long)
         empty = torch.tensor([not text.strip() for text in texts], dtype=torch.bool)
         mask = (torch.arange(self.length) < lengths[:, None]).to(device)
@@ -114,6 +118,27 @@ class StaticTextEncoder(TextEncoder):
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.embedding(ids)
+
+
+class TextIds(TextEncoder):
+    """Give the ids of a text themselves, for a `TextTransformer` that is trained to read them (Parti).
+
+    Args:
+        text_tokenizer: texts to ids.
+        length: M, ids of a text at most.
+        too_long: what becomes of longer texts.
+    """
+
+    device_of: Tensor
+
+    def __init__(self, text_tokenizer: TextTokenizer, *, length: int = 128, too_long: TooLong = "error") -> None:
+        super().__init__(text_tokenizer, length=length, too_long=too_long)
+        self.dim, self.id_count = 1, text_tokenizer.vocab_size
+        self.register_buffer("device_of", torch.zeros(0), persistent=False)
+        self.complete()
+
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return ids[..., None].float()
 
 
 class TransformerTextEncoder(TextEncoder):

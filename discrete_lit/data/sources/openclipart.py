@@ -15,7 +15,7 @@ from discrete_lit.data.sources.source import Entry, Source, file_change, key_fro
 
 _TEST_FRACTION = 0.1
 # A number at the end of a name, and what is empty there: `cello_mo_01`, `cone_`.
-_NUMBER = re.compile(r"\d*[a-z]?")
+_NUMBER = re.compile(r"(\d+[a-z]?)?")
 _BETWEEN_WORDS = re.compile(r"[\s_.,()-]+")
 
 
@@ -107,8 +107,8 @@ class OpenClipart(Source):
 def words_of(name: str, author: str) -> list[str]:
     """Split the name of a file into words, without the author, of whom it may have a beginning, and the number.
 
-    `cello_mo_01` of the author "mo" gives cello, `puntine_architetto_franc_01` of "Architetto Francesco" puntine. A name
-    of nothing else stays as it is.
+    `cello_mo_01` of the author "mo" gives cello, `puntine_architetto_franc_01` of "Architetto Francesco" puntine. A
+    name of nothing else stays as it is.
     """
     parts = name.split("_")
     while len(parts) > 1 and _NUMBER.fullmatch(parts[-1]):
