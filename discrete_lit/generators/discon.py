@@ -24,7 +24,7 @@ from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.continuous_masked import ContinuousMasked
-from discrete_lit.generators.generator import Generator
+from discrete_lit.generators.generator import Generator, check_same_texts, described_alone, told_to
 from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
@@ -88,16 +88,7 @@ class DisCon(ContinuousMasked):
             )
         self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
-        transforms = not (discrete.text_transformer is None and self.text_transformer is None)
-        if discrete.text_encoder is not None and (
-            self.text_encoder is None
-            or transforms
-            or discrete.text_encoder.fingerprint() != self.text_encoder.fingerprint()
-        ):
-            raise ValueError(
-                "the generator of d reads texts by another text_encoder than this DisCon, or one of them by a "
-                "text_transformer; both are given the same vectors"
-            )
+        check_same_texts(self, discrete)
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
@@ -128,10 +119,7 @@ class DisCon(ContinuousMasked):
         """Describe tokenizer and generator of d in the checkpoint, so that it loads without their files."""
         super().on_save_checkpoint(checkpoint)
         if self.discrete.hparams:
-            described, tokenizer = dict(self.discrete.hparams), self.discrete.tokenizer.hparams
-            if tokenizer:
-                described["init_args"] = {**described["init_args"], "tokenizer": dict(tokenizer)}
-            checkpoint["discrete_config"] = described
+            checkpoint["discrete_config"] = described_alone(self.discrete)
 
     def aligned(self, tokens: Tensor) -> Tensor:
         """Spread ids `(B, h, w)` over the places, `(B, N)`, each over the square of places that it stands for; ids of
@@ -182,17 +170,8 @@ class DisCon(ContinuousMasked):
             return replace(condition, grid=torch.where(numbers[:, 0] < self.exposure_probability, others, grid))
         chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
         with torch.no_grad():
-            drawn = self.discrete.draw(self._of_discrete(condition), random).tokens
+            drawn = self.discrete.draw(told_to(self.discrete, condition), random).tokens
         return replace(condition, grid=torch.where(chosen, self.aligned(drawn), grid))
-
-    def _of_discrete(self, condition: Condition) -> Condition | Tensor:
-        """Give what the generator of d is given: the labels, and the vectors of a text where it reads them."""
-        if self.discrete.text_encoder is None:
-            return condition.labels
-        told = replace(condition, grid=None)
-        if self.num_classes == 1:  # no text is its null condition
-            told = replace(told, labels=torch.where(told.valid().any(dim=1), told.labels, self.num_classes))
-        return told
 
     # Sampling.
 
@@ -230,7 +209,7 @@ class DisCon(ContinuousMasked):
         if tokens is not None:
             grid = self.aligned(tokens)
         elif grid is None:
-            first = self.discrete.draw(self._of_discrete(condition), random)
+            first = self.discrete.draw(told_to(self.discrete, condition), random)
             grid = self.aligned(first.tokens)
         output = self.draw_given(replace(condition, labels=condition.labels.long(), grid=grid), random, sampler)
         if first is None:
