@@ -312,6 +312,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "Transformer": SMALL_TRANSFORMER,
     "TextTransformer": {**SMALL_TRANSFORMER, "width": 4},
     "Masked": {"image_size": 8, "num_classes": 2},
+    "SuperResolution": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
     "NextScale": {"image_size": 8, "num_classes": 2},
     "DiscreteDiffusion": {"image_size": 8, "num_classes": 2},
@@ -353,6 +354,8 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
             settings.update(small_text_encoder(name))
         if "context_dim" in arguments:
             arguments["context_dim"] = 4
+        if "grid_vocab" in arguments:
+            arguments["grid_vocab"] = 16
         if "embedded_digits" in arguments:
             # Of the ids of `tokenizer_file`.
             arguments["embedded_digits"] = [4, 4]
@@ -396,6 +399,17 @@ def write_stages_before(model: dict[str, Any], folder: Path) -> None:
         arguments["first_stage"] = str(folder / "first.ckpt")
         parts = {key: arguments[key] for key in ("network", "quantizer")}
         save(instantiate(copy.deepcopy({**model, "init_args": parts})), folder / "first.ckpt")
+
+
+def write_base(model: dict[str, Any], file: Path) -> None:
+    """The checkpoint of the generator of the small images, of the same tokens and texts, which a second stage is given."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    arguments = copy.deepcopy({**model["init_args"], "optimizer": None, "scheduler": None})
+    arguments.pop("discrete")
+    arguments["backbone"]["init_args"].pop("grid_vocab")
+    save(instantiate({"class_path": "discrete_lit.generators.Masked", "init_args": arguments}), file)
+    model["init_args"]["discrete"]["init_args"]["checkpoint"] = str(file)
 
 
 @pytest.mark.parametrize("config", WHOLE)
@@ -455,6 +469,8 @@ def test_models_fit_reload_and_sample(
     shrink_model(settings["model"], files)
     if reads_text:
         settings["model"]["init_args"]["num_classes"] = 1
+    if kind == "SuperResolution":
+        write_base(settings["model"], tmp_path / "base.ckpt")
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)

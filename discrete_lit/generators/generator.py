@@ -159,9 +159,8 @@ class Generator(ClassConditionalTraining):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)
-        return self.tokenizer.decode(
-            self.sample(self.condition_of(batch, random), seed=self.seed, indices=random.indices)
-        )
+        condition = self.without_empty_texts(self.condition_of(batch, random))
+        return self.tokenizer.decode(self.sample(condition, seed=self.seed, indices=random.indices))
 
     # The sequence.
 

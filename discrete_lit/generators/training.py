@@ -253,6 +253,14 @@ class ClassConditionalTraining(LightningModule, ABC):
             return None
         return ~condition.valid().any(dim=1)
 
+    def without_empty_texts(self, condition: Any) -> Any:
+        """Give the condition in which the null one stands where a text is empty, as training drops it there."""
+        empty = self._empty_texts(condition)
+        if empty is None:
+            return condition
+        null_id = getattr(self.backbone, "grid_vocab", None)
+        return condition.dropped(empty, null_label=self.num_classes, null_id=null_id)
+
     def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Encode texts for the backbone: the vectors that it attends to, and which of them are valid."""
         if self.text_encoder is None:
@@ -382,11 +390,7 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
-        condition = self.condition_of(batch, random)
-        empty = self._empty_texts(condition)
-        if empty is not None:
-            null_id = getattr(self.backbone, "grid_vocab", None)
-            condition = condition.dropped(empty, null_label=self.num_classes, null_id=null_id)
+        condition = self.without_empty_texts(self.condition_of(batch, random))
         values, weights, coordinate = self.validation_losses(self.data_of(batch, random), condition, random)
         self.profile.update(values, coordinate, weights)
 
@@ -418,7 +422,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         """Sample images `(B, C, H, W)` in [-1, 1] for the labels, and the texts, of a batch, by this generator's
         seed."""
         indices = self.random_of(batch, batch_idx).indices
-        condition = plain(Condition(labels=self.labels_of(batch), **self.context_of(batch)))
+        told = Condition(labels=self.labels_of(batch), **self.context_of(batch))
+        condition = plain(self.without_empty_texts(told))
         return self.tokenizer.decode(self.sample(condition, seed=self.seed, indices=indices))
 
     # Modules, optimizers and checkpoints.

@@ -13,6 +13,7 @@ from discrete_lit.backbones import DiT, TextTransformer, Transformer
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.consistency import ConsistencyLoss
+from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.generators import LatentDiffusion, Masked
 from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.tokenizers import RawPixels, StaticTextEncoder, TextIds, TextTokenizer, TokenGrid
@@ -86,7 +87,7 @@ def test_a_generator_learns_the_order_of_words() -> None:
     assert generator.text_transformer is not None
     optimizer = torch.optim.Adam(generator.parameters(), lr=0.01)
     tokens, texts = torch.tensor([[1, 1], [2, 2]]).repeat(16, 1), ["ab", "ba"] * 16
-    for step in range(80):
+    for step in range(150):
         random = CounterRandom(step, torch.arange(32))
         condition = generator.condition_of({"tokens": tokens, "caption": texts}, random)
         loss, _ = generator.loss(tokens, condition, random)
@@ -165,6 +166,7 @@ def test_it_is_not_distilled() -> None:
         backbone=partial(DiT, width=16, depth=1, heads=2, context_dim=16),
         text_encoder=TextIds(WORDS, length=6),
         text_transformer=partial(TextTransformer, width=16, depth=1, heads=2),
+        denoiser=GaussianDenoiser(RectifiedPath(), prediction="velocity"),
         consistency=ConsistencyLoss,
         teacher="teacher.ckpt",
     )
