@@ -6,6 +6,8 @@ The files of lightning_configs/data are tested with the DataModules.
 import copy
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +290,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "TokenDiffusionHead": {"width": 16, "depth": 1},
     "ContinuousAutoregressive": {"image_size": 8, "num_classes": 2, "check_scale": False, "hidden_width": 16},
     "MARSampler": {"steps": 2},
+    "MaskGITSampler": {"steps": 4},
     "DimensionwiseSampler": {"steps": 2},
     "DiT": SMALL_TRANSFORMER,
     "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2, "head_dim": 2},
@@ -350,8 +353,10 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
                 arguments["z_channels"] = 4
         if name in ("MultiScaleVQ", "HybridVQ"):
             arguments["scales"] = [1, latent_side(arguments["network"])]
-        if name in ("text_encoder_from_files", "TextIds"):
-            settings.update(small_text_encoder(name))
+        if name == "text_encoder_from_files":
+            settings["init_args"] = tiny_text_encoder()
+        if name == "TextIds":
+            arguments.update(text_tokenizer=dict(text_ids().hparams)["init_args"]["text_tokenizer"], length=8)
         if "context_dim" in arguments:
             arguments["context_dim"] = 4
         if "grid_vocab" in arguments:
@@ -363,13 +368,24 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
         shrink_model(value, files)
 
 
-def small_text_encoder(name: str) -> dict[str, Any]:
-    """Characters, or a table of vectors of them in place of published files."""
-    from discrete_lit.tokenizers import StaticTextEncoder, TextIds, TextTokenizer
+@cache
+def tiny_text_encoder() -> dict[str, Any]:
+    """Files of a table of vectors of characters, for `text_encoder_from_files`."""
+    import torch
+    from safetensors.torch import save_file
 
-    words = TextTokenizer.characters("a 01")
-    made = TextIds(words, length=8) if name == "TextIds" else StaticTextEncoder(words, 4, length=8)
-    return dict(made.hparams)
+    folder, words = Path(tempfile.mkdtemp()), text_ids().text_tokenizer
+    save_file({"table": torch.randn(words.vocab_size, 4)}, folder / "table.safetensors")
+    (folder / "tokenizer.json").write_text(words.json, encoding="utf-8")
+    return {"weights": f"{folder}/table.safetensors", "tokenizer": f"{folder}/tokenizer.json", "length": 8}
+
+
+@cache
+def text_ids() -> Any:
+    """An encoder of the ids of characters."""
+    from discrete_lit.tokenizers import TextIds, TextTokenizer
+
+    return TextIds(TextTokenizer.characters("a 01"), length=8)
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -402,7 +418,7 @@ def write_stages_before(model: dict[str, Any], folder: Path) -> None:
 
 
 def write_base(model: dict[str, Any], file: Path) -> None:
-    """The checkpoint of the generator of the small images, of the same tokens and texts, which a second stage is given."""
+    """The checkpoint that a second stage is given: the generator of small images, of the same tokens and texts."""
     from discrete_lit.checkpoints import instantiate, save
 
     arguments = copy.deepcopy({**model["init_args"], "optimizer": None, "scheduler": None})

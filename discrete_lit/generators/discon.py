@@ -115,6 +115,11 @@ class DisCon(ContinuousMasked):
             self.discrete.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """Refuse a generator of d whose text encoder has other weights."""
+        super().setup(stage)
+        check_same_texts(self, self.discrete, weights=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe tokenizer and generator of d in the checkpoint, so that it loads without their files."""
         super().on_save_checkpoint(checkpoint)

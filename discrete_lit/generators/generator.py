@@ -359,16 +359,25 @@ def described_alone(generator: Generator) -> dict[str, Any]:
     return {**described, "init_args": {**described["init_args"], **known}}
 
 
-def check_same_texts(model: ClassConditionalTraining, discrete: Generator) -> None:
+def check_same_texts(model: ClassConditionalTraining, discrete: Generator, *, weights: bool = False) -> None:
     """Refuse a generator of tokens d that reads other vectors of a text than the model that is given d.
+
+    Args:
+        model: given d.
+        discrete: draws d.
+        weights: compare the weights of both text encoders too, which a model that is being loaded does not have yet.
 
     Raises:
         ValueError: another text encoder, none here, or a text transformer in one of the two.
     """
     if discrete.text_encoder is None:
         return
-    own, transforms = model.text_encoder, not (discrete.text_transformer is None and model.text_transformer is None)
-    if own is None or transforms or discrete.text_encoder.fingerprint() != own.fingerprint():
+    transforms = not (discrete.text_transformer is None and model.text_transformer is None)
+    own, other = (
+        None if encoder is None else encoder.fingerprint() if weights else encoder.hparams
+        for encoder in (model.text_encoder, discrete.text_encoder)
+    )
+    if transforms or own != other:
         raise ValueError(
             f"the generator of d reads texts by another text_encoder than this {type(model).__name__}, or one of them "
             "by a text_transformer; both are given the same vectors"

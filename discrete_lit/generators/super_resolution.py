@@ -74,6 +74,11 @@ class SuperResolution(Masked):
             self.discrete.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """Refuse a generator of d whose text encoder has other weights."""
+        super().setup(stage)
+        check_same_texts(self, self.discrete, weights=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe the generator of the small images in the checkpoint, so that it loads without its file."""
         super().on_save_checkpoint(checkpoint)

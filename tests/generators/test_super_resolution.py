@@ -1,4 +1,4 @@
-"""SuperResolution: what the small image decides, texts of both stages, its checkpoint without other files, bad input."""
+"""SuperResolution: what the small image decides, texts of both stages, one checkpoint of both, bad input."""
 
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Masked, SuperResolution
+from discrete_lit.generators.generator import check_same_texts
 from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer, TokenGrid
 from discrete_lit.tokenizers.pixels import PixelLevels
@@ -74,6 +75,7 @@ def test_it_trains_on_the_small_image_of_its_own() -> None:
     condition = made.condition_of({"image": images, "index": torch.arange(3)}, random)
     small = made.discrete.tokenizer.encode(made._small(images))
     assert condition.grid is not None and torch.equal(condition.grid, made.aligned(small))
+    made.log_dict = lambda *_, **__: None  # there is no trainer
     loss = made.training_step({"image": images, "index": torch.arange(3)}, 0)
     loss.backward()
     assert all(value.grad is None for value in made.discrete.parameters())
@@ -139,7 +141,10 @@ def test_a_checkpoint_has_both_stages_and_their_texts(tmp_path: Path) -> None:
     }
     made: Any = instantiate(second)
     randomise(made.backbone, 0.5)
+    with pytest.raises(ValueError, match="reads texts by another text_encoder"):
+        check_same_texts(made, made.discrete, weights=True)
     made.text_encoder.load_state_dict(made.discrete.text_encoder.state_dict())
+    check_same_texts(made, made.discrete, weights=True)
     save(made, tmp_path / "second.ckpt")
     (tmp_path / "first.ckpt").unlink()
     again: Any = discrete_lit.load(tmp_path / "second.ckpt")
