@@ -25,7 +25,8 @@ class OpenClipart(Source):
     Captions are made of the names of file and folders, "ice cream cone" and "ice cream cone, food, desserts". The name
     of the author, which ends most names of files, cut off anywhere, is left out by what the picture says of its author.
     A tenth of the drawings, by a hash of caption and author, are the test set, so that the numbered variations of one
-    drawing are in one split. Links, by which the package shows a drawing in several folders, are left out.
+    drawing are in one split. Left out are links, by which the package shows a drawing in several folders, and pictures
+    of more pixels than Pillow opens.
     Source: https://openclipart.org (public domain), in the Debian and Ubuntu package openclipart-png.
 
     Args:
@@ -70,6 +71,8 @@ class OpenClipart(Source):
             if any(path.is_relative_to(one) for one in without) or len(name.parts) < 2:
                 continue
             author = _author(path)
+            if author is None:
+                continue
             title = " ".join(words_of(path.stem, author))
             if (_fraction(f"{title} by {author}") < _TEST_FRACTION) == (split == "test"):
                 self._paths.append(path)
@@ -123,11 +126,13 @@ def words_of(name: str, author: str) -> list[str]:
     return found or [name.lower()]
 
 
-def _author(path: Path) -> str:
-    """The author as the picture names them; none where it is no PNG or names nobody."""
+def _author(path: Path) -> str | None:
+    """The author as the picture names them, "" where it names nobody; None of a picture that is too large to open."""
     try:
         with Image.open(path) as picture:
             texts = picture.text if isinstance(picture, PngImagePlugin.PngImageFile) else {}
+    except Image.DecompressionBombError:
+        return None
     except (OSError, ValueError):  # its reading says so later
         return ""
     return str(texts.get("Author", "")).partition("(")[0]
