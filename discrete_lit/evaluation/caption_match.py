@@ -10,7 +10,7 @@ from discrete_lit.data.transforms import UndecodableImage
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionMatch:
-    """How many of the captions of a file are exactly those of their images.
+    """Count the captions of a file that are exactly those of their images.
 
     Attributes:
         source: the file.
