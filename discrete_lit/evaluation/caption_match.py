@@ -1,9 +1,9 @@
 """Captions that a model wrote of images, compared with those that lie beside the images."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.transforms import UndecodableImage
 
@@ -41,10 +41,7 @@ def match_captions(file: str, name: str = "captions") -> CaptionMatch:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"{name}={file!r}: no such file; `discrete-lit caption` writes one")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}={file!r} is no JSON: {error}") from error
+    content = read_json(path)
     written = content.get("captions") if isinstance(content, dict) else None
     if not isinstance(written, dict) or not written or not all(isinstance(text, str) for text in written.values()):
         raise ValueError(f'{name}={file!r} holds no "captions", a text by the path of each image')

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from discrete_lit.core.bounded_reading import parse_json, read_text
 from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256
 from discrete_lit.core.images import ImageSize
 from discrete_lit.evaluation.image_sets import NpzImages
@@ -60,7 +61,7 @@ def read_prompts(file: str) -> Prompts:
     path = Path(file).expanduser()
     if not path.is_file():
         raise ValueError(f"prompt_file={file!r}: no such file; it has a prompt on each line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     if path.suffix != ".jsonl":
         texts = tuple(line for line in lines if line)
         return Prompts(texts=texts)
@@ -69,10 +70,7 @@ def read_prompts(file: str) -> Prompts:
 
 
 def _metadata(line: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is no JSON: {error}") from error
+    found = parse_json(line, where)
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise ValueError(f'{where} is no object with a text "prompt", as GenEval\'s: {line[:100]}')
     return found

@@ -11,7 +11,6 @@
 and the text tokenizer.
 """
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.checkpoints import record_config
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer, TooLong
 from discrete_lit.tokenizers.tokenizer import Coder
 
@@ -392,10 +392,9 @@ def text_encoder_from_files(
     else:
         if not path.is_file():
             raise ValueError(f"there is no {path}: give the config.json that belongs to weights={weights!r} as config")
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config={str(path)!r} is not JSON: {error}") from error
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"config={str(path)!r} holds a {type(settings).__name__}, not settings")
         read = _t5 if settings.get("model_type") in ("t5", "mt5") else _transformer
         encoder = read(settings, state, text_tokenizer, source=weights, common=common)
     found = encoder.fingerprint()
@@ -414,7 +413,7 @@ def _tensors(weights: str) -> dict[str, Tensor]:
             unread = ("decoder.", "lm_head.")
             names = [name for name in file.keys() if not (name.endswith("position_ids") or name.startswith(unread))]
             return {name: file.get_tensor(name).float() for name in names}
-    except SafetensorError as error:
+    except Exception as error:  # an unknown type of numbers is a KeyError, a size beyond the memory another
         raise ValueError(f"weights={weights!r} is no safetensors file: {error}") from error
 
 

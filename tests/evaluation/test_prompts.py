@@ -103,7 +103,7 @@ def test_samples_lie_as_the_evaluator_of_geneval_reads_them(checkpoint: str, tmp
     [
         (GENEVAL, 5, "num_samples=5 does not fit 2 prompts: some would have 2 samples and others 3"),
         (({"tag": "colors"},), 2, r"line 1 is no object with a text \"prompt\""),
-        ((GENEVAL[0], "{"), 2, "line 2 is no JSON"),
+        ((GENEVAL[0], "{"), 2, "line 2 is not JSON"),
         ((), 2, "draws what a text says"),
     ],
 )
@@ -297,7 +297,7 @@ def test_captions_are_exact_or_not(captioned: str, evaluated: dict[str, Any], ca
 
 def test_captions_that_cannot_be_compared(captioned: str, tmp_path: Path) -> None:
     for content, message in (
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ('{"captions": {}}', 'holds no "captions"'),
         ('{"captions": {"a.png": 3}}', 'holds no "captions"'),
         ("[]", 'holds no "captions"'),
