@@ -9,8 +9,6 @@ of Euler over latents of 4 x 32 x 32, by attention, and with the text in front o
 text's vectors are there, as those of a frozen encoder that was run once. Attention to a text is two matrix products
 more for each token beside the six of its block's attention and MLP, so that the time that the same operations take is
 the floor: the ratio of the operations of both is printed beside that of their times. Arms take turns.
-
-RESULTS
 """
 
 import argparse

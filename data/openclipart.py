@@ -1,4 +1,4 @@
-"""Turn the Open Clip Art Library into shards: 6,900 drawings in 22 classes, each with two captions.
+"""Turn the Open Clip Art Library into shards: some 6,900 drawings in 22 classes, each with two captions.
 
 They are in the Debian and Ubuntu package openclipart-png (131 MB to fetch, public domain):
 
@@ -8,7 +8,7 @@ They are in the Debian and Ubuntu package openclipart-png (131 MB to fetch, publ
 It need not be installed: `apt-get download openclipart-png`, then `dpkg -x openclipart-png_*.deb clipart`, and `--root
 clipart/usr/share/openclipart/png`. Captions are made of the names of files and folders: "seagull" and "seagull,
 animals, birds". A tenth of the drawings, by a hash of their names, are the test set. --leave_out '[shapes/stars]'
-leaves out 1,378 stars that a program drew. TIMES
+leaves out 1,378 stars that a program drew.
 """
 
 import sys
