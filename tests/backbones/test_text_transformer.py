@@ -19,6 +19,7 @@ from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.tokenizers import RawPixels, StaticTextEncoder, TextIds, TextTokenizer, TokenGrid
 
 WORDS = TextTokenizer.characters("ab ")
+NO_RANDOM: Any = None
 KINDS = pytest.mark.parametrize("vocab_size", [None, 7])
 
 
@@ -147,7 +148,7 @@ def test_a_checkpoint_has_it(tmp_path: Path) -> None:
         ),
         (
             lambda: masked(StaticTextEncoder(WORDS, 5, length=6)).condition_of(
-                {"tokens": torch.zeros(1, 2, dtype=torch.int64), "context": torch.zeros(1, 6, 16)}, None
+                {"tokens": torch.zeros(1, 2, dtype=torch.int64), "context": torch.zeros(1, 6, 16)}, NO_RANDOM
             ),
             r"attends to vectors \(B, M, 5\)",
         ),

@@ -109,9 +109,9 @@ def made_of(family: str, encoder: StaticTextEncoder | None, *, spread: float | N
     build, sampler = FAMILIES[family]
     torch.manual_seed(1)
     made = build(encoder, sampler=sampler(), **{"num_classes": 1, "label_dropout": 0.5, **settings})
-    networks = (*made.trained_networks(), *([made.discrete.backbone] if family == "DisCon" else []))
-    for network in networks if spread is not None else ():
-        randomise(network, spread)
+    if spread is not None:
+        for network in (*made.trained_networks(), *([made.discrete.backbone] if family == "DisCon" else [])):
+            randomise(network, spread)
     return made.eval()
 
 

@@ -22,6 +22,9 @@ from discrete_lit.tokenizers.pixels import PixelLevels
 WORDS = StaticTextEncoder(TextTokenizer.characters("ab "), 4, length=6)
 
 
+NO_RANDOM: Any = None
+
+
 def network(**settings: Any) -> Any:
     return partial(Transformer, width=16, depth=1, heads=2, **settings)
 
@@ -162,7 +165,7 @@ def test_a_checkpoint_has_both_stages_and_their_texts(tmp_path: Path) -> None:
         (lambda: large(None, base(WORDS)), "reads texts by another text_encoder"),
         (lambda: large().aligned(torch.zeros(1, 4, 4)), r"are ids \(2, 2\) each, got torch.float32 \(4, 4\)"),
         (
-            lambda: large().condition_of({"tokens": torch.zeros(1, 4, 4).long()}, None),
+            lambda: large().condition_of({"tokens": torch.zeros(1, 4, 4).long()}, NO_RANDOM),
             'SuperResolution needs "image", or "tokens" and the "grid"',
         ),
     ],
