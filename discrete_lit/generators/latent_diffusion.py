@@ -205,7 +205,8 @@ class LatentDiffusion(LatentGenerator):
         """Refuse to distil what does not model these latents by undoing this noise.
 
         Raises:
-            ValueError: another kind of model, other latents or classes, another path, or a consistency function.
+            ValueError: another kind of model, other latents or classes, another path or prediction, or a consistency
+                function.
         """
         name = f"teacher={self.teacher!r}"
         if type(teacher) is not type(self):
@@ -222,6 +223,7 @@ class LatentDiffusion(LatentGenerator):
             ("tokenizer", self.tokenizer.fingerprint(), teacher.tokenizer.fingerprint()),
             ("text encoder", *(each.text_encoder and each.text_encoder.fingerprint() for each in (self, teacher))),
             ("path; alpha and sigma", _law(self.denoiser.path), _law(teacher.denoiser.path)),
+            ("prediction", self.denoiser.prediction, teacher.denoiser.prediction),  # its weights are the first ones
         ):
             if own != other:
                 raise ValueError(f"{name} has another {part}: {other}, and this model {own}")
