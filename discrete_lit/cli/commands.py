@@ -200,7 +200,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
-    arguments = gathered(arguments, "--prompt") if name == "sample" else arguments
+    arguments = gathered(arguments, "--prompt") if name in ("sample", "sweep") else arguments
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]

@@ -20,12 +20,13 @@ from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
-from discrete_lit.core.bounded_reading import read_json, read_text
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.evaluation.prompts import GENEVAL_FOLDER, chosen_prompts, write_geneval
 from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder
 from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
@@ -79,7 +80,8 @@ def sample(
             each prefix is balanced. `num_classes` stands for no class.
         prompt: texts to cycle through in the same way, for a generator with a text encoder; repeat the option for
             several. Each begins a row of the grid, and "" stands for no text.
-        prompt_file: a file with a prompt on each line, in place of `prompt`.
+        prompt_file: a file with a prompt on each line, in place of `prompt`. Of a `.jsonl` of GenEval's objects, its
+            `evaluation_metadata.jsonl`, the images are written in `output/geneval` too, as its evaluator reads them.
         negative_prompt: what guidance leads away from, in place of no text.
         sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
             `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler`
@@ -108,10 +110,10 @@ def sample(
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, prompts for a generator without text or none for one that reads them,
-            a sampler of ids for latents or the other way round, a label that is
-            no number or out of range, num_samples or image_size below 1, an image size for text, a graph on another
-            device than CUDA's or of latents, or a decoder of other tokens than the generator's.
+        ValueError: not a generator's checkpoint; prompts for a generator without text, none for one that reads them, or
+            a num_samples that does not have as many of each of GenEval's; a sampler of ids for latents or the other way
+            round; a label that is no number or out of range, num_samples or image_size below 1, an image size for text,
+            a graph on another device than CUDA's or of latents, or a decoder of other tokens than the generator's.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator):
@@ -138,7 +140,12 @@ def sample(
         image_size = normal_size(image_size)
     if image_size is not None and not makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
-    prompts = _prompts(generator, prompt, prompt_file, negative_prompt)
+    readers = [each for each in (generator, decoding) if each is not None and each.text_encoder is not None]
+    prompts = chosen_prompts(readers[0] if readers else generator, prompt, prompt_file, negative_prompt)
+    if prompts is not None and prompts.metadata is not None:
+        prompts.check_count(num_samples, "num_samples")
+        if not makes_images:
+            raise ValueError(f"prompt_file={prompt_file!r} has GenEval's objects, and this generator makes no images")
     given = list(range(generator.num_classes)) if labels is None else labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
     if wrong or not given:
@@ -152,9 +159,11 @@ def sample(
     if prompts and graph is True:
         raise ValueError("graph=true is for labels; texts are drawn without one")
     if prompts:  # refuses a text that is too long before anything is drawn
-        texts = [*prompts, negative_prompt or ""]
-        generator.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
-        if negative_prompt is not None and drawer.guidance_scale == 1:
+        texts = [*prompts.texts, negative_prompt or ""]
+        for reader in readers:
+            reader.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
+        scales = [drawer.guidance_scale if reader is generator else reader.sampler.guidance_scale for reader in readers]
+        if negative_prompt is not None and all(scale == 1 for scale in scales):
             raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +199,7 @@ def sample(
         with torch.inference_mode(), fabric.autocast():
             batch = cycle[indices % len(cycle)].to(fabric.device), indices.to(fabric.device)
             if graphed is None:
-                texts = [prompts[index % len(prompts)] for index in indices.tolist()] if prompts else []
+                texts = [] if prompts is None else prompts.of(indices.tolist())
                 condition = _condition(generator, batch[0], texts, negative_prompt)
                 drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer)
             else:
@@ -200,7 +209,10 @@ def sample(
             if decoding is None:
                 decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
             else:
+                texts = [] if prompts is None else prompts.of(indices.tolist())
                 given = batch[0] if decoding.num_classes > 1 else None
+                if decoding.text_encoder is not None:
+                    given = _condition(decoding, batch[0], texts, negative_prompt)
                 decoded = decoding.decode(drawn.tokens, given, seed=seed, indices=batch[1])
             rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
@@ -223,7 +235,7 @@ def sample(
         "sampler": describe(drawer),
         "num_samples": num_samples,
         "labels": labels,
-        "prompts": prompts or None,
+        "prompts": None if prompts is None else list(prompts.texts),
         "negative_prompt": negative_prompt,
         "num_classes": generator.num_classes,
         "seed": seed,
@@ -255,6 +267,8 @@ def sample(
             np.resize(cycle.numpy(), num_samples),
             {**run, **starts},
         )
+        if prompts is not None and prompts.metadata is not None:
+            write_geneval(folder / GENEVAL_FOLDER, np.load(rows_path, mmap_mode="r"), prompts)
         rows_path.unlink()
     fabric.barrier()
     return run
@@ -267,47 +281,11 @@ def _check_room(output: str, num_samples: int) -> None:
         raise ValueError(f"num_samples is {num_samples:,}, and {there} has {free:,} bytes of free space")
 
 
-def _prompts(
-    generator: Generator | LatentGenerator, prompt: list[str] | None, file: str | None, negative: str | None
-) -> list[str]:
-    """The prompts that are cycled through; none for a generator of classes.
-
-    Raises:
-        ValueError: prompts for a generator that reads no text, none for one that does, or both kinds of them.
-    """
-    given = [
-        name
-        for name, value in (("prompt", prompt), ("prompt_file", file), ("negative_prompt", negative))
-        if value is not None
-    ]
-    if generator.text_encoder is None:
-        if given:
-            raise ValueError(
-                f"{given[0]} is given, and this {type(generator).__name__} reads no text: it was trained without a "
-                "text_encoder. Draw from it by labels"
-            )
-        return []
-    if prompt is not None and file is not None:
-        raise ValueError("prompt and prompt_file are given: take one of them")
-    prompts = prompt or []
-    if file is not None:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise ValueError(f"prompt_file={file!r}: no such file; it has a prompt on each line")
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(
-            f"this {type(generator).__name__} draws what a text says: give --prompt 'a text', several times for "
-            "several, or a prompt_file with one on each line; '' stands for no text"
-        )
-    return prompts
-
-
 def _condition(
     generator: Generator | LatentGenerator, labels: torch.Tensor, texts: list[str], negative: str | None
 ) -> Condition | torch.Tensor:
     """The condition of a batch: its labels, or these and its texts."""
-    if not texts:
+    if not texts or generator.text_encoder is None:
         return labels
     away = None if negative is None else [negative] * len(texts)
     classes = labels if generator.num_classes > 1 else None

@@ -55,7 +55,7 @@ OPTIONS = {
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
-    | {"perturbed", "perturbed_neighbours"},
+    | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
@@ -68,6 +68,10 @@ OPTIONS = {
         "evaluations",
         "sampler",
         "num_samples",
+        "prompt",
+        "prompt_file",
+        "negative_prompt",
+        "classifier",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
