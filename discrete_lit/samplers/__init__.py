@@ -75,6 +75,7 @@ AnySampler = (
     | NextCellSampler
     | DimensionwiseSampler
     | HybridScaleSampler
+    | SegmentSampler
 )
 """Any class that draws from a generator: of ids the first, of vectors the others."""
 

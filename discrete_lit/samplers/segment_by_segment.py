@@ -5,7 +5,8 @@ others have no probability. Where one id alone may stand, it is written without 
 different places of their sequences: each has its own length in the cache, and waits where the others draw vectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
 from discrete_lit.diffusion.solvers import Euler, Solver
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import guide, guide_twice
+from discrete_lit.samplers.sampler import SamplerOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,17 @@ class SegmentOutput:
     """Network evaluations for each sample; those of a guided step count one by one."""
     sequential_passes: int
     """Passes that follow one another."""
+    count_flops: Callable[[], int]
+    """Counts the floating-point operations of the network for each sample, when it is asked."""
+
+    def costing(self, tokens: Tensor) -> SamplerOutput:
+        """Give what a part of the sequence, such as its image `(B, ...)`, cost: all of it."""
+        return SamplerOutput(
+            tokens=tokens,
+            network_calls=self.network_calls,
+            sequential_passes=self.sequential_passes,
+            count_flops=self.count_flops,
+        )
 
 
 class SegmentSampler:
@@ -94,6 +107,11 @@ class SegmentSampler:
     def __init__(self, settings: Mapping[str, DrawSettings] | None = None, *, solver: Solver | None = None) -> None:
         self.settings = dict(settings or {})
         self.solver = solver or Euler(30)
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of images, 1 where they are drawn without."""
+        return self.of("image").guidance_scale
 
     def of(self, segment: str) -> DrawSettings:
         """Give the settings of a segment."""
@@ -112,6 +130,7 @@ class SegmentSampler:
         *,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None = None,
+        stream: int = 0,
     ) -> SegmentOutput:
         """Draw behind prompts until their sequences leave the segments that are drawn, or end.
 
@@ -122,6 +141,7 @@ class SegmentSampler:
             random: one stream for each sequence; it alone decides what is drawn.
             segments: names of the segments that are drawn; others may not begin.
             denoiser: reads what the network says of vectors.
+            stream: of the random numbers of ids; two draws of one sequence need two.
 
         Raises:
             ValueError: settings of segments that the layout does not have, prompts that do not fit, or a sequence for
@@ -136,7 +156,10 @@ class SegmentSampler:
         if self.contexts(segments) > len(prompts):
             raise ValueError(f"guidance needs {self.contexts(segments)} prompts for each sample, got {len(prompts)}")
         with evaluation_mode(network), checked_at_the_end():
-            return _Draw(self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser).output()
+            draw = _Draw(
+                self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser, stream=stream
+            )
+            return draw.output()
 
 
 _PLAIN = DrawSettings()
@@ -154,14 +177,18 @@ class _Draw:
         random: CounterRandom,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None,
+        stream: int,
     ) -> None:
         self.sampler, self.network, self.grammar = sampler, network, network.grammar
         self.layout, self.random, self.denoiser = network.layout, random, denoiser
         self.contexts, self.batch = len(prompts), len(prompts[0])
-        self.passes = self.islands = 0
+        self.islands = 0
+        # How many elements each pass read, and how many they attended to; and how many logits were made.
+        self.made: Counter[tuple[int, int]] = Counter()
+        self.logits = 0
         self.drawn = [segment.name in segments for segment in self.layout.segments]
         self.forbidden = self.grammar.forbidden_events(segments)
-        self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length)
+        self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length, stream)
         self.columns = Columns(self.grammar, self.batch, device=prompts[0].ids.device)
         self._read(_stacked(prompts, self.grammar.done))
 
@@ -175,7 +202,7 @@ class _Draw:
         room = max(counts) + self.layout.length - min(counts[: self.batch]) + longest
         self.cache: RaggedCache = self.network.new_cache(len(prompts), room)
         hidden = self.network(prompts, self.cache)
-        self.passes += 1
+        self.made[prompts.ids.shape[1], prompts.ids.shape[1]] += 1
         _, then = coordinates_of(grammar, prompts.states, origin=self.cache.origin)
         if min(counts) == max(counts):
             self.cache.advance(counts[0], then)
@@ -199,11 +226,17 @@ class _Draw:
         if state is None:
             while self._step_apart():
                 pass
+        passes = self.made.total()
         return SegmentOutput(
             sequence=self.columns.joined(),
-            network_calls=self.contexts * self.passes,
-            sequential_passes=self.passes,
+            network_calls=self.contexts * passes,
+            sequential_passes=passes,
+            count_flops=self._flops,
         )
+
+    def _flops(self) -> int:
+        passes = sum(times * self.network.flops(*shape) for shape, times in self.made.items())
+        return self.contexts * (passes + 2 * self.network.width * self.logits)
 
     def _is_drawn(self, state: int) -> bool:
         number = self.grammar.segment_numbers[state]
@@ -225,6 +258,7 @@ class _Draw:
             self._feed()
             name = self.layout.segments[segment].name
             logits = self.network.logits(self.hidden, number).chunk(self.contexts)
+            self.logits += len(ids)
             drawn = grammar.ids_of(number)[self._choose(name, logits)]
         self._write(drawn, torch.full_like(drawn, state), None)
         return grammar.following[state]
@@ -254,6 +288,7 @@ class _Draw:
             raise ValueError("a prompt leaves no room for the end of its sequence: give a shorter one")
         hidden = self.hidden.chunk(self.contexts)
         logits = [self.network.logits_in(self.states, each) for each in hidden]
+        self.logits += self.layout.vocab_size
         drawn = torch.zeros_like(self.states)
         for number, segment in enumerate(self.layout.segments):
             rows = [
@@ -319,8 +354,8 @@ class _Draw:
             vectors={name: self._rows(values) for name, values in (vectors or {}).items()},
             times=None if times is None else self._rows(times),
         )
+        self.made[states.shape[1], self.cache.reach + states.shape[1]] += 1
         hidden = self.network(sequence, self.cache)
-        self.passes += 1
         if kept:
             _, then = coordinates_of(self.grammar, states, origin=self.cache.origin)
             if where is None:
