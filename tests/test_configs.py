@@ -50,6 +50,23 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def captioned_shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images with captions, which have a thought."""
+    from discrete_lit.data.captions import Captions
+    from discrete_lit.data.shard_writer import write_shards
+    from discrete_lit.data.sources import ClassFolders
+
+    root = tmp_path_factory.mktemp("captioned_shards")
+    for file in images.rglob("*.png"):
+        copy_of = root / "images" / file.relative_to(images)
+        copy_of.parent.mkdir(parents=True, exist_ok=True)
+        copy_of.write_bytes(file.read_bytes())
+        copy_of.with_suffix(".txt").write_text(f"a {int(file.stem) % 2}=1\n")
+    write_shards(ClassFolders(str(root / "images"), captions=Captions()), str(root / "train"), split="train")
+    return root / "train"
+
+
+@pytest.fixture(scope="module")
 def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer: 8x8 images to 4x4 tokens of 16 ids."""
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"), "FSQ", {"levels": [4, 4]})
@@ -280,6 +297,8 @@ SMALL: dict[str, dict[str, Any]] = {
         "image_size": 32,
     },
     "Transformer": SMALL_TRANSFORMER,
+    "SegmentTransformer": SMALL_TRANSFORMER,
+    "Unified": {"image_size": 8},
     "Masked": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
     "NextScale": {"image_size": 8, "num_classes": 2},
@@ -320,6 +339,8 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
             arguments["scales"] = [1, latent_side(arguments["network"])]
         if name == "text_encoder_from_files":
             settings.update(small_text_encoder())
+        if name == "TextTokenizer":
+            settings.update(small_text_tokenizer())
         if "context_dim" in arguments:
             arguments["context_dim"] = 4
         if "embedded_digits" in arguments:
@@ -334,6 +355,13 @@ def small_text_encoder() -> dict[str, Any]:
     from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer
 
     return dict(StaticTextEncoder(TextTokenizer.characters("a 01"), 4, length=8).hparams)
+
+
+def small_text_tokenizer() -> dict[str, Any]:
+    """Characters, in place of a vocabulary that a command learns."""
+    from discrete_lit.tokenizers import TextTokenizer
+
+    return TextTokenizer.characters("a 01=").config()
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -370,6 +398,7 @@ def test_models_fit_reload_and_sample(
     config: str,
     images: Path,
     shards: Path,
+    captioned_shards: Path,
     tokens: Path,
     captioned_tokens: Path,
     multi_scale_tokens: Path,
@@ -399,10 +428,12 @@ def test_models_fit_reload_and_sample(
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
-    reads_text = "text_encoder" in settings["model"]["init_args"]
+    encodes_text = "text_encoder" in settings["model"]["init_args"]
+    reads_text = encodes_text or kind == "Unified"
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
-    folders = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
+    own_shards = captioned_shards if reads_text else shards
+    folders = {"ImageShards": own_shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
     shrink_data(settings["data"], folders, image_size=8 if is_generator else 32)
     if is_generator and "image_channels" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["image_channels"] = 3  # of the tiny tokenizers
@@ -412,7 +443,7 @@ def test_models_fit_reload_and_sample(
         "generator_from_checkpoint": discrete_file,
     }
     shrink_model(settings["model"], files)
-    if reads_text:
+    if encodes_text:
         settings["model"]["init_args"]["num_classes"] = 1
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")

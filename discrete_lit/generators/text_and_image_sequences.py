@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from discrete_lit.backbones.segment_grammar import SegmentGrammar
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble
@@ -188,14 +189,18 @@ class TextAndImageSequences(ClassConditionalTraining):
         ids = sequence.ids.where(inside, self.text.pad_id).gather(1, order)
         return CaptionIds(ids[:, : self.layout[segment].positions], inside.sum(dim=1))
 
-    def _padded(self, captions: CaptionIds) -> Tensor:
-        """The ids `(B, L)` of captions, padding behind each, as the text tokenizer decodes them."""
-        number = torch.arange(captions.ids.shape[1], device=captions.ids.device)
-        return captions.ids.where(number < captions.lengths[:, None], self.text.pad_id)
-
     def texts_of(self, captions: CaptionIds) -> list[str]:
         """Decode captions, or thoughts, to B strings."""
-        return self.text.decode(self._padded(captions))
+        return self.text.decode(self._padded(captions, captions.ids.shape[1]))
+
+    def thought_rows(self, thoughts: CaptionIds) -> Tensor:
+        """Give ids `(B, thought_length - 2)` of thoughts, padding behind each, as the text tokenizer decodes them."""
+        return self._padded(thoughts, self.layout["thought"].positions)
+
+    def _padded(self, captions: CaptionIds, length: int) -> Tensor:
+        ids = F.pad(captions.ids, (0, length - captions.ids.shape[1]))
+        number = torch.arange(length, device=ids.device)
+        return ids.where(number < captions.lengths[:, None], self.text.pad_id)
 
     def check_data(self, data: Tensor) -> None:
         vectors = self.patches is not None

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators.segment_losses import id_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
 from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
@@ -244,6 +245,155 @@ def test_guidance_reads_the_null_caption() -> None:
     assert padded.null_captions(texts).ids.eq(0).all() and torch.equal(
         padded.null_captions(texts).lengths, texts.lengths
     )
+
+
+# --- Thoughts ---
+
+
+def thinking(**settings: Any) -> Unified:
+    """A model whose captions are "black=white", say: a word that is asked, and one that is thought."""
+    return unified(order="text_first", thought_length=4, **settings)
+
+
+def test_a_thought_is_drawn_by_its_probabilities_and_shown() -> None:
+    """Of each of the seven thoughts of at most two words, by the likelihood that a sequence with it has."""
+    generator = thinking()
+    asked = generator.captions_of(["white"] * 7, thoughts=EVERY_TEXT)
+    sequence = generator.sequences(torch.tensor([[[0, 1]]]).expand(7, 1, 2), asked)
+    owners: list[tuple[str, Tensor]] = []
+    losses = id_losses(
+        generator.backbone, sequence, generator.backbone(sequence), softmax_over="allowed", owners=owners
+    )["thought"]
+    owner = torch.cat([each for name, each in owners if name == "thought"])
+    expected = torch.zeros(7, dtype=torch.float64).index_add(0, owner, -losses.values).exp()
+    torch.testing.assert_close(expected.sum().item(), 1.0)
+    thoughts = generator.think(generator.captions_of(["white"] * 4000))
+    found = torch.tensor([thoughts.count(text) for text in EVERY_TEXT]) / 4000
+    assert (found - expected).abs().sum() < 0.08
+
+
+@pytest.mark.parametrize("make", [thinking, partial(thinking, tokenizer=RawPixels(1), image_size=[2, 2])])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_picture_is_the_same_after_its_thought_drawn_or_given(make: Callable[..., Unified], scale: float) -> None:
+    generator, sampler = make(), SegmentSampler({"image": DrawSettings(guidance_scale=scale)})
+    prompts = ["black", "white", "", "black white"] * 3
+    random = CounterRandom(5, torch.arange(12))
+    drawn = generator.draw(generator.captions_of(prompts), random, sampler)
+    thoughts = generator.texts_of(drawn.thoughts)
+    assert thoughts == generator.think(generator.captions_of(prompts), sampler, seed=5) and len(set(thoughts)) > 2
+    given = generator.draw(generator.captions_of(prompts, thoughts=thoughts), random, sampler)
+    torch.testing.assert_close(given.tokens, drawn.tokens)
+    assert given.network_calls < drawn.network_calls and given.flops < drawn.flops
+    others = ["white" if text != "white" else "black" for text in thoughts]
+    assert not torch.equal(
+        generator.sample(generator.captions_of(prompts, thoughts=others), sampler, seed=5), drawn.tokens
+    )
+
+
+def test_the_image_is_learned_through_its_thought() -> None:
+    """The thought says which pixel is bright, and the caption nothing."""
+    generator = thinking(spread=None, backbone=partial(SegmentTransformer, width=32, depth=2, heads=2)).float().train()
+    optimizer = torch.optim.AdamW(generator.backbone.parameters(), lr=5e-3)
+    for step in range(60):
+        bright = torch.randint(0, 2, (32,))
+        batch = {"tokens": F.one_hot(bright, 2)[:, None], "caption": [f"black={WORDS[number]}" for number in bright]}
+        random = CounterRandom(0, 32 * step + torch.arange(32))
+        optimizer.zero_grad()
+        generator.loss(generator.data_of(batch, random), generator.condition_of(batch, random), random)[0].backward()
+        optimizer.step()
+    generator.eval()
+    thoughts = ["black", "white"] * 8
+    drawn = generator.sample(generator.captions_of(["black"] * 16, thoughts=thoughts))
+    assert drawn[:, 0].argmax(dim=1).tolist() == [0, 1] * 8
+    assert set(generator.think(generator.captions_of(["black"] * 40))) == {"black", "white"}
+
+
+def test_a_dropped_caption_takes_its_thought_along() -> None:
+    generator = thinking(text_weight=0.0)
+    images, _ = batch_of(generator, 4)
+    losses = [
+        generator.segment_losses(
+            images,
+            generator.captions_of(["black"] * 4, thoughts=[thought] * 4),
+            CounterRandom(0, torch.arange(4)),
+            dropped=torch.ones(4, dtype=torch.bool),
+        )
+        for thought in ("black", "white white")
+    ]
+    torch.testing.assert_close(losses[0]["image"].values, losses[1]["image"].values)
+    assert len(losses[0]["text"].values) == len(losses[0]["thought"].values) == 0
+
+
+def test_a_prompt_without_weight_is_logged_and_does_not_train() -> None:
+    generator = thinking(text_weight=0.0)
+    images, _ = batch_of(generator, 4)
+    captions = generator.captions_of(["black"] * 4, thoughts=["white"] * 4)
+    loss, terms = generator.loss(images, captions)
+    counts = {"thought": 8, "image": 8}
+    expected = sum(counts[name] * terms[f"loss_of/{name}"] for name in counts) / 16
+    torch.testing.assert_close(loss, expected.to(loss.dtype))
+    assert terms["loss_of/text"] > 0
+
+
+def test_guidance_leads_away_from_a_negative_text() -> None:
+    generator = unified()
+    sampler = SegmentSampler({"image": DrawSettings(guidance_scale=0.0)})
+    away = generator.condition_of_texts(["white"] * 8, negative=["black"] * 8)
+    black = generator.condition_of_texts(["black"] * 8)
+    assert torch.equal(generator.sample(away, sampler), generator.sample(black))
+    assert not torch.equal(
+        generator.sample(generator.condition_of_texts(["white"] * 8), sampler), generator.sample(black)
+    )
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: unified(thought_length=4), "set order='text_first'"),
+        (lambda: thinking(thought_length=2), "thought_length=2 leaves no room"),
+        (lambda: unified().captions_of(["black"], thoughts=["white"]), "trained without a thought_length"),
+        (lambda: thinking().captions_of(["black"], thoughts=["white"] * 2), "1 texts and 2 thoughts"),
+        (lambda: thinking().captions_of(["black"], thoughts=["white " * 3]), "model.init_args.thought_length"),
+        (lambda: unified().captions_of(["white " * 3]), "model.init_args.text_length"),
+        (lambda: thinking().condition_of_texts(["black=white"]), "give the thought by itself"),
+        (lambda: unified().think(unified().captions_of(["black"])), "has no thoughts"),
+        (
+            lambda: thinking().sample(
+                thinking().captions_of(["black"]), SegmentSampler({"thought": DrawSettings(guidance_scale=2)})
+            ),
+            "thoughts are drawn without guidance",
+        ),
+    ],
+)  # fmt: skip
+def test_thoughts_that_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_training_needs_the_thought_of_each_caption() -> None:
+    generator, random = thinking(), CounterRandom(0, torch.arange(4))
+    for batch, message in (
+        ({"tokens": EVERY_IMAGE, "caption": ["black=white"] * 3 + ["white"]}, "caption 'white' has no thought"),
+        ({"tokens": EVERY_IMAGE, "caption": torch.ones(4, 2), "caption_length": torch.ones(4)}, "thoughts reads texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator.condition_of(batch, random)
+
+
+def test_the_operations_of_a_draw_are_counted() -> None:
+    """As torch counts them, but for what stands outside the blocks and the logits."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    generator = unified().float()
+    sequence = generator.sequences(EVERY_IMAGE[:1], generator.captions_of(["black white"]))
+    with FlopCounterMode(display=False) as counter:
+        generator.backbone(sequence)
+    elements = sequence.ids.shape[1]
+    assert counter.get_total_flops() == generator.backbone.flops(elements, elements)
+    drawn = generator.draw(generator.captions_of(["black"]), CounterRandom(0, torch.zeros(1, dtype=torch.int64)))
+    # The prompt has a begin, a word and the image's begin; each pixel's logits are of two ids.
+    flops = generator.backbone.flops
+    assert drawn.flops == flops(3, 3) + flops(1, 4) + 2 * 2 * 2 * generator.backbone.width
 
 
 # --- Training, and from a configuration ---
