@@ -1,7 +1,7 @@
 """Losses of a sequence of segments: the cross-entropy of each id that may vary, and how a batch averages them.
 
-`id_losses` costs the prediction of each id from the element before it, by segment. `mean_loss` makes one number of them
-and of the losses of vectors, the same on any number of ranks.
+`id_losses` costs the prediction of each id from the element before it, by segment; `masked_losses` that of masked ids
+where they stand. `mean_loss` makes one number of them and of the losses of vectors, the same on any number of ranks.
 """
 
 from collections.abc import Mapping
@@ -22,11 +22,12 @@ class SegmentLosses(NamedTuple):
     """The losses of one segment's ids, or vectors, over a batch; three tensors `(M,)`."""
 
     values: Tensor
-    """Nats of each id, or the squared error of each island."""
+    """Nats of each id, or the squared error of each island of vectors."""
     weights: Tensor
     """The weight of each in the mean."""
     log_partition: Tensor | None
-    """The logarithm of the sum of exponentials of each id's logits; None of vectors."""
+    """The logarithm of the sum of exponentials of each id's logits; None of vectors and of masked ids, whose mean is
+    one of its own."""
 
 
 def id_losses(
@@ -58,7 +59,7 @@ def id_losses(
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     for of_set, (segment_number, ids) in enumerate(grammar.sets):
         segment = layout.segments[segment_number]
-        if len(ids) == 1 and softmax_over == "allowed":
+        if (len(ids) == 1 and softmax_over == "allowed") or grammar.is_masked(of_set):
             continue
         predicted = follows & (grammar.set_of[states] == of_set)
         if silent is not None and segment.modality == "text":
@@ -86,15 +87,50 @@ def id_losses(
     return {name: SegmentLosses(*three) for name, three in joined.items()}
 
 
+def island_columns(network: SegmentTransformer, sequence: SegmentSequence, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the islands of a segment of fixed size in the rows of a sequence.
+
+    Returns:
+        Of each of M islands: its row `(M, 1)` and its columns `(M, P)`, and the sample that it belongs to `(M,)`.
+    """
+    grammar, segment = network.grammar, network.layout[name]
+    mine = grammar.segment_of[sequence.states] == network.layout.number(name)
+    rows, first = (mine & (grammar.place_of[sequence.states] == 0)).nonzero(as_tuple=True)
+    columns = first[:, None] + torch.arange(segment.positions, device=first.device)
+    return rows[:, None], columns, sequence.sample[rows, first]
+
+
+def masked_losses(
+    network: SegmentTransformer, sequence: SegmentSequence, hidden: Tensor, *, name: str, ids: Tensor, masked: Tensor
+) -> SegmentLosses:
+    """Cost the prediction of masked ids at their own positions (Show-o, eq. 4; MaskGIT's loss).
+
+    Args:
+        network: that made the hidden states.
+        sequence: that it read, with masks.
+        hidden: `(B, N, D)`.
+        name: of the segment.
+        ids: `(S, P)` int64, what stands behind the masks.
+        masked: `(S, P)` bool.
+    """
+    rows, columns, owner = island_columns(network, sequence, name)
+    number = network.grammar.masked_set(name)
+    where = masked[owner]
+    logits = network.logits(hidden[rows, columns][where], number)
+    target = torch.searchsorted(network.grammar.ids_of(number), ids[owner][where])
+    values = logits.logsumexp(dim=-1) - logits.gather(1, target[:, None])[:, 0]
+    return SegmentLosses(values, torch.ones_like(values), None)
+
+
 def mean_loss(
-    losses: Mapping[str, SegmentLosses], *, vector_weight: float, z_loss: float
+    losses: Mapping[str, SegmentLosses], *, island_weight: float, z_loss: float
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Average the losses of a batch, over all ranks together.
 
     Args:
         losses: by segment.
-        vector_weight: of the mean error of vectors, which is added to the mean over the ids of all segments
-            (Transfusion, eq. 4).
+        island_weight: of the mean error of vectors, or of masked ids, which is added to the mean over the ids of all
+            other segments (Transfusion, eq. 4; Show-o, eq. 5).
         z_loss: weight of the mean squared logarithm of the softmax's denominator.
 
     Returns:
@@ -113,7 +149,7 @@ def mean_loss(
         count = (all_reduce_sum(ones.sum()) / world_size()).clamp(min=_LEAST_WEIGHT)
         terms[f"loss_of/{name}"] = each.values.detach().sum() / count
         summed = (each.values * each.weights).sum()
-        total = total + (summed / divisor if name in ids else vector_weight * summed / count)
+        total = total + (summed / divisor if name in ids else island_weight * summed / count)
     if z_loss:
         squares = [
             (each.log_partition**2 * each.weights).sum() for each in ids.values() if each.log_partition is not None

@@ -142,6 +142,7 @@ def text_and_image_layout(
     image_weight: float = 1.0,
     thought_length: int | None = None,
     thought_weight: float = 1.0,
+    masked: bool = False,
 ) -> SegmentLayout:
     """Make the layout of a caption and an image: the text's ids first, then the image's, then what stands around it.
 
@@ -160,10 +161,13 @@ def text_and_image_layout(
         positions: as of `SegmentLayout`.
         text_weight, image_weight, thought_weight: of each in the loss.
         thought_length: the most ids of a thought, its begin and end among them; None for no thoughts.
+        masked: of ids, whether they see each other and are predicted where they stand, from masks (Show-o).
 
     Raises:
-        ValueError: a text tokenizer without begin and end; thoughts of an interleaved layout.
+        ValueError: a text tokenizer without begin and end; thoughts of an interleaved layout; masks and ends of rows.
     """
+    if masked and rows:
+        raise ValueError("ids that are predicted from masks have no ends of rows: set image_format='plain'")
     if thought_length is not None and interleaved:
         raise ValueError("a thought stands between a caption and its image: set order='text_first'")
     if text.begin_id is None or text.end_id is None:
@@ -195,10 +199,11 @@ def text_and_image_layout(
         shape=grid,
         ids=range(words, first) if codes is not None else (),
         input_dim=dim,
-        attention="causal" if codes is not None else attention,
+        attention=("bidirectional" if masked else "causal") if codes is not None else attention,
         begin_ids=begin,
         end_ids=end,
         row_end_id=row_end,
+        mask_id=1 + max((*begin, *end)) if masked else None,
         loss_weight=image_weight,
     )
     segments = [written("text", text_length, text.begin_id, text_weight), image]

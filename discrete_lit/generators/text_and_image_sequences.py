@@ -16,7 +16,7 @@ from discrete_lit.backbones.segment_grammar import SegmentGrammar
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble
 from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.generators.continuous_masked import Patches
-from discrete_lit.generators.text_and_image import CaptionIds, read_captions
+from discrete_lit.generators.text_and_image import CaptionIds, read_captions, split_thoughts
 from discrete_lit.generators.training import ClassConditionalTraining
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 
@@ -106,6 +106,11 @@ class TextAndImageSequences(ClassConditionalTraining):
         condition = self.captions_of(texts, thoughts=thoughts)
         return condition if negative is None else replace(condition, negative=self.captions_of(negative))
 
+    def prompts_of(self, captions: Sequence[str]) -> CaptionIds:
+        """Make prompts of captions of the data, whose thoughts are left to the model."""
+        asked = captions if self.thought_length is None else split_thoughts(captions, self.thought_separator)[0]
+        return self.captions_of(asked)
+
     # Sequences.
 
     def sequences(
@@ -115,6 +120,7 @@ class TextAndImageSequences(ClassConditionalTraining):
         *,
         image_first: Tensor | None = None,
         times: Tensor | None = None,
+        masked: Tensor | None = None,
         closed: Tensor | bool = True,
         begun: str | None = None,
     ) -> SegmentSequence:
@@ -125,6 +131,7 @@ class TextAndImageSequences(ClassConditionalTraining):
             captions: with their thoughts; None for an image alone.
             image_first: `(B,)` bool, of order `"both"`; the captions come first by default.
             times: `(B,)`, how noisy the latents are; clean by default.
+            masked: `(B, P)` bool, the ids that masks stand for; none by default.
             closed, begun: as of `assemble`.
         """
         text: list[SegmentPart] = []
@@ -138,6 +145,8 @@ class TextAndImageSequences(ClassConditionalTraining):
         if data is None:
             return assemble(self.grammar, text, closed=closed, begun=begun)
         content = self.codes[data.flatten(1)] if self.patches is None else self.patches.cut(data)
+        if masked is not None and self.image.mask_id is not None:
+            content = content.masked_fill(masked, self.image.mask_id)
         if image_first is None:
             parts = [*text, SegmentPart(segment="image", content=content, times=times)]
             return assemble(self.grammar, parts, closed=closed, begun=begun)

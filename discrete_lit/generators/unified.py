@@ -10,6 +10,8 @@ The sequence is made of segments (`discrete_lit.backbones.segments`), and the pu
   `null_text="padding"`.
 - Transfusion (Zhou et al., "Predict the Next Token and Diffuse Images with One Multi-Modal Model", 2024): a continuous
   tokenizer; its latents are an island that sees itself both ways, and is drawn by flow matching.
+- Show-o (Xie et al., "One Single Transformer to Unify Multimodal Understanding and Generation", 2024):
+  `image_prediction="masked"`, ids that see each other, and are predicted where they stand, from masks.
 
 With `thought_length` the model writes a text between the caption and the image before it draws: "2+3", then "5", then
 the picture. A thought can be read, edited, and given.
@@ -28,12 +30,20 @@ from discrete_lit.backbones.segments import PositionCount, SegmentLayout
 from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.segment_losses import SegmentLosses, SoftmaxOver, id_losses, mean_loss
+from discrete_lit.generators.segment_losses import (
+    SegmentLosses,
+    SoftmaxOver,
+    id_losses,
+    island_columns,
+    masked_losses,
+    mean_loss,
+)
 from discrete_lit.generators.text_and_image import CaptionIds, split_thoughts, text_and_image_layout
 from discrete_lit.generators.text_and_image_sequences import NullText, TextAndImageSequences
 from discrete_lit.metrics.binned_mean import BinnedMean
@@ -79,13 +89,18 @@ class Unified(TextAndImageSequences):
         image_format: of ids: `"plain"`, begin, ids, end; or `"rows"` as Emu3, with the size in front and an end of each
             row.
         image_attention: of latents: whether they see each other both ways (Transfusion) or those before (JanusFlow).
+        image_prediction: of ids: `"next"`, one after another; or `"masked"`, several at once (Show-o). An image in
+            front of its caption then has no masks.
+        mask_schedule: the law of the share that training masks of an image, m(t) at a uniform t, of `"masked"`
+            prediction; the cosine by default.
         positions: how elements are counted, see `SegmentLayout`.
         layout: in the place of the one that these settings make, for published models whose ids stand otherwise: a text
             segment `"text"`, then an `"image"`.
         softmax_over: in training: `"allowed"`, the ids that may stand in the place, which sampling draws from; or
             `"vocabulary"`, all (Chameleon).
         text_weight: of the ids of text in the mean.
-        image_weight: of those of the image, or of the error of its latents (Transfusion has 5).
+        image_weight: of those of the image; or of the mean error of its latents (Transfusion has 5), or of its masked
+            ids.
         z_loss: weight of the mean squared logarithm of the softmax's denominator (Chameleon has 1e-5).
         null_text: what a dropped caption is: `"empty"`, or `"padding"` of its length (Janus).
         packed_length: elements of rows into which training packs samples; each has its row by default.
@@ -122,6 +137,8 @@ class Unified(TextAndImageSequences):
         image_first: float = 0.5,
         image_format: Literal["plain", "rows"] = "plain",
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
+        image_prediction: Literal["next", "masked"] = "next",
+        mask_schedule: MaskSchedule | None = None,
         positions: PositionCount = "sequence",
         layout: SegmentLayout | None = None,
         softmax_over: SoftmaxOver = "allowed",
@@ -144,7 +161,13 @@ class Unified(TextAndImageSequences):
         if self.text_encoder is not None:
             raise ValueError("text_encoder makes vectors to attend to; this generator reads captions as ids")
         _check_settings(
-            {"order": order, "image_format": image_format, "softmax_over": softmax_over, "null_text": null_text},
+            {
+                "order": order,
+                "image_format": image_format,
+                "image_prediction": image_prediction,
+                "softmax_over": softmax_over,
+                "null_text": null_text,
+            },
             lengths={"text_length": text_length, "thought_length": thought_length},
             image_first=image_first,
             caption_noise=caption_noise,
@@ -163,8 +186,10 @@ class Unified(TextAndImageSequences):
         self.caption_noise = caption_noise
         self.patches: Patches | None = None
         if isinstance(tokenizer, ContinuousTokenizer):
-            if image_format != "plain" or layout is not None:
-                raise ValueError("image_format and layout are of a tokenizer of ids, this one is continuous")
+            if image_format != "plain" or layout is not None or image_prediction != "next":
+                raise ValueError(
+                    "image_format, image_prediction and layout are of a tokenizer of ids, this one is continuous"
+                )
             self.content = "latents"
             self.latent_shape = tuple(tokenizer.latent_shape(image_size))
             self.patches = Patches(self.latent_shape, patch_size)
@@ -186,11 +211,16 @@ class Unified(TextAndImageSequences):
             image_weight=image_weight,
             thought_length=thought_length,
             thought_weight=thought_weight,
+            masked=image_prediction == "masked",
         )
         expected = ("text", "image") if thought_length is None else ("text", "thought", "image")
         if tuple(segment.name for segment in self.layout.segments) != expected:
             raise ValueError(f"the layout of this Unified has the segments {', '.join(expected)} in this order")
         self.image = self.layout["image"]
+        if mask_schedule is not None and self.image.mask_id is None:
+            raise ValueError("mask_schedule is of image_prediction='masked'")
+        self.mask_schedule = mask_schedule or CosineSchedule()
+        self.apart = self.patches is not None or self.image.mask_id is not None
         self.packed_length = packed_length
         if packed_length is not None and packed_length < self.layout.length:
             raise ValueError(
@@ -278,7 +308,7 @@ class Unified(TextAndImageSequences):
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
         losses = self.segment_losses(data, condition, random, dropped=dropped)
-        total, terms, self.loss_weight = mean_loss(losses, vector_weight=self.image_weight, z_loss=self.z_loss)
+        total, terms, self.loss_weight = mean_loss(losses, island_weight=self.image_weight, z_loss=self.z_loss)
         return total, terms
 
     def segment_losses(
@@ -295,15 +325,18 @@ class Unified(TextAndImageSequences):
             captions = self.dropped(captions, dropped)
             # Behind the image of a dropped caption stands no end: else an image in front would have no caption.
             closed = ~dropped
-        read, flow = data, None
+        read, flow, masked = data, None, None
         if self.patches is not None:
             flow = self._noised(data, first, random)
             read = self.patches.join(flow.x_t)
+        elif self.image.mask_id is not None:
+            masked = self._masked(first, random)
         sequence = self.sequences(
             read,
             captions,
             image_first=first if self.order == "both" else None,
             times=None if flow is None else flow.t,
+            masked=masked,
             closed=closed if self.order == "both" else True,
         )
         if self.packed_length is not None and self.training:
@@ -312,7 +345,16 @@ class Unified(TextAndImageSequences):
         losses = id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over, silent=dropped)
         if flow is not None:
             losses["image"] = self._flow_losses(hidden, sequence, flow)
+        if masked is not None:
+            ids = self.codes[data.flatten(1)]
+            losses["image"] = masked_losses(self.backbone, sequence, hidden, name="image", ids=ids, masked=masked)
         return losses
+
+    def _masked(self, image_first: Tensor, random: CounterRandom) -> Tensor:
+        """Choose the ids `(B, P)` of images that are masked, one at least; none in front of a caption."""
+        share = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
+        counts = (self.image.positions * share).round().clamp(min=1).masked_fill(image_first[:, None], 0)
+        return random_subset(random.uniform(Purpose.MASK_ORDER, self.image.positions), counts)
 
     def _noised(self, data: Tensor, image_first: Tensor, random: CounterRandom) -> "_Flow":
         assert self.patches is not None
@@ -323,12 +365,8 @@ class Unified(TextAndImageSequences):
         return _Flow(vectors, noise, self.denoiser.path.add_noise(vectors, noise, t), t)
 
     def _flow_losses(self, hidden: Tensor, sequence: SegmentSequence, flow: "_Flow") -> SegmentLosses:
-        grammar = self.grammar
-        begins = grammar.is_vector[sequence.states] & (grammar.place_of[sequence.states] == 0)
-        rows, first = begins.nonzero(as_tuple=True)
-        columns = first[:, None] + torch.arange(self.image.positions, device=hidden.device)
-        output = self.backbone.predict_vectors(hidden[rows[:, None], columns], segment="image")
-        owner = sequence.sample[rows, first]
+        rows, columns, owner = island_columns(self.backbone, sequence, "image")
+        output = self.backbone.predict_vectors(hidden[rows, columns], segment="image")
         terms = self.objective(
             at_least_float32(output), flow.data[owner], flow.noise[owner], x_t=flow.x_t[owner], t=flow.t[owner]
         )
@@ -360,7 +398,7 @@ class Unified(TextAndImageSequences):
             mean.reset()  # type: ignore[operator]
             if float(weight) > 0:
                 sums[name] = total.sum(), weight.sum()
-        apart = {"image"} if self.patches is not None else set()
+        apart = {"image"} if self.apart else set()
         weights = {name: self.layout[name].loss_weight for name in sums if name not in apart}
         total, count = (
             torch.stack([weight * sums[name][part] for name, weight in weights.items()]).sum() for part in (0, 1)
@@ -389,10 +427,13 @@ class Unified(TextAndImageSequences):
             of: which of them.
 
         Raises:
-            ValueError: the likelihood of latents, or of a caption that stands in front of its image.
+            ValueError: the likelihood of latents or of masked ids, or of a caption that stands in front of its image.
         """
-        if of not in ("image", "text") or (of == "image" and self.patches is not None):
-            raise ValueError(f"of={of!r}: a likelihood is of 'image', where it has ids, or of 'text'")
+        if of not in ("image", "text") or (of == "image" and self.apart):
+            raise ValueError(
+                f"of={of!r}: a likelihood is of 'image', where it has ids that are predicted one after another, or of "
+                "'text'"
+            )
         if of == "text" and self.order != "both":
             raise ValueError("of='text' needs order='both': here the caption stands in front of the image")
         self.check_data(data)
@@ -578,6 +619,7 @@ def _check_settings(
     accepted = {
         "order": ("both", "text_first"),
         "image_format": ("plain", "rows"),
+        "image_prediction": ("next", "masked"),
         "softmax_over": ("allowed", "vocabulary"),
         "null_text": ("empty", "padding"),
     }

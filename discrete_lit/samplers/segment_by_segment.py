@@ -1,4 +1,4 @@
-"""Sampling of sequences of segments: ids one after another, vectors of an island together, never an invalid sequence.
+"""Sampling of sequences of segments: ids one after another, those of an island together, never an invalid sequence.
 
 `SegmentSampler.__call__` is the loop. The grammar of the layout says at each element which ids may stand there; the
 others have no probability. Where one id alone may stand, it is written without asking the network. Rows may be at
@@ -19,10 +19,12 @@ from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.modules import at_least_float32, evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
 from discrete_lit.diffusion.solvers import Euler, Solver
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import guide, guide_twice
+from discrete_lit.samplers.maskgit import masked_counts
 from discrete_lit.samplers.sampler import SamplerOutput
 
 
@@ -96,17 +98,50 @@ class SegmentOutput:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskedSteps:
+    """The steps in which the ids of a masked segment are drawn (MaskGIT, as Show-o has it).
+
+    Attributes:
+        steps: T, at least 1; the ids that are least sure are masked again after each but the last.
+        choice_temperature: of the Gumbel noise on what is sure, at the beginning, >= 0; it falls to 0.
+        mask_schedule: the share that is masked after a share of the steps; the cosine by default.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int = 12
+    choice_temperature: float = 4.5
+    mask_schedule: MaskSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.choice_temperature < 0:
+            raise ValueError(
+                f"steps must be at least 1 and choice_temperature at least 0, got {self.steps} and "
+                f"{self.choice_temperature}"
+            )
+
+
 class SegmentSampler:
     """Draw what follows a prompt, segment by segment.
 
     Args:
         settings: of segments by name; the plain draw from the network's law for others.
         solver: how vectors are drawn; 30 Euler steps by default.
+        masked: how masked ids are drawn; 12 steps by default, or as many as there are ids where these are fewer.
     """
 
-    def __init__(self, settings: Mapping[str, DrawSettings] | None = None, *, solver: Solver | None = None) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, DrawSettings] | None = None,
+        *,
+        solver: Solver | None = None,
+        masked: MaskedSteps | None = None,
+    ) -> None:
         self.settings = dict(settings or {})
         self.solver = solver or Euler(30)
+        self.masked = masked or MaskedSteps()
 
     @property
     def guidance_scale(self) -> float:
@@ -163,6 +198,8 @@ class SegmentSampler:
 
 
 _PLAIN = DrawSettings()
+_ISLANDS = 16
+"""The first step of the random numbers of masked ids; those before are streams of ids one after another."""
 
 
 class _Draw:
@@ -242,11 +279,27 @@ class _Draw:
         number = self.grammar.segment_numbers[state]
         return number >= 0 and self.drawn[number]
 
+    def _is_island(self, state: int) -> bool:
+        """Whether what stands here is drawn together with what follows: vectors, and ids from masks."""
+        number = self.grammar.set_numbers[state]
+        return number < 0 or self.grammar.is_masked(number)
+
+    def _is_asked(self, state: int) -> bool:
+        """Whether the network says anything of what is drawn from a state on; ends that must follow are written so."""
+        while self._is_drawn(state):
+            following = self.grammar.following[state]
+            if following is None or self._is_island(state):
+                return True
+            if len(self.grammar.sets[self.grammar.set_numbers[state]][1]) > 1:
+                return True
+            state = following
+        return False
+
     # All rows in one state, which the host knows: nothing waits for the device.
 
     def _step_together(self, state: int) -> int | None:
         grammar, number = self.grammar, self.grammar.set_numbers[state]
-        if number < 0:
+        if self._is_island(state):
             return self._draw_island(self.layout.segments[grammar.segment_numbers[state]].name, state, rows=None)
         if grammar.following[state] is None:
             self.states = torch.full_like(self.states, state)
@@ -270,7 +323,7 @@ class _Draw:
         grammar = self.grammar
         here = self.states.tolist()
         active = [self._is_drawn(state) for state in here]
-        at_id = [drawn and grammar.set_numbers[state] >= 0 for drawn, state in zip(active, here, strict=True)]
+        at_id = [drawn and not self._is_island(state) for drawn, state in zip(active, here, strict=True)]
         if not any(active):
             return False
         if not any(at_id):
@@ -369,18 +422,64 @@ class _Draw:
         """Repeat `(B, ...)` for every context."""
         return torch.cat([values] * self.contexts) if self.contexts > 1 else values
 
-    # Vectors.
+    # Islands.
 
     def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> int:
-        """Draw the vectors of a segment together, by the solver, in some rows or in all; give the state behind them."""
-        assert self.denoiser is not None, "vectors are drawn through a denoiser"
+        """Draw the elements of a segment together, in some rows or in all; give the state behind them."""
         self._feed()
+        count = self.layout[name].positions
+        states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
+        ids, vectors = torch.zeros_like(states), {}
+        if self.grammar.set_numbers[state] < 0:
+            vectors = {name: self._solve(name, states)}
+        else:
+            ids = self._unmask(name, states)
+        self.islands += 1
+        valid = None if rows is None else rows[:, None].expand_as(states)
+        self.columns.append(ids, states, valid=valid, vectors=vectors)
+        then = self.grammar.following[state + count - 1]
+        assert then is not None, "an island decides nothing"
+        if rows is not None or self._is_asked(then):
+            hidden = self._pass(ids, states, vectors=vectors, where=rows)[:, -1]
+            self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
+        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
+        self.done, self.remaining = self.done + added, self.remaining - added
+        if rows is not None:
+            self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
+        return then
+
+    def _unmask(self, name: str, states: Tensor) -> Tensor:
+        """Draw the ids `(B, P)` of an island from masks, the surest first (MaskGIT)."""
+        segment, masking, settings = self.layout[name], self.sampler.masked, self.sampler.of(name)
+        assert segment.mask_id is not None
+        count, number = segment.positions, self.grammar.masked_set(name)
+        steps = min(masking.steps, count)
+        ids, first = torch.full_like(states, segment.mask_id), self.islands * steps
+        codes = self.grammar.ids_of(number)
+        left = count
+        for step, still in enumerate(masked_counts(masking.mask_schedule or CosineSchedule(), steps, count)):
+            if still == left:
+                continue
+            logits = self.network.logits(self._pass(ids, states, kept=False), number).chunk(self.contexts)
+            self.logits += count * len(codes)
+            guided = settings.guide(logits) / settings.temperature
+            uniforms = self.random.uniform(Purpose.TOKEN, count, _ISLANDS + first + step)
+            chosen, score = draw_filtered(guided, uniforms, settings.top_k, settings.top_p)
+            noise = masking.choice_temperature * (1 - (step + 1) / steps)
+            sure = score + noise * self.random.gumbel(Purpose.CONFIDENCE, count, first + step)
+            masked = ids == segment.mask_id
+            rank = sure.masked_fill(~masked, torch.inf).argsort(dim=1).argsort(dim=1)
+            ids = torch.where(masked, codes[chosen], ids).masked_fill(rank < still, segment.mask_id)
+            left = still
+        return ids
+
+    def _solve(self, name: str, states: Tensor) -> Tensor:
+        """Draw the vectors `(B, P, E)` of an island by the solver."""
+        assert self.denoiser is not None, "vectors are drawn through a denoiser"
         segment, denoiser, settings = self.layout[name], self.denoiser, self.sampler.of(name)
         count, dim = segment.positions, segment.input_dim or 0
         shape = (self.batch, count, dim)
-        states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
-        ids = torch.zeros_like(states)
-        island, self.islands = self.islands, self.islands + 1
+        ids, island = torch.zeros_like(states), self.islands
         dtype = at_least_float32(self.hidden).dtype
 
         def normal(purpose: Purpose, step: int) -> Tensor:
@@ -399,24 +498,12 @@ class _Draw:
             return denoiser(output, x, t)
 
         steps = self.sampler.solver.steps
-        drawn = self.sampler.solver(
+        return self.sampler.solver(
             denoise,
             normal(Purpose.DIFFUSION_START, island),
             path=denoiser.path,
             noise=lambda step: normal(Purpose.DIFFUSION_STEP, island * steps + step),
         )
-        valid = None if rows is None else rows[:, None].expand_as(states)
-        self.columns.append(ids, states, valid=valid, vectors={name: drawn})
-        then = self.grammar.following[state + count - 1]
-        assert then is not None, "a vector decides nothing"
-        if rows is not None or self._is_drawn(then):
-            hidden = self._pass(ids, states, vectors={name: drawn}, where=rows)[:, -1]
-            self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
-        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
-        self.done, self.remaining = self.done + added, self.remaining - added
-        if rows is not None:
-            self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
-        return then
 
 
 def _stacked(prompts: Sequence[SegmentSequence], padding: int) -> SegmentSequence:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.random_weights import randomise
-from helpers.tiny_runs import run
+from helpers.tiny_runs import run, write_settings
 from PIL import Image
 
 import discrete_lit
@@ -16,9 +16,9 @@ from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.tokenizers import TextTokenizer
 
 
-def write_model(path: Path, **settings: Any) -> Path:
-    """An untrained model of 2x4 grey pixels of two levels, and of texts of at most four letters."""
-    arguments = {
+def model_settings(**settings: Any) -> dict[str, Any]:
+    """A model of 2x4 grey pixels of two levels, and of texts of at most four letters."""
+    return {
         "tokenizer": {
             "class_path": "discrete_lit.tokenizers.PixelLevels",
             "init_args": {"levels": 2, "image_channels": 1},
@@ -32,7 +32,10 @@ def write_model(path: Path, **settings: Any) -> Path:
         },
         **settings,
     }
-    made = instantiate({"class_path": "discrete_lit.generators.Unified", "init_args": arguments})
+
+
+def write_model(path: Path, **settings: Any) -> Path:
+    made = instantiate({"class_path": "discrete_lit.generators.Unified", "init_args": model_settings(**settings)})
     save(randomise(made, 0.5), path)
     return path
 
@@ -46,6 +49,34 @@ def both_ways(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def thinking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("thinking")
     return write_model(folder / "unified.ckpt", order="text_first", thought_length=5)
+
+
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+@pytest.mark.parametrize("thinks", [False, True])
+def test_fit_shows_samples_of_the_captions(thinks: bool, photos: Path, tmp_path: Path) -> None:
+    """From a folder with captions, by `fit`, to a grid of samples and a checkpoint that draws."""
+    for file in photos.glob("*.png"):
+        (tmp_path / "train").mkdir(exist_ok=True)
+        (tmp_path / "train" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "train" / file.name).with_suffix(".txt").write_text(f"a+b{'=w' * thinks}\n")
+    more = {"order": "text_first", "thought_length": 4} if thinks else {}
+    data = {"train": str(tmp_path / "train"), "validation": str(tmp_path / "train"), "image_size": [2, 4]}
+    data |= {"image_channels": 1, "batch_size": 3, "num_workers": 0, "captions": {"kind": "txt"}, "labels": False}
+    grid = {"class_path": "SampleGrid", "init_args": {"count": 4, "columns": 2, "save_png": True}}
+    optimizer = {"class_path": "AdamW", "init_args": {"lr": 0.01}}
+    settings = {
+        "model": {"class_path": "Unified", "init_args": {**model_settings(**more), "optimizer": optimizer}},
+        "data": {"class_path": "ImageFolder", "init_args": data},
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False, "callbacks": [grid]}
+        | {"enable_model_summary": False, "num_sanity_val_steps": 0},
+    }
+    file = write_settings(tmp_path / "fit.yaml", settings)
+    run("fit", "--config", file, "--run_dir", tmp_path / "run")
+    with Image.open(next((tmp_path / "run").rglob("samples-*.png"))) as shown:
+        assert shown.width > 8
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    record = sample(checkpoint, tmp_path / "samples", "--prompt", "a+b", "--num_samples", 2)
+    assert (record["thoughts"] is not None) == thinks
 
 
 def sample(checkpoint: Path, output: Path, *arguments: Any) -> dict[str, Any]:

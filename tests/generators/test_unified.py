@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import CosineSchedule
 from discrete_lit.generators.segment_losses import id_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
 from discrete_lit.tokenizers import PixelLevels, RawPixels, TextTokenizer
 
 WORDS = ("black", "white")
@@ -41,6 +42,10 @@ def unified(spread: float | None = 0.4, **settings: Any) -> Unified:
     }
     generator = Unified(**arguments)
     return (generator if spread is None else randomise(generator, spread)).double().eval()
+
+
+def masked(**settings: Any) -> Unified:
+    return unified(image_prediction="masked", **settings)
 
 
 def continuous(**settings: Any) -> Unified:
@@ -148,8 +153,8 @@ def test_the_z_loss_is_the_mean_squared_log_partition() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [*(partial(unified, **settings) for settings in DISCRETE.values()), continuous],
-    ids=[*DISCRETE, "transfusion"],
+    [*(partial(unified, **settings) for settings in DISCRETE.values()), masked, continuous],
+    ids=[*DISCRETE, "showo", "transfusion"],
 )
 def test_packing_changes_no_loss(make: Callable[..., Unified]) -> None:
     alone, packed = make(), make(packed_length=40)
@@ -212,7 +217,11 @@ def test_latents_in_front_of_their_caption_are_not_very_noisy() -> None:
 
 @pytest.mark.parametrize(
     "make, steps",
-    [pytest.param(unified, 100, id="ids"), pytest.param(continuous, 400, id="latents", marks=pytest.mark.slow)],
+    [
+        pytest.param(unified, 100, id="ids"),
+        pytest.param(masked, 100, id="masked"),
+        pytest.param(continuous, 400, id="latents", marks=pytest.mark.slow),
+    ],
 )
 def test_both_directions_are_learned_by_one_model(make: Callable[..., Unified], steps: int) -> None:
     """A caption names the left and the right half of its image: images of captions, and captions of images."""
@@ -245,6 +254,65 @@ def test_guidance_reads_the_null_caption() -> None:
     assert padded.null_captions(texts).ids.eq(0).all() and torch.equal(
         padded.null_captions(texts).lengths, texts.lengths
     )
+
+
+# --- Masked images ---
+
+
+def test_the_masked_loss_is_the_cross_entropy_of_what_stands_behind_the_masks() -> None:
+    """Show-o: predicted at its own position, where both sides of the image are seen, and averaged apart."""
+    generator = masked(order="text_first", image_weight=2.0)
+    images, captions = batch_of(generator)
+    random = CounterRandom(3, torch.arange(8))
+    hidden_ids = generator._masked(torch.zeros(8, dtype=torch.bool), random)
+    assert hidden_ids.any(dim=1).all() and not hidden_ids.all()
+    sequence = generator.sequences(images, captions, masked=hidden_ids)
+    inside = generator._inside(sequence, "image")
+    logits = generator.backbone.logits(generator.backbone(sequence)[inside])[:, list(generator.image.ids)].view(8, 2, 2)
+    costs = F.cross_entropy(logits.movedim(-1, 1), images.flatten(1), reduction="none")
+    loss, terms = generator.loss(images, captions, random)
+    torch.testing.assert_close(terms["loss_of/image"].double(), costs[hidden_ids].mean())
+    torch.testing.assert_close(loss, (terms["loss_of/text"] + 2 * terms["loss_of/image"]).to(loss.dtype))
+    # What stands behind a mask is not seen.
+    other = generator.sequences(torch.where(hidden_ids.view(8, 1, 2), 1 - images, images), captions, masked=hidden_ids)
+    assert torch.equal(sequence.ids, other.ids)
+
+
+def test_an_image_in_front_of_its_caption_has_no_masks() -> None:
+    generator = masked()
+    first = torch.arange(64) < 32
+    hidden_ids = generator._masked(first, CounterRandom(0, torch.arange(64)))
+    assert not hidden_ids[first].any() and hidden_ids[~first].any(dim=1).all()
+
+
+def test_masked_ids_are_drawn_by_the_networks_law() -> None:
+    """In one step each by its own law given masks alone; in two the second knows the first. No mask is left."""
+    generator = masked(order="text_first")
+    captions = generator.captions_of(["white"] * 4000)
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    one = generator.captions_of(["white"])
+    sequence = generator.sequences(EVERY_IMAGE[:1], one, masked=everywhere)
+    number = generator.grammar.masked_set("image")
+    hidden = generator.backbone(sequence)[generator._inside(sequence, "image")]
+    law = generator.backbone.logits(hidden, number).softmax(dim=-1)  # (2, K)
+    expected = (law[0][:, None] * law[1]).flatten()
+    output = generator.draw(captions, CounterRandom(0, torch.arange(4000)), SegmentSampler(masked=MaskedSteps(steps=1)))
+    found = (2 * output.tokens[:, 0, 0] + output.tokens[:, 0, 1]).bincount(minlength=4) / 4000
+    assert (found - expected).abs().sum() < 0.06 and output.sequential_passes == 2
+    # Noise alone orders them: either is drawn first, and the other given it.
+    both = torch.zeros(4, dtype=torch.float64)
+    for place in range(2):
+        for image in EVERY_IMAGE:
+            known = torch.arange(2)[None] == place
+            given = generator.sequences(image[None], one, masked=~known)
+            hidden = generator.backbone(given)[generator._inside(given, "image")]
+            after = generator.backbone.logits(hidden, number).softmax(dim=-1)[1 - place]
+            index = int(2 * image[0, 0] + image[0, 1])
+            both[index] += 0.5 * law[place][image[0, place]] * after[image[0, 1 - place]]
+    steps = SegmentSampler(masked=MaskedSteps(steps=2, choice_temperature=1e9))
+    drawn = generator.sample(captions, steps)
+    found = (2 * drawn[:, 0, 0] + drawn[:, 0, 1]).bincount(minlength=4) / 4000
+    assert (found - both).abs().sum() < 0.06
 
 
 # --- Thoughts ---
@@ -473,6 +541,8 @@ def test_the_example_of_the_page_runs() -> None:
         ({"image_first": 1.5}, "must lie in"),
         ({"packed_length": 5}, "shorter than the longest sample, of 8 elements"),
         ({"patch_size": 2}, "is of latents"),
+        ({"mask_schedule": CosineSchedule()}, "mask_schedule is of image_prediction='masked'"),
+        ({"image_prediction": "masked", "image_format": "rows"}, "have no ends of rows"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -523,3 +593,7 @@ def test_what_was_not_learned_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="of='image'"):
         latents, captions = batch_of(continuous())
         continuous().log_likelihood(latents, captions)
+    with pytest.raises(ValueError, match="predicted one after another"):
+        masked().log_likelihood(*batch_of(masked()))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        MaskedSteps(steps=0)
