@@ -190,9 +190,8 @@ def sample(
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
     writer: RowFile | None = None
-    thinks = isinstance(generator, Unified) and generator.thought_length is not None
-    thought_writer = None
-    if isinstance(generator, Unified) and thinks:
+    thought_writer: RowFile | None = None
+    if isinstance(generator, Unified) and generator.thought_length is not None:
         shape = num_samples, generator.layout["thought"].positions
         thought_writer = _open_rows(thoughts_path, shape, np.dtype(np.int64), fabric)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):

@@ -74,8 +74,8 @@ class Unified(TextAndImageSequences):
     text tokenizer `(B, L)` with `"caption_length": (B,)`.
 
     The loss of ids is the mean of their cross-entropies, by the weights of their segments. The loss of latents is the
-    squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4).
-    Each segment's is logged as `loss_of/<segment>`.
+    squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4),
+    as is the mean cross-entropy of masked ids (Show-o, eq. 5). Each segment's is logged as `loss_of/<segment>`.
 
     Args:
         tokenizer: frozen here; of ids, or a continuous one.
@@ -217,6 +217,10 @@ class Unified(TextAndImageSequences):
         if tuple(segment.name for segment in self.layout.segments) != expected:
             raise ValueError(f"the layout of this Unified has the segments {', '.join(expected)} in this order")
         self.image = self.layout["image"]
+        if (image_prediction == "masked") != (self.image.mask_id is not None):
+            raise ValueError(
+                "image_prediction='masked' goes with a layout whose image has a mask_id, and with no other"
+            )
         if mask_schedule is not None and self.image.mask_id is None:
             raise ValueError("mask_schedule is of image_prediction='masked'")
         self.mask_schedule = mask_schedule or CosineSchedule()
