@@ -196,7 +196,9 @@ class TextAndImageSequences(ClassConditionalTraining):
         inside &= ends.cumsum(dim=1) == 0
         order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)
         ids = sequence.ids.where(inside, self.text.pad_id).gather(1, order)
-        return CaptionIds(ids[:, : self.layout[segment].positions], inside.sum(dim=1))
+        # The text of an interleaved layout has no other limit than the sequence.
+        most = ids.shape[1] if self.layout.interleaved else self.layout[segment].positions
+        return CaptionIds(ids[:, :most], inside.sum(dim=1))
 
     def texts_of(self, captions: CaptionIds) -> list[str]:
         """Decode captions, or thoughts, to B strings."""
