@@ -165,6 +165,7 @@ class TextAndImageSequences(ClassConditionalTraining):
         return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths, thoughts)
 
     def dropped(self, captions: CaptionIds, where: Tensor) -> CaptionIds:
+        """Put the null caption in the place of those of some samples `where (B,)`."""
         null = self.null_captions(captions)
         ids = torch.where(where[:, None], null.ids, captions.ids)
         thoughts = None if captions.thoughts is None else self.dropped(captions.thoughts, where)
