@@ -298,9 +298,8 @@ def test_masked_ids_are_drawn_by_the_networks_law() -> None:
     expected = (law[0][:, None] * law[1]).flatten()
     output = generator.draw(captions, CounterRandom(0, torch.arange(4000)), SegmentSampler(masked=MaskedSteps(steps=1)))
     found = (2 * output.tokens[:, 0, 0] + output.tokens[:, 0, 1]).bincount(minlength=4) / 4000
-    assert (
-        found - expected
-    ).abs().sum() < 0.06 and output.sequential_passes == 3  # the prompt, its image's begin, the masks
+    assert (found - expected).abs().sum() < 0.06
+    assert output.sequential_passes == 3  # the prompt, the image's begin, the masks
     # Noise alone orders them: either is drawn first, and the other given it.
     both = torch.zeros(4, dtype=torch.float64)
     for place in range(2):
