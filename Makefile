@@ -173,7 +173,7 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 BOTH_WAYS := chameleon transfusion
 SUMS := sums sums_thought
 
-quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back by one model, on pairs of digits; MINUTES minutes on 2 cores
+quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back by one model, and sums with a thought, on handwritten digits
 	$(MAKE) --jobs 2 learned-digits OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(BIN)/python docs/experiments/digits.py --page $(DIGITS)/report.md
 	@echo
