@@ -1,7 +1,7 @@
 """The layout of a sequence of text and image, and the captions and thoughts of a batch as ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ class CaptionIds:
 
     ids: Tensor
     lengths: Tensor
+    _: KW_ONLY
     thoughts: "CaptionIds | None" = None
     negative: "CaptionIds | None" = None
 
@@ -33,7 +34,7 @@ class CaptionIds:
     def to(self, device: torch.device) -> "CaptionIds":
         """Move all ids to a device."""
         thoughts, negative = (None if each is None else each.to(device) for each in (self.thoughts, self.negative))
-        return CaptionIds(self.ids.to(device), self.lengths.to(device), thoughts, negative)
+        return CaptionIds(self.ids.to(device), self.lengths.to(device), thoughts=thoughts, negative=negative)
 
     def without(self, where: Tensor) -> "CaptionIds":
         """Give the captions in which those of some samples `where (B,)` are empty, and their thoughts."""

@@ -162,14 +162,14 @@ class TextAndImageSequences(ClassConditionalTraining):
         if self.null_text == "empty":
             return captions.without(torch.ones_like(captions.lengths, dtype=torch.bool))
         thoughts = None if captions.thoughts is None else self.null_captions(captions.thoughts)
-        return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths, thoughts)
+        return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths, thoughts=thoughts)
 
     def dropped(self, captions: CaptionIds, where: Tensor) -> CaptionIds:
         """Put the null caption in the place of those of some samples `where (B,)`."""
         null = self.null_captions(captions)
         ids = torch.where(where[:, None], null.ids, captions.ids)
         thoughts = None if captions.thoughts is None else self.dropped(captions.thoughts, where)
-        return CaptionIds(ids, torch.where(where, null.lengths, captions.lengths), thoughts)
+        return CaptionIds(ids, torch.where(where, null.lengths, captions.lengths), thoughts=thoughts)
 
     # Back from sequences.
 

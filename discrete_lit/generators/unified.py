@@ -62,7 +62,7 @@ class UnifiedOutput(SamplerOutput):
     """Images that were drawn, as their ids or latents, what they cost, and the thoughts that they follow."""
 
     thoughts: CaptionIds | None = None
-    """Of a model that has them: given, or drawn."""
+    """The thoughts of a model that has them, given or drawn."""
 
 
 @loadable
