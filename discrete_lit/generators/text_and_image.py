@@ -31,11 +31,6 @@ class CaptionIds:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def to(self, device: torch.device) -> "CaptionIds":
-        """Move all ids to a device."""
-        thoughts, negative = (None if each is None else each.to(device) for each in (self.thoughts, self.negative))
-        return CaptionIds(self.ids.to(device), self.lengths.to(device), thoughts=thoughts, negative=negative)
-
     def without(self, where: Tensor) -> "CaptionIds":
         """Give the captions in which those of some samples `where (B,)` are empty, and their thoughts."""
         thoughts = None if self.thoughts is None else self.thoughts.without(where)
