@@ -9,8 +9,7 @@ from helpers.random_weights import randomise
 from helpers.recorded_graph import RecordedGraphs
 from torch import Tensor
 
-from discrete_lit.backbones import SequenceLayout, Transformer, cpu_kernels
-from discrete_lit.backbones import backbone as backbones
+from discrete_lit.backbones import SequenceLayout, Transformer, cpu_kernels, execution
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import DiscreteDiffusion, GraphedDraw
@@ -233,7 +232,7 @@ def test_batches_with_other_parts_are_refused_by_name(make_generator) -> None:
 
 def test_a_replayed_draw_follows_its_condition(make_generator, monkeypatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_SWITCH", "0")
-    monkeypatch.setattr(backbones, "casting_pays", lambda device: True)
+    monkeypatch.setattr(execution, "casting_pays", lambda device: True)
     made = make_generator("masked", spread=0.5, backbone=PARTS)
     draw = GraphedDraw(made, MaskGITSampler(steps=2, guidance_scale=2.0), batch_size=4, recorder=RecordedGraphs())
     for number, count in enumerate((4, 4, 3, 4)):

@@ -17,7 +17,7 @@ LEVELS = NormalLevels(4)
 
 def networks() -> tuple[MaskedAutoencoder, ChannelHead]:
     torch.manual_seed(0)
-    network = MaskedAutoencoder(VectorLayout(dim=3, length=4, num_classes=2), width=16, depth=1, heads=2, buffer=2)
+    network = MaskedAutoencoder(VectorLayout(dim=3, grid=(4,), num_classes=2), width=16, depth=1, heads=2, buffer=2)
     head = ChannelHead(ChannelLayout(channels=3, levels=4, condition_width=16), width=8, depth=1, heads=2)
     for parameter in (*network.parameters(), *head.parameters()):
         parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
