@@ -140,12 +140,13 @@ def main() -> None:
     given = parser.parse_args()
     classify = Classifier(given.file)
     rows = [row for name in given.models for row in rows_of(name, classify, given.file)] + limits(classify, given.file)
+    chosen = "" if given.models == list(MODELS) else f" --models {' '.join(given.models)}"
     heads = ["model", "pairs", "pictures right", "captions, or thoughts, right"]
     table = [heads, [":--", ":--", "--:", "--:"], *rows]
     lines = [
         "# Digits both ways, and sums with and without a thought",
         "",
-        f"`python docs/experiments/digits.py`, {stamp()}, {processor_minutes():.1f} minutes of processor. 200 pictures "
+        f"`python docs/experiments/digits.py{chosen}`, {stamp()}, {processor_minutes():.1f} minutes of processor. 200 pictures "
         "and 500 captions a row.",
         "",
         *(f"| {' | '.join(row)} |" for row in table),
