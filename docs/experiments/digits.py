@@ -146,8 +146,8 @@ def main() -> None:
     lines = [
         "# Digits both ways, and sums with and without a thought",
         "",
-        f"`python docs/experiments/digits.py{chosen}`, {stamp()}, {processor_minutes():.1f} minutes of processor. 200 pictures "
-        "and 500 captions a row.",
+        f"`python docs/experiments/digits.py{chosen}`, {stamp()}, {processor_minutes():.1f} minutes of processor. "
+        "200 pictures and 500 captions a row.",
         "",
         *(f"| {' | '.join(row)} |" for row in table),
         "",
