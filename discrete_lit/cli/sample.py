@@ -29,6 +29,7 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import CaptionIds, Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder, Unified
 from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
+from discrete_lit.generators.unified import UnifiedOutput
 from discrete_lit.samplers import AnySampler, GuidedSolver
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
@@ -185,8 +186,10 @@ def sample(
     if isinstance(generator, LatentGenerator):
         if graph is True:
             raise ValueError("graph=true is for generators of ids; latents are drawn without one")
-    elif not prompts and _graph_pays(
-        graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)
+    elif (
+        isinstance(generator, Generator)
+        and not prompts
+        and _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own))
     ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
     rows_path, thoughts_path = folder / "rows.npy.partial", folder / "thoughts.npy.partial"
@@ -204,7 +207,7 @@ def sample(
             batch = cycle[indices % len(cycle)].to(fabric.device), indices.to(fabric.device)
             if graphed is None:
                 numbers = [index % len(prompts) for index in indices.tolist()] if prompts else []
-                condition = _condition(
+                condition: Any = _condition(
                     generator,
                     batch[0],
                     [prompts[number] for number in numbers],
@@ -227,7 +230,9 @@ def sample(
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
         writer.write(indices.numpy(), rows)
         if isinstance(generator, Unified) and thought_writer is not None:
-            thought_writer.write(indices.numpy(), generator.thought_rows(drawn.thoughts).cpu().numpy())
+            own_thoughts = cast(UnifiedOutput, drawn).thoughts
+            assert own_thoughts is not None, "a model with thoughts draws behind one"
+            thought_writer.write(indices.numpy(), generator.thought_rows(own_thoughts).cpu().numpy())
         count += len(indices)
     if writer is None:
         writer = _open_rows(rows_path, None, None, fabric)

@@ -77,7 +77,7 @@ class TextAndImageSequences(ClassConditionalTraining):
             ),
         )
 
-    def condition_of_texts(
+    def condition_of_texts(  # type: ignore[override]
         self,
         texts: Sequence[str],
         *,

@@ -348,6 +348,7 @@ def test_a_picture_is_the_same_after_its_thought_drawn_or_given(make: Callable[.
     prompts = ["black", "white", "", "black white"] * 3
     random = CounterRandom(5, torch.arange(12))
     drawn = generator.draw(generator.captions_of(prompts), random, sampler)
+    assert drawn.thoughts is not None
     thoughts = generator.texts_of(drawn.thoughts)
     assert thoughts == generator.think(generator.captions_of(prompts), sampler, seed=5) and len(set(thoughts)) > 2
     given = generator.draw(generator.captions_of(prompts, thoughts=thoughts), random, sampler)
@@ -399,7 +400,7 @@ def test_a_prompt_without_weight_is_logged_and_does_not_train() -> None:
     captions = generator.captions_of(["black"] * 4, thoughts=["white"] * 4)
     loss, terms = generator.loss(images, captions)
     counts = {"thought": 8, "image": 8}
-    expected = sum(counts[name] * terms[f"loss_of/{name}"] for name in counts) / 16
+    expected = torch.stack([counts[name] * terms[f"loss_of/{name}"] for name in counts]).sum() / 16
     torch.testing.assert_close(loss, expected.to(loss.dtype))
     assert terms["loss_of/text"] > 0
 
