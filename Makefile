@@ -287,6 +287,10 @@ $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.js
 	rm -rf $(@D)
 	$(LIT) tokenize --config $(CONFIGS)/latents.yaml --split $* --output $(@D)
 
+# HART's tokenizer begins with the multi-scale one, and its generator reads images.
+$(RUNS)/tokenizer_hybrid/finished: $(RUNS)/tokenizer_multi_scale/finished
+$(RUNS)/hart/finished: $(RUNS)/tokenizer_hybrid/finished
+
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml --devices 2
 

@@ -193,7 +193,7 @@ def _run(module: LightningModule, batch: Any, step: int, accelerator: str, preci
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PossibleUserWarning)  # advice for a training, on workers and validation
-        trainer.fit(module, DataLoader([batch], batch_size=None))
+        trainer.fit(module, DataLoader([batch], batch_size=None))  # type: ignore[arg-type]
     terms = {name: _plain(value) for name, value in trainer.callback_metrics.items() if "train/" in name}
     return {"losses": watch.losses, "terms": terms, "gradient_norms": watch.norms, "not_finite": watch.broken}
 

@@ -100,7 +100,7 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_jpeg_size(image, len(data))
-                _check_memory(image)
+                _check_memory(image, MODES[image_channels])
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
@@ -304,9 +304,8 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P":
         # A palette of colours and their opacity, of which "L" would know nothing.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        if image.mode == mode:
-            return image  # without the copy that `convert` would make of it
-    return image.convert(mode)
+    # `convert` would copy what is there already. The metadata of a TIFF is read from its file, which is closed then.
+    return image if image.mode == mode and image.format != "TIFF" else image.convert(mode)
 
 
 def _grey_16_to_8(image: Image.Image) -> Image.Image:
@@ -338,7 +337,7 @@ def _check_jpeg_size(image: Image.Image, size: int) -> None:
         raise ValueError(f"its header claims {image.width}x{image.height} pixels, for which {size:,} bytes are too few")
 
 
-def _check_memory(image: Image.Image) -> None:
+def _check_memory(image: Image.Image, mode: str) -> None:
     """Refuse a picture that would take more than a gigabyte and a half while it is decoded and brought to its mode.
 
     Some decoders keep more than the pixels: OpenJPEG 32 bits of each channel, libjpeg all coefficients of a picture
@@ -349,7 +348,9 @@ def _check_memory(image: Image.Image) -> None:
     decoder = {"JPEG2000": 8 * channels, "WEBP": 8, "AVIF": 8, "TIFF": 2 * channels}.get(image.format or "", 0)
     if image.info.get("progressive"):
         decoder = 2 * channels
-    needed = (held + decoder + _CONVERTED) * image.width * image.height
+    # Pillow multiplies colours by their opacity in another copy before it resizes them.
+    converted = 2 * _CONVERTED if mode == "RGBA" else _CONVERTED
+    needed = (held + decoder + converted) * image.width * image.height
     most = max(_MOST_DECODED, _DECODED_OF_A_BYTE * image_bytes_limit())
     if needed > most:
         raise ValueError(

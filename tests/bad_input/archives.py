@@ -436,7 +436,7 @@ LOCATIONS = [
 class _Trouble(BaseHTTPRequestHandler):
     """Answers as its server's kind of trouble says."""
 
-    def log_message(self, *arguments: Any) -> None:
+    def log_message(self, format: str, *arguments: Any) -> None:
         pass
 
     def do_GET(self) -> None:

@@ -241,8 +241,8 @@ def stating(**changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def replaced(name: str, content: bytes | Callable[[], bytes]) -> Callable[[Path], None]:
-    return lambda folder: (folder / name).write_bytes(content() if callable(content) else content) and None
+def replaced(name: str, content: bytes | Callable[[], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(content() if callable(content) else content)
 
 
 def piped(name: str) -> Callable[[Path], None]:

@@ -17,7 +17,7 @@ class Case:
     """One crafted input. At least one of `refused` and `right` is given; where both are, either may come."""
 
     name: str
-    craft: Callable[[Path], None]
+    craft: Callable[[Path], Any]
     """Writes the input into a folder of its own."""
     read: Callable[[Path], Any]
     """Reads it; the current folder is that folder."""

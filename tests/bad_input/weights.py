@@ -44,7 +44,7 @@ def stored(value: Any, **settings: Any) -> bytes:
     return buffer.getvalue()
 
 
-def changed(*path: str, value: Any) -> Callable[[], bytes]:
+def changed(*path: str | int, value: Any) -> Callable[[], bytes]:
     """The tokenizer's checkpoint with another value at a path of keys; `...` removes it."""
 
     def make() -> bytes:
@@ -280,12 +280,12 @@ PLACES = [
 
 
 def published(
-    name: str, content: Callable[[], bytes], file: str = "w.pt", refused: str | None = ..., **more: Any
-) -> Case:  # type: ignore[assignment]
+    name: str, content: Callable[[], bytes], file: str = "w.pt", refused: str | None = "", **more: Any
+) -> Case:
     def craft(folder: Path) -> None:
         (folder / file).write_bytes(content())
 
-    refused = file if refused is ... else refused
+    refused = file if refused == "" else refused
     return Case(name=f"published: {name}", craft=craft, read=lambda folder: read_state(file), refused=refused, **more)
 
 

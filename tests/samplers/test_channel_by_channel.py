@@ -54,7 +54,7 @@ def test_guidance_acts_on_hidden_states(schedule: Any, scale: float) -> None:
     given, without = (network(*nothing, each, known=0)[:, 0] for each in (labels, null))
     # After the first of four passes a quarter is known: 1 + 2 / 4.
     expected = without + scale * (given - without)
-    torch.testing.assert_close(head.seen[0], expected, rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+    torch.testing.assert_close(head.seen[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

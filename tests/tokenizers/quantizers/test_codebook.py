@@ -56,7 +56,7 @@ def test_kmeans_of_many_codes_lowers_the_distance() -> None:
     latents = torch.randn(2000, 3)
     distance = {}
     for init in ("data", "kmeans"):
-        codebook = Codebook(400, 3, init=init)  # type: ignore[arg-type]
+        codebook = Codebook(400, 3, init=init)
         codebook.prepare(latents)
         ids = codebook.search(latents)
         assert len(ids.unique()) == 400
