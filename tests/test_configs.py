@@ -60,7 +60,7 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captioned_shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same images in shards, with captions beside them."""
+    """The same images in shards, with captions beside them, which have a thought."""
     import json
     import shutil
 
@@ -71,7 +71,7 @@ def captioned_shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     root = tmp_path_factory.mktemp("captioned_shards")
     shutil.copytree(images, root / "images")
     for number, file in enumerate(sorted((root / "images").rglob("*.png"))):
-        file.with_suffix(".json").write_text(json.dumps({"caption": f"a {number % 2}"}))
+        file.with_suffix(".json").write_text(json.dumps({"caption": f"a {number % 2}=1"}))
     write_shards(ClassFolders(str(root / "images"), captions=Captions(kind="json")), str(root / "train"), split="train")
     return root / "train"
 
@@ -314,6 +314,8 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "Transformer": SMALL_TRANSFORMER,
     "TextTransformer": {**SMALL_TRANSFORMER, "width": 4},
+    "SegmentTransformer": SMALL_TRANSFORMER,
+    "Unified": {"image_size": 8},
     "Masked": {"image_size": 8, "num_classes": 2},
     "SuperResolution": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
@@ -357,6 +359,8 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
             settings["init_args"] = tiny_text_encoder()
         if name == "TextIds":
             arguments.update(text_tokenizer=dict(text_ids().hparams)["init_args"]["text_tokenizer"], length=8)
+        if name == "TextTokenizer":
+            settings.update(small_text_tokenizer())
         if "context_dim" in arguments:
             arguments["context_dim"] = 4
         if "grid_vocab" in arguments:
@@ -385,7 +389,14 @@ def text_ids() -> Any:
     """An encoder of the ids of characters."""
     from discrete_lit.tokenizers import TextIds, TextTokenizer
 
-    return TextIds(TextTokenizer.characters("a 01"), length=8)
+    return TextIds(TextTokenizer.characters("a 01="), length=8)
+
+
+def small_text_tokenizer() -> dict[str, Any]:
+    """Characters, in place of a vocabulary that a command learns."""
+    from discrete_lit.tokenizers import TextTokenizer
+
+    return TextTokenizer.characters("a 01=").config()
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -472,7 +483,8 @@ def test_models_fit_reload_and_sample(
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
-    reads_text = "text_encoder" in settings["model"]["init_args"]
+    encodes_text = "text_encoder" in settings["model"]["init_args"]
+    reads_text = encodes_text or kind == "Unified"
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
     folders = {
@@ -492,7 +504,7 @@ def test_models_fit_reload_and_sample(
         "generator_from_checkpoint": discrete_file,
     }
     shrink_model(settings["model"], files)
-    if reads_text:
+    if encodes_text:
         settings["model"]["init_args"]["num_classes"] = 1
     if kind == "SuperResolution":
         write_base(settings["model"], tmp_path / "base.ckpt")

@@ -225,6 +225,17 @@ class SegmentGrammar(nn.Module):
             self._spans[number] = torch.tensor(ids, device=self.event_of.device)
         return self._spans[number]
 
+    def is_masked(self, number: int) -> bool:
+        """Say whether the ids of a set are predicted where they stand, from masks."""
+        segment, ids = self.sets[number]
+        of = self.layout.segments[segment]
+        return of.mask_id is not None and ids == tuple(sorted(of.allowed_ids))
+
+    def masked_set(self, segment: str) -> int:
+        """Find the set of a segment's ids that are predicted from masks."""
+        mine = self.layout.number(segment)
+        return next(number for number, (of, _) in enumerate(self.sets) if of == mine and self.is_masked(number))
+
     def has_choice(self, number: int) -> bool:
         """Say whether an id of a set decides what comes next."""
         return bool(set(self.sets[number][1]) & set(self.choices))

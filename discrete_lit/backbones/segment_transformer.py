@@ -313,6 +313,16 @@ class SegmentTransformer(nn.Module):
         """Predict the vectors at the positions of a segment, from their own hidden states: `(..., D)` to `(..., E)`."""
         return cast(Linear, self.vector_heads[self.layout[segment].modality])(hidden)
 
+    def flops(self, elements: int, seen: int) -> int:
+        """Count the floating-point operations of the blocks for some elements of one sequence, two a multiply-add.
+
+        Args:
+            elements: that a pass reads.
+            seen: those that attention reads, the elements of the pass among them.
+        """
+        linear = sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
+        return 2 * elements * (linear + 2 * seen * self.depth * self.heads * self.head_dim)
+
     def new_cache(self, batch: int, length: int) -> RaggedCache:
         """Make room for the keys and values of B sequences of so many elements."""
         weight = self.table.weight

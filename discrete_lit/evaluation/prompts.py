@@ -84,7 +84,7 @@ def chosen_prompts(reader: Any, prompt: Sequence[str] | None, file: str | None, 
     """
     options = (("prompt", prompt), ("prompt_file", file), ("negative_prompt", negative))
     given = [name for name, value in options if value is not None]
-    if reader.text_encoder is None:
+    if not reader.reads_text:
         if given:
             raise ValueError(
                 f"{given[0]} is given, and this {type(reader).__name__} reads no text: it was trained without a "

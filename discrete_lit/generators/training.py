@@ -136,6 +136,11 @@ class ClassConditionalTraining(LightningModule, ABC):
         self._sharded = False
         self._checks: list[Callable[[], None]] = []
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is told by texts what to draw."""
+        return self.text_encoder is not None
+
     # Batches.
 
     def random_of(self, batch: dict[str, Any], batch_idx: int) -> CounterRandom:

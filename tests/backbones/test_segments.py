@@ -131,6 +131,8 @@ def test_every_way_through_a_random_grammar_ends_in_time(seed: int) -> None:
         ({"attention": "block_causal", "row_end_id": None, "scales": (1, 4)}, "add up to its 6 positions"),
         ({"attention": "bidirectional", "row_end_id": None}, "cannot be predicted one after another"),
         ({"attention": "bidirectional", "loss_weight": 0}, "neither ends of rows"),
+        ({"mask_id": 14, "row_end_id": None}, "and attention='bidirectional'"),
+        ({"mask_id": 7, "row_end_id": None, "attention": "bidirectional"}, "needs other ids than this one"),
         ({"variable": True}, "is variable"),
         ({"shape": (6,)}, "a grid of rows"),
     ],

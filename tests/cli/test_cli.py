@@ -41,6 +41,7 @@ OPTIONS = {
         "prompt",
         "prompt_file",
         "negative_prompt",
+        "thought",
         "sampler",
         "seed",
         "batch_size",
@@ -52,6 +53,8 @@ OPTIONS = {
         "decoder_sampler",
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
+    "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}
+    | {"accelerator", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
@@ -162,6 +165,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "encode_captions": ({"batch_size": 2}, "batch_size", 7),
     "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
+    "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
