@@ -227,10 +227,10 @@ def sample(
                 decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
             else:
                 texts = [] if prompts is None else prompts.of(indices.tolist())
-                given = batch[0] if decoding.num_classes > 1 else None
-                if decoding.text_encoder is not None:
-                    given = _condition(decoding, batch[0], texts, negative=negative_prompt)
-                decoded = decoding.decode(drawn.tokens, given, seed=seed, indices=batch[1])
+                decoded_given: Any = batch[0] if decoding.num_classes > 1 else None
+                if decoding.reads_text:
+                    decoded_given = _condition(decoding, batch[0], texts, negative=negative_prompt)
+                decoded = decoding.decode(drawn.tokens, decoded_given, seed=seed, indices=batch[1])
             rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
         if writer is None:

@@ -280,8 +280,11 @@ class ProxyDecoder(nn.Module):
                 f"{tuple(self.codebook.shape)}: set proxy.init_args.codebook_size and code_dim"
             )
         self.codebook.copy_(codebook)
+        own, given = self.network.decoder, network.decoder
+        if own is None or given is None:
+            raise ValueError("a proxy tokenizer decodes: neither network may have with_decoder: false")
         try:
-            self.network.decoder.load_state_dict(network.decoder.state_dict(), strict=True)
+            own.load_state_dict(given.state_dict(), strict=True)
         except RuntimeError as error:
             raise ValueError(
                 f"the proxy tokenizer's decoder is another than proxy.init_args.network describes: {error}"
