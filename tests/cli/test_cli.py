@@ -69,6 +69,7 @@ OPTIONS = {
         "num_samples",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
+    "watch": {"config", "output", "checkpoints", "labels", "seeds"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
@@ -160,6 +161,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),
+    "watch": ({"output": "here.html"}, "output", "there.html"),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
     "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
 }
