@@ -71,7 +71,7 @@ def draw_steps(generator: Generator, labels: list[int], seed: int) -> list[list[
         # After each scale, what the scales so far add up to.
         pictures = torch.stack(
             [
-                generator.tokenizer.to_images(generator.tokenizer.outputs(f_hat))  # type: ignore[operator]
+                generator.tokenizer.to_images(generator.tokenizer.outputs(f_hat.movedim(1, -1)))  # type: ignore[operator]
                 for f_hat in quantizer.cumulative(output.tokens)
             ]
         )
