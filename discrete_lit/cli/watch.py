@@ -102,7 +102,7 @@ def _toy(seeds: list[int]) -> dict[str, Any]:
 _TOY_DETAILS = {
     "autoregressive": "One cell a pass, left to right. Exact, and always 16 passes.",
     "MaskGIT": "Draws every masked cell, keeps the most confident, masks the rest again.",
-    "masked diffusion": "Each masked cell is revealed by chance, and then stays.",
+    "masked diffusion": "Each masked cell is revealed by chance, then stays; a round that reveals none costs no pass.",
     "uniform diffusion": "Starts from random colours and edits any cell at any step.",
 }
 
@@ -157,7 +157,7 @@ def _filled(page: dict[str, Any], curves: dict[str, list[tuple[int, float]]]) ->
 
 def _figure(curves: dict[str, list[tuple[int, float]]]) -> str:
     """Draw total variation against rounds, on logarithmic scales of rounds, as SVG."""
-    width, height, left, bottom = 640, 300, 52, 44
+    width, height, left, bottom = 640, 300, 68, 44
     most = max(distance for points in curves.values() for _, distance in points)
     top = 0.1 * (int(most * 10) + 1)
 
@@ -175,6 +175,10 @@ def _figure(curves: dict[str, list[tuple[int, float]]]) -> str:
     for rounds in (1, 2, 4, 8, 16):
         lines.append(f'<text x="{x(rounds):.1f}" y="{height - 24}" text-anchor="middle">{rounds}</text>')
     lines.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">rounds</text>')
+    middle = (height - bottom) / 2
+    lines.append(
+        f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">total variation</text>'
+    )
     for (_, points), (colour, dashes) in zip(curves.items(), _CURVES, strict=True):
         path = " ".join(f"{x(rounds):.1f},{y(distance):.1f}" for rounds, distance in points)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-dasharray="{dashes}"/>')
