@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,10 @@ def saved(checkpoint: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def scales_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scales")
-    settings = {"codebook_size": 12, "dim": 3, "scales": [1, 2, 4], "network": NETWORK}
+    settings = {"codebook_size": 12, "code_dim": 3, "scales": [1, 2, 4], "network": NETWORK}
     tokenizer = instantiate({"class_path": "discrete_lit.tokenizers.MultiScaleVQ", "init_args": settings})
     save(tokenizer, folder / "tokenizer.ckpt")
-    backbone = {**BACKBONE, "class_path": "discrete_lit.backbones.ScaleTransformer"}
-    return generator("NextScale", saved(folder / "tokenizer.ckpt"), folder / "generator.ckpt", backbone=backbone)
+    return generator("NextScale", saved(folder / "tokenizer.ckpt"), folder / "generator.ckpt")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_page_holds_what_was_drawn(page: Path, checkpoints: dict[str, str]) 
 @pytest.mark.parametrize("family", ["Masked", "Autoregressive"])
 def test_what_changed_and_what_is_not_drawn(family: str, checkpoints: dict[str, str]) -> None:
     frames = draw_steps(load(checkpoints[family]).eval(), [1], 3)[0]
-    for before, after in zip(frames, frames[1:], strict=False):
+    for before, after in pairwise(frames):
         changed = [place for place in range(16) if before["ids"][place] != after["ids"][place]]
         assert after["changed"] == changed
         known = [place for place in range(16) if after["ids"][place] is not None]

@@ -90,8 +90,10 @@ def test_steps_by_buttons_keys_and_slider(open_page: Any) -> None:
 def test_play_pause_and_speed(open_page: Any) -> None:
     page = open_page()
     page.select_option("#speed", "16")
-    page.keyboard.press("Space")  # as pressed on the select, which opens it: it must not play
+    page.focus("#speed")
+    page.keyboard.press("Space")  # opens the list, and must not play
     page.keyboard.press("Escape")
+    assert page.inner_text("#play") == "Play"
     page.locator("h1").click()
     page.keyboard.press("Space")
     assert page.inner_text("#play") == "Pause"
