@@ -48,8 +48,21 @@ def scales_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(generator_checkpoints: dict[str, Path], scales_checkpoint: Path) -> dict[str, str]:
-    return {**{name: str(path) for name, path in generator_checkpoints.items()}, "NextScale": str(scales_checkpoint)}
+def checkpoints(
+    generator_checkpoints: dict[str, Path],
+    scales_checkpoint: Path,
+    tokenizer_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, str]:
+    guided = generator(
+        "Masked",
+        saved(tokenizer_checkpoint),
+        tmp_path_factory.mktemp("guided") / "generator.ckpt",
+        label_dropout=0.1,
+        sampler={"class_path": "discrete_lit.samplers.MaskGITSampler", "init_args": {"guidance_scale": 2.0}},
+    )
+    own = {"NextScale": scales_checkpoint, "guided": guided}
+    return {name: str(path) for name, path in {**generator_checkpoints, **own}.items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +90,7 @@ def test_the_page_holds_what_was_drawn(page: Path, checkpoints: dict[str, str]) 
         output = model.draw(torch.tensor([2, 0]), CounterRandom(5, torch.arange(2)))
         assert set(panel["draws"]) == {"2/0", "2/5", "0/0", "0/5"}
         for row, label in enumerate((2, 0)):
+            assert output.network_calls == output.sequential_passes * (2 if panel["name"] == "guided" else 1)
             first, *_, last = panel["draws"][f"{label}/5"]
             assert last["ids"] == output.tokens[row].flatten().tolist()[-16:]
             assert (last["calls"], last["passes"]) == (output.network_calls, output.sequential_passes)
