@@ -16,7 +16,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: .venv/installed ## the fast tests, about 15 minutes on 2 cores
 
 test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
 	$(BIN)/pytest -m "slow or slurm"
+
+bad-input: .venv/installed ## craft broken and hostile input of every kind, and judge what becomes of each; ARGS="part of a name"
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m bad_input.run $(ARGS)
 
 lint: .venv/installed ## check format, style, and which module may import which
 	$(BIN)/ruff format --check .
@@ -69,6 +72,11 @@ gpu-wheels: ## download the packages that a bare GPU machine lacks, for GPU_PYTH
 
 gpu-pack: ## pack what a bare GPU machine needs into gpu.tar; GOLDEN=folder adds the reference outputs
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_pack.py $(if $(GOLDEN),--golden $(GOLDEN))
+
+# On Linux freed memory is kept for the next batch instead of being given back to the system and cleared again, which
+# makes training on a processor 5 to 10% faster (glibc's allocator; others ignore this).
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
 
 # The quickstart. Each step is a command that you can run yourself; what is finished is not done again, and a training
 # that was interrupted goes on from its last checkpoint.
@@ -178,7 +186,7 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all
 # along, so the speeds in the table are of half of them.
 COMPARED := $(RUNS)/comparison
-BATCHES := 360
+BATCHES := 340
 BATCH_SIZE := 64
 ON_FSQ := masked autoregressive rar
 ON_LFQ := bar maskbit
@@ -243,6 +251,10 @@ $(RUNS)/tokenizer_kl/scaled.ckpt: $(RUNS)/tokenizer_kl/finished
 $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.json: $(RUNS)/tokenizer_kl/scaled.ckpt
 	rm -rf $(@D)
 	$(LIT) tokenize --config $(CONFIGS)/latents.yaml --split $* --output $(@D)
+
+# HART's tokenizer begins with the multi-scale one, and its generator reads images.
+$(RUNS)/tokenizer_hybrid/finished: $(RUNS)/tokenizer_multi_scale/finished
+$(RUNS)/hart/finished: $(RUNS)/tokenizer_hybrid/finished
 
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml --devices 2
