@@ -35,10 +35,11 @@ def grid_of(generator: Generator) -> Size:
     if isinstance(generator, NextScale):
         height, width = generator.scale_quantizer().sizes[-1]
         return height, width
-    shape = tuple(generator.token_shape)
+    shape = generator.token_shape
     if len(shape) > 2:
-        raise ValueError(f"this {kind} has token grids {shape}: the page shows one id at each position")
-    return (1, shape[0]) if len(shape) == 1 else (shape[0], shape[1])
+        raise ValueError(f"this {kind} has token grids {tuple(shape)}: the page shows one id at each position")
+    height, width = (1, *shape)[-2:]
+    return height, width
 
 
 @torch.no_grad()

@@ -137,10 +137,10 @@ class ToyBackbone(Backbone):
     def new_cache(self, condition: Condition | Tensor) -> Cache:
         return Cache([], None)
 
-    def flops(self, batch: int, tokens: int, filled: int | None = None) -> int:
+    def flops(self, batch: int, tokens: int, filled: int | None = None, context: int = 0, ahead: int = 0) -> int:
         return 0
 
-    def cache_flops(self, batch: int) -> int:
+    def cache_flops(self, batch: int, context: int = 0) -> int:
         return 0
 
 
