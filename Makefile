@@ -9,6 +9,8 @@ RUNS := runs/quickstart
 CONFIGS := lightning_configs/quickstart
 COLOUR := runs/quickstart_colour
 COLOUR_CONFIGS := lightning_configs/quickstart_colour
+DIGITS := runs/quickstart_digits
+DIGITS_CONFIGS := lightning_configs/quickstart_digits
 LIT := $(BIN)/discrete-lit
 # What training sees; the table's images are those of the split `test`.
 SHARDS := train validation
@@ -16,7 +18,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -182,6 +184,46 @@ $(COLOUR)/evaluation/report.md: $(SEEDED:%=$(COLOUR)/%/samples.npz) $(SEEDED:%=$
 		$(COLOUR)/shards/test/manifest.json $(COLOUR)/classifier/finished
 	$(LIT) evaluate --config $(COLOUR_CONFIGS)/evaluate.yaml
 
+# One transformer over captions and pictures, on scikit-learn's digits: pairs drawn and read, and sums.
+BOTH_WAYS := chameleon transfusion
+SUMS := sums sums_thought
+
+quickstart-digits: $(DIGITS)/tokenizer/finished ## captions to pictures and back by one model, and sums with a thought, on handwritten digits
+	$(MAKE) --jobs 2 learned-digits OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
+	$(BIN)/python docs/experiments/digits.py --page $(DIGITS)/report.md
+	@echo
+	@echo "pictures:     $(BOTH_WAYS:%=$(DIGITS)/%/grid.png) $(SUMS:%=$(DIGITS)/%/grid.png)"
+	@echo "training log: $(BIN)/tensorboard --logdir $(DIGITS)"
+
+learned-digits: $(BOTH_WAYS:%=$(DIGITS)/%/samples.npz) $(SUMS:%=$(DIGITS)/%/samples.npz)
+
+DIGITS_FILE := $(DIGITS)/sklearn/datasets/data/digits.csv.gz
+
+$(DIGITS_FILE): | .venv/installed
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --dest $(DIGITS) scikit-learn
+	cd $(DIGITS) && $(abspath $(BIN))/python -m zipfile --extract scikit_learn-*.whl wheel
+	mkdir -p $(@D)
+	mv $(DIGITS)/wheel/sklearn/datasets/data/digits.csv.gz $@
+	rm -r $(DIGITS)/wheel $(DIGITS)/scikit_learn-*.whl
+
+$(SHARDS:%=$(DIGITS)/shards/%/manifest.json) $(SUMS:%=$(DIGITS)/shards/%/manifest.json) \
+		$(SUMS:%=$(DIGITS)/shards/%_validation/manifest.json): | $(DIGITS_FILE)
+
+$(DIGITS)/words.json: $(DIGITS)/shards/train/manifest.json
+	$(LIT) text_tokenizer --shards $(<D) --vocab_size 400 --output $@
+
+$(BOTH_WAYS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finished $(DIGITS)/words.json
+	$(LIT) fit --config $(DIGITS_CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(SUMS:%=$(DIGITS)/%/finished): $(DIGITS)/%/finished: $(DIGITS)/tokenizer/finished $(DIGITS)/words.json \
+		$(DIGITS)/shards/%/manifest.json $(DIGITS)/shards/%_validation/manifest.json
+	$(LIT) fit --config $(DIGITS_CONFIGS)/$*.yaml --ckpt_path last
+	@touch $@
+
+$(SUMS:%=$(DIGITS)/%/samples.npz): $(DIGITS)/%/samples.npz: $(DIGITS)/%/finished
+	$(LIT) sample --config $(DIGITS_CONFIGS)/sample_sums.yaml --ckpt_path $(<D)/checkpoints/last.ckpt --output $(@D)
+
 # The comparison goes on from the quickstart, whose tokenizer and classifiers it shares. Its three seeds are of the
 # generators, all of them trained on equally many batches, and of their samples. Two commands share the processors all
 # along, so the speeds in the table are of half of them.
@@ -316,5 +358,6 @@ endef
 
 $(eval $(call pipeline,$(RUNS),$(CONFIGS)))
 $(eval $(call pipeline,$(COLOUR),$(COLOUR_CONFIGS)))
+$(eval $(call pipeline,$(DIGITS),$(DIGITS_CONFIGS)))
 
 .PRECIOUS: $(COLOUR)/%_grid/samples.npz

@@ -6,6 +6,8 @@ The files of lightning_configs/data are tested with the DataModules.
 import copy
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,16 @@ CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightnin
 PARTS = ("lightning_configs/data/", "lightning_configs/trainer/")
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
 
+
+def named_in(model: dict[str, Any]) -> set[str]:
+    """The keys of a model's settings, and of its arguments behind `init_args.`."""
+    return {*model, *(f"init_args.{name}" for name in model.get("init_args", {}))}
+
+
 MODELS = [config for config in CONFIGS if "model" in read(config)]
 # The others are of another size or sampler than one of these, over which they are laid: the same where both are shrunk.
-WHOLE = [config for config in MODELS if "class_path" in read(config)["model"]]
+# One that reads texts in place of classes is not.
+WHOLE = [config for config in MODELS if {"class_path", "init_args.text_encoder"} & named_in(read(config)["model"])]
 WITHOUT_MODEL = [config for config in CONFIGS if config not in MODELS and not config.startswith(PARTS)]
 LAYERS = [config for config in WITHOUT_MODEL if header_command(config)[0] == "fit"]
 FUNCTION_COMMANDS = [config for config in WITHOUT_MODEL if config not in LAYERS]
@@ -47,6 +56,24 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "train"
     write_shards(ClassFolders(str(images)), str(folder), split="train", samples_per_shard=4)
     return folder
+
+
+@pytest.fixture(scope="module")
+def captioned_shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images in shards, with captions beside them, which have a thought."""
+    import json
+    import shutil
+
+    from discrete_lit.data.captions import Captions
+    from discrete_lit.data.shard_writer import write_shards
+    from discrete_lit.data.sources import ClassFolders
+
+    root = tmp_path_factory.mktemp("captioned_shards")
+    shutil.copytree(images, root / "images")
+    for number, file in enumerate(sorted((root / "images").rglob("*.png"))):
+        file.with_suffix(".json").write_text(json.dumps({"caption": f"a {number % 2}=1"}))
+    write_shards(ClassFolders(str(root / "images"), captions=Captions(kind="json")), str(root / "train"), split="train")
+    return root / "train"
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +181,7 @@ def write_tokens(
 
 @pytest.fixture(scope="module")
 def latents(continuous_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve rows of latents of the continuous tokenizer, of two classes."""
+    """Twelve rows of latents of the continuous tokenizer, of two classes, with captions."""
     import torch
 
     import discrete_lit
@@ -172,10 +199,15 @@ def latents(continuous_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         classes=["zero", "one"],
         tokenizer=discrete_lit.load(continuous_file).fingerprint(),
         source="noise",
+        captions=True,
     )
     writer = LatentWriter(folder)
     means = torch.randn(12, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    writer.write(torch.arange(12), torch.stack((means, torch.full_like(means, -4.0)), dim=1), torch.arange(12) % 2)
+    moments, captions = (
+        torch.stack((means, torch.full_like(means, -4.0)), dim=1),
+        [[f"a {row % 2}"] for row in range(12)],
+    )
+    writer.write(torch.arange(12), moments, torch.arange(12) % 2, captions=captions)
     writer.close()
     LatentWriter.finalise(folder)
     return folder
@@ -258,6 +290,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "TokenDiffusionHead": {"width": 16, "depth": 1},
     "ContinuousAutoregressive": {"image_size": 8, "num_classes": 2, "check_scale": False, "hidden_width": 16},
     "MARSampler": {"steps": 2},
+    "MaskGITSampler": {"steps": 4},
     "DimensionwiseSampler": {"steps": 2},
     "DiT": SMALL_TRANSFORMER,
     "UNet": {"channels": 4, "blocks": 1, "class_width": 4, "norm_groups": 2, "head_dim": 2},
@@ -280,7 +313,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "image_size": 32,
     },
     "Transformer": SMALL_TRANSFORMER,
+    "TextTransformer": {**SMALL_TRANSFORMER, "width": 4},
+    "SegmentTransformer": SMALL_TRANSFORMER,
+    "Unified": {"image_size": 8},
     "Masked": {"image_size": 8, "num_classes": 2},
+    "SuperResolution": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
     "NextScale": {"image_size": 8, "num_classes": 2},
     "DiscreteDiffusion": {"image_size": 8, "num_classes": 2},
@@ -319,9 +356,15 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
         if name in ("MultiScaleVQ", "HybridVQ"):
             arguments["scales"] = [1, latent_side(arguments["network"])]
         if name == "text_encoder_from_files":
-            settings.update(small_text_encoder())
+            settings["init_args"] = tiny_text_encoder()
+        if name == "TextIds":
+            arguments.update(text_tokenizer=dict(text_ids().hparams)["init_args"]["text_tokenizer"], length=8)
+        if name == "TextTokenizer":
+            settings.update(small_text_tokenizer())
         if "context_dim" in arguments:
             arguments["context_dim"] = 4
+        if "grid_vocab" in arguments:
+            arguments["grid_vocab"] = 16
         if "embedded_digits" in arguments:
             # Of the ids of `tokenizer_file`.
             arguments["embedded_digits"] = [4, 4]
@@ -329,11 +372,31 @@ def shrink_model(settings: Any, files: dict[str, Path]) -> None:
         shrink_model(value, files)
 
 
-def small_text_encoder() -> dict[str, Any]:
-    """A table of vectors of characters, in place of published files."""
-    from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer
+@cache
+def tiny_text_encoder() -> dict[str, Any]:
+    """Files of a table of vectors of characters, for `text_encoder_from_files`."""
+    import torch
+    from safetensors.torch import save_file
 
-    return dict(StaticTextEncoder(TextTokenizer.characters("a 01"), 4, length=8).hparams)
+    folder, words = Path(tempfile.mkdtemp()), text_ids().text_tokenizer
+    save_file({"table": torch.randn(words.vocab_size, 4)}, folder / "table.safetensors")
+    (folder / "tokenizer.json").write_text(words.json, encoding="utf-8")
+    return {"weights": f"{folder}/table.safetensors", "tokenizer": f"{folder}/tokenizer.json", "length": 8}
+
+
+@cache
+def text_ids() -> Any:
+    """An encoder of the ids of characters."""
+    from discrete_lit.tokenizers import TextIds, TextTokenizer
+
+    return TextIds(TextTokenizer.characters("a 01="), length=8)
+
+
+def small_text_tokenizer() -> dict[str, Any]:
+    """Characters, in place of a vocabulary that a command learns."""
+    from discrete_lit.tokenizers import TextTokenizer
+
+    return TextTokenizer.characters("a 01=").config()
 
 
 def latent_side(network: dict[str, Any]) -> int:
@@ -374,11 +437,23 @@ def write_stages_before(model: dict[str, Any], folder: Path) -> None:
         save(instantiate(copy.deepcopy({**model, "init_args": parts})), folder / "first.ckpt")
 
 
+def write_base(model: dict[str, Any], file: Path) -> None:
+    """The checkpoint that a second stage is given: the generator of small images, of the same tokens and texts."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    arguments = copy.deepcopy({**model["init_args"], "optimizer": None, "scheduler": None})
+    arguments.pop("discrete")
+    arguments["backbone"]["init_args"].pop("grid_vocab")
+    save(instantiate({"class_path": "discrete_lit.generators.Masked", "init_args": arguments}), file)
+    model["init_args"]["discrete"]["init_args"]["checkpoint"] = str(file)
+
+
 @pytest.mark.parametrize("config", WHOLE)
 def test_models_fit_reload_and_sample(
     config: str,
     images: Path,
     shards: Path,
+    captioned_shards: Path,
     tokens: Path,
     captioned_tokens: Path,
     multi_scale_tokens: Path,
@@ -408,10 +483,18 @@ def test_models_fit_reload_and_sample(
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
-    reads_text = "text_encoder" in settings["model"]["init_args"]
+    encodes_text = "text_encoder" in settings["model"]["init_args"]
+    reads_text = encodes_text or kind == "Unified"
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
-    folders = {"ImageShards": shards, "ImageFolder": images, "TokenArrays": own_tokens, "LatentArrays": latents}
+    folders = {
+        "ImageShards": captioned_shards if reads_text else shards,
+        "ImageFolder": images,
+        "TokenArrays": own_tokens,
+        "LatentArrays": latents,
+    }
+    if reads_text and "captions" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["captions"] = {"kind": "txt"}  # as `shards` writes them
     shrink_data(settings["data"], folders, image_size=8 if is_generator else 32)
     if is_generator and "image_channels" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["image_channels"] = 3  # of the tiny tokenizers
@@ -421,8 +504,10 @@ def test_models_fit_reload_and_sample(
         "generator_from_checkpoint": discrete_file,
     }
     shrink_model(settings["model"], files)
-    if reads_text:
+    if encodes_text:
         settings["model"]["init_args"]["num_classes"] = 1
+    if kind == "SuperResolution":
+        write_base(settings["model"], tmp_path / "base.ckpt")
     write_stages_before(settings["model"], tmp_path)
     settings["run_dir"] = str(tmp_path / "run")
     settings["trainer"].update(QUIET, max_steps=1, limit_val_batches=1, val_check_interval=1)

@@ -15,7 +15,15 @@ from helpers.recipe_files import ROOT, header_command, layered, read
 
 METHODS = ROOT / "docs" / "methods.md"
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FOLDERS = ("tokenizers", "generators", "experiments", "quickstart", "quickstart_colour", "quickstart_text")
+FOLDERS = (
+    "tokenizers",
+    "generators",
+    "experiments",
+    "quickstart",
+    "quickstart_colour",
+    "quickstart_text",
+    "quickstart_digits",
+)
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PATH = re.compile(r"(?<![\w/.-])((?:discrete_lit|lightning_configs|data|tests|benchmarks|docs)/[\w./-]*\w)")

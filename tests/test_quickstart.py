@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from helpers.recipe_files import ROOT, configs_of, header_command, read
 
+from discrete_lit.data.sources.digit_compositions import WORDS, held_out
+
 GREY, COLOUR = "lightning_configs/quickstart", "lightning_configs/quickstart_colour"
+RUNS = {"RUNS": "", "COLOUR": "_colour", "DIGITS": "_digits"}
 TABLES = {
     f"{GREY}/evaluate.yaml": "runs/quickstart/evaluation/report.md",
     f"{GREY}/evaluate_seeds.yaml": "runs/quickstart/evaluation_seeds/report.md",
@@ -20,7 +23,7 @@ TABLES = {
 
 def steps(target: str, folder: Path) -> list[list[str]]:
     """The commands of the project that make a file where nothing is there yet, each as its arguments."""
-    variables = [f"RUNS={folder}/quickstart", f"COLOUR={folder}/quickstart_colour"]
+    variables = [f"{name}={folder}/quickstart{part}" for name, part in RUNS.items()]
     command = ["make", "--dry-run", *variables, target.replace("runs/", f"{folder}/", 1)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.replace("\\\n", " ").replace(str(folder), "runs").splitlines()
@@ -140,3 +143,42 @@ def test_the_quickstart_writes_the_page_of_its_generators_and_says_where(tmp_pat
     asked = subprocess.run(["make", "--dry-run", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r'echo "watch them: +runs/quickstart/watch.html', asked.stdout)
     assert re.search(r"make(\[\d\])? .*runs/quickstart/watch.html", asked.stdout)
+
+
+DIGITS = "runs/quickstart_digits"
+
+
+@pytest.mark.parametrize("model", ["chameleon", "transfusion", "sums", "sums_thought"])
+def test_what_the_models_of_digits_read_is_made_before(model: str, tmp_path: Path) -> None:
+    made = {f"{DIGITS}/sklearn/datasets/data/digits.csv.gz"}
+    commands = steps(f"{DIGITS}/{model}/samples.npz", tmp_path)
+    for step in commands:
+        settings = read(configs_of(step)[0]) if configs_of(step) else {}
+        output = option(step, "--output") or settings.get("run_dir") or settings["output"]
+        said = [argument for argument in step if argument.startswith("runs/") and argument != output]
+        for path in {folder_of(path) for path in [*said, *runs_in(settings)]} - {output}:
+            assert path in made, (step, path)
+        made.add(str(output))
+    assert [step[0] for step in commands[-2:]] == ["fit", "sample"]
+    assert f"{DIGITS}/shards/{model if 'sums' in model else 'train'}" in made
+
+
+def test_no_model_of_digits_sees_a_pair_that_is_held_out() -> None:
+    """They read the splits train and validation, whose pairs are others than those of test."""
+    folder = "lightning_configs/quickstart_digits"
+    for path in sorted((ROOT / folder).glob("*.yaml")):
+        recipe = path.relative_to(ROOT).as_posix()
+        settings = read(recipe)
+        if header_command(recipe)[0] == "fit":
+            assert f"{DIGITS}/shards/test" not in set(runs_in(settings))
+        elif header_command(recipe)[0] == "shards":
+            assert settings["split"] == settings["source"]["init_args"]["split"]
+            assert (settings["split"] == "test") == settings["output"].endswith("/test")
+    for prompts, sums in (
+        (read(f"{folder}/sample.yaml")["prompt"], False),
+        (read(f"{folder}/sample_sums.yaml")["prompt"], True),
+    ):
+        for prompt in prompts:
+            words = prompt.split("+") if sums else [prompt.split()[0], prompt.split()[-1]]
+            a, b = (int(word) if sums else WORDS.index(word) for word in words)
+            assert held_out(a, b), prompt

@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,8 +26,13 @@ WIDTH, DEPTH, HEADS, HIDDEN = LLAMAGEN_B.width, LLAMAGEN_B.depth, LLAMAGEN_B.hea
 CODES, CLASSES = LLAMAGEN_B.codes, 1000
 
 
-def llama_shape(attention: str = "causal", sizes: LlamaSizes = LLAMAGEN_B) -> Transformer:
-    """LlamaGen's kind, by default its B: 12 blocks of width 768, rotary positions, 256 tokens of 16,384 ids."""
+def llama_shape(
+    attention: str = "causal", sizes: LlamaSizes = LLAMAGEN_B, *, context_dim: int | None = None
+) -> Transformer:
+    """LlamaGen's kind, by default its B: 12 blocks of width 768, rotary positions, 256 tokens of 16,384 ids.
+
+    With a `context_dim` its blocks attend to vectors of that width too.
+    """
     side = round(sizes.length**0.5)
     layout = SequenceLayout(
         sizes.codes,
@@ -45,6 +51,7 @@ def llama_shape(attention: str = "causal", sizes: LlamaSizes = LLAMAGEN_B) -> Tr
         norm="rms",
         bias=False,
         positions="rope_1d",
+        context_dim=context_dim,
     )
 
 
@@ -113,9 +120,9 @@ def sedd_shape(vocab_size: int) -> Transformer:
     )
 
 
-def dit_shape(*, context_channels: int | None = None, num_classes: int = CLASSES) -> DiT:
-    """DiT-B/2's: 12 modulated blocks of width 768 over 256 patches of latents of 4 x 32 x 32."""
+def dit_shape(*, context_channels: int | None = None, num_classes: int = CLASSES, **settings: Any) -> DiT:
+    """DiT-B/2's: 12 modulated blocks of width 768 over 256 patches of latents of 4 x 32 x 32; settings of `DiT`."""
     layout = LatentLayout(
         channels=4, grid=(32, 32), outputs=4, num_classes=num_classes, context_channels=context_channels
     )
-    return DiT(layout, width=768, depth=12, heads=12)
+    return DiT(layout, width=768, depth=12, heads=12, **settings)

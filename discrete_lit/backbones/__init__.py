@@ -12,9 +12,11 @@ from discrete_lit.backbones.scale_transformer import ScaleLayout, ScaleTransform
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.backbones.sub_token_heads import FactorisedHead, MaskedBitHead
+from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.backbones.token_diffusion import BinaryFlowHead, DenoisingMLP, TokenDiffusionHead, ids_of_signs
 from discrete_lit.backbones.transformer import Transformer
 from discrete_lit.backbones.unet import UNet
+from discrete_lit.backbones.vision_encoder import VisionEncoder
 
 __all__ = [
     "Backbone",
@@ -40,9 +42,11 @@ __all__ = [
     "SegmentTransformer",
     "SequenceLayout",
     "SubTokenHead",
+    "TextTransformer",
     "TokenDiffusionHead",
     "Transformer",
     "UNet",
     "VectorLayout",
+    "VisionEncoder",
     "ids_of_signs",
 ]

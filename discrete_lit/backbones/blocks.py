@@ -58,6 +58,10 @@ class BlockSettings:
         mlp_hidden: inner width of the MLP.
         norm, norm_epsilon: of both norms and of those of queries and keys.
         norm_first: normalise what enters a branch (pre-norm), or what leaves the sum (post-norm).
+        norm_outputs: in the place of both, normalise what leaves a branch, before it is added (Swin Transformer V2;
+            Chameleon-34B).
+        key_value_heads: heads of keys and values, each of which as many heads of queries share (Ainslie et al., "GQA",
+            2023); a divisor of `heads`, which it is by default.
         norm_affine: gains of the norms.
         modulation: adaLN-Zero with parameters of the block's own, or shared by all blocks but for an offset.
         modulation_activation: what stands before its linear layer.
@@ -83,6 +87,8 @@ class BlockSettings:
     norm: NormKind = "layer"
     norm_epsilon: float = 1e-6
     norm_first: bool = True
+    norm_outputs: bool = False
+    key_value_heads: int | None = None
     norm_affine: bool = True
     modulation: Literal["own", "shared"] | None = None
     modulation_activation: ModulationActivation = "silu"
@@ -110,6 +116,21 @@ class BlockSettings:
             raise ValueError(f"dropout_places has {', '.join(map(repr, unknown))}, accepted: {accepted}")
         if self.context_dim is not None and self.context_dim < 1:
             raise ValueError(f"context_dim must be at least 1, got {self.context_dim}")
+        shared = self.key_value_heads
+        if shared is not None and (shared < 1 or self.heads % shared):
+            raise ValueError(f"key_value_heads={shared} must divide the {self.heads} heads")
+        if self.shared_heads != self.heads and (self.qk_norm in ("full_rms", "unit") or self.attention_bias != "none"):
+            raise ValueError(
+                f"key_value_heads={shared} goes with norms over a head alone and attention without biases, got "
+                f"qk_norm={self.qk_norm!r} and attention_bias={self.attention_bias!r}"
+            )
+        if self.norm_outputs and (not self.norm_first or self.modulation or self.context_dim is not None):
+            raise ValueError("norm_outputs goes with neither norm_first=false, nor a modulation, nor a context")
+
+    @property
+    def shared_heads(self) -> int:
+        """The heads of keys and values."""
+        return self.heads if self.key_value_heads is None else self.key_value_heads
 
     @classmethod
     def of_width(
@@ -156,7 +177,7 @@ class Block(nn.Module):
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         width = settings.width
-        self.norm_first = settings.norm_first
+        self.norm_first, self.norm_outputs = settings.norm_first, settings.norm_outputs
         self.attention_norm = _block_norm(settings)
         self.attention = Attention(settings)
         self.context_norm = self.context_attention = None
@@ -205,6 +226,9 @@ class Block(nn.Module):
             context, context_mask: as for `ContextAttention`, of a block that attends to a context.
         """
         if condition is None:
+            if self.norm_outputs:
+                x = x + self._drop(self.attention_norm(self.attention(x, rotary, mask, causal, cache)))
+                return x + self._drop_mlp(self.mlp_norm(self.mlp(x)))
             if not self.norm_first:
                 x = self.attention_norm(x + self._drop(self.attention(x, rotary, mask, causal, cache)))
                 x = self._attend(x, context, context_mask)
@@ -290,15 +314,18 @@ class Attention(nn.Module):
         super().__init__()
         heads, head_dim, qk_norm = settings.heads, settings.head_dim, settings.qk_norm
         inner = heads * head_dim
-        self.heads = heads
+        self.heads, self.shared_heads = heads, settings.shared_heads
         self.dropout = settings.dropout_at("attention_weights")
-        self.query_key_value = Linear(settings.width, 3 * inner, bias=settings.attention_bias == "all")
+        rows = inner + 2 * self.shared_heads * head_dim
+        self.query_key_value = Linear(settings.width, rows, bias=settings.attention_bias == "all")
         self.query_value_bias = None
         if settings.attention_bias == "query_value":
             self.query_value_bias = nn.Parameter(torch.zeros(2, inner))
         self.norms = None
         if qk_norm is not None:
-            self.norms = QueryKeyNorms(heads, head_dim, kind=qk_norm, epsilon=settings.norm_epsilon)
+            self.norms = QueryKeyNorms(
+                heads, head_dim, shared_heads=self.shared_heads, kind=qk_norm, epsilon=settings.norm_epsilon
+            )
         self.scale = 1.0 if qk_norm == "unit" else None
         self.out = Linear(inner, settings.width, bias=settings.out_bias)
 
@@ -335,6 +362,8 @@ class Attention(nn.Module):
                 causal = False
         if key.dtype != query.dtype:
             key, value = key.to(query.dtype), value.to(query.dtype)
+        if self.shared_heads != self.heads:
+            key, value = (each.repeat_interleave(self.heads // self.shared_heads, dim=1) for each in (key, value))
         wider = query.requires_grad and cpu_kernels.enabled(query.device)
         attend = cpu_kernels.wider_attention if wider else F.scaled_dot_product_attention
         mixed = attend(
@@ -349,11 +378,15 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each."""
+        """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each; the last two may have fewer."""
         projected = self.query_key_value(x)
         if self.query_value_bias is not None:
             query_bias, value_bias = self.query_value_bias.to(projected.dtype)
             projected = projected + torch.cat((query_bias, torch.zeros_like(query_bias), value_bias))
+        if self.shared_heads != self.heads:
+            counts = self.heads, self.shared_heads, self.shared_heads
+            by_head = projected.unflatten(-1, (sum(counts), -1))
+            return tuple(part.transpose(1, 2) for part in by_head.split(counts, dim=2))
         # Not by einops: this runs for every token that is drawn. Taken apart before heads and positions change places,
         # the three gradients are put together once, in the layout that the linear layer's products read.
         return tuple(part.transpose(1, 2) for part in projected.unflatten(-1, (3, self.heads, -1)).unbind(2))
@@ -413,6 +446,7 @@ class QueryKeyNorms(nn.Module):
 
     Args:
         heads, head_dim: their shape.
+        shared_heads: heads of keys; `heads` by default.
         kind: over the width of a head, RMSNorm (`"rms"`) or LayerNorm (`"layer"`), both with gains that all heads
             share, or LayerNorm with gains and offsets of each head (`"layer_per_head"`: Chameleon); over all heads
             together without gains (`"full_rms"`: Halton-MaskGIT); or both to unit length, queries then multiplied by a
@@ -420,9 +454,12 @@ class QueryKeyNorms(nn.Module):
         epsilon: of the norms.
     """
 
-    def __init__(self, heads: int, head_dim: int, *, kind: QueryKeyNorm, epsilon: float) -> None:
+    def __init__(
+        self, heads: int, head_dim: int, *, shared_heads: int | None = None, kind: QueryKeyNorm, epsilon: float
+    ) -> None:
         super().__init__()
         self.kind = kind
+        self.counts = heads * head_dim, (shared_heads or heads) * head_dim
         if kind == "unit":
             self.log_sharpness = nn.Parameter(torch.full((heads, 1, 1), 4.0).log())
         elif kind == "full_rms":
@@ -430,8 +467,8 @@ class QueryKeyNorms(nn.Module):
         elif kind == "layer_per_head":
             self.norm = Norm(head_dim, "layer", affine=False, epsilon=epsilon)
             # Of the queries of all heads, then of the keys; vectors, as the gains of other norms are.
-            self.gains = nn.Parameter(torch.ones(2 * heads * head_dim))
-            self.offsets = nn.Parameter(torch.zeros(2 * heads * head_dim))
+            self.gains = nn.Parameter(torch.ones(sum(self.counts)))
+            self.offsets = nn.Parameter(torch.zeros(sum(self.counts)))
         else:
             self.query = Norm(head_dim, kind, epsilon=epsilon)
             self.key = Norm(head_dim, kind, epsilon=epsilon)
@@ -449,8 +486,10 @@ class QueryKeyNorms(nn.Module):
 
     def _of_heads(self, x: Tensor, number: int) -> Tensor:
         normed = self.norm(at_least_float32(x))
-        shape = (2, x.shape[1], 1, x.shape[3])
-        gains, offsets = (each.view(shape)[number].to(normed.dtype) for each in (self.gains, self.offsets))
+        shape = (x.shape[1], 1, x.shape[3])
+        gains, offsets = (
+            each.split(self.counts)[number].view(shape).to(normed.dtype) for each in (self.gains, self.offsets)
+        )
         return torch.addcmul(offsets, normed, gains).to(x.dtype)
 
     def _over_heads(self, x: Tensor) -> Tensor:

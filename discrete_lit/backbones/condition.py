@@ -21,6 +21,8 @@ class Condition:
         context: `(B, M, E)` vectors, such as the features of a text; None for a network that is given none.
         context_mask: `(B, M)` bool, which of them are valid; all where it is None. What the others hold does not
             matter, and a sequence without a valid one is given none.
+        text_mask: `(B, M)` bool, which of them were valid before the condition was dropped; None where it was not. What
+            stands in front of a sequence reads it (`ContextPrefix`).
         negative: `(B, M, E)` vectors in place of the context, such as the features of a negative prompt: the condition
             with these then stands for the null one, and guidance leads away from it.
         negative_mask: `(B, M)` bool, which of those are valid; a sequence without one has the null condition itself.
@@ -33,6 +35,7 @@ class Condition:
     grid: Tensor | None = None
     context: Tensor | None = None
     context_mask: Tensor | None = None
+    text_mask: Tensor | None = None
     negative: Tensor | None = None
     negative_mask: Tensor | None = None
 
@@ -81,14 +84,15 @@ class Condition:
 
     def dropped(self, where: Tensor, *, null_label: int, null_id: int | None) -> "Condition":
         """Give the condition in which some sequences `where (B,)` have the null label, no grid and no vectors."""
-        grid, mask = self.grid, None
+        grid, mask, texts = self.grid, None, None
         if grid is not None:
             assert null_id is not None
             grid = grid.masked_fill(where[:, None], null_id)
         if self.context is not None:
+            texts = self.valid() if self.text_mask is None else self.text_mask
             mask = self.valid() & ~where[:, None]
         labels = self.labels.masked_fill(where, null_label)
-        return Condition(labels=labels, grid=grid, context=self.context, context_mask=mask)
+        return Condition(labels=labels, grid=grid, context=self.context, context_mask=mask, text_mask=texts)
 
     def null(self, *, null_label: int, null_id: int | None) -> "Condition":
         """Give the condition of the same shape that says nothing, or what is `negative`."""

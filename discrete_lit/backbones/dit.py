@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.blocks import Block, BlockSettings, MLPKind, Modulation, QueryKeyNorm
-from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout, nearest_grid
+from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout, TextInFront, nearest_grid
 from discrete_lit.backbones.embeddings import (
     TimeEmbedding,
     grid_coordinates,
@@ -30,7 +30,9 @@ class DiT(DenoisingNetwork):
     By default it is DiT's and SiT's. LightningDiT (Yao et al., "Reconstruction vs. Generation", 2025) has
     `norm="rms"`, `mlp="swiglu"`, `qk_norm="rms"` and `rotary=True`. A context is added to the patches' embeddings, as
     the ids of a grid are in GLM-Image (2026). Vectors stand in front of the patches in one sequence ("in-context
-    conditioning" of the paper, section 3.2), without positions of their own.
+    conditioning" of the paper, section 3.2), without positions of their own. A text is attended to by every block
+    between its attention and its MLP (PixArt-alpha, Chen et al., 2024), or stands in front too, in one self-attention
+    with the patches (as in SD3, Esser et al., 2024, but with one set of weights for both).
 
     Args:
         layout: the latents; a generator gives it.
@@ -46,6 +48,8 @@ class DiT(DenoisingNetwork):
         rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
         dropout: on attention weights and residual branches, in [0, 1).
         drop_path: stochastic depth of the last block, growing linearly from the first.
+        context_dim: E, width of the vectors of a text; none by default.
+        context_input: how a text enters: `"cross"`, by attention to it, or `"prefix"`, in front of the patches.
         activation_checkpointing: keep no activations of the blocks for the backward pass, but compute them again.
 
     Raises:
@@ -75,9 +79,15 @@ class DiT(DenoisingNetwork):
         rotary_base: float = 10000.0,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        context_dim: int | None = None,
+        context_input: Literal["cross", "prefix"] = "cross",
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(layout)
+        super().__init__(layout, context_dim=context_dim)
+        if context_input not in ("cross", "prefix"):
+            raise ValueError(f"context_input must be 'cross' or 'prefix', got {context_input!r}")
+        if context_dim is None and context_input == "prefix":
+            raise ValueError("context_input='prefix' says how a text enters: give its width, context_dim, too")
         if min(width, depth, heads, patch_size) < 1:
             raise ValueError(
                 f"width, depth, heads and patch_size must be at least 1, got {width}, {depth}, {heads}, {patch_size}"
@@ -104,6 +114,7 @@ class DiT(DenoisingNetwork):
             mlp=mlp,
             qk_norm=qk_norm,
             dropout=dropout,
+            context_dim=context_dim if context_input == "cross" else None,
         )
         self.head_dim = settings.head_dim
 
@@ -116,7 +127,8 @@ class DiT(DenoisingNetwork):
             self.context_embedding = Linear(layout.context_channels, width)
         self.vector_embedding = None if layout.vectors is None else Linear(layout.vectors[1], width)
         self.prefix = 0 if layout.vectors is None else layout.vectors[0]
-        length = self.grid[0] * self.grid[1]
+        self.text_in_front = TextInFront(context_dim, width) if context_dim and context_input == "prefix" else None
+        self.length = length = self.grid[0] * self.grid[1]
         self.position_embedding = nn.Parameter(torch.empty(length, width)) if positions == "learned" else None
         self.register_buffer(
             "position_table", self._positions().float() if positions == "fixed" else None, persistent=False
@@ -133,7 +145,8 @@ class DiT(DenoisingNetwork):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Initialise as DiT: Xavier's uniform law, 0.02 for embeddings, and 0 for modulations and the output."""
+        """Initialise as DiT: Xavier's uniform law, 0.02 for embeddings, and 0 for modulations, the output and what
+        attention to a text adds (PixArt)."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and "modulation" not in name:
                 nn.init.xavier_uniform_(module.weight)
@@ -146,6 +159,10 @@ class DiT(DenoisingNetwork):
         for weight in (*embeddings, *([] if self.position_embedding is None else [self.position_embedding])):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.output.weight)
+        for block in self.blocks:
+            attention = cast(Block, block).context_attention
+            if attention is not None:
+                nn.init.zeros_(attention.out.weight)
 
     def _positions(self) -> Tensor:
         # The column has the first half of the channels.
@@ -171,24 +188,45 @@ class DiT(DenoisingNetwork):
         labels: Tensor,
         context: Tensor | None = None,
         vectors: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
-        self._check_input(x, time, labels, context, vectors)
+        self._check_input(x, time, labels, context, vectors, text, text_mask)
         hidden = self._embed(x, context)
+        rotary, seen = self.rotary_table, None
         if vectors is not None:
             assert self.vector_embedding is not None
             hidden = torch.cat((self.vector_embedding(vectors.to(hidden.dtype)), hidden), dim=1)
+        if self.text_in_front is not None and text is not None:
+            hidden, rotary, seen = self._with_text(hidden, rotary, *self.text_in_front(text, text_mask))
+            text = text_mask = None
         condition = (self.time_embedding(time) + self.class_embedding(labels))[:, None]
         checkpointed = self.activation_checkpointing and self.training
         for block in self.blocks:
+            arguments = (hidden, condition, rotary, seen, False, None, text, text_mask)
             if checkpointed:
-                hidden = cast(Tensor, checkpoint(block, hidden, condition, self.rotary_table, use_reentrant=False))
+                hidden = cast(Tensor, checkpoint(block, *arguments, use_reentrant=False))
             else:
-                hidden = block(hidden, condition, self.rotary_table)
-        hidden = hidden[:, self.prefix :]
+                hidden = block(*arguments)
+        hidden = hidden[:, -self.length :]
         shift, scale = self.final_modulation(condition)
         predicted = self.output(self.final_norm(hidden) * (1 + scale) + shift)
         height, patch = self.grid[0], self.patch_size
         return rearrange(predicted, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=patch, q=patch)
+
+    @staticmethod
+    def _with_text(
+        hidden: Tensor, rotary: Tensor | None, text: Tensor, visible: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Put the embedded text `(B, m, D)`, of which some is `visible (B, m)`, in front of the sequence.
+
+        Returns:
+            The sequence, its rotations, and which elements are seen, `(B, 1, 1, m + n)`.
+        """
+        if rotary is not None:
+            rotary = torch.cat((rotary.new_tensor((1.0, 0.0)).expand(text.shape[1], *rotary.shape[1:]), rotary))
+        seen = torch.cat((visible, visible.new_ones(hidden.shape[:2])), dim=1)
+        return torch.cat((text.to(hidden.dtype), hidden), dim=1), rotary, seen[:, None, None]
 
     def _embed(self, x: Tensor, context: Tensor | None) -> Tensor:
         """The embedded patches `(B, n, D)`, with their positions and the vectors of a context."""

@@ -146,6 +146,7 @@ class ScaleTransformer(nn.Module):
         self.width, self.depth, self.heads = width, depth, heads
         self.head_dim = width // heads
         self.starts = 1 if layout.context is None else layout.context[0]
+        self.context_dim = None if layout.context is None else layout.context[1]
         self.ends = [self.starts - 1 + end for end in accumulate(layout.lengths)]
         self.activation_checkpointing = activation_checkpointing
         self._flops: dict[tuple[int, int, int], int] = {}

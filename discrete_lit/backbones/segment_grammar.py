@@ -16,6 +16,7 @@ from discrete_lit.backbones.embeddings import grid_coordinates
 from discrete_lit.backbones.segments import Segment, SegmentLayout
 
 _NOWHERE = 10**9
+_identity = id
 
 
 @dataclass(kw_only=True)
@@ -102,9 +103,10 @@ class SegmentGrammar(nn.Module):
                 self._append(states, number, segment.end_ids)
                 continue
             end = len(states) + segment.positions + 1  # behind the first id of the end
+            inside = (*segment.allowed_ids, segment.end_ids[0])  # one tuple for all: vocabularies are large
             for place in range(segment.positions + 1):
-                ids = segment.allowed_ids if place < segment.positions else ()
-                state = _State(segment=number, ids=(*ids, segment.end_ids[0]), place=place if ids else -1)
+                last = place == segment.positions
+                state = _State(segment=number, ids=inside[-1:] if last else inside, place=-1 if last else place)
                 state.next = {-1: len(states) + 1, segment.end_ids[0]: end}
                 states.append(state)
             self._append(states, number, segment.end_ids[1:])
@@ -140,8 +142,9 @@ class SegmentGrammar(nn.Module):
         segment = self.layout.segments[number]
         first, axial = len(states), self.layout.positions == "axial"
         island = self.layout.positions == "island" and segment.attention == "bidirectional"
+        ids = segment.allowed_ids if segment.ids else ()
         for place, at in enumerate(grid_coordinates(segment.shape).tolist()):
-            made = [_State(segment=number, ids=segment.allowed_ids if segment.ids else (), place=place)]
+            made = [_State(segment=number, ids=ids, place=place)]
             if segment.row_end_id is not None and at[-1] == segment.shape[-1] - 1:
                 made.append(_State(segment=number, ids=(segment.row_end_id,)))
             for column, state in enumerate(made):
@@ -163,9 +166,13 @@ class SegmentGrammar(nn.Module):
         event = {id: number for number, id in enumerate(self.choices, 1)}
         sets: dict[tuple[int, tuple[int, ...]], int] = {}
         set_of, next_of, coordinates = [], [], []
+        seen: dict[tuple[int, int], int] = {}  # by the tuple of ids itself: many states share a long one
         for state in states:
-            key = state.segment, tuple(sorted(state.ids))
-            set_of.append(sets.setdefault(key, len(sets)) if state.ids else -1)
+            shared = state.segment, _identity(state.ids)
+            if shared not in seen:
+                key = state.segment, tuple(sorted(state.ids))
+                seen[shared] = sets.setdefault(key, len(sets)) if state.ids else -1
+            set_of.append(seen[shared])
             row = [state.next[-1]] * (1 + len(event))
             for id, then in state.next.items():
                 if id in event:
@@ -217,6 +224,17 @@ class SegmentGrammar(nn.Module):
         if number not in self._spans or self._spans[number].device != self.event_of.device:
             self._spans[number] = torch.tensor(ids, device=self.event_of.device)
         return self._spans[number]
+
+    def is_masked(self, number: int) -> bool:
+        """Say whether the ids of a set are predicted where they stand, from masks."""
+        segment, ids = self.sets[number]
+        of = self.layout.segments[segment]
+        return of.mask_id is not None and ids == tuple(sorted(of.allowed_ids))
+
+    def masked_set(self, segment: str) -> int:
+        """Find the set of a segment's ids that are predicted from masks."""
+        mine = self.layout.number(segment)
+        return next(number for number, (of, _) in enumerate(self.sets) if of == mine and self.is_masked(number))
 
     def has_choice(self, number: int) -> bool:
         """Say whether an id of a set decides what comes next."""
@@ -334,7 +352,7 @@ def _shortest(states: Sequence[_State], event: dict[int, int]) -> list[int]:
         for number in range(len(states) - 1, -1, -1):
             state = states[number]
             ordinary = not state.ids or any(id not in event or id not in state.next for id in state.ids)
-            then = [state.next[id] for id in state.ids if id in state.next]
+            then = [other for id, other in state.next.items() if id >= 0]
             best = 1 + min(least[other] for other in (*then, *((state.next[-1],) if ordinary else ())))
             if best < least[number]:
                 least[number], changed = best, True

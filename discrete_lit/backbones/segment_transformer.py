@@ -34,8 +34,8 @@ class SegmentTransformer(nn.Module):
 
     The published models set, beside sizes:
 
-    - Chameleon: `qk_norm="layer_per_head"`.
-    - Emu3: `rotary_base=1e6`.
+    - Chameleon: `qk_norm="layer_per_head"`; that of 34B also `norm_outputs` and `key_value_heads=8`.
+    - Emu3: `rotary_base=1e6`, `key_value_heads=8`.
     - Janus: `own_embeddings={"image": 8}`, `own_heads={"image": width}`, `norm_epsilon=1e-6`.
     - Transfusion: `SegmentLayout.positions="island"` and bidirectional segments of vectors.
 
@@ -45,11 +45,13 @@ class SegmentTransformer(nn.Module):
         depth: blocks.
         heads: attention heads.
         head_dim: width of a head, a multiple of twice the layout's axes.
+        key_value_heads: heads of keys and values, each shared by as many heads of queries; `heads` by default.
         mlp_hidden: inner width of the MLP; by default 8/3 x width rounded up to a multiple of 64 if gated, else
             4 x width.
         mlp: kind of the MLP.
         norm: `"rms"` or `"layer"`.
         norm_epsilon: of every norm.
+        norm_outputs: a block normalises what its branches give, in the place of what they read (Chameleon-34B).
         bias: of linear layers and LayerNorms.
         qk_norm: of queries and keys, see `QueryKeyNorms`.
         rotary_base: the wavelengths of rotary positions are 2 pi rotary_base^(2i / d).
@@ -75,10 +77,12 @@ class SegmentTransformer(nn.Module):
         depth: int,
         heads: int,
         head_dim: int | None = None,
+        key_value_heads: int | None = None,
         mlp_hidden: int | None = None,
         mlp: MLPKind = "swiglu",
         norm: NormKind = "rms",
         norm_epsilon: float = 1e-5,
+        norm_outputs: bool = False,
         bias: bool = False,
         qk_norm: QueryKeyNorm | None = None,
         rotary_base: float = 10000.0,
@@ -97,6 +101,7 @@ class SegmentTransformer(nn.Module):
             )
         self.layout, self.grammar = layout, SegmentGrammar(layout)
         self.width, self.depth, self.heads = width, depth, heads
+        self.key_value_heads = heads if key_value_heads is None else key_value_heads
         self.rotary_base = rotary_base
         self.activation_checkpointing = activation_checkpointing
         settings = BlockSettings.of_width(
@@ -108,6 +113,8 @@ class SegmentTransformer(nn.Module):
             bias=bias,
             norm=norm,
             norm_epsilon=norm_epsilon,
+            norm_outputs=norm_outputs,
+            key_value_heads=key_value_heads,
             mlp=mlp,
             qk_norm=qk_norm,
             dropout=dropout,
@@ -119,7 +126,8 @@ class SegmentTransformer(nn.Module):
         _check_modalities("own_heads", own_heads or {}, of_ids)
 
         # The input.
-        self.table = nn.Embedding(layout.vocab_size, width)
+        self.shared_ids = self._shared_ids(set(own_embeddings or {}), set(own_heads or {}))
+        self.table = nn.Embedding(self.shared_ids, width)
         self.own_embeddings = nn.ModuleDict(
             {
                 name: OwnEmbedding(self.modalities[name], table_width, width=width, layers=aligner_layers)
@@ -140,7 +148,7 @@ class SegmentTransformer(nn.Module):
         # The blocks and the output.
         self.blocks = nn.ModuleList(Block(settings) for _ in range(depth))
         self.final_norm = Norm(width, norm, bias=bias and norm == "layer", epsilon=norm_epsilon)
-        self.head = None if tied else Linear(width, layout.vocab_size, bias=False, autocast=False)
+        self.head = None if tied else Linear(width, self.shared_ids, bias=False, autocast=False)
         self.own_heads = nn.ModuleDict(
             {
                 name: OwnHead(len(self.modalities[name].ids), width, hidden=hidden)
@@ -155,6 +163,16 @@ class SegmentTransformer(nn.Module):
             self.own_head_of.append(segment.modality if own else None)
         self.vector_heads = nn.ModuleDict({name: Linear(width, cast(int, vectors[name])) for name in sorted(predicted)})
         self._initialise()
+
+    def _shared_ids(self, embedded: set[str], predicted: set[str]) -> int:
+        """Count the ids of the table of all: behind the last that no modality has for itself, both ways, is none."""
+        layout, apart = self.layout, embedded & predicted
+        found = [0]
+        for segment in layout.segments:
+            found += segment.structure()
+            if segment.modality not in apart:
+                found += segment.ids
+        return 1 + max(found)
 
     @torch.no_grad()
     def _initialise(self) -> None:
@@ -227,7 +245,8 @@ class SegmentTransformer(nn.Module):
         return coordinates, seen_by(first, last, elements=reach + states.shape[1])
 
     def _embed(self, sequence: SegmentSequence) -> Tensor:
-        embedded = self.table(sequence.ids)
+        ids = sequence.ids
+        embedded = self.table(ids if self.shared_ids == self.layout.vocab_size else ids.clamp(max=self.shared_ids - 1))
         for name, own in self.own_embeddings.items():
             inside = self._at_positions(sequence, name)
             embedded = torch.where(inside[..., None], own(sequence.ids, inside).to(embedded.dtype), embedded)
@@ -260,10 +279,10 @@ class SegmentTransformer(nn.Module):
 
         Args:
             hidden: `(..., D)`, of the elements before those that are predicted.
-            number: of a set of the grammar, whose ids may follow; by default all V, by the softmax that all share.
+            number: of a set of the grammar, whose ids may follow; by default all that share one softmax.
 
         Returns:
-            `(..., K)` of the ids of the set, in rising order, or `(..., V)`; float32 or float64.
+            `(..., K)` of the ids of the set, in rising order, or `(..., shared_ids)`; float32 or float64.
         """
         if number is not None and self.own_head_of[number] is not None:
             return cast(OwnHead, self.own_heads[cast(str, self.own_head_of[number])])(hidden)[..., self._codes(number)]
@@ -272,7 +291,7 @@ class SegmentTransformer(nn.Module):
 
     def logits_in(self, states: Tensor, hidden: Tensor) -> Tensor:
         """Predict the ids that are to stand in states `(M,)`, each by its own head: `(M, D)` to `(M, V)`."""
-        everything = self.logits(hidden)
+        everything = F.pad(self.logits(hidden), (0, self.layout.vocab_size - self.shared_ids), value=-torch.inf)
         for number, own in enumerate(self.own_head_of):
             if own is not None:
                 of_set = torch.full_like(everything, -torch.inf)
@@ -294,6 +313,16 @@ class SegmentTransformer(nn.Module):
         """Predict the vectors at the positions of a segment, from their own hidden states: `(..., D)` to `(..., E)`."""
         return cast(Linear, self.vector_heads[self.layout[segment].modality])(hidden)
 
+    def flops(self, elements: int, seen: int) -> int:
+        """Count the floating-point operations of the blocks for some elements of one sequence, two a multiply-add.
+
+        Args:
+            elements: that a pass reads.
+            seen: those that attention reads, the elements of the pass among them.
+        """
+        linear = sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
+        return 2 * elements * (linear + 2 * seen * self.depth * self.heads * self.head_dim)
+
     def new_cache(self, batch: int, length: int) -> RaggedCache:
         """Make room for the keys and values of B sequences of so many elements."""
         weight = self.table.weight
@@ -301,7 +330,7 @@ class SegmentTransformer(nn.Module):
         buffers = new_buffers(
             layers=self.depth,
             batch=batch,
-            heads=self.heads,
+            heads=self.key_value_heads,
             length=length,
             head_dim=self.head_dim,
             device=weight.device,

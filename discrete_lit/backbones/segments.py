@@ -35,6 +35,8 @@ class Segment:
         begin_ids: stand before it. Where the sequence chooses what follows, the first of them is the choice.
         end_ids: stand behind it; the first of them is how a variable segment ends.
         row_end_id: stands behind every row of a grid (Emu3).
+        mask_id: stands for an id that is not known yet, of `"bidirectional"` attention: each is then predicted at its
+            own position, several at once (Show-o); None for ids that are predicted one after another.
 
     Raises:
         ValueError: attributes that do not fit together.
@@ -53,6 +55,7 @@ class Segment:
     begin_ids: tuple[int, ...] = ()
     end_ids: tuple[int, ...] = ()
     row_end_id: int | None = None
+    mask_id: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modality", self.modality or self.name)
@@ -77,10 +80,14 @@ class Segment:
             )
         if self.attention != "causal" and (self.row_end_id is not None or self.variable):
             raise ValueError(f"{of} with {self.attention} attention has neither ends of rows nor a variable length")
-        if self.attention != "causal" and self.ids and self.loss_weight:
+        if self.mask_id is not None and (self.attention != "bidirectional" or self.mask_id in self.ids):
             raise ValueError(
-                f"{of}: ids that see those behind them cannot be predicted one after another: set loss_weight=0, or "
-                "attention='causal'"
+                f"{of} has mask_id={self.mask_id}, which needs other ids than this one, and attention='bidirectional'"
+            )
+        if self.attention != "causal" and self.ids and self.loss_weight and self.mask_id is None:
+            raise ValueError(
+                f"{of}: ids that see those behind them cannot be predicted one after another: set loss_weight=0, "
+                "attention='causal', or a mask_id, by which they are predicted where they stand"
             )
         if self.variable and (len(self.shape) != 1 or not self.ids or not self.end_ids):
             raise ValueError(f"{of} is variable: it needs one axis, ids, and end_ids that say where it ends")
@@ -110,8 +117,9 @@ class Segment:
         return len(self.begin_ids) + self.positions + rows + len(self.end_ids)
 
     def structure(self) -> tuple[int, ...]:
-        """Give the ids that stand before, within and behind it."""
-        return (*self.begin_ids, *self.end_ids, *(() if self.row_end_id is None else (self.row_end_id,)))
+        """Give the ids that stand before, within and behind it, and for those that are not known yet."""
+        single = (self.row_end_id, self.mask_id)
+        return (*self.begin_ids, *self.end_ids, *(id for id in single if id is not None))
 
 
 @dataclass(frozen=True, kw_only=True)

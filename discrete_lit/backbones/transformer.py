@@ -34,6 +34,7 @@ from discrete_lit.backbones.blocks import (
 )
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
+from discrete_lit.backbones.context_prefix import ContextPrefix
 from discrete_lit.backbones.embeddings import (
     InputKind,
     PositionInstructions,
@@ -48,6 +49,7 @@ from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 from discrete_lit.backbones.transformer_settings import (
     check_blocks,
     check_conditioning,
+    check_context_prefix,
     check_layout,
     check_place_head,
     check_sizes,
@@ -73,6 +75,7 @@ class Transformer(Backbone):
 
     - LlamaGen: `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`, `start_rotation="zero"`; IBQ also has
       `conditioning="prefix_adaln"`; Open-MAGVIT2 `token_embedding="parts"` and a `FactorisedHead` as its `place_head`.
+      LlamaGen's text-to-image models also `context_prefix=120` and `context_dim=2048`, the width of T5-XL.
     - RAR: `conditioning="prefix_adaln"`, `target_positions`, `condition_positions`, `registers=1`, `qk_norm="layer"`;
       BAR also has `class_repeats=32`, `token_embedding="bit_table"`, `positions="learned_rope_2d"`,
       `target_positions="all"`, `target_rotations` and a `MaskedBitHead`, with `qk_norm="rms"`, `norm="rms"`,
@@ -148,6 +151,8 @@ class Transformer(Backbone):
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
         context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
+        context_prefix: places that these vectors take in front of a causal sequence, in the place of the class, where
+            its blocks do not attend to them apart (`ContextPrefix`).
         condition_positions: learned offsets of the condition along the sequence (RAR).
         shared_modulation: one modulation for all blocks, with an offset of each (VAR's largest).
         registers: learned elements before everything else.
@@ -226,6 +231,7 @@ class Transformer(Backbone):
         time_hidden: int | None = None,
         grid_vocab: int | None = None,
         context_dim: int | None = None,
+        context_prefix: int | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
         registers: int = 0,
@@ -250,7 +256,7 @@ class Transformer(Backbone):
     ) -> None:
         super().__init__(layout)
         self.modulated = conditioning in ("adaln", "prefix_adaln")
-        self.prefix = conditioning in ("prefix", "prefix_adaln")
+        self.prefix = conditioning in ("prefix", "prefix_adaln") and context_prefix is None
         self.added = conditioning == "added"
         self.tabled = conditioning == "adaln_tables"
         self.causal = layout.attention != "bidirectional"
@@ -259,7 +265,7 @@ class Transformer(Backbone):
             layout,
             modulated=self.modulated,
             tabled=self.tabled,
-            own_width=self.prefix or self.added,
+            own_width=conditioning in ("prefix", "prefix_adaln") or self.added,
             norm_first=norm_first,
             offsets=condition_positions,
             shared=shared_modulation,
@@ -304,6 +310,15 @@ class Transformer(Backbone):
             hidden_positions=hidden_positions,
             place_head=place_head is not None,
         )
+        if context_prefix is not None:
+            check_context_prefix(
+                layout,
+                places=context_prefix,
+                context_dim=context_dim,
+                class_alone=conditioning == "prefix",
+                plain=not (registers or visible_start or target_positions or position_instructions)
+                and class_slots * class_repeats == 1,
+            )
         if rotary_offset and positions != "rope_2d":
             raise ValueError(f"rotary_offset={rotary_offset} is of positions='rope_2d', got {positions!r}")
         self.visible_start = visible_start
@@ -318,7 +333,8 @@ class Transformer(Backbone):
         # What stands before the tokens: registers, and the class or what a first token is predicted from; in blocks
         # also what the others of the first block are predicted from.
         queries = max(self.block_size - 1, 0)
-        self.starts = registers + (class_slots * class_repeats if self.prefix else int(self.causal)) + queries
+        in_front = class_slots * class_repeats if self.prefix else int(self.causal)
+        self.starts = registers + (context_prefix or in_front) + queries
         # What stands in the sequence at most: a causal backbone never reads the last block.
         self.instructed = position_instructions
         self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
@@ -345,7 +361,7 @@ class Transformer(Backbone):
             condition_width=condition_width,
             dropout=dropout,
             dropout_places=tuple(dropout_places),
-            context_dim=context_dim,
+            context_dim=None if context_prefix else context_dim,
             mlp_grid=layout.grid if mlp_on_grid else None,
         )
         self.head_dim = settings.head_dim
@@ -363,16 +379,19 @@ class Transformer(Backbone):
             code_dim=code_dim,
         )
         self.class_embedding = self.time_embedding = self.norm_tables = None
-        if not self.tabled:
+        self.context_prefix = None
+        if context_prefix is not None and context_dim is not None:
+            self.context_prefix = ContextPrefix(context_dim, width, places=context_prefix)
+        elif not self.tabled:
             self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
             if layout.timed:
                 self.time_embedding = TimeEmbedding(condition_width, time_waves, base=time_base, hidden=time_hidden)
-        elif time_steps is not None:
+        if self.tabled and time_steps is not None:
             self.norm_tables = nn.ModuleList(
                 NormTables(width, steps=time_steps, num_classes=layout.num_classes) for _ in range(depth)
             )
         self.grid_embedding = None if grid_vocab is None else nn.Embedding(grid_vocab + 1, width)
-        learned = registers + int(self.causal and not self.prefix)
+        learned = registers + int(self.causal and not self.prefix and context_prefix is None)
         self.start = nn.Parameter(torch.zeros(1, learned, width)) if learned else None
         self.queries = nn.Parameter(torch.empty(1, queries, width)) if queries else None
         self.positions = Positions(
@@ -457,7 +476,7 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = labels[:, None] if self.class_embedding is None else self.class_embedding(labels)
-        hidden = self._embed(tokens, class_vectors, filled, order, given.grid, cache)
+        hidden = self._embed(tokens, class_vectors, filled, order, given, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         tabled = list[tuple[Tensor, ...]]()
         if self.norm_tables is not None:
@@ -520,7 +539,7 @@ class Transformer(Backbone):
         class_vectors: Tensor,
         filled: int,
         order: Tensor | None,
-        grid: Tensor | None,
+        given: Condition,
         cache: Cache | None,
     ) -> Tensor:
         """Embed the tokens that follow `filled` elements, and at the beginning what stands before them: `(B, n, D)`."""
@@ -534,6 +553,8 @@ class Transformer(Backbone):
             starts = [] if self.start is None else [self.start.expand(len(class_vectors), -1, -1)]
             if self.prefix:
                 starts.append(class_vectors.unflatten(1, (self.class_slots, -1)).repeat(1, self.class_repeats, 1))
+            if self.context_prefix is not None:
+                starts.append(self.context_prefix(given))
             if self.queries is not None:
                 starts.append(self.queries.expand(len(class_vectors), -1, -1))
             embedded = torch.cat((*(start.to(embedded.dtype) for start in starts), embedded), dim=1)
@@ -547,6 +568,7 @@ class Transformer(Backbone):
             embedded = embedded + self._of_targets(
                 self.target_embedding, places, filled, embedded.shape[1], front=front
             )
+        grid = given.grid
         if self.grid_embedding is not None and grid is not None:
             ids = grid if order is None else grid.gather(1, order)
             embedded = embedded + self._of_targets(self.grid_embedding.weight, ids, filled, embedded.shape[1])
@@ -637,6 +659,8 @@ class Transformer(Backbone):
         # The mask says all of a first pass, and a later one sees everything.
         mask = None if self.mask is None or filled else self.mask[:count, :count]
         causal = self.layout.attention == "causal" and self.block_size == 1
+        if self.context_prefix is not None:
+            mask = self.context_prefix.mask(given, filled=filled, count=count)
         prepared = tabled or ([] if cache is None else cache.modulations)
         shared: Modulating | None = condition
         if condition is not None and self.shared_modulation is not None and not prepared:
@@ -673,7 +697,7 @@ class Transformer(Backbone):
         labels, vectors = given.labels, given.context
         blocks = cast(Sequence[Block], self.blocks)
         context: list[tuple[Tensor, Tensor]] = []
-        if vectors is not None:
+        if vectors is not None and self.context_prefix is None:
             context = [cast(ContextAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
         modulations: list[tuple[Tensor, ...]] = []
         if self.modulated and self.condition_positions is None and not self.layout.timed:
@@ -686,7 +710,7 @@ class Transformer(Backbone):
                 modulations.append(self.final_modulation(modulating))
         if not self.causal:
             return Cache(modulations, None, context=context)
-        weight = cast(nn.Embedding, self.class_embedding).weight
+        weight = blocks[0].attention.out.weight
         autocast = torch.is_autocast_enabled(weight.device.type)
         buffers = new_buffers(
             layers=self.depth,

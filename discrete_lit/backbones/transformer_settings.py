@@ -36,6 +36,22 @@ def check_conditioning(
         raise ValueError("a generator that tells the time needs conditioning='adaln', 'prefix_adaln' or 'adaln_tables'")
 
 
+def check_context_prefix(
+    layout: SequenceLayout, *, places: int, context_dim: int | None, class_alone: bool, plain: bool
+) -> None:
+    """Refuse vectors in front of a sequence that has something else there."""
+    if places < 1 or context_dim is None or layout.attention != "causal" or layout.block_size > 1 or layout.any_order:
+        raise ValueError(
+            f"context_prefix={places} must be at least 1 and needs a context_dim and a causal sequence of single "
+            "positions in one order"
+        )
+    if not class_alone or not plain:
+        raise ValueError(
+            "context_prefix stands in front of the sequence in place of the class: it needs conditioning='prefix' "
+            "without registers, class_slots, class_repeats, visible_start, target_positions or position_instructions"
+        )
+
+
 def check_tables(
     layout: SequenceLayout,
     *,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from discrete_lit.backbones.blocks import MLP, Attention, BlockSettings
-from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout, nearest_grid
+from discrete_lit.backbones.denoising_network import DenoisingNetwork, LatentLayout, TextInFront, nearest_grid
 from discrete_lit.backbones.embeddings import TimeEmbedding
 from discrete_lit.backbones.layers import Linear, Norm
 from discrete_lit.core.modules import at_least_float32
@@ -27,8 +27,8 @@ class UNet(DenoisingNetwork):
 
     By default it is LDM's of ImageNet (`cin256-v2`): spatial transformers, which read the class as a vector to attend
     to. ADM's has `attention_kind="self"`, `class_input="time"` and `modulation="scale_shift"`. A context grid is
-    stacked on to the input's channels, as in LDM's super-resolution; vectors are attended to beside the class, as text
-    is in LDM.
+    stacked on to the input's channels, as in LDM's super-resolution; vectors, and those of a text as in LDM's
+    text-to-image, are attended to beside the class.
 
     Args:
         layout: the latents; a generator gives it.
@@ -42,7 +42,8 @@ class UNet(DenoisingNetwork):
         head_dim: width of a head.
         transformer_depth: layers of each spatial transformer.
         class_input: the label as a vector that transformers attend to (`"context"`), or added to the time (`"time"`).
-        class_width: of that vector, and of what other vectors are mapped to.
+        class_width: of that vector, and of what other vectors and those of a text are mapped to.
+        context_dim: E, width of the vectors of a text; none by default.
         modulation: how a residual block reads the time: as an offset (`"add"`), or as gain and offset of its second
             norm (`"scale_shift"`).
         norm_groups: groups of every GroupNorm; must divide every width.
@@ -67,12 +68,13 @@ class UNet(DenoisingNetwork):
         transformer_depth: int = 1,
         class_input: Literal["context", "time"] = "context",
         class_width: int = 512,
+        context_dim: int | None = None,
         modulation: Literal["add", "scale_shift"] = "add",
         norm_groups: int = 32,
         dropout: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(layout)
+        super().__init__(layout, context_dim=context_dim)
         levels = len(multipliers)
         if not levels or min(channels, blocks, transformer_depth, *multipliers) < 1:
             raise ValueError(
@@ -95,6 +97,8 @@ class UNet(DenoisingNetwork):
             raise ValueError("class_input='context' needs attention_kind='transformer', which attends to it")
         if layout.vectors is not None and attention_kind == "self":
             raise ValueError("vectors to attend to, as rows of tokens are, need attention_kind='transformer'")
+        if context_dim is not None and attention_kind == "self":
+            raise ValueError("a text to attend to, of width context_dim, needs attention_kind='transformer'")
         if channels % 2:
             raise ValueError(f"channels={channels} must be even: half are cosines of the time, half are sines")
         self.class_input: Literal["context", "time"] = class_input
@@ -105,7 +109,9 @@ class UNet(DenoisingNetwork):
             layout.num_classes + 1, class_width if class_input == "context" else time_width
         )
         self.vector_embedding = None if layout.vectors is None else Linear(layout.vectors[1], class_width)
-        context_width = class_width if class_input == "context" or layout.vectors is not None else None
+        self.text_in_front = None if context_dim is None else TextInFront(context_dim, class_width)
+        attends_to = class_input == "context" or layout.vectors is not None or context_dim is not None
+        context_width = class_width if attends_to else None
 
         def attend(width: int) -> nn.Module:
             if width % (heads or head_dim or 1):
@@ -152,8 +158,10 @@ class UNet(DenoisingNetwork):
         labels: Tensor,
         context: Tensor | None = None,
         vectors: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
     ) -> Tensor:
-        self._check_input(x, time, labels, context, vectors)
+        self._check_input(x, time, labels, context, vectors, text, text_mask)
         hidden = x.to(self.conv_in.weight.dtype)
         if context is not None:
             hidden = torch.cat((hidden, nearest_grid(context, self.layout.grid).to(hidden.dtype)), dim=1)
@@ -165,27 +173,35 @@ class UNet(DenoisingNetwork):
             times = times + classes
         else:
             vectors = classes[:, None] if vectors is None else torch.cat((classes[:, None], vectors), dim=1)
+        seen = None
+        if self.text_in_front is not None and text is not None:
+            words, seen = self.text_in_front(text, text_mask)
+            if vectors is not None:
+                seen = torch.cat((seen, seen.new_ones(vectors.shape[:2])), dim=1)
+            vectors = words if vectors is None else torch.cat((words, vectors), dim=1)
         times = F.silu(times)
         hidden = self.conv_in(hidden)
         left = [hidden]
         for stage in self.down:
-            hidden = self._run(stage, hidden, times, vectors)
+            hidden = self._run(stage, hidden, times, vectors, seen)
             if stage.resample is not None:
                 hidden = cast(nn.Module, stage.resample)(hidden)
             left.append(hidden)
         for stage in self.middle:
-            hidden = self._run(stage, hidden, times, vectors)
+            hidden = self._run(stage, hidden, times, vectors, seen)
         for stage in self.up:
-            hidden = self._run(stage, torch.cat((hidden, left.pop()), dim=1), times, vectors)
+            hidden = self._run(stage, torch.cat((hidden, left.pop()), dim=1), times, vectors, seen)
             if stage.resample is not None:
                 doubled = F.interpolate(hidden, scale_factor=2, mode="nearest")
                 hidden = cast(nn.Module, stage.resample)(doubled)
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
-    def _run(self, stage: nn.Module, hidden: Tensor, times: Tensor, vectors: Tensor | None) -> Tensor:
+    def _run(
+        self, stage: nn.Module, hidden: Tensor, times: Tensor, vectors: Tensor | None, seen: Tensor | None
+    ) -> Tensor:
         if self.activation_checkpointing and self.training:
-            return cast(Tensor, checkpoint(stage, hidden, times, vectors, use_reentrant=False))
-        return stage(hidden, times, vectors)
+            return cast(Tensor, checkpoint(stage, hidden, times, vectors, seen, use_reentrant=False))
+        return stage(hidden, times, vectors, seen)
 
     def fsdp_units(self) -> Iterable[nn.Module]:
         return [*self.down, *self.middle, *self.up]
@@ -207,11 +223,12 @@ class UNetStage(nn.Module):
         super().__init__()
         self.block, self.attention, self.resample = block, attention, resample
 
-    def forward(self, x: Tensor, times: Tensor, vectors: Tensor | None) -> Tensor:
-        """Run the block and the attention on `(B, C, H, W)`, given `(B, time_width)` and vectors `(B, n, E)`."""
+    def forward(self, x: Tensor, times: Tensor, vectors: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Run the block and the attention on `(B, C, H, W)`, given `(B, time_width)` and vectors `(B, n, E)`, of which
+        those that are `seen (B, n)` count, all if None."""
         if self.block is not None:
             x = self.block(x, times)
-        return x if self.attention is None else self.attention(x, vectors)
+        return x if self.attention is None else self.attention(x, vectors, seen)
 
 
 class WideGroupNorm(nn.GroupNorm):
@@ -270,7 +287,8 @@ class UNetAttention(nn.Module):
         self.attention = Attention(_attention_settings(width, heads, biased=True))
         nn.init.zeros_(self.attention.out.weight)
 
-    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, C, H, W) -> (B, C, H, W)
+    def forward(self, x: Tensor, vectors: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Map `(B, C, H, W)` to the same; there are no vectors to attend to."""
         places = rearrange(self.norm(x), "b c h w -> b (h w) c")
         mixed = self.attention(places, None, None, False, None)
         return x + rearrange(mixed, "b (h w) c -> b c h w", h=x.shape[2])
@@ -286,10 +304,11 @@ class SpatialTransformer(nn.Module):
         self.layers = nn.ModuleList(CrossLayer(width, heads=heads, context_width=context_width) for _ in range(depth))
         self.project_out = _zero(Linear(width, width))
 
-    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, C, H, W), (B, n, E) -> (B, C, H, W)
+    def forward(self, x: Tensor, vectors: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Map `(B, C, H, W)`, given vectors `(B, n, E)` of which some are `seen (B, n)`, to the same."""
         places = self.project_in(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for layer in self.layers:
-            places = layer(places, vectors)
+            places = layer(places, vectors, seen)
         return x + rearrange(self.project_out(places), "b (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -303,10 +322,11 @@ class CrossLayer(nn.Module):
         self.cross_attention = CrossAttention(width, heads=heads, context_width=context_width or width)
         self.mlp = MLP(width, 4 * width, kind="geglu", bias=True)
 
-    def forward(self, x: Tensor, vectors: Tensor | None) -> Tensor:  # (B, N, D), (B, n, E) -> (B, N, D)
+    def forward(self, x: Tensor, vectors: Tensor | None, seen: Tensor | None = None) -> Tensor:
+        """Map `(B, N, D)`, given vectors `(B, n, E)` of which some are `seen (B, n)`, to the same."""
         x = x + self.attention(self.attention_norm(x), None, None, False, None)
         queries = self.cross_norm(x)
-        x = x + self.cross_attention(queries, queries if vectors is None else vectors)
+        x = x + self.cross_attention(queries, queries if vectors is None else vectors, seen)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -326,11 +346,12 @@ class CrossAttention(nn.Module):
         self.key_value = Linear(context_width, 2 * width, bias=False)
         self.out = Linear(width, width)
 
-    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
-        """Map `(B, N, D)` and vectors `(B, n, E)` to `(B, N, D)`."""
+    def forward(self, x: Tensor, vectors: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Map `(B, N, D)` and vectors `(B, n, E)`, of which those `seen (B, n)` count, to `(B, N, D)`; all if None."""
         query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         key, value = self.key_value(vectors).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        mask = None if seen is None else seen[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return self.out(mixed.transpose(1, 2).flatten(2))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from discrete_lit.core.images import displayable, to_uint8
-from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder
+from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder, Unified
 from discrete_lit.samplers import AnySampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
@@ -158,18 +158,21 @@ class SampleGrid(ImageGrid):
         self.sampler = sampler
 
     def applies_to(self, module: LightningModule) -> bool:
-        if not isinstance(module, Generator | LatentGenerator) or isinstance(module, TokenDiffusionDecoder):
+        if not isinstance(module, Generator | LatentGenerator | Unified) or isinstance(module, TokenDiffusionDecoder):
             return False
         return module.tokenizer.makes_images
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        assert isinstance(module, Generator | LatentGenerator)
+        assert isinstance(module, Generator | LatentGenerator | Unified)
         condition: Any = self.labels(module.num_classes).to(module.device)
-        if module.text_encoder is not None and "caption" in batch:
+        if module.reads_text and "caption" in batch:
             order = [image % len(batch["caption"]) for image in range(self.count)]
             texts = [batch["caption"][image] for image in order]
-            labels = module.labels_of(batch)[order] if module.num_classes > 1 else None
-            condition = module.condition_of_texts(texts, labels=labels)
+            if isinstance(module, Unified):
+                condition = module.prompts_of(texts)
+            else:
+                labels = module.labels_of(batch)[order] if module.num_classes > 1 else None
+                condition = module.condition_of_texts(texts, labels=labels)
         return module.tokenizer.decode(module.sample(condition, cast(Any, self.sampler), seed=self.seed))
 
     def labels(self, num_classes: int) -> Tensor:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 
 from discrete_lit import __version__
 
@@ -26,6 +27,7 @@ FUNCTION_COMMANDS = {
     "encode_captions": "encode the captions of arrays by a text encoder",
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
+    "caption": "write the captions of images by a generator of text and image",
     "evaluate": "compare samples with a reference set",
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
@@ -36,6 +38,9 @@ FUNCTION_COMMANDS = {
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
+# Options with a list that may be given several times, each with a value; and the one that words in front stand for.
+_REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
+_IN_FRONT = {"caption": "--images"}
 _WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
@@ -91,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from discrete_lit.cli.config import files_first
         from discrete_lit.core.configuration import use_current_names
 
-        _run(command, files_first(use_current_names(arguments[1:])))
+        named = name_words_in_front(arguments[1:], _IN_FRONT.get(command))
+        _run(command, files_first(use_current_names(named)))
     except Exception as error:
         message = said_of(error)
         if message is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
@@ -173,6 +179,14 @@ def take_trust(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, trusted
 
 
+def name_words_in_front(arguments: Sequence[str], option: str | None) -> list[str]:
+    """Give the words in front of the first option their name, each as a value of one option; where there is one."""
+    words = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if option is None or not words:
+        return list(arguments)
+    return [*(f"{option}={word}" for word in words), *arguments[len(words) :]]
+
+
 def gathered(arguments: Sequence[str], option: str) -> list[str]:
     """Make one option with a list of an option that is given several times, each with a value."""
     import json
@@ -201,7 +215,8 @@ def run_function(name: str, arguments: list[str]) -> None:
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
-    arguments = gathered(arguments, "--prompt") if name == "sample" else arguments
+    for option in _REPEATED.get(name, ()):
+        arguments = gathered(arguments, option)
     module, function_name = _FUNCTIONS.get(name, (name, name))
     function = getattr(importlib.import_module(f"discrete_lit.cli.{module}"), function_name)
     description = (function.__doc__ or "").partition("\n\n")[0]

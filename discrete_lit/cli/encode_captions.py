@@ -33,7 +33,7 @@ def encode_captions(
         What `context.json` holds.
 
     Raises:
-        ValueError: arrays without captions, or a caption that is too long.
+        ValueError: arrays without captions, a caption that is too long, or an encoder of ids.
     """
     folder = Path(arrays).expanduser()
     manifest = read_array_manifest(folder)
@@ -42,6 +42,8 @@ def encode_captions(
             f"the arrays in {folder} have no captions beside them: run `discrete-lit tokenize` on data with "
             "data.init_args.captions"
         )
+    if text_encoder.id_count is not None:
+        raise ValueError(f"a {type(text_encoder).__name__} gives ids, which need not be kept: captions are as short")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     fabric = make_fabric(accelerator)

@@ -57,6 +57,8 @@ def evaluate(
     devices: int | str = "auto",
     num_nodes: int = 1,
     protocol: ProtocolName | None = None,
+    prompts: str | None = None,
+    captions: dict[str, str] | None = None,
     part: str | None = None,
     join: int | None = None,
 ) -> dict[str, Any]:
@@ -121,6 +123,12 @@ def evaluate(
         num_nodes: nodes that run this command.
         protocol: name of a published protocol, which then names the distance; inputs that do not meet it are refused.
             See `discrete_lit.evaluation.protocols`.
+        prompts: a `.jsonl` that says which class each prompt of the samples asks for, a line for each as
+            `{"prompt": "a dark coat", "include": [{"class": "Coat", "count": 1}]}` (GenEval's form): the samples, drawn
+            by `discrete-lit sample` of prompts, are labelled so, and label accuracy is how often the classifier finds
+            the class of the prompt.
+        captions: name to a file that `discrete-lit caption` wrote: the share of its captions that are one of those
+            beside their images, but for spaces and capitals.
         part: `i/n`, to measure the i-th of n parts of every set, i from 1, and report nothing.
         join: n, to report what n parts measured; the images and networks are read, but no image is measured again.
 
@@ -131,10 +139,11 @@ def evaluate(
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
             a classifier of other classes or for samples without labels, a reference that is no mean and covariance or
             of another extractor, a checkpoint of the wrong kind, a row without runs, or with one of them twice,
-            parts that are not there, rates out of [0, 1] or of ids that no row has, or inputs that do not meet the
-            protocol.
+            parts that are not there, rates out of [0, 1] or of ids that no row has, prompts of an unknown class or
+            that do not fit the number of images, an image without a caption, or inputs that do not meet the protocol.
     """
     from discrete_lit.cli.devices import make_fabric
+    from discrete_lit.evaluation.caption_match import match_captions
     from discrete_lit.evaluation.report import Report
 
     shares = _shares(Path(output) / "shares", part, join)
@@ -157,7 +166,9 @@ def evaluate(
         protocol=protocol,
         perturbed=perturbed,
         perturbed_neighbours=perturbed_neighbours,
+        prompts=prompts,
     )
+    matches = {name: match_captions(file, f"captions.{name}") for name, file in (captions or {}).items()}
     # From here on every rank goes its own way through its shares.
     fabric.launch()
     measured = _Evaluation(opened, reference, folder=Path(output), batch_size=batch_size, shares=shares)
@@ -179,6 +190,7 @@ def evaluate(
             apply_exif=apply_exif,
             protocol=protocol,
             notes=measured.notes,
+            captions=matches,
             environment=environment(fabric.device),
         )
         report.write(Path(output))

@@ -20,15 +20,17 @@ from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
-from discrete_lit.core.bounded_reading import read_json, read_text
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators import Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder
+from discrete_lit.evaluation.prompts import GENEVAL_FOLDER, Prompts, chosen_prompts, write_geneval
+from discrete_lit.generators import CaptionIds, Generator, GraphedDraw, LatentGenerator, TokenDiffusionDecoder, Unified
 from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
+from discrete_lit.generators.unified import UnifiedOutput
 from discrete_lit.samplers import AnySampler, GuidedSolver
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 
@@ -36,6 +38,8 @@ _GRID_SIDE = 10
 _MOST_COLUMNS = 20
 # In pixels, of the default font.
 _NARROWEST_TEXT, _LINE_HEIGHT, _MOST_LINES = 200, 13, 4
+# Pictures with text are shown at least this high, in whole pixels; the smallest otherwise vanish beside the letters.
+_LOWEST_PICTURE = 32
 
 
 def sample(
@@ -47,6 +51,7 @@ def sample(
     prompt: list[str] | None = None,
     prompt_file: str | None = None,
     negative_prompt: str | None = None,
+    thought: list[str] | None = None,
     sampler: AnySampler | None = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -68,7 +73,8 @@ def sample(
     network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey images, 4 of
     RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
     without its tokenizer, the ids are written as `tokens` in place of images, or the latents as `latents`; text itself
-    goes to `samples.txt`, a line each. Sample i is a function of (seed, i) alone: the batch size and the number of
+    goes to `samples.txt`, a line each. Prompts stand in `run.json` and in the grid, and with them the thoughts of a
+    model that writes one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of
     devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
@@ -77,11 +83,15 @@ def sample(
         num_samples: N.
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
-        prompt: texts to cycle through in the same way, for a generator with a text encoder; repeat the option for
+        prompt: texts to cycle through in the same way, for a generator that reads texts; repeat the option for
             several. Each begins a row of the grid, and "" stands for no text.
-        prompt_file: a file with a prompt on each line, in place of `prompt`.
+        prompt_file: a file with a prompt on each line, in place of `prompt`. Of a `.jsonl` of GenEval's objects, its
+            `evaluation_metadata.jsonl`, the images are written in `output/geneval` too, as its evaluator reads them.
         negative_prompt: what guidance leads away from, in place of no text.
-        sampler: how to draw; the generator's own by default. A `GuidedSolver` draws whole latents, a
+        thought: what a `Unified` with thoughts is to think in place of its own: one for all prompts, or the option
+            repeated, one for each.
+        sampler: how to draw; the generator's own by default. A `SegmentSampler` draws from a `Unified`, a
+            `GuidedSolver` whole latents, a
             `MARSampler` those of a `ContinuousMasked`, a `NextCellSampler` of a `NextCell`, a `DimensionwiseSampler`
             of a `DimensionwiseMasked`, and a `HybridScaleSampler` those of HART and of scales of vectors.
         seed: of the draw.
@@ -108,13 +118,13 @@ def sample(
         What `run.json` holds.
 
     Raises:
-        ValueError: not a generator's checkpoint, prompts for a generator without text or none for one that reads them,
-            a sampler of ids for latents or the other way round, a label that is
-            no number or out of range, num_samples or image_size below 1, an image size for text, a graph on another
-            device than CUDA's or of latents, or a decoder of other tokens than the generator's.
+        ValueError: not a generator's checkpoint; prompts for a generator without text, none for one that reads them, or
+            a num_samples that does not have as many of each of GenEval's; a sampler of ids for latents or the other way
+            round; a label that is no number or out of range, num_samples or image_size below 1, an image size for text,
+            a graph on another device than CUDA's or of latents, or a decoder of other tokens than the generator's.
     """
     generator = load(ckpt_path)
-    if not isinstance(generator, Generator | LatentGenerator):
+    if not isinstance(generator, Generator | LatentGenerator | Unified):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
     if isinstance(generator, TokenDiffusionDecoder):
         raise ValueError(
@@ -138,7 +148,13 @@ def sample(
         image_size = normal_size(image_size)
     if image_size is not None and not makes_images:
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
-    prompts = _prompts(generator, prompt, prompt_file, negative_prompt)
+    readers = [each for each in (generator, decoding) if each is not None and each.reads_text]
+    prompts = chosen_prompts(readers[0] if readers else generator, prompt, prompt_file, negative_prompt)
+    if prompts is not None and prompts.metadata is not None:
+        prompts.check_count(num_samples, "num_samples")
+        if not makes_images:
+            raise ValueError(f"prompt_file={prompt_file!r} has GenEval's objects, and this generator makes no images")
+    thoughts = _thoughts(generator, thought, prompts)
     given = list(range(generator.num_classes)) if labels is None else labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
     if wrong or not given:
@@ -152,9 +168,12 @@ def sample(
     if prompts and graph is True:
         raise ValueError("graph=true is for labels; texts are drawn without one")
     if prompts:  # refuses a text that is too long before anything is drawn
-        texts = [*prompts, negative_prompt or ""]
-        generator.condition_of_texts(texts, labels=torch.zeros(len(texts), dtype=torch.int64))
-        if negative_prompt is not None and drawer.guidance_scale == 1:
+        texts = [*prompts.texts, negative_prompt or ""]
+        own = None if thoughts is None else [*thoughts, ""]
+        for reader in readers:
+            _condition(reader, torch.zeros(len(texts), dtype=torch.int64), texts, thoughts=own)
+        scales = [drawer.guidance_scale if reader is generator else reader.sampler.guidance_scale for reader in readers]
+        if negative_prompt is not None and all(scale == 1 for scale in scales):
             raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,22 +195,29 @@ def sample(
     if isinstance(generator, LatentGenerator):
         if graph is True:
             raise ValueError("graph=true is for generators of ids; latents are drawn without one")
-    elif not prompts and _graph_pays(
-        graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own)
+    elif (
+        isinstance(generator, Generator)
+        and not prompts
+        and _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own))
     ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
-    rows_path = folder / "rows.npy.partial"
+    rows_path, thoughts_path = folder / "rows.npy.partial", folder / "thoughts.npy.partial"
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
     writer: RowFile | None = None
+    thought_writer: RowFile | None = None
+    if isinstance(generator, Unified) and generator.thought_length is not None:
+        shape = num_samples, generator.layout["thought"].positions
+        thought_writer = _open_rows(thoughts_path, shape, np.dtype(np.int64), fabric)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
         with torch.inference_mode(), fabric.autocast():
             batch = cycle[indices % len(cycle)].to(fabric.device), indices.to(fabric.device)
             if graphed is None:
-                texts = [prompts[index % len(prompts)] for index in indices.tolist()] if prompts else []
-                condition = _condition(generator, batch[0], texts, negative_prompt)
+                texts = [] if prompts is None else prompts.of(indices.tolist())
+                told = None if thoughts is None else [thoughts[index % len(thoughts)] for index in indices.tolist()]
+                condition: Any = _condition(generator, batch[0], texts, negative=negative_prompt, thoughts=told)
                 drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer)
             else:
                 drawn = graphed(*batch)
@@ -200,17 +226,26 @@ def sample(
             if decoding is None:
                 decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
             else:
+                texts = [] if prompts is None else prompts.of(indices.tolist())
                 given = batch[0] if decoding.num_classes > 1 else None
+                if decoding.text_encoder is not None:
+                    given = _condition(decoding, batch[0], texts, negative=negative_prompt)
                 decoded = decoding.decode(drawn.tokens, given, seed=seed, indices=batch[1])
             rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
         if writer is None:
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
         writer.write(indices.numpy(), rows)
+        if isinstance(generator, Unified) and thought_writer is not None:
+            own_thoughts = cast(UnifiedOutput, drawn).thoughts
+            assert own_thoughts is not None, "a model with thoughts draws behind one"
+            thought_writer.write(indices.numpy(), generator.thought_rows(own_thoughts).cpu().numpy())
         count += len(indices)
     if writer is None:
         writer = _open_rows(rows_path, None, None, fabric)
     writer.close()
+    if thought_writer is not None:
+        thought_writer.close()
     fabric.barrier()
 
     rates = torch.tensor((count / seconds, count / seconds_undecoded) if count else (0.0, 0.0), device=fabric.device)
@@ -223,8 +258,10 @@ def sample(
         "sampler": describe(drawer),
         "num_samples": num_samples,
         "labels": labels,
-        "prompts": prompts or None,
+        "prompts": None if prompts is None else list(prompts.texts),
         "negative_prompt": negative_prompt,
+        "given_thoughts": thought,
+        "thoughts": None,
         "num_classes": generator.num_classes,
         "seed": seed,
         "batch_size": batch_size,
@@ -247,6 +284,9 @@ def sample(
         "images_per_second_without_decoding": rate_undecoded,
         **environment(fabric.device),
     }
+    if fabric.global_rank == 0 and isinstance(generator, Unified) and thought_writer is not None:
+        run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(thoughts_path)))
+        thoughts_path.unlink()
     if fabric.global_rank == 0:
         _write(
             folder,
@@ -255,6 +295,8 @@ def sample(
             np.resize(cycle.numpy(), num_samples),
             {**run, **starts},
         )
+        if prompts is not None and prompts.metadata is not None:
+            write_geneval(folder / GENEVAL_FOLDER, np.load(rows_path, mmap_mode="r"), prompts)
         rows_path.unlink()
     fabric.barrier()
     return run
@@ -267,49 +309,43 @@ def _check_room(output: str, num_samples: int) -> None:
         raise ValueError(f"num_samples is {num_samples:,}, and {there} has {free:,} bytes of free space")
 
 
-def _prompts(
-    generator: Generator | LatentGenerator, prompt: list[str] | None, file: str | None, negative: str | None
-) -> list[str]:
-    """The prompts that are cycled through; none for a generator of classes.
+def _thoughts(
+    generator: Generator | LatentGenerator | Unified, given: list[str] | None, prompts: Prompts | None
+) -> list[str] | None:
+    """The thought of each prompt, where thoughts are given.
 
     Raises:
-        ValueError: prompts for a generator that reads no text, none for one that does, or both kinds of them.
+        ValueError: thoughts for a generator without, or another number of them than of prompts.
     """
-    given = [
-        name
-        for name, value in (("prompt", prompt), ("prompt_file", file), ("negative_prompt", negative))
-        if value is not None
-    ]
-    if generator.text_encoder is None:
-        if given:
-            raise ValueError(
-                f"{given[0]} is given, and this {type(generator).__name__} reads no text: it was trained without a "
-                "text_encoder. Draw from it by labels"
-            )
-        return []
-    if prompt is not None and file is not None:
-        raise ValueError("prompt and prompt_file are given: take one of them")
-    prompts = prompt or []
-    if file is not None:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise ValueError(f"prompt_file={file!r}: no such file; it has a prompt on each line")
-        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not prompts:
+    if given is None:
+        return None
+    if not isinstance(generator, Unified) or generator.thought_length is None:
         raise ValueError(
-            f"this {type(generator).__name__} draws what a text says: give --prompt 'a text', several times for "
-            "several, or a prompt_file with one on each line; '' stands for no text"
+            f"thought is given, and this {type(generator).__name__} has none: a Unified has thoughts that was trained "
+            "with a thought_length"
         )
-    return prompts
+    texts = () if prompts is None else prompts.texts
+    if len(given) not in (1, len(texts)):
+        raise ValueError(
+            f"thought is given {len(given)} times for {len(texts)} prompts: give one for all, or one for each"
+        )
+    return given if len(given) == len(texts) else given * len(texts)
 
 
 def _condition(
-    generator: Generator | LatentGenerator, labels: torch.Tensor, texts: list[str], negative: str | None
-) -> Condition | torch.Tensor:
+    generator: Generator | LatentGenerator | Unified,
+    labels: torch.Tensor,
+    texts: list[str],
+    *,
+    negative: str | None = None,
+    thoughts: list[str] | None = None,
+) -> Condition | CaptionIds | torch.Tensor:
     """The condition of a batch: its labels, or these and its texts."""
-    if not texts:
+    if not texts or not generator.reads_text:
         return labels
     away = None if negative is None else [negative] * len(texts)
+    if isinstance(generator, Unified):
+        return generator.condition_of_texts(texts, negative=away, thoughts=thoughts)
     classes = labels if generator.num_classes > 1 else None
     return generator.condition_of_texts(texts, labels=classes, negative=away)
 
@@ -337,7 +373,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _load_decoder(
-    path: str, generator: Generator | LatentGenerator, sampler: GuidedSolver | None, steps: int | None
+    path: str, generator: Generator | LatentGenerator | Unified, sampler: GuidedSolver | None, steps: int | None
 ) -> TokenDiffusionDecoder:
     """The decoder of a checkpoint, checked against the generator, with the sampler that was asked for.
 
@@ -404,7 +440,7 @@ def _write(
         else:
             np.savez(file, latents=rows, labels=labels)
     if makes_images and run["prompts"]:
-        _write_prompt_grid(folder, rows, run["prompts"])
+        _write_prompt_grid(folder, rows, run["prompts"], thoughts=run["thoughts"])
     elif makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     elif isinstance(tokenizer, Tokenizer):
@@ -443,15 +479,25 @@ def _tiled(tiles: np.ndarray, columns: int) -> np.ndarray:
     return grid[..., 0] if grid.shape[-1] == 1 else grid
 
 
-def _write_prompt_grid(folder: Path, pixels: np.ndarray, prompts: list[str]) -> None:
-    """Write the first images of the first prompts, at most ten of ten, a row for each, with its text above."""
+def _write_prompt_grid(
+    folder: Path, pixels: np.ndarray, prompts: list[str], *, thoughts: list[str] | None = None
+) -> None:
+    """Write the first images of the first prompts, at most ten of ten, a row for each, with its text above.
+
+    Behind a prompt stand the thoughts of its images, from left to right, or the one that they share.
+    """
     rows = min(_GRID_SIDE, len(prompts), len(pixels))
     columns = min(_GRID_SIDE, len(pixels) // len(prompts) or 1)
     font = ImageFont.load_default()
+    times = -(-_LOWEST_PICTURE // pixels.shape[1])
     strips = []
     for row in range(rows):
-        pictures = Image.fromarray(_tiled(pixels[row :: len(prompts)][:columns], columns)).convert("RGB")
+        shown = pixels[row :: len(prompts)][:columns].repeat(times, axis=1).repeat(times, axis=2)
+        pictures = Image.fromarray(_tiled(shown, columns)).convert("RGB")
         text = prompts[row] or "(no text)"
+        if thoughts is not None:
+            own = thoughts[row :: len(prompts)][:columns]
+            text += f" : {' | '.join(own if len(set(own)) > 1 else own[:1])}"
         lines = _wrapped(text, font, max(pictures.width, _NARROWEST_TEXT) - 4)
         height = _LINE_HEIGHT * len(lines) + 4
         strip = Image.new("RGB", (max(pictures.width, _NARROWEST_TEXT), height + pictures.height), "white")

@@ -1,6 +1,7 @@
 """`discrete-lit sweep`: the settings of a sampler, each measured on samples of one checkpoint, to the best of them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +13,11 @@ from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
-from discrete_lit.core.distributed import failing_together, on_first_rank, rank
+from discrete_lit.core.distributed import all_reduce_sum, failing_together, on_first_rank, rank
 from discrete_lit.core.files import atomic_write_text, content_sha256, file_sha256
+from discrete_lit.core.images import from_uint8
 from discrete_lit.core.provenance import describe, environment
+from discrete_lit.evaluation.classifier import load_classifier
 from discrete_lit.evaluation.drawn_images import draw_images, own_numbers
 from discrete_lit.evaluation.feature_statistics import (
     FeatureMeter,
@@ -23,6 +26,7 @@ from discrete_lit.evaluation.feature_statistics import (
     reference_from_moments,
 )
 from discrete_lit.evaluation.image_sets import Selection, open_image_set
+from discrete_lit.evaluation.prompts import Prompts, chosen_prompts, class_of_prompts
 from discrete_lit.evaluation.rows import reference_manifold
 from discrete_lit.evaluation.sampler_sweep import (
     Settings,
@@ -52,6 +56,10 @@ def sweep(
     search: Literal["grid", "golden"] = "grid",
     evaluations: int = 8,
     sampler: Sampler | GuidedSolver | MARSampler | None = None,
+    prompt: list[str] | None = None,
+    prompt_file: str | None = None,
+    negative_prompt: str | None = None,
+    classifier: str | None = None,
     num_samples: int = 1000,
     num_reference: int | None = None,
     seed: int = 0,
@@ -82,6 +90,12 @@ def sweep(
             ends, by golden section, for every combination of the others: for a distance with one minimum there.
         evaluations: of each golden section.
         sampler: whose settings these are; the generator's own by default.
+        prompt: texts to cycle through, sample i has prompt[i % len(prompt)], for a generator with a text encoder; the
+            option repeated, or a list.
+        prompt_file: a file with a prompt on each line, or GenEval's `.jsonl`, in place of `prompt`.
+        negative_prompt: what guidance leads away from, in place of no text.
+        classifier: checkpoint of an ImageClassifier, for the fraction of samples that show the intended class: that of
+            their label, or the one that the prompts of a `.jsonl` include.
         num_samples: of each combination.
         num_reference: images of the reference; all by default.
         seed: of the draws.
@@ -97,7 +111,8 @@ def sweep(
 
     Raises:
         ValueError: no generator of images, a sampler of another kind, no settings, one that the sampler does not have,
-            a value out of its range, or an interval that is none.
+            a value out of its range, an interval that is none; no prompts where they are read, a num_samples that does
+            not have as many of each, or a classifier that knows no class of theirs.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator) or not generator.tokenizer.makes_images:
@@ -108,6 +123,9 @@ def sweep(
         raise ValueError(f"num_samples must be at least 2 and batch_size 1, got {num_samples} and {batch_size}")
     base = sampler or generator.sampler
     _check_settings(base, settings, search, evaluations)
+    prompts = chosen_prompts(generator, prompt, prompt_file, negative_prompt)
+    if prompts is not None:
+        prompts.check_count(num_samples, "num_samples")
     network = extractor or EfficientNetLite0()
     selection = None
     if holds_moments(reference):
@@ -116,11 +134,23 @@ def sweep(
         channels = getattr(generator.tokenizer, "image_channels", 3)
         images = open_image_set(reference, generator.image_size, image_channels=channels)
         selection, known = Selection(images, num_reference, num_classes=images.num_classes), None
+    judge, intended = None, torch.arange(generator.num_classes)
+    if classifier is not None:
+        judge = load_classifier(classifier)
+        if prompts is not None:
+            names = () if selection is None else selection.images.classes
+            intended = _intended_classes(prompts, prompt_file, names)
+        if int(intended.max()) >= judge.num_classes:
+            raise ValueError(
+                f"classifier={classifier!r} knows {judge.num_classes} classes, and the samples show one of number "
+                f"{int(intended.max())}"
+            )
 
     precision = resolve_precision(precision, accelerator)
     fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     fabric.strategy.precision.convert_module(generator)
+    judge = None if judge is None else judge.to(fabric.device)
     generator, network = generator.to(fabric.device).eval(), network.to(fabric.device)
     folder = Path(output)
     if selection is not None:
@@ -135,24 +165,44 @@ def sweep(
         )
     assert known is not None
     manifold = reference_manifold(known, num_samples, fabric.device)[0] if rank() == 0 else None
-    made_by = (file_sha256(ckpt_path), known.sha256, known.moments.count, network.name, network.weights_sha256)
+    made_by: tuple[Any, ...] = (
+        file_sha256(ckpt_path),
+        known.sha256,
+        known.moments.count,
+        network.name,
+        network.weights_sha256,
+    )
+    told = () if prompts is None else (prompts.texts, negative_prompt)
+    judged_by = () if classifier is None else (file_sha256(classifier), intended.tolist())
     points: list[SweepPoint] = []
 
     def measure(changes: Settings) -> float:
         drawer: Any = with_settings(base, changes)
-        identity = (*made_by, describe(drawer), num_samples, seed, batch_size, precision)
+        identity = (*made_by, describe(drawer), num_samples, seed, batch_size, precision, *told, *judged_by)
         file = folder / "settings" / f"{content_sha256(repr(identity))[:16]}.json"
         found = on_first_rank(lambda: read_json(file) if file.is_file() else None)
         if found is None:
             meter = FeatureMeter(network, num_samples, most_features=None if known.features is not None else 0)
-            cost = (0, 0.0)
+            cost, shown = (0, 0.0), torch.zeros((), device=fabric.device)
             with failing_together(), torch.inference_mode(), fabric.autocast():
                 for numbers, _ in own_numbers(num_samples, batch_size):
-                    drawn, out = draw_images(generator, numbers.to(fabric.device), seed=seed, sampler=drawer)
+                    drawn, out = draw_images(
+                        generator,
+                        numbers.to(fabric.device),
+                        seed=seed,
+                        sampler=drawer,
+                        prompts=prompts,
+                        negative=negative_prompt,
+                    )
                     meter.update(drawn, None, numbers)
+                    if judge is not None:
+                        found_classes = judge(from_uint8(drawn)).argmax(dim=1)
+                        wanted = intended[numbers % len(intended)].to(fabric.device)
+                        shown += (found_classes == wanted).sum()
                     cost = (out.network_calls, float(out.flops))
             meter.restore(meter.tally().over_ranks(fabric.device))
             measured = meter.measurement()
+            accuracy = None if judge is None else float(all_reduce_sum(shown)) / num_samples
 
             def compare() -> dict[str, Any]:
                 distance = frechet_distance(measured.moments, known.moments)
@@ -162,6 +212,7 @@ def sweep(
                     distance=distance,
                     precision=both[0],
                     recall=both[1],
+                    accuracy=accuracy,
                     network_calls=cost[0],
                     flops_per_image=cost[1],
                 )
@@ -187,6 +238,10 @@ def sweep(
             f"{network.metric_name} of {num_samples:,} samples of {ckpt_path} against {known.moments.count or 'ADM'} "
             f"images of {reference}; seed {seed}, the same random numbers for every setting"
         )
+        if prompts is not None:
+            fact += f"; {len(prompts.texts):,} prompts in turn"
+        if classifier is not None:
+            fact += f"; accuracy: the fraction that shows the intended class, according to {classifier}"
         best = best_point(points)
         header, *lines = sweep_table(points, network.metric_name)
         table = [
@@ -199,6 +254,9 @@ def sweep(
             "fact": fact,
             "checkpoint_sha256": made_by[0],
             "reference_sha256": known.sha256,
+            "prompts": None if prompts is None else list(prompts.texts),
+            "negative_prompt": negative_prompt,
+            "classifier": classifier,
             "best": asdict(best),
             "points": [asdict(point) for point in points],
             **environment(fabric.device),
@@ -216,6 +274,23 @@ def sweep(
         return result
 
     return on_first_rank(write)
+
+
+def _intended_classes(prompts: Prompts, file: str | None, names: Sequence[str]) -> torch.Tensor:
+    """Number the class that each prompt asks for, int64 `(prompts,)`.
+
+    Raises:
+        ValueError: prompts that do not say their classes, a reference without names of classes, or an unknown class.
+    """
+    if prompts.metadata is None or file is None:
+        raise ValueError("classifier needs to know what each prompt asks for: give a prompt_file of GenEval's .jsonl")
+    if not names:
+        raise ValueError(
+            f"prompt_file={file!r} names classes, and the reference does not: give images in one subfolder per class, "
+            "or shards with a manifest"
+        )
+    labels = class_of_prompts(file, names)
+    return torch.tensor([labels[text] for text in prompts.texts])
 
 
 def _check_settings(base: Any, settings: dict[str, list[int | float]], search: str, evaluations: int) -> None:

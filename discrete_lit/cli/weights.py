@@ -21,6 +21,7 @@ def import_weights(
     output: str,
     reference_config: str | dict[str, Any] | None = None,
     tokenizer: str | None = None,
+    text_tokenizer: str | None = None,
 ) -> None:
     """Read a published checkpoint and write it as a checkpoint of discrete-lit.
 
@@ -28,13 +29,14 @@ def import_weights(
     file is executed.
 
     Args:
-        weights: The published file, as `torch.save` wrote it or safetensors.
+        weights: The published file, as `torch.save` wrote it or safetensors, or a folder of Hugging Face with it.
         family: Its layout, such as taming_vqgan; a wrong name prints all of them.
         output: File to write.
         reference_config: What the weights do not say, in the reference's own argument names, or the published YAML or
             JSON file that says it.
         tokenizer: Checkpoint of discrete-lit with the tokenizer that a generator was trained on; the generator's
             checkpoint holds it too. Without one a generator makes ids or latents, but no images.
+        text_tokenizer: The tokenizer.json of a model of text and image; by default the one beside the weights.
 
     Raises:
         ValueError: An unknown family, an unreadable file, a checkpoint of another family, tensors that do not fit, a
@@ -43,7 +45,7 @@ def import_weights(
     own = None if tokenizer is None else load(tokenizer)
     if own is not None and not isinstance(own, Tokenizer | ContinuousTokenizer):
         raise ValueError(f"tokenizer={tokenizer!r} holds a {type(own).__name__}, which is no tokenizer")
-    module = load_pretrained(weights, family, reference_config, own)
+    module = load_pretrained(weights, family, reference_config, own, text_tokenizer)
     save(module, output)
     count = sum(parameter.numel() for parameter in module.parameters())
     what = f"{type(module).__name__}, {count:,} parameters"

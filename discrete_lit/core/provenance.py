@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -16,6 +17,8 @@ def describe(setting: Any) -> Any:
     """Turn a settings object into plain data: its class path and its public attributes, nested ones likewise."""
     if setting is None or isinstance(setting, bool | int | float | str):
         return setting
+    if isinstance(setting, Mapping):
+        return {str(name): describe(value) for name, value in setting.items()}
     if isinstance(setting, list | tuple):
         return [describe(entry) for entry in setting]
     public = {name: describe(value) for name, value in vars(setting).items() if not name.startswith("_")}

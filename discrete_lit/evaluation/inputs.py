@@ -26,6 +26,7 @@ from discrete_lit.evaluation.image_sets import (
     match_classes,
     open_image_set,
 )
+from discrete_lit.evaluation.prompts import PromptedImages, Prompts, class_of_prompts
 from discrete_lit.evaluation.protocols import PROTOCOLS, EvaluationInputs
 from discrete_lit.metrics.extractors import SPATIAL, EfficientNetLite0, FeatureExtractor
 
@@ -98,6 +99,7 @@ def open_inputs(
     protocol: str | None,
     perturbed: list[float] | None = None,
     perturbed_neighbours: int = PERTURBED_NEIGHBOURS,
+    prompts: str | None = None,
 ) -> OpenedInputs:
     """Open everything that an evaluation names; arguments as for `evaluate`.
 
@@ -148,7 +150,8 @@ def open_inputs(
         )
 
     real_sets = {"reference": reference_images, "held_out": real}
-    sample_sets = {f"samples.{label}": images for label, images in generated.items()}
+    if prompts is not None:
+        generated = _label_by_prompts(prompts, sample_runs, beside, real_sets, count, image_channels=image_channels)
     checkpoints = {"": classifier} if isinstance(classifier, str) else dict(classifier or {})
     if checkpoints:
         _check_labels(generated, {})
@@ -156,6 +159,7 @@ def open_inputs(
     known = {path: classifiers[name].num_classes for name, path in checkpoints.items()}
     if len(set(known.values())) > 1:
         raise ValueError(f"the classifiers are of different numbers of classes: {known}")
+    sample_sets = {f"samples.{label}": images for label, images in generated.items()}
     classes = match_classes(real_sets, sample_sets, next(iter(known.values()), None))
     if checkpoints:
         _check_labels(generated, classes.numbering)
@@ -226,6 +230,48 @@ def _list_runs(setting: str, rows: dict[str, str | list[str]] | None) -> list[Ru
         if not paths:
             raise ValueError(f"{setting}.{name} is empty: give a path, or a list with one for each run")
         found += [Run(name, run_name(name, run, len(paths)), path) for run, path in enumerate(paths, start=1)]
+    return found
+
+
+def _label_by_prompts(
+    file: str,
+    sample_runs: list[Run],
+    beside: Mapping[str, dict[str, Any]],
+    real_sets: Mapping[str, ImageSet | None],
+    count: int | None,
+    *,
+    image_channels: int,
+) -> dict[str, ImageSet]:
+    """Open samples of prompts, labelled by the classes that a file names of their prompts.
+
+    Raises:
+        ValueError: real images without names of classes, samples that were not drawn of prompts, a number of images
+            that does not have as many of each prompt, or the reasons of `class_of_prompts` and `PromptedImages`.
+    """
+    named = next((images for images in real_sets.values() if images is not None and images.classes), None)
+    if named is None:
+        raise ValueError(
+            f"prompts={file!r} names classes, and neither reference nor held_out does: give images in one subfolder "
+            "per class, or shards with a manifest"
+        )
+    labels, found = class_of_prompts(file, named.classes), {}
+    for run in sample_runs:
+        texts = beside[run.label].get("sampling", {}).get("prompts")
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"samples.{run.label}={run.path!r} has no run.json beside it that says its prompts: draw it by "
+                "`discrete-lit sample --prompt_file`"
+            )
+        if count is not None:
+            Prompts(texts=tuple(texts)).check_count(count, "num_images")
+        found[run.label] = PromptedImages(
+            Path(run.path).expanduser(),
+            named.image_size,
+            image_channels=image_channels,
+            prompts=texts,
+            classes=named.classes,
+            labels=labels,
+        )
     return found
 
 

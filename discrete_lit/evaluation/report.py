@@ -12,6 +12,7 @@ from typing import Any
 
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.images import ImageSize, size_text
+from discrete_lit.evaluation.caption_match import CaptionMatch
 from discrete_lit.evaluation.feature_statistics import Reference
 from discrete_lit.evaluation.protocols import CROP, QUANTISATION
 from discrete_lit.evaluation.report_table import (
@@ -48,6 +49,7 @@ class Report:
         apply_exif: whether image files were turned as their EXIF orientation says.
         protocol: name of the protocol that the inputs met; it stands over the distance's column.
         notes: what else limits the figures, in words.
+        captions: how many captions of a model are those of their images, by name.
         environment: versions, commit, device and date.
     """
 
@@ -63,6 +65,7 @@ class Report:
         apply_exif: bool = False,
         protocol: str | None = None,
         notes: Sequence[str] = (),
+        captions: Mapping[str, CaptionMatch] | None = None,
         environment: dict[str, Any],
     ) -> None:
         self.rows = rows
@@ -75,6 +78,7 @@ class Report:
         self.classifiers = dict(classifiers or {})
         self.apply_exif = apply_exif
         self.further_notes = tuple(notes)
+        self.captions = dict(captions or {})
         self.environment = environment
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +109,10 @@ class Report:
             "image_channels": self.image_channels,
             "apply_exif": self.apply_exif,
             "classifier": _unnamed(self.classifiers),
+            "captions": {
+                name: {"source": match.source, "count": match.count, "exact": match.fraction}
+                for name, match in self.captions.items()
+            },
             "notes": self.notes(),
             "environment": self.environment,
             "rows": [
@@ -367,6 +375,11 @@ class Report:
                 "for it: one value may lie below, by about its standard error), ≈ where it is estimated; comparable "
                 "between generators of one tokenizer alone"
             )
+        facts += [
+            f"captions, {name}: {match.fraction:.1%} of {match.count:,} are exactly one of their image's own, but for "
+            f"spaces and capitals ({match.source})"
+            for name, match in self.captions.items()
+        ]
         costs = [text for key, text in COSTS.items() if any(key in row.sampling for row in self.rows)]
         if costs:
             facts.append("; ".join(costs))

@@ -130,6 +130,8 @@ class SweepPoint:
     recall: float | None
     network_calls: int
     flops_per_image: float
+    accuracy: float | None = None
+    """The fraction of samples that show the intended class; None where no classifier looked at them."""
 
     @property
     def name(self) -> str:
@@ -160,9 +162,9 @@ def sweep_table(points: Sequence[SweepPoint], metric: str) -> list[list[str]]:
     """Write the points as a table, the nearest first, its header before them."""
     names = list(points[0].settings)
     best, front = best_point(points), pareto_front(points)
-    lines = [[*names, metric, "precision", "recall", "network calls", "GFLOPs/image", ""]]
+    lines = [[*names, metric, "precision", "recall", "accuracy", "network calls", "GFLOPs/image", ""]]
     for point in sorted(points, key=lambda point: point.distance):
-        shares = ["" if value is None else f"{value:.3f}" for value in (point.precision, point.recall)]
+        shares = ["" if value is None else f"{value:.3f}" for value in (point.precision, point.recall, point.accuracy)]
         mark = "best" if point is best else "Pareto" if point in front else ""
         costs = [f"{point.network_calls:,}", f"{point.flops_per_image / 1e9:,.2f}"]
         lines.append(

@@ -14,6 +14,7 @@ from discrete_lit.generators.latent_generator import LatentGenerator, LatentLoss
 from discrete_lit.generators.masked import Masked
 from discrete_lit.generators.next_cell import NextCell
 from discrete_lit.generators.next_scale import NextScale
+from discrete_lit.generators.super_resolution import SuperResolution
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.token_diffusion_decoder import TokenDiffusionDecoder
 from discrete_lit.generators.unified import Unified
@@ -37,6 +38,7 @@ __all__ = [
     "Masked",
     "NextCell",
     "NextScale",
+    "SuperResolution",
     "TokenDiffusionDecoder",
     "TokenLosses",
     "Unified",

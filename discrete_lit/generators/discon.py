@@ -10,6 +10,7 @@ class.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from math import prod
 from typing import Any, Literal, Self, cast
 
@@ -23,7 +24,7 @@ from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.continuous_masked import ContinuousMasked
-from discrete_lit.generators.generator import Generator
+from discrete_lit.generators.generator import Generator, check_same_texts, described_alone, told_to
 from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
@@ -35,7 +36,8 @@ Exposure = Literal["none", "replace", "mixture"]
 class DisCon(ContinuousMasked):
     """Predict masked latents from the others, the class, and a grid of discrete tokens d of the same image.
 
-    A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`.
+    A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`. A text is read by a backbone
+    with a `context_dim`; a generator of d that reads texts must have the same `text_encoder`.
 
     Args:
         tokenizer, image_size, num_classes, backbone, head: as of `ContinuousMasked`; the backbone's `fusion` says how d
@@ -51,6 +53,9 @@ class DisCon(ContinuousMasked):
         ValueError: a setting out of its range; a generator of d of other images or classes; or a `fusion` that d does
             not allow: `"mix"` and `"add"` need a grid of d whose sides divide those of the places.
     """
+
+    # Without a text there is still d.
+    empty_text_is_null = False
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class DisCon(ContinuousMasked):
             )
         self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
+        check_same_texts(self, discrete)
         self.discrete = discrete.eval().requires_grad_(False)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
@@ -108,14 +114,16 @@ class DisCon(ContinuousMasked):
             self.discrete.eval()
         return self
 
+    def setup(self, stage: str) -> None:
+        """Refuse a generator of d whose text encoder has other weights."""
+        super().setup(stage)
+        check_same_texts(self, self.discrete, weights=True)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Describe tokenizer and generator of d in the checkpoint, so that it loads without their files."""
         super().on_save_checkpoint(checkpoint)
         if self.discrete.hparams:
-            described, tokenizer = dict(self.discrete.hparams), self.discrete.tokenizer.hparams
-            if tokenizer:
-                described["init_args"] = {**described["init_args"], "tokenizer": dict(tokenizer)}
-            checkpoint["discrete_config"] = described
+            checkpoint["discrete_config"] = described_alone(self.discrete)
 
     def aligned(self, tokens: Tensor) -> Tensor:
         """Spread ids `(B, h, w)` over the places, `(B, N)`, each over the square of places that it stands for; ids of
@@ -151,24 +159,23 @@ class DisCon(ContinuousMasked):
                 f'a batch holds {", ".join(map(str, batch))}: DisCon needs "image", or "latents" and "tokens" of '
                 "the same images"
             )
-        grid = self.aligned(tokens)
-        if self.training:
-            grid = self._exposed(grid, labels, random)
-        return Condition(labels=labels, grid=grid)
+        condition = Condition(labels=labels, grid=self.aligned(tokens), **self.context_of(batch))
+        return self._exposed(condition, random) if self.training else condition
 
-    def _exposed(self, grid: Tensor, labels: Tensor, random: CounterRandom) -> Tensor:
+    def _exposed(self, condition: Condition, random: CounterRandom) -> Condition:
         """Give what training sees in the place of the true d `(B, ids)`; a function of the samples alone."""
-        if self.exposure == "none" or self.exposure_probability == 0:
-            return grid
+        grid = condition.grid
+        if grid is None or self.exposure == "none" or self.exposure_probability == 0:
+            return condition
         if self.exposure == "replace":
             count = grid.shape[1]
             numbers = random.uniform(Purpose.EXPOSURE, 2 * count).view(len(grid), 2, count)
             others = (numbers[:, 1] * self.discrete.vocab_size).long()
-            return torch.where(numbers[:, 0] < self.exposure_probability, others, grid)
+            return replace(condition, grid=torch.where(numbers[:, 0] < self.exposure_probability, others, grid))
         chosen = random.uniform(Purpose.EXPOSURE, 1) < self.exposure_probability
         with torch.no_grad():
-            drawn = self.discrete.draw(labels, random).tokens
-        return torch.where(chosen, self.aligned(drawn), grid)
+            drawn = self.discrete.draw(told_to(self.discrete, condition), random).tokens
+        return replace(condition, grid=torch.where(chosen, self.aligned(drawn), grid))
 
     # Sampling.
 
@@ -206,9 +213,9 @@ class DisCon(ContinuousMasked):
         if tokens is not None:
             grid = self.aligned(tokens)
         elif grid is None:
-            first = self.discrete.draw(condition.labels, random)
+            first = self.discrete.draw(told_to(self.discrete, condition), random)
             grid = self.aligned(first.tokens)
-        output = self.draw_given(Condition(labels=condition.labels.long(), grid=grid), random, sampler)
+        output = self.draw_given(replace(condition, labels=condition.labels.long(), grid=grid), random, sampler)
         if first is None:
             return output
         return SamplerOutput(

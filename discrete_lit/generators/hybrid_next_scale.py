@@ -9,6 +9,7 @@ to its size, and the same small model draws its vectors. No paper has it in this
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from discrete_lit.backbones.condition import Condition, as_condition
+from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.backbones.scale_transformer import ScaleLayout, ScaleStates, ScaleTransformer
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.checkpoints import loadable
@@ -50,7 +51,8 @@ class HybridNextScale(LatentGenerator):
     meets in sampling.
 
     A batch is as of `LatentGenerator`; with a `context` also `"context"`, `(B, T, E)` vectors in front such as a text
-    encoder's, and `"context_mask"`, `(B, T)`, which of them are valid; all by default.
+    encoder's, and `"context_mask"`, `(B, T)`, which of them are valid; all by default. A `text_encoder` of T ids makes
+    them of captions.
 
     Args:
         tokenizer: `HybridLatents`, frozen here.
@@ -144,6 +146,8 @@ class HybridNextScale(LatentGenerator):
         labels = self.labels_of(batch)
         if self.context is None:
             return labels
+        if self.text_encoder is not None:
+            return Condition(labels=labels, **self.context_of(batch))
         if "context" not in batch:
             raise ValueError(
                 f"a batch holds {', '.join(map(str, batch))}: this generator has {self.context[0]} vectors in front, "
@@ -273,10 +277,12 @@ class HybridNextScale(LatentGenerator):
 
     @torch.no_grad()
     @in_evaluation
-    def draw(self, labels: Tensor, random: CounterRandom, sampler: HybridScaleSampler | None = None) -> SamplerOutput:
-        sampler = sampler or cast(HybridScaleSampler, self.sampler)
-        self.check_draw(labels, sampler.guidance_scale)
-        return self.draw_given(labels.long(), random, sampler)
+    def draw(
+        self, labels: Condition | Tensor, random: CounterRandom, sampler: HybridScaleSampler | None = None
+    ) -> SamplerOutput:
+        sampler, condition = sampler or cast(HybridScaleSampler, self.sampler), as_condition(labels)
+        self.check_draw(condition.labels, sampler.guidance_scale)
+        return self.draw_given(plain(replace(condition, labels=condition.labels.long())), random, sampler)
 
     @torch.no_grad()
     @in_evaluation

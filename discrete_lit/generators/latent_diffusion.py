@@ -1,18 +1,20 @@
-"""Diffusion or flow matching over whole latents, given a class: LDM, DiT and SiT, and on pixels ADM.
+"""Diffusion or flow matching over whole latents, given a class or a text: LDM, DiT and SiT, and on pixels ADM.
 
 - Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 2022: a U-Net.
 - Peebles & Xie, "Scalable Diffusion Models with Transformers" (DiT), 2023: a transformer, DDPM.
 - Ma et al., "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers", 2024.
+- Chen et al., "PixArt-alpha: Fast Training of Diffusion Transformer for Photorealistic Text-to-Image Synthesis", 2024.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from discrete_lit.backbones import DenoisingNetwork, LatentLayout
-from discrete_lit.backbones.condition import Condition, as_condition
+from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
@@ -40,7 +42,10 @@ _NEAREST = 1e-3
 
 @loadable
 class LatentDiffusion(LatentGenerator):
-    """Model the latents of a frozen continuous tokenizer, given a class, by undoing Gaussian noise.
+    """Model the latents of a frozen continuous tokenizer, given a class or a text, by undoing Gaussian noise.
+
+    A text is read by a network with a `context_dim`, as the vectors that `text_encoder` makes of it, or those of the
+    batch's `"context"`.
 
     Args:
         tokenizer: frozen here; `discrete_lit.tokenizers.continuous_from_checkpoint` in a YAML, or `RawPixels`.
@@ -66,7 +71,7 @@ class LatentDiffusion(LatentGenerator):
             continuous time, without guidance; of a consistency function one step of `ConsistencySampler`.
         likelihood_steps: of the model whose bound `log_likelihood` is; a path of steps has its own at most.
         training: `check_scale` of `LatentGenerator`; `label_dropout`, `optimizer`, `scheduler`,
-            `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
+            `weight_decay_rule`, `seed` and `text_encoder` of `ClassConditionalTraining`.
 
     Raises:
         ValueError: a setting out of its range; latents that are no grid of two axes.
@@ -137,8 +142,10 @@ class LatentDiffusion(LatentGenerator):
         return LatentLayout(channels=channels, grid=(height, width), outputs=outputs, num_classes=self.num_classes)
 
     def given(self, condition: Condition) -> dict[str, Tensor]:
-        """Return what the network reads beside the label, by its names: `context` or `vectors`; here nothing."""
-        return {}
+        """Return what the network reads beside the label, by its names: here the vectors of a text, if it reads any."""
+        if condition.context is None:
+            return {}
+        return {"text": condition.context, "text_mask": condition.valid()}
 
     def losses(self, data: Tensor, condition: Condition, random: CounterRandom) -> LatentLosses:
         t = self.objective.times(random.uniform(Purpose.DIFFUSION_TIME, 1)[:, 0])
@@ -204,12 +211,17 @@ class LatentDiffusion(LatentGenerator):
         name = f"teacher={self.teacher!r}"
         if type(teacher) is not type(self):
             raise ValueError(f"{name} holds a {type(teacher).__name__}, not a {type(self).__name__}")
+        if self.text_transformer is not None or teacher.text_transformer is not None:
+            raise ValueError(
+                f"{name}: a text_transformer is not distilled; train both on the vectors of a text_encoder"
+            )
         if teacher.consistency is not None:
             raise ValueError(f"{name} holds a consistency function: give the model before it")
         for part, own, other in (
             ("latents", self.latent_shape, teacher.latent_shape),
             ("number of classes", self.num_classes, teacher.num_classes),
             ("tokenizer", self.tokenizer.fingerprint(), teacher.tokenizer.fingerprint()),
+            ("text encoder", *(each.text_encoder and each.text_encoder.fingerprint() for each in (self, teacher))),
             ("path; alpha and sigma", _law(self.denoiser.path), _law(teacher.denoiser.path)),
             ("prediction", self.denoiser.prediction, teacher.denoiser.prediction),  # its weights are the first ones
         ):
@@ -233,6 +245,7 @@ class LatentDiffusion(LatentGenerator):
                 network_time=teacher.network_time,
                 given=teacher.given(condition),
                 null=None if self.teacher_guidance == 1 else teacher.given(null),
+                null_labels=null.labels,
             )
         return lambda x, t: teacher.denoiser(network.output(x, t, self.teacher_guidance), x, t)
 
@@ -276,10 +289,35 @@ class LatentDiffusion(LatentGenerator):
 
     @torch.no_grad()
     @in_evaluation
-    def draw(self, labels: Tensor, random: CounterRandom, sampler: GuidedSolver | None = None) -> SamplerOutput:
-        sampler = sampler or cast(GuidedSolver, self.sampler)
-        self.check_draw(labels, sampler.guidance_scale)
-        return sampler(self.backbone, labels.long(), random, denoiser=self.denoiser, network_time=self.network_time)
+    def draw(
+        self, labels: Condition | Tensor, random: CounterRandom, sampler: GuidedSolver | None = None
+    ) -> SamplerOutput:
+        sampler, condition = sampler or cast(GuidedSolver, self.sampler), as_condition(labels)
+        self.check_draw(condition.labels, sampler.guidance_scale)
+        check_parts(condition, places=0, grid_vocab=None, context_dim=self.backbone.context_dim)
+        return self.draw_given(replace(condition, labels=condition.labels.long()), random, sampler)
+
+    def draw_given(
+        self,
+        condition: Condition,
+        random: CounterRandom,
+        sampler: GuidedSolver,
+        *,
+        purposes: tuple[Purpose, Purpose] = (Purpose.DIFFUSION_START, Purpose.DIFFUSION_STEP),
+    ) -> SamplerOutput:
+        """Draw latents given all that the network reads; arguments as of `GuidedSolver`."""
+        null = condition.null(null_label=self.num_classes, null_id=self.null_id)
+        return sampler(
+            self.backbone,
+            condition.labels,
+            random,
+            denoiser=self.denoiser,
+            network_time=self.network_time,
+            given=self.given(condition),
+            null=None if sampler.guidance_scale == 1 else self.given(null),
+            null_labels=null.labels,
+            purposes=purposes,
+        )
 
     def _network(self, condition: Condition) -> GuidedNetwork:
         return GuidedNetwork(

@@ -1,7 +1,7 @@
-"""The layout of a sequence of text and image, and the captions of a batch as ids."""
+"""The layout of a sequence of text and image, and the captions and thoughts of a batch as ids."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal
 
 import torch
@@ -18,17 +18,39 @@ class CaptionIds:
     Attributes:
         ids: `(B, L)` int64 of the text tokenizer, without its begin and end; behind each text stands anything.
         lengths: `(B,)` int64, ids of each.
+        thoughts: the text between caption and image of each, of a model that has one; None where it is to be drawn.
+        negative: the texts that guidance leads away from; None for no text.
     """
 
     ids: Tensor
     lengths: Tensor
+    _: KW_ONLY
+    thoughts: "CaptionIds | None" = None
+    negative: "CaptionIds | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def without(self, where: Tensor) -> "CaptionIds":
-        """Give the captions in which those of some samples `where (B,)` are empty."""
-        return CaptionIds(self.ids, self.lengths.masked_fill(where, 0))
+        """Give the captions in which those of some samples `where (B,)` are empty, and their thoughts."""
+        thoughts = None if self.thoughts is None else self.thoughts.without(where)
+        return replace(self, lengths=self.lengths.masked_fill(where, 0), thoughts=thoughts)
+
+
+def split_thoughts(captions: Sequence[str], separator: str) -> tuple[list[str], list[str]]:
+    """Take captions such as `"2+3=5"` apart at their first separator: what is asked, and the thought behind it.
+
+    Raises:
+        ValueError: a caption without the separator.
+    """
+    parts = [caption.partition(separator) for caption in captions]
+    for number, (_, found, _) in enumerate(parts):
+        if not found:
+            raise ValueError(
+                f"caption {captions[number]!r} has no thought: training reads it behind the first {separator!r} of a "
+                "caption (model.init_args.thought_separator)"
+            )
+    return [before for before, _, _ in parts], [behind for _, _, behind in parts]
 
 
 def read_captions(
@@ -38,6 +60,7 @@ def read_captions(
     lengths: Tensor | None = None,
     length: int,
     device: torch.device,
+    segment: str = "text",
 ) -> CaptionIds:
     """Encode texts, or take the begin and end of the text tokenizer off ids that it made.
 
@@ -47,6 +70,7 @@ def read_captions(
         lengths: `(B,)` int64, ids of each text, begin and end among them, where they are ids.
         length: the most ids of a caption, its begin and end among them.
         device: of the captions.
+        segment: that they stand in, for messages: `"text"` or `"thought"`.
 
     Raises:
         ValueError: a text that is too long, or ids that are not the text tokenizer's.
@@ -54,7 +78,7 @@ def read_captions(
     if isinstance(texts, Tensor):
         ids = texts
     else:
-        ids, lengths = text.encode(list(texts), length)
+        ids, lengths = _encoded(text, list(texts), length, segment=segment)
     if lengths is None or ids.is_floating_point() or ids.ndim != 2 or lengths.shape != ids.shape[:1]:
         raise ValueError(
             f"captions are ids (B, L) and lengths (B,), got {ids.dtype} {tuple(ids.shape)} and "
@@ -67,17 +91,26 @@ def read_captions(
     last = ids.gather(1, (lengths - 1).clamp(min=0)[:, None])[:, 0]
     lengths = lengths - ((last == text.end_id) & (lengths > 0)).long()
     if device.type == "cpu":
-        _check(text, ids, lengths, length=length)
+        _check(text, ids, lengths, length=length, segment=segment)
         ids = ids[:, : max(int(lengths.max()), 1)]
     return CaptionIds(ids[:, : length - 2].contiguous(), lengths)
 
 
-def _check(text: TextTokenizer, ids: Tensor, lengths: Tensor, *, length: int) -> None:
+def _encoded(text: TextTokenizer, texts: list[str], length: int, *, segment: str) -> tuple[Tensor, Tensor]:
+    try:
+        return text.encode(texts, length)
+    except ValueError as error:
+        if any(len(text.ids(each)) > length - 2 for each in texts):
+            raise ValueError(f"{error}; here it is model.init_args.{segment}_length") from error
+        raise
+
+
+def _check(text: TextTokenizer, ids: Tensor, lengths: Tensor, *, length: int, segment: str) -> None:
     """Refuse captions that are too long, or that hold other ids than those of words."""
     if int(lengths.max()) > length - 2:
         raise ValueError(
             f"a caption has {int(lengths.max()) + 2} ids with its begin and end, its segment holds {length}: "
-            "model.init_args.text_length"
+            f"model.init_args.{segment}_length"
         )
     inside = torch.arange(ids.shape[1]) < lengths[:, None]
     special = torch.tensor([text.pad_id, text.begin_id, text.end_id])
@@ -103,8 +136,13 @@ def text_and_image_layout(
     positions: PositionCount = "sequence",
     text_weight: float = 1.0,
     image_weight: float = 1.0,
+    thought_length: int | None = None,
+    thought_weight: float = 1.0,
+    masked: bool = False,
 ) -> SegmentLayout:
     """Make the layout of a caption and an image: the text's ids first, then the image's, then what stands around it.
+
+    Where there are thoughts, a segment `"thought"` of the text's ids stands between the caption and the image.
 
     Args:
         text: the text tokenizer.
@@ -117,25 +155,36 @@ def text_and_image_layout(
             the ids, rows, end of the frame, end).
         attention: among an image's vectors.
         positions: as of `SegmentLayout`.
-        text_weight, image_weight: of each in the loss.
+        text_weight, image_weight, thought_weight: of each in the loss.
+        thought_length: the most ids of a thought, its begin and end among them; None for no thoughts.
+        masked: of ids, whether they see each other and are predicted where they stand, from masks (Show-o).
 
     Raises:
-        ValueError: a text tokenizer without begin and end.
+        ValueError: a text tokenizer without begin and end; thoughts of an interleaved layout; masks and ends of rows.
     """
+    if masked and rows:
+        raise ValueError("ids that are predicted from masks have no ends of rows: set image_format='plain'")
+    if thought_length is not None and interleaved:
+        raise ValueError("a thought stands between a caption and its image: set order='text_first'")
     if text.begin_id is None or text.end_id is None:
         raise ValueError("the text tokenizer puts no begin and end around a text, by which a caption is told")
     words = text.vocab_size
     special = {text.pad_id, text.begin_id, text.end_id}
-    caption = Segment(
-        name="text",
-        shape=(text_length - 2,),
-        ids=range(words),
-        variable=True,
-        allowed=tuple(id for id in range(words) if id not in special),
-        begin_ids=(text.begin_id,),
-        end_ids=(text.end_id,),
-        loss_weight=text_weight,
-    )
+    end_of_text = text.end_id
+
+    def written(name: str, length: int, begin: int, weight: float) -> Segment:
+        return Segment(
+            name=name,
+            shape=(length - 2,),
+            ids=range(words),
+            modality="text",
+            variable=True,
+            allowed=tuple(id for id in range(words) if id not in special),
+            begin_ids=(begin,),
+            end_ids=(end_of_text,),
+            loss_weight=weight,
+        )
+
     first = words + (codes or 0)
     begin, end, row_end = (first,), (first + 1,), None
     if rows:
@@ -146,14 +195,19 @@ def text_and_image_layout(
         shape=grid,
         ids=range(words, first) if codes is not None else (),
         input_dim=dim,
-        attention="causal" if codes is not None else attention,
+        attention=("bidirectional" if masked else "causal") if codes is not None else attention,
         begin_ids=begin,
         end_ids=end,
         row_end_id=row_end,
+        mask_id=1 + max((*begin, *end)) if masked else None,
         loss_weight=image_weight,
     )
+    segments = [written("text", text_length, text.begin_id, text_weight), image]
+    if thought_length is not None:
+        begin_of_thought = 1 + max(image.structure())
+        segments.insert(1, written("thought", thought_length, begin_of_thought, thought_weight))
     return SegmentLayout(
-        segments=(caption, image),
+        segments=tuple(segments),
         interleaved=interleaved,
         most_elements=text_length + image.elements if interleaved else None,
         positions=positions,

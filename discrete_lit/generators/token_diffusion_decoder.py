@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones import LatentLayout
-from discrete_lit.backbones.condition import Condition, as_condition
+from discrete_lit.backbones.condition import Condition, as_condition, check_parts, plain
 from discrete_lit.checkpoints import load, loadable
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.modules import at_least_float32, in_evaluation
@@ -41,7 +41,8 @@ class TokenDiffusionDecoder(LatentDiffusion):
     Tokens on a grid are a context, of which each place reads the nearest vector; a row of tokens without a place, as
     TiTok's, is a set of vectors that every place attends to, with learned positions. A batch holds images, which both
     tokenizers encode, or `"tokens"` beside `"image"` or `"latents"`. The class is one more condition, where
-    `num_classes` is above 1; guidance drops it together with the tokens.
+    `num_classes` is above 1, and so is a text, where the network has a `context_dim`; guidance drops all of them
+    together.
 
     Args:
         tokenizer: of what is drawn, frozen here: `RawPixels`, or a `KLVAE` by `continuous_from_checkpoint`.
@@ -58,6 +59,9 @@ class TokenDiffusionDecoder(LatentDiffusion):
     Raises:
         ValueError: a setting out of its range, tokens that stand for no grid and no row, or latents that are no grid.
     """
+
+    # Without a text there are still the tokens.
+    empty_text_is_null = False
 
     def __init__(
         self,
@@ -153,7 +157,8 @@ class TokenDiffusionDecoder(LatentDiffusion):
             )
 
     def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Condition:
-        return Condition(labels=self.labels_of(batch), grid=self.tokens_of(batch).flatten(1))
+        grid = self.tokens_of(batch).flatten(1)
+        return Condition(labels=self.labels_of(batch), grid=grid, **self.context_of(batch))
 
     def data_of(self, batch: dict[str, Any], random: CounterRandom) -> Tensor:
         latents = super().data_of(batch, random)
@@ -203,10 +208,10 @@ class TokenDiffusionDecoder(LatentDiffusion):
         if self.token_input == "codes":
             with torch.no_grad():
                 codes = self.discrete.embed(ids.clamp(max=self.null_id - 1).reshape(-1, *self.token_shape))
-        read = self.token_embedding(ids, codes, dropped)
+        read, text = self.token_embedding(ids, codes, dropped), super().given(condition)
         if len(self.read_shape) == 3:
-            return {"context": read}
-        return {"vectors": read.transpose(1, 2)}
+            return {"context": read, **text}
+        return {"vectors": read.transpose(1, 2), **text}
 
     # The likelihood.
 
@@ -217,7 +222,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
 
         Args:
             latents: `(B, D, H, W)`, scaled.
-            condition: with the ids as its `grid`, `(B, N)`.
+            condition: with the ids as its `grid`, `(B, N)`, and the vectors of a text, where it reads any.
             indices: `(B,)` int64, each sample's position in its data set; 0 to B - 1 by default.
 
         Raises:
@@ -240,7 +245,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
     @in_evaluation
     def draw(
         self,
-        labels: Tensor,
+        labels: Condition | Tensor,
         random: CounterRandom,
         sampler: GuidedSolver | None = None,
         *,
@@ -249,7 +254,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
         """Draw latents given tokens.
 
         Args:
-            labels: `(B,)` int64 in [0, num_classes].
+            labels: `(B,)` int64 in [0, num_classes], or these with the vectors of a text.
             random: one stream for each sample: numbers that no generator of its tokens draws.
             sampler: this decoder's own by default.
             tokens: `(B, *token_shape)` int64 in [0, K).
@@ -266,20 +271,11 @@ class TokenDiffusionDecoder(LatentDiffusion):
                 "`discrete-lit sample` as --decoder"
             )
         self.check_tokens(tokens)
-        sampler = sampler or cast(GuidedSolver, self.sampler)
-        self.check_draw(labels, sampler.guidance_scale)
-        condition = Condition(labels=labels.long(), grid=tokens.flatten(1))
-        null = condition.null(null_label=self.num_classes, null_id=self.null_id)
-        output = sampler(
-            self.backbone,
-            condition.labels,
-            random,
-            denoiser=self.denoiser,
-            network_time=self.network_time,
-            given=self.given(condition),
-            null=None if sampler.guidance_scale == 1 else self.given(null),
-            purposes=(Purpose.DECODER_START, Purpose.DECODER_STEP),
-        )
+        sampler, condition = sampler or cast(GuidedSolver, self.sampler), as_condition(labels)
+        self.check_draw(condition.labels, sampler.guidance_scale)
+        check_parts(replace(condition, grid=None), places=0, grid_vocab=None, context_dim=self.backbone.context_dim)
+        condition = replace(condition, labels=condition.labels.long(), grid=tokens.flatten(1))
+        output = self.draw_given(condition, random, sampler, purposes=(Purpose.DECODER_START, Purpose.DECODER_STEP))
         if self.target == "image":
             return output
         return replace(output, tokens=self.base(tokens) + output.tokens / self.residual_scale)
@@ -287,7 +283,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
     def decode(
         self,
         tokens: Tensor,
-        labels: Tensor | None = None,
+        labels: Condition | Tensor | None = None,
         *,
         sampler: GuidedSolver | None = None,
         seed: int = 0,
@@ -297,7 +293,8 @@ class TokenDiffusionDecoder(LatentDiffusion):
 
         Args:
             tokens: int64 in [0, K).
-            labels: `(B,)`; needed by a decoder of several classes.
+            labels: `(B,)`, needed by a decoder of several classes; or these with the vectors of a text, which
+                `condition_of_texts` makes, needed by a decoder that reads one.
             sampler: this decoder's own by default.
             seed: of the noise.
             indices: `(B,)` int64, to which with the seed the noise belongs, whatever the batch; 0 to B - 1 by default.
@@ -311,19 +308,26 @@ class TokenDiffusionDecoder(LatentDiffusion):
             raise ValueError(f"this decoder knows {self.num_classes} classes: give a label for each of its images")
         if labels is None:
             labels = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        if self.backbone.context_dim is not None and as_condition(labels).context is None:
+            raise ValueError(
+                "this decoder reads a text for each of its images: give condition_of_texts of it as labels"
+            )
         return self.tokenizer.decode(self.draw(labels, CounterRandom(seed, indices), sampler, tokens=tokens).tokens)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Decode the tokens of a batch to images `(B, C, H, W)` in [-1, 1], by this decoder's seed."""
         indices = self.random_of(batch, batch_idx).indices
-        return self.decode(self.tokens_of(batch), self.labels_of(batch), seed=self.seed, indices=indices)
+        condition = plain(Condition(labels=self.labels_of(batch), **self.context_of(batch)))
+        return self.decode(self.tokens_of(batch), condition, seed=self.seed, indices=indices)
 
     def autoencoder(self) -> "RedecodedTokenizer":
         """Make a tokenizer of this decoder and the one whose tokens it decodes, to measure reconstructions by.
 
         Raises:
-            ValueError: a decoder of several classes, which a tokenizer is not told.
+            ValueError: a decoder of several classes or of texts, which a tokenizer is not told.
         """
+        if self.backbone.context_dim is not None:
+            raise ValueError("this decoder reads a text, which a tokenizer does not know")
         if self.num_classes > 1:
             raise ValueError(f"this decoder is told one of {self.num_classes} classes, which a tokenizer does not know")
         return RedecodedTokenizer(self)

@@ -16,7 +16,8 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from discrete_lit.backbones.condition import Condition, check_parts
+from discrete_lit.backbones.condition import Condition, check_parts, plain
+from discrete_lit.backbones.text_transformer import TextTransformer
 from discrete_lit.core.distributed import all_gather_rows, means_over_ranks, rank, world_size
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.lightning_internals import accumulates_gradients
@@ -58,9 +59,11 @@ class ClassConditionalTraining(LightningModule, ABC):
         seed: of corruption, orders, label dropout, and what a likelihood draws.
         text_encoder: frozen here; turns the `"caption"` of a batch into the `"context"` that a backbone with a
             `context_dim` attends to. A checkpoint carries it. With one class the labels of the data are not read.
+        text_transformer: trained with the backbone, between the text encoder and it: called with the encoder's width
+            and, of `TextIds`, its number of ids. The backbone then attends to what this makes.
 
     Raises:
-        ValueError: a probability outside [0, 1].
+        ValueError: a probability outside [0, 1], a text_transformer without a text_encoder, or ids without one.
     """
 
     # A generator sets these attributes and defines these methods.
@@ -71,6 +74,8 @@ class ClassConditionalTraining(LightningModule, ABC):
     coordinate_name: str
     content = "tokens"
     """The name, in batches and of the arrays that `discrete-lit tokenize` makes, of what is modelled."""
+    empty_text_is_null: bool = True
+    """Whether an empty text is the null condition; not where a sample is given more than a class and a text."""
     reads_labels: bool = True
     """Whether the labels of data are looked at; False for a model of one class that any data will do for."""
     loss_weight: Tensor | float
@@ -104,6 +109,7 @@ class ClassConditionalTraining(LightningModule, ABC):
         weight_decay_rule: WeightDecayRule = "linear",
         seed: int = 0,
         text_encoder: TextEncoder | None = None,
+        text_transformer: Callable[[int, int | None], TextTransformer] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= label_dropout <= 1:
@@ -114,11 +120,26 @@ class ClassConditionalTraining(LightningModule, ABC):
         self.weight_decay_rule: WeightDecayRule = weight_decay_rule
         self.seed = seed
         self.text_encoder = None if text_encoder is None else freeze(text_encoder)
+        if text_transformer is not None and text_encoder is None:
+            raise ValueError("text_transformer reads what a text_encoder makes of captions: give that too")
+        if text_transformer is None and text_encoder is not None and text_encoder.id_count is not None:
+            raise ValueError(
+                f"{type(text_encoder).__name__} makes ids, which a backbone cannot attend to: give a text_transformer, "
+                "which embeds them"
+            )
+        self.text_transformer: TextTransformer | None = None
+        if text_transformer is not None and text_encoder is not None:
+            self.text_transformer = text_transformer(text_encoder.dim, text_encoder.id_count)
         self.profile = BinnedMean(_PROFILE_BINS)
         self.accumulated = AccumulatedMean()
         self.micro_batches = 1
         self._sharded = False
         self._checks: list[Callable[[], None]] = []
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it is told by texts what to draw."""
+        return self.text_encoder is not None
 
     # Batches.
 
@@ -160,30 +181,51 @@ class ClassConditionalTraining(LightningModule, ABC):
             ValueError: no labels, a part that is missing or that the backbone does not read, or ids out of range.
         """
         labels, vocab = self.labels_of(batch), getattr(self.backbone, "grid_vocab", None)
+        given = self.context_of(batch)
+        self._check_part(batch, "grid", vocab, given="grid" in batch)
+        if vocab is None:
+            return Condition(labels=labels, **given) if given else labels
+        grid = torch.as_tensor(batch["grid"]).flatten(1)
+        self._check_grid(grid)
+        condition = Condition(labels=labels, grid=grid, **given)
         dim = getattr(self.backbone, "context_dim", None)
-        parts = ("grid", "context", "context_mask")
-        given = {name: torch.as_tensor(batch[name]) for name in parts if name in batch}
+        check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
+        return replace(condition, grid=grid.long())
+
+    def context_of(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the vectors of a batch that the backbone attends to: `"context"` and, if they have one, its mask.
+
+        Raises:
+            ValueError: vectors, or captions to make them of, are missing, or the backbone does not read them.
+        """
+        given = {name: torch.as_tensor(batch[name]) for name in ("context", "context_mask") if name in batch}
         if self.text_encoder is not None and "context" not in given:
             if "caption" not in batch:
                 raise ValueError(
                     f"a batch holds {', '.join(map(str, batch))} and no caption, which this {type(self).__name__} "
-                    "reads: set data.init_args.captions, or make token arrays of data that has it"
+                    "reads: set data.init_args.captions, or make arrays of data that has it"
                 )
-            given["context"], given["context_mask"] = self._encoded(batch["caption"])
-        for name, setting, size in (("grid", "grid_vocab", vocab), ("context", "context_dim", dim)):
-            if (name in given) != (size is not None):
-                raise ValueError(
-                    f'a batch holds {", ".join(map(str, batch))}, {"with a" if size is None else "and no"} "{name}"; '
-                    f"backbone.init_args.{setting} of this {type(self).__name__} is {size or 'not set'}"
-                )
+            self._check_text_width()
+            given["context"], given["context_mask"] = self.text_encoder(batch["caption"])
+        dim = getattr(self.backbone, "context_dim", None)
+        self._check_part(batch, "context", dim, given="context" in given)
         if not given:
-            return labels
-        if "grid" in given:
-            given["grid"] = given["grid"].flatten(1)
-            self._check_grid(given["grid"])
-        condition = Condition(labels=labels, **given)
-        check_parts(condition, places=self.backbone.layout.positions, grid_vocab=vocab, context_dim=dim)
-        return condition if condition.grid is None else replace(condition, grid=condition.grid.long())
+            return given
+        read = dim if self.text_transformer is None or self.text_encoder is None else self.text_encoder.dim
+        of_all = Condition(labels=torch.zeros(len(given["context"]), dtype=torch.int64), **given)
+        check_parts(of_all, places=0, grid_vocab=None, context_dim=read)
+        if self.text_transformer is not None:
+            given["context"] = self.text_transformer(given["context"], given.get("context_mask"))
+        return given
+
+    def _check_part(self, batch: dict[str, Any], name: str, size: int | None, *, given: bool) -> None:
+        """Raise a ValueError where a part of a condition is missing, or where the backbone does not read it."""
+        if given != (size is not None):
+            setting = {"grid": "grid_vocab", "context": "context_dim"}[name]
+            raise ValueError(
+                f'a batch holds {", ".join(map(str, batch))}, {"with a" if size is None else "and no"} "{name}"; '
+                f"backbone.init_args.{setting} of this {type(self).__name__} is {size or 'not set'}"
+            )
 
     def condition_of_texts(
         self, texts: Sequence[str], *, labels: Tensor | None = None, negative: Sequence[str] | None = None
@@ -192,7 +234,8 @@ class ClassConditionalTraining(LightningModule, ABC):
 
         Args:
             texts: B prompts; an empty one stands for none.
-            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text.
+            labels: `(B,)`; by default, of a generator of one class, 0, and the null label of an empty text where that
+                is the null condition.
             negative: B texts that guidance leads away from; by default from no text at all.
 
         Raises:
@@ -205,27 +248,45 @@ class ClassConditionalTraining(LightningModule, ABC):
                     f"this {type(self).__name__} reads {self.num_classes} classes beside texts: give labels"
                 )
             # The null label stands beside no text, as it does where training dropped it.
-            labels = torch.where(mask.any(dim=1), 0, self.num_classes)
+            labels = torch.where(mask.any(dim=1) | (not self.empty_text_is_null), 0, self.num_classes)
         vectors, valid = (None, None) if negative is None else self._encoded(negative)
         return Condition(labels=labels, context=context, context_mask=mask, negative=vectors, negative_mask=valid)
 
+    def _empty_texts(self, condition: Any) -> Tensor | None:
+        """Say of which samples `(B,)` the text is empty, and with it the whole condition; None where it may not be."""
+        if self.text_encoder is None or self.num_classes > 1 or not self.empty_text_is_null:
+            return None
+        return ~condition.valid().any(dim=1)
+
+    def without_empty_texts(self, condition: Any) -> Any:
+        """Give the condition in which the null one stands where a text is empty, as training drops it there."""
+        empty = self._empty_texts(condition)
+        if empty is None:
+            return condition
+        null_id = getattr(self.backbone, "grid_vocab", None)
+        return condition.dropped(empty, null_label=self.num_classes, null_id=null_id)
+
     def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Encode texts for the backbone."""
+        """Encode texts for the backbone: the vectors that it attends to, and which of them are valid."""
         if self.text_encoder is None:
             raise ValueError(
                 f"this {type(self).__name__} reads no text: it was trained without a text_encoder, which a backbone "
                 "with a context_dim attends to"
             )
         self._check_text_width()
-        return self.text_encoder(texts)
+        vectors, valid = self.text_encoder(texts)
+        return vectors if self.text_transformer is None else self.text_transformer(vectors, valid), valid
 
     def _check_text_width(self) -> None:
-        """Raise a ValueError where the backbone does not read the vectors of the text encoder."""
+        """Raise a ValueError where the backbone does not read the vectors that are made of texts."""
         found = getattr(self.backbone, "context_dim", None)
-        if self.text_encoder is not None and found != self.text_encoder.dim:
+        maker, name, dim = self.text_encoder, "text_encoder", getattr(self.text_encoder, "dim", None)
+        if self.text_transformer is not None:
+            maker, name, dim = self.text_transformer, "text_transformer", self.text_transformer.width
+        if maker is not None and found != dim:
             raise ValueError(
-                f"backbone.init_args.context_dim is {found or 'not set'}, and the {type(self.text_encoder).__name__} "
-                f"of text_encoder makes vectors of {self.text_encoder.dim}: set it to that"
+                f"backbone.init_args.context_dim is {found or 'not set'}, and the {type(maker).__name__} of {name} "
+                f"makes vectors of {dim}: set it to that"
             )
 
     def _check_grid(self, grid: Tensor) -> None:
@@ -304,8 +365,9 @@ class ClassConditionalTraining(LightningModule, ABC):
         random = self.random_of(batch, batch_idx)
         dropped = random.uniform(Purpose.LABEL_DROPOUT, 1)[:, 0] < self.label_dropout
         condition = self.condition_of(batch, random)
-        if self.text_encoder is not None and self.num_classes == 1:
-            dropped = dropped | ~condition.valid().any(dim=1)  # an empty text is none
+        empty = self._empty_texts(condition)
+        if empty is not None:
+            dropped = dropped | empty
         self.micro_batches, self.loss_weight = micro_batches_of(self), 1.0
         loss, terms = self.loss(self._data_checked_later(batch, random), condition, random, dropped=dropped)
         named = {"train/loss": loss, **{f"train/{name}": term for name, term in terms.items()}}
@@ -333,9 +395,8 @@ class ClassConditionalTraining(LightningModule, ABC):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         random = self.random_of(batch, batch_idx)
-        values, weights, coordinate = self.validation_losses(
-            self.data_of(batch, random), self.condition_of(batch, random), random
-        )
+        condition = self.without_empty_texts(self.condition_of(batch, random))
+        values, weights, coordinate = self.validation_losses(self.data_of(batch, random), condition, random)
         self.profile.update(values, coordinate, weights)
 
     def on_validation_epoch_end(self) -> None:
@@ -363,9 +424,12 @@ class ClassConditionalTraining(LightningModule, ABC):
         return {}
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Sample images `(B, C, H, W)` in [-1, 1] for the labels of a batch, by this generator's seed."""
+        """Sample images `(B, C, H, W)` in [-1, 1] for the labels, and the texts, of a batch, by this generator's
+        seed."""
         indices = self.random_of(batch, batch_idx).indices
-        return self.tokenizer.decode(self.sample(self.labels_of(batch), seed=self.seed, indices=indices))
+        told = Condition(labels=self.labels_of(batch), **self.context_of(batch))
+        condition = plain(self.without_empty_texts(told))
+        return self.tokenizer.decode(self.sample(condition, seed=self.seed, indices=indices))
 
     # Modules, optimizers and checkpoints.
 
@@ -390,7 +454,8 @@ class ClassConditionalTraining(LightningModule, ABC):
             from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
             mesh = self.device_mesh["data_parallel"]
-            for network in self.trained_networks():
+            of_text = [] if self.text_transformer is None else [self.text_transformer]
+            for network in (*self.trained_networks(), *of_text):
                 for block in network.fsdp_units():
                     fully_shard(block, mesh=mesh)
                 fully_shard(network, mesh=mesh)

@@ -7,12 +7,18 @@ The sequence is made of segments (`discrete_lit.backbones.segments`), and the pu
 - Emu3 (Wang et al., "Next-Token Prediction is All You Need", 2024): `image_format="rows"`, the size in front of the
   image, and the end of a row behind each.
 - Janus (Wu et al., "Decoupling Visual Encoding", 2024): the backbone's `own_embeddings` and `own_heads`;
-  `null_text="padding"`.
+  `null_text="padding"`; a `vision` encoder reads the images that are to be described.
 - Transfusion (Zhou et al., "Predict the Next Token and Diffuse Images with One Multi-Modal Model", 2024): a continuous
   tokenizer; its latents are an island that sees itself both ways, and is drawn by flow matching.
+- Show-o (Xie et al., "One Single Transformer to Unify Multimodal Understanding and Generation", 2024):
+  `image_prediction="masked"`, ids that see each other, and are predicted where they stand, from masks.
+
+With `thought_length` the model writes a text between the caption and the image before it draws: "2+3", then "5", then
+the picture. A thought can be read, edited, and given.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,41 +26,49 @@ from torch import Tensor, nn
 
 from discrete_lit.backbones.segment_sequence import SegmentPart, SegmentSequence, assemble, pack
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
-from discrete_lit.backbones.segments import PositionCount, Segment, SegmentLayout
+from discrete_lit.backbones.segments import PositionCount, SegmentLayout
+from discrete_lit.backbones.vision_encoder import VisionEncoder
 from discrete_lit.checkpoints import loadable
-from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import at_least_float32, in_evaluation
-from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.random import CounterRandom, Purpose, random_subset
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.gaussian_losses import DenoisingLoss, TrainingTimes
 from discrete_lit.generators.continuous_masked import Patches
 from discrete_lit.generators.generator import Likelihood
-from discrete_lit.generators.text_and_image import CaptionIds, read_captions, text_and_image_layout
-from discrete_lit.generators.training import ClassConditionalTraining
+from discrete_lit.generators.published_layout import Vocabulary, published_layout
+from discrete_lit.generators.segment_losses import (
+    SegmentLosses,
+    SoftmaxOver,
+    id_losses,
+    island_columns,
+    masked_losses,
+    mean_loss,
+)
+from discrete_lit.generators.text_and_image import CaptionIds, split_thoughts, text_and_image_layout
+from discrete_lit.generators.text_and_image_sequences import NullText, TextAndImageSequences
 from discrete_lit.metrics.binned_mean import BinnedMean
 from discrete_lit.optimization import evaluation_stage
-from discrete_lit.samplers.segment_by_segment import SegmentOutput, SegmentSampler
+from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
-
-class SegmentLosses(NamedTuple):
-    """The losses of one segment's ids, or vectors, over a batch; three tensors `(M,)`."""
-
-    values: Tensor
-    """Nats of each id, or the squared error of each island."""
-    weights: Tensor
-    """The weight of each in the mean."""
-    log_partition: Tensor | None
-    """The logarithm of the sum of exponentials of each id's logits; None of vectors."""
+_THOUGHT = 1
+"""The stream of random numbers that thoughts are drawn by: a picture is the same after its thought, given or drawn."""
 
 
-_LEAST_WEIGHT = 1e-9
+@dataclass(frozen=True, kw_only=True)
+class UnifiedOutput(SamplerOutput):
+    """Images that were drawn, as their ids or latents, what they cost, and the thoughts that they follow."""
+
+    thoughts: CaptionIds | None = None
+    """The thoughts of a model that has them, given or drawn."""
 
 
 @loadable
-class Unified(ClassConditionalTraining):
+class Unified(TextAndImageSequences):
     """Model the sequence of a caption and an image, or of an image and its caption, one element after another.
 
     A batch is `{"image": (B, C, H, W), "caption": ...}`, which the frozen tokenizer encodes, or has its ids,
@@ -62,8 +76,8 @@ class Unified(ClassConditionalTraining):
     text tokenizer `(B, L)` with `"caption_length": (B,)`.
 
     The loss of ids is the mean of their cross-entropies, by the weights of their segments. The loss of latents is the
-    squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4).
-    Each segment's is logged as `loss_of/<segment>`.
+    squared error of flow matching, the mean over images, times `image_weight`, and is added to it (Transfusion, eq. 4),
+    as is the mean cross-entropy of masked ids (Show-o, eq. 5). Each segment's is logged as `loss_of/<segment>`.
 
     Args:
         tokenizer: frozen here; of ids, or a continuous one.
@@ -77,13 +91,20 @@ class Unified(ClassConditionalTraining):
         image_format: of ids: `"plain"`, begin, ids, end; or `"rows"` as Emu3, with the size in front and an end of each
             row.
         image_attention: of latents: whether they see each other both ways (Transfusion) or those before (JanusFlow).
+        image_prediction: of ids: `"next"`, one after another; or `"masked"`, several at once (Show-o). An image in
+            front of its caption then has no masks.
+        mask_schedule: the law of the share that training masks of an image, m(t) at a uniform t, of `"masked"`
+            prediction; the cosine by default.
         positions: how elements are counted, see `SegmentLayout`.
-        layout: in the place of the one that these settings make, for published models whose ids stand otherwise: a text
-            segment `"text"`, then an `"image"`.
+        layout: in the place of the one that these settings make: a text segment `"text"`, then an `"image"`.
+        vocabulary: where ids stand in the vocabulary of a published model; by default those of the text come first.
+        vision: reads the images that `caption` describes, in the place of their ids, of a vocabulary with `features`.
+            Its part of the model is loaded, not trained.
         softmax_over: in training: `"allowed"`, the ids that may stand in the place, which sampling draws from; or
             `"vocabulary"`, all (Chameleon).
         text_weight: of the ids of text in the mean.
-        image_weight: of those of the image, or of the error of its latents (Transfusion has 5).
+        image_weight: of those of the image; or of the mean error of its latents (Transfusion has 5), or of its masked
+            ids.
         z_loss: weight of the mean squared logarithm of the softmax's denominator (Chameleon has 1e-5).
         null_text: what a dropped caption is: `"empty"`, or `"padding"` of its length (Janus).
         packed_length: elements of rows into which training packs samples; each has its row by default.
@@ -91,7 +112,11 @@ class Unified(ClassConditionalTraining):
         denoiser: how the network's prediction of vectors is read; by default the velocity on straight lines.
         times: how times of training are drawn; uniformly by default.
         caption_noise: the largest time of latents in front of the caption that they are to explain (Transfusion: 0.5).
-        sampler: how `sample` and `caption` draw where nothing else is asked for.
+        thought_length: the most ids of a thought, its begin and end among them, of order `"text_first"`; None for no
+            thoughts.
+        thought_separator: a caption of a batch is what is asked, this, and the thought: `"2+3=5"`.
+        thought_weight: of the ids of thoughts in the mean.
+        sampler: how `sample`, `think` and `caption` draw where nothing else is asked for.
         training: `label_dropout`, here the probability that a caption in front of its image is dropped; `optimizer`,
             `scheduler`, `weight_decay_rule` and `seed` of `ClassConditionalTraining`.
 
@@ -101,9 +126,8 @@ class Unified(ClassConditionalTraining):
 
     reads_labels = False
     num_classes = 1
+    sampler_kind = SegmentSampler
     coordinate_name = "position"
-    codes: Tensor
-    """`(K,)` int64, the id of each of the tokenizer's codes in the vocabulary of the sequence."""
 
     def __init__(
         self,
@@ -117,18 +141,25 @@ class Unified(ClassConditionalTraining):
         image_first: float = 0.5,
         image_format: Literal["plain", "rows"] = "plain",
         image_attention: Literal["bidirectional", "causal"] = "bidirectional",
+        image_prediction: Literal["next", "masked"] = "next",
+        mask_schedule: MaskSchedule | None = None,
         positions: PositionCount = "sequence",
         layout: SegmentLayout | None = None,
-        softmax_over: Literal["allowed", "vocabulary"] = "allowed",
+        vocabulary: Vocabulary | None = None,
+        vision: VisionEncoder | None = None,
+        softmax_over: SoftmaxOver = "allowed",
         text_weight: float = 1.0,
         image_weight: float = 1.0,
         z_loss: float = 0.0,
-        null_text: Literal["empty", "padding"] = "empty",
+        null_text: NullText = "empty",
         packed_length: int | None = None,
         patch_size: int = 1,
         denoiser: GaussianDenoiser | None = None,
         times: TrainingTimes | None = None,
         caption_noise: float = 0.5,
+        thought_length: int | None = None,
+        thought_separator: str = "=",
+        thought_weight: float = 1.0,
         sampler: SegmentSampler | None = None,
         **training: Any,
     ) -> None:
@@ -136,8 +167,14 @@ class Unified(ClassConditionalTraining):
         if self.text_encoder is not None:
             raise ValueError("text_encoder makes vectors to attend to; this generator reads captions as ids")
         _check_settings(
-            {"order": order, "image_format": image_format, "softmax_over": softmax_over, "null_text": null_text},
-            text_length=text_length,
+            {
+                "order": order,
+                "image_format": image_format,
+                "image_prediction": image_prediction,
+                "softmax_over": softmax_over,
+                "null_text": null_text,
+            },
+            lengths={"text_length": text_length, "thought_length": thought_length},
             image_first=image_first,
             caption_noise=caption_noise,
             z_loss=z_loss,
@@ -146,14 +183,20 @@ class Unified(ClassConditionalTraining):
         self.tokenizer = freeze(tokenizer)
         self.image_size = normal_size(image_size)
         self.order, self.image_first = order, image_first if order == "both" else 0.0
-        self.text_length = text_length
-        self.softmax_over, self.z_loss, self.null_text = softmax_over, z_loss, null_text
+        self.text_length, self.thought_length = text_length, thought_length
+        self.thought_separator = thought_separator
+        self.softmax_over: SoftmaxOver = softmax_over
+        self.null_text: NullText = null_text
+        self.z_loss = z_loss
         self.image_weight = image_weight
         self.caption_noise = caption_noise
         self.patches: Patches | None = None
         if isinstance(tokenizer, ContinuousTokenizer):
-            if image_format != "plain" or layout is not None:
-                raise ValueError("image_format and layout are of a tokenizer of ids, this one is continuous")
+            if image_format != "plain" or image_prediction != "next" or layout is not None or vocabulary is not None:
+                raise ValueError(
+                    "image_format, image_prediction, layout and vocabulary are of a tokenizer of ids, this one is "
+                    "continuous"
+                )
             self.content = "latents"
             self.latent_shape = tuple(tokenizer.latent_shape(image_size))
             self.patches = Patches(self.latent_shape, patch_size)
@@ -161,6 +204,22 @@ class Unified(ClassConditionalTraining):
             if patch_size != 1:
                 raise ValueError(f"patch_size={patch_size} is of latents, this tokenizer makes ids")
             self.token_shape = tuple(tokenizer.token_shape(image_size))
+        if vocabulary is not None:
+            layout = published_layout(
+                vocabulary,
+                self.text,
+                text_length=self.text_length,
+                grid=self.token_shape,
+                codes=tokenizer.vocab_size,  # type: ignore[union-attr]
+                interleaved=order == "both",
+                rows=image_format == "rows",
+                text_weight=text_weight,
+                image_weight=image_weight,
+            )
+        features = None if vocabulary is None else vocabulary.features
+        if features != (None if vision is None else (vision.places, vision.width)):
+            raise ValueError(f"vision makes the features of a vocabulary, {features}: give both alike, or neither")
+        self.vision = None if vision is None else vision.eval().requires_grad_(False)
         self.layout = layout or text_and_image_layout(
             self.text,
             self.text_length,
@@ -173,10 +232,23 @@ class Unified(ClassConditionalTraining):
             positions=positions,
             text_weight=text_weight,
             image_weight=image_weight,
+            thought_length=thought_length,
+            thought_weight=thought_weight,
+            masked=image_prediction == "masked",
         )
-        if tuple(segment.name for segment in self.layout.segments) != ("text", "image"):
-            raise ValueError("the layout of a Unified has two segments, 'text' and 'image'")
-        self.image: Segment = self.layout["image"]
+        expected = ("text", "image") if thought_length is None else ("text", "thought", "image")
+        names = tuple(segment.name for segment in self.layout.segments)
+        if names not in (expected, (*expected, "features")):
+            raise ValueError(f"the layout of this Unified has the segments {', '.join(expected)} in this order")
+        self.image = self.layout["image"]
+        if (image_prediction == "masked") != (self.image.mask_id is not None):
+            raise ValueError(
+                "image_prediction='masked' goes with a layout whose image has a mask_id, and with no other"
+            )
+        if mask_schedule is not None and self.image.mask_id is None:
+            raise ValueError("mask_schedule is of image_prediction='masked'")
+        self.mask_schedule = mask_schedule or CosineSchedule()
+        self.apart = self.patches is not None or self.image.mask_id is not None
         self.packed_length = packed_length
         if packed_length is not None and packed_length < self.layout.length:
             raise ValueError(
@@ -206,18 +278,8 @@ class Unified(ClassConditionalTraining):
                 data = self.tokenizer.encode(batch["image"], *(() if self.patches is None else (random,)))
         else:
             raise ValueError(f'a batch holds {", ".join(map(str, batch))}: Unified needs "image" or "{name}"')
-        self._check_data(data)
+        self.check_data(data)
         return data if self.patches is None else at_least_float32(data)
-
-    def _check_data(self, data: Tensor) -> None:
-        vectors = self.patches is not None
-        expected = self.latent_shape if vectors else self.token_shape
-        if tuple(data.shape[1:]) != expected or data.is_floating_point() != vectors:
-            raise ValueError(
-                f"the images are {data.dtype} {tuple(data.shape)}, this generator models "
-                f"{'latents' if vectors else 'ids'} {expected} of each: model.init_args.image_size is "
-                f"{self.image_size}"
-            )
 
     def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> CaptionIds:
         """Return the captions of a batch.
@@ -233,68 +295,20 @@ class Unified(ClassConditionalTraining):
         given = batch["caption"]
         if isinstance(given, Tensor) and lengths is None:
             raise ValueError('the "caption" of a batch is ids: give "caption_length" (B,) too')
-        captions = self.captions_of(given, lengths)
+        if self.thought_length is None:
+            captions = self.captions_of(given, lengths)
+        elif isinstance(given, Tensor):
+            raise ValueError(
+                'the "caption" of a batch is ids, and a model with thoughts reads texts, which it takes apart at '
+                f"{self.thought_separator!r}"
+            )
+        else:
+            asked, thoughts = split_thoughts(given, self.thought_separator)
+            captions = self.captions_of(asked, thoughts=thoughts)
         rows = next(batch[name] for name in ("tokens", "latents", "image") if name in batch)
         if len(captions) != len(rows):
             raise ValueError(f"a batch has {len(rows)} images and {len(captions)} captions")
         return captions
-
-    def captions_of(self, texts: Sequence[str] | Tensor, lengths: Tensor | None = None) -> CaptionIds:
-        """Encode texts, or take the begin and end of the text tokenizer off ids `(B, L)` that it made.
-
-        Raises:
-            ValueError: a text of more than `text_length` ids, or ids that are not the text tokenizer's.
-        """
-        return read_captions(self.text, texts, lengths=lengths, length=self.text_length, device=self.device)
-
-    # The sequence.
-
-    def sequences(
-        self,
-        data: Tensor | None,
-        captions: CaptionIds | None,
-        *,
-        image_first: Tensor | None = None,
-        times: Tensor | None = None,
-        closed: Tensor | bool = True,
-        begun: str | None = None,
-    ) -> SegmentSequence:
-        """Put images and captions together.
-
-        Args:
-            data: ids, or latents as the network reads them; None for a text alone.
-            captions: None for an image alone.
-            image_first: `(B,)` bool, of order `"both"`; the captions come first by default.
-            times: `(B,)`, how noisy the latents are; clean by default.
-            closed, begun: as of `assemble`.
-        """
-        text = None
-        if captions is not None:
-            text = SegmentPart(segment="text", content=captions.ids, lengths=captions.lengths)
-        if data is None:
-            assert text is not None
-            return assemble(self.grammar, [text], closed=closed, begun=begun)
-        content = self.codes[data.flatten(1)] if self.patches is None else self.patches.cut(data)
-        if image_first is None:
-            parts = [*([] if text is None else [text]), SegmentPart(segment="image", content=content, times=times)]
-            return assemble(self.grammar, parts, closed=closed, begun=begun)
-        before, behind = (
-            SegmentPart(segment="image", content=content, times=times, present=present)
-            for present in (image_first, ~image_first)
-        )
-        parts = [before, *([] if text is None else [text]), behind]
-        return assemble(self.grammar, parts, closed=closed, begun=begun)
-
-    def null_captions(self, captions: CaptionIds) -> CaptionIds:
-        """Give what stands for no caption: an empty one, or padding of its length."""
-        if self.null_text == "empty":
-            return captions.without(torch.ones_like(captions.lengths, dtype=torch.bool))
-        return CaptionIds(torch.full_like(captions.ids, self.text.pad_id), captions.lengths)
-
-    def _dropped(self, captions: CaptionIds, where: Tensor) -> CaptionIds:
-        null = self.null_captions(captions)
-        ids = torch.where(where[:, None], null.ids, captions.ids)
-        return CaptionIds(ids, torch.where(where, null.lengths, captions.lengths))
 
     # The loss.
 
@@ -318,27 +332,11 @@ class Unified(ClassConditionalTraining):
         Returns:
             The training loss, a scalar, and its terms: `loss_of/<segment>`, and `z_loss` where it has a weight.
         """
-        self._check_data(data)
+        self.check_data(data)
         if random is None:
             random = CounterRandom(self.seed, torch.arange(len(data), device=data.device))
         losses = self.segment_losses(data, condition, random, dropped=dropped)
-        total, terms = data.new_zeros((), dtype=torch.float32), {}
-        ids = {name: each for name, each in losses.items() if each.log_partition is not None}
-        weight = all_reduce_sum(torch.stack([each.weights.sum() for each in ids.values()]).sum()) / world_size()
-        self.loss_weight = weight
-        # Where all captions are dropped beside latents, no id is predicted.
-        weight = weight.clamp(min=_LEAST_WEIGHT)
-        for name, each in losses.items():
-            mean_weight = (all_reduce_sum(each.weights.sum()) / world_size()).clamp(min=_LEAST_WEIGHT)
-            summed = (each.values * each.weights).sum()
-            terms[f"loss_of/{name}"] = summed.detach() / mean_weight
-            total = total + (summed / weight if name in ids else self.image_weight * summed / mean_weight)
-        if self.z_loss:
-            squares = [
-                (each.log_partition**2 * each.weights).sum() for each in ids.values() if each.log_partition is not None
-            ]
-            terms["z_loss"] = torch.stack(squares).sum() / weight
-            total = total + self.z_loss * terms["z_loss"]
+        total, terms, self.loss_weight = mean_loss(losses, island_weight=self.image_weight, z_loss=self.z_loss)
         return total, terms
 
     def segment_losses(
@@ -352,87 +350,39 @@ class Unified(ClassConditionalTraining):
         closed: Tensor | bool = True
         if dropped is not None:
             dropped = dropped & ~first
-            captions = self._dropped(captions, dropped)
+            captions = self.dropped(captions, dropped)
             # Behind the image of a dropped caption stands no end: else an image in front would have no caption.
             closed = ~dropped
-        read, flow = data, None
+        read, flow, masked = data, None, None
         if self.patches is not None:
             flow = self._noised(data, first, random)
             read = self.patches.join(flow.x_t)
+        elif self.image.mask_id is not None:
+            masked = self._masked(first, random)
         sequence = self.sequences(
             read,
             captions,
             image_first=first if self.order == "both" else None,
             times=None if flow is None else flow.t,
+            masked=masked,
             closed=closed if self.order == "both" else True,
         )
         if self.packed_length is not None and self.training:
             sequence = pack(sequence, self.packed_length, padding=self.grammar.done)
         hidden = self.backbone(sequence)
-        losses = self._id_losses(hidden, sequence, silent=dropped)
+        losses = id_losses(self.backbone, sequence, hidden, softmax_over=self.softmax_over, silent=dropped)
         if flow is not None:
             losses["image"] = self._flow_losses(hidden, sequence, flow)
+        if masked is not None:
+            ids = self.codes[data.flatten(1)]
+            losses["image"] = masked_losses(self.backbone, sequence, hidden, name="image", ids=ids, masked=masked)
         return losses
 
-    def _id_losses(
-        self,
-        hidden: Tensor,
-        sequence: SegmentSequence,
-        *,
-        silent: Tensor | None = None,
-        softmax_over: Literal["allowed", "vocabulary"] | None = None,
-        forbidden: Tensor | None = None,
-        owners: list[tuple[str, Tensor]] | None = None,
-    ) -> dict[str, SegmentLosses]:
-        """Cost the prediction of each id from the element before it.
-
-        Args:
-            hidden: `(B, N, D)`.
-            sequence: that the network read.
-            silent: `(S,)` bool, the samples whose text does not count.
-            softmax_over: as of the class.
-            forbidden: events that may not happen; where they did, as where an image was given, nothing is predicted.
-            owners: is filled with the sample that each of a segment's ids belongs to, set by set.
-        """
-        grammar, layout = self.grammar, self.layout
-        softmax_over = softmax_over or self.softmax_over  # type: ignore[assignment]
-        targets, states, sample = (each[:, 1:] for each in (sequence.ids, sequence.states, sequence.sample))
-        follows = (sample >= 0) & (sample == sequence.sample[:, :-1])
-        number = torch.arange(1, sequence.ids.shape[1], device=hidden.device)
-        remaining = layout.length - (number - sequence.first()[:, 1:])
-        parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for of_set, (segment_number, ids) in enumerate(grammar.sets):
-            segment = layout.segments[segment_number]
-            if len(ids) == 1 and softmax_over == "allowed":
-                continue
-            predicted = follows & (grammar.set_of[states] == of_set)
-            if silent is not None and segment.name == "text":
-                predicted &= ~silent[sample.clamp(min=0)]
-            if forbidden is not None:
-                predicted &= ~forbidden[grammar.event_of[targets]]
-            rows, columns = predicted.nonzero(as_tuple=True)
-            target, owner = targets[rows, columns], sample[rows, columns]
-            if softmax_over == "vocabulary" and self.backbone.own_head_of[of_set] is None:
-                logits, column = self.backbone.logits(hidden[rows, columns]), target
-            else:
-                logits = self.backbone.logits(hidden[rows, columns], of_set)
-                among = grammar.ids_of(of_set)
-                column = torch.searchsorted(among, target)
-                if layout.interleaved and grammar.has_choice(of_set):
-                    possible = grammar.possible_events(
-                        states[rows, columns], remaining[rows, columns], forbidden=forbidden
-                    )
-                    logits = logits.masked_fill(~possible[:, grammar.event_of[among]], -torch.inf)
-            partition = logits.logsumexp(dim=-1)
-            values = partition - logits.gather(1, column[:, None])[:, 0]
-            weights = torch.full_like(values, segment.loss_weight)
-            parts.setdefault(segment.name, []).append((values, weights, partition))
-            if owners is not None:
-                owners.append((segment.name, owner))
-        joined = {
-            name: [torch.cat(each) for each in zip(*of_segment, strict=True)] for name, of_segment in parts.items()
-        }
-        return {name: SegmentLosses(*three) for name, three in joined.items()}
+    def _masked(self, image_first: Tensor, random: CounterRandom) -> Tensor:
+        """Choose the ids `(B, P)` of images that are masked, one at least; none in front of a caption."""
+        share = self.mask_schedule.mask_probability(random.uniform(Purpose.MASK_RATIO, 1))
+        counts = (self.image.positions * share).round().clamp(min=1).masked_fill(image_first[:, None], 0)
+        return random_subset(random.uniform(Purpose.MASK_ORDER, self.image.positions), counts)
 
     def _noised(self, data: Tensor, image_first: Tensor, random: CounterRandom) -> "_Flow":
         assert self.patches is not None
@@ -443,12 +393,8 @@ class Unified(ClassConditionalTraining):
         return _Flow(vectors, noise, self.denoiser.path.add_noise(vectors, noise, t), t)
 
     def _flow_losses(self, hidden: Tensor, sequence: SegmentSequence, flow: "_Flow") -> SegmentLosses:
-        grammar = self.grammar
-        begins = grammar.is_vector[sequence.states] & (grammar.place_of[sequence.states] == 0)
-        rows, first = begins.nonzero(as_tuple=True)
-        columns = first[:, None] + torch.arange(self.image.positions, device=hidden.device)
-        output = self.backbone.predict_vectors(hidden[rows[:, None], columns], segment="image")
-        owner = sequence.sample[rows, first]
+        rows, columns, owner = island_columns(self.backbone, sequence, "image")
+        output = self.backbone.predict_vectors(hidden[rows, columns], segment="image")
         terms = self.objective(
             at_least_float32(output), flow.data[owner], flow.noise[owner], x_t=flow.x_t[owner], t=flow.t[owner]
         )
@@ -470,7 +416,7 @@ class Unified(ClassConditionalTraining):
         losses = self.segment_losses(self.data_of(batch, random), self.condition_of(batch, random), random)
         for name, each in losses.items():
             mean: Any = self.segment_means[name]
-            mean.update(each.values, torch.zeros_like(each.values), each.weights)
+            mean.update(each.values, torch.zeros_like(each.values), torch.ones_like(each.values))
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss as training weighs it, and that of each segment."""
@@ -480,9 +426,12 @@ class Unified(ClassConditionalTraining):
             mean.reset()  # type: ignore[operator]
             if float(weight) > 0:
                 sums[name] = total.sum(), weight.sum()
-        apart = {"image"} if self.patches is not None else set()
-        ids = [each for name, each in sums.items() if name not in apart]
-        loss = torch.stack([total for total, _ in ids]).sum() / torch.stack([weight for _, weight in ids]).sum()
+        apart = {"image"} if self.apart else set()
+        weights = {name: self.layout[name].loss_weight for name in sums if name not in apart}
+        total, count = (
+            torch.stack([weight * sums[name][part] for name, weight in weights.items()]).sum() for part in (0, 1)
+        )
+        loss = total / count.clamp(min=torch.finfo(count.dtype).tiny)
         for name in apart & sums.keys():
             loss = loss + self.image_weight * sums[name][0] / sums[name][1]
         figures = {"loss": loss, **{f"loss_of/{name}": total / weight for name, (total, weight) in sums.items()}}
@@ -506,19 +455,23 @@ class Unified(ClassConditionalTraining):
             of: which of them.
 
         Raises:
-            ValueError: the likelihood of latents, or of a caption that stands in front of its image.
+            ValueError: the likelihood of latents or of masked ids, or of a caption that stands in front of its image.
         """
-        if of not in ("image", "text") or (of == "image" and self.patches is not None):
-            raise ValueError(f"of={of!r}: a likelihood is of 'image', where it has ids, or of 'text'")
+        if of not in ("image", "text") or (of == "image" and self.apart):
+            raise ValueError(
+                f"of={of!r}: a likelihood is of 'image', where it has ids that are predicted one after another, or of "
+                "'text'"
+            )
         if of == "text" and self.order != "both":
             raise ValueError("of='text' needs order='both': here the caption stands in front of the image")
-        self._check_data(data)
+        self.check_data(data)
         first = torch.full((len(data),), of == "text", device=data.device)
         sequence = self.sequences(data, captions, image_first=first if self.order == "both" else None)
         owners: list[tuple[str, Tensor]] = []
-        losses = self._id_losses(
-            self.backbone(sequence),
+        losses = id_losses(
+            self.backbone,
             sequence,
+            self.backbone(sequence),
             softmax_over="allowed",
             forbidden=self.grammar.forbidden_events((of,)) if of == "text" else None,
             owners=owners,
@@ -554,12 +507,48 @@ class Unified(ClassConditionalTraining):
         """
         if indices is None:
             indices = torch.arange(len(condition), device=condition.ids.device)
-        return self.images_of(self.draw(condition, CounterRandom(seed, indices), sampler).sequence)
+        return self.draw(condition, CounterRandom(seed, indices), sampler).tokens
+
+    @torch.no_grad()
+    def think(
+        self,
+        condition: CaptionIds,
+        sampler: SegmentSampler | None = None,
+        *,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> list[str]:
+        """Draw the thought behind each caption, which `sample` with the same arguments draws before the image.
+
+        `captions_of(texts, thoughts=...)` takes it, or an edited one, in place of what the model would write.
+
+        Args:
+            condition, sampler, seed, indices: as of `sample`.
+
+        Raises:
+            ValueError: a model without thoughts, or guidance of them.
+        """
+        if indices is None:
+            indices = torch.arange(len(condition), device=condition.ids.device)
+        return self.texts_of(self._thought_of(condition, CounterRandom(seed, indices), sampler)[0])
+
+    def _thought_of(
+        self, condition: CaptionIds, random: CounterRandom, sampler: SegmentSampler | None
+    ) -> tuple[CaptionIds, SamplerOutput]:
+        """Draw thoughts; what is given with the condition is not looked at."""
+        sampler = sampler or self.sampler
+        if self.thought_length is None:
+            raise ValueError(f"this {type(self).__name__} has no thoughts: it was trained without a thought_length")
+        if sampler.contexts(("thought",)) > 1:
+            raise ValueError("thoughts are drawn without guidance: a dropped caption has none")
+        prompt = self.sequences(None, replace(condition, thoughts=None), closed=False)
+        drawn = sampler(self.backbone, [prompt], random, segments=("thought",), stream=_THOUGHT)
+        return self.text_in(drawn.sequence, "thought"), drawn.costing(drawn.sequence.ids)
 
     def draw(
         self, condition: CaptionIds, random: CounterRandom, sampler: SegmentSampler | None = None
-    ) -> SegmentOutput:
-        """Draw images as `sample` does, and report what it cost; `images_of` takes them out."""
+    ) -> UnifiedOutput:
+        """Draw images as `sample` does, and report what they cost, and their thoughts."""
         sampler = sampler or self.sampler
         contexts = sampler.contexts(("image",))
         if contexts > 1 and self.label_dropout == 0:
@@ -569,26 +558,30 @@ class Unified(ClassConditionalTraining):
             )
         if contexts > 2:
             raise ValueError("image_guidance_scale guides by an image that is given beside the text; here is none")
-        prompts = [condition, self.null_captions(condition)][:contexts]
+        thinking = None
+        if self.thought_length is not None and condition.thoughts is None:
+            thoughts, thinking = self._thought_of(condition, random, sampler)
+            condition = replace(condition, thoughts=thoughts)
+        null = self.null_captions(condition)
+        if condition.negative is not None:
+            null = replace(condition.negative, thoughts=null.thoughts)
         begun = "image" if self.order == "both" else None
-        return sampler(
+        drawn = sampler(
             self.backbone,
-            [self.sequences(None, captions, closed=False, begun=begun) for captions in prompts],
+            [self.sequences(None, captions, closed=False, begun=begun) for captions in (condition, null)[:contexts]],
             random,
             segments=("image",),
             denoiser=self.denoiser,
         )
-
-    def images_of(self, sequence: SegmentSequence) -> Tensor:
-        """Take the one image of each sequence out: ids `(B, *token_shape)`, or latents `(B, D, H, W)`."""
-        grammar = self.grammar
-        inside = (grammar.place_of[sequence.states] >= 0) & (grammar.segment_of[sequence.states] == 1)
-        if self.patches is not None:
-            vectors = sequence.vectors["image"][inside].unflatten(0, (len(sequence), self.image.positions))
-            return self.patches.join(vectors)
-        ids = sequence.ids[inside].view(len(sequence), *self.token_shape)
-        order = self.codes.argsort()
-        return order[torch.searchsorted(self.codes[order], ids)]
+        cost = drawn.costing(self.images_of(drawn.sequence))
+        calls, passes = (0, 0) if thinking is None else (thinking.network_calls, thinking.sequential_passes)
+        return UnifiedOutput(
+            tokens=cost.tokens,
+            network_calls=cost.network_calls + calls,
+            sequential_passes=cost.sequential_passes + passes,
+            count_flops=lambda: cost.flops + (0 if thinking is None else thinking.flops),
+            thoughts=condition.thoughts,
+        )
 
     @torch.no_grad()
     def caption(
@@ -602,7 +595,7 @@ class Unified(ClassConditionalTraining):
         """Draw a text for each image.
 
         Args:
-            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`.
+            data: ids `(B, *token_shape)`, or latents `(B, D, H, W)`; of a model with `vision`, the images.
             sampler, seed, indices: as of `sample`.
 
         Raises:
@@ -613,14 +606,18 @@ class Unified(ClassConditionalTraining):
         sampler = sampler or self.sampler
         if sampler.contexts(("text",)) > 1:
             raise ValueError("captions are drawn without guidance: training never leaves out their image")
-        self._check_data(data)
         if indices is None:
             indices = torch.arange(len(data), device=data.device)
-        prompt = self.sequences(data, None, closed=False)
+        prompt = self.given_image(data)
         drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=("text",)).sequence
-        number = torch.arange(drawn.ids.shape[1], device=drawn.ids.device)
-        # Behind the last word stands the end of the text; what decoding reads ends there.
-        return self.text.decode(drawn.ids.where(number < drawn.lengths()[:, None], self.text.pad_id))
+        return self.texts_of(self.text_in(drawn, "text"))
+
+    def given_image(self, data: Tensor) -> SegmentSequence:
+        """Begin the sequences of given images, behind which a text follows; `data` as of `caption`."""
+        if self.vision is not None:
+            return assemble(self.grammar, [SegmentPart(segment="features", content=self.vision(data))], closed=False)
+        self.check_data(data)
+        return self.sequences(data, None, closed=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         random = self.random_of(batch, batch_idx)
@@ -646,19 +643,26 @@ class _Flow(NamedTuple):
 
 
 def _check_settings(
-    choices: Mapping[str, str], *, text_length: int, image_first: float, caption_noise: float, z_loss: float
+    choices: Mapping[str, str],
+    *,
+    lengths: Mapping[str, int | None],
+    image_first: float,
+    caption_noise: float,
+    z_loss: float,
 ) -> None:
     accepted = {
         "order": ("both", "text_first"),
         "image_format": ("plain", "rows"),
+        "image_prediction": ("next", "masked"),
         "softmax_over": ("allowed", "vocabulary"),
         "null_text": ("empty", "padding"),
     }
     for name, given in choices.items():
         if given not in accepted[name]:
             raise ValueError(f"{name} must be one of {', '.join(accepted[name])}, got {given!r}")
-    if text_length < 3:
-        raise ValueError(f"text_length={text_length} leaves no room for a text beside its begin and end")
+    for name, length in lengths.items():
+        if length is not None and length < 3:
+            raise ValueError(f"{name}={length} leaves no room for a text beside its begin and end")
     if not 0 <= image_first <= 1 or not 0 <= caption_noise <= 1 or z_loss < 0:
         raise ValueError(
             "image_first and caption_noise must lie in [0, 1], and z_loss be at least 0, got "

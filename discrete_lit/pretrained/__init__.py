@@ -3,8 +3,10 @@
 # Importing a repository's file registers its families.
 from discrete_lit.pretrained import (  # noqa: F401
     amazon_bar,
+    baai_emu3,
     bitdance,
     compvis_ldm,
+    deepseek_janus,
     dit_sit,
     gidd_ddit,
     halton_maskgit,
@@ -15,6 +17,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     maskbit,
     maskgit_flax,
     md4,
+    meta_chameleon,
     openai_dall_e,
     randar,
     rq_vae_transformer,

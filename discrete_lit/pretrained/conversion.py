@@ -143,6 +143,23 @@ class Conversion:
     or begin with `backbone.` or `head.` where it has both."""
     tokenizer: "Conversion | None" = None
     """The conversion of the tokenizer in a generator's file, if there is one."""
+    encodes_only: bool = False
+    """Whether that tokenizer makes no images, so that one with the same codes may be given in its place."""
+    text: "TextPart | None" = None
+    """The text tokenizer that a generator reads prompts by; its file lies beside the weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPart:
+    """The text tokenizer of a generator, as its published configuration describes it.
+
+    Attributes:
+        special: ids of `pad`, `begin` and `end`, or their tokens.
+        size: ids of the generator's embedding; the text tokenizer has no more.
+    """
+
+    special: Mapping[str, int | str]
+    size: int
 
 
 @dataclass(frozen=True)
@@ -169,6 +186,17 @@ class Family:
     """The part of a published configuration with this model's arguments; None if all of it is about this model."""
     averages: Averages | None
     """The list of EMA weights that its files may hold beside the named ones; it is preferred."""
+    older: Sequence[tuple[str, str]]
+    """Beginnings of names in older files, and what they are now."""
+    reads_text: bool
+    """Whether a `tokenizer.json` lies beside its weights; `Settings.tokens` then has the ids of its tokens."""
+
+    def renamed(self, state: State) -> State:
+        """Give the tensors of an older file the names that they have now."""
+        if not self.older:
+            return state
+        names = {name: next(((a, b) for a, b in self.older if name.startswith(a)), ("", "")) for name in state}
+        return State({now + name.removeprefix(old): state[name] for name, (old, now) in names.items()}, state.source)
 
     def lacks(self, names: State) -> list[str]:
         """Return the marks that do not hold."""
@@ -188,6 +216,8 @@ def register(
     wrappers: Sequence[str] = (),
     section: str | None = "vq_model",
     averages: Averages | None = None,
+    older: Sequence[tuple[str, str]] = (),
+    reads_text: bool = False,
 ) -> Callable[[Convert], Convert]:
     """Register a family: decorate its function from tensors and reference arguments to a `Conversion`."""
 
@@ -200,6 +230,8 @@ def register(
             wrappers=wrappers,
             section=section,
             averages=averages,
+            older=older,
+            reads_text=reads_text,
         )
         return convert
 
@@ -228,7 +260,12 @@ def recognise(family: Family, state: State) -> State:
     lacks = family.lacks(state)
     if not lacks:
         return state
-    alike = [other.name for other in FAMILIES.values() if not other.lacks(state)]
+    renamed = family.renamed(state)
+    if not family.lacks(renamed):
+        return renamed
+    alike = [
+        other.name for other in FAMILIES.values() if not (other.lacks(state) and other.lacks(other.renamed(state)))
+    ]
     if not alike:
         part = part_of(state, [mark for mark in family.marks if not mark.startswith("!")])
         if part is not None and not family.lacks(part):
@@ -268,7 +305,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
         if not missing:
             given = published[names[0]] if len(names) == 1 else torch.cat([published[key] for key in names])
             # A 1x1 convolution is a linear layer.
-            if given.dim() > value.dim() and given.shape == (*value.shape, *(1,) * (given.dim() - value.dim())):
+            longer, shorter = (given, value) if given.dim() > value.dim() else (value, given)
+            if longer.shape == (*shorter.shape, *(1,) * (longer.dim() - shorter.dim())):
                 given = given.reshape(value.shape)
             keys = " + ".join(map(repr, names))
             if given.is_floating_point() and not given.is_meta and not bool(given.isfinite().all()):

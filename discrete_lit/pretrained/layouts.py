@@ -43,11 +43,11 @@ class ConvLayout:
     """With `{index}`; if None, taming's `mid.block_1`, `mid.attn_1`, `mid.block_2`."""
     adaptive_norm: str = "decoder.adaptive.{mirror}"
 
-    def network(self, state: State, **options: Any) -> dict[str, Any]:
+    def network(self, state: State, *, with_decoder: bool = True, **options: Any) -> dict[str, Any]:
         """Return the configuration of our network: the sizes that shapes tell, and the family's options."""
         return {
             "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
-            "init_args": self.sizes(state) | options,
+            "init_args": self.sizes(state, with_decoder=with_decoder) | options,
         }
 
     def levels(self, state: State) -> int:
@@ -99,8 +99,8 @@ class ConvLayout:
         ]
         return Renaming(rules, levels)
 
-    def sizes(self, state: State) -> dict[str, Any]:
-        """Return the arguments of `ConvAutoencoder` that shapes tell.
+    def sizes(self, state: State, *, with_decoder: bool = True) -> dict[str, Any]:
+        """Return the arguments of `ConvAutoencoder` that shapes tell; of an encoder alone without a decoder's.
 
         Raises:
             ValueError: a key that every such network has is missing, or its widths are no multiples of the first.
@@ -113,7 +113,7 @@ class ConvLayout:
         decoder = [self.decoder_level.format(level=levels - 1 - level, mirror=level) for level in range(levels)]
         widths, decoder_widths = (
             [state[f"{level}.{self.block.format(block=0)}.conv1.weight"].shape[0] for level in half]
-            for half in (encoder, decoder)
+            for half in (encoder, decoder if with_decoder else encoder)
         )
         uneven = [width for width in widths + decoder_widths if width % channels]
         if uneven:
@@ -121,7 +121,7 @@ class ConvLayout:
         block = self.block.replace("{block}", "{}")
         sizes: dict[str, Any] = {
             "image_channels": conv_in.shape[1],
-            "out_channels": state["decoder.conv_out.weight"].shape[0],
+            "out_channels": state["decoder.conv_out.weight"].shape[0] if with_decoder else None,
             "channels": channels,
             "multipliers": [width // channels for width in widths],
             "decoder_multipliers": [width // channels for width in decoder_widths],
@@ -136,7 +136,11 @@ class ConvLayout:
         }
         if "quant_conv.weight" in state:
             sizes["latent_kernel"] = state["quant_conv.weight"].shape[-1]
-            sizes["z_channels"] = state["decoder.conv_in.weight"].shape[1]
+            inner = state["decoder.conv_in.weight"].shape[1] if with_decoder else len(state["encoder.conv_out.weight"])
+            sizes["z_channels"] = inner
+        if not with_decoder:
+            of_decoder = ("out_channels", "decoder_multipliers", "decoder_blocks", "decoder_attention")
+            sizes = {name: size for name, size in sizes.items() if name not in of_decoder} | {"with_decoder": False}
         return sizes
 
     def _attention(self, state: State, half: str, levels: Sequence[str]) -> bool | list[int]:

@@ -1,6 +1,7 @@
-"""FoundationVision/LlamaGen: its tokenizers and its class-conditional generators."""
+"""FoundationVision/LlamaGen: its tokenizers, and its generators of classes and of texts."""
 
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ _HEADS = {3200: 32}
 _GUIDANCE = {768: 2.0, 1024: 2.0, 1280: 1.75, 1536: 1.75, 3200: 1.65}
 # XL, XXL and 3B are published at 384 pixels alone; B and L at 256 too, with the same shapes.
 _ONLY_LARGE = {1280: 576, 1536: 576, 3200: 576}
+# Tables and buffers that are computed.
+_COMPUTED = ("freqs_cis", "causal_mask", "layers.*.attention.kv_cache.*")
 LLAMA_BLOCK = [
     ("attention.query_key_value.weight", "attention.wqkv.weight"),
     ("attention.out.weight", "attention.wo.weight"),
@@ -85,7 +88,6 @@ LLAMA_BLOCK = [
 ]
 _RULES = [
     ("token_embedding.table.weight", "tok_embeddings.weight"),
-    ("class_embedding.weight", "cls_embedding.embedding_table.weight"),
     *in_blocks("layers.{block}", LLAMA_BLOCK),
     ("final_norm.weight", "norm.weight"),
     ("head.project.weight", "output.weight"),
@@ -107,37 +109,14 @@ def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
     vocab_size, width = state["tok_embeddings.weight"].shape
     classes, dropped = "cls_embedding.embedding_table.weight", settings.take("class_dropout_prob", 0.1)
     num_classes = class_count(state, state[classes]) if dropped else len(state[classes])
-    depth, hidden = state.count("layers.{}"), len(state["layers.0.feed_forward.w1.weight"])
-    settings.agree({"vocab_size": vocab_size, "dim": width, "n_layer": depth})
     settings.agree({"num_classes": num_classes}, f"at class_dropout_prob={dropped} the tensors have")
     settings.agree({"cls_token_num": 1, "model_type": "c2i"}, "the published class-conditional models have")
-    settings.without_effect(
-        IN_TRAINING,
-        *("token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "drop_path_rate"),
-        "initializer_range",
-    )
     settings.without_effect("it is about text", "caption_dim")
-    settings.without_effect("ours makes room for what is sampled", "max_batch_size", "max_seq_len")
-    heads = head_count(settings, "n_head", _HEADS.get(width, max(1, width // 64)), width)
-    check_hidden(settings, width, hidden)
-    length = _length(state, settings, width)
-    rotary_base = settings.take("rope_base", 10000.0)
-    backbone = {
-        "width": width,
-        "depth": depth,
-        "heads": heads,
-        "mlp_hidden": hidden,
-        "mlp": "swiglu",
-        "norm": "rms",
-        "norm_epsilon": settings.take("norm_eps", 1e-5),
-        "positions": "rope_2d",
-        **({} if rotary_base == 10000 else {"rotary_base": rotary_base}),
-        "start_rotation": "zero",
-        "bias": False,
-    }
+    length = _length(state, settings, _ONLY_LARGE.get(width))
+    backbone = _backbone(state, settings)
     sampler = sampled_by("RasterSampler", guidance_scale=_GUIDANCE.get(width, 1.0) if dropped else 1.0)
     tokens = Tokens(vocab_size, square(state, length))
-    arrangements = [_all_heads(state, settings, heads)]
+    arrangements = [_all_heads(state, settings, backbone["heads"])]
     if not dropped:
         no_class = Arrangement([classes], [classes], lambda table: [torch.cat([table, torch.zeros_like(table[:1])])])
         arrangements.append(no_class)
@@ -147,35 +126,106 @@ def llamagen_gpt_c2i(state: State, settings: Settings) -> Conversion:
         tokens=tokens,
         num_classes=num_classes,
         backbone=backbone,
-        rules=_RULES,
+        rules=[("class_embedding.weight", classes), *_RULES],
         arrangements=arrangements,
-        dropped=("freqs_cis", "causal_mask", "layers.*.attention.kv_cache.*"),
+        dropped=_COMPUTED,
         sampler=sampler,
         label_dropout=dropped,
     )
 
 
-def _length(state: State, settings: Settings, width: int) -> int:
-    """Return the number of tokens of an image: from the file's rotary table, the configuration, or the width.
+_NO_CAPTION = "cls_embedding.uncond_embedding"
+
+
+@register(
+    "llamagen_t2i",
+    marks=("tok_embeddings.weight", "cls_embedding.cap_proj.fc1.weight", _NO_CAPTION),
+    wrappers=("model", "module", "state_dict"),
+)
+def llamagen_t2i(state: State, settings: Settings) -> Conversion:
+    """Convert `t2i_XL_stage1_256.pt` (`block_size: 256`) or `t2i_XL_stage2_512.pt` (`block_size: 1024`).
+
+    A batch has features of its captions, the hidden states of T5-XL, as `"context"`.
+    """
+    vocab_size, _ = state["tok_embeddings.weight"].shape
+    places, dim = state[_NO_CAPTION].shape
+    settings.agree({"cls_token_num": places, "caption_dim": dim})
+    settings.agree({"model_type": "t2i"}, "the published text-conditional models have")
+    settings.without_effect("it is about classes", "num_classes")
+    length = _length(state, settings, None, before=places)
+    backbone = _backbone(state, settings)
+    return generator_conversion(
+        "Autoregressive",
+        state,
+        tokens=Tokens(vocab_size, square(state, length)),
+        num_classes=1,
+        backbone=backbone | {"context_dim": dim, "context_prefix": places},
+        rules=[
+            ("context_prefix.expand.weight", "cls_embedding.cap_proj.fc1.weight"),
+            ("context_prefix.contract.weight", "cls_embedding.cap_proj.fc2.weight"),
+            ("context_prefix.null", _NO_CAPTION),
+            *_RULES,
+        ],
+        arrangements=[_all_heads(state, settings, backbone["heads"])],
+        dropped=_COMPUTED,
+        sampler=sampled_by("RasterSampler", guidance_scale=7.5, top_k=min(1000, vocab_size)),
+        label_dropout=settings.take("class_dropout_prob", 0.1),
+    )
+
+
+def _backbone(state: State, settings: Settings) -> dict[str, Any]:
+    """Return the switches of the transformer, which both kinds of generators have."""
+    vocab_size, width = state["tok_embeddings.weight"].shape
+    depth, hidden = state.count("layers.{}"), len(state["layers.0.feed_forward.w1.weight"])
+    settings.agree({"vocab_size": vocab_size, "dim": width, "n_layer": depth})
+    settings.without_effect(
+        IN_TRAINING,
+        *("token_dropout_p", "attn_dropout_p", "resid_dropout_p", "ffn_dropout_p", "drop_path_rate"),
+        "initializer_range",
+    )
+    settings.without_effect("ours makes room for what is sampled", "max_batch_size", "max_seq_len")
+    check_hidden(settings, width, hidden)
+    rotary_base = settings.take("rope_base", 10000.0)
+    return {
+        "width": width,
+        "depth": depth,
+        "heads": head_count(settings, "n_head", _HEADS.get(width, max(1, width // 64)), width),
+        "mlp_hidden": hidden,
+        "mlp": "swiglu",
+        "norm": "rms",
+        "norm_epsilon": settings.take("norm_eps", 1e-5),
+        "positions": "rope_2d",
+        **({} if rotary_base == 10000 else {"rotary_base": rotary_base}),
+        "start_rotation": "zero",
+        "bias": False,
+    }
+
+
+def _length(state: State, settings: Settings, usual: int | None, *, before: int = 1) -> int:
+    """Return the number of tokens of an image: from the file's rotary table, the configuration, or what is usual.
+
+    Args:
+        usual: of the published models of this size, where all have the same.
+        before: elements in front of them.
 
     Raises:
         ValueError: the configuration contradicts the table, or nothing tells the number.
     """
     if "freqs_cis" in state:
-        length = len(state["freqs_cis"]) - 1
+        length = len(state["freqs_cis"]) - before
         settings.agree({"block_size": length})
-        base, table = settings.take("rope_base", 10000.0), state["freqs_cis"][1:].float()
+        base, table = settings.take("rope_base", 10000.0), state["freqs_cis"][before:].float()
         if not torch.allclose(
             table, rotary_table(grid_coordinates(square(state, length)), 2 * table.shape[1], base=base)
         ):
             raise ValueError(f"{state.source!r} has a table 'freqs_cis' that is not that of rope_base={base}")
         return length
     given = settings.optional("block_size", int)
-    length = _ONLY_LARGE.get(width) if given is None else given
+    length = usual if given is None else given
     if length is None:
         raise ValueError(
             f"the weights of {state.source!r} do not tell the number of tokens: give block_size in reference_config, "
-            "256 for a model of 256 pixels and 576 for one of 384"
+            "256 for a model of 256 pixels, 576 for one of 384, 1024 for one of 512"
         )
     if length < 1 or isqrt(length) ** 2 != length:
         raise ValueError(f"reference_config has block_size={length}, which is no square grid")

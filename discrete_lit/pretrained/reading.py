@@ -4,6 +4,7 @@ Lightning checkpoints of 2020 to 2022 hold objects of Lightning, OmegaConf and N
 as empty placeholders: `weights_only=True` stays on, and nothing of those packages is imported or called.
 """
 
+import json
 import pickletools
 import warnings
 from collections import OrderedDict
@@ -41,6 +42,11 @@ _LEFT_BY_TRAINERS = (
     "copyreg._reconstructor",
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("object", "int", "float", "str")),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
+)
+# What Hugging Face's writers call the weights in a folder: one file, or the index of several.
+_IN_FOLDERS = (
+    *("model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors"),
+    *("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 # The magic number, the protocol, the machine, the content.
 _OLD_PICKLES = 4
@@ -115,22 +121,22 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
     module (data-parallel, compiled, sharded) adds parts to the names, which are taken off wherever they stand.
 
     Args:
-        path: a safetensors file, or one written by `torch.save`, or by Flax's `to_bytes`.
+        path: a safetensors file, or one written by `torch.save`, or by Flax's `to_bytes`; or a folder of Hugging Face
+            with such a file, or with the index of several.
         wrappers: keys under which a file of this kind keeps its weights, the preferred one first; then come those that
             any trainer writes. `outer.inner` is a mapping within a mapping.
         averages: where the file may hold EMA weights, which then replace the others.
 
     Raises:
-        ValueError: there is no such file; it is truncated, has pickled code or no tensors; two names differ only by
-            what wrapping added; or its EMA weights do not fit its parameters.
+        ValueError: there is no such file, or a folder lacks it, or one that its index names; it is truncated, has
+            pickled code or no tensors; two names differ only by what wrapping added; or its EMA weights do not fit its
+            parameters.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint")
-    if file.suffix == ".safetensors":
-        content = _read_safetensors(file)
+    file = weights_file(Path(path))
+    if file.name.endswith(".index.json"):
+        content: Any = _read_shards(file)
     else:
-        content = read_flax(file) if is_flax(file) else _read_torch(file)
+        content = _read_file(file)
     check_nesting(content, str(path))
     averaged = None if averages is None else _inside(content, averages.key)
     keys = list(dict.fromkeys((*wrappers, *_WRAPPERS)))
@@ -157,6 +163,48 @@ def read_state(path: str | Path, wrappers: Sequence[str] = (), averages: Average
             raise ValueError(f"{str(path)!r} has {plain!r} twice, once inside of a wrapper: {name!r}")
         unwrapped[plain] = value
     return State(unwrapped, str(path))
+
+
+def weights_file(path: Path) -> Path:
+    """Find the weights at a path: the file itself, or in a folder the one that has them, or the index of several.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path.is_dir():
+        found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+        if found is None:
+            raise ValueError(f"the folder {str(path)!r} has no weights: none of {', '.join(_IN_FOLDERS)} is there")
+        return found
+    if not path.is_file():
+        raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint, or its folder")
+    return path
+
+
+def _read_file(file: Path) -> Any:
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
+    return read_flax(file) if is_flax(file) else _read_torch(file)
+
+
+def _read_shards(index: Path) -> dict[str, Any]:
+    """Read the tensors of several files, which an index names for each."""
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        named = sorted(set(files.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(index)!r} is no index of weights: it needs a weight_map of names to files") from error
+    content: dict[str, Any] = {}
+    for name in named:
+        # The name of a file beside the index, and of no other place.
+        shard = index.parent / Path(str(name)).name
+        if not shard.is_file():
+            raise ValueError(f"{str(index)!r} names {printable(str(name))!r}, which is not beside it")
+        content |= _read_file(shard)
+    missing = sorted(set(files) - set(content))
+    if missing:
+        raise ValueError(f"the files of {str(index)!r} lack {printable(missing[0])!r}, which it names: one is older")
+    return content
 
 
 def part_of(state: State, marks: Sequence[str]) -> State | None:

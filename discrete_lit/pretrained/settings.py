@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import yaml
@@ -44,7 +45,12 @@ class Settings:
     Args:
         given: the arguments, in the reference's own names.
         name: where they stand in the whole configuration: `""`, or a name that ends with a dot.
+
+    Attributes:
+        tokens: ids of the text tokenizer's tokens by their names, of a family that reads texts.
     """
+
+    tokens: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, given: Reference | None = None, name: str = "") -> None:
         self._given = dict(given or {})
@@ -116,6 +122,18 @@ class Settings:
         """Name arguments, or sections, that change nothing that our model computes, with the reason."""
         self._mark(names)
         self._reasons |= {f"{self._name}{name}": because for name in names if name in self._given}
+
+    def table(self, name: str) -> dict[str, int]:
+        """Return an argument that is a table from names to numbers, such as a vocabulary; empty where not given.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        self._mark([name])
+        found = self._given.get(name) or {}
+        if not isinstance(found, Mapping) or not all(isinstance(value, int) for value in found.values()):
+            raise ValueError(f"reference_config has {self._name}{name}, but a table of names and numbers is needed")
+        return {str(key): int(value) for key, value in found.items()}
 
     def section(self, name: str, around: Collection[str] = AROUND) -> "Settings":
         """Return a part with arguments of its own; without any where it is not given, or null.

@@ -25,7 +25,7 @@ from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.reverse_rates import EulerSampler, TauLeapingSampler
 from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
 from discrete_lit.samplers.self_correction import SelfCorrectionSampler
 from discrete_lit.samplers.vector_by_vector import CausalVectorSampler
 
@@ -46,6 +46,7 @@ __all__ = [
     "MARSampler",
     "MaskBitSampler",
     "MaskGITSampler",
+    "MaskedSteps",
     "NextCellSampler",
     "NextScaleSampler",
     "OpenMAGVIT2Sampler",
@@ -75,6 +76,7 @@ AnySampler = (
     | NextCellSampler
     | DimensionwiseSampler
     | HybridScaleSampler
+    | SegmentSampler
 )
 """Any class that draws from a generator: of ids the first, of vectors the others."""
 

@@ -96,6 +96,7 @@ class GuidedSolver:
         network_time: NetworkTime,
         given: Mapping[str, Tensor] | None = None,
         null: Mapping[str, Tensor] | None = None,
+        null_labels: Tensor | None = None,
         purposes: tuple[Purpose, Purpose] = (Purpose.DIFFUSION_START, Purpose.DIFFUSION_STEP),
     ) -> SamplerOutput:
         """Draw latents.
@@ -106,8 +107,9 @@ class GuidedSolver:
             random: one stream for each sample: its first noise, and the fresh noise of each step.
             denoiser: how the network's output is read, and the path of its noise.
             network_time: from times t `(B,)` float64 to the units that the network reads.
-            given: the `context` or the `vectors` of a network that reads them, `(B, ...)`.
+            given: the `context`, the `vectors` or the `text` of a network that reads them, `(B, ...)`.
             null: what stands for them in the unconditional half of guidance; the same by default.
+            null_labels: `(B,)`, what stands there for the labels; the null label by default.
             purposes: that the first noise and the fresh noise of the steps are drawn for.
 
         Returns:
@@ -130,8 +132,10 @@ class GuidedSolver:
             network_time=network_time,
             given=given,
             null=null,
+            null_labels=null_labels,
             channels=self.guided_channels,
         )
+        words = guide.given["text"].shape[1] if "text" in guide.given else 0
 
         def denoise(x: Tensor, t: float) -> Estimate:
             scale = self.scale(t)
@@ -153,7 +157,7 @@ class GuidedSolver:
             tokens=latents,
             network_calls=calls[0],
             sequential_passes=passes[0],
-            count_flops=lambda: calls[0] * network.flops(1),
+            count_flops=lambda: calls[0] * network.flops(1, words),
         )
 
 
@@ -161,7 +165,7 @@ class GuidedNetwork:
     """Say what a network thinks of noisy latents, given labels and a guidance scale.
 
     Args:
-        network, labels, denoiser, network_time, given, null: as for `GuidedSolver`.
+        network, labels, denoiser, network_time, given, null, null_labels: as for `GuidedSolver`.
         channels: how many are guided; all if None.
     """
 
@@ -174,11 +178,14 @@ class GuidedNetwork:
         network_time: NetworkTime,
         given: Mapping[str, Tensor] | None = None,
         null: Mapping[str, Tensor] | None = None,
+        null_labels: Tensor | None = None,
         channels: int | None = None,
     ) -> None:
         self.network, self.denoiser, self.network_time = network, denoiser, network_time
         self.labels, self.given = labels, dict(given or {})
-        self.both_labels = torch.cat((labels, torch.full_like(labels, network.layout.null_label)))
+        if null_labels is None:
+            null_labels = torch.full_like(labels, network.layout.null_label)
+        self.both_labels = torch.cat((labels, null_labels))
         absent = self.given if null is None else null
         self.given_to_both = {name: torch.cat((value, absent[name])) for name, value in self.given.items()}
         self.guided: Tensor | None = None

@@ -1,11 +1,12 @@
-"""Sampling of sequences of segments: ids one after another, vectors of an island together, never an invalid sequence.
+"""Sampling of sequences of segments: ids one after another, those of an island together, never an invalid sequence.
 
 `SegmentSampler.__call__` is the loop. The grammar of the layout says at each element which ids may stand there; the
 others have no probability. Where one id alone may stand, it is written without asking the network. Rows may be at
 different places of their sequences: each has its own length in the cache, and waits where the others draw vectors.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,10 +19,13 @@ from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.modules import at_least_float32, evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.core.synchronisation import checked_at_the_end
+from discrete_lit.diffusion import CosineSchedule, MaskSchedule
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser
 from discrete_lit.diffusion.solvers import Euler, Solver
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import guide, guide_twice
+from discrete_lit.samplers.maskgit import masked_counts
+from discrete_lit.samplers.sampler import SamplerOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,42 @@ class SegmentOutput:
     """Network evaluations for each sample; those of a guided step count one by one."""
     sequential_passes: int
     """Passes that follow one another."""
+    count_flops: Callable[[], int]
+    """Counts the floating-point operations of the network for each sample, when it is asked."""
+
+    def costing(self, tokens: Tensor) -> SamplerOutput:
+        """Give what a part of the sequence, such as its image `(B, ...)`, cost: all of it."""
+        return SamplerOutput(
+            tokens=tokens,
+            network_calls=self.network_calls,
+            sequential_passes=self.sequential_passes,
+            count_flops=self.count_flops,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedSteps:
+    """The steps in which the ids of a masked segment are drawn (MaskGIT, as Show-o has it).
+
+    Attributes:
+        steps: T, at least 1; the ids that are least sure are masked again after each but the last.
+        choice_temperature: of the Gumbel noise on what is sure, at the beginning, >= 0; it falls to 0.
+        mask_schedule: the share that is masked after a share of the steps; the cosine by default.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    steps: int = 12
+    choice_temperature: float = 4.5
+    mask_schedule: MaskSchedule | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.choice_temperature < 0:
+            raise ValueError(
+                f"steps must be at least 1 and choice_temperature at least 0, got {self.steps} and "
+                f"{self.choice_temperature}"
+            )
 
 
 class SegmentSampler:
@@ -89,11 +129,24 @@ class SegmentSampler:
     Args:
         settings: of segments by name; the plain draw from the network's law for others.
         solver: how vectors are drawn; 30 Euler steps by default.
+        masked: how masked ids are drawn; 12 steps by default, or as many as there are ids where these are fewer.
     """
 
-    def __init__(self, settings: Mapping[str, DrawSettings] | None = None, *, solver: Solver | None = None) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, DrawSettings] | None = None,
+        *,
+        solver: Solver | None = None,
+        masked: MaskedSteps | None = None,
+    ) -> None:
         self.settings = dict(settings or {})
         self.solver = solver or Euler(30)
+        self.masked = masked or MaskedSteps()
+
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of images, 1 where they are drawn without."""
+        return self.of("image").guidance_scale
 
     def of(self, segment: str) -> DrawSettings:
         """Give the settings of a segment."""
@@ -112,6 +165,7 @@ class SegmentSampler:
         *,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None = None,
+        stream: int = 0,
     ) -> SegmentOutput:
         """Draw behind prompts until their sequences leave the segments that are drawn, or end.
 
@@ -122,6 +176,7 @@ class SegmentSampler:
             random: one stream for each sequence; it alone decides what is drawn.
             segments: names of the segments that are drawn; others may not begin.
             denoiser: reads what the network says of vectors.
+            stream: of the random numbers of ids; two draws of one sequence need two.
 
         Raises:
             ValueError: settings of segments that the layout does not have, prompts that do not fit, or a sequence for
@@ -136,10 +191,15 @@ class SegmentSampler:
         if self.contexts(segments) > len(prompts):
             raise ValueError(f"guidance needs {self.contexts(segments)} prompts for each sample, got {len(prompts)}")
         with evaluation_mode(network), checked_at_the_end():
-            return _Draw(self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser).output()
+            draw = _Draw(
+                self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser, stream=stream
+            )
+            return draw.output()
 
 
 _PLAIN = DrawSettings()
+_ISLANDS = 16
+"""The first step of the random numbers of masked ids; those before are streams of ids one after another."""
 
 
 class _Draw:
@@ -154,14 +214,18 @@ class _Draw:
         random: CounterRandom,
         segments: Sequence[str],
         denoiser: GaussianDenoiser | None,
+        stream: int,
     ) -> None:
         self.sampler, self.network, self.grammar = sampler, network, network.grammar
         self.layout, self.random, self.denoiser = network.layout, random, denoiser
         self.contexts, self.batch = len(prompts), len(prompts[0])
-        self.passes = self.islands = 0
+        self.islands = 0
+        # How many elements each pass read, and how many they attended to; and how many logits were made.
+        self.made: Counter[tuple[int, int]] = Counter()
+        self.logits = 0
         self.drawn = [segment.name in segments for segment in self.layout.segments]
         self.forbidden = self.grammar.forbidden_events(segments)
-        self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length)
+        self.uniforms = random.uniform(Purpose.TOKEN, self.layout.length, stream)
         self.columns = Columns(self.grammar, self.batch, device=prompts[0].ids.device)
         self._read(_stacked(prompts, self.grammar.done))
 
@@ -175,7 +239,7 @@ class _Draw:
         room = max(counts) + self.layout.length - min(counts[: self.batch]) + longest
         self.cache: RaggedCache = self.network.new_cache(len(prompts), room)
         hidden = self.network(prompts, self.cache)
-        self.passes += 1
+        self.made[prompts.ids.shape[1], prompts.ids.shape[1]] += 1
         _, then = coordinates_of(grammar, prompts.states, origin=self.cache.origin)
         if min(counts) == max(counts):
             self.cache.advance(counts[0], then)
@@ -199,21 +263,43 @@ class _Draw:
         if state is None:
             while self._step_apart():
                 pass
+        passes = self.made.total()
         return SegmentOutput(
             sequence=self.columns.joined(),
-            network_calls=self.contexts * self.passes,
-            sequential_passes=self.passes,
+            network_calls=self.contexts * passes,
+            sequential_passes=passes,
+            count_flops=self._flops,
         )
+
+    def _flops(self) -> int:
+        passes = sum(times * self.network.flops(*shape) for shape, times in self.made.items())
+        return self.contexts * (passes + 2 * self.network.width * self.logits)
 
     def _is_drawn(self, state: int) -> bool:
         number = self.grammar.segment_numbers[state]
         return number >= 0 and self.drawn[number]
 
+    def _is_island(self, state: int) -> bool:
+        """Whether what stands here is drawn together with what follows: vectors, and ids from masks."""
+        number = self.grammar.set_numbers[state]
+        return number < 0 or self.grammar.is_masked(number)
+
+    def _is_asked(self, state: int) -> bool:
+        """Whether the network says anything of what is drawn from a state on; ends that must follow are written so."""
+        while self._is_drawn(state):
+            following = self.grammar.following[state]
+            if following is None or self._is_island(state):
+                return True
+            if len(self.grammar.sets[self.grammar.set_numbers[state]][1]) > 1:
+                return True
+            state = following
+        return False
+
     # All rows in one state, which the host knows: nothing waits for the device.
 
     def _step_together(self, state: int) -> int | None:
         grammar, number = self.grammar, self.grammar.set_numbers[state]
-        if number < 0:
+        if self._is_island(state):
             return self._draw_island(self.layout.segments[grammar.segment_numbers[state]].name, state, rows=None)
         if grammar.following[state] is None:
             self.states = torch.full_like(self.states, state)
@@ -225,6 +311,7 @@ class _Draw:
             self._feed()
             name = self.layout.segments[segment].name
             logits = self.network.logits(self.hidden, number).chunk(self.contexts)
+            self.logits += len(ids)
             drawn = grammar.ids_of(number)[self._choose(name, logits)]
         self._write(drawn, torch.full_like(drawn, state), None)
         return grammar.following[state]
@@ -236,7 +323,7 @@ class _Draw:
         grammar = self.grammar
         here = self.states.tolist()
         active = [self._is_drawn(state) for state in here]
-        at_id = [drawn and grammar.set_numbers[state] >= 0 for drawn, state in zip(active, here, strict=True)]
+        at_id = [drawn and not self._is_island(state) for drawn, state in zip(active, here, strict=True)]
         if not any(active):
             return False
         if not any(at_id):
@@ -254,6 +341,7 @@ class _Draw:
             raise ValueError("a prompt leaves no room for the end of its sequence: give a shorter one")
         hidden = self.hidden.chunk(self.contexts)
         logits = [self.network.logits_in(self.states, each) for each in hidden]
+        self.logits += self.layout.vocab_size
         drawn = torch.zeros_like(self.states)
         for number, segment in enumerate(self.layout.segments):
             rows = [
@@ -319,8 +407,8 @@ class _Draw:
             vectors={name: self._rows(values) for name, values in (vectors or {}).items()},
             times=None if times is None else self._rows(times),
         )
+        self.made[states.shape[1], self.cache.reach + states.shape[1]] += 1
         hidden = self.network(sequence, self.cache)
-        self.passes += 1
         if kept:
             _, then = coordinates_of(self.grammar, states, origin=self.cache.origin)
             if where is None:
@@ -334,18 +422,64 @@ class _Draw:
         """Repeat `(B, ...)` for every context."""
         return torch.cat([values] * self.contexts) if self.contexts > 1 else values
 
-    # Vectors.
+    # Islands.
 
     def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> int:
-        """Draw the vectors of a segment together, by the solver, in some rows or in all; give the state behind them."""
-        assert self.denoiser is not None, "vectors are drawn through a denoiser"
+        """Draw the elements of a segment together, in some rows or in all; give the state behind them."""
         self._feed()
+        count = self.layout[name].positions
+        states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
+        ids, vectors = torch.zeros_like(states), {}
+        if self.grammar.set_numbers[state] < 0:
+            vectors = {name: self._solve(name, states)}
+        else:
+            ids = self._unmask(name, states)
+        self.islands += 1
+        valid = None if rows is None else rows[:, None].expand_as(states)
+        self.columns.append(ids, states, valid=valid, vectors=vectors)
+        then = self.grammar.following[state + count - 1]
+        assert then is not None, "an island decides nothing"
+        if rows is not None or self._is_asked(then):
+            hidden = self._pass(ids, states, vectors=vectors, where=rows)[:, -1]
+            self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
+        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
+        self.done, self.remaining = self.done + added, self.remaining - added
+        if rows is not None:
+            self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
+        return then
+
+    def _unmask(self, name: str, states: Tensor) -> Tensor:
+        """Draw the ids `(B, P)` of an island from masks, the surest first (MaskGIT)."""
+        segment, masking, settings = self.layout[name], self.sampler.masked, self.sampler.of(name)
+        assert segment.mask_id is not None
+        count, number = segment.positions, self.grammar.masked_set(name)
+        steps = min(masking.steps, count)
+        ids, first = torch.full_like(states, segment.mask_id), self.islands * steps
+        codes = self.grammar.ids_of(number)
+        left = count
+        for step, still in enumerate(masked_counts(masking.mask_schedule or CosineSchedule(), steps, count)):
+            if still == left:
+                continue
+            logits = self.network.logits(self._pass(ids, states, kept=False), number).chunk(self.contexts)
+            self.logits += count * len(codes)
+            guided = settings.guide(logits) / settings.temperature
+            uniforms = self.random.uniform(Purpose.TOKEN, count, _ISLANDS + first + step)
+            chosen, score = draw_filtered(guided, uniforms, settings.top_k, settings.top_p)
+            noise = masking.choice_temperature * (1 - (step + 1) / steps)
+            sure = score + noise * self.random.gumbel(Purpose.CONFIDENCE, count, first + step)
+            masked = ids == segment.mask_id
+            rank = sure.masked_fill(~masked, torch.inf).argsort(dim=1).argsort(dim=1)
+            ids = torch.where(masked, codes[chosen], ids).masked_fill(rank < still, segment.mask_id)
+            left = still
+        return ids
+
+    def _solve(self, name: str, states: Tensor) -> Tensor:
+        """Draw the vectors `(B, P, E)` of an island by the solver."""
+        assert self.denoiser is not None, "vectors are drawn through a denoiser"
         segment, denoiser, settings = self.layout[name], self.denoiser, self.sampler.of(name)
         count, dim = segment.positions, segment.input_dim or 0
         shape = (self.batch, count, dim)
-        states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
-        ids = torch.zeros_like(states)
-        island, self.islands = self.islands, self.islands + 1
+        ids, island = torch.zeros_like(states), self.islands
         dtype = at_least_float32(self.hidden).dtype
 
         def normal(purpose: Purpose, step: int) -> Tensor:
@@ -364,24 +498,12 @@ class _Draw:
             return denoiser(output, x, t)
 
         steps = self.sampler.solver.steps
-        drawn = self.sampler.solver(
+        return self.sampler.solver(
             denoise,
             normal(Purpose.DIFFUSION_START, island),
             path=denoiser.path,
             noise=lambda step: normal(Purpose.DIFFUSION_STEP, island * steps + step),
         )
-        valid = None if rows is None else rows[:, None].expand_as(states)
-        self.columns.append(ids, states, valid=valid, vectors={name: drawn})
-        then = self.grammar.following[state + count - 1]
-        assert then is not None, "a vector decides nothing"
-        if rows is not None or self._is_drawn(then):
-            hidden = self._pass(ids, states, vectors={name: drawn}, where=rows)[:, -1]
-            self.hidden = hidden if rows is None else torch.where(self._rows(rows)[:, None], hidden, self.hidden)
-        added = torch.full_like(self.done, count) if rows is None else count * rows.long()
-        self.done, self.remaining = self.done + added, self.remaining - added
-        if rows is not None:
-            self.states = torch.where(rows, torch.full_like(self.states, then), self.states)
-        return then
 
 
 def _stacked(prompts: Sequence[SegmentSequence], padding: int) -> SegmentSequence:

@@ -9,7 +9,9 @@ from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
 from discrete_lit.tokenizers.pixels import ColourPalette, PixelLevels
 from discrete_lit.tokenizers.text_encoder import (
     StaticTextEncoder,
+    T5TextEncoder,
     TextEncoder,
+    TextIds,
     TransformerTextEncoder,
     text_encoder_from_files,
 )
@@ -51,7 +53,9 @@ __all__ = [
     "ProxyDecoder",
     "RawPixels",
     "StaticTextEncoder",
+    "T5TextEncoder",
     "TextEncoder",
+    "TextIds",
     "TextTokenizer",
     "TiTok",
     "TiTokAutoencoder",

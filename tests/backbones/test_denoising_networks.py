@@ -108,6 +108,71 @@ def test_vectors_are_attended_to_in_no_order(name: str) -> None:
         network(*inputs())
 
 
+READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dit": ("dit", {}),
+    "dit, text in front": ("dit", {"context_input": "prefix"}),
+    "lightning dit, text in front": ("lightning dit", {"context_input": "prefix"}),
+    "unet": ("unet", {}),
+    "unet, class in the time": ("unet", {"class_input": "time"}),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_text_is_attended_to(reader: str) -> None:
+    name, settings = READERS[reader]
+    network = make(name, context_dim=5, **settings)
+    text = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[True] * 4, [True, True, False, False], [False] * 4])
+    output = network(*inputs(), text=text, text_mask=mask)
+    assert output.shape == (3, 6, 4, 8)
+    changed = network(*inputs(), text=text + 1, text_mask=mask)
+    assert not torch.allclose(changed[:2], output[:2], atol=1e-3)
+    # What stands at padding, and how much there is of it, changes nothing.
+    garbage = torch.where(mask[..., None], text, 1e3)
+    torch.testing.assert_close(network(*inputs(), text=garbage, text_mask=mask), output, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        network(*inputs(), text=F.pad(garbage, (0, 0, 0, 3), value=9.0), text_mask=F.pad(mask, (0, 3))),
+        output,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    # The words have no order of their own, and no mask means that all are valid.
+    every = network(*inputs(), text=text)
+    torch.testing.assert_close(every, network(*inputs(), text=text.flip(1)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(every[:1], output[:1], rtol=1e-4, atol=1e-4)
+    # No word at all is a learned vector, not the last one that happened to stand there.
+    assert not torch.allclose(every[2], output[2], atol=1e-3)
+    assert network.flops(1, 8) > network.flops(1, 4) > make(name).flops(1)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_network_that_reads_a_text_trains_all_of_itself(reader: str) -> None:
+    name, settings = READERS[reader]
+    assert not make(name, spread=None, context_dim=5, **settings)(*inputs(), text=torch.randn(3, 4, 5)).any()
+    gradients = []
+    for again in (False, True):
+        network = make(name, context_dim=5, activation_checkpointing=again, **settings).train()
+        text = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+        mask = torch.tensor([[True] * 4, [True] * 4, [False] * 4])
+        network(*inputs(), text=text, text_mask=mask).square().sum().backward()
+        assert all(value.grad is not None and bool(value.grad.any()) for value in network.parameters())
+        gradients.append([value.grad for value in network.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_text_that_is_not_read_or_not_given_is_refused() -> None:
+    text = torch.zeros(3, 4, 5)
+    with pytest.raises(ValueError, match=r"the text is \(3, 4, 5\), this DiT was made without context_dim"):
+        make("dit")(*inputs(), text=text)
+    with pytest.raises(ValueError, match=r"the text is None, this UNet reads \(B, M, 5\)"):
+        make("unet", context_dim=5)(*inputs())
+    with pytest.raises(ValueError, match=r"the text is \(3, 4, 5\), this DiT reads \(B, M, 6\)"):
+        make("dit", context_dim=6)(*inputs(), text=text)
+    with pytest.raises(ValueError, match=r"the text_mask is \(3, 5\) for a text of \(3, 4, 5\)"):
+        make("dit", context_dim=5)(*inputs(), text=text, text_mask=torch.ones(3, 5, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_inputs_of_another_shape_are_refused(name: str) -> None:
     network, (x, time, labels) = make(name), inputs()
@@ -155,6 +220,10 @@ def test_fixed_positions_have_the_column_first() -> None:
         ("unet", {"norm_groups": 3}, "norm_groups=3 must divide every width"),
         ("unet", {"attention_kind": "self"}, "class_input='context' needs attention_kind='transformer'"),
         ("unet", {"channels": 9}, "channels=9 must be even"),
+        ("dit", {"context_dim": 0}, "context_dim must be at least 1"),
+        ("dit", {"context_dim": 4, "context_input": "beside"}, "context_input must be 'cross' or 'prefix'"),
+        ("dit", {"context_input": "prefix"}, "context_input='prefix' says how a text enters"),
+        ("adm", {"context_dim": 4}, "a text to attend to, of width context_dim, needs attention_kind='transformer'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(name: str, changed: dict[str, Any], message: str) -> None:

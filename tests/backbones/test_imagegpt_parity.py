@@ -1,9 +1,13 @@
-"""Against `transformers`' ImageGPT at the same random weights: ids of colours, a start token and no class."""
+"""Against `transformers`' ImageGPT at the same random weights: ids of colours, a start token and no class;
+its logits, its loss and its greedy image."""
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from discrete_lit.backbones import Transformer
+from discrete_lit.core.random import CounterRandom
+from discrete_lit.samplers import RasterSampler
 
 
 def weights_of(backbone: Transformer) -> dict[str, torch.Tensor]:
@@ -59,3 +63,12 @@ def test_transformer_is_imagegpt(make_backbone) -> None:
     logits = backbone(tokens, torch.zeros(3, dtype=torch.int64))
     assert logits.shape == expected.shape == (3, 12, 11)
     assert float((logits - expected).abs().max() / expected.abs().max()) < 1e-4
+    # Its loss leaves out nothing but the start, and its greedy choice is the next of ours.
+    loss = imagegpt(torch.cat((start, tokens), dim=1), labels=torch.cat((start, tokens), dim=1)).loss
+    torch.testing.assert_close(F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens.flatten()), loss)
+    labels = torch.zeros(3, dtype=torch.int64)
+    drawn = RasterSampler(top_k=1)(backbone, labels, CounterRandom(0, torch.arange(3))).tokens
+    greedy = start
+    for _ in range(12):
+        greedy = torch.cat((greedy, imagegpt(greedy).logits[:, -1:].argmax(dim=-1)), dim=1)
+    assert torch.equal(drawn, greedy[:, 1:])

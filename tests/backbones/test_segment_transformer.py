@@ -149,6 +149,58 @@ def test_chameleons_norm_has_gains_and_offsets_of_each_head() -> None:
             torch.testing.assert_close(found[:, head], expected)
 
 
+def test_heads_that_share_keys_and_values_are_heads_with_equal_ones() -> None:
+    """Also of a cache, which holds the shared heads alone."""
+    layout = image_layout()
+    shared = network(layout, heads=4, head_dim=6, key_value_heads=2, qk_norm="layer_per_head")
+    made = network(layout, heads=4, head_dim=6, qk_norm="layer_per_head")
+    weights = shared.state_dict()
+    for name, value in weights.items():
+        counts = [24, 12] if "norms" in name else [24, 12, 12]
+        if "query_key_value" in name or "norms" in name:
+            query, *others = value.split(counts)
+            others = [each.unflatten(0, (2, 6)).repeat_interleave(2, dim=0).flatten(0, 1) for each in others]
+            weights[name] = torch.cat((query, *others))
+    made.load_state_dict(weights)
+    sequence = sequence_of(shared, 2)
+    expected = made(sequence)
+    torch.testing.assert_close(shared(sequence), expected)
+    cache = shared.new_cache(2, 20)
+    assert cache.layer(0).append(*torch.zeros(2, 2, 2, 1, 6).double())[0].shape[1] == 2
+    with pytest.raises(ValueError, match="key_value_heads=3 must divide the 4 heads"):
+        network(layout, heads=4, head_dim=6, key_value_heads=3)
+    with pytest.raises(ValueError, match="norms over a head alone"):
+        network(layout, heads=4, head_dim=6, key_value_heads=2, qk_norm="unit")
+
+
+def test_norms_of_what_branches_give() -> None:
+    made = network(image_layout(), norm_outputs=True, depth=1)
+    sequence = sequence_of(made, 2)
+    x = made._embed(sequence)
+    coordinates, _ = made._places(sequence, None)
+    block: Any = made.blocks[0]
+    rotary = made.rotary_table[coordinates].flatten(2, 3)[:, None]
+    x = x + block.attention_norm(block.attention(x, rotary, None, True, None))
+    x = x + block.mlp_norm(block.mlp(x))
+    torch.testing.assert_close(made(sequence), made.final_norm(x))
+
+
+def test_ids_with_a_table_and_a_head_of_their_own_have_no_row_in_the_common_one() -> None:
+    """Where they stand behind all others, as Janus's images do."""
+    image = Segment(name="image", shape=(2, 2), ids=(11, 12, 13), begin_ids=(9,), end_ids=(10,))
+    layout = SegmentLayout(segments=(text_segment(), image), interleaved=True, most_elements=20)
+    made = network(layout, own_embeddings={"image": 4}, own_heads={"image": 6})
+    assert layout.vocab_size == 14 and made.table.num_embeddings == 11 == made.shared_ids
+    sequence = sequence_of(made, 3)
+    hidden = made(sequence)[:, 0]
+    inside = torch.full((3,), int((made.grammar.place_of == 1).nonzero()[-1]))
+    logits = made.logits_in(inside, hidden)
+    assert logits.shape == (3, 14) and (logits[:, :11] == -torch.inf).all() and logits[:, 11:].isfinite().all()
+    outside = made.logits_in(torch.ones_like(inside), hidden)
+    torch.testing.assert_close(outside[:, :11], made.logits(hidden))
+    assert (outside[:, 11:] == -torch.inf).all()
+
+
 def test_gradients_reach_every_parameter() -> None:
     island = Segment(name="island", shape=(3,), input_dim=2, attention="bidirectional", begin_ids=(12,), end_ids=(13,))
     layout = SegmentLayout(segments=(*image_layout().segments, island))

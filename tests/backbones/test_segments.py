@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.golden import Case
-from helpers.golden_cases import cases_of
 from helpers.segment_layouts import random_layout, text_segment
 from torch import Tensor
 
@@ -133,6 +131,8 @@ def test_every_way_through_a_random_grammar_ends_in_time(seed: int) -> None:
         ({"attention": "block_causal", "row_end_id": None, "scales": (1, 4)}, "add up to its 6 positions"),
         ({"attention": "bidirectional", "row_end_id": None}, "cannot be predicted one after another"),
         ({"attention": "bidirectional", "loss_weight": 0}, "neither ends of rows"),
+        ({"mask_id": 14, "row_end_id": None}, "and attention='bidirectional'"),
+        ({"mask_id": 7, "row_end_id": None, "attention": "bidirectional"}, "needs other ids than this one"),
         ({"variable": True}, "is variable"),
         ({"shape": (6,)}, "a grid of rows"),
     ],
@@ -288,37 +288,3 @@ def test_axial_positions_count_along_each_axis_from_where_the_grid_begins() -> N
     image = [[6, 6], [6, 7], [6, 8], [6, 9], [7, 6], [7, 7], [7, 8], [7, 9]]
     assert coordinates[0].tolist() == [*([n, n] for n in range(6)), *image, [10, 10]]
     assert int(then[0, -1]) == 11
-
-
-@pytest.mark.parity
-@pytest.mark.parametrize("case", cases_of(("transfusion_mask",)))
-def test_masks_and_positions_are_transfusions(case: Case) -> None:
-    """The reference numbers islands by (type, offset, length). Here an element stands before all, which it has not."""
-    length = case.constructor["seq_len"]
-    for row, given in enumerate(case.constructor["modalities"]):
-        islands = sorted((offset, count, kind) for kind, offset, count in given if count)
-        segments, at = [], 0
-        for offset, count, kind in [*islands, (length, 0, -1)]:
-            if offset > at:
-                segments.append(Segment(name=f"text at {at}", modality="text", shape=(offset - at,), ids=(1,)))
-            if count:
-                name = f"island at {offset}"
-                island = Segment(name=name, modality=str(kind), shape=(count,), input_dim=1, attention="bidirectional")
-                segments.append(island)
-            at = offset + count
-        segments[0] = replace(segments[0], begin_ids=(0,))
-        made = SegmentLayout(segments=tuple(segments), positions="island")
-        grammar = SegmentGrammar(made)
-        states = torch.arange(length + 1)[None]  # in a fixed order without variable segments, one after another
-        last = states + grammar.ahead_of[states]
-        mask = seen_by(torch.zeros_like(last), last, elements=length + 1)[0, 0, 1:, 1:]
-        assert torch.equal(mask, case.expected["mask_flex"][row].bool())
-        assert torch.equal(mask, case.expected["mask_naive"][row].bool())
-        coordinates, _ = coordinates_of(grammar, states)
-        assert torch.equal(coordinates[0, 1:, 0] - 1, case.expected["rotary_positions"][row])
-        for kind in range(case.constructor["num_modalities"]):
-            mine = [number for number, segment in enumerate(segments) if segment.modality == str(kind)]
-            inside = (
-                torch.isin(grammar.segment_of[states[0, 1:]], torch.tensor(mine)) & grammar.is_vector[states[0, 1:]]
-            )
-            assert torch.equal(inside, case.expected["is_modality"][row, kind].bool().any(dim=0))

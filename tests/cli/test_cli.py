@@ -41,6 +41,7 @@ OPTIONS = {
         "prompt",
         "prompt_file",
         "negative_prompt",
+        "thought",
         "sampler",
         "seed",
         "batch_size",
@@ -52,10 +53,12 @@ OPTIONS = {
         "decoder_sampler",
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
+    "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}
+    | {"accelerator", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
-    | {"perturbed", "perturbed_neighbours"},
+    | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
@@ -68,10 +71,14 @@ OPTIONS = {
         "evaluations",
         "sampler",
         "num_samples",
+        "prompt",
+        "prompt_file",
+        "negative_prompt",
+        "classifier",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "labels", "seeds"},
-    "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
+    "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
 
@@ -159,6 +166,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "encode_captions": ({"batch_size": 2}, "batch_size", 7),
     "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
+    "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),

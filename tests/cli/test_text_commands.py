@@ -145,12 +145,13 @@ def test_prompts_stand_in_the_record_and_decide_the_pictures(fitted: Path, tmp_p
     with Image.open(tmp_path / "two" / "grid.png") as grid, np.load(tmp_path / "two" / "samples.npz") as file:
         pixels = np.asarray(grid)
         height = len(pixels) // 2
-        assert height > 8 + 10
+        assert height > 32 + 10  # pictures of 8 pixels are shown four times as large
         for row in range(2):
             strip = pixels[row * height : (row + 1) * height]
-            assert np.array_equal(strip[-8:, :16], np.concatenate(file["arr_0"][row::2], axis=1))
-            assert (strip[:-8] < 128).any()  # the text
-        assert not np.array_equal(pixels[: height - 8], pixels[height:-8])
+            shown = np.concatenate(file["arr_0"][row::2], axis=1).repeat(4, axis=0).repeat(4, axis=1)
+            assert np.array_equal(strip[-32:, :64], shown)
+            assert (strip[:-32] < 128).any()  # the text
+        assert not np.array_equal(pixels[: height - 32], pixels[height:-32])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The sources that make captions: compositions of digits, and sentences of the embedded set."""
+"""The sources with captions: compositions of digits, sentences of the embedded set, stamps, and clip art."""
 
 import csv
 import gzip
@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from discrete_lit.core.files import content_sha256
-from discrete_lit.data.sources import DigitCompositions, EmbeddedSet, TuxpaintStamps, digit_compositions
+from discrete_lit.data.sources import DigitCompositions, EmbeddedSet, OpenClipart, TuxpaintStamps, digit_compositions
 from discrete_lit.data.sources.digit_compositions import WORDS, held_out
+from discrete_lit.data.sources.openclipart import words_of
 
 EMBEDDED = Path(__file__).parents[2] / "data" / "fashion_mnist.npz"
 
@@ -180,3 +182,67 @@ def test_stamps_that_are_not_there(stamps: Path, tmp_path: Path) -> None:
         TuxpaintStamps(tmp_path / "none", "train")
     with pytest.raises(ValueError, match=r"languages=\['xx'\]: accepted are some of en, fr, pt_br"):
         TuxpaintStamps(stamps, "train", languages=("xx",))
+
+
+@pytest.mark.parametrize(
+    ("name", "author", "words"),
+    [
+        ("seagull_nicu_buculei_01", "Nicu Buculei", "seagull"),
+        ("ice-cream_cone_(3)_gerald_g._02b", "Gerald G.", "ice cream cone 3"),
+        ("puntine_architetto_franc_01", "Architetto Francesco", "puntine"),  # cut off
+        ("cello_mo_01", "mo", "cello"),
+        ("mo_01", "mo", "mo"),  # a name of nothing else
+        ("red_flower_03", "", "red flower"),
+        ("nicu_in_the_snow", "Nicu Buculei", "nicu in the snow"),  # no end of the name
+    ],
+)
+def test_words_of_a_drawing(name: str, author: str, words: str) -> None:
+    assert " ".join(words_of(name, author)) == words
+
+
+@pytest.fixture
+def clipart(tmp_path: Path) -> Path:
+    """Sixty drawings of two classes, half transparent, in two variations of each name; a link, and a text."""
+    root = tmp_path / "png"
+    for number in range(60):
+        folder = ("animals/sea_birds", "food")[number % 2]
+        file = root / folder / f"thing{number // 4}_ann_b_{number // 2 % 2:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture = Image.new("RGBA", (40, 20), (255, 0, 0, 0 if number % 4 else 255))
+        said = PngInfo()
+        said.add_text("Author", "Ann Bee (ann@bee.org)")
+        picture.save(file, pnginfo=said)
+    (root / "food" / "again.png").symlink_to(root / "animals" / "sea_birds" / "thing0_ann_b_00.png")
+    (root / "food" / "readme.txt").write_text("no picture")
+    return root
+
+
+def test_drawings_have_captions_of_file_and_folders(clipart: Path) -> None:
+    sources = {split: OpenClipart(clipart, split, longest_side=16) for split in ("train", "test")}
+    keys = {split: {entry.key for entry in source.entries} for split, source in sources.items()}
+    assert not keys["train"] & keys["test"] and len(keys["train"] | keys["test"]) == 60
+    assert 0 < len(keys["test"]) < 20 and "food/again" not in keys["train"] | keys["test"]
+    titles = {split: {source.captions(index)[0] for index in range(len(source))} for split, source in sources.items()}
+    assert not titles["train"] & titles["test"]  # the variations of a drawing are in one split
+    for source in sources.values():
+        assert source.classes == ["animals", "food"]
+        for index, entry in enumerate(source.entries):
+            number = int(entry.key.partition("thing")[2].partition("_")[0])
+            folder = "food" if entry.label else "animals, sea birds"
+            assert source.captions(index) == (f"thing{number}", f"thing{number}, {folder}")
+            image = Image.open(io.BytesIO(source.read(index)))
+            assert (image.mode, image.size) == ("RGB", (16, 8))
+            assert image.getpixel((3, 3)) in ((255, 255, 255), (255, 0, 0))
+    few = OpenClipart(clipart, "train", leave_out=("animals/sea_birds",))
+    assert {entry.label for entry in few.entries} == {1} and few.fingerprint() != sources["train"].fingerprint()
+
+
+def test_drawings_that_are_not_there(clipart: Path, tmp_path: Path) -> None:
+    for made, message in (
+        (lambda: OpenClipart(tmp_path / "none", "train"), "holds no drawings: give the folder png"),
+        (lambda: OpenClipart(clipart, "validation"), "accepted are train, test"),  # pyright: ignore[reportArgumentType]
+        (lambda: OpenClipart(clipart, "train", longest_side=0), "must be at least 1 pixel"),
+        (lambda: OpenClipart(clipart, "train", leave_out=("stars",)), "has no folder 'stars'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            made()

@@ -20,7 +20,7 @@ from discrete_lit.diffusion.solvers import DDPM, Euler
 from discrete_lit.generators import ContinuousNextScale, HybridNextScale, VectorPyramid
 from discrete_lit.generators.hybrid_next_scale import HybridPyramid
 from discrete_lit.samplers import HybridScaleSampler
-from discrete_lit.tokenizers import HybridLatents, HybridVQ, LatentGrid, RawPixels
+from discrete_lit.tokenizers import HybridLatents, HybridVQ, LatentGrid, RawPixels, StaticTextEncoder, TextTokenizer
 from discrete_lit.tokenizers.networks import ConvAutoencoder
 
 
@@ -307,6 +307,23 @@ def test_given_text() -> None:
     mask = torch.tensor([[1, 1, 1, 0]] * 2)
     masked = made.condition_of({"latents": drawn, "context": vectors, "context_mask": mask}, None)  # type: ignore[arg-type]
     assert isinstance(masked, Condition) and torch.equal(masked.context_mask, mask.bool())
+
+
+@torch.no_grad()
+def test_given_captions() -> None:
+    encoder = StaticTextEncoder(TextTokenizer.characters("ab"), 6, length=4)
+    made = hybrid(context=(4, 6), num_classes=1, text_encoder=encoder)
+    condition: Any = made.condition_of({"latents": torch.zeros(2, 3, 2, 2), "caption": ["a", "b"]}, None)  # type: ignore[arg-type]
+    vectors, mask = encoder(["a", "b"])
+    assert torch.equal(condition.context, vectors) and torch.equal(condition.context_mask, mask)
+    one, other = (made.sample(made.condition_of_texts([text] * 8)) for text in "ab")
+    assert not torch.equal(one, other)
+    guided = HybridScaleSampler(3.0)
+    away = {text: made.sample(made.condition_of_texts(["a"] * 8, negative=[text] * 8), guided) for text in ("b", "")}
+    plain = made.sample(made.condition_of_texts(["a"] * 8), guided)
+    assert torch.equal(away[""], plain) and not torch.equal(away["b"], plain)
+    with pytest.raises(ValueError, match="and no caption, which this HybridNextScale reads"):
+        made.condition_of({"latents": torch.zeros(2, 3, 2, 2)}, None)  # type: ignore[arg-type]
 
 
 def test_bad_input() -> None:

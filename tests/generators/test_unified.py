@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.checkpoints import instantiate, load, save
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.diffusion import CosineSchedule
+from discrete_lit.generators.segment_losses import id_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.generators.unified import Unified
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
 from discrete_lit.tokenizers import PixelLevels, RawPixels, TextTokenizer
 
 WORDS = ("black", "white")
@@ -40,6 +42,10 @@ def unified(spread: float | None = 0.4, **settings: Any) -> Unified:
     }
     generator = Unified(**arguments)
     return (generator if spread is None else randomise(generator, spread)).double().eval()
+
+
+def masked(**settings: Any) -> Unified:
+    return unified(image_prediction="masked", **settings)
 
 
 def continuous(**settings: Any) -> Unified:
@@ -147,8 +153,8 @@ def test_the_z_loss_is_the_mean_squared_log_partition() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [*(partial(unified, **settings) for settings in DISCRETE.values()), continuous],
-    ids=[*DISCRETE, "transfusion"],
+    [*(partial(unified, **settings) for settings in DISCRETE.values()), masked, continuous],
+    ids=[*DISCRETE, "showo", "transfusion"],
 )
 def test_packing_changes_no_loss(make: Callable[..., Unified]) -> None:
     alone, packed = make(), make(packed_length=40)
@@ -211,7 +217,11 @@ def test_latents_in_front_of_their_caption_are_not_very_noisy() -> None:
 
 @pytest.mark.parametrize(
     "make, steps",
-    [pytest.param(unified, 100, id="ids"), pytest.param(continuous, 400, id="latents", marks=pytest.mark.slow)],
+    [
+        pytest.param(unified, 100, id="ids"),
+        pytest.param(masked, 200, id="masked"),
+        pytest.param(continuous, 400, id="latents", marks=pytest.mark.slow),
+    ],
 )
 def test_both_directions_are_learned_by_one_model(make: Callable[..., Unified], steps: int) -> None:
     """A caption names the left and the right half of its image: images of captions, and captions of images."""
@@ -244,6 +254,217 @@ def test_guidance_reads_the_null_caption() -> None:
     assert padded.null_captions(texts).ids.eq(0).all() and torch.equal(
         padded.null_captions(texts).lengths, texts.lengths
     )
+
+
+# --- Masked images ---
+
+
+def test_the_masked_loss_is_the_cross_entropy_of_what_stands_behind_the_masks() -> None:
+    """Show-o: predicted at its own position, where both sides of the image are seen, and averaged apart."""
+    generator = masked(order="text_first", image_weight=2.0)
+    images, captions = batch_of(generator)
+    random = CounterRandom(3, torch.arange(8))
+    hidden_ids = generator._masked(torch.zeros(8, dtype=torch.bool), random)
+    assert hidden_ids.any(dim=1).all() and not hidden_ids.all()
+    sequence = generator.sequences(images, captions, masked=hidden_ids)
+    inside = generator._inside(sequence, "image")
+    logits = generator.backbone.logits(generator.backbone(sequence)[inside])[:, list(generator.image.ids)].view(8, 2, 2)
+    costs = F.cross_entropy(logits.movedim(-1, 1), images.flatten(1), reduction="none")
+    loss, terms = generator.loss(images, captions, random)
+    torch.testing.assert_close(terms["loss_of/image"].double(), costs[hidden_ids].mean())
+    torch.testing.assert_close(loss, (terms["loss_of/text"] + 2 * terms["loss_of/image"]).to(loss.dtype))
+    # What stands behind a mask is not seen.
+    other = generator.sequences(torch.where(hidden_ids.view(8, 1, 2), 1 - images, images), captions, masked=hidden_ids)
+    assert torch.equal(sequence.ids, other.ids)
+
+
+def test_an_image_in_front_of_its_caption_has_no_masks() -> None:
+    generator = masked()
+    first = torch.arange(64) < 32
+    hidden_ids = generator._masked(first, CounterRandom(0, torch.arange(64)))
+    assert not hidden_ids[first].any() and hidden_ids[~first].any(dim=1).all()
+
+
+def test_masked_ids_are_drawn_by_the_networks_law() -> None:
+    """In one step each by its own law given masks alone; in two the second knows the first. No mask is left."""
+    generator = masked(order="text_first")
+    captions = generator.captions_of(["white"] * 4000)
+    everywhere = torch.ones(1, 2, dtype=torch.bool)
+    one = generator.captions_of(["white"])
+    sequence = generator.sequences(EVERY_IMAGE[:1], one, masked=everywhere)
+    number = generator.grammar.masked_set("image")
+    hidden = generator.backbone(sequence)[generator._inside(sequence, "image")]
+    law = generator.backbone.logits(hidden, number).softmax(dim=-1)  # (2, K)
+    expected = (law[0][:, None] * law[1]).flatten()
+    output = generator.draw(captions, CounterRandom(0, torch.arange(4000)), SegmentSampler(masked=MaskedSteps(steps=1)))
+    found = (2 * output.tokens[:, 0, 0] + output.tokens[:, 0, 1]).bincount(minlength=4) / 4000
+    assert (found - expected).abs().sum() < 0.06
+    assert output.sequential_passes == 3  # the prompt, the image's begin, the masks
+    # Noise alone orders them: either is drawn first, and the other given it.
+    both = torch.zeros(4, dtype=torch.float64)
+    for place in range(2):
+        for image in EVERY_IMAGE:
+            known = torch.arange(2)[None] == place
+            given = generator.sequences(image[None], one, masked=~known)
+            hidden = generator.backbone(given)[generator._inside(given, "image")]
+            after = generator.backbone.logits(hidden, number).softmax(dim=-1)[1 - place]
+            index = int(2 * image[0, 0] + image[0, 1])
+            both[index] += 0.5 * law[place][image[0, place]] * after[image[0, 1 - place]]
+    steps = SegmentSampler(masked=MaskedSteps(steps=2, choice_temperature=1e9))
+    drawn = generator.sample(captions, steps)
+    found = (2 * drawn[:, 0, 0] + drawn[:, 0, 1]).bincount(minlength=4) / 4000
+    assert (found - both).abs().sum() < 0.06
+
+
+# --- Thoughts ---
+
+
+def thinking(**settings: Any) -> Unified:
+    """A model whose captions are "black=white", say: a word that is asked, and one that is thought."""
+    return unified(**{"order": "text_first", "thought_length": 4, **settings})
+
+
+def test_a_thought_is_drawn_by_its_probabilities_and_shown() -> None:
+    """Of each of the seven thoughts of at most two words, by the likelihood that a sequence with it has."""
+    generator = thinking()
+    asked = generator.captions_of(["white"] * 7, thoughts=EVERY_TEXT)
+    sequence = generator.sequences(torch.tensor([[[0, 1]]]).expand(7, 1, 2), asked)
+    owners: list[tuple[str, Tensor]] = []
+    losses = id_losses(
+        generator.backbone, sequence, generator.backbone(sequence), softmax_over="allowed", owners=owners
+    )["thought"]
+    owner = torch.cat([each for name, each in owners if name == "thought"])
+    expected = torch.zeros(7, dtype=torch.float64).index_add(0, owner, -losses.values).exp()
+    torch.testing.assert_close(expected.sum().item(), 1.0)
+    thoughts = generator.think(generator.captions_of(["white"] * 4000))
+    found = torch.tensor([thoughts.count(text) for text in EVERY_TEXT]) / 4000
+    assert (found - expected).abs().sum() < 0.08
+
+
+@pytest.mark.parametrize("make", [thinking, partial(thinking, tokenizer=RawPixels(1), image_size=[2, 2])])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_picture_is_the_same_after_its_thought_drawn_or_given(make: Callable[..., Unified], scale: float) -> None:
+    generator, sampler = make(), SegmentSampler({"image": DrawSettings(guidance_scale=scale)})
+    prompts = ["black", "white", "", "black white"] * 3
+    random = CounterRandom(5, torch.arange(12))
+    drawn = generator.draw(generator.captions_of(prompts), random, sampler)
+    assert drawn.thoughts is not None
+    thoughts = generator.texts_of(drawn.thoughts)
+    assert thoughts == generator.think(generator.captions_of(prompts), sampler, seed=5) and len(set(thoughts)) > 2
+    given = generator.draw(generator.captions_of(prompts, thoughts=thoughts), random, sampler)
+    torch.testing.assert_close(given.tokens, drawn.tokens)
+    assert given.network_calls < drawn.network_calls and given.flops < drawn.flops
+    others = ["white" if text != "white" else "black" for text in thoughts]
+    assert not torch.equal(
+        generator.sample(generator.captions_of(prompts, thoughts=others), sampler, seed=5), drawn.tokens
+    )
+
+
+def test_the_image_is_learned_through_its_thought() -> None:
+    """The thought says which pixel is bright, and the caption nothing."""
+    generator = thinking(spread=None, backbone=partial(SegmentTransformer, width=32, depth=2, heads=2)).float().train()
+    optimizer = torch.optim.AdamW(generator.backbone.parameters(), lr=5e-3)
+    for step in range(60):
+        bright = torch.randint(0, 2, (32,))
+        batch = {"tokens": F.one_hot(bright, 2)[:, None], "caption": [f"black={WORDS[number]}" for number in bright]}
+        random = CounterRandom(0, 32 * step + torch.arange(32))
+        optimizer.zero_grad()
+        generator.loss(generator.data_of(batch, random), generator.condition_of(batch, random), random)[0].backward()
+        optimizer.step()
+    generator.eval()
+    thoughts = ["black", "white"] * 8
+    drawn = generator.sample(generator.captions_of(["black"] * 16, thoughts=thoughts))
+    assert drawn[:, 0].argmax(dim=1).tolist() == [0, 1] * 8
+    assert set(generator.think(generator.captions_of(["black"] * 40))) == {"black", "white"}
+
+
+def test_a_dropped_caption_takes_its_thought_along() -> None:
+    generator = thinking(text_weight=0.0)
+    images, _ = batch_of(generator, 4)
+    losses = [
+        generator.segment_losses(
+            images,
+            generator.captions_of(["black"] * 4, thoughts=[thought] * 4),
+            CounterRandom(0, torch.arange(4)),
+            dropped=torch.ones(4, dtype=torch.bool),
+        )
+        for thought in ("black", "white white")
+    ]
+    torch.testing.assert_close(losses[0]["image"].values, losses[1]["image"].values)
+    assert len(losses[0]["text"].values) == len(losses[0]["thought"].values) == 0
+
+
+def test_a_prompt_without_weight_is_logged_and_does_not_train() -> None:
+    generator = thinking(text_weight=0.0)
+    images, _ = batch_of(generator, 4)
+    captions = generator.captions_of(["black"] * 4, thoughts=["white"] * 4)
+    loss, terms = generator.loss(images, captions)
+    counts = {"thought": 8, "image": 8}
+    expected = torch.stack([counts[name] * terms[f"loss_of/{name}"] for name in counts]).sum() / 16
+    torch.testing.assert_close(loss, expected.to(loss.dtype))
+    assert terms["loss_of/text"] > 0
+
+
+def test_guidance_leads_away_from_a_negative_text() -> None:
+    generator = unified()
+    sampler = SegmentSampler({"image": DrawSettings(guidance_scale=0.0)})
+    away = generator.condition_of_texts(["white"] * 8, negative=["black"] * 8)
+    black = generator.condition_of_texts(["black"] * 8)
+    assert torch.equal(generator.sample(away, sampler), generator.sample(black))
+    assert not torch.equal(
+        generator.sample(generator.condition_of_texts(["white"] * 8), sampler), generator.sample(black)
+    )
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: unified(thought_length=4), "set order='text_first'"),
+        (lambda: thinking(thought_length=2), "thought_length=2 leaves no room"),
+        (lambda: unified().captions_of(["black"], thoughts=["white"]), "trained without a thought_length"),
+        (lambda: thinking().captions_of(["black"], thoughts=["white"] * 2), "1 texts and 2 thoughts"),
+        (lambda: thinking().captions_of(["black"], thoughts=["white " * 3]), "model.init_args.thought_length"),
+        (lambda: unified().captions_of(["white " * 3]), "model.init_args.text_length"),
+        (lambda: thinking().condition_of_texts(["black=white"]), "give the thought by itself"),
+        (lambda: unified().think(unified().captions_of(["black"])), "has no thoughts"),
+        (
+            lambda: thinking().sample(
+                thinking().captions_of(["black"]), SegmentSampler({"thought": DrawSettings(guidance_scale=2)})
+            ),
+            "thoughts are drawn without guidance",
+        ),
+    ],
+)  # fmt: skip
+def test_thoughts_that_are_refused(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_training_needs_the_thought_of_each_caption() -> None:
+    generator, random = thinking(), CounterRandom(0, torch.arange(4))
+    for batch, message in (
+        ({"tokens": EVERY_IMAGE, "caption": ["black=white"] * 3 + ["white"]}, "caption 'white' has no thought"),
+        ({"tokens": EVERY_IMAGE, "caption": torch.ones(4, 2), "caption_length": torch.ones(4)}, "thoughts reads texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator.condition_of(batch, random)
+
+
+def test_the_operations_of_a_draw_are_counted() -> None:
+    """As torch counts them, but for what stands outside the blocks and the logits."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    generator = unified().float()
+    sequence = generator.sequences(EVERY_IMAGE[:1], generator.captions_of(["black white"]))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        generator.backbone(sequence)
+    elements = sequence.ids.shape[1]
+    assert counter.get_total_flops() == generator.backbone.flops(elements, elements)
+    drawn = generator.draw(generator.captions_of(["black"]), CounterRandom(0, torch.zeros(1, dtype=torch.int64)))
+    # The prompt has a begin, a word and the image's begin; each pixel's logits are of two ids.
+    flops = generator.backbone.flops
+    assert drawn.flops == flops(3, 3) + flops(1, 4) + 2 * 2 * 2 * generator.backbone.width
 
 
 # --- Training, and from a configuration ---
@@ -323,6 +544,8 @@ def test_the_example_of_the_page_runs() -> None:
         ({"image_first": 1.5}, "must lie in"),
         ({"packed_length": 5}, "shorter than the longest sample, of 8 elements"),
         ({"patch_size": 2}, "is of latents"),
+        ({"mask_schedule": CosineSchedule()}, "mask_schedule is of image_prediction='masked'"),
+        ({"image_prediction": "masked", "image_format": "rows"}, "have no ends of rows"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -373,3 +596,7 @@ def test_what_was_not_learned_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="of='image'"):
         latents, captions = batch_of(continuous())
         continuous().log_likelihood(latents, captions)
+    with pytest.raises(ValueError, match="predicted one after another"):
+        masked().log_likelihood(*batch_of(masked()))
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        MaskedSteps(steps=0)

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from discrete_lit.pretrained import load_pretrained
+from discrete_lit.pretrained import FAMILIES, load_pretrained
 from helpers.flax_files import write_flax
+from helpers.golden_text_tokenizers import write_text_tokenizer
 
 Tensors = dict[str, Tensor]
 # `load(**reference)`: the module of a case, with some of the reference's arguments in place of the case's own.
@@ -88,6 +89,10 @@ class Case:
         if self.family == "mdlm":
             # Of the class, not of its configuration: the text tokenizer says them.
             arguments |= {"vocab_size": self.constructor["vocab_size (with mask)"]}
+        if self.family == "emu3":
+            # Of its image processor, not of the model.
+            height, width = self.inputs["image_sizes"][0].tolist()
+            arguments |= {"image_area": height * width}
         if self.family in ("titok", "titok_vae"):
             # The networks have another number of heads than the published sizes, of which the case says so.
             arguments = deepcopy(arguments)
@@ -166,6 +171,8 @@ def published(case: Case, folder: Path) -> Load:
         tokenizer = load_pretrained(folder / "tokenizer_checkpoint", "maskgit_flax_tokenizer", settings)
     else:
         save_file(published_state(case), file)
+        if FAMILIES[case.family].reads_text:
+            write_text_tokenizer(case, folder)
 
     def load(**reference: Any) -> Any:
         arguments = {**case.arguments, **reference}

@@ -18,10 +18,13 @@ from helpers import (
     golden_latents,
     golden_remasking,
     golden_replacing,
+    golden_segments,
     golden_stacked,
     golden_text_diffusion,
+    golden_texts,
     golden_tokenizers,
     golden_turns,
+    golden_unified,
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
@@ -37,14 +40,15 @@ KINDS = (
     golden_stacked,
     golden_replacing,
     golden_text_diffusion,
+    golden_texts,
+    golden_unified,
 )
-SAMPLERS = (golden_decoding, golden_remasking)
-"""Of families without a checkpoint: published algorithms on toy networks."""
+SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
+"""Of families without a checkpoint: published algorithms on toy networks, or alone."""
 NOT_YET = (
-    *("chameleon", "emu3"),
-    *("encodec", "infinity", "janus", "llamagen_t2i"),
+    *("encodec", "infinity"),
     *("magvit2_video", "musicgen_decoder"),
-    *("showo", "transfusion_mask"),
+    "showo",
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}

@@ -50,7 +50,8 @@ def text_segment(words: int = 4, length: int = 5, **changes: Any) -> Segment:
 
 
 def random_layout(seed: int) -> SegmentLayout:
-    """Make a layout at random: in a fixed order or interleaved, grids of one to three axes, ids or vectors."""
+    """Make a layout at random: in a fixed order or interleaved, grids of one to three axes, ids, masked or not, or
+    vectors."""
     draw = random.Random(seed)
     words = draw.randint(1, 4)
     text = text_segment(words, draw.randint(1, 5), end_ids=tuple([2, 0][: draw.randint(1, 2)]))
@@ -64,17 +65,19 @@ def random_layout(seed: int) -> SegmentLayout:
         begin = tuple(range(after, after + draw.randint(1, 3)))
         end = tuple(range(after + 3, after + 3 + draw.randint(0, 2)))
         free = after + 6
-        rows = len(shape) > 1 and not vectors and draw.random() < 0.5
+        masked = not vectors and draw.random() < 0.3
+        rows = len(shape) > 1 and not vectors and not masked and draw.random() < 0.5
         segments.append(
             Segment(
                 name=f"image{number}",
                 shape=shape,
                 ids=() if vectors else tuple(codes),
                 input_dim=draw.randint(1, 3) if vectors else None,
-                attention=draw.choice(["causal", "bidirectional"]) if vectors else "causal",
+                attention="bidirectional" if masked or (vectors and draw.random() < 0.5) else "causal",
                 begin_ids=begin,
                 end_ids=end,
                 row_end_id=free - 1 if rows else None,
+                mask_id=free - 1 if masked else None,
             )
         )
     interleaved = draw.random() < 0.6

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from discrete_lit.tokenizers import (
     StaticTextEncoder,
+    T5TextEncoder,
     TextTokenizer,
     TransformerTextEncoder,
     text_encoder_from_files,
@@ -39,7 +40,11 @@ def published(kind: str, text_tokenizer: TextTokenizer, **changes: Any) -> tuple
         "attn_implementation": "eager",
         **changes,
     }
-    if kind == "bert":
+    if kind == "t5":
+        t5 = {"d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+        sizes = {"vocab_size": text_tokenizer.vocab_size + 5, **t5, **changes}
+        made = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    elif kind == "bert":
         made = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
     else:
         made = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
@@ -48,7 +53,9 @@ def published(kind: str, text_tokenizer: TextTokenizer, **changes: Any) -> tuple
 
 
 def written(folder: Path, model: Any, config: dict[str, Any], text_tokenizer: TextTokenizer) -> dict[str, str]:
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    shared = "encoder.embed_tokens.weight"  # of T5 the same tensor as shared.weight
+    state = {name: value.contiguous() for name, value in model.state_dict().items() if name != shared}
+    save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(text_tokenizer.json, encoding="utf-8")
     return {"weights": str(folder / "model.safetensors"), "tokenizer": str(folder / "tokenizer.json")}
@@ -57,7 +64,22 @@ def written(folder: Path, model: Any, config: dict[str, Any], text_tokenizer: Te
 @pytest.mark.parity
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [("bert", {}), ("clip", {"hidden_act": "quick_gelu"}), ("clip", {"hidden_act": "gelu"})],
+    [
+        ("bert", {}),
+        ("clip", {"hidden_act": "quick_gelu"}),
+        ("clip", {"hidden_act": "gelu"}),
+        ("t5", {"feed_forward_proj": "relu"}),
+        ("t5", {"feed_forward_proj": "gated-gelu"}),
+        # Distances of all kinds of buckets among 20 ids.
+        (
+            "t5",
+            {
+                "feed_forward_proj": "gated-gelu",
+                "relative_attention_num_buckets": 8,
+                "relative_attention_max_distance": 9,
+            },
+        ),
+    ],
 )
 def test_vectors_are_those_of_transformers(
     kind: str, changes: dict[str, Any], text_tokenizer: TextTokenizer, tmp_path: Path
@@ -120,7 +142,8 @@ def test_it_is_never_trained_nor_rounded(encoder: TransformerTextEncoder) -> Non
 def test_its_description_builds_it_again(encoder: TransformerTextEncoder, text_tokenizer: TextTokenizer) -> None:
     from discrete_lit.checkpoints import instantiate
 
-    for made in (encoder, StaticTextEncoder(text_tokenizer, 4, length=9, too_long="cut")):
+    t5 = T5TextEncoder(text_tokenizer, 8, depth=1, heads=2, head_dim=3, mlp_dim=8, gated=False, length=7)
+    for made in (encoder, StaticTextEncoder(text_tokenizer, 4, length=9, too_long="cut"), t5):
         again: Any = instantiate(dict(made.hparams))
         again.load_state_dict(made.state_dict())
         assert again.fingerprint() == made.fingerprint()
@@ -134,7 +157,7 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, "model_type 't5'; read are bert, clip and clip_text_model"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2'; read are bert, clip, clip_text_model, t5 and mt5"),
         ({"model_type": "clip_text_model"}, "holds no clip_text_model"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"position_embedding_type": "relative_key"}, "positions are none that this encoder has"),
@@ -147,6 +170,25 @@ def test_files_of_another_model_are_refused(
     changes: dict[str, Any], message: str, text_tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     model, config = published("bert", text_tokenizer)
+    files = written(tmp_path, model, {**config, **changes}, text_tokenizer)
+    with pytest.raises(ValueError, match=message):
+        text_encoder_from_files(**files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj 'gated-silu' is none that this encoder has"),
+        ({"feed_forward_proj": "gated-gelu"}, "does not fit its config: layers.0.expand.weight is missing"),
+        ({"num_layers": 3}, "does not fit its config: layers.2.attention_norm.weight is missing"),
+        ({"d_kv": 7}, "does not fit its config: layers.0.query_key_value.weight is"),
+        ({"relative_attention_num_buckets": 6}, "buckets a multiple of 4"),
+    ],
+)
+def test_files_of_another_t5_are_refused(
+    changes: dict[str, Any], message: str, text_tokenizer: TextTokenizer, tmp_path: Path
+) -> None:
+    model, config = published("t5", text_tokenizer)
     files = written(tmp_path, model, {**config, **changes}, text_tokenizer)
     with pytest.raises(ValueError, match=message):
         text_encoder_from_files(**files)

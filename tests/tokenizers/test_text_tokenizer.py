@@ -163,6 +163,23 @@ def test_a_padding_token_can_be_named() -> None:
     assert TextTokenizer(**made.config()["init_args"]).fingerprint() == made.fingerprint()
 
 
+def test_begin_and_end_can_be_named() -> None:
+    """As the configuration of a published model does, whose tokenizer.json puts none around a text."""
+    text = published(pad="<pad>")
+    vocabulary = text_tokenizer.tokens_of(text)
+    made = TextTokenizer.with_special(text, {"pad": vocabulary["<pad>"], "begin": vocabulary["a"], "end": "b"})
+    assert (made.begin_id, made.end_id) == (vocabulary["a"], vocabulary["b"])
+    ids, lengths = made.encode(["no"], 9)
+    assert lengths.tolist() == [4] and ids[0, :4].tolist() == [made.begin_id, *made.ids("no"), made.end_id]
+    again = TextTokenizer(**made.config()["init_args"])
+    assert again.fingerprint() == made.fingerprint() != TextTokenizer(text).fingerprint()
+    assert torch.equal(again.encode(["no"], 9)[0], ids)
+    with pytest.raises(ValueError, match="has no token of the id 9999, the model's begin"):
+        TextTokenizer.with_special(text, {"begin": 9999})
+    with pytest.raises(ValueError, match="has no token end='<none>'"):
+        TextTokenizer(text, end="<none>")
+
+
 def bomb() -> str:
     """A short state that would unpack to more than any vocabulary has."""
     return "zlib:" + base64.b64encode(zlib.compress(b" " * (2**27 + 1))).decode()

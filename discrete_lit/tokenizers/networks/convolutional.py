@@ -69,6 +69,7 @@ class ConvAutoencoder(Autoencoder):
             frame. The first frame is alone, so 1 + t frames become 1 + t / 2^(n-1).
         frames: with three axes, T, for `grid`; as many as the side of square images by default. Causal networks need it
             there.
+        with_decoder: false for an encoder alone, which makes tokens and no images (Chameleon's port).
 
     Raises:
         ValueError: settings that do not fit together.
@@ -103,6 +104,7 @@ class ConvAutoencoder(Autoencoder):
         dims: Literal[1, 2, 3] = 2,
         causal: bool = False,
         frames: int | None = None,
+        with_decoder: bool = True,
     ) -> None:
         super().__init__()
         latent_dim = code_dim if latent_dim is None else latent_dim
@@ -154,6 +156,9 @@ class ConvAutoencoder(Autoencoder):
             latent_dim=latent_dim,
             latent_kernel=latent_kernel,
         )
+        self.decoder = None
+        if not with_decoder:
+            return
         self.decoder = Decoder(
             layers,
             code_dim=code_dim,
@@ -171,7 +176,8 @@ class ConvAutoencoder(Autoencoder):
 
     @property
     def last_layer(self) -> Tensor:
-        return cast(nn.Conv2d, self.decoder.conv_out).weight
+        # Without a decoder nothing is trained, and the precision is that of the encoder.
+        return self.last_encoder_layer if self.decoder is None else cast(nn.Conv2d, self.decoder.conv_out).weight
 
     @property
     def last_encoder_layer(self) -> Tensor:
@@ -214,6 +220,8 @@ class ConvAutoencoder(Autoencoder):
         return self.encoder(self._layout(images))
 
     def decode(self, latents: Tensor) -> Tensor:
+        if self.decoder is None:
+            raise ValueError("this network is an encoder alone (with_decoder=false): it makes no images")
         outputs = self.decoder(self._layout(latents))
         return outputs * 2 - 1 if self.pixels == "unit" else outputs
 

@@ -44,6 +44,8 @@ class VectorQuantizer(Quantizer):
         normalize: latents and codes on the unit sphere (LlamaGen, TiTok, ViT-VQGAN).
         weighted_term: the term that beta multiplies; the other has weight 1. `"commitment"` is the paper's;
             `"codebook"` is what taming's published models were trained with, and diffusers and Chameleon keep.
+        unit_lookup: `lookup`, by which ids are decoded, gives the codes on the unit sphere, also where nothing else is
+            (Janus's port of LlamaGen's codes).
         gradient: what the latents receive: `"straight_through"`, or `"rotation"` (the rotation trick).
         revive_below: replace codes whose usage falls below this, see `Codebook`; None keeps them.
         entropy_weight: of the terms `sample_entropy` and `batch_entropy`, per-sample minus batch entropy of the
@@ -68,6 +70,7 @@ class VectorQuantizer(Quantizer):
         codebook_init: CodebookInit = "data",
         normalize: bool = False,
         weighted_term: Literal["commitment", "codebook"] = "commitment",
+        unit_lookup: bool = False,
         gradient: Literal["straight_through", "rotation"] = "straight_through",
         revive_below: float | None = None,
         entropy_weight: float = 0.0,
@@ -103,6 +106,7 @@ class VectorQuantizer(Quantizer):
         self.commitment_weight = commitment_weight if weighted_term == "commitment" else 1.0
         self.codebook_weight = commitment_weight if weighted_term == "codebook" else 1.0
         self.gradient = gradient
+        self.unit_lookup = unit_lookup
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         self.entropy_log_offset = entropy_log_offset
@@ -137,7 +141,8 @@ class VectorQuantizer(Quantizer):
             return self.codebook.search(latents.to(self.precision.dtype))
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        return self.codebook.lookup(tokens)
+        codes = self.codebook.lookup(tokens)
+        return F.normalize(codes, dim=-1) if self.unit_lookup else codes
 
 
 class SimVectorQuantizer(Quantizer):
