@@ -87,9 +87,11 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 quickstart: ## train two generators on real images and compare them, 12 minutes on 2 cores
 	$(MAKE) --jobs 2 learned OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(RUNS)/evaluation/report.md
+	$(MAKE) $(RUNS)/watch.html
 	@echo
 	@cat $(RUNS)/evaluation/report.md
 	@echo
+	@echo "watch them:   $(RUNS)/watch.html, in a browser"
 	@echo "pictures:     $(RUNS)/masked/grid.png $(RUNS)/autoregressive/grid.png"
 	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
 	@echo "training log: $(BIN)/tensorboard --logdir $(RUNS)"
@@ -99,6 +101,11 @@ learned: $(SEEDED:%=$(RUNS)/%/finished) $(CLASSIFIERS)
 $(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz \
 		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
+
+# Both generators draw every class, pass by pass.
+$(RUNS)/watch.html: $(SEEDED:%=$(RUNS)/%/finished)
+	$(LIT) watch --output $@ --labels '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]' \
+		--checkpoints '{$(foreach each,$(SEEDED),$(each): $(RUNS)/$(each)/checkpoints/last.ckpt,)}'
 
 # The quickstart is seed 0. The others share its shards and classifiers.
 SEEDS := 1 2

@@ -132,6 +132,19 @@ def test_the_emoji_come_from_the_registry_that_npm_is_told(tmp_path: Path) -> No
     assert re.search(r"curl .* https://mirror\.example/npm/emoji-datasource-google/-/emoji-\S+\.tgz", done.stdout)
 
 
+def test_the_quickstart_writes_the_page_of_its_generators_and_says_where(tmp_path: Path) -> None:
+    commands = steps("runs/quickstart/watch.html", tmp_path)
+    said = " ".join(commands[-1])
+    assert said.startswith("watch --output runs/quickstart/watch.html")
+    made = [made_by(step) for step in commands[:-1]]
+    named = re.findall(r"runs/\S+/checkpoints/last.ckpt", said)
+    assert len(named) == 2
+    assert all(folder_of(path) in made for path in named)
+    asked = subprocess.run(["make", "--dry-run", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r'echo "watch them: +runs/quickstart/watch.html', asked.stdout)
+    assert re.search(r"make(\[\d\])? .*runs/quickstart/watch.html", asked.stdout)
+
+
 DIGITS = "runs/quickstart_digits"
 
 

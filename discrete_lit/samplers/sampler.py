@@ -211,9 +211,9 @@ def _check_known(known: Tensor, shape: tuple[int, int], vocab_size: int) -> None
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TraceStep:
-    """One step of a sampler, recorded; three tensors `(B, N)`."""
+    """One step of a sampler, recorded: three tensors `(B, N)`, and what was spent up to its end."""
 
     tokens: Tensor
     """int64 after the step, K (the mask id) where nothing is drawn yet."""
@@ -221,6 +221,10 @@ class TraceStep:
     """bool: where the tokens differ from those before the step."""
     confidence: Tensor
     """float64: the score that ordered the step's ids, or their log-probability; nan where none was drawn to stay."""
+    network_calls: int
+    """Network evaluations for each image so far, counted as in `SamplerOutput`."""
+    sequential_passes: int
+    """Passes so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -420,7 +424,14 @@ class SamplingContext:
         if self._trace is not None:
             confidence = confidence.double()
             finite = torch.where(confidence.isfinite(), confidence, torch.nan)
-            self._trace.append(TraceStep(tokens.clone(), tokens != self._before, finite))
+            step = TraceStep(
+                tokens=tokens.clone(),
+                changed=tokens != self._before,
+                confidence=finite,
+                network_calls=self._calls,
+                sequential_passes=self._passes,
+            )
+            self._trace.append(step)
             self._before = tokens.clone()
 
     def output(self, tokens: Tensor) -> SamplerOutput:

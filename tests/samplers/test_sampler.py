@@ -99,6 +99,10 @@ def test_trace(case) -> None:
     output = case.draw(case.build(), labels, torch.arange(4), trace=True)
     assert case.draw(case.build(), labels, torch.arange(4)).trace is None
     assert len(output.trace) == output.sequential_passes
+    assert [step.sequential_passes for step in output.trace] == list(range(1, output.sequential_passes + 1))
+    calls = [step.network_calls for step in output.trace]
+    assert calls == sorted(calls)
+    assert calls[-1] == output.network_calls
     before = torch.full((4, case.length), mask_id)
     for step in output.trace:
         assert torch.equal(step.changed, step.tokens != before)
