@@ -245,6 +245,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
         sampler: GuidedSolver | None = None,
         *,
         tokens: Tensor | None = None,
+        trace: bool = False,
     ) -> SamplerOutput:
         """Draw latents given tokens.
 
@@ -253,6 +254,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
             random: one stream for each sample: numbers that no generator of its tokens draws.
             sampler: this decoder's own by default.
             tokens: `(B, *token_shape)` int64 in [0, K).
+            trace: also return the `estimates` of every pass.
 
         Returns:
             The sampler's output, with latents as its `tokens`.
@@ -279,10 +281,16 @@ class TokenDiffusionDecoder(LatentDiffusion):
             given=self.given(condition),
             null=None if sampler.guidance_scale == 1 else self.given(null),
             purposes=(Purpose.DECODER_START, Purpose.DECODER_STEP),
+            trace=trace,
         )
         if self.target == "image":
             return output
-        return replace(output, tokens=self.base(tokens) + output.tokens / self.residual_scale)
+        base, estimates = self.base(tokens), output.estimates
+        if estimates is not None:
+            estimates = tuple(
+                replace(step, estimate=base + step.estimate / self.residual_scale) for step in estimates
+            )
+        return replace(output, tokens=base + output.tokens / self.residual_scale, estimates=estimates)
 
     def decode(
         self,
