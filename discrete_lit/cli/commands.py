@@ -28,6 +28,7 @@ FUNCTION_COMMANDS = {
     "evaluate": "compare samples with a reference set",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
+    "watch": "show samplers at work, step by step, on one HTML page",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }

@@ -69,6 +69,7 @@ OPTIONS = {
         "num_samples",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
+    "watch": {"config", "output", "checkpoints", "classes", "seeds"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
