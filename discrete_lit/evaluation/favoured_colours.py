@@ -58,7 +58,7 @@ class FavouredColours:
 
     def count_law(self) -> Tensor:
         """Return `(N + 1,)` float64: the probability of each number of hits."""
-        kinds = [p * binomial(self.length, torch.tensor(a)) for p, a in zip(self.mixture, self.hits, strict=True)]
+        kinds = [p * binomial(self.length, torch.tensor(a, dtype=torch.float64)) for p, a in zip(self.mixture, self.hits, strict=True)]
         return torch.stack(kinds).sum(dim=0)
 
     def hit_probability(self, hits: Tensor, misses: Tensor, alpha: float | Tensor = 1.0) -> Tensor:
@@ -80,10 +80,10 @@ class FavouredColours:
 
 
 def binomial(count: int, p: Tensor) -> Tensor:
-    """Return the binomial law of `count` trials, `(..., count + 1)` float64, of probabilities `p (...)`."""
+    """Return the binomial law of `count` trials, `(..., count + 1)` float64, of probabilities `p (...)` float64."""
     k = torch.arange(count + 1, dtype=torch.float64)
     ways = torch.tensor([float(comb(count, i)) for i in range(count + 1)], dtype=torch.float64)
-    p = p.double()[..., None]
+    p = p[..., None]
     return ways * p**k * (1 - p) ** (count - k)
 
 
@@ -116,7 +116,7 @@ def raster_total_variation(law: FavouredColours, rounds: int) -> float:
     size = law.length // rounds
     drawn, hits = torch.ones(1, dtype=torch.float64), torch.zeros(1)
     truth = torch.tensor(law.mixture, dtype=torch.float64)[:, None]  # of each kind
-    of_kinds = binomial(size, torch.tensor(law.hits))[:, None, :]
+    of_kinds = binomial(size, torch.tensor(law.hits, dtype=torch.float64))[:, None, :]
     for number in range(rounds):
         predicted = binomial(size, law.hit_probability(hits, number * size - hits))
         drawn = (drawn[:, None] * predicted).flatten()
@@ -203,7 +203,7 @@ def unmasking_law(law: FavouredColours, steps: int) -> Tensor:
     states = torch.zeros(len(pairs), dtype=torch.float64)
     states[numbers[0, 0]] = 1.0
     for step in range(steps):
-        unmask = torch.tensor(1 / (steps - step))
+        unmask = torch.tensor(1 / (steps - step), dtype=torch.float64)
         counts = torch.zeros(len(pairs), n + 1, dtype=torch.float64)
         for left in range(n + 1):
             here = torch.tensor(masked) == left
