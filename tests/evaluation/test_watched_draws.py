@@ -49,7 +49,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         },
         "sampler": {
             "class_path": "discrete_lit.samplers.GuidedSolver",
-            "init_args": {"solver": {"class_path": "discrete_lit.diffusion.solvers.Euler", "init_args": {"steps": 3}}},
+            "init_args": {"solver": {"class_path": "discrete_lit.diffusion.solvers.DDIM", "init_args": {"steps": 3}}},
         },
     }
     return {
