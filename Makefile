@@ -16,7 +16,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input lint format types bench gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -34,6 +34,9 @@ test: .venv/installed ## the fast tests, about 15 minutes on 2 cores
 
 test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where there is one
 	$(BIN)/pytest -m "slow or slurm"
+
+bad-input: .venv/installed ## craft broken and hostile input of every kind, and judge what becomes of each; ARGS="part of a name"
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m bad_input.run $(ARGS)
 
 lint: .venv/installed ## check format, style, and which module may import which
 	$(BIN)/ruff format --check .
@@ -241,6 +244,10 @@ $(RUNS)/tokenizer_kl/scaled.ckpt: $(RUNS)/tokenizer_kl/finished
 $(SHARDS:%=$(RUNS)/latents_kl/%/manifest.json): $(RUNS)/latents_kl/%/manifest.json: $(RUNS)/tokenizer_kl/scaled.ckpt
 	rm -rf $(@D)
 	$(LIT) tokenize --config $(CONFIGS)/latents.yaml --split $* --output $(@D)
+
+# HART's tokenizer begins with the multi-scale one, and its generator reads images.
+$(RUNS)/tokenizer_hybrid/finished: $(RUNS)/tokenizer_multi_scale/finished
+$(RUNS)/hart/finished: $(RUNS)/tokenizer_hybrid/finished
 
 $(COMPARED)/report.md: $(RUNS)/shards/test/manifest.json $(CLASSIFIERS) $(DRAWN)
 	$(LIT) evaluate --config $(CONFIGS)/comparison.yaml --devices 2

@@ -46,7 +46,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import Transformer
-from discrete_lit.backbones.backbone import compile_for_sampling
+from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler
 

@@ -75,7 +75,7 @@ class CountedCalls:
             self.count += 1
             return denoise(*arguments, **settings)  # type: ignore[arg-type]
 
-        head.network.denoise = counted  # type: ignore[method-assign]
+        head.network.denoise = counted
 
 
 def measure_head(head: TokenDiffusionHead, places: int, rounds: int) -> None:
@@ -112,12 +112,12 @@ class Passes:
                 self.calls.append((kind, arguments, settings))
             return kind(*arguments, **settings)
 
-        network.forward = partial(seen, forward)  # type: ignore[method-assign]
-        head.sample = partial(seen, sample)  # type: ignore[method-assign]
+        network.forward = partial(seen, forward)
+        head.sample = partial(seen, sample)
         try:
             sampler(network, head, labels, CounterRandom(0, labels))
         finally:
-            network.forward, head.sample = forward, sample  # type: ignore[method-assign]
+            network.forward, head.sample = forward, sample
 
     def __call__(self) -> None:
         for kind, arguments, settings in self.calls:
@@ -127,7 +127,7 @@ class Passes:
 def measure_sampler(head: TokenDiffusionHead, images: int, passes: int, rounds: int) -> None:
     device = head.network.output.weight.device
     network = MaskedAutoencoder(
-        VectorLayout(dim=CHANNELS, length=PLACES, num_classes=CLASSES), width=NETWORK, depth=12, heads=12, buffer=64
+        VectorLayout(dim=CHANNELS, grid=(PLACES,), num_classes=CLASSES), width=NETWORK, depth=12, heads=12, buffer=64
     )
     network = network.eval().to(device)
     labels = torch.arange(images, device=device)

@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 from lightning import LightningModule
 from torch import Tensor
 
+from discrete_lit.core.bounded_reading import check_nesting
 from discrete_lit.core.configuration import build
 from discrete_lit.core.files import atomic_write, check_records
 from discrete_lit.core.trust import (
@@ -48,6 +49,11 @@ _OF_TRAINING = (
     "initialization",
     "initial_gates",
     "dropout_places",
+    "augmentation",
+    "consistency_weight",
+    "idle_steps",
+    "running_norms",
+    "initial_deviation",
 )
 # Frozen parts of a module, whose configurations stand in its checkpoint beside its own.
 FROZEN_PARTS = ("tokenizer", "discrete", "text_encoder", "text_tokenizer")
@@ -158,6 +164,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
+    # Configurations have bounds of their own, in `check_plain`.
+    described = ("hyper_parameters", *(f"{part}_config" for part in FROZEN_PARTS))
+    check_nesting({name: value for name, value in checkpoint.items() if name not in described}, str(path))
     for name, (kind, words) in _ENTRIES.items():
         if name in checkpoint and not isinstance(checkpoint[name], kind):
             found = type(checkpoint[name]).__name__

@@ -3,7 +3,7 @@
 `configure_optimizers` says which weights decay and at which rate each module learns. `MuonAdamW` trains the matrices of
 hidden layers by Muon and everything else by AdamW. `AccumulatedMean` makes one step of several micro-batches what it
 would be of one batch. `WarmupCosine` and `WarmupLinear` are the schedules of the published recipes: a warm-up, a full
-rate, and a decay to a smaller rate that stays.
+rate, and a decay to a smaller rate that stays. `WarmupPlateau` lowers the rate where the loss no longer falls.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 _DECAYED = (
     nn.Linear,
@@ -32,7 +32,7 @@ _DECAYED = (
 )
 
 
-WeightDecayRule = Literal["linear", "linear_and_classes", "titok", "rar", "matrices", "mar", "bitdance", "all"]
+WeightDecayRule = Literal["linear", "linear_and_classes", "titok", "rar", "bar", "matrices", "mar", "bitdance", "all"]
 """Which parameters weight decay acts on; see `decayed_parameters`."""
 
 # Rules by the number of dimensions, and the parts of names that do not decay.
@@ -41,6 +41,13 @@ _MATRICES_BUT: dict[str, tuple[str, ...]] = {
     "mar": (".head.network.",),
     "bitdance": (".token_embedding.", ".class_embedding.", ".queries"),
 }
+# Rules by the kind of layer: the parts of names that do not decay, and the parameters beside layers that do.
+_LINEAR_BUT: dict[str, tuple[str, ...]] = {
+    "titok": (".patch_embedding.", ".code_embedding."),
+    "rar": (".final_modulation.",),
+    "bar": ("modulation.", ".ratio_embedding.", ".place_head.output."),
+}
+_LINEAR_AND = {"linear_and_classes": ".class_embedding.weight", "rar": ".start", "bar": ".start"}
 
 
 def configure_optimizers(
@@ -106,7 +113,11 @@ def configure_optimizers(
     fuse_steps(built)
     if scheduler is None:
         return built
-    return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler(built), "interval": "step"}}
+    # A schedule that follows the loss is told of it; others do not read the name.
+    return {
+        "optimizer": built,
+        "lr_scheduler": {"scheduler": scheduler(built), "interval": "step", "monitor": "train/loss"},
+    }
 
 
 def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> set[int]:
@@ -119,6 +130,8 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
       tokenizers).
     - `"rar"`: also registers and start tokens, but not the modulation before the logits, whose name in RAR's code has
       the "ln" that its norms are told by.
+    - `"bar"`: also registers and start tokens, but no modulation, for the same reason; nor the embedding of the mask
+      ratio and the output of its head, which have "embed" in their names (BAR).
     - `"matrices"`: all of two or more dimensions, embeddings among them (nanoGPT, LlamaGen, IBQ, Open-MAGVIT2).
     - `"mar"`: as `"matrices"`, with the vector of masked positions, which is one of three dimensions in MAR's code, but
       without a diffusion head (MAR, xAR, TokenBridge).
@@ -148,14 +161,9 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
         }
     decayed = {id(_trained_weight(layer)) for layer in module.modules() if isinstance(layer, _DECAYED)}
     for name, parameter in module.named_parameters():
-        part = f".{name}"
-        if rule == "linear_and_classes" and part.endswith(".class_embedding.weight"):
+        if rule in _LINEAR_AND and f".{name}".endswith(_LINEAR_AND[rule]):
             decayed.add(id(parameter))
-        if rule == "titok" and (".patch_embedding." in part or ".code_embedding." in part):
-            decayed.discard(id(parameter))
-        if rule == "rar" and part.endswith(".start"):
-            decayed.add(id(parameter))
-        if rule == "rar" and ".final_modulation." in part:
+        if any(part in f".{name}" for part in _LINEAR_BUT.get(rule, ())):
             decayed.discard(id(parameter))
     return decayed
 
@@ -485,3 +493,57 @@ class WarmupLinear(WarmupDecay):
 
     def decay(self, progress: float) -> float:
         return 1 - progress
+
+
+class WarmupPlateau(ReduceLROnPlateau):
+    """Warms up linearly, then lowers the learning rate each time that the loss has stopped falling (VQ-Diffusion).
+
+    It looks at the training loss of every step, of the batch of all ranks, and counts the steps since one was lower
+    than the lowest before by `threshold`. The host waits for the loss of each step.
+
+    Args:
+        optimizer: given by the configuration.
+        warmup_steps: batches until the full rate; losses in them do not count.
+        patience: steps without a lower loss that are waited for; the next one lowers the rate.
+        factor: of the rate, each time, in (0, 1).
+        threshold: the fraction by which a loss must be lower, in [0, 1).
+        min_lr: the smallest rate, of every parameter group.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        warmup_steps: int,
+        patience: int,
+        factor: float = 0.5,
+        threshold: float = 0.1,
+        min_lr: float = 0.0,
+    ) -> None:
+        if warmup_steps < 0 or patience < 0:
+            raise ValueError(f"warmup_steps and patience must be >= 0, got {warmup_steps} and {patience}")
+        if not 0 < factor < 1 or not 0 <= threshold < 1:
+            raise ValueError(
+                f"factor must lie in (0, 1) and threshold in [0, 1), got factor={factor}, threshold={threshold}"
+            )
+        super().__init__(optimizer, factor=factor, patience=patience, threshold=threshold, min_lr=min_lr)
+        self.warmup_steps = warmup_steps
+        self.full_rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._warm_up()
+
+    def step(self, metrics: Any, epoch: int | None = None) -> None:
+        """Count a step with this loss, a number or a scalar tensor."""
+        if self.last_epoch < self.warmup_steps:
+            self.last_epoch += 1
+            self._warm_up()
+        else:
+            super().step(metrics, epoch)
+
+    def _warm_up(self) -> None:
+        ratio = min(1.0, (self.last_epoch + 1) / max(self.warmup_steps, 1))
+        for group, rate in zip(self.optimizer.param_groups, self.full_rates, strict=True):
+            group["lr"] = rate * ratio
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from discrete_lit.tokenizers import RQVAE, VQVAE
-from discrete_lit.tokenizers.losses.adversarial import LeCam
+from discrete_lit.tokenizers.losses.adversarial import AdversarialLoss, LeCam
+from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
+from discrete_lit.tokenizers.losses.discriminators import PatchGAN
 from discrete_lit.tokenizers.quantizers import GumbelQuantizer, ResidualQuantizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
@@ -114,6 +116,26 @@ def test_codebooks(make: Any) -> None:
     before = {name: value.clone() for name, value in tokenizer.quantizer.named_buffers()}
     after = assert_same_step(tokenizer, images(), batch=3, accumulated=4)
     assert any(not torch.equal(value, before[name]) for name, value in after.quantizer.named_buffers())
+
+
+def test_what_a_discriminator_is_shown() -> None:
+    """How an image is changed for a discriminator belongs to the image and the step."""
+    adversarial = AdversarialLoss(
+        PatchGAN(width=4, layers=1),
+        weight=0.3,
+        adaptive=False,
+        augmentation=DifferentiableAugmentation(crop_size=SIDE - 1),
+        consistency_weight=4.0,
+    )
+    made = VQVAE(
+        convolutional,
+        codebook_size=8,
+        code_dim=4,
+        codebook_init="normal",
+        adversarial_loss=adversarial,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+    )
+    assert_same_step(randomise(made, 0.3), images(), batch=3, accumulated=4)
 
 
 def halves(quantizer: Any, latents: Tensor) -> list[Any]:

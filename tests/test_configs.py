@@ -350,7 +350,16 @@ def write_stages_before(model: dict[str, Any], folder: Path) -> None:
     arguments = model["init_args"]
     if model["class_path"].endswith("HybridVQ"):
         arguments["first_stage"] = str(folder / "first.ckpt")
-        parts = {key: arguments[key] for key in ("network", "codebook_size", "code_dim", "scales")}
+        of_codebook = (
+            "codebook_size",
+            "code_dim",
+            "scales",
+            "codebook_update",
+            "codebook_init",
+            "decay",
+            "revive_below",
+        )
+        parts = {key: arguments[key] for key in ("network", *of_codebook) if key in arguments}
         first = {"class_path": "discrete_lit.tokenizers.MultiScaleVQ", "init_args": parts}
         save(instantiate(copy.deepcopy(first)), folder / "first.ckpt")
         return

@@ -39,8 +39,8 @@ WAITS = {
     "DiscreteDiffusion, SEDD": {"nonzero at diffusion/losses.py:__call__": 1},
     # A process without a closed form: a matrix for each level, doubled as often as its noise needs, kept for the loss.
     "DiscreteDiffusion, Gaussian": {
-        "_local_scalar_dense at diffusion/processes.py:_by_level": 2,
-        "equal at diffusion/processes.py:_kernels": 2,
+        "_local_scalar_dense at diffusion/dense_processes.py:_by_level": 2,
+        "equal at diffusion/dense_processes.py:_kernels": 2,
     },
     # With `revive_below`: whether there are dead codes, at each depth.
     "VQVAE": {"nonzero at tokenizers/quantizers/codebook.py:_revive": 1},
@@ -90,7 +90,7 @@ def waits_of(module: LightningModule, batch: dict[str, Any], *, callbacks: Any =
         callbacks=[*callbacks, counting],
         **settings,
     )
-    trainer.fit(module.train(), DataLoader([batch] * 4 * together, batch_size=None))  # type: ignore[arg-type]
+    trainer.fit(module.train(), DataLoader([batch] * 4 * together, batch_size=None))
     assert trainer.global_step == 4
     return {place: count for place, count in counting.waits.found.items() if place not in HARMLESS}
 

@@ -3,6 +3,7 @@
 from copy import deepcopy
 from functools import partial
 from math import cos, pi
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from discrete_lit.optimization import (
     MuonAdamW,
     WarmupCosine,
     WarmupLinear,
+    WarmupPlateau,
     configure_apart,
     configure_optimizers,
     fuse_steps,
@@ -66,6 +68,8 @@ AS_PUBLISHED = {
     # RAR: `p.ndim < 2 or "ln" in n or "bias" in n or "embedding" in n or "embed" in n`; ours calls its
     # `adaln_before_head` a final modulation, and its `cls_token` a start.
     "rar": lambda name, shape: "embedding" in name or "final_modulation" in name,
+    # BAR: the same words in `n.lower()`, so that its `adaLN_modulation`s have an "ln" too.
+    "bar": lambda name, shape: "embedding" in name or "modulation" in name,
     "matrices": lambda name, shape: False,  # LlamaGen: `p.dim() < 2` alone
     # BitDance: `proj_in`, `cls_embedding`, `query_token`.
     "bitdance": lambda name, shape: "token_embedding" in name or "class_embedding" in name,
@@ -84,7 +88,7 @@ def test_weight_decay_as_published(make_generator, rule: str) -> None:
         return
     # Positions of the condition and of targets are tables, which no name of theirs decays.
     tables = ("condition_positions", "target_embedding", "start") if rule.startswith("linear") else ()
-    tables = ("condition_positions", "target_embedding") if rule == "rar" else tables
+    tables = ("condition_positions", "target_embedding") if rule in ("rar", "bar") else tables
     assert decayed == {
         name
         for name, value in named.items()
@@ -312,6 +316,62 @@ def test_cosine_over_the_last_tenth() -> None:
     seen = rates(102, warmup_steps=5, total_steps=100, hold_steps=85)
     assert seen[4:91] == [2.0] * 87
     assert seen[90:] == pytest.approx([1 + cos(pi * min(step, 10) / 10) for step in range(12)], abs=1e-12)
+
+
+def test_a_plateau_after_a_warm_up() -> None:
+    """The rate halves one step after so many without a loss a tenth lower; those of the warm-up do not count."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = WarmupPlateau(optimizer, warmup_steps=4, patience=2, min_lr=0.6)
+    #         warm-up         lowest  better  -    -    -    halved, then its least
+    losses = [0.1, 0.1, 0.1, 0.1, 5.0, 4.0, 3.7, 3.9, 3.61, 3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
+    seen = []
+    for loss in losses:
+        seen.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(torch.tensor(loss))
+    assert seen == pytest.approx([0.5, 1, 1.5, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 0.6, 0.6])
+    assert scheduler.get_last_lr() == [0.6]
+    # A resume goes on from its state.
+    other = WarmupPlateau(optimizer, warmup_steps=4, patience=2, min_lr=0.6)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.num_bad_epochs == scheduler.num_bad_epochs and other.last_epoch == len(losses)
+
+
+@pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning")
+def test_a_plateau_follows_the_training_loss(make_generator, tmp_path) -> None:
+    """Lightning hands over `train/loss` behind every step."""
+    seen: list[float] = []
+
+    class Listening(WarmupPlateau):
+        def step(self, metrics: Any, epoch: int | None = None) -> None:
+            seen.append(float(metrics))
+            super().step(metrics, epoch)
+
+    batch = {"tokens": torch.randint(4, (4, 3)), "label": torch.arange(4) % 2, "index": torch.arange(4)}
+    scheduler = partial(Listening, warmup_steps=1, patience=0, threshold=0.9)
+    generator = make_generator("masked", optimizer=partial(torch.optim.SGD, lr=1.0), scheduler=scheduler)
+    trainer = Trainer(
+        max_steps=4,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(generator.train(), DataLoader([batch] * 4, batch_size=None))  # type: ignore[arg-type]
+    assert len(seen) == 4 and seen[-1] == pytest.approx(float(trainer.callback_metrics["train/loss"]))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.25  # full, then twice no loss a tenth as large
+
+
+def test_settings_of_a_plateau() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    for settings, message in (
+        ({"warmup_steps": -1, "patience": 2}, "warmup_steps and patience must be >= 0, got -1 and 2"),
+        ({"warmup_steps": 1, "patience": 2, "factor": 1.0}, "got factor=1.0, threshold=0.1"),
+        ({"warmup_steps": 1, "patience": 2, "threshold": 1.0}, "got factor=0.5, threshold=1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            WarmupPlateau(optimizer, **settings)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ ASKED: dict[str, dict[str, Any]] = {
         "dropout_places": {"attention_weights", "attention_output", "mlp_hidden", "mlp_output"},
         "weight_decay_rule": "rar",
     },
+    "bar_b": {"initialization": "bar", "weight_decay_rule": "bar"},
     "llamagen_b": {"initialization": "llamagen", "dropout_places": LINE, "weight_decay_rule": "matrices"},
     "ibq_ar_b": {
         "initialization": "ibq",

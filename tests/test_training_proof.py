@@ -10,7 +10,15 @@ from helpers.golden import Case
 from helpers.golden_cases import cases_of
 from helpers.golden_outputs import NOT_YET, kind_of
 from training_proof import table
-from training_proof.crops import NoOutcomeError, adm_random_crop, compare, mirrored, random_crop, random_resized_crop
+from training_proof.crops import (
+    NoOutcomeError,
+    adm_random_crop,
+    compare,
+    dall_e_crop,
+    mirrored,
+    random_crop,
+    random_resized_crop,
+)
 from training_proof.published import PUBLISHED, Golden, published
 from training_proof.recipes import recipes
 
@@ -98,3 +106,6 @@ def test_a_chi_squared_test_that_can_fail() -> None:
     assert compare(RANDOM, mirrored(random_crop())).chance < 1e-6
     assert compare(RANDOM, adm_random_crop(0.8)).chance < 1e-6
     assert compare({**RANDOM, "minimum_crop": 0.8}, adm_random_crop(0.8)).chance > 0.01
+    assert compare({**RANDOM, "crop": "dall_e"}, dall_e_crop).chance > 0.01
+    with pytest.raises(NoOutcomeError):
+        compare(RANDOM, dall_e_crop)

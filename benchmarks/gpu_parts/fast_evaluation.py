@@ -9,7 +9,7 @@ import torch
 from side_by_side.timing import repeated
 from torch import Tensor, nn
 
-from discrete_lit.backbones.backbone import count_flops
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.core.files import file_sha256
 from discrete_lit.metrics.extractors import InceptionV3
 from discrete_lit.metrics.frechet import Moments, frechet_distance

@@ -17,7 +17,7 @@ from side_by_side.recipes import make_generator
 from side_by_side.timing import Repeated, repeated, timed
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import cast_once
+from discrete_lit.backbones.execution import cast_once
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import checked_at_the_end
 from discrete_lit.generators import Generator, GraphedDraw
@@ -235,7 +235,7 @@ def passes_and_draws(setting: Setting, name: str, generator: Generator) -> Itera
 
     def row(arm: str, taken: Repeated, note: str, share: float | None = None) -> Measurement:
         floor = {"amount": batch, "unit": "images/s", "least": least, "least_of": PASSES_FLOOR}
-        return measurement(setting, arm, case, taken, share=share, note=note, **floor)  # type: ignore[arg-type]
+        return measurement(setting, arm, case, taken, share=share, note=note, **floor)
 
     for blocks in ("as written", "compiled"):
         compiling = ""

@@ -16,7 +16,7 @@ from side_by_side.recipes import make_tokenizer
 from side_by_side.timing import repeated
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import count_flops
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.tokenizers import VQGAN
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
@@ -66,7 +66,7 @@ def encode_and_decode(setting: Setting, tokenizer: AutoencoderTokenizer, images:
         "channels last": torch.channels_last,
         "channels first": torch.contiguous_format,
     }.items():
-        tokenizer.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+        tokenizer.to(memory_format=memory_format)
         images = images.contiguous(memory_format=memory_format)
         for way, (run, prepare) in ways.items():
             with torch.no_grad(), autocast(device, "bf16-mixed"):
@@ -82,7 +82,7 @@ def encode_and_decode(setting: Setting, tokenizer: AutoencoderTokenizer, images:
                 least=flops / setting.machine.rate(PRECISION),
                 least_of=CONVOLUTIONS,
             )
-    tokenizer.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    tokenizer.to(memory_format=torch.contiguous_format)
 
 
 def training_step(setting: Setting, tokenizer: VQGAN, images: Tensor) -> Iterator[Measurement]:

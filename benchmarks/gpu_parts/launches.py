@@ -23,8 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from discrete_lit import samplers
-from discrete_lit.backbones import Backbone, SequenceLayout, Transformer, cpu_kernels
-from discrete_lit.backbones import backbone as backbones
+from discrete_lit.backbones import Backbone, SequenceLayout, Transformer, cpu_kernels, execution
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, HostWaits, noting
 from discrete_lit.diffusion import LogSinSchedule
@@ -181,7 +180,7 @@ def _operators(backbone: Backbone, draw: Draw) -> tuple[int, int]:
     with ExitStack() as stack:
         # A CPU's packed weights out, the casts of a GPU in.
         stack.enter_context(patch.object(cpu_kernels, "_SWITCH", "0"))
-        stack.enter_context(patch.object(backbones, "casting_pays", lambda device: True))
+        stack.enter_context(patch.object(execution, "casting_pays", lambda device: True))
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False))
         draw(backbone, labels, indices)  # what is made once
         stack.enter_context(noting(Checks(blind=True)))
@@ -226,7 +225,7 @@ def _waits(backbone: Backbone, draw: Draw) -> tuple[int, int]:
         FakeTensorMode(allow_non_fake_inputs=True),
         HostWaits() as waits,
     ):
-        network = backbones.outline(backbone, device="cuda")
+        network = execution.outline(backbone, device="cuda")
         draw(network, torch.zeros(1, dtype=torch.int64, device="cuda"), torch.arange(1, device="cuda"))
     return len(waits.seen), sum(flags > 0 for flags in asked)
 

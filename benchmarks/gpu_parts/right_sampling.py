@@ -9,7 +9,10 @@ import torch
 from helpers.recorded_graph import RecordedGraphs
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import compile_blocks, compile_for_sampling
+from discrete_lit.backbones.execution import (
+    compile_blocks,
+    compile_for_sampling,
+)
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators import Generator, GraphedDraw
 from discrete_lit.samplers import Sampler

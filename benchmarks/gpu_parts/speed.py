@@ -8,7 +8,7 @@ from side_by_side.peers import installed
 from side_by_side.timing import Repeated
 
 from discrete_lit.backbones import Backbone
-from discrete_lit.backbones.backbone import compile_blocks
+from discrete_lit.backbones.execution import compile_blocks
 from gpu_parts.part import Floor, Measurement, Peer, Setting
 
 _Result = TypeVar("_Result")

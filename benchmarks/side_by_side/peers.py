@@ -87,7 +87,7 @@ def vector_quantize_search(codes: Tensor, latents: Tensor) -> Callable[[], Tenso
     from vector_quantize_pytorch import VectorQuantize
 
     theirs = VectorQuantize(dim=codes.shape[1], codebook_size=len(codes)).eval().to(codes.device)
-    theirs._codebook.embed.copy_(codes[None])  # type: ignore[union-attr, operator]
+    theirs._codebook.embed.copy_(codes[None])
     return lambda: theirs(latents[None])[1][0]
 
 

@@ -7,7 +7,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from einops import rearrange
@@ -110,6 +110,40 @@ class BlockSettings:
             raise ValueError(f"dropout_places has {', '.join(map(repr, unknown))}, accepted: {accepted}")
         if self.context_dim is not None and self.context_dim < 1:
             raise ValueError(f"context_dim must be at least 1, got {self.context_dim}")
+
+    @classmethod
+    def of_width(
+        cls,
+        width: int,
+        heads: int,
+        *,
+        head_dim: int | None,
+        mlp_hidden: int | None,
+        gated: bool,
+        bias: bool,
+        **switches: Any,
+    ) -> Self:
+        """Fill in what follows from the width, and give every layer a bias or none.
+
+        Args:
+            width, heads: as above.
+            head_dim: `width / heads` by default.
+            mlp_hidden: by default 4 widths, or 8/3 of one in whole multiples of 64 where the MLP has a gate, whose
+                matrix is one more.
+            gated: whether it has.
+            bias: of all layers; `switches` may say otherwise of some.
+            switches: the others.
+        """
+        if mlp_hidden is None:
+            mlp_hidden = -(-8 * width // 3 // 64) * 64 if gated else 4 * width
+        biases = {"attention_bias": "all" if bias else "none", "out_bias": bias, "norm_bias": bias, "bias": bias}
+        return cls(
+            width=width,
+            heads=heads,
+            head_dim=width // heads if head_dim is None else head_dim,
+            mlp_hidden=mlp_hidden,
+            **(biases | switches),
+        )
 
     def dropout_at(self, place: DropoutPlace) -> float:
         """Give the probability of dropout at a place."""

@@ -15,10 +15,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.embeddings import TimeEmbedding, grid_coordinates, made_again, rotary_table
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, Norm
 
 

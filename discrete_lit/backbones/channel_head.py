@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings, Modulation
 from discrete_lit.backbones.cache import Cache, new_buffers
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, LogitHead, Norm
 
 # CUDA's attention kernels take fewer than 2^16 sequences (pytorch/pytorch#146704).

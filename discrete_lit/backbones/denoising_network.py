@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.backbone import count_flops
+from discrete_lit.backbones.execution import count_flops
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,29 +86,26 @@ class DiT(DenoisingNetwork):
             raise ValueError(f"width={width} must be a multiple of heads={heads}, or head_dim be given")
         if any(side % patch_size for side in layout.grid):
             raise ValueError(f"patch_size={patch_size} must divide both sides of the latents, {layout.grid}")
-        if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp == "swiglu" else 4 * width
         self.width, self.patch_size = width, patch_size
         self.grid = (layout.grid[0] // patch_size, layout.grid[1] // patch_size)
-        self.head_dim = head_dim or width // heads
         self.rotary_base = rotary_base
         self.activation_checkpointing = activation_checkpointing
-        settings = BlockSettings(
-            width=width,
-            heads=heads,
-            head_dim=self.head_dim,
+        settings = BlockSettings.of_width(
+            width,
+            heads,
+            head_dim=head_dim,
             mlp_hidden=mlp_hidden,
+            gated=mlp == "swiglu",
+            bias=bias,
             norm=norm,
             norm_epsilon=norm_epsilon,
             norm_affine=False,
             modulation="own",
             mlp=mlp,
             qk_norm=qk_norm,
-            attention_bias="all" if bias else "none",
-            out_bias=bias,
-            bias=bias,
             dropout=dropout,
         )
+        self.head_dim = settings.head_dim
 
         # The input.
         self.patch_embedding = Linear(layout.channels * patch_size**2, width)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from discrete_lit.backbones.blocks import MLP
 
-InitializationKind = Literal["gpt2", "bert", "taming", "maskgit", "maskbit", "llamagen", "ibq", "var", "xavier", "sedd"]
+InitializationKind = Literal[
+    "gpt2", "bert", "bar", "taming", "maskgit", "maskbit", "llamagen", "ibq", "var", "xavier", "sedd"
+]
 
 # Fills a weight in place, given the width D of the network, how many matrices are stacked in the weight, and what its
 # numbers are divided by.
@@ -92,6 +94,7 @@ _BERT = Initialization(linear=_normal(0.02), table=_normal(0.02))
 _SCHEMES: dict[str, Initialization] = {
     "gpt2": replace(_BERT, small_residuals=True),
     "bert": _BERT,
+    "bar": replace(_BERT, start=_normal(0.02)),
     "taming": replace(_BERT, positions=_zeros),
     "maskgit": Initialization(linear=_cut_normal, table=_cut_normal),
     "maskbit": replace(_BERT, query_key_value=_xavier_together),
@@ -120,6 +123,7 @@ def initialise(
     - `"gpt2"`: normal with deviation 0.02, output layers of residual branches 0.02 / sqrt(2 depth) (Radford et al.,
       2019).
     - `"bert"`: 0.02 everywhere (RAR, TiTok's generator).
+    - `"bar"`: the same, the start token too (BAR).
     - `"taming"`: the same, with positions of 0 (taming-transformers' minGPT).
     - `"maskgit"`: a normal distribution of deviation 0.02 cut at twice that, whose own deviation is 0.0176.
     - `"maskbit"`: `"bert"`, with queries, keys and values as `torch.nn.MultiheadAttention` makes them: uniform with

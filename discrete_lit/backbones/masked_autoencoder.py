@@ -11,16 +11,18 @@ such as the features of a text (Fan et al., "Fluid", 2024).
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import SequenceLayout, count_flops
+from discrete_lit.backbones.backbone import SequenceLayout
 from discrete_lit.backbones.blocks import Block, BlockSettings, MLPKind, QueryKeyNorm
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
 from discrete_lit.backbones.embeddings import Positions
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, Norm, NormKind
 
 Fusion = Literal["prefix", "mix", "add", "cross"]
@@ -32,19 +34,22 @@ class VectorLayout:
 
     Attributes:
         dim: D, of the vector at each place.
-        length: N, places.
-        grid: rows and columns of the places, in raster order; None where nobody asks for them.
+        grid: rows and columns of the places, in raster order, or `(N,)` of a sequence without any.
         num_classes: labels lie in [0, num_classes); the null label is `num_classes`.
         grid_vocab: ids that may be given beside the label; None for none.
         grid_length: how many of them, where they are not one for each place.
     """
 
     dim: int
-    length: int
+    grid: tuple[int, ...]
     num_classes: int
-    grid: tuple[int, ...] | None = None
     grid_vocab: int | None = None
     grid_length: int | None = None
+
+    @property
+    def length(self) -> int:
+        """N, the number of places."""
+        return prod(self.grid)
 
     @property
     def grid_ids(self) -> int:
@@ -116,7 +121,7 @@ class MaskedAutoencoder(nn.Module):
             raise ValueError(f"position_std must be above 0, got {position_std}")
         if positions not in ("learned", "learned_rope_2d"):
             raise ValueError(f"positions must be 'learned' or 'learned_rope_2d', got {positions!r}")
-        if positions == "learned_rope_2d" and (layout.grid is None or len(layout.grid) != 2):
+        if positions == "learned_rope_2d" and len(layout.grid) != 2:
             raise ValueError(
                 f"positions='learned_rope_2d' needs places on a grid of rows and columns, the layout has {layout.grid}"
             )
@@ -178,7 +183,6 @@ class MaskedAutoencoder(nn.Module):
     def _rotations(self, width: int, heads: int) -> Positions:
         """Make the rotations of the places, in front of which the slots stay as they are."""
         layout = self.layout
-        assert layout.grid is not None
         grid = SequenceLayout(1, layout.grid, num_classes=layout.num_classes, attention="bidirectional")
         return Positions(grid, "rope_2d", starts=self.slots, width=width, head_dim=width // heads)
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from discrete_lit.backbones.backbone import count_flops
 from discrete_lit.backbones.blocks import Block, BlockSettings, Modulation
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition
 from discrete_lit.backbones.embeddings import TimeEmbedding, grid_coordinates, made_again
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, LogitHead, Norm
 
 _ROTARY_BASE = 10000.0

@@ -95,28 +95,24 @@ class SegmentTransformer(nn.Module):
                 "width, depth, heads and aligner_layers must be at least 1, and heads divide the width, got "
                 f"{width}, {depth}, {heads} and {aligner_layers}"
             )
-        if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp in ("swiglu", "geglu") else 4 * width
         self.layout, self.grammar = layout, SegmentGrammar(layout)
         self.width, self.depth, self.heads = width, depth, heads
-        self.head_dim = width // heads if head_dim is None else head_dim
         self.rotary_base = rotary_base
         self.activation_checkpointing = activation_checkpointing
-        settings = BlockSettings(
-            width=width,
-            heads=heads,
-            head_dim=self.head_dim,
+        settings = BlockSettings.of_width(
+            width,
+            heads,
+            head_dim=head_dim,
             mlp_hidden=mlp_hidden,
+            gated=mlp in ("swiglu", "geglu"),
+            bias=bias,
             norm=norm,
             norm_epsilon=norm_epsilon,
             mlp=mlp,
             qk_norm=qk_norm,
-            attention_bias="all" if bias else "none",
-            out_bias=bias,
-            norm_bias=bias,
-            bias=bias,
             dropout=dropout,
         )
+        self.head_dim = settings.head_dim
         self.modalities = {segment.modality: segment for segment in layout.segments}
         of_ids = {name for name, segment in self.modalities.items() if segment.ids}
         _check_modalities("own_embeddings", own_embeddings or {}, of_ids)

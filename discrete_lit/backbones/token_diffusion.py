@@ -15,9 +15,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.backbones.backbone import IdHead, bits_of_vocabulary, count_flops
+from discrete_lit.backbones.backbone import (
+    IdHead,
+    bits_of_vocabulary,
+)
 from discrete_lit.backbones.blocks import BlockSettings
 from discrete_lit.backbones.embeddings import TimeEmbedding
+from discrete_lit.backbones.execution import count_flops
 from discrete_lit.backbones.layers import Linear, Norm
 from discrete_lit.core.modules import at_least_float32
 from discrete_lit.core.random import CounterRandom, Purpose

@@ -313,10 +313,7 @@ class Transformer(Backbone):
             raise ValueError(f"grid_vocab must be at least 1, got {grid_vocab}")
         self.grid_vocab, self.context_dim = grid_vocab, context_dim
 
-        if mlp_hidden is None:
-            mlp_hidden = -(-8 * width // 3 // 64) * 64 if mlp in ("swiglu", "glu") else 4 * width
         self.width, self.depth, self.heads = width, depth, heads
-        self.head_dim = width // heads if head_dim is None else head_dim
         self.class_slots, self.class_repeats = class_slots, class_repeats
         # What stands before the tokens: registers, and the class or what a first token is predicted from; in blocks
         # also what the others of the first block are predicted from.
@@ -327,13 +324,16 @@ class Transformer(Backbone):
         self.elements = self.starts + layout.positions * (1 + self.instructed) - self.block_size
         condition_width = condition_width or width
         affine = not (self.modulated or self.tabled) if norm_affine is None else norm_affine
-        norm_bias = bias if norm_bias is None else norm_bias
         own: Literal["own", "shared"] = "shared" if shared_modulation else "own"
-        settings = BlockSettings(
-            width=width,
-            heads=heads,
-            head_dim=self.head_dim,
+        biases = {"attention_bias": attention_bias, "out_bias": out_bias, "norm_bias": norm_bias}
+        settings = BlockSettings.of_width(
+            width,
+            heads,
+            head_dim=head_dim,
             mlp_hidden=mlp_hidden,
+            gated=mlp in ("swiglu", "glu"),
+            bias=bias,
+            **{name: value for name, value in biases.items() if value is not None},
             norm=norm,
             norm_epsilon=norm_epsilon,
             norm_first=norm_first,
@@ -342,16 +342,13 @@ class Transformer(Backbone):
             modulation_activation=modulation_activation,
             mlp=mlp,
             qk_norm=qk_norm,
-            attention_bias=("all" if bias else "none") if attention_bias is None else attention_bias,
-            out_bias=bias if out_bias is None else out_bias,
-            norm_bias=norm_bias,
-            bias=bias,
             condition_width=condition_width,
             dropout=dropout,
             dropout_places=tuple(dropout_places),
             context_dim=context_dim,
             mlp_grid=layout.grid if mlp_on_grid else None,
         )
+        self.head_dim = settings.head_dim
         # The head reads hidden states, which have seen what there is to attend to.
         head = None if place_head is None else place_head(replace(settings, context_dim=None), layout.vocab_size)
         check_blocks(layout, head)
@@ -413,7 +410,7 @@ class Transformer(Backbone):
         # The output.
         self.final_norm = self.final_modulation = self.head = None
         if norm_first and (head is None or head.reads_norm):
-            offset = norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
+            offset = settings.norm_bias and norm == "layer" if final_norm_bias is None else final_norm_bias
             # What a head reads is modulated by none: it has gains whatever the blocks have.
             gains = affine or head is not None or self.tabled
             self.final_norm = Norm(width, norm, affine=gains, bias=offset, epsilon=norm_epsilon)

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
+from discrete_lit.callbacks.hang_detector import HangDetector
 from discrete_lit.callbacks.image_distance import ImageDistance
 from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
 from discrete_lit.callbacks.monitors import GradientNorm
@@ -15,6 +16,7 @@ __all__ = [
     "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",
+    "HangDetector",
     "ImageDistance",
     "Preemption",
     "ReconstructionGrid",

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import threading
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -31,8 +33,8 @@ class Preemption(Callback):
     the job back into the queue and the exit status is 0. SIGTERM saves and ends with status 143 without requeueing,
     because SLURM sends it for `scancel` too, and requeues by itself what it preempts in mode REQUEUE.
 
-    Lightning's own requeueing must be off: `SLURMEnvironment(auto_requeue=False)`. It saves inside the signal handler,
-    wherever that interrupts the program, on each rank for itself.
+    `discrete-lit fit` has it always, where it writes checkpoints. Lightning's own requeueing is switched off: it saves
+    inside the signal handler, wherever that interrupts the program, on each rank for itself.
 
     Raises:
         ValueError: the trainer has no `ModelCheckpoint`, which says where the run's checkpoints are.
@@ -50,19 +52,24 @@ class Preemption(Callback):
                 "Preemption saves into the folder of the trainer's ModelCheckpoint, and there is none: add "
                 "lightning.pytorch.callbacks.ModelCheckpoint to trainer.callbacks, or remove Preemption"
             )
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received = 0
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals cannot be handled in another, such as a notebook's or a launcher's
         self._active = True
         # Before the workers of the loaders start: SLURM signals them too, and they must not die of it.
         self._replaced = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and dist.is_initialized():
             # On the host: asking an accelerator would make it wait for its own queue at every batch.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Over the handler that Lightning has put around ours: it communicates with the other ranks at once.
-        for number in _SIGNALS:
+        for number in _SIGNALS if self._active else ():
             signal.signal(number, self._receive)
 
     def on_train_batch_end(
@@ -112,6 +119,10 @@ class Preemption(Callback):
         # The resumed run overwrites this file as its own last one instead of opening another beside it.
         keeper.last_model_path = str(last)
         trainer.save_checkpoint(unfinished, weights_only=False)
+        # It may be written while training goes on, which it does not here.
+        wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
+        if wait is not None:
+            wait()
         trainer.strategy.barrier()
         # Lightning would log this batch after the callbacks; the resumed run starts behind it.
         log_batch_now(trainer)

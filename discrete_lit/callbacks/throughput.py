@@ -13,7 +13,10 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import compile_blocks, count_flops
+from discrete_lit.backbones.execution import (
+    compile_blocks,
+    count_flops,
+)
 from discrete_lit.core.distributed import all_gather_rows, alone
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
 from discrete_lit.core.modules import RunningStatistics

@@ -1,9 +1,12 @@
-"""A guard against the two silent failures of training: codebook collapse, and a loss that is not finite (NaN)."""
+"""A guard against the silent failures of training: codebook collapse, a loss or gradient that is not finite (NaN), and
+a loss that jumps."""
 
 import json
 import logging
+from collections import defaultdict, deque
 from math import ceil, isfinite
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -12,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
@@ -26,6 +30,10 @@ _log = logging.getLogger(__name__)
 
 # 4 K ids that are drawn evenly show 98% of the K.
 _DRAWS_FOR_EACH_ID = 4
+# The losses that a new one is compared with, and how many of them there must be.
+_COMPARED, _FEWEST_COMPARED = 256, 64
+# Of normal values, the deviation over the median distance from the median.
+_DEVIATIONS = 1.4826
 
 
 class TrainingStopped(RuntimeError):
@@ -33,7 +41,8 @@ class TrainingStopped(RuntimeError):
 
 
 class TrainingGuard(Callback):
-    """Watches the codebook's usage and the loss, and warns, skips a batch or ends the run; ranks act together.
+    """Watches the codebook's usage, the loss and its gradient, and warns, skips a batch or ends the run; ranks act
+    together.
 
     For a tokenizer, whose training step gives `{"loss": ..., "tokens": ...}`, it logs `train/codebook_usage` (fraction
     of the K ids that occur) and `train/perplexity` (exp of the entropy in nats) of the training batches of all ranks,
@@ -47,12 +56,24 @@ class TrainingGuard(Callback):
     are lost too. The check waits once a batch, for the device's forward pass alone: it has the backward pass to do
     meanwhile.
 
+    A gradient that is not finite behind a finite loss is treated in the same way. To skip such a batch, the host waits
+    for the backward pass before each step; to end the run it looks at the gradient one batch later, and before every
+    checkpoint, so that none with broken weights is written. Under 16-mixed, whose scaler looks for such gradients
+    itself, it is left to that.
+
+    A loss that is far above the last 256 (its distance from their median more than `spike` standard deviations of
+    theirs, by their median distance from it) is a warning, once in 256 batches, with the same file; see
+    `discrete-lit replay`, which runs the batch of such a file again.
+
     Args:
         min_codebook_usage: in [0, 1]; 0 never warns.
         window: the fewest batches that usage is measured over.
         on_collapse: what happens at a low usage.
         on_nonfinite: what happens at a loss that is not finite.
         most_skipped: bad batches in a row that end the run: the weights themselves must be broken.
+        spike: standard deviations above the median that make a spike; 0 looks for none.
+        on_spike: what happens at one. Where a loss changes on purpose, such as where a discriminator begins, there is
+            one too.
 
     Raises:
         ValueError: a setting out of its range.
@@ -66,6 +87,8 @@ class TrainingGuard(Callback):
         on_collapse: Literal["warn", "stop"] = "warn",
         on_nonfinite: Literal["stop", "skip"] = "stop",
         most_skipped: int = 10,
+        spike: float = 20.0,
+        on_spike: Literal["warn", "stop"] = "warn",
     ) -> None:
         if not 0 <= min_codebook_usage <= 1:
             raise ValueError(f"min_codebook_usage of TrainingGuard must lie in [0, 1], got {min_codebook_usage}")
@@ -77,7 +100,13 @@ class TrainingGuard(Callback):
         self.window = window
         self.on_collapse = on_collapse
         self.on_nonfinite = on_nonfinite
+        if not 0 <= spike < float("inf"):
+            raise ValueError(f"spike of TrainingGuard must be at least 0, got {spike}")
         self.most_skipped = most_skipped
+        self.spike = spike
+        self.on_spike = on_spike
+        # Of the last step, not looked at yet: whether its gradient was finite, and what made it.
+        self._gradient: tuple[HostCopy, dict[str, Any], Any] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._usage: CodebookUsage | None = None
@@ -86,25 +115,56 @@ class TrainingGuard(Callback):
         self._skips_step = False
         self._skipped_in_a_row = 0
         self._is_bad = False
+        # Of each loss of a batch: with a discriminator there are two.
+        self._losses: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_COMPARED))
+        self._loss_number = 0
+        self._quiet = 0
+        self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._gradient = None
+        self._place: dict[str, Any] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._batch = batch
+        self._batch, self._loss_number = batch, 0
+        self._place = _place_of(trainer, batch_idx)
         self._before = _BeforeBatch(pl_module) if self.on_nonfinite == "skip" else None
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._loss = loss.detach()
-        self._bad_ranks = HostCopy(all_reduce_sum((~loss.detach().isfinite()).float()))
+        self._over_ranks = HostCopy(all_reduce_sum(torch.stack(((~self._loss.isfinite()).float(), self._loss.float()))))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asked behind the backward pass, so that the device has it to do while the host waits.
-        self._is_bad = self._bad_ranks.values() > 0
-        if not self._is_bad:
-            self._skipped_in_a_row = 0
-            if self._skips_step:
-                forget_statistics_step(pl_module)
+        self._look_at_gradient(trainer)  # before the loss, which a broken gradient breaks too
+        bad_ranks, loss = self._over_ranks.values()
+        self._loss_number += 1
+        self._is_bad = bad_ranks > 0
+        if self._is_bad:
+            self._skip(trainer, pl_module, "loss")
             return
+        if self._skips_step:
+            forget_statistics_step(pl_module)
+        self._compare(trainer, loss / world_size())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._skips_step and not self._scales:
+            self._watch_gradient(trainer, pl_module, optimizer)
+        if self._skips_step:
+            for parameter in pl_module.parameters():
+                parameter.grad = None
+            self._skips_step = False
+        elif not self._is_bad:
+            self._skipped_in_a_row = 0
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._look_at_gradient(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._look_at_gradient(trainer)
+
+    def _skip(self, trainer: Trainer, pl_module: LightningModule, what: str) -> None:
+        """Report a bad batch, and leave it out or end the run."""
         self._skipped_in_a_row += 1
-        message = self._report(trainer, float(self._loss))
+        message = self._report(trainer, float(self._loss), what=what, place=self._place, batch=_describe(self._batch))
         if self.on_nonfinite == "stop":
             raise TrainingStopped(message)
         if self._skipped_in_a_row >= self.most_skipped:
@@ -115,11 +175,48 @@ class TrainingGuard(Callback):
         forget_statistics_step(pl_module)
         self._skips_step = True
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._skips_step:
-            for parameter in pl_module.parameters():
-                parameter.grad = None
-            self._skips_step = False
+    def _watch_gradient(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begin to copy whether the gradient of a step is finite; to skip a batch, wait for it."""
+        given = [
+            weight.grad for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None
+        ]
+        if not given:
+            return
+        norm = torch.nn.utils.get_total_norm(given)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        copied = HostCopy(all_reduce_sum((~norm.isfinite()).float()))
+        if self.on_nonfinite == "stop":
+            self._look_at_gradient(trainer)  # of another optimizer
+            self._gradient = copied, self._place, self._batch
+        elif copied.values() > 0:
+            self._skip(trainer, pl_module, "gradient")
+
+    def _look_at_gradient(self, trainer: Trainer) -> None:
+        """End the run if the gradient of the last step was not finite."""
+        watched, self._gradient = self._gradient, None
+        if watched is not None and watched[0].values() > 0:
+            _, place, batch = watched
+            message = self._report(trainer, None, what="gradient", place=place, batch=_describe(batch))
+            raise TrainingStopped(f"{message} No checkpoint was written since: the weights are no numbers either.")
+
+    def _compare(self, trainer: Trainer, loss: float) -> None:
+        """Compare a loss, the mean over ranks, with those before it."""
+        self._quiet = max(0, self._quiet - 1)
+        losses = self._losses[self._loss_number]
+        if self.spike and len(losses) >= _FEWEST_COMPARED and not self._quiet:
+            middle = median(losses)
+            deviation = _DEVIATIONS * median(abs(value - middle) for value in losses)
+            # Losses that hardly differ would make a spike of anything.
+            if loss - middle > self.spike * max(deviation, 1e-3 * abs(middle)):
+                self._quiet = _COMPARED
+                facts = f"{loss:.4g}, and the last {len(losses)} were about {middle:.4g}"
+                batch = _describe(self._batch)
+                message = self._report(
+                    trainer, float(self._loss), what="loss", place=self._place, batch=batch, spike=facts
+                )
+                if self.on_spike == "stop":
+                    raise TrainingStopped(message)
+        losses.append(loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,18 +253,36 @@ class TrainingGuard(Callback):
             if self.on_collapse == "stop":
                 raise TrainingStopped(message)
 
-    def _report(self, trainer: Trainer, loss: float) -> str:
-        """Write down what is known of the batches of all ranks, and say so in a message."""
-        mine = {"rank": rank(), "loss": _plain(loss), **_describe(self._batch)}
+    def _report(
+        self,
+        trainer: Trainer,
+        loss: float | None,
+        *,
+        what: str,
+        place: dict[str, Any],
+        batch: dict[str, Any],
+        spike: str | None = None,
+    ) -> str:
+        """Write down what is known of the batches of all ranks, and say so in a message.
+
+        Args:
+            trainer: of the run.
+            loss: of this rank; None where it is not known any more.
+            what: is not finite, or jumps.
+            place: of the batch in the run.
+            batch: keys and indices of it.
+            spike: the jump of the loss in words; None where something is not finite.
+        """
+        mine = {"rank": rank(), "loss": None if loss is None else _plain(loss), **batch}
         everyone: list[Any] = [None] * world_size()
         if world_size() > 1:
             dist.all_gather_object(everyone, mine)
         else:
             everyone = [mine]
         terms = {name: _plain(float(value)) for name, value in trainer.callback_metrics.items() if "train/" in name}
-        step = trainer.global_step
-        report = {"step": step, "epoch": trainer.current_epoch, "terms": terms, "ranks": everyone}
-        file = Path(trainer.default_root_dir) / "alarms" / f"loss-{trainer.fit_loop.total_batch_idx:08d}.json"
+        report = {"what": "spike" if spike else what, **place, "terms": terms, "ranks": everyone}
+        name = f"{report['what']}-{place['total_batch']:08d}.json"
+        file = Path(trainer.default_root_dir) / "alarms" / name
         if trainer.is_global_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(file, json.dumps(report, indent=2) + "\n")
@@ -177,9 +292,22 @@ class TrainingGuard(Callback):
             if broken
             else ("its images are finite numbers")
         )
-        message = f"the loss of a batch is not finite at step {step}; {cause}. Its keys and terms are in {file}."
+        found = (
+            f"jumps at step {place['step']}: {spike}" if spike else f"is not finite at step {place['step']}; {cause}"
+        )
+        message = f"the {what} of a batch {found}. Its keys and terms are in {file}."
         _announce(trainer, message)
         return message
+
+
+def _place_of(trainer: Trainer, batch_idx: int) -> dict[str, Any]:
+    """Say where a batch stands in the run: what `discrete-lit replay` finds it by."""
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "batch": batch_idx,
+        "total_batch": trainer.fit_loop.total_batch_idx,
+    }
 
 
 class _BeforeBatch:

@@ -5,6 +5,7 @@ Only the asked command is imported, so that the list of commands, `--help` and `
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ FUNCTION_COMMANDS = {
     "measure_latents": "find the scale that a KL-VAE's latents need",
     "sample": "draw images from a generator's checkpoint",
     "evaluate": "compare samples with a reference set",
+    "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
     "watch": "show samplers at work, step by step, on one HTML page",
@@ -65,8 +67,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `discrete-lit` with the given arguments, those of the process by default.
 
-    A `ValueError`, a user's mistake, and an error of the disk are printed as one message; the environment variable
-    `DISCRETE_LIT_TRACEBACK=1` shows where it was raised.
+    What `said_of` knows, a user's mistake, an error of the disk or too little memory, is printed as one message; the
+    environment variable `DISCRETE_LIT_TRACEBACK=1` shows where it was raised.
 
     Raises:
         SystemExit: with code 2 after a user's mistake, with code 0 after `--help` and the like.
@@ -90,20 +92,44 @@ def main(argv: Sequence[str] | None = None) -> None:
         from discrete_lit.core.configuration import use_current_names
 
         _run(command, files_first(use_current_names(arguments[1:])))
-    except ValueError as error:
-        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+    except Exception as error:
+        message = said_of(error)
+        if message is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             raise
-        fail(str(error))
-    except OSError as error:
+        fail(message)
+
+
+# How PyTorch's allocator on the CPU, and sizes that no allocator is asked for, begin to fail.
+_NO_MEMORY = ("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed")
+
+
+def said_of(error: BaseException) -> str | None:
+    """Say in a message what an error that input can cause is about; None for an error of the program."""
+    if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":  # Lightning's ValueError
+        return str(error)
+    if isinstance(error, OSError):
         # A full disk, a folder that may not be written: nothing that a traceback explains, where the file is named.
-        if error.filename is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
-            raise
-        fail(f"{error.filename}: {error.strerror}")
+        # Python names no file where it finds no folder for temporary ones, but all that it tried.
+        named = error.filename is not None
+        return (
+            f"{error.filename}: {error.strerror}"
+            if named
+            else str(error)
+            if "temporary directory" in str(error)
+            else None
+        )
+    if isinstance(error, RecursionError):
+        return "the settings, or a file that they name, are nested too deeply"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in _NO_MEMORY)):
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        return f"there is not enough memory: {first}. Smaller sizes, such as batch_size or image_size, need less"
+    return None
 
 
 def fail(message: str) -> None:
     """Print a user's mistake and exit with code 2; what a message quotes cannot move the cursor or colour the text."""
-    safe = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in message)
+    short = re.sub(r"\S{500,}", lambda word: f"{word[0][:200]}...", message)  # such as a name of thousands of letters
+    safe = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in short)
     sys.stderr.write(f"error: {safe}\n")
     raise SystemExit(2)
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
+from discrete_lit.core.bounded_reading import read_text
 from discrete_lit.core.configuration import read_settings
 
 COMMAND_LINE = "the command line"
@@ -56,7 +57,7 @@ def _how_to_run(arguments: Sequence[str]) -> list[str]:
     given = [option.value for option in _options(arguments) if option.is_file and option.value]
     advice: dict[str, str] = {}
     for name in given:
-        if Path(name).is_file() and (found := _FIRST_COMMENT.match(Path(name).read_text())):
+        if Path(name).is_file() and (found := _FIRST_COMMENT.match(read_text(name))):
             command = " ".join(found.group(1).replace("\\\n#", "").split())
             if {Path(file).name for file in re.findall(r"--config (\S+)", command)} - {
                 Path(file).name for file in given
@@ -179,12 +180,14 @@ def _read(config: str) -> tuple[dict[str, Any], str]:
     if not inline and ("\0" in config or (Path(config).exists() and not Path(config).is_file())):
         raise ValueError(f"--config {config}: not a file")
     try:
-        values = read_settings(config if inline else Path(config).read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        text = config if inline else read_text(config)
+    except (OSError, ValueError) as error:
         raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        values = read_settings(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: {error}") from error
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__}"

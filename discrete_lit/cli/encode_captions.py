@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
+from discrete_lit.cli.devices import make_fabric
+from discrete_lit.data.array_manifest import read_array_manifest
 from discrete_lit.data.caption_features import write_caption_features
 from discrete_lit.data.caption_file import CaptionFile
-from discrete_lit.data.encoded_arrays import read_array_manifest
 from discrete_lit.tokenizers.text_encoder import TextEncoder
 
 
@@ -37,14 +37,14 @@ def encode_captions(
     """
     folder = Path(arrays).expanduser()
     manifest = read_array_manifest(folder)
-    if not manifest.get("captions"):
+    if not isinstance(manifest, dict) or not manifest.get("captions"):
         raise ValueError(
             f"the arrays in {folder} have no captions beside them: run `discrete-lit tokenize` on data with "
             "data.init_args.captions"
         )
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    fabric = Fabric(accelerator=accelerator, devices=1)
+    fabric = make_fabric(accelerator)
     fingerprint = text_encoder.fingerprint()
     encoder = text_encoder.to(fabric.device).eval()
     progress = tqdm(desc="encode captions", unit="caption", disable=None)

@@ -134,12 +134,11 @@ def evaluate(
             parts that are not there, rates out of [0, 1] or of ids that no row has, or inputs that do not meet the
             protocol.
     """
-    from lightning.fabric import Fabric
-
+    from discrete_lit.cli.devices import make_fabric
     from discrete_lit.evaluation.report import Report
 
     shares = _shares(Path(output) / "shares", part, join)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes)  # type: ignore[arg-type]
+    fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes)
     opened = open_inputs(
         reference,
         image_size=image_size,

@@ -3,10 +3,10 @@
 from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load, save
+from discrete_lit.cli.devices import make_fabric
 from discrete_lit.data.image_folder import ImageFolder
 from discrete_lit.data.image_shards import ImageShards
 from discrete_lit.data.loaders import EvaluationLoader
@@ -58,7 +58,7 @@ def measure_latents(
         )
     if num_images is not None and num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {num_images}")
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)  # type: ignore[arg-type]
+    fabric = make_fabric(accelerator, precision=precision)
     fabric.strategy.precision.convert_module(tokenizer)  # in place
     network = freeze(tokenizer).to(fabric.device)
     network.scale_factor, network.latent_mean, network.latent_std = 1.0, None, None

@@ -16,7 +16,10 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
 from discrete_lit.checkpoints import read_checkpoint
+from discrete_lit.core.bounded_reading import read_json
+from discrete_lit.core.configuration import read_settings
 from discrete_lit.core.files import UNFINISHED_SUFFIX, atomic_write, atomic_write_text
 from discrete_lit.core.provenance import environment
 
@@ -36,6 +41,8 @@ _log = logging.getLogger(__name__)
 # What a checkpoint says of how many each ModelCheckpoint kept when it was written.
 _KEPT = "kept_checkpoints"
 _MOST_LISTED = 10
+# Checkpoints in the memory of the host that are not written yet: the best one and `last.ckpt` beside it.
+_MOST_PENDING = 2
 
 
 class RunFolder:
@@ -71,13 +78,14 @@ class RunFolder:
         beside = self.path.glob("hpc_ckpt_*.ckpt")  # of Lightning's own preemption
         return list(dict.fromkeys((*beside, *(file for place in self.places() for file in _checkpoints_in(place)))))
 
-    def newest_intact(self, *, continues: bool = False) -> tuple[str, dict[str, Any]] | None:
+    def newest_intact(self, *, continues: bool = False, up_to: int | None = None) -> tuple[str, dict[str, Any]] | None:
         """Find the checkpoint of the highest `global_step`, and read it; log and skip each one that is broken.
 
         The time of a file counts only between checkpoints of one step: copying a run changes it.
 
         Args:
             continues: training must be able to go on from it, so that weights alone do not do.
+            up_to: later steps are passed over; by default none.
 
         Returns:
             Its path and content; None where there is no checkpoint at all.
@@ -91,7 +99,7 @@ class RunFolder:
         for file in self.checkpoints():
             try:
                 checkpoint = _glance(file)
-                if self._is_anothers(file, checkpoint):
+                if self._is_anothers(file, checkpoint) or (up_to is not None and checkpoint["global_step"] > up_to):
                     continue
                 if continues and not holds_a_run(checkpoint):
                     unfit.append(f"{str(file)!r} holds weights alone")
@@ -165,7 +173,8 @@ def checkpoint_folders(callbacks: Iterable[Callback]) -> list[str]:
 def _folders(settings: Any) -> Iterator[str]:
     """Find each `dirpath` in the settings of callbacks, which may be in a string as the command line has them."""
     if isinstance(settings, str) and settings.lstrip().startswith(("[", "{")):
-        settings = yaml.safe_load(settings)
+        with suppress(yaml.YAMLError):  # the parser says what is wrong with it
+            settings = read_settings(settings)
     if isinstance(settings, Mapping):
         for name, value in settings.items():
             if name == "dirpath" and isinstance(value, str):
@@ -251,7 +260,7 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        starts = json.loads(file.read_text(encoding="utf-8")).get("starts", [])
+        starts = read_json(file).get("starts", [])
         if not all(isinstance(start.get("places", []), list) for start in starts):
             raise ValueError("the places of its checkpoints are no list")
         return starts
@@ -260,23 +269,76 @@ def _starts(folder: Path) -> list[dict[str, Any]]:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Write each checkpoint beside its final name first, and check that it can be read again.
+    """Write each checkpoint beside its final name first, while training goes on, and check that it can be read again.
 
     Lightning writes into TMPDIR, and copies from there where that is another file system: it fills a small TMPDIR,
     leaves files there, and a kill in between leaves half a checkpoint under the final name.
+
+    Training waits until the file is made in the host's memory, if that has room for four. A thread writes one after the
+    other, and two of them wait at most. What is removed is removed in its turn: the one before a checkpoint stays until
+    that is whole. An error of the disk is raised at the next save, or at the end of the run.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._told: set[str] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        """Work of the thread, and how many checkpoints it writes: one, or none where it removes one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
+        if _size(checkpoint) > _available_memory() // 4:
+            self.wait()
+            self._write(checkpoint, path, None)
+            return
+        self.wait(_MOST_PENDING - 1)
+        # The very bytes of the file, so that what shares memory shares it there too.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        self._submit(1, self._write, checkpoint, path, content)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> Any:
+        self.wait()
+        return super().load_checkpoint(path, *arguments, **settings)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        if self._pending:
+            self._submit(0, super().remove_checkpoint, path)
+        else:
+            super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            self._thread = None
+
+    def wait(self, most: int = 0) -> None:
+        """Wait until at most so many checkpoints are being written.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        while self._pending and (not most or sum(written for _, written in self._pending) > most):
+            self._pending.popleft()[0].result()
+
+    def _submit(self, written: int, work: Callable[..., None], *arguments: Any) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending.append((self._thread.submit(work, *arguments), written))
+
+    def _write(self, checkpoint: dict[str, Any], path: str | Path, content: io.BytesIO | None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            torch.save(checkpoint, file)
+            if content is None:
+                torch.save(checkpoint, file)
+            else:
+                file.write(content.getbuffer())
             file.flush()
             self._check_readable(checkpoint, Path(file.name), path)
 
@@ -297,6 +359,24 @@ class WholeCheckpoints(TorchCheckpointIO):
                         entry,
                         why,
                     )
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested mappings and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if not isinstance(value, Mapping | list | tuple):
+        return 0
+    return sum(map(_size, value.values() if isinstance(value, Mapping) else value))
+
+
+def _available_memory() -> int:
+    """Bytes of the host's memory that nothing uses; unlimited where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return 2**62
 
 
 def _unreadable_entries(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -465,7 +545,7 @@ class RecordStart(Callback):
         assert self.folder is not None
         file = self.folder / "run.json"
         # `sample` may have written its own record into the same folder.
-        others = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        others = read_json(file) if file.exists() else {}
         start = {
             "command": ["discrete-lit", *self.command],
             "checkpoint": self.checkpoint,

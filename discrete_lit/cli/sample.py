@@ -15,10 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from discrete_lit.backbones.backbone import compile_for_sampling
 from discrete_lit.backbones.condition import Condition
+from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
+from discrete_lit.core.bounded_reading import read_json, read_text
 from discrete_lit.core.distributed import all_reduce_sum
 from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
@@ -146,7 +148,7 @@ def sample(
         )
     cycle = torch.tensor(given)
     drawer = cast(Any, sampler or generator.sampler)
-    all_labels = cycle.repeat(-(-num_samples // len(cycle)))[:num_samples]
+    _check_room(output, num_samples)
     if prompts and graph is True:
         raise ValueError("graph=true is for labels; texts are drawn without one")
     if prompts:  # refuses a text that is too long before anything is drawn
@@ -156,9 +158,10 @@ def sample(
             raise ValueError("negative_prompt is of guidance: give the sampler a guidance_scale above 1")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    starts = _starts_of_run(folder / "run.json")
 
     precision = resolve_precision(precision, accelerator)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
     fabric.strategy.precision.convert_module(generator)  # in place
@@ -185,7 +188,7 @@ def sample(
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
         with torch.inference_mode(), fabric.autocast():
-            batch = all_labels[indices].to(fabric.device), indices.to(fabric.device)
+            batch = cycle[indices % len(cycle)].to(fabric.device), indices.to(fabric.device)
             if graphed is None:
                 texts = [prompts[index % len(prompts)] for index in indices.tolist()] if prompts else []
                 condition = _condition(generator, batch[0], texts, negative_prompt)
@@ -249,12 +252,19 @@ def sample(
             folder,
             None if decoding else generator.tokenizer,
             np.load(rows_path, mmap_mode="c"),
-            all_labels.numpy(),
-            run,
+            np.resize(cycle.numpy(), num_samples),
+            {**run, **starts},
         )
         rows_path.unlink()
     fabric.barrier()
     return run
+
+
+def _check_room(output: str, num_samples: int) -> None:
+    """Refuse more samples than the disk has bytes, before anything is drawn; how large one is says the first batch."""
+    there = next(folder for folder in (Path(output), *Path(output).absolute().parents) if folder.exists())
+    if num_samples > (free := shutil.disk_usage(there).free):
+        raise ValueError(f"num_samples is {num_samples:,}, and {there} has {free:,} bytes of free space")
 
 
 def _prompts(
@@ -284,7 +294,7 @@ def _prompts(
         path = Path(file).expanduser()
         if not path.is_file():
             raise ValueError(f"prompt_file={file!r}: no such file; it has a prompt on each line")
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(
             f"this {type(generator).__name__} draws what a text says: give --prompt 'a text', several times for "
@@ -401,11 +411,19 @@ def _write(
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:
             atomic_write_text(folder / "samples.txt", "".join(f"{text}\n" for text in texts))
-    # Where this is a run folder, the file is the record of its starts too.
-    file = folder / "run.json"
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    starts = {"starts": earlier["starts"]} if "starts" in earlier else {}
-    atomic_write_text(file, json.dumps({**run, **starts}, indent=2) + "\n")
+    atomic_write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+
+
+def _starts_of_run(file: Path) -> dict[str, Any]:
+    """Read what a record has of the starts of a run, whose folder the samples go to; nothing where there is none.
+
+    Raises:
+        ValueError: it cannot be read, and would be lost.
+    """
+    earlier = read_json(file) if file.is_file() else {}
+    if not isinstance(earlier, dict):
+        raise ValueError(f"{file} holds a {type(earlier).__name__}: it is no record of ours, and would be overwritten")
+    return {"starts": earlier["starts"]} if "starts" in earlier else {}
 
 
 def _write_grid(folder: Path, pixels: np.ndarray, *, cycle: int = _GRID_SIDE) -> None:

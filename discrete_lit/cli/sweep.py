@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.fabric import Fabric
 
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.distributed import failing_together, on_first_rank, rank
 from discrete_lit.core.files import atomic_write_text, content_sha256, file_sha256
 from discrete_lit.core.provenance import describe, environment
@@ -117,7 +118,7 @@ def sweep(
         selection, known = Selection(images, num_reference, num_classes=images.num_classes), None
 
     precision = resolve_precision(precision, accelerator)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     fabric.strategy.precision.convert_module(generator)
     generator, network = generator.to(fabric.device).eval(), network.to(fabric.device)
@@ -141,7 +142,7 @@ def sweep(
         drawer: Any = with_settings(base, changes)
         identity = (*made_by, describe(drawer), num_samples, seed, batch_size, precision)
         file = folder / "settings" / f"{content_sha256(repr(identity))[:16]}.json"
-        found = on_first_rank(lambda: json.loads(file.read_text()) if file.is_file() else None)
+        found = on_first_rank(lambda: read_json(file) if file.is_file() else None)
         if found is None:
             meter = FeatureMeter(network, num_samples, most_features=None if known.features is not None else 0)
             cost = (0, 0.0)

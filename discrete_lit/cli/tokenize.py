@@ -4,11 +4,11 @@ import logging
 from typing import Any, Literal
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.encoded_arrays import EncodedWriter
@@ -87,7 +87,7 @@ def tokenize(
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
     precision = resolve_precision(precision, accelerator)
-    fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision)  # type: ignore[arg-type]
+    fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
     writes: type[EncodedWriter] = TokenWriter if isinstance(tokenizer, Tokenizer) else LatentWriter
     if fabric.global_rank == 0:

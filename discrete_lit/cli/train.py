@@ -15,8 +15,14 @@ from typing import Any, Literal, cast
 import yaml
 from jsonargparse import Namespace
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
@@ -26,6 +32,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from discrete_lit.callbacks import (
     GradientNorm,
+    HangDetector,
+    Preemption,
     ReconstructionGrid,
     SampleGrid,
     Throughput,
@@ -41,6 +49,7 @@ from discrete_lit.checkpoints import (
     record_config,
 )
 from discrete_lit.cli.config import TRUST_HELP, GivenSettings, explain, read_given
+from discrete_lit.cli.devices import check_devices
 from discrete_lit.cli.init_from import take_weights
 from discrete_lit.cli.resume import ContinueExactly, FollowConfiguration, check_classes, check_tokenizer, differences
 from discrete_lit.cli.run_folder import (
@@ -113,8 +122,6 @@ def run_training(command: str, arguments: list[str]) -> None:
         try:
             with ExitStack() as held:
                 TrainingCLI(command, arguments, held=held).run()
-        except MisconfigurationException as error:
-            raise ValueError(str(error)) from error
         except TrainingStopped as stopped:
             sys.stderr.write(f"stopped: {stopped}\n")
             raise SystemExit(1) from stopped
@@ -379,6 +386,7 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"trainer.accumulate_grad_batches is {settings['accumulate_grad_batches']}, accepted: 1 or more"
             )
+        check_devices(settings["devices"], "trainer.devices")
         try:
             trainer = super().instantiate_trainer(callbacks=callbacks, logger=logger, **kwargs)
         except TypeError as error:  # so Lightning refuses some numbers of devices
@@ -415,6 +423,13 @@ class TrainingCLI(LightningCLI):
             always.append(TQDMProgressBar())
         if self.command == "fit":
             always.append(TrainingGuard())
+            if not settings["fast_dev_run"]:
+                always.append(HangDetector())
+                keepers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
+                if settings["enable_checkpointing"] is not False and isinstance(
+                    (keepers or [ModelCheckpoint()])[0], ModelCheckpoint
+                ):
+                    always.append(Preemption())
         if logged:
             always += [ReconstructionGrid(), SampleGrid()]
             if self.command == "fit":

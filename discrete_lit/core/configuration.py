@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from math import isnan
 from typing import Any, Self, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader
+
+from discrete_lit.core.bounded_reading import MOST_SETTINGS
 
 # Packages that moved, inner ones first. Inside a package a class is found by its own name, whatever its module was.
 _PACKAGES = {
@@ -63,9 +66,10 @@ _ARGUMENTS = {
 }
 # How jsonargparse begins to report a value that fits no member of a union, such as a class whose constructor raised.
 _UNION = "Does not validate against any of the Union subtypes"
+_OTHER_CLASS = "does not correspond to a subclass of"
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 # A file with more entries than this, aliases counted as often as they are used, is no configuration.
-_MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 500_000, 1_000, 100
+_MOST_ENTRIES, _MOST_KEYS, _DEEPEST = 200_000, 1_000, 100
 # At the beginning of a value: the environment variable that a path begins with.
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})(?=/|$)")
 # What a function may return that is no part of a model.
@@ -150,13 +154,22 @@ def _leads_somewhere(path: str) -> bool:
     return found is not None and getattr(found, "__name__", name) == name
 
 
-class SettingsLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Read YAML as users of this field mean it: `1e-4` is a number, `010` and `1:30` are words, a key stands once.
+class BoundedLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Read YAML whose size is bounded, and in which a key stands once.
 
     Raises:
         yaml.YAMLError: also for a key that is given twice, where the parser would drop the first one with all that it
-            holds, and for a document that contains itself, or whose aliases multiply it beyond measure.
+            holds, for a document that contains itself, or whose aliases multiply it beyond measure, and for one that is
+            too long to be settings.
     """
+
+    def __init__(self, text: str) -> None:
+        if len(text) > MOST_SETTINGS:
+            raise yaml.YAMLError(f"it has more than {MOST_SETTINGS:,} letters: those are no settings")
+        # Each entry has one of these beside it; to read the text would take minutes.
+        if sum(map(text.count, ",\n:[{")) > _MOST_ENTRIES:
+            raise yaml.YAMLError(f"it has more than {_MOST_ENTRIES:,} entries: those are no settings")
+        super().__init__(text)
 
     def get_single_node(self) -> Any:
         try:
@@ -169,6 +182,22 @@ class SettingsLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ig
             )
         return node
 
+
+class SettingsLoader(BoundedLoader):
+    """Read YAML as users of this field mean it: `1e-4` is a number, `010` and `1:30` are words, `.nan` is refused.
+
+    Raises:
+        yaml.YAMLError: what `BoundedLoader` raises.
+    """
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        value = super().construct_yaml_float(node)
+        if isnan(value):
+            raise yaml.YAMLError(f"{node.value!r} is no number, line {node.start_mark.line + 1}")
+        return value
+
+
+SettingsLoader.add_constructor("tag:yaml.org,2002:float", SettingsLoader.construct_yaml_float)
 
 # The resolvers of YAML 1.1 without dates, base 60 and octal numbers, and with numbers such as 1e-4.
 SettingsLoader.yaml_implicit_resolvers = {
@@ -223,6 +252,15 @@ def _entries(node: yaml.Node, above: tuple[int, ...], counted: dict[int, int]) -
     return counted[id(node)]
 
 
+def plain_yaml(text: str) -> Any:
+    """Read YAML 1.1 as other programs write it, within the bounds of `BoundedLoader`.
+
+    Raises:
+        yaml.YAMLError: not YAML, or what those bounds refuse.
+    """
+    return yaml.load(text, Loader=BoundedLoader)
+
+
 def read_settings(text: str) -> Any:
     """Read YAML as `SettingsLoader` does, in today's names and with `~` and environment variables put in.
 
@@ -239,11 +277,14 @@ def use_current_names(arguments: Sequence[str]) -> list[str]:
     """Return a command line in today's names, and have every file that it leads to read by `read_settings`.
 
     Raises:
-        ValueError: a value begins with an environment variable that is not set.
+        ValueError: a value begins with an environment variable that is not set, or is no number (`.nan`).
     """
     if get_loader("yaml") is not _load_settings:
         set_loader("yaml", _load_settings, exceptions=(yaml.YAMLError,))
     values = [argument.partition("=")[2] if argument.startswith("-") else argument for argument in arguments]
+    for argument, value in zip(arguments, values, strict=True):
+        if value.lower() == ".nan":
+            raise ValueError(f"{argument[:200]}: {value} is no number")
     return [
         argument[: len(argument) - len(value)] + _in_current_names(_expanded(value))
         for argument, value in zip(arguments, values, strict=True)
@@ -339,6 +380,9 @@ def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
         original: BaseException = error
         # The parser tries every member of a union and reports that none of them could be built.
         while str(original).startswith(_UNION) and original.__cause__ is not None:
+            # The cause is the first member's; where another class was named, that class's is in the text alone.
+            if _OTHER_CLASS in str(original.__cause__) and (meant := _reason(str(original))) is not None:
+                raise ValueError(meant) from original
             original = original.__cause__
         # PyTorch's allocators and the sizes that they are asked for: a RuntimeError, or a subclass.
         if not isinstance(original, ValueError) and (not isinstance(original, RuntimeError) or _memory(original)):
@@ -347,6 +391,13 @@ def build(parser: ArgumentParser, settings: Namespace) -> Namespace:
         if original is error:
             raise
         raise original from None
+
+
+def _reason(message: str) -> str | None:
+    """Find in a report about a union why the class that was meant could not be built; None where all are others."""
+    listed = message.partition("\nErrors:\n")[2].partition("\nGiven value")[0]
+    reasons = [" ".join(reason.split()) for reason in re.split(r"(?:^|\n)  - ", listed) if reason.strip()]
+    return next((reason for reason in reasons if _OTHER_CLASS not in reason), None)
 
 
 def _memory(error: RuntimeError) -> bool:

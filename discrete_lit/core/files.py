@@ -237,7 +237,7 @@ class Npz:
 
     def _read_header(self, member: str) -> ArrayHeader:
         with self._errors(member), self._archive.open(member) as file:
-            header = _read_npy_header(file)
+            header = read_npy_header(file)
             values = self._archive.getinfo(member).file_size - file.tell()
             # A header that claims more than there is would make the reader set aside memory for it.
             if not header.dtype.hasobject and header.size != values:
@@ -254,9 +254,11 @@ class Npz:
     def rows(self, name: str) -> Iterator[np.ndarray]:
         """Read an array of at least one dimension row by row, in the memory of one row."""
         with self._errors(name), self._archive.open(f"{name}.npy") as file:
-            shape, dtype, fortran_order = _read_npy_header(file)
+            shape, dtype, fortran_order = read_npy_header(file)
             if fortran_order:
                 raise ValueError("it is in Fortran order; save it with np.ascontiguousarray")
+            if math.prod(shape[1:]) == 0 or dtype.itemsize == 0:
+                raise ValueError(f"{dtype} {shape} has rows of no bytes, however many it claims")
             size = math.prod(shape[1:]) * dtype.itemsize
             for index in range(shape[0]):
                 data = file.read(size)
@@ -276,8 +278,12 @@ class Npz:
             raise ValueError(f"{self.path!r} is not a readable npz file{array}: {reason}") from error
 
 
-def _read_npy_header(file: IO[bytes]) -> ArrayHeader:
-    """Read the header of an array, up to its first value."""
+def read_npy_header(file: IO[bytes]) -> ArrayHeader:
+    """Read the header of an array, up to its first value.
+
+    Raises:
+        ValueError: it is none, or of another version; a broken one may raise almost anything.
+    """
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:

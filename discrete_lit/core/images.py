@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what prepares data knows sizes, and starts at once
     from torch import Tensor
 
+MOST_PIXELS = 2**26
+"""The most pixels of an image that goes through a network, 8192 x 8192: 800 MB of RGB in float32."""
+
 ImageSize = int | tuple[int, int]
 """The size of images in pixels, as settings give it: the side of a square, or height and width (`[H, W]` in YAML)."""
 
@@ -37,13 +40,15 @@ def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tupl
         setting: what the user calls it, for the message.
 
     Raises:
-        ValueError: neither one nor two integers, or one below 1.
+        ValueError: neither one nor two integers, one below 1, or more pixels than any memory is for.
     """
     sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < 1:
         raise ValueError(
             f"{setting}={image_size}: it must be the side of square images, or [height, width], each at least 1"
         )
+    if sides[0] * sides[1] > MOST_PIXELS:
+        raise ValueError(f"{setting}={image_size}: images of more than {MOST_PIXELS:,} pixels are not made here")
     return sides
 
 

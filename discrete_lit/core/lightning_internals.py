@@ -21,6 +21,7 @@ from discrete_lit.core.files import atomic_write_text
 __all__ = [
     "PrecisionInput",
     "accumulates_gradients",
+    "begin_at_step",
     "continue_csv_log",
     "log_batch_now",
     "log_step",
@@ -85,6 +86,16 @@ def end_finished_epoch(trainer: Trainer) -> None:
         shift = int(batches) - progress.current.ready
         for name in ("ready", "started", "processed", "completed"):
             setattr(progress.current, name, getattr(progress.current, name) + shift)
+
+
+def begin_at_step(trainer: Trainer, step: int) -> None:
+    """Let a trainer that starts anew count its optimizer steps from `step` on, in `on_train_start`.
+
+    There is no public way: `trainer.global_step` comes from the checkpoint that a run goes on from.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    loop.manual_optimization.optim_step_progress.total.completed = step
 
 
 def continue_csv_log(logger: CSVLogger, first_step: int | None) -> None:

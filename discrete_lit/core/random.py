@@ -77,6 +77,8 @@ class Purpose(IntEnum):
     STOCHASTIC_CODE = 18
     DECODER_START = 20
     DECODER_STEP = 21
+    AUGMENTATION = 22
+    AUGMENTATION_CROP = 23
 
 
 class CounterRandom:
@@ -202,7 +204,7 @@ def numpy_stream(*words: int) -> np.random.RandomState:
 
     `RandomState`, because numpy promises never to change its streams: a run can be resumed after an upgrade.
     """
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(words)))  # type: ignore[arg-type]
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(words)))
 
 
 def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:

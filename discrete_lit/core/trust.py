@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import _common as jsonargparse_common
-from yaml import YAMLError, safe_load
+from yaml import YAMLError
 
-from discrete_lit.core.configuration import current_names
+from discrete_lit.core.bounded_reading import read_text
+from discrete_lit.core.configuration import current_names, plain_yaml
 
 # Where the parts of a model are defined. The rest of the package reads data, runs commands or unpickles known files.
 _MODEL_PACKAGES = (
@@ -138,7 +139,7 @@ def named_by_user(values: Any) -> list[str]:
                 found.append(value)
             elif is_file or value.lstrip().startswith(("{", "[")):
                 with suppress(OSError, ValueError, YAMLError):
-                    read = safe_load(Path(value).read_text() if is_file else value)
+                    read = plain_yaml(read_text(value) if is_file else value)
                     waiting += [read] if isinstance(read, Mapping | list) else []
     return found
 

@@ -77,7 +77,7 @@ def read_weights(path: str, setting: str) -> dict[str, Tensor]:
         setting: where the user gave the path, for the message.
 
     Raises:
-        ValueError: no such file, or no state dict in it.
+        ValueError: no such file, no state dict in it, or weights that are not finite.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -94,4 +94,7 @@ def read_weights(path: str, setting: str) -> dict[str, Tensor]:
         raise ValueError(f"{setting}={path!r} is not a readable file of weights: {error}") from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"{setting}={path!r} does not hold a flat state dict of tensors")
+    broken = [name for name, value in weights.items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"{setting}={path!r} has weights that are not finite numbers, the first are of {broken[0]}")
     return weights

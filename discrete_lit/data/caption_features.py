@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from discrete_lit.core.files import atomic_write, atomic_write_text
+from discrete_lit.core.bounded_reading import open_array, read_json
+from discrete_lit.core.files import Npz, atomic_write, atomic_write_text
 from discrete_lit.data.caption_file import CaptionFile
 
 _FORMAT = "discrete-lit-context-1"
 _VECTORS, _INDEX, _MANIFEST = "context.npy", "context_index.npz", "context.json"
+# More captions of an image on average, or tokens of a caption, than any data set has.
+_MOST_CAPTIONS, _LONGEST_CAPTION = 1000, 2**16
 
 
 def write_caption_features(
@@ -107,9 +110,15 @@ class CaptionFeatures:
                 "or set data.init_args.context to false"
             )
         try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(folder / _INDEX, allow_pickle=False) as index:
-                self._starts, self._of_caption, self._firsts = (index[n] for n in ("starts", "of_caption", "firsts"))
+            self.manifest = read_json(path)
+            with Npz(folder / _INDEX) as index:
+                for name in ("starts", "of_caption", "firsts"):
+                    shape, dtype, _ = index.headers[name]
+                    if len(shape) != 1 or dtype != np.int64 or shape[0] > _MOST_CAPTIONS * (count + 1):
+                        raise ValueError(f"{name} is {dtype} {shape} for {count} rows")
+                self._starts, self._of_caption, self._firsts = map(index.read, ("starts", "of_caption", "firsts"))
+            if any((np.diff(numbers) < 0).any() or numbers[0] != 0 for numbers in (self._starts, self._firsts)):
+                raise ValueError("its captions do not follow one another")
             self._vectors: np.ndarray | None = None
             size = self._opened().shape
             fits = (
@@ -118,7 +127,8 @@ class CaptionFeatures:
                 and self._firsts[-1] == len(self._of_caption)
                 and int(self._of_caption.max()) + 2 == len(self._starts)
                 and size == (self._starts[-1], self.manifest["dim"])
-                and int(np.diff(self._starts).max()) <= self.manifest["length"]
+                and int(self._of_caption.min()) >= 0
+                and int(np.diff(self._starts).max()) <= self.manifest["length"] <= _LONGEST_CAPTION
             )
         except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"the vectors of captions in {folder} cannot be read ({error}): make them anew") from error
@@ -145,7 +155,7 @@ class CaptionFeatures:
     def _opened(self) -> np.ndarray:
         """The memory-mapped vectors, opened once in every process."""
         if self._vectors is None:
-            self._vectors = np.load(self.folder / _VECTORS, mmap_mode="r", allow_pickle=False)
+            self._vectors = open_array(self.folder / _VECTORS, mapped=True)
         assert self._vectors is not None
         return self._vectors
 

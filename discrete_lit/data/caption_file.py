@@ -14,6 +14,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from discrete_lit.core.bounded_reading import open_array, parse_json
 from discrete_lit.core.files import atomic_write
 
 _LINES, _STARTS = "captions.jsonl", "caption_starts.npy"
@@ -98,9 +99,9 @@ class CaptionFile:
         self.path = folder / _LINES
         self._lines: mmap.mmap | None = None
         try:
-            starts = np.load(folder / _STARTS, allow_pickle=False)
+            starts = open_array(folder / _STARTS)
             size = self.path.stat().st_size
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"the captions in {folder} cannot be read ({error}): copy the folder again") from error
         fits = starts.shape == (count + 1,) and starts.dtype == np.int64 and starts[0] == 0 and starts[-1] == size
         if not fits or (np.diff(starts) < 1).any():
@@ -116,10 +117,8 @@ class CaptionFile:
         if self._lines is None:
             with self.path.open("rb") as file:
                 self._lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        try:
-            texts = json.loads(self._lines[int(self._starts[row]) : int(self._starts[row + 1])])
-        except ValueError as error:
-            raise ValueError(f"row {row} of {self.path} is not JSON: copy the folder again") from error
+        line = self._lines[int(self._starts[row]) : int(self._starts[row + 1])]
+        texts = parse_json(line, f"copy the folder again: row {row} of {self.path}")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"row {row} of {self.path} is no list of texts: copy the folder again")
         return texts

@@ -10,6 +10,8 @@ from discrete_lit.core import distributed
 from discrete_lit.data.loaders import BatchSource, EvaluationLoader, TrainingLoader
 
 Split = Literal["train", "validation"]
+# Far above what anybody uses. The workers are processes, and each takes some hundred megabytes.
+_LARGEST_BATCH, _MOST_WORKERS, _LARGEST_SEED = 2**24, 512, 2**63 - 1
 
 
 class ResumableDataModule(LightningDataModule, ABC):
@@ -44,9 +46,13 @@ class ResumableDataModule(LightningDataModule, ABC):
         self.locations: dict[Split, Any] = {"train": train, "validation": validation}
         if train is None and validation is None:
             raise ValueError(f"{type(self).__name__} was given no data: set `train`, `validation` or both")
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name, value, least, most in (
+            ("batch_size", batch_size, 1, _LARGEST_BATCH),
+            ("num_workers", num_workers, 0, _MOST_WORKERS),
+            ("seed", seed, 0, _LARGEST_SEED),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must be in {least}..{most:,}")
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is {max_bad_fraction}; it must be between 0 and 1")
         self.batch_size = batch_size

@@ -13,51 +13,26 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from discrete_lit.core.bounded_reading import open_array, read_json
 from discrete_lit.core.files import RowFile, atomic_write_text, publish
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
+from discrete_lit.data.array_manifest import MANIFEST, UNFINISHED_MANIFEST, ArrayKind, read_array_manifest
 from discrete_lit.data.caption_features import CaptionFeatures
 from discrete_lit.data.caption_file import CaptionFile, CaptionParts
 from discrete_lit.data.captions import caption_batch
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
 
-MANIFEST = "manifest.json"
-_UNFINISHED = "manifest.unfinished.json"
 _WRITTEN = "written.npy"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArrayKind:
-    """The names of one kind of encoded arrays."""
-
-    format: str
-    """The word for it in the manifest."""
-    word: str
-    """The word for it in messages: a token array, say."""
-    content: str
-    """The name of its codes: of their file, and in batches."""
-    entries: tuple[str, ...]
-    """The entries of its manifest beside those that every one has."""
-
-    def refused(self, manifest: Any, path: Path) -> str | None:
-        """Say why a manifest is not one of this kind; None where it is."""
-        found = manifest.get("format") if isinstance(manifest, dict) else manifest
-        if not isinstance(manifest, dict) or found != self.format:
-            return f"{path} has format {found!r}; a {self.word} has {self.format!r}"
-        for name in ("count", *self.entries, "image_size", "num_classes", "classes", "tokenizer"):
-            if name not in manifest:
-                return f"{path} has no {name!r}: it is not whole, copy the folder again"
-        return None
 
 
 class EncodedWriter(ABC):
@@ -114,7 +89,7 @@ class EncodedWriter(ABC):
         if count < 1:
             raise ValueError(f"count is {count}; a {cls.kind.word} has at least one row")
         path.mkdir(parents=True, exist_ok=True)
-        (path / _UNFINISHED).unlink(missing_ok=True)
+        (path / UNFINISHED_MANIFEST).unlink(missing_ok=True)
         manifest = {
             "format": cls.kind.format,
             "count": count,
@@ -132,7 +107,7 @@ class EncodedWriter(ABC):
         RowFile.create(path / f"{cls.kind.content}.npy", codes, (count, *cls.row_shape(manifest)))
         RowFile.create(path / "labels.npy", np.int64, (count,))
         RowFile.create(path / _WRITTEN, np.uint8, (count,))
-        atomic_write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
+        atomic_write_text(path / UNFINISHED_MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
     @staticmethod
     @abstractmethod
@@ -240,8 +215,8 @@ class EncodedWriter(ABC):
         found = cls.measured(manifest, path)
         if found:
             manifest |= found
-            atomic_write_text(path / _UNFINISHED, json.dumps(manifest, indent=2) + "\n")
-        publish(path / _UNFINISHED, path / MANIFEST)
+            atomic_write_text(path / UNFINISHED_MANIFEST, json.dumps(manifest, indent=2) + "\n")
+        publish(path / UNFINISHED_MANIFEST, path / MANIFEST)
         (path / _WRITTEN).unlink()
         return manifest
 
@@ -252,10 +227,10 @@ class EncodedWriter(ABC):
 
     @classmethod
     def _unfinished_manifest(cls, folder: Path) -> dict[str, Any]:
-        path = folder / _UNFINISHED
+        path = folder / UNFINISHED_MANIFEST
         if not path.is_file():
             raise ValueError(f"{folder} has no {cls.kind.word} in the making: call {cls.__name__}.create first")
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         if (reason := cls.kind.refused(manifest, path)) is not None:
             raise ValueError(reason)
         return manifest
@@ -330,7 +305,7 @@ class EncodedFolder(ABC):
     def codes(self) -> np.ndarray:
         """The memory-mapped codes, opened once in every process."""
         if self._codes is None:
-            self._codes = self._opened(self.code_file, mmap_mode="r")
+            self._codes = self._opened(self.code_file, mapped=True)
         assert self._codes is not None
         return self._codes
 
@@ -361,7 +336,9 @@ class EncodedFolder(ABC):
         rows = samples
         if "variants" in self.manifest:
             rows = (samples, np.zeros_like(samples) if variants is None else variants)
-        codes = self.values(self.codes[rows], samples, torch.from_numpy(keys))
+        stored = self.codes[rows]
+        self._check_length()
+        codes = self.values(stored, samples, torch.from_numpy(keys))
         labels = {"label": torch.from_numpy(self.labels[samples])} if self.num_classes else {}
         return {
             self.writer.kind.content: codes,
@@ -369,6 +346,15 @@ class EncodedFolder(ABC):
             **self._caption_entries(samples, draws),
             "index": torch.from_numpy(index),
         }
+
+    def _check_length(self) -> None:
+        """Notice a file that was cut short since it was opened: of what is missing a memory map reads zeros."""
+        try:
+            size = self.code_file.stat().st_size
+        except OSError:  # deleted: what is mapped stays readable
+            return
+        if size < self.codes.nbytes:
+            raise ValueError(f"{self.code_file} was cut short while it was read, it has {size:,} bytes left")
 
     def _caption_entries(self, samples: np.ndarray, draws: np.ndarray | None) -> Batch:
         if self.captions is None:
@@ -389,39 +375,16 @@ class EncodedFolder(ABC):
             raise ValueError(reason)
         return manifest
 
-    def _opened(self, path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+    def _opened(self, path: Path, *, mapped: bool = False) -> np.ndarray:
         """Open an array of a finished folder."""
         try:
-            return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            why = "is missing" if isinstance(error, FileNotFoundError) else f"is not a whole .npy file ({error})"
+            return open_array(path, mapped=mapped)
+        except (OSError, ValueError) as error:
+            why = f"{path} is missing" if isinstance(error, FileNotFoundError) else str(error)
             raise ValueError(
-                f"{path} {why}: the {self.writer.kind.word} beside its manifest was copied or written in part; copy "
-                "the folder again"
+                f"{why}: the {self.writer.kind.word} beside its manifest was copied or written in part; copy the "
+                "folder again"
             ) from error
-
-
-def read_array_manifest(folder: Path, word: str = "array") -> Any:
-    """Read the manifest of a finished folder of codes of any kind.
-
-    Args:
-        folder: of the codes.
-        word: for messages.
-
-    Raises:
-        ValueError: there is none, or it is no JSON.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        if (folder / _UNFINISHED).is_file():
-            raise ValueError(
-                f"the {word} in {folder} is incomplete: `discrete-lit tokenize` was interrupted. Run it again."
-            )
-        raise ValueError(f"{folder} holds no {word} (no {MANIFEST}): make one with `discrete-lit tokenize`")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 class EncodedArrays(ResumableDataModule):

@@ -12,9 +12,19 @@ from discrete_lit.core.images import ImageSize, from_uint8, height_and_width
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import caption_batch, drawn
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.transforms import MODES, center_crop, decode_image, random_crop, random_resized_crop, ten_crops
+from discrete_lit.data.transforms import (
+    MODES,
+    center_crop,
+    dall_e_crop,
+    decode_image,
+    random_crop,
+    random_resized_crop,
+    ten_crops,
+)
 
-TrainingCrop = Literal["random", "center", "random_resized"]
+_LARGEST_SCALE = 8
+
+TrainingCrop = Literal["random", "center", "random_resized", "dall_e"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class EvaluationCrops:
         ten_crop_scales: each at least 1; ten crops for each of them.
 
     Raises:
-        ValueError: another kind, or a scale below 1.
+        ValueError: another kind, or a scale below 1 or above 8.
     """
 
     kind: str = "center"
@@ -51,8 +61,8 @@ class EvaluationCrops:
     def __post_init__(self) -> None:
         if self.kind not in ("center", "flip", "ten"):
             raise ValueError(f"crops is {self.kind!r}; it must be 'center', 'flip' or 'ten'")
-        if not self.ten_crop_scales or min(self.ten_crop_scales) < 1:
-            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be at least 1")
+        if not self.ten_crop_scales or not all(1 <= scale <= _LARGEST_SCALE for scale in self.ten_crop_scales):
+            raise ValueError(f"ten_crop_scales is {list(self.ten_crop_scales)}; each must be in [1, {_LARGEST_SCALE}]")
 
     @property
     def count(self) -> int | None:
@@ -102,7 +112,10 @@ class ImagePipeline:
         if self.image_channels not in MODES:
             raise ValueError(f"image_channels is {self.image_channels}; it must be 1 (grey), 3 (RGB) or 4 (RGBA)")
         if self.crop not in get_args(TrainingCrop):
-            raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center' or 'random_resized'")
+            raise ValueError(f"crop {self.crop!r} is not known; it is 'random', 'center', 'random_resized' or 'dall_e'")
+        height, width = height_and_width(self.image_size)
+        if self.crop == "dall_e" and height != width:
+            raise ValueError(f"crop 'dall_e' cuts squares, and image_size is {[height, width]}")
         if not 0 < self.minimum_crop <= 1:
             raise ValueError(f"minimum_crop is {self.minimum_crop}; it must be in (0, 1]")
         if not self.minimum_crop <= self.maximum_crop <= 1:
@@ -141,6 +154,9 @@ class ImagePipeline:
                 area=self.crop_area,
                 aspect=self.crop_aspect,
             )
+        elif self.crop == "dall_e":
+            place = augmentation_uniforms(self.seed, epoch, f"place of {key}")
+            pixels = dall_e_crop(image, self.image_size, place)
         else:
             pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels

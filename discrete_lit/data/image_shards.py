@@ -62,8 +62,8 @@ class ImageShards(ResumableDataModule):
         num_workers: processes that read and decode; 0 does it in the training process.
         seed: decides the order and the augmentation.
         crop: `random` resizes the shorter side and cuts out a random square (or rectangle); `random_resized` cuts out a
-            part of random area and resizes it (torchvision's `RandomResizedCrop`: MaskBit); `center` is the crop of
-            evaluation.
+            part of random area and resizes it (torchvision's `RandomResizedCrop`: MaskBit); `dall_e` cuts a square
+            near the centre (DALL-E, VQ-Diffusion); `center` is the crop of evaluation.
         minimum_crop, maximum_crop: smallest and largest fraction of the shorter side that a random crop covers: 1.0
             (VQGAN), from 0.8 (ADM, LlamaGen), or always 0.889 (VAR).
         crop_area, crop_aspect: of a random part, from the smallest to the largest: the fraction of the image's area,

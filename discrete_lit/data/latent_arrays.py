@@ -20,7 +20,8 @@ from torch import Tensor
 
 from discrete_lit.core.images import ImageSize
 from discrete_lit.core.random import CounterRandom, Purpose
-from discrete_lit.data.encoded_arrays import ArrayKind, EncodedArrays, EncodedFolder, EncodedWriter
+from discrete_lit.data.array_manifest import ArrayKind
+from discrete_lit.data.encoded_arrays import EncodedArrays, EncodedFolder, EncodedWriter
 from discrete_lit.metrics.latent_statistics import LatentStatistics
 
 LatentStorage = Literal["moments", "sample"]

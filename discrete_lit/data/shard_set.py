@@ -8,7 +8,6 @@ the counts must be given. A manifest may come from anywhere: nothing in it is us
 
 import glob
 import io
-import json
 import logging
 import os
 import re
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import braceexpand
 import numpy as np
 
+from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
 from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
@@ -37,7 +37,7 @@ _LETTERS = re.compile(r"[A-Za-z]\.\.[A-Za-z](\.\.-?\d{1,9})?")
 _MOST_SHARDS = 300_000
 _MOST_SAMPLES = 10_000_000  # Of a shard.
 _MOST_CLASSES = 10_000_000
-_LARGEST_MANIFEST = 2**28  # Bytes.
+_LONGEST_SHOWN = 200  # Letters of a name in a message.
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,10 @@ def _expand(entry: str) -> list[str]:
     """The shards that one entry of a location names."""
     if not isinstance(entry, str) or not entry.strip():
         raise ValueError(f"the shards are named by {entry!r}; name a folder, a file, a pattern or a URL")
+    try:
+        urlsplit(entry)
+    except ValueError as error:
+        raise ValueError(f"the shards are named by {entry[:_LONGEST_SHOWN]!r}, which is no URL: {error}") from error
     if is_local(entry) and os.path.exists(local_path(entry)):
         return _shards_at(entry)  # Its name may hold braces and stars of its own.
     urls: list[str] = []
@@ -151,15 +155,14 @@ def _expand(entry: str) -> list[str]:
 
 def _braces(entry: str) -> list[str]:
     """Expand a brace pattern, whose strings are counted first: they may be more than fit into the memory."""
+    shown = without_secrets(entry)[:_LONGEST_SHOWN]
     try:
         count = _alternatives(entry)
         urls = list(braceexpand.braceexpand(entry)) if count <= _MOST_SHARDS else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"the braces of {without_secrets(entry)} are not closed; write \\{{ for a brace itself"
-        ) from error
+        raise ValueError(f"the braces of {shown} are not closed; write \\{{ for a brace itself") from error
     if count > _MOST_SHARDS:
-        raise ValueError(f"the braces of {without_secrets(entry)} stand for more than {_MOST_SHARDS:,} shards")
+        raise ValueError(f"the braces of {shown} stand for more than {_MOST_SHARDS:,} shards")
     return urls
 
 
@@ -256,8 +259,8 @@ def _check_urls(urls: Sequence[str]) -> None:
     missing = [url for url in urls if is_local(url) and not os.path.isfile(local_path(url))]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(urls)} shards are missing: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}"
+            f"{len(missing)} of {len(urls)} shards are missing: "
+            f"{', '.join(url[:_LONGEST_SHOWN] for url in missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
     for url, times in Counter(urls).items():
         if times > 1:
@@ -388,7 +391,7 @@ def _manifest(folder: str) -> dict[str, Any] | None:
         return None
     try:
         with open_url(url) as stream:
-            text = stream.read(_LARGEST_MANIFEST + 1)
+            text = stream.read(MOST_JSON + 1)
     except MissingFile:
         return None
     except OSError as error:
@@ -410,12 +413,9 @@ def read_manifest(text: bytes, name: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no such manifest, or what it says is not possible.
     """
-    if len(text) > _LARGEST_MANIFEST:
-        raise ValueError(f"{name} is longer than {_LARGEST_MANIFEST:,} bytes, so no manifest of shards")
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
+    if len(text) > MOST_JSON:
+        raise ValueError(f"{name} is longer than {MOST_JSON:,} bytes, so no manifest of shards")
+    manifest = parse_json(text, name)
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = repr(manifest.get("format")) if isinstance(manifest, dict) else f"a {type(manifest).__name__}"
         raise ValueError(f"{name} has format {found[:100]}; a folder of shards has {FORMAT!r}")

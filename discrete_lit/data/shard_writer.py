@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import atomic_write, atomic_write_text, content_sha256, file_sha256
 from discrete_lit.core.locks import sole_writer
 from discrete_lit.data.sources.source import Sample, Source, shuffled
@@ -92,7 +93,7 @@ def write_shards(
                 progress.update(len(indices))
         manifest = {**plan, "shards": shards}
         # Its time says when the shards were made: a run that found them finished leaves it alone.
-        if not (output / MANIFEST).exists() or json.loads((output / MANIFEST).read_text(encoding="utf-8")) != manifest:
+        if not (output / MANIFEST).exists() or read_json(output / MANIFEST) != manifest:
             _write_json(output / MANIFEST, manifest)
         (output / _UNFINISHED).unlink(missing_ok=True)
     return manifest
@@ -161,7 +162,7 @@ def _finished_shards(output: Path, plan: dict[str, Any]) -> dict[str, str]:
         _write_json(output / _UNFINISHED, {**plan, "shards": []})
         return {}
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
         shards = {shard["name"]: shard["sha256"] for shard in earlier["shards"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}): delete the folder and run again") from error

@@ -52,6 +52,12 @@ _LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
+# Bytes of a shard that is no file of this machine: a server may send for ever.
+_LONGEST_STREAM = 2**36
+# Bytes of a `.cls` file.
+_LONGEST_LABEL = 2**16
+# A compressed tar of some megabytes can hold headers for hours.
+_MOST_PASSED_OVER = 1_000_000
 # Padding is at most a record; the largest that tape drives ask for is below this.
 _LONGEST_PADDING = 2**20
 # How compressed files begin, and what opens them.
@@ -398,6 +404,7 @@ class _Forward:
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
+        self._check(self._position)
         data = self._stream.read(size)
         self._position += len(data)
         return data
@@ -407,9 +414,14 @@ class _Forward:
 
     def seek(self, position: int) -> int:
         assert position >= self._position, "a tar is read from its front"
+        self._check(position)
         while self._position < position and self.read(min(position - self._position, 2**20)):
             pass
         return self._position
+
+    def _check(self, position: int) -> None:
+        if position > _LONGEST_STREAM:
+            raise PermanentFailure(f"it claims more than {_LONGEST_STREAM:,} bytes, which no shard of a server has")
 
 
 @contextmanager
@@ -443,7 +455,7 @@ class _Group:
 
 def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = None) -> Iterator[tuple[int, _Group]]:
     """Position and entries of each sample; the content is read of the wanted ones alone."""
-    position, limit = -1, image_bytes_limit()
+    position, limit, passed_over = -1, image_bytes_limit(), 0
     group: _Group | None = None
     # A caption file may stand before its image, and alone it is no sample: json comes before png.
     ahead = _Group(key="")
@@ -452,6 +464,9 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = Non
             folder, slash, name = member.name.rpartition("/")
             stem, dot, extension = name.partition(".")
             extension = extension.lower()
+            passed_over += 1
+            if passed_over > _MOST_PASSED_OVER:
+                raise tarfile.ReadError(f"{_MOST_PASSED_OVER:,} entries in a row belong to no sample: this is no shard")
             if member.isdir() or not stem or not dot or _META.match(member.name):
                 continue
             key = folder + slash + stem
@@ -466,13 +481,16 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = Non
                 continue
             if not (extension == "cls" or extension in UNREADABLE_EXTENSIONS or extension in IMAGE_EXTENSIONS):
                 continue
+            passed_over = 0
             if group is None or key != group.key:
                 if group is not None:
                     yield position, group
                 position, group = position + 1, ahead if ahead.key == key else _Group(key=key)
-            problem = _problem(member, extension, limit)
+            problem = _problem(member, extension, _LONGEST_LABEL if extension == "cls" else limit)
             group.problem = group.problem or problem
-            read = problem is None and position < len(wanted) and wanted[position]
+            # Of several images, which make a broken sample, the first is read: all may be more than memory holds.
+            another = extension != "cls" and bool(group.images)
+            read = problem is None and not another and position < len(wanted) and wanted[position]
             content = read_file(tar, member) if read else b""
             if extension == "cls":
                 group.label = content
@@ -495,7 +513,8 @@ def _problem(member: tarfile.TarInfo, extension: str, limit: int) -> str | None:
     if not member.isreg():
         return f"its .{extension} is no file but a {_kind(member)}"
     if member.size > limit:
-        allowed = f"{LONGEST_FILE:,} of captions" if limit == LONGEST_FILE else f"{IMAGE_BYTES_VARIABLE} allows"
+        kinds = {LONGEST_FILE: f"{LONGEST_FILE:,} of captions", _LONGEST_LABEL: f"{_LONGEST_LABEL:,} of a label"}
+        allowed = kinds.get(limit, f"{IMAGE_BYTES_VARIABLE} allows")
         return f"its .{extension} claims {member.size:,} bytes, more than {allowed}"
     return None
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.images import ImageSize
-from discrete_lit.data.encoded_arrays import ArrayKind, EncodedArrays, EncodedFolder, EncodedWriter
+from discrete_lit.data.array_manifest import ArrayKind
+from discrete_lit.data.encoded_arrays import EncodedArrays, EncodedFolder, EncodedWriter
 
 # The types of ids, by the largest vocabulary of each.
 _TOKEN_TYPES: dict[int, type[np.integer[Any]]] = {2**16: np.uint16, 2**32: np.uint32, 2**63: np.int64}

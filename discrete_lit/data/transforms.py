@@ -12,10 +12,10 @@ Decoding follows the rules that published figures were made with, unless one wou
   reduced by Pillow itself, which keeps the high byte.
 - Of an animation the first frame is taken.
 
-There are four crops: two random ones for training, drawn for the sample, of a resized image or of a random part of it;
-the centre, on which published figures are evaluated; and ten of one image. All but the random part, which is
-torchvision's as MaskBit uses it, shrink an image with ADM's filter, so that a tokenizer is trained on the pixels that
-it is measured on.
+There are five crops: three random ones for training, drawn for the sample, of a resized image, of a random part of it,
+or as DALL-E cuts; the centre, on which published figures are evaluated; and ten of one image. All but the random part,
+which is torchvision's as MaskBit uses it, and DALL-E's shrink an image with ADM's filter, so that a tokenizer is
+trained on the pixels that it is measured on.
 
 A size is the side of a square, or (height, width): then the image is scaled to cover that box, and cut to it.
 """
@@ -29,7 +29,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
-from discrete_lit.core.images import ImageSize, height_and_width
+from discrete_lit.core.images import ImageSize, height_and_width, normal_size
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -54,6 +54,10 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 # A resized picture of more pixels than this many times those that are cut out of it is not made as a whole.
 _LARGEST_EXCESS = 16
+
+
+# Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB.
+_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 3 * 2**29, 6, 4
 
 
 class UndecodableImage(ValueError):
@@ -96,6 +100,7 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 _check_jpeg_size(image, len(data))
+                _check_memory(image, MODES[image_channels])
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
@@ -256,6 +261,41 @@ def random_resized_crop(
     return _pixels(image.crop((left, top, left + wide, top + high)).resize((width, height), _BICUBIC))
 
 
+def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, float, float, float]) -> np.ndarray:
+    """Cut out the training crop of DALL-E's transformer, which VQ-Diffusion takes too.
+
+    The largest square of the image, at most 1/8 of what is left over away from its centre, is resized to between `size`
+    and 9/8 of it, but not enlarged beyond `size`; of that a random square is cut out (Ramesh et al., "Zero-Shot
+    Text-to-Image Generation", 2021, appendix B).
+
+    Args:
+        image: of any mode with 8 bits.
+        size: of the result in pixels; a square.
+        randomness: numbers in [0, 1) that decide, in order, the place of the largest square, the side that it is
+            resized to, the row and the column.
+
+    Returns:
+        uint8 `(H, W, C)`.
+
+    Raises:
+        ValueError: a size that is no square.
+    """
+    side, other = height_and_width(size)
+    if side != other:
+        raise ValueError(f"the crop 'dall_e' is a square, and image_size is {normal_size(size)}")
+    place, scale, row, column = randomness
+    shorter = min(image.size)
+    rest = max(image.size) - shorter
+    least, most = 3 * rest // 8, max(3 * rest // 8 + 1, 5 * rest // 8)  # `most` is not reached
+    start = least + int(place * (most - least))
+    left, top = (start, 0) if image.width > image.height else (0, start)
+    largest = max(min(shorter, round(9 / 8 * side)), side)
+    enlarged = side + int(scale * (largest - side + 1))
+    square = image.crop((left, top, left + shorter, top + shorter)).resize((enlarged, enlarged), _BICUBIC)
+    top, left = int(row * (enlarged - side + 1)), int(column * (enlarged - side + 1))
+    return _pixels(square)[top : top + side, left : left + side]
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _grey_16_to_8(image)
@@ -264,7 +304,8 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == "P":
         # A palette of colours and their opacity, of which "L" would know nothing.
         image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-    return image.convert(mode)
+    # `convert` would copy what is there already. The metadata of a TIFF is read from its file, which is closed then.
+    return image if image.mode == mode and image.format != "TIFF" else image.convert(mode)
 
 
 def _grey_16_to_8(image: Image.Image) -> Image.Image:
@@ -294,6 +335,28 @@ def _check_jpeg_size(image: Image.Image, size: int) -> None:
     bits = blocks if image.info.get("progressive") else 2 * blocks
     if bits > 8 * size:
         raise ValueError(f"its header claims {image.width}x{image.height} pixels, for which {size:,} bytes are too few")
+
+
+def _check_memory(image: Image.Image, mode: str) -> None:
+    """Refuse a picture that would take more than a gigabyte and a half while it is decoded and brought to its mode.
+
+    Some decoders keep more than the pixels: OpenJPEG 32 bits of each channel, libjpeg all coefficients of a picture
+    that comes in several passes, and others a whole strip, tile or frame.
+    """
+    channels = len(image.getbands())
+    held = 4 if channels > 1 or image.mode in ("I", "F") else 2
+    decoder = {"JPEG2000": 8 * channels, "WEBP": 8, "AVIF": 8, "TIFF": 2 * channels}.get(image.format or "", 0)
+    if image.info.get("progressive"):
+        decoder = 2 * channels
+    # Pillow multiplies colours by their opacity in another copy before it resizes them.
+    converted = 2 * _CONVERTED if mode == "RGBA" else _CONVERTED
+    needed = (held + decoder + converted) * image.width * image.height
+    most = max(_MOST_DECODED, _DECODED_OF_A_BYTE * image_bytes_limit())
+    if needed > most:
+        raise ValueError(
+            f"its {image.width}x{image.height} pixels take {needed:,} bytes to decode, at most {most:,} are spent; "
+            f"see {IMAGE_BYTES_VARIABLE}"
+        )
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

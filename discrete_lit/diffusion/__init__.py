@@ -1,12 +1,15 @@
 """Discrete diffusion: noise schedules, forward processes, parameterizations, reverse steps, losses. Plain PyTorch."""
 
+from discrete_lit.diffusion.dense_processes import (
+    DenseProcess,
+    DiscretizedGaussianProcess,
+)
 from discrete_lit.diffusion.gidd import GIDDLoss, GIDDProcess, GIDDSchedule
 from discrete_lit.diffusion.mask_and_replace import MaskAndReplaceProcess, MaskAndReplaceSchedule
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser, Head, LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
-    DenseProcess,
-    DiscretizedGaussianProcess,
     ForwardProcess,
     HybridProcess,
     MixtureProcess,
@@ -23,7 +26,6 @@ from discrete_lit.diffusion.schedules import (
     LogSinSchedule,
     MaskSchedule,
     MDLMCosineSchedule,
-    NoiseLevel,
     PowerSchedule,
     SquareSchedule,
     TruncatedNormalSchedule,

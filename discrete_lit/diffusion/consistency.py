@@ -11,8 +11,13 @@ fixed, at a neighbouring time t - s = 1 / N, and f(x_0, 0) = x_0 by construction
 N doubles in training, and the distance is Pseudo-Huber, as in Song and Dhariwal, "Improved Techniques for Training
 Consistency Models", 2024, sections 3.3 and 3.4.
 
-f is the estimate of the data that a `GaussianDenoiser` reads of an output: of the velocity on straight lines,
-x_t - t u, whose boundary at t = 0 holds whatever the network says. `ConsistencySampler` draws by it.
+f is the estimate of the data that a `GaussianDenoiser` reads of an output, and f(x, 0) = x whatever the network says.
+On straight lines it is x_t - t u of the velocity u, and (alpha x_t - sigma v) / (alpha^2 + sigma^2) of v. At t = 1
+these are x_1 - u and -v: of u, what a network misses of the noise stays in the image. `ConsistencySampler` draws by f.
+
+The times lie at even distances, so N decides on fine detail. On straight lines a direction in which the data have the
+deviation 0.02 keeps 58% of it with N = 40 in training and 88% with N = 160 (the product of Cov(x_s, x_t) / Var(x_t)
+over the steps), in distillation by Heun 64% and 96%; a direction with 0.2 keeps 94% and 98%, or 99% and all.
 """
 
 from collections.abc import Callable

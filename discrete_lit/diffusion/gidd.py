@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from discrete_lit.diffusion.losses import ContinuousBound, LossKind
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Head
 from discrete_lit.diffusion.processes import ForwardProcess, MixtureProcess, noise_of
-from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
+from discrete_lit.diffusion.schedules import MaskSchedule
 
 
 def uniform_scale(uniform_fraction: float) -> float:

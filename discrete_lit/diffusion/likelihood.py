@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.diffusion.divergences import gather
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
     DiscreteTimeBound,
     MaskedCrossEntropy,
     ScoreEntropy,
-    gather,
 )
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import (
     Denoiser,
     LeaveOneOutHead,
@@ -33,7 +34,7 @@ from discrete_lit.diffusion.parameterization import (
     posterior_from_leave_one_out,
 )
 from discrete_lit.diffusion.processes import ForwardProcess, ends_in_masks, is_absorbing
-from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
+from discrete_lit.diffusion.schedules import MaskSchedule
 
 Network = Callable[[Tensor, NoiseLevel], Tensor]
 """Maps noisy states `(B, N)` and their level to logits."""

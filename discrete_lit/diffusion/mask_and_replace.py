@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.core.distributed import all_gather_rows
-from discrete_lit.diffusion.losses import DiscreteTimeBound, LossKind, StepLevel, gather
+from discrete_lit.diffusion.divergences import gather
+from discrete_lit.diffusion.losses import (
+    DiscreteTimeBound,
+    LossKind,
+    StepLevel,
+)
 from discrete_lit.diffusion.parameterization import leave_one_out_from_posterior
 from discrete_lit.diffusion.processes import ForwardProcess, equals, noise_of
 from discrete_lit.diffusion.schedules import MaskSchedule

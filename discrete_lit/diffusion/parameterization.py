@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.modules import at_least_float32
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.processes import ForwardProcess
-from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
+from discrete_lit.diffusion.schedules import MaskSchedule
 
 HeadKind = Literal["posterior", "leave_one_out", "score"]
 

@@ -64,7 +64,7 @@ class ImageClassifier(LightningModule):
             )
         else:
             made, self.smallest = _timm_network(network, num_classes, image_channels, dropout), 1
-        self.network = made.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network = made.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute float32 logits `(B, num_classes)` of images `(B, C, H, W)` in [-1, 1]."""

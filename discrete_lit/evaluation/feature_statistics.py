@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from discrete_lit.core.bounded_reading import open_array
 from discrete_lit.core.distributed import gather_objects, on_first_rank, rank
 from discrete_lit.core.files import atomic_write, content_sha256, file_sha256
 from discrete_lit.core.images import ImageSize, from_uint8, height_and_width, normal_size, size_text
@@ -379,8 +380,8 @@ def reference_from_images(
 
 def _read_features(path: Path, dim: int) -> Tensor:
     try:
-        features = np.load(path, allow_pickle=False)
-    except Exception as error:  # a broken file raises almost anything
+        features = open_array(path)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     if (
         features.dtype != np.float32

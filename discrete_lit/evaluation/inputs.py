@@ -6,7 +6,6 @@ A mistake in the last row must not cost the time of the first: `open_inputs` ope
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.transforms import MODES
 from discrete_lit.evaluation.image_sets import (
@@ -253,12 +253,12 @@ def _check_arguments(
     num_reference: int | None,
     batch_size: int,
 ) -> None:
-    if not samples and held_out is None:
-        raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     if reconstructions and held_out is None:
         raise ValueError("reconstructions are made of the held-out images: give held_out")
     if likelihoods and held_out is None:
         raise ValueError("likelihoods are of the held-out images: give held_out")
+    if not samples and held_out is None:
+        raise ValueError("nothing to evaluate: give samples (name: path), held_out, or both")
     for setting, runs in (("samples", samples), ("reconstructions", reconstructions)):
         for (name, path), times in Counter((run.row, run.path) for run in runs).items():
             if times > 1:
@@ -320,8 +320,8 @@ def _read_run(samples: str) -> dict[str, Any]:
     found: dict[str, Any] = {"picture": str(picture)} if picture.is_file() else {}
     if run.is_file():
         try:
-            found["sampling"] = json.loads(run.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            found["sampling"] = read_json(run)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{str(run)!r} cannot be read as JSON: {error}") from error
         if not isinstance(found["sampling"], dict):
             raise ValueError(f"{str(run)!r} must hold an object, it holds {type(found['sampling']).__name__}")

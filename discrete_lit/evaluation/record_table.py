@@ -16,6 +16,7 @@ from math import isfinite, log10, sqrt
 from pathlib import Path
 from typing import Any
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.evaluation.seed_spread import Difference, Spread, compare_means, spread_of
 
@@ -95,8 +96,8 @@ def read_records(paths: Iterable[str]) -> list[ImageRecord]:
 
 def _read_report(file: Path) -> list[ImageRecord]:
     try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        report = read_json(file)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(file)!r} cannot be read as JSON: {error}") from error
     rows = report.get("rows") if isinstance(report, dict) else None
     if not isinstance(rows, list) or not rows:

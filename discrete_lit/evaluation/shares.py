@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
 from discrete_lit.core.distributed import (
     all_gather_rows,
     all_reduce_sum,
@@ -112,7 +113,9 @@ class Tally:
         with Npz(path) as file:
             if "text" not in file.headers:
                 raise ValueError(f"{str(path)!r} holds {sorted(file.headers)}: it is no share of an evaluation")
-            said = json.loads(str(file.read("text")))
+            if file.headers["text"].size > 4 * MOST_JSON:
+                raise ValueError(f"{str(path)!r} holds a text of {file.headers['text'].size:,} bytes")
+            said = parse_json(str(file.read("text")), repr(str(path)))
             if not isinstance(said, dict) or said.keys() != {"facts", "broken"}:
                 raise ValueError(f"{str(path)!r} is no share of an evaluation")
             arrays = {name: torch.from_numpy(file.read(name)) for name in file.headers if name != "text"}

@@ -97,7 +97,7 @@ class ContinuousMasked(LatentGenerator):
 
     def layout(self) -> VectorLayout:
         """The places that the network is asked to read."""
-        return VectorLayout(dim=self.dim, length=self.length, num_classes=self.num_classes, grid=tuple(self.grid))
+        return VectorLayout(dim=self.dim, num_classes=self.num_classes, grid=tuple(self.grid))
 
     # The sequence.
 

@@ -86,9 +86,7 @@ class DimensionwiseMasked(LatentGenerator):
         self.dim, *self.grid = self.latent_shape
         self.length = self.grid[0] * self.grid[1]
         self.quantizer = NormalLevels(levels, low=low, high=high, std_range=std_range)
-        self.backbone = backbone(
-            VectorLayout(dim=self.dim, length=self.length, num_classes=num_classes, grid=tuple(self.grid))
-        )
+        self.backbone = backbone(VectorLayout(dim=self.dim, num_classes=num_classes, grid=tuple(self.grid)))
         self.head = head(ChannelLayout(channels=self.dim, levels=levels, condition_width=self.backbone.hidden_width))
         self.mask_schedule = self.step_schedule = mask_schedule or TruncatedNormalSchedule()
         self.sampler = sampler or DimensionwiseSampler(min(64, self.length))

@@ -90,7 +90,6 @@ class DisCon(ContinuousMasked):
     def layout(self) -> VectorLayout:
         return VectorLayout(
             dim=self.dim,
-            length=self.length,
             num_classes=self.num_classes,
             grid=tuple(self.grid),
             grid_vocab=self.null_id,

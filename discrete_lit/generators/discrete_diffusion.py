@@ -30,9 +30,13 @@ from discrete_lit.diffusion import (
 )
 from discrete_lit.diffusion.likelihood import enumerated_log_likelihood, likelihood_bound
 from discrete_lit.diffusion.losses import DiffusionLoss, DiscreteTimeBound, LossKind, MaskedCrossEntropy
+from discrete_lit.diffusion.noise_level import (
+    NoiseLevel,
+    spread_times,
+    stratified_times,
+)
 from discrete_lit.diffusion.parameterization import TimeInput
 from discrete_lit.diffusion.processes import is_absorbing
-from discrete_lit.diffusion.schedules import NoiseLevel, spread_times, stratified_times
 from discrete_lit.generators.generator import Generator, Likelihood, TokenLosses
 from discrete_lit.samplers import AncestralSampler, Sampler
 from discrete_lit.tokenizers.tokenizer import Tokenizer

@@ -198,7 +198,8 @@ class LatentDiffusion(LatentGenerator):
         """Refuse to distil what does not model these latents by undoing this noise.
 
         Raises:
-            ValueError: another kind of model, other latents or classes, another path, or a consistency function.
+            ValueError: another kind of model, other latents or classes, another path or prediction, or a consistency
+                function.
         """
         name = f"teacher={self.teacher!r}"
         if type(teacher) is not type(self):
@@ -210,6 +211,7 @@ class LatentDiffusion(LatentGenerator):
             ("number of classes", self.num_classes, teacher.num_classes),
             ("tokenizer", self.tokenizer.fingerprint(), teacher.tokenizer.fingerprint()),
             ("path; alpha and sigma", _law(self.denoiser.path), _law(teacher.denoiser.path)),
+            ("prediction", self.denoiser.prediction, teacher.denoiser.prediction),  # its weights are the first ones
         ):
             if own != other:
                 raise ValueError(f"{name} has another {part}: {other}, and this model {own}")

@@ -490,7 +490,7 @@ class EfficientNetLite0(FeatureExtractor):
             raise ValueError(f"{path!r} has SHA-256 {self.weights_sha256}, expected {EFFICIENTNET_SHA256}")
         self.network = load_network(path)
         fold_batch_norms(self.network)
-        self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.network.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def extract(self, images: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ from discrete_lit.metrics.binned_mean import SumsInFloat64
 from discrete_lit.metrics.extractors import SPATIAL, FeatureSource
 
 _LARGEST = 1e100
+# The networks that are used have at most 2048 features; the facts beside them are a name and a hash.
+_WIDEST, _LONGEST_FACT = 8192, 4096
 
 
 class Moments:
@@ -180,6 +182,8 @@ class Moments:
                 )
             if extractor is not None:
                 _check_width(extractor, mean_shape[0], name)
+            if mean_shape[0] > _WIDEST:
+                raise ValueError(f"{name} is of {mean_shape[0]:,} features; at most {_WIDEST:,} are compared")
             facts = {}
             for key, kinds, shape, wanted in (
                 ("count", "iu", (), "a whole number"),
@@ -193,6 +197,8 @@ class Moments:
                 header = file.headers[key]
                 if header.shape != shape or header.dtype.kind not in kinds:
                     raise ValueError(f"{name}: its {key} is {header.dtype} {header.shape}, it must be {wanted}")
+                if header.size > _LONGEST_FACT:
+                    raise ValueError(f"{name}: its {key} has {header.size:,} bytes, it must be {wanted}")
                 value = file.read(key).tolist()
                 facts[key] = tuple(value) if isinstance(value, list) else value
             arrays = {key: file.read(key) for key in (mu, sigma)}

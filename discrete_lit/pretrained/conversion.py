@@ -5,7 +5,6 @@
 - `register` adds a `Family` to `FAMILIES`; `convert` carries a conversion out, and meets every weight of ours.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,6 @@ from torch import Tensor
 from discrete_lit.core.trust import printable
 from discrete_lit.pretrained.reading import Averages, State, part_of
 from discrete_lit.pretrained.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -253,7 +250,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
         source: the file's name, for messages.
 
     Raises:
-        ValueError: tensors are missing, unexpected or misshapen; the message names them.
+        ValueError: tensors are missing, unexpected or misshapen, of another kind of number, or not finite; the message
+            names them.
     """
     published, made, used, wrong = conversion.tensors, dict[str, Tensor](), set[str](), list[str]()
     broken = list[str]()
@@ -272,10 +270,12 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
             # A 1x1 convolution is a linear layer.
             if given.dim() > value.dim() and given.shape == (*value.shape, *(1,) * (given.dim() - value.dim())):
                 given = given.reshape(value.shape)
+            keys = " + ".join(map(repr, names))
             if given.is_floating_point() and not given.is_meta and not bool(given.isfinite().all()):
-                broken.append(" + ".join(names))
+                broken.append(keys)
+            if given.is_floating_point() != value.is_floating_point() or given.is_complex() != value.is_complex():
+                wrong.append(f"{keys} is {given.dtype} instead of {value.dtype}")
             if given.shape != value.shape:
-                keys = " + ".join(map(repr, names))
                 wrong.append(f"{keys} has shape {tuple(given.shape)} instead of {tuple(value.shape)}")
             made[name] = given.to(value.dtype)
     wrong += [f"{key!r} is unexpected" for key in published if key not in used and not _fits(key, conversion.dropped)]
@@ -283,7 +283,8 @@ def convert(own: Mapping[str, Tensor], conversion: Conversion, source: str) -> d
         more = f" and {len(wrong) - _MOST_SHOWN} more" if len(wrong) > _MOST_SHOWN else ""
         raise ValueError(f"the weights of {source!r} do not fit: {'; '.join(wrong[:_MOST_SHOWN])}{more}")
     if broken:
-        _log.warning("%r has values that are not finite in %s", source, printable(", ".join(broken[:_MOST_SHOWN])))
+        where = printable(", ".join(broken[:_MOST_SHOWN]))
+        raise ValueError(f"the weights of {source!r} are not all finite numbers, first in {where}")
     return made
 
 

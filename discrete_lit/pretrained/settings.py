@@ -9,7 +9,6 @@ A function that converts a model says of every argument what becomes of it:
 What none of them named is an error when `finish` is called, so that nothing can be ignored silently.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -19,6 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
+
+from discrete_lit.core.bounded_reading import read_json, read_text
+from discrete_lit.core.configuration import plain_yaml
 
 Reference = Mapping[str, Any]
 _Value = TypeVar("_Value")
@@ -272,7 +274,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"no reference_config at {str(path)!r}")
     try:
-        read = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        read = read_json(path) if path.suffix == ".json" else plain_yaml(read_text(path))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"reference_config={str(path)!r} is neither YAML nor JSON: {error}") from error
     if not isinstance(read, dict):

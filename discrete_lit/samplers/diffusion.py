@@ -21,6 +21,7 @@ from torch import Tensor
 from discrete_lit.core.random import Purpose
 from discrete_lit.core.synchronisation import forbid, host_sees
 from discrete_lit.diffusion import MaskSchedule
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser, positive_weights
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import (
@@ -32,7 +33,6 @@ from discrete_lit.diffusion.reverse import (
     unmask_probability,
     without_rare,
 )
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical, filter_logits
 from discrete_lit.samplers.diffusion_guidance import Prediction, guide_jumps
 from discrete_lit.samplers.sampler import Sampler, SamplingContext

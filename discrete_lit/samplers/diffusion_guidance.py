@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import (
     Denoiser,
     leave_one_out_from_posterior,
@@ -17,7 +18,6 @@ from discrete_lit.diffusion.parameterization import (
 )
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import Jumps
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.guidance import guide
 
 # Sums of their exponentials are finite in float64.

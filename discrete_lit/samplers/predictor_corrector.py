@@ -7,8 +7,8 @@ import torch
 
 from discrete_lit.core.random import Purpose, random_subset
 from discrete_lit.core.synchronisation import host_sees
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.reverse import Jumps, reverse_rates
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.diffusion import (
     DiffusionSampler,
     Interval,

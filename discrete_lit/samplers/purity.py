@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.random import Purpose, random_subset
-from discrete_lit.diffusion.schedules import NoiseLevel
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.samplers.categorical import draw_filtered, filter_logits
 from discrete_lit.samplers.diffusion import NoisyTokens, checked_denoiser, finite_noise
 from discrete_lit.samplers.sampler import Sampler, SamplingContext

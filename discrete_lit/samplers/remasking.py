@@ -9,10 +9,10 @@ from torch import Tensor
 
 from discrete_lit.core.synchronisation import on_device
 from discrete_lit.diffusion import MaskSchedule
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.processes import is_absorbing
 from discrete_lit.diffusion.reverse import Jumps
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import within_nucleus
 from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.core.synchronisation import refuse_recording
+from discrete_lit.diffusion.dense_processes import DenseProcess
 from discrete_lit.diffusion.parameterization import Denoiser, score_from_leave_one_out
-from discrete_lit.diffusion.processes import DenseProcess
 from discrete_lit.diffusion.reverse import Jumps, euler_weights, jumps_from_weights, reverse_rates
 from discrete_lit.samplers.diffusion import DiffusionSampler, Interval, NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction
+
+
+def jumps_along_rates(self: DiffusionSampler, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
+    """Step along the rates of log-probabilities `(B, N, K)` of the clean ids; the last step is the ancestral one."""
+    if interval.last:
+        return DiffusionSampler.jumps_from_clean(self, clean, prediction, interval)
+    return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
 
 
 class EulerSampler(DiffusionSampler):
@@ -32,10 +39,7 @@ class EulerSampler(DiffusionSampler):
             return super().unmask_probability(interval, weight)
         return (unmasking_hazard(interval) * weight).clamp(max=1)
 
-    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_clean(clean, prediction, interval)
-        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
+    jumps_from_clean = jumps_along_rates
 
     def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
         if interval.last:
@@ -80,10 +84,7 @@ class TauLeapingSampler(DiffusionSampler):
             return super().unmask_probability(interval, weight)
         return -torch.expm1(-unmasking_hazard(interval) * weight)
 
-    def jumps_from_clean(self, clean: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
-        if interval.last:
-            return super().jumps_from_clean(clean, prediction, interval)
-        return self.jumps_from_scores(scores_of_clean(clean, prediction), prediction, interval)
+    jumps_from_clean = jumps_along_rates
 
     def jumps_from_scores(self, scores: Tensor, prediction: Prediction, interval: Interval) -> Jumps:
         if interval.last:

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from discrete_lit.backbones import Backbone, Cache
-from discrete_lit.backbones.backbone import cast_once, packed
 from discrete_lit.backbones.condition import Condition, as_condition, plain
+from discrete_lit.backbones.execution import (
+    cast_once,
+    packed,
+)
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import checked_at_the_end, forbid, host_sees
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_filtered
 from discrete_lit.samplers.guidance import GuidanceSchedule, guidance_scales, guide
 

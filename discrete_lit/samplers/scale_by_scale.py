@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import cast_once
 from discrete_lit.backbones.condition import Condition, as_condition
+from discrete_lit.backbones.execution import cast_once
 from discrete_lit.backbones.scale_transformer import ScaleTransformer
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode

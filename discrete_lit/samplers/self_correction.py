@@ -9,9 +9,9 @@ from torch import Tensor
 
 from discrete_lit.core.random import Purpose
 from discrete_lit.core.synchronisation import host_sees
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser
 from discrete_lit.diffusion.processes import is_absorbing
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers.categorical import draw_categorical
 from discrete_lit.samplers.diffusion import DiffusionSampler, NoisyTokens, finite_noise
 

@@ -5,8 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from discrete_lit.backbones.backbone import Backbone, packed
+from discrete_lit.backbones.backbone import Backbone
 from discrete_lit.backbones.condition import Condition, as_condition, plain
+from discrete_lit.backbones.execution import packed
 from discrete_lit.backbones.token_diffusion import TokenDiffusionHead
 from discrete_lit.core.modules import evaluation_mode
 from discrete_lit.core.random import CounterRandom, Purpose

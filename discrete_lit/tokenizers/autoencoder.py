@@ -38,6 +38,7 @@ from discrete_lit.optimization import (
 from discrete_lit.tokenizers.losses import AdversarialLoss, Objective, PerceptualLoss, PixelLoss
 from discrete_lit.tokenizers.losses.objective import LOGIT_LAPLACE_MARGIN, ObjectiveTerms, mean_and_log_scale
 from discrete_lit.tokenizers.networks import Autoencoder
+from discrete_lit.tokenizers.networks.network import LayerInitialization, initialise_layers
 from discrete_lit.tokenizers.quantizers import Quantizer
 from discrete_lit.tokenizers.quantizers.quantizer import Component
 from discrete_lit.tokenizers.tokenizer import Tokenizer
@@ -81,6 +82,8 @@ class ImageAutoencoder(LightningModule):
         scheduler: from an optimizer to a scheduler, stepped after every batch.
         weight_decay_rule: which parameters the optimizer's weight decay acts on, see
             `discrete_lit.optimization.decayed_parameters`.
+        initialization: first weights of the layers of network and quantizer, see `networks.initialise_layers`; None
+            leaves what these begin with. Codes are `codebook_init`'s.
     """
 
     def __init__(
@@ -93,9 +96,12 @@ class ImageAutoencoder(LightningModule):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
         weight_decay_rule: WeightDecayRule = "linear",
+        initialization: LayerInitialization | None = None,
     ) -> None:
         super().__init__()
+        initialise_layers(network, initialization)
         self.network = network
+        self.initialization: LayerInitialization | None = initialization
         self.objective = Objective(
             reconstruction_loss, perceptual_loss=perceptual_loss, adversarial_loss=adversarial_loss
         )
@@ -161,7 +167,7 @@ class ImageAutoencoder(LightningModule):
         """
         made = self.reconstruct(images, step=step, index=index)
         compared = self.objective(
-            made.outputs, images.to(made.outputs.dtype), last_layer=self.network.last_layer, step=step
+            made.outputs, images.to(made.outputs.dtype), last_layer=self.network.last_layer, step=step, index=index
         )
         made.figures |= compared.figures
         made.losses |= self.latent_losses(made, compared, images, step=step)
@@ -255,7 +261,9 @@ class ImageAutoencoder(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         adversarial = self.objective.adversarial
-        if adversarial is not None and not adversarial.trains(self.global_step):
+        if adversarial is None or adversarial.idle_steps == "counted":
+            return
+        if not adversarial.trains(self.global_step):
             # Zero gradients would still decay its weights, and count as steps of Adam.
             for parameter in adversarial.parameters_to_train():
                 parameter.grad = None
@@ -307,6 +315,7 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def __init__(self, network: Callable[[int, int], Autoencoder], quantizer: Quantizer, **training: Any) -> None:
         super().__init__(network(quantizer.dim, quantizer.latent_dim), **training)
+        initialise_layers(quantizer, self.initialization)
         self.quantizer = quantizer
         self.vocab_size = quantizer.vocab_size
         self.usage = nn.ModuleDict()

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from discrete_lit.core.bounded_reading import open_array
 from discrete_lit.core.images import ImageSize, check_channels, from_uint8, height_and_width
 from discrete_lit.core.modules import FullPrecision, at_least_float32
 from discrete_lit.tokenizers.quantizers.codebook import gather_finite, kmeans_codes
@@ -164,9 +165,11 @@ def _read_palette(path: str) -> np.ndarray:
     if not Path(path).is_file():
         raise ValueError(f"palette: no file {path!r}")
     try:
-        colours = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        colours = open_array(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"palette: {path!r} is not an array of numbers written by numpy.save: {error}") from error
+    if colours.dtype.kind not in "fiu":
+        raise ValueError(f"palette: {path!r} holds {colours.dtype}, accepted: real numbers")
     if colours.dtype == np.uint8:
         return from_uint8(torch.from_numpy(colours)).numpy()
     return colours.astype(np.float32)

@@ -8,18 +8,18 @@
 and the text tokenizer.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.checkpoints import record_config
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer, TooLong
 from discrete_lit.tokenizers.tokenizer import Coder
 
@@ -255,10 +255,9 @@ def text_encoder_from_files(
     else:
         if not path.is_file():
             raise ValueError(f"there is no {path}: give the config.json that belongs to weights={weights!r} as config")
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"config={str(path)!r} is not JSON: {error}") from error
+        settings = read_json(path)
+        if not isinstance(settings, dict):
+            raise ValueError(f"config={str(path)!r} holds a {type(settings).__name__}, not settings")
         encoder = _transformer(settings, state, text_tokenizer, source=weights, common=common)
     found = encoder.fingerprint()
     if sha256 is not None and found != sha256:
@@ -274,7 +273,7 @@ def _tensors(weights: str) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             names = [name for name in file.keys() if not name.endswith("position_ids")]
             return {name: file.get_tensor(name).float() for name in names}
-    except SafetensorError as error:
+    except Exception as error:  # an unknown type of numbers is a KeyError, a size beyond the memory another
         raise ValueError(f"weights={weights!r} is no safetensors file: {error}") from error
 
 

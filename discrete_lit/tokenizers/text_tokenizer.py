@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from discrete_lit.core.bounded_reading import read_text
 from discrete_lit.core.files import content_sha256
 
 TooLong = Literal["error", "cut"]
@@ -278,9 +279,9 @@ def _read(file: str) -> str:
             "with a model of Hugging Face"
         )
     try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"file={_shown(file)} is no tokenizer.json: it is not UTF-8") from error
+        return read_text(path, most=_MOST_BYTES)
+    except ValueError as error:
+        raise ValueError(f"file={_shown(file)} is no tokenizer.json: {error}") from error
 
 
 def _with_special_tokens(tokenizer: Any) -> str:

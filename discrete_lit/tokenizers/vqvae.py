@@ -193,7 +193,7 @@ class MultiScaleVQ(AutoencoderTokenizer):
         codebook_update: Literal["ema", "gradient"] = "gradient",
         commitment_weight: float = 0.25,
         decay: float = 0.99,
-        codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "normal",
+        codebook_init: Literal["data", "kmeans", "uniform", "vaex", "normal"] = "normal",
         revive_below: float | None = None,
         **training: Any,
     ) -> None:

@@ -11,19 +11,15 @@ finished there is not done again. Every row is read beside the reconstructions o
 
 import argparse
 import json
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from shared import processor_minutes, spread, stamp
+from shared import compared_samples, number_of_make, processor_minutes, run, spread, stamp
 
 CONFIGS, RUNS = Path("lightning_configs/quickstart"), Path("runs/quickstart")
-LIT = [str(Path(sys.executable).with_name("discrete-lit"))]
 TOKENIZERS = {
     "FSQ tokenizer": RUNS / "tokenizer/checkpoints/last.ckpt",
     "KL tokenizer": RUNS / "tokenizer_kl/checkpoints/last.ckpt",
@@ -55,39 +51,12 @@ COLUMNS = {
 }
 
 
-def of_comparison(name: str) -> int:
-    """A number of `make comparison`, which trains three of the four models."""
-    found = re.search(rf"^{name} := (\d+)$", Path("Makefile").read_text(), re.MULTILINE)
-    assert found is not None, f"the Makefile sets no {name}"
-    return int(found[1])
-
-
-BATCHES, BATCH_SIZE = of_comparison("BATCHES"), of_comparison("BATCH_SIZE")
-
-
-def run(arguments: Sequence[str]) -> None:
-    print("discrete-lit", *arguments, flush=True)
-    subprocess.run([*LIT, *arguments], check=True)
+BATCHES = number_of_make("BATCHES")
 
 
 def samples_of(model: Model, seed: int, batches: int) -> Path:
-    """Train a model with a seed and draw 1,000 images, unless that is done; the path of the images."""
     folder = RUNS / "comparison" / f"seed_{seed}" / model.recipe
-    if not (folder / "finished").exists():
-        run([
-            *("fit", "--config", str(CONFIGS / f"{model.recipe}.yaml"), "--run_dir", str(folder)),
-            *("--seed_everything", str(seed), "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed)),
-            *("--trainer.max_steps", str(batches), "--trainer.val_check_interval", str(batches)),
-            *("--data.init_args.batch_size", str(BATCH_SIZE)),
-            *("--model.init_args.scheduler.init_args.total_steps", str(batches), "--ckpt_path", "last"),
-        ])  # fmt: skip
-        (folder / "finished").touch()
-    if not (folder / "samples.npz").exists():
-        run([
-            *("sample", "--config", str(CONFIGS / "sample.yaml"), "--seed", str(seed), "--output", str(folder)),
-            *("--ckpt_path", str(folder / "checkpoints/last.ckpt")),
-        ])  # fmt: skip
-    return folder / "samples.npz"
+    return compared_samples(CONFIGS / f"{model.recipe}.yaml", folder, seed=seed, batches=batches)
 
 
 def measured(seeds: Sequence[int], batches: int, output: Path) -> dict[str, list[dict[str, Any]]]:
@@ -163,7 +132,9 @@ def page(rows: dict[str, list[dict[str, Any]]], command: str, machine: str, pict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--batches", type=int, default=BATCHES, help=f"of training, of {BATCH_SIZE} images")
+    parser.add_argument(
+        "--batches", type=int, default=BATCHES, help=f"of training, of {number_of_make('BATCH_SIZE')} images"
+    )
     parser.add_argument("--output", type=Path, default=RUNS / "fluid", help="folder of the evaluation's report")
     parser.add_argument("--page", type=Path, default=Path(__file__).with_suffix(".md"), help="what is written")
     given = parser.parse_args()

@@ -1,6 +1,9 @@
-"""What the experiments share: a training that is kept, and how a page says its machine and its seeds."""
+"""What the experiments share: trainings that are kept, and how a page says its machine and its seeds."""
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -34,6 +37,42 @@ def fit(run: Path, configs: Sequence[Path], settings: Mapping[str, Any]) -> Path
         )
         minutes.write_text(f"{processor_minutes() - begun:.1f}\n")
     return run / "checkpoints" / "last.ckpt"
+
+
+def number_of_make(name: str) -> int:
+    """Return a number that the Makefile sets, such as `BATCHES` of `make comparison`."""
+    found = re.search(rf"^{name} := (\d+)$", Path("Makefile").read_text(), re.MULTILINE)
+    assert found is not None, f"the Makefile sets no {name}"
+    return int(found[1])
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a command of `discrete-lit`, and say which."""
+    print("discrete-lit", *arguments, flush=True)
+    subprocess.run([str(Path(sys.executable).with_name("discrete-lit")), *arguments], check=True)
+
+
+def compared_samples(recipe: Path, folder: Path, *, seed: int, batches: int) -> Path:
+    """Train by a recipe and draw 1,000 images as `make comparison` does, unless the folder holds that already.
+
+    Returns:
+        The samples.
+    """
+    if not (folder / "finished").exists():
+        run([
+            *("fit", "--config", str(recipe), "--run_dir", str(folder)),
+            *("--seed_everything", str(seed), "--model.init_args.seed", str(seed), "--data.init_args.seed", str(seed)),
+            *("--trainer.max_steps", str(batches), "--trainer.val_check_interval", str(batches)),
+            *("--data.init_args.batch_size", str(number_of_make("BATCH_SIZE"))),
+            *("--model.init_args.scheduler.init_args.total_steps", str(batches), "--ckpt_path", "last"),
+        ])  # fmt: skip
+        (folder / "finished").touch()
+    if not (folder / "samples.npz").exists():
+        run([
+            *("sample", "--config", "lightning_configs/quickstart/sample.yaml", "--seed", str(seed)),
+            *("--ckpt_path", str(folder / "checkpoints/last.ckpt"), "--output", str(folder)),
+        ])  # fmt: skip
+    return folder / "samples.npz"
 
 
 def minutes_of(checkpoint: Path) -> float:

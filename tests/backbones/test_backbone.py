@@ -14,8 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.backbones import backbone as backbone_file
-from discrete_lit.backbones.backbone import compile_blocks, count_flops, packed
 from discrete_lit.backbones.cpu_kernels import PackedLinear
+from discrete_lit.backbones.execution import (
+    compile_blocks,
+    count_flops,
+    packed,
+)
 from discrete_lit.generators.autoregressive import OrderedBackbone
 
 LABELS = torch.tensor([0, 2, 1])

@@ -10,9 +10,13 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from discrete_lit.backbones import backbone as backbones
-from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.backbone import CastLinear, cast_once, compile_blocks, packed
+from discrete_lit.backbones import cpu_kernels, execution
+from discrete_lit.backbones.execution import (
+    CastLinear,
+    cast_once,
+    compile_blocks,
+    packed,
+)
 from discrete_lit.backbones.layers import Linear
 
 LABELS = torch.tensor([0, 2])
@@ -26,7 +30,7 @@ SWITCHED: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_SWITCH", "0")
-    monkeypatch.setattr(backbones, "casting_pays", lambda device: True)
+    monkeypatch.setattr(execution, "casting_pays", lambda device: True)
 
 
 def autocast(**settings: Any) -> torch.autocast:

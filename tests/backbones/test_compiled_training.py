@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.backbone import compile_blocks
 from discrete_lit.backbones.blocks import Attention
+from discrete_lit.backbones.execution import compile_blocks
 from discrete_lit.generators import Autoregressive, Generator
 
 pytestmark = [

@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from discrete_lit.backbones.backbone import compile_blocks, packed
 from discrete_lit.backbones.cpu_kernels import PackedLinear, packed_linear
+from discrete_lit.backbones.execution import (
+    compile_blocks,
+    packed,
+)
 from discrete_lit.backbones.layers import Linear
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.backbones import cpu_kernels
-from discrete_lit.backbones.backbone import count_flops, packed
 from discrete_lit.backbones.blocks import Attention, BlockSettings
 from discrete_lit.backbones.cpu_kernels import PackedLinear
+from discrete_lit.backbones.execution import (
+    count_flops,
+    packed,
+)
 from discrete_lit.backbones.layers import Linear
 
 ROWS = 16

@@ -44,6 +44,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
         {"norm_first": False},
         {"qkv": 0.02, "out": 0.02, "up": 0.02, "down": 0.02, "logits": 0.02, "ids": 0.02, "positions": 0.02},
     ),
+    "bar": (
+        causal,
+        {"conditioning": "prefix_adaln", "registers": 8},
+        {"qkv": 0.02, "out": 0.02, "down": 0.02, "logits": 0.02, "positions": 0.02, "start": 0.02, "gate": 0},
+    ),
     "taming": (causal, {}, {"qkv": 0.02, "out": 0.02, "down": 0.02, "logits": 0.02, "positions": 0, "ids": 0.02}),
     "maskgit": (
         masked,

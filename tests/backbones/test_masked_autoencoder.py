@@ -17,7 +17,7 @@ ROTATED: dict[str, Any] = {"positions": "learned_rope_2d", "class_added": True, 
 
 def network(fusion: Fusion | None = None, **settings: Any) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3, grid=(2, 3), grid_vocab=None if fusion is None else 5)
+    layout = VectorLayout(dim=DIM, num_classes=3, grid=(2, 3), grid_vocab=None if fusion is None else 5)
     made = MaskedAutoencoder(
         layout,
         width=16,
@@ -123,7 +123,7 @@ def test_the_class_is_added_at_the_places() -> None:
 
 def test_branches_begin_at_nothing_where_asked_for() -> None:
     torch.manual_seed(0)
-    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3)
+    layout = VectorLayout(dim=DIM, grid=(LENGTH,), num_classes=3)
     made = MaskedAutoencoder(layout, width=16, depth=1, heads=2, buffer=1, zero_outputs=True)
     hidden = torch.randn(2, 3, 16)
     for block in (*made.encoder, *made.decoder):
@@ -142,7 +142,7 @@ def test_the_ids_that_are_attended_to_are_not_alike_in_all_places() -> None:
 @torch.no_grad()
 def test_vectors_are_attended_to_by_every_block_and_masked_ones_are_not() -> None:
     torch.manual_seed(0)
-    layout = VectorLayout(dim=DIM, length=LENGTH, num_classes=3)
+    layout = VectorLayout(dim=DIM, grid=(LENGTH,), num_classes=3)
     made = MaskedAutoencoder(layout, width=16, depth=1, heads=2, decoder_width=24, buffer=2, context_dim=5).eval()
     vectors, masked, labels = inputs()
     context, mask = torch.randn(BATCH, 4, 5), torch.ones(BATCH, 4, dtype=torch.bool)
@@ -180,14 +180,14 @@ def test_gradients_reach_every_parameter_and_checkpointing_changes_none(
 
 
 def test_wrong_settings_are_refused() -> None:
-    layout = VectorLayout(dim=4, length=4, num_classes=1)
+    layout = VectorLayout(dim=4, grid=(4,), num_classes=1)
     with pytest.raises(ValueError, match="fusion must be"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="sum")  # type: ignore[arg-type]
     with pytest.raises(
         ValueError, match="fusion='cross' says how a grid of ids enters, and this network is given none"
     ):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, fusion="cross")
-    of_another_shape = VectorLayout(dim=4, length=4, num_classes=1, grid_vocab=3, grid_length=6)
+    of_another_shape = VectorLayout(dim=4, grid=(4,), num_classes=1, grid_vocab=3, grid_length=6)
     with pytest.raises(ValueError, match="fusion='add' needs an id for each of the 4 places, d has 6 ids"):
         MaskedAutoencoder(of_another_shape, width=8, depth=1, heads=1, fusion="add")
     with pytest.raises(ValueError, match="a block attends to one of them"):
@@ -204,7 +204,7 @@ def test_wrong_settings_are_refused() -> None:
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, position_std=0.0)
     with pytest.raises(ValueError, match="positions must be 'learned' or"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, positions="rope_1d")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="needs places on a grid of rows and columns, the layout has None"):
+    with pytest.raises(ValueError, match=r"needs places on a grid of rows and columns, the layout has \(4,\)"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=1, positions="learned_rope_2d")
     with pytest.raises(ValueError, match="a width of 8 is not a multiple of its 3 heads"):
         MaskedAutoencoder(layout, width=8, depth=1, heads=3)
@@ -213,7 +213,7 @@ def test_wrong_settings_are_refused() -> None:
 def test_positions_begin_with_the_deviation_that_is_asked_for() -> None:
     torch.manual_seed(0)
     made = MaskedAutoencoder(
-        VectorLayout(dim=DIM, length=50, num_classes=3), width=64, depth=1, heads=1, position_std=0.5
+        VectorLayout(dim=DIM, grid=(50,), num_classes=3), width=64, depth=1, heads=1, position_std=0.5
     )
     for positions in (made.encoder_positions, made.decoder_positions):
         assert positions.std().item() == pytest.approx(0.5, rel=0.05)

@@ -172,6 +172,15 @@ def test_wrong_settings():
         ExponentialMovingAverage(1.0)
     with pytest.raises(ValueError, match="must be true, false, 'inclusive' or 'every_other', got 'after'"):
         ExponentialMovingAverage(warmup="after")
+    with pytest.raises(ValueError, match="every of ExponentialMovingAverage must be at least 1 step, got 0"):
+        ExponentialMovingAverage(every=0)
+
+
+def test_an_average_that_moves_every_third_step(tokenizer, make_loader, make_trainer):
+    follow = Follow()
+    callbacks = [ExponentialMovingAverage(0.6, warmup=False, every=3), follow]
+    make_trainer(max_steps=7, callbacks=callbacks).fit(tokenizer, make_loader(7))
+    torch.testing.assert_close(state(tokenizer), averaged(follow.raw[2::3], 0.6, warmup=False))
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ class Images(Callback):
             self.seen |= {int(i): image.numpy().tobytes() for i, image in zip(indices, images, strict=True)}
             return images
 
-        distance._draw = watched  # type: ignore[method-assign]
+        distance._draw = watched
 
 
 def train(config: dict[str, Any], reference: str, folder: str, ranks: int, strategy: str = "auto") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from math import exp, log
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from discrete_lit import callbacks
@@ -112,6 +113,80 @@ def test_finite_images_and_a_loss_that_is_not(make_trainer):
         fit(make_trainer, batches(2), TrainingGuard(), module)
 
 
+def breaking(module, batch):
+    """Let the gradient of one batch, whose loss is finite, be infinite."""
+    seen = []
+
+    def after(weight):
+        seen.append(1)
+        return torch.full_like(weight, torch.inf) if len(seen) == batch + 1 else None
+
+    next(module.network.parameters()).register_hook(after)
+    return module
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace(make_trainer):
+    made = batches(5)
+    module, trainer = fit(make_trainer, made, TrainingGuard(on_nonfinite="skip"), breaking(make_module(), 2))
+    del made[2]
+    expected, other = fit(make_trainer, made, TrainingGuard(on_nonfinite="skip"))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+    assert (trainer.global_step, other.global_step) == (5, 4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_a_checkpoint(make_trainer, tmp_path, last):
+    keeper = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1)
+    with pytest.raises(TrainingStopped, match="the gradient of a batch is not finite at step 2") as error:
+        made = batches(3 if last else 6)
+        module = breaking(make_module(), 2)
+        fit(make_trainer, made, TrainingGuard(), module, callbacks=[keeper], enable_checkpointing=True)
+    (file,) = (tmp_path / "alarms").iterdir()
+    report = json.loads(file.read_text())
+    assert file.name == "gradient-00000002.json" and str(file) in str(error.value)
+    assert (report["step"], report["epoch"], report["batch"]) == (2, 0, 2)
+    assert report["ranks"][0]["index"] == [8, 9, 10, 11]
+    written = sorted((tmp_path / "checkpoints").iterdir())
+    assert len(written) == 2
+    for checkpoint in written:
+        weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+def spiking(batch, factor):
+    """A module whose loss of one batch is that of the others, times a factor."""
+    module = make_module()
+    module.optimizer = partial(torch.optim.SGD, lr=0.0)
+    step, seen = module.training_step, []
+
+    def training_step(given, batch_idx):
+        seen.append(1)
+        out = step(given, batch_idx)
+        return {**out, "loss": out["loss"] * (factor if len(seen) == batch + 1 else 1)}
+
+    module.training_step = training_step
+    return module
+
+
+def test_a_spike_of_the_loss(make_trainer, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "discrete_lit")
+    made = batches(100)
+    fit(make_trainer, made, TrainingGuard(0.0), spiking(50, 1000.0))  # too few to compare with
+    assert not (tmp_path / "alarms").exists()
+    fit(make_trainer, made, TrainingGuard(0.0), spiking(80, 1.01))
+    assert not (tmp_path / "alarms").exists()
+    _, trainer = fit(make_trainer, made, TrainingGuard(0.0), spiking(80, 1000.0))
+    (file,) = (tmp_path / "alarms").iterdir()
+    report = json.loads(file.read_text())
+    assert (file.name, report["what"], report["batch"]) == ("spike-00000080.json", "spike", 80)
+    assert report["ranks"][0]["index"] == [320, 321, 322, 323]
+    assert "the loss of a batch jumps at step 80" in caplog.text and trainer.global_step == 100
+    with pytest.raises(TrainingStopped, match="jumps at step 80"):
+        fit(make_trainer, made, TrainingGuard(0.0, on_spike="stop"), spiking(80, 1000.0))
+    fit(make_trainer, made, TrainingGuard(0.0, spike=0, on_spike="stop"), spiking(80, 1000.0))
+
+
 def test_accumulated_batches_of_a_bad_step_are_skipped_together(make_trainer):
     module, trainer = fit(
         make_trainer, batches(6, broken=[2]), TrainingGuard(on_nonfinite="skip"), accumulate_grad_batches=2
@@ -183,6 +258,8 @@ def test_wrong_settings():
         TrainingGuard(min_codebook_usage=2)
     with pytest.raises(ValueError, match="window and most_skipped"):
         TrainingGuard(window=0)
+    with pytest.raises(ValueError, match="spike of TrainingGuard must be at least 0, got -1"):
+        TrainingGuard(spike=-1)
 
 
 def test_the_old_name_says_the_new_one():

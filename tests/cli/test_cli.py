@@ -56,6 +56,7 @@ OPTIONS = {
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
     | {"perturbed", "perturbed_neighbours"},
+    "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
         "config",
@@ -159,6 +160,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "measure_latents": ({"split": "train"}, "split", "validation"),
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),

@@ -1,6 +1,7 @@
 """New runs from the weights of others: which are taken, which are new, and what is said of them."""
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from helpers import latent_generators
 from helpers.random_weights import randomise
 from helpers.tiny_runs import TOKENIZER, generator_settings, run, write_settings
 
+from discrete_lit.backbones import Transformer
 from discrete_lit.cli.init_from import take_weights
 from discrete_lit.cli.resume import check_tokenizer
+from discrete_lit.generators import Autoregressive
+from discrete_lit.tokenizers import TokenGrid
 
 STILL = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.0}}  # what is taken stays as it was
 AVERAGES = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
@@ -152,6 +156,26 @@ def test_frozen_parts_are_the_configurations() -> None:
     assert f"took {len(trained)} of {len(trained)} weights" in said
     for name, value in now.state_dict().items():
         assert torch.equal(value, kept[name] if name.startswith("discrete.") else state[name]), name
+
+
+@pytest.mark.parametrize("positions", ["rope_2d", "learned"])
+def test_another_resolution(positions: str) -> None:
+    """Rotary positions are no weights: more places take all of them. Learned ones are refused by name."""
+
+    def make(side: int) -> Autoregressive:
+        backbone = partial(Transformer, width=8, depth=1, heads=2, positions=positions)
+        return Autoregressive(TokenGrid(5, (side, side)), side, num_classes=2, backbone=backbone)
+
+    before, now = randomise(make(2), 0.5), make(4)
+    if positions == "learned":
+        shapes = r"backbone\.positions\.embedding has shape \(1, 4, 8\) instead of \(1, 16, 8\)"
+        with pytest.raises(ValueError, match=f"does not fit this Autoregressive: {shapes}"):
+            take_weights(now, checkpoint_of(before), "before.ckpt")
+        return
+    (said,) = take_weights(now, checkpoint_of(before), "before.ckpt")
+    count = len(before.backbone.state_dict())
+    assert f"took {count} of {count} weights" in said
+    torch.testing.assert_close(now.backbone.state_dict(), before.backbone.state_dict())
 
 
 def test_a_decoder_of_other_tokens() -> None:

@@ -5,6 +5,8 @@ import logging
 import os
 import resource
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from discrete_lit.cli.run_folder import RunFolder
+from discrete_lit.cli.run_folder import RunFolder, WholeCheckpoints
 from discrete_lit.core import auto_precision
 from discrete_lit.core.locks import sole_writer
 
@@ -470,3 +472,83 @@ def test_the_automatic_precision_is_in_the_configuration_of_a_run(tmp_path: Path
     fit(tmp_path / "run", precision="auto")
     recorded = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["precision"]
     assert recorded == auto_precision.resolve_precision("auto", "cpu") != "auto"
+
+
+class Signals(Callback):
+    """Sends this process a signal in the training step of a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_fit_that_is_told_to_end_saves_itself_without_being_asked_to(tmp_path: Path) -> None:
+    told = [{"class_path": f"{__name__}.Signals", "init_args": {"batch": 2}}]
+    with pytest.raises(SystemExit) as ended:
+        fit(tmp_path / "run", callbacks=told, max_steps=6)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 3
+    fit(tmp_path / "run", "--ckpt_path", "last", max_steps=6)
+    assert step(tmp_path / "run" / "checkpoints" / "last.ckpt") == 6
+
+
+def test_a_run_that_writes_no_checkpoints_ends_as_it_did(tmp_path: Path) -> None:
+    fit(tmp_path / "run", enable_checkpointing=False)
+    fit(tmp_path / "other", fast_dev_run=True)
+
+
+class SlowDisk:
+    """Lets every write of a checkpoint wait, and notes what is there when it begins."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.allowed = threading.Event()
+        self.there: list[list[str]] = []
+        write = WholeCheckpoints._write
+
+        def slow(*arguments: Any) -> None:
+            assert self.allowed.wait(30)
+            write(*arguments)
+            self.there.append(sorted(os.listdir(folder)))
+
+        monkeypatch.setattr(WholeCheckpoints, "_write", slow)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk, writer = SlowDisk(monkeypatch, tmp_path), WholeCheckpoints()
+    weight = torch.zeros(3)
+    for number in range(2):
+        weight.fill_(number)
+        writer.save_checkpoint({"state_dict": {"weight": weight, "tied": weight}}, tmp_path / f"{number}.ckpt")
+        # The one before is removed when this one is whole.
+        writer.remove_checkpoint(tmp_path / f"{number - 1}.ckpt") if number else None
+    weight.fill_(9)
+    assert os.listdir(tmp_path) == []
+    third = threading.Thread(target=writer.save_checkpoint, args=({"state_dict": {}}, tmp_path / "2.ckpt"))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()  # no more than two wait in memory
+    disk.allowed.set()
+    third.join(30)
+    writer.teardown()
+    assert disk.there == [["0.ckpt"], ["0.ckpt", "1.ckpt"], ["1.ckpt", "2.ckpt"]]
+    saved = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
+    assert saved["weight"].tolist() == [1, 1, 1] and saved["weight"].data_ptr() == saved["tied"].data_ptr()
+
+
+def test_what_does_not_fit_into_memory_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("discrete_lit.cli.run_folder._available_memory", lambda: 10)
+    writer = WholeCheckpoints()
+    writer.save_checkpoint({"state_dict": {"weight": torch.zeros(3)}}, tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) == ["a.ckpt"] and writer._thread is None
+
+
+def test_a_write_that_fails_is_an_error_of_the_next_one(tmp_path: Path) -> None:
+    writer = WholeCheckpoints()
+    (tmp_path / "file").write_text("no folder")
+    writer.save_checkpoint({"state_dict": {}}, tmp_path / "file" / "a.ckpt")
+    with pytest.raises(OSError, match="file"):
+        writer.teardown()

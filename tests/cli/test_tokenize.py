@@ -125,7 +125,7 @@ def test_an_unreadable_image_leaves_no_array_that_passes_for_complete(
     ("arguments", "message"),
     [
         (["--split", "validation"], "no validation split"),
-        (["--crops", "ten", "--ten_crop_scales", "[0.5]"], "ten_crop_scales is [0.5]; each must be at least 1"),
+        (["--crops", "ten", "--ten_crop_scales", "[0.5]"], "ten_crop_scales is [0.5]; each must be in [1, 8]"),
         (["--split", "val"], "split must be 'train' or 'validation', got 'val'"),
     ],
 )

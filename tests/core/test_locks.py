@@ -186,7 +186,7 @@ def test_a_late_claim_to_a_lock_that_has_moved_on_is_withdrawn(tmp_path: Path) -
         return judged(path, record)
 
     quick = FolderLock(tmp_path, "fit")
-    late._is_dead = slow  # type: ignore[method-assign]
+    late._is_dead = slow
     with pytest.raises(FolderInUse):
         late.acquire()
     quick.check()

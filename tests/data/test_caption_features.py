@@ -26,7 +26,7 @@ def encoder() -> StaticTextEncoder:
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     common = {"token_shape": (1,), "vocab_size": 4, "image_size": 8, "num_classes": 0, "classes": [], "source": "test"}
-    TokenWriter.create(tmp_path, count=4, tokenizer="f", captions=True, **common)  # type: ignore[arg-type]
+    TokenWriter.create(tmp_path, count=4, tokenizer="f", captions=True, **common)
     writer = TokenWriter(tmp_path)
     writer.write(torch.arange(4), torch.arange(4)[:, None], None, captions=TEXTS)
     writer.close()

@@ -300,7 +300,7 @@ def test_captions_that_were_copied_in_part_are_refused(tokens: Path, harm: Calla
 
 def test_rows_without_captions_are_refused(tmp_path: Path) -> None:
     common = {"token_shape": (2,), "vocab_size": 3, "image_size": 8, "num_classes": 0, "classes": [], "source": "test"}
-    TokenWriter.create(tmp_path, count=1, tokenizer="f", captions=True, **common)  # type: ignore[arg-type]
+    TokenWriter.create(tmp_path, count=1, tokenizer="f", captions=True, **common)
     writer = TokenWriter(tmp_path)
     row, codes = torch.tensor([0]), torch.zeros(1, 2, dtype=torch.int64)
     with pytest.raises(ValueError, match="was laid out with captions, and none were given for 1 rows"):

@@ -60,7 +60,7 @@ def make_data(
         kind, settings = LatentArrays, {}
 
     def make(**changes: Any) -> ResumableDataModule:
-        return kind(str(folder), str(folder), **{"batch_size": 4, "num_workers": 0, **settings, **changes})  # type: ignore[arg-type]
+        return kind(str(folder), str(folder), **{"batch_size": 4, "num_workers": 0, **settings, **changes})
 
     return make
 
@@ -415,6 +415,6 @@ def test_validation_and_prediction_see_each_sample_once(
     trainer.validate(model, datamodule=data, verbose=False)
     predictions = trainer.predict(model, datamodule=data)
     assert predictions is not None
-    broken = {TokenArrays: set(), LatentArrays: set(), ImageFolder: {3}, ImageShards: {7, 30}}[type(data)]  # type: ignore[index]
+    broken = {TokenArrays: set(), LatentArrays: set(), ImageFolder: {3}, ImageShards: {7, 30}}[type(data)]
     assert sorted(model.validated) == sorted(set(range(43)) - broken)
     assert sorted(index for batch in predictions for index in batch) == sorted(model.validated)

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,7 +182,17 @@ def test_tokens_of_another_tokenizer_are_refused(
         ({"format": "other"}, "has format 'other'"),
         ({"count": 41}, r"holds uint16 \(40, 2, 3\)"),
         ({"token_shape": [3, 2]}, r"its manifest says uint16 or uint32 \(40, 3, 2\)"),
-        ({"num_classes": 2}, r"row 2 of .*labels\.npy has label 2; labels must be in 0\.\.1"),
+        ({"num_classes": 2, "classes": ["a", "b"]}, r"row 2 of .*labels\.npy has label 2; labels must be in 0\.\.1"),
+        ({"num_classes": 2}, "num_classes is 2, and classes names 3"),
+        ({"classes": "ant"}, "its classes is 'ant', it must be a list of names"),
+        ({"count": "40"}, "its count is '40', it must be a whole number above 0"),
+        ({"count": 40.0}, "its count is '40.0'"),
+        ({"count": True}, "its count is 'True'"),
+        ({"token_shape": None}, "its token_shape is 'None'"),
+        ({"vocab_size": 16.9}, "its vocab_size is '16.9'"),
+        ({"image_size": 10**9, "vocab_size": None}, "its vocab_size is 'None'"),
+        ({"image_size": 0}, "its image_size is '0'"),
+        ({"tokenizer": 3}, "its tokenizer is '3'"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_refused(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -216,11 +228,41 @@ def test_a_folder_that_was_copied_in_part_is_named(name: str, kept: float | None
     assert str(file) in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ['{"format": "discrete-lit-tokens-1", "count": 40}', "[]", "null", '"text"'])
+@pytest.mark.parametrize(
+    "text", ['{"format": "discrete-lit-tokens-1", "count": 40}', "[]", "null", '"text"', "[" * 100_000, "9" * 5000]
+)
 def test_a_manifest_that_is_not_whole_is_named(text: str, folder: Path) -> None:
     (folder / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json"):
         _ = make_data(folder).folders
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "labels.npy"])
+def test_what_is_no_array_is_not_waited_for_and_not_believed(name: str, folder: Path) -> None:
+    file = folder / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"{name} is no file, but a folder, a pipe or a device"):
+        _ = make_data(folder).folders
+    file.unlink()
+    with file.open("wb") as lying:
+        np.lib.format.write_array_header_1_0(lying, {"descr": "<i8", "fortran_order": False, "shape": (2**50,)})
+    with pytest.raises(ValueError, match=rf"{name} .* takes 9,007,199,254,740,992 bytes, there are 0"):
+        _ = make_data(folder).folders
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.npy", b"")
+    with pytest.raises(ValueError, match="is not a whole"):
+        _ = make_data(folder).folders
+
+
+def test_an_array_that_is_cut_short_while_it_is_read_is_noticed(folder: Path) -> None:
+    """A memory map would give zeros for what is missing on the last page."""
+    loader = make_data(folder).evaluation_loader("train", 0, 1)
+    batches = iter(loader)
+    next(batches)
+    os.truncate(folder / "tokens.npy", 300)
+    with pytest.raises(ValueError, match=r"tokens\.npy was cut short while it was read, it has 300 bytes left"):
+        list(batches)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(folder: Path) -> None:

@@ -318,10 +318,11 @@ def test_the_crop_of_evaluation_in_training_can_be_mirrored(image_bytes) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"crop": "middle"}, "crop 'middle'"),
         ({"minimum_crop": 0.0}, "minimum_crop"),
         ({"minimum_crop": 0.9, "maximum_crop": 0.8}, r"maximum_crop is 0.8; it must be in \[minimum_crop, 1\]"),
         ({"maximum_crop": 1.1}, "maximum_crop is 1.1"),
+        ({"crop": "dall_e", "image_size": (8, 16)}, r"crop 'dall_e' cuts squares, and image_size is \[8, 16\]"),
+        ({"crop": "middle"}, "crop 'middle' is not known; it is 'random', 'center', 'random_resized' or 'dall_e'"),
         ({"crop_area": (0.0, 1.0)}, r"crop_area is \[0.0, 1.0\]; it must be two rising fractions"),
         ({"crop_area": (0.9, 0.8)}, "crop_area"),
         ({"crop_aspect": (1.5, 1.0)}, r"crop_aspect is \[1.5, 1.0\]; it must be two rising ratios"),
@@ -337,7 +338,7 @@ def test_settings_out_of_range_are_refused(changes: dict, message: str) -> None:
     ("kind", "scales", "message"),
     [
         ("five", (1.1,), "crops is 'five'; it must be 'center', 'flip' or 'ten'"),
-        ("ten", (1.1, 0.9), r"ten_crop_scales is \[1.1, 0.9\]; each must be at least 1"),
+        ("ten", (1.1, 0.9), r"ten_crop_scales is \[1.1, 0.9\]; each must be in \[1, 8\]"),
         ("ten", (), "ten_crop_scales is"),
     ],
 )

@@ -28,7 +28,7 @@ def exact(x: Tensor, t: float) -> Tensor:
     return MEAN + DEVIATION / spread * (x - (1 - t) * MEAN)
 
 
-def gains(count: int) -> list[float]:
+def gains(count: int, deviation: float = DEVIATION) -> list[float]:
     """List the slopes of f at the N + 1 times at which consistency training stands still.
 
     The best guess of f(x_s, s), which is linear, given x_t of the same noise: c_t = c_s Cov(x_s, x_t) / Var(x_t).
@@ -36,8 +36,8 @@ def gains(count: int) -> list[float]:
     found = [1.0]
     for number in range(1, count + 1):
         t, s = number / count, (number - 1) / count
-        covariance = (1 - s) * (1 - t) * DEVIATION**2 + s * t
-        found.append(found[-1] * covariance / ((1 - t) ** 2 * DEVIATION**2 + t**2))
+        covariance = (1 - s) * (1 - t) * deviation**2 + s * t
+        found.append(found[-1] * covariance / ((1 - t) ** 2 * deviation**2 + t**2))
     return found
 
 
@@ -48,14 +48,14 @@ def teacher(x: Tensor, t: Tensor) -> Estimate:
     return Estimate(data=MEAN + (1 - t) * DEVIATION**2 * centred, noise=t * centred)
 
 
-def distilled_gains(count: int, solver: str) -> list[float]:
+def distilled_gains(count: int, solver: str, deviation: float = DEVIATION) -> list[float]:
     """List the slopes of f at the N + 1 times at which distillation stands still: products of a step's slopes.
 
     The ODE of x - (1 - t) MEAN is linear, x' = r(t) x with r half the slope of log Var x_t.
     """
 
     def rate(t: float) -> float:
-        return (t - (1 - t) * DEVIATION**2) / ((1 - t) ** 2 * DEVIATION**2 + t**2)
+        return (t - (1 - t) * deviation**2) / ((1 - t) ** 2 * deviation**2 + t**2)
 
     found = [1.0]
     for number in range(1, count + 1):
@@ -187,6 +187,27 @@ def test_the_function_begins_with_the_data(path: Any) -> None:
     consistency = ConsistencyLoss(GaussianDenoiser(path, prediction=prediction))
     x = torch.randn(3, 4, dtype=torch.float64)
     torch.testing.assert_close(consistency.function(lambda x, t: x + 7, x, torch.zeros(3)), x)
+
+
+@pytest.mark.parametrize(("prediction", "left"), [("v", 0.0), ("velocity", 1.0)])
+def test_one_jump_of_v_has_no_noise_that_the_network_did_not_make(prediction: Any, left: float) -> None:
+    """At t = 1 the noise goes into f by the network alone, or has to be undone by it."""
+    consistency = ConsistencyLoss(GaussianDenoiser(RectifiedPath(), prediction=prediction))
+    x = torch.randn(3, 4, dtype=torch.float64)
+    drawn = consistency.function(lambda x, t: torch.full_like(x, -0.5), x, torch.ones(3))
+    torch.testing.assert_close(drawn, 0.5 + left * x)
+
+
+@pytest.mark.parametrize(
+    ("deviation", "count", "trained", "distilled"),
+    [(0.02, 40, 0.58, 0.64), (0.02, 160, 0.88, 0.96), (0.2, 40, 0.94, 0.99), (0.2, 160, 0.98, 1.0)],
+)
+def test_few_intervals_shrink_what_varies_little(
+    deviation: float, count: int, trained: float, distilled: float
+) -> None:
+    """The figures of the module's description."""
+    assert gains(count, deviation)[-1] / deviation == pytest.approx(trained, abs=0.006)
+    assert distilled_gains(count, "heun", deviation)[-1] / deviation == pytest.approx(distilled, abs=0.006)
 
 
 def test_settings_that_make_no_consistency_function_are_refused() -> None:

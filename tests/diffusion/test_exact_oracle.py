@@ -15,15 +15,15 @@ from helpers.exact_oracle import (
     reference_law,
 )
 
+from discrete_lit.diffusion.dense_processes import DiscretizedGaussianProcess
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
 from discrete_lit.diffusion.processes import (
     AbsorbingProcess,
-    DiscretizedGaussianProcess,
     ForwardProcess,
     HybridProcess,
     UniformProcess,
 )
-from discrete_lit.diffusion.schedules import NoiseLevel
 
 PROCESSES = [AbsorbingProcess(4), UniformProcess(4), HybridProcess(4, 0.6), DiscretizedGaussianProcess(4, 0.5)]
 each_process = pytest.mark.parametrize("process", PROCESSES, ids=lambda process: type(process).__name__)

@@ -261,7 +261,7 @@ def test_correctors_leave_the_noisy_law_alone() -> None:
     places = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
     start = all_sequences(SIZE + 1, 3)[torch.searchsorted(law.cumsum(dim=0), places).clamp(max=124)]
     for corrector in ("gibbs", "forward_backward"):
-        sampler = PredictorCorrectorSampler(corrector, corrector_noise=0.05, steps=4)  # type: ignore[arg-type]
+        sampler = PredictorCorrectorSampler(corrector, corrector_noise=0.05, steps=4)
         x = NoisyTokens(context, context.denoiser, level=level, steps=4)
         x.tokens = start
         for number in range(4):

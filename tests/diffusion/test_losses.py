@@ -41,8 +41,8 @@ from discrete_lit.diffusion import (
     SquareSchedule,
     TruncatedSchedule,
     UniformProcess,
+    divergences,
 )
-from discrete_lit.diffusion import losses as losses_module
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiffusionLoss,
@@ -510,8 +510,8 @@ def test_gradients_by_differences_and_by_autograd_whatever_the_chunks(name: str,
     assert (whole > -1e-9).all()
     weights = torch.rand_like(whole)
     (gradient,) = torch.autograd.grad((whole * weights).sum(), logits)
-    monkeypatch.setattr(losses_module, "_ENTRIES_AT_ONCE", 12)
-    monkeypatch.setattr(losses_module, "_MOST_PARTS", 100)
+    monkeypatch.setattr(divergences, "_ENTRIES_AT_ONCE", 12)
+    monkeypatch.setattr(divergences, "_MOST_PARTS", 100)
     parts = loss(logits, tokens, **arguments)
     torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-13)
     (in_parts,) = torch.autograd.grad((parts * weights).sum(), logits)

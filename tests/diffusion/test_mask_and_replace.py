@@ -15,9 +15,9 @@ from discrete_lit.diffusion import MaskAndReplaceProcess, MaskAndReplaceSchedule
 from discrete_lit.diffusion.likelihood import likelihood_bound
 from discrete_lit.diffusion.losses import DiscreteTimeBound
 from discrete_lit.diffusion.mask_and_replace import StepImportance, VQDiffusionLoss
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser, leave_one_out_from_posterior
 from discrete_lit.diffusion.reverse import jumps_from_clean
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, EulerSampler
 
 # As much noise of each kind as to be seen.

@@ -17,8 +17,8 @@ from discrete_lit.diffusion import (
     MixtureProcess,
     UniformProcess,
 )
-from discrete_lit.diffusion import processes as dense_module
-from discrete_lit.diffusion.processes import gaussian_transition
+from discrete_lit.diffusion import dense_processes as dense_module
+from discrete_lit.diffusion.dense_processes import gaussian_transition
 
 SIZE = 4
 

@@ -27,7 +27,10 @@ from discrete_lit.diffusion import (
     TruncatedSchedule,
     WarpedSchedule,
 )
-from discrete_lit.diffusion.schedules import spread_times, stratified_times
+from discrete_lit.diffusion.noise_level import (
+    spread_times,
+    stratified_times,
+)
 
 SCHEDULES: dict[str, MaskSchedule] = {
     "arccos": ArccosSchedule(),

@@ -39,7 +39,7 @@ def trained() -> ImageClassifier:
     torch.manual_seed(0)
     module = instantiate(CONFIG)
     assert isinstance(module, ImageClassifier)
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    module.log = lambda *_, **__: None
     optimizer = module.configure_optimizers()
     labels = np.arange(60) % 3
     batch = {"image": as_floats(colours(labels, 0)), "label": torch.from_numpy(labels)}

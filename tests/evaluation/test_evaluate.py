@@ -254,6 +254,7 @@ def test_a_set_with_fewer_images_is_refused_before_anything_is_computed(sets, mo
     [
         ({"samples": {}, "held_out": None}, "nothing to evaluate"),
         ({"reconstructions": {"t": "t.ckpt"}, "held_out": None}, "give held_out"),
+        ({"samples": {}, "reconstructions": {"t": "t.ckpt"}, "held_out": None}, "reconstructions are made of"),
         ({"num_images": 1}, "num_images=1"),
         ({"image_size": 16}, "images of 8x8, image_size is 16"),
         ({"reference": "missing.npz"}, "'missing.npz' is no image set"),

@@ -98,7 +98,7 @@ class StandardNormal(TokenDiffusionHead):
                 # Of standard normal data, E[eps - x | x_t] = (2 t - 1) x_t / (t^2 + (1 - t)^2).
                 return (2 * t - 1) * x / (t**2 + (1 - t) ** 2)
 
-        self.network = Exact()  # type: ignore[assignment]
+        self.network = Exact()
 
 
 @pytest.mark.parametrize("settings", [{}, RANDOM], ids=["raster", "random"])

@@ -70,7 +70,7 @@ def test_the_operations_of_a_step_are_counted_for_the_mean_share_of_its_places()
     measured = count_step(made, given)
     share = made.mean_step_share()
     assert share is not None and 0.7 < share < 1
-    made.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    made.log_dict = lambda *_, **__: None
     made.fixed_share = share
     assert measured == counted(made, given) > 0
     made.fixed_share = 1.0

@@ -41,7 +41,7 @@ from discrete_lit.diffusion.losses import (
     MaskedCrossEntropy,
     ScoreEntropy,
 )
-from discrete_lit.diffusion.schedules import stratified_times
+from discrete_lit.diffusion.noise_level import stratified_times
 from discrete_lit.generators import DiscreteDiffusion, Masked
 from discrete_lit.generators import discrete_diffusion as module
 from discrete_lit.samplers import AncestralSampler, HaltonSampler, MaskGITSampler

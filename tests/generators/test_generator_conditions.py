@@ -9,8 +9,7 @@ from helpers.random_weights import randomise
 from helpers.recorded_graph import RecordedGraphs
 from torch import Tensor
 
-from discrete_lit.backbones import SequenceLayout, Transformer, cpu_kernels
-from discrete_lit.backbones import backbone as backbones
+from discrete_lit.backbones import SequenceLayout, Transformer, cpu_kernels, execution
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import DiscreteDiffusion, GraphedDraw
@@ -127,7 +126,7 @@ def test_a_dropped_condition_is_all_dropped(make_generator) -> None:
     made = make_generator("masked", spread=0.5, backbone=PARTS)
     tokens, everything = torch.randint(4, (4, 3)), torch.ones(4, dtype=torch.bool)
     one, other = condition_of(4), condition_of(4)
-    other = Condition(**{**other.parts(), "labels": 1 - other.labels})  # type: ignore[arg-type]
+    other = Condition(**{**other.parts(), "labels": 1 - other.labels})
     random = CounterRandom(0, torch.arange(4))
     dropped = [made.loss(tokens, given, random, dropped=everything)[0] for given in (one, other)]
     torch.testing.assert_close(dropped[0], dropped[1])
@@ -161,7 +160,7 @@ def test_other_families_are_given_all_parts_too(make_next_scale, make_grid_token
 def test_every_parameter_is_trained_given_all_parts(make_generator) -> None:
     made = make_generator("autoregressive", spread=0.5, backbone=PARTS).train()
     tokens, dropped = torch.randint(4, (8, 3)), torch.arange(8) < 3
-    condition = Condition(**{**condition_of(8).parts(), "grid": torch.arange(24).view(8, 3) % 2})  # type: ignore[arg-type]
+    condition = Condition(**{**condition_of(8).parts(), "grid": torch.arange(24).view(8, 3) % 2})
     made.loss(tokens, condition, dropped=dropped)[0].backward()
     for name, parameter in made.backbone.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -228,12 +227,12 @@ def test_batches_with_other_parts_are_refused_by_name(make_generator) -> None:
         reads_both.sample(given["label"])
     with pytest.raises(ValueError, match=r"the ids of a grid must lie in \[0, 2\] \(2 is the null id\), got \[0, 3\]"):
         condition = condition_of(2)
-        reads_both.sample(Condition(**{**condition.parts(), "grid": torch.tensor([[0, 1, 3]] * 2)}))  # type: ignore[arg-type]
+        reads_both.sample(Condition(**{**condition.parts(), "grid": torch.tensor([[0, 1, 3]] * 2)}))
 
 
 def test_a_replayed_draw_follows_its_condition(make_generator, monkeypatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_SWITCH", "0")
-    monkeypatch.setattr(backbones, "casting_pays", lambda device: True)
+    monkeypatch.setattr(execution, "casting_pays", lambda device: True)
     made = make_generator("masked", spread=0.5, backbone=PARTS)
     draw = GraphedDraw(made, MaskGITSampler(steps=2, guidance_scale=2.0), batch_size=4, recorder=RecordedGraphs())
     for number, count in enumerate((4, 4, 3, 4)):

@@ -73,7 +73,7 @@ def test_a_text_changes_the_law_and_an_empty_one_is_the_dropped_condition(
     nats = made.log_likelihood(tokens, condition).nats
     assert len(set(nats.tolist())) == 3
     dropped = condition.null(null_label=1, null_id=None)
-    nothing = made.log_likelihood(tokens, Condition(**{**dropped.parts(), "labels": condition.labels})).nats  # type: ignore[arg-type]
+    nothing = made.log_likelihood(tokens, Condition(**{**dropped.parts(), "labels": condition.labels})).nats
     torch.testing.assert_close(nats[2], nothing[2])
 
 
@@ -141,7 +141,7 @@ def test_a_checkpoint_carries_the_encoder_with_its_words(encoder: StaticTextEnco
 
 
 def test_weights_do_not_go_into_a_model_of_other_words(encoder: StaticTextEncoder, tmp_path: Path) -> None:
-    save(instantiate(config_of(encoder)), tmp_path / "made.ckpt")  # type: ignore[arg-type]
+    save(instantiate(config_of(encoder)), tmp_path / "made.ckpt")
     other = StaticTextEncoder(TextTokenizer.characters("wxyz "), 8, length=6)
     strange: Any = instantiate(config_of(other))
     with pytest.raises(ValueError, match="weights were trained with the text tokenizer"):

@@ -7,8 +7,7 @@ import torch
 from helpers.every_sampler import make_drawer, names
 from helpers.recorded_graph import RecordedGraph, RecordedGraphs
 
-from discrete_lit.backbones import backbone as backbones
-from discrete_lit.backbones import cpu_kernels
+from discrete_lit.backbones import cpu_kernels, execution
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import GraphedDraw
 from discrete_lit.samplers import MaskGITSampler
@@ -20,7 +19,7 @@ ASKS = "tau-gaussian"
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the ways of a CPU, whose packed weights no operator can write to."""
     monkeypatch.setattr(cpu_kernels, "_SWITCH", "0")
-    monkeypatch.setattr(backbones, "casting_pays", lambda device: True)
+    monkeypatch.setattr(execution, "casting_pays", lambda device: True)
 
 
 def batches(classes: int = 3) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -68,7 +68,7 @@ def test_the_operations_of_a_step_are_counted_for_the_mean_share_of_its_places()
     measured = count_step(made, given)
     share = made.mean_step_share()
     assert share is not None and 0.5 < share < 1
-    made.log_dict = lambda *_, **__: None  # type: ignore[method-assign]
+    made.log_dict = lambda *_, **__: None
     made.fixed_share = share
     assert measured == counted(made, given) > 0
     made.fixed_share = 1.0
@@ -195,7 +195,7 @@ class Standard(TokenDiffusionHead):
                 t = (time / 1000).to(x.dtype)[:, None]
                 return (2 * t - 1) * x / (t**2 + (1 - t) ** 2)
 
-        self.network = Exact()  # type: ignore[assignment]
+        self.network = Exact()
 
 
 @torch.no_grad()
@@ -247,7 +247,7 @@ def test_the_head_learns_the_residual_of_the_id_that_it_is_given() -> None:
         seen.append((condition.detach(), data))
         return losses(condition, data, **named)
 
-    made.head.losses = watched  # type: ignore[method-assign]
+    made.head.losses = watched
     random = CounterRandom(0, torch.arange(5))
     tokens, residual, inputs = made._parts(latents)
     rest = residual + made._codes(tokens[:, -9:])

@@ -346,6 +346,10 @@ def test_distillation_begins_with_its_teacher_and_leaves_it_out_of_its_checkpoin
     [
         ({"num_classes": 2}, "has another number of classes: 2, and this model 3"),
         ({"denoiser": GaussianDenoiser(TrigonometricPath(), prediction="velocity")}, "has another path; alpha and"),
+        (
+            {"denoiser": GaussianDenoiser(RectifiedPath(), prediction="v")},
+            "has another prediction: v, and this model velo",
+        ),
         ({"consistency": ConsistencyLoss, "sampler": None}, "holds a consistency function: give the model before it"),
         ({"label_dropout": 0.0}, r"teacher_guidance=2\.0 needs a teacher that learned the null label"),
         ({"backbone": lambda layout: DiT(layout, width=8, depth=1, heads=2)}, "has a network of other sizes"),

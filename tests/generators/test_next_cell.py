@@ -183,7 +183,7 @@ class ExactPair(nn.Module):
 def exact_pair(**settings: Any) -> NextCell:
     made = NextCell(LatentGrid((1, 1, 2)), 2, num_classes=1, backbone=ExactPair, cell_size=1, **settings)  # type: ignore[arg-type]
     # In thousandths the law of small times is not exact.
-    made.network_time = lambda t: 1000 * t  # type: ignore[method-assign]
+    made.network_time = lambda t: 1000 * t
     return made.double().eval()
 
 

@@ -6,8 +6,13 @@ import torch
 
 from discrete_lit.backbones import SequenceLayout, Transformer
 from discrete_lit.diffusion import GIDDProcess, LinearSchedule
+from discrete_lit.diffusion.dense_processes import DiscretizedGaussianProcess
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead, PosteriorHead, ScoreHead
-from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
+from discrete_lit.diffusion.processes import (
+    AbsorbingProcess,
+    HybridProcess,
+    UniformProcess,
+)
 from discrete_lit.samplers import (
     AncestralSampler,
     EulerSampler,

@@ -5,8 +5,13 @@ import torch
 
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion.dense_processes import DiscretizedGaussianProcess
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead, PosteriorHead, ScoreHead
-from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, HybridProcess, UniformProcess
+from discrete_lit.diffusion.processes import (
+    AbsorbingProcess,
+    HybridProcess,
+    UniformProcess,
+)
 from discrete_lit.samplers import SamplingContext
 from discrete_lit.samplers.diffusion import finite_noise
 from discrete_lit.samplers.diffusion_guidance import Prediction

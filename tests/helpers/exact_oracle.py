@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from discrete_lit.backbones import Backbone, Cache, SequenceLayout
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import Denoiser, Head
 from discrete_lit.diffusion.processes import ForwardProcess
-from discrete_lit.diffusion.schedules import MaskSchedule, NoiseLevel
+from discrete_lit.diffusion.schedules import MaskSchedule
 from helpers.exact_laws import all_sequences
 
 VOCAB_SIZE, LENGTH = 4, 3

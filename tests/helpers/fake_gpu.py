@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from discrete_lit.backbones.backbone import outline
+from discrete_lit.backbones.execution import outline
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, HostWaits, has_data
 

@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import AbsorbingProcess, NoiseLevel
+from discrete_lit.diffusion.divergences import (
+    mixture_at_states,
+    mixture_divergence,
+)
 from discrete_lit.diffusion.losses import (
     ContinuousBound,
     DiscreteTimeBound,
-    mixture_at_states,
-    mixture_divergence,
 )
 from discrete_lit.diffusion.reverse import Jumps, without_rare
 from discrete_lit.samplers import SamplingContext, SelfCorrectionSampler

@@ -17,7 +17,7 @@ LEVELS = NormalLevels(4)
 
 def networks() -> tuple[MaskedAutoencoder, ChannelHead]:
     torch.manual_seed(0)
-    network = MaskedAutoencoder(VectorLayout(dim=3, length=4, num_classes=2), width=16, depth=1, heads=2, buffer=2)
+    network = MaskedAutoencoder(VectorLayout(dim=3, grid=(4,), num_classes=2), width=16, depth=1, heads=2, buffer=2)
     head = ChannelHead(ChannelLayout(channels=3, levels=4, condition_width=16), width=8, depth=1, heads=2)
     for parameter in (*network.parameters(), *head.parameters()):
         parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
@@ -54,7 +54,7 @@ def test_guidance_acts_on_hidden_states(schedule: Any, scale: float) -> None:
     given, without = (network(*nothing, each, known=0)[:, 0] for each in (labels, null))
     # After the first of four passes a quarter is known: 1 + 2 / 4.
     expected = without + scale * (given - without)
-    torch.testing.assert_close(head.seen[0], expected, rtol=1e-4, atol=1e-5)  # type: ignore[attr-defined]
+    torch.testing.assert_close(head.seen[0], expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

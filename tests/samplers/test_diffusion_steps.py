@@ -12,8 +12,12 @@ from scipy.stats import binom, kstest, poisson
 from discrete_lit.backbones import SequenceLayout
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion import LinearSchedule, SquareSchedule
+from discrete_lit.diffusion.dense_processes import DiscretizedGaussianProcess
 from discrete_lit.diffusion.parameterization import Denoiser, LeaveOneOutHead
-from discrete_lit.diffusion.processes import AbsorbingProcess, DiscretizedGaussianProcess, UniformProcess
+from discrete_lit.diffusion.processes import (
+    AbsorbingProcess,
+    UniformProcess,
+)
 from discrete_lit.diffusion.reverse import jumps_from_clean
 from discrete_lit.samplers import (
     AncestralSampler,

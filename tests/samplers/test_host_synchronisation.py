@@ -12,7 +12,7 @@ from helpers.every_sampler import Drawer, make_drawer, names
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from discrete_lit import samplers
-from discrete_lit.backbones.backbone import outline
+from discrete_lit.backbones.execution import outline
 from discrete_lit.core import synchronisation
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, HostWaits, has_data

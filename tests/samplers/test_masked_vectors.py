@@ -21,7 +21,7 @@ COVARIANCE = torch.tensor(
 class GaussianNetwork(nn.Module):
     """The exact law of each place given those that are known: hidden states are its mean and deviation."""
 
-    layout = VectorLayout(dim=1, length=4, num_classes=2)
+    layout = VectorLayout(dim=1, grid=(4,), num_classes=2)
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def test_guidance_grows_with_what_is_known() -> None:
 def test_costs_and_a_grid_of_ids() -> None:
     torch.manual_seed(0)
     network = MaskedAutoencoder(
-        VectorLayout(dim=2, length=5, num_classes=3, grid_vocab=4), width=8, depth=1, heads=1, buffer=1
+        VectorLayout(dim=2, grid=(5,), num_classes=3, grid_vocab=4), width=8, depth=1, heads=1, buffer=1
     )
     head = TokenDiffusionHead(2, 8, width=8, depth=1, solver=DDPM(3))
     labels, random = torch.tensor([0, 3]), CounterRandom(0, torch.arange(2))

@@ -7,8 +7,8 @@ from helpers.exact_laws import all_sequences, chi_square_p_value, sequence_numbe
 from helpers.exact_oracle import LENGTH, VOCAB_SIZE, noisy_law, reference_law
 
 from discrete_lit.diffusion import LinearSchedule
+from discrete_lit.diffusion.noise_level import NoiseLevel
 from discrete_lit.diffusion.parameterization import LeaveOneOutHead
-from discrete_lit.diffusion.schedules import NoiseLevel
 from discrete_lit.samplers import AncestralSampler, PredictorCorrectorSampler
 from discrete_lit.samplers.diffusion import NoisyTokens
 from discrete_lit.samplers.diffusion_guidance import Prediction

@@ -229,9 +229,9 @@ def test_at_most_two_classes_stand_between_a_reader_and_the_loop() -> None:
 
 def test_the_old_name_of_the_context_says_the_new_one() -> None:
     with pytest.warns(DeprecationWarning, match=r"samplers.Drawing is now discrete_lit.samplers.SamplingContext"):
-        assert samplers.Drawing is SamplingContext  # type: ignore[attr-defined]
+        assert samplers.Drawing is SamplingContext
     with pytest.raises(AttributeError, match="no attribute 'Draft'"):
-        _ = samplers.Draft  # type: ignore[attr-defined]
+        _ = samplers.Draft
 
 
 @pytest.mark.parametrize("scale", [-1.0, 0.5, 3.0])

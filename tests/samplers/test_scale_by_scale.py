@@ -7,7 +7,7 @@ from helpers.random_weights import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from discrete_lit.backbones import ScaleLayout, ScaleTransformer, SequenceLayout, TokenDiffusionHead
-from discrete_lit.backbones.backbone import outline
+from discrete_lit.backbones.execution import outline
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.core.synchronisation import Checks, HostWaits, has_data
 from discrete_lit.diffusion.solvers import DDPM

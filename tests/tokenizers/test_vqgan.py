@@ -150,6 +150,22 @@ def test_before_its_start_a_discriminator_has_no_update_of_any_kind():
     assert {steps[name] for name in steps if not name.startswith("objective.")} == {5}
 
 
+def test_idle_steps_that_count():
+    """As in taming: Adam counts steps with gradients of 0, and begins without its correction of the first moments."""
+    module = make(partial(torch.optim.Adam, lr=0.01, betas=(0.5, 0.9)), start_step=30, idle_steps="counted")
+    name = "objective.adversarial.discriminator.main.0.weight"
+    before, follow = module.state_dict()[name].clone(), Follow()
+    run = trainer(callbacks=[follow], max_epochs=-1, max_steps=31)
+    run.fit(module, loader(31))
+    assert torch.equal(follow.weights[29][name], before)
+    moved, gradient = follow.weights[30][name] - before, follow.backward[30][name]
+    ratio = 0.5 / (1 - 0.5**31) / (0.1 / (1 - 0.9**31)) ** 0.5
+    torch.testing.assert_close(moved, -0.01 * ratio * gradient.sign(), rtol=1e-3, atol=1e-5)
+    assert ratio > 1.5  # where a first step of Adam has 1
+    with pytest.raises(ValueError, match="idle_steps of the adversarial loss must be 'skipped' or 'counted', got 'no'"):
+        make(idle_steps="no")
+
+
 def test_parameter_groups():
     optimizer = partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
     scheduler = partial(WarmupCosine, warmup_steps=2, total_steps=10)

@@ -8,7 +8,7 @@ ratio of sizes alone. Crops of ours that are no outcome of the authors' transfor
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -29,11 +29,15 @@ NEARLY_SQUARE = ((24, 12), (22, 20))
 
 @dataclass(frozen=True)
 class Outcome:
-    """A part (left, top, width, height) of the image that was first resized to `resized`; then to SIZE; mirrored."""
+    """A part (left, top, width, height) of the image that was first resized to `resized`; then to SIZE; mirrored.
+
+    Where `before` is given, that part of the image is what is resized.
+    """
 
     resized: tuple[int, int]
     part: tuple[int, int, int, int]
     mirrored: bool
+    before: tuple[int, int, int, int] | None = None
 
 
 class NoOutcomeError(Exception):
@@ -76,6 +80,25 @@ def adm_random_crop(least: float) -> Law:
     return law
 
 
+def dall_e_crop(width: int, height: int) -> dict[Outcome, float]:
+    """`DalleTransformerPreprocessor` of VQ-Diffusion's data/utils/image_preprocessor.py, with whole numbers in its
+    `uniform`s; the place of its RandomCrop is uniform."""
+    shorter = min(width, height)
+    starts = {}
+    for name, side in (("left", width), ("top", height)):
+        rest = side - shorter
+        starts[name] = range(3 * rest // 8, max(3 * rest // 8 + 1, 5 * rest // 8))
+    sides = range(SIZE, max(min(shorter, round(9 / 8 * SIZE)), SIZE) + 1)
+    places = list(product(starts["left"], starts["top"], sides))
+    found: dict[Outcome, float] = {}
+    for left, top, side in places:
+        square = (left, top, shorter, shorter)
+        for across, down in product(range(side - SIZE + 1), repeat=2):
+            outcome = Outcome((side, side), (across, down, SIZE, SIZE), False, square)
+            found[outcome] = 1 / len(places) / (side - SIZE + 1) ** 2
+    return found
+
+
 def center_crop(width: int, height: int) -> dict[Outcome, float]:
     """ADM's `center_crop_arr`."""
     resized = _shorter_side(width, height, SIZE)
@@ -112,9 +135,7 @@ def mirrored(law: Law) -> Law:
 
     def both(width: int, height: int) -> dict[Outcome, float]:
         plain = law(width, height)
-        return {
-            Outcome(one.resized, one.part, flip): share / 2 for one, share in plain.items() for flip in (False, True)
-        }
+        return {replace(one, mirrored=flip): share / 2 for one, share in plain.items() for flip in (False, True)}
 
     return both
 
@@ -128,6 +149,9 @@ def _picture(width: int, height: int) -> Image.Image:
 
 def _cut(picture: Image.Image, outcome: Outcome) -> np.ndarray:
     left, top, wide, high = outcome.part
+    if outcome.before is not None:
+        left_before, top_before, *size = outcome.before
+        picture = picture.crop((left_before, top_before, left_before + size[0], top_before + size[1]))
     resized = picture.resize(outcome.resized, Image.Resampling.BICUBIC)
     part = resized.crop((left, top, left + wide, top + high)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(part, dtype=np.int64)

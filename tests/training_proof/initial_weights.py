@@ -80,6 +80,7 @@ ZERO_MODULATIONS = Kind("modulations", r"modulation", fixed(0.0))
 ALL_ELSE = ""
 
 BERT = (ZERO_MODULATIONS, Kind("start", _START, fixed(0.0)), Kind("all else", ALL_ELSE, fixed(0.02)))
+BAR = (ZERO_MODULATIONS, Kind("all else", ALL_ELSE, fixed(0.02)))
 VQ_DIFFUSION = (
     Kind("convolutions", r"mlp\.(expand|contract)\.weight", by_inputs),
     Kind("all else", ALL_ELSE, fixed(0.02)),

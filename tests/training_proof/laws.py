@@ -77,9 +77,29 @@ def vaex_cosine(warmup: int, total: int, end: float) -> Schedule:
     return ratio
 
 
+def plateau(warmup: int, patience: int, factor: float = 0.5, start: float = 0.0) -> Schedule:
+    """Rise along a line from `start`; on a loss that never falls, `factor` after each `patience` + 1 steps.
+
+    `ReduceLROnPlateauWithWarmup` of VQ-Diffusion's engine/lr_scheduler.py. The first loss behind the warm-up is the
+    lowest so far.
+    """
+
+    def ratio(step: int) -> float:
+        if step <= warmup:
+            return start + (1 - start) * step / warmup
+        return factor ** ((step - warmup - 1) // (patience + 1))
+
+    return ratio
+
+
 def fixed(decay: float) -> Average:
     """The same decay from the first update on."""
     return lambda update: decay
+
+
+def every(steps: int, decay: float) -> Average:
+    """VQ-Diffusion's `EMA.update`: at each of so many steps, and no move between them."""
+    return lambda update: decay if update % steps == 0 else 1.0
 
 
 def counted_after(decay: float) -> Average:

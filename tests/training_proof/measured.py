@@ -1,5 +1,6 @@
 """What a recipe of ours does: its schedule, its decay, its EMA, its parameter groups."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def schedule_of(recipe: str) -> Schedule:
         torch.optim.lr_scheduler, scheduler["class_path"]
     )
     made: Any = kind(optimizer, **scheduler["init_args"])
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return _on_a_constant_loss(made, steps_of(recipe)[-1])
     if hasattr(made, "lr_lambdas"):
         return made.lr_lambdas[0]
 
@@ -31,6 +34,14 @@ def schedule_of(recipe: str) -> Schedule:
         return made._get_closed_form_lr()[0]
 
     return closed_form
+
+
+def _on_a_constant_loss(scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau, last: int) -> Schedule:
+    ratios = [scheduler.optimizer.param_groups[0]["lr"]]
+    for _ in range(last):
+        scheduler.step(1.0)
+        ratios.append(scheduler.optimizer.param_groups[0]["lr"])
+    return ratios.__getitem__
 
 
 def steps_of(recipe: str) -> list[int]:
@@ -53,9 +64,10 @@ def average_of(recipe: str) -> Average | None:
         callback, model = ExponentialMovingAverage(**found[0]), nn.Linear(1, 1, bias=False).double()
         # The averages are 1 and the weight is 0: what is left of the 1 is the decay.
         callback.averages = {"weight": torch.ones_like(model.weight)}
-        callback._averaged_steps = update - 1
+        callback._averaged_steps = (update - 1) // callback.every
         nn.init.zeros_(model.weight)
-        callback._move(model)
+        trainer: Any = SimpleNamespace(global_step=update)
+        callback.on_train_batch_end(trainer, model, None, None, 0)  # type: ignore[arg-type]
         return float(callback.averages["weight"].detach())
 
     return decay

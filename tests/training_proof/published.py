@@ -4,7 +4,7 @@ Commits: LlamaGen ce98ec41, VAR 78b95394, vaex c08db77e, 1d-tokenizer 942a96fb, 
 f61b0a13, SEED-Voken b9a17eac, rq-vae-transformer 341395e5, SEDD 0605786d, md4 b9fbf292, maskgit 1db23594,
 latent-diffusion a506df57, taming-transformers 3ba01b24, google-research (d3pm) 30adf0ec, mar fe470ac2, xAR 121e9c93,
 TokenBridge 3ede2818, DiT ed81ce22, BitDance 4c5ea901, VQ-Diffusion d1d39487, GIDD f67acc96. SiT's training is taken
-from DiT's code, which it is built on.
+from DiT's code, which it is built on. BAR faf903f.
 """
 
 from collections.abc import Sequence
@@ -81,6 +81,12 @@ _VAR = laws.without(laws.matrices, r"positions|start")
 _1D_TOKENIZER = laws.without(laws.matrices, r"embedding|table|positions|norm|mask")
 # RAR: the same, but `cls_token` (our start) decays, and `adaln_before_head` has an "ln" in its name.
 _RAR = laws.without(laws.matrices, r"embedding|final_modulation|positions")
+# BAR: RAR's words in the name in lower case, so that each `adaLN_modulation` has an "ln" too; its head's output and
+# embedding of the mask ratio are an `output_embed` and a `t_embedder`.
+_BAR = laws.without(
+    laws.matrices,
+    r"table|class_embedding|target_embedding|positions|bit_embedding|ratio_embedding|modulation|place_head\.output",
+)
 _TITOK = laws.without(laws.matrices, r"quantizer|codebook|tokens?$|embedding|positions")
 # MAR: none with `diffloss` in the name.
 _NO_DIFFLOSS = laws.without(laws.matrices, r"^head\.")
@@ -104,9 +110,6 @@ def _all_columns(value: str) -> Published:
 
 # Nothing but weights, sampling or a paper.
 _UNRELEASED = _all_columns(NOT_PUBLISHED)
-# Released, and held against our loss and gradient alone.
-_NOT_READ = _all_columns(NOT_COMPARED)
-
 _TAMING_VQGAN = Published(
     golden=Golden(family="taming_vqgan", losses=("emb_loss",), gradients=4),
     rate=4.5e-6 * 96,
@@ -205,6 +208,8 @@ _D3PM = Published(
     average=laws.fixed(0.9999),
     weights=OURS,
 )
+# Of its text model; the bound is that of pixels too.
+_MD4_LOSSES = Golden(family="md4", losses=("loss", "loss_diff", "loss_recon", "diffusion_loss"), gradients=4)
 _BITDANCE_B = Published(
     golden=Golden(family="bitdance", losses=("loss", "loss_eval"), gradients=7),
     rate=6e-4,
@@ -279,25 +284,32 @@ PUBLISHED: dict[str, Published] = {
         crop=crops.random_crop(1.125),
         average=laws.vaex_average(0.9999),
         weights=initial.VAEX,
-        differs={
-            "initial deviations": "there Xavier's normal law times 0.5, and codes uniform in +-20 / K",
-        },
     ),
     "tokenizers/vit_vqgan_*": _UNRELEASED,
-    "generators/bar_b_*": replace(_NOT_READ, golden=Golden(family="bar", gradients=5)),
+    "generators/bar_b_*": Published(
+        golden=Golden(family="bar", gradients=5),
+        rate=4e-4,
+        schedule=laws.cosine(62_500, 250_000, 0.025),
+        clip=16.0,  # theirs is 1, of a mean over 16 bits
+        decay=0.03,
+        decays=_BAR,
+        crop=FLIP,
+        average=None,
+        weights=initial.BAR,
+    ),
     "generators/bitdance_b_4x_*": replace(
         _BITDANCE_B, golden=Golden(family="bitdance_parallel", losses=("loss", "loss_eval"), gradients=8)
     ),
     "generators/bitdance_b_*": _BITDANCE_B,
     "generators/char_text": Published(
-        golden=Golden(family="mdlm"),
+        golden=_MD4_LOSSES,
         rate=5e-4,
         schedule=laws.cosine(2000, 1_000_000),
         decay=0.03,
         decays=laws.all_decay,
         crop=TEXT,
         average=laws.fixed(0.9999),
-        weights=NOT_COMPARED,
+        weights=OURS,
     ),
     "generators/d3pm_*": _D3PM,
     "generators/discon_*": _UNRELEASED,
@@ -366,7 +378,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "generators/md4_cifar10": replace(
         _D3PM,
-        golden=Golden(family="mdlm"),
+        golden=_MD4_LOSSES,
         schedule=laws.cosine(100, 2_000_000),
         clip=None,
         decay=0.01,
@@ -422,13 +434,15 @@ PUBLISHED: dict[str, Published] = {
     "generators/vq_diffusion_*": Published(
         golden=Golden(family="vq_diffusion", gradients=3),
         rate=4.5e-4,
-        schedule=laws.constant(5000),
+        schedule=laws.plateau(5000, 100_000, start=3e-6 / 4.5e-4),
+        # `ClipGradNorm` clips from its `start_iteration` 0 on; its `end_iteration` 5,000 has no effect.
+        clip=0.5,
         decay=0.045,
         decays=laws.all_decay,
-        crop=NOT_COMPARED,
-        average=NOT_COMPARED,
+        crop=crops.dall_e_crop,
+        images=((40, 12), (12, 12)),
+        average=laws.every(25, 0.99),
         weights=initial.VQ_DIFFUSION,
-        differs={"schedule": "theirs clips at 0.5 in the first 5,000 steps"},
     ),
     "generators/tokenbridge_*": replace(
         _MAR,

@@ -34,7 +34,8 @@ would make another. The authors' side is written out in closed form, with the co
   tests/pretrained/test_golden.py compares: which losses, how many gradients. Where a case has none, what it has; equal
   logits say nothing of a loss.
 - **Schedule**: the peak learning rate, and the largest difference from the authors' formula at ten steps of the run and
-  at its last, as a share of the peak. Then what gradients are clipped at.
+  at its last, as a share of the peak; of one that follows the loss, on a loss that stays. Then what gradients are
+  clipped at.
 - **Groups**: how many trained numbers have which weight decay, of the network at its full size.
 - **Crop**: Pearson's chi-squared of 2,000 training crops of each of two images against the law of the authors'
   transform, and its degrees of freedom. The images are a few pixels wide: the law depends on ratios alone. Which filter
@@ -42,6 +43,11 @@ would make another. The authors' side is written out in closed form, with the co
 - **EMA**: the decay at update 10, 1,000 and 100,000.
 - **Initial deviations**: of each kind of layer, at the recipe's own shapes, by the authors' law. Ours is measured in a
   network of width 192 and three blocks.
+
+Small differences that no column has: both networks of a GAN tokenizer step on the same reconstructions, where taming
+decodes once more for its discriminator and IBQ's discriminator steps first; the dropout inside LPIPS, which taming and
+LlamaGen leave on in training, is off; VAR's vectors of positions, of scales and of the start are one table with one
+state of Adam; times of SEDD are spread evenly over a batch instead of drawn apart.
 
 ✓: as the authors' code. ✗: another; then what theirs is, and why. *Not published*: the authors released no training
 code, or not that part. *Not compared*: released, but not read here. *Our choice*: the recipe says so.

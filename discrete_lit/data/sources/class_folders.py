@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import content_sha256
 from discrete_lit.data.captions import LONGEST_FILE, Captions
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
@@ -275,7 +276,9 @@ def _extension(path: str) -> str:
 
 def _known_classes(manifest: Path, found: Sequence[str]) -> list[str]:
     try:
-        classes = json.loads(manifest.read_text(encoding="utf-8"))["classes"]
+        classes = read_json(manifest)["classes"]
+        if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+            raise ValueError("its classes are no list of names")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"classes_from {manifest} is not the manifest.json of a folder of shards ({error!r})"

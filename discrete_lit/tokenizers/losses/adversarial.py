@@ -3,7 +3,7 @@
 Two players share every batch. The *discriminator* D tells images x from reconstructions y; the *generator*, which is
 the autoencoder, is pushed towards reconstructions that D takes for images:
 
-    L_D = loss(D(x), D(y))  [+ LeCam] [+ R1]               trains D: y is a constant
+    L_D = loss(D(x), D(y))  [+ LeCam] [+ R1] [+ bCR]       trains D: y is a constant
     L   = L_rec + w(step) lambda L_G,  L_G = loss(D(y))    trains the autoencoder: D is a constant
     lambda = |grad L_rec| / (|grad L_G| + 1e-4)            eq. 7, gradients at the decoder's last layer
 
@@ -20,8 +20,8 @@ is needed, neither player's gradient reaches the other, D's activations are free
 and the step is an ordinary one of the Trainer. The result is that of two optimizers that step on the same batch.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from discrete_lit.core.distributed import all_reduce_sum, world_size
 from discrete_lit.core.modules import RunningStatistics, at_least_float32
+from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
 from discrete_lit.tokenizers.losses.discriminators import Discriminator
 
 LeCamTarget = Literal["logits", "means"]
@@ -137,7 +138,7 @@ class AdversarialLoss(nn.Module):
     the autoencoder made before the step. Steps are those of the optimizer:
 
         step   0 ... start_step - lead_steps ... start_step ... start_step + warmup_steps ...
-        D        not computed, no update         trains         trains
+        D        not computed, idle              trains         trains
         L_G      left out                        left out       weight grows to its full value
 
     Args:
@@ -150,6 +151,9 @@ class AdversarialLoss(nn.Module):
         warmup_steps: the generator's term grows linearly to its weight over them, so that the discriminator does not
             ruin what was learned.
         lead_steps: the discriminator trains alone this long before `start_step`.
+        idle_steps: what the optimizer makes of the steps in which the discriminator is idle: `"skipped"`, or
+            `"counted"` with gradients of 0, as in taming, LDM and LlamaGen, whose Adam then begins without its
+            correction of the first moments. Weight decay acts in counted steps.
         loss: of the discriminator.
         generator_loss: of the generator if it is another kind.
         discriminator_weight: of the discriminator's loss without its regularisers; 0.75 in RQ-VAE, 0.5 in LlamaGen.
@@ -161,13 +165,19 @@ class AdversarialLoss(nn.Module):
         r1_every: the penalty is computed every so many steps, and weighs as many times more (StyleGAN2, appendix B).
         joint_batch: show images and reconstructions to the discriminator as one batch, as vaex does, so that batch
             norms see both; if not, one after the other.
+        running_norms: let the generator meet the discriminator in eval mode, with the running means of its batch norms,
+            as vaex does; that is another pass.
+        augmentation: shows images and reconstructions to the discriminator changed at random, in each pass anew.
+        consistency_weight: of balanced consistency (Zhao et al., "Improved Consistency Regularization for GANs", AAAI
+            2021): the mean squared difference between the logits of two showings, without blur in the second, of images
+            plus that of reconstructions; 4 in vaex, 0 leaves it out.
         learning_rate_factor: the discriminator's learning rate as a multiple of the autoencoder's.
         scheduler: of the discriminator's learning rate, which counts the steps since the discriminator began to train:
             a `WarmupCosine`, a `WarmupLinear` or another `LambdaLR`. None follows the autoencoder's.
         weight_decay: of the discriminator, where the optimizer has one; None takes the autoencoder's.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting out of its range, or a consistency weight without an augmentation.
     """
 
     def __init__(
@@ -179,6 +189,7 @@ class AdversarialLoss(nn.Module):
         start_step: int = 0,
         warmup_steps: int = 0,
         lead_steps: int = 0,
+        idle_steps: Literal["skipped", "counted"] = "skipped",
         loss: LogitLoss = "hinge",
         generator_loss: GeneratorLoss | None = None,
         discriminator_weight: float = 1.0,
@@ -188,12 +199,18 @@ class AdversarialLoss(nn.Module):
         r1_weight: float = 0.0,
         r1_every: int = 16,
         joint_batch: bool = False,
+        running_norms: bool = False,
+        augmentation: DifferentiableAugmentation | None = None,
+        consistency_weight: float = 0.0,
         learning_rate_factor: float = 1.0,
         scheduler: Callable[[Optimizer], LambdaLR] | None = None,
         weight_decay: float | None = None,
     ) -> None:
         super().__init__()
-        weights = {"weight": weight, "lecam_weight": lecam_weight, "r1_weight": r1_weight}
+        weights = {
+            **{"weight": weight, "lecam_weight": lecam_weight, "r1_weight": r1_weight},
+            "consistency_weight": consistency_weight,
+        }
         steps = {"start_step": start_step, "warmup_steps": warmup_steps, "lead_steps": lead_steps}
         for name, value in (weights | steps | {"weight_decay": weight_decay or 0.0}).items():
             if value < 0:
@@ -205,12 +222,20 @@ class AdversarialLoss(nn.Module):
                 "r1_every of the adversarial loss must be at least 1, learning_rate_factor and discriminator_weight "
                 f"above 0, got {r1_every}, {learning_rate_factor} and {discriminator_weight}"
             )
+        if idle_steps not in ("skipped", "counted"):
+            raise ValueError(f"idle_steps of the adversarial loss must be 'skipped' or 'counted', got {idle_steps!r}")
+        if consistency_weight and augmentation is None:
+            raise ValueError(
+                f"consistency_weight={consistency_weight} of the adversarial loss compares two showings of an image: "
+                "give an augmentation"
+            )
         self.discriminator = discriminator
         self.weight = weight
         self.adaptive = AdaptiveWeight() if adaptive is True else adaptive or None
         self.start_step = start_step
         self.warmup_steps = warmup_steps
         self.lead_steps = lead_steps
+        self.idle_steps = idle_steps
         self.loss: LogitLoss = loss
         self.generator_loss: GeneratorLoss = loss if generator_loss is None else generator_loss
         self.discriminator_weight = discriminator_weight
@@ -219,6 +244,9 @@ class AdversarialLoss(nn.Module):
         self.r1_weight = r1_weight
         self.r1_every = r1_every
         self.joint_batch = joint_batch
+        self.running_norms = running_norms
+        self.augmentation = augmentation
+        self.consistency_weight = consistency_weight
         self.learning_rate_factor = learning_rate_factor
         self.scheduler = scheduler
         self.weight_decay = weight_decay
@@ -237,29 +265,33 @@ class AdversarialLoss(nn.Module):
         """The discriminator's trained parameters, in the order of `AdversarialTerms.gradients`."""
         return [parameter for parameter in self.discriminator.parameters() if parameter.requires_grad]
 
-    def forward(self, outputs: Tensor, images: Tensor, step: int) -> AdversarialTerms:
+    def forward(self, outputs: Tensor, images: Tensor, step: int, *, index: Tensor | None = None) -> AdversarialTerms:
         """Compute both players' losses and gradients on outputs and images `(B, C, H, W)`.
 
         Args:
             outputs: of the decoder, cut from its graph, requiring a gradient.
             images: real ones.
             step: of the optimizer; `trains(step)`.
+            index: `(B,)` int64, each image's number in the run, to which its augmentation belongs. None: nobody knows.
         """
         meets = self.warmup(step) > 0
         penalised = self.r1_weight > 0 and step % self.r1_every == 0
 
-        # The logits `fake` serve both players.
         outputs = outputs if meets else outputs.detach()
         images = images.detach().requires_grad_(penalised)
-        with twice_differentiable() if penalised else nullcontext():
-            if self.joint_batch:
-                fake, real = self.discriminator(torch.cat((outputs, images))).chunk(2)
-            else:
-                fake, real = self.discriminator(outputs), self.discriminator(images)
+        showings = self._showings(outputs, images, step, index)
 
-        # The generator: its gradient at the outputs.
+        # The generator: its gradient at the outputs. The logits `fake` serve both players, unless norms differ.
         generator = generator_gradient = None
-        if meets:
+        if meets and self.running_norms:
+            with in_evaluation_mode(self.discriminator):
+                generator = generator_loss(self.generator_loss, self.discriminator(showings(0)[0]))
+            (generator_gradient,) = take_gradients(generator, [outputs])
+            outputs = outputs.detach()
+            showings = self._showings(outputs, images, step, index)
+        with twice_differentiable() if penalised else nullcontext():
+            fake, real = self._logits(*showings(1))
+        if meets and not self.running_norms:
             generator = generator_loss(self.generator_loss, fake)
             (generator_gradient,) = take_gradients(generator, [outputs], retain_graph=True)
 
@@ -267,6 +299,12 @@ class AdversarialLoss(nn.Module):
         terms = {"discriminator": self.discriminator_weight * discriminator_loss(self.loss, real, fake)}
         if self.lecam is not None:
             terms["lecam"] = self.lecam_weight * self.lecam(real, fake)
+        if self.consistency_weight:
+            again = self._logits(*showings(2))
+            differences = [
+                F.mse_loss(at_least_float32(a), at_least_float32(b)) for a, b in zip(again, (fake, real), strict=True)
+            ]
+            terms["consistency"] = self.consistency_weight * (differences[0] + differences[1])
         if penalised:
             terms["r1"] = self.r1_weight * self.r1_every * gradient_penalty(real, images)
         total = torch.stack(list(terms.values())).sum()
@@ -283,6 +321,46 @@ class AdversarialLoss(nn.Module):
             gradients=list(gradients),
             figures=figures,
         )
+
+    def _showings(
+        self, outputs: Tensor, images: Tensor, step: int, index: Tensor | None
+    ) -> Callable[[int], tuple[Tensor, Tensor]]:
+        """Give the function from the number of a showing to reconstructions and images as the discriminator sees them.
+
+        Showing 0 is the generator's, 1 the discriminator's, 2 the one that is compared with it, without blur.
+        """
+        augmentation = self.augmentation
+        if augmentation is None:
+            return lambda number: (outputs, images)
+        draws = augmentation.draws(len(images), step, index=index, device=images.device)
+        crops, blur = augmentation.crops(step), augmentation.blur(step - self.start_step)
+
+        def show(number: int) -> tuple[Tensor, Tensor]:
+            settings = {"blur": 0.0 if number == 2 else blur, "crop": crops[number]}
+            return (
+                augmentation(outputs, draws[0, number], **settings),
+                augmentation(images, draws[1, number], **settings),
+            )
+
+        return show
+
+    def _logits(self, outputs: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the logits `(B, ...)` of reconstructions and of images."""
+        if self.joint_batch:
+            fake, real = self.discriminator(torch.cat((outputs, images))).chunk(2)
+            return fake, real
+        return self.discriminator(outputs), self.discriminator(images)
+
+
+@contextmanager
+def in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Have a module in eval mode meanwhile."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
 
 
 def discriminator_loss(kind: LogitLoss, real: Tensor, fake: Tensor) -> Tensor:
@@ -400,7 +478,7 @@ def take_gradients(
 ) -> tuple[Tensor, ...]:
     """`torch.autograd.grad` inside a forward pass: autocast, which would reach the backward pass too, is off."""
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return torch.autograd.grad(value, inputs, grad_outputs, **options)  # type: ignore[arg-type]
+        return torch.autograd.grad(value, inputs, grad_outputs, **options)
 
 
 def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
@@ -413,7 +491,7 @@ def with_known_gradients(value: Tensor, inputs: Sequence[Tensor], gradients: Seq
         inputs: tensors of any shape that require a gradient.
         gradients: one of each input's shape.
     """
-    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)  # type: ignore[no-any-return]
+    return _KnownGradients.apply(value.detach(), list(gradients), *inputs)
 
 
 class _KnownGradients(torch.autograd.Function):

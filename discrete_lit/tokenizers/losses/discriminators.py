@@ -12,7 +12,8 @@ Each stands with its own layers below it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import gcd, prod, sqrt
 from typing import Any, Literal
@@ -102,11 +103,11 @@ def _check_norm(kind: str, owner: str) -> None:
         raise ValueError(f"norm of {owner} must be 'group', 'batch' or 'sync', got {kind!r}")
 
 
-def _norm(kind: Norm, width: int) -> nn.Module:
+def _norm(kind: Norm, width: int, epsilon: float = 1e-5) -> nn.Module:
     """The norm of `(B, width, h, w)` or `(B, width, n)`."""
     if kind == "group":
-        return nn.GroupNorm(gcd(width, _NORM_GROUPS), width)
-    return SynchronizedBatchNorm(width) if kind == "sync" else RankBatchNorm(width)
+        return nn.GroupNorm(gcd(width, _NORM_GROUPS), width, eps=epsilon)
+    return (SynchronizedBatchNorm if kind == "sync" else RankBatchNorm)(width, eps=epsilon)
 
 
 def _initialise(module: nn.Module) -> None:
@@ -315,8 +316,8 @@ class DINODiscriminator(Discriminator):
 
     A head is two convolutions over the sequence of patches, the second wide and residual, and one to a logit, under
     spectral normalisation. StyleGAN-T's own heads also read the class embedding of a text, and normalise over groups
-    of 8 images. Those of vaex, the tokenizer of VAR's authors (`dino.py`), have `norm: sync`, `class_token: true` and
-    `embedding: true`.
+    of 8 images. Those of vaex, the tokenizer of VAR's authors (`dino.py`), have `norm: sync`, `norm_epsilon: 1.0e-6`,
+    `class_token: true`, `embedding: true`, `resize: area` and `initial_deviation: 0.02`.
 
     Args:
         model_name: timm's name of the ViT, for instance `vit_small_patch16_224.dino` or
@@ -326,6 +327,11 @@ class DINODiscriminator(Discriminator):
         image_size: images are resized to it, a side or `[height, width]`: multiples of the ViT's patch.
         kernel_size: of the wide convolution; odd.
         norm: of the heads, as for `PatchGAN`.
+        norm_epsilon: of the norm.
+        resize: how larger images become `image_size`: `"bilinear"`, antialiased, or the `"area"` mean; smaller ones are
+            then enlarged by a bicubic filter.
+        initial_deviation: of the normal distribution that the weights of the heads begin with, biases 0; None takes
+            PyTorch's own.
         class_token: add the class token of a layer to the tokens of its patches.
         embedding: read the tokens before the first block too, by a head of its own, the first.
 
@@ -342,6 +348,9 @@ class DINODiscriminator(Discriminator):
         image_size: ImageSize = 224,
         kernel_size: int = 9,
         norm: Norm = "group",
+        norm_epsilon: float = 1e-5,
+        resize: Literal["bilinear", "area"] = "bilinear",
+        initial_deviation: float | None = None,
         class_token: bool = False,
         embedding: bool = False,
     ) -> None:
@@ -349,6 +358,8 @@ class DINODiscriminator(Discriminator):
         _check_norm(norm, "DINODiscriminator")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size of DINODiscriminator must be odd, got {kernel_size}")
+        if resize not in ("bilinear", "area"):
+            raise ValueError(f"resize of DINODiscriminator must be 'bilinear' or 'area', got {resize!r}")
         with torch.device("meta"):
             shape = make_timm(model_name, "random", "discriminator", has_layers=True, num_classes=0)
         depth, patch = len(getattr(shape, "blocks", ())), getattr(shape, "patch_embed", None)
@@ -368,11 +379,16 @@ class DINODiscriminator(Discriminator):
         self.weights_path = weights_path
         self.layers = list(layers)
         self.image_size = size
+        self.resize: Literal["bilinear", "area"] = resize
         self.class_token = class_token
         self.embedding = embedding
         self.frozen = FrozenNetwork(self._make)
         width: int = shape.embed_dim  # type: ignore[assignment]
-        self.heads = nn.ModuleList(_Head(width, kernel_size, norm=norm) for _ in range(embedding + len(layers)))
+        normalised = partial(_norm, norm, width, norm_epsilon)
+        self.heads = nn.ModuleList(
+            _Head(width, kernel_size, norm=normalised, deviation=initial_deviation)
+            for _ in range(embedding + len(layers))
+        )
 
     def prepare(self) -> None:
         self.frozen.prepare()
@@ -380,7 +396,7 @@ class DINODiscriminator(Discriminator):
     def features(self, images: Tensor) -> list[Tensor]:
         """The tokens `(B, D, patches)` that each head reads, of images `(B, C, H, W)`; see `pixels_for`."""
         network = self.frozen.seeing(images)
-        pixels = pixels_for(network, images, self.image_size)
+        pixels = pixels_for(network, images, self.image_size, resize=self.resize)
         entered: list[Tensor] = []  # `(B, prefix + patches, D)`
         hook = network.blocks[0].register_forward_pre_hook(lambda block, given: entered.append(given[0]))
         try:
@@ -415,17 +431,26 @@ class DINODiscriminator(Discriminator):
 
 
 class _Head(nn.Module):
-    def __init__(self, width: int, kernel_size: int, *, norm: Norm) -> None:
+    def __init__(self, width: int, kernel_size: int, *, norm: Callable[[], nn.Module], deviation: float | None) -> None:
         super().__init__()
-        self.enter = _layer(width, 1, norm)
-        self.mix = _layer(width, kernel_size, norm)
-        self.logit = spectral_norm(nn.Conv1d(width, 1, 1))
+        self.enter = _layer(width, kernel_size=1, norm=norm, deviation=deviation)
+        self.mix = _layer(width, kernel_size=kernel_size, norm=norm, deviation=deviation)
+        self.logit = _spectral(nn.Conv1d(width, 1, 1), deviation)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, D, patches) -> (B, 1, patches)
         hidden = self.enter(at_least_float32(tokens))
         return self.logit((hidden + self.mix(hidden)) * 0.5**0.5)
 
 
-def _layer(width: int, kernel_size: int, norm: Norm) -> nn.Module:
+def _layer(width: int, *, kernel_size: int, norm: Callable[[], nn.Module], deviation: float | None) -> nn.Module:
     convolution = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, padding_mode="circular")
-    return nn.Sequential(spectral_norm(convolution), _norm(norm, width), nn.LeakyReLU(0.2))
+    return nn.Sequential(_spectral(convolution, deviation), norm(), nn.LeakyReLU(0.2))
+
+
+def _spectral(convolution: nn.Conv1d, deviation: float | None) -> nn.Module:
+    """Normalise the weight of a convolution, which begins with a deviation or as it is."""
+    if deviation is not None:
+        nn.init.normal_(convolution.weight, std=deviation)
+        assert convolution.bias is not None
+        nn.init.zeros_(convolution.bias)
+    return spectral_norm(convolution)

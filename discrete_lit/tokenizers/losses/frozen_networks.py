@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,12 +127,27 @@ def with_pixel_statistics(network: Any, statistics: Mapping[str, Any]) -> nn.Mod
     return network
 
 
-def pixels_for(network: Any, images: Tensor, image_size: tuple[int, int] | None) -> Tensor:
-    """Images `(B, C, H, W)` in [-1, 1], in colour, resized (antialiased bilinear) and normalised as in training.
+def pixels_for(
+    network: Any,
+    images: Tensor,
+    image_size: tuple[int, int] | None,
+    *,
+    resize: Literal["bilinear", "area"] = "bilinear",
+) -> Tensor:
+    """Images `(B, C, H, W)` in [-1, 1], in colour, resized and normalised as in training.
 
     Grey is repeated to three channels, RGBA laid over white.
+
+    Args:
+        network: with the statistics of its pixels.
+        images: to be seen.
+        image_size: that the network wants; None takes the images as they are.
+        resize: `"bilinear"`, antialiased; or `"area"`, means of larger images, and a bicubic filter for smaller ones.
     """
     pixels = (to_rgb(at_least_float32(images), "a frozen network") + 1) / 2
-    if image_size is not None and pixels.shape[-2:] != image_size:
+    if image_size is not None and pixels.shape[-2:] != image_size and resize == "area":
+        larger = pixels.shape[-2] > image_size[0]
+        pixels = F.interpolate(pixels, size=image_size, mode="area" if larger else "bicubic")
+    elif image_size is not None and pixels.shape[-2:] != image_size:
         pixels = F.interpolate(pixels, size=image_size, mode="bilinear", align_corners=False, antialias=True)
     return (pixels - network.pixel_mean) / network.pixel_std

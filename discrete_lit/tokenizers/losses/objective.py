@@ -91,7 +91,13 @@ class Objective(FullPrecision):
             self.adversarial.discriminator.prepare()
 
     def forward(
-        self, outputs: Tensor, images: Tensor, *, last_layer: Tensor | None = None, step: int | None = None
+        self,
+        outputs: Tensor,
+        images: Tensor,
+        *,
+        last_layer: Tensor | None = None,
+        step: int | None = None,
+        index: Tensor | None = None,
     ) -> ObjectiveTerms:
         """The loss of outputs `(B, C', H, W)`, float32 or float64, against images `(B, C, H, W)`.
 
@@ -100,11 +106,12 @@ class Objective(FullPrecision):
             images: in [-1, 1].
             last_layer: the decoder's; an adaptive adversarial weight needs it.
             step: of the optimizer, in training; without it there are no adversarial terms.
+            index: `(B,)` int64, each image's number in the run, to which its augmentation belongs. None: nobody knows.
         """
         with _no_half_precision(outputs.device.type):
             if self.adversarial is not None and step is not None:
                 if self.adversarial.trains(step):
-                    return self._with_discriminator(self.adversarial, outputs, images, last_layer, step)
+                    return self._with_discriminator(self.adversarial, outputs, images, last_layer, step, index)
                 return self._before_discriminator(self.adversarial, outputs, images)
             terms = self._reconstruction(outputs, images)
             return ObjectiveTerms(loss=_sum(terms), terms=terms)
@@ -124,7 +131,13 @@ class Objective(FullPrecision):
         return ObjectiveTerms(loss=loss + with_known_gradients(torch.zeros_like(loss), parameters, zeros), terms=terms)
 
     def _with_discriminator(
-        self, adversarial: AdversarialLoss, outputs: Tensor, images: Tensor, last_layer: Tensor | None, step: int
+        self,
+        adversarial: AdversarialLoss,
+        outputs: Tensor,
+        images: Tensor,
+        last_layer: Tensor | None,
+        step: int,
+        index: Tensor | None,
     ) -> ObjectiveTerms:
         """L_rec + w lambda L_G for the autoencoder and L_D for the discriminator, as one loss (`adversarial.py`)."""
         # Every gradient is taken here, at the outputs cut from the decoder's graph.
@@ -134,7 +147,7 @@ class Objective(FullPrecision):
         reconstruction_gradient = gradient
         terms = {name: term.detach() for name, term in terms.items()}
 
-        players = adversarial(y, images, step)
+        players = adversarial(y, images, step, index=index)
         figures = players.figures
         if players.generator is not None and players.generator_gradient is not None:
             weight = torch.full_like(players.generator, adversarial.weight * adversarial.warmup(step))

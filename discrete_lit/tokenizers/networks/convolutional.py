@@ -61,6 +61,7 @@ class ConvAutoencoder(Autoencoder):
         downsampling: a convolution of stride 2 padded at the right and bottom alone or on all sides, or an average.
         upsampling: nearest neighbour and a convolution, or a convolution whose channels become neighbours.
         adaptive_norm: before each resolution of the decoder, GroupNorm with gain and offset read off the codes.
+        dropout: of the hidden units of each residual block, in training; 0.05 in vaex.
         pixels: what encoder and decoder work on, `"signed"` for [-1, 1] or `"unit"` for [0, 1]; images at this class's
             boundary are in [-1, 1] always.
         dims: axes of the images: 1 for signals (B, C, L), 2, or 3 for volumes and clips (B, C, T, H, W).
@@ -97,6 +98,7 @@ class ConvAutoencoder(Autoencoder):
         downsampling: Downsampling = "right",
         upsampling: Upsampling = "nearest",
         adaptive_norm: bool = False,
+        dropout: float = 0.0,
         pixels: Literal["signed", "unit"] = "signed",
         dims: Literal[1, 2, 3] = 2,
         causal: bool = False,
@@ -132,7 +134,11 @@ class ConvAutoencoder(Autoencoder):
         self.frames = frames
         self.pixels = pixels
         self.downsampling = 2 ** (len(widths) - 1)
-        layers = Layers(dims=dims, causal=causal, norm_groups=norm_groups, bias=bias, shortcut=shortcut)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout of ConvAutoencoder must lie in [0, 1), got {dropout}")
+        layers = Layers(
+            dims=dims, causal=causal, norm_groups=norm_groups, bias=bias, shortcut=shortcut, dropout=dropout
+        )
         self.encoder = Encoder(
             layers,
             in_channels=image_channels,
@@ -238,6 +244,8 @@ class Layers:
     """The convolutions inside residual blocks have one."""
     shortcut: Literal["input", "output"]
     """The input of a residual block's shortcut where the channels change."""
+    dropout: float
+    """The probability of dropout of the hidden units of residual blocks."""
 
     def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
         """Make a convolution of stride 1, to a grid of the same size."""
@@ -409,6 +417,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = layers.convolution(in_channels, out_channels, 3, layers.bias)
         self.norm2 = layers.norm(out_channels)
         self.conv2 = layers.convolution(out_channels, out_channels, 3, layers.bias)
+        self.dropout = layers.dropout
         self.shortcut = nn.Identity()
         self.shortcut_of_output = in_channels != out_channels and layers.shortcut == "output"
         if in_channels != out_channels:
@@ -417,7 +426,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, in, *grid) -> (B, out, *grid)
         hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = self.conv2(F.dropout(F.silu(self.norm2(hidden)), self.dropout, self.training))
         return self.shortcut(hidden if self.shortcut_of_output else x) + hidden
 
 

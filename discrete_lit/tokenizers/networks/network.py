@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from discrete_lit.core.images import ImageSize
+
+LayerInitialization = Literal["vaex"]
+"""Published first weights of the layers of a tokenizer; see `initialise_layers`."""
 
 
 class Autoencoder(nn.Module, ABC):
@@ -67,3 +71,33 @@ class Autoencoder(nn.Module, ABC):
         None by default.
         """
         return ()
+
+
+@torch.no_grad()
+def initialise_layers(module: nn.Module, kind: LayerInitialization | None) -> None:
+    """Give the linear layers and convolutions of a new network or quantizer the weights that they begin with.
+
+    `"vaex"`: convolutions normal with deviation sqrt(2 / (n + m)) / 2, of n inputs and m outputs times the kernel's
+    size (Xavier's with a gain of 0.5), linear layers normal with 0.02, biases 0: those of vaex, the single-scale
+    tokenizer of VAR's authors (`models/__init__.py`).
+
+    Args:
+        module: changed in place.
+        kind: the scheme; None leaves the weights as they are.
+
+    Raises:
+        ValueError: a scheme that is not known.
+    """
+    if kind is None:
+        return
+    if kind not in get_args(LayerInitialization):
+        raise ValueError(f"initialization={kind!r} is not known, accepted: {', '.join(get_args(LayerInitialization))}")
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            nn.init.xavier_normal_(layer.weight, gain=0.5)
+        elif isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+        else:
+            continue
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

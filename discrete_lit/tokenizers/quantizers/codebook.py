@@ -24,7 +24,7 @@ from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.tokenizers.quantizers.nearest import nearest_codes
 
 CodebookUpdate = Literal["ema", "gradient"]
-CodebookInit = Literal["data", "kmeans", "uniform", "unit_uniform", "normal"]
+CodebookInit = Literal["data", "kmeans", "uniform", "unit_uniform", "vaex", "normal"]
 
 # k-means: seeds are drawn in at most this many passes over the latents, and moved by so many of Lloyd's iterations.
 _SEEDING_ROUNDS = 256
@@ -58,6 +58,7 @@ class Codebook(RunningStatistics):
             cluster centres. `"uniform"` in [-1 / K, 1 / K], where taming, LDM and TiTok begin: far from the latents,
             most codes are never used. `"unit_uniform"` divides these by their length, as LlamaGen does; with
             `normalize` only the length of the stored codes differs, by which a step of the optimizer turns them less.
+            `"vaex"` is uniform in [-20 / K, 20 / K], where the single-scale tokenizer of VAR's authors begins.
             `"normal"` with deviation D^-1/2, as SimVQ and ViT-VQGAN begin (they freeze or normalise the codes).
         normalize: latents and codes are compared and looked up on the unit sphere (ViT-VQGAN: Yu et al., 2022). With
             `"ema"` the codes are the directions of the running sums of unit latents, spherical k-means (Dhillon and
@@ -110,7 +111,8 @@ class Codebook(RunningStatistics):
         # Usage of a code that has just begun: not yet dead.
         self.first_usage = max(1.0, revive_below or 0.0)
         codes = torch.empty(size, dim)
-        codes = codes.normal_(std=dim**-0.5) if init == "normal" else codes.uniform_(-1 / size, 1 / size)
+        bound = (20 if init == "vaex" else 1) / size
+        codes = codes.normal_(std=dim**-0.5) if init == "normal" else codes.uniform_(-bound, bound)
         codes = F.normalize(codes, dim=1) if init == "unit_uniform" else codes
         if update == "gradient":
             self.codes = nn.Parameter(codes)

@@ -162,6 +162,26 @@ def test_dino_reads_what_vaex_reads():
     torch.testing.assert_close(plain.features(images)[0].mT, expected[0][:, 1:])
 
 
+def test_the_heads_of_vaex_begin_as_there():
+    """Under their spectral norm the weights are normal of 0.02, biases 0; the norm adds its epsilon to variances."""
+    heads = dino(norm="sync", norm_epsilon=1e-6, initial_deviation=0.02, embedding=True).heads
+    convolutions = [layer for layer in heads.modules() if isinstance(layer, nn.Conv1d)]
+    weights = torch.cat([layer.parametrizations.weight.original.detach().flatten() for layer in convolutions])
+    assert float(weights.std()) == pytest.approx(0.02, rel=0.02) and len(convolutions) == 9
+    assert all(not layer.bias.any() for layer in convolutions)
+    assert {layer.eps for layer in heads.modules() if isinstance(layer, nn.BatchNorm2d)} == {1e-6}
+
+
+@pytest.mark.parametrize(("size", "mode"), [(48, "area"), (20, "bicubic")])
+def test_images_become_as_large_as_dino_wants(size, mode):
+    discriminator = dino(resize="area").eval()
+    pictures = torch.rand(2, 3, size, size) * 2 - 1
+    found, resized = discriminator(pictures), F.interpolate(pictures, size=(32, 32), mode=mode)
+    torch.testing.assert_close(found, discriminator(resized), rtol=1e-3, atol=1e-5)
+    discriminator.resize = "bilinear"
+    assert (found - discriminator(pictures)).abs().max() > 1e-3
+
+
 def test_wrong_settings():
     with pytest.raises(ValueError, match="norm of PatchGAN must be 'group', 'batch' or 'sync', got 'instance'"):
         PatchGAN(norm="instance")
@@ -181,6 +201,8 @@ def test_wrong_settings():
         dino(kernel_size=4)
     with pytest.raises(ValueError, match="norm of DINODiscriminator must be 'group', 'batch' or 'sync', got 'layer'"):
         dino(norm="layer")
+    with pytest.raises(ValueError, match="resize of DINODiscriminator must be 'bilinear' or 'area', got 'nearest'"):
+        dino(resize="nearest")
     with pytest.raises(ValueError, match="class_token of DINODiscriminator needs a ViT that has one"):
         DINODiscriminator("vit_base_patch16_siglip_224", "random", class_token=True)
     with pytest.raises(ValueError, match="at least 1, got width=0, stages=3"):

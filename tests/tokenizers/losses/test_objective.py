@@ -16,6 +16,7 @@ from discrete_lit.tokenizers.losses.adversarial import (
     generator_loss,
     gradient_penalty,
 )
+from discrete_lit.tokenizers.losses.augmentation import DifferentiableAugmentation
 from discrete_lit.tokenizers.losses.discriminators import DINODiscriminator, PatchGAN
 from discrete_lit.tokenizers.losses.objective import logit_laplace_loss
 
@@ -161,6 +162,61 @@ def test_a_joint_batch_is_normalised_together():
     assert abs(float(apart.detach() - discriminator_loss("hinge", real, fake).detach())) > 1e-3
 
 
+def of_players(decoder, whole, fake_of_generator, terms, parameters):
+    """Gradients of the decoder and of the discriminator by autograd, of logits and terms made by hand."""
+    loss = F.l1_loss(decoder(images()), images()) + 0.3 * generator_loss("hinge", fake_of_generator)
+    of_decoder = torch.autograd.grad(loss, list(decoder.parameters()), retain_graph=True)
+    return [list(of_decoder), list(torch.autograd.grad(terms, parameters))]
+
+
+def test_running_norms_are_those_before_the_step():
+    """The generator meets the discriminator in eval mode; the discriminator trains on its batch."""
+    decoder = Decoder()
+    whole = objective(patch(norm="batch"), joint_batch=True, running_norms=True, weight=0.3, adaptive=False).train()
+    for norm in (layer for layer in whole.modules() if isinstance(layer, nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+    plain, twin = deepcopy(decoder), deepcopy(whole.adversarial.discriminator)
+    whole(decoder(images()), images(), last_layer=decoder.last.weight, step=0).loss.backward()
+    judged = deepcopy(twin).eval()(plain(images()))
+    fake, real = twin(torch.cat((plain(images()).detach(), images()))).chunk(2)
+    expected = of_players(plain, whole, judged, discriminator_loss("hinge", real, fake), list(twin.parameters()))
+    found = [[parameter.grad for parameter in module.parameters()] for module in (decoder, whole)]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert whole.adversarial.discriminator.training
+    state = {name: value for name, value in whole.adversarial.discriminator.state_dict().items() if "running" in name}
+    torch.testing.assert_close(state, {name: twin.state_dict()[name] for name in state})  # one step of the means
+
+
+@pytest.mark.parametrize("running_norms", [True, False])
+def test_showings_and_their_consistency(running_norms):
+    """Each pass sees the batch changed by draws of its own; two showings of an image are asked to look alike."""
+    augmentation = DifferentiableAugmentation(cutout=0.25, blur_steps=100)
+    settings = {"augmentation": augmentation, "consistency_weight": 4.0, "discriminator_weight": 2.0}
+    whole = objective(running_norms=running_norms, weight=0.3, adaptive=False, start_step=5, **settings).train()
+    decoder = Decoder()
+    plain, twin = deepcopy(decoder), deepcopy(whole.adversarial.discriminator)
+    index, step = torch.tensor([7, 3, 11, 2]), 30
+    compared = whole(decoder(images()), images(), last_layer=decoder.last.weight, step=step, index=index)
+    compared.loss.backward()
+
+    draws = augmentation.draws(4, step, index=index, device=torch.device("cpu"))
+    made = plain(images())
+    shown = [augmentation(made, draws[0, number], blur=blur) for number, blur in enumerate((0.75, 0.75, 0.0))]
+    real = [augmentation(images(), draws[1, number], blur=blur) for number, blur in ((1, 0.75), (2, 0.0))]
+    judged = twin(shown[0] if running_norms else shown[1])
+    fake, real, fake_again, real_again = (twin(each.detach()) for each in (shown[1], real[0], shown[2], real[1]))
+    terms = {
+        "discriminator": 2 * discriminator_loss("hinge", real, fake),
+        "consistency": 4 * ((fake - fake_again).square().mean() + (real - real_again).square().mean()),
+    }
+    for name, term in terms.items():
+        torch.testing.assert_close(compared.terms[name], term.detach(), rtol=1e-4, atol=1e-6)
+    expected = of_players(plain, whole, judged, sum(terms.values()), list(twin.parameters()))
+    found = [[parameter.grad for parameter in module.parameters()] for module in (decoder, whole)]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    assert terms["consistency"] > 1e-4
+
+
 def test_the_discriminators_loss_has_a_weight():
     decoder, whole = Decoder(), objective(discriminator_weight=0.75, lecam_weight=0.1).train()
     twin = deepcopy(whole)
@@ -260,6 +316,11 @@ def test_an_adaptive_weight_survives_half_precision():
     with torch.autocast("cpu", torch.float16):
         found = AdaptiveWeight()(decoder(images()).float(), decoder.last.weight, **gradients)
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_consistency_needs_two_showings():
+    with pytest.raises(ValueError, match=r"consistency_weight=4.0 of the adversarial loss .*: give an augmentation"):
+        AdversarialLoss(patch(), consistency_weight=4.0)
 
 
 def test_wrong_settings():

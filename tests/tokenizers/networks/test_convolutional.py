@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from discrete_lit.tokenizers.networks import ConvAutoencoder
+from discrete_lit.tokenizers.networks.network import initialise_layers
 
 
 def tiny(**arguments) -> ConvAutoencoder:
@@ -46,6 +47,43 @@ def test_attention_reaches_every_position() -> None:
                 module.forward = lambda x: x
         difference = (network.encode(changed) - network.encode(images)).abs()[0, :, -1, -1].max()
         assert bool(difference > 0) == attention
+
+
+@torch.no_grad()
+def test_dropout_of_hidden_units() -> None:
+    """Half of what enters the second convolution of each block becomes 0 and the rest double, in training alone."""
+    network = tiny(dropout=0.5, bias=False)
+    plain = tiny(bias=False)
+    plain.load_state_dict(network.state_dict())
+    images = torch.rand(1, 3, 16, 16)
+    torch.testing.assert_close(network.eval().encode(images), plain.encode(images))
+    block = network.train().encoder.levels[0].blocks[0]
+    entering: list[torch.Tensor] = []
+    block.conv2.register_forward_pre_hook(lambda layer, given: entering.append(given[0]))
+    for training in (False, True):
+        block.train(training)(images.repeat(1, 3, 1, 1)[:, :8])
+    whole, thinned = entering
+    kept = thinned != 0
+    assert 0.4 < float(kept.float().mean()) < 0.6
+    torch.testing.assert_close(thinned[kept], 2 * whole[kept])
+    with pytest.raises(ValueError, match=r"dropout of ConvAutoencoder must lie in \[0, 1\), got 1.0"):
+        tiny(dropout=1.0)
+
+
+def test_first_weights_of_vaex() -> None:
+    """Xavier's normal law times one half, of the whole matrix of queries, keys and values; biases 0."""
+    network = tiny(channels=64, norm_groups=32)
+    initialise_layers(network, "vaex")
+    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
+    for layer in convolutions:
+        kernel = layer.kernel_size[0] * layer.kernel_size[1]
+        expected = 0.5 * (2 / ((layer.in_channels + layer.out_channels) * kernel)) ** 0.5
+        sharp = 5 / (2 * layer.weight.numel()) ** 0.5  # five standard errors
+        assert float(layer.weight.detach().square().mean().sqrt()) == pytest.approx(expected, rel=sharp)
+        assert layer.bias is None or not layer.bias.any()
+    assert len(convolutions) > 10
+    with pytest.raises(ValueError, match="initialization='xavier' is not known, accepted: vaex"):
+        initialise_layers(network, "xavier")
 
 
 def count_of(module: torch.nn.Module, kind: str) -> int:

@@ -56,7 +56,7 @@ def test_kmeans_of_many_codes_lowers_the_distance() -> None:
     latents = torch.randn(2000, 3)
     distance = {}
     for init in ("data", "kmeans"):
-        codebook = Codebook(400, 3, init=init)  # type: ignore[arg-type]
+        codebook = Codebook(400, 3, init=init)
         codebook.prepare(latents)
         ids = codebook.search(latents)
         assert len(ids.unique()) == 400
@@ -215,6 +215,7 @@ def test_nothing_moves_in_eval_mode(update) -> None:
 
 def test_random_starts() -> None:
     assert Codebook(50, 4, init="uniform").codes.abs().max() <= 1 / 50
+    assert 19 / 500 < Codebook(500, 4, init="vaex").codes.abs().max() <= 20 / 500
     assert Codebook(500, 64, init="normal").codes.std() == pytest.approx(1 / 8, rel=0.05)
 
 
@@ -223,7 +224,7 @@ def test_random_starts() -> None:
     [
         ({"size": 0}, "must be positive, got 0 and 2"),
         ({"update": "mean"}, "must be 'ema' or 'gradient', got 'mean'"),
-        ({"init": "zeros"}, "one of data, kmeans, uniform, unit_uniform, normal, got 'zeros'"),
+        ({"init": "zeros"}, "one of data, kmeans, uniform, unit_uniform, vaex, normal, got 'zeros'"),
         ({"decay": -0.1}, r"decay must lie in \[0, 1\), got -0.1"),
         ({"revive_below": 0.0}, "revive_below must be > 0, or None"),
         ({"revive_below": float("nan")}, "revive_below must be > 0, or None"),

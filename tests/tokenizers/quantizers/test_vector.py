@@ -236,7 +236,7 @@ def test_the_legacy_placement_of_beta() -> None:
         torch.manual_seed(3)
         quantizer = spread_out(
             VectorQuantizer(8, 3, codebook_update="gradient", commitment_weight=0.2, weighted_term=term)
-        )  # type: ignore[arg-type]
+        )
         total = torch.stack(list(quantizer(latents).losses.values())).sum()
         gradients[term] = torch.autograd.grad(total, (latents, quantizer.codebook.codes))
     torch.testing.assert_close(gradients["codebook"][0] * 0.2, gradients["commitment"][0])
@@ -345,7 +345,7 @@ def test_simvq_rotation_is_an_option() -> None:
     gradients = {}
     for gradient in ("straight_through", "rotation"):
         torch.manual_seed(1)
-        made = SimVectorQuantizer(10, 4, gradient=gradient)(latents)  # type: ignore[arg-type]
+        made = SimVectorQuantizer(10, 4, gradient=gradient)(latents)
         (gradients[gradient],) = torch.autograd.grad(made.z_q.sum(), latents)
     assert (gradients["straight_through"] == 1).all() and not torch.allclose(*gradients.values())
 
