@@ -85,10 +85,12 @@ export MALLOC_TRIM_THRESHOLD_ := 4294967296
 quickstart: ## train two generators on real images and compare them, 12 minutes on 2 cores
 	$(MAKE) --jobs 2 learned OMP_NUM_THREADS=$(HALF_OF_THE_PROCESSORS)
 	$(MAKE) $(RUNS)/evaluation/report.md
+	$(MAKE) $(RUNS)/watch.html
 	@echo
 	@cat $(RUNS)/evaluation/report.md
 	@echo
 	@echo "pictures:     $(RUNS)/masked/grid.png $(RUNS)/autoregressive/grid.png"
+	@echo "step by step: $(RUNS)/watch.html (open it in a browser)"
 	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
 	@echo "training log: $(BIN)/tensorboard --logdir $(RUNS)"
 
@@ -97,6 +99,9 @@ learned: $(SEEDED:%=$(RUNS)/%/finished) $(CLASSIFIERS)
 $(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz \
 		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
+
+$(RUNS)/watch.html: $(SEEDED:%=$(RUNS)/%/finished)
+	$(LIT) watch --config $(CONFIGS)/watch.yaml
 
 # The quickstart is seed 0. The others share its shards and classifiers.
 SEEDS := 1 2

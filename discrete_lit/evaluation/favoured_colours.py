@@ -58,7 +58,10 @@ class FavouredColours:
 
     def count_law(self) -> Tensor:
         """Return `(N + 1,)` float64: the probability of each number of hits."""
-        kinds = [p * binomial(self.length, torch.tensor(a, dtype=torch.float64)) for p, a in zip(self.mixture, self.hits, strict=True)]
+        kinds = [
+            p * binomial(self.length, torch.tensor(a, dtype=torch.float64))
+            for p, a in zip(self.mixture, self.hits, strict=True)
+        ]
         return torch.stack(kinds).sum(dim=0)
 
     def hit_probability(self, hits: Tensor, misses: Tensor, alpha: float | Tensor = 1.0) -> Tensor:

@@ -79,9 +79,7 @@ class Watched:
                 f"needs a {generator.sampler_kind.__name__}"
             )
         if self.decoder is not None:
-            self.decoder.check_source(
-                generator.tokenizer, generator.image_size, num_classes=generator.num_classes
-            )
+            self.decoder.check_source(generator.tokenizer, generator.image_size, num_classes=generator.num_classes)
 
     @property
     def scales(self) -> list[tuple[int, int]] | None:
@@ -282,7 +280,9 @@ def _shades(generator: Generator, ids: set[int]) -> dict[str, int]:
     centred = codes - codes.mean(dim=0)
     _, _, axes = torch.linalg.svd(centred, full_matrices=False)
     rank = (centred @ axes[0]).argsort().argsort()
-    return {str(token): round(255 * int(place) / max(len(listed) - 1, 1)) for token, place in zip(listed, rank, strict=True)}
+    return {
+        str(token): round(255 * int(place) / max(len(listed) - 1, 1)) for token, place in zip(listed, rank, strict=True)
+    }
 
 
 def _decoder_frames(

@@ -287,9 +287,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
             return output
         base, estimates = self.base(tokens), output.estimates
         if estimates is not None:
-            estimates = tuple(
-                replace(step, estimate=base + step.estimate / self.residual_scale) for step in estimates
-            )
+            estimates = tuple(replace(step, estimate=base + step.estimate / self.residual_scale) for step in estimates)
         return replace(output, tokens=base + output.tokens / self.residual_scale, estimates=estimates)
 
     def decode(
