@@ -34,8 +34,8 @@ def watch(
 ) -> dict[str, Any]:
     """Write a page on which samplers fill the same grid side by side, step by step.
 
-    The page is one HTML file of at most 5 MB that needs no network. Its first tab is a toy whose conditionals are exact,
-    and needs no checkpoint. The second shows real draws: of each step the ids, the changed positions, the confidence,
+    The page is one HTML file of at most 5 MB that needs no network. Its first tab is a toy whose conditionals are
+    exact, and needs no checkpoint. The second shows real draws: of each step the ids, the changed positions, the confidence,
     the network calls and sequential passes so far, and the decoded image.
 
     Args:
@@ -43,8 +43,8 @@ def watch(
         checkpoints: by the name that the page shows: the path of a generator's checkpoint; or a mapping of `ckpt_path`
             and, where wanted, `sampler`, `decoder` and `decoder_sampler`. All must have one grid.
         classes: labels to choose from on the page; the first three by default.
-        seeds: to choose from; 0 and 1 by default. Seed s and the i-th class are sample i of `discrete-lit sample
-            --seed s` with these labels.
+        seeds: to choose from; 0 and 1 by default. Seed s and the i-th class are sample i that `discrete-lit
+            sample` draws with this seed and these labels.
 
     Returns:
         `output` and `bytes`.

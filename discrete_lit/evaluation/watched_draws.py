@@ -70,8 +70,8 @@ class Watched:
         whole = generator.token_shape if len(generator.token_shape) < 3 else None
         if whole is None or layout.length != int(np.prod(whole)):
             raise ValueError(
-                f"{self.name}: a {type(generator).__name__} has {layout.length} ids for tokens {generator.token_shape}; "
-                "a page shows one id for each position of a grid"
+                f"{self.name}: a {type(generator).__name__} has {layout.length} ids for tokens "
+                f"{generator.token_shape}; a page shows one id for each position of a grid"
             )
         if self.sampler is not None and not isinstance(self.sampler, generator.sampler_kind):
             raise ValueError(
@@ -132,8 +132,8 @@ def draw_panel(panel: Watched, classes: Sequence[int], seeds: Sequence[int]) -> 
         seeds: of the draws.
 
     Returns:
-        `name`, `detail` and `shades` (of ids, in [0, 255]), and `draws` by "class/seed": `frames`, each the ids (-1 where
-        none is drawn), the changed positions, the confidence and its rank, calls and passes; and `strip`, a PNG with
+        `name`, `detail` and `shades` (of ids, in [0, 255]), and `draws` by "class/seed": `frames`, each the ids
+        (-1 where none is drawn), the changed positions, the confidence and its rank, calls and passes; and `strip`, a PNG with
         the image of each frame beside the next.
     """
     draws, used = {}, set()
@@ -296,7 +296,7 @@ def _decoder_frames(
     assert drawn.estimates is not None
     frames, images = [], []
     last = drawn.estimates[-1]
-    shown = [*drawn.estimates[:-1]] + [last]
+    shown = drawn.estimates
     for number, step in enumerate(shown):
         latents = drawn.tokens if step is last else step.estimate
         pixels = decoder.tokenizer.decode(latents.float())
@@ -439,7 +439,7 @@ def write_page(
 
 
 def _still(panels: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]]) -> str:
-    """What a browser without JavaScript shows: the last images of the first draw, and the numbers."""
+    """Make the tables that a browser without JavaScript shows: the last images of the first draw, and the numbers."""
     rows = []
     for panel in panels:
         draw = next(iter(panel["draws"].values()))

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,7 @@ def test_frames_are_the_trace(checkpoints) -> None:
     assert len(frames) == 5 and set(frames[0]["ids"]) == {-1} and frames[0]["calls"] == 0
     assert frames[-1]["ids"] == output.tokens[1].flatten().tolist()
     assert (frames[-1]["calls"], frames[-1]["passes"]) == (output.network_calls, output.sequential_passes) == (7, 4)
-    for before, after in zip(frames[:-1], frames[1:], strict=True):
+    for before, after in pairwise(frames):
         differs = [place for place in range(16) if before["ids"][place] != after["ids"][place]]
         assert after["d"] == differs
         assert all((after["c"][place] is None) == (after["ids"][place] < 0) for place in range(16))
