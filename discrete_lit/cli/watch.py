@@ -35,8 +35,8 @@ def watch(
     """Write a page on which samplers fill the same grid side by side, step by step.
 
     The page is one HTML file of at most 5 MB that needs no network. Its first tab is a toy whose conditionals are
-    exact, and needs no checkpoint. The second shows real draws: of each step the ids, the changed positions, the confidence,
-    the network calls and sequential passes so far, and the decoded image.
+    exact, and needs no checkpoint. The second shows real draws: of each step the ids, the changed positions, the
+    confidence, the network calls and sequential passes so far, and the decoded image.
 
     Args:
         output: the HTML file to write.

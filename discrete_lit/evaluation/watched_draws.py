@@ -133,8 +133,8 @@ def draw_panel(panel: Watched, classes: Sequence[int], seeds: Sequence[int]) -> 
 
     Returns:
         `name`, `detail` and `shades` (of ids, in [0, 255]), and `draws` by "class/seed": `frames`, each the ids
-        (-1 where none is drawn), the changed positions, the confidence and its rank, calls and passes; and `strip`, a PNG with
-        the image of each frame beside the next.
+        (-1 where none is drawn), the changed positions, the confidence and its rank, calls and passes; and `strip`, a
+        PNG with the image of each frame beside the next.
     """
     draws, used = {}, set()
     sampler = panel.sampler or panel.generator.sampler
