@@ -91,8 +91,8 @@ quickstart: ## train two generators on real images and compare them, 12 minutes 
 	@echo
 	@cat $(RUNS)/evaluation/report.md
 	@echo
-	@echo "watch them:   $(RUNS)/watch.html, in a browser"
 	@echo "pictures:     $(RUNS)/masked/grid.png $(RUNS)/autoregressive/grid.png"
+	@echo "step by step: $(RUNS)/watch.html (open it in a browser)"
 	@echo "samples:      $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/samples.npz"
 	@echo "training log: $(BIN)/tensorboard --logdir $(RUNS)"
 
@@ -102,10 +102,8 @@ $(RUNS)/evaluation/report.md: $(RUNS)/masked/samples.npz $(RUNS)/autoregressive/
 		$(RUNS)/shards/test/manifest.json $(CLASSIFIERS)
 	$(LIT) evaluate --config $(CONFIGS)/evaluate.yaml
 
-# Both generators draw every class, pass by pass.
 $(RUNS)/watch.html: $(SEEDED:%=$(RUNS)/%/finished)
-	$(LIT) watch --output $@ --labels '[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]' \
-		--checkpoints '{$(foreach each,$(SEEDED),$(each): $(RUNS)/$(each)/checkpoints/last.ckpt,)}'
+	$(LIT) watch --config $(CONFIGS)/watch.yaml
 
 # The quickstart is seed 0. The others share its shards and classifiers.
 SEEDS := 1 2

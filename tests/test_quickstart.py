@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from helpers.recipe_files import ROOT, configs_of, header_command, read
 
 from discrete_lit.data.sources.digit_compositions import WORDS, held_out
@@ -134,14 +135,14 @@ def test_the_emoji_come_from_the_registry_that_npm_is_told(tmp_path: Path) -> No
 
 def test_the_quickstart_writes_the_page_of_its_generators_and_says_where(tmp_path: Path) -> None:
     commands = steps("runs/quickstart/watch.html", tmp_path)
-    said = " ".join(commands[-1])
-    assert said.startswith("watch --output runs/quickstart/watch.html")
+    assert commands[-1][:3] == ["watch", "--config", "lightning_configs/quickstart/watch.yaml"]
+    recipe = yaml.safe_load((ROOT / commands[-1][2]).read_text())
+    assert recipe["output"] == "runs/quickstart/watch.html"
     made = [made_by(step) for step in commands[:-1]]
-    named = re.findall(r"runs/\S+/checkpoints/last.ckpt", said)
-    assert len(named) == 2
-    assert all(folder_of(path) in made for path in named)
+    shown = [panel if isinstance(panel, str) else panel["ckpt_path"] for panel in recipe["checkpoints"].values()]
+    assert shown and all(folder_of(path) in made for path in shown)
     asked = subprocess.run(["make", "--dry-run", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.search(r'echo "watch them: +runs/quickstart/watch.html', asked.stdout)
+    assert re.search(r'echo "step by step: +runs/quickstart/watch.html', asked.stdout)
     assert re.search(r"make(\[\d\])? .*runs/quickstart/watch.html", asked.stdout)
 
 

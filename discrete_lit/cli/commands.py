@@ -32,7 +32,7 @@ FUNCTION_COMMANDS = {
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
-    "watch": "write a page on which samplers fill a grid side by side",
+    "watch": "show samplers at work, step by step, on one HTML page",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }

@@ -304,6 +304,7 @@ class LatentDiffusion(LatentGenerator):
         sampler: GuidedSolver,
         *,
         purposes: tuple[Purpose, Purpose] = (Purpose.DIFFUSION_START, Purpose.DIFFUSION_STEP),
+        trace: bool = False,
     ) -> SamplerOutput:
         """Draw latents given all that the network reads; arguments as of `GuidedSolver`."""
         null = condition.null(null_label=self.num_classes, null_id=self.null_id)
@@ -317,6 +318,7 @@ class LatentDiffusion(LatentGenerator):
             null=None if sampler.guidance_scale == 1 else self.given(null),
             null_labels=null.labels,
             purposes=purposes,
+            trace=trace,
         )
 
     def _network(self, condition: Condition) -> GuidedNetwork:

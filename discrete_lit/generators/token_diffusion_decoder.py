@@ -250,6 +250,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
         sampler: GuidedSolver | None = None,
         *,
         tokens: Tensor | None = None,
+        trace: bool = False,
     ) -> SamplerOutput:
         """Draw latents given tokens.
 
@@ -258,6 +259,7 @@ class TokenDiffusionDecoder(LatentDiffusion):
             random: one stream for each sample: numbers that no generator of its tokens draws.
             sampler: this decoder's own by default.
             tokens: `(B, *token_shape)` int64 in [0, K).
+            trace: also return the `estimates` of every pass.
 
         Returns:
             The sampler's output, with latents as its `tokens`.
@@ -275,10 +277,14 @@ class TokenDiffusionDecoder(LatentDiffusion):
         self.check_draw(condition.labels, sampler.guidance_scale)
         check_parts(replace(condition, grid=None), places=0, grid_vocab=None, context_dim=self.backbone.context_dim)
         condition = replace(condition, labels=condition.labels.long(), grid=tokens.flatten(1))
-        output = self.draw_given(condition, random, sampler, purposes=(Purpose.DECODER_START, Purpose.DECODER_STEP))
+        purposes = (Purpose.DECODER_START, Purpose.DECODER_STEP)
+        output = self.draw_given(condition, random, sampler, purposes=purposes, trace=trace)
         if self.target == "image":
             return output
-        return replace(output, tokens=self.base(tokens) + output.tokens / self.residual_scale)
+        base, estimates = self.base(tokens), output.estimates
+        if estimates is not None:
+            estimates = tuple(replace(step, estimate=base + step.estimate / self.residual_scale) for step in estimates)
+        return replace(output, tokens=base + output.tokens / self.residual_scale, estimates=estimates)
 
     def decode(
         self,

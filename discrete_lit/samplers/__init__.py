@@ -23,7 +23,7 @@ from discrete_lit.samplers.purity import PuritySampler
 from discrete_lit.samplers.raster import OpenMAGVIT2Sampler, RasterSampler, SubTokenSettings
 from discrete_lit.samplers.remasking import RemaskingSampler
 from discrete_lit.samplers.reverse_rates import EulerSampler, TauLeapingSampler
-from discrete_lit.samplers.sampler import Sampler, SamplerOutput, SamplingContext, TraceStep
+from discrete_lit.samplers.sampler import EstimateStep, Sampler, SamplerOutput, SamplingContext, TraceStep
 from discrete_lit.samplers.scale_by_scale import HybridScaleSampler, NextScaleSampler, ScaleVectors
 from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
 from discrete_lit.samplers.self_correction import SelfCorrectionSampler
@@ -37,6 +37,7 @@ __all__ = [
     "DiffusionSampler",
     "DimensionwiseSampler",
     "DrawSettings",
+    "EstimateStep",
     "EulerSampler",
     "FirstHittingSampler",
     "GuidedSolver",

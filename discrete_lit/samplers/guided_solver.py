@@ -22,7 +22,7 @@ from discrete_lit.core.modules import at_least_float32
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import Estimate, GaussianDenoiser, Times
 from discrete_lit.diffusion.solvers import Solver
-from discrete_lit.samplers.sampler import SamplerOutput
+from discrete_lit.samplers.sampler import EstimateStep, SamplerOutput
 
 NetworkTime = Callable[[Tensor], Tensor]
 _SCHEDULES = ("constant", "linear", "power_cosine")
@@ -98,6 +98,7 @@ class GuidedSolver:
         null: Mapping[str, Tensor] | None = None,
         null_labels: Tensor | None = None,
         purposes: tuple[Purpose, Purpose] = (Purpose.DIFFUSION_START, Purpose.DIFFUSION_STEP),
+        trace: bool = False,
     ) -> SamplerOutput:
         """Draw latents.
 
@@ -111,6 +112,7 @@ class GuidedSolver:
             null: what stands for them in the unconditional half of guidance; the same by default.
             null_labels: `(B,)`, what stands there for the labels; the null label by default.
             purposes: that the first noise and the fresh noise of the steps are drawn for.
+            trace: also record what the network thinks of the clean latents at every pass.
 
         Returns:
             The output, with latents `(B, C, H, W)` float32 or float64 as its `tokens`.
@@ -124,6 +126,7 @@ class GuidedSolver:
             raise ValueError(f"guided_channels={self.guided_channels}, but the latents have {layout.channels}")
         like = at_least_float32(torch.empty((), device=labels.device, dtype=next(network.parameters()).dtype))
         calls, passes = [0], [0]
+        estimates: list[EstimateStep] | None = [] if trace else None
         random = random.ahead(self.solver.steps)
         guide = GuidedNetwork(
             network,
@@ -141,7 +144,11 @@ class GuidedSolver:
             scale = self.scale(t)
             calls[0] += 1 if scale == 1 else 2
             passes[0] += 1
-            return guide(x, t, scale)
+            estimate = guide(x, t, scale)
+            if estimates is not None:
+                step = EstimateStep(estimate=estimate.data, network_calls=calls[0], sequential_passes=passes[0])
+                estimates.append(step)
+            return estimate
 
         def noise(purpose: Purpose, step: int) -> Tensor:
             numbers = random.normal(purpose, shape[0] * shape[1] * shape[2], step)
@@ -158,6 +165,7 @@ class GuidedSolver:
             network_calls=calls[0],
             sequential_passes=passes[0],
             count_flops=lambda: calls[0] * network.flops(1, words),
+            estimates=None if estimates is None else tuple(estimates),
         )
 
 

@@ -213,7 +213,7 @@ def _check_known(known: Tensor, shape: tuple[int, int], vocab_size: int) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class TraceStep:
-    """One step of a sampler, recorded: three tensors `(B, N)`, and what was spent up to its end."""
+    """One step of a sampler, recorded; three tensors `(B, N)`, and what was spent up to its end."""
 
     tokens: Tensor
     """int64 after the step, K (the mask id) where nothing is drawn yet."""
@@ -222,9 +222,21 @@ class TraceStep:
     confidence: Tensor
     """float64: the score that ordered the step's ids, or their log-probability; nan where none was drawn to stay."""
     network_calls: int
-    """Network evaluations for each image so far, counted as in `SamplerOutput`."""
+    """`SamplerOutput.network_calls`, so far."""
     sequential_passes: int
-    """Passes so far."""
+    """`SamplerOutput.sequential_passes`, so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateStep:
+    """One pass of a solver of whole latents, recorded, and what was spent up to its end."""
+
+    estimate: Tensor
+    """`(B, C, H, W)`: the latents without noise, as the network thinks of them at this pass."""
+    network_calls: int
+    """`SamplerOutput.network_calls`, so far."""
+    sequential_passes: int
+    """`SamplerOutput.sequential_passes`, so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +254,10 @@ class SamplerOutput:
     """Measures `flops`."""
     trace: tuple[TraceStep, ...] | None = None
     """One entry for each pass, where it was asked for."""
+    trace_start: Tensor | None = None
+    """`(B, N)` int64: the tokens before the first step of the trace, masks or noise."""
+    estimates: tuple[EstimateStep, ...] | None = None
+    """The same of a solver of whole latents."""
 
     def with_tokens(self, tokens: Tensor) -> "SamplerOutput":
         """Give the same output with its tokens laid out in another way."""
@@ -294,7 +310,7 @@ class SamplingContext:
         # How often each pass was made: what counts its operations, and the shapes that this takes.
         self._made: Counter[tuple[Callable[..., int], tuple[int | None, ...]]] = Counter()
         self._trace: list[TraceStep] | None = [] if trace else None
-        self._before = self.start()
+        self._trace_start = self._before = self.start()
         self._prepared: dict[bool, tuple[Condition | Tensor, Cache]] = {}
 
     # What is known.
@@ -412,7 +428,7 @@ class SamplingContext:
 
     def begin(self, tokens: Tensor) -> None:
         """Start the trace from `tokens (B, N)`, for samplers that do not start from masks."""
-        self._before = tokens
+        self._trace_start = self._before = tokens
 
     def record(self, tokens: Tensor, confidence: Tensor) -> None:
         """Add a step to the trace, if there is one.
@@ -424,14 +440,15 @@ class SamplingContext:
         if self._trace is not None:
             confidence = confidence.double()
             finite = torch.where(confidence.isfinite(), confidence, torch.nan)
-            step = TraceStep(
-                tokens=tokens.clone(),
-                changed=tokens != self._before,
-                confidence=finite,
-                network_calls=self._calls,
-                sequential_passes=self._passes,
+            self._trace.append(
+                TraceStep(
+                    tokens=tokens.clone(),
+                    changed=tokens != self._before,
+                    confidence=finite,
+                    network_calls=self._calls,
+                    sequential_passes=self._passes,
+                )
             )
-            self._trace.append(step)
             self._before = tokens.clone()
 
     def output(self, tokens: Tensor) -> SamplerOutput:
@@ -443,6 +460,7 @@ class SamplingContext:
             sequential_passes=self._passes,
             count_flops=partial(_total_flops, self._made),
             trace=trace,
+            trace_start=None if trace is None else self._trace_start,
         )
 
 

@@ -77,7 +77,7 @@ OPTIONS = {
         "classifier",
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
-    "watch": {"config", "output", "checkpoints", "labels", "seeds"},
+    "watch": {"config", "output", "checkpoints", "classes", "seeds"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
