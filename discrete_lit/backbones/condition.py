@@ -109,17 +109,18 @@ class Condition:
     def with_null(self, *, null_label: int, null_id: int | None) -> "Condition":
         """Give a condition of twice as many sequences, the null one behind: for guidance."""
         null = self.null(null_label=null_label, null_id=null_id)
-        nothing, both = null.parts(), {}
-        for name, part in self.parts().items():
-            beside = nothing.get(name)
+        both = {}
+        for name, beside in null.parts().items():
             if beside is not None:
+                part = getattr(self, name)
                 both[name] = torch.cat((self.valid() if part is None else part, beside))
         return Condition(**both)
 
     def parts(self) -> dict[str, Tensor | None]:
-        """Give each part by its name; what is negative only where it is there."""
+        """Give each part by its name; what is negative, or of a condition that was dropped, only where it is there."""
         every = {part.name: getattr(self, part.name) for part in fields(self)}
-        return {name: part for name, part in every.items() if part is not None or not name.startswith("negative")}
+        rare = ("text_mask", "negative", "negative_mask")
+        return {name: part for name, part in every.items() if part is not None or name not in rare}
 
 
 def as_condition(given: "Condition | Tensor") -> Condition:

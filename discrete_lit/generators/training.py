@@ -212,7 +212,8 @@ class ClassConditionalTraining(LightningModule, ABC):
         if not given:
             return given
         read = dim if self.text_transformer is None or self.text_encoder is None else self.text_encoder.dim
-        of_all = Condition(labels=torch.zeros(len(given["context"]), dtype=torch.int64), **given)
+        count = len(next(iter(given.values())))
+        of_all = Condition(labels=torch.zeros(count, dtype=torch.int64), **given)
         check_parts(of_all, places=0, grid_vocab=None, context_dim=read)
         if self.text_transformer is not None:
             given["context"] = self.text_transformer(given["context"], given.get("context_mask"))

@@ -39,8 +39,10 @@ def test_null_parts_are_dropped_together() -> None:
     assert len(both) == 4
     for name, part in both[2:].parts().items():
         assert torch.equal(part, condition.null(null_label=2, null_id=3).parts()[name])  # type: ignore[arg-type]
-    for name, part in both[:2].parts().items():
-        assert torch.equal(part, condition.parts()[name])  # type: ignore[arg-type]
+    for name, part in condition.parts().items():
+        assert torch.equal(both[:2].parts()[name], part)  # type: ignore[arg-type]
+    # What stands in front of a sequence keeps its places where the condition is dropped.
+    assert both.text_mask is not None and torch.equal(both.text_mask, condition.valid().repeat(2, 1))
 
     # Vectors without a mask are all valid.
     open_context = Condition(labels=condition.labels, context=condition.context).with_null(null_label=2, null_id=None)

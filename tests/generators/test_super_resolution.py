@@ -19,6 +19,7 @@ from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer, TokenGrid
 from discrete_lit.tokenizers.pixels import PixelLevels
 
+torch.manual_seed(0)
 WORDS = StaticTextEncoder(TextTokenizer.characters("ab "), 4, length=6)
 
 

@@ -313,6 +313,7 @@ PUBLISHED: dict[str, Published] = {
     ),
     "generators/d3pm_*": _D3PM,
     "generators/discon_*": _UNRELEASED,
+    "generators/muse_*": _UNRELEASED,
     "generators/dit_*": _DIT,
     "generators/sit_*": replace(_DIT, golden=Golden(family="sit", gradients=4)),
     "generators/gidd_*": Published(
