@@ -323,8 +323,8 @@ class FavouredColoursBackbone(Backbone):
         return self._logits(self.law.hit_probability(hits, misses, alpha), favourites)
 
     def _next(self, tokens: Tensor, cache: Cache | None) -> Tensor:
-        first = cache is None or cache.tokens is None
-        before = tokens[:, :0] if first else cache.tokens  # type: ignore[union-attr]
+        kept = None if cache is None else cache.tokens
+        first, before = kept is None, tokens[:, :0] if kept is None else kept
         tokens = torch.cat((before, tokens), dim=1)
         if cache is not None:
             cache.tokens = tokens
