@@ -426,7 +426,7 @@ LOCATIONS = [
         settings={"train_count": 3},
         quick=False,
     ),
-    located("a server that is not there", "http://127.0.0.1:9/a.tar", "127.0.0.1:9/a.tar", quick=False),
+    located("a server that is not there", "http://127.0.0.1:9/a.tar", "127.0.0.1:9/manifest.json", quick=False),
     located("a host that is not there", "http://no-such-host.invalid/a.tar", "no-such-host.invalid", quick=False),
     located("a port that is none", "http://127.0.0.1:99999/a.tar", "127.0.0.1:99999", quick=False),
     located("an address that is none", "http://[::1/a.tar", "[::1/a.tar"),
