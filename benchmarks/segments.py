@@ -12,6 +12,10 @@ Three arms draw 64 ids: `RasterSampler` from the class-conditional transformer, 
 behind prompts of one length; and behind prompts of lengths of their own, where each row has its own mask. The ids that
 the grammar allows are the image's, in all three as many. The arms take turns; their ratio by processor time is the one
 that other programs disturb least.
+
+Measured on 28 November 2026, 2 threads on 2 cores of an AMD EPYC with avx512_bf16 that did nothing else, the first
+command: a packed step 1.02 times the plain one; a draw behind prompts 2.15 times that of the class-conditional
+transformer (target 1.03, missed), and 2.24 times where prompts differ in length.
 """
 
 import argparse
