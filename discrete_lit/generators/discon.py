@@ -9,10 +9,9 @@ that are added or attended to, the share of d that is replaced at random, and gu
 class.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +23,8 @@ from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.generators.continuous_masked import ContinuousMasked
-from discrete_lit.generators.generator import Generator, check_same_texts, described_alone, told_to
+from discrete_lit.generators.generator import Generator
+from discrete_lit.generators.given_discrete import GivenDiscrete, spread_over_squares, told_to
 from discrete_lit.samplers.masked_vectors import MARSampler
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer
@@ -33,7 +33,7 @@ Exposure = Literal["none", "replace", "mixture"]
 
 
 @loadable
-class DisCon(ContinuousMasked):
+class DisCon(GivenDiscrete, ContinuousMasked):
     """Predict masked latents from the others, the class, and a grid of discrete tokens d of the same image.
 
     A batch holds images, which both tokenizers encode, or `"latents"` and `"tokens"`. A text is read by a backbone
@@ -88,8 +88,7 @@ class DisCon(ContinuousMasked):
             )
         self.null_id, self.discrete_shape = discrete.vocab_size, tuple(discrete.token_shape)
         super().__init__(tokenizer, image_size, num_classes=num_classes, **settings)
-        check_same_texts(self, discrete)
-        self.discrete = discrete.eval().requires_grad_(False)
+        self.take_discrete(discrete)
         self.exposure: Exposure = exposure
         self.exposure_probability = exposure_probability
 
@@ -106,24 +105,6 @@ class DisCon(ContinuousMasked):
         """Whether each id of d stands for a square of places: its grid divides theirs."""
         shape = self.discrete_shape
         return len(shape) == 2 and not any(side % rows for side, rows in zip(self.grid, shape, strict=True))
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, but keep the frozen generator of d in eval mode."""
-        super().train(mode)
-        if "discrete" in self._modules:
-            self.discrete.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Refuse a generator of d whose text encoder has other weights."""
-        super().setup(stage)
-        check_same_texts(self, self.discrete, weights=True)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe tokenizer and generator of d in the checkpoint, so that it loads without their files."""
-        super().on_save_checkpoint(checkpoint)
-        if self.discrete.hparams:
-            checkpoint["discrete_config"] = described_alone(self.discrete)
 
     def aligned(self, tokens: Tensor) -> Tensor:
         """Spread ids `(B, h, w)` over the places, `(B, N)`, each over the square of places that it stands for; ids of
@@ -142,8 +123,7 @@ class DisCon(ContinuousMasked):
             )
         if not self._stand_for_squares():
             return tokens.flatten(1)
-        rows, columns = (side // of for side, of in zip(self.grid, tokens.shape[1:], strict=True))
-        return tokens.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2).flatten(1)
+        return spread_over_squares(tokens, tuple(self.grid))
 
     # Batches.
 
@@ -178,9 +158,6 @@ class DisCon(ContinuousMasked):
         return replace(condition, grid=torch.where(chosen, self.aligned(drawn), grid))
 
     # Sampling.
-
-    def drawing_networks(self) -> Iterable[Any]:
-        return (*self.discrete.drawing_networks(), *super().drawing_networks())
 
     @torch.no_grad()
     @in_evaluation

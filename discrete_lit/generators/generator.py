@@ -351,50 +351,6 @@ def generator_from_checkpoint(checkpoint: str) -> Generator:
     return generator.eval().requires_grad_(False)
 
 
-def described_alone(generator: Generator) -> dict[str, Any]:
-    """Describe a generator with its frozen parts, so that it can be built without their files."""
-    described = dict(generator.hparams)
-    parts = {"tokenizer": generator.tokenizer, "text_encoder": generator.text_encoder}
-    known = {name: dict(part.hparams) for name, part in parts.items() if part is not None and part.hparams}
-    return {**described, "init_args": {**described["init_args"], **known}}
-
-
-def check_same_texts(model: ClassConditionalTraining, discrete: Generator, *, weights: bool = False) -> None:
-    """Refuse a generator of tokens d that reads other vectors of a text than the model that is given d.
-
-    Args:
-        model: given d.
-        discrete: draws d.
-        weights: compare the weights of both text encoders too, which a model that is being loaded does not have yet.
-
-    Raises:
-        ValueError: another text encoder, none here, or a text transformer in one of the two.
-    """
-    if discrete.text_encoder is None:
-        return
-    transforms = not (discrete.text_transformer is None and model.text_transformer is None)
-    own, other = (
-        None if encoder is None else encoder.fingerprint() if weights else encoder.hparams
-        for encoder in (model.text_encoder, discrete.text_encoder)
-    )
-    if transforms or own != other:
-        raise ValueError(
-            f"the generator of d reads texts by another text_encoder than this {type(model).__name__}, or one of them "
-            "by a text_transformer; both are given the same vectors"
-        )
-
-
-def told_to(discrete: Generator, condition: Condition) -> Condition | Tensor:
-    """Give what a generator of tokens d is told of a condition: labels, and vectors of a text where it reads them."""
-    if discrete.text_encoder is None:
-        return condition.labels
-    told = replace(condition, grid=None)
-    if discrete.num_classes > 1:
-        return told
-    # No text is its null condition.
-    return replace(told, labels=torch.where(told.valid().any(dim=1), told.labels, discrete.num_classes))
-
-
 def cross_entropies(logits: Tensor, tokens: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """Return -log p of each token in nats, `(B, N)`, given `logits (B, N, K)` and `tokens (B, N)`."""
     rows = rearrange(logits, "b n k -> (b n) k")

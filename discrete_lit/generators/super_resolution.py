@@ -7,9 +7,8 @@ large grid reads the id of the small one that it lies in, added to its embedding
 text.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +17,15 @@ from torch.nn import functional as F
 from discrete_lit.backbones.condition import Condition, as_condition, plain
 from discrete_lit.core.images import ImageSize, height_and_width
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.generators.generator import Generator, check_same_texts, described_alone, told_to
+from discrete_lit.generators.generator import Generator
+from discrete_lit.generators.given_discrete import GivenDiscrete, spread_over_squares, told_to
 from discrete_lit.generators.masked import Masked
 from discrete_lit.samplers import Sampler
 from discrete_lit.samplers.sampler import SamplerOutput
 from discrete_lit.tokenizers.tokenizer import Tokenizer
 
 
-class SuperResolution(Masked):
+class SuperResolution(GivenDiscrete, Masked):
     """Predict masked tokens of an image from the others, and from the tokens of the same image at a lower resolution.
 
     A batch holds images, of which the small ones are made by anti-aliased bicubic interpolation, or beside `"tokens"`
@@ -64,29 +64,7 @@ class SuperResolution(Masked):
                 f"backbone.init_args.grid_vocab is {self.backbone.grid_vocab or 'not set'}, and the small images have "
                 f"{discrete.vocab_size} ids: set it to that"
             )
-        check_same_texts(self, discrete)
-        self.discrete = discrete.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, but keep the frozen generator of the small images in eval mode."""
-        super().train(mode)
-        if "discrete" in self._modules:
-            self.discrete.eval()
-        return self
-
-    def setup(self, stage: str) -> None:
-        """Refuse a generator of d whose text encoder has other weights."""
-        super().setup(stage)
-        check_same_texts(self, self.discrete, weights=True)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Describe the generator of the small images in the checkpoint, so that it loads without its file."""
-        super().on_save_checkpoint(checkpoint)
-        if self.discrete.hparams:
-            checkpoint["discrete_config"] = described_alone(self.discrete)
-
-    def drawing_networks(self) -> Iterable[Any]:
-        return (*self.discrete.drawing_networks(), *super().drawing_networks())
+        self.take_discrete(discrete)
 
     def aligned(self, tokens: Tensor) -> Tensor:
         """Spread the ids `(B, h, w)` of small images over the places of the large ones, `(B, N)`."""
@@ -95,8 +73,7 @@ class SuperResolution(Masked):
                 f"the tokens of small images are ids {self.discrete.token_shape} each, got {tokens.dtype} "
                 f"{tuple(tokens.shape[1:])}"
             )
-        rows, columns = (big // of for big, of in zip(self.token_shape, self.discrete.token_shape, strict=True))
-        return tokens.repeat_interleave(rows, dim=1).repeat_interleave(columns, dim=2).flatten(1)
+        return spread_over_squares(tokens, tuple(self.token_shape))
 
     def condition_of(self, batch: dict[str, Any], random: CounterRandom) -> Any:
         if "grid" in batch:

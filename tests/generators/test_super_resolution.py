@@ -14,7 +14,7 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Masked, SuperResolution
-from discrete_lit.generators.generator import check_same_texts
+from discrete_lit.generators.given_discrete import check_same_texts
 from discrete_lit.samplers import MaskGITSampler
 from discrete_lit.tokenizers import StaticTextEncoder, TextTokenizer, TokenGrid
 from discrete_lit.tokenizers.pixels import PixelLevels
