@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from shared import fit, minutes_of, spread, stamp
+from shared import fit, minutes_of, seeded, spread, stamp
 
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.cli.sample import sample
@@ -58,15 +58,7 @@ def samplers(head: str, scale: float) -> dict[tuple[str, int], Sampler]:
 def train(head: str, seed: int, batches: int, folder: Path) -> Path:
     """The checkpoint of a head."""
     recipes, over = HEADS[head]
-    settings = {
-        **over,
-        "seed_everything": seed,
-        "model.init_args.seed": seed,
-        "model.init_args.scheduler.init_args.total_steps": batches,
-        "data.init_args.seed": seed,
-        "trainer.max_steps": batches,
-        "trainer.val_check_interval": batches,
-    }
+    settings = {**over, **seeded(seed, batches)}
     return fit(
         folder / f"{head.replace(' ', '_')}_{seed}", [CONFIGS / f"{recipe}.yaml" for recipe in recipes], settings
     )

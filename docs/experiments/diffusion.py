@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from shared import fit, minutes_of, spread, stamp
+from shared import fit, minutes_of, seeded, spread, stamp
 
 from discrete_lit.cli.evaluate import evaluate
 from discrete_lit.cli.sample import sample
@@ -37,14 +37,7 @@ SAMPLERS = ("ancestral", "MaskGIT")
 
 def train(variant: str, seed: int, batches: int, folder: Path) -> Path:
     """The checkpoint of a run."""
-    settings = {
-        "seed_everything": seed,
-        "model.init_args.seed": seed,
-        "model.init_args.scheduler.init_args.total_steps": batches,
-        "data.init_args.seed": seed,
-        "trainer.max_steps": batches,
-        "trainer.val_check_interval": batches,
-    }
+    settings = seeded(seed, batches)
     return fit(folder / f"{variant.lower()}_{seed}", [CONFIGS / f"{name}.yaml" for name in VARIANTS[variant]], settings)
 
 

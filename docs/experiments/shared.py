@@ -39,6 +39,18 @@ def fit(run: Path, configs: Sequence[Path], settings: Mapping[str, Any]) -> Path
     return run / "checkpoints" / "last.ckpt"
 
 
+def seeded(seed: int, batches: int) -> dict[str, Any]:
+    """Return the settings of `fit` that give a generator its seed, of weights, data and noise, and its batches."""
+    return {
+        "seed_everything": seed,
+        "model.init_args.seed": seed,
+        "model.init_args.scheduler.init_args.total_steps": batches,
+        "data.init_args.seed": seed,
+        "trainer.max_steps": batches,
+        "trainer.val_check_interval": batches,
+    }
+
+
 def number_of_make(name: str) -> int:
     """Return a number that the Makefile sets, such as `BATCHES` of `make comparison`."""
     found = re.search(rf"^{name} := (\d+)$", Path("Makefile").read_text(), re.MULTILINE)

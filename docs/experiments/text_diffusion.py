@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared import fit, minutes_of, processor_minutes, spread, stamp
+from shared import fit, minutes_of, processor_minutes, seeded, spread, stamp
 
 import discrete_lit
 from discrete_lit.samplers import AncestralSampler, RasterSampler, Sampler
@@ -40,14 +40,7 @@ MODELS = {
 
 def train(name: str, seed: int, batches: int, folder: Path) -> Path:
     """The checkpoint of a model."""
-    settings = {
-        "seed_everything": seed,
-        "model.init_args.seed": seed,
-        "model.init_args.scheduler.init_args.total_steps": batches,
-        "data.init_args.seed": seed,
-        "trainer.max_steps": batches,
-        "trainer.val_check_interval": min(200, batches),
-    }
+    settings = {**seeded(seed, batches), "trainer.val_check_interval": min(200, batches)}
     recipes = [CONFIGS / f"{recipe}.yaml" for recipe in MODELS[name]]
     return fit(folder / f"{name.replace(' ', '_')}_{seed}", recipes, settings)
 
