@@ -23,6 +23,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     rq_vae_transformer,
     sedd_mdlm,
     seed_voken,
+    showlab_showo,
     taming,
     titok_rar,
     tokenbridge,

@@ -48,7 +48,6 @@ SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 NOT_YET = (
     *("encodec", "infinity"),
     *("magvit2_video", "musicgen_decoder"),
-    "showo",
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
