@@ -79,6 +79,8 @@ class BlockSettings:
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
+        context_bias: of the projections of queries, keys and values of that attention; by default where those of the
+            self-attention all have one.
         mlp_grid: sides of the grid over which the layers of the MLP are 3 x 3 convolutions; None for linear layers.
     """
 
@@ -106,6 +108,7 @@ class BlockSettings:
     dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
+    context_bias: bool | None = None
     mlp_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -421,7 +424,8 @@ class ContextAttention(nn.Module):
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         assert settings.context_dim is not None
-        inner, bias = settings.heads * settings.head_dim, settings.attention_bias == "all"
+        inner, bias = settings.heads * settings.head_dim, settings.context_bias
+        bias = settings.attention_bias == "all" if bias is None else bias
         self.heads = settings.heads
         self.dropout = settings.dropout_at("attention_weights")
         self.query = Linear(settings.width, inner, bias=bias)

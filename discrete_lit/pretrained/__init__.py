@@ -11,6 +11,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     gidd_ddit,
     halton_maskgit,
     hart,
+    infinity,
     lightning_dit,
     llamagen,
     mar,

@@ -46,7 +46,7 @@ KINDS = (
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
 NOT_YET = (
-    *("encodec", "infinity"),
+    "encodec",
     *("magvit2_video", "musicgen_decoder"),
 )
 """Families with golden cases that no code of ours loads."""
