@@ -72,8 +72,8 @@ def infinity(state: State, settings: Settings) -> Conversion:
     cosine = "blocks.0.sa.scale_mul_1H11" in state
     if not cosine or "head_nm.ada_lin.1.weight" not in state or "head.weight" not in state:
         raise ValueError(
-            f"{state.source!r} has no scale_mul_1H11, no modulation before its logits, or logits of two layers: what is "
-            "read has cos_attn, head_aln and head_depth=1"
+            f"{state.source!r} has no scale_mul_1H11, no modulation before its logits, or logits of two layers: what "
+            "is read has cos_attn, head_aln and head_depth=1"
         )
     sharpness = state["blocks.0.sa.scale_mul_1H11"]
     heads = sharpness.numel()
