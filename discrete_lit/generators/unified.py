@@ -262,6 +262,8 @@ class Unified(TextAndImageSequences):
         self.objective = DenoisingLoss(self.denoiser, times=times)
         self.sampler = sampler or SegmentSampler()
         self.segment_means = nn.ModuleDict({segment.name: BinnedMean(1) for segment in self.layout.segments})
+        # Of the last step: rows, elements of each, and numbers that were predicted.
+        self.step_shape: tuple[int, int, int] | None = None
         self.register_buffer("codes", torch.tensor(list(self.image.ids), dtype=torch.int64), persistent=False)
 
     # Batches.
@@ -386,7 +388,15 @@ class Unified(TextAndImageSequences):
                 masked=masked,
                 softmax_over=self.softmax_over,
             )
+        self.step_shape = (*sequence.ids.shape, sum(self._outputs(name, each) for name, each in losses.items()))
         return losses
+
+    def _outputs(self, name: str, losses: SegmentLosses) -> int:
+        """Count the logits of a segment's losses, or the channels of its vectors."""
+        segment, each = self.layout[name], len(losses.values)
+        if segment.input_dim is not None:
+            return each * segment.positions * segment.input_dim
+        return each * (self.backbone.shared_ids if self.softmax_over == "vocabulary" else len(segment.allowed_ids))
 
     def _masked(self, image_first: Tensor, random: CounterRandom) -> Tensor:
         """Choose the ids `(B, P)` of images that are masked, one at least; none in front of a caption."""
@@ -410,6 +420,17 @@ class Unified(TextAndImageSequences):
         )
         values = torch.stack(list(terms.values())).sum(dim=0)
         return SegmentLosses(values, torch.ones_like(values), None)
+
+    def step_flops(self) -> int:
+        """Count the floating-point operations of the transformer in the last training step, forward and backward.
+
+        Of the blocks at all elements that it read, padding among them, and of what it predicted. How images were
+        encoded before is not counted.
+        """
+        if self.step_shape is None:
+            return 0
+        rows, elements, outputs = self.step_shape
+        return 3 * (rows * self.backbone.flops(elements, elements) + 2 * self.backbone.width * outputs)
 
     # Validation.
 

@@ -58,7 +58,7 @@ _RULES = [
     section=None,
 )
 def infinity(state: State, settings: Settings) -> Conversion:
-    """Convert `infinity_125M_256x256.pth`, `infinity_2b_reg.pth` or `infinity_8b_weights`.
+    """Convert `infinity_125M_256x256.pth` or `infinity_2b_reg.pth`.
 
     It is given T5's hidden states of a text, and models the ids of square images of 256 x 256 pixels; `pn` in the
     reference configuration chooses another area, or `scales` lists height and width of each. Its tokenizer is another

@@ -153,7 +153,7 @@ def test_training_flips_bits_of_what_is_read(monkeypatch: pytest.MonkeyPatch) ->
     logits = made.backbone(read, torch.zeros(64, dtype=torch.int64))
     expected = F.cross_entropy(logits.movedim(-1, 1), quantizer.bits_of(targets).flatten(1), reduction="none")
     torch.testing.assert_close(losses.values, expected)
-    with pytest.raises(ValueError, match="a batch holds tokens, label: set model.init_args.flip_strength to 0"):
+    with pytest.raises(ValueError, match=r"a batch holds tokens, label: set model\.init_args\.flip_strength to 0"):
         made.data_of({"tokens": tokenizer.encode(images), "label": torch.zeros(64)}, random)
 
 

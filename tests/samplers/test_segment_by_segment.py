@@ -15,8 +15,8 @@ from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import Euler
-from discrete_lit.samplers.guidance import guide_twice
 from discrete_lit.samplers import segment_by_segment
+from discrete_lit.samplers.guidance import guide_twice
 from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentOutput, SegmentSampler
 
 DENOISER = GaussianDenoiser(RectifiedPath(), prediction="velocity")

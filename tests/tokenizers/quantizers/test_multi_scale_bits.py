@@ -84,7 +84,7 @@ def test_what_follows_makes_up_for_flipped_bits() -> None:
 
 
 def test_other_grids_and_scales_are_refused() -> None:
-    with pytest.raises(ValueError, match="the scales .* end at 4 x 6"):
+    with pytest.raises(ValueError, match=r"the scales .* end at 4 x 6"):
         make()(torch.randn(1, 4, 4, 3))
     with pytest.raises(ValueError, match="neither height nor width may shrink"):
         MultiScaleBinarySphericalQuantizer(3, scales=[2, 1])
