@@ -18,6 +18,8 @@ _SCALES = {
 }
 # Published: both gates, both scales, both shifts. Ours: shift, scale and gate of the attention, then of the MLP.
 _MODULATION = (4, 2, 0, 5, 3, 1)
+# Of published tokenizers.
+_MOST_BITS = 32
 _GATED = "blocks.{block}.ffn.fcg.weight"
 _BLOCK = [
     ("attention.query_key_value.weight", "sa.mat_qkv.weight"),
@@ -79,6 +81,11 @@ def infinity(state: State, settings: Settings) -> Conversion:
     heads = sharpness.numel()
     if len(state["head.weight"]) != 2 * bits:
         raise ValueError(f"{state.source!r} has {len(state['head.weight'])} logits for {bits} bits: 2 of each are read")
+    if bits > _MOST_BITS and "apply_spatial_patchify" not in model:
+        raise ValueError(
+            f"{state.source!r} has {bits} bits, which may be those of four places together (8B): say "
+            "model.apply_spatial_patchify in reference_config; 0 is read"
+        )
     vae.agree({"codebook_dim": bits})
     hidden = len(state["blocks.0.ffn.fc1.weight"])
     model.agree(
