@@ -106,7 +106,7 @@ def prompt_retrieval(
         raise ValueError(f"retrieval tells prompts apart: give at least two, got {len(different)}")
     if image_tower.dim != texts.dim:
         raise ValueError(
-            f"the image tower {image_tower.name} gives vectors of {image_tower.dim}, and the text tower of {texts.dim}: "
+            f"the image tower {image_tower.name} gives vectors of {image_tower.dim}, the text tower of {texts.dim}: "
             "take both of one CLIP model, the image tower with its projection"
         )
     table = texts(different)

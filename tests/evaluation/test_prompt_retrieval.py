@@ -96,7 +96,7 @@ def test_the_figures_are_those_of_the_definition() -> None:
     with pytest.raises(ValueError, match="there is no image"):
         prompt_retrieval([], prompts, image_tower=images, texts=texts)
     texts.dim = 3
-    with pytest.raises(ValueError, match="gives vectors of 2, and the text tower of 3"):
+    with pytest.raises(ValueError, match="gives vectors of 2, the text tower of 3"):
         prompt_retrieval(batches, prompts, image_tower=images, texts=texts)
 
 
