@@ -330,7 +330,10 @@ class Transformer(Backbone):
                 and class_slots * class_repeats == 1,
             )
         check_context_pool(
-            layout, pool=context_pool, context_dim=context_dim, alone=class_slots == 1 and not context_prefix
+            layout,
+            pool=context_pool,
+            context_dim=context_dim,
+            alone=class_slots * class_repeats == 1 and not context_prefix,
         )
         if rotary_offset and positions != "rope_2d":
             raise ValueError(f"rotary_offset={rotary_offset} is of positions='rope_2d', got {positions!r}")

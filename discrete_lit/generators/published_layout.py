@@ -1,6 +1,6 @@
 """The layout of a sequence of text and image whose ids stand where a published vocabulary has them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
@@ -22,6 +22,8 @@ class Vocabulary:
             (Show-o); None for others. The image then sees what begins and ends it, and is seen by it.
         text_begin: id in front of the begin of a caption whose image is drawn, of such a model.
         given_begin: id in front of an image that is described, of such a model.
+        question: texts in front of an image that is described and behind it, of a model of order `"text_first"` that
+            answers (Emu3-Chat); None for one that draws alone.
         features: vectors that may stand in the place of an image that is given, and their width, from an encoder that
             reads images for what they show (Janus); None where an image is always its codes. They begin by id `size`,
             whose embedding is that of `image_begin` in the published model.
@@ -37,6 +39,7 @@ class Vocabulary:
     mask_id: int | None = None
     text_begin: int | None = None
     given_begin: int | None = None
+    question: tuple[str, str] | None = None
     features: tuple[int, int] | None = None
 
     def text_ids(self, text: TextTokenizer, codes: int) -> tuple[int, ...]:
@@ -83,12 +86,14 @@ def published_layout(
         if interleaved or rows:
             raise ValueError("a vocabulary with a mask_id has captions in front of images: set order='text_first'")
         return _masked_layout(vocabulary, text, text_length=text_length, grid=grid, codes=codes, weights=weights)
+    if vocabulary.question is not None and interleaved:
+        raise ValueError("a question is asked in a sequence of another kind than a drawing: set order='text_first'")
     begin: tuple[int, ...] = (vocabulary.image_begin,)
     if rows:
         if vocabulary.rows_begin is None or vocabulary.row_end is None:
             raise ValueError("image_format='rows' of a published vocabulary needs its rows_begin and row_end")
         begin = (*begin, *text.ids("*".join(map(str, grid))), vocabulary.rows_begin)
-    end, end_of_text = vocabulary.image_end, (text.end_id,)
+    end, end_of_text, whole = vocabulary.image_end, (text.end_id,), begin
     if not interleaved:
         begin, end, end_of_text = begin[1:], (*end, *end_of_text), begin[:1]
     caption = Segment(
@@ -111,6 +116,13 @@ def published_layout(
         loss_weight=weights[1],
     )
     segments = [caption, image]
+    if vocabulary.question is not None:
+        before, behind = (tuple(text.ids(each)) for each in vocabulary.question)
+        given = {"begin_ids": (text.begin_id, *before, *whole), "end_ids": (*vocabulary.image_end, *behind)}
+        segments += [
+            replace(image, name="given_image", modality="image", first=True, loss_weight=0, **given),
+            replace(caption, name="caption", modality="text", begin_ids=(), end_ids=(text.end_id,)),
+        ]
     if vocabulary.features is not None:
         places, width = vocabulary.features
         segments.append(
