@@ -35,8 +35,8 @@ _SYSTEM = "You are a helpful assistant. USER: "
 def emu3(state: State, settings: Settings) -> Conversion:
     """Convert the folder of `Emu3-community/Emu3-Gen-hf` or `Emu3-Chat-hf`: a text, then an image by rows.
 
-    Images are squares of `image_area` pixels, 720 x 720 unless reference_config says otherwise. With a `question` there,
-    such as "Please describe the image.", the model answers it of an image, as Emu3-Chat does.
+    Images are squares of `image_area` pixels, 720 x 720 unless reference_config says otherwise. With a `question`
+    there, such as "Please describe the image.", the model answers it of an image, as Emu3-Chat does.
     """
     own, first = image_tokenizer_apart(state)
     names = vocabulary_of(settings, "<|extra_200|>", "<|visual token 000000|>")
