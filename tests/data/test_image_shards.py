@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from discrete_lit.data import ImageShards
-from discrete_lit.data.image_shards import window_shuffle, worker_range
+from discrete_lit.data.shard_order import window_shuffle, worker_range
 from discrete_lit.data.loaders import TooManyBadSamples
 from discrete_lit.data.shard_set import Shard
 from discrete_lit.data.tars import BrokenShard
