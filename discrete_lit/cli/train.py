@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from discrete_lit.callbacks import (
+    CollectiveTimeout,
     GradientNorm,
     HangDetector,
     Preemption,
@@ -421,7 +422,7 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             always.append(TrainingGuard())
             if not settings["fast_dev_run"]:
-                always.append(HangDetector())
+                always += [HangDetector(), CollectiveTimeout()]
                 keepers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
                 if settings["enable_checkpointing"] is not False and isinstance(
                     (keepers or [ModelCheckpoint()])[0], ModelCheckpoint
