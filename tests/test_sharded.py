@@ -1,12 +1,15 @@
-"""Sharded checkpoints on gloo ranks: written whole, read on another number of ranks, in one process, and as one file."""
+"""Sharded checkpoints on gloo ranks: written whole, read on other numbers of ranks, by one process, and as one file."""
 
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.distributed_run import (
     alone,
     assert_close,
@@ -64,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def joined(ranks: list[dict[str, Any]]) -> tuple[dict[int, float], dict[int, list[int]]]:
     """Losses and samples of the global batches."""
-    samples = {batch: sum((rank["batches"][batch][1] for rank in ranks), []) for batch in ranks[0]["batches"]}
+    samples = {batch: [index for rank in ranks for index in rank["batches"][batch][1]] for batch in ranks[0]["batches"]}
     return alone(ranks[0])[0], samples
 
 
@@ -115,11 +118,7 @@ def test_nothing_temporary_is_left(runs: dict[str, Any]) -> None:
 
 def wait_for_another(seconds: float) -> str:
     """On rank 1 come late to a collective; what rank 0 says of it."""
-    import time
-
-    import torch.distributed as dist
-
-    rank = int(__import__("os").environ["LOCAL_RANK"])
+    rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", rank=rank, world_size=2)
     group = dist.new_group(backend="gloo")
     set_timeouts(seconds)
