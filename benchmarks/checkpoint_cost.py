@@ -45,10 +45,8 @@ def write_empty_tokens(folder: Path, images: int, tokenizer: str = "a" * 64) -> 
     classes = [str(label) for label in range(1000)]
     TokenWriter.create(folder, count=images, token_shape=SHAPE, classes=classes, source="zeros", **settings)  # type: ignore[arg-type]
     writer = TokenWriter(folder)
+    writer._written.write(np.arange(images), np.ones(images))
     writer.close()
-    written = folder / "written.npy"
-    if written.exists():  # what notes which rows are there
-        np.save(written, np.ones_like(np.load(written)))
     TokenWriter.finalise(folder)
 
 
