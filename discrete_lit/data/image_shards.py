@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.captions import Captions
@@ -26,7 +27,14 @@ from discrete_lit.data.image_batches import (
     TrainingCrop,
     image_batch,
 )
-from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
+from discrete_lit.data.loaders import (
+    BadSample,
+    Batch,
+    BatchSource,
+    EvaluationOrder,
+    TooManyBadSamples,
+    complete_batches,
+)
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of, read_samples
 from discrete_lit.data.transforms import UndecodableImage
@@ -182,7 +190,13 @@ class ImageShards(ResumableDataModule):
         )
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
         return _EvaluationShards(
             self.shards[split],
@@ -193,7 +207,12 @@ class ImageShards(ResumableDataModule):
             workers=max(1, self.num_workers),
             captions=self.captions,
             crops=crops,
+            batches=batches,
         )
+
+    def listing_sha256(self, split: Split) -> str:
+        """Hash names and counts of the shards of a split, which tell that a sample's number means the same."""
+        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards[split].shards)
 
 
 @dataclass(frozen=True)
@@ -248,7 +267,8 @@ class WorkerSplit:
     Args:
         stream: all samples.
         start: first position of the split.
-        order: int64, the positions of the split, counted from `start`, in the order in which they are given out.
+        order: int64, the positions of the split, counted from `start`, in the order in which they are given out; an
+            evaluation's may leave some out.
         taken: how many of them were given out before.
     """
 
@@ -256,7 +276,7 @@ class WorkerSplit:
         self._order = order + start
         self._taken = taken
         self._read_ahead: dict[int, RawSample] = {}
-        wanted = np.zeros(len(order), dtype=bool)
+        wanted = np.zeros(order.max(initial=-1) + 1, dtype=bool)
         wanted[order[taken:]] = True
         self._reader = stream.read(start, wanted)
 
@@ -468,6 +488,7 @@ class _EvaluationShards(_Shards):
         workers: int,
         captions: Captions | None,
         crops: EvaluationCrops,
+        batches: np.ndarray | None,
     ):
         super().__init__(
             shards,
@@ -479,15 +500,14 @@ class _EvaluationShards(_Shards):
             captions=captions,
         )
         self.crops = crops
-        self.start, stop = rank_range(shards.count, rank, world_size)
-        self.samples = stop - self.start
-        self.batches = -(-self.samples // batch_size)
+        order = EvaluationOrder(shards.count, batch_size, rank=rank, world_size=world_size, batches=batches)
+        self.positions, self.samples, self.batches = order.positions, order.samples, order.batches
 
     def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
-        order = window_shuffle(stop - start, 0)
+        first = int(self.positions[start]) if start < stop else 0
         stream = SampleStream.in_order(self.shards, captions=self.caption_kind)
-        return WorkerSplit(stream, self.start + start, order=order, taken=taken)
+        return WorkerSplit(stream, first, order=self.positions[start:stop] - first, taken=taken)
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         split = self._split_at(epoch, number)
