@@ -35,7 +35,7 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     complete_batches,
 )
-from discrete_lit.data.shard_set import ShardSet, find_shards
+from discrete_lit.data.shard_set import Shard, ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of, read_samples
 from discrete_lit.data.transforms import UndecodableImage
 
@@ -44,7 +44,7 @@ class ImageShards(ResumableDataModule):
     """Batches of images from shards; see `image_batches.image_batch` for what is in them.
 
     A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
-    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
+    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the extra `s3`,
     `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar` or, compressed, with `.tar.gz`,
     `.tgz`, `.tar.bz2`, `.tbz2`, `.tar.xz` or `.txz`; other archives and images beside them are left out with a warning.
     How many samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local
@@ -248,6 +248,7 @@ class SampleStream:
         """
         stop = start + len(wanted)
         end = 0
+        needed: list[tuple[Shard, int, np.ndarray]] = []
         for number in self.order:
             shard = self.shards.shards[number]
             begin, end = end, end + shard.count
@@ -257,8 +258,12 @@ class SampleStream:
             low, high = max(begin, start), min(end, stop)
             in_shard[low - begin : high - begin] = wanted[low - start : high - start]
             if in_shard.any():
-                for position, sample in read_samples(shard, in_shard, captions=self.captions):
-                    yield begin + position, sample
+                needed.append((shard, begin, in_shard))
+        for number, (shard, begin, in_shard) in enumerate(needed):
+            if number + 1 < len(needed):
+                needed[number + 1][0].keep()
+            for position, sample in read_samples(shard, in_shard, captions=self.captions):
+                yield begin + position, sample
 
 
 class WorkerSplit:
