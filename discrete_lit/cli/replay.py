@@ -82,7 +82,7 @@ def replay(
     ranks = []
     for entry in said["ranks"]:
         module = _module_of(checkpoint, path)
-        batch = _batch_of(data, said, entry, file)
+        batch = _batch_of(data, said, entry, file, checkpoint.get(type(data).__qualname__))
         _log.info("rank %s of the alarm, on %s", entry["rank"], path)
         ranks.append({"rank": entry["rank"], **_run(module, batch, checkpoint["global_step"], accelerator, precision)})
     result = {
@@ -160,9 +160,11 @@ def _module_of(checkpoint: Mapping[str, Any], path: str) -> LightningModule:
     return module  # in training, but for what is frozen in it
 
 
-def _batch_of(data: ResumableDataModule, said: Mapping[str, Any], entry: Mapping[str, Any], file: Path) -> Any:
-    """Read the batch of a rank again, and compare its keys with those of the alarm."""
-    source = data.training_source(entry["rank"], len(said["ranks"]))
+def _batch_of(
+    data: ResumableDataModule, said: Mapping[str, Any], entry: Mapping[str, Any], file: Path, state: Any
+) -> Any:
+    """Read the batch of a rank again, in the order of the checkpoint, and compare its keys with those of the alarm."""
+    source = data.training_source_of(state, entry["rank"], len(said["ranks"]))
     batch, _ = source.batch(said["epoch"], said["batch"])
     for name in ("key", "index"):
         if name in entry and name in batch:

@@ -437,11 +437,11 @@ class EncodedFolder(ABC):
 class EncodedArrays(ResumableDataModule):
     """Batches of codes that a tokenizer made once: the DataModule of tokens and of latents.
 
-    Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
-    long as `batch_size` times ranks stays. Of several crops of an image, and of several captions, training draws one in
-    each epoch, a function of (seed, epoch, row) alone; evaluation takes the first. Captions are the `"caption"` of
-    batches, and all of them `"captions"` in evaluation. In training `index` is the sample's position in the run,
-    epoch * count + position in the epoch; in evaluation it is the row.
+    Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers, other
+    batch sizes and accumulation, as long as the global batch stays. Of several crops of an image, and of several
+    captions, training draws one in each epoch, a function of (seed, epoch, row) alone; evaluation takes the first.
+    Captions are the `"caption"` of batches, and all of them `"captions"` in evaluation. In training `index` is the
+    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the row.
 
     Args:
         train: folder of the training codes; None where only the other split is used.

@@ -37,9 +37,9 @@ class ImageFolder(ResumableDataModule):
     `train` has none, `validation` is read without labels too.
 
     A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may be resumed
-    with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index` is the
-    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the list of
-    files, sorted by key.
+    with other numbers of ranks and workers, other batch sizes and accumulation, as long as the global batch stays. In
+    training `index` is the sample's position in the run, epoch * count + position in the epoch; in evaluation it is the
+    position in the list of files, sorted by key.
 
     An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
     evaluation; both are logged and counted.

@@ -24,8 +24,8 @@ import torch
 from PIL import Image
 
 from discrete_lit.data import ImageShards
-from discrete_lit.data.image_shards import window_shuffle, worker_range
 from discrete_lit.data.loaders import TooManyBadSamples
+from discrete_lit.data.shard_order import window_shuffle, worker_range
 from discrete_lit.data.shard_set import Shard
 from discrete_lit.data.tars import BrokenShard
 from discrete_lit.evaluation.image_sets import open_image_set
