@@ -258,7 +258,7 @@ def table(recipe: Recipe, gpus: Iterable[int], machine: Machine) -> str:
         f"## {recipe.name}",
         "",
         f"{recipe.parameters / 1e6:,.0f}M parameters, {recipe.flops / 1e9:,.0f} GFLOP of training an image, "
-        f"{recipe.steps:,} steps of {recipe.global_batch:,} images, read as {'images' if recipe.images else 'rows of tokens'}. "
+        f"{recipe.steps:,} steps of {recipe.global_batch:,} {'images' if recipe.images else 'rows of tokens'}. "
         f"A checkpoint has {state_bytes(recipe) / 1e9:.1f} GB: it blocks for {blocked:.2f} s "
         f"({blocked / machine.save_every:.2%} of the time) and is written in {written:.1f} s.",
         "",

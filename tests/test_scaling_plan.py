@@ -1,4 +1,4 @@
-"""The arithmetic of `benchmarks/scaling_plan.py`, on a case that is worked out by hand, and what it counts of recipes."""
+"""The arithmetic of `benchmarks/scaling_plan.py` on a case worked out by hand, and what it counts of recipes."""
 
 import sys
 from dataclasses import replace

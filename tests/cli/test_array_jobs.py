@@ -7,6 +7,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -274,3 +275,22 @@ def test_the_array_script_runs_its_part_and_goes_back_into_the_queue(tmp_path: P
     assert job.wait(10) == 0
     assert (tmp_path / "called").read_text().splitlines()[1:] == ["sample --part slurm", "ended"]
     assert (tmp_path / "requeued").read_text() == "requeue 17_3\n"
+
+
+@pytest.mark.slow
+def test_submitit_sends_what_is_left_and_joins(
+    tokenizer_checkpoint: Path, images: Path, commands: dict[str, Callable[..., Any]], tmp_path: Path
+) -> None:
+    """By its local executor, whose jobs are processes: three times the import of everything."""
+    pytest.importorskip("submitit")
+    commands["sample"](tmp_path / "whole")
+    commands["sample"](tmp_path / "parts", "--part", "2/2")
+    plan = json.loads((tmp_path / "parts" / "sample.parts" / "plan.json").read_text())
+    given = ["--ckpt_path", plan["settings"]["checkpoint"], "--num_samples", "29", "--batch_size", "4", "--seed", "3"]
+    where = ["--output", str(tmp_path / "parts"), "--accelerator", "cpu"]
+    script = [sys.executable, str(TEMPLATE.parent / "submit.py"), "--parts", "2", "--cluster", "local"]
+    sent = [*script, "--folder", str(tmp_path / "jobs"), "--set", "timeout_min=10", "--", "sample", *given, *where]
+    answer = subprocess.run(sent, capture_output=True, text=True, timeout=600)
+    assert answer.returncode == 0, answer.stderr
+    assert "1 jobs for the parts [1]" in answer.stdout
+    assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import hmac
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
+from urllib.parse import parse_qsl, quote
 
 import pytest
 
@@ -255,10 +257,42 @@ def test_a_size_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
             shard_cache.shard_cache()
 
 
+SECRET = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
+
+
+def signature(path: str, query: dict[str, str], host: str) -> str:
+    """Sign a request as a bucket's server checks it (AWS, "Authenticating Requests: Using Query Parameters")."""
+    fields = {name: value for name, value in query.items() if name != "X-Amz-Signature"}
+    canonical = "&".join(f"{quote(name, safe='-_.~')}={quote(fields[name], safe='-_.~')}" for name in sorted(fields))
+    request = f"GET\n{path}\n{canonical}\nhost:{host}\n\nhost\nUNSIGNED-PAYLOAD"
+    scope = fields["X-Amz-Credential"].split("/", 1)[1]
+    text = f"AWS4-HMAC-SHA256\n{fields['X-Amz-Date']}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
+    key = f"AWS4{SECRET}".encode()
+    for part in scope.split("/"):
+        key = hmac.digest(key, part.encode(), "sha256")
+    return hmac.digest(key, text.encode(), "sha256").hex()
+
+
+class Bucket(Handler):
+    """A server of S3's kind, by paths: it refuses what is not signed with `SECRET`."""
+
+    def do_GET(self) -> None:
+        path, _, text = self.path.partition("?")
+        query = dict(parse_qsl(text))
+        signed = query.get("X-Amz-Signature") == signature(path, query, self.headers["Host"]) if query else False
+        if not signed or int(query["X-Amz-Expires"]) < 600:
+            self.send_error(403)
+        elif path != "/images/a%20folder/shard.tar":
+            self.send_error(404)
+        else:
+            super().do_GET()
+
+
 @pytest.fixture
 def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """`s3://bucket/shard.tar`, which is the server's."""
+    """The address of a shard in a bucket of the server."""
     pytest.importorskip("botocore")
+    server.RequestHandlerClass = Bucket
     remote._s3_client.cache_clear()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -268,7 +302,41 @@ def bucket(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> s
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
         "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
     }
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    return "s3://bucket/a shard.tar"
+    return "s3://images/a folder/shard.tar"
+
+
+def test_a_bucket_is_read_with_signed_addresses(server: Server, bucket: str, cache: Path) -> None:
+    server.trouble = ["drop", "503"]
+    assert read(bucket) == read(bucket) == CONTENT
+    assert server.sent < 2 * len(CONTENT) and len(list(cache.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "another"}, "the server answers 403"),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "the server answers 403"),
+        ({"AWS_ENDPOINT_URL_S3": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_bucket_that_refuses_says_so(
+    server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str
+) -> None:
+    for name, value in change.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(PermanentFailure, match=message) as error:
+        read(bucket)
+    assert SECRET not in str(error.value) and "Signature" not in str(error.value)
+
+
+def test_a_bucket_without_botocore_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    remote._s3_client.cache_clear()
+    for name in ("botocore", "botocore.session"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(PermanentFailure, match=r"pip install 'discrete-lit\[s3\]'"):
+        read("s3://images/shard.tar")
