@@ -212,6 +212,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from discrete_lit.cli.config import TRUST_HELP, explain
+    from discrete_lit.core.array_parts import find_part
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
@@ -237,7 +238,12 @@ def run_function(name: str, arguments: list[str]) -> None:
     settings.pop("config")
     if settings.get("output") == "":  # of a shell variable that is not set: the current folder was not meant
         raise ValueError("output is '', accepted: a path")
+    if settings.get("missing"):
+        raise SystemExit(1 if function(**settings)["missing"] else 0)
     # The jobs of an array fill one folder at a time, each its own part.
-    purpose = name if settings.get("part") is None else f"{name}.part-{str(settings['part']).replace('/', '-of-')}"
+    purpose, part = name, find_part(settings.get("part"), settings.get("output", ""), name)
+    if part is not None:
+        settings["part"] = str(part)
+        purpose = f"{name}.part-{part.number}-of-{part.parts}"
     with sole_writer(settings["output"], purpose) if name in _FILLING else nullcontext():
         function(**settings)

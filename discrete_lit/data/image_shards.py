@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -22,7 +23,14 @@ from discrete_lit.data.image_batches import (
     TrainingCrop,
     image_batch,
 )
-from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
+from discrete_lit.data.loaders import (
+    BadSample,
+    Batch,
+    BatchSource,
+    EvaluationOrder,
+    TooManyBadSamples,
+    complete_batches,
+)
 from discrete_lit.data.shard_order import (
     EpochReader,
     Layout,
@@ -41,7 +49,7 @@ class ImageShards(ResumableDataModule):
     """Batches of images from shards; see `image_batches.image_batch` for what is in them.
 
     A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
-    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
+    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the extra `s3`,
     `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar` or, compressed, with `.tar.gz`,
     `.tgz`, `.tar.bz2`, `.tbz2`, `.tar.xz` or `.txz`; other archives and images beside them are left out with a warning.
     How many samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local
@@ -188,7 +196,13 @@ class ImageShards(ResumableDataModule):
         )
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
         return _EvaluationShards(
             self.shards[split],
@@ -199,7 +213,12 @@ class ImageShards(ResumableDataModule):
             workers=max(1, self.num_workers),
             captions=self.captions,
             crops=crops,
+            batches=batches,
         )
+
+    def listing_sha256(self, split: Split) -> str:
+        """Hash names and counts of the shards of a split, which tell that a sample's number means the same."""
+        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards[split].shards)
 
 
 class _Shards:
@@ -362,6 +381,7 @@ class _EvaluationShards(_Shards):
         workers: int,
         captions: Captions | None,
         crops: EvaluationCrops,
+        batches: np.ndarray | None,
     ):
         super().__init__(
             shards,
@@ -373,16 +393,15 @@ class _EvaluationShards(_Shards):
             captions=captions,
         )
         self.crops = crops
-        self.start, stop = rank_range(shards.count, rank, world_size)
-        self.samples = stop - self.start
-        self.batches = -(-self.samples // batch_size)
+        order = EvaluationOrder(shards.count, batch_size, rank=rank, world_size=world_size, batches=batches)
+        self.positions, self.samples, self.batches = order.positions, order.samples, order.batches
 
     def opened(self, epoch: int, number: int) -> SplitReader:
         worker = number % self.workers
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
         taken = number // self.workers * self.batch_size
         stream = SampleStream.in_order(self.shards, captions=self.caption_kind)
-        return SplitReader(stream, self.start + np.arange(start + taken, stop))
+        return SplitReader(stream, self.positions[start + taken : stop])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         reader: SplitReader = self._reader_at(epoch, number)
