@@ -20,7 +20,7 @@ from discrete_lit.backbones.execution import (
 from discrete_lit.core.distributed import all_gather_rows, alone
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
 from discrete_lit.core.modules import RunningStatistics
-from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.generators import Generator, LatentGenerator, Unified
 from discrete_lit.optimization import AccumulatedMean
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
@@ -54,7 +54,8 @@ class Throughput(Callback):
     `FlopCounterMode` counts those of a training step: forward and backward pass, a frozen tokenizer's encoding, without
     what activation checkpointing computes again. `throughput/mfu` is that as a fraction of the device's peak: the model
     FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B). It is left out where the peak is not known, and both
-    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders.
+    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders. Of a
+    `Unified` they are those of its transformer, at the elements that it read (`Unified.step_flops`).
     `throughput/peak_memory_gib` is the most that any rank has held since its start: what torch's allocator gave on a
     CUDA device, on a processor the resident memory of the process; in GiB.
 
@@ -97,6 +98,8 @@ class Throughput(Callback):
             # Kernels run behind the host's clock; the logger is about to wait for them in any case.
             torch.cuda.synchronize(pl_module.device)
         now = self._clock()
+        if isinstance(pl_module, Unified):
+            self._window.flops += pl_module.step_flops()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
         images = next(len(batch[name]) for name in ("tokens", "latents", "image") if name in batch)
@@ -118,8 +121,8 @@ class Throughput(Callback):
 
     def _flops(self, module: LightningModule, batch: Any, batch_idx: int) -> int:
         """Operations of the training step to come; counted once for each kind of step."""
-        if self._step_flops is None:
-            return 0
+        if self._step_flops is None or isinstance(module, Unified):
+            return 0  # how many elements a sequence of segments has, its step knows when it is done
         try:
             kind = _kind_of_step(module, batch)
             if kind not in self._step_flops:

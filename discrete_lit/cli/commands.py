@@ -29,6 +29,7 @@ FUNCTION_COMMANDS = {
     "sample": "draw images from a generator's checkpoint",
     "caption": "write the captions of images by a generator of text and image",
     "evaluate": "compare samples with a reference set",
+    "retrieval": "measure how well samples show their prompts, by CLIP",
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
@@ -41,7 +42,7 @@ _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
 _IN_FRONT = {"caption": "--images"}
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions")
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),

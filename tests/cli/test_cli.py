@@ -60,6 +60,7 @@ OPTIONS = {
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join", "missing"}
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
+    "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
@@ -118,7 +119,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions") else set()
+    reads_checkpoints = {"trust"} if command not in cli._WITHOUT_CHECKPOINT else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
@@ -169,6 +170,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),
