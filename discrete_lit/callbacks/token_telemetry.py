@@ -28,8 +28,17 @@ from discrete_lit.generators.token_predictions import (
 
 # Viridis at nine places: it rises evenly in brightness, so that it is read in grey and by colour-blind eyes too.
 _COLOURS = np.array(
-    [(68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141), (39, 173, 129)]
-    + [(92, 200, 99), (170, 220, 50), (253, 231, 37)],
+    [
+        (68, 1, 84),
+        (71, 44, 122),
+        (59, 81, 139),
+        (44, 113, 142),
+        (33, 144, 141),
+        (39, 173, 129),
+        (92, 200, 99),
+        (170, 220, 50),
+        (253, 231, 37),
+    ],
     dtype=np.float64,
 )
 _NOT_PREDICTED = (200, 200, 200)
@@ -50,8 +59,8 @@ class TokenTelemetry(Callback):
     - `telemetry/loss_and_entropy`: beside each image, -log p of each id and the entropy of the predicted distribution,
       both from 0 to the log K of a guess; grey where the id was read, not predicted. Bit groups of an id add up.
       Next-scale models have a map for each scale. Ids that are predicted in sub-tokens have no entropy here.
-    - `telemetry/attention/layer_<i>`: how strongly the prediction of a position (framed) attends to the others, each map
-      over its own maximum.
+    - `telemetry/attention/layer_<i>`: how strongly the prediction of a position (framed) attends to the others, each
+      map over its own maximum.
 
     and to every logger the means `telemetry/loss`, `telemetry/entropy`, and `telemetry/loss_by_<coordinate>/<bin>`: by
     quarter of the position, the mask ratio or the time, or by scale.
@@ -104,8 +113,8 @@ class TokenTelemetry(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not predicts_ids(pl_module):
             warnings.warn(
-                f"TokenTelemetry shows predictions of ids, of which a {type(pl_module).__name__} makes none: nothing is "
-                "logged",
+                f"TokenTelemetry shows predictions of ids, of which a {type(pl_module).__name__} makes none: nothing "
+                "is logged",
                 stacklevel=2,
             )
             return

@@ -78,6 +78,8 @@ OPTIONS = {
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
+    "advise": {"config", "wish", "image_size", "images", "seconds", "memory_gb", "training_seconds", "training_flops"}
+    | {"batch_size", "accelerator", "precision", "recipes", "json"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
@@ -117,7 +119,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions") else set()
+    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions", "advise") else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
@@ -172,6 +174,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),
     "watch": ({"output": "here.html"}, "output", "there.html"),
+    "advise": ({"images": 2}, "images", 7),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
     "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
 }
