@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/advised_speed.py --image_size 32
 
-For each recipe of a size: the prediction, from timed draws of networks with one and three blocks, and draws of the whole
-network with all its blocks, random weights, the same batch and precision, decoded. The two take turns.
+For each recipe of a size: the prediction, from timed draws of networks with one and three blocks, and draws of the
+whole network with all its blocks, random weights, the same batch and precision, decoded. The two take turns.
 """
 
 import argparse

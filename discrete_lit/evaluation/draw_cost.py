@@ -25,10 +25,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from discrete_lit.backbones.execution import count_flops, outline
-from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import Generator, LatentGenerator, Unified
+from discrete_lit.generators.counted_step import count_step
 
 AnyGenerator = Generator | LatentGenerator | Unified
 SHALLOW = (1, 3)

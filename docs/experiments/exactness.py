@@ -73,8 +73,8 @@ def main() -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"The number of favoured colours among {law.length}: its entropy in bits and its mean, after 16 rounds. The truth "
-        f"has {bits(truth):.2f} and {mean_hits(truth):.2f}.",
+        f"The number of favoured colours among {law.length}: its entropy in bits and its mean, after 16 rounds. The "
+        f"truth has {bits(truth):.2f} and {mean_hits(truth):.2f}.",
         "",
         "| sampler | entropy (bits) | mean |",
         "|:--|--:|--:|",
