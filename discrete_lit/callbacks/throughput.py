@@ -16,7 +16,7 @@ from torch import Tensor
 from discrete_lit.backbones.execution import compile_blocks
 from discrete_lit.core.distributed import all_gather_rows
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
-from discrete_lit.generators import Generator
+from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.generators.counted_step import count_step
 from discrete_lit.tokenizers import Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
