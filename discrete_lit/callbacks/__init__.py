@@ -11,6 +11,7 @@ from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
 from discrete_lit.callbacks.monitors import GradientNorm
 from discrete_lit.callbacks.preemption import Preemption
 from discrete_lit.callbacks.throughput import Compile, Throughput
+from discrete_lit.callbacks.token_telemetry import TokenTelemetry
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",
+    "TokenTelemetry",
     "TrainingGuard",
     "TrainingStopped",
 ]

@@ -34,6 +34,7 @@ FUNCTION_COMMANDS = {
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
     "watch": "show samplers at work, step by step, on one HTML page",
+    "advise": "say which tokenizer, generator and sampler to take on this machine",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
 }
@@ -42,7 +43,7 @@ _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
 _IN_FRONT = {"caption": "--images"}
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval")
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval", "advise")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),
