@@ -26,6 +26,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 HOME = "README.md"
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
+# A block of the README that is a file: the name becomes the block's title.
+NAMED = re.compile(r"^```(\w+) file=(\S+)$", flags=re.MULTILINE)
 FENCE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sbatch": "bash", "": "text"}
@@ -74,7 +76,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     origin = _origins.get(uri, f"docs/{uri}")
     parts, last = [], 0
     for fence in FENCE.finditer(markdown):  # what looks like a link in code is none
-        parts += [_linked(markdown[last : fence.start()], origin, uri), fence[0]]
+        parts += [_linked(markdown[last : fence.start()], origin, uri), NAMED.sub(r'```\1 title="\2"', fence[0])]
         last = fence.end()
     return "".join([*parts, _linked(markdown[last:], origin, uri)])
 
