@@ -1,10 +1,10 @@
-"""The blocks of code in the pages: commands parse, YAML is YAML, Python is run by a test or says what it is a part of."""
+"""Blocks of code in the pages: commands parse, YAML is YAML, Python is run by a test or says what it is a part of."""
 
 import ast
 import re
 import shlex
 from importlib import import_module
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -43,13 +43,15 @@ def commands() -> list[tuple[str, tuple[str, ...]]]:
     found = []
     for page, code in blocks("bash"):
         for line in code.replace("\\\n", " ").splitlines():
-            line = re.sub(r"\$\{?(\w+)\}?", lambda name: VARIABLES.get(name[1], name[0]), line)
-            words = shlex.split(line, comments=True)
-            for start in (place for place, word in enumerate(words) if word == "discrete-lit"):
-                end = next((place for place in range(start, len(words)) if words[place].startswith(("&&", ";"))), None)
-                command = [word.removesuffix(";") for word in words[start + 1 : end]]
-                end = next((place for place, word in enumerate(command[:-1]) if word == "&&"), None)
-                found.append((page, tuple(command[:end])))
+            line = re.sub("…[^…]*…", "", line)  # stands for what was said before
+            line = re.sub(r"\$(\w+)|\$\{(\w+)\}", lambda name: VARIABLES.get(name[1] or name[2], name[0]), line)
+            parts = shlex.shlex(line, posix=True, punctuation_chars=";&|")
+            parts.whitespace_split = True
+            for joined, words in groupby(parts, key=lambda word: set(word) <= set(";&|")):
+                command = list(words)
+                # Behind `for … do` and the like.
+                if not joined and "discrete-lit" in command:
+                    found.append((page, tuple(command[command.index("discrete-lit") + 1 :])))
     return found
 
 
@@ -69,10 +71,6 @@ def test_commands_of_the_pages_parse(
         main([name])
         return
     assert name in COMMANDS, f"{page}: {name} is no command"
-    # "…the same…" stands for what was said before.
-    words = [word for word in words if "…" not in word and not re.search(r"…", word)]
-    if any(word in ("or", "settings", "data", "the", "same", "other") for word in words[:5]):
-        words = [word for word in words if word not in ("or", "settings", "data", "the", "same", "other")]
     own = [file for flag, file in pairwise(words) if flag == "--config" and find_recipe(file) is None]
     for file in own:
         place = words.index(file)

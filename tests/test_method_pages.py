@@ -1,4 +1,4 @@
-"""The pages of methods: what they quote of a recipe stands there, their samplers are there, their equations can be set."""
+"""Pages of methods: what they quote of a recipe stands there, their samplers exist, their equations can be set."""
 
 import re
 from functools import cache
