@@ -4,6 +4,7 @@ A checkout has them in its `lightning_configs`; a wheel holds that folder inside
 """
 
 import os
+import re
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,4 +61,36 @@ def where_recipes_are(name: str) -> str:
         return ""
     nearest = get_close_matches(name.removeprefix(f"{FOLDER}/"), recipe_names(), n=1)
     guess = f"; did you mean {nearest[0]}?" if nearest else ""
-    return f" (neither here nor among the recipes of {folder}{guess})"
+    return f", neither here nor among the recipes of {folder}{guess}"
+
+
+def first_sentence(recipe: Path) -> str:
+    """Return the sentence that follows the command in the comment that a recipe opens with."""
+    comment = re.match(r"(?:#.*\n)*", recipe.read_text(encoding="utf-8"))
+    lines = comment[0].splitlines() if comment else []
+    while lines and lines[0].endswith("\\"):  # the command
+        del lines[0]
+    said = " ".join(line.removeprefix("#").strip() for line in lines[1:])
+    return re.split(r"(?<=\.)\s+(?=[A-Z0-9`])", said)[0].removesuffix(".")
+
+
+def recipes(*, name: str | None = None) -> None:
+    """List the recipes that come with the package, or print one, to change it: `recipes NAME > mine.yaml`.
+
+    Args:
+        name: the one to print, such as `quickstart/masked.yaml`, or the job script `slurm/train.sbatch`.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    folder = recipes_folder()
+    if folder is None:
+        raise ValueError(f"no {FOLDER} lies in or beside {_PACKAGE}, so there are no recipes")
+    if name is None:
+        width = max(map(len, recipe_names()))
+        print("\n".join(f"{each:<{width}}  {first_sentence(folder / each)}" for each in recipe_names()))
+        return
+    found = find_recipe(name)
+    if found is None:
+        raise ValueError(f"{name} is no recipe{where_recipes_are(name)}")
+    print(found.read_text(encoding="utf-8"), end="")

@@ -23,12 +23,14 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from discrete_lit.cli.recipes import first_sentence
+
 ROOT = Path(__file__).parents[2]
 HOME = "README.md"
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 # A block of the README that is a file: the name becomes the block's title.
 NAMED = re.compile(r"^```(\w+) file=(\S+)$", flags=re.MULTILINE)
-FENCE = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^(`{3,}).*?^\1$", flags=re.MULTILINE | re.DOTALL)
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', flags=re.DOTALL)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", ".sbatch": "bash", "": "text"}
 _origins: dict[str, str] = {}  # from a page to the file that it is made of, both as paths
@@ -139,7 +141,13 @@ def _tree(paths: tuple[str, ...]) -> list[Any]:
         for name, value in sorted(inside.items(), key=lambda item: (isinstance(item[1], str), item[0])):
             folder = f"{index.removesuffix('index.md')}{name}index.md"
             if value != index:
-                rows.append({name.removesuffix(".yaml"): value if isinstance(value, str) else listed(value, folder)})
+                rows.append(
+                    {
+                        name.removesuffix(".yaml").removesuffix(".py"): value
+                        if isinstance(value, str)
+                        else listed(value, folder)
+                    }
+                )
         return rows
 
     return listed(found, top)
@@ -181,9 +189,7 @@ def _listing(folder: str, paths: tuple[str, ...]) -> str:
     rows = [f"# {folder}", ""]
     for path in paths:
         if path.startswith(f"{folder}/"):
-            text = re.sub(r"\\\n#\s*", "", (ROOT / path).read_text())
-            said = re.sub(r"\s*\n#\s*", " ", (re.match(r"(?:# .*\n)+", text) or [""])[0]).removeprefix("# ").strip()
-            first = re.sub(r"^discrete-lit [^\n]*?(?=[A-Z\"])", "", said).partition(". ")[0]
+            first = first_sentence(ROOT / path)
             goal = relpath(page_of(path), Path(page_of(folder)).parent.as_posix())
             rows.append(
                 f"- [{path.removeprefix(folder).strip('/')}]({goal}): {first}".replace("`", "").replace("$", "")

@@ -79,6 +79,7 @@ OPTIONS = {
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
+    "recipes": {"config", "name"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
 

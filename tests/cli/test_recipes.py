@@ -56,7 +56,7 @@ def test_a_name_that_is_nearly_right(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["fit", "--config", "quickstart/maskd.yaml"])
     message = capsys.readouterr().err
-    assert "--config quickstart/maskd.yaml: No such file or directory (neither here nor among the recipes" in message
+    assert "--config quickstart/maskd.yaml: No such file or directory, neither here nor among the recipes" in message
     assert f"did you mean {NAME}?" in message
 
 
@@ -66,3 +66,27 @@ def test_the_other_processes_of_a_launch_say_nothing(
     monkeypatch.setenv("LOCAL_RANK", "1")
     files_first(["--config", NAME])
     assert capsys.readouterr().err == ""
+
+
+def test_recipes_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.recipe_names() and len(lines) > 100
+    (masked,) = (line for line in lines if line.startswith(NAME))
+    assert masked.split(maxsplit=1)[1].startswith(
+        "MaskGIT (Chang et al., 2022, https://arxiv.org/abs/2202.04200) on the"
+    )
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+@pytest.mark.parametrize("name", [NAME, "slurm/train.sbatch"])
+def test_a_recipe_is_printed_as_it_stands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes", name])
+    found = recipes.find_recipe(name)
+    assert found is not None and capsys.readouterr().out == found.read_text()
+
+
+def test_what_is_no_recipe_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipes", "quickstart/maskd.yaml"])
+    assert "quickstart/maskd.yaml is no recipe, neither here nor among" in capsys.readouterr().err
