@@ -64,7 +64,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if origin.endswith(".md"):
             waiting += _targets((ROOT / origin).read_text(), origin)
     for kind, paths in (("recipes", recipes()), ("reference", modules())):
-        for folder in sorted({str(Path(path).parent) for path in paths}):
+        for folder in sorted({str(folder) for path in paths for folder in list(Path(path).parents)[:-1]}):
             page = _folder_page(folder, kind)
             if page not in _origins:
                 _origins[page] = f"{folder}/{kind}"
