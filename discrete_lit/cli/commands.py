@@ -37,13 +37,14 @@ FUNCTION_COMMANDS = {
     "advise": "say which tokenizer, generator and sampler to take on this machine",
     "import": "read a published checkpoint",
     "export": "write a tokenizer in a published layout",
+    "recipes": "list the recipes that come with the package, or print one",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
-_IN_FRONT = {"caption": "--images"}
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval", "advise")
+_IN_FRONT = {"caption": "--images", "recipes": "--name"}
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval", "advise", "recipes")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),

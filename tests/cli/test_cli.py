@@ -83,6 +83,7 @@ OPTIONS = {
     "advise": {"config", "wish", "image_size", "images", "seconds", "memory_gb", "training_seconds", "training_flops"}
     | {"batch_size", "accelerator", "precision", "recipes", "json"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
+    "recipes": {"config", "name"},
     "export": {"config", "ckpt_path", "family", "output"},
 }
 
