@@ -1,4 +1,4 @@
-"""How long ranks wait for one another before a run ends."""
+"""Time-outs of a process group: the time for which ranks wait for one another before a run ends."""
 
 from typing import Any
 
