@@ -365,12 +365,7 @@ class Attention(nn.Module):
             causal: each position sees those before it and itself.
             cache: keys and values so far; without a mask, all that it holds is seen.
         """
-        query, key, value = self._project(x)
-        if self.norms is not None:
-            query, key = self.norms(query, key)
-        if rotary is not None:
-            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
-            query, key = rotate(query, of_query), rotate(key, of_key)
+        query, key, value = self._queries_keys_values(x, rotary)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -394,6 +389,43 @@ class Attention(nn.Module):
             scale=self.scale,
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
+
+    def weights(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, causal: bool, *, rows: Tensor) -> Tensor:
+        """Give the weights of the values in a pass without a cache, softmax(q k^T / sqrt(head_dim)), of some rows.
+
+        `forward` does not make them: its fused kernels never hold a whole row. Dropout is left out.
+
+        Args:
+            x, rotary, mask, causal: as of `forward`.
+            rows: `(B, Q)` int64, the elements whose queries are asked for.
+
+        Returns:
+            `(B, heads, Q, n)`, float32 or better, 0 where an element is not seen.
+        """
+        query, key, _ = self._queries_keys_values(x, rotary)
+        if self.shared_heads != self.heads:
+            key = key.repeat_interleave(self.heads // self.shared_heads, dim=1)
+        query, key = at_least_float32(query), at_least_float32(key)
+        batch, count = torch.arange(len(x), device=x.device)[:, None], x.shape[1]
+        if mask is None:
+            seen = torch.ones(count, count, dtype=torch.bool, device=x.device)
+            mask = seen.tril() if causal else seen
+        mask = mask.expand(len(x), mask.shape[-3] if mask.ndim == 4 else 1, -1, -1)
+        asked = query.transpose(1, 2)[batch, rows].transpose(1, 2)  # (B, heads, Q, head_dim)
+        allowed = mask.transpose(1, 2)[batch, rows].transpose(1, 2)  # (B, heads or 1, Q, n)
+        scale = asked.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = asked @ key.transpose(2, 3) * scale
+        return scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+
+    def _queries_keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Make what the attention reads of `(B, n, D)`, normed and turned: `(B, heads, n, head_dim)` each."""
+        query, key, value = self._project(x)
+        if self.norms is not None:
+            query, key = self.norms(query, key)
+        if rotary is not None:
+            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
+            query, key = rotate(query, of_query), rotate(key, of_key)
+        return query, key, value
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each; the last two may have fewer."""
