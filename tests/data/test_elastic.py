@@ -85,12 +85,13 @@ def test_global_batches_stay_whatever_the_cluster(make_data: Callable[..., Resum
 
 
 def test_workers_that_are_processes_go_on_too(make_data: Callable[..., ResumableDataModule]) -> None:
+    whole = train(loaders_on(make_data, Cluster(2, 6, 1, 2)), 4)
     before = loaders_on(make_data, Cluster(2, 6, 1, 2))
     train(before, 1)
     (after,) = loaders_on(make_data, Cluster(1, 4, 3, 2))
     processes = TrainingLoader(after.source, 2, accumulated=3, max_bad_fraction=0.5)
     processes.load_state_dict(before[0].state_dict())
-    assert train([processes], 3) == train(before, 3)
+    assert train([processes], 3) == whole[1:]
 
 
 def test_a_resume_reads_nothing_of_what_was_taken(
@@ -122,9 +123,8 @@ def stored(source: Any, epoch: int, number: int) -> list[int]:
     starts = np.cumsum([0, *(shard.count for shard in source.shards.shards)])
     shuffled = SampleStream.of_epoch(source.shards, seed=source.pipeline.seed, epoch=epoch).order
     stream = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in shuffled])
-    return [
-        int(stream[source.order.given_out(epoch, split)[place]]) for split, place in zip(splits, places, strict=True)
-    ]
+    given_out = {split: source.order.given_out(epoch, split) for split in set(splits.tolist())}
+    return [int(stream[given_out[split][place]]) for split, place in zip(splits.tolist(), places.tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("kind", ["tokens", "shards"])
@@ -205,6 +205,7 @@ def test_a_state_inside_an_optimizer_step_goes_on_with_its_own_batches_alone(
 
 def test_a_state_of_an_earlier_version(make_data: Callable[..., ResumableDataModule]) -> None:
     """It says the batch size and ranks of shards, or their product, and nothing of accumulation."""
+    whole = train(loaders_on(make_data, Cluster(2, 6, 1, 2)), 4)
     before = loaders_on(make_data, Cluster(2, 6, 1, 2))
     train(before, 1)
     state = before[0].state_dict()
@@ -213,7 +214,7 @@ def test_a_state_of_an_earlier_version(make_data: Callable[..., ResumableDataMod
     after = loaders_on(make_data, Cluster(3, 4, 1, 1))
     for loader in after:
         loader.load_state_dict(state)
-    assert train(after, 3) == train(before, 3)
+    assert train(after, 3) == whole[1:]
 
 
 @pytest.mark.parametrize("layout", [{"batch_size": 12, "world_size": 1, "workers": 0}, {"batch_size": 12}])
@@ -266,6 +267,9 @@ class Steps(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.steps[self.trainer.global_step, self.trainer.current_epoch] = self.batch
         self.batch = []
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
