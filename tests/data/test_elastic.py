@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*`tensorboardX` has been removed:UserWarning",
     "ignore:.*does not have many workers.*:UserWarning",
     "ignore:The number of training batches:UserWarning",
+    "ignore:You passed in a `val_dataloader`:UserWarning",
 )
 
 
@@ -258,18 +259,15 @@ class Steps(LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.batch: list[int] = []
-        self.steps: dict[tuple[int, int], list[int]] = {}
+        self.steps: dict[int, list[int]] = {}
 
     def training_step(self, batch: dict[str, Any], batch_index: int) -> torch.Tensor:
         self.batch += batch["index"].tolist()
         return self.weight.sum()
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        self.steps[self.trainer.global_step, self.trainer.current_epoch] = self.batch
+        self.steps[self.trainer.global_step] = self.batch
         self.batch = []
-
-    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
-        pass
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -286,6 +284,7 @@ def test_the_trainer_counts_in_batches_of_the_new_size(tmp_path: Path, make_toke
             max_epochs=-1,
             max_steps=steps,
             accumulate_grad_batches=accumulated,
+            limit_val_batches=0,
             default_root_dir=tmp_path,
             logger=False,
             enable_progress_bar=False,
@@ -300,7 +299,7 @@ def test_the_trainer_counts_in_batches_of_the_new_size(tmp_path: Path, make_toke
     whole = fit(11, 12, 1).steps
     steps = fit(2, 12, 1).steps
     for until, batch_size, accumulated in ((4, 4, 3), (6, 6, 2), (8, 2, 6), (11, 12, 1)):
-        steps |= fit(until, batch_size, accumulated, str(tmp_path / f"{max(step for step, _ in steps) + 1}.ckpt")).steps
+        steps |= fit(until, batch_size, accumulated, str(tmp_path / f"{max(steps) + 1}.ckpt")).steps
     assert steps == whole and len(steps) == 11
 
 
