@@ -90,7 +90,7 @@ class ImageGrid(Callback, ABC):
 
 
 class ReconstructionGrid(ImageGrid):
-    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders alone.
+    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders of images.
 
     A `TokenDiffusionDecoder` decodes the tokens of each image, with the same noise at every validation. The images are
     the first ones of the first validation batch. Written as in `ImageGrid`, tag `images/reconstructions`.
@@ -107,7 +107,9 @@ class ReconstructionGrid(ImageGrid):
         super().__init__(count, columns, save_png=save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Tokenizer | ContinuousTokenizer | TokenDiffusionDecoder)
+        if isinstance(module, Tokenizer | ContinuousTokenizer):
+            return module.makes_images
+        return isinstance(module, TokenDiffusionDecoder)
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         originals = batch["image"][: self.count]

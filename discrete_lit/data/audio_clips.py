@@ -17,14 +17,7 @@ from discrete_lit.data.captions import Captions
 from discrete_lit.data.clips import Clips, clip_start, clip_uniform
 from discrete_lit.data.image_batches import EvaluationCrops, LabelledSample, SamplePipeline, label_batch
 from discrete_lit.data.loaders import Batch
-from discrete_lit.data.media import MediaKind, UndecodableSample
-
-AUDIO_FILES = MediaKind(
-    "audio clip",
-    frozenset(["wav", "flac", "ogg", "oga"]),
-    unreadable=frozenset(["mp3", "m4a", "aac", "wma", "opus", "aif", "aiff"]),
-)
-"""Audio files."""
+from discrete_lit.data.media import AUDIO_FILES, UndecodableSample
 
 TimeCrop = Literal["random", "start", "middle"]
 _HIGHEST_RATE, _LONGEST, _MOST_CHANNELS = 768_000, 2**26, 64
@@ -61,6 +54,7 @@ class AudioClips(Clips):
         ValueError: a setting is out of range, soundfile or SciPy is missing, or what `Clips` raises.
     """
 
+    modality = "audio"
     pipeline: "AudioPipeline"
 
     def __init__(

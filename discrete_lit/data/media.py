@@ -25,3 +25,11 @@ class MediaKind:
     extensions: frozenset[str]
     _: KW_ONLY
     unreadable: frozenset[str] = frozenset()
+
+
+AUDIO_FILES = MediaKind(
+    "audio clip",
+    frozenset(["wav", "flac", "ogg", "oga"]),
+    unreadable=frozenset(["mp3", "m4a", "aac", "wma", "opus", "aif", "aiff"]),
+)
+"""Audio files, which soundfile reads."""

@@ -252,15 +252,15 @@ class EnCodec(AutoencoderTokenizer):
         super().on_validation_epoch_end()
 
 
-def check_sample_rate(sample_rate: int, data: Any) -> None:
+def check_sample_rate(sample_rate: int | None, data: Any) -> None:
     """Raise a ValueError where data have a sample rate that is not a codec's.
 
     Args:
-        sample_rate: of the codec, in hertz.
+        sample_rate: of the codec, in hertz; None of a tokenizer of something else.
         data: a DataModule; one that knows no rate, as of arrays, passes.
     """
     found = getattr(data, "sample_rate", sample_rate)
-    if found != sample_rate:
+    if sample_rate is not None and found != sample_rate:
         raise ValueError(
             f"the data have {found} samples a second (data.init_args.sample_rate) and the codec was made for "
             f"{sample_rate}: set the data's to that, and files are resampled"
