@@ -18,8 +18,8 @@ from tqdm import tqdm
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.audio_samples import spectrograms, write_audio_files
 from discrete_lit.cli.devices import make_fabric
-from discrete_lit.cli.sampled_audio import prompt_tokens, spectrograms, write_clips
 from discrete_lit.core.audio import to_int16
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
@@ -67,8 +67,6 @@ def sample(
     decoder: str | None = None,
     decoder_sampler: GuidedSolver | None = None,
     decoder_steps: int | None = None,
-    audio_prompt: str | None = None,
-    audio_prompt_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
@@ -79,8 +77,8 @@ def sample(
     without its tokenizer, the ids are written as `tokens` in place of images, or the latents as `latents`; text itself
     goes to `samples.txt`, a line each. Of audio `samples.npz` has the clips, `audio`, int16 (N, T, C), beside their
     sample rate; the first are files of `clips/` too, and `grid.png` shows spectrograms. Prompts stand in `run.json` and
-    in the grid, and with them the thoughts of a model that writes one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of
-    devices do not change it (to the rounding of the network's arithmetic).
+    in the grid, and with them the thoughts of a model that writes one before it draws. Sample i is a function of (seed,
+    i) alone: the batch size and the number of devices do not change it (to the rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
@@ -118,8 +116,6 @@ def sample(
             be made for the same tokens: grid, vocabulary, and hash of the tokenizer's weights.
         decoder_sampler: how the decoder draws; its own by default.
         decoder_steps: steps of the decoder's own sampler, in place of those that it was trained with.
-        audio_prompt: an audio file that every clip begins with and continues, for a generator of audio.
-        audio_prompt_seconds: how much of its beginning is taken; all by default.
 
     Returns:
         What `run.json` holds.
@@ -128,8 +124,7 @@ def sample(
         ValueError: not a generator's checkpoint; prompts for a generator without text, none for one that reads them, or
             a num_samples that does not have as many of each of GenEval's; a sampler of ids for latents or the other way
             round; a label that is no number or out of range, num_samples or image_size below 1, an image size for text,
-            a graph on another device than CUDA's or of latents, a decoder of other tokens than the generator's, or an
-            audio prompt that cannot be read or leaves nothing to draw.
+            a graph on another device than CUDA's or of latents, or a decoder of other tokens than the generator's.
     """
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator | Unified):
@@ -146,9 +141,6 @@ def sample(
         decoding = _load_decoder(decoder, generator, decoder_sampler, decoder_steps)
     makes_images = decoding is not None or generator.tokenizer.makes_images
     makes_audio = isinstance(generator.tokenizer, EnCodec)
-    if audio_prompt_seconds is not None and audio_prompt is None:
-        raise ValueError(f"audio_prompt_seconds={audio_prompt_seconds} is of an audio_prompt: give that too")
-    begun = None if audio_prompt is None else prompt_tokens(generator, audio_prompt, audio_prompt_seconds)
     if sampler is not None and not isinstance(sampler, generator.sampler_kind):
         raise ValueError(
             f"sampler={type(sampler).__name__} does not draw from a {type(generator).__name__}, which needs a "
@@ -210,7 +202,6 @@ def sample(
     elif (
         isinstance(generator, Generator)
         and not prompts
-        and begun is None
         and _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own))
     ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
@@ -231,8 +222,7 @@ def sample(
                 texts = [] if prompts is None else prompts.of(indices.tolist())
                 told = None if thoughts is None else [thoughts[index % len(thoughts)] for index in indices.tolist()]
                 condition: Any = _condition(generator, batch[0], texts, negative=negative_prompt, thoughts=told)
-                continued = {} if begun is None else {"known": begun.to(fabric.device).repeat(len(indices), 1, 1)}
-                drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer, **continued)
+                drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer)
             else:
                 drawn = graphed(*batch)
             _wait_for(fabric.device)
@@ -278,8 +268,6 @@ def sample(
         "labels": labels,
         "prompts": None if prompts is None else list(prompts.texts),
         "negative_prompt": negative_prompt,
-        "audio_prompt": audio_prompt,
-        "audio_prompt_seconds": audio_prompt_seconds,
         "given_thoughts": thought,
         "thoughts": None,
         "num_classes": generator.num_classes,
@@ -466,7 +454,7 @@ def _write(
     elif makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
     elif isinstance(tokenizer, EnCodec):
-        write_clips(folder, rows, sample_rate=tokenizer.sample_rate)
+        write_audio_files(folder, rows, sample_rate=tokenizer.sample_rate)
         _write_grid(folder, spectrograms(rows[:_GRID_SIDE]), cycle=1)
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
