@@ -22,14 +22,14 @@ from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of, read_samples
-from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageShards(ResumableDataModule):
@@ -170,7 +170,7 @@ class ImageShards(ResumableDataModule):
         return len(self.classes)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
-        return _TrainingShards(
+        return TrainingShards(
             self.shards["train"],
             self.pipeline,
             batch_size=self.batch_size,
@@ -184,7 +184,7 @@ class ImageShards(ResumableDataModule):
     def evaluation_source(
         self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
     ) -> BatchSource:
-        return _EvaluationShards(
+        return EvaluationShards(
             self.shards[split],
             self.pipeline,
             batch_size=self.batch_size,
@@ -238,7 +238,7 @@ class SampleStream:
             low, high = max(begin, start), min(end, stop)
             in_shard[low - begin : high - begin] = wanted[low - start : high - start]
             if in_shard.any():
-                for position, sample in read_samples(shard, in_shard, captions=self.captions):
+                for position, sample in read_samples(shard, in_shard, captions=self.captions, kind=self.shards.kind):
                     yield begin + position, sample
 
 
@@ -321,7 +321,7 @@ class _Shards:
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -362,17 +362,17 @@ class _Shards:
 
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
-            raise UndecodableImage(sample.problem)
+            raise UndecodableSample(sample.problem)
         if sample.label is None and self.shards.classes:
-            raise UndecodableImage("it has no .cls entry (a set without labels is read without num_classes)")
+            raise UndecodableSample("it has no .cls entry (a set without labels is read without num_classes)")
         return sample.image
 
 
-class _TrainingShards(_Shards):
+class TrainingShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -410,21 +410,21 @@ class _TrainingShards(_Shards):
             taken = split.take()
             try:
                 sample = self._decode(taken, epoch, index)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 sample = self._stand_in(split, epoch, number % self.workers, index)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
-        pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
+    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledSample:
+        values = self.pipeline.training(self._image(sample), epoch, sample.key)
         captions = self._captions(sample)
         caption = self.pipeline.training_caption(captions, epoch, sample.key)
-        return LabelledImage(
-            pixels, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
+        return LabelledSample(
+            values, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
         )
 
-    def _stand_in(self, split: WorkerSplit, epoch: int, worker: int, index: int) -> LabelledImage:
+    def _stand_in(self, split: WorkerSplit, epoch: int, worker: int, index: int) -> LabelledSample:
         """The next readable sample of the split, its first ones after its last.
 
         It is looked at and not taken, so that no later batch moves, and the batch stays a function of its number.
@@ -432,7 +432,7 @@ class _TrainingShards(_Shards):
         for sample in self._following(split, epoch, worker):
             try:
                 return self._decode(sample, epoch, index)
-            except UndecodableImage:
+            except UndecodableSample:
                 continue
         raise TooManyBadSamples(f"not one sample that worker {worker} of rank {self.rank} reads can be used")
 
@@ -456,11 +456,11 @@ class _TrainingShards(_Shards):
         }
 
 
-class _EvaluationShards(_Shards):
+class EvaluationShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -496,13 +496,13 @@ class _EvaluationShards(_Shards):
             index = split.next_position()
             taken = split.take()
             try:
-                pixels = self.pipeline.evaluation(self._image(taken), self.crops)
+                values = self.pipeline.evaluation(self._image(taken), self.crops)
                 captions = self._captions(taken)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index, captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, self._label(taken), key=taken.key, index=index, captions=captions))
+        return self.pipeline.batch(samples), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
+from discrete_lit.data.media import MediaKind, UndecodableSample
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -60,8 +61,12 @@ _LARGEST_EXCESS = 16
 _MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 3 * 2**29, 6, 4
 
 
-class UndecodableImage(ValueError):
+class UndecodableImage(UndecodableSample):
     """The bytes are not an image that can be read completely."""
+
+
+IMAGES = MediaKind("image", IMAGE_EXTENSIONS, unreadable=UNREADABLE_EXTENSIONS)
+"""Image files."""
 
 
 def image_bytes_limit() -> int:

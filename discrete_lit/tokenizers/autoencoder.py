@@ -11,7 +11,7 @@ kind; `KLVAE` has a bottleneck of its own.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
 from discrete_lit.core.images import ImageSize, check_channels, to_uint8
@@ -85,6 +86,8 @@ class ImageAutoencoder(LightningModule):
         initialization: first weights of the layers of network and quantizer, see `networks.initialise_layers`; None
             leaves what these begin with. Codes are `codebook_init`'s.
     """
+
+    modality: Literal["image", "audio", "video"]
 
     def __init__(
         self,
@@ -197,10 +200,11 @@ class ImageAutoencoder(LightningModule):
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
         self.micro_batches = micro_batches_of(self)
         accumulate_statistics(self, self.micro_batches > 1)
-        loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
-        self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
+        coded = batch[self.modality]
+        loss, terms, made = self.loss(coded, step=self.global_step, index=batch.get("index"))
+        self._log_terms("train", loss, {**terms, **made.figures}, len(coded))
         if self.micro_batches > 1:
-            loss = self.accumulated.loss(loss, len(batch["image"]))
+            loss = self.accumulated.loss(loss, len(coded))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
 
     def on_after_backward(self) -> None:
@@ -210,23 +214,26 @@ class ImageAutoencoder(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
-        images, stage = batch["image"], evaluation_stage(self)
+        images, stage = batch[self.modality], evaluation_stage(self)
         loss, terms, made = self.loss(images)
         self._log_terms(stage, loss, terms, len(images))
         reconstructions = self.to_images(made.outputs)
-        psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
-        self.psnr.update(psnr)
-        figures = {f"{stage}/psnr": self.psnr}
-        if ssim is not None:
-            self.ssim.update(ssim)
-            figures[f"{stage}/ssim"] = self.ssim
-        self.log_dict(figures)
+        self.log_dict({f"{stage}/{name}": metric for name, metric in self.fidelity(reconstructions, images).items()})
         self.measure(made)
         return reconstructions
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Measure what validation does, and log it under `test/`."""
         return self.validation_step(batch, batch_idx)
+
+    def fidelity(self, reconstructions: Tensor, images: Tensor) -> dict[str, Metric]:
+        """Measure how near reconstructions come to images, both in [-1, 1]: the metrics, updated, by their names."""
+        psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
+        self.psnr.update(psnr)
+        if ssim is None:
+            return {"psnr": self.psnr}
+        self.ssim.update(ssim)
+        return {"psnr": self.psnr, "ssim": self.ssim}
 
     def measure(self, made: Reconstruction) -> None:
         """Measure of a validation batch what a kind of bottleneck adds to its reconstruction: nothing by default."""
@@ -382,4 +389,4 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The ids `(B, *token_shape)` of a batch of images."""
-        return self.encode(batch["image"])
+        return self.encode(batch[self.modality])
