@@ -25,3 +25,11 @@ class MediaKind:
     extensions: frozenset[str]
     _: KW_ONLY
     unreadable: frozenset[str] = frozenset()
+
+
+VIDEOS = MediaKind(
+    "video",
+    frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"]),
+    unreadable=frozenset(["wmv", "flv", "mpg", "mpeg", "ts", "mts", "ogv", "3gp"]),
+)
+"""The files that clips of video are read from."""

@@ -60,7 +60,9 @@ class Layers:
 
 def downsample(kind: Downsampling, layers: Layers, channels: int, *, time: bool = True) -> nn.Module:
     """Make the layer that halves the grid; with `time=False`, all axes but the first of three."""
-    return AveragePool(layers, time=time) if kind == "average" else Downsample(layers, channels, padding=kind, time=time)
+    if kind == "average":
+        return AveragePool(layers, time=time)
+    return Downsample(layers, channels, padding=kind, time=time)
 
 
 def upsample(kind: Upsampling, layers: Layers, channels: int, *, time: bool = True) -> nn.Module:
@@ -70,7 +72,7 @@ def upsample(kind: Upsampling, layers: Layers, channels: int, *, time: bool = Tr
 
 def _factors(layers: Layers, time: bool) -> tuple[int, ...]:
     """By how much each axis shrinks or grows."""
-    return tuple(2 if time or axis else 1 for axis in range(layers.dims))
+    return tuple(1 if layers.dims == 3 and axis == 0 and not time else 2 for axis in range(layers.dims))
 
 
 class Downsample(nn.Module):
@@ -88,7 +90,7 @@ class Downsample(nn.Module):
         self.causal, self.start = layers.causal, layers.clip_start
         axis = (0, 1) if padding == "right" else (1, 1)
         self.padding = axis * (layers.dims - layers.causal)
-        if not (time or layers.causal):
+        if layers.dims == 3 and not (time or layers.causal):
             self.padding = (*self.padding[:-2], 1, 1)
         self.conv = CONVOLUTIONS[layers.dims](channels, channels, 3, stride=_factors(layers, time))
 
