@@ -11,6 +11,7 @@ from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.data.clips import Clips
 from discrete_lit.data.encoded_arrays import EncodedWriter
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
@@ -24,7 +25,7 @@ from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer, freeze
 
 def tokenize(
     ckpt_path: str,
-    data: ImageShards | ImageFolder,
+    data: ImageShards | ImageFolder | Clips,
     *,
     output: str,
     split: str = "train",
@@ -38,7 +39,7 @@ def tokenize(
     latent_dtype: LatentPrecision = "float16",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Encode every image of a split once, or several crops of it, in evaluation mode, into memory-mapped arrays.
+    """Encode every image or clip of a split once, or several crops of it, into memory-mapped arrays.
 
     They are token arrays, or latent arrays where the tokenizer is continuous. Row i of the arrays is sample i of the
     split, whatever the number of devices. The folder's `manifest.json` holds the tokenizer's fingerprint, by which a
@@ -47,7 +48,7 @@ def tokenize(
 
     Args:
         ckpt_path: checkpoint of a Tokenizer or ContinuousTokenizer.
-        data: where the images are; its `batch_size` and `num_workers` apply to each device.
+        data: where the images or clips are; its `batch_size` and `num_workers` apply to each device.
         output: folder to write; one that holds a finished array is refused.
         split: `train` or `validation` of the data.
         crops: `center`, the crop of evaluation; `flip`, also its mirror image; or `ten`, the centre, the corners and
@@ -126,7 +127,7 @@ def tokenize(
     loader = EvaluationLoader(source, data.num_workers, max_bad_fraction=0)
     for batch in tqdm(loader, desc="tokenize", unit="batch", disable=fabric.global_rank > 0):
         with torch.no_grad(), fabric.autocast():
-            images = batch["image"].to(fabric.device)
+            images = batch[tokenizer.modality].to(fabric.device)
             if cut.count is None:
                 codes = encode(images, batch["index"], 0)
             else:  # one crop of all images after the other, so that the batch is what its size says

@@ -8,8 +8,8 @@ from discrete_lit.data.sources.digit_compositions import DigitCompositions
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
-from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.moving_digits import MovingDigits
+from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
 from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
