@@ -11,7 +11,7 @@ from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.data.audio_clips import AudioClips
+from discrete_lit.data.clips import Clips
 from discrete_lit.data.encoded_arrays import EncodedWriter
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
@@ -26,7 +26,7 @@ from discrete_lit.tokenizers.encodec import check_sample_rate
 
 def tokenize(
     ckpt_path: str,
-    data: ImageShards | ImageFolder | AudioClips,
+    data: ImageShards | ImageFolder | Clips,
     *,
     output: str,
     split: str = "train",
@@ -40,7 +40,7 @@ def tokenize(
     latent_dtype: LatentPrecision = "float16",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Encode every image of a split once, or several crops of it, in evaluation mode, into memory-mapped arrays.
+    """Encode every image or clip of a split once, or several crops of it, into memory-mapped arrays.
 
     They are token arrays, or latent arrays where the tokenizer is continuous. Row i of the arrays is sample i of the
     split, whatever the number of devices. The folder's `manifest.json` holds the tokenizer's fingerprint, by which a

@@ -21,6 +21,10 @@ ImageSize = int | tuple[int, ...]
 That of clips is a list too: `[samples]` of a waveform, `[frames, H, W]` of a video."""
 
 
+MODALITIES = ("image", "audio", "video")
+"""What samples are, and the names that they have in batches."""
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Convert float images in [-1, 1] of any shape to uint8 in 0..255: clamp, then round to the nearest.
 
@@ -72,6 +76,24 @@ def normal_size(image_size: ImageSize, setting: str = "image_size") -> ImageSize
         return tuple(image_size)
     height, width = height_and_width(image_size, setting)
     return height if height == width else (height, width)
+
+
+def clip_size(image_size: ImageSize, setting: str = "image_size") -> tuple[int, int, int]:
+    """Give the frames, H and W of the size of a clip.
+
+    Raises:
+        ValueError: another number of numbers, one below 1, or a clip that no memory is for.
+    """
+    size = normal_size(image_size, setting)
+    if isinstance(size, int) or len(size) != 3:
+        raise ValueError(f"{setting}={image_size}: the size of a clip of frames is [frames, height, width]")
+    frames, height, width = size
+    return frames, height, width
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """Give the frames of clips `(B, C, T, H, W)` as images `(B T, C, H, W)`; images `(B, C, H, W)` stay as they are."""
+    return clips.transpose(1, 2).flatten(0, 1) if clips.ndim == 5 else clips
 
 
 def size_of(images: Tensor) -> tuple[int, int]:

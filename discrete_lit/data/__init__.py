@@ -13,8 +13,18 @@ if TYPE_CHECKING:
     from discrete_lit.data.image_shards import ImageShards
     from discrete_lit.data.latent_arrays import LatentArrays, LatentWriter
     from discrete_lit.data.token_arrays import TokenArrays, TokenWriter
+    from discrete_lit.data.video_clips import VideoClips
 
-__all__ = ["AudioClips", "ImageFolder", "ImageShards", "LatentArrays", "LatentWriter", "TokenArrays", "TokenWriter"]
+__all__ = [
+    "AudioClips",
+    "ImageFolder",
+    "ImageShards",
+    "LatentArrays",
+    "LatentWriter",
+    "TokenArrays",
+    "TokenWriter",
+    "VideoClips",
+]
 
 _MODULES = {
     "AudioClips": "audio_clips",
@@ -24,6 +34,7 @@ _MODULES = {
     "LatentWriter": "latent_arrays",
     "TokenArrays": "token_arrays",
     "TokenWriter": "token_arrays",
+    "VideoClips": "video_clips",
 }
 
 

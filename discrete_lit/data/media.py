@@ -33,3 +33,10 @@ AUDIO_FILES = MediaKind(
     unreadable=frozenset(["mp3", "m4a", "aac", "wma", "opus", "aif", "aiff"]),
 )
 """Audio files, which soundfile reads."""
+
+VIDEOS = MediaKind(
+    "video",
+    frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"]),
+    unreadable=frozenset(["wmv", "flv", "mpg", "mpeg", "ts", "mts", "ogv", "3gp"]),
+)
+"""The files that clips of video are read from."""

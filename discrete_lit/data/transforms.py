@@ -109,7 +109,7 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
-                return _to_mode(image, MODES[image_channels])
+                return to_mode(image, MODES[image_channels])
     except UnidentifiedImageError as error:
         kind = "not one that is read"
         if data[4:8] == b"ftyp":  # ISO base media, of which HEIC is one, whatever the file's name says.
@@ -301,7 +301,7 @@ def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, fl
     return _pixels(square)[top : top + side, left : left + side]
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):
         image = _grey_16_to_8(image)
     if image.mode == "F":

@@ -22,12 +22,13 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
-from discrete_lit.core.images import ImageSize, check_channels, to_uint8
+from discrete_lit.core.images import ImageSize, check_channels, frames_of, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
 from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
+from discrete_lit.metrics.video import temporal_difference_error
 from discrete_lit.optimization import (
     AccumulatedMean,
     WeightDecayRule,
@@ -88,6 +89,7 @@ class ImageAutoencoder(LightningModule):
     """
 
     modality: Literal["image", "audio", "video"]
+    makes_images: bool
 
     def __init__(
         self,
@@ -104,6 +106,9 @@ class ImageAutoencoder(LightningModule):
         super().__init__()
         initialise_layers(network, initialization)
         self.network = network
+        if network.modality != "image":  # otherwise the class says it
+            self.modality = network.modality
+        self.makes_images = self.modality == "image"
         self.initialization: LayerInitialization | None = initialization
         self.objective = Objective(
             reconstruction_loss, perceptual_loss=perceptual_loss, adversarial_loss=adversarial_loss
@@ -117,6 +122,7 @@ class ImageAutoencoder(LightningModule):
         self.micro_batches = 1
         self.psnr = Mean()
         self.ssim = Mean()
+        self.temporal_difference = Mean()
 
     # What an autoencoder is.
 
@@ -190,6 +196,19 @@ class ImageAutoencoder(LightningModule):
         """
         return {}
 
+    def coded_of(self, batch: dict[str, Any]) -> Tensor:
+        """The images `(B, C, H, W)`, or clips, of a batch; where clips are coded, images are taken as well.
+
+        Raises:
+            ValueError: the batch holds neither.
+        """
+        for name in (self.modality, "image"):
+            if name in batch and (name == self.modality or self.modality == "video"):
+                return batch[name]
+        raise ValueError(
+            f'a batch holds {", ".join(map(str, batch))}: this {type(self).__name__} codes "{self.modality}"'
+        )
+
     # Its training by Lightning.
 
     def setup(self, stage: str) -> None:
@@ -200,7 +219,7 @@ class ImageAutoencoder(LightningModule):
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
         self.micro_batches = micro_batches_of(self)
         accumulate_statistics(self, self.micro_batches > 1)
-        coded = batch[self.modality]
+        coded = self.coded_of(batch)
         loss, terms, made = self.loss(coded, step=self.global_step, index=batch.get("index"))
         self._log_terms("train", loss, {**terms, **made.figures}, len(coded))
         if self.micro_batches > 1:
@@ -214,7 +233,7 @@ class ImageAutoencoder(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
-        images, stage = batch[self.modality], evaluation_stage(self)
+        images, stage = self.coded_of(batch), evaluation_stage(self)
         loss, terms, made = self.loss(images)
         self._log_terms(stage, loss, terms, len(images))
         reconstructions = self.to_images(made.outputs)
@@ -228,12 +247,17 @@ class ImageAutoencoder(LightningModule):
 
     def fidelity(self, reconstructions: Tensor, images: Tensor) -> dict[str, Metric]:
         """Measure how near reconstructions come to images, both in [-1, 1]: the metrics, updated, by their names."""
-        psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
+        pair = to_uint8(reconstructions), to_uint8(images)
+        psnr, ssim = pixel_fidelity(*map(frames_of, pair))
         self.psnr.update(psnr)
-        if ssim is None:
-            return {"psnr": self.psnr}
-        self.ssim.update(ssim)
-        return {"psnr": self.psnr, "ssim": self.ssim}
+        measured: dict[str, Metric] = {"psnr": self.psnr}
+        if ssim is not None:
+            self.ssim.update(ssim)
+            measured["ssim"] = self.ssim
+        if images.ndim == 5 and images.shape[2] > 1:
+            self.temporal_difference.update(temporal_difference_error(*pair))
+            measured["temporal_difference"] = self.temporal_difference
+        return measured
 
     def measure(self, made: Reconstruction) -> None:
         """Measure of a validation batch what a kind of bottleneck adds to its reconstruction: nothing by default."""
@@ -389,4 +413,4 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The ids `(B, *token_shape)` of a batch of images."""
-        return self.encode(batch[self.modality])
+        return self.encode(self.coded_of(batch))

@@ -51,6 +51,9 @@ OPTIONS = {
         "decoder",
         "decoder_steps",
         "decoder_sampler",
+        "known",
+        "known_positions",
+        "frame_rate",
     }
     | {"accelerator", "devices", "num_nodes", "precision"},
     "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}

@@ -25,6 +25,7 @@ from helpers import (
     golden_tokenizers,
     golden_turns,
     golden_unified,
+    golden_video,
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
@@ -42,12 +43,13 @@ KINDS = (
     golden_text_diffusion,
     golden_texts,
     golden_unified,
+    golden_video,
 )
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
 NOT_YET = (
     *("encodec", "infinity"),
-    *("magvit2_video", "musicgen_decoder"),
+    *("musicgen_decoder",),
     "showo",
 )
 """Families with golden cases that no code of ours loads."""

@@ -8,6 +8,7 @@ from discrete_lit.data.sources.digit_compositions import DigitCompositions
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
 from discrete_lit.data.sources.imagenet import ImageNetTrain, ImageNetValidation
+from discrete_lit.data.sources.moving_digits import MovingDigits
 from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
@@ -22,6 +23,7 @@ __all__ = [
     "Entry",
     "ImageNetTrain",
     "ImageNetValidation",
+    "MovingDigits",
     "OpenClipart",
     "PartOfSource",
     "Sample",
