@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.recipe_files import ROOT, configs_of, header_command, layered, read
+from helpers.sounds import waveforms, write_tones
 from PIL import Image
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_configs").rglob("*.yaml"))
@@ -105,6 +106,26 @@ def residual_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained codec: frames of 8 samples to two of 16 ids each."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    network = {"class_path": "discrete_lit.tokenizers.networks.SEANet", "init_args": SMALL["SEANet"]}
+    settings = {**SMALL["EnCodec"], "sample_rate": 8000, "network": network}
+    file = tmp_path_factory.mktemp("codec") / "tokenizer.ckpt"
+    save(instantiate({"class_path": "discrete_lit.tokenizers.EnCodec", "init_args": settings}), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight tones of two classes, in folders."""
+    folder = tmp_path_factory.mktemp("sounds")
+    write_tones(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -139,6 +160,12 @@ def captioned_tokens(tokenizer_file: Path, tmp_path_factory: pytest.TempPathFact
 def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As many of the tokenizer of two scales."""
     return write_tokens(tmp_path_factory.mktemp("multi_scale_tokens"), multi_scale_file, (17,))
+
+
+@pytest.fixture(scope="module")
+def codec_tokens(codec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many of the codec: eight frames of two books."""
+    return write_tokens(tmp_path_factory.mktemp("codec_tokens"), codec_file, (8, 2))
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +269,8 @@ def shrink_data(data: dict[str, Any], folders: dict[str, Path], image_size: int)
     arguments.update(train=place, validation=place, batch_size=4, num_workers=0)
     if kind.startswith("Image"):
         arguments["image_size"] = image_size
+    if kind == "AudioClips":
+        arguments["length"] = 256
 
 
 SMALL_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
@@ -271,6 +300,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 32},
+    "EnCodec": {**SMALL_CODEBOOK, "depth": 2, "training_books": [1, 2], "spectral_windows": [32, 64]},
+    "SEANet": {"filters": 4, "ratios": [4, 2]},
+    "MultiScaleSTFTDiscriminator": {"filters": 2, "windows": [32, 64]},
+    "DelayedAutoregressive": {"image_size": [64], "num_classes": 2},
     "DALLEAutoencoder": {"channels": 4, "blocks": 1},
     "KLVAE": {"latent_channels": 4},
     "RawPixels": {"image_channels": 3},  # of the tiny tokenizers
@@ -465,6 +498,9 @@ def test_models_fit_reload_and_sample(
     continuous_file: Path,
     latents: Path,
     discrete_file: Path,
+    codec_file: Path,
+    codec_tokens: Path,
+    sounds: Path,
     tmp_path: Path,
 ) -> None:
     import torch
@@ -479,7 +515,11 @@ def test_models_fit_reload_and_sample(
     is_generator = "backbone" in settings["model"]["init_args"]
     kind = settings["model"]["class_path"].rpartition(".")[2]
     of_scales = kind == "NextScale"
-    own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
+    own_file = {
+        "NextScale": multi_scale_file,
+        "HybridNextScale": hybrid_file,
+        "DelayedAutoregressive": codec_file,
+    }.get(kind, tokenizer_file)
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")
@@ -487,11 +527,13 @@ def test_models_fit_reload_and_sample(
     reads_text = encodes_text or kind == "Unified"
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
+    own_tokens = codec_tokens if kind == "DelayedAutoregressive" else own_tokens
     folders = {
         "ImageShards": captioned_shards if reads_text else shards,
         "ImageFolder": images,
         "TokenArrays": own_tokens,
         "LatentArrays": latents,
+        "AudioClips": sounds,
     }
     if reads_text and "captions" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["captions"] = {"kind": "txt"}  # as `shards` writes them
@@ -529,7 +571,13 @@ def test_models_fit_reload_and_sample(
         prompts = ["--prompt", "a 1"] if reads_text else []
         main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output), *prompts])
         with np.load(output / "samples.npz") as samples:
+            if kind == "DelayedAutoregressive":
+                assert samples["audio"].shape == (3, 64, 1) and (output / "clips" / "000002.wav").is_file()
+                return
             assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
+        return
+    if kind == "EnCodec":
+        assert module.decode(module.encode(waveforms(2, 1, 64))).shape == (2, 1, 64)
         return
     images_32 = torch.rand(2, module.image_channels, 32, 32) * 2 - 1
     codes = module.encode(images_32)

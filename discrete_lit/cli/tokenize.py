@@ -11,7 +11,7 @@ from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.random import CounterRandom
-from discrete_lit.data.clips import Clips
+from discrete_lit.data.audio_clips import AudioClips
 from discrete_lit.data.encoded_arrays import EncodedWriter
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
@@ -19,6 +19,7 @@ from discrete_lit.data.image_shards import ImageShards
 from discrete_lit.data.latent_arrays import LatentPrecision, LatentStorage, LatentWriter
 from discrete_lit.data.loaders import EvaluationLoader
 from discrete_lit.data.token_arrays import TokenWriter
+from discrete_lit.data.video_clips import VideoClips
 from discrete_lit.metrics.latent_statistics import overall_deviation, scale_complaint
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer, freeze
 from discrete_lit.tokenizers.encodec import check_sample_rate
@@ -26,7 +27,7 @@ from discrete_lit.tokenizers.encodec import check_sample_rate
 
 def tokenize(
     ckpt_path: str,
-    data: ImageShards | ImageFolder | Clips,
+    data: ImageShards | ImageFolder | AudioClips | VideoClips,
     *,
     output: str,
     split: str = "train",

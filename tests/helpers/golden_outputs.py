@@ -9,6 +9,7 @@ import torch
 
 from discrete_lit.pretrained import FAMILIES
 from helpers import (
+    golden_audio,
     golden_autoregressive,
     golden_bits,
     golden_decoding,
@@ -44,12 +45,12 @@ KINDS = (
     golden_texts,
     golden_unified,
     golden_video,
+    golden_audio,
 )
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
 NOT_YET = (
-    *("encodec", "infinity"),
-    *("musicgen_decoder",),
+    "infinity",
     "showo",
 )
 """Families with golden cases that no code of ours loads."""
