@@ -22,6 +22,7 @@ FOLDERS = (
     "quickstart",
     "quickstart_colour",
     "quickstart_text",
+    "quickstart_audio",
     "quickstart_digits",
 )
 
