@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.functional.audio import scale_invariant_signal_noise_ratio
 
+from discrete_lit.core.modules import full_precision
 from discrete_lit.metrics.binned_mean import Mean
 
 SCALES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -56,13 +57,14 @@ class MultiScaleSpectralDistance(nn.Module):
                 "samples: give longer clips (length of the data) or shorter windows"
             )
         total = outputs.new_zeros(len(outputs))
-        for window in fitting:
-            bands = min(self.bands, max(window // 4, 1))
-            difference = mel_spectrum(outputs, self.sample_rate, window=window, bands=bands)
-            difference = difference - mel_spectrum(waveforms, self.sample_rate, window=window, bands=bands)
-            difference = difference.flatten(1)
-            # Beside 0, where the root has no derivative.
-            total = total + difference.abs().mean(dim=1) + (difference.square().mean(dim=1) + 1e-12).sqrt()
+        with full_precision(outputs.device):
+            for window in fitting:
+                bands = min(self.bands, max(window // 4, 1))
+                difference = mel_spectrum(outputs, self.sample_rate, window=window, bands=bands)
+                difference = difference - mel_spectrum(waveforms, self.sample_rate, window=window, bands=bands)
+                difference = difference.flatten(1)
+                # Beside 0, where the root has no derivative.
+                total = total + difference.abs().mean(dim=1) + (difference.square().mean(dim=1) + 1e-12).sqrt()
         return total / len(fitting)
 
 

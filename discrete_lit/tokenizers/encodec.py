@@ -9,10 +9,11 @@ rates, `books * log2(K) * sample_rate / hop` bits a second each.
 
 from collections.abc import Callable, Sequence
 from math import log2
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -21,7 +22,7 @@ from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.metrics.codebook_usage import CodebookUsage
 from discrete_lit.metrics.spectral import SCALES, SISNR, SpectralDistance
-from discrete_lit.optimization import evaluation_stage
+from discrete_lit.optimization import WeightDecayRule, evaluation_stage
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer, Reconstruction
 from discrete_lit.tokenizers.losses.audio_objective import AudioObjective, GradientBalancer
 from discrete_lit.tokenizers.losses.spectrogram_discriminator import SpectrogramAdversarialLoss
@@ -55,7 +56,9 @@ class EnCodec(AutoencoderTokenizer):
         waveform_weight, spectral_weight, spectral_windows: of `AudioObjective`.
         adversarial_loss: with a discriminator, when training.
         balancer: of the gradients at the decoder's output; None adds them up by their weights.
-        training: `optimizer`, `scheduler`, `weight_decay_rule` and `initialization` of `ImageAutoencoder`.
+        optimizer: from parameters to an optimizer; needed to train.
+        scheduler: from an optimizer to a scheduler, stepped after every batch.
+        weight_decay_rule: see `ImageAutoencoder`.
 
     Raises:
         ValueError: a setting out of its range, or more books than there are codebooks.
@@ -78,14 +81,16 @@ class EnCodec(AutoencoderTokenizer):
         training_books: Sequence[int] | None = None,
         commitment_weight: float = 1.0,
         decay: float = 0.99,
-        codebook_init: Any = "kmeans",
+        codebook_init: Literal["data", "kmeans", "uniform", "normal"] = "kmeans",
         revive_below: float | None = 2.0,
         waveform_weight: float = 0.1,
         spectral_weight: float = 2.0,
         spectral_windows: Sequence[int] = SCALES,
         adversarial_loss: SpectrogramAdversarialLoss | None = None,
         balancer: GradientBalancer | None = None,
-        **training: Any,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+        weight_decay_rule: WeightDecayRule = "linear",
     ) -> None:
         quantizer = ResidualQuantizer(
             codebook_size,
@@ -97,7 +102,9 @@ class EnCodec(AutoencoderTokenizer):
             codebook_init=codebook_init,
             revive_below=revive_below,
         )
-        super().__init__(network, quantizer, **training)
+        super().__init__(
+            network, quantizer, optimizer=optimizer, scheduler=scheduler, weight_decay_rule=weight_decay_rule
+        )
         if sample_rate < 1:
             raise ValueError(f"sample_rate must be at least 1 hertz, got {sample_rate}")
         given = [*(training_books or ()), *(() if books is None else (books,))]
