@@ -4,7 +4,7 @@
 and its kin are in `frechet`; KID, CMMD, MIND and the distance of each class in `feature_distances`, over the features
 that `kept_features` keeps; precision, recall, density, coverage and diversity in `precision_recall`; the Inception
 Score and the accuracy of labels in `classifier_scores`; the nearest training image in `nearest_training`; PSNR, SSIM
-and rates in `reconstruction`, those of clips in `video`, of waveforms in `spectral`; usage of ids in `codebook_usage`; curves
+and rates in `reconstruction`, of clips in `video`, of waveforms in `spectral`; usage of ids in `codebook_usage`; curves
 over time or position in `binned_mean`. The names below are imported when they are asked for: torchmetrics takes
 seconds, which `discrete-lit evaluate --help` does not wait for.
 """

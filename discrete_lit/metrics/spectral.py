@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import log10
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,23 +89,27 @@ def mel_spectrum(waveforms: Tensor, sample_rate: int, *, window: int, bands: int
     return torch.einsum("bcfn,fm->bcmn", magnitudes, filters)
 
 
-@lru_cache(maxsize=64)
 def mel_bands(window: int, sample_rate: int, bands: int) -> Tensor:
     """Triangular filters over the frequencies of a window, `(window // 2 + 1, bands)` float64, of peak 1.
 
     Their centres are equally spaced on the mel scale `2595 log10(1 + f / 700)` from 0 to half the sample rate
     (O'Shaughnessy, 1987; HTK). A band that falls between two frequencies of the window has the nearest one.
     """
-    frequencies = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
+    # Not the tensor is kept: one that is made while operations are counted has no numbers.
+    return torch.from_numpy(_mel_bands(window, sample_rate, bands).copy())
+
+
+@lru_cache(maxsize=64)
+def _mel_bands(window: int, sample_rate: int, bands: int) -> np.ndarray:
+    frequencies = np.linspace(0, sample_rate / 2, window // 2 + 1)
     highest = 2595 * log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, highest, bands + 2, dtype=torch.float64) / 2595) - 1)
+    edges = 700 * (10 ** (np.linspace(0, highest, bands + 2) / 2595) - 1)
     low, centre, high = edges[:-2], edges[1:-1], edges[2:]
     rising = (frequencies[:, None] - low) / (centre - low)
     falling = (high - frequencies[:, None]) / (high - centre)
-    filters = torch.minimum(rising, falling).clamp(min=0)
-    empty = (filters.sum(dim=0) == 0).nonzero()[:, 0]
-    nearest = (frequencies[:, None] - centre[empty]).abs().argmin(dim=0)
-    filters[nearest, empty] = 1.0
+    filters = np.minimum(rising, falling).clip(min=0)
+    empty = np.flatnonzero(filters.sum(axis=0) == 0)
+    filters[np.abs(frequencies[:, None] - centre[empty]).argmin(axis=0), empty] = 1.0
     return filters
 
 

@@ -101,7 +101,7 @@ def _seanet(state: State, settings: Settings) -> dict[str, Any]:
         "residual_layers": len(residuals) // len(ratios),
         "kernel": size,
         "last_kernel": kernel(end).shape[-1],
-        "lstm_layers": 0 if lstm is None else state.count(f"{lstm}.lstm.weight_ih_l{{}}"),
+        "lstm_layers": sum(name.startswith(f"{lstm}.lstm.weight_ih_l") for name in state),
         "norm": "weight" if weight_norm else "group",
     }
     if residuals:

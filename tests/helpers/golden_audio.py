@@ -68,9 +68,9 @@ def logits_of(generator: Any, inputs: Tensor, condition: Condition) -> Tensor:
 def musicgen(load: Load, case: Case) -> Tensors:
     generator, vocab = load(), case.arguments["vocab_size"]
     made, labels = network_outputs(generator, case), case.inputs["labels"]
-    inputs = F.pad(labels, (0, 0, 1, 0), value=vocab)[:, :-1]
     counted = torch.ones_like(labels, dtype=torch.bool)
     counted[0, -2:] = False  # as the case says
+    inputs = F.pad(labels.masked_fill(~counted, vocab), (0, 0, 1, 0), value=vocab)[:, :-1]
     backbone = generator.backbone
     parameters = {
         "model.decoder.embed_tokens.0.weight": (backbone.token_embedding.table.weight, lambda grad: grad[: vocab + 1]),
