@@ -23,6 +23,7 @@ FOLDERS = (
     "quickstart_colour",
     "quickstart_text",
     "quickstart_digits",
+    "quickstart_video",
 )
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
