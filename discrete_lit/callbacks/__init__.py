@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from discrete_lit.callbacks.audio_examples import AudioExamples
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.hang_detector import HangDetector
 from discrete_lit.callbacks.image_distance import ImageDistance
@@ -13,6 +14,7 @@ from discrete_lit.callbacks.throughput import Compile, Throughput
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
+    "AudioExamples",
     "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",

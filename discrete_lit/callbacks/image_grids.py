@@ -119,7 +119,7 @@ class ImageGrid(Callback, ABC):
 
 
 class ReconstructionGrid(ImageGrid):
-    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders alone.
+    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders of images.
 
     A `TokenDiffusionDecoder` decodes the tokens of each image, with the same noise at every validation. The images are
     the first ones of the first validation batch. Written as in `ImageGrid`, tag `images/reconstructions`.

@@ -1,4 +1,4 @@
-"""`discrete-lit sample`: a generator's checkpoint to images on disk."""
+"""`discrete-lit sample`: a generator's checkpoint to images, clips or text on disk."""
 
 import json
 import math
@@ -18,9 +18,11 @@ from tqdm import tqdm
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
+from discrete_lit.cli.audio_samples import spectrograms, write_audio_files
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.cli.known_tokens import KnownTokens
 from discrete_lit.cli.video_samples import write_clips
+from discrete_lit.core.audio import to_int16
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.distributed import all_reduce_sum
@@ -34,7 +36,7 @@ from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
 from discrete_lit.generators.unified import UnifiedOutput
 from discrete_lit.samplers import AnySampler, GuidedSolver
-from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
+from discrete_lit.tokenizers import ContinuousTokenizer, EnCodec, Tokenizer
 
 _GRID_SIDE = 10
 _MOST_COLUMNS = 20
@@ -79,10 +81,11 @@ def sample(
     RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
     without its tokenizer, the ids are written as `tokens` in place of images, or the latents as `latents`; text itself
     goes to `samples.txt`, a line each. Of clips of frames `arr_0` is (N, T, H, W, C), each row of `grid.png` has the
-    frames of one, and `samples.gif` and, with PyAV, `samples.mp4` play them side by side. Prompts stand in `run.json`
-    and in the grid, and with them the thoughts of a model that writes one before it draws. Sample i is a function of
-    (seed, i) alone: the batch size and the number of devices do not change it (to the rounding of the network's
-    arithmetic).
+    frames of one, and `samples.gif` and, with PyAV, `samples.mp4` play them side by side. Of audio `samples.npz` has
+    the clips, `audio`, int16 (N, T, C), beside their sample rate; the first are files of `clips/` too, and `grid.png`
+    shows spectrograms. Prompts stand in `run.json` and in the grid, and with them the thoughts of a model that writes
+    one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of devices do not
+    change it (to the rounding of the network's arithmetic).
 
     Args:
         ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
@@ -151,7 +154,7 @@ def sample(
     decoding = None
     if decoder is not None:
         decoding = _load_decoder(decoder, generator, decoder_sampler, decoder_steps)
-    makes_clips = generator.tokenizer.modality == "video"
+    makes_audio, makes_clips = isinstance(generator.tokenizer, EnCodec), generator.tokenizer.modality == "video"
     makes_images = decoding is not None or generator.tokenizer.makes_images or makes_clips
     if sampler is not None and not isinstance(sampler, generator.sampler_kind):
         raise ValueError(
@@ -251,14 +254,18 @@ def sample(
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             if decoding is None:
-                decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
+                decodes = makes_images or makes_audio
+                decoded = generator.tokenizer.decode(drawn.tokens) if decodes else drawn.tokens
             else:
                 texts = [] if prompts is None else prompts.of(indices.tolist())
                 decoded_given: Any = batch[0] if decoding.num_classes > 1 else None
                 if decoding.reads_text:
                     decoded_given = _condition(decoding, batch[0], texts, negative=negative_prompt)
                 decoded = decoding.decode(drawn.tokens, decoded_given, seed=seed, indices=batch[1])
-            rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
+            if makes_audio:
+                rows = to_int16(decoded).movedim(1, -1).cpu().numpy()
+            else:
+                rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
         if writer is None:
             writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
@@ -468,6 +475,8 @@ def _write(
     with atomic_write(folder / "samples.npz") as file:
         if makes_images:
             np.savez(file, arr_0=rows, labels=labels)
+        elif isinstance(tokenizer, EnCodec):
+            np.savez(file, audio=rows, labels=labels, sample_rate=tokenizer.sample_rate)
         elif isinstance(tokenizer, Tokenizer):
             np.savez(file, tokens=rows, labels=labels)
         else:
@@ -478,6 +487,9 @@ def _write(
         _write_prompt_grid(folder, rows, run["prompts"], thoughts=run["thoughts"])
     elif makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
+    elif isinstance(tokenizer, EnCodec):
+        write_audio_files(folder, rows, sample_rate=tokenizer.sample_rate)
+        _write_grid(folder, spectrograms(rows[:_GRID_SIDE]), cycle=1)
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:

@@ -1,4 +1,4 @@
-"""`discrete-lit tokenize`: a data set's images to arrays of tokens or of latents."""
+"""`discrete-lit tokenize`: a data set's images or clips to arrays of tokens or of latents."""
 
 import logging
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from discrete_lit.data.loaders import EvaluationLoader
 from discrete_lit.data.token_arrays import TokenWriter
 from discrete_lit.metrics.latent_statistics import overall_deviation, scale_complaint
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer, freeze
+from discrete_lit.tokenizers.encodec import check_sample_rate
 
 
 def tokenize(
@@ -68,7 +69,8 @@ def tokenize(
         What `manifest.json` holds.
 
     Raises:
-        ValueError: not a tokenizer's checkpoint, no such split or crops, images of other channels, an unreadable image,
+        ValueError: not a tokenizer's checkpoint, no such split or crops, data of another kind, channels or sample rate
+            than the tokenizer's, an unreadable image,
             a finished array in the folder.
     """
     tokenizer = load(ckpt_path)
@@ -80,11 +82,18 @@ def tokenize(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):
         raise ValueError(f"data has no {split} split: set data.init_args.{split}")
+    if tokenizer.modality != data.modality:
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} takes {tokenizer.modality}, and a {type(data).__name__} has {data.modality}: "
+            "give data of that kind"
+        )
+    check_sample_rate(getattr(tokenizer, "sample_rate", None), data)
     channels = getattr(tokenizer, "image_channels", data.image_channels)  # a tokenizer of one's own need not say
     if channels != data.image_channels:
         raise ValueError(
-            f"ckpt_path={ckpt_path!r} takes images of {channels} channels: set data.init_args.image_channels to that, "
-            f"it is {data.image_channels}"
+            f"ckpt_path={ckpt_path!r} takes {tokenizer.modality} of {channels} channels: set "
+            f"data.init_args.{'channels' if tokenizer.modality == 'audio' else 'image_channels'} to that, it is "
+            f"{data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
     precision = resolve_precision(precision, accelerator)

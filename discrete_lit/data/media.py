@@ -27,6 +27,13 @@ class MediaKind:
     unreadable: frozenset[str] = frozenset()
 
 
+AUDIO_FILES = MediaKind(
+    "audio clip",
+    frozenset(["wav", "flac", "ogg", "oga"]),
+    unreadable=frozenset(["mp3", "m4a", "aac", "wma", "opus", "aif", "aiff"]),
+)
+"""Audio files, which soundfile reads."""
+
 VIDEOS = MediaKind(
     "video",
     frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"]),

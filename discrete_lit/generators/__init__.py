@@ -3,6 +3,7 @@
 from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.continuous_autoregressive import ContinuousAutoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.delayed_autoregressive import DelayedAutoregressive
 from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
 from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
@@ -25,6 +26,7 @@ __all__ = [
     "ContinuousAutoregressive",
     "ContinuousMasked",
     "ContinuousNextScale",
+    "DelayedAutoregressive",
     "DimensionwiseMasked",
     "DisCon",
     "DiscreteDiffusion",

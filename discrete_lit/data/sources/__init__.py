@@ -1,4 +1,4 @@
-"""Sources of images: data sets as they are published, before they become shards.
+"""Sources of images and clips: data sets as they are published, before they become shards.
 
 Importing this package imports neither torch nor Lightning.
 """
@@ -12,6 +12,7 @@ from discrete_lit.data.sources.moving_digits import MovingDigits
 from discrete_lit.data.sources.openclipart import OpenClipart
 from discrete_lit.data.sources.part import PartOfSource
 from discrete_lit.data.sources.source import Entry, Sample, Source
+from discrete_lit.data.sources.spoken_prompts import SpokenPrompts
 from discrete_lit.data.sources.tuxpaint import TuxpaintStamps
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "PartOfSource",
     "Sample",
     "Source",
+    "SpokenPrompts",
     "TuxpaintStamps",
     "VideoFolders",
 ]
