@@ -10,13 +10,13 @@ from discrete_lit.core.moving_pictures import gif_bytes, mp4_bytes
 def moving_square(frames: int, side: int = 16, channels: int = 1, start: int = 0) -> np.ndarray:
     """A clip uint8 `(T, side, side, channels)` whose frame t has a bright square of 4 pixels at column t + start.
 
-    The level of the first pixel counts the frames: 8 t.
+    The level of the first 4 x 4 pixels counts the frames: 8 t.
     """
     clip = np.full((frames, side, side, channels), 32, dtype=np.uint8)
     for number, frame in enumerate(clip):
         left = (number + start) % (side - 4)
         frame[6:10, left : left + 4] = 224
-        frame[0, 0] = 8 * number
+        frame[:4, :4] = 8 * number
     return clip
 
 
