@@ -60,6 +60,14 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips of two classes, in folders."""
+    from helpers.video import write_videos
+
+    return write_videos(tmp_path_factory.mktemp("clips"), count=8, frames=5)
+
+
+@pytest.fixture(scope="module")
 def captioned_shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images in shards, with captions beside them, which have a thought."""
     import json
@@ -271,6 +279,8 @@ def shrink_data(data: dict[str, Any], folders: dict[str, Path], image_size: int)
         arguments["image_size"] = image_size
     if kind == "AudioClips":
         arguments["length"] = 256
+    if kind == "VideoClips":
+        arguments["image_size"] = [5, image_size, image_size]
 
 
 SMALL_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
@@ -487,6 +497,7 @@ def test_models_fit_reload_and_sample(
     images: Path,
     shards: Path,
     captioned_shards: Path,
+    clips: Path,
     tokens: Path,
     captioned_tokens: Path,
     multi_scale_tokens: Path,
@@ -531,6 +542,7 @@ def test_models_fit_reload_and_sample(
     folders = {
         "ImageShards": captioned_shards if reads_text else shards,
         "ImageFolder": images,
+        "VideoClips": clips,
         "TokenArrays": own_tokens,
         "LatentArrays": latents,
         "AudioClips": sounds,
@@ -579,10 +591,11 @@ def test_models_fit_reload_and_sample(
     if kind == "EnCodec":
         assert module.decode(module.encode(waveforms(2, 1, 64))).shape == (2, 1, 64)
         return
-    images_32 = torch.rand(2, module.image_channels, 32, 32) * 2 - 1
+    size = (5, 32, 32) if module.modality == "video" else (32, 32)
+    images_32 = torch.rand(2, module.image_channels, *size) * 2 - 1
     codes = module.encode(images_32)
     continuous = isinstance(module, ContinuousTokenizer)
-    assert codes.shape[1:] == (module.latent_shape(32) if continuous else module.token_shape(32))
+    assert codes.shape[1:] == (module.latent_shape(size) if continuous else module.token_shape(size))
     assert module.decode(codes).shape == images_32.shape
 
 

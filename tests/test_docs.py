@@ -24,6 +24,7 @@ FOLDERS = (
     "quickstart_text",
     "quickstart_audio",
     "quickstart_digits",
+    "quickstart_video",
 )
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

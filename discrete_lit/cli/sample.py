@@ -170,7 +170,7 @@ def sample(
     if known is not None and (prompt or prompt_file or graph is True):
         raise ValueError("known tokens are for samples without prompts, and are drawn without a graph")
     if image_size is not None and (makes_clips or not makes_images):
-        raise ValueError(f"image_size={image_size} is of images, and this generator's tokenizer makes none")
+        raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
     readers = [each for each in (generator, decoding) if each is not None and each.reads_text]
     prompts = chosen_prompts(readers[0] if readers else generator, prompt, prompt_file, negative_prompt)
     if prompts is not None and prompts.metadata is not None:

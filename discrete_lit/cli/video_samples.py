@@ -1,4 +1,4 @@
-"""What `discrete-lit sample` writes of clips, beside their array: strips of frames, and files that play."""
+"""Write the clips of `discrete-lit sample` as strips of frames, and as files that play."""
 
 from pathlib import Path
 

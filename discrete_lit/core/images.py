@@ -22,7 +22,7 @@ That of clips is a list too: `[samples]` of a waveform, `[frames, H, W]` of a vi
 
 
 MODALITIES = ("image", "audio", "video")
-"""What samples are, and the names that they have in batches."""
+"""The kinds of samples, by the names that they have in batches."""
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -133,6 +133,8 @@ class VideoClips(Clips):
         ValueError: a setting is out of range; else as `Clips`.
     """
 
+    modality = "video"
+
     def __init__(
         self,
         train: str | list[str] | None,

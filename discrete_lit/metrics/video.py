@@ -1,4 +1,4 @@
-"""How near reconstructed clips come to their originals: PSNR and LPIPS of each frame, and the error of what moves.
+"""Measures of reconstructed clips beside their originals: PSNR and LPIPS of each frame, and the error of what moves.
 
 A frame may be near its original while the clip flickers. So `temporal_difference_error` compares the differences
 between successive frames. `VideoFidelity` averages all of it over a set; `ClipFeatures` makes features of clips for a

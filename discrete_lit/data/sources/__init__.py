@@ -3,7 +3,7 @@
 Importing this package imports neither torch nor Lightning.
 """
 
-from discrete_lit.data.sources.class_folders import ClassFolders
+from discrete_lit.data.sources.class_folders import ClassFolders, VideoFolders
 from discrete_lit.data.sources.digit_compositions import DigitCompositions
 from discrete_lit.data.sources.emoji import Emoji
 from discrete_lit.data.sources.fashion_mnist import EmbeddedSet
@@ -30,4 +30,5 @@ __all__ = [
     "Source",
     "SpokenPrompts",
     "TuxpaintStamps",
+    "VideoFolders",
 ]

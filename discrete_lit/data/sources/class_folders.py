@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import content_sha256
 from discrete_lit.data.captions import LONGEST_FILE, Captions
-from discrete_lit.data.media import MediaKind, UndecodableSample
+from discrete_lit.data.media import VIDEOS, MediaKind, UndecodableSample
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
 from discrete_lit.data.transforms import (
     IMAGE_BYTES_VARIABLE,
@@ -58,7 +58,8 @@ class ClassFolders(Source):
     ) -> None:
         self.root = Path(root).expanduser()
         self._captions = captions
-        found = find_images(self.root, labels=labels, captions=None if captions is None else captions.kind)
+        kind = None if captions is None else captions.kind
+        found = find_images(self.root, labels=labels, captions=kind, kind=self.media)
         classes = found.classes
         if classes_from is not None:
             if not classes:
@@ -109,6 +110,15 @@ class ClassFolders(Source):
             return None
         file = self._paths[index].with_suffix(f".{self._captions.kind}")
         return file if file.is_file() else None
+
+
+class VideoFolders(ClassFolders):
+    """Your own videos, found as `ClassFolders` finds images: `root/<class name>/**/<clip>`, or clips alone.
+
+    Files are those that `VideoClips` reads.
+    """
+
+    media = VIDEOS
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 Downsampling = Literal["right", "symmetric", "average"]
 Upsampling = Literal["nearest", "depth_to_space"]
 ClipStart = Literal["repeat", "zeros"]
-"""What causal convolutions see before the first frame: copies of it, or zeros."""
+"""The frames that causal convolutions see before the first one: copies of it, or zeros."""
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -41,7 +41,7 @@ class Layers:
     dropout: float
     """The probability of dropout of the hidden units of residual blocks."""
     clip_start: ClipStart = "repeat"
-    """What stands before the first frame where time is causal."""
+    """The frames before the first one, where time is causal."""
 
     def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
         """Make a convolution of stride 1, to a grid of the same size."""

@@ -23,7 +23,7 @@ class Autoencoder(nn.Module, ABC):
     image_channels: int = 3
     """C of the images: three unless a subclass says otherwise."""
     modality: Literal["image", "audio", "video"] = "image"
-    """What it encodes: images, waveforms or clips of frames."""
+    """The kind of samples that it encodes: images, waveforms or clips of frames."""
 
     @property
     def dtype(self) -> torch.dtype:
