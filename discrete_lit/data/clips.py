@@ -9,6 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -157,16 +160,29 @@ class Clips(ResumableDataModule):
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return TrainingFiles(files, order, pipeline=self.pipeline)
 
+    def listing_sha256(self, split: Split) -> str:
+        """Hash what a split lists in its order, which tells that a sample's number means the same."""
+        found = self._found[split]
+        if isinstance(found, ShardSet):
+            return content_sha256(f"{shard.name} {shard.count}\n" for shard in found.shards)
+        return content_sha256(f"{key}\n" for key in self._files[split].keys)
+
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
         if crops.kind != "center":
             raise ValueError(f"crops={crops.kind!r} are of images; of {self.kind.name}s it must be 'center'")
         found = self._found[split]
         if isinstance(found, ShardSet):
-            return EvaluationShards(found, self.pipeline, crops=crops, **self._of(rank, world_size))
+            return EvaluationShards(found, self.pipeline, crops=crops, batches=batches, **self._of(rank, world_size))
         files = self._files[split]
-        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
+        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size, batches=batches)
         return EvaluationFiles(files, order, pipeline=self.pipeline, crops=crops)
 
     def _of(self, rank: int, world_size: int) -> dict[str, Any]:
