@@ -169,7 +169,8 @@ class SampleStream:
         for (shard, begin, in_shard), following in zip(needed, [*needed[1:], None], strict=True):
             if following is not None:
                 following[0].keep()
-            for position, sample in read_samples(shard, in_shard, captions=self.captions):
+            samples = read_samples(shard, in_shard, captions=self.captions, kind=self.shards.kind)
+            for position, sample in samples:
                 yield begin + position, sample
 
 
