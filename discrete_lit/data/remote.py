@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -77,7 +77,7 @@ def open_url(url: str) -> io.BufferedReader:
     elif url.startswith("gs://"):
         raw = _Command(f"gsutil cat {shlex.quote(url)}")
     elif url.startswith(("http://", "https://")):
-        raw = _Download(url)
+        raw = Download(url)
     else:
         try:
             raw = _Stream(gopen(url, "rb"))
@@ -142,12 +142,26 @@ class _Stream(io.RawIOBase):
         super().close()
 
 
-class _Download(_Stream):
-    """The body of a web server's answer."""
+class Download(_Stream):
+    """The body of a web server's answer, and what the server says of it.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: `http://` or `https://`.
+        headers: of the request; a server that it is led to is not told `Authorization`.
+
+    Attributes:
+        status: 200, or 206 for a part.
+        headers: those of the answer, by lower-case names; before them those of the answers that led to another address.
+
+    Raises:
+        OSError: the server cannot be reached or answers with an error. Reading raises it for what breaks off or stalls.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__()
-        self._source = _within(self._timeout, lambda: _answer(url, self._timeout))
+        self._source, led = _within(self._timeout, lambda: _answer(url, self._timeout, headers or {}))
+        self.status: int = self._source.status
+        self.headers = {**led, **{name.lower(): value for name, value in self._source.headers.items()}}
         length = self._source.headers.get("Content-Length", "")
         self._length = int(length) if length.isdecimal() else None
         self._total = 0
@@ -193,17 +207,31 @@ def _answer_into(answers: SimpleQueue[Any], ask: Callable[[], Any]) -> None:
         answers.put(error)
 
 
-def _answer(url: str, timeout: float) -> http.client.HTTPResponse:
+class _Led(urllib.request.HTTPRedirectHandler):
+    """Follow a server to another address, and keep what it said on the way."""
+
+    def __init__(self) -> None:
+        self.headers: dict[str, str] = {}
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self.headers |= {name.lower(): value for name, value in headers.items()}
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _answer(url: str, timeout: float, asked: Mapping[str, str]) -> tuple[http.client.HTTPResponse, Mapping[str, str]]:
     """Send one request, and tell failures that may pass from those that will not."""
     parts = urlsplit(url)
-    headers = {"User-Agent": "discrete-lit"}
+    headers = {"User-Agent": "discrete-lit", **{name: asked[name] for name in asked if name != "Authorization"}}
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
     try:
         request = urllib.request.Request(quote(plain, safe="%/:=&?~+!$,;'@()*[]"), headers=headers)
-        return urllib.request.urlopen(request, timeout=timeout)
+        if "Authorization" in asked:
+            request.add_unredirected_header("Authorization", asked["Authorization"])
+        led = _Led()
+        return urllib.request.build_opener(led).open(request, timeout=timeout), led.headers
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code} {error.reason}"
         error.close()

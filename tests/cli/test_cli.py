@@ -32,9 +32,12 @@ OPTIONS = {
     "encode_captions": {"config", "text_encoder", "arrays", "batch_size", "accelerator"},
     "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
     | {"accelerator", "precision"},
+    "models": {"config", "name", "word", "json"},
     "sample": {
         "config",
         "ckpt_path",
+        "model",
+        "accept_licence",
         "output",
         "num_samples",
         "labels",
@@ -78,8 +81,9 @@ OPTIONS = {
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
+    "demo": {"config", "ckpt_path", "model", "accept_licence", "host", "port", "accelerator"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
-    "export": {"config", "ckpt_path", "family", "output"},
+    "export": {"config", "ckpt_path", "family", "output", "licence"},
 }
 
 
@@ -117,7 +121,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions") else set()
+    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions", "models") else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
