@@ -287,7 +287,7 @@ class TrainingCLI(LightningCLI):
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
-            return init_from, read_checkpoint(init_from)
+            return init_from, read_checkpoint(local(init_from))
         return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:
