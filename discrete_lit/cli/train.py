@@ -44,6 +44,7 @@ from discrete_lit.checkpoints import (
     check_parses,
     check_weights,
     load_weights,
+    local,
     module_config,
     read_checkpoint,
     record_config,
