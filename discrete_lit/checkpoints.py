@@ -338,7 +338,7 @@ def save_pretrained(module: LightningModule, folder: str | Path, *, licence: str
 
 
 def weights_of(path: str | Path) -> Path:
-    """Return the file with the weights of a checkpoint, or of an address: itself, or the one in a folder for the Hub."""
+    """Return the file with the weights of a checkpoint or address: itself, or the one in a folder for the Hub."""
     path = local(path)
     return module_folder(path) / WEIGHTS if is_hub_folder(path) else Path(path)
 
