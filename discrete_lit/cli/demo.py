@@ -13,7 +13,7 @@ from discrete_lit.core.random import CounterRandom
 from discrete_lit.evaluation.watched_draws import Watched, decoded_frame
 from discrete_lit.generators import Generator
 from discrete_lit.pretrained.pipelines import check_draws_images, draw_images
-from discrete_lit.samplers.settings import adjustable, with_settings
+from discrete_lit.samplers.adjustment import adjustable, with_settings
 
 _MOST_FRAMES = 16
 _EXTRA = "`demo` needs Gradio: pip install 'discrete-lit[demo]'"

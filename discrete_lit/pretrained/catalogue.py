@@ -60,7 +60,7 @@ class ModelEntry:
     source: str
     """The address of whoever published it."""
     reference_config: Mapping[str, Any] | None = None
-    """What the weights do not say, in the reference's names; a value that is the name of a file stands for its path."""
+    """Settings that the weights do not tell, by the reference's names; the name of a file stands for its path."""
     tokenizer: str | None = None
     """The entry of a generator's tokenizer; None where the file holds it, or where there is none."""
     licence: str | None = None

@@ -52,7 +52,7 @@ class Downloaded:
 
 @dataclass(frozen=True, kw_only=True)
 class _Partial:
-    """What is known of a file of which a part has come."""
+    """A file of which a part has come, and what is known of the whole."""
 
     url: str
     tag: str

@@ -21,7 +21,7 @@ from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.hub_folders import GENERATOR, PIPELINE_INDEX
 from discrete_lit.core.images import to_uint8
 from discrete_lit.generators import Generator, LatentGenerator, Unified
-from discrete_lit.samplers.settings import with_settings
+from discrete_lit.samplers.adjustment import with_settings
 
 _PIPELINE = '''"""A pipeline of diffusers around a generator of discrete-lit."""
 

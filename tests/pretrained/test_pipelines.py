@@ -13,7 +13,7 @@ import discrete_lit
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.pretrained.pipelines import draw_images, write_pipeline
 from discrete_lit.samplers import MaskGITSampler
-from discrete_lit.samplers.settings import adjustable, with_settings
+from discrete_lit.samplers.adjustment import adjustable, with_settings
 
 NETWORK = {
     "class_path": "discrete_lit.tokenizers.networks.ConvAutoencoder",
