@@ -16,7 +16,7 @@ FOLDERS = {
     "discrete_lit": ["demo", "imagenet", "offline", "text"],
     "data": [],
     "benchmarks": ["bench"],
-    "docs": ["docs"],
+    "docs": ["docs", "site"],
     "tests": ["dev"],
 }
 # The benchmark of a GPU checks the cases that tests have, and tests run it.

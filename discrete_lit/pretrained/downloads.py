@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from discrete_lit.core.files import atomic_write_text, file_sha256, naming, publish
 from discrete_lit.core.locks import is_first_process
-from discrete_lit.data.remote import Download, MissingFile, without_secrets
+from discrete_lit.data.remote import Answer, MissingFile, without_secrets
 from discrete_lit.data.tars import PermanentFailure
 
 # Transfers that break off one after the other before anything more has come.
@@ -137,7 +137,7 @@ def _receive(url: str, path: Path, *, headers: Mapping[str, str], size: int | No
     if before is not None and start and start == before.size:
         return before
     asked = {**headers, "Range": f"bytes={start}-", "If-Range": before.tag} if before and start else headers
-    source = Download(url, asked)
+    source = Answer(url, asked)
     with io.BufferedReader(source, _CHUNK) as stream:
         start = start if source.status == 206 else 0
         stated = _stated(url, source, size)
@@ -187,7 +187,7 @@ def _write(file: io.FileIO, data: bytes, path: Path) -> None:
         ) from error
 
 
-def _stated(url: str, source: Download, size: int | None) -> _Partial:
+def _stated(url: str, source: Answer, size: int | None) -> _Partial:
     """Read what an answer says of the whole file, and refuse one that is about another."""
     said = source.headers
     whole = said.get("content-range", "").rpartition("/")[2] if source.status == 206 else said.get("content-length", "")

@@ -115,7 +115,7 @@ def test_running_means_stay_behind(tmp_path: Path) -> None:
         (
             "var_vqvae",
             {},
-            "family='var_vqvae' is not written; the layouts are taming_vqgan, llamagen_vq, hub, diffusers",
+            "family='var_vqvae' is not written; the layouts are taming_vqgan, llamagen_vq, checkpoint, hub, diffusers",
         ),
     ],
 )
