@@ -355,9 +355,9 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     keeps no checkpoint from being read: the module is built without such settings, and a warning says so.
 
     Args:
-        path: a file, or a folder of shards, written by `discrete-lit fit`; a folder by `save_pretrained`; or `model://NAME`, a published
-            model, or `hf://owner/name`, such a folder on the Hugging Face Hub: these are downloaded where they are not
-            in the cache.
+        path: a file, or a folder of shards, written by `discrete-lit fit`; a folder by `save_pretrained`; or
+            `model://NAME`, a published model, or `hf://owner/name`, a folder on the Hugging Face Hub: these two are
+            downloaded where they are not in the cache.
         trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
 
     Raises:
