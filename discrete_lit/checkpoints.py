@@ -7,9 +7,7 @@ checkpoint by an unpickler that knows their classes alone, and `core/trust.py` d
 """
 
 import importlib
-import io
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -35,6 +33,7 @@ from discrete_lit.core.trust import (
     refusal,
     trusting,
 )
+from discrete_lit.fsdp2 import META, check_shards, is_sharded, read_shards
 
 _log = logging.getLogger(__name__)
 _MOST_SHOWN = 3
@@ -136,19 +135,23 @@ def _cannot_build(config: Mapping[str, Any], path: str | Path, error: BaseExcept
     return f"cannot build the {printable(config['class_path'])} of {str(path)!r}: {reason}"
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing code, and check that no record of it is damaged.
 
-    Of a sharded checkpoint, a folder, it reads all but the `state_dict` and the optimizers' states, and checks that
-    PyTorch will execute no code when it reads these.
+    Of a sharded checkpoint, a folder, it reads all but the weights and the optimizers' states, and checks that PyTorch
+    will execute no code when it reads these.
+
+    Args:
+        path: the file, or folder of shards.
+        whole: put the weights and optimizers' states of a sharded one together too.
 
     Raises:
         ValueError: no such file, a truncated, compressed or damaged one, pickled code, or a file that holds no module.
     """
-    sharded = Path(path).is_dir()
+    sharded = is_sharded(path)
     if sharded and not (Path(path) / ".metadata").is_file():
         raise ValueError(f"{str(path)!r} is a folder, and not a finished sharded checkpoint")
-    file = Path(path) / "meta.pt" if sharded else Path(path)
+    file = Path(path) / META if sharded else Path(path)
     if not file.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
@@ -158,7 +161,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if sharded:
-            _check_shards(Path(path))
+            check_shards(Path(path))
+            if whole and isinstance(checkpoint, dict):
+                checkpoint |= read_shards(path)
     except Exception as error:
         reason = printable(error, limit=300)
         raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
@@ -188,59 +193,6 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "optimizer_states": (Sequence, "a list"),
     "lr_schedulers": (Sequence, "a list"),
 }
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Read the description of a sharded checkpoint: classes that `torch.distributed.checkpoint` writes, no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        from torch.distributed.checkpoint import filesystem, metadata
-
-        if module == metadata.__name__ and name in (*metadata.__all__, "_MEM_FORMAT_ENCODING"):
-            return getattr(metadata, name)
-        if (module, name) == (filesystem.__name__, "_StorageInfo"):
-            return filesystem._StorageInfo
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-            return Path
-        raise ValueError(f"it names {module}.{name}, which no sharded checkpoint holds: it may be code")
-
-
-def _check_shards(folder: Path) -> None:
-    """Check that PyTorch executes no code when it reads a sharded checkpoint: it unpickles what is no tensor.
-
-    Raises:
-        ValueError: the description names anything but its own classes, or a value is more than plain data.
-    """
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-
-    for file in folder.glob("*.metadata"):  # of ranks too; `glob` finds `.metadata` itself
-        with file.open("rb") as opened:
-            found = _MetadataUnpickler(opened).load()
-        stored = found.storage_data if isinstance(found, Metadata) else None
-        entries = found.state_dict_metadata if isinstance(found, Metadata) else None
-        if not isinstance(stored, dict) or not isinstance(entries, dict):
-            raise ValueError(f"{file.name} describes no sharded checkpoint")
-        for index, place in stored.items():
-            if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-                raise ValueError(f"{file.name} describes no sharded checkpoint")
-            shard = folder / str(place.relative_path)
-            if shard.parent != folder or not shard.is_file() or getattr(place, "transform_descriptors", None):
-                raise ValueError(f"{printable(place.relative_path)} is missing, elsewhere or compressed")
-            if not 0 <= place.offset <= place.offset + place.length <= shard.stat().st_size:
-                raise ValueError(f"{shard.name} is truncated")
-            if isinstance(entries.get(index.fqn), BytesStorageMetadata):
-                with shard.open("rb") as opened:
-                    opened.seek(place.offset)
-                    torch.load(io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True)
 
 
 def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -316,7 +268,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     keeps no checkpoint from being read: the module is built without such settings, and a warning says so.
 
     Args:
-        path: a file written by `discrete-lit fit`.
+        path: a file, or a folder of shards, written by `discrete-lit fit`.
         trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
 
     Raises:
@@ -330,7 +282,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     token = _loading.set((*_loading.get(), file))
     try:
         with trusting(*([trust] if isinstance(trust, str) else trust)):
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, whole=True)
             # By name, since these packages stand on this file: they mark what is loadable.
             for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
                 importlib.import_module(package)
@@ -394,7 +346,8 @@ def check_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: 
     """
     if "state_dict" not in checkpoint:
         raise ValueError(
-            f"{str(path)!r} is sharded: only `discrete-lit` with its own model in the configuration reads it"
+            f"{str(path)!r} is sharded: `discrete-lit export --ckpt_path {path} --family checkpoint --output FILE` "
+            "makes one file of it"
         )
     own, saved = module.state_dict(), checkpoint["state_dict"]
     wrong = [f"{name} is missing" for name in own if name not in saved]

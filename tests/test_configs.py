@@ -99,6 +99,16 @@ def hybrid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def bits_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained tokenizer of bits at two scales: 8x8 images to 1 + 16 tokens of 4 bits."""
+    quantizer = {
+        "class_path": "discrete_lit.tokenizers.quantizers.MultiScaleBinarySphericalQuantizer",
+        "init_args": {"bits": 4, "scales": [1, 4]},
+    }
+    return write_tokenizer(tmp_path_factory.mktemp("bits"), "VQGAN", {"quantizer": quantizer})
+
+
+@pytest.fixture(scope="module")
 def residual_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of four codes a position: 8x8 images to 4x4x4 tokens of 16 ids."""
     return write_tokenizer(tmp_path_factory.mktemp("residual"), "RQVAE", SMALL_CODEBOOK)
@@ -265,6 +275,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ProxyDecoder": SMALL_CODEBOOK,
     "VectorQuantizer": {"codebook_size": 16, "dim": 4},
     "IndexBackpropagationQuantizer": {"codebook_size": 16, "dim": 4},
+    "MultiScaleBinarySphericalQuantizer": {"bits": 4, "scales": [1, 2]},  # of five levels and 32 pixels
     "VQVAE": SMALL_CODEBOOK,
     "RQVAE": SMALL_CODEBOOK,
     "MultiScaleVQ": SMALL_CODEBOOK,
@@ -320,6 +331,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "SuperResolution": {"image_size": 8, "num_classes": 2},
     "Autoregressive": {"image_size": 8, "num_classes": 2},
     "NextScale": {"image_size": 8, "num_classes": 2},
+    "BitwiseNextScale": {"image_size": 8, "num_classes": 1},
     "DiscreteDiffusion": {"image_size": 8, "num_classes": 2},
     "AncestralSampler": {"steps": 4},
     "HaltonSampler": {"steps": 4},
@@ -460,6 +472,7 @@ def test_models_fit_reload_and_sample(
     text_tokens: Path,
     tokenizer_file: Path,
     multi_scale_file: Path,
+    bits_file: Path,
     residual_file: Path,
     hybrid_file: Path,
     continuous_file: Path,
@@ -479,7 +492,8 @@ def test_models_fit_reload_and_sample(
     is_generator = "backbone" in settings["model"]["init_args"]
     kind = settings["model"]["class_path"].rpartition(".")[2]
     of_scales = kind == "NextScale"
-    own_file = {"NextScale": multi_scale_file, "HybridNextScale": hybrid_file}.get(kind, tokenizer_file)
+    own_files = {"NextScale": multi_scale_file, "BitwiseNextScale": bits_file, "HybridNextScale": hybrid_file}
+    own_file = own_files.get(kind, tokenizer_file)
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
     of_text = is_generator and settings["model"]["init_args"]["tokenizer"]["class_path"].endswith("Characters")

@@ -16,13 +16,12 @@ from helpers.distributed_run import (
     run,
     tokenizer_config,
     vqvae_config,
+    write_tokens,
 )
 from PIL import Image
 
 from discrete_lit import load
 from discrete_lit.checkpoints import instantiate
-from discrete_lit.data import TokenWriter
-from discrete_lit.tokenizers import from_checkpoint
 
 pytestmark = [
     pytest.mark.ddp,
@@ -48,28 +47,7 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def token_data(folder, tokenizer):
     """`token_data(batch_size)`: 52 training and 11 validation samples, of which the ranks get different numbers."""
-    module = from_checkpoint(tokenizer)
-    random = torch.Generator().manual_seed(0)
-    for split, count in (("train", 52), ("validation", 11), ("uneven", 9)):
-        TokenWriter.create(
-            folder / split,
-            count=count,
-            token_shape=module.token_shape(IMAGE_SIZE),
-            vocab_size=module.vocab_size,
-            image_size=IMAGE_SIZE,
-            num_classes=CLASSES,
-            classes=[str(label) for label in range(CLASSES)],
-            tokenizer=module.fingerprint(),
-            source="noise",
-        )
-        writer = TokenWriter(folder / split)
-        labels = torch.arange(count) % CLASSES
-        tokens = (
-            torch.randint(3, (count, *module.token_shape(IMAGE_SIZE)), generator=random) + 3 * labels[:, None, None]
-        )
-        writer.write(torch.arange(count), tokens, labels)
-        writer.close()
-        TokenWriter.finalise(folder / split)
+    write_tokens(folder, tokenizer, {"train": 52, "validation": 11, "uneven": 9})
     paths = {split: str(folder / split) for split in ("train", "validation")}
     return lambda batch_size: {"class": "TokenArrays", "arguments": {**paths, "batch_size": batch_size}}
 

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from discrete_lit.callbacks.collective_timeout import CollectiveTimeout
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.hang_detector import HangDetector
 from discrete_lit.callbacks.image_distance import ImageDistance
@@ -10,9 +11,11 @@ from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
 from discrete_lit.callbacks.monitors import GradientNorm
 from discrete_lit.callbacks.preemption import Preemption
 from discrete_lit.callbacks.throughput import Compile, Throughput
+from discrete_lit.callbacks.token_telemetry import TokenTelemetry
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
+    "CollectiveTimeout",
     "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",
@@ -22,6 +25,7 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",
+    "TokenTelemetry",
     "TrainingGuard",
     "TrainingStopped",
 ]

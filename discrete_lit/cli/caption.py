@@ -65,7 +65,7 @@ def caption(
             f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, which writes no captions: give the "
             "checkpoint of a Unified"
         )
-    if generator.order != "both":
+    if not generator.describes:
         raise ValueError(
             f"the Unified of ckpt_path={ckpt_path!r} draws images of captions alone: train one with order: both"
         )

@@ -1,7 +1,6 @@
 """`discrete-lit sample`: a generator's checkpoint to images on disk."""
 
 import json
-import math
 import shutil
 import time
 from copy import copy
@@ -10,7 +9,6 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -19,10 +17,12 @@ from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load
 from discrete_lit.cli.devices import make_fabric
+from discrete_lit.cli.drawn_rows import DrawnRows
+from discrete_lit.core.array_parts import WHOLE, PartsFolder, check_join, find_part, tell_missing, tell_part
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
-from discrete_lit.core.distributed import all_reduce_sum
-from discrete_lit.core.files import RowFile, atomic_write, atomic_write_text, file_sha256
+from discrete_lit.core.distributed import all_reduce_sum, on_first_rank
+from discrete_lit.core.files import atomic_write, atomic_write_text, file_sha256
 from discrete_lit.core.images import ImageSize, displayable, height_and_width, normal_size, to_uint8
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
@@ -65,6 +65,9 @@ def sample(
     decoder: str | None = None,
     decoder_sampler: GuidedSolver | None = None,
     decoder_steps: int | None = None,
+    part: str | None = None,
+    join: int | None = None,
+    missing: bool = False,
 ) -> dict[str, Any]:
     """Sample images, or text, from a generator's checkpoint, which alone is enough.
 
@@ -76,6 +79,12 @@ def sample(
     goes to `samples.txt`, a line each. Prompts stand in `run.json` and in the grid, and with them the thoughts of a
     model that writes one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of
     devices do not change it (to the rounding of the network's arithmetic).
+
+    The work can be cut into n jobs of an array: each runs the command with `part: i/n`, in any order, and behind them
+    the command with `join: n` writes the files above. A batch is drawn whole by one device, and holds the same samples
+    whoever draws it: they are the same bytes for any number of parts, devices and interruptions on one kind of device.
+    What was interrupted goes on when it is run again. Of parts `run.json` has the settings of the last, and the speed
+    of one job on average.
 
     Args:
         ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
@@ -113,16 +122,25 @@ def sample(
             be made for the same tokens: grid, vocabulary, and hash of the tokenizer's weights.
         decoder_sampler: how the decoder draws; its own by default.
         decoder_steps: steps of the decoder's own sampler, in place of those that it was trained with.
+        part: `i/n`, to draw the i-th of n parts, i from 1; `slurm` for the number of this job in its SLURM array.
+        join: n, to write the samples when n parts are done.
+        missing: draw nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them; the
+            exit status is 1 if there are any.
 
     Returns:
-        What `run.json` holds.
+        What `run.json` holds; nothing for a part; `{"missing": [...]}` where that is asked for.
 
     Raises:
         ValueError: not a generator's checkpoint; prompts for a generator without text, none for one that reads them, or
             a num_samples that does not have as many of each of GenEval's; a sampler of ids for latents or the other way
             round; a label that is no number or out of range, num_samples or image_size below 1, an image size for text,
-            a graph on another device than CUDA's or of latents, or a decoder of other tokens than the generator's.
+            a graph on another device than CUDA's or of latents, a decoder of other tokens than the generator's, a part
+            with other settings than those that have begun, or parts to join that are not there or were damaged.
     """
+    if missing:
+        return tell_missing(output, "sample", "samples.npz")
+    check_join(part, join)
+    own_part, parts = find_part(part, output, "sample"), PartsFolder(output, "sample")
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator | Unified):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
@@ -190,7 +208,52 @@ def sample(
         decoding = decoding.to(fabric.device)
     if compile:
         compile_for_sampling(generator.backbone)
-    own = range(fabric.global_rank * batch_size, num_samples, fabric.world_size * batch_size)
+    settings = {
+        "checkpoint": str(ckpt_path),
+        "checkpoint_sha256": file_sha256(ckpt_path),
+        "generator": type(generator).__name__,
+        "tokenizer_fingerprint": fingerprint,
+        "sampler": describe(drawer),
+        "num_samples": num_samples,
+        "labels": labels,
+        "prompts": None if prompts is None else list(prompts.texts),
+        "negative_prompt": negative_prompt,
+        "given_thoughts": thought,
+        "thoughts": None,
+        "num_classes": generator.num_classes,
+        "seed": seed,
+        "batch_size": batch_size,
+        "precision": precision,
+        "weights_dtype": _dtype_of(generator.backbone),
+        "compile": compile,
+        "image_size": image_size,
+        "decoder": None
+        if decoding is None
+        else {"checkpoint": str(decoder), "sha256": file_sha256(str(decoder)), "sampler": describe(decoding.sampler)},
+    }
+    this = own_part or WHOLE
+    batches = this.batches(num_samples, batch_size)
+    drawn_rows = DrawnRows(folder, parts, num_samples, batch_size=batch_size)
+
+    def publish(run: dict[str, Any]) -> dict[str, Any]:
+        with_texts = isinstance(generator, Unified) and drawn_rows.has_thoughts
+        if with_texts:
+            run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(drawn_rows.thoughts_path)))
+        rows = np.load(drawn_rows.path, mmap_mode="c")
+        _write(folder, None if decoding else generator.tokenizer, rows, np.resize(cycle.numpy(), num_samples), run)
+        if prompts is not None and prompts.metadata is not None:
+            write_geneval(folder / GENEVAL_FOLDER, np.load(drawn_rows.path, mmap_mode="r"), prompts)
+        drawn_rows.clear()
+        return run
+
+    same = {**settings, "torch": torch.__version__}
+    if join is not None:
+        return on_first_rank(lambda: publish({**drawn_rows.joined(join, same), **starts}))
+    on_first_rank(lambda: parts.begin(this, same, drawn_rows.clear))
+    if own_part is not None and on_first_rank(lambda: parts.facts(this)) is not None:
+        return tell_part(own_part, output)
+    left = on_first_rank(lambda: drawn_rows.unfinished(batches))
+    own = [int(batch) * batch_size for batch in left[fabric.global_rank :: fabric.world_size]]
     graphed = None
     if isinstance(generator, LatentGenerator):
         if graph is True:
@@ -201,14 +264,8 @@ def sample(
         and _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own))
     ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
-    rows_path, thoughts_path = folder / "rows.npy.partial", folder / "thoughts.npy.partial"
     count, drawn = 0, None
     seconds = seconds_undecoded = 0.0
-    writer: RowFile | None = None
-    thought_writer: RowFile | None = None
-    if isinstance(generator, Unified) and generator.thought_length is not None:
-        shape = num_samples, generator.layout["thought"].positions
-        thought_writer = _open_rows(thoughts_path, shape, np.dtype(np.int64), fabric)
     for start in tqdm(own, desc="sample", unit="batch", disable=fabric.global_rank > 0):
         indices = torch.arange(start, min(start + batch_size, num_samples))
         begin = time.perf_counter()
@@ -233,73 +290,36 @@ def sample(
                 decoded = decoding.decode(drawn.tokens, decoded_given, seed=seed, indices=batch[1])
             rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
-        if writer is None:
-            writer = _open_rows(rows_path, (num_samples, *rows.shape[1:]), rows.dtype, fabric)
-        writer.write(indices.numpy(), rows)
-        if isinstance(generator, Unified) and thought_writer is not None:
+        thought_rows = None
+        if isinstance(generator, Unified) and generator.thought_length is not None:
             own_thoughts = cast(UnifiedOutput, drawn).thoughts
             assert own_thoughts is not None, "a model with thoughts draws behind one"
-            thought_writer.write(indices.numpy(), generator.thought_rows(own_thoughts).cpu().numpy())
+            thought_rows = generator.thought_rows(own_thoughts).cpu().numpy()
+        drawn_rows.write(indices.numpy(), rows, thought_rows)
         count += len(indices)
-    if writer is None:
-        writer = _open_rows(rows_path, None, None, fabric)
-    writer.close()
-    if thought_writer is not None:
-        thought_writer.close()
+    drawn_rows.close()
     fabric.barrier()
 
     rates = torch.tensor((count / seconds, count / seconds_undecoded) if count else (0.0, 0.0), device=fabric.device)
     rate, rate_undecoded = all_reduce_sum(rates).tolist()
     run = {
-        "checkpoint": str(ckpt_path),
-        "checkpoint_sha256": file_sha256(ckpt_path),
-        "generator": type(generator).__name__,
-        "tokenizer_fingerprint": fingerprint,
-        "sampler": describe(drawer),
-        "num_samples": num_samples,
-        "labels": labels,
-        "prompts": None if prompts is None else list(prompts.texts),
-        "negative_prompt": negative_prompt,
-        "given_thoughts": thought,
-        "thoughts": None,
-        "num_classes": generator.num_classes,
-        "seed": seed,
-        "batch_size": batch_size,
+        **settings,
         "world_size": fabric.world_size,
-        "precision": precision,
-        "weights_dtype": _dtype_of(generator.backbone),
-        "compile": compile,
         "graph": graphed is not None and graphed.recorded,
-        "image_size": image_size,
         "parameters": sum(
             parameter.numel() for network in generator.drawing_networks() for parameter in network.parameters()
         ),
         "network_calls": drawn.network_calls if drawn else 0,
         "sequential_passes": drawn.sequential_passes if drawn else 0,
         "flops_per_image": drawn.flops if drawn else 0,
-        "decoder": None
-        if decoding is None
-        else {"checkpoint": str(decoder), "sha256": file_sha256(str(decoder)), "sampler": describe(decoding.sampler)},
         "images_per_second": rate,
         "images_per_second_without_decoding": rate_undecoded,
         **environment(fabric.device),
     }
-    if fabric.global_rank == 0 and isinstance(generator, Unified) and thought_writer is not None:
-        run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(thoughts_path)))
-        thoughts_path.unlink()
-    if fabric.global_rank == 0:
-        _write(
-            folder,
-            None if decoding else generator.tokenizer,
-            np.load(rows_path, mmap_mode="c"),
-            np.resize(cycle.numpy(), num_samples),
-            {**run, **starts},
-        )
-        if prompts is not None and prompts.metadata is not None:
-            write_geneval(folder / GENEVAL_FOLDER, np.load(rows_path, mmap_mode="r"), prompts)
-        rows_path.unlink()
-    fabric.barrier()
-    return run
+    if own_part is not None:
+        on_first_rank(lambda: drawn_rows.finish(own_part, run))
+        return tell_part(own_part, output)
+    return on_first_rank(lambda: publish({**run, **starts}))
 
 
 def _check_room(output: str, num_samples: int) -> None:
@@ -405,22 +425,6 @@ def _rows(decoded: torch.Tensor, image_size: ImageSize | None) -> np.ndarray:
     if image_size is not None:
         decoded = F.interpolate(decoded.float(), size=height_and_width(image_size), mode="bicubic")
     return to_uint8(decoded).movedim(1, -1).cpu().numpy()
-
-
-def _open_rows(path: Path, shape: tuple[int, ...] | None, dtype: np.dtype | None, fabric: Fabric) -> RowFile:
-    """The array that all ranks write their rows into; rank 0, which always has rows, makes it."""
-    if fabric.global_rank == 0:
-        assert shape is not None and dtype is not None
-        path.unlink(missing_ok=True)
-        needed, free = 2 * math.prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
-        if free < needed:
-            raise ValueError(
-                f"{path.parent} has {free:,} bytes of free space, and {shape[0]:,} samples take {needed:,} while they "
-                "are drawn and written into samples.npz"
-            )
-        RowFile.create(path, dtype, shape)
-    fabric.barrier("made")
-    return RowFile(path)
 
 
 def _write(

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from discrete_lit.checkpoints import load, save
+from discrete_lit.checkpoints import check_weights, load, read_checkpoint, rebuild, save
 from discrete_lit.core.files import atomic_write
+from discrete_lit.fsdp2 import by_number, is_sharded
 from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.exporting import EXPORTS, export_state
@@ -61,18 +62,24 @@ def import_weights(
 
 
 def export_weights(ckpt_path: str, family: str, output: str) -> None:
-    """Write a tokenizer's checkpoint in a published layout, for code that reads that layout.
+    """Write a tokenizer's checkpoint in a published layout, or a sharded checkpoint as one file.
 
-    `discrete-lit import` of the result gives the same weights to the bit; what only training uses is left out.
+    `discrete-lit import` of a published layout gives the same weights to the bit; what only training uses is left out.
+    The one file of a sharded checkpoint has everything, also the optimizer's state: any strategy, on any number of
+    ranks, goes on from it.
 
     Args:
-        ckpt_path: Checkpoint of a tokenizer with a ConvAutoencoder and a VectorQuantizer.
-        family: taming_vqgan or llamagen_vq.
-        output: File to write; safetensors by its suffix, else as `torch.save` does.
+        ckpt_path: Checkpoint of a tokenizer with a ConvAutoencoder and a VectorQuantizer; for `checkpoint`, the folder
+            of a sharded checkpoint.
+        family: taming_vqgan, llamagen_vq or checkpoint.
+        output: File to write; a published layout is safetensors by its suffix, else as `torch.save` does.
 
     Raises:
-        ValueError: Not such a tokenizer, or a setting that the layout cannot express.
+        ValueError: Not such a tokenizer, or a setting that the layout cannot express; no sharded checkpoint.
     """
+    if family == "checkpoint":
+        _write_one_file(ckpt_path, output)
+        return
     state = export_state(load(ckpt_path), family)
     file = Path(output)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,3 +89,22 @@ def export_weights(ckpt_path: str, family: str, output: str) -> None:
         else:
             torch.save({EXPORTS[family].wrapper: state}, opened)
     print(f"{output}: {len(state)} tensors in the layout of {family}")
+
+
+def _write_one_file(folder: str, output: str) -> None:
+    """Put the parts of a sharded checkpoint together."""
+    if not is_sharded(folder):
+        raise ValueError(f"ckpt_path={folder!r} is no folder: of a sharded checkpoint, which is one, one file is made")
+    checkpoint = read_checkpoint(folder, whole=True)
+    checkpoint.pop("sharded", None)
+    module = rebuild(checkpoint, folder)
+    check_weights(module, checkpoint, folder)
+    names = [name for name, _ in module.named_parameters()]
+    if "optimizer_states" in checkpoint:
+        checkpoint["optimizer_states"] = [by_number(state, names) for state in checkpoint["optimizer_states"]]
+    file = Path(output)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as opened:
+        torch.save(checkpoint, opened)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    print(f"{output}: {type(module).__name__}, {count:,} parameters, step {checkpoint.get('global_step')}")

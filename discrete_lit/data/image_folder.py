@@ -4,6 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -36,9 +37,9 @@ class ImageFolder(ResumableDataModule):
     `train` has none, `validation` is read without labels too.
 
     A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may be resumed
-    with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index` is the
-    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the list of
-    files, sorted by key.
+    with other numbers of ranks and workers, other batch sizes and accumulation, as long as the global batch stays. In
+    training `index` is the sample's position in the run, epoch * count + position in the epoch; in evaluation it is the
+    position in the list of files, sorted by key.
 
     An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
     evaluation; both are logged and counted.
@@ -143,16 +144,26 @@ class ImageFolder(ResumableDataModule):
     def _files(self) -> dict[Split, "ImageFiles"]:
         return {split: ImageFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
 
+    def listing_sha256(self, split: Split) -> str:
+        """Hash the names of the images of a split in their order, which tells that a sample's number means the same."""
+        return content_sha256(f"{key}\n" for key in self._files[split].keys)
+
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
         return _TrainingImages(files, order, pipeline=self.pipeline)
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
         files = self._files[split]
-        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
+        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size, batches=batches)
         return _EvaluationImages(files, order, pipeline=self.pipeline, crops=crops)
 
 

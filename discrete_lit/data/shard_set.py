@@ -22,7 +22,7 @@ import braceexpand
 import numpy as np
 
 from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
-from discrete_lit.data.remote import MissingFile, is_local, local_path, open_url, without_secrets
+from discrete_lit.data.remote import MissingFile, is_download, is_local, keep, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
 from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
@@ -59,6 +59,10 @@ class Shard:
     def open(self) -> io.BufferedReader:
         """A binary stream of the file; seekable where it is local."""
         return open_url(self.url)
+
+    def keep(self) -> None:
+        """Bring the file into this machine's cache of shards meanwhile, where there is one: it is read next."""
+        keep(self.url)
 
 
 @dataclass(frozen=True)
@@ -396,7 +400,7 @@ def _manifest(folder: str) -> dict[str, Any] | None:
         return None
     except OSError as error:
         # The commands behind other URLs tell by their exit status alone that there is no such file.
-        if not is_local(url) and urlsplit(url).scheme not in ("http", "https"):
+        if not is_local(url) and not is_download(url):
             _log.info("no %s: %s", without_secrets(url), error)
             return None
         raise ValueError(f"cannot read {without_secrets(url)}: {error}") from error

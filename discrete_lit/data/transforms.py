@@ -57,7 +57,7 @@ _LARGEST_EXCESS = 16
 
 
 # Bytes that decoding one picture may take, and for each byte that its file may have; those of a pixel in RGB.
-_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 3 * 2**29, 6, 4
+_MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 5 * 2**28, 5, 4
 
 
 class UndecodableImage(ValueError):
@@ -338,7 +338,7 @@ def _check_jpeg_size(image: Image.Image, size: int) -> None:
 
 
 def _check_memory(image: Image.Image, mode: str) -> None:
-    """Refuse a picture that would take more than a gigabyte and a half while it is decoded and brought to its mode.
+    """Refuse a picture that would take more than 1.3 gigabytes while it is decoded and brought to its mode.
 
     Some decoders keep more than the pixels: OpenJPEG 32 bits of each channel, libjpeg all coefficients of a picture
     that comes in several passes, and others a whole strip, tile or frame.

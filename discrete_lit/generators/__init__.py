@@ -1,6 +1,7 @@
 """Generators: objectives over token sequences, or over whole latents, around one backbone."""
 
 from discrete_lit.generators.autoregressive import Autoregressive
+from discrete_lit.generators.bitwise_next_scale import BitwiseNextScale
 from discrete_lit.generators.continuous_autoregressive import ContinuousAutoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
@@ -21,6 +22,7 @@ from discrete_lit.generators.unified import Unified
 
 __all__ = [
     "Autoregressive",
+    "BitwiseNextScale",
     "CaptionIds",
     "ContinuousAutoregressive",
     "ContinuousMasked",

@@ -46,9 +46,8 @@ KINDS = (
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
 NOT_YET = (
-    *("encodec", "infinity"),
+    "encodec",
     *("magvit2_video", "musicgen_decoder"),
-    "showo",
 )
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
