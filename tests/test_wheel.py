@@ -101,7 +101,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "discrete_lit").rglob("*.py")}
     recipes = {
         f"discrete_lit/{path.relative_to(ROOT).as_posix()}"
-        for pattern in ("*.yaml", "*.sbatch")
+        for pattern in ("*.yaml", "*.sbatch", "*.py")
         for path in (ROOT / "lightning_configs").rglob(pattern)
     }
     assert names == code | recipes | {"discrete_lit/py.typed", "discrete_lit/evaluation/watch.html"}
