@@ -1,7 +1,7 @@
 """Predicted costs of drawing images by a recipe, before anything is trained.
 
-`count_draw` draws on tensors without data, so that nothing is computed; `time_draw` draws with random weights, on which
-no cost depends. A deep network is not built whole: two of few blocks are drawn from, and all that grows with the blocks
+`count_draw` draws on tensors without data, so that nothing is computed (but by `Unified`); `time_draw` draws with random
+weights, on which no cost depends. A deep network is not built whole: two of few blocks are drawn from, and all that grows with the blocks
 (time, operations, weights, memory) lies on a line through the two. Operations are the sampler's own count, as
 `discrete-lit sample` writes it into run.json.
 """
@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from discrete_lit.backbones.execution import count_flops, outline
 from discrete_lit.checkpoints import instantiate
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.core.synchronisation import Checks, noting
 from discrete_lit.generators import Generator, LatentGenerator, Unified
 from discrete_lit.generators.counted_step import count_step
 
@@ -34,7 +35,7 @@ AnyGenerator = Generator | LatentGenerator | Unified
 SHALLOW = (1, 3)
 """Blocks of the two networks that stand for a deeper one; odd, as U-ViT's skips need."""
 _LONG = 1.0
-_PROMPT = "a digit"
+_PROMPT = "a six"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,11 +150,15 @@ def _given(generator: AnyGenerator, batch_size: int) -> tuple[Any, CounterRandom
 
 def _counted(model: Mapping[str, Any], batch_size: int) -> DrawCost:
     generator = _built(model)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode(False), torch.no_grad():
-        copy = outline(generator)
-        copy.tokenizer.check_tokens = lambda tokens: None  # reads ids, and there are none
+    # What follows in a grammar is read from what was drawn: only real draws know it.
+    without_data = nullcontext() if isinstance(generator, Unified) else FakeTensorMode(allow_non_fake_inputs=True)
+    # The checks at the end of a draw would read what is not there.
+    with without_data, torch.no_grad(), noting(Checks()):
+        copy = generator if isinstance(generator, Unified) else outline(generator)
+        copy.tokenizer.check_tokens = lambda tokens: None
+        given = _given(copy, batch_size)
         with most_held() as held:
-            drawn = copy.draw(*_given(copy, batch_size), None)
+            drawn = copy.draw(*given, None)
             copy.tokenizer.decode(drawn.tokens)
     networks = {id(network): network for network in (*generator.drawing_networks(), generator.tokenizer)}
     weights = {id(weight): weight for network in networks.values() for weight in network.parameters()}

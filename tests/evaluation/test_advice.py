@@ -41,7 +41,7 @@ def real_draw(model: dict, batch: int):
     """Draw, and count by torch's counter; the operations of the backbone and of the heads, for an image."""
     generator = instantiate(model).eval()
     labels = torch.arange(batch) % generator.num_classes
-    given = labels if not hasattr(generator, "captions_of") else generator.condition_of_texts(["a digit"] * batch)
+    given = labels if not hasattr(generator, "captions_of") else generator.condition_of_texts(["a six"] * batch)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         drawn = generator.draw(given, CounterRandom(0, torch.arange(batch)), None)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoding:
