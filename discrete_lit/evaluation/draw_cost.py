@@ -1,9 +1,9 @@
 """Predicted costs of drawing images by a recipe, before anything is trained.
 
-`count_draw` draws on tensors without data, so that nothing is computed (but by `Unified`); `time_draw` draws with random
-weights, on which no cost depends. A deep network is not built whole: two of few blocks are drawn from, and all that grows with the blocks
-(time, operations, weights, memory) lies on a line through the two. Operations are the sampler's own count, as
-`discrete-lit sample` writes it into run.json.
+`count_draw` draws once on tensors without data, or for real where that is quicker; `time_draw` draws with random
+weights, on which no cost depends. A deep network is not built whole: two of few blocks are drawn from, and all that grows with
+the blocks (time, operations, weights, memory) lies on a line through the two. Operations are the sampler's own count,
+as `discrete-lit sample` writes it into run.json.
 """
 
 import time
@@ -64,7 +64,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def count_draw(model: Mapping[str, Any], *, batch_size: int) -> DrawCost:
-    """Count what drawing and decoding a batch takes; nothing is computed.
+    """Count what drawing and decoding a batch takes.
 
     Args:
         model: configuration of a generator whose frozen parts are configurations too.
@@ -150,12 +150,12 @@ def _given(generator: AnyGenerator, batch_size: int) -> tuple[Any, CounterRandom
 
 def _counted(model: Mapping[str, Any], batch_size: int) -> DrawCost:
     generator = _built(model)
-    # What follows in a grammar is read from what was drawn: only real draws know it.
-    without_data = nullcontext() if isinstance(generator, Unified) else FakeTensorMode(allow_non_fake_inputs=True)
+    real = _draws_for_real(generator)
     # The checks at the end of a draw would read what is not there.
-    with without_data, torch.no_grad(), noting(Checks()):
-        copy = generator if isinstance(generator, Unified) else outline(generator)
-        copy.tokenizer.check_tokens = lambda tokens: None
+    with nullcontext() if real else FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), noting(Checks()):
+        copy = generator if real else outline(generator)
+        if not real:
+            copy.tokenizer.check_tokens = lambda tokens: None
         given = _given(copy, batch_size)
         with most_held() as held:
             drawn = copy.draw(*given, None)
@@ -172,6 +172,17 @@ def _counted(model: Mapping[str, Any], batch_size: int) -> DrawCost:
         parameters=sum(weight.numel() for weight in weights.values()),
         memory=sum(weight.nbytes for weight in weights.values()) + held[0],
     )
+
+
+def _draws_for_real(generator: AnyGenerator) -> bool:
+    """Say whether a real draw is needed, or quicker than one without data.
+
+    `Unified` reads what it drew, to know what may follow. A cache of keys and values has another shape at each pass,
+    which tensors without data have to work out anew, and a pass over one position computes little.
+    """
+    if isinstance(generator, Unified):
+        return True
+    return isinstance(generator, Generator) and generator.backbone.layout.attention == "causal"
 
 
 def _decoding_flops(generator: AnyGenerator, shape: torch.Size, dtype: torch.dtype) -> int:
