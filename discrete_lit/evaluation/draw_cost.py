@@ -1,9 +1,9 @@
 """Predicted costs of drawing images by a recipe, before anything is trained.
 
-`count_draw` draws once on tensors without data, or for real where that is quicker; `time_draw` draws with random
-weights, on which no cost depends. A deep network is not built whole: two of few blocks are drawn from, and all that grows with
-the blocks (time, operations, weights, memory) lies on a line through the two. Operations are the sampler's own count,
-as `discrete-lit sample` writes it into run.json.
+`count_draw` draws once on tensors without data, or for real where that is quicker; `time_draw` draws for real. Weights
+are random: no cost depends on them. A deep network is not built whole: two of few blocks are drawn from, and all that
+grows with the blocks (time, operations, weights, memory) lies on a line through the two. Operations are the sampler's
+own count, as `discrete-lit sample` writes it into run.json.
 """
 
 import time

@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -45,25 +44,27 @@ def tiny(recipe, depth: int) -> dict:
 def real_draw(model: dict, batch: int):
     """Draw, and count by torch's counter; the operations of the networks for an image, without VAR's code vectors."""
     generator = instantiate(model).eval()
-    quantizing: Any = FlopCounterMode(display=False)
+    quantizing: list[int] = []
     if isinstance(generator, NextScale):
         quantizer = generator.scale_quantizer()
         for name in ("contribution", "at_scale"):
-            setattr(quantizer, name, counted_by(quantizing, getattr(quantizer, name)))
+            setattr(quantizer, name, counted_in(quantizing, getattr(quantizer, name)))
     labels = torch.arange(batch) % generator.num_classes
     given = labels if not hasattr(generator, "captions_of") else generator.condition_of_texts(["a six"] * batch)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         drawn = generator.draw(given, CounterRandom(0, torch.arange(batch)), None)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoding:
         generator.tokenizer.decode(drawn.tokens)
-    flops = counter.get_total_flops() - quantizing.get_total_flops()
+    flops = counter.get_total_flops() - sum(quantizing)
     return generator, drawn, flops / batch, decoding.get_total_flops() / batch
 
 
-def counted_by(counter, method):
+def counted_in(counts: list[int], method):
     def run(*arguments):
-        with counter:
-            return method(*arguments)
+        with FlopCounterMode(display=False) as counter:
+            result = method(*arguments)
+        counts.append(counter.get_total_flops())
+        return result
 
     return run
 
