@@ -230,10 +230,9 @@ class _Held(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {each.untyped_storage()._cdata for each in _tensors(args)} - self._tensors.keys()
+        given = {_place(each)[0] for each in _tensors(args)} - self._tensors.keys()
         for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
+            key, size = _place(tensor)
             if key in given:  # a view of something that was there before
                 continue
             if key not in self._tensors:
@@ -249,6 +248,14 @@ class _Held(TorchDispatchMode):
         if not self._tensors[key]:
             del self._tensors[key]
             self._now -= size
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Give what tells a tensor's memory apart, and its bytes; weights that are packed for a CPU have no storage."""
+    if tensor.layout != torch.strided:
+        return id(tensor), tensor.numel() * tensor.itemsize
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

@@ -53,9 +53,9 @@ def real_draw(model: dict, batch: int):
     given = labels if not hasattr(generator, "captions_of") else generator.condition_of_texts(["a six"] * batch)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         drawn = generator.draw(given, CounterRandom(0, torch.arange(batch)), None)
+    flops = counter.get_total_flops() - sum(quantizing)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as decoding:
         generator.tokenizer.decode(drawn.tokens)
-    flops = counter.get_total_flops() - sum(quantizing)
     return generator, drawn, flops / batch, decoding.get_total_flops() / batch
 
 
