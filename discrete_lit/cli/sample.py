@@ -160,10 +160,10 @@ def sample(
             downloaded, or whose licence is not accepted; not a generator's checkpoint; prompts for a generator without
             text, none for one that reads them, or a num_samples that does not have as many of each of GenEval's; a
             sampler of ids for latents or the other way round; a label that is no number or out of range, num_samples or
-            image_size below 1, an image size for text, a graph on another device than CUDA's or of latents, a decoder of
-            other tokens than the generator's, known tokens that are not there, of another tokenizer, or not for this
-            generator, a part with other settings than those that have begun, or
-            parts to join that are not there or were damaged.
+            image_size below 1, an image size for text, a graph on another device than CUDA's or of latents, a decoder
+            of other tokens than the generator's, known tokens that are not there, of another tokenizer, or not for this
+            generator, a part with other settings than those that have begun, or parts to join that are not there or
+            were damaged.
     """
     if not output:
         raise ValueError("output is not given: it is the folder to write")
