@@ -1,4 +1,4 @@
-"""How long ranks wait for one another before a run ends."""
+"""The time-out of collectives: it ends a run whose ranks wait for one another for too long."""
 
 from typing import Any
 
