@@ -18,7 +18,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ format: .venv/installed ## format the code
 
 types: .venv/installed ## check types
 	$(BIN)/pyright
+
+docs: .venv/installed ## the documentation as a site, build/site/index.html; fails where a link leads nowhere
+	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a quiet machine
 	$(BIN)/pip install --quiet --editable '.[dev,bench]'

@@ -101,6 +101,8 @@ def pair(folder, tokenizer, token_data, image_data):
         "sharded": settings("sharded", "Autoregressive", "fsdp"),
         "sharded, preempted": settings("sharded-preempted", "Autoregressive", "fsdp", send=preempt),
         "sharded, after preemption": settings("sharded-preempted", "Autoregressive", "fsdp", resume=True),
+        "averaged": settings("averaged", "Autoregressive", average=True),
+        "sharded, averaged": settings("sharded-averaged", "Autoregressive", "fsdp", average=True),
         "uneven": settings("uneven", "Masked", "fsdp", val_check_interval=1, data=uneven),
         "vqvae": settings("vqvae", "Masked", module=vqvae_config(), data=image_data(4)),
         "killed": settings("killed", "Masked", send=kill),
@@ -179,6 +181,17 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(pair, folder):
     assert 0 <= int(tokens.min()) and int(tokens.max()) < generator.vocab_size
     other = load(folder / "autoregressive" / "checkpoints" / "last.ckpt")
     assert torch.equal(tokens, other.sample(torch.tensor([0, 1, CLASSES]), seed=1))
+
+
+def test_a_sharded_run_averages_its_weights(pair, folder):
+    """The checkpoint holds the averages of all parts: those of whole replicas, and not the last weights."""
+    sharded, whole, last = (
+        load(folder / name / "checkpoints" / "last.ckpt").state_dict()
+        for name in ("sharded-averaged", "averaged", "autoregressive")
+    )
+    assert_close(dict(sharded), dict(whole))
+    moved = [name for name in whole if not torch.equal(whole[name], last[name])]
+    assert any(name.startswith("backbone.") for name in moved)
 
 
 def test_sharded_validation_refuses_uneven_ranks_instead_of_waiting(pair):

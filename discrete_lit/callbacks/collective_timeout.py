@@ -1,4 +1,4 @@
-"""The time-out of collectives: it ends a run whose ranks wait for one another for too long."""
+"""Time-outs of a process group: the time for which ranks wait for one another before a run ends."""
 
 from typing import Any
 

@@ -371,16 +371,40 @@ class RowFile:
         ]
         return np.concatenate(runs).reshape(len(rows), *self.row_shape)
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Bring everything that was written to the disk."""
+        with naming(self.path):
+            os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Bring everything that was written to the disk, and write no more."""
         try:
-            with naming(self.path):
-                os.fsync(self.descriptor)
+            self.sync()
         finally:
             os.close(self.descriptor)
 
     def _offset(self, row: int) -> int:
         return self.offset + int(row) * self.row_bytes
+
+
+def unwritten_batches(written: RowFile, batches: np.ndarray, batch_size: int, *, count: int) -> np.ndarray:
+    """Find the batches of rows that are not all marked as written, and take the marks of those away.
+
+    Args:
+        written: uint8 `(count,)`, 1 of a row that was written.
+        batches: int64, numbers of batches; batch b holds the rows from b * batch_size on.
+        batch_size: rows of every batch but the last.
+        count: rows.
+    """
+    left = []
+    for batch in batches.tolist():
+        rows = np.arange(batch * batch_size, min((batch + 1) * batch_size, count))
+        marks = written.read(rows)
+        if not marks.all():
+            left.append(batch)
+            if marks.any():
+                written.write(rows, np.zeros(len(rows)))
+    return np.array(left, dtype=np.int64)
 
 
 def _runs(rows: np.ndarray) -> list[slice]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -18,11 +19,19 @@ from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
-from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
+from discrete_lit.data.loaders import (
+    BadSample,
+    Batch,
+    BatchSource,
+    EvaluationOrder,
+    TooManyBadSamples,
+    complete_batches,
+)
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.shard_order import (
     EpochReader,
     Layout,
@@ -34,14 +43,13 @@ from discrete_lit.data.shard_order import (
 )
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of
-from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageShards(ResumableDataModule):
     """Batches of images from shards; see `image_batches.image_batch` for what is in them.
 
     A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
-    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
+    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the extra `s3`,
     `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar` or, compressed, with `.tar.gz`,
     `.tgz`, `.tar.bz2`, `.tbz2`, `.tar.xz` or `.txz`; other archives and images beside them are left out with a warning.
     How many samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local
@@ -176,7 +184,7 @@ class ImageShards(ResumableDataModule):
         return len(self.classes)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
-        return _TrainingShards(
+        return TrainingShards(
             self.shards["train"],
             self.pipeline,
             batch_size=self.batch_size,
@@ -188,9 +196,15 @@ class ImageShards(ResumableDataModule):
         )
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
-        return _EvaluationShards(
+        return EvaluationShards(
             self.shards[split],
             self.pipeline,
             batch_size=self.batch_size,
@@ -199,7 +213,12 @@ class ImageShards(ResumableDataModule):
             workers=max(1, self.num_workers),
             captions=self.captions,
             crops=crops,
+            batches=batches,
         )
+
+    def listing_sha256(self, split: Split) -> str:
+        """Hash names and counts of the shards of a split, which tell that a sample's number means the same."""
+        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards[split].shards)
 
 
 class _Shards:
@@ -211,7 +230,7 @@ class _Shards:
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -254,17 +273,17 @@ class _Shards:
 
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
-            raise UndecodableImage(sample.problem)
+            raise UndecodableSample(sample.problem)
         if sample.label is None and self.shards.classes:
-            raise UndecodableImage("it has no .cls entry (a set without labels is read without num_classes)")
+            raise UndecodableSample("it has no .cls entry (a set without labels is read without num_classes)")
         return sample.image
 
 
-class _TrainingShards(_Shards):
+class TrainingShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -308,26 +327,26 @@ class _TrainingShards(_Shards):
             index = epoch * self.shards.count + position
             try:
                 sample = self._decode(taken, epoch, index)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 sample = self._stand_in(reader, epoch, position)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
-        pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
+    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledSample:
+        values = self.pipeline.training(self._image(sample), epoch, sample.key)
         captions = self._captions(sample)
         caption = self.pipeline.training_caption(captions, epoch, sample.key)
-        return LabelledImage(
-            pixels, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
+        return LabelledSample(
+            values, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
         )
 
-    def _stand_in(self, reader: EpochReader, epoch: int, position: int) -> LabelledImage:
+    def _stand_in(self, reader: EpochReader, epoch: int, position: int) -> LabelledSample:
         """The next readable sample of its part of the order, its first ones after its last."""
         for sample in reader.following(position):
             try:
                 return self._decode(sample, epoch, epoch * self.shards.count + position)
-            except UndecodableImage:
+            except UndecodableSample:
                 continue
         raise TooManyBadSamples(f"not one sample of a worker's part of the epoch can be used, on rank {self.rank}")
 
@@ -350,11 +369,11 @@ class _TrainingShards(_Shards):
             say_what_is_passed_over(self.order, own)
 
 
-class _EvaluationShards(_Shards):
+class EvaluationShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -362,6 +381,7 @@ class _EvaluationShards(_Shards):
         workers: int,
         captions: Captions | None,
         crops: EvaluationCrops,
+        batches: np.ndarray | None,
     ):
         super().__init__(
             shards,
@@ -373,16 +393,15 @@ class _EvaluationShards(_Shards):
             captions=captions,
         )
         self.crops = crops
-        self.start, stop = rank_range(shards.count, rank, world_size)
-        self.samples = stop - self.start
-        self.batches = -(-self.samples // batch_size)
+        order = EvaluationOrder(shards.count, batch_size, rank=rank, world_size=world_size, batches=batches)
+        self.positions, self.samples, self.batches = order.positions, order.samples, order.batches
 
     def opened(self, epoch: int, number: int) -> SplitReader:
         worker = number % self.workers
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
         taken = number // self.workers * self.batch_size
         stream = SampleStream.in_order(self.shards, captions=self.caption_kind)
-        return SplitReader(stream, self.start + np.arange(start + taken, stop))
+        return SplitReader(stream, self.positions[start + taken : stop])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         reader: SplitReader = self._reader_at(epoch, number)
@@ -390,13 +409,13 @@ class _EvaluationShards(_Shards):
         for _ in range(min(self.batch_size, len(reader))):
             index, taken = reader.take()
             try:
-                pixels = self.pipeline.evaluation(self._image(taken), self.crops)
+                values = self.pipeline.evaluation(self._image(taken), self.crops)
                 captions = self._captions(taken)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index, captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, self._label(taken), key=taken.key, index=index, captions=captions))
+        return self.pipeline.batch(samples), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

@@ -330,19 +330,31 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """The order of an evaluated set on one rank."""
+    """The order of an evaluated set on one rank.
 
-    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int):
-        self.start, self.stop = rank_range(count, rank, world_size)
+    Args:
+        count: samples of the set.
+        batch_size: samples of a batch.
+        rank: this rank.
+        world_size: number of ranks.
+        batches: int64, ascending: the numbers of the batches that this rank computes, batch b of which holds the
+            samples from b * batch_size on, in place of the rank's share.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int, batches: np.ndarray | None = None):
+        self.positions = np.arange(*rank_range(count, rank, world_size))
+        """int64 `(samples,)`, the samples in the order in which they are read."""
+        if batches is not None:
+            self.positions = (batches[:, None] * batch_size + np.arange(batch_size)).ravel()
+            self.positions = self.positions[self.positions < count]
         self.batch_size = batch_size
-        self.samples = self.stop - self.start
+        self.samples = len(self.positions)
         self.samples_per_step = batch_size * world_size
         self.batches = -(-self.samples // batch_size)
 
     def samples_of(self, number: int) -> np.ndarray:
         """The samples of batch `number`: int64, at most `batch_size` of them."""
-        start = self.start + number * self.batch_size
-        return np.arange(start, min(start + self.batch_size, self.stop))
+        return self.positions[number * self.batch_size : (number + 1) * self.batch_size]
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

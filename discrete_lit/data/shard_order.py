@@ -19,7 +19,7 @@ import numpy as np
 
 from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.loaders import complete_batches
-from discrete_lit.data.shard_set import ShardSet
+from discrete_lit.data.shard_set import Shard, ShardSet
 from discrete_lit.data.tars import RawSample, read_samples
 
 _log = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ class SampleStream:
         """
         stop = start + len(wanted)
         end = 0
+        needed: list[tuple[Shard, int, np.ndarray]] = []
         for number in self.order:
             shard = self.shards.shards[number]
             begin, end = end, end + shard.count
@@ -164,8 +165,13 @@ class SampleStream:
             low, high = max(begin, start), min(end, stop)
             in_shard[low - begin : high - begin] = wanted[low - start : high - start]
             if in_shard.any():
-                for position, sample in read_samples(shard, in_shard, captions=self.captions):
-                    yield begin + position, sample
+                needed.append((shard, begin, in_shard))
+        for (shard, begin, in_shard), following in zip(needed, [*needed[1:], None], strict=True):
+            if following is not None:
+                following[0].keep()
+            samples = read_samples(shard, in_shard, captions=self.captions, kind=self.shards.kind)
+            for position, sample in samples:
+                yield begin + position, sample
 
 
 class SplitReader:
