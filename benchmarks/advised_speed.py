@@ -31,7 +31,7 @@ def whole_draw(model: dict, batch: int, device: torch.device, precision: str) ->
     images = torch.arange(batch, device=device)
     condition = images % generator.num_classes
     if isinstance(generator, Unified):
-        condition = generator.condition_of_texts(["a digit"] * batch)
+        condition = generator.condition_of_texts(["a six"] * batch)
 
     def draw() -> None:
         with torch.inference_mode(), autocast(device, precision):

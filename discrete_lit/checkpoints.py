@@ -24,6 +24,14 @@ from torch import Tensor
 from discrete_lit.core.bounded_reading import check_nesting
 from discrete_lit.core.configuration import build
 from discrete_lit.core.files import atomic_write, check_records
+from discrete_lit.core.hub_folders import (
+    CONFIG,
+    WEIGHTS,
+    is_hub_folder,
+    module_folder,
+    read_hub_folder,
+    write_hub_folder,
+)
 from discrete_lit.core.trust import (
     NotBuildable,
     NotTrusted,
@@ -139,7 +147,7 @@ def read_checkpoint(path: str | Path, *, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing code, and check that no record of it is damaged.
 
     Of a sharded checkpoint, a folder, it reads all but the weights and the optimizers' states, and checks that PyTorch
-    will execute no code when it reads these.
+    will execute no code when it reads these. A folder of `save_pretrained` is read whole.
 
     Args:
         path: the file, or folder of shards.
@@ -148,6 +156,8 @@ def read_checkpoint(path: str | Path, *, whole: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: no such file, a truncated, compressed or damaged one, pickled code, or a file that holds no module.
     """
+    if is_hub_folder(path):
+        return _checked_entries(read_hub_folder(path), path)
     sharded = is_sharded(path)
     if sharded and not (Path(path) / ".metadata").is_file():
         raise ValueError(f"{str(path)!r} is a folder, and not a finished sharded checkpoint")
@@ -169,6 +179,15 @@ def read_checkpoint(path: str | Path, *, whole: bool = False) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
+    return _checked_entries(checkpoint, path)
+
+
+def _checked_entries(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint whose entries are of the kinds that others take them for.
+
+    Raises:
+        ValueError: one is not, or it is nested too deeply.
+    """
     # Configurations have bounds of their own, in `check_plain`.
     described = ("hyper_parameters", *(f"{part}_config" for part in FROZEN_PARTS))
     check_nesting({name: value for name, value in checkpoint.items() if name not in described}, str(path))
@@ -247,6 +266,60 @@ def save(module: LightningModule, path: str | Path) -> None:
     Raises:
         ValueError: the module was not built from a configuration.
     """
+    checkpoint = _as_checkpoint(module, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def save_pretrained(module: LightningModule, folder: str | Path, *, licence: str = "") -> None:
+    """Write a module as a folder for the Hugging Face Hub: `config.json`, `model.safetensors` and a model card.
+
+    `load(folder)` reads it, and so does `load("hf://owner/name")` once it is there. A generator's holds its tokenizer.
+
+    Args:
+        module: a tokenizer or generator that was built from a configuration.
+        folder: made where it is not there; other files in it stay.
+        licence: for the card, as the Hub names it, such as `apache-2.0`.
+
+    Raises:
+        ValueError: the module was not built from a configuration, or has a state that is no tensor.
+    """
+    checkpoint = _as_checkpoint(module, folder)
+    write_hub_folder(checkpoint, folder, card=_card(module, checkpoint["hyper_parameters"], licence))
+
+
+def weights_of(path: str | Path) -> Path:
+    """Return the file with the weights of a checkpoint or address: itself, or the one in a folder for the Hub."""
+    path = local(path)
+    return module_folder(path) / WEIGHTS if is_hub_folder(path) else Path(path)
+
+
+def _card(module: LightningModule, config: Mapping[str, Any], licence: str) -> str:
+    """Write the model card of a module: what it is, and the commands that use it."""
+    kind = type(module).__name__
+    count = sum(parameter.numel() for parameter in module.parameters())
+    use = (
+        "discrete-lit sample --ckpt_path hf://OWNER/NAME --num_samples 16 --output samples"
+        if hasattr(module, "sampler_kind")
+        else "discrete-lit tokenize --ckpt_path hf://OWNER/NAME --output tokens --config data.yaml"
+    )
+    return (
+        "---\nlibrary_name: discrete-lit\n"
+        + (f"license: {licence}\n" if licence else "")
+        + f"tags:\n- discrete-lit\n- image-generation\n---\n\n# {kind}\n\n"
+        f"A `{config['class_path']}` of {count:,} parameters. `{CONFIG}` has every setting.\n\n"
+        '```python\nimport discrete_lit\n\nmodel = discrete_lit.load("hf://OWNER/NAME")\n```\n\n'
+        f"```bash\n{use}\n```\n"
+    )
+
+
+def _as_checkpoint(module: LightningModule, path: str | Path) -> dict[str, Any]:
+    """Describe a module as a checkpoint.
+
+    Raises:
+        ValueError: it was not built from a configuration.
+    """
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
@@ -256,9 +329,23 @@ def save(module: LightningModule, path: str | Path) -> None:
     }
     module.on_save_checkpoint(checkpoint)
     module_config(checkpoint, path)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+    return checkpoint
+
+
+def local(path: str | Path, *, accept_licence: bool = False) -> str | Path:
+    """Return the path of a checkpoint: of one on the web, `model://NAME` or `hf://owner/name`, its place in the cache.
+
+    Args:
+        path: of a checkpoint, or one of these addresses.
+        accept_licence: that you accept the licence of a published model.
+
+    Raises:
+        ValueError: as `discrete_lit.pretrained.obtaining.obtain`.
+    """
+    if isinstance(path, str) and path.startswith(("model://", "hf://")):
+        # By name, since that package stands on this file.
+        return importlib.import_module("discrete_lit.pretrained.obtaining").obtain(path, accept_licence=accept_licence)
+    return path
 
 
 def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
@@ -268,7 +355,9 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     keeps no checkpoint from being read: the module is built without such settings, and a warning says so.
 
     Args:
-        path: a file, or a folder of shards, written by `discrete-lit fit`.
+        path: a file, or a folder of shards, written by `discrete-lit fit`; a folder by `save_pretrained`; or
+            `model://NAME`, a published model, or `hf://owner/name`, a folder on the Hugging Face Hub: these two are
+            downloaded where they are not in the cache.
         trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
 
     Raises:
@@ -276,6 +365,7 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
             checkpoint may build, or classes of modules that are not trusted; missing or unexpected keys; weights that
             are not finite.
     """
+    path = local(path)
     file = Path(path).resolve()
     if file in _loading.get():
         raise ValueError(f"{str(path)!r} names itself as a part of itself, such as its tokenizer")

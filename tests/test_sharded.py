@@ -28,7 +28,10 @@ from discrete_lit.core.distributed import set_timeouts
 
 pytestmark = [
     pytest.mark.ddp,
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning",
+        "ignore:The dirpath has changed from:UserWarning",
+    ),
 ]
 STEPS = 8  # two epochs of 52 samples in global batches of 12
 

@@ -1,4 +1,4 @@
-"""What `discrete-lit sample` writes of audio, beside its array: files that play, and spectrograms."""
+"""Files that play and spectrograms, which `discrete-lit sample` writes of audio beside its array."""
 
 import shutil
 from pathlib import Path

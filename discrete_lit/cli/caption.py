@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from discrete_lit.checkpoints import load
+from discrete_lit.checkpoints import load, weights_of
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.files import atomic_write_text, file_sha256
@@ -93,7 +93,7 @@ def caption(
     run = {
         "captions": {str(file): text for file, text in zip(files, texts, strict=True)},
         "checkpoint": str(ckpt_path),
-        "checkpoint_sha256": file_sha256(ckpt_path),
+        "checkpoint_sha256": file_sha256(weights_of(ckpt_path)),
         "sampler": describe(sampler or generator.sampler),
         "seed": seed,
         "resize": resize,

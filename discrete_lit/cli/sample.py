@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.execution import compile_for_sampling
-from discrete_lit.checkpoints import load
+from discrete_lit.checkpoints import load, weights_of
 from discrete_lit.cli.audio_samples import spectrograms, write_audio_files
+from discrete_lit.cli.checkpoint_choice import chosen_checkpoint
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.cli.drawn_rows import DrawnRows
 from discrete_lit.cli.known_tokens import KnownTokens
@@ -35,6 +36,7 @@ from discrete_lit.generators import CaptionIds, Generator, GraphedDraw, LatentGe
 from discrete_lit.generators.graphed_draw import PAYS_FROM
 from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpoint
 from discrete_lit.generators.unified import UnifiedOutput
+from discrete_lit.pretrained.obtaining import record_of
 from discrete_lit.samplers import AnySampler, GuidedSolver
 from discrete_lit.tokenizers import ContinuousTokenizer, EnCodec, Tokenizer
 
@@ -47,10 +49,12 @@ _LOWEST_PICTURE = 32
 
 
 def sample(
-    ckpt_path: str,
-    output: str,
+    ckpt_path: str | None = None,
+    output: str = "",
     *,
     num_samples: int,
+    model: str | None = None,
+    accept_licence: bool = False,
     labels: list | None = None,  # of int: the parser takes a minute to check the type of each of 20,000
     prompt: list[str] | None = None,
     prompt_file: str | None = None,
@@ -97,9 +101,13 @@ def sample(
     of one job on average.
 
     Args:
-        ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer.
-        output: folder to write; its earlier samples are replaced.
+        ckpt_path: checkpoint of a Generator or a LatentGenerator; it carries its tokenizer. Also a folder of
+            `save_pretrained`, or `hf://owner/name`, such a folder on the Hugging Face Hub.
+        output: folder to write, which must be given; its earlier samples are replaced.
         num_samples: N.
+        model: name of a published model, in place of `ckpt_path`: `discrete-lit models` lists them. Its files are
+            downloaded, checked and converted where they are not in the cache.
+        accept_licence: that you accept the licence of `model`, where `discrete-lit models NAME` says that you must.
         labels: classes to cycle through, sample i has labels[i % len(labels)]; every class in turn by default, so that
             each prefix is balanced. `num_classes` stands for no class.
         prompt: texts to cycle through in the same way, for a generator that reads texts; repeat the option for
@@ -148,17 +156,22 @@ def sample(
         What `run.json` holds; nothing for a part; `{"missing": [...]}` where that is asked for.
 
     Raises:
-        ValueError: not a generator's checkpoint; prompts for a generator without text, none for one that reads them, or
-            a num_samples that does not have as many of each of GenEval's; a sampler of ids for latents or the other way
-            round; a label that is no number or out of range, num_samples or image_size below 1, an image size for text,
-            a graph on another device than CUDA's or of latents, a decoder of other tokens than the generator's, known
-            tokens that are not there, of another tokenizer, or not for this generator, a part with other settings than
-            those that have begun, or parts to join that are not there or were damaged.
+        ValueError: neither or both of ckpt_path and model, or no output; a model that the list lacks, that cannot be
+            downloaded, or whose licence is not accepted; not a generator's checkpoint; prompts for a generator without
+            text, none for one that reads them, or a num_samples that does not have as many of each of GenEval's; a
+            sampler of ids for latents or the other way round; a label that is no number or out of range, num_samples or
+            image_size below 1, an image size for text, a graph on another device than CUDA's or of latents, a decoder
+            of other tokens than the generator's, known tokens that are not there, of another tokenizer, or not for this
+            generator, a part with other settings than those that have begun, or parts to join that are not there or
+            were damaged.
     """
+    if not output:
+        raise ValueError("output is not given: it is the folder to write")
     if missing:
         return tell_missing(output, "sample", "samples.npz")
     check_join(part, join)
     own_part, parts = find_part(part, output, "sample"), PartsFolder(output, "sample")
+    ckpt_path = chosen_checkpoint(ckpt_path, model, accept_licence=accept_licence)
     generator = load(ckpt_path)
     if not isinstance(generator, Generator | LatentGenerator | Unified):
         raise ValueError(f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, not a Generator")
@@ -238,7 +251,8 @@ def sample(
         compile_for_sampling(generator.backbone)
     settings = {
         "checkpoint": str(ckpt_path),
-        "checkpoint_sha256": file_sha256(ckpt_path),
+        "checkpoint_sha256": file_sha256(weights_of(ckpt_path)),
+        "model": record_of(ckpt_path),
         "generator": type(generator).__name__,
         "tokenizer_fingerprint": fingerprint,
         "sampler": describe(drawer),

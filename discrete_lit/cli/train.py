@@ -45,6 +45,7 @@ from discrete_lit.checkpoints import (
     check_parses,
     check_weights,
     load_weights,
+    local,
     module_config,
     read_checkpoint,
     record_config,
@@ -291,7 +292,7 @@ class TrainingCLI(LightningCLI):
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
-            return init_from, read_checkpoint(init_from, whole=True)
+            return init_from, read_checkpoint(local(init_from), whole=True)
         return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:

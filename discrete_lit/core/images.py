@@ -50,8 +50,9 @@ def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tupl
     """
     sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < 1:
+        given = list(image_size) if isinstance(image_size, tuple) else image_size
         raise ValueError(
-            f"{setting}={image_size}: it must be the side of square images, or [height, width], each at least 1"
+            f"{setting}={given}: it must be the side of square images, or [height, width], each at least 1"
         )
     height, width = sides
     if height * width > MOST_PIXELS:

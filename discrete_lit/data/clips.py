@@ -1,4 +1,4 @@
-"""What the DataModules of clips, of audio and of video, share: their files, the crop in time, the batches.
+"""The files of clips, their crop in time and their batches: for the DataModules of audio and of video.
 
 A split is a folder, read as `ImageFolder` reads one, or shards, read as `ImageShards` reads them: the same order, the
 same exact resume, the same labels and captions. What a clip is says a `SamplePipeline`: it decodes a file, takes

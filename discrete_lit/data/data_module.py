@@ -32,7 +32,7 @@ class ResumableDataModule(LightningDataModule, ABC):
     """
 
     modality: ClassVar[Literal["image", "audio", "video"]] = "image"
-    """What its samples are, and the name that they have in a batch, unless they were encoded."""
+    """The kind of its samples, and the name that they have in a batch, unless they were encoded."""
 
     def __init__(
         self,

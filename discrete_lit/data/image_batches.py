@@ -33,7 +33,7 @@ class LabelledSample:
     """One sample of a batch, an image or a clip."""
 
     values: np.ndarray
-    """Of an image uint8 `(H, W, C)`, or `(V, H, W, C)` of V crops; of a clip what its pipeline makes."""
+    """An image as uint8 `(H, W, C)`, or `(V, H, W, C)` of V crops; a clip as its pipeline makes it."""
     label: int | None
     _: KW_ONLY
     key: str

@@ -316,8 +316,8 @@ class TrainingShards(_Shards):
 
     def opened(self, epoch: int, number: int) -> EpochReader:
         stream = SampleStream.of_epoch(self.shards, seed=self.pipeline.seed, epoch=epoch, captions=self.caption_kind)
-        batches = [self.positions(batch) for batch in range(number, self.batches, self.workers)]
-        return EpochReader(stream, self.order, epoch=epoch, positions=np.concatenate(batches))
+        positions = np.concatenate([self.positions(batch) for batch in range(number, self.batches, self.workers)])
+        return EpochReader(stream, self.order, epoch=epoch, positions=positions[positions < self.order.samples])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         reader: EpochReader = self._reader_at(epoch, number)

@@ -19,18 +19,26 @@ class MediaKind:
         name: one file of it, for messages.
         extensions: of the files that are read.
         unreadable: of files of this kind that are not read, which whoever has them must be told of.
+        reader: the library that reads them, for messages.
     """
 
     name: str
     extensions: frozenset[str]
     _: KW_ONLY
     unreadable: frozenset[str] = frozenset()
+    reader: str = "Pillow"
+
+    @property
+    def one(self) -> str:
+        """The name of one file with its article."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
 
 AUDIO_FILES = MediaKind(
     "audio clip",
     frozenset(["wav", "flac", "ogg", "oga"]),
     unreadable=frozenset(["mp3", "m4a", "aac", "wma", "opus", "aif", "aiff"]),
+    reader="soundfile",
 )
 """Audio files, which soundfile reads."""
 
@@ -38,5 +46,6 @@ VIDEOS = MediaKind(
     "video",
     frozenset(["mp4", "m4v", "mov", "webm", "mkv", "avi", "gif"]),
     unreadable=frozenset(["wmv", "flv", "mpg", "mpeg", "ts", "mts", "ogv", "3gp"]),
+    reader="PyAV",
 )
 """The files that clips of video are read from."""

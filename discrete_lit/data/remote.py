@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from functools import lru_cache
 from queue import Empty, Full, Queue, SimpleQueue
@@ -86,8 +86,8 @@ def open_url(url: str) -> io.BufferedReader:
     elif is_download(url):
         if (keeping := _keeping.pop(url, None)) is not None:
             keeping.join()  # it ends by its own time-outs
-        download = _Download(url)
         cache = shard_cache()
+        download = _Download(url, probe=cache is not None)
         kept = None if cache is None else _kept(cache, download)
         if kept is not None:
             with kept:
@@ -121,7 +121,7 @@ def _keep(url: str) -> None:
     cache = shard_cache()
     assert cache is not None
     # Who reads the file meets the error again.
-    with suppress(OSError), closing(_Download(url)) as download:
+    with suppress(OSError), closing(_Download(url, probe=True)) as download:
         kept = cache.open(download)
         if kept is not None:
             kept.close()
@@ -197,21 +197,26 @@ class _Stream(io.RawIOBase):
 class _Download(_Stream):
     """The body of a web server's answer, which is asked for again from the byte where a transfer broke off."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, probe: bool = False) -> None:
         super().__init__()
         self._url, self.name = url, without_secrets(url)
-        self._source = self._ask(0)
-        headers = self._source.headers
-        self.size = _whole(headers.get("Content-Length"))
-        # A server's own compression would make these another file's.
-        marks = [headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
-        self.version = "\n".join(marks) if any(marks[:2]) else ""
+        # The first byte tells version and size; of a server without ranges, which sends all, it is the file itself.
+        source = self._ask("bytes=0-0" if probe else None)
+        self.size = _whole(source.headers.get("Content-Length"))
+        if source.status == 206:
+            found = _RANGE.fullmatch(source.headers.get("Content-Range", ""))
+            self.size = None if found is None else _whole(found[3])
+            source.close()
+        self._source = None if source.status == 206 else source
+        self.version = _version(source)
         self.received = self._resumed = 0
 
     def receive(self, most: int) -> bytes:
         begin = time.monotonic()
         for attempt in range(_RESUMED_AT_MOST + 1):
             try:
+                if self._source is None:
+                    self._resume()
                 if attempt:
                     time.sleep(attempt * self._timeout / 15)
                     self._resume()
@@ -234,9 +239,12 @@ class _Download(_Stream):
                     raise error from None
         raise AssertionError("the last attempt returns or raises")
 
-    def _ask(self, start: int) -> http.client.HTTPResponse:
-        """Ask for the file from a byte on."""
-        return _within(self._timeout, lambda: _answer(_address(self._url), self._timeout, start))
+    def _ask(self, part: str | None) -> http.client.HTTPResponse:
+        """Ask for the file, or for a part of it."""
+        address = _address(self._url)
+        return _within(
+            self._timeout, lambda: _answer(address, self._timeout, asked={} if part is None else {"Range": part})
+        )
 
     def _resume(self) -> None:
         """Go on from the byte where the transfer broke off.
@@ -244,17 +252,17 @@ class _Download(_Stream):
         Raises:
             PermanentFailure: there is another file now.
         """
-        self._source.close()
-        self._source = self._ask(self.received)
-        headers = self._source.headers
-        marks = [headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
+        if self._source is not None:
+            self._source.close()
+        self._source = self._ask(f"bytes={self.received}-" if self.received else None)
+        headers, version = self._source.headers, _version(self._source)
         if self._source.status == 206:
             found = _RANGE.fullmatch(headers.get("Content-Range", ""))
             start, size = (int(found[1]), _whole(found[3])) if found else (None, None)
             same = start == self.received and size in (None, self.size)
         else:  # the whole file again, by a server that knows no ranges
             same = _whole(headers.get("Content-Length")) == self.size
-        if not same or (self.version and any(marks[:2]) and "\n".join(marks) != self.version):
+        if not same or (self.version and version and version != self.version):
             raise PermanentFailure(
                 f"the file on the server changed while it was read, after {self.received:,} of {self.size:,} bytes"
             )
@@ -267,6 +275,41 @@ class _Download(_Stream):
                         f"the server ended the transfer after {self.received - left:,} of {self.size:,} bytes"
                     )
                 left -= len(data)
+
+
+class Answer(_Stream):
+    """One answer of a web server, for whoever keeps what has come and asks again by itself.
+
+    Args:
+        url: `http://` or `https://`.
+        headers: of the request; a server that it is led to is not told `Authorization`.
+
+    Attributes:
+        status: 200, or 206 for a part.
+        headers: those of the answer, by lower-case names, and those of the answers that led to its address.
+
+    Raises:
+        OSError: the server cannot be reached or answers with an error. Reading raises it for what breaks off or stalls.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        led: dict[str, str] = {}
+        self._source = _within(self._timeout, lambda: _answer(url, self._timeout, asked=headers, led=led))
+        self.status: int = self._source.status
+        self.headers = {**led, **{name.lower(): value for name, value in self._source.headers.items()}}
+        self._left = _whole(self._source.headers.get("Content-Length"))
+
+    def receive(self, most: int) -> bytes:
+        try:
+            data = self._source.read1(most)
+        except http.client.HTTPException as error:
+            raise OSError(f"the server ended the transfer early ({type(error).__name__})") from error
+        if self._left is not None:
+            self._left -= len(data)
+            if not data and self._left:
+                raise OSError(f"the server ended the transfer {self._left:,} bytes before its end")
+        return data
 
 
 class _ReadAhead(io.RawIOBase):
@@ -320,6 +363,13 @@ class _ReadAhead(io.RawIOBase):
                         break
                 if not block or isinstance(block, Exception):
                     return
+
+
+def _version(answer: http.client.HTTPResponse) -> str:
+    """What tells versions of a file apart; empty where the server says nothing."""
+    # A server's own compression would make these another file's.
+    marks = [answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
+    return "\n".join(marks) if any(marks[:2]) else ""
 
 
 def _whole(text: str | None) -> int | None:
@@ -390,24 +440,40 @@ def _answer_into(answers: SimpleQueue[Any], ask: Callable[[], Any]) -> None:
         answers.put(error)
 
 
-def _answer(url: str, timeout: float, start: int = 0) -> http.client.HTTPResponse:
-    """Send one request for a file from byte `start` on, and tell failures that may pass from those that will not."""
+class _Led(urllib.request.HTTPRedirectHandler):
+    """Follow a server to another address, and keep what it said on the way."""
+
+    def __init__(self, said: dict[str, str]) -> None:
+        self._said = said
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self._said |= {name.lower(): value for name, value in headers.items()}
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _answer(
+    url: str, timeout: float, *, asked: Mapping[str, str] | None = None, led: dict[str, str] | None = None
+) -> http.client.HTTPResponse:
+    """Send one request for a file, or the part that `Range` asks for, and tell failures that may pass from others."""
     parts = urlsplit(url)
-    headers = {"User-Agent": "discrete-lit", **({"Range": f"bytes={start}-"} if start else {})}
+    headers = {"User-Agent": "discrete-lit", **(asked or {})}
+    part, secret = headers.get("Range"), headers.pop("Authorization", None)
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
     try:
         request = urllib.request.Request(quote(plain, safe="%/:=&?~+!$,;'@()*[]"), headers=headers)
-        return urllib.request.urlopen(request, timeout=timeout)
+        if secret is not None:
+            request.add_unredirected_header("Authorization", secret)
+        return urllib.request.build_opener(_Led({} if led is None else led)).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code} {error.reason}"
         error.close()
         if error.code in _PASSING:
             raise OSError(reason) from error
-        if error.code == 416 and start:
-            reason = f"the file on the server changed while it was read: it has no byte {start:,} any more ({reason})"
+        if error.code == 416 and part is not None:
+            reason = f"the file on the server changed while it was read, or is empty: it has no {part} ({reason})"
         kind = MissingFile if error.code in (401, 403, 404, 410) else PermanentFailure
         raise kind(reason) from error
     except urllib.error.URLError as error:

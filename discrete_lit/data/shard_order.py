@@ -73,6 +73,11 @@ class ShardOrder:
         self.seed = seed
         self.rank_samples = complete_batches(count, layout.batch_size, layout.world_size) * layout.batch_size
 
+    @property
+    def samples(self) -> int:
+        """Positions of the epoch: at least all those of whole global batches."""
+        return self.rank_samples * self.layout.world_size
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the split of each position of the epoch, and its place among those that the split gives out."""
         batch, world, workers = self.layout

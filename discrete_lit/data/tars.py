@@ -511,7 +511,7 @@ def _groups(
 def _problem(member: tarfile.TarInfo, extension: str, limit: int, *, kind: MediaKind) -> str | None:
     """Why an entry cannot be read, by its header."""
     if extension in kind.unreadable:
-        return f"its {kind.name} is a .{extension}, which is not read here: convert it"
+        return f"its {kind.name} is a .{extension}, which {kind.reader} does not read here: convert it"
     if not member.isreg():
         return f"its .{extension} is no file but a {_kind(member)}"
     if member.size > limit:

@@ -28,7 +28,7 @@ class Coder(LightningModule, ABC):
     """Whether what it codes is images; text, clips, and grids without their tokenizer, have none."""
 
     modality: Literal["image", "audio", "video"] = "image"
-    """What it codes, and the name that this has in a batch."""
+    """The kind of its samples, and the name that they have in a batch."""
 
     late_checks: list[Callable[[], None]] | None = None
     """Where a list is set, `check_images` puts into it what raises its error, for whoever set it to call later: so that

@@ -56,7 +56,7 @@ def commands(
     """Both commands by name: `commands["sample"](output, "--part", "1/3")`."""
     from discrete_lit.cli.commands import main
 
-    captions = {"class_path": "discrete_lit.data.Captions", "init_args": {"kind": "txt"}}
+    captions = {"class_path": "discrete_lit.data.captions.Captions", "init_args": {"kind": "txt"}}
     common = {"image_size": 8, "batch_size": 4}
 
     def run(command: str, fixed: list[str]) -> Callable[..., Any]:

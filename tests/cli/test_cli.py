@@ -33,9 +33,12 @@ OPTIONS = {
     "encode_captions": {"config", "text_encoder", "arrays", "batch_size", "accelerator"},
     "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
     | {"accelerator", "precision"},
+    "models": {"config", "name", "word", "json"},
     "sample": {
         "config",
         "ckpt_path",
+        "model",
+        "accept_licence",
         "output",
         "num_samples",
         "labels",
@@ -83,11 +86,12 @@ OPTIONS = {
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
+    "demo": {"config", "ckpt_path", "model", "accept_licence", "host", "port", "accelerator"},
     "advise": {"config", "wish", "image_size", "images", "seconds", "memory_gb", "training_seconds", "training_flops"}
     | {"batch_size", "accelerator", "precision", "recipes", "json"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
     "recipes": {"config", "name"},
-    "export": {"config", "ckpt_path", "family", "output"},
+    "export": {"config", "ckpt_path", "family", "output", "licence"},
 }
 
 

@@ -213,5 +213,5 @@ def test_settings_out_of_range(tmp_path: Path, settings: dict, message: str) -> 
 
 def test_a_folder_without_clips(tmp_path: Path) -> None:
     (tmp_path / "a.mp3").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no audio clips in .*\.mp3, which is not read here"):
+    with pytest.raises(ValueError, match=r"no audio clips in .*\.mp3, which soundfile does not read here"):
         data_of(tmp_path).evaluation_loader("validation", 0, 1)

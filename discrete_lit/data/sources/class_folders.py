@@ -220,7 +220,7 @@ def find_images(
         found.files = {**by_folder}
         for name, files in by_folder.items():
             if not files:
-                found.leave_out(f"class folder without any {kind.name}, which keeps its label", name)
+                found.leave_out(f"class folder without {kind.one}, which keeps its label", name)
     else:
         found.files[None] = sorted(loose + nested, key=lambda file: file.split("/"))
     if captions is not None:
@@ -266,7 +266,7 @@ def _listed(
         elif not is_file:
             found.leave_out("broken link" if entry.is_symlink() else "device or pipe", path)
         elif extension in found.kind.unreadable:
-            found.leave_out(f".{extension}, which is not read here: convert it", path)
+            found.leave_out(f".{extension}, which {found.kind.reader} does not read here: convert it", path)
         elif extension not in found.kind.extensions:
             found.leave_out(f".{extension}" if extension else "no extension", path)
         else:

@@ -51,7 +51,7 @@ class MultiScaleSTFTDiscriminator(Discriminator):
                 f"samples, got {audio_channels}, {filters} and {list(windows)}"
             )
         self.windows = tuple(windows)
-        self.networks = nn.ModuleList(_STFTNetwork(audio_channels, filters, window) for window in windows)
+        self.networks = nn.ModuleList(_STFTNetwork(audio_channels, filters, window=window) for window in windows)
 
     def scales(self, waveforms: Tensor) -> list[tuple[Tensor, list[Tensor]]]:
         """Give logits and feature maps of `(B, C, T)` at each scale.
@@ -73,7 +73,7 @@ class MultiScaleSTFTDiscriminator(Discriminator):
 class _STFTNetwork(nn.Module):
     """Convolutions over time and frequency of one scale."""
 
-    def __init__(self, audio_channels: int, filters: int, window: int) -> None:
+    def __init__(self, audio_channels: int, filters: int, *, window: int) -> None:
         super().__init__()
         self.window = window
         layers = [_conv(2 * audio_channels, filters, (3, 9))]

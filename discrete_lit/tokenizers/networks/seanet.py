@@ -22,7 +22,7 @@ ConvNorm = Literal["weight", "group", "none"]
 Padding = Literal["constant", "reflect", "replicate"]
 
 Memory = dict[nn.Module, tuple[Tensor, ...]]
-"""What each layer keeps of the pieces that were decoded before."""
+"""The numbers that each layer keeps of the pieces that were decoded before."""
 
 
 class SEANet(Autoencoder):
@@ -101,7 +101,7 @@ class SEANet(Autoencoder):
 
         def conv(inner: int, outer: int, size: int, *, stride: int = 1, dilation: int = 1) -> PaddedConv1d:
             return PaddedConv1d(
-                inner, outer, size, stride=stride, dilation=dilation, norm=norm, causal=causal, padding=padding
+                inner, outer, kernel=size, stride=stride, dilation=dilation, norm=norm, causal=causal, padding=padding
             )
 
         def residuals(width: int) -> list[nn.Module]:
@@ -126,7 +126,7 @@ class SEANet(Autoencoder):
             decoder.append(ResidualLSTM(width, lstm_layers))
         for ratio in self.ratios:
             up = TrimmedConvTranspose1d(
-                width, width // 2, 2 * ratio, stride=ratio, norm=norm, causal=causal, trim_right=trim_right
+                width, width // 2, kernel=2 * ratio, stride=ratio, norm=norm, causal=causal, trim_right=trim_right
             )
             width //= 2
             decoder += [nn.ELU(), up, *residuals(width)]
@@ -218,8 +218,8 @@ class PaddedConv1d(nn.Module):
         self,
         inner: int,
         outer: int,
-        kernel: int,
         *,
+        kernel: int,
         stride: int,
         dilation: int,
         norm: ConvNorm,
@@ -251,7 +251,7 @@ class TrimmedConvTranspose1d(nn.Module):
     """A transposed convolution that gives n * stride samples of n."""
 
     def __init__(
-        self, inner: int, outer: int, kernel: int, *, stride: int, norm: ConvNorm, causal: bool, trim_right: float
+        self, inner: int, outer: int, *, kernel: int, stride: int, norm: ConvNorm, causal: bool, trim_right: float
     ) -> None:
         super().__init__()
         self.conv = _normed(nn.ConvTranspose1d(inner, outer, kernel, stride), norm)
