@@ -23,7 +23,7 @@ class MachineSpeed:
     """Bytes a second that a copy reads and writes, together."""
 
 
-def measure_speed(device: torch.device, *, seconds: float = 2.0) -> MachineSpeed:
+def measure_speed(device: torch.device, *, seconds: float = 1.0) -> MachineSpeed:
     """Measure products of 1,024 x 1,024 matrices (4,096 on a GPU) and a copy of 128 MiB, each the best of its runs.
 
     Args:
