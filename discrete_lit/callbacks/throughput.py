@@ -15,8 +15,9 @@ from torch import Tensor
 
 from discrete_lit.backbones.execution import compile_blocks
 from discrete_lit.core.distributed import all_gather_rows
+from discrete_lit.core.images import MODALITIES
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
-from discrete_lit.generators import Generator, LatentGenerator
+from discrete_lit.generators import Generator, LatentGenerator, Unified
 from discrete_lit.generators.counted_step import count_step
 from discrete_lit.tokenizers import Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
@@ -49,7 +50,8 @@ class Throughput(Callback):
     `FlopCounterMode` counts those of a training step: forward and backward pass, a frozen tokenizer's encoding, without
     what activation checkpointing computes again. `throughput/mfu` is that as a fraction of the device's peak: the model
     FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B). It is left out where the peak is not known, and both
-    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders.
+    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders. Of a
+    `Unified` they are those of its transformer, at the elements that it read (`Unified.step_flops`).
     `throughput/peak_memory_gib` is the most that any rank has held since its start: what torch's allocator gave on a
     CUDA device, on a processor the resident memory of the process; in GiB.
 
@@ -92,9 +94,11 @@ class Throughput(Callback):
             # Kernels run behind the host's clock; the logger is about to wait for them in any case.
             torch.cuda.synchronize(pl_module.device)
         now = self._clock()
+        if isinstance(pl_module, Unified):
+            self._window.flops += pl_module.step_flops()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
-        images = next(len(batch[name]) for name in ("tokens", "latents", "image") if name in batch)
+        images = next(len(batch[name]) for name in ("tokens", "latents", *MODALITIES) if name in batch)
         self._window.images += images
         self._window.tokens += images * _tokens_per_image(pl_module, batch)
         if logs_now:
@@ -113,8 +117,8 @@ class Throughput(Callback):
 
     def _flops(self, module: LightningModule, batch: Any, batch_idx: int) -> int:
         """Operations of the training step to come; counted once for each kind of step."""
-        if self._step_flops is None:
-            return 0
+        if self._step_flops is None or isinstance(module, Unified):
+            return 0  # how many elements a sequence of segments has, its step knows when it is done
         try:
             kind = _kind_of_step(module, batch)
             if kind not in self._step_flops:
@@ -231,6 +235,8 @@ def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
     if isinstance(module, Generator):
         return prod(module.token_shape)
     if isinstance(module, Tokenizer):
-        sides = tuple(batch["image"].shape[2:])[-2:]  # of clips those of a frame, of a signal its length
-        return prod(module.token_shape(sides if len(sides) == 2 else sides[0]))
+        size = tuple(next(batch[name] for name in MODALITIES if name in batch).shape[2:])
+        if len(size) == 2 and module.modality == "video":  # images are clips of one frame
+            size = (1, *size)
+        return prod(module.token_shape(size[0] if len(size) == 1 and module.modality == "image" else size))
     return 0

@@ -26,23 +26,27 @@ FUNCTION_COMMANDS = {
     "text_tokenizer": "learn the vocabulary of captions",
     "encode_captions": "encode the captions of arrays by a text encoder",
     "measure_latents": "find the scale that a KL-VAE's latents need",
-    "sample": "draw images from a generator's checkpoint",
+    "models": "list the published models that have a name",
+    "sample": "draw images from a generator's checkpoint, or from a published model",
     "caption": "write the captions of images by a generator of text and image",
     "evaluate": "compare samples with a reference set",
+    "retrieval": "measure how well samples show their prompts, by CLIP",
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
     "watch": "show samplers at work, step by step, on one HTML page",
+    "demo": "draw images in a web browser",
     "advise": "say which tokenizer, generator and sampler to take on this machine",
     "import": "read a published checkpoint",
-    "export": "write a tokenizer in a published layout",
+    "export": "write a checkpoint in a published layout, as one file, or as a folder for the Hub",
+    "recipes": "list the recipes that come with the package, or print one",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
-_IN_FRONT = {"caption": "--images"}
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "advise")
+_IN_FRONT = {"caption": "--images", "models": "--name", "recipes": "--name"}
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval", "models", "advise", "recipes")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),
@@ -213,6 +217,7 @@ def run_function(name: str, arguments: list[str]) -> None:
     from jsonargparse import ArgumentParser
 
     from discrete_lit.cli.config import TRUST_HELP, explain
+    from discrete_lit.core.array_parts import find_part
     from discrete_lit.core.configuration import build
     from discrete_lit.core.locks import sole_writer
 
@@ -238,7 +243,12 @@ def run_function(name: str, arguments: list[str]) -> None:
     settings.pop("config")
     if settings.get("output") == "":  # of a shell variable that is not set: the current folder was not meant
         raise ValueError("output is '', accepted: a path")
+    if settings.get("missing"):
+        raise SystemExit(1 if function(**settings)["missing"] else 0)
     # The jobs of an array fill one folder at a time, each its own part.
-    purpose = name if settings.get("part") is None else f"{name}.part-{str(settings['part']).replace('/', '-of-')}"
+    purpose, part = name, find_part(settings.get("part"), settings.get("output", ""), name)
+    if part is not None:
+        settings["part"] = str(part)
+        purpose = f"{name}.part-{part.number}-of-{part.parts}"
     with sole_writer(settings["output"], purpose) if name in _FILLING else nullcontext():
         function(**settings)

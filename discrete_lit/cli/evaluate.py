@@ -6,7 +6,6 @@ Everything is opened and checked first (`evaluation/inputs.py`), then each set i
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from discrete_lit.core.array_parts import Part, PartsFolder, check_join, find_part, tell_missing, tell_part
 from discrete_lit.core.distributed import on_first_rank, rank
 from discrete_lit.core.files import file_sha256
 from discrete_lit.core.images import ImageSize, from_uint8, normal_size, to_uint8
-from discrete_lit.core.provenance import environment
+from discrete_lit.core.provenance import describe, environment
 from discrete_lit.evaluation.image_sets import Selection
 from discrete_lit.evaluation.inputs import PERTURBED_NEIGHBOURS, OpenedInputs, Run, open_inputs
 from discrete_lit.evaluation.protocols import ProtocolName, labels_of
@@ -61,6 +61,7 @@ def evaluate(
     captions: dict[str, str] | None = None,
     part: str | None = None,
     join: int | None = None,
+    missing: bool = False,
 ) -> dict[str, Any]:
     """Measure sets of images at one count against one reference, and report them in one table.
 
@@ -129,11 +130,14 @@ def evaluate(
             the class of the prompt.
         captions: name to a file that `discrete-lit caption` wrote: the share of its captions that are one of those
             beside their images, but for spaces and capitals.
-        part: `i/n`, to measure the i-th of n parts of every set, i from 1, and report nothing.
+        part: `i/n`, to measure the i-th of n parts of every set, i from 1, and report nothing; `slurm` for the number
+            of this job in its SLURM array.
         join: n, to report what n parts measured; the images and networks are read, but no image is measured again.
+        missing: measure nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them;
+            the exit status is 1 if there are any.
 
     Returns:
-        What `report.json` holds, on every rank; nothing for a part.
+        What `report.json` holds, on every rank; nothing for a part; `{"missing": [...]}` where that is asked for.
 
     Raises:
         ValueError: no row, a set that is missing, too small or of another image size, classes that cannot be matched,
@@ -146,7 +150,33 @@ def evaluate(
     from discrete_lit.evaluation.caption_match import match_captions
     from discrete_lit.evaluation.report import Report
 
-    shares = _shares(Path(output) / "shares", part, join)
+    if missing:
+        return tell_missing(output, "evaluate", "report.json")
+    check_join(part, join)
+    own_part, parts = find_part(part, output, "evaluate"), PartsFolder(output, "evaluate")
+    shares = _shares(Path(output) / "shares", own_part, join)
+    settings = {
+        "reference": reference,
+        "image_size": normal_size(image_size),
+        "image_channels": image_channels,
+        "num_images": num_images,
+        "samples": samples,
+        "reconstructions": reconstructions,
+        "likelihoods": likelihoods,
+        "held_out": held_out,
+        "num_reference": num_reference,
+        "extractor": describe(extractor),
+        "classifier": classifier,
+        "lpips_weights": lpips_weights,
+        "perturbed": perturbed,
+        "perturbed_neighbours": perturbed_neighbours,
+        "apply_exif": apply_exif,
+        "batch_size": batch_size,
+        "protocol": protocol,
+        "prompts": prompts,
+    }
+    if join is not None and parts.plan is not None:
+        parts.check_complete(join, settings)
     fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes)
     opened = open_inputs(
         reference,
@@ -171,12 +201,13 @@ def evaluate(
     matches = {name: match_captions(file, f"captions.{name}") for name, file in (captions or {}).items()}
     # From here on every rank goes its own way through its shares.
     fabric.launch()
+    if own_part is not None:
+        on_first_rank(lambda: parts.begin(own_part, settings, lambda: None))
     measured = _Evaluation(opened, reference, folder=Path(output), batch_size=batch_size, shares=shares)
     measured.run(fabric.device, held_out=held_out, lpips_weights=lpips_weights)
-    if shares.partial:
-        if rank() == 0:
-            print(f"Part {part} of {output!r}: `--join {shares.parts}` reports when all {shares.parts} parts are there")
-        return {}
+    if own_part is not None:
+        on_first_rank(lambda: parts.finish(own_part, {}))
+        return tell_part(own_part, output)
 
     def write() -> dict[str, Any]:
         assert measured.reference is not None
@@ -195,6 +226,8 @@ def evaluate(
         )
         report.write(Path(output))
         shares.clear()
+        if join is not None:
+            parts.clear()
         print(f"{report.markdown()}\nReport: {Path(output) / 'report.md'} and report.json")
         return report.to_dict()
 
@@ -400,25 +433,11 @@ class _Evaluation:
             self.notes.extend(class_notes(run.label, selection, classes, row))
 
 
-def _shares(folder: Path, part: str | None, join: int | None) -> Shares:
-    """Read which share of the evaluation this job has.
-
-    Raises:
-        ValueError: a part that is not one of several, or both of part and join.
-    """
-    if part is None and join is None:
-        return Shares(folder=folder)
-    if part is not None and join is not None:
-        raise ValueError(f"part={part!r} measures, join={join} reports what all parts measured: give one of them")
+def _shares(folder: Path, part: Part | None, join: int | None) -> Shares:
+    """Say which share of the evaluation this job has."""
     if join is not None:
-        if join < 2:
-            raise ValueError(f"join={join}: accepted is the number of parts, at least 2")
         return Shares(folder=folder, parts=join, join=True)
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part or "")
-    number, parts = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 1 <= number <= parts or parts < 2:
-        raise ValueError(f"part={part!r}: accepted is `i/n`, the i-th of n parts, such as 1/8, with 1 <= i <= n")
-    return Shares(folder=folder, part=number, parts=parts)
+    return Shares(folder=folder) if part is None else Shares(folder=folder, part=part.number, parts=part.parts)
 
 
 def _hash(path: str | None) -> str | None:

@@ -12,8 +12,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from discrete_lit.core.lightning_internals import begin_next_epoch, count_log_steps_from, end_finished_epoch
+from discrete_lit.core.lightning_internals import (
+    begin_next_epoch,
+    count_batches_of_epoch,
+    count_log_steps_from,
+    end_finished_epoch,
+)
 from discrete_lit.core.trust import printable
+from discrete_lit.data.data_module import ResumableDataModule
 from discrete_lit.generators import Generator, LatentGenerator
 from discrete_lit.tokenizers import Tokenizer
 
@@ -89,18 +95,22 @@ def check_tokenizer(module: LightningModule, checkpoint: Mapping[str, Any], path
 
 
 class ContinueExactly(Callback):
-    """Makes up for three slips of Lightning 2.6 at a resume.
+    """Makes up for four slips of Lightning 2.6 at a resume.
 
     From a checkpoint written at the end of an epoch without validation, under `max_steps`, it would train one more
     batch in that epoch and then lose the rest of the next. Where the data, the batch size or the ranks changed between
-    two epochs, it would take an epoch that had fewer batches for unfinished. And it counts the steps of the log apart
-    from `global_step`, after some resumes from one too far: a gap in every curve.
+    two epochs, it would take an epoch that had fewer batches for unfinished. Inside an epoch, where a global batch is
+    made of more or fewer batches than before, it would count on as if they were as large. And it counts the steps of
+    the log apart from `global_step`, after some resumes from one too far: a gap in every curve.
     """
 
     def __init__(self) -> None:
         self.first = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ResumableDataModule) and (batches := data.resumed_batches):
+            count_batches_of_epoch(trainer, batches)
         end_finished_epoch(trainer)
         if trainer.fit_loop.restarted_on_epoch_end:
             # The epoch is over, its validation too: what follows is the beginning of the next one.

@@ -88,6 +88,26 @@ def end_finished_epoch(trainer: Trainer) -> None:
             setattr(progress.current, name, getattr(progress.current, name) + shift)
 
 
+def count_batches_of_epoch(trainer: Trainer, batches: int) -> None:
+    """Count the batches of a checkpoint's unfinished epoch as so many, in `on_train_start` after a resume.
+
+    There is no public way: the loop counts batches and not samples, and they may be of another size now.
+
+    Args:
+        trainer: it.
+        batches: of today's size, that the epoch had up to the checkpoint.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    before = progress.current.ready
+    if before in (0, batches):
+        return
+    whole = progress.total.ready * batches // before  # the epochs before this one are of whole global batches too
+    for counts, shift in ((progress.current, batches - before), (progress.total, whole - progress.total.ready)):
+        # One more or fewer in some of them says where in a batch the checkpoint was written.
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counts, name, getattr(counts, name) + shift)
+
+
 def begin_at_step(trainer: Trainer, step: int) -> None:
     """Let a trainer that starts anew count its optimizer steps from `step` on, in `on_train_start`.
 

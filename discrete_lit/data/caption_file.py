@@ -45,11 +45,16 @@ class CaptionParts:
         for row, texts in zip(rows, captions, strict=True):
             self._file.write(json.dumps([row, list(texts)], ensure_ascii=False) + "\n")
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Bring everything that was written to the disk."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Bring everything that was written to the disk, and write no more."""
+        if self._file is not None:
+            self.sync()
             self._file.close()
 
     @staticmethod
@@ -73,6 +78,8 @@ class CaptionParts:
         for part in sorted(folder.glob(_PART)):
             with part.open(encoding="utf-8") as file:
                 for line in file:
+                    if not line.endswith("\n"):
+                        break  # The writer was killed here: its rows were not counted, and were written again.
                     row, texts = json.loads(line)
                     lines[row] = json.dumps(texts, ensure_ascii=False).encode() + b"\n"
         if missing := [row for row, line in enumerate(lines) if not line]:

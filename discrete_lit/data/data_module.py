@@ -1,8 +1,8 @@
-"""A DataModule that resumes exactly: the base of the three, with loaders of its splits and a state that survives."""
+"""A DataModule that resumes exactly: the base of all, with loaders of its splits and a state that survives."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning import LightningDataModule
 
@@ -30,6 +30,9 @@ class ResumableDataModule(LightningDataModule, ABC):
         max_bad_fraction: fraction of a split's samples that may be unreadable before a run fails.
         persistent_workers: keep the processes between epochs.
     """
+
+    modality: ClassVar[Literal["image", "audio", "video"]] = "image"
+    """The kind of its samples, and the name that they have in a batch, unless they were encoded."""
 
     def __init__(
         self,
@@ -81,14 +84,16 @@ class ResumableDataModule(LightningDataModule, ABC):
         """The training batches of one rank; of this process by default."""
         self._require("train")
         source = self.training_source(*self._rank(rank, world_size))
+        accumulated = self.trainer.accumulate_grad_batches if self.trainer else 1
         return TrainingLoader(
             source,
             self.num_workers,
             max_bad_fraction=self.max_bad_fraction,
             persistent_workers=self.persistent_workers,
             start_epoch=self.trainer.current_epoch if self.trainer else 0,
-            batches_per_epoch=self._trainer_limit(source.batches),
+            batches_per_epoch=self._trainer_limit(source.batches // accumulated * accumulated),
             repeat_epoch=bool(getattr(self.trainer, "overfit_batches", 0)),
+            accumulated=accumulated,
         )
 
     def evaluation_loader(
@@ -133,6 +138,18 @@ class ResumableDataModule(LightningDataModule, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_state = state_dict or None
+
+    def training_source_of(self, state: Mapping[str, Any] | None, rank: int, world_size: int) -> BatchSource:
+        """The training batches of a rank in the order of a run that saved a state; None is a run of these settings."""
+        source = self.training_source(rank, world_size)
+        if state and (layout := state.get("layout")):
+            source.follow(layout)
+        return source
+
+    @property
+    def resumed_batches(self) -> int:
+        """Batches of today's size that a resumed training had taken of its epoch; 0 between two epochs."""
+        return self._training_loader.consumed if self._training_loader else 0
 
     def setup(self, stage: str) -> None:
         # Lightning calls this before it loads a checkpoint, so a state that an earlier `validate` loaded ends here.

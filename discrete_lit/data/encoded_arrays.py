@@ -11,6 +11,7 @@ and `EncodedArrays` is its DataModule. `token_arrays.py` and `latent_arrays.py` 
 
 import json
 import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from discrete_lit.core.bounded_reading import open_array, read_json
-from discrete_lit.core.files import RowFile, atomic_write_text, publish
+from discrete_lit.core.files import RowFile, atomic_write_text, content_sha256, publish, unwritten_batches
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.random import augmentation_uniforms
 from discrete_lit.data.array_manifest import MANIFEST, UNFINISHED_MANIFEST, ArrayKind, read_array_manifest
@@ -33,6 +34,9 @@ from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.loaders import BadSample, Batch, BatchSource, EvaluationOrder, OrderedSource, TrainingOrder
 
 _WRITTEN = "written.npy"
+COUNTED_EVERY = 30.0
+"""Seconds after which rows that were written are brought to the disk and counted: an interruption loses no more."""
+_BYTES_AT_ONCE = 2**26
 
 
 class EncodedWriter(ABC):
@@ -53,6 +57,8 @@ class EncodedWriter(ABC):
         self._labels = RowFile(self.folder / "labels.npy")
         self._written = RowFile(self.folder / _WRITTEN)
         self._captions = CaptionParts(self.folder) if self.manifest.get("captions") else None
+        self._uncounted: set[int] = set()
+        self._counted = time.monotonic()
 
     @classmethod
     def lay_out(
@@ -174,7 +180,9 @@ class EncodedWriter(ABC):
         values = self.stored(codes)
         if num_classes and (label_values.min() < 0 or label_values.max() >= num_classes):
             raise ValueError(f"labels {label_values.min()}..{label_values.max()} are outside 0..{num_classes - 1}")
-        again = rows[self._written.read(rows) > 0]
+        again = rows[
+            [mark > 0 or row in self._uncounted for row, mark in zip(rows, self._written.read(rows), strict=True)]
+        ]
         if len(again) or len(np.unique(rows)) < len(rows):
             raise ValueError(
                 f"rows were written twice in {self.folder}: {(again if len(again) else rows)[:5].tolist()}"
@@ -183,13 +191,52 @@ class EncodedWriter(ABC):
         self._labels.write(rows, label_values)
         if self._captions is not None and captions is not None:
             self._captions.write(rows.tolist(), captions)
-        self._written.write(rows, np.ones(len(rows)))
+        self._uncounted.update(rows.tolist())
+        if time.monotonic() - self._counted > COUNTED_EVERY:
+            self._count()
+
+    def _count(self) -> None:
+        """Count rows as written once they are on the disk: after a power failure what is counted is there."""
+        for file in (self._codes, self._labels, self._captions):
+            if file is not None:
+                file.sync()
+        if self._uncounted:
+            rows = np.array(sorted(self._uncounted))
+            self._written.write(rows, np.ones(len(rows)))
+            self._written.sync()
+        self._uncounted, self._counted = set(), time.monotonic()
 
     def close(self) -> None:
         """Bring everything that was written to the disk."""
+        self._count()
         for file in (self._codes, self._labels, self._written, self._captions):
             if file is not None:
                 file.close()
+
+    def unfinished(self, batches: np.ndarray, batch_size: int) -> np.ndarray:
+        """Find the batches of which a row is not counted as written; called by one process while none writes them.
+
+        Args:
+            batches: int64, the numbers of batches; batch b holds the rows from b * batch_size on.
+            batch_size: rows of every batch but the last.
+
+        Returns:
+            Those of `batches` that are to be written, again from their first row.
+        """
+        return unwritten_batches(self._written, batches, batch_size, count=self.manifest["count"])
+
+    def rows_sha256(self, rows: range) -> str:
+        """Hash codes and labels of some rows as they are in their files."""
+        arrays = [np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in (self.kind.content, "labels")]
+        step = max(1, _BYTES_AT_ONCE // max(1, arrays[0][0].nbytes))
+        starts = range(rows.start, rows.stop, step)
+        return content_sha256(
+            array[start : min(start + step, rows.stop)].tobytes() for array in arrays for start in starts
+        )
+
+    def forget(self, rows: range) -> None:
+        """Count some rows as not written."""
+        self._written.write(np.arange(rows.start, rows.stop), np.zeros(len(rows)))
 
     @classmethod
     def finalise(cls, folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -390,11 +437,11 @@ class EncodedFolder(ABC):
 class EncodedArrays(ResumableDataModule):
     """Batches of codes that a tokenizer made once: the DataModule of tokens and of latents.
 
-    Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers as
-    long as `batch_size` times ranks stays. Of several crops of an image, and of several captions, training draws one in
-    each epoch, a function of (seed, epoch, row) alone; evaluation takes the first. Captions are the `"caption"` of
-    batches, and all of them `"captions"` in evaluation. In training `index` is the sample's position in the run,
-    epoch * count + position in the epoch; in evaluation it is the row.
+    Training order depends on (seed, epoch) alone: a run may be resumed with other numbers of ranks and workers, other
+    batch sizes and accumulation, as long as the global batch stays. Of several crops of an image, and of several
+    captions, training draws one in each epoch, a function of (seed, epoch, row) alone; evaluation takes the first.
+    Captions are the `"caption"` of batches, and all of them `"captions"` in evaluation. In training `index` is the
+    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the row.
 
     Args:
         train: folder of the training codes; None where only the other split is used.

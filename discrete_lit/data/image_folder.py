@@ -4,6 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
@@ -11,9 +12,9 @@ from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
 from discrete_lit.data.loaders import (
     BadSample,
@@ -24,8 +25,9 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     TrainingOrder,
 )
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.sources.class_folders import FoundImages, captions_beside, find_images
-from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, UndecodableImage, image_bytes_limit
+from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, image_bytes_limit
 
 
 class ImageFolder(ResumableDataModule):
@@ -36,9 +38,9 @@ class ImageFolder(ResumableDataModule):
     `train` has none, `validation` is read without labels too.
 
     A sample's key is its path below the folder. Training order depends on (seed, epoch) alone: a run may be resumed
-    with other numbers of ranks and workers as long as `batch_size` times ranks stays. In training `index` is the
-    sample's position in the run, epoch * count + position in the epoch; in evaluation it is the position in the list of
-    files, sorted by key.
+    with other numbers of ranks and workers, other batch sizes and accumulation, as long as the global batch stays. In
+    training `index` is the sample's position in the run, epoch * count + position in the epoch; in evaluation it is the
+    position in the list of files, sorted by key.
 
     An image that cannot be read is replaced in training by the next one of the epoch's order, and left out in
     evaluation; both are logged and counted.
@@ -140,31 +142,41 @@ class ImageFolder(ResumableDataModule):
         return len(self.classes)
 
     @cached_property
-    def _files(self) -> dict[Split, "ImageFiles"]:
-        return {split: ImageFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
+    def _files(self) -> dict[Split, "SampleFiles"]:
+        return {split: SampleFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
+
+    def listing_sha256(self, split: Split) -> str:
+        """Hash the names of the images of a split in their order, which tells that a sample's number means the same."""
+        return content_sha256(f"{key}\n" for key in self._files[split].keys)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
-        return _TrainingImages(files, order, pipeline=self.pipeline)
+        return TrainingFiles(files, order, pipeline=self.pipeline)
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
         files = self._files[split]
-        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size)
-        return _EvaluationImages(files, order, pipeline=self.pipeline, crops=crops)
+        order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size, batches=batches)
+        return EvaluationFiles(files, order, pipeline=self.pipeline, crops=crops)
 
 
-class ImageFiles:
-    """The image files of a folder in sorted order.
+class SampleFiles:
+    """The files of a folder, images or clips, in sorted order.
 
     Raises:
         ValueError: the folder has a class that is not one of `classes`.
     """
 
     def __init__(self, found: FoundImages, classes: list[str], *, captions: Captions | None = None):
-        self.folder = found.root
+        self.folder, self.kind = found.root, found.kind
         self._captions = captions
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
@@ -197,14 +209,14 @@ class ImageFiles:
         path = self.folder / self.keys[sample]
         try:
             if (size := path.stat().st_size) > image_bytes_limit():
-                raise UndecodableImage(f"it has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
+                raise UndecodableSample(f"it has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
             return path.read_bytes()
         except OSError as error:
-            raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+            raise UndecodableSample(f"{type(error).__name__}: {error}") from error
 
 
-class _TrainingImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: TrainingOrder, *, pipeline: ImagePipeline):
+class TrainingFiles(OrderedSource):
+    def __init__(self, files: SampleFiles, order: TrainingOrder, *, pipeline: SamplePipeline):
         super().__init__(order)
         self.files = files
         self.order = order
@@ -213,30 +225,30 @@ class _TrainingImages(OrderedSource):
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         bad: list[BadSample] = []
         samples = [self._sample(epoch, int(position), bad) for position in self.order.positions(number)]
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledImage:
+    def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledSample:
         permutation = self.order.permutation(epoch)
         # The stand-in of a bad image is the next good one of the epoch's order, which no rank or worker decides.
         for distance in range(len(permutation)):
             sample = permutation[(position + distance) % len(permutation)]
             key = self.files.keys[sample]
             try:
-                pixels = self.pipeline.training(self.files.read(sample), epoch, key)
+                values = self.pipeline.training(self.files.read(sample), epoch, key)
                 captions = self.files.captions(sample)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 if distance == 0:
                     bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             index = epoch * self.order.count + position
             caption = self.pipeline.training_caption(captions, epoch, key)
             label = self.files.label(sample)
-            return LabelledImage(pixels, label, key=key, index=index, captions=captions, caption=caption)
-        raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
+            return LabelledSample(values, label, key=key, index=index, captions=captions, caption=caption)
+        raise TooManyBadSamples(f"not one {self.files.kind.name} in {self.files.folder} can be read")
 
 
-class _EvaluationImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: EvaluationOrder, *, pipeline: ImagePipeline, crops: EvaluationCrops):
+class EvaluationFiles(OrderedSource):
+    def __init__(self, files: SampleFiles, order: EvaluationOrder, *, pipeline: SamplePipeline, crops: EvaluationCrops):
         super().__init__(order)
         self.files = files
         self.order = order
@@ -248,11 +260,11 @@ class _EvaluationImages(OrderedSource):
         for sample in self.order.samples_of(number):
             key = self.files.keys[sample]
             try:
-                pixels = self.pipeline.evaluation(self.files.read(sample), self.crops)
+                values = self.pipeline.evaluation(self.files.read(sample), self.crops)
                 captions = self.files.captions(sample)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             label = self.files.label(sample)
-            samples.append(LabelledImage(pixels, label, key=key, index=int(sample), captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, label, key=key, index=int(sample), captions=captions))
+        return self.pipeline.batch(samples), bad

@@ -1,55 +1,69 @@
 """The DataModule of images streamed from webdataset shards, on disk or behind a URL.
 
-Which samples a worker reads in an epoch, and in what order: the shards in the order of the epoch form one stream of
-samples. It is cut into equal splits, one for each worker of each rank, wherever that falls inside a shard; so every
-sample is read once in an epoch however uneven the shards are. A worker's split is read in order and mixed within a
-window. Which sample comes when is known before anything is read, so a resume goes straight to the samples that are
-left, and only opens the shards that hold them.
+Which samples a worker reads in an epoch, and in what order, is in `shard_order.py`. It is known before anything is
+read, so a resume goes straight to the samples that are left, and only opens the shards that hold them.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from discrete_lit.core.files import content_sha256
 from discrete_lit.core.images import ImageSize, normal_size
-from discrete_lit.core.random import numpy_stream, sample_order
 from discrete_lit.data.captions import Captions
 from discrete_lit.data.data_module import ResumableDataModule, Split
 from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
-from discrete_lit.data.loaders import BadSample, Batch, BatchSource, TooManyBadSamples, complete_batches, rank_range
+from discrete_lit.data.loaders import (
+    BadSample,
+    Batch,
+    BatchSource,
+    EvaluationOrder,
+    TooManyBadSamples,
+    complete_batches,
+)
+from discrete_lit.data.media import UndecodableSample
+from discrete_lit.data.shard_order import (
+    EpochReader,
+    Layout,
+    SampleStream,
+    ShardOrder,
+    SplitReader,
+    say_what_is_passed_over,
+    worker_range,
+)
 from discrete_lit.data.shard_set import ShardSet, find_shards
-from discrete_lit.data.tars import RawSample, label_of, read_samples
-from discrete_lit.data.transforms import UndecodableImage
+from discrete_lit.data.tars import RawSample, label_of
 
 
 class ImageShards(ResumableDataModule):
     """Batches of images from shards; see `image_batches.image_batch` for what is in them.
 
     A split is a folder of shards, a shard, a pattern such as `shards/train-{000000..000099}.tar` or, on the disk,
-    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the aws command,
+    `shards/*.tar`, a URL of one of these (`http://`, `https://`, presigned ones too, `s3://` by the extra `s3`,
     `gs://` by gsutil, `pipe:` any command), or a list of them. Shards end with `.tar` or, compressed, with `.tar.gz`,
     `.tgz`, `.tar.bz2`, `.tbz2`, `.tar.xz` or `.txz`; other archives and images beside them are left out with a warning.
     How many samples each holds, and of which classes, is read from the `manifest.json` beside them; without one, local
     shards are counted. A set of which nobody says the classes, as img2dataset writes it, has no labels, and its batches
     no `"label"`: a tokenizer needs none.
 
-    In an epoch every sample is read once, less the last incomplete global batch. The order depends on seed, epoch,
-    batch size, and the numbers of ranks and workers: inside an epoch a run resumes exactly with the same ones, and
-    refuses others. In training `index` is epoch * count + a position in the epoch, unique in the run; in evaluation
-    it is the position in the split (shards in the order of the manifest).
+    In an epoch every sample is read once, less the last incomplete global batch. The order depends on seed, epoch, and
+    the batch size and numbers of ranks and workers that the run began with. It may go on with others, as long as the
+    global batch stays: the global batches stay the same, in this epoch and in those that follow. In training `index` is
+    epoch * count + a position in the epoch, unique in the run; in evaluation it is the position in the split (shards in
+    the order of the manifest).
 
-    A sample that cannot be read is replaced in training by the next readable one that its worker would read, and
-    left out in evaluation; both are logged and counted. The samples that a truncated shard lacks count as unreadable
+    A sample that cannot be read is replaced in training by the next readable one of its part of the order, and left
+    out in evaluation; both are logged and counted. The samples that a truncated shard lacks count as unreadable
     ones; a shard of which nothing can be read ends the run, and so does a truncated one that must be counted. An image
     file above 256 MB is not read, nor is anything that stays mute for 15 seconds; the environment variables
     `DISCRETE_LIT_MAX_IMAGE_MEGABYTES` and `DISCRETE_LIT_READ_TIMEOUT` set other limits.
@@ -170,7 +184,7 @@ class ImageShards(ResumableDataModule):
         return len(self.classes)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
-        return _TrainingShards(
+        return TrainingShards(
             self.shards["train"],
             self.pipeline,
             batch_size=self.batch_size,
@@ -182,9 +196,15 @@ class ImageShards(ResumableDataModule):
         )
 
     def evaluation_source(
-        self, split: Split, rank: int, world_size: int, *, crops: EvaluationCrops = CENTER_CROP
+        self,
+        split: Split,
+        rank: int,
+        world_size: int,
+        *,
+        crops: EvaluationCrops = CENTER_CROP,
+        batches: np.ndarray | None = None,
     ) -> BatchSource:
-        return _EvaluationShards(
+        return EvaluationShards(
             self.shards[split],
             self.pipeline,
             batch_size=self.batch_size,
@@ -193,127 +213,16 @@ class ImageShards(ResumableDataModule):
             workers=max(1, self.num_workers),
             captions=self.captions,
             crops=crops,
+            batches=batches,
         )
 
-
-@dataclass(frozen=True)
-class SampleStream:
-    """All samples of a split of the data, shard after shard.
-
-    Args:
-        shards: the shards of the data's split.
-        order: int64 `(len(shards.shards),)`, the order of the shards.
-        captions: the extension of the caption files that are read; None reads none.
-    """
-
-    shards: ShardSet
-    order: np.ndarray
-    captions: str | None = None
-
-    @classmethod
-    def of_epoch(cls, shards: ShardSet, *, seed: int, epoch: int, captions: str | None = None) -> "SampleStream":
-        """The stream of a training epoch, its shards in an order of (seed, epoch)."""
-        return cls(shards, sample_order(seed, epoch, len(shards.shards)), captions)
-
-    @classmethod
-    def in_order(cls, shards: ShardSet, *, captions: str | None = None) -> "SampleStream":
-        """The stream of an evaluation, its shards in the order that numbers the samples."""
-        return cls(shards, np.arange(len(shards.shards)), captions)
-
-    def read(self, start: int, wanted: np.ndarray) -> Iterator[tuple[int, RawSample]]:
-        """Read the wanted samples among those at `start` and after: position in the stream and sample.
-
-        Args:
-            start: the first position.
-            wanted: bool, for each position from `start` on.
-        """
-        stop = start + len(wanted)
-        end = 0
-        for number in self.order:
-            shard = self.shards.shards[number]
-            begin, end = end, end + shard.count
-            if end <= start or begin >= stop:
-                continue
-            in_shard = np.zeros(shard.count, dtype=bool)
-            low, high = max(begin, start), min(end, stop)
-            in_shard[low - begin : high - begin] = wanted[low - start : high - start]
-            if in_shard.any():
-                for position, sample in read_samples(shard, in_shard, captions=self.captions):
-                    yield begin + position, sample
-
-
-class WorkerSplit:
-    """One worker's split of the stream, given out sample by sample.
-
-    Args:
-        stream: all samples.
-        start: first position of the split.
-        order: int64, the positions of the split, counted from `start`, in the order in which they are given out.
-        taken: how many of them were given out before.
-    """
-
-    def __init__(self, stream: SampleStream, start: int, *, order: np.ndarray, taken: int):
-        self._order = order + start
-        self._taken = taken
-        self._read_ahead: dict[int, RawSample] = {}
-        wanted = np.zeros(len(order), dtype=bool)
-        wanted[order[taken:]] = True
-        self._reader = stream.read(start, wanted)
-
-    def __len__(self) -> int:
-        """Samples that are left."""
-        return len(self._order) - self._taken
-
-    def peek(self, distance: int) -> RawSample:
-        """The sample that will be given out after `distance` others."""
-        position = int(self._order[self._taken + distance])
-        while position not in self._read_ahead:
-            read, sample = next(self._reader)
-            self._read_ahead[read] = sample
-        return self._read_ahead[position]
-
-    def take(self) -> RawSample:
-        """Give out the next sample."""
-        sample = self.peek(0)
-        del self._read_ahead[int(self._order[self._taken])]
-        self._taken += 1
-        return sample
-
-    def next_position(self) -> int:
-        """Position in the stream of the sample that `take` gives out next."""
-        return int(self._order[self._taken])
-
-
-def worker_range(worker: int, workers: int, *, samples: int, batch_size: int) -> tuple[int, int]:
-    """The samples [start, stop) that one worker reads, of a rank's `samples`.
-
-    Batch b of the rank is made by worker b mod `workers`, so the first workers may have a batch more than the
-    others; only the last batch of the last split may be incomplete.
-    """
-    batches = -(-samples // batch_size)
-    batches_of = [len(range(number, batches, workers)) for number in range(workers)]
-    start = min(sum(batches_of[:worker]) * batch_size, samples)
-    return start, min(start + batches_of[worker] * batch_size, samples)
-
-
-def window_shuffle(count: int, window: int, *words: int) -> np.ndarray:
-    """A permutation of 0..count-1 that moves nothing by more than `window` positions.
-
-    So a reader holds at most about `window` samples at a time. `window` 0 keeps the order.
-
-    Args:
-        count: number of samples.
-        window: positions.
-        words: integers that decide the permutation.
-    """
-    if window == 0:
-        return np.arange(count)
-    shifts = numpy_stream(*words).random_sample(count) * window
-    return np.argsort(np.arange(count) + shifts, kind="stable")
+    def listing_sha256(self, split: Split) -> str:
+        """Hash names and counts of the shards of a split, which tell that a sample's number means the same."""
+        return content_sha256(f"{shard.name} {shard.count}\n" for shard in self.shards[split].shards)
 
 
 class _Shards:
-    """The base of the two sources: the split that a worker reads, kept between its batches."""
+    """The base of the two sources: what they read, and how a sample becomes an image with a label and captions."""
 
     batches: int
     samples: int
@@ -321,7 +230,7 @@ class _Shards:
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -338,21 +247,23 @@ class _Shards:
         self.captions = captions
         self.caption_kind = None if captions is None else captions.kind
         self.samples_per_step = batch_size * world_size
-        self._open: WorkerSplit | None = None
+        self._reader: Any = None
+        """What is open: kept between the batches of a worker."""
         self._next: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": None, "_next": None}
+        return {**self.__dict__, "_reader": None, "_next": None}
 
-    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
+    def opened(self, epoch: int, number: int) -> Any:
+        """Open what the batches `number`, `number + workers`, ... are read from."""
         raise NotImplementedError
 
-    def _split_at(self, epoch: int, number: int) -> WorkerSplit:
-        """The split that batch `number` comes from, with the batches before it taken."""
-        if self._open is None or self._next != (epoch, number):
-            self._open = self.worker_split(epoch, number % self.workers, number // self.workers * self.batch_size)
+    def _reader_at(self, epoch: int, number: int) -> Any:
+        """What batch `number` is read from, with the batches before it taken."""
+        if self._reader is None or self._next != (epoch, number):
+            self._reader = self.opened(epoch, number)
         self._next = (epoch, number + self.workers)
-        return self._open
+        return self._reader
 
     def _label(self, sample: RawSample) -> int | None:
         return label_of(sample, len(self.shards.classes))
@@ -362,17 +273,17 @@ class _Shards:
 
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
-            raise UndecodableImage(sample.problem)
+            raise UndecodableSample(sample.problem)
         if sample.label is None and self.shards.classes:
-            raise UndecodableImage("it has no .cls entry (a set without labels is read without num_classes)")
+            raise UndecodableSample("it has no .cls entry (a set without labels is read without num_classes)")
         return sample.image
 
 
-class _TrainingShards(_Shards):
+class TrainingShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -393,61 +304,54 @@ class _TrainingShards(_Shards):
         self.shuffle_window = shuffle_window
         self.batches = complete_batches(shards.count, batch_size, world_size)
         self.samples = self.batches * batch_size
+        self.order = self._order_of(Layout(batch_size, world_size, workers))
 
-    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
-        seed, kind = self.pipeline.seed, self.caption_kind
-        stream = SampleStream.of_epoch(self.shards, seed=seed, epoch=epoch, captions=kind)
-        start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
-        words = (seed, epoch, self.rank, worker)
-        order = window_shuffle(stop - start, self.shuffle_window, *words)
-        return WorkerSplit(stream, self.rank * self.samples + start, order=order, taken=taken)
+    def _order_of(self, layout: Layout) -> ShardOrder:
+        return ShardOrder(self.shards.count, layout, shuffle_window=self.shuffle_window, seed=self.pipeline.seed)
+
+    def positions(self, number: int) -> np.ndarray:
+        """Positions, in the epoch's order, of this rank's batch `number`: int64 `(batch_size,)`."""
+        start = (number * self.world_size + self.rank) * self.batch_size
+        return np.arange(start, start + self.batch_size)
+
+    def opened(self, epoch: int, number: int) -> EpochReader:
+        stream = SampleStream.of_epoch(self.shards, seed=self.pipeline.seed, epoch=epoch, captions=self.caption_kind)
+        positions = np.concatenate([self.positions(batch) for batch in range(number, self.batches, self.workers)])
+        return EpochReader(stream, self.order, epoch=epoch, positions=positions[positions < self.order.samples])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
-        split = self._split_at(epoch, number)
-        first = epoch * self.shards.count + (number * self.world_size + self.rank) * self.batch_size
+        reader: EpochReader = self._reader_at(epoch, number)
         samples, bad = [], []
-        for index in range(first, first + self.batch_size):
-            taken = split.take()
+        for position in self.positions(number).tolist():
+            taken = reader.take(position)
+            index = epoch * self.shards.count + position
             try:
                 sample = self._decode(taken, epoch, index)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
-                sample = self._stand_in(split, epoch, number % self.workers, index)
+                sample = self._stand_in(reader, epoch, position)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
-        pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
+    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledSample:
+        values = self.pipeline.training(self._image(sample), epoch, sample.key)
         captions = self._captions(sample)
         caption = self.pipeline.training_caption(captions, epoch, sample.key)
-        return LabelledImage(
-            pixels, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
+        return LabelledSample(
+            values, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
         )
 
-    def _stand_in(self, split: WorkerSplit, epoch: int, worker: int, index: int) -> LabelledImage:
-        """The next readable sample of the split, its first ones after its last.
-
-        It is looked at and not taken, so that no later batch moves, and the batch stays a function of its number.
-        """
-        for sample in self._following(split, epoch, worker):
+    def _stand_in(self, reader: EpochReader, epoch: int, position: int) -> LabelledSample:
+        """The next readable sample of its part of the order, its first ones after its last."""
+        for sample in reader.following(position):
             try:
-                return self._decode(sample, epoch, index)
-            except UndecodableImage:
+                return self._decode(sample, epoch, epoch * self.shards.count + position)
+            except UndecodableSample:
                 continue
-        raise TooManyBadSamples(f"not one sample that worker {worker} of rank {self.rank} reads can be used")
-
-    def _following(self, split: WorkerSplit, epoch: int, worker: int) -> Iterator[RawSample]:
-        for distance in range(len(split)):
-            yield split.peek(distance)
-        again = self.worker_split(epoch, worker, 0)
-        while len(again):
-            yield again.take()
+        raise TooManyBadSamples(f"not one sample of a worker's part of the epoch can be used, on rank {self.rank}")
 
     def identity(self) -> Mapping[str, int | str]:
         return {
-            "batch_size": self.batch_size,
-            "world_size": self.world_size,
-            "workers": self.workers,
             "shuffle_window": self.shuffle_window,
             "seed": self.pipeline.seed,
             "count": self.shards.count,
@@ -455,12 +359,21 @@ class _TrainingShards(_Shards):
             **({} if self.captions is None else {"captions": str(self.captions)}),
         }
 
+    def layout(self) -> Mapping[str, int]:
+        return self.order.layout._asdict()
 
-class _EvaluationShards(_Shards):
+    def follow(self, layout: Mapping[str, int]) -> None:
+        own = Layout(self.batch_size, self.world_size, self.workers)
+        self.order = self._order_of(Layout.of_state(layout))
+        if self.order.layout != own and self.rank == 0:
+            say_what_is_passed_over(self.order, own)
+
+
+class EvaluationShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -468,6 +381,7 @@ class _EvaluationShards(_Shards):
         workers: int,
         captions: Captions | None,
         crops: EvaluationCrops,
+        batches: np.ndarray | None,
     ):
         super().__init__(
             shards,
@@ -479,30 +393,35 @@ class _EvaluationShards(_Shards):
             captions=captions,
         )
         self.crops = crops
-        self.start, stop = rank_range(shards.count, rank, world_size)
-        self.samples = stop - self.start
-        self.batches = -(-self.samples // batch_size)
+        order = EvaluationOrder(shards.count, batch_size, rank=rank, world_size=world_size, batches=batches)
+        self.positions, self.samples, self.batches = order.positions, order.samples, order.batches
 
-    def worker_split(self, epoch: int, worker: int, taken: int) -> WorkerSplit:
+    def opened(self, epoch: int, number: int) -> SplitReader:
+        worker = number % self.workers
         start, stop = worker_range(worker, self.workers, samples=self.samples, batch_size=self.batch_size)
-        order = window_shuffle(stop - start, 0)
+        taken = number // self.workers * self.batch_size
         stream = SampleStream.in_order(self.shards, captions=self.caption_kind)
-        return WorkerSplit(stream, self.start + start, order=order, taken=taken)
+        return SplitReader(stream, self.positions[start + taken : stop])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
-        split = self._split_at(epoch, number)
+        reader: SplitReader = self._reader_at(epoch, number)
         samples, bad = [], []
-        for _ in range(min(self.batch_size, len(split))):
-            index = split.next_position()
-            taken = split.take()
+        for _ in range(min(self.batch_size, len(reader))):
+            index, taken = reader.take()
             try:
-                pixels = self.pipeline.evaluation(self._image(taken), self.crops)
+                values = self.pipeline.evaluation(self._image(taken), self.crops)
                 captions = self._captions(taken)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index, captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, self._label(taken), key=taken.key, index=index, captions=captions))
+        return self.pipeline.batch(samples), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}
+
+    def layout(self) -> Mapping[str, int]:
+        return {}
+
+    def follow(self, layout: Mapping[str, int]) -> None:
+        assert not layout, "an evaluation is read in the order of the set"

@@ -8,9 +8,11 @@ so the state here is the same on every rank. It asks for one batch ahead of the 
 
 Which samples a batch holds, where a set can be read in any order (`TrainingOrder`, `EvaluationOrder`):
 
-Training: one permutation of the whole set from (seed, epoch); global batch g is its slice [g * G, (g + 1) * G), and
-rank r of R takes the r-th of R equal parts. So one process with a batch of 2 B sees the same global batches as two
-with B, and the number of workers decides nothing. The last, incomplete global batch of an epoch is dropped.
+Training: one permutation of the whole set from (seed, epoch); global batch g is its slice [g * G, (g + 1) * G), where G
+is the samples of an optimizer step: batch size x ranks x accumulated batches. Each of the A accumulated batches is the
+next A-th of it, of which rank r of R takes the r-th of R equal parts. So one process with a batch of 2 B sees the same
+global batches as two with B, or as one that accumulates two of B, and the number of workers decides nothing. The last,
+incomplete global batch of an epoch is dropped. A resume inside an epoch asks for the same G and nothing else.
 
 Evaluation: rank r reads [r * count / R, (r + 1) * count / R) in order; every sample once, nothing padded.
 
@@ -18,7 +20,10 @@ Samples that cannot be read are logged one by one, counted, and fatal past a set
 """
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -31,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 _FORMAT = "discrete-lit-loader-1"
+_LAYOUT = ("batch_size", "world_size", "workers")
 
 
 class BadSample(NamedTuple):
@@ -53,14 +59,22 @@ class BatchSource(Protocol):
     samples: int
     """Samples of one epoch on this rank."""
     samples_per_step: int
-    """Samples of one batch over all ranks."""
+    """Samples of one batch over all ranks; of several accumulated ones, one."""
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         """Batch `number` of `epoch`, and the samples that could not be used for it."""
         ...
 
     def identity(self) -> Mapping[str, int | str]:
-        """The settings that decide what is in a batch: a state is accepted only where they are equal."""
+        """The settings that decide what is in a global batch: a state is accepted only where they are equal."""
+        ...
+
+    def layout(self) -> Mapping[str, int]:
+        """The ranks and workers whose order the global batches have; empty where they have no part in it."""
+        ...
+
+    def follow(self, layout: Mapping[str, int]) -> None:
+        """Give global batches in the order of another layout, the one that the run began with."""
         ...
 
 
@@ -123,6 +137,10 @@ class TrainingLoader(_Loader):
         batches_per_epoch: batches after which the trainer ends an epoch, where that is before the data's end
             (`Trainer(limit_train_batches=...)`).
         repeat_epoch: every epoch is epoch 0 again (`Trainer(overfit_batches=...)`).
+        accumulated: batches of an optimizer step (`Trainer(accumulate_grad_batches=...)`); an epoch has whole steps.
+
+    Raises:
+        ValueError: an epoch is smaller than one optimizer step.
     """
 
     def __init__(
@@ -135,13 +153,28 @@ class TrainingLoader(_Loader):
         start_epoch: int = 0,
         batches_per_epoch: int | None = None,
         repeat_epoch: bool = False,
+        accumulated: int = 1,
     ):
         super().__init__(source, num_workers, max_bad_fraction=max_bad_fraction, persistent_workers=persistent_workers)
+        self.accumulated = accumulated
+        if len(self) == 0:
+            raise ValueError(
+                f"{source.batches * source.samples_per_step} training samples do not fill one optimizer step of "
+                f"{self._split_up()}: use a smaller batch_size or accumulate_grad_batches"
+            )
         self.batches_per_epoch = min(len(self), batches_per_epoch or len(self))
         self.repeat_epoch = repeat_epoch
         self.epoch = start_epoch
         self.consumed = 0
         self._continue = False
+
+    def __len__(self) -> int:
+        return self.source.batches // self.accumulated * self.accumulated
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of an optimizer step: batch size x ranks x accumulated batches."""
+        return self.source.samples_per_step * self.accumulated
 
     # A generator: nothing happens before the first batch is asked for, so that `iter(loader)` alone, which Lightning
     # does to look whether it can, changes nothing.
@@ -160,39 +193,87 @@ class TrainingLoader(_Loader):
             "epoch": self.epoch,
             "samples": self.consumed * self.source.samples_per_step,
             "finished": self.consumed >= self.batches_per_epoch,
+            "global_batch": self.global_batch,
             "identity": dict(self.source.identity()),
+            "layout": dict(self.source.layout()),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken: inside an epoch with the batches that were left, else with the next epoch.
 
-        Between two epochs there are none left: data, batch size, ranks and workers may be others.
+        Ranks, workers, batch size and accumulated batches may be others, as long as the samples of an optimizer step
+        are as many: then its global batches are the same. Between two epochs data and global batch may be others too.
 
         Raises:
-            ValueError: the state is of another kind of loader, or was taken inside an epoch with other data or
-                settings, so that the batches would not be the ones that were left.
+            ValueError: the state is of another kind of loader, or was taken inside an epoch with other data, seed or
+                global batch, so that the batches would not be the ones that were left.
         """
         if state.get("format") != _FORMAT:
             raise ValueError(
                 f"the checkpoint's data state has format {state.get('format')!r}, not {_FORMAT!r}: it was saved with a "
                 "DataModule that is not of discrete_lit.data"
             )
-        saved, current = dict(state["identity"]), dict(self.source.identity())
+        saved = _Saved.read(state, self.accumulated)
+        current = dict(self.source.identity())
+        names = sorted(
+            name for name in saved.identity.keys() | current if saved.identity.get(name) != current.get(name)
+        )
+        same = not names and saved.global_batch == self.global_batch
+        self._continue = True
         if _is_finished(state) or state["samples"] == 0:
             self.epoch = state["epoch"] + (state["samples"] > 0)
             self.consumed = 0
-            self._continue = True
-            return
-        if saved != current:
-            names = sorted(name for name in saved.keys() | current.keys() if saved.get(name) != current.get(name))
-            differences = ", ".join(f"{name} was {saved.get(name)!r}, is {current.get(name)!r}" for name in names)
-            raise ValueError(
-                f"cannot continue inside an epoch with other data settings: {differences}. Resume with the settings of "
-                "the checkpoint, or start a new run from its weights: `discrete-lit fit --weights CHECKPOINT`."
+        elif same and state["samples"] % self.source.samples_per_step == 0:
+            self.epoch = state["epoch"]
+            self.consumed = state["samples"] // self.source.samples_per_step
+        else:
+            self._continue = False
+            raise ValueError(self._refusal(saved, names))
+        if same and saved.layout:
+            self.source.follow(saved.layout)
+
+    def _refusal(self, saved: "_Saved", names: list[str]) -> str:
+        """Say why a state inside an epoch cannot be continued, and what would."""
+        current = self.source.identity()
+        differences = [f"{name} was {saved.identity.get(name)!r}, is {current.get(name)!r}" for name in names]
+        if saved.global_batch != self.global_batch:
+            differences.insert(
+                0, f"the global batch was {saved.global_batch}, is {self._split_up()}{self._advice(saved.global_batch)}"
             )
-        self.epoch = state["epoch"]
-        self.consumed = state["samples"] // self.source.samples_per_step
-        self._continue = True
+        if not differences:
+            return (
+                "the checkpoint was written between two accumulated batches of an optimizer step, of "
+                f"{saved.global_batch} samples: it goes on only with the ranks and the batch_size that it was written "
+                "with. An earlier or a later one goes on with any"
+            )
+        return (
+            f"cannot continue inside an epoch with other data settings: {'; '.join(differences)}. Resume with the "
+            "settings of the checkpoint, or start a new run from its weights: `discrete-lit fit --init_from CHECKPOINT`"
+        )
+
+    def _split_up(self) -> str:
+        """Say what the global batch is made of."""
+        ranks = self.source.samples_per_step // self._batch_size
+        return (
+            f"{self.global_batch} (batch_size {self._batch_size} x {ranks} {'rank' if ranks == 1 else 'ranks'} x "
+            f"accumulate_grad_batches {self.accumulated})"
+        )
+
+    @property
+    def _batch_size(self) -> int:
+        return self.source.samples // self.source.batches
+
+    def _advice(self, global_batch: int) -> str:
+        """Say which batch size on these ranks makes another global batch, of at most as many samples at a time."""
+        ranks = self.source.samples_per_step // self._batch_size
+        of_rank = global_batch // ranks
+        if of_rank * ranks != global_batch:
+            return (
+                f", and {ranks} ranks cannot share {global_batch} samples equally: use a number of them that divides it"
+            )
+        most = min(self._batch_size, of_rank)
+        batch_size = next(size for size in range(most, 0, -1) if of_rank % size == 0)
+        return f"; batch_size {batch_size} with accumulate_grad_batches {of_rank // batch_size} makes it {global_batch}"
 
 
 class EvaluationLoader(_Loader):
@@ -245,23 +326,35 @@ class TrainingOrder:
         return self._permutation
 
     def identity(self) -> Mapping[str, int | str]:
-        return {"samples_per_step": self.samples_per_step, "count": self.count, "seed": self.seed}
+        return {"count": self.count, "seed": self.seed}
 
 
 class EvaluationOrder:
-    """The order of an evaluated set on one rank."""
+    """The order of an evaluated set on one rank.
 
-    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int):
-        self.start, self.stop = rank_range(count, rank, world_size)
+    Args:
+        count: samples of the set.
+        batch_size: samples of a batch.
+        rank: this rank.
+        world_size: number of ranks.
+        batches: int64, ascending: the numbers of the batches that this rank computes, batch b of which holds the
+            samples from b * batch_size on, in place of the rank's share.
+    """
+
+    def __init__(self, count: int, batch_size: int, *, rank: int, world_size: int, batches: np.ndarray | None = None):
+        self.positions = np.arange(*rank_range(count, rank, world_size))
+        """int64 `(samples,)`, the samples in the order in which they are read."""
+        if batches is not None:
+            self.positions = (batches[:, None] * batch_size + np.arange(batch_size)).ravel()
+            self.positions = self.positions[self.positions < count]
         self.batch_size = batch_size
-        self.samples = self.stop - self.start
+        self.samples = len(self.positions)
         self.samples_per_step = batch_size * world_size
         self.batches = -(-self.samples // batch_size)
 
     def samples_of(self, number: int) -> np.ndarray:
         """The samples of batch `number`: int64, at most `batch_size` of them."""
-        start = self.start + number * self.batch_size
-        return np.arange(start, min(start + self.batch_size, self.stop))
+        return self.positions[number * self.batch_size : (number + 1) * self.batch_size]
 
     def identity(self) -> Mapping[str, int | str]:
         return {}
@@ -278,6 +371,30 @@ class OrderedSource:
 
     def identity(self) -> Mapping[str, int | str]:
         return self._identity
+
+    def layout(self) -> Mapping[str, int]:
+        return {}
+
+    def follow(self, layout: Mapping[str, int]) -> None:
+        assert not layout, "the order is of the whole set"
+
+
+class _Saved(NamedTuple):
+    """What a state says of the global batches that are left."""
+
+    global_batch: int
+    identity: dict[str, Any]
+    layout: dict[str, int]
+
+    @classmethod
+    def read(cls, state: Mapping[str, Any], accumulated: int) -> "_Saved":
+        """Read a state; one of an earlier version says nothing of accumulation, so that it is taken for today's."""
+        identity = dict(state["identity"])
+        if "global_batch" in state:
+            return cls(state["global_batch"], identity, dict(state["layout"]))
+        layout = {name: identity.pop(name) for name in _LAYOUT if name in identity}
+        step = identity.pop("samples_per_step", 0) or layout.get("batch_size", 0) * layout.get("world_size", 0)
+        return cls(step * accumulated, identity, layout)
 
 
 def _is_finished(state: Mapping[str, Any]) -> bool:
@@ -356,6 +473,7 @@ class _Computed(Dataset):
         try:
             batch, bad = self.source.batch(*request)
             if get_worker_info() is not None:
+                _check_temporary_folder()
                 _share(batch)
         # Raised in a worker it would reach the user as many lines, with the worker's traceback for its message.
         except ValueError as error:
@@ -379,6 +497,22 @@ def _share(batch: Batch) -> None:
                     "container more shared memory (docker run --shm-size=8g), or set num_workers or batch_size lower; "
                     f"num_workers: 0 needs none. {str(error).splitlines()[0]}"
                 ) from error
+
+
+@cache
+def _check_temporary_folder() -> None:
+    """Check once in each worker that there is room for the socket through which PyTorch hands tensors over.
+
+    It makes that in the same thread, whose errors nobody hears.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=get_temp_dir()) as file:
+            file.write(b"room")
+    except OSError as error:
+        raise ValueError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, has no room, and a loader's worker needs some: "
+            f"set the environment variable TMPDIR to another folder; num_workers: 0 needs none. {error.strerror}"
+        ) from error
 
 
 class _Requests(Sampler):

@@ -27,14 +27,18 @@ OPTIONS = {
     "predict": TRAINING,
     "shards": {"config", "source", "output", "split", "samples_per_shard", "shuffle_seed"},
     "tokenize": {"config", "ckpt_path", "data", "output", "split", "crops", "ten_crop_scales"}
-    | {"accelerator", "devices", "num_nodes", "precision", "latents", "latent_dtype", "seed"},
+    | {"accelerator", "devices", "num_nodes", "precision", "latents", "latent_dtype", "seed"}
+    | {"part", "join", "missing"},
     "text_tokenizer": {"config", "shards", "output", "vocab_size", "captions"},
     "encode_captions": {"config", "text_encoder", "arrays", "batch_size", "accelerator"},
     "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
     | {"accelerator", "precision"},
+    "models": {"config", "name", "word", "json"},
     "sample": {
         "config",
         "ckpt_path",
+        "model",
+        "accept_licence",
         "output",
         "num_samples",
         "labels",
@@ -51,14 +55,18 @@ OPTIONS = {
         "decoder",
         "decoder_steps",
         "decoder_sampler",
+        "known",
+        "known_positions",
+        "frame_rate",
     }
-    | {"accelerator", "devices", "num_nodes", "precision"},
+    | {"accelerator", "devices", "num_nodes", "precision", "part", "join", "missing"},
     "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}
     | {"accelerator", "precision"},
     "evaluate": {"config", "reference", "output", "image_size", "num_images", "samples", "reconstructions", "held_out"}
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
-    | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join"}
+    | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join", "missing"}
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
+    "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
@@ -78,10 +86,12 @@ OPTIONS = {
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
+    "demo": {"config", "ckpt_path", "model", "accept_licence", "host", "port", "accelerator"},
     "advise": {"config", "wish", "image_size", "images", "seconds", "memory_gb", "training_seconds", "training_flops"}
     | {"batch_size", "accelerator", "precision", "recipes", "json"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
-    "export": {"config", "ckpt_path", "family", "output"},
+    "recipes": {"config", "name"},
+    "export": {"config", "ckpt_path", "family", "output", "licence"},
 }
 
 
@@ -119,7 +129,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions", "advise") else set()
+    reads_checkpoints = {"trust"} if command not in cli._WITHOUT_CHECKPOINT else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
@@ -170,6 +180,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),

@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from discrete_lit.data import ImageFolder, ImageShards, LatentArrays, TokenArrays
+from discrete_lit.data.data_module import ResumableDataModule
+
 
 def png(number: int, size: tuple[int, int] = (8, 8)) -> bytes:
     """A noise image, `(width, height)`, that its number decides."""
@@ -147,5 +150,35 @@ def make_latent_folder() -> Callable[..., Path]:
         }
         (folder / "manifest.json").write_text(json.dumps(content))
         return folder
+
+    return make
+
+
+@pytest.fixture(params=["shards", "folder", "tokens", "latents"])
+def make_data(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_shards: Callable[..., Path],
+    make_class_folder: Callable[..., Path],
+    make_token_folder: Callable[..., Path],
+    make_latent_folder: Callable[..., Path],
+) -> Callable[..., ResumableDataModule]:
+    """`make_data(**changes)`: 43 training samples in each kind of DataModule; batches of 4, so 10 a process."""
+    if request.param == "shards":
+        folder = make_shards(tmp_path / "shards", (13, 3, 9, 18), replace={7: b"broken", 30: b""})
+        kind, settings = ImageShards, {"image_size": 6, "shuffle_window": 7, "max_bad_fraction": 0.1}
+    elif request.param == "folder":
+        folder = make_class_folder(tmp_path / "folder", {"ant": 20, "bee": 23})
+        (folder / "ant" / "0003.png").write_bytes(b"broken")
+        kind, settings = ImageFolder, {"image_size": 6, "max_bad_fraction": 0.1}
+    elif request.param == "tokens":
+        folder = make_token_folder(tmp_path / "tokens", count=43)
+        kind, settings = TokenArrays, {}
+    else:
+        folder = make_latent_folder(tmp_path / "latents", count=43)
+        kind, settings = LatentArrays, {}
+
+    def make(**changes: Any) -> ResumableDataModule:
+        return kind(str(folder), str(folder), **{"batch_size": 4, "num_workers": 0, **settings, **changes})
 
     return make

@@ -7,7 +7,6 @@ import lzma
 import os
 import pickle
 import re
-import stat
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,8 @@ import torch
 from PIL import Image
 
 from discrete_lit.data import ImageShards
-from discrete_lit.data.image_shards import window_shuffle, worker_range
 from discrete_lit.data.loaders import TooManyBadSamples
+from discrete_lit.data.shard_order import window_shuffle, worker_range
 from discrete_lit.data.shard_set import Shard
 from discrete_lit.data.tars import BrokenShard
 from discrete_lit.evaluation.image_sets import open_image_set
@@ -410,17 +409,6 @@ def test_a_shard_that_is_not_on_the_server_ends_the_run(server: Server) -> None:
     data = make_data(f"{server.url}/train-000009.tar", train_count=4, num_classes=3)
     with pytest.raises(BrokenShard, match=r"train-000009\.tar"):
         list(data.evaluation_loader("train", 0, 1))
-
-
-def test_s3_is_read_by_the_aws_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = tmp_path / "bin" / "aws"
-    command.parent.mkdir()
-    # Stands for `aws s3 cp --only-show-errors s3://bucket/<path> -`: the bucket is the folder.
-    command.write_text(f'#!/bin/sh\n[ "$1 $2 $3 $5" = "s3 cp --only-show-errors -" ] && cat "{folder}/${{4##*/}}"\n')
-    command.chmod(command.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    data = make_data("s3://bucket/some where")
-    assert keys(data.evaluation_loader("train", 0, 1)) == all_keys()
 
 
 def test_any_command_can_be_read(folder: Path) -> None:
