@@ -47,7 +47,7 @@ class Budget:
     seconds: float | None = None
     """For drawing them."""
     memory_gb: float | None = None
-    """Of 10^9 bytes, while a batch is drawn."""
+    """Memory while a batch is drawn, in 10^9 bytes."""
     training_seconds: float | None = None
     """For training by the recipe, or as long as the measured run."""
     training_flops: float | None = None

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices and moves memory."""
+"""The speed of this machine: products of matrices, and copies of memory."""
 
 import time
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True, kw_only=True)
 class MachineSpeed:
-    """What a device reaches at best, measured on it."""
+    """The most that a device reaches, measured on it."""
 
     device: str
     """Its name."""
