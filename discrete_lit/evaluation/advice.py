@@ -159,8 +159,8 @@ def _model(file: Path) -> dict[str, Any]:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(
-            f"recipes={str(file.parents[1])!r}: there is no {file}; accepted: the folder lightning_configs of the "
-            "source tree"
+            f"recipes={str(file.parents[1])!r}: there is no {file}; accepted: a folder with the recipes that "
+            "`discrete-lit recipes` lists"
         ) from error
     model = deepcopy(settings["model"])
     for name in ("optimizer", "scheduler", "perceptual_loss", "adversarial_loss", "alignment_loss"):
