@@ -18,7 +18,7 @@ CLASSIFIERS := $(RUNS)/classifier/finished $(RUNS)/classifier_apart/finished
 SEEDED := masked autoregressive
 HALF_OF_THE_PROCESSORS := $(shell echo $$((($$(getconf _NPROCESSORS_ONLN) + 1) / 2)))
 
-.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input lint format types bench gpu gpu-wheels gpu-pack
+.PHONY: help setup quickstart learned quickstart-seeds quickstart-select quickstart-colour learned-colour quickstart-digits learned-digits seeded comparison comparison-samplers drawn drawn-otherwise test test-slow bad-input kills lint format types bench docs gpu gpu-wheels gpu-pack
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-slow: .venv/installed ## the slow tests, and those of a SLURM cluster where
 bad-input: .venv/installed ## craft broken and hostile input of every kind, and judge what becomes of each; ARGS="part of a name"
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m bad_input.run $(ARGS)
 
+kills: .venv/installed ## kill trainings at random points, resume them on other numbers of ranks, and compare every batch; ARGS="--kills 30 --seed 0"
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m kills.run $(ARGS)
+
 lint: .venv/installed ## check format, style, and which module may import which
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -51,6 +54,9 @@ format: .venv/installed ## format the code
 
 types: .venv/installed ## check types
 	$(BIN)/pyright
+
+docs: .venv/installed ## the documentation as a site, build/site/index.html; fails where a link leads nowhere
+	$(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 bench: .venv/installed ## speed against bare loops and peers, as ratios; wants a quiet machine
 	$(BIN)/pip install --quiet --editable '.[dev,bench]'

@@ -1,6 +1,7 @@
 """Discrete image generation in PyTorch Lightning.
 
-`load(path)` gives back the Tokenizer or Generator of any checkpoint. Importing this package imports neither torch nor
+`load(path)` gives back the Tokenizer or Generator of any checkpoint, or of a published model by its name;
+`save_pretrained(module, folder)` writes one for the Hugging Face Hub. Importing this package imports neither torch nor
 Lightning: subpackages do, when they are asked for.
 """
 
@@ -14,10 +15,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from discrete_lit.checkpoints import load
+    from discrete_lit.checkpoints import load, save_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "save_pretrained"]
 
 # Modules of earlier versions that users import; those that configurations name are in `core/configuration.py`.
 _MOVED = {
@@ -37,10 +38,8 @@ _MOVED = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load":
-        from discrete_lit.checkpoints import load
-
-        return load
+    if name in ("load", "save_pretrained"):
+        return getattr(importlib.import_module("discrete_lit.checkpoints"), name)
     raise AttributeError(f"module 'discrete_lit' has no attribute {name!r}")
 
 

@@ -7,9 +7,7 @@ checkpoint by an unpickler that knows their classes alone, and `core/trust.py` d
 """
 
 import importlib
-import io
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -26,6 +24,14 @@ from torch import Tensor
 from discrete_lit.core.bounded_reading import check_nesting
 from discrete_lit.core.configuration import build
 from discrete_lit.core.files import atomic_write, check_records
+from discrete_lit.core.hub_folders import (
+    CONFIG,
+    WEIGHTS,
+    is_hub_folder,
+    module_folder,
+    read_hub_folder,
+    write_hub_folder,
+)
 from discrete_lit.core.trust import (
     NotBuildable,
     NotTrusted,
@@ -35,6 +41,7 @@ from discrete_lit.core.trust import (
     refusal,
     trusting,
 )
+from discrete_lit.fsdp2 import META, check_shards, is_sharded, read_shards
 
 _log = logging.getLogger(__name__)
 _MOST_SHOWN = 3
@@ -136,19 +143,25 @@ def _cannot_build(config: Mapping[str, Any], path: str | Path, error: BaseExcept
     return f"cannot build the {printable(config['class_path'])} of {str(path)!r}: {reason}"
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint on the CPU without executing code, and check that no record of it is damaged.
 
-    Of a sharded checkpoint, a folder, it reads all but the `state_dict` and the optimizers' states, and checks that
-    PyTorch will execute no code when it reads these.
+    Of a sharded checkpoint, a folder, it reads all but the weights and the optimizers' states, and checks that PyTorch
+    will execute no code when it reads these. A folder of `save_pretrained` is read whole.
+
+    Args:
+        path: the file, or folder of shards.
+        whole: put the weights and optimizers' states of a sharded one together too.
 
     Raises:
         ValueError: no such file, a truncated, compressed or damaged one, pickled code, or a file that holds no module.
     """
-    sharded = Path(path).is_dir()
+    if is_hub_folder(path):
+        return _checked_entries(read_hub_folder(path), path)
+    sharded = is_sharded(path)
     if sharded and not (Path(path) / ".metadata").is_file():
         raise ValueError(f"{str(path)!r} is a folder, and not a finished sharded checkpoint")
-    file = Path(path) / "meta.pt" if sharded else Path(path)
+    file = Path(path) / META if sharded else Path(path)
     if not file.is_file():
         raise ValueError(f"no checkpoint at {str(path)!r}")
     try:
@@ -158,12 +171,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         if sharded:
-            _check_shards(Path(path))
+            check_shards(Path(path))
+            if whole and isinstance(checkpoint, dict):
+                checkpoint |= read_shards(path)
     except Exception as error:
         reason = printable(error, limit=300)
         raise ValueError(f"{str(path)!r} is not a readable checkpoint (not weights only): {reason}") from error
     if not isinstance(checkpoint, dict) or not (sharded or "state_dict" in checkpoint):
         raise ValueError(f"{str(path)!r} holds no 'state_dict': it is not a checkpoint of `discrete-lit fit`")
+    return _checked_entries(checkpoint, path)
+
+
+def _checked_entries(checkpoint: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return a checkpoint whose entries are of the kinds that others take them for.
+
+    Raises:
+        ValueError: one is not, or it is nested too deeply.
+    """
     # Configurations have bounds of their own, in `check_plain`.
     described = ("hyper_parameters", *(f"{part}_config" for part in FROZEN_PARTS))
     check_nesting({name: value for name, value in checkpoint.items() if name not in described}, str(path))
@@ -188,59 +212,6 @@ _ENTRIES: dict[str, tuple[Any, str]] = {
     "optimizer_states": (Sequence, "a list"),
     "lr_schedulers": (Sequence, "a list"),
 }
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Read the description of a sharded checkpoint: classes that `torch.distributed.checkpoint` writes, no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        from torch.distributed.checkpoint import filesystem, metadata
-
-        if module == metadata.__name__ and name in (*metadata.__all__, "_MEM_FORMAT_ENCODING"):
-            return getattr(metadata, name)
-        if (module, name) == (filesystem.__name__, "_StorageInfo"):
-            return filesystem._StorageInfo
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("torch", "Size"):
-            return torch.Size
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
-            return Path
-        raise ValueError(f"it names {module}.{name}, which no sharded checkpoint holds: it may be code")
-
-
-def _check_shards(folder: Path) -> None:
-    """Check that PyTorch executes no code when it reads a sharded checkpoint: it unpickles what is no tensor.
-
-    Raises:
-        ValueError: the description names anything but its own classes, or a value is more than plain data.
-    """
-    from torch.distributed.checkpoint.filesystem import _StorageInfo
-    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
-
-    for file in folder.glob("*.metadata"):  # of ranks too; `glob` finds `.metadata` itself
-        with file.open("rb") as opened:
-            found = _MetadataUnpickler(opened).load()
-        stored = found.storage_data if isinstance(found, Metadata) else None
-        entries = found.state_dict_metadata if isinstance(found, Metadata) else None
-        if not isinstance(stored, dict) or not isinstance(entries, dict):
-            raise ValueError(f"{file.name} describes no sharded checkpoint")
-        for index, place in stored.items():
-            if not isinstance(index, MetadataIndex) or not isinstance(place, _StorageInfo):
-                raise ValueError(f"{file.name} describes no sharded checkpoint")
-            shard = folder / str(place.relative_path)
-            if shard.parent != folder or not shard.is_file() or getattr(place, "transform_descriptors", None):
-                raise ValueError(f"{printable(place.relative_path)} is missing, elsewhere or compressed")
-            if not 0 <= place.offset <= place.offset + place.length <= shard.stat().st_size:
-                raise ValueError(f"{shard.name} is truncated")
-            if isinstance(entries.get(index.fqn), BytesStorageMetadata):
-                with shard.open("rb") as opened:
-                    opened.seek(place.offset)
-                    torch.load(io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True)
 
 
 def module_config(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
@@ -295,6 +266,60 @@ def save(module: LightningModule, path: str | Path) -> None:
     Raises:
         ValueError: the module was not built from a configuration.
     """
+    checkpoint = _as_checkpoint(module, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        torch.save(checkpoint, file)
+
+
+def save_pretrained(module: LightningModule, folder: str | Path, *, licence: str = "") -> None:
+    """Write a module as a folder for the Hugging Face Hub: `config.json`, `model.safetensors` and a model card.
+
+    `load(folder)` reads it, and so does `load("hf://owner/name")` once it is there. A generator's holds its tokenizer.
+
+    Args:
+        module: a tokenizer or generator that was built from a configuration.
+        folder: made where it is not there; other files in it stay.
+        licence: for the card, as the Hub names it, such as `apache-2.0`.
+
+    Raises:
+        ValueError: the module was not built from a configuration, or has a state that is no tensor.
+    """
+    checkpoint = _as_checkpoint(module, folder)
+    write_hub_folder(checkpoint, folder, card=_card(module, checkpoint["hyper_parameters"], licence))
+
+
+def weights_of(path: str | Path) -> Path:
+    """Return the file with the weights of a checkpoint or address: itself, or the one in a folder for the Hub."""
+    path = local(path)
+    return module_folder(path) / WEIGHTS if is_hub_folder(path) else Path(path)
+
+
+def _card(module: LightningModule, config: Mapping[str, Any], licence: str) -> str:
+    """Write the model card of a module: what it is, and the commands that use it."""
+    kind = type(module).__name__
+    count = sum(parameter.numel() for parameter in module.parameters())
+    use = (
+        "discrete-lit sample --ckpt_path hf://OWNER/NAME --num_samples 16 --output samples"
+        if hasattr(module, "sampler_kind")
+        else "discrete-lit tokenize --ckpt_path hf://OWNER/NAME --output tokens --config data.yaml"
+    )
+    return (
+        "---\nlibrary_name: discrete-lit\n"
+        + (f"license: {licence}\n" if licence else "")
+        + f"tags:\n- discrete-lit\n- image-generation\n---\n\n# {kind}\n\n"
+        f"A `{config['class_path']}` of {count:,} parameters. `{CONFIG}` has every setting.\n\n"
+        '```python\nimport discrete_lit\n\nmodel = discrete_lit.load("hf://OWNER/NAME")\n```\n\n'
+        f"```bash\n{use}\n```\n"
+    )
+
+
+def _as_checkpoint(module: LightningModule, path: str | Path) -> dict[str, Any]:
+    """Describe a module as a checkpoint.
+
+    Raises:
+        ValueError: it was not built from a configuration.
+    """
     checkpoint: dict[str, Any] = {
         "epoch": 0,
         "global_step": 0,
@@ -304,9 +329,23 @@ def save(module: LightningModule, path: str | Path) -> None:
     }
     module.on_save_checkpoint(checkpoint)
     module_config(checkpoint, path)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        torch.save(checkpoint, file)
+    return checkpoint
+
+
+def local(path: str | Path, *, accept_licence: bool = False) -> str | Path:
+    """Return the path of a checkpoint: of one on the web, `model://NAME` or `hf://owner/name`, its place in the cache.
+
+    Args:
+        path: of a checkpoint, or one of these addresses.
+        accept_licence: that you accept the licence of a published model.
+
+    Raises:
+        ValueError: as `discrete_lit.pretrained.obtaining.obtain`.
+    """
+    if isinstance(path, str) and path.startswith(("model://", "hf://")):
+        # By name, since that package stands on this file.
+        return importlib.import_module("discrete_lit.pretrained.obtaining").obtain(path, accept_licence=accept_licence)
+    return path
 
 
 def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
@@ -316,7 +355,9 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
     keeps no checkpoint from being read: the module is built without such settings, and a warning says so.
 
     Args:
-        path: a file written by `discrete-lit fit`.
+        path: a file, or a folder of shards, written by `discrete-lit fit`; a folder by `save_pretrained`; or
+            `model://NAME`, a published model, or `hf://owner/name`, a folder on the Hugging Face Hub: these two are
+            downloaded where they are not in the cache.
         trust: modules of your own whose classes the checkpoint may name, such as `("my_tokenizer",)`.
 
     Raises:
@@ -324,13 +365,14 @@ def load(path: str | Path, trust: Sequence[str] = ()) -> Any:
             checkpoint may build, or classes of modules that are not trusted; missing or unexpected keys; weights that
             are not finite.
     """
+    path = local(path)
     file = Path(path).resolve()
     if file in _loading.get():
         raise ValueError(f"{str(path)!r} names itself as a part of itself, such as its tokenizer")
     token = _loading.set((*_loading.get(), file))
     try:
         with trusting(*([trust] if isinstance(trust, str) else trust)):
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(path, whole=True)
             # By name, since these packages stand on this file: they mark what is loadable.
             for package in ("discrete_lit.tokenizers", "discrete_lit.generators"):
                 importlib.import_module(package)
@@ -394,7 +436,8 @@ def check_weights(module: LightningModule, checkpoint: Mapping[str, Any], path: 
     """
     if "state_dict" not in checkpoint:
         raise ValueError(
-            f"{str(path)!r} is sharded: only `discrete-lit` with its own model in the configuration reads it"
+            f"{str(path)!r} is sharded: `discrete-lit export --ckpt_path {path} --family checkpoint --output FILE` "
+            "makes one file of it"
         )
     own, saved = module.state_dict(), checkpoint["state_dict"]
     wrong = [f"{name} is missing" for name in own if name not in saved]

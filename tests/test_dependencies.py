@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # A user's extras: the package imports them where they are needed, and says which to install.
 FOLDERS = {
-    "discrete_lit": ["imagenet", "offline", "text"],
+    "discrete_lit": ["demo", "imagenet", "offline", "text"],
     "data": [],
     "benchmarks": ["bench"],
-    "docs": ["docs"],
+    "docs": ["docs", "site"],
     "tests": ["dev"],
 }
 # The benchmark of a GPU checks the cases that tests have, and tests run it.

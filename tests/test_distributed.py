@@ -16,13 +16,12 @@ from helpers.distributed_run import (
     run,
     tokenizer_config,
     vqvae_config,
+    write_tokens,
 )
 from PIL import Image
 
 from discrete_lit import load
 from discrete_lit.checkpoints import instantiate
-from discrete_lit.data import TokenWriter
-from discrete_lit.tokenizers import from_checkpoint
 
 pytestmark = [
     pytest.mark.ddp,
@@ -48,28 +47,7 @@ def tokenizer(folder):
 @pytest.fixture(scope="module")
 def token_data(folder, tokenizer):
     """`token_data(batch_size)`: 52 training and 11 validation samples, of which the ranks get different numbers."""
-    module = from_checkpoint(tokenizer)
-    random = torch.Generator().manual_seed(0)
-    for split, count in (("train", 52), ("validation", 11), ("uneven", 9)):
-        TokenWriter.create(
-            folder / split,
-            count=count,
-            token_shape=module.token_shape(IMAGE_SIZE),
-            vocab_size=module.vocab_size,
-            image_size=IMAGE_SIZE,
-            num_classes=CLASSES,
-            classes=[str(label) for label in range(CLASSES)],
-            tokenizer=module.fingerprint(),
-            source="noise",
-        )
-        writer = TokenWriter(folder / split)
-        labels = torch.arange(count) % CLASSES
-        tokens = (
-            torch.randint(3, (count, *module.token_shape(IMAGE_SIZE)), generator=random) + 3 * labels[:, None, None]
-        )
-        writer.write(torch.arange(count), tokens, labels)
-        writer.close()
-        TokenWriter.finalise(folder / split)
+    write_tokens(folder, tokenizer, {"train": 52, "validation": 11, "uneven": 9})
     paths = {split: str(folder / split) for split in ("train", "validation")}
     return lambda batch_size: {"class": "TokenArrays", "arguments": {**paths, "batch_size": batch_size}}
 
@@ -123,6 +101,8 @@ def pair(folder, tokenizer, token_data, image_data):
         "sharded": settings("sharded", "Autoregressive", "fsdp"),
         "sharded, preempted": settings("sharded-preempted", "Autoregressive", "fsdp", send=preempt),
         "sharded, after preemption": settings("sharded-preempted", "Autoregressive", "fsdp", resume=True),
+        "averaged": settings("averaged", "Autoregressive", average=True),
+        "sharded, averaged": settings("sharded-averaged", "Autoregressive", "fsdp", average=True),
         "uneven": settings("uneven", "Masked", "fsdp", val_check_interval=1, data=uneven),
         "vqvae": settings("vqvae", "Masked", module=vqvae_config(), data=image_data(4)),
         "killed": settings("killed", "Masked", send=kill),
@@ -201,6 +181,17 @@ def test_a_sharded_run_leaves_an_ordinary_checkpoint(pair, folder):
     assert 0 <= int(tokens.min()) and int(tokens.max()) < generator.vocab_size
     other = load(folder / "autoregressive" / "checkpoints" / "last.ckpt")
     assert torch.equal(tokens, other.sample(torch.tensor([0, 1, CLASSES]), seed=1))
+
+
+def test_a_sharded_run_averages_its_weights(pair, folder):
+    """The checkpoint holds the averages of all parts: those of whole replicas, and not the last weights."""
+    sharded, whole, last = (
+        load(folder / name / "checkpoints" / "last.ckpt").state_dict()
+        for name in ("sharded-averaged", "averaged", "autoregressive")
+    )
+    assert_close(dict(sharded), dict(whole))
+    moved = [name for name in whole if not torch.equal(whole[name], last[name])]
+    assert any(name.startswith("backbone.") for name in moved)
 
 
 def test_sharded_validation_refuses_uneven_ranks_instead_of_waiting(pair):

@@ -14,7 +14,8 @@ import yaml
 from helpers.recipe_files import ROOT, header_command, layered, read
 
 METHODS = ROOT / "docs" / "methods.md"
-PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "data" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+TOP = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").rglob("*.md"))]
 FOLDERS = (
     "tokenizers",
     "generators",
@@ -22,7 +23,9 @@ FOLDERS = (
     "quickstart",
     "quickstart_colour",
     "quickstart_text",
+    "quickstart_audio",
     "quickstart_digits",
+    "quickstart_video",
 )
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

@@ -17,7 +17,7 @@ from side_by_side.timing import repeated
 from torch import Tensor
 
 from discrete_lit.backbones.execution import count_flops
-from discrete_lit.callbacks.throughput import count_step
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.tokenizers import VQGAN
 from discrete_lit.tokenizers.autoencoder import AutoencoderTokenizer
 from discrete_lit.tokenizers.networks import Autoencoder

@@ -38,11 +38,14 @@ class SequenceLayout:
         mask_token: whether the mask id K may stand in the input.
         sub_tokens: ids at each position, which stand one after another in the sequence, as the bit groups of a code do.
         scales: positions of each scale in turn, of `"block_causal"` attention; the first has one.
+        scale_sizes: height and width of each scale, where the generator tells them.
         input_dim: width of the vectors that stand for ids in the input; None where the ids themselves do.
         any_order: whether a causal sequence may come in an order of its own.
         timed: whether the backbone is told how noisy its input is.
         mask_output: whether it has a logit of the mask id too, as the last; ratios of probabilities have one.
         block_size: p, positions of a causal sequence that are predicted together, from the blocks before theirs.
+        delays: of a causal sequence of several ids at each position, which are predicted together: how many positions
+            each of them stands behind the frame that it belongs to (`DelayPattern`); the mask id stands where none is.
     """
 
     vocab_size: int
@@ -53,11 +56,13 @@ class SequenceLayout:
     mask_token: bool = False
     sub_tokens: int = 1
     scales: tuple[int, ...] = ()
+    scale_sizes: tuple[tuple[int, int], ...] = ()
     input_dim: int | None = None
     any_order: bool = False
     timed: bool = False
     mask_output: bool = False
     block_size: int = 1
+    delays: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:

@@ -60,6 +60,8 @@ class BlockSettings:
         norm_first: normalise what enters a branch (pre-norm), or what leaves the sum (post-norm).
         norm_outputs: in the place of both, normalise what leaves a branch, before it is added (Swin Transformer V2;
             Chameleon-34B).
+        parallel: attention and MLP read one norm of the same input, and both are added to it (Wang and Komatsuzaki,
+            "GPT-J", 2021; Phi).
         key_value_heads: heads of keys and values, each of which as many heads of queries share (Ainslie et al., "GQA",
             2023); a divisor of `heads`, which it is by default.
         norm_affine: gains of the norms.
@@ -77,6 +79,8 @@ class BlockSettings:
         drop_path: probability in [0, 1) that training leaves out a residual branch of a sample; those it keeps are
             scaled up (stochastic depth, Huang et al., 2016).
         context_dim: E, of vectors that the block attends to between attention and MLP; None where it attends to none.
+        context_bias: of the projections of queries, keys and values of that attention; by default where those of the
+            self-attention all have one.
         mlp_grid: sides of the grid over which the layers of the MLP are 3 x 3 convolutions; None for linear layers.
     """
 
@@ -88,6 +92,7 @@ class BlockSettings:
     norm_epsilon: float = 1e-6
     norm_first: bool = True
     norm_outputs: bool = False
+    parallel: bool = False
     key_value_heads: int | None = None
     norm_affine: bool = True
     modulation: Literal["own", "shared"] | None = None
@@ -103,6 +108,7 @@ class BlockSettings:
     dropout_places: tuple[DropoutPlace, ...] = DROPOUT_PLACES
     drop_path: float = 0.0
     context_dim: int | None = None
+    context_bias: bool | None = None
     mlp_grid: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -126,6 +132,12 @@ class BlockSettings:
             )
         if self.norm_outputs and (not self.norm_first or self.modulation or self.context_dim is not None):
             raise ValueError("norm_outputs goes with neither norm_first=false, nor a modulation, nor a context")
+        alone = self.norm_first and not (self.norm_outputs or self.modulation) and self.context_dim is None
+        if self.parallel and not alone:
+            raise ValueError(
+                "parallel goes with neither norm_outputs, norm_first=false, a modulation, nor a context: attention and "
+                "MLP read one norm"
+            )
 
     @property
     def shared_heads(self) -> int:
@@ -178,6 +190,7 @@ class Block(nn.Module):
         super().__init__()
         width = settings.width
         self.norm_first, self.norm_outputs = settings.norm_first, settings.norm_outputs
+        self.parallel = settings.parallel
         self.attention_norm = _block_norm(settings)
         self.attention = Attention(settings)
         self.context_norm = self.context_attention = None
@@ -185,7 +198,8 @@ class Block(nn.Module):
             # Nothing modulates it, so that its norm has gains of its own (PixArt's branch is not modulated either).
             self.context_norm = _block_norm(settings, affine=True)
             self.context_attention = ContextAttention(settings)
-        self.mlp_norm = _block_norm(settings)
+        # Both branches of a parallel block read the attention's norm.
+        self.mlp_norm = nn.Identity() if settings.parallel else _block_norm(settings)
         inner: dict[str, Any] = {
             "kind": settings.mlp,
             "bias": settings.bias,
@@ -226,6 +240,10 @@ class Block(nn.Module):
             context, context_mask: as for `ContextAttention`, of a block that attends to a context.
         """
         if condition is None:
+            if self.parallel:
+                normed = self.attention_norm(x)
+                attended = self._drop(self.attention(normed, rotary, mask, causal, cache))
+                return x + attended + self._drop_mlp(self.mlp(normed))
             if self.norm_outputs:
                 x = x + self._drop(self.attention_norm(self.attention(x, rotary, mask, causal, cache)))
                 return x + self._drop_mlp(self.mlp_norm(self.mlp(x)))
@@ -347,12 +365,7 @@ class Attention(nn.Module):
             causal: each position sees those before it and itself.
             cache: keys and values so far; without a mask, all that it holds is seen.
         """
-        query, key, value = self._project(x)
-        if self.norms is not None:
-            query, key = self.norms(query, key)
-        if rotary is not None:
-            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
-            query, key = rotate(query, of_query), rotate(key, of_key)
+        query, key, value = self._queries_keys_values(x, rotary)
         if cache is not None:
             key, value = cache.append(key, value)
             new, seen = query.shape[2], key.shape[2]
@@ -376,6 +389,43 @@ class Attention(nn.Module):
             scale=self.scale,
         )
         return self.out(mixed.transpose(1, 2).flatten(2))  # the heads side by side again
+
+    def weights(self, x: Tensor, rotary: Rotary | None, mask: Tensor | None, causal: bool, *, rows: Tensor) -> Tensor:
+        """Give the weights of the values in a pass without a cache, softmax(q k^T / sqrt(head_dim)), of some rows.
+
+        `forward` does not make them: its fused kernels never hold a whole row. Dropout is left out.
+
+        Args:
+            x, rotary, mask, causal: as of `forward`.
+            rows: `(B, Q)` int64, the elements whose queries are asked for.
+
+        Returns:
+            `(B, heads, Q, n)`, float32 or better, 0 where an element is not seen.
+        """
+        query, key, _ = self._queries_keys_values(x, rotary)
+        if self.shared_heads != self.heads:
+            key = key.repeat_interleave(self.heads // self.shared_heads, dim=1)
+        query, key = at_least_float32(query), at_least_float32(key)
+        batch, count = torch.arange(len(x), device=x.device)[:, None], x.shape[1]
+        if mask is None:
+            seen = torch.ones(count, count, dtype=torch.bool, device=x.device)
+            mask = seen.tril() if causal else seen
+        mask = mask.expand(len(x), mask.shape[-3] if mask.ndim == 4 else 1, -1, -1)
+        asked = query.transpose(1, 2)[batch, rows].transpose(1, 2)  # (B, heads, Q, head_dim)
+        allowed = mask.transpose(1, 2)[batch, rows].transpose(1, 2)  # (B, heads or 1, Q, n)
+        scale = asked.shape[-1] ** -0.5 if self.scale is None else self.scale
+        scores = asked @ key.transpose(2, 3) * scale
+        return scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
+
+    def _queries_keys_values(self, x: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Make what the attention reads of `(B, n, D)`, normed and turned: `(B, heads, n, head_dim)` each."""
+        query, key, value = self._project(x)
+        if self.norms is not None:
+            query, key = self.norms(query, key)
+        if rotary is not None:
+            of_query, of_key = (rotary, rotary) if isinstance(rotary, Tensor) else rotary
+            query, key = rotate(query, of_query), rotate(key, of_key)
+        return query, key, value
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Map `(B, n, D)` to queries, keys and values, `(B, heads, n, head_dim)` each; the last two may have fewer."""
@@ -406,7 +456,8 @@ class ContextAttention(nn.Module):
     def __init__(self, settings: BlockSettings) -> None:
         super().__init__()
         assert settings.context_dim is not None
-        inner, bias = settings.heads * settings.head_dim, settings.attention_bias == "all"
+        inner, bias = settings.heads * settings.head_dim, settings.context_bias
+        bias = settings.attention_bias == "all" if bias is None else bias
         self.heads = settings.heads
         self.dropout = settings.dropout_at("attention_weights")
         self.query = Linear(settings.width, inner, bias=bias)

@@ -16,6 +16,8 @@ from discrete_lit.backbones.embeddings import grid_coordinates
 from discrete_lit.backbones.segments import Segment, SegmentLayout
 
 _NOWHERE = 10**9
+_DONE = -2
+"""Stands for the state `done` until all states are known."""
 _identity = id
 
 
@@ -29,6 +31,7 @@ class _State:
     coordinates: tuple[int, ...] = ()
     extent: int = 1
     ahead: int = 0
+    island: int = 0
     next: dict[int, int] = field(default_factory=dict)
     """State behind each chosen id; -1 stands for every other id."""
 
@@ -36,16 +39,20 @@ class _State:
 class SegmentGrammar(nn.Module):
     """The states of a layout's sequences, as tables on the device of the network that holds it.
 
-    State `start` comes before everything, and its id is given, never predicted. State `done` is the end: nothing may
-    follow. It also stands for padding.
+    State `start` comes before everything, and its id is given, never predicted; each further kind of sequence of a
+    layout in a fixed order begins in a state of its own. State `done` is the end: nothing may follow. It also stands
+    for padding.
 
     Args:
         layout: the sequence.
 
     Attributes:
         sets: the different sets of ids that may stand somewhere: a segment's number and the ids, in rising order.
+        starts: the states that further kinds of sequences begin in, by the first id of each.
         choices: ids that decide what comes next: ends of variable segments, beginnings of interleaved ones.
         following: the state behind each state, by its number; None where what stands in it decides.
+        islands: by the number of a state, how many elements are drawn together from it on, because they see each other:
+            vectors, and ids from masks; 0 elsewhere.
         set_numbers, segment_numbers: of each state, as the tables below, for the host.
     """
 
@@ -76,6 +83,7 @@ class SegmentGrammar(nn.Module):
         super().__init__()
         self.layout = layout
         self.choices = tuple(self._choices())
+        self.starts: dict[int, int] = {}
         states = self._interleaved() if layout.interleaved else self._in_order()
         self.start, self.done = 0, len(states)
         self.sets: list[tuple[int, tuple[int, ...]]] = []
@@ -83,6 +91,7 @@ class SegmentGrammar(nn.Module):
         rows: list[list[int]] = self.next_of.tolist()
         self.following = [row[0] if len(set(row)) == 1 else None for row in rows]
         self._spans: dict[int, Tensor] = {}
+        self.islands = [state.island for state in states] + [0]
         self.set_numbers: list[int] = self.set_of.tolist()
         self.segment_numbers: list[int] = self.segment_of.tolist()
 
@@ -97,10 +106,18 @@ class SegmentGrammar(nn.Module):
     def _in_order(self) -> list[_State]:
         states: list[_State] = []
         for number, segment in enumerate(self.layout.segments):
+            begin = len(states)
+            if segment.first:
+                # What stood before is over where this begins.
+                for state in states:
+                    state.next = {id: _DONE if then == begin else then for id, then in state.next.items()}
+                self.starts.setdefault(segment.begin_ids[0], begin)
             self._append(states, number, segment.begin_ids)
             if not segment.variable:
                 self._append_grid(states, number)
                 self._append(states, number, segment.end_ids)
+                if segment.ends_inside:
+                    self._join(states[begin:], segment)
                 continue
             end = len(states) + segment.positions + 1  # behind the first id of the end
             inside = (*segment.allowed_ids, segment.end_ids[0])  # one tuple for all: vocabularies are large
@@ -132,6 +149,14 @@ class SegmentGrammar(nn.Module):
         self._append(states, 0, text.end_ids[1:])
         return states
 
+    @staticmethod
+    def _join(island: Sequence[_State], segment: Segment) -> None:
+        """Let what stands around the positions of a segment belong to its island."""
+        for number, state in enumerate(island):
+            state.ahead, state.island = len(island) - 1 - number, 0
+        if segment.mask_id is not None:
+            island[0].island = len(island)
+
     def _append(self, states: list[_State], segment: int, ids: Sequence[int]) -> None:
         """Append states in which one id alone may stand."""
         for id in ids:
@@ -141,6 +166,7 @@ class SegmentGrammar(nn.Module):
         """Append the states of a grid of fixed size, with the ends of its rows."""
         segment = self.layout.segments[number]
         first, axial = len(states), self.layout.positions == "axial"
+        together = segment.mask_id is not None or not segment.ids
         island = self.layout.positions == "island" and segment.attention == "bidirectional"
         ids = segment.allowed_ids if segment.ids else ()
         for place, at in enumerate(grid_coordinates(segment.shape).tolist()):
@@ -160,9 +186,12 @@ class SegmentGrammar(nn.Module):
         elif island:
             states[-1].extent = 1
         assert len(states) > first
+        states[first].island = segment.positions if together else 0
 
     def _make_tables(self, states: list[_State]) -> None:
         layout, done = self.layout, self.done
+        for state in states:
+            state.next = {id: done if then == _DONE else then for id, then in state.next.items()}
         event = {id: number for number, id in enumerate(self.choices, 1)}
         sets: dict[tuple[int, tuple[int, ...]], int] = {}
         set_of, next_of, coordinates = [], [], []
@@ -290,6 +319,8 @@ class SegmentGrammar(nn.Module):
             ValueError: an id where it may not stand, or a sequence that ends before its end.
         """
         states, state = [], ids.new_full((len(ids),), self.start)
+        for id, start in self.starts.items():
+            state = state.masked_fill(ids[:, 0] == id, start)
         for number in range(ids.shape[1]):
             inside = number < lengths
             here = torch.where(inside, state, self.done)

@@ -104,8 +104,8 @@ def assemble(
 
     Args:
         grammar: of the layout.
-        parts: in the order of the sequence: of a layout in a fixed order its first segments, or all; of an interleaved
-            one any, each as often as it comes.
+        parts: in the order of the sequence: of a layout in a fixed order the first segments of one of its kinds, or
+            all; of an interleaved one any, each as often as it comes.
         closed: of an interleaved layout, whether the text's end stands behind the last part; one for all, or `(B,)`.
         begun: a segment of an interleaved layout that is begun behind the last part, by its first begin id.
 
@@ -117,11 +117,12 @@ def assemble(
     """
     layout = grammar.layout
     if not layout.interleaved:
-        names = [segment.name for segment in layout.segments][: len(parts)]
-        if [part.segment for part in parts] != names or begun is not None:
+        names = [part.segment for part in parts]
+        kinds = [[segment.name for segment in kind] for kind in layout.kinds]
+        if names not in [kind[: len(parts)] for kind in kinds] or begun is not None:
             raise ValueError(
-                f"the sequence has the segments {', '.join(segment.name for segment in layout.segments)} in this "
-                f"order, got {', '.join(part.segment for part in parts)}"
+                f"the sequence has the segments {', or '.join(', '.join(kind) for kind in kinds)} in this order, got "
+                f"{', '.join(names)}"
             )
     batch, device = len(parts[0].content), parts[0].content.device
     columns = Columns(grammar, batch, device=device)

@@ -38,6 +38,8 @@ class SegmentTransformer(nn.Module):
     - Emu3: `rotary_base=1e6`, `key_value_heads=8`.
     - Janus: `own_embeddings={"image": 8}`, `own_heads={"image": width}`, `norm_epsilon=1e-6`.
     - Transfusion: `SegmentLayout.positions="island"` and bidirectional segments of vectors.
+    - Show-o, whose transformer is Phi-1.5: `parallel`, `rotary_share=0.5`, `norm="layer"`, `mlp="gelu_tanh"`, `bias`,
+      `qk_norm="layer"`.
 
     Args:
         layout: the sequence; a generator gives it.
@@ -52,8 +54,10 @@ class SegmentTransformer(nn.Module):
         norm: `"rms"` or `"layer"`.
         norm_epsilon: of every norm.
         norm_outputs: a block normalises what its branches give, in the place of what they read (Chameleon-34B).
-        bias: of linear layers and LayerNorms.
+        parallel: attention and MLP of a block read one norm of the same input (Phi).
+        bias: of linear layers, LayerNorms, and the logits.
         qk_norm: of queries and keys, see `QueryKeyNorms`.
+        rotary_share: the share of a head's channels that are turned, in (0, 1]: the first ones of each axis.
         rotary_base: the wavelengths of rotary positions are 2 pi rotary_base^(2i / d).
         own_embeddings: width of the table of each modality that does not share the table of all.
         own_heads: inner width of the head of each modality that does not share the softmax over all.
@@ -83,8 +87,10 @@ class SegmentTransformer(nn.Module):
         norm: NormKind = "rms",
         norm_epsilon: float = 1e-5,
         norm_outputs: bool = False,
+        parallel: bool = False,
         bias: bool = False,
         qk_norm: QueryKeyNorm | None = None,
+        rotary_share: float = 1.0,
         rotary_base: float = 10000.0,
         own_embeddings: Mapping[str, int] | None = None,
         own_heads: Mapping[str, int] | None = None,
@@ -102,7 +108,7 @@ class SegmentTransformer(nn.Module):
         self.layout, self.grammar = layout, SegmentGrammar(layout)
         self.width, self.depth, self.heads = width, depth, heads
         self.key_value_heads = heads if key_value_heads is None else key_value_heads
-        self.rotary_base = rotary_base
+        self.rotary_base, self.rotary_share = rotary_base, rotary_share
         self.activation_checkpointing = activation_checkpointing
         settings = BlockSettings.of_width(
             width,
@@ -114,6 +120,7 @@ class SegmentTransformer(nn.Module):
             norm=norm,
             norm_epsilon=norm_epsilon,
             norm_outputs=norm_outputs,
+            parallel=parallel,
             key_value_heads=key_value_heads,
             mlp=mlp,
             qk_norm=qk_norm,
@@ -149,6 +156,8 @@ class SegmentTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(settings) for _ in range(depth))
         self.final_norm = Norm(width, norm, bias=bias and norm == "layer", epsilon=norm_epsilon)
         self.head = None if tied else Linear(width, self.shared_ids, bias=False, autocast=False)
+        # A vector of its own, so that the logits of some ids need neither the weights nor the offsets of the others.
+        self.head_bias = nn.Parameter(torch.zeros(self.shared_ids)) if bias else None
         self.own_heads = nn.ModuleDict(
             {
                 name: OwnHead(len(self.modalities[name].ids), width, hidden=hidden)
@@ -193,8 +202,17 @@ class SegmentTransformer(nn.Module):
             raise ValueError(
                 f"rotary positions over {axes} axes need a head width divisible by {2 * axes}, got {self.head_dim}"
             )
+        pairs = self.head_dim // (2 * axes)
+        turned = pairs * self.rotary_share
+        if not 0 < turned <= pairs or turned != round(turned):
+            raise ValueError(
+                f"rotary_share={self.rotary_share} must turn a whole number of the {pairs} pairs of channels that each "
+                "axis has in a head, at least 1"
+            )
         numbers = torch.arange(self.layout.length + 1)[:, None]
-        return rotary_table(numbers, self.head_dim // axes, base=self.rotary_base, dtype=torch.float64)
+        table = rotary_table(numbers, 2 * round(turned), base=self.rotary_base, dtype=torch.float64)
+        still = table.new_tensor((1.0, 0.0)).expand(len(table), pairs - table.shape[1], 2)
+        return torch.cat((table, still), dim=1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
@@ -287,7 +305,9 @@ class SegmentTransformer(nn.Module):
         if number is not None and self.own_head_of[number] is not None:
             return cast(OwnHead, self.own_heads[cast(str, self.own_head_of[number])])(hidden)[..., self._codes(number)]
         weight = self.table.weight if self.head is None else self.head.weight
-        return full_precision_linear(hidden, weight if number is None else weight[self.grammar.span_of(number)])
+        span = slice(None) if number is None else self.grammar.span_of(number)
+        logits = full_precision_linear(hidden, weight[span])
+        return logits if self.head_bias is None else logits + self.head_bias[span].to(logits.dtype)
 
     def logits_in(self, states: Tensor, hidden: Tensor) -> Tensor:
         """Predict the ids that are to stand in states `(M,)`, each by its own head: `(M, D)` to `(M, V)`."""
@@ -322,6 +342,17 @@ class SegmentTransformer(nn.Module):
         """
         linear = sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
         return 2 * elements * (linear + 2 * seen * self.depth * self.heads * self.head_dim)
+
+    def input_flops(self, elements: int, vectors: bool) -> int:
+        """Count the operations in front of the blocks, at each of some elements of one sequence.
+
+        Args:
+            elements: that a pass reads.
+            vectors: whether vectors are among them, which come in with the time of their noise.
+        """
+        parts = [self.own_embeddings, *((self.aligners, self.time_embedding) if vectors else ())]
+        modules = [module for part in parts if part is not None for module in part.modules()]
+        return 2 * elements * sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
 
     def new_cache(self, batch: int, length: int) -> RaggedCache:
         """Make room for the keys and values of B sequences of so many elements."""

@@ -8,6 +8,7 @@ follow which is then fixed: `SegmentGrammar` reads it off the layout.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
@@ -37,6 +38,10 @@ class Segment:
         row_end_id: stands behind every row of a grid (Emu3).
         mask_id: stands for an id that is not known yet, of `"bidirectional"` attention: each is then predicted at its
             own position, several at once (Show-o); None for ids that are predicted one after another.
+        ends_inside: whether what stands before and behind it belongs to the island, of ids with `"bidirectional"`
+            attention: all of these elements see each other, and are drawn together (Show-o's published models).
+        first: whether a sequence may begin with it, and end in front of it: a layout in a fixed order then has several
+            kinds of sequences, as Show-o has one to draw and one to describe an image.
 
     Raises:
         ValueError: attributes that do not fit together.
@@ -56,6 +61,8 @@ class Segment:
     end_ids: tuple[int, ...] = ()
     row_end_id: int | None = None
     mask_id: int | None = None
+    ends_inside: bool = False
+    first: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modality", self.modality or self.name)
@@ -89,6 +96,8 @@ class Segment:
                 f"{of}: ids that see those behind them cannot be predicted one after another: set loss_weight=0, "
                 "attention='causal', or a mask_id, by which they are predicted where they stand"
             )
+        if self.ends_inside and (self.attention != "bidirectional" or not self.ids):
+            raise ValueError(f"{of} with ends_inside=true needs ids and attention='bidirectional'")
         if self.variable and (len(self.shape) != 1 or not self.ids or not self.end_ids):
             raise ValueError(f"{of} is variable: it needs one axis, ids, and end_ids that say where it ends")
         if self.row_end_id is not None and (len(self.shape) < 2 or not self.ids):
@@ -127,7 +136,7 @@ class SegmentLayout:
     """The segments of a sequence; a generator asks for a network by calling `backbone(layout)`.
 
     Attributes:
-        segments: in their order.
+        segments: in their order; of several kinds of sequences one after another, see `Segment.first`.
         interleaved: false: the sequence has each of them once, in this order. True: the first is text, and the others
             stand anywhere in it, any number of times (Chameleon); the text then begins and ends the sequence, and its
             shape is no limit.
@@ -150,10 +159,11 @@ class SegmentLayout:
         names = [segment.name for segment in self.segments]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"a layout needs segments of different names, got {names}")
-        if not self.segments[0].begin_ids:
-            raise ValueError(
-                f"segment {names[0]!r} is the first and needs begin_ids: what follows is predicted from something"
-            )
+        for first, *_ in self.kinds:
+            if not first.begin_ids:
+                raise ValueError(
+                    f"segment {first.name!r} is the first and needs begin_ids: what follows is predicted from something"
+                )
         if self.positions not in ("sequence", "island", "axial"):
             raise ValueError(f"positions must be 'sequence', 'island' or 'axial', got {self.positions!r}")
         modalities: dict[str, tuple[Sequence[int], int | None]] = {}
@@ -168,6 +178,8 @@ class SegmentLayout:
 
     def _check_interleaved(self) -> None:
         text, *others = self.segments
+        if any(segment.first or segment.ends_inside for segment in others):
+            raise ValueError("first and ends_inside are of segments in a fixed order, this layout is interleaved")
         if not text.variable:
             raise ValueError(f"segment {text.name!r} is the first of an interleaved layout, and must be variable")
         firsts = [segment.begin_ids[:1] for segment in others]
@@ -191,7 +203,13 @@ class SegmentLayout:
         """N, the most elements of a sequence."""
         if self.most_elements is not None:
             return self.most_elements
-        return sum(segment.elements for segment in self.segments)
+        return max(sum(segment.elements for segment in kind) for kind in self.kinds)
+
+    @property
+    def kinds(self) -> list[tuple[Segment, ...]]:
+        """The kinds of sequences in a fixed order: the segments of each."""
+        starts = [number for number, segment in enumerate(self.segments) if segment.first or not number]
+        return [self.segments[begin:end] for begin, end in pairwise((*starts, len(self.segments)))]
 
     @property
     def vocab_size(self) -> int:

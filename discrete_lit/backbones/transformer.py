@@ -34,6 +34,7 @@ from discrete_lit.backbones.blocks import (
 )
 from discrete_lit.backbones.cache import Cache, new_buffers
 from discrete_lit.backbones.condition import Condition, as_condition, check_parts
+from discrete_lit.backbones.context_pool import ContextPool
 from discrete_lit.backbones.context_prefix import ContextPrefix
 from discrete_lit.backbones.embeddings import (
     InputKind,
@@ -49,6 +50,7 @@ from discrete_lit.backbones.layers import LogitHead, Norm, NormKind
 from discrete_lit.backbones.transformer_settings import (
     check_blocks,
     check_conditioning,
+    check_context_pool,
     check_context_prefix,
     check_layout,
     check_place_head,
@@ -87,6 +89,8 @@ class Transformer(Backbone):
       `hidden_positions` and a `BinaryFlowHead`, with `norm="rms"`, `mlp="swiglu"`, `bias=False`, `positions="rope_2d"`.
     - VAR: `conditioning="prefix_adaln"`, `attention_bias="query_value"`, `qk_norm="unit"`, `mlp="gelu_tanh"`; its
       largest also `shared_modulation`.
+    - Infinity: as VAR's largest, with `positions="rope_scales"`, `context_dim=2048`, `context_pool=[512, 16]` and
+      `context_bias`.
     - MaskGIT: BERT's `norm_first=False`, `embedding_norm`, `head_transform` and `tied`, with `head_bias="place"` in
       MaskBit's code; MaskBit itself has `token_embedding="bits"` and is not tied; TiTok's generator has the first two,
       and that of its S-128 is a U-ViT: `long_skips`.
@@ -97,6 +101,7 @@ class Transformer(Backbone):
     - MD4's text models: `conditioning="adaln"`, `condition_width=64`, `mlp="glu"`, `modulation_activation="sigmoid"`,
       `time_waves=32`, `time_hidden=256`, `positions="rope_1d"`, `bias=False`.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
+    - MusicGen: `positions="sinusoidal"`, `conditioning="added"`, `context_dim`, and biases in the norms alone.
 
     What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
     `zero_outputs`, `norm="rms"`, `qk_norm="rms"` and `bias=False`.
@@ -118,9 +123,10 @@ class Transformer(Backbone):
         norm_bias: offsets of LayerNorms with gains; as `bias` by default.
         final_norm_bias: an offset in the last norm; by default as in the others.
         embedding_norm: a norm of the embedded sequence: a LayerNorm (BERT), or `"rms"`.
-        positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
-            grid, or both of these (BAR); what stands before the first position of the sequence is not rotated on a
-            grid.
+        positions: learned embeddings added at the input, or fixed sines and cosines (`"sinusoidal"`: MusicGen), or
+            rotary ones along the sequence or along each axis of the grid, or both of the first and the last (BAR); what
+            stands before the first position of the sequence is not rotated on a grid. `"rope_scales"` is of a
+            next-scale sequence, along the axes of the last scale (Infinity).
         rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
         rotary_offset: on a grid, how far along each axis its first position lies from what stands there (BitDance).
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).
@@ -151,6 +157,10 @@ class Transformer(Backbone):
         grid_vocab: ids of the grid that the condition has beside the class; none by default. One more stands for no
             grid, where the condition is dropped.
         context_dim: E, width of the vectors that the condition has for the blocks to attend to; none by default.
+        context_bias: of the queries, keys and values of the attention to them; by default where those of the
+            self-attention all have one.
+        context_pool: the most of these vectors that a text has, and the heads of an attention that pools them: the
+            pooled vector then takes the place of the class (`ContextPool`: Infinity).
         context_prefix: places that these vectors take in front of a causal sequence, in the place of the class, where
             its blocks do not attend to them apart (`ContextPrefix`).
         condition_positions: learned offsets of the condition along the sequence (RAR).
@@ -232,6 +242,8 @@ class Transformer(Backbone):
         grid_vocab: int | None = None,
         context_dim: int | None = None,
         context_prefix: int | None = None,
+        context_bias: bool | None = None,
+        context_pool: tuple[int, int] | None = None,
         condition_positions: bool = False,
         shared_modulation: bool = False,
         registers: int = 0,
@@ -319,6 +331,12 @@ class Transformer(Backbone):
                 plain=not (registers or visible_start or target_positions or position_instructions)
                 and class_slots * class_repeats == 1,
             )
+        check_context_pool(
+            layout,
+            pool=context_pool,
+            context_dim=context_dim,
+            alone=class_slots * class_repeats == 1 and not context_prefix,
+        )
         if rotary_offset and positions != "rope_2d":
             raise ValueError(f"rotary_offset={rotary_offset} is of positions='rope_2d', got {positions!r}")
         self.visible_start = visible_start
@@ -361,7 +379,8 @@ class Transformer(Backbone):
             condition_width=condition_width,
             dropout=dropout,
             dropout_places=tuple(dropout_places),
-            context_dim=None if context_prefix else context_dim,
+            context_dim=None if context_prefix else width if context_pool else context_dim,
+            context_bias=context_bias,
             mlp_grid=layout.grid if mlp_on_grid else None,
         )
         self.head_dim = settings.head_dim
@@ -379,8 +398,11 @@ class Transformer(Backbone):
             code_dim=code_dim,
         )
         self.class_embedding = self.time_embedding = self.norm_tables = None
-        self.context_prefix = None
-        if context_prefix is not None and context_dim is not None:
+        self.context_prefix = self.context_pool = None
+        if context_pool is not None and context_dim is not None:
+            places, pooling = context_pool
+            self.context_pool = ContextPool(context_dim, width, places=places, heads=pooling, epsilon=norm_epsilon)
+        elif context_prefix is not None and context_dim is not None:
             self.context_prefix = ContextPrefix(context_dim, width, places=context_prefix)
         elif not self.tabled:
             self.class_embedding = nn.Embedding(layout.num_classes + 1, class_slots * condition_width)
@@ -476,6 +498,8 @@ class Transformer(Backbone):
         tokens, again = self._with_start(tokens, cache)
         filled = 0 if cache is None else cache.filled
         class_vectors = labels[:, None] if self.class_embedding is None else self.class_embedding(labels)
+        if self.context_pool is not None:
+            given, class_vectors = self.context_pool(given)
         hidden = self._embed(tokens, class_vectors, filled, order, given, cache)
         modulating = self._modulating(class_vectors, time, filled, hidden.shape[1])
         tabled = list[tuple[Tensor, ...]]()
@@ -694,14 +718,19 @@ class Transformer(Backbone):
 
     def new_cache(self, condition: Condition | Tensor) -> Cache:
         given = self._checked(condition)
-        labels, vectors = given.labels, given.context
+        labels, pooled = given.labels, None
+        if self.context_pool is not None:
+            given, pooled = self.context_pool(given)
+        vectors = given.context
         blocks = cast(Sequence[Block], self.blocks)
         context: list[tuple[Tensor, Tensor]] = []
         if vectors is not None and self.context_prefix is None:
             context = [cast(ContextAttention, block.context_attention).keys_and_values(vectors) for block in blocks]
         modulations: list[tuple[Tensor, ...]] = []
         if self.modulated and self.condition_positions is None and not self.layout.timed:
-            modulating = cast(nn.Embedding, self.class_embedding)(labels)[:, None]
+            if pooled is None:
+                pooled = cast(nn.Embedding, self.class_embedding)(labels)
+            modulating = pooled[:, None]
             shared = modulating
             if self.shared_modulation is not None:
                 shared = torch.cat(self.shared_modulation(modulating), dim=-1)

@@ -52,6 +52,19 @@ def check_context_prefix(
         )
 
 
+def check_context_pool(
+    layout: SequenceLayout, *, pool: tuple[int, int] | None, context_dim: int | None, alone: bool
+) -> None:
+    """Refuse vectors that are pooled to a class where there are none, or where a class stands in several places."""
+    if pool is None:
+        return
+    if context_dim is None or not alone or layout.num_classes > 1 or layout.timed:
+        raise ValueError(
+            f"context_pool={list(pool)} pools the vectors of a context_dim to one, which takes the place of the class: "
+            "it needs num_classes=1, no class_slots, no context_prefix, and no time"
+        )
+
+
 def check_tables(
     layout: SequenceLayout,
     *,
@@ -104,10 +117,11 @@ def check_layout(
         )
     if tied and (layout.input_dim is not None or token_embedding != "table"):
         raise ValueError("tied=true needs a table of token embeddings")
-    if layout.sub_tokens > 1 and layout.attention != "bidirectional":
+    several = layout.sub_tokens > 1 and layout.attention != "bidirectional"
+    if several and layout.input_dim is None and not layout.delays:
         raise ValueError(
-            f"several ids at a position need bidirectional attention, this sequence is {layout.attention}: a "
-            "place_head predicts the sub-tokens of an id"
+            f"several ids at a position need bidirectional attention, or vectors in their place in the input; this "
+            f"sequence is {layout.attention}: a place_head predicts the sub-tokens of an id"
         )
 
 

@@ -3,6 +3,8 @@
 import warnings
 from typing import Any
 
+from discrete_lit.callbacks.audio_examples import AudioExamples
+from discrete_lit.callbacks.collective_timeout import CollectiveTimeout
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.hang_detector import HangDetector
 from discrete_lit.callbacks.image_distance import ImageDistance
@@ -10,9 +12,12 @@ from discrete_lit.callbacks.image_grids import ReconstructionGrid, SampleGrid
 from discrete_lit.callbacks.monitors import GradientNorm
 from discrete_lit.callbacks.preemption import Preemption
 from discrete_lit.callbacks.throughput import Compile, Throughput
+from discrete_lit.callbacks.token_telemetry import TokenTelemetry
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
+    "AudioExamples",
+    "CollectiveTimeout",
     "Compile",
     "ExponentialMovingAverage",
     "GradientNorm",
@@ -22,6 +27,7 @@ __all__ = [
     "ReconstructionGrid",
     "SampleGrid",
     "Throughput",
+    "TokenTelemetry",
     "TrainingGuard",
     "TrainingStopped",
 ]

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from discrete_lit.core.distributed import rank
 from discrete_lit.core.lightning_internals import saves_one_file
 from discrete_lit.core.modules import at_least_float32
+from discrete_lit.fsdp2 import FSDP2Strategy
 
 Warmup = bool | Literal["inclusive", "every_other"]
 
@@ -43,8 +44,8 @@ class ExponentialMovingAverage(Callback):
         every: optimizer steps between two moves; 25 in VQ-Diffusion, with a decay of 0.99.
 
     Raises:
-        ValueError: a setting out of its range; in use, FSDP of the first kind, sharded checkpoints, sharded weights in
-            half precision, or weights that were not there when training began.
+        ValueError: a setting out of its range; in use, FSDP of the first kind, sharded checkpoints of another strategy
+            than `FSDP2Strategy`, sharded weights in half precision, or weights that were not there when training began.
     """
 
     def __init__(self, decay: float = 0.999, warmup: Warmup = True, *, every: int = 1) -> None:
@@ -74,13 +75,13 @@ class ExponentialMovingAverage(Callback):
             return
         if isinstance(trainer.strategy, FSDPStrategy):
             raise ValueError(
-                "ExponentialMovingAverage does not support FSDPStrategy: shard by ModelParallelStrategy (FSDP2), as "
+                "ExponentialMovingAverage does not support FSDPStrategy: shard by FSDP2Strategy, as "
                 "lightning_configs/trainer/fsdp.yaml does"
             )
-        if not saves_one_file(trainer.strategy):
+        if not saves_one_file(trainer.strategy) and not isinstance(trainer.strategy, FSDP2Strategy):
             raise ValueError(
-                "ExponentialMovingAverage needs checkpoints of one file: set save_distributed_checkpoint=false of "
-                "trainer.strategy, as lightning_configs/trainer/fsdp.yaml does"
+                f"ExponentialMovingAverage: sharded checkpoints of {type(trainer.strategy).__name__} hold no averages: "
+                "let trainer.strategy be FSDP2Strategy, as lightning_configs/trainer/fsdp.yaml does"
             )
         self.averages, self._unrounded = {}, {}
         self._averaged_steps = self._last_step = 0
@@ -155,7 +156,8 @@ class ExponentialMovingAverage(Callback):
         if not self.averages:
             return
         first = _first_names(pl_module)
-        own, kept = checkpoint["state_dict"], self._gathered()
+        # Of a sharded checkpoint each rank writes its shards.
+        own, kept = checkpoint["state_dict"], self._gathered() if saves_one_file(trainer.strategy) else self.averages
 
         def replaced(values: dict[str, Tensor]) -> dict[str, Any]:
             # Of sharded weights only rank 0 has any, and it alone writes.
@@ -186,7 +188,8 @@ class ExponentialMovingAverage(Callback):
         if any(isinstance(weight, DTensor) for weight in pl_module.parameters()):
             from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-            set_model_state_dict(pl_module, raw, options=StateDictOptions(full_state_dict=True))
+            whole = saves_one_file(trainer.strategy) or not any(isinstance(value, DTensor) for value in raw.values())
+            set_model_state_dict(pl_module, raw, options=StateDictOptions(full_state_dict=whole))
         else:
             pl_module.load_state_dict(raw)
 

@@ -120,9 +120,9 @@ class Preemption(Callback):
         keeper.last_model_path = str(last)
         trainer.save_checkpoint(unfinished, weights_only=False)
         # It may be written while training goes on, which it does not here.
-        wait = getattr(trainer.strategy.checkpoint_io, "wait", None)
-        if wait is not None:
-            wait()
+        for writer in (trainer.strategy, trainer.strategy.checkpoint_io):
+            if (wait := getattr(writer, "wait", None)) is not None:
+                wait()
         trainer.strategy.barrier()
         # Lightning would log this batch after the callbacks; the resumed run starts behind it.
         log_batch_now(trainer)

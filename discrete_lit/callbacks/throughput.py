@@ -3,28 +3,24 @@
 import re
 import resource
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import prod
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from discrete_lit.backbones.execution import (
-    compile_blocks,
-    count_flops,
-)
-from discrete_lit.core.distributed import all_gather_rows, alone
+from discrete_lit.backbones.execution import compile_blocks
+from discrete_lit.core.distributed import all_gather_rows
+from discrete_lit.core.images import MODALITIES
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
-from discrete_lit.core.modules import RunningStatistics
-from discrete_lit.generators import Generator, LatentGenerator
-from discrete_lit.optimization import AccumulatedMean
-from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
+from discrete_lit.generators import Generator, LatentGenerator, Unified
+from discrete_lit.generators.counted_step import count_step
+from discrete_lit.tokenizers import Tokenizer
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
-from discrete_lit.tokenizers.quantizers.codebook import Codebook
 
 # Dense peak of a device in 10^12 operations a second: products of bfloat16 or float16, of TensorFloat-32, of float32.
 # From NVIDIA's data sheets of the A100 and A10 (2021), H100, L40S and L4 (2023), and H200 (2024); where one gives
@@ -54,7 +50,8 @@ class Throughput(Callback):
     `FlopCounterMode` counts those of a training step: forward and backward pass, a frozen tokenizer's encoding, without
     what activation checkpointing computes again. `throughput/mfu` is that as a fraction of the device's peak: the model
     FLOPs utilisation (Chowdhery et al., "PaLM", 2022, appendix B). It is left out where the peak is not known, and both
-    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders.
+    where a step cannot be counted: of modules of other kinds than generators, tokenizers and autoencoders. Of a
+    `Unified` they are those of its transformer, at the elements that it read (`Unified.step_flops`).
     `throughput/peak_memory_gib` is the most that any rank has held since its start: what torch's allocator gave on a
     CUDA device, on a processor the resident memory of the process; in GiB.
 
@@ -97,9 +94,11 @@ class Throughput(Callback):
             # Kernels run behind the host's clock; the logger is about to wait for them in any case.
             torch.cuda.synchronize(pl_module.device)
         now = self._clock()
+        if isinstance(pl_module, Unified):
+            self._window.flops += pl_module.step_flops()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
-        images = next(len(batch[name]) for name in ("tokens", "latents", "image") if name in batch)
+        images = next(len(batch[name]) for name in ("tokens", "latents", *MODALITIES) if name in batch)
         self._window.images += images
         self._window.tokens += images * _tokens_per_image(pl_module, batch)
         if logs_now:
@@ -118,8 +117,8 @@ class Throughput(Callback):
 
     def _flops(self, module: LightningModule, batch: Any, batch_idx: int) -> int:
         """Operations of the training step to come; counted once for each kind of step."""
-        if self._step_flops is None:
-            return 0
+        if self._step_flops is None or isinstance(module, Unified):
+            return 0  # how many elements a sequence of segments has, its step knows when it is done
         try:
             kind = _kind_of_step(module, batch)
             if kind not in self._step_flops:
@@ -221,79 +220,6 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def count_step(module: LightningModule, batch: dict[str, Any], batch_idx: int = 0) -> int:
-    """Count the floating-point operations of a training step's forward and backward pass, see `count_flops`.
-
-    Every position counts where which ones do depends on the data. Where a step draws how many places it masks, as
-    MAR's do, those of the mean share count.
-
-    Args:
-        module: a `Generator`, a `LatentGenerator`, a `Tokenizer` or an `ImageAutoencoder`; it stays as it is.
-        batch: its tensors give their shapes alone.
-        batch_idx: of the step.
-
-    Raises:
-        ValueError: another module, or one that steps its optimizers itself.
-        Exception: whatever a step raises that needs to see data.
-    """
-    known = (Generator, LatentGenerator, Tokenizer, ImageAutoencoder)
-    if not isinstance(module, known) or not module.automatic_optimization:
-        raise ValueError("not a generator, tokenizer or autoencoder whose loss the trainer minimises")
-
-    # Here, since there are no numbers among tensors without data.
-    shares = {
-        name: part.mean_step_share() for name, part in module.named_modules() if isinstance(part, LatentGenerator)
-    }
-
-    def prepare(copy: LightningModule) -> Callable[[], None]:
-        for name, share in shares.items():
-            cast(LatentGenerator, copy.get_submodule(name)).fixed_share = share
-        for part in copy.modules():
-            if isinstance(part, LightningModule):
-                part.log = part.log_dict = _nothing
-            if isinstance(part, Generator | LatentGenerator | ImageAutoencoder):
-                part.accumulated = AccumulatedMean()
-            if isinstance(part, RunningStatistics):
-                part.forget_step()
-            if isinstance(part, Tokenizer):
-                part.check_tokens = _nothing
-            if isinstance(part, Tokenizer | ContinuousTokenizer):
-                part.check_images = _nothing
-            if isinstance(part, Generator | LatentGenerator):
-                part.check_labels = _nothing
-            if isinstance(part, LatentGenerator):
-                part.check_scale = _nothing
-            if isinstance(part, Codebook):
-                part.prepare = part.observe = _nothing
-            if hasattr(part, "activation_checkpointing"):
-                cast(Any, part).activation_checkpointing = False
-        inputs = {name: _without_data(value) for name, value in batch.items()}
-
-        def step() -> None:
-            _loss_of(copy.training_step(inputs, batch_idx)).backward()
-
-        return step
-
-    with alone():
-        return count_flops(module, prepare, gradients=True)
-
-
-def _loss_of(outputs: Any) -> Tensor:
-    """The loss among what a training step gives: a tensor, or a dictionary that holds it."""
-    return outputs["loss"] if isinstance(outputs, Mapping) else outputs
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Stands for what a step does beside its computation: logs and checks of its inputs."""
-
-
-def _without_data(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    dtype = torch.float32 if value.is_floating_point() else value.dtype
-    return torch.empty(value.shape, dtype=dtype, device=value.device)
-
-
 def _kind_of_step(module: LightningModule, batch: dict[str, Any]) -> Any:
     """Tell steps of different cost apart: by the shapes of the batch, and by what a discriminator does in it."""
     shapes = tuple((name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor))
@@ -309,6 +235,8 @@ def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
     if isinstance(module, Generator):
         return prod(module.token_shape)
     if isinstance(module, Tokenizer):
-        sides = tuple(batch["image"].shape[2:])[-2:]  # of clips those of a frame, of a signal its length
-        return prod(module.token_shape(sides if len(sides) == 2 else sides[0]))
+        size = tuple(next(batch[name] for name in MODALITIES if name in batch).shape[2:])
+        if len(size) == 2 and module.modality == "video":  # images are clips of one frame
+            size = (1, *size)
+        return prod(module.token_shape(size[0] if len(size) == 1 and module.modality == "image" else size))
     return 0

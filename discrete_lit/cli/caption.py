@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from discrete_lit.checkpoints import load
+from discrete_lit.checkpoints import load, weights_of
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.files import atomic_write_text, file_sha256
 from discrete_lit.core.images import from_uint8, height_and_width, size_text
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.sources.class_folders import find_images
-from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
+from discrete_lit.data.transforms import center_crop, decode_image
 from discrete_lit.generators import Unified
 from discrete_lit.samplers import SegmentSampler
 
@@ -65,7 +66,7 @@ def caption(
             f"ckpt_path={ckpt_path!r} holds a {type(generator).__name__}, which writes no captions: give the "
             "checkpoint of a Unified"
         )
-    if generator.order != "both":
+    if not generator.describes:
         raise ValueError(
             f"the Unified of ckpt_path={ckpt_path!r} draws images of captions alone: train one with order: both"
         )
@@ -92,7 +93,7 @@ def caption(
     run = {
         "captions": {str(file): text for file, text in zip(files, texts, strict=True)},
         "checkpoint": str(ckpt_path),
-        "checkpoint_sha256": file_sha256(ckpt_path),
+        "checkpoint_sha256": file_sha256(weights_of(ckpt_path)),
         "sampler": describe(sampler or generator.sampler),
         "seed": seed,
         "resize": resize,
@@ -131,7 +132,7 @@ def _read(file: Path, generator: Unified, resize: bool) -> np.ndarray:
     size = height_and_width(generator.image_size)
     try:
         image = decode_image(file.read_bytes(), image_channels=generator.tokenizer.image_channels)
-    except UndecodableImage as error:
+    except UndecodableSample as error:
         raise ValueError(f"images: {file} cannot be read: {error}") from error
     if not resize and (image.height, image.width) != size:
         raise ValueError(

@@ -26,22 +26,27 @@ FUNCTION_COMMANDS = {
     "text_tokenizer": "learn the vocabulary of captions",
     "encode_captions": "encode the captions of arrays by a text encoder",
     "measure_latents": "find the scale that a KL-VAE's latents need",
-    "sample": "draw images from a generator's checkpoint",
+    "models": "list the published models that have a name",
+    "sample": "draw images from a generator's checkpoint, or from a published model",
     "caption": "write the captions of images by a generator of text and image",
     "evaluate": "compare samples with a reference set",
+    "retrieval": "measure how well samples show their prompts, by CLIP",
     "replay": "run the batch of an alarm again on the checkpoint before",
     "compare": "put the reports of evaluations into one table",
     "sweep": "find the best settings of a sampler",
     "watch": "show samplers at work, step by step, on one HTML page",
+    "demo": "draw images in a web browser",
+    "advise": "say which tokenizer, generator and sampler to take on this machine",
     "import": "read a published checkpoint",
-    "export": "write a tokenizer in a published layout",
+    "export": "write a checkpoint in a published layout, as one file, or as a folder for the Hub",
+    "recipes": "list the recipes that come with the package, or print one",
 }
 # Those that fill the folder `output`; `shards` holds its lock itself, since scripts write shards too.
 _FILLING = ("tokenize", "sample", "evaluate", "compare", "sweep")
 # Options with a list that may be given several times, each with a value; and the one that words in front stand for.
 _REPEATED = {"sample": ("--prompt", "--thought"), "sweep": ("--prompt",), "caption": ("--images",)}
-_IN_FRONT = {"caption": "--images"}
-_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions")
+_IN_FRONT = {"caption": "--images", "models": "--name", "recipes": "--name"}
+_WITHOUT_CHECKPOINT = ("shards", "text_tokenizer", "encode_captions", "retrieval", "models", "advise", "recipes")
 # Module and function, where the module does not have the command's name: it cannot be `import`, or another module's.
 _FUNCTIONS = {
     "text_tokenizer": ("train_text_tokenizer", "text_tokenizer"),

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeGuard, Union, get_args, get_origin
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser
 
+from discrete_lit.cli.recipes import locate_configuration, where_recipes_are
 from discrete_lit.core.bounded_reading import read_text
 from discrete_lit.core.configuration import read_settings
 
@@ -111,8 +112,9 @@ class GivenSettings:
 def files_first(arguments: Sequence[str]) -> list[str]:
     """Order a command line so that what it says wins over the files that it names, wherever they stand in it.
 
-    Files keep their order among themselves. An option that gives a whole group, such as `--data ImageFolder`, goes
-    before the options inside that group, such as `--data.train`.
+    Files keep their order among themselves. A file that is not there may be a recipe of the package, whose path takes
+    its place. An option that gives a whole group, such as `--data ImageFolder`, goes before the options inside that
+    group, such as `--data.train`.
 
     Raises:
         ValueError: a configuration file that cannot be read.
@@ -122,6 +124,7 @@ def files_first(arguments: Sequence[str]) -> list[str]:
     for option in _options(arguments):
         if option.is_file:
             if option.value is not None:
+                option.name_file(locate_configuration(option.value))
                 _read(option.value)
             files.append(option)
             continue
@@ -155,6 +158,12 @@ class _Option:
     def is_file(self) -> bool:
         return self.name in ("c", "config")
 
+    def name_file(self, value: str) -> None:
+        """Give another value in place of its own; the words behind it stay."""
+        if value != self.value:
+            behind = self.texts.index(self.value) + 1 if self.value in self.texts else 1
+            self.value, self.texts = value, [f"--config={value}", *self.texts[behind:]]
+
 
 def _options(arguments: Sequence[str]) -> list[_Option]:
     found: list[_Option] = []
@@ -182,7 +191,8 @@ def _read(config: str) -> tuple[dict[str, Any], str]:
     try:
         text = config if inline else read_text(config)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}") from error
+        looked = where_recipes_are(config) if isinstance(error, FileNotFoundError) else ""
+        raise ValueError(f"--config {config}: {getattr(error, 'strerror', None) or error}{looked}") from error
     try:
         values = read_settings(text)
     except yaml.YAMLError as error:

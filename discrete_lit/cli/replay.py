@@ -25,6 +25,7 @@ from discrete_lit.core.configuration import build, read_settings
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.lightning_internals import begin_at_step
 from discrete_lit.data.data_module import ResumableDataModule
+from discrete_lit.fsdp2 import is_sharded
 
 _log = logging.getLogger(__name__)
 _ENTRIES = {"step": int, "epoch": int, "batch": int, "ranks": list}
@@ -76,6 +77,8 @@ def replay(
     else:
         found = ckpt_path, read_checkpoint(ckpt_path)
     path, checkpoint = found
+    if is_sharded(path):
+        checkpoint = read_checkpoint(path, whole=True)
     trainer_settings = settings.get("trainer") or {}
     precision = resolve_precision(precision or str(trainer_settings.get("precision") or "32-true"), accelerator)
     make_fabric(accelerator, precision=precision)  # refuses what there is not
@@ -151,8 +154,6 @@ def _data_of(settings: Mapping[str, Any], folder: Path) -> ResumableDataModule:
 
 def _module_of(checkpoint: Mapping[str, Any], path: str) -> LightningModule:
     """Build the module of a checkpoint, with the weights that were trained, not their averages."""
-    if "state_dict" not in checkpoint:
-        raise ValueError(f"{path!r} is a sharded checkpoint, whose weights only its own run reads")
     module = rebuild(checkpoint, path)
     weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
     check_weights(module, {**checkpoint, "state_dict": weights}, path)

@@ -428,7 +428,11 @@ class RemoveSuperseded(Callback):
             place = str(keeper.dirpath)
             if "://" in place or not Path(place).is_dir():
                 continue
-            for pattern in (f"*.ckpt{UNFINISHED_SUFFIX}", ".*.ckpt.unfinished"):
+            for pattern in (
+                f"*.ckpt{UNFINISHED_SUFFIX}",
+                ".*.ckpt.unfinished",
+                f".*.ckpt.unfinished{UNFINISHED_SUFFIX}",
+            ):
                 for file in Path(place).glob(pattern):  # not below it, where another run may be writing
                     trainer.strategy.remove_checkpoint(file)
             if trainer.ckpt_path is None or keeper.save_top_k < 1:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from discrete_lit.checkpoints import load
+from discrete_lit.checkpoints import load, weights_of
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
@@ -166,7 +166,7 @@ def sweep(
     assert known is not None
     manifold = reference_manifold(known, num_samples, fabric.device)[0] if rank() == 0 else None
     made_by: tuple[Any, ...] = (
-        file_sha256(ckpt_path),
+        file_sha256(weights_of(ckpt_path)),
         known.sha256,
         known.moments.count,
         network.name,

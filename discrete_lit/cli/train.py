@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from discrete_lit.callbacks import (
+    CollectiveTimeout,
     GradientNorm,
     HangDetector,
     Preemption,
@@ -44,6 +45,7 @@ from discrete_lit.checkpoints import (
     check_parses,
     check_weights,
     load_weights,
+    local,
     module_config,
     read_checkpoint,
     record_config,
@@ -74,12 +76,15 @@ _log = logging.getLogger(__name__)
 _PACKAGES = (
     "backbones",
     "callbacks",
+    "data.audio_clips",
     "data.image_folder",
     "data.image_shards",
     "data.latent_arrays",
     "data.token_arrays",
+    "data.video_clips",
     "diffusion.losses",
     "evaluation.classifier",
+    "fsdp2",
     "generators",
     "optimization",
     "samplers",
@@ -287,7 +292,7 @@ class TrainingCLI(LightningCLI):
             rank_zero_only(_log.info)("no checkpoint in %s yet: starting from the beginning", places)
         if init_from is not None and self.command == "fit":
             self.init_from = init_from
-            return init_from, read_checkpoint(init_from)
+            return init_from, read_checkpoint(local(init_from), whole=True)
         return None
 
     def _with_checkpoint(self, given: GivenSettings) -> list[str]:
@@ -348,10 +353,6 @@ class TrainingCLI(LightningCLI):
                 check_classes(self.config_dump["model"], self.checkpoint, path)
                 check_weights(self.model, self.checkpoint, path)
                 check_tokenizer(self.model, self.checkpoint, path)
-        elif self.init_from is not None:
-            raise ValueError(
-                f"init_from={self.init_from!r} is a sharded checkpoint, whose weights only its own run reads"
-            )
         if self.command == "fit" and not any(weight.requires_grad for weight in self.model.parameters()):
             raise ValueError(
                 f"this {type(self.model).__name__} has no weights to train. `from_checkpoint` freezes what it loads, "
@@ -424,7 +425,7 @@ class TrainingCLI(LightningCLI):
         if self.command == "fit":
             always.append(TrainingGuard())
             if not settings["fast_dev_run"]:
-                always.append(HangDetector())
+                always += [HangDetector(), CollectiveTimeout()]
                 keepers = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
                 if settings["enable_checkpointing"] is not False and isinstance(
                     (keepers or [ModelCheckpoint()])[0], ModelCheckpoint
@@ -460,7 +461,8 @@ class TrainingCLI(LightningCLI):
         if path is not None and Path(path).is_dir() and not isinstance(self.trainer.strategy, _SHARDED):
             raise ValueError(
                 f"--ckpt_path {path!r} is a sharded checkpoint, a folder, which {type(self.trainer.strategy).__name__} "
-                "does not read: use the strategy that wrote it, FSDPStrategy or ModelParallelStrategy"
+                "does not read: use FSDP2Strategy, or go on from the one file that `discrete-lit export --ckpt_path "
+                f"{path} --family checkpoint --output FILE` makes of it"
             )
         settings = {name: self.config_init[name] for name in self.command_settings}
         if self.command == "test" and not is_overridden("test_step", self.model):

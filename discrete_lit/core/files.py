@@ -7,12 +7,14 @@ npz files may come from anywhere: `Npz` reads them without pickles, and every wa
 error. Files of `torch.save` are checked record by record before PyTorch maps them, which looks at no checksum.
 """
 
+import ctypes
 import errno
 import hashlib
 import math
 import os
 import shutil
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -89,14 +91,28 @@ def publish(temporary: Path, path: str | os.PathLike[str]) -> None:
     """
     check_locks()
     if temporary.is_dir():
-        # No file system replaces a folder that holds something.
         if Path(path).is_dir():
+            # No file system replaces a folder that holds something. Exchanged, one of the two is there at any moment.
+            if _exchange(temporary, path):
+                shutil.rmtree(temporary)
+                return
             shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
     else:
         # Without this a power failure may leave the name with nothing behind it.
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Exchange two names at once; False where the system or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if rename is None:
+        return False
+    at_current, exchange = -100, 2  # linux/fcntl.h, linux/fs.h
+    return rename(at_current, os.fsencode(one), at_current, os.fsencode(other), exchange) == 0
 
 
 def content_sha256(content: bytes | str | Iterable[bytes | str]) -> str:

@@ -20,7 +20,10 @@ Samples that cannot be read are logged one by one, counted, and fatal past a set
 """
 
 import logging
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from multiprocessing.util import get_temp_dir
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -470,6 +473,7 @@ class _Computed(Dataset):
         try:
             batch, bad = self.source.batch(*request)
             if get_worker_info() is not None:
+                _check_temporary_folder()
                 _share(batch)
         # Raised in a worker it would reach the user as many lines, with the worker's traceback for its message.
         except ValueError as error:
@@ -493,6 +497,22 @@ def _share(batch: Batch) -> None:
                     "container more shared memory (docker run --shm-size=8g), or set num_workers or batch_size lower; "
                     f"num_workers: 0 needs none. {str(error).splitlines()[0]}"
                 ) from error
+
+
+@cache
+def _check_temporary_folder() -> None:
+    """Check once in each worker that there is room for the socket through which PyTorch hands tensors over.
+
+    It makes that in the same thread, whose errors nobody hears.
+    """
+    try:
+        with tempfile.NamedTemporaryFile(dir=get_temp_dir()) as file:
+            file.write(b"room")
+    except OSError as error:
+        raise ValueError(
+            f"the folder for temporary files, {tempfile.gettempdir()}, has no room, and a loader's worker needs some: "
+            f"set the environment variable TMPDIR to another folder; num_workers: 0 needs none. {error.strerror}"
+        ) from error
 
 
 class _Requests(Sampler):

@@ -23,7 +23,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from functools import lru_cache
 from queue import Empty, Full, Queue, SimpleQueue
@@ -242,7 +242,9 @@ class _Download(_Stream):
     def _ask(self, part: str | None) -> http.client.HTTPResponse:
         """Ask for the file, or for a part of it."""
         address = _address(self._url)
-        return _within(self._timeout, lambda: _answer(address, self._timeout, part))
+        return _within(
+            self._timeout, lambda: _answer(address, self._timeout, asked={} if part is None else {"Range": part})
+        )
 
     def _resume(self) -> None:
         """Go on from the byte where the transfer broke off.
@@ -273,6 +275,41 @@ class _Download(_Stream):
                         f"the server ended the transfer after {self.received - left:,} of {self.size:,} bytes"
                     )
                 left -= len(data)
+
+
+class Answer(_Stream):
+    """One answer of a web server, for whoever keeps what has come and asks again by itself.
+
+    Args:
+        url: `http://` or `https://`.
+        headers: of the request; a server that it is led to is not told `Authorization`.
+
+    Attributes:
+        status: 200, or 206 for a part.
+        headers: those of the answer, by lower-case names, and those of the answers that led to its address.
+
+    Raises:
+        OSError: the server cannot be reached or answers with an error. Reading raises it for what breaks off or stalls.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        led: dict[str, str] = {}
+        self._source = _within(self._timeout, lambda: _answer(url, self._timeout, asked=headers, led=led))
+        self.status: int = self._source.status
+        self.headers = {**led, **{name.lower(): value for name, value in self._source.headers.items()}}
+        self._left = _whole(self._source.headers.get("Content-Length"))
+
+    def receive(self, most: int) -> bytes:
+        try:
+            data = self._source.read1(most)
+        except http.client.HTTPException as error:
+            raise OSError(f"the server ended the transfer early ({type(error).__name__})") from error
+        if self._left is not None:
+            self._left -= len(data)
+            if not data and self._left:
+                raise OSError(f"the server ended the transfer {self._left:,} bytes before its end")
+        return data
 
 
 class _ReadAhead(io.RawIOBase):
@@ -403,17 +440,33 @@ def _answer_into(answers: SimpleQueue[Any], ask: Callable[[], Any]) -> None:
         answers.put(error)
 
 
-def _answer(url: str, timeout: float, part: str | None) -> http.client.HTTPResponse:
-    """Send one request for a file or a part of it, and tell failures that may pass from those that will not."""
+class _Led(urllib.request.HTTPRedirectHandler):
+    """Follow a server to another address, and keep what it said on the way."""
+
+    def __init__(self, said: dict[str, str]) -> None:
+        self._said = said
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        self._said |= {name.lower(): value for name, value in headers.items()}
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _answer(
+    url: str, timeout: float, *, asked: Mapping[str, str] | None = None, led: dict[str, str] | None = None
+) -> http.client.HTTPResponse:
+    """Send one request for a file, or the part that `Range` asks for, and tell failures that may pass from others."""
     parts = urlsplit(url)
-    headers = {"User-Agent": "discrete-lit", **({} if part is None else {"Range": part})}
+    headers = {"User-Agent": "discrete-lit", **(asked or {})}
+    part, secret = headers.get("Range"), headers.pop("Authorization", None)
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
     plain = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
     try:
         request = urllib.request.Request(quote(plain, safe="%/:=&?~+!$,;'@()*[]"), headers=headers)
-        return urllib.request.urlopen(request, timeout=timeout)
+        if secret is not None:
+            request.add_unredirected_header("Authorization", secret)
+        return urllib.request.build_opener(_Led({} if led is None else led)).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code} {error.reason}"
         error.close()

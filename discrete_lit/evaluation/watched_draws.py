@@ -143,7 +143,7 @@ def draw_panel(panel: Watched, classes: Sequence[int], seeds: Sequence[int]) -> 
         random = CounterRandom(seed, torch.arange(len(labels)))
         output = panel.generator.draw(labels, random, sampler, trace=True)
         frames = _frames(output, panel.scales, panel.generator.vocab_size)
-        images = [_decoded(panel, tokens) for tokens in _tokens_of_frames(output)]
+        images = [decoded_frame(panel, tokens) for tokens in _tokens_of_frames(output)]
         if panel.decoder is not None:
             later, more = _decoder_frames(panel, output, labels, random)
             for own, added in zip(frames, later, strict=True):
@@ -231,7 +231,7 @@ def _scale_at(scales: list[tuple[int, int]], number: int) -> tuple[slice, tuple[
     return slice(start, start + lengths[number]), scales[number]
 
 
-def _decoded(panel: Watched, tokens: Tensor) -> np.ndarray:
+def decoded_frame(panel: Watched, tokens: Tensor) -> np.ndarray:
     """Decode ids `(B, N)`, some not drawn yet, to uint8 images `(B, H, W, C + 1)`, transparent where none is drawn."""
     generator = panel.generator
     tokenizer: Any = generator.tokenizer
@@ -258,7 +258,7 @@ def _decoded(panel: Watched, tokens: Tensor) -> np.ndarray:
 
 def _central_id(generator: Generator) -> int:
     """The id whose code is nearest to the mean of 1,024 codes: what stands where nothing is drawn, and is not shown."""
-    ids = torch.arange(min(generator.vocab_size, 1024))
+    ids = torch.arange(min(generator.vocab_size, 1024), device=generator.device)
     codes = _codes(generator, ids)
     return int((codes - codes.mean(dim=0)).square().sum(dim=1).argmin())
 

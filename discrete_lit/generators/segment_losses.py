@@ -61,6 +61,8 @@ def id_losses(
         segment = layout.segments[segment_number]
         if (len(ids) == 1 and softmax_over == "allowed") or grammar.is_masked(of_set):
             continue
+        if len(ids) == 1 and segment.ends_inside:
+            continue  # what stands around an island sees it, and is written with it
         predicted = follows & (grammar.set_of[states] == of_set)
         if silent is not None and segment.modality == "text":
             predicted &= ~silent[sample.clamp(min=0)]
@@ -101,7 +103,14 @@ def island_columns(network: SegmentTransformer, sequence: SegmentSequence, name:
 
 
 def masked_losses(
-    network: SegmentTransformer, sequence: SegmentSequence, hidden: Tensor, *, name: str, ids: Tensor, masked: Tensor
+    network: SegmentTransformer,
+    sequence: SegmentSequence,
+    hidden: Tensor,
+    *,
+    name: str,
+    ids: Tensor,
+    masked: Tensor,
+    softmax_over: SoftmaxOver = "allowed",
 ) -> SegmentLosses:
     """Cost the prediction of masked ids at their own positions (Show-o, eq. 4; MaskGIT's loss).
 
@@ -112,12 +121,17 @@ def masked_losses(
         name: of the segment.
         ids: `(S, P)` int64, what stands behind the masks.
         masked: `(S, P)` bool.
+        softmax_over: as of `id_losses`.
     """
     rows, columns, owner = island_columns(network, sequence, name)
     number = network.grammar.masked_set(name)
     where = masked[owner]
-    logits = network.logits(hidden[rows, columns][where], number)
-    target = torch.searchsorted(network.grammar.ids_of(number), ids[owner][where])
+    target = ids[owner][where]
+    if softmax_over == "vocabulary" and network.own_head_of[number] is None:
+        logits = network.logits(hidden[rows, columns][where])
+    else:
+        logits = network.logits(hidden[rows, columns][where], number)
+        target = torch.searchsorted(network.grammar.ids_of(number), target)
     values = logits.logsumexp(dim=-1) - logits.gather(1, target[:, None])[:, 0]
     return SegmentLosses(values, torch.ones_like(values), None)
 

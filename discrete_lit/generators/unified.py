@@ -55,6 +55,8 @@ from discrete_lit.samplers.segment_by_segment import SegmentSampler
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer
 from discrete_lit.tokenizers.tokenizer import ContinuousTokenizer, Tokenizer, freeze
 
+_DESCRIBING = ("given_image", "caption")
+"""The segments of sequences in which an image is described, where they are of a kind of their own (Show-o)."""
 _THOUGHT = 1
 """The stream of random numbers that thoughts are drawn by: a picture is the same after its thought, given or drawn."""
 
@@ -213,8 +215,7 @@ class Unified(TextAndImageSequences):
                 codes=tokenizer.vocab_size,  # type: ignore[union-attr]
                 interleaved=order == "both",
                 rows=image_format == "rows",
-                text_weight=text_weight,
-                image_weight=image_weight,
+                weights=(text_weight, image_weight),
             )
         features = None if vocabulary is None else vocabulary.features
         if features != (None if vision is None else (vision.places, vision.width)):
@@ -238,7 +239,8 @@ class Unified(TextAndImageSequences):
         )
         expected = ("text", "image") if thought_length is None else ("text", "thought", "image")
         names = tuple(segment.name for segment in self.layout.segments)
-        if names not in (expected, (*expected, "features")):
+        # Beside them, what stands in the place of an image that is described, or a sequence of its own for that.
+        if names not in (expected, (*expected, "features"), (*expected, *_DESCRIBING)):
             raise ValueError(f"the layout of this Unified has the segments {', '.join(expected)} in this order")
         self.image = self.layout["image"]
         if (image_prediction == "masked") != (self.image.mask_id is not None):
@@ -260,6 +262,8 @@ class Unified(TextAndImageSequences):
         self.objective = DenoisingLoss(self.denoiser, times=times)
         self.sampler = sampler or SegmentSampler()
         self.segment_means = nn.ModuleDict({segment.name: BinnedMean(1) for segment in self.layout.segments})
+        # Of the last step: rows, elements of each, and numbers that were predicted.
+        self.step_shape: tuple[int, int, int] | None = None
         self.register_buffer("codes", torch.tensor(list(self.image.ids), dtype=torch.int64), persistent=False)
 
     # Batches.
@@ -375,8 +379,24 @@ class Unified(TextAndImageSequences):
             losses["image"] = self._flow_losses(hidden, sequence, flow)
         if masked is not None:
             ids = self.codes[data.flatten(1)]
-            losses["image"] = masked_losses(self.backbone, sequence, hidden, name="image", ids=ids, masked=masked)
+            losses["image"] = masked_losses(
+                self.backbone,
+                sequence,
+                hidden,
+                name="image",
+                ids=ids,
+                masked=masked,
+                softmax_over=self.softmax_over,
+            )
+        self.step_shape = (*sequence.ids.shape, sum(self._outputs(name, each) for name, each in losses.items()))
         return losses
+
+    def _outputs(self, name: str, losses: SegmentLosses) -> int:
+        """Count the logits of a segment's losses, or the channels of its vectors."""
+        segment, each = self.layout[name], len(losses.values)
+        if segment.input_dim is not None:
+            return each * segment.positions * segment.input_dim
+        return each * (self.backbone.shared_ids if self.softmax_over == "vocabulary" else len(segment.allowed_ids))
 
     def _masked(self, image_first: Tensor, random: CounterRandom) -> Tensor:
         """Choose the ids `(B, P)` of images that are masked, one at least; none in front of a caption."""
@@ -400,6 +420,20 @@ class Unified(TextAndImageSequences):
         )
         values = torch.stack(list(terms.values())).sum(dim=0)
         return SegmentLosses(values, torch.ones_like(values), None)
+
+    def step_flops(self) -> int:
+        """Count the floating-point operations of the transformer in the last training step, forward and backward.
+
+        At all elements that it read, padding among them, and of what it predicted. How images were encoded before is
+        not counted.
+        """
+        if self.step_shape is None:
+            return 0
+        rows, elements, outputs = self.step_shape
+        blocks = self.backbone.flops(elements, elements)
+        # Most of what comes in needs no gradient.
+        before = self.backbone.input_flops(elements, self.patches is not None)
+        return rows * (3 * blocks + 2 * before) + 6 * self.backbone.width * outputs
 
     # Validation.
 
@@ -601,22 +635,31 @@ class Unified(TextAndImageSequences):
         Raises:
             ValueError: a generator of order `"text_first"`, or guidance, which no training prepared.
         """
-        if self.order != "both":
+        if not self.describes:
             raise ValueError("texts are drawn by generators of order='both': here the caption stands in front")
         sampler = sampler or self.sampler
-        if sampler.contexts(("text",)) > 1:
+        segment = "text" if self.order == "both" else _DESCRIBING[1]
+        if sampler.contexts((segment,)) > 1:
             raise ValueError("captions are drawn without guidance: training never leaves out their image")
         if indices is None:
             indices = torch.arange(len(data), device=data.device)
         prompt = self.given_image(data)
-        drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=("text",)).sequence
-        return self.texts_of(self.text_in(drawn, "text"))
+        drawn = sampler(self.backbone, [prompt], CounterRandom(seed, indices), segments=(segment,)).sequence
+        return self.texts_of(self.text_in(drawn, segment))
+
+    @property
+    def describes(self) -> bool:
+        """Whether `caption` draws texts."""
+        return self.order == "both" or _DESCRIBING[1] in (segment.name for segment in self.layout.segments)
 
     def given_image(self, data: Tensor) -> SegmentSequence:
         """Begin the sequences of given images, behind which a text follows; `data` as of `caption`."""
         if self.vision is not None:
             return assemble(self.grammar, [SegmentPart(segment="features", content=self.vision(data))], closed=False)
         self.check_data(data)
+        if self.order != "both":
+            given = SegmentPart(segment=_DESCRIBING[0], content=self.codes[data.flatten(1)])
+            return assemble(self.grammar, [given])
         return self.sequences(data, None, closed=False)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

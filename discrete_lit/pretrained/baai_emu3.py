@@ -18,6 +18,7 @@ from discrete_lit.pretrained.settings import Settings
 from discrete_lit.pretrained.taming import CODES, vector_quantizer, vqgan
 
 _EMU3_AREA = 720 * 720
+_SYSTEM = "You are a helpful assistant. USER: "
 
 
 @register(
@@ -32,9 +33,10 @@ _EMU3_AREA = 720 * 720
     reads_text=True,
 )
 def emu3(state: State, settings: Settings) -> Conversion:
-    """Convert the folder of `Emu3-community/Emu3-Gen-hf`: a text, then an image by rows.
+    """Convert the folder of `Emu3-community/Emu3-Gen-hf` or `Emu3-Chat-hf`: a text, then an image by rows.
 
-    Images are squares of `image_area` pixels, 720 x 720 unless reference_config says otherwise.
+    Images are squares of `image_area` pixels, 720 x 720 unless reference_config says otherwise. With a `question`
+    there, such as "Please describe the image.", the model answers it of an image, as Emu3-Chat does.
     """
     own, first = image_tokenizer_apart(state)
     names = vocabulary_of(settings, "<|extra_200|>", "<|visual token 000000|>")
@@ -46,6 +48,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
         raise ValueError(
             f"reference_config has image_area={area}: accepted are squares whose side is a multiple of {factor}"
         )
+    question = settings.optional("question", str)
     text = settings.section("text_config")
     language = LlamaLayout(own, text, prefix="model.text_model", heads=32, context=9216, rotary_base=1e6)
     settings.without_effect(ABOUT_THE_FILE, *FILE_KEYS)
@@ -82,6 +85,7 @@ def emu3(state: State, settings: Settings) -> Conversion:
             "rows_begin": rows,
             "row_end": row_end,
             "never": [names["<image>"]] if "<image>" in names else [],
+            "question": None if question is None else [_SYSTEM, f"{question} ASSISTANT:"],
         },
         # Begin, size, begin of the rows, their ends, and what stands behind.
         surrounding=2 + 2 * len(str(side)) + 1 + side + 3,

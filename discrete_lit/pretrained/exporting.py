@@ -77,7 +77,9 @@ def export_state(tokenizer: Any, family: str) -> dict[str, Tensor]:
         ValueError: the family is unknown, or the layout cannot express the tokenizer; the message says which setting.
     """
     if family not in EXPORTS:
-        raise ValueError(f"family={family!r} is not written; the layouts are {', '.join(EXPORTS)}")
+        raise ValueError(
+            f"family={family!r} is not written; the layouts are {', '.join(EXPORTS)}, checkpoint, hub, diffusers"
+        )
     export = EXPORTS[family]
     _check_parts(tokenizer, family)
     settings = _network_settings(tokenizer)

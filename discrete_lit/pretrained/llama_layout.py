@@ -4,7 +4,7 @@ Each such model is loaded as a `Unified` from its folder: `config.json`, the wei
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -139,10 +139,23 @@ class LlamaLayout:
         return made
 
 
+class LanguageLayout(Protocol):
+    """What a conversion to a `Unified` is told of its language model."""
+
+    state: State
+    prefix: str
+    context: int
+    arguments: dict[str, Any]
+
+    def rules(self) -> list[tuple[str, str]]: ...
+
+    def arrangements(self) -> list[Arrangement]: ...
+
+
 def unified_conversion(
-    language: LlamaLayout,
+    language: LanguageLayout,
     *,
-    tokenizer: Conversion,
+    tokenizer: Conversion | None,
     grid: tuple[int, int],
     codes: int,
     text: TextPart,
@@ -153,17 +166,26 @@ def unified_conversion(
     backbone: dict[str, Any] | None = None,
     beside: Mapping[str, Tensor] | None = None,
     encodes_only: bool = False,
+    text_length: int | None = None,
     **options: Any,
 ) -> Conversion:
     """Put a conversion to a `Unified` together.
 
     Args:
+        tokenizer: in the same file; None where there is none.
         surrounding: elements around the ids of an image; what then is left of the context is a text's.
+        text_length: the most ids of a caption, where it is less than that.
         arrangements, rules: beside those of the language model.
         backbone: switches of the network beside its sizes.
         options: other arguments of `Unified`.
     """
     length = language.context - grid[0] * grid[1] - surrounding
+    if text_length is not None and not 3 <= text_length <= length:
+        raise ValueError(
+            f"reference_config has max_seq_length={text_length}: from 3 to {length} ids fit beside an image of "
+            f"{grid[0]} x {grid[1]} ids"
+        )
+    length = length if text_length is None else text_length
     if length < 3:
         raise ValueError(
             f"reference_config has max_position_embeddings={language.context}, which leaves no text beside an image of "

@@ -44,7 +44,7 @@ _LEFT_BY_TRAINERS = (
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("bool", "dict", "list", "tuple")),
 )
 # What Hugging Face's writers call the weights in a folder: one file, or the index of several.
-_IN_FOLDERS = (
+IN_FOLDERS = (
     *("model.safetensors.index.json", "model.safetensors", "diffusion_pytorch_model.safetensors"),
     *("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
@@ -172,9 +172,9 @@ def weights_file(path: Path) -> Path:
         ValueError: there is none.
     """
     if path.is_dir():
-        found = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), None)
+        found = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
         if found is None:
-            raise ValueError(f"the folder {str(path)!r} has no weights: none of {', '.join(_IN_FOLDERS)} is there")
+            raise ValueError(f"the folder {str(path)!r} has no weights: none of {', '.join(IN_FOLDERS)} is there")
         return found
     if not path.is_file():
         raise ValueError(f"no weights at {str(path)!r}: give the file of the published checkpoint, or its folder")

@@ -35,6 +35,8 @@ class NextScaleSampler(Sampler):
     exact conditional law; elsewhere this is VAR's zero-shot in-painting, in which a drawn token does not see those
     given at its own or later scales.
 
+    Where a place has several ids, as the bits of Infinity, all of them are drawn at once, each by itself.
+
     Args:
         guidance_scale: at the last scale; 1 plus VAR's `cfg`.
         guidance_schedule: over the scales; by default 1 + cfg i / (S - 1) at scale i of S, from 0.
@@ -61,7 +63,8 @@ class NextScaleSampler(Sampler):
         # The first scale is predicted from the label alone.
         inputs, f_hat = uniforms.new_zeros(len(tokens), 0, quantizer.dim), 0.0
         start = 0
-        for number, count in enumerate(lengths):
+        for number, places in enumerate(lengths):
+            count = places * layout.sub_tokens
             here = slice(start, start + count)
             logits = decoder.guide(decoder(inputs, number), scales[number])  # (B, s^2, K)
             drawn, log_probability = self.choose(logits, uniforms[:, here])

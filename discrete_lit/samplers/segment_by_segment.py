@@ -9,11 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from discrete_lit.backbones.cache import RaggedCache
+from discrete_lit.backbones.execution import packed
 from discrete_lit.backbones.segment_sequence import Columns, SegmentSequence, coordinates_of
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.modules import at_least_float32, evaluation_mode
@@ -105,6 +108,8 @@ class MaskedSteps:
     Attributes:
         steps: T, at least 1; the ids that are least sure are masked again after each but the last.
         choice_temperature: of the Gumbel noise on what is sure, at the beginning, >= 0; it falls to 0.
+        noise: how it falls: by step i of T to 1 - i / T of the beginning's (`"linear"`), or to 1 - i / T of what it was
+            before (`"product"`: Show-o's code).
         mask_schedule: the share that is masked after a share of the steps; the cosine by default.
 
     Raises:
@@ -113,6 +118,7 @@ class MaskedSteps:
 
     steps: int = 12
     choice_temperature: float = 4.5
+    noise: Literal["linear", "product"] = "linear"
     mask_schedule: MaskSchedule | None = None
 
     def __post_init__(self) -> None:
@@ -121,6 +127,13 @@ class MaskedSteps:
                 f"steps must be at least 1 and choice_temperature at least 0, got {self.steps} and "
                 f"{self.choice_temperature}"
             )
+        if self.noise not in ("linear", "product"):
+            raise ValueError(f"noise must be 'linear' or 'product', got {self.noise!r}")
+
+    def noise_scale(self, step: int, steps: int) -> float:
+        """Give the temperature of the noise at a step, counted from 0, of so many."""
+        shares = [1 - (number + 1) / steps for number in range(step + 1)]
+        return self.choice_temperature * (prod(shares) if self.noise == "product" else shares[-1])
 
 
 class SegmentSampler:
@@ -190,9 +203,17 @@ class SegmentSampler:
             )
         if self.contexts(segments) > len(prompts):
             raise ValueError(f"guidance needs {self.contexts(segments)} prompts for each sample, got {len(prompts)}")
+        rows = len(prompts) * len(prompts[0])
         with evaluation_mode(network), checked_at_the_end():
             draw = _Draw(
-                self, network, prompts=prompts, random=random, segments=segments, denoiser=denoiser, stream=stream
+                self,
+                # A pass over one element has few rows for each weight, and there is one for each id.
+                packed(network, rows=rows),
+                prompts=prompts,
+                random=random,
+                segments=segments,
+                denoiser=denoiser,
+                stream=stream,
             )
             return draw.output()
 
@@ -235,8 +256,8 @@ class _Draw:
         counts = lengths.tolist()
         if min(counts) < 1:
             raise ValueError("a prompt is empty: it begins with the first id of its first segment at least")
-        longest = max(segment.positions for segment in self.layout.segments)
-        room = max(counts) + self.layout.length - min(counts[: self.batch]) + longest
+        # Behind what is kept, an island that is drawn is read again and again.
+        room = max(counts) + self.layout.length - min(counts[: self.batch]) + max(1, *grammar.islands)
         self.cache: RaggedCache = self.network.new_cache(len(prompts), room)
         hidden = self.network(prompts, self.cache)
         self.made[prompts.ids.shape[1], prompts.ids.shape[1]] += 1
@@ -281,8 +302,7 @@ class _Draw:
 
     def _is_island(self, state: int) -> bool:
         """Whether what stands here is drawn together with what follows: vectors, and ids from masks."""
-        number = self.grammar.set_numbers[state]
-        return number < 0 or self.grammar.is_masked(number)
+        return self.grammar.islands[state] > 0
 
     def _is_asked(self, state: int) -> bool:
         """Whether the network says anything of what is drawn from a state on; ends that must follow are written so."""
@@ -427,10 +447,10 @@ class _Draw:
     def _draw_island(self, name: str, state: int, *, rows: Tensor | None) -> int:
         """Draw the elements of a segment together, in some rows or in all; give the state behind them."""
         self._feed()
-        count = self.layout[name].positions
+        count = self.grammar.islands[state]
         states = (state + torch.arange(count, device=self.states.device)).expand(self.batch, -1)
         ids, vectors = torch.zeros_like(states), {}
-        if self.grammar.set_numbers[state] < 0:
+        if self.layout[name].input_dim is not None:
             vectors = {name: self._solve(name, states)}
         else:
             ids = self._unmask(name, states)
@@ -449,29 +469,36 @@ class _Draw:
         return then
 
     def _unmask(self, name: str, states: Tensor) -> Tensor:
-        """Draw the ids `(B, P)` of an island from masks, the surest first (MaskGIT)."""
+        """Draw the ids of an island from masks, the surest first (MaskGIT), with what belongs to it around them."""
         segment, masking, settings = self.layout[name], self.sampler.masked, self.sampler.of(name)
         assert segment.mask_id is not None
         count, number = segment.positions, self.grammar.masked_set(name)
-        steps = min(masking.steps, count)
-        ids, first = torch.full_like(states, segment.mask_id), self.islands * steps
+        steps, first = min(masking.steps, count), self.islands * min(masking.steps, count)
+        begin = len(segment.begin_ids) if segment.ends_inside else 0
+        inside = slice(begin, begin + count)
+        whole = torch.full_like(states, segment.mask_id)
+        if segment.ends_inside:
+            whole[:, :begin] = whole.new_tensor(segment.begin_ids)
+            whole[:, begin + count :] = whole.new_tensor(segment.end_ids)
+        ids = whole[:, inside]
         codes = self.grammar.ids_of(number)
         left = count
         for step, still in enumerate(masked_counts(masking.mask_schedule or CosineSchedule(), steps, count)):
             if still == left:
                 continue
-            logits = self.network.logits(self._pass(ids, states, kept=False), number).chunk(self.contexts)
+            hidden = self._pass(whole, states, kept=False)[:, inside]
+            logits = self.network.logits(hidden, number).chunk(self.contexts)
             self.logits += count * len(codes)
             guided = settings.guide(logits) / settings.temperature
             uniforms = self.random.uniform(Purpose.TOKEN, count, _ISLANDS + first + step)
             chosen, score = draw_filtered(guided, uniforms, settings.top_k, settings.top_p)
-            noise = masking.choice_temperature * (1 - (step + 1) / steps)
+            noise = masking.noise_scale(step, steps)
             sure = score + noise * self.random.gumbel(Purpose.CONFIDENCE, count, first + step)
             masked = ids == segment.mask_id
             rank = sure.masked_fill(~masked, torch.inf).argsort(dim=1).argsort(dim=1)
             ids = torch.where(masked, codes[chosen], ids).masked_fill(rank < still, segment.mask_id)
-            left = still
-        return ids
+            whole, left = torch.cat((whole[:, :begin], ids, whole[:, begin + count :]), dim=1), still
+        return whole
 
     def _solve(self, name: str, states: Tensor) -> Tensor:
         """Draw the vectors `(B, P, E)` of an island by the solver."""

@@ -240,3 +240,28 @@ def test_settings_that_do_not_fit_are_refused(switches: dict[str, Any], message:
 def test_positions_follow_the_module_into_half_precision() -> None:
     made: nn.Module = network(image_layout()).to(torch.bfloat16)
     assert made.rotary_table.dtype == torch.float32
+
+
+def test_parallel_branches_read_one_norm_and_a_share_of_a_head_is_turned() -> None:
+    """Phi's block, and its rotation of the first half of a head; biases everywhere, those of the logits too."""
+    made = network(image_layout(), parallel=True, bias=True, norm="layer", mlp="gelu_tanh", rotary_share=0.5, depth=1)
+    sequence = sequence_of(made, 2)
+    x = made._embed(sequence)
+    coordinates, _ = made._places(sequence, None)
+    rotary = made.rotary_table[coordinates].flatten(2, 3)[:, None]
+    assert rotary.shape[-2] == 6 and (rotary[..., 3:, :] == torch.tensor([1.0, 0.0])).all()
+    assert (rotary[:, :, 1:, :3, 1] != 0).all()
+    block: Any = made.blocks[0]
+    normed = block.attention_norm(x)
+    x = x + block.attention(normed, rotary, None, True, None) + block.mlp(normed)
+    hidden = made(sequence)
+    torch.testing.assert_close(hidden, made.final_norm(x))
+    logits = made.logits(hidden)
+    torch.testing.assert_close(logits, F.linear(hidden, made.head.weight, made.head_bias))
+    for number, (_, ids) in enumerate(made.grammar.sets):
+        torch.testing.assert_close(made.logits(hidden, number), logits[..., list(ids)])
+    for share in (0.0, 1.5, 0.2):
+        with pytest.raises(ValueError, match="must turn a whole number of the 6 pairs"):
+            network(image_layout(), rotary_share=share)
+    with pytest.raises(ValueError, match="parallel goes with neither norm_outputs"):
+        network(image_layout(), parallel=True, norm_outputs=True)

@@ -135,6 +135,7 @@ def test_every_way_through_a_random_grammar_ends_in_time(seed: int) -> None:
         ({"mask_id": 7, "row_end_id": None, "attention": "bidirectional"}, "needs other ids than this one"),
         ({"variable": True}, "is variable"),
         ({"shape": (6,)}, "a grid of rows"),
+        ({"ends_inside": True}, "ends_inside=true needs ids and attention='bidirectional'"),
     ],
 )
 def test_segments_that_do_not_fit_together_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -162,6 +163,16 @@ def test_segments_that_do_not_fit_together_are_refused(changes: dict[str, Any], 
             ),
             r"ids \[10\] begin a segment",
         ),
+        (
+            lambda: SegmentLayout(segments=(text_segment(), Segment(**{**IMAGE, "begin_ids": (), "first": True}))),
+            "'image' is the first and needs begin_ids",
+        ),
+        (
+            lambda: SegmentLayout(
+                segments=(text_segment(), Segment(**{**IMAGE, "first": True})), interleaved=True, most_elements=30
+            ),
+            "first and ends_inside are of segments in a fixed order",
+        ),
         (lambda: layout()["audio"], "no segment is named 'audio', there are text, image"),
         (lambda: text_segment(allowed=(2, 3)), "ends by the id 2, which may also stand in it"),
     ],
@@ -169,6 +180,51 @@ def test_segments_that_do_not_fit_together_are_refused(changes: dict[str, Any], 
 def test_layouts_that_no_sequence_can_be_made_of_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- Several kinds of sequences, and islands with their ends ---
+
+
+def drawn_and_described() -> SegmentLayout:
+    """Show-o's: a text and an image from masks; or an image that is given, and a text."""
+    island: dict[str, Any] = {"row_end_id": None, "attention": "bidirectional", "ends_inside": True, "end_ids": (12,)}
+    given: dict[str, Any] = {"name": "given", "modality": "image", "loss_weight": 0}
+    return SegmentLayout(
+        segments=(
+            text_segment(),
+            Segment(**{**IMAGE, **island, "begin_ids": (10,), "mask_id": 14}),
+            Segment(**{**IMAGE, **island, **given, "begin_ids": (15, 10), "first": True}),
+            text_segment(name="caption", modality="text"),
+        )
+    )
+
+
+def test_a_layout_has_several_kinds_of_sequences() -> None:
+    made = SegmentGrammar(drawn_and_described())
+    pixels = [7, 8, 9, 9, 9, 7]
+    rows = [[1, 3, 2, 10, *pixels, 12], [15, 10, *pixels, 12, 1, 5, 4, 2], [1, 2, 10, *pixels, 12]]
+    ids, lengths = rows_of(*rows)
+    states = made.read(ids, lengths)
+    names = [made.layout.segments[number].name for number in made.segment_of[states[:, 0]].tolist()]
+    assert names == ["text", "given", "text"]
+    assert made.layout.length == 16  # an image with its ends and its task, and a text of five
+    text = SegmentPart(segment="caption", content=torch.tensor([[5, 4]]), lengths=torch.tensor([2]))
+    given = SegmentPart(segment="given", content=torch.tensor([pixels]))
+    assert assemble(made, [given, text]).ids[0].tolist() == rows[1]
+    with pytest.raises(ValueError, match="text, image, or given, caption in this order, got caption"):
+        assemble(made, [text])
+    # Behind the end of a kind is nothing.
+    with pytest.raises(ValueError, match="the sequence is over"):
+        made.read(*rows_of([*rows[2], 15]))
+
+
+def test_an_island_with_its_ends_sees_itself_whole() -> None:
+    made = SegmentGrammar(drawn_and_described())
+    for name, elements in (("image", 8), ("given", 9)):
+        ahead = made.ahead_of[made.states_of(name)].tolist()
+        assert ahead == list(range(elements - 1, -1, -1))
+    begin = int(made.states_of("image")[0])
+    assert made.islands[begin] == 8 and sum(made.islands) == 8  # what is given is not drawn
 
 
 # --- Batches ---

@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from discrete_lit.backbones import Transformer
 from discrete_lit.callbacks import Throughput
 from discrete_lit.callbacks import throughput as throughput_file
-from discrete_lit.callbacks.throughput import count_step, peak_memory, peak_of
+from discrete_lit.callbacks.throughput import peak_memory, peak_of
 from discrete_lit.generators import Autoregressive, Masked
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.tokenizers import VQVAE
 from discrete_lit.tokenizers.losses import AdversarialLoss
 from discrete_lit.tokenizers.losses.discriminators import PatchGAN

@@ -33,9 +33,12 @@ OPTIONS = {
     "encode_captions": {"config", "text_encoder", "arrays", "batch_size", "accelerator"},
     "measure_latents": {"config", "ckpt_path", "data", "split", "num_images", "scale", "output"}
     | {"accelerator", "precision"},
+    "models": {"config", "name", "word", "json"},
     "sample": {
         "config",
         "ckpt_path",
+        "model",
+        "accept_licence",
         "output",
         "num_samples",
         "labels",
@@ -52,6 +55,9 @@ OPTIONS = {
         "decoder",
         "decoder_steps",
         "decoder_sampler",
+        "known",
+        "known_positions",
+        "frame_rate",
     }
     | {"accelerator", "devices", "num_nodes", "precision", "part", "join", "missing"},
     "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}
@@ -60,6 +66,7 @@ OPTIONS = {
     | {"num_reference", "apply_exif", "extractor", "classifier", "likelihoods", "lpips_weights", "batch_size"}
     | {"image_channels", "accelerator", "devices", "num_nodes", "protocol", "part", "join", "missing"}
     | {"perturbed", "perturbed_neighbours", "prompts", "captions"},
+    "retrieval": {"config", "samples", "clip", "image_tower", "image_weights", "output", "batch_size", "accelerator"},
     "replay": {"config", "run_dir", "alarm", "ckpt_path", "accelerator", "precision"},
     "compare": {"config", "reports", "output"},
     "sweep": {
@@ -79,8 +86,12 @@ OPTIONS = {
     }
     | {"num_reference", "seed", "extractor", "batch_size", "accelerator", "devices", "num_nodes", "precision"},
     "watch": {"config", "output", "checkpoints", "classes", "seeds"},
+    "demo": {"config", "ckpt_path", "model", "accept_licence", "host", "port", "accelerator"},
+    "advise": {"config", "wish", "image_size", "images", "seconds", "memory_gb", "training_seconds", "training_flops"}
+    | {"batch_size", "accelerator", "precision", "recipes", "json"},
     "import": {"config", "weights", "family", "output", "reference_config", "tokenizer", "text_tokenizer"},
-    "export": {"config", "ckpt_path", "family", "output"},
+    "recipes": {"config", "name"},
+    "export": {"config", "ckpt_path", "family", "output", "licence"},
 }
 
 
@@ -118,7 +129,7 @@ def test_the_options_of_each_command(command: str, capsys: pytest.CaptureFixture
     assert exit_code(command, "--help") == 0
     words = capsys.readouterr().out.replace("[", " ").replace("]", " ").replace(",", " ").split()
     names = {word[2:].partition(".")[0].partition("=")[0].rstrip("+") for word in words if word.startswith("--")}
-    reads_checkpoints = {"trust"} if command not in ("shards", "text_tokenizer", "encode_captions") else set()
+    reads_checkpoints = {"trust"} if command not in cli._WITHOUT_CHECKPOINT else set()
     assert names - {"help", "print_config"} == OPTIONS[command] | reads_checkpoints
 
 
@@ -169,10 +180,12 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sample": ({"num_samples": 2}, "num_samples", 7),
     "caption": ({"batch_size": 2}, "batch_size", 7),
     "evaluate": ({"batch_size": 2}, "batch_size", 7),
+    "retrieval": ({"batch_size": 2}, "batch_size", 7),
     "replay": ({"run_dir": "here"}, "run_dir", "there"),
     "compare": ({"output": "here"}, "output", "there"),
     "sweep": ({"num_samples": 2}, "num_samples", 7),
     "watch": ({"output": "here.html"}, "output", "there.html"),
+    "advise": ({"images": 2}, "images", 7),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
     "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
 }

@@ -112,7 +112,11 @@ def test_running_means_stay_behind(tmp_path: Path) -> None:
             {"kind": "FiniteScalarQuantizer", "quantizer": {"levels": [3, 3]}},
             "a VQGAN with a FiniteScalarQuantizer cannot be written as taming_vqgan",
         ),
-        ("var_vqvae", {}, "family='var_vqvae' is not written; the layouts are taming_vqgan, llamagen_vq"),
+        (
+            "var_vqvae",
+            {},
+            "family='var_vqvae' is not written; the layouts are taming_vqgan, llamagen_vq, checkpoint, hub, diffusers",
+        ),
     ],
 )
 def test_what_a_layout_cannot_express(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint
 import yaml
 from helpers.tiny_runs import TOKENIZER, refusal, run, write_settings
 from PIL import Image
@@ -97,6 +98,21 @@ def test_the_same_loss_as_in_training(stopped: Path, capsys: pytest.CaptureFixtu
     first = json.loads(capsys.readouterr().out)["ranks"][0]["losses"]
     run("replay", "--run_dir", stopped, "--alarm", stopped / "alarms" / "mine.json")
     assert json.loads(capsys.readouterr().out)["ranks"][0]["losses"] == first
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_checkpoint(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    run("replay", "--run_dir", stopped)
+    expected = json.loads(capsys.readouterr().out)["ranks"]
+    (file,) = (stopped / "checkpoints").glob("*.ckpt")
+    contents = torch.load(file, weights_only=True)
+    file.unlink()
+    shards = {"state_dict": contents.pop("state_dict"), "optimizer_0": contents.pop("optimizer_states")[0]}
+    torch.distributed.checkpoint.save(shards, checkpoint_id=file, no_dist=True)
+    torch.save(contents, file / "meta.pt")
+    run("replay", "--run_dir", stopped)
+    assert json.loads(capsys.readouterr().out)["ranks"] == expected
 
 
 @pytest.mark.parametrize(

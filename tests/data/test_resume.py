@@ -1,6 +1,9 @@
 """A run that was stopped and resumed sees what an uninterrupted run would have seen, to the bit."""
 
+import errno
 import hashlib
+import os
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +77,19 @@ def test_full_shared_memory_is_an_error_and_not_a_hang(
     folder = str(make_token_folder(tmp_path / "tokens", count=43))
     assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
     with pytest.raises(ValueError, match="/dev/shm has no room for a batch"):
+        list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
+
+
+def test_a_full_folder_for_temporary_files_is_an_error_and_not_a_hang(
+    tmp_path: Path, make_token_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**settings: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
+    folder = str(make_token_folder(tmp_path / "tokens", count=43))
+    assert len(list(TokenArrays(folder, batch_size=4).training_loader(0, 1))) == 10
+    with pytest.raises(ValueError, match=r"has no room.* TMPDIR .*No space left on device"):
         list(TokenArrays(folder, batch_size=4, num_workers=1).training_loader(0, 1))
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import discrete_lit
 from discrete_lit.backbones import MaskedAutoencoder, TokenDiffusionHead, VectorLayout
-from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
 from discrete_lit.generators import ContinuousMasked
 from discrete_lit.generators.continuous_masked import step_masks
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.samplers import MARSampler
 from discrete_lit.tokenizers import LatentGrid, RawPixels
 

@@ -13,9 +13,9 @@ from torch import Tensor
 import discrete_lit
 from discrete_lit.backbones import ChannelHead, ChannelLayout, MaskedAutoencoder, VectorLayout
 from discrete_lit.backbones.condition import as_condition
-from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.generators import DimensionwiseMasked
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.samplers import DimensionwiseSampler
 from discrete_lit.tokenizers import DimensionwiseTokenizer, LatentGrid, TokenGrid
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from discrete_lit.backbones import ScaleLayout, ScaleTransformer, TokenDiffusionHead
 from discrete_lit.backbones.condition import Condition
-from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.core.random import CounterRandom, Purpose
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import DDPM, Euler
 from discrete_lit.generators import ContinuousNextScale, HybridNextScale, VectorPyramid
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.generators.hybrid_next_scale import HybridPyramid
 from discrete_lit.samplers import HybridScaleSampler
 from discrete_lit.tokenizers import HybridLatents, HybridVQ, LatentGrid, RawPixels, StaticTextEncoder, TextTokenizer

@@ -18,7 +18,6 @@ import discrete_lit
 from discrete_lit.backbones import DenoisingNetwork, DiT, LatentLayout
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.callbacks import ExponentialMovingAverage
-from discrete_lit.callbacks.throughput import count_step
 from discrete_lit.checkpoints import instantiate, save
 from discrete_lit.cli.sample import sample
 from discrete_lit.core.random import CounterRandom
@@ -26,6 +25,7 @@ from discrete_lit.diffusion.consistency import ConsistencyLoss
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath, ScheduledPath, TrigonometricPath
 from discrete_lit.diffusion.solvers import DDIM, DDPM, Euler, EulerMaruyama, Solver
 from discrete_lit.generators import LatentDiffusion
+from discrete_lit.generators.counted_step import count_step
 from discrete_lit.samplers import GuidedSolver, MaskGITSampler
 from discrete_lit.tokenizers import FSQ, KLVAE, CodebookLatents, LatentGrid, RawPixels
 from discrete_lit.tokenizers.networks import ConvAutoencoder

@@ -14,6 +14,7 @@ from lightning import Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.checkpoints import instantiate, load, save
@@ -600,3 +601,18 @@ def test_what_was_not_learned_is_not_drawn() -> None:
         masked().log_likelihood(*batch_of(masked()))
     with pytest.raises(ValueError, match="steps must be at least 1"):
         MaskedSteps(steps=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [unified, partial(unified, softmax_over="vocabulary"), masked, continuous],
+    ids=["ids", "vocabulary", "masked", "latents"],
+)
+def test_the_operations_of_a_step_are_counted(make: Callable[..., Unified]) -> None:
+    """Against torch's counter, which knows the backward pass of attention better."""
+    generator = make(backbone=partial(SegmentTransformer, width=64, depth=2, heads=2), order="text_first").train()
+    assert generator.step_flops() == 0
+    images, captions = batch_of(generator)
+    with FlopCounterMode(display=False) as counter:
+        generator.loss(images, captions)[0].backward()
+    assert generator.step_flops() == pytest.approx(counter.get_total_flops(), rel=0.05)

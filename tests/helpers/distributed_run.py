@@ -30,6 +30,10 @@ from discrete_lit.callbacks import (
     TrainingGuard,
 )
 from discrete_lit.checkpoints import instantiate
+from discrete_lit.cli.resume import ContinueExactly
+from discrete_lit.data import TokenWriter
+from discrete_lit.fsdp2 import FSDP2Strategy
+from discrete_lit.tokenizers import from_checkpoint
 
 IMAGE_SIZE, CLASSES = 16, 4
 NETWORK = {
@@ -92,6 +96,32 @@ def generator_config(family: str, tokenizer_checkpoint: str) -> dict[str, Any]:
     }
 
 
+def write_tokens(folder: Path, tokenizer: str, counts: dict[str, int]) -> None:
+    """Write token arrays of noise, whose ids tell the label, below a folder."""
+    module = from_checkpoint(tokenizer)
+    random = torch.Generator().manual_seed(0)
+    for split, count in counts.items():
+        TokenWriter.create(
+            folder / split,
+            count=count,
+            token_shape=module.token_shape(IMAGE_SIZE),
+            vocab_size=module.vocab_size,
+            image_size=IMAGE_SIZE,
+            num_classes=CLASSES,
+            classes=[str(label) for label in range(CLASSES)],
+            tokenizer=module.fingerprint(),
+            source="noise",
+        )
+        writer = TokenWriter(folder / split)
+        labels = torch.arange(count) % CLASSES
+        tokens = (
+            torch.randint(3, (count, *module.token_shape(IMAGE_SIZE)), generator=random) + 3 * labels[:, None, None]
+        )
+        writer.write(torch.arange(count), tokens, labels)
+        writer.close()
+        TokenWriter.finalise(folder / split)
+
+
 class Record(Callback):
     """What every batch was and gave, by its number in the run."""
 
@@ -138,7 +168,7 @@ def run(
     folder: str,
     ranks: int,
     strategy: str = "auto",
-    resume: bool = False,
+    resume: bool | str = False,
     send: dict[str, Any] | None = None,
     spoil: dict[str, Any] | None = None,
     average: bool = False,
@@ -151,8 +181,8 @@ def run(
         data: class and arguments of the DataModule; its batch size is that of each rank.
         folder: of the run.
         ranks: processes.
-        strategy: `"auto"`, `"ddp"` or `"fsdp"`.
-        resume: go on from the folder's last checkpoint.
+        strategy: `"auto"`, `"ddp"`, `"fsdp"` or, with sharded checkpoints, `"sharded"`.
+        resume: go on from the folder's last checkpoint, or from the file that it names.
         send: arguments of `Signal`.
         spoil: arguments of `Spoil`; such batches are skipped.
         average: keep averaged weights.
@@ -163,13 +193,17 @@ def run(
     keeper = ModelCheckpoint(Path(folder) / "checkpoints", every_n_train_steps=4, save_last=True, save_top_k=0)
     callbacks: list[Callback] = [record, GradientNorm(), Throughput(), SampleGrid(count=2), Preemption(), keeper]
     callbacks += [Signal(**send)] if send else []
+    callbacks += [ContinueExactly()] if resume else []
     callbacks += [Spoil(**spoil), TrainingGuard(on_nonfinite="skip")] if spoil else []
     callbacks += [ExponentialMovingAverage(0.5)] if average else []
     trainer = Trainer(
         **{"max_epochs": 2, "log_every_n_steps": 1, **settings},
         accelerator="cpu",
         devices=ranks,
-        strategy=ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False) if strategy == "fsdp" else strategy,
+        strategy={
+            "fsdp": lambda: ModelParallelStrategy(ranks, 1, save_distributed_checkpoint=False),
+            "sharded": FSDP2Strategy,
+        }.get(strategy, lambda: strategy)(),
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="", version="log"),
         callbacks=callbacks,
@@ -182,7 +216,7 @@ def run(
     datamodule = getattr(data_modules, data["class"])(**data["arguments"])
     status, error = None, None
     try:
-        trainer.fit(lightning_module, datamodule=datamodule, ckpt_path="last" if resume else None)
+        trainer.fit(lightning_module, datamodule=datamodule, ckpt_path="last" if resume is True else resume or None)
     except SystemExit as end:
         status = end.code
     except ValueError as problem:
@@ -192,8 +226,13 @@ def run(
         "validation": record.validation,
         "status": status,
         "error": error,
-        "weights": {} if strategy == "fsdp" else dict(lightning_module.state_dict()),
+        "weights": {} if strategy in ("fsdp", "sharded") else dict(lightning_module.state_dict()),
     }
+
+
+def run_all(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run several one after the other: for `several_ranks.on_ranks`."""
+    return [run(**keywords) for keywords in settings]
 
 
 def main() -> None:

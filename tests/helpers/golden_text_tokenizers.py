@@ -11,6 +11,7 @@ TOKENS: dict[str, dict[int, str]] = {
     "emu3": {3: "<|image start|>", 7: "<|image token|>", 8: "<|extra_201|>", 9: "<|image end|>", 40: "4", 41: "*"},
     "janus": {2: "<begin_of_image>", 4: "<end_of_image>"},
     "chameleon": {},
+    "showo": {19: "<|endoftext|>", 20: "<|soi|>", 21: "<|eoi|>", 24: "<|t2i|>", 25: "<|mmu|>", 29: "[PAD]"},
 }
 
 
@@ -23,6 +24,8 @@ def words_of(case: Any) -> dict[str, int]:
     """The ids of a case's tokens, by names that the case gives, or we do."""
     settings = case.constructor
     names = {number: name for name, number in settings.get("vocabulary_map", {}).items()} | TOKENS[case.family]
+    if case.family == "showo":
+        return _words(names, settings["llm_vocab_size"] + settings["num_new_special_tokens"])
     return _words(names, settings.get("text_config", settings)["vocab_size"])
 
 

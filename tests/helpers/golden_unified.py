@@ -3,22 +3,27 @@
 The published ids of Chameleon's images stand in another order than ours, so what has ids is put into the published one.
 """
 
+from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from discrete_lit.backbones.segment_sequence import SegmentSequence
+from discrete_lit.backbones.segment_sequence import SegmentSequence, seen_by
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.generators.segment_losses import masked_losses
 from discrete_lit.generators.text_and_image import CaptionIds
 from discrete_lit.pretrained.meta_chameleon import chameleon_codes
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentSampler
 from helpers.golden import Case, Compared, Load, Tensors
 from helpers.golden_latents import gradients
 
 TOLERANCE = 1e-4
-NO_PLACE: dict[str, dict[str, str]] = {}
+NO_PLACE = {
+    "showo": {"mask_lvg": "texts that see the padding in front of them, and images that do not: ours have none"}
+}
 
 
 def _allowed_columns(case: Case, logits: Tensor) -> Tensor:
@@ -267,8 +272,136 @@ def emu3(load: Load, case: Case) -> Tensors:
     return made | {"greedy_constrained": torch.cat((prompt, drawn.sequence.ids), dim=1)}
 
 
-OUTPUTS = {"chameleon": chameleon, "emu3": emu3, "janus": janus}
-PASSES = {"chameleon": _chameleon_passes, "emu3": _emu3_passes, "janus": _janus_passes}
+# Show-o.
+
+
+def _drawn_image(generator: Any, ids: Tensor) -> SegmentSequence:
+    """Captions with padding in front, and images.
+
+    What stands in front of an image's begin is no end of a text in the case, but stands in the place of one. Padding is
+    a sample of its own, which nothing else sees.
+    """
+    grammar, count = generator.grammar, generator.image.elements
+    (padding,) = set(ids[:, 0].tolist())
+    first = len(generator.layout.segments[0].begin_ids)
+    length = (ids != padding).sum(dim=1, keepdim=True) - count
+    number = torch.arange(ids.shape[1]) - (ids.shape[1] - count - length)
+    texts = torch.where(number == length - 1, grammar.states_of("text")[-1], first)
+    states = torch.where(number == 0, grammar.start, texts)
+    states[:, -count:] = grammar.states_of("image")
+    return SegmentSequence(ids=ids, states=states, sample=(number >= 0).long(), packed=True)
+
+
+def _given_image(generator: Any, ids: Tensor) -> SegmentSequence:
+    states = generator.grammar.states_of("given_image")
+    behind = generator.grammar.states_of("caption")[1].expand(ids.shape[1] - len(states))
+    every = torch.cat((states, behind)).expand_as(ids)
+    return SegmentSequence(ids=ids, states=every, sample=torch.zeros_like(ids))
+
+
+def _showo_sequences(generator: Any, case: Case) -> list[SegmentSequence]:
+    inputs = case.inputs
+    return [
+        _drawn_image(generator, inputs["t2i_ids"]),
+        in_text(generator, inputs["lm_ids"]),
+        _given_image(generator, inputs["mmu_ids"]),
+    ]
+
+
+def _showo_passes(generator: Any, case: Case) -> Tensors:
+    backbone = generator.backbone
+    return {"logits": torch.cat([backbone.logits(backbone(each)) for each in _showo_sequences(generator, case)])}
+
+
+def _seen(generator: Any, sequence: SegmentSequence) -> Tensor:
+    first, number = sequence.first(), torch.arange(sequence.ids.shape[1])
+    last = number + generator.grammar.ahead_of[sequence.states]
+    return seen_by(first, last, elements=len(number)).long()
+
+
+def _showo_draw(generator: Any, case: Case, name: str, scale: float) -> Tensors:
+    """Draw greedily, and keep the probabilities of each step."""
+    backbone, count = generator.backbone, generator.image.elements
+    probabilities = list[Tensor]()
+    settings = greedy(guidance_scale=scale)
+
+    def prompts(ids: Tensor) -> SegmentSequence:
+        """The captions without padding, which stands in front."""
+        whole = _drawn_image(generator, ids)
+        inside = whole.sample[:, :-count] == 1
+        order = (~inside).to(torch.uint8).argsort(dim=1, stable=True)
+        rows = torch.arange(len(ids))[:, None].expand_as(order)
+        valid = inside.gather(1, order)
+        return replace(whole, packed=False).taken(rows, order, valid=valid, padding=generator.grammar.done)
+
+    logits = backbone.logits
+
+    def watched(hidden: Tensor, number: int | None = None) -> Tensor:
+        found = logits(hidden, number)
+        probabilities.append(settings.guide(found.chunk(settings.contexts)).softmax(dim=-1))
+        return found
+
+    given = [prompts(case.inputs[each]) for each in ("start_ids", "uncond_ids")][: settings.contexts]
+    masked = MaskedSteps(steps=int(case.number(name, "timesteps")), choice_temperature=0)
+    sampler = SegmentSampler({"image": settings}, masked=masked)
+    with patch.object(backbone, "logits", watched):
+        drawn = sampler(backbone, given, CounterRandom(0, torch.arange(len(given[0]))), segments=["image"])
+    return {name: generator.images_of(drawn.sequence).flatten(1), f"{name}_probs": torch.stack(probabilities)}
+
+
+def showo(load: Load, case: Case) -> Tensors:
+    generator, inputs = load(), case.inputs
+    backbone, sequences = generator.backbone, _showo_sequences(generator, case)
+    pairs, text, given = sequences
+    length = pairs.ids.shape[1]
+    number = torch.arange(length)
+    # Each element of padding by itself.
+    alone = replace(pairs, sample=pairs.sample.where(pairs.sample > 0, -number))
+    made = {
+        "mask_t2i": _seen(generator, pairs),
+        "mask_t2i_keep_pad": _seen(generator, replace(pairs, packed=False)),
+        "mask_mmu": _seen(generator, given),
+        "mask_omni_mixed": torch.cat([_seen(generator, each)[:, 0] for each in (alone, text, given)]),
+    }
+    with gradients(backbone), torch.enable_grad():
+        made |= _showo_passes(generator, case)
+        _, of_text, of_given = made["logits"].split([len(each) for each in sequences])
+        labels = inputs["t2i_labels"]
+        in_front = torch.isin(given.states, generator.grammar.states_of("given_image"))
+        hidden = backbone(pairs)
+        losses = masked_losses(
+            backbone,
+            replace(pairs, sample=torch.arange(len(pairs))[:, None].expand_as(pairs.sample)),
+            hidden,
+            name="image",
+            ids=labels[:, -generator.image.elements :][:, 1:-1].clamp(min=0),
+            masked=labels[:, -generator.image.elements :][:, 1:-1] >= 0,
+            softmax_over=generator.softmax_over,
+        )
+        terms = {
+            "loss_t2i": losses.values.mean()[None],
+            "loss_lm": cross_entropy(of_text, inputs["lm_ids"])[None],
+            # Of the text behind the image alone.
+            "loss_mmu": cross_entropy(of_given, given.ids.masked_fill(in_front, -100))[None],
+        }
+        torch.cat(list(terms.values())).sum().backward()
+        rows = backbone.heads * backbone.head_dim
+        query = backbone.blocks[0].attention.query_key_value.weight.grad[:rows]
+        # Phi turns the first half of a head, and pairs (i, i + d / 4) there.
+        turned, still = query.unflatten(0, (backbone.heads, 2, -1)).unbind(1)
+        halves = turned.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        made |= terms | {
+            "grad.showo.model.embed_tokens.weight": backbone.table.weight.grad.clone(),
+            "grad.showo.model.layers.0.self_attn.q_proj.weight": torch.cat((halves, still), dim=1).flatten(0, 1),
+            "grad.showo.lm_head.bias": backbone.head_bias.grad.clone(),
+        }
+    for name in ("greedy_cfg", "greedy_nocfg"):
+        made |= _showo_draw(generator, case, name, 1 + case.number(name, "guidance_scale"))
+    return made
+
+
+OUTPUTS = {"chameleon": chameleon, "emu3": emu3, "janus": janus, "showo": showo}
+PASSES = {"chameleon": _chameleon_passes, "emu3": _emu3_passes, "janus": _janus_passes, "showo": _showo_passes}
 
 
 def network_outputs(module: Any, case: Case) -> Tensors:

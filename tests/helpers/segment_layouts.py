@@ -1,6 +1,7 @@
 """Layouts of segments for tests, random ones among them, and a text tokenizer of whole words."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def random_layout(seed: int) -> SegmentLayout:
             )
         )
     interleaved = draw.random() < 0.6
+    if not interleaved:
+        segments = [replace(each, ends_inside=each.mask_id is not None and seed % 2 == 0) for each in segments]
     longest = max(segment.elements for segment in segments)
     return SegmentLayout(
         segments=tuple(segments),

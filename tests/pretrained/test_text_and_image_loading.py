@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from discrete_lit import load
 from discrete_lit.backbones.segment_sequence import SegmentSequence
 from discrete_lit.checkpoints import instantiate, save
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.pretrained import load_pretrained
 from discrete_lit.pretrained.meta_chameleon import chameleon_codes
 from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentSampler
@@ -222,6 +223,27 @@ def test_emu3(folders: Callable[[str], tuple[Any, Path]]) -> None:
             rows.append(theirs(input_ids=torch.cat((ids, text_end), dim=1)).logits[0, -1].log_softmax(dim=-1))
         expected.append((rows[1] + 3.0 * (rows[0] - rows[1]))[20 : 20 + CODES].argmax())
     assert drawn[:, 0, 0].tolist() == torch.stack(expected).tolist()
+
+
+@torch.no_grad()
+def test_emu3_answers_a_question(folders: Callable[[str], tuple[Any, Path]]) -> None:
+    """Emu3-Chat: the question stands behind the image, and what follows is the most probable id of a text."""
+    theirs, folder = folders("emu3")
+    with pytest.raises(ValueError, match="texts are drawn by generators of order"):
+        loaded("emu3", folder).caption(torch.randint(CODES, (2, 4, 4)))
+    config = json.loads((folder / "config.json").read_text()) | {"image_area": 64, "question": chr(0x4E00 + 33)}
+    ours = loaded("emu3", folder, reference_config=config)
+    prompt = ours.given_image(torch.randint(CODES, (2, 4, 4)))
+    asked = ours.text.ids(f"{chr(0x4E00 + 33)} ASSISTANT:")
+    assert prompt.ids[0, -len(asked) :].tolist() == asked and 33 in asked
+    assert prompt.ids[0, : -len(asked)].tolist()[-2:] == [8, 9]  # the end of the frame, and of the image
+    segment = ours.layout["caption"]
+    may = torch.tensor(sorted((*segment.allowed_ids, segment.end_ids[0])))
+    expected = may[theirs(input_ids=prompt.ids).logits[:, -1][:, may].argmax(dim=1)]
+    sampler = SegmentSampler({"caption": DrawSettings(top_k=1)})
+    random = CounterRandom(0, torch.arange(2))
+    drawn = sampler(ours.backbone, [prompt], random, segments=("caption",)).sequence
+    assert torch.equal(drawn.ids[:, 0], expected)
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from discrete_lit.backbones.segments import Segment, SegmentLayout
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion.gaussian import GaussianDenoiser, RectifiedPath
 from discrete_lit.diffusion.solvers import Euler
+from discrete_lit.samplers import segment_by_segment
 from discrete_lit.samplers.guidance import guide_twice
-from discrete_lit.samplers.segment_by_segment import DrawSettings, SegmentOutput, SegmentSampler
+from discrete_lit.samplers.segment_by_segment import DrawSettings, MaskedSteps, SegmentOutput, SegmentSampler
 
 DENOISER = GaussianDenoiser(RectifiedPath(), prediction="velocity")
 
@@ -217,3 +218,48 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     image = SegmentPart(segment="image", content=torch.randint(7, 9, (2, 2)))
     with pytest.raises(ValueError, match="leaves no room for the end"):
         draw(made, assemble(made.grammar, [image, image, full], closed=False), segments=["text"])
+
+
+def test_an_island_with_its_ends_is_drawn_whole() -> None:
+    """Each id by the law that a pass over the prompt, its begin, a mask in its place and its end gives."""
+    image = Segment(
+        name="image",
+        shape=(1,),
+        ids=(7, 8),
+        begin_ids=(9,),
+        end_ids=(10,),
+        attention="bidirectional",
+        mask_id=11,
+        ends_inside=True,
+    )
+    made, count = network(SegmentLayout(segments=(text_segment(2, 2), image)), 0.8).double(), 4000
+    text = SegmentPart(segment="text", content=torch.tensor([[3]]), lengths=torch.tensor([1]))
+    whole = assemble(made.grammar, [text, SegmentPart(segment="image", content=torch.tensor([[11]]))])
+    assert whole.ids.tolist() == [[1, 3, 2, 9, 11, 10]]
+    law = made.logits(made(whole)[0, -2], made.grammar.masked_set("image")).softmax(dim=-1).detach()
+    prompt = assemble(made.grammar, [text])
+    rows = torch.zeros(count, 1, dtype=torch.int64)
+    columns = torch.arange(prompt.ids.shape[1]).expand(count, -1)
+    prompts = prompt.taken(rows, columns, valid=torch.ones_like(columns, dtype=torch.bool), padding=made.grammar.done)
+    output = draw(made, prompts)
+    assert output.sequential_passes == 2 and (output.sequence.ids[:, [0, 2]] == torch.tensor([9, 10])).all()
+    found = (output.sequence.ids[:, 1] == 8).double().mean()
+    assert abs(float(found - law[1])) < 0.03
+
+
+def test_the_noise_on_what_is_sure_falls_to_nothing() -> None:
+    linear, product = (MaskedSteps(steps=4, choice_temperature=2.0, noise=noise) for noise in ("linear", "product"))
+    assert [linear.noise_scale(step, 4) for step in range(4)] == [1.5, 1.0, 0.5, 0.0]
+    assert [product.noise_scale(step, 4) for step in range(4)] == [1.5, 0.75, 0.1875, 0.0]
+    with pytest.raises(ValueError, match="noise must be 'linear' or 'product'"):
+        MaskedSteps(noise="square")  # type: ignore[arg-type]
+
+
+def test_packed_weights_draw_what_the_network_itself_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 8 rows on a CPU multiplies by weights that are laid out once: the same ids."""
+    made = network(picture_layout(), width=32, head_dim=16)
+    prompt = text_prompt(made.grammar, 12, 1)
+    output = draw(made, prompt)
+    seen = list[Any]()
+    monkeypatch.setattr(segment_by_segment, "packed", lambda network, rows: seen.append(rows) or network)
+    assert torch.equal(draw(made, prompt).sequence.ids, output.sequence.ids) and seen == [12]

@@ -23,7 +23,8 @@ from discrete_lit.tokenizers.quantizers.finite_scalar import FiniteScalarQuantiz
 from discrete_lit.tokenizers.quantizers.gumbel import GumbelQuantizer
 from discrete_lit.tokenizers.quantizers.index_backpropagation import IndexBackpropagationQuantizer
 from discrete_lit.tokenizers.quantizers.lookup_free import BinarySphericalQuantizer, LookupFreeQuantizer
-from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleResidualQuantizer
+from discrete_lit.tokenizers.quantizers.multi_scale import MultiScaleQuantizer, MultiScaleResidualQuantizer
+from discrete_lit.tokenizers.quantizers.multi_scale_bits import MultiScaleBinarySphericalQuantizer
 from discrete_lit.tokenizers.quantizers.normal_levels import NormalLevels
 from discrete_lit.tokenizers.quantizers.quantizer import Quantized, Quantizer
 from discrete_lit.tokenizers.quantizers.residual import ResidualQuantizer
@@ -36,6 +37,8 @@ __all__ = [
     "GumbelQuantizer",
     "IndexBackpropagationQuantizer",
     "LookupFreeQuantizer",
+    "MultiScaleBinarySphericalQuantizer",
+    "MultiScaleQuantizer",
     "MultiScaleResidualQuantizer",
     "NormalLevels",
     "Quantized",

@@ -145,14 +145,19 @@ class LookupFreeQuantizer(Quantizer):
         return self._ids(latents)  # `project` changes no sign
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        return self._bits(tokens).to(self.precision.dtype).mul_(2).sub_(1).mul_(self.scale)
+        return self.bits_of(tokens).to(self.precision.dtype).mul_(2).sub_(1).mul_(self.scale)
 
     def components(self, tokens: Tensor) -> dict[str, Component]:
         """Name the bit of each channel, with two values: `bit_0`, ..."""
-        return {f"bit_{channel}": Component(bit, 2) for channel, bit in enumerate(self._bits(tokens).unbind(dim=-1))}
+        return {f"bit_{channel}": Component(bit, 2) for channel, bit in enumerate(self.bits_of(tokens).unbind(dim=-1))}
 
-    def _bits(self, tokens: Tensor) -> Tensor:
+    def bits_of(self, tokens: Tensor) -> Tensor:
+        """Split ids `(...)` into the bit of each channel, `(..., bits)`."""
         return (tokens[..., None] >> self.shifts) & 1
+
+    def ids_of(self, bits: Tensor) -> Tensor:
+        """Join the bits of the channels, `(..., bits)` int64, to ids `(...)`."""
+        return (bits << self.shifts).sum(dim=-1)
 
 
 class BinarySphericalQuantizer(LookupFreeQuantizer):

@@ -12,6 +12,7 @@ VAR's scales are squares. On other grids each has a height and a width of its ow
 successor for images of any aspect ratio (Han et al., "Infinity: Scaling Bitwise AutoRegressive Modeling", 2024).
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -40,7 +41,136 @@ class _Step(NamedTuple):
     """`(B, D, H, W)`: phi_k(z_k)."""
 
 
-class MultiScaleResidualQuantizer(Quantizer):
+class MultiScaleQuantizer(Quantizer):
+    """Quantize at growing scales: algorithms 1 and 2, and what a next-scale predictor reads.
+
+    A subclass says which codes there are (`search`, `codes_of`) and how those of a scale come to the whole grid
+    (`enlarged`). Ids are `(B, sum of h w)`: the scales from the smallest on, each row by row. Internally grids are
+    `(B, D, H, W)`.
+
+    Args:
+        vocab_size: K, ids of each place.
+        dim: D.
+        scales: in growing order, the last that of the latent grid: sides of squares, or `[h, w]`.
+
+    Raises:
+        ValueError: scales that do not grow; in use, a grid other than the last scale's.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, *, scales: Sequence[int | tuple[int, int]]) -> None:
+        super().__init__()
+        rule = f"scales must be positive and grow, got {list(scales)}"
+        sizes = [height_and_width(scale, f"{rule}: a scale") for scale in scales]
+        grow = all(low[0] <= high[0] and low[1] <= high[1] and low != high for low, high in pairwise(sizes))
+        if not sizes or not grow:
+            raise ValueError(f"{rule}; neither height nor width may shrink")
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.scales = tuple(normal_size(scale) for scale in scales)
+        self.sizes = sizes
+        self.lengths = [height * width for height, width in sizes]
+
+    @abstractmethod
+    def search(self, pooled: Tensor) -> Tensor:
+        """Find the ids `(B, h, w)` of latents `(B, h, w, D)` at a scale."""
+
+    @abstractmethod
+    def codes_of(self, ids: Tensor) -> Tensor:
+        """Look up the codes `(..., D)` of ids `(...)`."""
+
+    @abstractmethod
+    def enlarged(self, number: int, codes: Tensor) -> Tensor:
+        """Bring codes `(B, h, w, D)` of scale `number`, counted from 0, to the whole grid: `(B, D, H, W)`."""
+
+    def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        if tuple(grid) != self.sizes[-1]:
+            raise ValueError(
+                f"the latent grid is {' x '.join(map(str, grid))}, and the scales {list(self.scales)} end at "
+                f"{' x '.join(map(str, self.sizes[-1]))}: another image size needs scales that end at its grid, "
+                "[height, width] where it is not square"
+            )
+        return (sum(self.lengths),)
+
+    def _algorithm_1(self, latents: Tensor) -> Iterator[_Step]:
+        """Quantise latents `(B, H, W, D)` scale by scale."""
+        f = rearrange(latents, "b h w d -> b d h w")
+        for number in range(len(self.scales)):
+            pooled = rearrange(self.averaged(number, f), "b d h w -> b h w d")
+            ids = self.search(pooled)
+            contribution = self.enlarged(number, self.codes_of(ids))
+            f = f - contribution.detach()
+            yield _Step(pooled, ids, contribution)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor) -> Tensor:
+        with full_precision(latents.device):
+            self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
+            return in_sequence([step.ids for step in self._algorithm_1(latents.to(self.precision.dtype))])
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of h w)`."""
+        f_hat = None
+        for number, ids in enumerate(self.split(tokens)):
+            contribution = self.contribution(number, ids)
+            f_hat = contribution if f_hat is None else f_hat + contribution
+        assert f_hat is not None
+        return rearrange(f_hat, "b d h w -> b h w d")
+
+    def averaged(self, number: int, grid: Tensor) -> Tensor:
+        """Average a grid `(B, D, H, W)` over areas to scale `number`: `(B, D, h, w)`."""
+        if number == len(self.scales) - 1:
+            return grid
+        return F.interpolate(grid, size=self.sizes[number], mode="area")
+
+    # Sequences of ids: what a next-scale predictor needs, in training and while sampling.
+
+    def components(self, tokens: Tensor) -> dict[str, Component]:
+        """Name the ids of each scale by its side, `scale_1`, ..., or its height and width, `scale_2x3`."""
+        names = [f"scale_{scale}" if isinstance(scale, int) else f"scale_{size_text(scale)}" for scale in self.scales]
+        split = zip(names, self.split(tokens), strict=True)
+        return {name: Component(ids, self.vocab_size) for name, ids in split}
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """Split ids `(B, sum of h w)` into `(B, h w)` for each scale.
+
+        Raises:
+            ValueError: ids of other scales.
+        """
+        if tokens.ndim != 2 or tokens.shape[1] != sum(self.lengths):
+            raise ValueError(
+                f"ids of the scales {list(self.scales)} have shape (B, {sum(self.lengths)}), got {tuple(tokens.shape)}"
+            )
+        return tokens.split(self.lengths, dim=1)
+
+    def contribution(self, number: int, ids: Tensor) -> Tensor:
+        """Compute what ids `(B, h w)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)`."""
+        height, _ = self.sizes[number]
+        return self.enlarged(number, self.codes_of(rearrange(ids, "b (h w) -> b h w", h=height)))
+
+    def at_scale(self, number: int, f_hat: Tensor) -> Tensor:
+        """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, h w, D)`."""
+        return rearrange(self.averaged(number, f_hat), "b d h w -> b (h w) d")
+
+    def cumulative(self, tokens: Tensor) -> Tensor:
+        """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of h w)`."""
+        contributions = [self.contribution(number, ids) for number, ids in enumerate(self.split(tokens))]
+        return torch.stack(contributions).cumsum(dim=0)
+
+    def teacher_forcing(self, tokens: Tensor) -> Tensor:
+        """Compute what a next-scale predictor is given for every scale but the first (VAR, section 3.2).
+
+        Args:
+            tokens: `(B, sum of h w)`.
+
+        Returns:
+            `(B, sum of h w - first h w, D)`: f_hat after the scales before, averaged down to each scale.
+        """
+        before = self.cumulative(tokens)[:-1]
+        shrunk = [self.at_scale(number, f_hat) for number, f_hat in enumerate(before, start=1)]
+        return torch.cat([tokens.new_zeros(len(tokens), 0, self.dim, dtype=before.dtype), *shrunk], dim=1)
+
+
+class MultiScaleResidualQuantizer(MultiScaleQuantizer):
     """Quantise a grid of latents at growing scales, each of what those before it left of the whole grid.
 
     Averages are over areas, the interpolation is bicubic, and `phi(h) = (1 - phi_ratio) h + phi_ratio conv(h)`, whose
@@ -85,23 +215,13 @@ class MultiScaleResidualQuantizer(Quantizer):
         codebook_init: CodebookInit = "normal",
         revive_below: float | None = None,
     ) -> None:
-        super().__init__()
-        rule = f"scales must be positive and grow, got {list(scales)}"
-        sizes = [height_and_width(scale, f"{rule}: a scale") for scale in scales]
-        grow = all(low[0] <= high[0] and low[1] <= high[1] and low != high for low, high in pairwise(sizes))
-        if not sizes or not grow:
-            raise ValueError(f"{rule}; neither height nor width may shrink")
+        super().__init__(codebook_size, dim, scales=scales)
         if phi_kernels < 1:
             raise ValueError(f"phi_kernels must be positive, got {phi_kernels}")
         if not 0 <= phi_ratio <= 1:
             raise ValueError(f"phi_ratio must lie in [0, 1], got {phi_ratio}")
         if commitment_weight < 0:
             raise ValueError(f"commitment_weight must be >= 0, got {commitment_weight}")
-        self.vocab_size = codebook_size
-        self.dim = dim
-        self.scales = tuple(normal_size(scale) for scale in scales)
-        self.sizes = sizes
-        self.lengths = [height * width for height, width in sizes]
         self.codebook = Codebook(
             codebook_size, dim, update=codebook_update, decay=decay, init=codebook_init, revive_below=revive_below
         )
@@ -113,15 +233,6 @@ class MultiScaleResidualQuantizer(Quantizer):
         centres = np.linspace(margin, 1 - margin, phi_kernels)
         last = max(len(scales) - 1, 1)
         self.phi_of_scale = [int(np.argmin(np.abs(centres - number / last))) for number in range(len(scales))]
-
-    def token_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        if tuple(grid) != self.sizes[-1]:
-            raise ValueError(
-                f"the latent grid is {' x '.join(map(str, grid))}, and the scales {list(self.scales)} end at "
-                f"{' x '.join(map(str, self.sizes[-1]))}: another image size needs scales that end at its grid, "
-                "[height, width] where it is not square"
-            )
-        return (sum(self.lengths),)
 
     def forward(self, latents: Tensor) -> Quantized:
         with full_precision(latents.device):
@@ -139,42 +250,19 @@ class MultiScaleResidualQuantizer(Quantizer):
                 steps.append(step)
             count = len(self.scales)
             losses = {"commitment": self.commitment_weight * commitment / count, "codebook": codebook / count}
-            tokens = _in_sequence([step.ids for step in steps])
+            tokens = in_sequence([step.ids for step in steps])
             z_q = straight_through(latents, rearrange(f_hat, "b d h w -> b h w d"))
-            self.codebook.observe(_in_sequence([step.pooled for step in steps]), tokens)
+            self.codebook.observe(in_sequence([step.pooled for step in steps]), tokens)
             return Quantized(z_q, tokens, losses)
 
-    def _algorithm_1(self, latents: Tensor) -> Iterator[_Step]:
-        """Quantise latents `(B, H, W, D)` scale by scale."""
-        f = rearrange(latents, "b h w d -> b d h w")
-        for number in range(len(self.scales)):
-            pooled = rearrange(self._average(number, f), "b d h w -> b h w d")
-            ids = self.codebook.search(pooled)
-            contribution = self._phi(number, self.codebook.lookup(ids))
-            f = f - contribution.detach()
-            yield _Step(pooled, ids, contribution)
+    def search(self, pooled: Tensor) -> Tensor:
+        return self.codebook.search(pooled)
 
-    @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
-        with full_precision(latents.device):
-            self.token_shape(tuple(latents.shape[1:-1]))  # refuses other grids
-            return _in_sequence([step.ids for step in self._algorithm_1(latents.to(self.precision.dtype))])
+    def codes_of(self, ids: Tensor) -> Tensor:
+        return self.codebook.lookup(ids)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
-        """Compute f_hat `(B, H, W, D)` by algorithm 2, of ids `(B, sum of h w)`."""
-        f_hat = None
-        for number, ids in enumerate(self.split(tokens)):
-            contribution = self.contribution(number, ids)
-            f_hat = contribution if f_hat is None else f_hat + contribution
-        assert f_hat is not None
-        return rearrange(f_hat, "b d h w -> b h w d")
-
-    def _average(self, number: int, grid: Tensor) -> Tensor:  # (B, D, H, W) -> (B, D, h, w)
-        if number == len(self.scales) - 1:
-            return grid
-        return F.interpolate(grid, size=self.sizes[number], mode="area")
-
-    def _phi(self, number: int, codes: Tensor) -> Tensor:  # (B, h, w, D) -> (B, D, H, W)
+    def enlarged(self, number: int, codes: Tensor) -> Tensor:
+        """Compute phi_k(z_k) `(B, D, H, W)` of the codes `(B, h, w, D)` of scale `number`."""
         z = rearrange(codes, "b h w d -> b d h w")
         if number < len(self.scales) - 1:
             z = F.interpolate(z, size=self.sizes[-1], mode="bicubic")
@@ -184,38 +272,9 @@ class MultiScaleResidualQuantizer(Quantizer):
             convolved = self.phi[self.phi_of_scale[number]](z)
         return (1 - self.phi_ratio) * z + self.phi_ratio * convolved
 
-    # Sequences of ids: what a next-scale predictor needs, in training and while sampling.
-
-    def components(self, tokens: Tensor) -> dict[str, Component]:
-        """Name the ids of each scale by its side, `scale_1`, ..., or its height and width, `scale_2x3`."""
-        names = [f"scale_{scale}" if isinstance(scale, int) else f"scale_{size_text(scale)}" for scale in self.scales]
-        split = zip(names, self.split(tokens), strict=True)
-        return {name: Component(ids, self.vocab_size) for name, ids in split}
-
     def code_table(self) -> Tensor:
         """List the codes `(K, D)` that all scales share, before they are enlarged and convolved."""
         return self.codebook.lookup(torch.arange(self.vocab_size, device=self.precision.device))
-
-    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Split ids `(B, sum of h w)` into `(B, h w)` for each scale.
-
-        Raises:
-            ValueError: ids of other scales.
-        """
-        if tokens.ndim != 2 or tokens.shape[1] != sum(self.lengths):
-            raise ValueError(
-                f"ids of the scales {list(self.scales)} have shape (B, {sum(self.lengths)}), got {tuple(tokens.shape)}"
-            )
-        return tokens.split(self.lengths, dim=1)
-
-    def contribution(self, number: int, ids: Tensor) -> Tensor:
-        """Compute what ids `(B, h w)` of scale `number`, counted from 0, add to f_hat: `(B, D, H, W)`."""
-        height, _ = self.sizes[number]
-        return self._phi(number, self.codebook.lookup(rearrange(ids, "b (h w) -> b h w", h=height)))
-
-    def at_scale(self, number: int, f_hat: Tensor) -> Tensor:
-        """Average f_hat `(B, D, H, W)` over areas to scale `number`, counted from 0: `(B, h w, D)`."""
-        return rearrange(self._average(number, f_hat), "b d h w -> b (h w) d")
 
     def raw_codes(self, ids: Tensor) -> Tensor:
         """Look up ids `(B, H W)` of the last scale without phi: `(B, D, H, W)`, what a residual is added to (HART)."""
@@ -240,26 +299,8 @@ class MultiScaleResidualQuantizer(Quantizer):
             total = total + self.contribution(number, ids)
         return total
 
-    def cumulative(self, tokens: Tensor) -> Tensor:
-        """Compute f_hat after each scale, `(S, B, D, H, W)`, of ids `(B, sum of h w)`."""
-        contributions = [self.contribution(number, ids) for number, ids in enumerate(self.split(tokens))]
-        return torch.stack(contributions).cumsum(dim=0)
 
-    def teacher_forcing(self, tokens: Tensor) -> Tensor:
-        """Compute what a next-scale predictor is given for every scale but the first (VAR, section 3.2).
-
-        Args:
-            tokens: `(B, sum of h w)`.
-
-        Returns:
-            `(B, sum of h w - first h w, D)`: f_hat after the scales before, averaged down to each scale.
-        """
-        before = self.cumulative(tokens)[:-1]
-        shrunk = [self.at_scale(number, f_hat) for number, f_hat in enumerate(before, start=1)]
-        return torch.cat([tokens.new_zeros(len(tokens), 0, self.dim, dtype=before.dtype), *shrunk], dim=1)
-
-
-def _in_sequence(grids: list[Tensor]) -> Tensor:
+def in_sequence(grids: list[Tensor]) -> Tensor:
     """Join grids `(B, h, w, ...)` of all scales, each row by row: `(B, sum of h w, ...)`."""
     return torch.cat([rearrange(grid, "b h w ... -> b (h w) ...") for grid in grids], dim=1)
 
