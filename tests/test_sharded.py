@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     shutil.copytree(folder / "stopped", folder / "copy")
     three = on_ranks(3, run_all, folder / "three", [settings("stopped", 3, resume=True)])
     file = folder / "one.ckpt"
-    export_weights(str(folder / "copy" / "checkpoints" / "last.ckpt"), "checkpoint", str(file))
+    export_weights(str(folder / "copy" / "checkpoints" / "last.ckpt"), "checkpoint", output=str(file))
     one = run(**settings("one", 1, "auto", resume=str(file)))
     return {
         "folder": folder,
@@ -110,7 +110,7 @@ def test_the_folder_is_used_like_a_file(runs: dict[str, Any], capsys: pytest.Cap
     labels = torch.tensor([0, 1])
     assert torch.equal(generator.sample(labels, seed=1), of_file.sample(labels, seed=1))
     with pytest.raises(ValueError, match=r"one\.ckpt' is no folder"):
-        export_weights(str(runs["file"]), "checkpoint", "other.ckpt")
+        export_weights(str(runs["file"]), "checkpoint", output="other.ckpt")
 
 
 def test_nothing_temporary_is_left(runs: dict[str, Any]) -> None:

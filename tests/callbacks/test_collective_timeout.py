@@ -25,9 +25,9 @@ def test_longer_up_to_the_first_batch_and_around_checkpoints(
 ):
     noted = []
     monkeypatch.setattr(collective_timeout, "set_timeouts", noted.append)
-    keeper = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    keeper = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=3, save_top_k=-1)
     callbacks = [CollectiveTimeout(5, long_seconds=50), Moments(noted), keeper]
-    make_trainer(max_steps=5, callbacks=callbacks).fit(tokenizer, make_loader(8))
+    make_trainer(max_steps=5, callbacks=callbacks, enable_checkpointing=True).fit(tokenizer, make_loader(8))
     batches = ["batch", 5, "batch", "batch", 50, "save", 5, "batch", "batch"]
     assert noted[: 2 + len(batches)] == [50, 50, *batches]
 

@@ -199,8 +199,8 @@ def test_other_counts_begin_with_the_weights_before_training(tokenizer, make_loa
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        (FSDPStrategy(), "does not support FSDPStrategy: shard by ModelParallelStrategy"),
-        (ModelParallelStrategy(), "needs checkpoints of one file: set save_distributed_checkpoint=false"),
+        (FSDPStrategy(), "does not support FSDPStrategy: shard by FSDP2Strategy"),
+        (ModelParallelStrategy(), "of ModelParallelStrategy hold no averages: let trainer.strategy be FSDP2Strategy"),
     ],
 )
 def test_strategies_whose_checkpoints_would_lack_weights_are_refused(tokenizer, strategy, message):

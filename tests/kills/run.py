@@ -13,6 +13,7 @@ by SIGTERM) at a random moment: while it starts, loads its first batch, trains, 
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from helpers.distributed_run import generator_config, tokenizer_config
 from PIL import Image
 
 from discrete_lit.checkpoints import instantiate, save
+from discrete_lit.cli.commands import main as run_command
 from discrete_lit.cli.run_folder import RunFolder
 from discrete_lit.data import ImageShards, TokenArrays
 from discrete_lit.data.loaders import TrainingLoader
@@ -85,9 +87,20 @@ class Series:
             Image.fromarray(pixels.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(image)
         torch.manual_seed(0)
         save(instantiate(tokenizer_config()), self.folder / "tokenizer.ckpt")
-        source = {"class_path": "ClassFolders", "init_args": {"root": str(self.folder / "images")}}
+        source = {
+            "class_path": "discrete_lit.data.sources.ClassFolders",
+            "init_args": {"root": str(self.folder / "images")},
+        }
         self.must(
-            "shards", "--source", json.dumps(source), "--samples_per_shard", 9, "--output", self.folder / "shards"
+            "shards",
+            "--source",
+            json.dumps(source),
+            "--split",
+            "train",
+            "--samples_per_shard",
+            9,
+            "--output",
+            self.folder / "shards",
         )
         self.must(*self.tokenize(self.folder / "tokens"))
         for name, kind in (("tokenizer", self.fit_tokenizer()), ("generator", self.fit_generator())):
@@ -96,7 +109,7 @@ class Series:
 
     def tokenize(self, output: Path) -> list[Any]:
         data = {"train": str(self.folder / "images"), "image_size": 16, "batch_size": 2, "num_workers": 1}
-        data = json.dumps({"class_path": "ImageFolder", "init_args": data})
+        data = json.dumps({"class_path": "discrete_lit.data.ImageFolder", "init_args": data})
         where = ["--ckpt_path", self.folder / "tokenizer.ckpt", "--output", output, "--accelerator", "cpu"]
         return ["tokenize", "--data", data, *where]
 
@@ -148,10 +161,9 @@ class Series:
             return subprocess.Popen(arguments, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
     def must(self, *command: Any) -> None:
-        """Run a command to its end."""
-        process = self.start(*command, attempt="undisturbed")
-        if process.wait(PATIENCE) != 0:
-            raise RuntimeError(f"{command[0]} failed:\n{self.log('undisturbed')}")
+        """Run a command to its end, in this process."""
+        with redirect_stdout(io.StringIO()):
+            run_command([str(word) for word in command])
 
     def log(self, attempt: str) -> str:
         return (self.folder / f"{attempt}.log").read_text(errors="replace")[-3000:]
@@ -333,9 +345,9 @@ class Series:
         self.attempts += 1
         command = self.tokenize(output) if name == "tokenize" else self.sample(output)
         process = self.start(*command, attempt=attempt)
-        # From its first file on, or while it starts.
-        begin, delay = time.monotonic(), self.random.random() * 0.3
-        while process.poll() is None and not any(output.glob("*.np*")) and time.monotonic() - begin < PATIENCE:
+        # From its first file on.
+        begin, delay = time.monotonic(), self.random.uniform(0, 2)
+        while process.poll() is None and not output.exists() and time.monotonic() - begin < PATIENCE:
             time.sleep(0.002)
         time.sleep(delay)
         target = self.random.choice(("all", "first rank"))
