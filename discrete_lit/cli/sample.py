@@ -280,8 +280,7 @@ def sample(
     drawn_rows = DrawnRows(folder, parts, count=num_samples, batch_size=batch_size)
 
     def publish(run: dict[str, Any]) -> dict[str, Any]:
-        with_texts = isinstance(generator, Unified) and drawn_rows.has_thoughts
-        if with_texts:
+        if isinstance(generator, Unified) and drawn_rows.has_thoughts:
             run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(drawn_rows.thoughts_path)))
         rows = np.load(drawn_rows.path, mmap_mode="c")
         labels_of_rows = np.resize(cycle.numpy(), num_samples)

@@ -105,8 +105,9 @@ def size_of(images: Tensor) -> tuple[int, int]:
 
 def size_text(image_size: ImageSize) -> str:
     """Write a size for people, height first: `32x48`."""
-    clip = isinstance(image_size, list | tuple) and len(image_size) != 2
-    return "x".join(map(str, image_size if clip else height_and_width(image_size)))
+    if isinstance(image_size, list | tuple) and len(image_size) != 2:
+        return "x".join(map(str, image_size))
+    return "x".join(map(str, height_and_width(image_size)))
 
 
 def check_channels(images: Tensor, image_channels: int, what: str) -> None:

@@ -62,8 +62,8 @@ class SpokenPrompts(Source):
                 "(/usr/share/asterisk/sounds/en_US_f_Allison, after `apt-get install asterisk-core-sounds-en-wav`)"
             )
         if part == "digits":
-            classes = list(DIGITS)
-            of_class = {f"digits/{number}": word for number, word in enumerate(DIGITS)}
+            classes: list[str] = list(DIGITS)
+            of_class: dict[str, str] = {f"digits/{number}": word for number, word in enumerate(DIGITS)}
             chosen = [(path, name) for path, name in zip(paths, names, strict=True) if name.as_posix() in of_class]
             if len(chosen) < len(DIGITS):
                 raise ValueError(f"{folder} holds {len(chosen)} of the ten digits digits/0.wav to digits/9.wav")

@@ -231,7 +231,8 @@ class PaddedConv1d(nn.Module):
         self.norm = nn.GroupNorm(1, outer) if norm == "group" else None
         self.stride = stride
         self.missing = (kernel - 1) * dilation + 1 - stride
-        self.causal, self.padding = causal, padding
+        self.causal = causal
+        self.padding: Padding = padding
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:  # (B, D, n) -> (B, D', ceil(n / stride))
         if memory is not None and self in memory:
