@@ -8,7 +8,7 @@ from discrete_lit.pretrained.obtaining import cache_folder, places
 
 
 def models(name: str | None = None, *, word: str | None = None, json: bool = False) -> None:
-    """List the published models that `sample --model NAME` downloads, or show one.
+    """List the published models that `sample` takes by their names, or show one.
 
     A list of your own, in the form of `discrete_lit/pretrained/published.yaml`, is named by the environment variable
     DISCRETE_LIT_MODELS.
