@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from side_by_side.timing import alternate, milliseconds, ratio
 
-from discrete_lit.data.image_batches import CENTER_CROP, ImagePipeline, LabelledImage, image_batch
+from discrete_lit.data.image_batches import CENTER_CROP, ImagePipeline, LabelledSample, image_batch
 
 
 def jpeg(number: int, width: int = 500, height: int = 375, quality: int = 92) -> bytes:
@@ -50,7 +50,7 @@ def batch_of(files: list[bytes], pipeline: ImagePipeline, *, training: bool) -> 
         pipeline.training(data, 0, str(number)) if training else pipeline.evaluation(data, CENTER_CROP)
         for number, data in enumerate(files)
     ]
-    return image_batch([LabelledImage(each, 0, key="", index=0) for each in pixels], pipeline.shape)
+    return image_batch([LabelledSample(each, 0, key="", index=0) for each in pixels], pipeline.shape)
 
 
 def main() -> None:

@@ -171,7 +171,9 @@ def decayed_parameters(module: nn.Module, rule: WeightDecayRule = "linear") -> s
 def _trained_weight(layer: nn.Module) -> nn.Parameter:
     """The weight of a layer, or what it is computed from under a spectral norm."""
     if is_parametrized(layer, "weight"):
-        return layer.parametrizations["weight"].original  # type: ignore[index, return-value, union-attr]
+        kept = layer.parametrizations["weight"]  # type: ignore[index]
+        # Weight normalisation has two: the length, and the direction before its norm.
+        return kept.original1 if hasattr(kept, "original1") else kept.original  # type: ignore[return-value, union-attr]
     return layer.weight  # type: ignore[return-value]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers.recipe_files import ROOT, configs_of, header_command, layered, read
+from helpers.sounds import waveforms, write_tones
 from PIL import Image
 
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "lightning_configs").rglob("*.yaml"))
@@ -56,6 +57,14 @@ def shards(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards") / "train"
     write_shards(ClassFolders(str(images)), str(folder), split="train", samples_per_shard=4)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight clips of two classes, in folders."""
+    from helpers.video import write_videos
+
+    return write_videos(tmp_path_factory.mktemp("clips"), count=8, frames=5)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +124,26 @@ def residual_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def codec_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained codec: frames of 8 samples to two of 16 ids each."""
+    from discrete_lit.checkpoints import instantiate, save
+
+    network = {"class_path": "discrete_lit.tokenizers.networks.SEANet", "init_args": SMALL["SEANet"]}
+    settings = {**SMALL["EnCodec"], "sample_rate": 8000, "network": network}
+    file = tmp_path_factory.mktemp("codec") / "tokenizer.ckpt"
+    save(instantiate({"class_path": "discrete_lit.tokenizers.EnCodec", "init_args": settings}), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight tones of two classes, in folders."""
+    folder = tmp_path_factory.mktemp("sounds")
+    write_tones(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def continuous_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained tokenizer of latents: 8x8 images to 4x4 of four channels."""
     return write_tokenizer(tmp_path_factory.mktemp("latents"), "KLVAE", {"latent_channels": 4, "kl_weight": 0.0})
@@ -152,6 +181,12 @@ def multi_scale_tokens(multi_scale_file: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
+def codec_tokens(codec_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As many of the codec: eight frames of two books."""
+    return write_tokens(tmp_path_factory.mktemp("codec_tokens"), codec_file, (8, 2), image_size=(64,))
+
+
+@pytest.fixture(scope="module")
 def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Chunks of eight characters."""
     from discrete_lit.data.text import write_text
@@ -162,7 +197,12 @@ def text_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tokens(
-    folder: Path, tokenizer_file: Path, token_shape: tuple[int, ...], captions: list[list[str]] | None = None
+    folder: Path,
+    tokenizer_file: Path,
+    token_shape: tuple[int, ...],
+    captions: list[list[str]] | None = None,
+    *,
+    image_size: int | tuple[int, ...] = 8,
 ) -> Path:
     import torch
 
@@ -174,7 +214,7 @@ def write_tokens(
         count=12,
         token_shape=token_shape,
         vocab_size=16,
-        image_size=8,
+        image_size=image_size,
         num_classes=2,
         classes=["zero", "one"],
         tokenizer=discrete_lit.load(tokenizer_file).fingerprint(),
@@ -252,6 +292,10 @@ def shrink_data(data: dict[str, Any], folders: dict[str, Path], image_size: int)
     arguments.update(train=place, validation=place, batch_size=4, num_workers=0)
     if kind.startswith("Image"):
         arguments["image_size"] = image_size
+    if kind == "AudioClips":
+        arguments["length"] = 256
+    if kind == "VideoClips":
+        arguments["image_size"] = [5, image_size, image_size]
 
 
 SMALL_TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
@@ -282,6 +326,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "HybridVQ": SMALL_CODEBOOK,
     "LFQ": {"bits": 4},
     "DVAE": {**SMALL_CODEBOOK, "latent_dim": 32},
+    "EnCodec": {**SMALL_CODEBOOK, "depth": 2, "training_books": [1, 2], "spectral_windows": [32, 64]},
+    "SEANet": {"filters": 4, "ratios": [4, 2]},
+    "MultiScaleSTFTDiscriminator": {"filters": 2, "windows": [32, 64]},
+    "DelayedAutoregressive": {"image_size": [64], "num_classes": 2},
     "DALLEAutoencoder": {"channels": 4, "blocks": 1},
     "KLVAE": {"latent_channels": 4},
     "RawPixels": {"image_channels": 3},  # of the tiny tokenizers
@@ -466,6 +514,7 @@ def test_models_fit_reload_and_sample(
     images: Path,
     shards: Path,
     captioned_shards: Path,
+    clips: Path,
     tokens: Path,
     captioned_tokens: Path,
     multi_scale_tokens: Path,
@@ -478,6 +527,9 @@ def test_models_fit_reload_and_sample(
     continuous_file: Path,
     latents: Path,
     discrete_file: Path,
+    codec_file: Path,
+    codec_tokens: Path,
+    sounds: Path,
     tmp_path: Path,
 ) -> None:
     import torch
@@ -492,7 +544,12 @@ def test_models_fit_reload_and_sample(
     is_generator = "backbone" in settings["model"]["init_args"]
     kind = settings["model"]["class_path"].rpartition(".")[2]
     of_scales = kind == "NextScale"
-    own_files = {"NextScale": multi_scale_file, "BitwiseNextScale": bits_file, "HybridNextScale": hybrid_file}
+    own_files = {
+        "NextScale": multi_scale_file,
+        "BitwiseNextScale": bits_file,
+        "HybridNextScale": hybrid_file,
+        "DelayedAutoregressive": codec_file,
+    }
     own_file = own_files.get(kind, tokenizer_file)
     if settings["model"]["init_args"].get("stacked_codes"):
         own_file = residual_file
@@ -501,11 +558,14 @@ def test_models_fit_reload_and_sample(
     reads_text = encodes_text or kind == "Unified"
     own_tokens = multi_scale_tokens if of_scales else text_tokens if of_text else tokens
     own_tokens = captioned_tokens if reads_text else own_tokens
+    own_tokens = codec_tokens if kind == "DelayedAutoregressive" else own_tokens
     folders = {
         "ImageShards": captioned_shards if reads_text else shards,
         "ImageFolder": images,
+        "VideoClips": clips,
         "TokenArrays": own_tokens,
         "LatentArrays": latents,
+        "AudioClips": sounds,
     }
     if reads_text and "captions" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["captions"] = {"kind": "txt"}  # as `shards` writes them
@@ -543,12 +603,19 @@ def test_models_fit_reload_and_sample(
         prompts = ["--prompt", "a 1"] if reads_text else []
         main(["sample", "--ckpt_path", str(checkpoint), "--num_samples", "3", "--output", str(output), *prompts])
         with np.load(output / "samples.npz") as samples:
+            if kind == "DelayedAutoregressive":
+                assert samples["audio"].shape == (3, 64, 1) and (output / "clips" / "000002.wav").is_file()
+                return
             assert samples["tokens"].shape == (3, 8) if of_text else samples["arr_0"].shape == (3, 8, 8, 3)
         return
-    images_32 = torch.rand(2, module.image_channels, 32, 32) * 2 - 1
+    if kind == "EnCodec":
+        assert module.decode(module.encode(waveforms(2, 1, 64))).shape == (2, 1, 64)
+        return
+    size = (5, 32, 32) if module.modality == "video" else (32, 32)
+    images_32 = torch.rand(2, module.image_channels, *size) * 2 - 1
     codes = module.encode(images_32)
     continuous = isinstance(module, ContinuousTokenizer)
-    assert codes.shape[1:] == (module.latent_shape(32) if continuous else module.token_shape(32))
+    assert codes.shape[1:] == (module.latent_shape(size) if continuous else module.token_shape(size))
     assert module.decode(codes).shape == images_32.shape
 
 

@@ -23,7 +23,9 @@ FOLDERS = (
     "quickstart",
     "quickstart_colour",
     "quickstart_text",
+    "quickstart_audio",
     "quickstart_digits",
+    "quickstart_video",
 )
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

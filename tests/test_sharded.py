@@ -22,13 +22,16 @@ from helpers.distributed_run import (
 from helpers.several_ranks import on_ranks
 
 from discrete_lit import load
+from discrete_lit.callbacks.collective_timeout import set_timeouts
 from discrete_lit.checkpoints import instantiate, read_checkpoint, save
 from discrete_lit.cli.weights import export_weights
-from discrete_lit.core.distributed import set_timeouts
 
 pytestmark = [
     pytest.mark.ddp,
-    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning",
+        "ignore:The dirpath has changed from:UserWarning",
+    ),
 ]
 STEPS = 8  # two epochs of 52 samples in global batches of 12
 

@@ -44,6 +44,8 @@ class SequenceLayout:
         timed: whether the backbone is told how noisy its input is.
         mask_output: whether it has a logit of the mask id too, as the last; ratios of probabilities have one.
         block_size: p, positions of a causal sequence that are predicted together, from the blocks before theirs.
+        delays: of a causal sequence of several ids at each position, which are predicted together: how many positions
+            each of them stands behind the frame that it belongs to (`DelayPattern`); the mask id stands where none is.
     """
 
     vocab_size: int
@@ -60,6 +62,7 @@ class SequenceLayout:
     timed: bool = False
     mask_output: bool = False
     block_size: int = 1
+    delays: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:

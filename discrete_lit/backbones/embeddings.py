@@ -18,7 +18,7 @@ from discrete_lit.core.modules import at_least_float32, widened
 from discrete_lit.core.synchronisation import on_device
 
 InputKind = Literal["table", "bits", "bits_mlp", "bit_table", "parts", "codes"]
-PositionKind = Literal["learned", "rope_1d", "rope_2d", "learned_rope_2d", "rope_scales"]
+PositionKind = Literal["learned", "sinusoidal", "rope_1d", "rope_2d", "learned_rope_2d", "rope_scales"]
 
 
 def embed_tokens(
@@ -302,13 +302,15 @@ class TimeEmbedding(nn.Module):
 
 
 class Positions(nn.Module):
-    """The positions of a sequence: learned vectors added to it, or rotations of queries and keys.
+    """The positions of a sequence: learned or fixed vectors added to it, or rotations of queries and keys.
 
     Args:
         layout: the sequence.
-        kind: `"learned"`, or rotary along the sequence (`"rope_1d"`) or along each axis of the grid (`"rope_2d"`), or
-            both learned and along each axis (`"learned_rope_2d"`). Of a next-scale sequence along each axis of the
-            last scale (`"rope_scales"`), with a learned vector of each scale, and one of what stands in front.
+        kind: `"learned"`, fixed cosines and sines along the sequence (`"sinusoidal"`: MusicGen; the frequencies are
+            10000^(-i / (D / 2 - 1))), or rotary along the sequence (`"rope_1d"`) or along each axis of the grid
+            (`"rope_2d"`), or both learned and along each axis (`"learned_rope_2d"`). Of a next-scale sequence along
+            each axis of the last scale (`"rope_scales"`), with a learned vector of each scale, and one of what stands
+            in front.
         starts: elements before the first position of the grid.
         width: D.
         head_dim: width of a head.
@@ -319,6 +321,7 @@ class Positions(nn.Module):
     """
 
     table: Tensor | None
+    waves: Tensor | None
     level: Tensor
 
     def __init__(
@@ -360,7 +363,19 @@ class Positions(nn.Module):
             self.start = nn.Parameter(torch.empty(1, width))
             level = torch.arange(len(layout.scales)).repeat_interleave(torch.tensor(layout.scales))
             self.register_buffer("level", level, persistent=False)
-        self.register_buffer("table", None if kind == "learned" else self._make().float(), persistent=False)
+        turns = kind not in ("learned", "sinusoidal")
+        self.register_buffer("table", self._make().float() if turns else None, persistent=False)
+        self.width = width
+        self.register_buffer("waves", self._waves().float() if kind == "sinusoidal" else None, persistent=False)
+
+    def _waves(self) -> Tensor:
+        """Compute the fixed vectors of all elements, `(1, starts + read, D)` float64."""
+        half = self.width // 2
+        if self.width % 2 or half < 2:
+            raise ValueError(f"positions='sinusoidal' needs an even width of 4 or more, got {self.width}")
+        frequencies = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / (half - 1))
+        angles = torch.arange(self.starts + self.read, dtype=torch.float64)[:, None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)[None]
 
     def _make(self) -> Tensor:
         """Compute the rotations `(starts + turned, head_dim / 2, 2)` of rotary positions, float64."""
@@ -383,19 +398,22 @@ class Positions(nn.Module):
         super()._apply(fn, recurse)
         if self.table is not None:
             self.table = made_again(self._make(), like=self.table)
+        if self.waves is not None:
+            self.waves = made_again(self._waves(), like=self.waves)
         return self
 
     def add(self, embedded: Tensor, filled: int, order: Tensor | None) -> Tensor:
-        """Add learned positions to `(B, n, D)`, elements that follow `filled` others."""
+        """Add learned or fixed positions to `(B, n, D)`, elements that follow `filled` others."""
         if self.level_embedding is not None and self.start is not None:
             embedded = embedded + self.level_embedding(self.level[filled : filled + embedded.shape[1]])
             return embedded if filled else torch.cat((embedded[:, :1] + self.start, embedded[:, 1:]), dim=1)
-        if self.embedding is None:
+        vectors = self.embedding if self.waves is None else self.waves.to(embedded.dtype)
+        if vectors is None:
             return embedded
         count = embedded.shape[1]
         if order is None:
-            return embedded + self.embedding[:, filled : filled + count]
-        return embedded + self.embedding[0][self._rows(filled, count, order)]
+            return embedded + vectors[:, filled : filled + count]
+        return embedded + vectors[0][self._rows(filled, count, order)]
 
     def rotary(self, filled: int, count: int, order: Tensor | None) -> Tensor | None:
         """Give the rotations of `count` elements that follow `filled` others: `(count, head_dim / 2, 2)`, or with an

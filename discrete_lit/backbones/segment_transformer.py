@@ -343,6 +343,17 @@ class SegmentTransformer(nn.Module):
         linear = sum(module.weight.numel() for module in self.blocks.modules() if isinstance(module, nn.Linear))
         return 2 * elements * (linear + 2 * seen * self.depth * self.heads * self.head_dim)
 
+    def input_flops(self, elements: int, vectors: bool) -> int:
+        """Count the operations in front of the blocks, at each of some elements of one sequence.
+
+        Args:
+            elements: that a pass reads.
+            vectors: whether vectors are among them, which come in with the time of their noise.
+        """
+        parts = [self.own_embeddings, *((self.aligners, self.time_embedding) if vectors else ())]
+        modules = [module for part in parts if part is not None for module in part.modules()]
+        return 2 * elements * sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
+
     def new_cache(self, batch: int, length: int) -> RaggedCache:
         """Make room for the keys and values of B sequences of so many elements."""
         weight = self.table.weight

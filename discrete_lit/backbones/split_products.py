@@ -6,8 +6,8 @@ in float32 could take longer than all blocks. But a float32 number x is nearly t
     h = bf16(x),  l = bf16(x - h):    |l| <= u |x|,  |x - h - l| <= u^2 |x| / 2,  u = 2^-8,
 
 and products of bfloat16 numbers are exact in the float32 that tensor cores add them up in. So of x w the terms
-h h' + h l' + l h' are kept, as one product of matrices with three times as many columns, [h, h, l] [h', l', h']^T. What
-is left out, l l' and the remainders times x and w, is at most 2 u^2 |x| |w|: each entry of the product is exact to
+h h' + h l' + l h' are kept, as one product of matrices with three times as many columns, `[h, h, l] [h', l', h']^T`.
+What is left out, l l' and the remainders times x and w, is at most 2 u^2 |x| |w|: each entry of the product is exact to
 
     2^-15 sum |x| |w|,
 

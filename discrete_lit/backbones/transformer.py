@@ -101,6 +101,7 @@ class Transformer(Backbone):
     - MD4's text models: `conditioning="adaln"`, `condition_width=64`, `mlp="glu"`, `modulation_activation="sigmoid"`,
       `time_waves=32`, `time_hidden=256`, `positions="rope_1d"`, `bias=False`.
     - ImageGPT: `norm="rms"`, `mlp="gelu_quick"`.
+    - MusicGen: `positions="sinusoidal"`, `conditioning="added"`, `context_dim`, and biases in the norms alone.
 
     What speeds up short trainings (Primer; Fixup; Jordan et al., "modded-nanogpt", 2024) is `mlp="relu_squared"`,
     `zero_outputs`, `norm="rms"`, `qk_norm="rms"` and `bias=False`.
@@ -122,9 +123,10 @@ class Transformer(Backbone):
         norm_bias: offsets of LayerNorms with gains; as `bias` by default.
         final_norm_bias: an offset in the last norm; by default as in the others.
         embedding_norm: a norm of the embedded sequence: a LayerNorm (BERT), or `"rms"`.
-        positions: learned embeddings added at the input, or rotary ones along the sequence or along each axis of the
-            grid, or both of these (BAR); what stands before the first position of the sequence is not rotated on a
-            grid. `"rope_scales"` is of a next-scale sequence, along the axes of the last scale (Infinity).
+        positions: learned embeddings added at the input, or fixed sines and cosines (`"sinusoidal"`: MusicGen), or
+            rotary ones along the sequence or along each axis of the grid, or both of the first and the last (BAR); what
+            stands before the first position of the sequence is not rotated on a grid. `"rope_scales"` is of a
+            next-scale sequence, along the axes of the last scale (Infinity).
         rotary_base: of rotary positions: their wavelengths are 2 pi rotary_base^(2i / d).
         rotary_offset: on a grid, how far along each axis its first position lies from what stands there (BitDance).
         start_rotation: of what stands there: `"none"`, or `"zero"`, which makes its queries and keys 0 (LlamaGen).

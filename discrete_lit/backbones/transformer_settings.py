@@ -117,7 +117,8 @@ def check_layout(
         )
     if tied and (layout.input_dim is not None or token_embedding != "table"):
         raise ValueError("tied=true needs a table of token embeddings")
-    if layout.sub_tokens > 1 and layout.attention != "bidirectional" and layout.input_dim is None:
+    several = layout.sub_tokens > 1 and layout.attention != "bidirectional"
+    if several and layout.input_dim is None and not layout.delays:
         raise ValueError(
             f"several ids at a position need bidirectional attention, or vectors in their place in the input; this "
             f"sequence is {layout.attention}: a place_head predicts the sub-tokens of an id"

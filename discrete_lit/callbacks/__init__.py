@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+from discrete_lit.callbacks.audio_examples import AudioExamples
 from discrete_lit.callbacks.collective_timeout import CollectiveTimeout
 from discrete_lit.callbacks.ema import ExponentialMovingAverage
 from discrete_lit.callbacks.hang_detector import HangDetector
@@ -15,6 +16,7 @@ from discrete_lit.callbacks.token_telemetry import TokenTelemetry
 from discrete_lit.callbacks.training_guard import TrainingGuard, TrainingStopped
 
 __all__ = [
+    "AudioExamples",
     "CollectiveTimeout",
     "Compile",
     "ExponentialMovingAverage",

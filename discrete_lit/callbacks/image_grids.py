@@ -1,5 +1,6 @@
 """Grids of images at each validation: reconstructions of the same images, and samples of the same seed.
 
+Clips of frames are shown as strips of frames, and as a GIF, which TensorBoard plays.
 `ImageGrid` says when a grid is made and where it goes, `ReconstructionGrid` and `SampleGrid` what it shows.
 """
 
@@ -9,19 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from einops import rearrange
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from discrete_lit.core.images import displayable, to_uint8
+from discrete_lit.core.images import MODALITIES, displayable, frames_of, to_uint8
+from discrete_lit.core.moving_pictures import clips_side_by_side, gif_bytes
 from discrete_lit.generators import Generator, LatentGenerator, TokenDiffusionDecoder, Unified
 from discrete_lit.samplers import AnySampler
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
+
+_FRAME_RATE = 8.0
 
 
 class ImageGrid(Callback, ABC):
@@ -30,16 +36,19 @@ class ImageGrid(Callback, ABC):
     The images are made at the first validation batch, in eval mode and under the trainer's precision; modes and random
     states are afterwards as they were. Grey images are shown grey, RGBA with their transparency, and of other numbers
     of channels the first, as grey. Only rank 0 makes them, except where the parameters are sharded and every rank must
-    take part.
+    take part. Of clips, the first `rows_of_clips` are shown as strips of their frames, and all play in a GIF, with 8
+    frames a second and the tag `videos/<name>`.
 
     Args:
         count: images at most.
         columns: images in a row of the grid.
-        save_png: also write `<default_root_dir>/images/<name>-<step>.png`.
+        save_png: also write `<default_root_dir>/images/<name>-<step>.png`, and of clips the GIF beside it.
     """
 
     name: str
     """Tag in TensorBoard (behind `images/`), and the stem of the file."""
+    rows_of_clips = 8
+    """The most clips that are shown as strips of frames."""
 
     def __init__(self, count: int, columns: int, *, save_png: bool) -> None:
         if count < 1 or columns < 1:
@@ -54,7 +63,7 @@ class ImageGrid(Callback, ABC):
 
     @abstractmethod
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        """Make the images `(n, C, H, W)` in [-1, 1], row after row of the grid."""
+        """Make the images `(n, C, H, W)` in [-1, 1], row after row of the grid, or clips `(n, C, T, H, W)`."""
 
     def on_validation_batch_end(
         self,
@@ -73,8 +82,14 @@ class ImageGrid(Callback, ABC):
             return
         with undisturbed(pl_module), torch.no_grad(), trainer.precision_plugin.val_step_context():
             pixels = to_uint8(displayable(self.make_images(pl_module, batch))).cpu()
-        if trainer.is_global_zero:
+        if not trainer.is_global_zero:
+            return
+        if pixels.ndim == 4:
             self._write(trainer, make_grid(pixels, nrow=self.columns, padding=1, pad_value=255))
+            return
+        strips = pixels[: self.rows_of_clips]
+        self._write(trainer, make_grid(frames_of(strips), nrow=strips.shape[2], padding=1, pad_value=255))
+        self._write_gif(trainer, pixels.movedim(1, -1).numpy())
 
     on_test_batch_end = on_validation_batch_end
 
@@ -88,9 +103,23 @@ class ImageGrid(Callback, ABC):
             pixels = rearrange(grid, "c h w -> h w c").numpy()
             Image.fromarray(pixels).save(folder / f"{self.name}-{trainer.global_step:08d}.png")
 
+    def _write_gif(self, trainer: Trainer, clips: np.ndarray) -> None:
+        playing = clips_side_by_side(clips, min(self.columns, len(clips)))
+        data = gif_bytes(playing, frame_rate=_FRAME_RATE)
+        # What `add_video` writes, which needs moviepy to encode it.
+        height, width, channels = playing.shape[1:]
+        shown = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=data)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                value = Summary.Value(tag=f"videos/{self.name}", image=shown)
+                logger.experiment._get_file_writer().add_summary(Summary(value=[value]), trainer.global_step)
+        if self.save_png:
+            path = Path(trainer.default_root_dir) / "images" / f"{self.name}-{trainer.global_step:08d}.gif"
+            path.write_bytes(data)
+
 
 class ReconstructionGrid(ImageGrid):
-    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders alone.
+    """Show rows of original images, each above the row of its reconstructions; for autoencoders and decoders of images.
 
     A `TokenDiffusionDecoder` decodes the tokens of each image, with the same noise at every validation. The images are
     the first ones of the first validation batch. Written as in `ImageGrid`, tag `images/reconstructions`.
@@ -107,10 +136,12 @@ class ReconstructionGrid(ImageGrid):
         super().__init__(count, columns, save_png=save_png)
 
     def applies_to(self, module: LightningModule) -> bool:
-        return isinstance(module, Tokenizer | ContinuousTokenizer | TokenDiffusionDecoder)
+        if isinstance(module, Tokenizer | ContinuousTokenizer):
+            return module.makes_images or module.modality == "video"
+        return isinstance(module, TokenDiffusionDecoder)
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
-        originals = batch["image"][: self.count]
+        originals = next(batch[name] for name in MODALITIES if name in batch)[: self.count]
         if isinstance(module, TokenDiffusionDecoder):
             shown = {name: values[: self.count] for name, values in batch.items() if isinstance(values, Tensor)}
             labels = module.labels_of(shown)
@@ -118,6 +149,8 @@ class ReconstructionGrid(ImageGrid):
         else:
             assert isinstance(module, Tokenizer | ContinuousTokenizer)
             reconstructions = module.decode(module.encode(originals))
+        if originals.ndim == 5:  # each clip beside its reconstruction
+            return rearrange(torch.stack((originals.float(), reconstructions)), "kind b ... -> (b kind) ...")
         both = torch.stack((self._whole_rows(originals), self._whole_rows(reconstructions)))
         return rearrange(both, "kind (row column) c h w -> (row kind column) c h w", column=self.columns)
 
@@ -160,7 +193,7 @@ class SampleGrid(ImageGrid):
     def applies_to(self, module: LightningModule) -> bool:
         if not isinstance(module, Generator | LatentGenerator | Unified) or isinstance(module, TokenDiffusionDecoder):
             return False
-        return module.tokenizer.makes_images
+        return module.tokenizer.makes_images or module.tokenizer.modality == "video"
 
     def make_images(self, module: LightningModule, batch: dict[str, Any]) -> Tensor:
         assert isinstance(module, Generator | LatentGenerator | Unified)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from discrete_lit.backbones.execution import compile_blocks
 from discrete_lit.core.distributed import all_gather_rows
+from discrete_lit.core.images import MODALITIES
 from discrete_lit.core.lightning_internals import accumulates_gradients, logs_this_step
 from discrete_lit.generators import Generator, LatentGenerator, Unified
 from discrete_lit.generators.counted_step import count_step
@@ -97,7 +98,7 @@ class Throughput(Callback):
             self._window.flops += pl_module.step_flops()
         self._window.worked += now - self._batch_started
         self._batch_ended = now
-        images = next(len(batch[name]) for name in ("tokens", "latents", "image") if name in batch)
+        images = next(len(batch[name]) for name in ("tokens", "latents", *MODALITIES) if name in batch)
         self._window.images += images
         self._window.tokens += images * _tokens_per_image(pl_module, batch)
         if logs_now:
@@ -234,6 +235,8 @@ def _tokens_per_image(module: LightningModule, batch: dict[str, Any]) -> int:
     if isinstance(module, Generator):
         return prod(module.token_shape)
     if isinstance(module, Tokenizer):
-        sides = tuple(batch["image"].shape[2:])[-2:]  # of clips those of a frame, of a signal its length
-        return prod(module.token_shape(sides if len(sides) == 2 else sides[0]))
+        size = tuple(next(batch[name] for name in MODALITIES if name in batch).shape[2:])
+        if len(size) == 2 and module.modality == "video":  # images are clips of one frame
+            size = (1, *size)
+        return prod(module.token_shape(size[0] if len(size) == 1 and module.modality == "image" else size))
     return 0

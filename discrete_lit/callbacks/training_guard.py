@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from discrete_lit.core.distributed import all_reduce_sum, rank, world_size
 from discrete_lit.core.files import atomic_write_text
 from discrete_lit.core.host_copies import HostCopy
+from discrete_lit.core.images import MODALITIES
 from discrete_lit.core.lightning_internals import logs_this_step
 from discrete_lit.core.modules import forget_statistics_step
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
@@ -337,7 +338,7 @@ def _describe(batch: Any) -> dict[str, Any]:
     """Keys and indices of a batch, and the names of its images that are not finite."""
     batch = batch if isinstance(batch, dict) else {}
     found = {name: _listed(batch[name]) for name in ("key", "index") if name in batch}
-    images = batch.get("image")
+    images = next((batch[name] for name in MODALITIES if name in batch), None)
     broken: list[Any] = []
     if isinstance(images, Tensor) and images.is_floating_point():
         indices = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()

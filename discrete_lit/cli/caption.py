@@ -15,8 +15,9 @@ from discrete_lit.core.files import atomic_write_text, file_sha256
 from discrete_lit.core.images import from_uint8, height_and_width, size_text
 from discrete_lit.core.provenance import describe, environment
 from discrete_lit.core.random import CounterRandom
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.sources.class_folders import find_images
-from discrete_lit.data.transforms import UndecodableImage, center_crop, decode_image
+from discrete_lit.data.transforms import center_crop, decode_image
 from discrete_lit.generators import Unified
 from discrete_lit.samplers import SegmentSampler
 
@@ -131,7 +132,7 @@ def _read(file: Path, generator: Unified, resize: bool) -> np.ndarray:
     size = height_and_width(generator.image_size)
     try:
         image = decode_image(file.read_bytes(), image_channels=generator.tokenizer.image_channels)
-    except UndecodableImage as error:
+    except UndecodableSample as error:
         raise ValueError(f"images: {file} cannot be read: {error}") from error
     if not resize and (image.height, image.width) != size:
         raise ValueError(

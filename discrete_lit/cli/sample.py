@@ -1,4 +1,4 @@
-"""`discrete-lit sample`: a generator's checkpoint to images on disk."""
+"""`discrete-lit sample`: a generator's checkpoint to images, clips or text on disk."""
 
 import json
 import shutil
@@ -16,10 +16,14 @@ from tqdm import tqdm
 from discrete_lit.backbones.condition import Condition
 from discrete_lit.backbones.execution import compile_for_sampling
 from discrete_lit.checkpoints import load, weights_of
+from discrete_lit.cli.audio_samples import spectrograms, write_audio_files
 from discrete_lit.cli.checkpoint_choice import chosen_checkpoint
 from discrete_lit.cli.devices import make_fabric
 from discrete_lit.cli.drawn_rows import DrawnRows
+from discrete_lit.cli.known_tokens import KnownTokens
+from discrete_lit.cli.video_samples import write_clips
 from discrete_lit.core.array_parts import WHOLE, PartsFolder, check_join, find_part, tell_missing, tell_part
+from discrete_lit.core.audio import to_int16
 from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.distributed import all_reduce_sum, on_first_rank
@@ -34,7 +38,7 @@ from discrete_lit.generators.token_diffusion_decoder import decoder_from_checkpo
 from discrete_lit.generators.unified import UnifiedOutput
 from discrete_lit.pretrained.obtaining import record_of
 from discrete_lit.samplers import AnySampler, GuidedSolver
-from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer
+from discrete_lit.tokenizers import ContinuousTokenizer, EnCodec, Tokenizer
 
 _GRID_SIDE = 10
 _MOST_COLUMNS = 20
@@ -69,20 +73,26 @@ def sample(
     decoder: str | None = None,
     decoder_sampler: GuidedSolver | None = None,
     decoder_steps: int | None = None,
+    known: str | None = None,
+    known_positions: list[int] | None = None,
+    frame_rate: float = 8.0,
     part: str | None = None,
     join: int | None = None,
     missing: bool = False,
 ) -> dict[str, Any]:
-    """Sample images, or text, from a generator's checkpoint, which alone is enough.
+    """Sample images, clips or text from a generator's checkpoint, which alone is enough.
 
     Writes `samples.npz` (uint8 `arr_0` of shape (N, H, W, C), int64 `labels`), `grid.png` (of the first images, with a
     column for each of the labels where those are 5 to 20, or else ten columns) and `run.json` with every setting, the
     network calls and operations, and the speed with and without decoding. C is the tokenizer's: 1 of grey images, 4 of
     RGBA; of other numbers than 1, 3 and 4 the grid shows the first channel. Of text, and of a generator that was loaded
     without its tokenizer, the ids are written as `tokens` in place of images, or the latents as `latents`; text itself
-    goes to `samples.txt`, a line each. Prompts stand in `run.json` and in the grid, and with them the thoughts of a
-    model that writes one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of
-    devices do not change it (to the rounding of the network's arithmetic).
+    goes to `samples.txt`, a line each. Of clips of frames `arr_0` is (N, T, H, W, C), each row of `grid.png` has the
+    frames of one, and `samples.gif` and, with PyAV, `samples.mp4` play them side by side. Of audio `samples.npz` has
+    the clips, `audio`, int16 (N, T, C), beside their sample rate; the first are files of `clips/` too, and `grid.png`
+    shows spectrograms. Prompts stand in `run.json` and in the grid, and with them the thoughts of a model that writes
+    one before it draws. Sample i is a function of (seed, i) alone: the batch size and the number of devices do not
+    change it (to the rounding of the network's arithmetic).
 
     The work can be cut into n jobs of an array: each runs the command with `part: i/n`, in any order, and behind them
     the command with `join: n` writes the files above. A batch is drawn whole by one device, and holds the same samples
@@ -130,6 +140,13 @@ def sample(
             be made for the same tokens: grid, vocabulary, and hash of the tokenizer's weights.
         decoder_sampler: how the decoder draws; its own by default.
         decoder_steps: steps of the decoder's own sampler, in place of those that it was trained with.
+        known: a folder of token arrays, as `tokenize` writes it, by the generator's tokenizer: sample i keeps tokens of
+            its row i, and the others are drawn. So clips are continued and pictures completed. The labels are those of
+            the rows unless others are given.
+        known_positions: which tokens are kept, by their positions along the first axis of a sample's: frames of a clip,
+            rows of a picture. `[0, 1]` continues the first two frames of tokens; a generator in raster order keeps the
+            first ones alone, a masked one any.
+        frame_rate: frames a second of the files that play.
         part: `i/n`, to draw the i-th of n parts, i from 1; `slurm` for the number of this job in its SLURM array.
         join: n, to write the samples when n parts are done.
         missing: draw nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them; the
@@ -143,9 +160,10 @@ def sample(
             downloaded, or whose licence is not accepted; not a generator's checkpoint; prompts for a generator without
             text, none for one that reads them, or a num_samples that does not have as many of each of GenEval's; a
             sampler of ids for latents or the other way round; a label that is no number or out of range, num_samples or
-            image_size below 1, an image size for text, a graph on another device than CUDA's or of latents, or a
-            decoder of other tokens than the generator's, a part with other settings than those that have begun, or
-            parts to join that are not there or were damaged.
+            image_size below 1, an image size for text, a graph on another device than CUDA's or of latents, a decoder
+            of other tokens than the generator's, known tokens that are not there, of another tokenizer, or not for this
+            generator, a part with other settings than those that have begun, or parts to join that are not there or
+            were damaged.
     """
     if not output:
         raise ValueError("output is not given: it is the folder to write")
@@ -167,7 +185,8 @@ def sample(
     decoding = None
     if decoder is not None:
         decoding = _load_decoder(decoder, generator, decoder_sampler, decoder_steps)
-    makes_images = decoding is not None or generator.tokenizer.makes_images
+    makes_audio, makes_clips = isinstance(generator.tokenizer, EnCodec), generator.tokenizer.modality == "video"
+    makes_images = decoding is not None or generator.tokenizer.makes_images or makes_clips
     if sampler is not None and not isinstance(sampler, generator.sampler_kind):
         raise ValueError(
             f"sampler={type(sampler).__name__} does not draw from a {type(generator).__name__}, which needs a "
@@ -177,7 +196,11 @@ def sample(
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}")
     if image_size is not None:
         image_size = normal_size(image_size)
-    if image_size is not None and not makes_images:
+    if (known is None) != (known_positions is None):
+        raise ValueError("known, a folder of tokens, and known_positions, those that are kept, are given together")
+    if known is not None and (prompt or prompt_file or graph is True):
+        raise ValueError("known tokens are for samples without prompts, and are drawn without a graph")
+    if image_size is not None and (makes_clips or not makes_images):
         raise ValueError(f"image_size={image_size} is given, but this generator's tokenizer makes no images")
     readers = [each for each in (generator, decoding) if each is not None and each.reads_text]
     prompts = chosen_prompts(readers[0] if readers else generator, prompt, prompt_file, negative_prompt)
@@ -186,7 +209,13 @@ def sample(
         if not makes_images:
             raise ValueError(f"prompt_file={prompt_file!r} has GenEval's objects, and this generator makes no images")
     thoughts = _thoughts(generator, thought, prompts)
+    fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
+    kept = None
+    if known is not None and known_positions is not None:
+        kept = KnownTokens(known, known_positions, generator=generator, fingerprint=fingerprint)
     given = list(range(generator.num_classes)) if labels is None else labels
+    if kept is not None and labels is None:
+        given = kept.labels
     wrong = [label for label in given if type(label) is not int or not 0 <= label <= generator.num_classes]
     if wrong or not given:
         raise ValueError(
@@ -213,7 +242,6 @@ def sample(
     precision = resolve_precision(precision, accelerator)
     fabric = make_fabric(accelerator, devices=devices, num_nodes=num_nodes, precision=precision)
     fabric.launch()
-    fingerprint = generator.tokenizer.fingerprint()  # of the weights as they were saved
     fabric.strategy.precision.convert_module(generator)  # in place
     generator = generator.to(fabric.device)
     if decoding is not None:
@@ -230,6 +258,8 @@ def sample(
         "sampler": describe(drawer),
         "num_samples": num_samples,
         "labels": labels,
+        "known": known,
+        "known_positions": known_positions,
         "prompts": None if prompts is None else list(prompts.texts),
         "negative_prompt": negative_prompt,
         "given_thoughts": thought,
@@ -247,14 +277,16 @@ def sample(
     }
     this = own_part or WHOLE
     batches = this.batches(num_samples, batch_size)
-    drawn_rows = DrawnRows(folder, parts, num_samples, batch_size=batch_size)
+    drawn_rows = DrawnRows(folder, parts, count=num_samples, batch_size=batch_size)
 
     def publish(run: dict[str, Any]) -> dict[str, Any]:
         with_texts = isinstance(generator, Unified) and drawn_rows.has_thoughts
         if with_texts:
             run["thoughts"] = generator.text.decode(torch.from_numpy(np.load(drawn_rows.thoughts_path)))
         rows = np.load(drawn_rows.path, mmap_mode="c")
-        _write(folder, None if decoding else generator.tokenizer, rows, np.resize(cycle.numpy(), num_samples), run)
+        labels_of_rows = np.resize(cycle.numpy(), num_samples)
+        own_tokenizer = None if decoding else generator.tokenizer
+        _write(folder, own_tokenizer, rows, labels_of_rows, run, frame_rate=frame_rate)
         if prompts is not None and prompts.metadata is not None:
             write_geneval(folder / GENEVAL_FOLDER, np.load(drawn_rows.path, mmap_mode="r"), prompts)
         drawn_rows.clear()
@@ -275,6 +307,7 @@ def sample(
     elif (
         isinstance(generator, Generator)
         and not prompts
+        and kept is None
         and _graph_pays(graph, fabric.device, full_batches=sum(start + batch_size <= num_samples for start in own))
     ):
         graphed = GraphedDraw(generator, drawer, seed=seed, batch_size=batch_size)
@@ -289,20 +322,25 @@ def sample(
                 texts = [] if prompts is None else prompts.of(indices.tolist())
                 told = None if thoughts is None else [thoughts[index % len(thoughts)] for index in indices.tolist()]
                 condition: Any = _condition(generator, batch[0], texts, negative=negative_prompt, thoughts=told)
-                drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer)
+                keeps: dict[str, Any] = {} if kept is None else {"known": kept.of(batch[1])}
+                drawn = generator.draw(condition, CounterRandom(seed, batch[1]), drawer, **keeps)
             else:
                 drawn = graphed(*batch)
             _wait_for(fabric.device)
             seconds_undecoded += time.perf_counter() - begin
             if decoding is None:
-                decoded = generator.tokenizer.decode(drawn.tokens) if makes_images else drawn.tokens
+                decodes = makes_images or makes_audio
+                decoded = generator.tokenizer.decode(drawn.tokens) if decodes else drawn.tokens
             else:
                 texts = [] if prompts is None else prompts.of(indices.tolist())
                 decoded_given: Any = batch[0] if decoding.num_classes > 1 else None
                 if decoding.reads_text:
                     decoded_given = _condition(decoding, batch[0], texts, negative=negative_prompt)
                 decoded = decoding.decode(drawn.tokens, decoded_given, seed=seed, indices=batch[1])
-            rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
+            if makes_audio:
+                rows = to_int16(decoded).movedim(1, -1).cpu().numpy()
+            else:
+                rows = _rows(decoded, image_size) if makes_images else decoded.cpu().numpy()
         seconds += time.perf_counter() - begin
         thought_rows = None
         if isinstance(generator, Unified) and generator.thought_length is not None:
@@ -447,20 +485,30 @@ def _write(
     rows: np.ndarray,
     labels: np.ndarray,
     run: dict[str, Any],
+    *,
+    frame_rate: float,
 ) -> None:
     """samples.npz, grid.png or samples.txt, and run.json, each complete or absent; of images no tokenizer is needed."""
-    makes_images = tokenizer is None or tokenizer.makes_images
+    makes_clips = tokenizer is not None and tokenizer.modality == "video"
+    makes_images = tokenizer is None or tokenizer.makes_images or makes_clips
     with atomic_write(folder / "samples.npz") as file:
         if makes_images:
             np.savez(file, arr_0=rows, labels=labels)
+        elif isinstance(tokenizer, EnCodec):
+            np.savez(file, audio=rows, labels=labels, sample_rate=tokenizer.sample_rate)
         elif isinstance(tokenizer, Tokenizer):
             np.savez(file, tokens=rows, labels=labels)
         else:
             np.savez(file, latents=rows, labels=labels)
-    if makes_images and run["prompts"]:
+    if makes_clips:
+        write_clips(folder, rows, columns=len(run["labels"] or range(run["num_classes"])), frame_rate=frame_rate)
+    elif makes_images and run["prompts"]:
         _write_prompt_grid(folder, rows, run["prompts"], thoughts=run["thoughts"])
     elif makes_images:
         _write_grid(folder, rows, cycle=len(run["labels"] or range(run["num_classes"])))
+    elif isinstance(tokenizer, EnCodec):
+        write_audio_files(folder, rows, sample_rate=tokenizer.sample_rate)
+        _write_grid(folder, spectrograms(rows[:_GRID_SIDE]), cycle=1)
     elif isinstance(tokenizer, Tokenizer):
         texts = tokenizer.texts(torch.from_numpy(np.asarray(rows)))
         if texts is not None:

@@ -24,4 +24,4 @@ def shards(
     manifest = write_shards(source, output, split=split, samples_per_shard=samples_per_shard, shuffle_seed=shuffle_seed)
     classes, files = manifest["num_classes"], len(manifest["shards"])
     kind = f"of {classes} classes" if classes else "without labels"
-    print(f"{output}: {manifest['count']:,} images {kind} in {files} shards")
+    print(f"{output}: {manifest['count']:,} {source.media.name}s {kind} in {files} shards")

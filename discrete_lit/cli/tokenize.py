@@ -1,4 +1,4 @@
-"""`discrete-lit tokenize`: a data set's images to arrays of tokens or of latents."""
+"""`discrete-lit tokenize`: a data set's images or clips to arrays of tokens or of latents."""
 
 import logging
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from discrete_lit.core.auto_precision import resolve_precision
 from discrete_lit.core.distributed import on_first_rank
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.data.array_manifest import MANIFEST
+from discrete_lit.data.audio_clips import AudioClips
 from discrete_lit.data.encoded_arrays import EncodedWriter
 from discrete_lit.data.image_batches import EvaluationCrops
 from discrete_lit.data.image_folder import ImageFolder
@@ -30,13 +31,15 @@ from discrete_lit.data.image_shards import ImageShards
 from discrete_lit.data.latent_arrays import LatentPrecision, LatentStorage, LatentWriter
 from discrete_lit.data.loaders import EvaluationLoader, rank_range
 from discrete_lit.data.token_arrays import TokenWriter
+from discrete_lit.data.video_clips import VideoClips
 from discrete_lit.metrics.latent_statistics import overall_deviation, scale_complaint
 from discrete_lit.tokenizers import ContinuousTokenizer, Tokenizer, freeze
+from discrete_lit.tokenizers.encodec import check_sample_rate
 
 
 def tokenize(
     ckpt_path: str,
-    data: ImageShards | ImageFolder,
+    data: ImageShards | ImageFolder | AudioClips | VideoClips,
     *,
     output: str,
     split: str = "train",
@@ -53,7 +56,7 @@ def tokenize(
     join: int | None = None,
     missing: bool = False,
 ) -> dict[str, Any]:
-    """Encode every image of a split once, or several crops of it, in evaluation mode, into memory-mapped arrays.
+    """Encode every image or clip of a split once, or several crops of it, into memory-mapped arrays.
 
     They are token arrays, or latent arrays where the tokenizer is continuous. Row i of the arrays is sample i of the
     split, whatever the number of devices. The folder's `manifest.json` holds the tokenizer's fingerprint, by which a
@@ -67,7 +70,7 @@ def tokenize(
 
     Args:
         ckpt_path: checkpoint of a Tokenizer or ContinuousTokenizer.
-        data: where the images are; its `batch_size` and `num_workers` apply to each device.
+        data: where the images or clips are; its `batch_size` and `num_workers` apply to each device.
         output: folder to write; one that holds a finished array is refused.
         split: `train` or `validation` of the data.
         crops: `center`, the crop of evaluation; `flip`, also its mirror image; or `ten`, the centre, the corners and
@@ -91,9 +94,9 @@ def tokenize(
         What `manifest.json` holds; nothing for a part; `{"missing": [...]}` where that is asked for.
 
     Raises:
-        ValueError: not a tokenizer's checkpoint, no such split or crops, images of other channels, an unreadable image,
-            a finished array in the folder, a part with other settings than those that have begun, parts to join that
-            are not there, or whose rows were damaged.
+        ValueError: not a tokenizer's checkpoint, no such split or crops, data of another kind, channels or sample rate
+            than the tokenizer's, an unreadable image, a finished array in the folder, a part with other settings than
+            those that have begun, parts to join that are not there, or whose rows were damaged.
     """
     if missing:
         return tell_missing(output, "tokenize", MANIFEST)
@@ -108,11 +111,18 @@ def tokenize(
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     if not data.has_split(split):
         raise ValueError(f"data has no {split} split: set data.init_args.{split}")
+    if tokenizer.modality != data.modality:
+        raise ValueError(
+            f"ckpt_path={ckpt_path!r} takes {tokenizer.modality}, and a {type(data).__name__} has {data.modality}: "
+            "give data of that kind"
+        )
+    check_sample_rate(getattr(tokenizer, "sample_rate", None), data)
     channels = getattr(tokenizer, "image_channels", data.image_channels)  # a tokenizer of one's own need not say
     if channels != data.image_channels:
         raise ValueError(
-            f"ckpt_path={ckpt_path!r} takes images of {channels} channels: set data.init_args.image_channels to that, "
-            f"it is {data.image_channels}"
+            f"ckpt_path={ckpt_path!r} takes {tokenizer.modality} of {channels} channels: set "
+            f"data.init_args.{'channels' if tokenizer.modality == 'audio' else 'image_channels'} to that, it is "
+            f"{data.image_channels}"
         )
     cut = EvaluationCrops(crops, tuple(ten_crop_scales))
     precision = resolve_precision(precision, accelerator)
@@ -137,7 +147,7 @@ def tokenize(
         **described,
         "listing": data.listing_sha256(split),
         "crops": [crops, *ten_crop_scales] if crops == "ten" else [crops],
-        "apply_exif": data.pipeline.apply_exif,
+        **data.pipeline.evaluation_settings(),
         "seed": seed,
         "batch_size": data.batch_size,
         "torch": torch.__version__,
@@ -177,7 +187,7 @@ def tokenize(
     loader = EvaluationLoader(source, data.num_workers, max_bad_fraction=0)
     for batch in tqdm(loader, desc="tokenize", unit="batch", disable=fabric.global_rank > 0):
         with torch.no_grad(), fabric.autocast():
-            images = batch["image"].to(fabric.device)
+            images = batch[tokenizer.modality].to(fabric.device)
             if cut.count is None:
                 codes = encode(images, batch["index"], 0)
             else:  # one crop of all images after the other, so that the batch is what its size says

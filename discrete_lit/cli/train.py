@@ -76,10 +76,12 @@ _log = logging.getLogger(__name__)
 _PACKAGES = (
     "backbones",
     "callbacks",
+    "data.audio_clips",
     "data.image_folder",
     "data.image_shards",
     "data.latent_arrays",
     "data.token_arrays",
+    "data.video_clips",
     "diffusion.losses",
     "evaluation.classifier",
     "fsdp2",

@@ -7,6 +7,7 @@ square, and (height, width) in general. Channels are any number where a network 
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what prepares data knows sizes, and starts at once
@@ -15,8 +16,13 @@ if TYPE_CHECKING:  # what prepares data knows sizes, and starts at once
 MOST_PIXELS = 2**26
 """The most pixels of an image that goes through a network, 8192 x 8192: 800 MB of RGB in float32."""
 
-ImageSize = int | tuple[int, int]
-"""The size of images in pixels, as settings give it: the side of a square, or height and width (`[H, W]` in YAML)."""
+ImageSize = int | tuple[int, ...]
+"""The size of images in pixels, as settings give it: the side of a square, or height and width (`[H, W]` in YAML).
+That of clips is a list too: `[samples]` of a waveform, `[frames, H, W]` of a video."""
+
+
+MODALITIES = ("image", "audio", "video")
+"""The kinds of samples, by the names that they have in batches."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -44,22 +50,51 @@ def height_and_width(image_size: ImageSize, setting: str = "image_size") -> tupl
     """
     sides = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
     if len(sides) != 2 or not all(isinstance(side, int) for side in sides) or min(sides) < 1:
+        given = list(image_size) if isinstance(image_size, tuple) else image_size
         raise ValueError(
-            f"{setting}={image_size}: it must be the side of square images, or [height, width], each at least 1"
+            f"{setting}={given}: it must be the side of square images, or [height, width], each at least 1"
         )
-    if sides[0] * sides[1] > MOST_PIXELS:
+    height, width = sides
+    if height * width > MOST_PIXELS:
         raise ValueError(f"{setting}={image_size}: images of more than {MOST_PIXELS:,} pixels are not made here")
-    return sides
+    return height, width
 
 
 def normal_size(image_size: ImageSize, setting: str = "image_size") -> ImageSize:
     """Give a size in the one form in which sizes are kept and compared: an int for a square, else `(H, W)`.
 
+    The size of a clip, one number in a list or three, stays a tuple: `(samples,)` or `(frames, H, W)`.
+
     Raises:
-        ValueError: what `height_and_width` raises.
+        ValueError: what `height_and_width` raises, and the same of the sizes of clips.
     """
+    if isinstance(image_size, list | tuple) and len(image_size) in (1, 3):
+        if not all(isinstance(side, int) and side >= 1 for side in image_size) or prod(image_size) > MOST_PIXELS:
+            raise ValueError(
+                f"{setting}={list(image_size)}: the size of a clip is [samples] or [frames, height, width], each at "
+                f"least 1, and together at most {MOST_PIXELS:,}"
+            )
+        return tuple(image_size)
     height, width = height_and_width(image_size, setting)
     return height if height == width else (height, width)
+
+
+def clip_size(image_size: ImageSize, setting: str = "image_size") -> tuple[int, int, int]:
+    """Give the frames, H and W of the size of a clip.
+
+    Raises:
+        ValueError: another number of numbers, one below 1, or a clip that no memory is for.
+    """
+    size = normal_size(image_size, setting)
+    if isinstance(size, int) or len(size) != 3:
+        raise ValueError(f"{setting}={image_size}: the size of a clip of frames is [frames, height, width]")
+    frames, height, width = size
+    return frames, height, width
+
+
+def frames_of(clips: Tensor) -> Tensor:
+    """Give the frames of clips `(B, C, T, H, W)` as images `(B T, C, H, W)`; images `(B, C, H, W)` stay as they are."""
+    return clips.transpose(1, 2).flatten(0, 1) if clips.ndim == 5 else clips
 
 
 def size_of(images: Tensor) -> tuple[int, int]:
@@ -70,7 +105,8 @@ def size_of(images: Tensor) -> tuple[int, int]:
 
 def size_text(image_size: ImageSize) -> str:
     """Write a size for people, height first: `32x48`."""
-    return "x".join(map(str, height_and_width(image_size)))
+    clip = isinstance(image_size, list | tuple) and len(image_size) != 2
+    return "x".join(map(str, image_size if clip else height_and_width(image_size)))
 
 
 def check_channels(images: Tensor, image_channels: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Data: images from shards or folders, arrays of tokens or latents, each a LightningDataModule that resumes exactly.
+"""Data: images or audio clips from shards or folders, arrays of tokens or latents, by DataModules that resume exactly.
 
 The DataModules are imported when they are asked for: the commands that only write shards need neither torch nor
 Lightning.
@@ -8,20 +8,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from discrete_lit.data.audio_clips import AudioClips
     from discrete_lit.data.image_folder import ImageFolder
     from discrete_lit.data.image_shards import ImageShards
     from discrete_lit.data.latent_arrays import LatentArrays, LatentWriter
     from discrete_lit.data.token_arrays import TokenArrays, TokenWriter
+    from discrete_lit.data.video_clips import VideoClips
 
-__all__ = ["ImageFolder", "ImageShards", "LatentArrays", "LatentWriter", "TokenArrays", "TokenWriter"]
+__all__ = [
+    "AudioClips",
+    "ImageFolder",
+    "ImageShards",
+    "LatentArrays",
+    "LatentWriter",
+    "TokenArrays",
+    "TokenWriter",
+    "VideoClips",
+]
 
 _MODULES = {
+    "AudioClips": "audio_clips",
     "ImageFolder": "image_folder",
     "ImageShards": "image_shards",
     "LatentArrays": "latent_arrays",
     "LatentWriter": "latent_arrays",
     "TokenArrays": "token_arrays",
     "TokenWriter": "token_arrays",
+    "VideoClips": "video_clips",
 }
 
 

@@ -74,8 +74,8 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a list of names",
     ),
     "image_size": (
-        lambda value: _whole(value, 1, _LONGEST_SIDE) or (_sides(value) and len(value) == 2),
-        "the side of a square in pixels, or [height, width]",
+        lambda value: _whole(value, 1, _LONGEST_SIDE) or (_sides(value) and 1 <= len(value) <= 3),
+        "the side of a square in pixels, [height, width], or of clips [samples] or [frames, height, width]",
     ),
     "tokenizer": (lambda value: isinstance(value, str), "a text"),
 }

@@ -1,4 +1,4 @@
-"""Captions of images: where they stand beside an image, and which of several a batch takes.
+"""Captions of images and clips: where they stand beside an image, and which of several a batch takes.
 
 A caption file has the name of its image, in a shard and in a folder alike: `<key>.txt` holds a caption on each line,
 and `<key>.json`, as img2dataset writes it, one or a list of them in a field.
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from discrete_lit.data.transforms import UndecodableImage
+from discrete_lit.data.media import UndecodableSample
 
 DEFAULT_FIELD = "caption"
 LONGEST_FILE = 2**20
@@ -46,20 +46,20 @@ class Captions:
         """Read the captions, one at least, of a caption file; None where there is no file.
 
         Raises:
-            UndecodableImage: there is no caption, or the file is broken.
+            UndecodableSample: there is no caption, or the file is broken.
         """
         captions: tuple[str, ...] = ()
         if content is not None:
             try:
                 captions = self._parsed(content)
             except (ValueError, RecursionError) as error:  # not UTF-8, or no JSON
-                raise UndecodableImage(f"its .{self.kind} cannot be read: {error}") from error
+                raise UndecodableSample(f"its .{self.kind} cannot be read: {error}") from error
         if captions:
             return captions
         if self.missing == "empty":
             return ("",)
         where = f"no .{self.kind}" if content is None else f"no caption in its .{self.kind}"
-        raise UndecodableImage(f"it has {where}{self._hint(content)}; captions.missing: empty takes it without a text")
+        raise UndecodableSample(f"it has {where}{self._hint(content)}; captions.missing: empty takes it without a text")
 
     def _parsed(self, content: bytes) -> tuple[str, ...]:
         text = content.decode("utf-8-sig")

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lightning import LightningDataModule
 
@@ -30,6 +30,9 @@ class ResumableDataModule(LightningDataModule, ABC):
         max_bad_fraction: fraction of a split's samples that may be unreadable before a run fails.
         persistent_workers: keep the processes between epochs.
     """
+
+    modality: ClassVar[Literal["image", "audio", "video"]] = "image"
+    """The kind of its samples, and the name that they have in a batch, unless they were encoded."""
 
     def __init__(
         self,

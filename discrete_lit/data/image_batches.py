@@ -1,8 +1,9 @@
 """Image files to the batches that both image DataModules yield."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,16 +29,17 @@ TrainingCrop = Literal["random", "center", "random_resized", "dall_e"]
 
 
 @dataclass(frozen=True)
-class LabelledImage:
-    """One sample of a batch; `pixels` is uint8 `(H, W, C)`, or `(V, H, W, C)` of V crops."""
+class LabelledSample:
+    """One sample of a batch, an image or a clip."""
 
-    pixels: np.ndarray
+    values: np.ndarray
+    """An image as uint8 `(H, W, C)`, or `(V, H, W, C)` of V crops; a clip as its pipeline makes it."""
     label: int | None
     _: KW_ONLY
     key: str
     index: int
     captions: tuple[str, ...] | None = None
-    """All captions of the image; None where none are read."""
+    """All captions of the sample; None where none are read."""
     caption: str | None = None
     """The one that training drew; None in evaluation."""
 
@@ -80,8 +82,47 @@ class EvaluationCrops:
 CENTER_CROP = EvaluationCrops()
 
 
+class SamplePipeline(ABC):
+    """Decode samples and cut them, for any DataModule that reads files: of images, of clips.
+
+    It is copied to the workers, so it must pickle. What is random is keyed by `seed`, the epoch and the sample's key.
+    """
+
+    seed: int
+
+    @abstractmethod
+    def training(self, data: bytes, epoch: int, key: str) -> np.ndarray:
+        """Decode and augment a file: the same for the same (seed, epoch, key).
+
+        Raises:
+            UndecodableSample: it cannot be read completely.
+        """
+
+    @abstractmethod
+    def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
+        """Decode a file and cut it for evaluation.
+
+        Raises:
+            UndecodableSample: it cannot be read completely.
+        """
+
+    @abstractmethod
+    def batch(self, samples: Sequence[LabelledSample]) -> Batch:
+        """Make a batch, which may be one of no sample."""
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """Name what decides, beside the size, how a file is decoded for evaluation; nothing by default."""
+        return {}
+
+    def training_caption(self, captions: tuple[str, ...] | None, epoch: int, key: str) -> str | None:
+        """Draw one of a sample's captions, the same for the same (seed, epoch, key); None where it has none."""
+        if captions is None:
+            return None
+        return drawn(captions, augmentation_uniforms(self.seed, epoch, f"caption of {key}")[0])
+
+
 @dataclass(frozen=True)
-class ImagePipeline:
+class ImagePipeline(SamplePipeline):
     """Decoding and cropping, the same in every DataModule of images.
 
     Args:
@@ -161,18 +202,19 @@ class ImagePipeline:
             pixels = center_crop(image, self.image_size)
         return pixels[:, ::-1] if self.flip and randomness[3] < 0.5 else pixels
 
-    def training_caption(self, captions: tuple[str, ...] | None, epoch: int, key: str) -> str | None:
-        """Draw one of an image's captions, the same for the same (seed, epoch, key); None where it has none."""
-        if captions is None:
-            return None
-        return drawn(captions, augmentation_uniforms(self.seed, epoch, f"caption of {key}")[0])
+    def batch(self, samples: Sequence[LabelledSample]) -> Batch:
+        """Make a batch, see `image_batch`."""
+        return image_batch(samples, self.shape)
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        return {"apply_exif": self.apply_exif}
 
     def evaluation(self, data: bytes, crops: EvaluationCrops) -> np.ndarray:
         """Crop an image for evaluation: uint8 `(H, W, C)`, or `(V, H, W, C)` of several crops."""
         return crops.cut(decode_image(data, self.apply_exif, image_channels=self.image_channels), self.image_size)
 
 
-def image_batch(samples: Sequence[LabelledImage], shape: tuple[int, int, int]) -> Batch:
+def image_batch(samples: Sequence[LabelledSample], shape: tuple[int, int, int]) -> Batch:
     """Make a batch: `{"image": float32 in [-1, 1], "label": int64 (B,), "key": list[str], "index": int64 (B,)}`.
 
     A set without labels makes batches without `"label"`. Where captions are read there is `"caption": list[str]`, one
@@ -184,16 +226,20 @@ def image_batch(samples: Sequence[LabelledImage], shape: tuple[int, int, int]) -
         samples: of the batch.
         shape: `(H, W, C)` of an image, for a batch of none.
     """
-    pixels = np.empty((len(samples), *(samples[0].pixels.shape if samples else shape)), dtype=np.uint8)
+    pixels = np.empty((len(samples), *(samples[0].values.shape if samples else shape)), dtype=np.uint8)
     for row, sample in enumerate(samples):
-        pixels[row] = sample.pixels
+        pixels[row] = sample.values
     images = from_uint8(torch.from_numpy(pixels).movedim(-1, -3).contiguous())
+    return {"image": images, **label_batch(samples)}
+
+
+def label_batch(samples: Sequence[LabelledSample]) -> Batch:
+    """Make what a batch has beside the images or clips themselves, as `image_batch` says."""
     labels = [sample.label for sample in samples if sample.label is not None]
     assert len(labels) in (0, len(samples)), "a set has labels or none"
     captions = [sample.captions for sample in samples if sample.captions is not None]
     chosen = [sample.caption for sample in samples if sample.caption is not None]
     return {
-        "image": images,
         **({"label": torch.tensor(labels, dtype=torch.int64)} if labels else {}),
         **(caption_batch(captions, chosen or None) if captions else {}),
         "key": [sample.key for sample in samples],

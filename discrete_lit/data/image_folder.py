@@ -12,9 +12,9 @@ from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
 from discrete_lit.data.loaders import (
     BadSample,
@@ -25,8 +25,9 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     TrainingOrder,
 )
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.sources.class_folders import FoundImages, captions_beside, find_images
-from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, UndecodableImage, image_bytes_limit
+from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, image_bytes_limit
 
 
 class ImageFolder(ResumableDataModule):
@@ -141,8 +142,8 @@ class ImageFolder(ResumableDataModule):
         return len(self.classes)
 
     @cached_property
-    def _files(self) -> dict[Split, "ImageFiles"]:
-        return {split: ImageFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
+    def _files(self) -> dict[Split, "SampleFiles"]:
+        return {split: SampleFiles(found, self.classes, captions=self.captions) for split, found in self._found.items()}
 
     def listing_sha256(self, split: Split) -> str:
         """Hash the names of the images of a split in their order, which tells that a sample's number means the same."""
@@ -151,7 +152,7 @@ class ImageFolder(ResumableDataModule):
     def training_source(self, rank: int, world_size: int) -> BatchSource:
         files = self._files["train"]
         order = TrainingOrder(len(files), self.batch_size, rank=rank, world_size=world_size, seed=self.seed)
-        return _TrainingImages(files, order, pipeline=self.pipeline)
+        return TrainingFiles(files, order, pipeline=self.pipeline)
 
     def evaluation_source(
         self,
@@ -164,18 +165,18 @@ class ImageFolder(ResumableDataModule):
     ) -> BatchSource:
         files = self._files[split]
         order = EvaluationOrder(len(files), self.batch_size, rank=rank, world_size=world_size, batches=batches)
-        return _EvaluationImages(files, order, pipeline=self.pipeline, crops=crops)
+        return EvaluationFiles(files, order, pipeline=self.pipeline, crops=crops)
 
 
-class ImageFiles:
-    """The image files of a folder in sorted order.
+class SampleFiles:
+    """The files of a folder, images or clips, in sorted order.
 
     Raises:
         ValueError: the folder has a class that is not one of `classes`.
     """
 
     def __init__(self, found: FoundImages, classes: list[str], *, captions: Captions | None = None):
-        self.folder = found.root
+        self.folder, self.kind = found.root, found.kind
         self._captions = captions
         label_of = {name: label for label, name in enumerate(classes)}
         self.keys: list[str] = []
@@ -208,14 +209,14 @@ class ImageFiles:
         path = self.folder / self.keys[sample]
         try:
             if (size := path.stat().st_size) > image_bytes_limit():
-                raise UndecodableImage(f"it has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
+                raise UndecodableSample(f"it has {size:,} bytes, more than {IMAGE_BYTES_VARIABLE} allows")
             return path.read_bytes()
         except OSError as error:
-            raise UndecodableImage(f"{type(error).__name__}: {error}") from error
+            raise UndecodableSample(f"{type(error).__name__}: {error}") from error
 
 
-class _TrainingImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: TrainingOrder, *, pipeline: ImagePipeline):
+class TrainingFiles(OrderedSource):
+    def __init__(self, files: SampleFiles, order: TrainingOrder, *, pipeline: SamplePipeline):
         super().__init__(order)
         self.files = files
         self.order = order
@@ -224,30 +225,30 @@ class _TrainingImages(OrderedSource):
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         bad: list[BadSample] = []
         samples = [self._sample(epoch, int(position), bad) for position in self.order.positions(number)]
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledImage:
+    def _sample(self, epoch: int, position: int, bad: list[BadSample]) -> LabelledSample:
         permutation = self.order.permutation(epoch)
         # The stand-in of a bad image is the next good one of the epoch's order, which no rank or worker decides.
         for distance in range(len(permutation)):
             sample = permutation[(position + distance) % len(permutation)]
             key = self.files.keys[sample]
             try:
-                pixels = self.pipeline.training(self.files.read(sample), epoch, key)
+                values = self.pipeline.training(self.files.read(sample), epoch, key)
                 captions = self.files.captions(sample)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 if distance == 0:
                     bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             index = epoch * self.order.count + position
             caption = self.pipeline.training_caption(captions, epoch, key)
             label = self.files.label(sample)
-            return LabelledImage(pixels, label, key=key, index=index, captions=captions, caption=caption)
-        raise TooManyBadSamples(f"not one image in {self.files.folder} can be read")
+            return LabelledSample(values, label, key=key, index=index, captions=captions, caption=caption)
+        raise TooManyBadSamples(f"not one {self.files.kind.name} in {self.files.folder} can be read")
 
 
-class _EvaluationImages(OrderedSource):
-    def __init__(self, files: ImageFiles, order: EvaluationOrder, *, pipeline: ImagePipeline, crops: EvaluationCrops):
+class EvaluationFiles(OrderedSource):
+    def __init__(self, files: SampleFiles, order: EvaluationOrder, *, pipeline: SamplePipeline, crops: EvaluationCrops):
         super().__init__(order)
         self.files = files
         self.order = order
@@ -259,11 +260,11 @@ class _EvaluationImages(OrderedSource):
         for sample in self.order.samples_of(number):
             key = self.files.keys[sample]
             try:
-                pixels = self.pipeline.evaluation(self.files.read(sample), self.crops)
+                values = self.pipeline.evaluation(self.files.read(sample), self.crops)
                 captions = self.files.captions(sample)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(key, str(self.files.folder), str(error)))
                 continue
             label = self.files.label(sample)
-            samples.append(LabelledImage(pixels, label, key=key, index=int(sample), captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, label, key=key, index=int(sample), captions=captions))
+        return self.pipeline.batch(samples), bad

@@ -19,9 +19,9 @@ from discrete_lit.data.image_batches import (
     CENTER_CROP,
     EvaluationCrops,
     ImagePipeline,
-    LabelledImage,
+    LabelledSample,
+    SamplePipeline,
     TrainingCrop,
-    image_batch,
 )
 from discrete_lit.data.loaders import (
     BadSample,
@@ -31,6 +31,7 @@ from discrete_lit.data.loaders import (
     TooManyBadSamples,
     complete_batches,
 )
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.shard_order import (
     EpochReader,
     Layout,
@@ -42,7 +43,6 @@ from discrete_lit.data.shard_order import (
 )
 from discrete_lit.data.shard_set import ShardSet, find_shards
 from discrete_lit.data.tars import RawSample, label_of
-from discrete_lit.data.transforms import UndecodableImage
 
 
 class ImageShards(ResumableDataModule):
@@ -184,7 +184,7 @@ class ImageShards(ResumableDataModule):
         return len(self.classes)
 
     def training_source(self, rank: int, world_size: int) -> BatchSource:
-        return _TrainingShards(
+        return TrainingShards(
             self.shards["train"],
             self.pipeline,
             batch_size=self.batch_size,
@@ -204,7 +204,7 @@ class ImageShards(ResumableDataModule):
         crops: EvaluationCrops = CENTER_CROP,
         batches: np.ndarray | None = None,
     ) -> BatchSource:
-        return _EvaluationShards(
+        return EvaluationShards(
             self.shards[split],
             self.pipeline,
             batch_size=self.batch_size,
@@ -230,7 +230,7 @@ class _Shards:
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -248,7 +248,7 @@ class _Shards:
         self.caption_kind = None if captions is None else captions.kind
         self.samples_per_step = batch_size * world_size
         self._reader: Any = None
-        """What is open: kept between the batches of a worker."""
+        """The opened shards, kept between the batches of a worker."""
         self._next: tuple[int, int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class _Shards:
         raise NotImplementedError
 
     def _reader_at(self, epoch: int, number: int) -> Any:
-        """What batch `number` is read from, with the batches before it taken."""
+        """Give what batch `number` is read from, with the batches before it taken."""
         if self._reader is None or self._next != (epoch, number):
             self._reader = self.opened(epoch, number)
         self._next = (epoch, number + self.workers)
@@ -273,17 +273,17 @@ class _Shards:
 
     def _image(self, sample: RawSample) -> bytes:
         if sample.problem is not None:
-            raise UndecodableImage(sample.problem)
+            raise UndecodableSample(sample.problem)
         if sample.label is None and self.shards.classes:
-            raise UndecodableImage("it has no .cls entry (a set without labels is read without num_classes)")
+            raise UndecodableSample("it has no .cls entry (a set without labels is read without num_classes)")
         return sample.image
 
 
-class _TrainingShards(_Shards):
+class TrainingShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -316,8 +316,8 @@ class _TrainingShards(_Shards):
 
     def opened(self, epoch: int, number: int) -> EpochReader:
         stream = SampleStream.of_epoch(self.shards, seed=self.pipeline.seed, epoch=epoch, captions=self.caption_kind)
-        batches = [self.positions(batch) for batch in range(number, self.batches, self.workers)]
-        return EpochReader(stream, self.order, epoch=epoch, positions=np.concatenate(batches))
+        positions = np.concatenate([self.positions(batch) for batch in range(number, self.batches, self.workers)])
+        return EpochReader(stream, self.order, epoch=epoch, positions=positions[positions < self.order.samples])
 
     def batch(self, epoch: int, number: int) -> tuple[Batch, list[BadSample]]:
         reader: EpochReader = self._reader_at(epoch, number)
@@ -327,26 +327,26 @@ class _TrainingShards(_Shards):
             index = epoch * self.shards.count + position
             try:
                 sample = self._decode(taken, epoch, index)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 sample = self._stand_in(reader, epoch, position)
             samples.append(sample)
-        return image_batch(samples, self.pipeline.shape), bad
+        return self.pipeline.batch(samples), bad
 
-    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledImage:
-        pixels = self.pipeline.training(self._image(sample), epoch, sample.key)
+    def _decode(self, sample: RawSample, epoch: int, index: int) -> LabelledSample:
+        values = self.pipeline.training(self._image(sample), epoch, sample.key)
         captions = self._captions(sample)
         caption = self.pipeline.training_caption(captions, epoch, sample.key)
-        return LabelledImage(
-            pixels, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
+        return LabelledSample(
+            values, self._label(sample), key=sample.key, index=index, captions=captions, caption=caption
         )
 
-    def _stand_in(self, reader: EpochReader, epoch: int, position: int) -> LabelledImage:
+    def _stand_in(self, reader: EpochReader, epoch: int, position: int) -> LabelledSample:
         """The next readable sample of its part of the order, its first ones after its last."""
         for sample in reader.following(position):
             try:
                 return self._decode(sample, epoch, epoch * self.shards.count + position)
-            except UndecodableImage:
+            except UndecodableSample:
                 continue
         raise TooManyBadSamples(f"not one sample of a worker's part of the epoch can be used, on rank {self.rank}")
 
@@ -369,11 +369,11 @@ class _TrainingShards(_Shards):
             say_what_is_passed_over(self.order, own)
 
 
-class _EvaluationShards(_Shards):
+class EvaluationShards(_Shards):
     def __init__(
         self,
         shards: ShardSet,
-        pipeline: ImagePipeline,
+        pipeline: SamplePipeline,
         *,
         batch_size: int,
         rank: int,
@@ -409,13 +409,13 @@ class _EvaluationShards(_Shards):
         for _ in range(min(self.batch_size, len(reader))):
             index, taken = reader.take()
             try:
-                pixels = self.pipeline.evaluation(self._image(taken), self.crops)
+                values = self.pipeline.evaluation(self._image(taken), self.crops)
                 captions = self._captions(taken)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 bad.append(BadSample(taken.key, taken.shard, str(error)))
                 continue
-            samples.append(LabelledImage(pixels, self._label(taken), key=taken.key, index=index, captions=captions))
-        return image_batch(samples, self.pipeline.shape), bad
+            samples.append(LabelledSample(values, self._label(taken), key=taken.key, index=index, captions=captions))
+        return self.pipeline.batch(samples), bad
 
     def identity(self) -> Mapping[str, int | str]:
         return {}

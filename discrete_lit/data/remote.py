@@ -86,8 +86,8 @@ def open_url(url: str) -> io.BufferedReader:
     elif is_download(url):
         if (keeping := _keeping.pop(url, None)) is not None:
             keeping.join()  # it ends by its own time-outs
-        download = _Download(url)
         cache = shard_cache()
+        download = _Download(url, probe=cache is not None)
         kept = None if cache is None else _kept(cache, download)
         if kept is not None:
             with kept:
@@ -121,7 +121,7 @@ def _keep(url: str) -> None:
     cache = shard_cache()
     assert cache is not None
     # Who reads the file meets the error again.
-    with suppress(OSError), closing(_Download(url)) as download:
+    with suppress(OSError), closing(_Download(url, probe=True)) as download:
         kept = cache.open(download)
         if kept is not None:
             kept.close()
@@ -197,21 +197,26 @@ class _Stream(io.RawIOBase):
 class _Download(_Stream):
     """The body of a web server's answer, which is asked for again from the byte where a transfer broke off."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, probe: bool = False) -> None:
         super().__init__()
         self._url, self.name = url, without_secrets(url)
-        self._source = self._ask(0)
-        headers = self._source.headers
-        self.size = _whole(headers.get("Content-Length"))
-        # A server's own compression would make these another file's.
-        marks = [headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
-        self.version = "\n".join(marks) if any(marks[:2]) else ""
+        # The first byte tells version and size; of a server without ranges, which sends all, it is the file itself.
+        source = self._ask("bytes=0-0" if probe else None)
+        self.size = _whole(source.headers.get("Content-Length"))
+        if source.status == 206:
+            found = _RANGE.fullmatch(source.headers.get("Content-Range", ""))
+            self.size = None if found is None else _whole(found[3])
+            source.close()
+        self._source = None if source.status == 206 else source
+        self.version = _version(source)
         self.received = self._resumed = 0
 
     def receive(self, most: int) -> bytes:
         begin = time.monotonic()
         for attempt in range(_RESUMED_AT_MOST + 1):
             try:
+                if self._source is None:
+                    self._resume()
                 if attempt:
                     time.sleep(attempt * self._timeout / 15)
                     self._resume()
@@ -234,9 +239,12 @@ class _Download(_Stream):
                     raise error from None
         raise AssertionError("the last attempt returns or raises")
 
-    def _ask(self, start: int) -> http.client.HTTPResponse:
-        """Ask for the file from a byte on."""
-        return _within(self._timeout, lambda: _answer(_address(self._url), self._timeout, start))
+    def _ask(self, part: str | None) -> http.client.HTTPResponse:
+        """Ask for the file, or for a part of it."""
+        address = _address(self._url)
+        return _within(
+            self._timeout, lambda: _answer(address, self._timeout, asked={} if part is None else {"Range": part})
+        )
 
     def _resume(self) -> None:
         """Go on from the byte where the transfer broke off.
@@ -244,17 +252,17 @@ class _Download(_Stream):
         Raises:
             PermanentFailure: there is another file now.
         """
-        self._source.close()
-        self._source = self._ask(self.received)
-        headers = self._source.headers
-        marks = [headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
+        if self._source is not None:
+            self._source.close()
+        self._source = self._ask(f"bytes={self.received}-" if self.received else None)
+        headers, version = self._source.headers, _version(self._source)
         if self._source.status == 206:
             found = _RANGE.fullmatch(headers.get("Content-Range", ""))
             start, size = (int(found[1]), _whole(found[3])) if found else (None, None)
             same = start == self.received and size in (None, self.size)
         else:  # the whole file again, by a server that knows no ranges
             same = _whole(headers.get("Content-Length")) == self.size
-        if not same or (self.version and any(marks[:2]) and "\n".join(marks) != self.version):
+        if not same or (self.version and version and version != self.version):
             raise PermanentFailure(
                 f"the file on the server changed while it was read, after {self.received:,} of {self.size:,} bytes"
             )
@@ -357,6 +365,13 @@ class _ReadAhead(io.RawIOBase):
                     return
 
 
+def _version(answer: http.client.HTTPResponse) -> str:
+    """Tell versions of a file apart, by the marks of the server; empty where it gives none."""
+    # A server's own compression would make these another file's.
+    marks = [answer.headers.get(name) or "" for name in ("ETag", "Last-Modified", "Content-Encoding")]
+    return "\n".join(marks) if any(marks[:2]) else ""
+
+
 def _whole(text: str | None) -> int | None:
     """A number of bytes in a header; None where there is none."""
     return int(text) if text is not None and text.isdecimal() and len(text) < 20 else None
@@ -437,17 +452,12 @@ class _Led(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(
-    url: str,
-    timeout: float,
-    start: int = 0,
-    *,
-    asked: Mapping[str, str] | None = None,
-    led: dict[str, str] | None = None,
+    url: str, timeout: float, *, asked: Mapping[str, str] | None = None, led: dict[str, str] | None = None
 ) -> http.client.HTTPResponse:
-    """Send one request for a file from byte `start` on, and tell failures that may pass from those that will not."""
+    """Send one request for a file, or the part that `Range` asks for, and tell failures that may pass from others."""
     parts = urlsplit(url)
-    headers = {"User-Agent": "discrete-lit", **({"Range": f"bytes={start}-"} if start else {}), **(asked or {})}
-    secret = headers.pop("Authorization", None)
+    headers = {"User-Agent": "discrete-lit", **(asked or {})}
+    part, secret = headers.get("Range"), headers.pop("Authorization", None)
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
         headers["Authorization"] = f"Basic {base64.b64encode(login.encode()).decode()}"
@@ -462,8 +472,8 @@ def _answer(
         error.close()
         if error.code in _PASSING:
             raise OSError(reason) from error
-        if error.code == 416 and start:
-            reason = f"the file on the server changed while it was read: it has no byte {start:,} any more ({reason})"
+        if error.code == 416 and part is not None:
+            reason = f"the file on the server changed while it was read, or is empty: it has no {part} ({reason})"
         kind = MissingFile if error.code in (401, 403, 404, 410) else PermanentFailure
         raise kind(reason) from error
     except urllib.error.URLError as error:

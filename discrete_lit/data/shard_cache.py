@@ -36,7 +36,7 @@ class Download(Protocol):
     name: str
     """Its URL, without a signature."""
     version: str
-    """What the server says that tells versions of the file apart; empty where it says nothing."""
+    """The marks of the server that tell versions of the file apart; empty where it gives none."""
     size: int | None
     """In bytes; None where the server does not say it."""
 
@@ -67,11 +67,11 @@ class ShardCache:
         if not download.version or download.size is None or download.size > self.most_bytes:
             return None
         path = self.folder / content_sha256(f"{download.name}\n{download.version}\n{download.size}")[:40]
-        with suppress(FileNotFoundError):
-            file = path.open("rb")
-            os.utime(path)  # used now
-            return file
         try:
+            with suppress(FileNotFoundError), _disk_errors():
+                file = path.open("rb")
+                os.utime(path)  # used now
+                return file
             return self._fetch(download, path)
         except _NotKept as error:
             _log.warning("%s is not kept in %s: %s", download.name, self.folder, error)
@@ -138,6 +138,8 @@ def _disk_errors() -> Iterator[None]:
     """Tell errors of the disk from those of the server."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise _NotKept(str(error)) from error
 

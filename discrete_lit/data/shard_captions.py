@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from discrete_lit.data.captions import Captions
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.shard_set import find_shards
 from discrete_lit.data.tars import read_samples
-from discrete_lit.data.transforms import UndecodableImage
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def shard_captions(location: str | Sequence[str], captions: Captions) -> Iterato
         for _, sample in read_samples(shard, np.ones(shard.count, dtype=bool), captions=captions.kind):
             try:
                 texts = captions.read(sample.captions)
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 left_out, example = left_out + 1, example or f"sample {sample.key!r} of {sample.shard}: {error}"
                 continue
             found += any(texts)

@@ -73,6 +73,11 @@ class ShardOrder:
         self.seed = seed
         self.rank_samples = complete_batches(count, layout.batch_size, layout.world_size) * layout.batch_size
 
+    @property
+    def samples(self) -> int:
+        """Positions of the epoch: at least all those of whole global batches."""
+        return self.rank_samples * self.layout.world_size
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Find the split of each position of the epoch, and its place among those that the split gives out."""
         batch, world, workers = self.layout
@@ -164,7 +169,8 @@ class SampleStream:
         for (shard, begin, in_shard), following in zip(needed, [*needed[1:], None], strict=True):
             if following is not None:
                 following[0].keep()
-            for position, sample in read_samples(shard, in_shard, captions=self.captions):
+            samples = read_samples(shard, in_shard, captions=self.captions, kind=self.shards.kind)
+            for position, sample in samples:
                 yield begin + position, sample
 
 

@@ -22,10 +22,11 @@ import braceexpand
 import numpy as np
 
 from discrete_lit.core.bounded_reading import MOST_JSON, parse_json
+from discrete_lit.data.media import MediaKind
 from discrete_lit.data.remote import MissingFile, is_download, is_local, keep, local_path, open_url, without_secrets
 from discrete_lit.data.shard_writer import FORMAT, MANIFEST
 from discrete_lit.data.tars import BrokenShard, find_labels
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS, UNREADABLE_EXTENSIONS
+from discrete_lit.data.transforms import IMAGE_EXTENSIONS, IMAGES, UNREADABLE_EXTENSIONS
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ class ShardSet:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...]
     """Name of each label; none where the samples have no labels."""
+    kind: MediaKind = IMAGES
+    """The files that samples are made of."""
 
     @property
     def count(self) -> int:
@@ -88,6 +91,7 @@ def find_shards(
     counts: int | Sequence[int] | None = None,
     *,
     num_classes: int | None = None,
+    kind: MediaKind = IMAGES,
 ) -> ShardSet:
     """Find the shards that a user names as a split.
 
@@ -96,6 +100,7 @@ def find_shards(
         counts: samples in all shards, spread evenly, or one number a shard, where there is no manifest.
         num_classes: number of classes where there is no manifest. Without it, and where no sample of the counted
             shards has a label, the set is one without labels; labels that are left out so are warned of.
+        kind: the files that samples are made of.
 
     Raises:
         ValueError: there are no shards, one is missing or cut off, or their counts or classes are not known, are not
@@ -112,11 +117,12 @@ def find_shards(
     manifests: dict[str, dict[str, Any] | None] = {}
     if counts is None:
         manifests = {parent: _manifest(parent) for parent in dict.fromkeys(map(_parent, urls))}
-    found, labelled = _counts(urls, counts, manifests)
+    found, labelled = _counts(urls, counts, manifests, kind=kind)
     shards = tuple(Shard(url, count) for url, count in zip(urls, found, strict=True) if count > 0)
     if not shards:
         raise ValueError(f"there are no samples in the shards of {_named(location)}")
-    return ShardSet(shards, _classes(location, [given for given in manifests.values() if given], num_classes, labelled))
+    classes = _classes(location, [given for given in manifests.values() if given], num_classes, labelled)
+    return ShardSet(shards, classes, kind)
 
 
 def holds_shards(folder: Path) -> bool:
@@ -303,7 +309,11 @@ def _basename(url: str) -> str:
 
 
 def _counts(
-    urls: list[str], given: int | Sequence[int] | None, manifests: dict[str, dict[str, Any] | None]
+    urls: list[str],
+    given: int | Sequence[int] | None,
+    manifests: dict[str, dict[str, Any] | None],
+    *,
+    kind: MediaKind,
 ) -> tuple[list[int], bool | None]:
     """Samples of each shard, and whether any has a label, where that was seen."""
     if given is not None:
@@ -332,7 +342,7 @@ def _counts(
             counts.append(listed[parent][_basename(url)])
             continue
         try:
-            found = _counted(url)
+            found = _counted(url, kind=kind)
         except BrokenShard as error:
             broken.append(str(error))
             continue
@@ -346,9 +356,9 @@ def _counts(
     return counts, labelled
 
 
-def _counted(url: str) -> np.ndarray:
+def _counted(url: str, *, kind: MediaKind) -> np.ndarray:
     if is_local(url):
-        return find_labels(Shard(url, 0))
+        return find_labels(Shard(url, 0), kind=kind)
     raise ValueError(
         f"there is no {MANIFEST} beside {without_secrets(url)}: give the number of samples (train_count, "
         "validation_count) and, where they have labels, num_classes"

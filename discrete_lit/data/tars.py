@@ -29,12 +29,8 @@ from typing import IO, Any, NamedTuple, Protocol, Self, cast
 import numpy as np
 
 from discrete_lit.data.captions import LONGEST_FILE
-from discrete_lit.data.transforms import (
-    IMAGE_BYTES_VARIABLE,
-    IMAGE_EXTENSIONS,
-    UNREADABLE_EXTENSIONS,
-    image_bytes_limit,
-)
+from discrete_lit.data.media import MediaKind
+from discrete_lit.data.transforms import IMAGE_BYTES_VARIABLE, IMAGES, image_bytes_limit
 
 # A transfer that breaks is taken up again at the sample where it broke; a local file would only break again.
 _REMOTE_ATTEMPTS = 3
@@ -102,7 +98,7 @@ class ShardFile(Protocol):
 
 
 def read_samples(
-    shard: ShardFile, wanted: np.ndarray, *, captions: str | None = None
+    shard: ShardFile, wanted: np.ndarray, *, captions: str | None = None, kind: MediaKind = IMAGES
 ) -> Iterator[tuple[int, RawSample]]:
     """Read the wanted samples of a shard in order, each with its position; the others are passed over unread.
 
@@ -112,6 +108,7 @@ def read_samples(
         shard: the file.
         wanted: bool `(shard.count,)`.
         captions: the extension of caption files that are read too, such as txt.
+        kind: the files that samples are made of.
 
     Raises:
         BrokenShard: nothing can be read.
@@ -125,7 +122,7 @@ def read_samples(
             time.sleep(attempt * _PAUSE)
         try:
             with _opened(shard) as tar:
-                groups = _groups(tar, wanted, captions)
+                groups = _groups(tar, wanted, captions, kind=kind)
                 for position, group in groups:
                     if position == shard.count - 1 and _one_more(groups):
                         raise ValueError(
@@ -192,7 +189,7 @@ def count_samples(shard: ShardFile) -> int:
     return len(find_labels(shard))
 
 
-def find_labels(shard: ShardFile) -> np.ndarray:
+def find_labels(shard: ShardFile, *, kind: MediaKind = IMAGES) -> np.ndarray:
     """Tell of each sample of a local shard whether it has a label, by the headers alone: bool `(samples,)`.
 
     Raises:
@@ -200,7 +197,8 @@ def find_labels(shard: ShardFile) -> np.ndarray:
     """
     try:
         with _opened(shard) as tar:
-            return np.array([group.label is not None for _, group in _groups(tar, np.zeros(0, dtype=bool))], dtype=bool)
+            groups = _groups(tar, np.zeros(0, dtype=bool), kind=kind)
+            return np.array([group.label is not None for _, group in groups], dtype=bool)
     except _BROKEN as error:
         raise BrokenShard(f"cannot read {shard.name} to its end: {error}") from error
 
@@ -440,6 +438,7 @@ class _Group:
     """The entries of a sample."""
 
     key: str
+    kind: MediaKind = IMAGES
     images: list[bytes] = field(default_factory=list)
     label: bytes | None = None
     captions: bytes | None = None
@@ -448,17 +447,20 @@ class _Group:
     def sample(self, shard: str) -> RawSample:
         problem = self.problem
         if problem is None and len(self.images) != 1:
-            problem = f"it has {len(self.images)} images" if self.images else "it has no image"
+            name = self.kind.name
+            problem = f"it has {len(self.images)} {name}s" if self.images else f"it has no {name}"
         image = self.images[0] if self.images else b""
         return RawSample(self.key, shard, image, self.label, problem, self.captions)
 
 
-def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = None) -> Iterator[tuple[int, _Group]]:
+def _groups(
+    tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = None, *, kind: MediaKind
+) -> Iterator[tuple[int, _Group]]:
     """Position and entries of each sample; the content is read of the wanted ones alone."""
     position, limit, passed_over = -1, image_bytes_limit(), 0
     group: _Group | None = None
     # A caption file may stand before its image, and alone it is no sample: json comes before png.
-    ahead = _Group(key="")
+    ahead = _Group(key="", kind=kind)
     try:
         for member in _members(tar):
             folder, slash, name = member.name.rpartition("/")
@@ -472,21 +474,21 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = Non
             key = folder + slash + stem
             if extension == captions:
                 of_group = group is not None and key == group.key
-                target = group if group is not None and of_group else _Group(key=key)
+                target = group if group is not None and of_group else _Group(key=key, kind=kind)
                 if (place := position + (not of_group)) < len(wanted) and wanted[place]:
-                    problem = _problem(member, extension, LONGEST_FILE)
+                    problem = _problem(member, extension, LONGEST_FILE, kind=kind)
                     target.problem = target.problem or problem
                     target.captions = read_file(tar, member) if problem is None else None
                 ahead = ahead if of_group else target
                 continue
-            if not (extension == "cls" or extension in UNREADABLE_EXTENSIONS or extension in IMAGE_EXTENSIONS):
+            if not (extension == "cls" or extension in kind.unreadable or extension in kind.extensions):
                 continue
             passed_over = 0
             if group is None or key != group.key:
                 if group is not None:
                     yield position, group
-                position, group = position + 1, ahead if ahead.key == key else _Group(key=key)
-            problem = _problem(member, extension, _LONGEST_LABEL if extension == "cls" else limit)
+                position, group = position + 1, ahead if ahead.key == key else _Group(key=key, kind=kind)
+            problem = _problem(member, extension, _LONGEST_LABEL if extension == "cls" else limit, kind=kind)
             group.problem = group.problem or problem
             # Of several images, which make a broken sample, the first is read: all may be more than memory holds.
             another = extension != "cls" and bool(group.images)
@@ -506,10 +508,10 @@ def _groups(tar: tarfile.TarFile, wanted: np.ndarray, captions: str | None = Non
         yield position, group
 
 
-def _problem(member: tarfile.TarInfo, extension: str, limit: int) -> str | None:
+def _problem(member: tarfile.TarInfo, extension: str, limit: int, *, kind: MediaKind) -> str | None:
     """Why an entry cannot be read, by its header."""
-    if extension in UNREADABLE_EXTENSIONS:
-        return f"its image is a .{extension}, which Pillow does not read here: convert it"
+    if extension in kind.unreadable:
+        return f"its {kind.name} is a .{extension}, which {kind.reader} does not read here: convert it"
     if not member.isreg():
         return f"its .{extension} is no file but a {_kind(member)}"
     if member.size > limit:

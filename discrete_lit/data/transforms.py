@@ -30,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from discrete_lit.core.images import ImageSize, height_and_width, normal_size
+from discrete_lit.data.media import MediaKind, UndecodableSample
 
 _BOX, _BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -60,8 +61,12 @@ _LARGEST_EXCESS = 16
 _MOST_DECODED, _DECODED_OF_A_BYTE, _CONVERTED = 5 * 2**28, 5, 4
 
 
-class UndecodableImage(ValueError):
+class UndecodableImage(UndecodableSample):
     """The bytes are not an image that can be read completely."""
+
+
+IMAGES = MediaKind("image", IMAGE_EXTENSIONS, unreadable=UNREADABLE_EXTENSIONS)
+"""Image files."""
 
 
 def image_bytes_limit() -> int:
@@ -104,7 +109,7 @@ def decode_image(data: bytes, apply_exif: bool = False, *, image_channels: int =
                 image.load()
                 if apply_exif:
                     image = ImageOps.exif_transpose(image)
-                return _to_mode(image, MODES[image_channels])
+                return to_mode(image, MODES[image_channels])
     except UnidentifiedImageError as error:
         kind = "not one that is read"
         if data[4:8] == b"ftyp":  # ISO base media, of which HEIC is one, whatever the file's name says.
@@ -296,7 +301,12 @@ def dall_e_crop(image: Image.Image, size: ImageSize, randomness: tuple[float, fl
     return _pixels(square)[top : top + side, left : left + side]
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Bring a Pillow image to mode L, RGB or RGBA by the rules of this module.
+
+    Raises:
+        ValueError: floating-point pixels, or 16-bit ones out of their range.
+    """
     if image.mode.startswith("I"):
         image = _grey_16_to_8(image)
     if image.mode == "F":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.data.captions import Captions
-from discrete_lit.data.transforms import UndecodableImage
+from discrete_lit.data.media import UndecodableSample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def _beside(image: Path, where: str) -> tuple[str, ...]:
     file = image.with_suffix(f".{kind}")
     try:
         return Captions(kind=kind).read(file.read_bytes() if file.is_file() else None)
-    except UndecodableImage as error:
+    except UndecodableSample as error:
         raise ValueError(f"{where}: there is no caption to compare with that of {str(image)!r}: {error}") from error
 
 

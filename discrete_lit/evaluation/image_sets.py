@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from discrete_lit.core.files import Npz, file_sha256
 from discrete_lit.core.images import ImageSize, height_and_width, size_text
+from discrete_lit.data.media import UndecodableSample
 from discrete_lit.data.shard_set import find_shards, holds_shards
 from discrete_lit.data.sources.class_folders import ClassFolders
 from discrete_lit.data.tars import RawSample, label_of, read_samples
@@ -241,7 +242,7 @@ class FolderImages(ImageSet):
         for index in tqdm(range(self.count), desc="hash of the images", unit="image", disable=None):
             try:
                 digest.update(self._read(index))
-            except UndecodableImage as error:
+            except UndecodableSample as error:
                 digest.update(str(error).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
@@ -512,7 +513,7 @@ class Selection:
                 own_label, decode = next(stream)
                 try:
                     pixels.append(decode())
-                except UndecodableImage as error:
+                except UndecodableSample as error:
                     broken[position] = str(error)
                     _log.warning("left out a broken image of %s: %s", self.images.path, error)
                     continue

@@ -4,6 +4,7 @@ from discrete_lit.generators.autoregressive import Autoregressive
 from discrete_lit.generators.bitwise_next_scale import BitwiseNextScale
 from discrete_lit.generators.continuous_autoregressive import ContinuousAutoregressive
 from discrete_lit.generators.continuous_masked import ContinuousMasked
+from discrete_lit.generators.delayed_autoregressive import DelayedAutoregressive
 from discrete_lit.generators.dimensionwise_masked import DimensionwiseMasked
 from discrete_lit.generators.discon import DisCon
 from discrete_lit.generators.discrete_diffusion import DiscreteDiffusion
@@ -27,6 +28,7 @@ __all__ = [
     "ContinuousAutoregressive",
     "ContinuousMasked",
     "ContinuousNextScale",
+    "DelayedAutoregressive",
     "DimensionwiseMasked",
     "DisCon",
     "DiscreteDiffusion",

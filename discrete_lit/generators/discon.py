@@ -22,6 +22,7 @@ from discrete_lit.checkpoints import loadable
 from discrete_lit.core.images import ImageSize, normal_size
 from discrete_lit.core.modules import in_evaluation
 from discrete_lit.core.random import CounterRandom, Purpose
+from discrete_lit.core.synchronisation import host_sees
 from discrete_lit.generators.continuous_masked import ContinuousMasked
 from discrete_lit.generators.generator import Generator
 from discrete_lit.generators.given_discrete import GivenDiscrete, spread_over_squares, told_to
@@ -116,7 +117,7 @@ class DisCon(GivenDiscrete, ContinuousMasked):
             )
         ids = self.discrete.vocab_size
         # On a device their values are not looked at: it would wait for all that was queued before.
-        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < ids:
+        if host_sees(tokens) and tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < ids:
             raise ValueError(
                 f"d has ids in [{int(tokens.min())}, {int(tokens.max())}], its generator has those in [0, {ids}): is "
                 "it of another tokenizer?"

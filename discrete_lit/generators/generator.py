@@ -134,13 +134,13 @@ class Generator(ClassConditionalTraining):
         """
         if "tokens" in batch:
             tokens = batch["tokens"]
-        elif "image" in batch:
+        elif (coded := self.tokenizer.modality) in batch:
             with torch.no_grad():
-                tokens = self.tokenizer.encode(batch["image"])
+                tokens = self.tokenizer.encode(batch[coded])
         else:
             raise ValueError(
-                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "image" or "tokens"; latents '
-                "are for the generators of latents, as ContinuousMasked"
+                f'a batch holds {", ".join(map(str, batch))}: {type(self).__name__} needs "{coded}" or "tokens"; '
+                "latents are for the generators of latents, as ContinuousMasked"
             )
         if tokens.is_floating_point():
             raise ValueError(

@@ -135,7 +135,7 @@ def attention_of(
         with _seen(module.backbone) as passes:
             module.segment_losses(data, condition, random)
         columns = _image_columns(module, passes[0][0][0])
-        rows = columns[:, asked] - (module.image.mask_id is None)
+        rows = columns[:, asked] - int(module.image.mask_id is None)  # the element before, or its own
         with recorded_weights(attentions, lambda count: rows) as recorded:
             module.segment_losses(data, condition, random)
         at = columns[:, None, None]

@@ -535,9 +535,9 @@ class ClassConditionalTraining(LightningModule, ABC):
 
 def _count_of(batch: dict[str, Any]) -> int | None:
     """The number of rows of tokens, latents or images in a batch, where it has any."""
-    return next((len(batch[name]) for name in ("tokens", "latents", "image") if name in batch), None)
+    return next((len(batch[name]) for name in ("tokens", "latents", "image", "audio", "video") if name in batch), None)
 
 
 def _rows_of(batch: dict[str, Any]) -> Tensor:
     """A tensor with a row for each sample of a batch."""
-    return next(batch[name] for name in ("label", "tokens", "latents", "image") if name in batch)
+    return next(batch[name] for name in ("label", "tokens", "latents", "image", "audio", "video") if name in batch)

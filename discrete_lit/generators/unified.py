@@ -424,13 +424,16 @@ class Unified(TextAndImageSequences):
     def step_flops(self) -> int:
         """Count the floating-point operations of the transformer in the last training step, forward and backward.
 
-        Of the blocks at all elements that it read, padding among them, and of what it predicted. How images were
-        encoded before is not counted.
+        At all elements that it read, padding among them, and of what it predicted. How images were encoded before is
+        not counted.
         """
         if self.step_shape is None:
             return 0
         rows, elements, outputs = self.step_shape
-        return 3 * (rows * self.backbone.flops(elements, elements) + 2 * self.backbone.width * outputs)
+        blocks = self.backbone.flops(elements, elements)
+        # Most of what comes in needs no gradient.
+        before = self.backbone.input_flops(elements, self.patches is not None)
+        return rows * (3 * blocks + 2 * before) + 6 * self.backbone.width * outputs
 
     # Validation.
 

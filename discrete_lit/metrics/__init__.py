@@ -4,9 +4,9 @@
 and its kin are in `frechet`; KID, CMMD, MIND and the distance of each class in `feature_distances`, over the features
 that `kept_features` keeps; precision, recall, density, coverage and diversity in `precision_recall`; the Inception
 Score and the accuracy of labels in `classifier_scores`; the nearest training image in `nearest_training`; PSNR, SSIM
-and rates in `reconstruction`; usage and perplexity of ids in `codebook_usage`; curves over time or position in
-`binned_mean`. The names below are imported when they are asked for: torchmetrics takes seconds, which
-`discrete-lit evaluate --help` does not wait for.
+and rates in `reconstruction`, of clips in `video`, of waveforms in `spectral`; usage of ids in `codebook_usage`; curves
+over time or position in `binned_mean`. The names below are imported when they are asked for: torchmetrics takes
+seconds, which `discrete-lit evaluate --help` does not wait for.
 """
 
 from importlib import import_module
@@ -41,10 +41,12 @@ if TYPE_CHECKING:
     from discrete_lit.metrics.kept_features import FeatureSet, KeptFeatures
     from discrete_lit.metrics.nearest_training import NearestTraining
     from discrete_lit.metrics.precision_recall import DensityCoverage, PrecisionRecall, WithinClassDiversity
+    from discrete_lit.metrics.video import ClipFeatures, VideoFidelity
 
 __all__ = [
     "ClassAccuracy",
     "ClassFrechetDistance",
+    "ClipFeatures",
     "DINOv2",
     "DensityCoverage",
     "EfficientNetLite0",
@@ -66,6 +68,7 @@ __all__ = [
     "PrecisionRecall",
     "SlicedWasserstein",
     "TimmExtractor",
+    "VideoFidelity",
     "WithinClassDiversity",
     "compare",
     "frechet_distance",
@@ -79,6 +82,7 @@ _FILES = {
     "kept_features": ("FeatureSet", "KeptFeatures"),
     "nearest_training": ("NearestTraining",),
     "precision_recall": ("DensityCoverage", "PrecisionRecall", "WithinClassDiversity"),
+    "video": ("ClipFeatures", "VideoFidelity"),
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 

@@ -18,6 +18,7 @@ from discrete_lit.pretrained import (  # noqa: F401
     maskbit,
     maskgit_flax,
     md4,
+    meta_audio,
     meta_chameleon,
     openai_dall_e,
     randar,

@@ -171,11 +171,14 @@ def infinity(state: State, settings: Settings) -> Conversion:
 
 
 def _in_blocks(state: State) -> State:
-    """Number the blocks one after another, which most files have in chunks of as many each."""
+    """Number the blocks one after another, which most files have in chunks of as many each.
+
+    Their names are `block_chunks.0.module.0`, of which `module` is left out where a file is read.
+    """
     chunks = state.count("block_chunks.{}")
-    each = state.count("block_chunks.0.module.{}") if chunks else 0
+    each = state.count("block_chunks.0.{}") if chunks else 0
     names = {
-        f"block_chunks.{chunk}.module.{number}.": f"blocks.{chunk * each + number}."
+        f"block_chunks.{chunk}.{number}.": f"blocks.{chunk * each + number}."
         for chunk in range(chunks)
         for number in range(each)
     }

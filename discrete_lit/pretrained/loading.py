@@ -16,6 +16,7 @@ from discrete_lit.pretrained.conversion import Conversion, TextPart, Tokens, con
 from discrete_lit.pretrained.reading import read_state
 from discrete_lit.pretrained.settings import Reference, read_settings
 from discrete_lit.tokenizers.autoencoder import ImageAutoencoder
+from discrete_lit.tokenizers.encodec import EnCodec
 from discrete_lit.tokenizers.hybrid import HybridLatents, HybridVQ
 from discrete_lit.tokenizers.text_tokenizer import TextTokenizer, tokens_of
 from discrete_lit.tokenizers.tokenizer import Coder, ContinuousTokenizer, Tokenizer
@@ -225,12 +226,19 @@ def _describe(tokenizer: Coder) -> dict[str, Any]:
     return {name: tokenizer.hparams[name] for name in ("class_path", "init_args")}
 
 
-def _image_size(tokenizer: Tokenizer, tokens: Tokens) -> int:
-    """Return the side in pixels of the images whose tokens a generator models."""
+def _image_size(tokenizer: Tokenizer, tokens: Tokens) -> int | tuple[int, ...]:
+    """Return the side in pixels of the images, or the samples `(T,)` of the clips, whose tokens a generator models."""
     if tokenizer.vocab_size != tokens.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids, the generator was trained on {tokens.vocab_size}"
         )
+    if isinstance(tokenizer, EnCodec):
+        samples = (tokens.shape[0] * tokenizer.hop,)
+        if tokenizer.token_shape(samples) != tokens.shape:
+            raise ValueError(
+                f"the codec gives {tokenizer.books} codes a frame, the generator was trained on {tokens.shape[-1]}"
+            )
+        return samples
     for image_size in range(1, _LARGEST_IMAGE + 1):
         try:
             if tuple(tokenizer.token_shape(image_size)) == tokens.shape:

@@ -1,4 +1,4 @@
-"""TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers and IBQ, and the autoregressive generators of both.
+"""TencentARC/SEED-Voken: Open-MAGVIT2's lookup-free tokenizers of images and of video, IBQ, and their generators.
 
 The tokenizers' files hold the trained weights and their EMA, under `model_ema.` and the name without its dots. The
 published numbers are those of the EMA; `use_ema: false` in the reference configuration takes the trained weights.
@@ -6,6 +6,7 @@ published numbers are those of the EMA; `use_ema: false` in the reference config
 The generators' files hold the tokenizer beside the generator, which alone is read: load the tokenizer by itself.
 """
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -31,6 +32,7 @@ from discrete_lit.pretrained.settings import Settings
 _MEAN = "model_ema."
 DROPPED = (*taming.DROPPED, "model_ema.decay", "model_ema.num_updates", "model_ema.loss*")
 MAGVIT2 = ConvLayout(middle="mid_block.{index}", downsample="downsample", upsample="upsample.conv1")
+_MAGVIT2_NETWORK = {"downsampling": "symmetric", "upsampling": "depth_to_space", "adaptive_norm": True}
 
 
 @register(
@@ -40,13 +42,47 @@ MAGVIT2 = ConvLayout(middle="mid_block.{index}", downsample="downsample", upsamp
 )
 def magvit2_lfq(state: State, settings: Settings) -> Conversion:
     """Convert `imagenet_256_L.ckpt`, `imagenet_128_L.ckpt`, or one of the pretrained tokenizers."""
-    bits = state["encoder.conv_out.weight"].shape[0]
-    settings.class_name("VQModel", ("VQModel",))
-    settings.agree({"n_embed": 2**bits, "embed_dim": bits})
     settings.without_effect(
         "it says how ids are split for a generator; ours are whole", "token_factorization", "factorized_bits"
     )
-    network = MAGVIT2.network(state, downsampling="symmetric", upsampling="depth_to_space", adaptive_norm=True)
+    network = MAGVIT2.network(state, **_MAGVIT2_NETWORK)
+    return _lookup_free(chosen_weights(state, settings), settings, network, levels=MAGVIT2.levels(state))
+
+
+_CONVOLUTION = ".conv_1"
+
+
+@register(
+    "magvit2_video",
+    marks=("encoder.down.0.block.0.conv1.conv_1.weight", "decoder.adaptive.0.gamma.weight"),
+    wrappers=taming.WRAPPERS,
+)
+def magvit2_video(state: State, settings: Settings) -> Conversion:
+    """Convert `video_128_262144.ckpt`, which tokenizes clips of 1 + 4k frames, and images.
+
+    Its convolutions look back only, but its norms see all frames of a clip: the ids of a frame depend on later ones.
+    `causal: true` in the reference configuration lets them see a frame each. Then they do not, and the ids are others
+    than the published model's: the weights are a start for a training of it.
+    """
+    # Named as those of images; every convolution has one more part in its name.
+    chosen = {name.replace(_CONVOLUTION, ""): value for name, value in chosen_weights(state, settings).items()}
+    named = State({name.replace(_CONVOLUTION, ""): value for name, value in state.items()}, state.source)
+    network = MAGVIT2.network(named, **_MAGVIT2_NETWORK, dims=3, clip_start="zeros")
+    sizes = network["init_args"]
+    # A level whose width is the first one's is halved in space alone.
+    sizes["time_levels"] = [level for level, times in enumerate(sizes["multipliers"][:-1]) if times != 1]
+    sizes["causal"] = True if settings.take("causal", False) else "convolutions"
+    settings.without_effect("it is about the training", "image_pretrain_path", "resume_lr", "monitor")
+    return _lookup_free(chosen, settings, network, levels=MAGVIT2.levels(named))
+
+
+def _lookup_free(
+    tensors: Mapping[str, Tensor], settings: Settings, network: dict[str, Any], *, levels: int
+) -> Conversion:
+    """Return the conversion of an LFQ tokenizer in the layout of images."""
+    bits = len(tensors["encoder.conv_out.weight"])
+    settings.class_name("VQModel", ("VQModel",))
+    settings.agree({"n_embed": 2**bits, "embed_dim": bits})
     arguments = settings.section("ddconfig")
     arguments.agree({"double_z": False}, "a model with a codebook has")
     taming.same_network({**network["init_args"], "z_channels": bits}, arguments)
@@ -61,11 +97,10 @@ def magvit2_lfq(state: State, settings: Settings) -> Conversion:
             "bit_order": "first_least_significant",
         },
     }
-    config = taming.vqgan(network, quantizer)
     return Conversion(
-        config=config,
-        tensors=chosen_weights(state, settings),
-        renaming=MAGVIT2.renaming(MAGVIT2.levels(state)),
+        config=taming.vqgan(network, quantizer),
+        tensors=tensors,
+        renaming=MAGVIT2.renaming(levels),
         dropped=DROPPED,
         kept=("quantizer.shifts",),
     )

@@ -7,6 +7,7 @@ from discrete_lit.samplers.bar import BARSampler
 from discrete_lit.samplers.binary_flow import BinaryFlowSampler
 from discrete_lit.samplers.cell_by_cell import NextCellSampler
 from discrete_lit.samplers.channel_by_channel import DimensionwiseSampler
+from discrete_lit.samplers.delayed import DelaySampler
 from discrete_lit.samplers.diffusion import AncestralSampler, DiffusionSampler, FirstHittingSampler
 from discrete_lit.samplers.guided_solver import GuidedSolver
 from discrete_lit.samplers.halton import HaltonSampler, RandomOrderSampler
@@ -34,6 +35,7 @@ __all__ = [
     "BARSampler",
     "BinaryFlowSampler",
     "CausalVectorSampler",
+    "DelaySampler",
     "DiffusionSampler",
     "DimensionwiseSampler",
     "DrawSettings",

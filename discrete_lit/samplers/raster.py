@@ -53,6 +53,11 @@ class RasterSampler(Sampler):
 
     def draw(self, context: SamplingContext) -> Tensor:
         length, mask_id = context.layout.length, context.layout.mask_id
+        if context.layout.delays:
+            raise ValueError(
+                f"{type(self).__name__} draws one id at each position, this generator has "
+                f"{context.layout.sub_tokens} that are delayed: DelaySampler draws them"
+            )
         head = self._sub_token_head(context.backbone.place_head)
         order = self._order(context)  # (B, N), or None for raster order
         scales = self.sub_token_scales(length, head)  # of each sub-token at each position

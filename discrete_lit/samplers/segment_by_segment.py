@@ -256,8 +256,8 @@ class _Draw:
         counts = lengths.tolist()
         if min(counts) < 1:
             raise ValueError("a prompt is empty: it begins with the first id of its first segment at least")
-        longest = max(*(segment.positions for segment in self.layout.segments), *grammar.islands)
-        room = max(counts) + self.layout.length - min(counts[: self.batch]) + longest
+        # Behind what is kept, an island that is drawn is read again and again.
+        room = max(counts) + self.layout.length - min(counts[: self.batch]) + max(1, *grammar.islands)
         self.cache: RaggedCache = self.network.new_cache(len(prompts), room)
         hidden = self.network(prompts, self.cache)
         self.made[prompts.ids.shape[1], prompts.ids.shape[1]] += 1

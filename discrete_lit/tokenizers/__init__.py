@@ -3,6 +3,7 @@
 from discrete_lit.tokenizers.characters import Characters
 from discrete_lit.tokenizers.dimensionwise import DimensionwiseTokenizer
 from discrete_lit.tokenizers.dvae import DVAE
+from discrete_lit.tokenizers.encodec import EnCodec
 from discrete_lit.tokenizers.hybrid import HybridLatents, HybridTokens, HybridVQ
 from discrete_lit.tokenizers.klvae import KLVAE, DiagonalGaussian, GaussianBottleneck
 from discrete_lit.tokenizers.perturbed import PerturbedTokenizer
@@ -42,6 +43,7 @@ __all__ = [
     "ContinuousTokenizer",
     "DiagonalGaussian",
     "DimensionwiseTokenizer",
+    "EnCodec",
     "GaussianBottleneck",
     "HybridLatents",
     "HybridTokens",

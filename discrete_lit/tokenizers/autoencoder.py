@@ -11,7 +11,7 @@ kind; `KLVAE` has a bottleneck of its own.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from einops import rearrange
@@ -19,14 +19,16 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchmetrics import Metric
 
 from discrete_lit.core.distributed import logged_batch_size, means_over_ranks
-from discrete_lit.core.images import ImageSize, check_channels, to_uint8
+from discrete_lit.core.images import ImageSize, check_channels, frames_of, to_uint8
 from discrete_lit.core.lightning_internals import accumulates_gradients
 from discrete_lit.core.modules import accumulate_statistics, at_least_float32, end_statistics_step, in_evaluation
 from discrete_lit.metrics.binned_mean import Mean
 from discrete_lit.metrics.codebook_usage import MOST_COUNTED, CodebookUsage
 from discrete_lit.metrics.reconstruction import pixel_fidelity
+from discrete_lit.metrics.video import temporal_difference_error
 from discrete_lit.optimization import (
     AccumulatedMean,
     WeightDecayRule,
@@ -86,6 +88,9 @@ class ImageAutoencoder(LightningModule):
             leaves what these begin with. Codes are `codebook_init`'s.
     """
 
+    modality: Literal["image", "audio", "video"]
+    makes_images: bool
+
     def __init__(
         self,
         network: Autoencoder,
@@ -101,6 +106,9 @@ class ImageAutoencoder(LightningModule):
         super().__init__()
         initialise_layers(network, initialization)
         self.network = network
+        if network.modality != "image":  # otherwise the class says it
+            self.modality = network.modality
+        self.makes_images = self.modality == "image"
         self.initialization: LayerInitialization | None = initialization
         self.objective = Objective(
             reconstruction_loss, perceptual_loss=perceptual_loss, adversarial_loss=adversarial_loss
@@ -114,6 +122,7 @@ class ImageAutoencoder(LightningModule):
         self.micro_batches = 1
         self.psnr = Mean()
         self.ssim = Mean()
+        self.temporal_difference = Mean()
 
     # What an autoencoder is.
 
@@ -187,6 +196,19 @@ class ImageAutoencoder(LightningModule):
         """
         return {}
 
+    def coded_of(self, batch: dict[str, Any]) -> Tensor:
+        """The images `(B, C, H, W)`, or clips, of a batch; where clips are coded, images are taken as well.
+
+        Raises:
+            ValueError: the batch holds neither.
+        """
+        for name in (self.modality, "image"):
+            if name in batch and (name == self.modality or self.modality == "video"):
+                return batch[name]
+        raise ValueError(
+            f'a batch holds {", ".join(map(str, batch))}: this {type(self).__name__} codes "{self.modality}"'
+        )
+
     # Its training by Lightning.
 
     def setup(self, stage: str) -> None:
@@ -197,10 +219,11 @@ class ImageAutoencoder(LightningModule):
         """The `"loss"` of a batch of images and, of a discrete bottleneck, their `"tokens"` for callbacks."""
         self.micro_batches = micro_batches_of(self)
         accumulate_statistics(self, self.micro_batches > 1)
-        loss, terms, made = self.loss(batch["image"], step=self.global_step, index=batch.get("index"))
-        self._log_terms("train", loss, {**terms, **made.figures}, len(batch["image"]))
+        coded = self.coded_of(batch)
+        loss, terms, made = self.loss(coded, step=self.global_step, index=batch.get("index"))
+        self._log_terms("train", loss, {**terms, **made.figures}, len(coded))
         if self.micro_batches > 1:
-            loss = self.accumulated.loss(loss, len(batch["image"]))
+            loss = self.accumulated.loss(loss, len(coded))
         return {"loss": loss} if made.tokens is None else {"loss": loss, "tokens": made.tokens}
 
     def on_after_backward(self) -> None:
@@ -210,23 +233,31 @@ class ImageAutoencoder(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The reconstructions `(B, C, H, W)` in [-1, 1] of a batch of images, for callbacks."""
-        images, stage = batch["image"], evaluation_stage(self)
+        images, stage = self.coded_of(batch), evaluation_stage(self)
         loss, terms, made = self.loss(images)
         self._log_terms(stage, loss, terms, len(images))
         reconstructions = self.to_images(made.outputs)
-        psnr, ssim = pixel_fidelity(to_uint8(reconstructions), to_uint8(images))
-        self.psnr.update(psnr)
-        figures = {f"{stage}/psnr": self.psnr}
-        if ssim is not None:
-            self.ssim.update(ssim)
-            figures[f"{stage}/ssim"] = self.ssim
-        self.log_dict(figures)
+        self.log_dict({f"{stage}/{name}": metric for name, metric in self.fidelity(reconstructions, images).items()})
         self.measure(made)
         return reconstructions
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Measure what validation does, and log it under `test/`."""
         return self.validation_step(batch, batch_idx)
+
+    def fidelity(self, reconstructions: Tensor, images: Tensor) -> dict[str, Metric]:
+        """Measure how near reconstructions come to images, both in [-1, 1]: the metrics, updated, by their names."""
+        pair = to_uint8(reconstructions), to_uint8(images)
+        psnr, ssim = pixel_fidelity(*map(frames_of, pair))
+        self.psnr.update(psnr)
+        measured: dict[str, Metric] = {"psnr": self.psnr}
+        if ssim is not None:
+            self.ssim.update(ssim)
+            measured["ssim"] = self.ssim
+        if images.ndim == 5 and images.shape[2] > 1:
+            self.temporal_difference.update(temporal_difference_error(*pair))
+            measured["temporal_difference"] = self.temporal_difference
+        return measured
 
     def measure(self, made: Reconstruction) -> None:
         """Measure of a validation batch what a kind of bottleneck adds to its reconstruction: nothing by default."""
@@ -382,4 +413,4 @@ class AutoencoderTokenizer(ImageAutoencoder, Tokenizer):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The ids `(B, *token_shape)` of a batch of images."""
-        return self.encode(batch["image"])
+        return self.encode(self.coded_of(batch))

@@ -7,7 +7,7 @@ generator's tokenizer is missing: it knows the shape of the ids, and codes nothi
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 from lightning import LightningModule
@@ -25,7 +25,10 @@ class Coder(LightningModule, ABC):
     """Tell by which weights a tokenizer codes, of ids or of latents, and refuse images that it cannot code."""
 
     makes_images: bool = True
-    """Whether what it codes is images; text, and grids without their tokenizer, have none."""
+    """Whether what it codes is images; text, clips, and grids without their tokenizer, have none."""
+
+    modality: Literal["image", "audio", "video"] = "image"
+    """The kind of its samples, and the name that they have in a batch."""
 
     late_checks: list[Callable[[], None]] | None = None
     """Where a list is set, `check_images` puts into it what raises its error, for whoever set it to call later: so that

@@ -177,16 +177,24 @@ def train(folder: str, strategy: str, telemetry: bool) -> dict[str, torch.Tensor
     return weights
 
 
+def train_all(folder: str) -> dict[tuple[str, bool], dict[str, torch.Tensor]]:
+    return {
+        (strategy, telemetry): train(f"{folder}/{strategy}", strategy, telemetry)
+        for strategy in ("ddp", "fsdp")
+        for telemetry in (False, True)
+    }
+
+
 @pytest.mark.ddp
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks(strategy, tmp_path) -> None:
-    without = on_ranks(2, train, tmp_path / "without", str(tmp_path), strategy, False)
-    found = on_ranks(2, train, tmp_path / "with", str(tmp_path), strategy, True)
-    for weights, expected in zip(found, without, strict=True):
-        assert all(torch.equal(value, expected[name]) for name, value in weights.items())
+def test_two_ranks(tmp_path) -> None:
+    found = on_ranks(2, train_all, tmp_path / "results", str(tmp_path))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "log-True"))
-    events.Reload()
-    for tag in ("telemetry/loss_and_entropy", "telemetry/attention/layer_1"):
-        assert [event.step for event in events.Images(tag)] == [1, 2, 3]
+    for strategy in ("ddp", "fsdp"):
+        for of_rank in found:
+            weights, expected = of_rank[strategy, True], of_rank[strategy, False]
+            assert expected and all(torch.equal(weights[name], value) for name, value in expected.items())
+        events = EventAccumulator(str(tmp_path / strategy / "log-True"))
+        events.Reload()
+        for tag in ("telemetry/loss_and_entropy", "telemetry/attention/layer_1"):
+            assert [event.step for event in events.Images(tag)] == [1, 2, 3]

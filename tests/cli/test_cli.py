@@ -55,6 +55,9 @@ OPTIONS = {
         "decoder",
         "decoder_steps",
         "decoder_sampler",
+        "known",
+        "known_positions",
+        "frame_rate",
     }
     | {"accelerator", "devices", "num_nodes", "precision", "part", "join", "missing"},
     "caption": {"config", "images", "ckpt_path", "output", "sampler", "seed", "batch_size", "resize"}

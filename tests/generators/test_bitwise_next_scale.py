@@ -77,7 +77,7 @@ def test_the_likelihood_is_exact() -> None:
     other = made.log_likelihood(ids, texts(64, seed=1)).nats
     assert (found.nats - other).abs().max() > 1e-3  # the text is read
     loss, _ = made.loss(ids, texts(64))
-    assert float(loss) == pytest.approx(-float(found.nats.mean()) / 6, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(-float(found.nats.mean()) / 6, rel=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
@@ -97,10 +97,10 @@ def test_draws_follow_the_law(scale: float) -> None:
     assert chi_square_p_value(sequence_numbers(made.to_sequence(drawn), 2), law) > 1e-3
 
 
-def test_known_ids_stay(seed: int = 3) -> None:
-    made = generator()
+def test_known_ids_stay() -> None:
+    made = generator(spread=0.2)
     known = torch.tensor([[2, -1, 3]]).expand(20, -1)
-    drawn = made.sample(texts(20), seed=seed, known=known)
+    drawn = made.sample(texts(20), seed=3, known=known)
     assert (drawn[:, [0, 2]] == torch.tensor([2, 3])).all() and len(drawn[:, 1].unique()) > 1
     assert torch.equal(made.to_grid(made.to_sequence(drawn)), drawn)
 

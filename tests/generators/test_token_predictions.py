@@ -11,7 +11,7 @@ from discrete_lit.backbones import Transformer
 from discrete_lit.backbones.segment_transformer import SegmentTransformer
 from discrete_lit.core.random import CounterRandom
 from discrete_lit.diffusion import LogLinearSchedule, ScoreHead, UniformProcess
-from discrete_lit.diffusion.losses import ScoreEntropy
+from discrete_lit.diffusion.losses import ContinuousBound, ScoreEntropy
 from discrete_lit.generators import DiscreteDiffusion, Unified
 from discrete_lit.generators.token_predictions import attention_of, map_shapes, predictions_of
 from discrete_lit.tokenizers import PixelLevels
@@ -96,7 +96,7 @@ def test_costs_of_a_head_of_sub_tokens(make_generator) -> None:
 def test_predictions_of_discrete_diffusion(make_diffusion, kind) -> None:
     settings = {
         "masks": {},
-        "uniform": {"process": UniformProcess},
+        "uniform": {"process": UniformProcess, "loss": ContinuousBound()},
         "scores": {"head": ScoreHead(), "loss": ScoreEntropy(), "schedule": LogLinearSchedule()},
     }[kind]
     generator = make_diffusion(**settings)

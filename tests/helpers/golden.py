@@ -93,6 +93,11 @@ class Case:
             # Of its image processor, not of the model.
             height, width = self.inputs["image_sizes"][0].tolist()
             arguments |= {"image_area": height * width}
+        if self.family == "magvit2_video":
+            # Of the layers that stand apart, and of the clips.
+            arguments = {
+                name: value for name, value in arguments.items() if name not in ("temporal_channels", "frames")
+            }
         if self.family in ("titok", "titok_vae"):
             # The networks have another number of heads than the published sizes, of which the case says so.
             arguments = deepcopy(arguments)
@@ -146,6 +151,9 @@ def published_state(case: Case, part: str = "var.") -> Tensors:
     """The tensors of a published file: the case's, or those of a part, where there are two files."""
     if case.family == "hart" and part == "var.":
         return {name: value for name, value in case.state.items() if not name.startswith("vae.")}
+    if case.family == "magvit2_video":
+        # Layers at which time is halved and doubled stand apart: the case's network has none.
+        return {name: value for name, value in case.state.items() if not name.startswith("temporal.")}
     if case.family not in ("hart", "var_transformer"):
         return case.state
     return {name.removeprefix(part): value for name, value in case.state.items() if name.startswith(part)}

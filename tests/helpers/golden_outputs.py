@@ -9,6 +9,7 @@ import torch
 
 from discrete_lit.pretrained import FAMILIES
 from helpers import (
+    golden_audio,
     golden_autoregressive,
     golden_bits,
     golden_decoding,
@@ -25,6 +26,7 @@ from helpers import (
     golden_tokenizers,
     golden_turns,
     golden_unified,
+    golden_video,
 )
 from helpers.golden import Case, Difference, Load, Tensors, differences, published
 
@@ -42,13 +44,12 @@ KINDS = (
     golden_text_diffusion,
     golden_texts,
     golden_unified,
+    golden_video,
+    golden_audio,
 )
 SAMPLERS = (golden_decoding, golden_remasking, golden_segments)
 """Of families without a checkpoint: published algorithms on toy networks, or alone."""
-NOT_YET = (
-    "encodec",
-    *("magvit2_video", "musicgen_decoder"),
-)
+NOT_YET = ("showo",)
 """Families with golden cases that no code of ours loads."""
 WITHIN = {"maskgit_flax_tokenizer": "maskgit_flax"}
 """Families that are compared in the case of another, which holds both."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from discrete_lit.backbones.condition import Condition
+from discrete_lit.core.random import CounterRandom
 from discrete_lit.samplers import RasterSampler
 from helpers.golden import Case, Compared, Load, Tensors
 from helpers.golden_autoregressive import grads
@@ -149,7 +150,9 @@ def infinity(load: Load, case: Case) -> Tensors:
     sampler = copy(generator.sampler)
     assert sampler.guidance_scale == sampling["cfg"] and sampler.temperature == sampling["tau"]
     sampler.top_k = 1
-    drawn = generator.sample(given, sampler)
+    # The case was trained without a dropped text.
+    random = CounterRandom(0, torch.arange(len(given)))
+    drawn = generator.to_grid(sampler(backbone, given, random, quantizer=generator.scale_quantizer()).tokens)
     f_hat = bits.lookup(drawn)
     sequences = generator.to_sequence(drawn)
     read = generator._read(sequences)

@@ -367,6 +367,7 @@ def showo(load: Load, case: Case) -> Tensors:
         made |= _showo_passes(generator, case)
         _, of_text, of_given = made["logits"].split([len(each) for each in sequences])
         labels = inputs["t2i_labels"]
+        in_front = torch.isin(given.states, generator.grammar.states_of("given_image"))
         hidden = backbone(pairs)
         losses = masked_losses(
             backbone,
@@ -380,7 +381,8 @@ def showo(load: Load, case: Case) -> Tensors:
         terms = {
             "loss_t2i": losses.values.mean()[None],
             "loss_lm": cross_entropy(of_text, inputs["lm_ids"])[None],
-            "loss_mmu": cross_entropy(of_given, inputs["mmu_ids"])[None],
+            # Of the text behind the image alone.
+            "loss_mmu": cross_entropy(of_given, given.ids.masked_fill(in_front, -100))[None],
         }
         torch.cat(list(terms.values())).sum().backward()
         rows = backbone.heads * backbone.head_dim

@@ -80,6 +80,19 @@ def test_published_masked_generators_are_sampled_as_diffusion(case: Case, tmp_pa
         assert sum(int(step.changed.sum()) for step in remasked.trace) > length
 
 
+@pytest.mark.parametrize("case", cases_of(["magvit2_video"]))
+@torch.no_grad()
+def test_the_published_video_tokenizer_is_causal_by_a_switch(case: Case, tmp_path: Path) -> None:
+    """With the same weights; as published, what comes later changes the latents of the first frame."""
+    load, clips = published(case, tmp_path), case.inputs["video"]
+    later = torch.cat((clips[:, :, :1], clips[:, :, 1:].flip(0)), dim=2)
+    for settings, causal in (({}, False), ({"causal": True}, True)):
+        module = load(**settings)
+        first, second = (module.latents(each)[:, 0] for each in (clips, later))
+        assert torch.equal(first, second) == causal
+        assert torch.equal(module.latents(clips[:, :, 0]), first) == causal
+
+
 @pytest.mark.parametrize("case", cases_of(["magvit2_lfq", "ibq"]))
 @torch.no_grad()
 def test_the_weights_of_the_entropies(case: Case, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path, PurePath
 from discrete_lit.core.bounded_reading import read_json
 from discrete_lit.core.files import content_sha256
 from discrete_lit.data.captions import LONGEST_FILE, Captions
+from discrete_lit.data.media import VIDEOS, MediaKind, UndecodableSample
 from discrete_lit.data.sources.source import Entry, Source, file_change, key_from_path
 from discrete_lit.data.transforms import (
     IMAGE_BYTES_VARIABLE,
-    IMAGE_EXTENSIONS,
-    UNREADABLE_EXTENSIONS,
+    IMAGES,
     UndecodableImage,
     image_bytes_limit,
 )
@@ -58,7 +58,8 @@ class ClassFolders(Source):
     ) -> None:
         self.root = Path(root).expanduser()
         self._captions = captions
-        found = find_images(self.root, labels=labels, captions=None if captions is None else captions.kind)
+        kind = None if captions is None else captions.kind
+        found = find_images(self.root, labels=labels, captions=kind, kind=self.media)
         classes = found.classes
         if classes_from is not None:
             if not classes:
@@ -88,7 +89,7 @@ class ClassFolders(Source):
         try:
             # One without a caption has no caption file in a shard, which is then read as it is asked for there.
             return tuple(filter(None, captions_beside(self._paths[index], self._captions)))
-        except UndecodableImage as error:
+        except UndecodableSample as error:
             raise ValueError(f"{self._paths[index]} cannot be written with its caption: {error}") from error
 
     def last_change(self, index: int) -> int:
@@ -111,11 +112,21 @@ class ClassFolders(Source):
         return file if file.is_file() else None
 
 
+class VideoFolders(ClassFolders):
+    """Your own videos, found as `ClassFolders` finds images: `root/<class name>/**/<clip>`, or clips alone.
+
+    Files are those that `VideoClips` reads.
+    """
+
+    media = VIDEOS
+
+
 @dataclass(kw_only=True)
 class FoundImages:
     """The images of a folder by class, and what was left out."""
 
     root: Path
+    kind: MediaKind = IMAGES
     classes: list[str] = field(default_factory=list)
     """Names of the class folders in sorted order; none where the images have no labels."""
     files: dict[str | None, list[str]] = field(default_factory=dict)
@@ -142,22 +153,24 @@ def captions_beside(image: Path, captions: Captions) -> tuple[str, ...]:
     """Read the captions of an image file from the file of the same name beside it.
 
     Raises:
-        UndecodableImage: there is none, and `captions` does not say that there need not be, or it is broken.
+        UndecodableSample: there is none, and `captions` does not say that there need not be, or it is broken.
     """
     file = image.with_suffix(f".{captions.kind}")
     try:
         if file.stat().st_size > LONGEST_FILE:
-            raise UndecodableImage(f"its .{captions.kind} has more than {LONGEST_FILE:,} bytes: that is no caption")
+            raise UndecodableSample(f"its .{captions.kind} has more than {LONGEST_FILE:,} bytes: that is no caption")
         content = file.read_bytes()
     except FileNotFoundError:
         content = None
     except OSError as error:
-        raise UndecodableImage(f"its .{captions.kind}: {type(error).__name__}: {error}") from error
+        raise UndecodableSample(f"its .{captions.kind}: {type(error).__name__}: {error}") from error
     return captions.read(content)
 
 
-def find_images(root: str | os.PathLike[str], *, labels: bool = True, captions: str | None = None) -> FoundImages:
-    """Find the images of a folder, at any depth, symbolic links included.
+def find_images(
+    root: str | os.PathLike[str], *, labels: bool = True, captions: str | None = None, kind: MediaKind = IMAGES
+) -> FoundImages:
+    """Find the images, or the files of another kind, of a folder, at any depth, symbolic links included.
 
     The subfolders of `root` are its classes; one without an image keeps its label. Where images lie in `root` and none
     in a subfolder, they have no labels. Left out, and counted by kind in one warning, are hidden files and folders
@@ -168,14 +181,17 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True, captions: 
         root: the folder.
         labels: False takes every image below `root` without a label, wherever it lies.
         captions: the extension of caption files, which are then no files to warn of.
+        kind: the files to find.
 
     Raises:
         ValueError: `root` is no folder, or holds no image; a folder cannot be opened; images lie beside class folders.
     """
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise ValueError(f"{path} is not a folder; give one with a subfolder of images per class, or of images alone")
-    found = FoundImages(root=path)
+        raise ValueError(
+            f"{path} is not a folder; give one with a subfolder of {kind.name}s per class, or of {kind.name}s alone"
+        )
+    found = FoundImages(root=path, kind=kind)
     loose: list[str] = []
     by_folder: dict[str, list[str]] = {}
     status = path.stat()
@@ -189,14 +205,14 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True, captions: 
     if not loose and not nested:
         summary = found.summary()
         raise ValueError(
-            f"no images in {path}"
+            f"no {kind.name}s in {path}"
             + (f", which holds {summary}" if summary else "")
-            + f"; known extensions: {', '.join(sorted(IMAGE_EXTENSIONS))}"
+            + f"; known extensions: {', '.join(sorted(kind.extensions))}"
         )
     if loose and nested and labels:
         raise ValueError(
-            f"{len(loose)} images lie directly in {path}, the first is {loose[0]}: their class is unknown, for others "
-            f"are in subfolders such as {nested[0]}. Move every image into a subfolder named after its class, or set "
+            f"{len(loose)} {kind.name}s lie directly in {path}, the first is {loose[0]}: their class is unknown, for "
+            f"others are in subfolders such as {nested[0]}. Move each into a subfolder named after its class, or set "
             "labels: false if none of them has a class"
         )
     if labels and not loose:
@@ -204,7 +220,7 @@ def find_images(root: str | os.PathLike[str], *, labels: bool = True, captions: 
         found.files = {**by_folder}
         for name, files in by_folder.items():
             if not files:
-                found.leave_out("class folder without an image, which keeps its label", name)
+                found.leave_out(f"class folder without {kind.one}, which keeps its label", name)
     else:
         found.files[None] = sorted(loose + nested, key=lambda file: file.split("/"))
     if captions is not None:
@@ -226,7 +242,9 @@ def _listed(
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise ValueError(f"the folder {folder} cannot be read ({error.strerror}): its images would be lost") from error
+        raise ValueError(
+            f"the folder {folder} cannot be read ({error.strerror}): its {found.kind.name}s would be lost"
+        ) from error
     for entry in listed:
         name, path, extension = entry.name, f"{below}{entry.name}", _extension(entry.name)
         # Only links and folders are looked up: the kind of a file is in the listing.
@@ -247,9 +265,9 @@ def _listed(
                 yield name, (*above, identity)
         elif not is_file:
             found.leave_out("broken link" if entry.is_symlink() else "device or pipe", path)
-        elif extension in UNREADABLE_EXTENSIONS:
-            found.leave_out(f".{extension}, which Pillow does not read here: convert it", path)
-        elif extension not in IMAGE_EXTENSIONS:
+        elif extension in found.kind.unreadable:
+            found.leave_out(f".{extension}, which {found.kind.reader} does not read here: convert it", path)
+        elif extension not in found.kind.extensions:
             found.leave_out(f".{extension}" if extension else "no extension", path)
         else:
             yield name, None

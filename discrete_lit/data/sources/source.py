@@ -8,11 +8,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 from urllib.parse import unquote
 
 from discrete_lit.core.files import content_sha256
-from discrete_lit.data.transforms import IMAGE_EXTENSIONS
+from discrete_lit.data.media import MediaKind
+from discrete_lit.data.transforms import IMAGES
 
 # webdataset groups the files of a sample by the path up to the first dot of its last part, and skips every path that
 # begins with a `__name__` part.
@@ -25,7 +26,7 @@ class Entry(NamedTuple):
     key: str
     """Unique name in the source, without dots; `/` separates folders."""
     extension: str
-    """One of `discrete_lit.data.transforms.IMAGE_EXTENSIONS`: lower case, without the dot."""
+    """One of those of the source's `media`: lower case, without the dot."""
     label: int | None
     """Class index in `[0, len(classes))`; None where the source has no classes."""
     size: int
@@ -60,9 +61,12 @@ class Source(ABC):
             extension would not be read back from a shard.
     """
 
+    media: ClassVar[MediaKind] = IMAGES
+    """The files that its samples are."""
+
     def __init__(self, description: str, *, classes: Sequence[str], entries: Sequence[Entry]) -> None:
         if not entries:
-            raise ValueError(f"{description} holds no image")
+            raise ValueError(f"{description} holds no {self.media.name}")
         self.description = description
         self.classes = list(classes)
         self.entries = entries
@@ -73,10 +77,10 @@ class Source(ABC):
                     f"key {key!r} of {description} cannot be read back from a shard: a key has no empty part, no dot "
                     "and no leading __name__ folder; build keys with discrete_lit.data.sources.source.key_from_path"
                 )
-            if extension not in IMAGE_EXTENSIONS:
+            if extension not in self.media.extensions:
                 raise ValueError(
-                    f"extension {extension!r} of {key!r} is not one that images are read from: "
-                    f"{', '.join(sorted(IMAGE_EXTENSIONS))}"
+                    f"extension {extension!r} of {key!r} is not one that {self.media.name}s are read from: "
+                    f"{', '.join(sorted(self.media.extensions))}"
                 )
             if not (0 <= label < len(classes) if label is not None else not classes):
                 raise ValueError(f"label {label} of {key!r} is not in [0, {len(classes)})")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from discrete_lit.core.images import frames_of
 from discrete_lit.core.modules import FullPrecision
 from discrete_lit.tokenizers.losses.adversarial import (
     AdversarialLoss,
@@ -101,6 +102,8 @@ class Objective(FullPrecision):
     ) -> ObjectiveTerms:
         """The loss of outputs `(B, C', H, W)`, float32 or float64, against images `(B, C, H, W)`.
 
+        Clips `(B, C, T, H, W)` are compared frame by frame, by frozen networks and discriminators too.
+
         Args:
             outputs: of the decoder; C' is C, or twice as many for the logit-Laplace loss.
             images: in [-1, 1].
@@ -108,6 +111,11 @@ class Objective(FullPrecision):
             step: of the optimizer, in training; without it there are no adversarial terms.
             index: `(B,)` int64, each image's number in the run, to which its augmentation belongs. None: nobody knows.
         """
+        if images.ndim == 5:
+            frames = images.shape[2]
+            if index is not None:
+                index = (index[:, None] * frames + torch.arange(frames, device=index.device)).flatten()
+            outputs, images = frames_of(outputs), frames_of(images)
         with _no_half_precision(outputs.device.type):
             if self.adversarial is not None and step is not None:
                 if self.adversarial.trains(step):

@@ -9,7 +9,6 @@ Generation", 2024. `ConvAutoencoder` lists the settings of LlamaGen, VAR, Open-M
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -17,14 +16,18 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from discrete_lit.core.images import ImageSize, height_and_width
+from discrete_lit.core.images import ImageSize, clip_size, height_and_width
 from discrete_lit.core.modules import at_least_float32
+from discrete_lit.tokenizers.networks.grid_layers import (
+    ClipStart,
+    Downsampling,
+    Layers,
+    Upsampling,
+    downsample,
+    frames_as_batch,
+    upsample,
+)
 from discrete_lit.tokenizers.networks.network import Autoencoder
-
-Downsampling = Literal["right", "symmetric", "average"]
-Upsampling = Literal["nearest", "depth_to_space"]
-
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 class ConvAutoencoder(Autoencoder):
@@ -66,9 +69,14 @@ class ConvAutoencoder(Autoencoder):
             boundary are in [-1, 1] always.
         dims: axes of the images: 1 for signals (B, C, L), 2, or 3 for volumes and clips (B, C, T, H, W).
         causal: with three axes, no frame sees a later one: convolutions look back only, norms and attention see one
-            frame. The first frame is alone, so 1 + t frames become 1 + t / 2^(n-1).
-        frames: with three axes, T, for `grid`; as many as the side of square images by default. Causal networks need it
-            there.
+            frame. The first frame is alone, so 1 + t frames become 1 + t / 2^k with k halvings of time, and an image
+            (B, C, H, W) is coded as a clip of one frame. `"convolutions"`: norms and attention see all frames, so that
+            the codes of a frame do depend on later ones, as in Open-MAGVIT2's published video tokenizer.
+        frames: with three axes, T, for `grid`, where its size does not say it; as many as the side of square images by
+            default. Causal networks need it there.
+        time_levels: with three axes, the levels behind which time is halved too, counted from the full resolution, 0;
+            all n-1 by default. Open-MAGVIT2's are `[1, 2]` of 0 to 2: 17 x 128 x 128 becomes 5 x 16 x 16.
+        clip_start: with a causal time, what stands before the first frame: copies of it, or zeros (Open-MAGVIT2).
         with_decoder: false for an encoder alone, which makes tokens and no images (Chameleon's port).
 
     Raises:
@@ -102,8 +110,10 @@ class ConvAutoencoder(Autoencoder):
         dropout: float = 0.0,
         pixels: Literal["signed", "unit"] = "signed",
         dims: Literal[1, 2, 3] = 2,
-        causal: bool = False,
+        causal: bool | Literal["convolutions"] = False,
         frames: int | None = None,
+        time_levels: Sequence[int] | None = None,
+        clip_start: ClipStart = "repeat",
         with_decoder: bool = True,
     ) -> None:
         super().__init__()
@@ -124,22 +134,40 @@ class ConvAutoencoder(Autoencoder):
             )
         if latent_kernel is None and z_channels is not None:
             raise ValueError(f"z_channels={z_channels} needs a latent_kernel: without one the latents are z")
-        if (causal or frames is not None) and dims != 3:
-            raise ValueError(f"causal and frames need dims=3, got dims={dims}")
-        if causal and adaptive_norm:
-            raise ValueError("adaptive_norm reads all frames of the codes, which a causal network must not")
+        if (causal or not (frames is None and time_levels is None and clip_start == "repeat")) and dims != 3:
+            raise ValueError(f"causal, frames, time_levels and clip_start need dims=3, got dims={dims}")
+        if causal not in (True, False, "convolutions") or clip_start not in ("repeat", "zeros"):
+            raise ValueError(
+                f"causal={causal!r} must be true, false or 'convolutions', and clip_start={clip_start!r} 'repeat' or "
+                "'zeros'"
+            )
+        halvings = range(len(widths) - 1)
+        halves_time = set(halvings if time_levels is None else time_levels)
+        if not halves_time <= set(halvings):
+            raise ValueError(
+                f"time_levels={sorted(halves_time)} must be among the levels that are halved, {list(halvings)}"
+            )
         if not min(blocks, middle_blocks, 1 if decoder_blocks is None else decoder_blocks) >= 1:
             raise ValueError(f"there must be at least one block: {blocks=}, {decoder_blocks=}, {middle_blocks=}")
         self.image_channels = image_channels
         self.dims = dims
-        self.causal = causal
+        self.modality = "video" if dims == 3 else "image"
+        self.causal = bool(causal)
         self.frames = frames
         self.pixels = pixels
         self.downsampling = 2 ** (len(widths) - 1)
+        self.time_downsampling = 2 ** len(halves_time)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout of ConvAutoencoder must lie in [0, 1), got {dropout}")
         layers = Layers(
-            dims=dims, causal=causal, norm_groups=norm_groups, bias=bias, shortcut=shortcut, dropout=dropout
+            dims=dims,
+            causal=self.causal,
+            frames_apart=causal is True,
+            norm_groups=norm_groups,
+            bias=bias,
+            shortcut=shortcut,
+            dropout=dropout,
+            clip_start=clip_start,
         )
         self.encoder = Encoder(
             layers,
@@ -151,6 +179,7 @@ class ConvAutoencoder(Autoencoder):
             middle_blocks=middle_blocks,
             middle_attention=attention is not False,
             downsampling=downsampling,
+            time_levels=halves_time,
             z_channels=z_channels or latent_dim,
             out_kernel=encoder_out_kernel,
             latent_dim=latent_dim,
@@ -170,6 +199,7 @@ class ConvAutoencoder(Autoencoder):
             middle_blocks=middle_blocks,
             middle_attention=decoder_attention is not False,
             upsampling=upsampling,
+            time_levels=halves_time,
             adaptive_norm=adaptive_norm,
             out_channels=image_channels if out_channels is None else out_channels,
         )
@@ -184,6 +214,9 @@ class ConvAutoencoder(Autoencoder):
         return cast(nn.Conv2d, self.encoder.conv_out).weight
 
     def grid(self, image_size: ImageSize) -> tuple[int, ...]:
+        if self.dims == 3 and isinstance(image_size, list | tuple) and len(image_size) == 3:
+            frames, *size = clip_size(image_size)
+            return (self._latent_frames(frames), *map(self._latent_side, size))
         size = height_and_width(image_size)
         grid = tuple(self._latent_side(side) for side in size)
         if self.dims == 2:
@@ -193,7 +226,10 @@ class ConvAutoencoder(Autoencoder):
                 raise ValueError(f"image_size={list(size)}: signals (dims=1) have a length alone, give one number")
             return grid[:1]
         if self.frames is None and self.causal:
-            raise ValueError("the grid of a causal network depends on the length of its clips: set frames")
+            raise ValueError(
+                "the grid of a causal network depends on the length of its clips: set frames, or give the size as "
+                "[frames, height, width]"
+            )
         if self.frames is None and size[0] != size[1]:
             raise ValueError(f"image_size={list(size)}: how many frames the clips have is not known: set frames")
         return (self._latent_frames(self.frames or size[0]), *grid)
@@ -205,24 +241,33 @@ class ConvAutoencoder(Autoencoder):
 
     def _latent_frames(self, frames: int) -> int:
         rest = frames - self.causal
-        if frames < 1 or rest % self.downsampling:
-            accepted = f"{'1 + ' if self.causal else ''}a multiple of the down-sampling {self.downsampling}"
+        if frames < 1 or rest % self.time_downsampling:
+            accepted = f"{'1 + ' if self.causal else ''}a multiple of the down-sampling {self.time_downsampling}"
             raise ValueError(f"a clip of {frames} frames does not fit this network: its length must be {accepted}")
-        return self.causal + rest // self.downsampling
+        return self.causal + rest // self.time_downsampling
 
     def encode(self, images: Tensor) -> Tensor:
-        if self.dims == 3:
+        single = self._is_image(images)
+        if not single and images.ndim != 2 + self.dims:
+            expected = {1: "(B, C, L)", 2: "(B, C, H, W)", 3: "(B, C, T, H, W)"}[self.dims]
+            raise ValueError(f"this network (dims={self.dims}) encodes {expected}, got {tuple(images.shape)}")
+        if self.dims == 3 and not single:
             self._latent_frames(images.shape[2])
-        for side in images.shape[2 + (self.dims == 3) :]:
+        for side in images.shape[2:] if single else images.shape[2 + (self.dims == 3) :]:
             self._latent_side(side)
         if self.pixels == "unit":
             images = (images + 1) / 2
-        return self.encoder(self._layout(images))
+        return self.encoder(images[:, :, None])[:, :, 0] if single else self.encoder(self._layout(images))
+
+    def _is_image(self, x: Tensor) -> bool:
+        """Whether a network of causal clips is given an image, or its latents: a clip of one frame."""
+        return self.causal and x.ndim == 4
 
     def decode(self, latents: Tensor) -> Tensor:
         if self.decoder is None:
             raise ValueError("this network is an encoder alone (with_decoder=false): it makes no images")
-        outputs = self.decoder(self._layout(latents))
+        single = self._is_image(latents)
+        outputs = self.decoder(latents[:, :, None])[:, :, 0] if single else self.decoder(self._layout(latents))
         return outputs * 2 - 1 if self.pixels == "unit" else outputs
 
     def _layout(self, x: Tensor) -> Tensor:
@@ -236,34 +281,6 @@ def _levels(name: str, attention: bool | Sequence[int], count: int) -> set[int]:
     if not levels <= set(range(count)):
         raise ValueError(f"{name}={sorted(levels)} must be levels between 0, the full resolution, and {count - 1}")
     return levels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layers:
-    """The settings that every layer of a network has in common."""
-
-    dims: int
-    """Axes of the grid: 1, 2 or 3. Of three, the first is time."""
-    causal: bool
-    """No frame sees a later one."""
-    norm_groups: int
-    """Groups of every GroupNorm."""
-    bias: bool
-    """The convolutions inside residual blocks have one."""
-    shortcut: Literal["input", "output"]
-    """The input of a residual block's shortcut where the channels change."""
-    dropout: float
-    """The probability of dropout of the hidden units of residual blocks."""
-
-    def convolution(self, in_channels: int, out_channels: int, kernel: int, bias: bool = True) -> nn.Module:
-        """Make a convolution of stride 1, to a grid of the same size."""
-        kind = CausalConvolution if self.causal else CONVOLUTIONS[self.dims]
-        return kind(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-
-    def norm(self, channels: int, affine: bool = True) -> nn.Module:
-        """Make a GroupNorm, of each frame by itself where time is causal."""
-        kind = FrameGroupNorm if self.causal else nn.GroupNorm
-        return kind(self.norm_groups, channels, eps=1e-6, affine=affine)
 
 
 class Encoder(nn.Module):
@@ -281,6 +298,7 @@ class Encoder(nn.Module):
         middle_blocks: int,
         middle_attention: bool,
         downsampling: Downsampling,
+        time_levels: Collection[int] = (),
         z_channels: int,
         out_kernel: int,
         latent_dim: int,
@@ -291,7 +309,9 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList()
         current = channels
         for level, width in enumerate(widths):
-            halve = downsample(downsampling, layers, width) if level < len(widths) - 1 else None
+            halve = None
+            if level < len(widths) - 1:
+                halve = downsample(downsampling, layers, width, time=level in time_levels)
             self.levels.append(
                 Level(
                     layers,
@@ -337,6 +357,7 @@ class Decoder(nn.Module):
         middle_blocks: int,
         middle_attention: bool,
         upsampling: Upsampling,
+        time_levels: Collection[int],
         adaptive_norm: bool,
         out_channels: int,
     ) -> None:
@@ -352,7 +373,9 @@ class Decoder(nn.Module):
         for level in reversed(range(len(widths))):
             if adaptive_norm:
                 self.adaptive_norms.append(AdaptiveNorm(layers, current, code_dim=z_channels))
-            double = upsample(upsampling, layers, widths[level]) if level > 0 else None
+            double = None
+            if level > 0:
+                double = upsample(upsampling, layers, widths[level], time=level - 1 in time_levels)
             self.levels.append(
                 Level(
                     layers,
@@ -443,7 +466,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, layers: Layers, channels: int) -> None:
         super().__init__()
-        self.frames_apart = layers.causal
+        self.frames_apart = layers.frames_apart
         self.norm = layers.norm(channels)
         self.query_key_value = layers.convolution(channels, 3 * channels, 1)
         self.out = layers.convolution(channels, channels, 1)
@@ -463,140 +486,29 @@ class AdaptiveNorm(nn.Module):
     """Apply a GroupNorm whose gain and offset are read off the codes (MAGVIT-v2: Yu et al., 2024, sec. 3.2).
 
     The gain comes from the deviation over the grid, with Bessel's correction, of each channel of the codes (0 on a grid
-    of one position); the offset from their mean.
+    of one position); the offset from their mean. Where frames are apart, a frame has those of the codes that it is
+    decoded from.
     """
 
     def __init__(self, layers: Layers, channels: int, *, code_dim: int) -> None:
         super().__init__()
+        self.frames_apart = layers.frames_apart
         self.norm = layers.norm(channels, affine=False)
         self.gain = nn.Linear(code_dim, channels)
         self.offset = nn.Linear(code_dim, channels)
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:  # (B, c, *grid), (B, code_dim, *lowest) -> (B, c, *grid)
-        positions = at_least_float32(rearrange(codes, "b d ... -> b d (...)"))
+        grid = "b d t h w -> b t (h w) d" if self.frames_apart else "b d ... -> b (...) d"
+        positions = at_least_float32(rearrange(codes, grid))
         # A single position deviates from nothing; with the correction it would be 0 / 0.
-        variance = positions.var(dim=2, correction=min(1, positions.shape[2] - 1))
-        gain = self.gain((variance + 1e-6).sqrt().to(codes.dtype))
-        offset = self.offset(positions.mean(dim=2).to(codes.dtype))
-        shape = (*gain.shape, *(1,) * (x.dim() - 2))
-        return gain.reshape(shape) * self.norm(x) + offset.reshape(shape)
+        variance = positions.var(dim=-2, correction=min(1, positions.shape[-2] - 1))
+        gain = self.gain((variance + 1e-6).sqrt().to(codes.dtype))  # (B, c), or (B, t, c)
+        offset = self.offset(positions.mean(dim=-2).to(codes.dtype))
+        return self._laid_out(gain, x) * self.norm(x) + self._laid_out(offset, x)
 
-
-# Halving and doubling the grid.
-
-
-def downsample(kind: Downsampling, layers: Layers, channels: int) -> nn.Module:
-    """Make the layer that halves the grid."""
-    return AveragePool(layers) if kind == "average" else Downsample(layers, channels, padding=kind)
-
-
-def upsample(kind: Upsampling, layers: Layers, channels: int) -> nn.Module:
-    """Make the layer that doubles the grid."""
-    return {"nearest": Upsample, "depth_to_space": DepthToSpace}[kind](layers, channels)
-
-
-class Downsample(nn.Module):
-    """Halve the grid by a 3-wide convolution of stride 2 on a grid padded by one.
-
-    `"right"` pads the end of each axis, as taming and TensorFlow's "same" padding do; `"symmetric"` both ends, of which
-    an even size uses the first.
-    """
-
-    def __init__(self, layers: Layers, channels: int, *, padding: Literal["right", "symmetric"]) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        axis = (0, 1) if padding == "right" else (1, 1)
-        self.padding = axis * (layers.dims - layers.causal)
-        self.conv = CONVOLUTIONS[layers.dims](channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
-        return self.conv(F.pad(repeat_first_frame(x, 2) if self.causal else x, self.padding))
-
-
-class AveragePool(nn.Module):
-    """Halve the grid by the mean of each two, four or eight neighbours."""
-
-    def __init__(self, layers: Layers) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[layers.dims]
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, *grid / 2)
-        return self.pool(repeat_first_frame(x, 1) if self.causal else x, 2)
-
-
-class Upsample(nn.Module):
-    """Double the grid by nearest neighbour, then a 3-wide convolution."""
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.conv = layers.convolution(channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
-        larger = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(larger[:, :, 1:] if self.causal else larger)
-
-
-DEPTH_TO_SPACE = {
-    1: "b (i c) l -> b c (l i)",
-    2: "b (i j c) h w -> b c (h i) (w j)",
-    3: "b (i j k c) t h w -> b c (t i) (h j) (w k)",
-}
-
-
-class DepthToSpace(nn.Module):
-    """Double the grid by a 3-wide convolution to 2^dims as many channels, which become neighbours.
-
-    The channels are ordered (neighbour, channel): depth-column-row, unlike `PixelShuffle`.
-    """
-
-    def __init__(self, layers: Layers, channels: int) -> None:
-        super().__init__()
-        self.causal = layers.causal
-        self.dims = layers.dims
-        self.conv = layers.convolution(channels, channels * 2**layers.dims, 3)
-
-    def forward(self, x: Tensor) -> Tensor:  # (B, c, *grid) -> (B, c, 2 * *grid)
-        larger = rearrange(self.conv(x), DEPTH_TO_SPACE[self.dims], **dict.fromkeys("ijk"[: self.dims], 2))
-        return larger[:, :, 1:] if self.causal else larger
-
-
-# Clips whose time is causal: 1 + 2t frames are halved to 1 + t and doubled back, so that the first frame stays alone.
-
-
-def frames_as_batch(x: Tensor) -> Tensor:
-    """Make every frame a row of the batch."""
-    return rearrange(x, "b c t h w -> (b t) c h w")
-
-
-def batch_as_frames(x: Tensor, batch: int) -> Tensor:
-    """Make clips of `batch` equal parts of the rows: the inverse of `frames_as_batch`."""
-    return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
-
-
-def repeat_first_frame(x: Tensor, count: int) -> Tensor:
-    """Put `count` copies of the first frame before a clip `(B, C, T, H, W)`.
-
-    A clip starts as if it had stood still before, so that a first frame is encoded as an image of its own.
-    """
-    return F.pad(x, (0, 0, 0, 0, count, 0), mode="replicate") if count else x
-
-
-class CausalConvolution(nn.Conv3d):
-    """Convolve clips, looking back in time only (MAGVIT-v2: Yu et al., 2024, sec. 3.2)."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, padding: int = 0, **options: bool | int
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel, padding=(0, padding, padding), **options)  # type: ignore[arg-type]
-
-    def forward(self, input: Tensor) -> Tensor:  # (B, in, T, H, W) -> (B, out, T, H, W)
-        return super().forward(repeat_first_frame(input, self.kernel_size[0] - 1))
-
-
-class FrameGroupNorm(nn.GroupNorm):
-    """Normalise every frame by itself: statistics over a clip would tell the first frames of the last."""
-
-    def forward(self, input: Tensor) -> Tensor:  # (B, C, T, H, W) -> (B, C, T, H, W)
-        return batch_as_frames(super().forward(frames_as_batch(input)), len(input))
+    def _laid_out(self, values: Tensor, x: Tensor) -> Tensor:
+        if not self.frames_apart:
+            return values.reshape(*values.shape, *(1,) * (x.dim() - 2))
+        # The first frame is alone; those behind share the codes evenly.
+        shared = (x.shape[2] - 1) // max(1, values.shape[1] - 1) or 1
+        return values.repeat_interleave(shared, dim=1)[:, shared - 1 :].movedim(1, 2)[..., None, None]

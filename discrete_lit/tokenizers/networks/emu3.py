@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from discrete_lit.core.images import ImageSize, height_and_width
-from discrete_lit.tokenizers.networks.convolutional import Encoder, Layers, Upsample
+from discrete_lit.tokenizers.networks.convolutional import Encoder
+from discrete_lit.tokenizers.networks.grid_layers import Layers, Upsample
 from discrete_lit.tokenizers.networks.network import Autoencoder
 
 
@@ -68,7 +69,9 @@ class Emu3Autoencoder(Autoencoder):
         self.image_channels, self.frames = image_channels, frames
         self.downsampling = 2 ** (len(widths) - 1)
         self.pixels = "signed"
-        layers = Layers(dims=2, causal=False, norm_groups=norm_groups, bias=True, shortcut="input", dropout=0.0)
+        layers = Layers(
+            dims=2, causal=False, frames_apart=False, norm_groups=norm_groups, bias=True, shortcut="input", dropout=0.0
+        )
         halvings = frames.bit_length() - 1
         self.encoder = Encoder(
             layers,

@@ -22,6 +22,8 @@ class Autoencoder(nn.Module, ABC):
 
     image_channels: int = 3
     """C of the images: three unless a subclass says otherwise."""
+    modality: Literal["image", "audio", "video"] = "image"
+    """The kind of samples that it encodes: images, waveforms or clips of frames."""
 
     @property
     def dtype(self) -> torch.dtype:

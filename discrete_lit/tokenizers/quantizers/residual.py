@@ -87,12 +87,17 @@ class ResidualQuantizer(Quantizer):
         assert isinstance(codebook, Codebook)
         return codebook
 
-    def forward(self, latents: Tensor) -> Quantized:
+    def forward(self, latents: Tensor, *, depth: int | None = None) -> Quantized:
+        """Quantise latents `(B, *grid, D)`, with ids `(B, *grid, depth)`: by the first codes alone if `depth` is given.
+
+        Training with depths that change from step to step makes one model of several bit rates (SoundStream: Zeghidour
+        et al., 2021, section III.C).
+        """
         with full_precision(latents.device):
             z = latents.to(self.precision.dtype)
             residual, z_d = z.detach(), torch.zeros_like(z)
             tokens, commitments, codebook_terms = [], [], []
-            for number in range(self.depth):
+            for number in range(self._checked(depth)):
                 codebook = self.codebook(number)
                 codebook.prepare(residual)
                 ids = codebook.search(residual)
@@ -110,15 +115,24 @@ class ResidualQuantizer(Quantizer):
             return Quantized(straight_through(z, z_d), torch.stack(tokens, dim=-1), losses)
 
     @torch.no_grad()
-    def encode(self, latents: Tensor) -> Tensor:
+    def encode(self, latents: Tensor, *, depth: int | None = None) -> Tensor:
+        """The ids `(B, *grid, depth)` of latents, all or those of the first `depth` codes."""
         with full_precision(latents.device):
             residual, tokens = latents.to(self.precision.dtype), []
-            for number in range(self.depth):
+            for number in range(self._checked(depth)):
                 tokens.append(self.codebook(number).search(residual))
                 residual = residual - self.codebook(number).lookup(tokens[-1])
             return torch.stack(tokens, dim=-1)
 
+    def _checked(self, depth: int | None) -> int:
+        depth = self.depth if depth is None else depth
+        if not 1 <= depth <= self.depth:
+            raise ValueError(f"this ResidualQuantizer has {self.depth} codes for each latent, {depth} are asked for")
+        return depth
+
     def lookup(self, tokens: Tensor) -> Tensor:
+        """The sums of the codes of ids `(B, *grid, depth)`; of fewer codes than there are those of the first."""
+        self._checked(tokens.shape[-1])
         z_q = torch.zeros_like(self.precision)
         for number, ids in enumerate(tokens.unbind(dim=-1)):
             z_q = z_q + self.codebook(number).lookup(ids)

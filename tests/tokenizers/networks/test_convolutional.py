@@ -118,7 +118,9 @@ def test_groups_that_do_not_divide() -> None:
         ),
         ({"latent_kernel": None, "z_channels": 4}, "z_channels=4 needs a latent_kernel"),
         ({"causal": True}, "need dims=3, got dims=2"),
-        ({"causal": True, "dims": 3, "adaptive_norm": True}, "adaptive_norm reads all frames"),
+        ({"clip_start": "zeros"}, "need dims=3, got dims=2"),
+        ({"causal": "norms", "dims": 3}, "causal='norms' must be true, false or 'convolutions'"),
+        ({"time_levels": [1], "dims": 3}, r"time_levels=\[1\] must be among the levels that are halved, \[0\]"),
         ({"attention": [2]}, r"attention=\[2\] must be levels between 0, the full resolution, and 1"),
         ({"decoder_attention": [-1]}, r"decoder_attention=\[-1\] must be levels"),
         ({"middle_blocks": 0}, "at least one block"),
@@ -233,7 +235,7 @@ def test_depth_to_space_puts_channel_groups_side_by_side() -> None:
 @torch.no_grad()
 def test_no_frame_of_a_causal_network_sees_a_later_one(downsampling: str, upsampling: str) -> None:
     """Latent j holds frames up to 4j, and a frame is decoded from latents that hold nothing later than its block."""
-    settings = {"dims": 3, "causal": True, "multipliers": (1, 2, 2), "attention": True}
+    settings = {"dims": 3, "causal": True, "multipliers": (1, 2, 2), "attention": True, "adaptive_norm": True}
     network = tiny(**settings, downsampling=downsampling, upsampling=upsampling, frames=9)
     clip = torch.rand(1, 3, 9, 8, 8)
     latents = network.encode(clip)
@@ -253,12 +255,53 @@ def test_no_frame_of_a_causal_network_sees_a_later_one(downsampling: str, upsamp
 
 
 @torch.no_grad()
+def test_norms_over_all_frames_tell_the_first_of_the_last() -> None:
+    """The published layout of Open-MAGVIT2 is not causal, though its convolutions look back only."""
+    settings = {"dims": 3, "clip_start": "zeros", "downsampling": "symmetric", "upsampling": "depth_to_space"}
+    clip = torch.rand(1, 3, 5, 8, 8)
+    changed = torch.cat((clip[:, :, :1], clip[:, :, 1:] + 1), dim=2)
+    seen = {}
+    for causal in (True, "convolutions"):
+        network = tiny(**settings, causal=causal, adaptive_norm=True)
+        seen[causal] = float((network.encode(changed) - network.encode(clip))[:, :, 0].abs().max())
+    assert seen[True] == 0 < seen["convolutions"]
+
+
+@torch.no_grad()
 def test_the_first_frame_of_a_causal_network_is_an_image() -> None:
-    network = tiny(dims=3, causal=True)
+    network = tiny(dims=3, causal=True, adaptive_norm=True)
     clip = torch.rand(1, 3, 5, 8, 8)
     latents = network.encode(clip)
     torch.testing.assert_close(network.encode(clip[:, :, :1]), latents[:, :, :1])
     torch.testing.assert_close(network.decode(latents[:, :, :1]), network.decode(latents)[:, :, :1])
+    image = network.encode(clip[:, :, 0])
+    assert image.ndim == 4 and torch.equal(image, network.encode(clip[:, :, :1])[:, :, 0])
+    assert torch.equal(network.decode(image), network.decode(image[:, :, None])[:, :, 0])
+
+
+@pytest.mark.parametrize("downsampling", ["right", "symmetric", "average"])
+@pytest.mark.parametrize("upsampling", ["nearest", "depth_to_space"])
+@pytest.mark.parametrize("causal", [True, False])
+@torch.no_grad()
+def test_levels_that_leave_time_as_it_is(downsampling: str, upsampling: str, causal: bool) -> None:
+    settings = {"dims": 3, "causal": causal, "multipliers": (1, 2, 2), "time_levels": [1]}
+    network = tiny(**settings, downsampling=downsampling, upsampling=upsampling)
+    clip = torch.rand(1, 3, 4 + causal, 8, 16)
+    latents = network.encode(clip)
+    assert latents.shape[2:] == network.grid((4 + causal, 8, 16)) == (2 + causal, 2, 4)
+    assert network.decode(latents).shape == clip.shape
+
+
+@torch.no_grad()
+def test_frames_take_the_norms_of_their_own_codes() -> None:
+    """Each group of frames reads the codes that it is decoded from, the first frame by itself."""
+    network = tiny(dims=3, causal=True, multipliers=(1, 1, 1), adaptive_norm=True)
+    norm = network.decoder.adaptive_norms[-1]
+    x, codes = torch.randn(1, 8, 9, 8, 8), torch.randn(1, 3, 3, 2, 2)
+    found = norm(x, codes)
+    for code, frames in enumerate((slice(0, 1), slice(1, 5), slice(5, 9))):
+        alone = norm(x[:, :, frames][:, :, :1], codes[:, :, code : code + 1])
+        torch.testing.assert_close(found[:, :, frames][:, :, :1], alone)
 
 
 @pytest.mark.parametrize("downsampling", ["right", "symmetric", "average"])
@@ -279,6 +322,12 @@ def test_clips_that_do_not_fit() -> None:
         tiny(dims=3).encode(torch.rand(1, 3, 5, 8, 8))
     with pytest.raises(ValueError, match="set frames"):
         tiny(dims=3, causal=True).grid(8)
+    with pytest.raises(ValueError, match=r"\(dims=3\) encodes \(B, C, T, H, W\), got \(1, 3, 8, 8\)"):
+        tiny(dims=3).encode(torch.rand(1, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"\(dims=2\) encodes \(B, C, H, W\)"):
+        tiny().encode(torch.rand(1, 3, 4, 8, 8))
+    with pytest.raises(ValueError, match="image_size=7"):
+        tiny(dims=3, causal=True).encode(torch.rand(1, 3, 5, 8, 7))
     assert tiny(dims=3, frames=4).grid(8) == (2, 4, 4)
 
 
