@@ -8,7 +8,7 @@ from discrete_lit.pretrained.obtaining import cache_folder, places
 
 
 def models(name: str | None = None, *, word: str | None = None, json: bool = False) -> None:
-    """List the published models that `sample --model NAME` downloads, or show one.
+    """List the published models that `sample` takes by their names, or show one.
 
     A list of your own, in the form of `discrete_lit/pretrained/published.yaml`, is named by the environment variable
     DISCRETE_LIT_MODELS.
@@ -41,7 +41,7 @@ def _list(entries: list[ModelEntry], word: str | None) -> None:
     if not entries:
         raise ValueError(f"no published model has the word {word!r}: `discrete-lit models` lists all")
     rows = [
-        (entry.name, entry.family, str(entry.image_size or "text"), entry.tokenizer or "", entry.published)
+        (entry.name, entry.family, str(entry.image_size or ""), entry.tokenizer or "", entry.published)
         for entry in entries
     ]
     head = ("name", "family", "size", "tokenizer", "published")
@@ -62,7 +62,7 @@ def _show(entry: ModelEntry) -> None:
     print(f"  family            {entry.family}")
     print(f"  source            {entry.source}")
     print(f"  licence           {licence}{must}")
-    print(f"  image size        {entry.image_size or 'none: text'}")
+    print(f"  image size        {entry.image_size or 'none'}")
     print(f"  tokenizer         {entry.tokenizer or 'in the same file, or none'}")
     print(f"  reference_config  {dumps(entry.reference_config) if entry.reference_config else 'none needed'}")
     for file, (address, place) in zip(entry.files, places(entry), strict=True):

@@ -68,7 +68,7 @@ class ModelEntry:
     accept: bool = False
     """Whether the licence must be accepted before a download."""
     image_size: int | None = None
-    """Side in pixels; None for text."""
+    """Side in pixels; None for text and sound."""
     published: str = ""
     """The number that the publisher reports, such as `FID 1.95`."""
 
