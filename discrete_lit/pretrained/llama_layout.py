@@ -140,7 +140,7 @@ class LlamaLayout:
 
 
 class LanguageLayout(Protocol):
-    """What a conversion to a `Unified` is told of its language model."""
+    """A language model, as a conversion to a `Unified` is told of it."""
 
     state: State
     prefix: str
