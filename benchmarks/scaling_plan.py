@@ -167,7 +167,8 @@ def recipe_of(name: str) -> Recipe:
     length = math.prod(shape)
     masked = isinstance(module, Masked)
     # The backward pass costs two forward ones. What is read token by token is given all but the last.
-    flops = 3 * module.backbone.flops(1, length if masked else length - 1)
+    network = module.backbone.to_empty(device="cpu")  # memory that nobody writes is not taken
+    flops = 3 * network.flops(1, length if masked else length - 1)
     passes = (
         int(sampler.steps) if hasattr(sampler, "steps") else len(getattr(module.tokenizer, "scales", range(length)))
     )
@@ -261,13 +262,13 @@ def table(recipe: Recipe, gpus: Iterable[int], machine: Machine) -> str:
         f"({blocked / machine.save_every:.2%} of the time) and is written in {written:.1f} s.",
         "",
         "| GPUs | images of each | compute, ms | all-reduce, ms | not hidden, ms | input, ms | step, ms | waiting | "
-        "speed-up per GPU | days | 50,000 samples, min |",
+        "efficiency | days | drawing 50,000, min |",
         "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     first = None
     for number in gpus:
         batch = recipe.global_batch / number
-        if batch < 1:
+        if recipe.global_batch % number:
             lines.append(
                 f"| {number} | {batch:g} | | | | | | | | | {drawing(recipe, 50_000, number, machine) / 60:.1f} |"
             )
