@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # A user's extras: the package imports them where they are needed, and says which to install.
 FOLDERS = {
-    "discrete_lit": ["demo", "imagenet", "offline", "text"],
+    "discrete_lit": ["audio", "demo", "imagenet", "offline", "s3", "text", "video"],
     "data": [],
     "benchmarks": ["bench"],
     "docs": ["docs", "site"],

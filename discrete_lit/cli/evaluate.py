@@ -133,7 +133,7 @@ def evaluate(
         part: `i/n`, to measure the i-th of n parts of every set, i from 1, and report nothing; `slurm` for the number
             of this job in its SLURM array.
         join: n, to report what n parts measured; the images and networks are read, but no image is measured again.
-        missing: measure nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them;
+        missing: measure nothing, and print the numbers of the parts that are left, as an array of sbatch takes them;
             the exit status is 1 if there are any.
 
     Returns:

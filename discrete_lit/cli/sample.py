@@ -149,7 +149,7 @@ def sample(
         frame_rate: frames a second of the files that play.
         part: `i/n`, to draw the i-th of n parts, i from 1; `slurm` for the number of this job in its SLURM array.
         join: n, to write the samples when n parts are done.
-        missing: draw nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them; the
+        missing: draw nothing, and print the numbers of the parts that are left, as an array of sbatch takes them; the
             exit status is 1 if there are any.
 
     Returns:

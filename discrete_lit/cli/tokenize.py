@@ -87,7 +87,7 @@ def tokenize(
         seed: of the noise of each `sample`.
         part: `i/n`, to encode the i-th of n parts, i from 1; `slurm` for the number of this job in its SLURM array.
         join: n, to finish the array when n parts are done.
-        missing: encode nothing, and print the numbers of the parts that are not done, as `sbatch --array` takes them;
+        missing: encode nothing, and print the numbers of the parts that are not done, as an array of sbatch takes them;
             the exit status is 1 if there are any.
 
     Returns:

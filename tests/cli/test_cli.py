@@ -186,6 +186,9 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "sweep": ({"num_samples": 2}, "num_samples", 7),
     "watch": ({"output": "here.html"}, "output", "there.html"),
     "advise": ({"images": 2}, "images", 7),
+    "models": ({"word": "rar"}, "word", "var"),
+    "demo": ({"port": 7}, "port", 8),
+    "recipes": ({"name": "masked"}, "name", "rar"),
     "import": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
     "export": ({"family": "taming_vqgan"}, "family", "llamagen_vq"),
 }
