@@ -78,7 +78,7 @@ def build_demo(generator: Any, *, title: str) -> Any:
     one_at_a_time = threading.Lock()
 
     def draw(what: Any, seed: float, *values: float) -> tuple[np.ndarray, list[np.ndarray]]:
-        chosen = dict(zip(settings, values, strict=True))
+        chosen: dict[str, Any] = dict(zip(settings, values, strict=True))
         given: dict[str, Any] = {"prompt": str(what)} if generator.reads_text else {"labels": [int(what)]}
         try:
             with one_at_a_time:

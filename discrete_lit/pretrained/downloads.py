@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -166,7 +167,7 @@ def _receive(url: str, path: Path, *, headers: Mapping[str, str], size: int | No
     return stated
 
 
-def _next(stream: io.BufferedReader) -> bytes:
+def _next(stream: "io.BufferedReader[Any]") -> bytes:
     try:
         return stream.read1(_CHUNK)
     except OSError as error:
