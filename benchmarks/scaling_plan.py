@@ -172,7 +172,7 @@ def recipe_of(name: str) -> Recipe:
     if hasattr(sampler, "steps"):
         passes = int(sampler.steps)
     else:  # a pass for each scale, or for each token
-        passes = len(module.layout.scales) if isinstance(module, NextScale) else length
+        passes = len(module.backbone.layout.scales) if isinstance(module, NextScale) else length
     return Recipe(
         name=name,
         parameters=sum(parameter.numel() for parameter in module.backbone.parameters()),
