@@ -151,7 +151,7 @@ def recipe_of(name: str) -> Recipe:
     sys.path.insert(0, str(ROOT / "tests"))
     from training_proof.recipes import build, settings_of
 
-    from discrete_lit.generators import Generator, Masked
+    from discrete_lit.generators import Generator, Masked, NextScale
 
     settings, module = settings_of(f"generators/{name}"), build(f"generators/{name}")
     if not isinstance(module, Generator):
@@ -169,9 +169,10 @@ def recipe_of(name: str) -> Recipe:
     # The backward pass costs two forward ones. What is read token by token is given all but the last.
     network = module.backbone.to_empty(device="cpu")  # memory that nobody writes is not taken
     flops = 3 * network.flops(1, length if masked else length - 1)
-    passes = (
-        int(sampler.steps) if hasattr(sampler, "steps") else len(getattr(module.tokenizer, "scales", range(length)))
-    )
+    if hasattr(sampler, "steps"):
+        passes = int(sampler.steps)
+    else:  # a pass for each scale, or for each token
+        passes = len(module.backbone.layout.scales) if isinstance(module, NextScale) else length
     return Recipe(
         name=name,
         parameters=sum(parameter.numel() for parameter in module.backbone.parameters()),
